@@ -1,0 +1,24 @@
+"""The ways in which a command ends early. Printed as one line, without a traceback, by `stages`."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class WrongCommand(Exception):
+    """The command asks for something that does not exist or does not fit together. Exit code 2."""
+
+
+class Refused(Exception):
+    """What lies on disk is damaged, half done, or not what it claims to be. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with how to go on. Exit code 130."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> WrongCommand:
+    """The error for a name that is in no table: what was asked, what was probably meant, what there is."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    meant = f" Did you mean '{close[0]}'?" if close else ""
+    return WrongCommand(f"no {kind} '{name}'.{meant} There are: {', '.join(names)}")

@@ -1,0 +1,67 @@
+"""Pictures in memory, and the resizing that they share with pictures in files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from .views import Box
+
+
+@dataclass(frozen=True)
+class MemoryPictures:
+    """A small set as one tensor. images: uint8 [N, C, H, W] with C 1 or 3 and H == W."""
+
+    images: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: NDArray[np.int64]) -> "MemoryPictures":
+        """The pictures index, in that order."""
+        return MemoryPictures(self.images[torch.from_numpy(index)])
+
+    def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+        """As Pictures.plain. One gather unless another size is asked for."""
+        stored = self.images.shape[-1]
+        if size in (0, stored) and resize in (0, stored):
+            return self.images[torch.from_numpy(index)]
+        return torch.stack([centre(self._image(i), size or stored, resize) for i in index])
+
+    def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+        """As Pictures.boxed."""
+        H, W = self.images.shape[-2:]
+        return torch.stack([cut(self._image(i), size or H, box(row, W, H)) for row, i in enumerate(index)])
+
+    def _image(self, i: int) -> Image.Image:
+        pixels = self.images[int(i)].permute(1, 2, 0).numpy()
+        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def centre(image: Image.Image, size: int, resize: int) -> torch.Tensor:
+    """uint8 [C, size, size]: shorter side made `resize` (0: size), then the centre; untouched if it fits.
+
+    Pillow's bilinear filter with antialiasing, in its 8-bit fixed-point arithmetic.
+    """
+    short = max(resize or size, size)
+    W, H = image.size
+    if min(W, H) != short:
+        scale = short / min(W, H)
+        W, H = max(round(W * scale), size), max(round(H * scale), size)
+        image = image.resize((W, H), Image.Resampling.BILINEAR)
+    left, top = (W - size) // 2, (H - size) // 2
+    return pixels_of(image.crop((left, top, left + size, top + size)))
+
+
+def cut(image: Image.Image, size: int, box: Box) -> torch.Tensor:
+    """uint8 [C, size, size]: the box, resized with Pillow's bilinear filter."""
+    return pixels_of(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """uint8 [C, H, W], C 1 for mode L and 3 for mode RGB."""
+    pixels = np.array(image, dtype=np.uint8)  # a copy: torch does not take Pillow's read-only buffer
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())

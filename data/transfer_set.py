@@ -1,0 +1,229 @@
+"""Transfer sets: what the teacher is asked about. One row of TRANSFER_SETS per data set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from . import counter
+from .errors import Refused, WrongCommand, unknown
+from .folder import FolderPictures, Progress, digest_files, read_folder
+from .pictures import MemoryPictures
+
+Labels = NDArray[np.int64]
+Read = tuple[dict[str, tuple[MemoryPictures | FolderPictures, Labels]], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows that belong together. labels int64 [N], -1 where there is none; content: digest of all of it."""
+
+    pictures: MemoryPictures | FolderPictures
+    labels: Labels
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TransferSet:
+    """Splits of one data set. size: the pictures' one side in pixels, 0 where they differ."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    splits: dict[str, Split]
+    cut: dict[str, float]
+
+    def identity(self) -> dict[str, object]:
+        """What a cache must agree with: name, classes in order, content of each split, how they were cut."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "content": {split: rows.content for split, rows in self.splits.items()},
+            "cut": dict(self.cut),
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `stages` does with a data set when nothing else is said. Losses and archs as on the command line."""
+
+    views: str = "crop-flip"
+    draws: int = 10
+    teacher: str = "resnet56"
+    teacher_views: str = "crop-flip"
+    teacher_epochs: int = 100
+    student: str = "resnet8"
+    student_epochs: int = 100
+    losses: tuple[str, ...] = ("kd:temperature=4,weight=0.9", "hard:weight=0.1")
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    teacher_learning_rate: float = 0.1
+    val_fraction: float = 0.1
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """read(root) gives the splits that the data set comes with, and its classes."""
+
+    read: Callable[[Path], Read]
+    recipe: Recipe
+
+
+def _digits(root: Path) -> Read:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)  # 0 … 16 on 8 x 8
+    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    labels = labels.astype(np.int64)
+    test = stratified(labels, len(labels) // 5, key=(0, 20))
+    rest = np.setdiff1d(np.arange(len(labels)), test)
+    whole = MemoryPictures(images)
+    splits = {"train": (whole.take(rest), labels[rest]), "test": (whole.take(test), labels[test])}
+    return splits, tuple(str(c) for c in range(10))  # type: ignore[return-value]
+
+
+def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
+    """A data set that torchvision reads, and downloads when its files are absent."""
+
+    def read(root: Path) -> Read:
+        import torchvision
+
+        kind = getattr(torchvision.datasets, name)
+        splits = {}
+        for split, train in (("train", True), ("test", False)):
+            try:
+                found = kind(root, train=train, download=False)
+            except RuntimeError:
+                try:
+                    found = kind(root, train=train, download=True)
+                except Exception as error:  # urllib, sockets, checksums: whatever a download can raise
+                    raise Refused(
+                        f"{name} is not under '{root}' and cannot be downloaded ({error}): put its files"
+                        f" into '{root / folder}', or say where they are with --data-root"
+                    ) from None
+            pixels = torch.as_tensor(found.data)
+            images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+            splits[split] = (MemoryPictures(images), np.asarray(found.targets, np.int64))
+        return splits, tuple(found.classes)  # type: ignore[return-value]
+
+    return read
+
+
+# Numbers of the recipes: see DESIGN.md, "Recipes".
+TRANSFER_SETS: dict[str, DataRow] = {
+    "digits": DataRow(
+        _digits,
+        Recipe(
+            views="none", draws=1, teacher="cnn", teacher_views="crop:pad=1", teacher_epochs=40,
+            student="mlp:64", student_epochs=150, losses=("kd:temperature=4",),
+            batch_size=64, val_fraction=0.125,
+        ),
+    ),
+    "mnist": DataRow(
+        _torchvision("MNIST", "MNIST/raw"),
+        Recipe(
+            views="none", draws=1, teacher="mlp:1200,1200", teacher_views="crop:pad=2", teacher_epochs=40,
+            student="mlp:800,800", student_epochs=20, losses=("kd:temperature=20",),
+        ),
+    ),
+    "fashion-mnist": DataRow(
+        _torchvision("FashionMNIST", "FashionMNIST/raw"),
+        Recipe(teacher="resnet20", teacher_epochs=30, student="cnn", student_epochs=30),
+    ),
+    "cifar10": DataRow(_torchvision("CIFAR10", "cifar-10-batches-py"), Recipe()),
+    "cifar100": DataRow(_torchvision("CIFAR100", "cifar-100-python"), Recipe()),
+    "folder": DataRow(
+        read_folder,  # type: ignore[arg-type]
+        Recipe(views="resized-crop-flip", teacher_views="resized-crop-flip", teacher="torchvision:resnet50",
+               student="torchvision:mobilenet_v3_small"),
+    ),
+}  # fmt: skip
+
+
+def row_of(data: str) -> DataRow:
+    """The row of TRANSFER_SETS that `digits` or `folder:PATH` names, or WrongCommand."""
+    name, _, path = data.partition(":")
+    if name not in TRANSFER_SETS:
+        raise unknown("data set", name, [*TRANSFER_SETS, "folder:PATH"])
+    if (name == "folder") != bool(path):
+        raise WrongCommand("a folder of pictures is named with its path: --data folder:PATH")
+    return TRANSFER_SETS[name]
+
+
+def load(
+    data: str,
+    root: Path,
+    *,
+    val_fraction: float,
+    seed: int = 0,
+    train_size: int = 0,
+    progress: Progress = lambda items, total, what: items,
+) -> TransferSet:
+    """Read a data set and cut its validation split out of its training data.
+
+    val_fraction: share of the training data, 0 < val_fraction < 1, drawn by class from seed; unused when
+    the data come with a validation split. train_size: keep so many training rows, drawn by class; 0 keeps all.
+    Raises WrongCommand or Refused where the data are not there or do not fit.
+    """
+    row = row_of(data)
+    name, _, path = data.partition(":")
+    if not 0 < val_fraction < 1:
+        raise WrongCommand(f"--val-fraction {val_fraction:g} is outside 0 to 1")
+    read, classes = row.read(Path(path) if path else root)
+    pictures, labels = read["train"]
+    if "val" not in read:
+        val = stratified(labels, max(1, round(len(labels) * val_fraction)), key=(seed, 10))
+        read["val"] = (pictures.take(val), labels[val])
+        keep = np.setdiff1d(np.arange(len(labels)), val)
+        pictures, labels = pictures.take(keep), labels[keep]
+    if train_size > len(labels):
+        raise WrongCommand(f"--train-size {train_size} is more than the {len(labels)} training rows there are")
+    if train_size:
+        keep = np.sort(stratified(labels, train_size, key=(seed, 11)))
+        pictures, labels = pictures.take(keep), labels[keep]
+    read["train"] = (pictures, labels)
+
+    splits: dict[str, Split] = {
+        split: Split(read[split][0], read[split][1], _digest(*read[split], progress))
+        for split in ("train", "val", "test")
+        if split in read
+    }
+    if isinstance(pictures, FolderPictures):
+        channels, size = (1 if pictures.mode == "L" else 3), pictures.native
+    else:
+        channels, size = pictures.images.shape[1], pictures.images.shape[-1]
+    cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size}
+    return TransferSet(name, classes, channels, size, splits, cut)
+
+
+def stratified(labels: Labels, n: int, key: tuple[int, ...]) -> NDArray[np.int64]:
+    """n rows, sorted, drawn so that each class keeps its share to within one row; the same rows for ever.
+
+    Our own few lines because the rows are part of a cache's identity: scikit-learn's draw may change
+    between releases, and it refuses a class with a single row.
+    """
+    classes, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    share = counts * (n / len(labels))
+    quota = np.floor(share).astype(np.int64)
+    largest = np.argsort(-(share - quota), kind="stable")
+    quota[largest[: n - quota.sum()]] += 1
+    order = counter.permutation(key, len(labels))
+    taken = [order[position[order] == c][: quota[c]] for c in range(len(classes))]
+    return np.sort(np.concatenate(taken))
+
+
+def _digest(pictures: MemoryPictures | FolderPictures, labels: Labels, progress: Progress) -> str:
+    if isinstance(pictures, FolderPictures):
+        return digest_files(pictures, labels, progress)
+    whole = sha256(repr(tuple(pictures.images.shape)).encode())
+    whole.update(pictures.images.contiguous().numpy().data)
+    whole.update(labels.astype("<i8").tobytes())
+    return whole.hexdigest()

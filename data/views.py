@@ -1,0 +1,176 @@
+"""Views: the pixels for (index, draw), always the same ones.
+
+A view is a pure function of (view policy, seed, index, draw). The teacher sees it in stage one, the
+student sees it again in stage two, and a checksum of it travels in the cache. Every random number
+comes from `counter.bits`, so neither batch size, order, workers nor processes can change a pixel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import beta
+
+from . import counter
+from .errors import WrongCommand, unknown
+from .spec import check_knobs, number, parse
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored picture
+
+# One number per thing that is drawn, so that a new knob never shifts the numbers of an old one.
+_TOP, _LEFT, _FLIP, _AREA, _RATIO, _BOX_TOP, _BOX_LEFT, _PARTNER, _SHARE = range(9)
+
+
+class Pictures(Protocol):
+    """Where pixels come from: a tensor in memory or a folder of files."""
+
+    def __len__(self) -> int: ...
+
+    def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+        """uint8 [B, C, size, size]: as stored, or the shorter side made `resize` and the centre cut out."""
+
+    def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+        """uint8 [B, C, size, size]: box(row, width, height) cut out of picture row and resized."""
+
+
+@dataclass(frozen=True)
+class ViewPolicy:
+    """How a view is made from a picture. size and resize in pixels; 0 means: as the data are.
+
+    pad: zero padding before a random crop of the original size (He et al. 2016, section 4.2).
+    min_scale: least share of the picture's area in a resized crop (Szegedy et al. 2015), ratio 3/4 to 4/3.
+    mixup: alpha of the Beta distribution of the two shares, 0 for none (Zhang et al. 2018).
+    """
+
+    name: str
+    crop: bool = False
+    flip: bool = False
+    resized_crop: bool = False
+    pad: int = 0
+    min_scale: float = 1.0
+    mixup: float = 0.0
+    size: int = 0
+    resize: int = 0
+
+    def knobs(self) -> dict[str, float]:
+        """The knobs that this policy has, with their values: part of a cache's identity."""
+        return {knob: getattr(self, knob) for knob in _knobs_of(self)}
+
+    def plain(self) -> "ViewPolicy":
+        """The policy of held-out splits: the same size, nothing random."""
+        return replace(VIEW_POLICIES["none"], size=self.size, resize=self.resize)
+
+
+VIEW_POLICIES: dict[str, ViewPolicy] = {
+    "none": ViewPolicy("none"),
+    "crop": ViewPolicy("crop", crop=True, pad=4),
+    "crop-flip": ViewPolicy("crop-flip", crop=True, flip=True, pad=4),
+    "resized-crop-flip": ViewPolicy("resized-crop-flip", resized_crop=True, flip=True, min_scale=0.08),
+}
+
+
+def _knobs_of(policy: ViewPolicy) -> list[str]:
+    own = ["pad"] if policy.crop else ["min_scale"] if policy.resized_crop else []
+    return [*own, "mixup", "size", "resize"]
+
+
+def parse_views(spec: str) -> ViewPolicy:
+    """`crop-flip:pad=4,mixup=0.2` -> ViewPolicy. Raises WrongCommand for an unknown name or knob."""
+    name, given = parse(spec, "views")
+    if name not in VIEW_POLICIES:
+        raise unknown("view policy", name, VIEW_POLICIES)
+    policy = VIEW_POLICIES[name]
+    check_knobs(spec, "views", given, _knobs_of(policy))
+    values: dict[str, float] = {}
+    for knob, text in given.items():
+        value = number(spec, "views", knob, text)
+        low, high = (0.001, 1.0) if knob == "min_scale" else (0.0, 4096.0)
+        if not low <= value <= high:
+            raise WrongCommand(f"views '{spec}': {knob}={text} is outside {low:g} to {high:g}")
+        if knob in ("pad", "size", "resize") and value != int(value):
+            raise WrongCommand(f"views '{spec}': {knob}={text} is not a whole number")
+        values[knob] = int(value) if knob in ("pad", "size", "resize") else value
+    return replace(policy, **values)  # type: ignore[arg-type]
+
+
+def render(pictures: Pictures, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int) -> torch.Tensor:
+    """The views uint8 [B, C, size, size] of the pictures index [B] in one draw."""
+    views = _render_one(pictures, policy, seed, index, draw)
+    if policy.mixup > 0:
+        partner, share = mixup_of(policy, seed, index, draw, len(pictures))
+        views = _mix(views, _render_one(pictures, policy, seed, partner, draw), share)
+    return views
+
+
+def mixup_of(
+    policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int, n: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Partner index [B], never the picture itself unless it is alone, and share [B] of the picture in 1/256."""
+    step = 1 + counter.integers((seed, draw, _PARTNER), index, max(n - 1, 1))
+    table = _beta_shares(policy.mixup)
+    share = table[counter.integers((seed, draw, _SHARE), index, len(table))]
+    return (index + step) % n, share
+
+
+@lru_cache(maxsize=8)
+def _beta_shares(alpha: float) -> NDArray[np.int64]:
+    """4,096 equally likely shares of Beta(alpha, alpha) in whole 1/256: the same pixels on every machine."""
+    middle = (np.arange(4096) + 0.5) / 4096
+    shares: NDArray[np.int64] = np.rint(256 * beta.ppf(middle, alpha, alpha)).astype(np.int64)
+    return shares
+
+
+def _mix(one: torch.Tensor, other: torch.Tensor, share: NDArray[np.int64]) -> torch.Tensor:
+    w = torch.from_numpy(share.astype(np.int32))[:, None, None, None]
+    return ((one.int() * w + other.int() * (256 - w) + 128) >> 8).to(torch.uint8)
+
+
+def _render_one(
+    pictures: Pictures, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int
+) -> torch.Tensor:
+    if policy.resized_crop:
+        views = pictures.boxed(index, policy.size, _boxes(policy, seed, index, draw))
+    else:
+        views = pictures.plain(index, policy.size, policy.resize)
+    if policy.crop and policy.pad:
+        views = _crop(views, policy.pad, seed, index, draw)
+    if policy.flip:
+        turned = torch.from_numpy(counter.integers((seed, draw, _FLIP), index, 2).astype(bool))
+        views = torch.where(turned[:, None, None, None], views.flip(-1), views)
+    return views
+
+
+def _crop(views: torch.Tensor, pad: int, seed: int, index: NDArray[np.int64], draw: int) -> torch.Tensor:
+    B, C, H, W = views.shape
+    padded = views.new_zeros(B, C, H + 2 * pad, W + 2 * pad)
+    padded[:, :, pad : pad + H, pad : pad + W] = views
+    top = torch.from_numpy(counter.integers((seed, draw, _TOP), index, 2 * pad + 1))
+    left = torch.from_numpy(counter.integers((seed, draw, _LEFT), index, 2 * pad + 1))
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # [B, C, 2p+1, 2p+1, H, W], no copy
+    return windows[torch.arange(B), :, top, left]
+
+
+def _boxes(policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int) -> Callable[[int, int, int], Box]:
+    """Boxes from sums, products, quotients and square roots alone.
+
+    Those five are rounded correctly on every machine, which logarithms and powers are not: hence the
+    ratio (3 + u) / (4 - u), which runs from 3/4 to 4/3 and is its own inverse at 1 - u, instead of the
+    usual exp(uniform(log 3/4, log 4/3)).
+    """
+    area, ratio, top, left = (
+        counter.uniform((seed, draw, purpose), index) for purpose in (_AREA, _RATIO, _BOX_TOP, _BOX_LEFT)
+    )
+
+    def box(row: int, width: int, height: int) -> Box:
+        share = policy.min_scale + (1.0 - policy.min_scale) * area[row]
+        aspect = (3.0 + ratio[row]) / (4.0 - ratio[row])
+        w = min(max(1, round(float(np.sqrt(share * width * height * aspect)))), width)
+        h = min(max(1, round(float(np.sqrt(share * width * height / aspect)))), height)
+        x, y = int(left[row] * (width - w + 1)), int(top[row] * (height - h + 1))
+        return float(x), float(y), float(x + w), float(y + h)
+
+    return box

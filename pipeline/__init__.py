@@ -1,0 +1,1 @@
+"""What the stages share: cache format, stream, taps, losses, models, metrics."""

@@ -1,0 +1,62 @@
+"""What makes two caches the same: a nested record of plain values, and its hash.
+
+The identity says what a row *is* (data, views, teacher, precision, codec). How much was kept of it,
+the draws and the taps, is no part of it: a cache can grow without becoming another one.
+"""
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Any
+
+from data.transfer_set import TransferSet
+from data.views import ViewPolicy
+
+FORMAT = 1
+Identity = dict[str, Any]
+
+
+def identity_of(
+    transfer_set: TransferSet,
+    views: ViewPolicy,
+    seed: int,
+    teacher: dict[str, Any],
+    codec: str,
+    precision: str,
+) -> Identity:
+    """The identity of a cache. teacher: arch, digest of the weights, and how pictures reach it."""
+    return {
+        "format": FORMAT,
+        "transfer_set": transfer_set.identity(),
+        "views": {"policy": views.name, **views.knobs(), "seed": seed},
+        "teacher": teacher,
+        "codec": codec,
+        "precision": precision,
+    }
+
+
+def fingerprint(identity: Identity) -> str:
+    """SHA-256 of the identity as canonical JSON, 64 hexadecimal digits."""
+    return sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(one: Any, other: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields in which two nested records differ, as (dotted name, value in one, value in other)."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in [*one, *(k for k in other if k not in one)]:
+            inner = f"{field}.{key}" if field else str(key)
+            yield from differences(one.get(key), other.get(key), inner)
+    elif one != other:
+        yield field, one, other
+
+
+def describe(one: Identity, other: Identity, names: tuple[str, str]) -> str:
+    """The differing fields in words, one after another: `views.pad: 4 here, 2 in the cache`."""
+    return "; ".join(
+        f"{field}: {_short(a)} {names[0]}, {_short(b)} {names[1]}" for field, a, b in differences(one, other)
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,111 @@
+"""What a result reports about a model's logits on a split."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn import metrics as sk
+
+from data.transfer_set import Labels
+
+Floats = NDArray[np.float64]
+_ECE_BINS = 15
+
+
+def evaluate(
+    logits: NDArray[np.floating], labels: Labels, teacher: NDArray[np.floating] | None = None
+) -> dict[str, Any]:
+    """Every figure of a split. logits [N, K]; labels [N], -1 where there is none; teacher [N, K] or None.
+
+    accuracy, top5 (None up to 5 classes), nll and brier (per row, in nats and 0 … 2), ece (15 equal bins, Guo et
+    al. 2017), precision, recall and F1 (macro over the classes that occur; F1 also weighted by class), auroc_macro
+    (one class against the rest, None when a class has no row), per_class; and, against the teacher, agreement and
+    kl_to_teacher (KL(teacher || student) per row at temperature 1, in nats). Without labels only the last two.
+    """
+    known = labels >= 0
+    log_p = log_softmax(logits)
+    result: dict[str, Any] = {"rows": len(labels), "labelled": int(known.sum())}
+    if teacher is not None:
+        log_t = log_softmax(teacher)
+        result["agreement"] = float((log_p.argmax(1) == log_t.argmax(1)).mean())
+        result["kl_to_teacher"] = float((np.exp(log_t) * (log_t - log_p)).sum(1).mean())
+    if known.any():
+        result |= _against_labels(log_p[known], labels[known])
+    return result
+
+
+def summary(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
+    """The figures that are watched during training: accuracy and macro F1, nothing without labels."""
+    known = labels >= 0
+    if not known.any():
+        return {}
+    guess = logits.argmax(1)[known]
+    return {
+        "accuracy": float((guess == labels[known]).mean()),
+        "f1_macro": float(sk.f1_score(labels[known], guess, average="macro", zero_division=0)),
+    }
+
+
+def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
+    p, guess, K = np.exp(log_p), log_p.argmax(1), log_p.shape[1]
+    one_hot = np.eye(K)[labels]
+    present = np.unique(labels)
+    precision, recall, f1, support = sk.precision_recall_fscore_support(
+        labels, guess, labels=np.arange(K), zero_division=0
+    )
+    return {
+        "accuracy": float(sk.accuracy_score(labels, guess)),
+        "top5": float(sk.top_k_accuracy_score(labels, log_p, k=5, labels=np.arange(K))) if K > 5 else None,
+        "nll": float(-log_p[np.arange(len(labels)), labels].mean()),
+        "brier": float(((p - one_hot) ** 2).sum(1).mean()),
+        "ece": _ece(p.max(1), guess == labels),
+        "precision_macro": float(precision[present].mean()),
+        "recall_macro": float(recall[present].mean()),
+        "f1_macro": float(f1[present].mean()),
+        "f1_weighted": float(sk.f1_score(labels, guess, average="weighted", zero_division=0)),
+        "auroc_macro": _auroc(p, one_hot) if len(present) == K else None,
+        "per_class": {
+            "precision": precision.tolist(),
+            "recall": recall.tolist(),
+            "f1": f1.tolist(),
+            "support": support.tolist(),
+        },
+    }
+
+
+def _auroc(p: Floats, one_hot: Floats) -> float:
+    return float(sk.roc_auc_score(one_hot, p, average="macro"))
+
+
+def _ece(confidence: Floats, right: NDArray[np.bool_]) -> float:
+    """Expected calibration error: mean over rows of |accuracy - confidence| of the row's bin."""
+    bin_of = np.clip(np.ceil(confidence * _ECE_BINS).astype(int) - 1, 0, _ECE_BINS - 1)
+    gap = np.bincount(bin_of, right - confidence, minlength=_ECE_BINS)
+    return float(np.abs(gap).sum() / len(right))
+
+
+def log_softmax(z: NDArray[np.floating]) -> Floats:
+    """Over the last axis, in float64."""
+    return np.asarray(torch.log_softmax(torch.from_numpy(np.asarray(z, np.float64)), -1))
+
+
+def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mean and standard deviation (n - 1; 0 for one) of every number in equal nested records; None stays None."""
+    mean: dict[str, Any] = {}
+    spread: dict[str, Any] = {}
+    for key, first in results[0].items():
+        values = [r[key] for r in results]
+        if isinstance(first, dict):
+            mean[key], spread[key] = mean_and_spread(values)
+        elif isinstance(first, list):
+            mean[key], spread[key] = np.mean(values, 0).tolist(), _sd(np.array(values, float)).tolist()
+        elif any(v is None for v in values):
+            mean[key] = spread[key] = None
+        else:
+            mean[key], spread[key] = float(np.mean(values)), float(_sd(np.array(values, float)))
+    return mean, spread
+
+
+def _sd(values: Floats) -> Floats:
+    return np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])

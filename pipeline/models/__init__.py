@@ -1,0 +1,82 @@
+"""Archs: teacher and student are built from the same table.
+
+mlp:800,800   cnn   resnet8 14 20 32 44 56 110   torchvision:NAME   my_package.module:factory
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.errors import WrongCommand, unknown
+
+from .cifar_resnet import CifarResNet
+from .cnn import cnn
+from .from_torchvision import from_torchvision
+from .mlp import mlp
+
+# Each row: build(argument, classes, channels, size) -> a network that takes float32 [B, channels, size, size]
+# and gives [B, classes]; argument is what follows the colon.
+Build = Callable[[str, int, int, int], nn.Module]
+
+MODELS: dict[str, Build] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    **{f"resnet{depth}": partial(CifarResNet.build, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "torchvision": from_torchvision,
+}
+
+
+def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
+    """The network that arch names, with fresh weights. classes K, input [B, channels, size, size].
+
+    A user's own `module:factory` is called as factory(classes=, channels=, size=).
+    Raises WrongCommand for a name that is in no table, or an argument that does not fit.
+    """
+    name, colon, argument = arch.partition(":")
+    if name in MODELS:
+        return MODELS[name](argument, classes, channels, size)
+    if colon and name.replace(".", "").isidentifier():
+        return _users_own(name, argument, classes, channels, size)
+    raise unknown("arch", arch, [*MODELS, "torchvision:NAME", "my_package.module:factory"])
+
+
+def _users_own(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
+    here = str(Path.cwd())
+    if here not in sys.path:  # a console script does not see the folder it is called in; `python -m` does
+        sys.path.insert(0, here)
+    try:
+        make = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise WrongCommand(f"arch '{module}:{factory}' cannot be imported: {error}") from None
+    network = make(classes=classes, channels=channels, size=size)
+    if not isinstance(network, nn.Module):
+        raise WrongCommand(f"arch '{module}:{factory}' gave a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def head_of(network: nn.Module, classes: int) -> nn.Linear | None:
+    """The last linear layer that gives one number per class, where there is one."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    return layers[-1] if layers else None
+
+
+def parameters(network: nn.Module) -> int:
+    """The number of trainable numbers."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def multiply_adds(network: nn.Module, channels: int, size: int) -> int:
+    """Multiply-adds of one picture, counted by PyTorch over matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    was_training, device = network.training, next(network.parameters()).device
+    network.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, channels, size, size, device=device))
+    network.train(was_training)
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,34 @@
+"""The small convolutional student: two convolutions, one linear layer."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from data.errors import WrongCommand
+
+
+def cnn(argument: str, classes: int, channels: int, size: int) -> nn.Sequential:
+    """`cnn`: 64 and 128 channels of 3 x 3, each with batch norm, ReLU and 2 x 2 pooling; then `linear`.
+
+    The last map is averaged down to 4 x 4 where it is larger, so that the linear layer does not outgrow the rest.
+    """
+    if argument:
+        raise WrongCommand(f"arch 'cnn:{argument}': cnn takes no argument")
+    if size < 4:
+        raise WrongCommand(f"arch 'cnn' needs pictures of at least 4 px, these are {size} px")
+    side = min(4, size // 4)
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, 64, 3, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(64),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(64, 128, 3, padding=1, bias=False),
+            bn2=nn.BatchNorm2d(128),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            average=nn.AdaptiveAvgPool2d(side),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(128 * side * side, classes),
+        )
+    )

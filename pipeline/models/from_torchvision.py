@@ -1,0 +1,80 @@
+"""Any classification model of torchvision, fitted to the data's classes, channels and picture size."""
+
+import torch
+import torchvision
+from torch import nn
+
+from data.errors import Refused, WrongCommand, unknown
+
+SMALL = 64  # pictures under so many pixels get a stem that does not shrink them
+
+
+def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Module:
+    """`torchvision:resnet18` with fresh weights.
+
+    Under 64 px the first convolution keeps the resolution (3 x 3, stride 1) and a pooling that follows it is
+    left out, as is usual for CIFAR. Raises WrongCommand for a model that cannot take such pictures.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise unknown("torchvision model", name, known)
+    options: dict[str, object] = {"weights": None, "num_classes": classes}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}  # one output; and no FutureWarning
+    if name.startswith("vit_"):
+        options["image_size"] = size
+    try:
+        network: nn.Module = torchvision.models.get_model(name, **options)
+        _fit_stem(network, channels, size)
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, channels, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise WrongCommand(
+            f"torchvision:{name} cannot take pictures of {size} px ({str(error)[:90]}): try another --views size"
+        ) from None
+    return network.train()
+
+
+def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], list[float], list[str]]:
+    """The DEFAULT weights of a torchvision model: state dict, picture size, mean, std, classes in order.
+
+    Downloads them when they are not at hand. Raises WrongCommand or Refused where there are none.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise unknown("torchvision model", name, known)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except OSError as error:
+        raise Refused(
+            f"the published weights of torchvision:{name} cannot be downloaded ({error}): put {weights.url} into torch's hub folder"
+        ) from None
+    preset = weights.transforms()
+    size = preset.crop_size[0]
+    return state, size, list(preset.mean), list(preset.std), list(weights.meta["categories"])
+
+
+def _fit_stem(network: nn.Module, channels: int, size: int) -> None:
+    """Replace the first convolution where channels or small pictures ask for it, keeping its kind."""
+    path, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    small = size < SMALL and max(first.stride) > 1 and first.kernel_size != first.stride
+    if first.in_channels == channels and not small:
+        return
+    fitted = nn.Conv2d(
+        channels,
+        first.out_channels,
+        3 if small else first.kernel_size,  # type: ignore[arg-type]
+        1 if small else first.stride,  # type: ignore[arg-type]
+        1 if small else first.padding,  # type: ignore[arg-type]
+        bias=first.bias is not None,
+    )
+    nn.init.kaiming_normal_(fitted.weight, mode="fan_out", nonlinearity="relu")
+    parent, _, own = path.rpartition(".")
+    setattr(network.get_submodule(parent), own, fitted)
+    if small:
+        modules = dict(network.named_modules())
+        for pooling in ("maxpool", "maxpool1", "features.pool0"):
+            if pooling in modules:
+                above, _, last = pooling.rpartition(".")
+                setattr(modules[above], last, nn.Identity())

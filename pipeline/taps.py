@@ -1,0 +1,48 @@
+"""Keep the outputs of named layers while a model runs; the model itself is left alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from data.errors import WrongCommand, unknown
+
+
+def tap_names(model: nn.Module) -> list[str]:
+    """The module paths that can be tapped."""
+    return [name for name, _ in model.named_modules() if name]
+
+
+@contextmanager
+def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+    """A dict that holds, after each forward pass, the output of every named layer.
+
+    The output is cloned as the layer returns it: a later in-place activation (`ReLU(inplace=True)`) would
+    otherwise overwrite it with its own result. Gradients flow through the clone.
+    Raises WrongCommand for a path that the model does not have or whose output is not one tensor.
+    """
+    modules = dict(model.named_modules())
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(tap: str) -> RemovableHandle:
+        if tap not in modules or not tap:
+            raise unknown("tap", tap, tap_names(model))
+
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if not isinstance(output, torch.Tensor):
+                raise WrongCommand(f"tap '{tap}' gives a {type(output).__name__}, not one tensor")
+            kept[tap] = output.clone()
+
+        handle: RemovableHandle = modules[tap].register_forward_hook(hook)
+        return handle
+
+    handles: list[RemovableHandle] = []
+    try:
+        for tap in taps:
+            handles.append(keep(tap))
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,106 @@
+"""`python -m stages`, or `softcache`: the commands. PyTorch is loaded inside a command, so that --help is quick."""
+
+import sys
+from typing import Any
+
+import click
+
+from .options import given, options
+from .settings import CacheSettings, CheckSettings, EvaluateSettings, StudentSettings, TeacherSettings
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="softcache")
+def commands() -> None:
+    """Run a teacher once, keep what it said, train as many students as you like."""
+
+
+@commands.command("teacher")
+@options(TeacherSettings)
+@click.pass_context
+def teacher(context: click.Context, /, **_: Any) -> None:
+    """Train a teacher, for those who have none."""
+    from . import teacher as stage
+
+    stage.run(*given(context, TeacherSettings))
+
+
+@commands.command("teacher-cache")
+@options(CacheSettings)
+@click.pass_context
+def teacher_cache(context: click.Context, /, **_: Any) -> None:
+    """Stage one: run the teacher once over a transfer set and keep its logits and features."""
+    from . import teacher_cache as stage
+
+    stage.run(given(context, CacheSettings)[0])
+
+
+@commands.command("student")
+@options(StudentSettings)
+@click.pass_context
+def student(context: click.Context, /, **_: Any) -> None:
+    """Stage two: train a student from a cache. No teacher is needed, or looked for."""
+    from . import student as stage
+
+    stage.run(*given(context, StudentSettings))
+
+
+@commands.command("evaluate")
+@click.argument("run")
+@options(EvaluateSettings)
+@click.pass_context
+def evaluate(context: click.Context, /, run: str, **_: Any) -> None:
+    """The figures of the student in the folder RUN, from its weights."""
+    from . import evaluate as stage
+
+    stage.run(run, given(context, EvaluateSettings)[0])
+
+
+@commands.command("check-cache")
+@click.argument("cache")
+@options(CheckSettings)
+@click.pass_context
+def check_cache(context: click.Context, /, cache: str, **_: Any) -> None:
+    """Whether the cache in the folder CACHE is whole. Exit code 0 if it is, 1 if not."""
+    from . import check_cache as stage
+
+    stage.run(cache, given(context, CheckSettings)[0])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 refused or damaged, 2 wrong command, 130 interrupted.
+
+    A user's slip, a full disk and Ctrl-C each get one line. A mistake of ours gets its traceback.
+    """
+    try:
+        commands.main(arguments, prog_name="stages", standalone_mode=False)
+        return
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        line, code = _in_one_line(error)
+        if not code:
+            raise
+        click.echo(f"Error: {line}", err=True)
+        sys.exit(code)
+
+
+def _in_one_line(error: Exception) -> tuple[str, int]:
+    """What to print and the exit code; code 0 for what is no slip of the user's."""
+    from data.errors import Interrupted, Refused, WrongCommand
+
+    if isinstance(error, Refused | WrongCommand | Interrupted):
+        return str(error), {Refused: 1, WrongCommand: 2, Interrupted: 130}[type(error)]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while writing'}", 1
+    return "", 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a person sees: lines, progress bars and durations."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+
+class Console:
+    """Lines go to standard output, or to standard error when that is kept for one JSON object."""
+
+    def __init__(self, json_only: bool):
+        self.json_only = json_only
+
+    def say(self, line: str = "") -> None:
+        """Print a line, above a progress bar that may be running."""
+        tqdm.write(line, file=sys.stderr if self.json_only else sys.stdout)
+        (sys.stderr if self.json_only else sys.stdout).flush()
+
+    def result(self, text: str) -> None:
+        """Print the one JSON object."""
+        click.echo(text)
+
+
+def bar(total: int, what: str, unit: str) -> "tqdm[Any]":
+    """A progress bar on standard error that appears after a second; rare lines where that is no terminal."""
+    quick = sys.stderr.isatty()
+    return tqdm(
+        total=total, desc=what, unit=unit, delay=1, mininterval=0.2 if quick else 10, dynamic_ncols=quick, leave=False
+    )
+
+
+def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    """The same items, counted on a progress bar."""
+    with bar(total, what, "") as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `2 h 10 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class LongWork:
+    """Says once, after the first steps, that a work will take long."""
+
+    def __init__(self, console: Console, what: str, total: int, advice: str):
+        self.console, self.what, self.total, self.advice = console, what, total, advice
+        self.begun: float | None = None
+        self.first = 0
+        self.said = False
+
+    def at(self, done: int) -> None:
+        """Call after each step with the number of steps that are done."""
+        if self.said:
+            return
+        now = time.monotonic()
+        if self.begun is None:  # the first step also compiles, allocates and warms up: not counted
+            self.begun, self.first = now, done
+        elif now - self.begun > 3:
+            left = (now - self.begun) / (done - self.first) * (self.total - done)
+            self.said = True
+            if left > 120:
+                self.console.say(f"{self.what} will take about {duration(left)} on this machine{self.advice}")

@@ -1,0 +1,57 @@
+"""`stages evaluate`: a student's figures again, from its weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import Refused, WrongCommand
+from pipeline.metrics import evaluate
+from pipeline.models import build
+from pipeline.models.prepared import Prepared
+from pipeline.models.weights import load_state, read_state
+
+from .console import Console
+from .runs import read_json
+from .settings import EvaluateSettings, StudentSettings
+from .student import Material
+
+
+def run(name: str, settings: EvaluateSettings) -> None:
+    """Every student of the run: its weights, the held-out splits, the teacher's cached logits."""
+    console, folder = Console(settings.json), Path(name)
+    known = set(StudentSettings.__dataclass_fields__)
+    kept = read_json(folder / "settings.json")
+    if set(kept) != known:
+        raise WrongCommand(f"'{folder}' is no run of a student")
+    begun = StudentSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+    here = {k: v for k in ("data", "cache") if (v := getattr(settings, k))}
+    begun = replace(begun, **here, data_root=settings.data_root, device=settings.device, workers=settings.workers)
+    material = Material.open(begun)
+    seeds = range(begun.seed, begun.seed + begun.seeds)
+    found: dict[str, Any] = {}
+    for seed in seeds:
+        own = folder if begun.seeds == 1 else folder / f"seed-{seed}"
+        found[str(seed)] = _figures(own, begun, material)
+    if settings.json:
+        return console.result(json.dumps(found))
+    for seed, splits in found.items():
+        for split, figures in splits.items():
+            numbers = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
+            console.say(f"seed {seed}, {split}: {numbers}")
+
+
+def _figures(folder: Path, settings: StudentSettings, material: Material) -> dict[str, Any]:
+    path = folder / "student.pt"
+    if not path.is_file():
+        raise Refused(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}")
+    preparation = material.preparation
+    network = build(settings.arch, material.cache.classes, preparation.channels, preparation.size)
+    load_state(network, read_state(path), str(path))
+    model = Prepared(network, preparation).to(torch.device(material.device))
+    return {
+        split: evaluate(rows.logits(model), rows.labels, material.teacher[split].numpy())
+        for split, rows in material.held_out.items()
+    }

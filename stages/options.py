@@ -1,0 +1,70 @@
+"""Settings class -> click options, and what was said on the command line -> settings."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+S = TypeVar("S")
+Command = Callable[..., Any]
+
+
+def options(settings: type[Any]) -> Callable[[Command], Command]:
+    """A decorator that gives a command one option per field of a settings class."""
+
+    def decorate(command: Command) -> Command:
+        hints = typing.get_type_hints(settings)
+        for field in reversed(dataclasses.fields(settings)):
+            command = _option(field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def flag(name: str) -> str:
+    """`learning_rate` -> `--learning-rate`."""
+    return "--" + name.replace("_", "-")
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
+    name, more = flag(field.name), field.metadata
+    if hint is bool:
+        names = f"{name}/--no-{name[2:]}" if more.get("switch") else name
+        return click.option(names, default=field.default, is_flag=True, help=more["help"])
+    if hint == tuple[str, ...]:
+        return click.option(name, multiple=True, help=more["help"])
+    kind = _OneOf(more["choices"]) if "choices" in more else hint
+    return click.option(name, default=field.default, type=kind, show_default=bool(field.default), help=more["help"])
+
+
+class _OneOf(click.Choice[str]):
+    """A choice that may also be left empty, as a default is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "" else super().convert(value, param, ctx)
+
+
+def given(context: click.Context, settings: type[S]) -> tuple[S, set[str]]:
+    """The settings that a command was called with, and the names of those that were said and not default.
+
+    Raises click.UsageError that names every value outside its range at once.
+    """
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    commandline = click.core.ParameterSource.COMMANDLINE
+    said = {f.name for f in fields if context.get_parameter_source(f.name) is commandline}
+    values = {f.name: context.params[f.name] for f in fields}
+    problems = [p for f in fields if f.name in said and (p := _outside(f, values[f.name]))]
+    if problems:
+        raise click.UsageError("; ".join(problems), context)
+    return settings(**values), said
+
+
+def _outside(field: dataclasses.Field[Any], value: Any) -> str:
+    least, most = field.metadata.get("least"), field.metadata.get("most")
+    if least is not None and not value >= least:
+        return f"{flag(field.name)} {value} is below {least}"
+    if most is not None and not value <= most:
+        return f"{flag(field.name)} {value} is above {most}"
+    return ""

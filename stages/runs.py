@@ -1,0 +1,124 @@
+"""Folders of runs: settings.json, result.json, metrics.jsonl and the weights."""
+
+import json
+import platform
+import resource
+from dataclasses import asdict, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from data.errors import Refused, WrongCommand
+from pipeline.identity import differences
+from pipeline.publish import publish_json
+
+from .settings import StudentSettings, TeacherSettings
+
+S = TypeVar("S", TeacherSettings, StudentSettings)
+
+
+def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
+    """The folder of a run and the settings it goes by; settings.json is published there.
+
+    A new run gets a new folder (default-1, default-2 … when --out does not name one). With --resume the
+    settings are those the run was begun with, and what the command says besides must agree with them.
+    Raises WrongCommand for a folder that holds something else.
+    """
+    if settings.resume:
+        return _resumed(settings, said)
+    folder = Path(settings.out) if settings.out else _free(default)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        other = _others(folder, settings)
+        raise WrongCommand(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = replace(settings, out=str(folder))
+    publish_json(folder / "settings.json", asdict(settings))
+    return settings, folder
+
+
+def _free(default: str) -> Path:
+    numbers = range(1, 1_000_000)
+    return next(p for n in numbers if not (p := Path("runs") / f"{default}-{n}").exists())
+
+
+def _resumed(settings: S, said: set[str]) -> tuple[S, Path]:
+    if not settings.out:
+        raise WrongCommand("--resume wants the run's folder: --resume --out runs/…")
+    folder = Path(settings.out)
+    kept = type(settings)(**read_json(folder / "settings.json", {f.name for f in fields(settings)}))
+    own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data"}
+    wrong = [
+        f"--{n.replace('_', '-')}"
+        for n in sorted(said - own)
+        if _plain(getattr(settings, n)) != _plain(getattr(kept, n))
+    ]
+    if wrong:
+        raise WrongCommand(f"'{folder}' was begun with another {', '.join(wrong)}: leave out what is not to change")
+    here = {n: getattr(settings, n) for n in own & {f.name for f in fields(settings)} if n in said}
+    return replace(kept, **here), folder
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _others(folder: Path, settings: S) -> str:
+    path = folder / "settings.json"
+    if not path.is_file():
+        return " and is no run"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return " and its settings.json is damaged"
+    asked = json.loads(json.dumps(asdict(settings)))
+    differ = [
+        f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in ("out", "json", "resume")
+    ]
+    return f", begun with other settings ({'; '.join(differ[:4])})" if differ else ", begun with the same settings"
+
+
+def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:
+    """A record from a run's folder. Raises WrongCommand when it is not there, Refused when it is damaged."""
+    if not path.is_file():
+        raise WrongCommand(f"'{path.parent}' is no run: it has no {path.name}")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise Refused(f"'{path}' is damaged: it is no JSON") from None
+    if not isinstance(record, dict) or (known is not None and set(record) != known):
+        raise Refused(f"'{path}' is not of this program's making: {sorted(set(record) ^ (known or set()))[:4]}")
+    return {k: tuple(v) if isinstance(v, list) and known else v for k, v in record.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a pixel, a logit or a byte."""
+    names = ("torch", "torchvision", "numpy", "pillow", "h5py")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where a result was made."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device.type} {name}", "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """In bytes: of the process, and of the GPU where there is one."""
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is a GPU when there is one. Raises WrongCommand for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WrongCommand(f"--device {name}: {str(error).splitlines()[0][:90]}") from None
+    return device

@@ -1,0 +1,118 @@
+"""Every knob of every stage, in plain types.
+
+The field `learning_rate` is `--learning-rate` on the command line and LEARNING_RATE= in make. A default of ""
+or 0 whose help ends in "by recipe" is filled in by the stage; said aloud, it must lie in its range.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def knob(default: Any, text: str, **more: Any) -> Any:
+    """A field with its help text, and least and most, its choices, or switch where they apply."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+_ARCHS = "mlp:W,W  cnn  resnet8…110  torchvision:NAME  my_package.module:factory; by recipe."
+_VIEWS = "none, crop, crop-flip or resized-crop-flip, with knobs: crop:pad=4,mixup=1; by recipe."
+_NORMALIZE = ("imagenet", "data", "none")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which transfer set, and where it lies."""
+
+    data: str = knob("", "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.")
+    data_root: str = knob("datasets", "Folder of the data sets that torchvision reads.")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a transfer set is cut."""
+
+    val_fraction: float = knob(0.0, "Share of the training data to validate on; by recipe.", least=1e-6, most=0.9)
+    train_size: int = knob(0, "Keep so many training rows, drawn by class; 0 keeps all.", least=0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how."""
+
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N.")
+    precision: str = knob("float32", "Arithmetic of the networks.", choices=("float32", "bfloat16"))
+    workers: int = knob(0, "Processes that decode a folder of pictures; 0: a thread does.", least=0, most=256)
+    json: bool = knob(False, "Print the result as one JSON object on standard output, and nothing else there.")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained."""
+
+    epochs: int = knob(0, "Rounds over the training rows; by recipe.", least=1)
+    batch_size: int = knob(0, "Rows of a step; by recipe.", least=1)
+    optimizer: str = knob("sgd", "SGD with momentum, or AdamW.", choices=("sgd", "adamw"))
+    learning_rate: float = knob(0.0, "At its highest; by recipe.", least=1e-12)
+    momentum: float = knob(0.9, "Of SGD.", least=0, most=0.9999)
+    nesterov: bool = knob(True, "Nesterov momentum.", switch=True)
+    weight_decay: float = knob(1e-4, "On all weights.", least=0)
+    schedule: str = knob(
+        "cosine", "Learning rate; step: a tenth at 1/2, again at 3/4.", choices=("cosine", "step", "constant")
+    )
+    warmup: float = knob(0.02, "Share of the steps in which the learning rate rises.", least=0, most=0.9)
+    clip_norm: float = knob(0.0, "Clip the gradient's norm to this; 0 does not.", least=0)
+    ema: float = knob(0.0, "Decay of a moving average of the weights, then the result; 0: off.", least=0, most=0.99999)
+    seed: int = knob(0, "Of initial weights and order.", least=0, most=2**31)
+    out: str = knob("", "Folder of the run; a new one under runs/ when not given.")
+    resume: bool = knob(False, "Continue the run in --out, with the settings it was begun with.")
+
+
+@dataclass(frozen=True)
+class TeacherSettings(Data, Cut, Machine, Training):
+    """`stages teacher`: train a teacher, for those who have none."""
+
+    arch: str = knob("", _ARCHS)
+    views: str = knob("", _VIEWS)
+    normalize: str = knob("data", "Mean and standard deviation of the input.", choices=_NORMALIZE)
+
+
+@dataclass(frozen=True)
+class CacheSettings(Data, Cut, Machine):
+    """`stages teacher-cache`: run the teacher once and keep what it said."""
+
+    teacher: str = knob("", _ARCHS)
+    weights: str = knob("", "State dict, folder of a run, or DEFAULT for torchvision's own; without: train one.")
+    normalize: str = knob("", "Input of the teacher: as its run says, else data.", choices=_NORMALIZE)
+    views: str = knob("", _VIEWS)
+    draws: int = knob(0, "Views of each picture; by recipe.", least=1, most=100_000)
+    taps: str = knob("", "Layers whose outputs are kept, by module path: layer2,layer3.")
+    codec: str = knob("float16", "How logits become bytes: float16, float32 or sqrt8.")
+    batch_size: int = knob(256, "Views that the teacher is asked about together.", least=1)
+    shard_rows: int = knob(0, "Rows of a shard; 0: as many as make 128 MB, at most 65,536.", least=0)
+    seed: int = knob(0, "Of the views and of the cut.", least=0, most=2**31)
+    out: str = knob("", "Folder of the cache; caches/DATA when not given.")
+
+
+@dataclass(frozen=True)
+class StudentSettings(Data, Machine, Training):
+    """`stages student`: train a student from a cache, with no teacher."""
+
+    cache: str = knob("", "Folder of the cache; caches/DATA when not given.")
+    arch: str = knob("", _ARCHS)
+    loss: tuple[str, ...] = knob((), "A term with its knobs, may be repeated: kd:temperature=4,weight=0.9; by recipe.")
+    labelled: int = knob(0, "Only so many rows, drawn by class, keep their hard targets; 0: all.", least=0)
+    baseline: bool = knob(False, "Train the same student from hard targets alone as well.")
+    seeds: int = knob(1, "Train so many seeds, from --seed on; report mean and spread.", least=1, most=1000)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(Data, Machine):
+    """`stages evaluate RUN`: a student's figures again, from its weights."""
+
+    cache: str = knob("", "Folder of the cache, where it is no longer where the run says.")
+
+
+@dataclass(frozen=True)
+class CheckSettings(Data, Machine):
+    """`stages check-cache CACHE`: is every byte what it was?"""
+
+    deep: bool = knob(False, "Render every view again and compare it with what the teacher saw.")

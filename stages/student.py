@@ -1,0 +1,224 @@
+"""`stages student`: stage two. Train a student from a cache; no teacher is needed, or looked for."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.errors import Refused, WrongCommand
+from data.transfer_set import Labels, TransferSet, load, row_of, stratified
+from pipeline.cache import Cache
+from pipeline.losses import Loss, parse_losses
+from pipeline.losses.hard import Hard
+from pipeline.metrics import evaluate, mean_and_spread
+from pipeline.models import build, multiply_adds, parameters
+from pipeline.models.prepared import Preparation, Prepared
+from pipeline.publish import publish_json
+from pipeline.stream import Stream
+
+from .console import Console, progress
+from .runs import device_of, machine, open_run, peak_memory, versions
+from .settings import StudentSettings
+from .table import print_table
+from .teacher import row_name
+from .training import HeldOut, Job, fit
+
+
+def run(settings: StudentSettings, said: set[str]) -> None:
+    """Cache and data, checked against each other; then seed after seed; then the result."""
+    console = Console(settings.json)
+    if not settings.resume:
+        settings = with_recipe(settings)
+    settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
+    material = Material.open(settings)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    results = []
+    for seed in seeds:
+        own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
+        results.append(_one_seed(replace(settings, seed=seed), material, own, console))
+    result = _whole(settings, material, results)
+    publish_json(folder / "result.json", result)
+    if settings.json:
+        return console.result(json.dumps(result))
+    print_table(result, console)
+    console.say(f"run:   {folder}")
+    console.say(f"cache: {settings.cache}, reused by every other student: no teacher is needed any more")
+    console.say(f"next:  python -m stages student --cache {settings.cache} --arch cnn --baseline")
+
+
+def with_recipe(settings: StudentSettings) -> StudentSettings:
+    """Every setting that was left open, from the recipe of the cache's data set."""
+    cache = Path(settings.cache or f"caches/{row_name(settings.data or 'digits')}")
+    name = str(Cache(cache).manifest.identity["transfer_set"]["name"])
+    if name == "folder" and not settings.data:
+        raise WrongCommand(f"the cache '{cache}' is of a folder of pictures: say where it is with --data folder:PATH")
+    if settings.data and settings.data.partition(":")[0] != name:
+        raise Refused(f"the cache '{cache}' is of {name}, not of {settings.data}")
+    recipe = row_of(settings.data or name).recipe
+    return replace(
+        settings,
+        cache=str(cache),
+        data=settings.data or name,
+        arch=settings.arch or recipe.student,
+        loss=settings.loss or recipe.losses,
+        epochs=settings.epochs or recipe.student_epochs,
+        batch_size=settings.batch_size or recipe.batch_size,
+        learning_rate=settings.learning_rate or recipe.learning_rate,
+    )
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all seeds share: cache and transfer set, known to belong together, and what the teacher said."""
+
+    cache: Cache
+    transfer_set: TransferSet
+    losses: tuple[Loss, ...]
+    taps: tuple[str, ...]
+    preparation: Preparation
+    device: torch.device
+    held_out: dict[str, HeldOut]
+    teacher: dict[str, torch.Tensor]  # {split: logits [N, K] in index order}
+
+    @staticmethod
+    def open(settings: StudentSettings) -> "Material":
+        """Read and check everything before the first step. Raises Refused or WrongCommand."""
+        losses = parse_losses(settings.loss)
+        cache = Cache(Path(settings.cache))
+        taps = tuple(dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps()))
+        _check_taps(cache, taps, settings.cache)
+        cut = cache.manifest.identity["transfer_set"]["cut"]
+        transfer_set = load(
+            settings.data, Path(settings.data_root), val_fraction=cut["val_fraction"], seed=cut["seed"],
+            train_size=cut["train_size"], progress=progress,
+        )  # fmt: skip
+        cache.bind(transfer_set)
+        _check_labels(settings, losses, transfer_set.splits["train"].labels, len(transfer_set.classes))
+        cache.probe(transfer_set)
+        seen = Preparation.from_json(cache.manifest.identity["teacher"])
+        device = device_of(settings.device)
+        splits = [split for split in ("val", "test") if split in transfer_set.splits]
+        return Material(
+            cache, transfer_set, losses, taps,
+            # The student's input is normalised as the teacher's, at the size of the views themselves.
+            replace(seen, size=cache.views.size), device,
+            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings.precision) for s in splits},
+            {s: _teacher_logits(cache, s) for s in splits},
+        )  # fmt: skip
+
+    def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
+        """The training stream of one seed."""
+        order = self.cache.orders["train"]
+        rows = np.flatnonzero(labels[order] >= 0) if only_labelled else np.arange(len(order))
+        return Stream(
+            self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
+            labels, rows, self.cache.manifest.draws, self.cache, self.taps if targets else (), targets, settings.workers,
+        )  # fmt: skip
+
+
+def _teacher_logits(cache: Cache, split: str) -> torch.Tensor:
+    order = cache.orders[split]
+    logits = cache.targets(split, 0, np.arange(len(order)))[0]
+    by_index = torch.empty_like(logits)
+    by_index[torch.from_numpy(order)] = logits
+    return by_index
+
+
+def _check_taps(cache: Cache, taps: tuple[str, ...], name: str) -> None:
+    missing = [tap for tap in taps if tap not in cache.manifest.taps]
+    if missing:
+        have = ", ".join(cache.manifest.taps) or "none"
+        raise Refused(
+            f"the cache '{name}' has not kept {', '.join(missing)} (it has: {have}): make one with"
+            f"  python -m stages teacher-cache … --taps {','.join([*cache.manifest.taps, *missing])} --out caches/…"
+        )
+
+
+def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: int) -> None:
+    unlabelled = bool((labels < 0).any())
+    wanting = [loss.name for loss in losses if loss.needs_labels]
+    if unlabelled and wanting:
+        raise WrongCommand(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
+    if unlabelled and (settings.baseline or settings.labelled):
+        flag = "--baseline" if settings.baseline else "--labelled"
+        raise WrongCommand(f"{flag} needs labels, and these pictures have none: leave it out")
+    if settings.labelled and not classes <= settings.labelled <= len(labels):
+        raise WrongCommand(f"--labelled {settings.labelled} is not between {classes} classes and {len(labels)} rows")
+
+
+def _one_seed(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
+    """The student, and the same student without a teacher when asked for, from one seed."""
+    labels = material.transfer_set.splits["train"].labels
+    if settings.labelled:
+        kept = stratified(labels, settings.labelled, key=(settings.seed, 50))
+        labels = np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
+    only_hard = all(loss.needs_labels for loss in material.losses)
+    stream = material.stream(settings, labels, only_hard, targets=True)
+    steps = material.stream(settings, labels, False, targets=True).steps_per_round
+    result = {"student": _train("student", settings, material, material.losses, stream, steps, folder, console)}
+    if settings.baseline:
+        smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
+        hard = (Hard(smoothing=smoothing),)
+        stream = material.stream(settings, labels, True, targets=False)
+        result["baseline"] = _train("baseline", settings, material, hard, stream, steps, folder / "baseline", console)
+    return result
+
+
+def _train(
+    name: str, settings: StudentSettings, material: Material, losses: tuple[Loss, ...], stream: Stream, steps: int,
+    folder: Path, console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one network and measure it on the held-out splits."""
+    torch.manual_seed(settings.seed)
+    preparation = material.preparation
+    network = build(settings.arch, material.cache.classes, preparation.channels, preparation.size)
+    model = Prepared(network, preparation).to(material.device)
+    job = Job(
+        name, model, losses, stream, settings.epochs, steps, settings, material.device, settings.precision, folder
+    )
+    seconds = fit(job, material.held_out["val"], console)
+    figures: dict[str, Any] = {
+        "arch": settings.arch,
+        "preparation": preparation.identity(),
+        "parameters": parameters(network),
+        "multiply_adds": multiply_adds(network, preparation.channels, preparation.size),
+        "seconds": seconds,
+        "images_per_second": settings.epochs * steps * len(stream.rows) / stream.steps_per_round / seconds,
+    }
+    for split, rows in material.held_out.items():
+        figures[split] = evaluate(rows.logits(model), rows.labels, material.teacher[split].numpy())
+    return figures
+
+
+def _whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """result.json: means over the seeds, their standard deviations, and the single results."""
+    manifest = material.cache.manifest
+    teacher = {
+        split: evaluate(logits.numpy(), material.transfer_set.splits[split].labels)
+        for split, logits in material.teacher.items()
+    }
+    mean, spread = mean_and_spread(results)
+    for name in mean:
+        mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}
+    return {
+        "settings": asdict(settings),
+        "cache": {
+            "fingerprint": manifest.fingerprint,
+            "draws": manifest.draws,
+            "rows": manifest.splits["train"],
+            "bytes": manifest.bytes,
+            "seconds": manifest.seconds,
+        },
+        "teacher": {"arch": manifest.identity["teacher"]["arch"], **teacher},
+        **mean,
+        "spread": spread,
+        "seeds": [{"seed": settings.seed + i, **result} for i, result in enumerate(results)],
+        "seconds": {name: sum(r[name]["seconds"] for r in results) for name in mean},
+        "images_per_second": mean["student"]["images_per_second"],
+        "peak_memory": peak_memory(material.device),
+        "versions": versions(),
+        "machine": machine(material.device),
+    }

@@ -1,0 +1,130 @@
+"""`stages teacher`: train a teacher, for those who have none."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.errors import WrongCommand
+from data.transfer_set import TransferSet, load, row_of
+from data.views import ViewPolicy, parse_views, render
+from pipeline.losses import parse_losses
+from pipeline.metrics import evaluate
+from pipeline.models import build, multiply_adds, parameters
+from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from pipeline.publish import publish_json
+from pipeline.stream import Stream
+
+from .console import Console, progress
+from .runs import device_of, machine, open_run, peak_memory, versions
+from .settings import TeacherSettings
+from .training import HeldOut, Job, fit
+
+FOLDER_SIZE = 224  # of views of a folder whose pictures differ in size
+
+
+def run(settings: TeacherSettings, said: set[str]) -> None:
+    """Train, report, and say what to do next."""
+    console = Console(settings.json)
+    settings = with_recipe(settings)
+    settings, folder = open_run(settings, said, f"{row_name(settings.data)}-teacher")
+    result = train(settings, folder, console)
+    if settings.json:
+        return console.result(json.dumps(result))
+    figures = result["teacher"]["test"] or result["teacher"]["val"]
+    console.say(f"teacher {settings.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
+    console.say(f"run:  {folder}")
+    console.say(f"next: python -m stages teacher-cache --data {settings.data} --weights {folder}")
+
+
+def with_recipe(settings: TeacherSettings) -> TeacherSettings:
+    """Every None filled in from the data set's recipe."""
+    data = settings.data or "digits"
+    recipe = row_of(data).recipe
+    return replace(
+        settings,
+        data=data,
+        arch=settings.arch or recipe.teacher,
+        views=settings.views or recipe.teacher_views,
+        epochs=settings.epochs or recipe.teacher_epochs,
+        batch_size=settings.batch_size or recipe.batch_size,
+        learning_rate=settings.learning_rate or recipe.teacher_learning_rate,
+        val_fraction=settings.val_fraction or recipe.val_fraction,
+    )
+
+
+def train(settings: TeacherSettings, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
+    """Train a teacher on hard targets with a fresh view each epoch; result.json and teacher.pt go to folder."""
+    device = device_of(settings.device)
+    transfer_set = load(
+        settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
+        train_size=settings.train_size, progress=progress,
+    )  # fmt: skip
+    if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
+        raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
+    views = with_size(parse_views(settings.views), transfer_set)
+    preparation = preparation_of(settings.normalize, transfer_set, views)
+    torch.manual_seed(settings.seed)
+    network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
+    model = Prepared(network, preparation).to(device)
+    rows = transfer_set.splits["train"]
+    stream = Stream(
+        rows, views, settings.seed, settings.seed, settings.batch_size, rows.labels, np.arange(len(rows)),
+        workers=settings.workers,
+    )  # fmt: skip
+    held_out = {
+        split: HeldOut(transfer_set.splits[split], views, device, settings.precision)
+        for split in ("val", "test")
+        if split in transfer_set.splits
+    }
+    job = Job(
+        "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
+        device, settings.precision, folder, advice,
+    )  # fmt: skip
+    seconds = fit(job, held_out["val"], console)
+    result = {
+        "settings": asdict(settings),
+        "teacher": {
+            "arch": settings.arch,
+            "preparation": preparation.identity(),
+            "parameters": parameters(network),
+            "multiply_adds": multiply_adds(network, preparation.channels, views.size),
+            "val": None,
+            "test": None,
+            **{split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()},
+        },
+        "seconds": {"train": seconds},
+        "peak_memory": peak_memory(device),
+        "versions": versions(),
+        "machine": machine(device),
+    }
+    publish_json(folder / "result.json", result)
+    return result
+
+
+def with_size(views: ViewPolicy, transfer_set: TransferSet) -> ViewPolicy:
+    """The policy with its size in pixels: as asked, as the pictures are, or 224 where they differ."""
+    return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
+
+
+def preparation_of(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> Preparation:
+    """Mean and standard deviation per channel: ImageNet's, the training views' own, or none."""
+    channels, size = transfer_set.channels, views.size
+    if normalize == "imagenet":
+        return Preparation(3, size, IMAGENET_MEAN, IMAGENET_STD)
+    if normalize == "none":
+        return Preparation(channels, size, (0.0,) * channels, (1.0,) * channels)
+    rows = transfer_set.splits["train"]
+    sample = np.arange(min(len(rows), 4096)) * len(rows) // min(len(rows), 4096)
+    pixels = render(rows.pictures, views.plain(), 0, sample, 0).double() / 255
+    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    return Preparation(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))
+
+
+def row_name(data: str) -> str:
+    """A data set's name as part of a folder's name: `digits`, or the last part of a folder's path."""
+    name, _, path = data.partition(":")
+    return Path(path).name or "folder" if path else name
