@@ -91,7 +91,7 @@ def log_softmax(z: NDArray[np.floating]) -> Floats:
 
 
 def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Mean and standard deviation (n - 1; 0 for one) of every number in equal nested records; None stays None."""
+    """Mean and standard deviation (n - 1; 0 for one) of every number in equal nested records; words and None stay."""
     mean: dict[str, Any] = {}
     spread: dict[str, Any] = {}
     for key, first in results[0].items():
@@ -100,8 +100,8 @@ def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
             mean[key], spread[key] = mean_and_spread(values)
         elif isinstance(first, list):
             mean[key], spread[key] = np.mean(values, 0).tolist(), _sd(np.array(values, float)).tolist()
-        elif any(v is None for v in values):
-            mean[key] = spread[key] = None
+        elif first is None or isinstance(first, str):
+            mean[key] = spread[key] = first
         else:
             mean[key], spread[key] = float(np.mean(values)), float(_sd(np.array(values, float)))
     return mean, spread

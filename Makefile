@@ -1,0 +1,101 @@
+# make            what there is
+# Variables map one to one to the commands' options: make student DATA=cifar10 ARCH=cnn LABELLED=100
+#   VENV=     the virtual environment, .venv by default, or an interpreter that has the packages
+#   PYTHON=   what makes the virtual environment
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(if $(wildcard $(VENV)/),$(VENV)/bin/python,$(if $(wildcard $(VENV)),$(VENV),$(VENV)/bin/python)))
+STAGES := $(PY) -m stages
+
+DATA ?= digits
+NAME := $(notdir $(patsubst %/,%,$(patsubst folder:%,%,$(DATA))))
+CACHE ?= caches/$(NAME)
+BASELINE ?= 1
+SEEDS ?= $(if $(filter digits,$(DATA)),5,1)
+ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
+
+# $(call options,A B …): --a 'value' --b 'value' for those that are set; a switch is set to 1
+empty :=
+lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
+SWITCHES := BASELINE RESUME JSON DEEP
+option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
+options = $(foreach name,$(1),$(call option,$(name)))
+LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
+
+MACHINE := DEVICE PRECISION WORKERS JSON
+TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHEDULE WARMUP CLIP_NORM EMA SEED RESUME
+STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE SHARD_ROWS
+WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
+
+RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy xxhash
+missing = $(PY) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $(1) 2>/dev/null
+# $(call ensure,packages): install when one of them is missing, into a virtual environment of our own
+define ensure
+@$(call missing,$(1)) || { \
+  if [ -f "$(VENV)" ]; then echo "Error: $(VENV) lacks one of: $(1)" >&2; exit 2; fi; \
+  echo "installing into $(VENV) (PyTorch is large: a minute or more)"; \
+  $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet --upgrade pip && \
+  $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
+endef
+
+.PHONY: help install teacher teacher-cache student students check-cache lint test slow check clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
+
+install: ## make .venv and install everything into it
+	$(call ensure,$(RUNS_ON) pytest hypothesis ruff mypy)
+
+teacher: ## train a teacher: DATA= ARCH= EPOCHS= OUT=
+	$(call ensure,$(RUNS_ON))
+	$(STAGES) teacher $(WHERE) $(call options,ARCH VIEWS NORMALIZE VAL_FRACTION TRAIN_SIZE OUT $(TRAINING) $(MACHINE))
+
+teacher-cache: ## stage one: run the teacher once, keep what it said: DATA= TEACHER= WEIGHTS= VIEWS= DRAWS= TAPS=
+	$(call ensure,$(RUNS_ON))
+	$(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) BATCH_SIZE SEED $(MACHINE))
+
+student: ## stage two: train a student from the cache, which is made when there is none: DATA= ARCH= LOSS= LABELLED=
+	$(call ensure,$(RUNS_ON))
+	$(make-cache)
+	$(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) \
+	  $(call options,ARCH LABELLED BASELINE SEEDS OUT $(TRAINING) $(MACHINE))
+
+students: ## several students from the one cache: ARCHS="mlp:32 mlp:64 cnn"
+	$(call ensure,$(RUNS_ON))
+	$(make-cache)
+	for arch in $(ARCHS); do $(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) --arch $$arch \
+	  $(call options,LABELLED BASELINE SEEDS $(TRAINING) $(MACHINE)); done
+
+# A cache is made when there is none; it is compared with what is asked for when something is.
+define make-cache
+$(if $(strip $(foreach name,$(STAGE_ONE),$($(name)))),,@test -f '$(CACHE)/manifest.json' ||) \
+  $(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) DEVICE WORKERS)$(if $(JSON), >&2)
+endef
+
+check-cache: ## is the cache whole? DATA= or CACHE=; DEEP=1 renders every view again
+	$(call ensure,$(RUNS_ON))
+	$(STAGES) check-cache '$(CACHE)' $(if $(DEEP),$(WHERE)) $(call options,DEEP JSON)
+
+lint: ## format, lint and types
+	$(call ensure,$(RUNS_ON) ruff mypy)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: ## the default test suite
+	$(call ensure,$(RUNS_ON) pytest hypothesis)
+	$(PY) -m pytest
+
+slow: ## the long tests on real data
+	$(call ensure,$(RUNS_ON) pytest hypothesis)
+	$(PY) -m pytest -m slow
+
+check: lint test ## lint and test
+
+clean: ## remove .venv and what tools leave behind; caches, runs and datasets stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
