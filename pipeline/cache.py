@@ -126,12 +126,11 @@ class Cache:
 
     def _check_shard(self, shard: Shard, record: ShardRecord) -> None:
         """The rows are those of this cache, in this order, with these labels, and hit as many of them."""
-        claims = {"fingerprint": self.manifest.fingerprint, "split": record.split, "draw": record.draw}
-        for key, claim in {**claims, "start": record.start}.items():
-            if shard.attributes.get(key) != claim:
-                raise Refused(
-                    f"{shard.path}: its {key} is {shard.attributes.get(key)} instead of {claim}: a shard of another place"
-                )
+        claims = {"fingerprint": self.manifest.fingerprint}
+        claims |= {key: getattr(record, key) for key in ("split", "draw", "start")}
+        for key, claim in claims.items():
+            if (found := shard.attributes.get(key)) != claim:
+                raise Refused(f"{shard.path}: its {key} is {found} instead of {claim}: a shard of another place")
         expected = self.orders[record.split][record.start : record.start + record.rows]
         index, label = shard.read("index"), shard.read("label")
         if not np.array_equal(index, expected):
@@ -142,7 +141,8 @@ class Cache:
             wrong = np.flatnonzero(label != self._labels[record.split][expected])
             if len(wrong):
                 raise Refused(
-                    f"{shard.path}: {len(wrong)} labels are not those of the data, the first at index {expected[wrong[0]]}"
+                    f"{shard.path}: {len(wrong)} labels are not those of the data,"
+                    f" the first at index {expected[wrong[0]]}"
                 )
         stored = {name: shard.read(name) for name in self.codec.datasets(self.classes)}
         logits = self.codec.decode(stored)
@@ -150,7 +150,8 @@ class Cache:
             raise Refused(f"{shard.path}: logits that are not finite")
         if (hits := int((logits.argmax(1) == label).sum())) != record.correct:
             raise Refused(
-                f"{shard.path}: its logits hit {hits} labels instead of {record.correct}: rows and logits do not belong together"
+                f"{shard.path}: its logits hit {hits} labels instead of {record.correct}:"
+                " rows and logits do not belong together"
             )
 
     def verify(self, record: ShardRecord) -> None:

@@ -102,7 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = _from_json(record)
         if record["fingerprint"] != manifest.fingerprint:
             raise Refused(
-                f"{path}: its identity was edited: fingerprint {manifest.fingerprint[:12]} instead of {str(record['fingerprint'])[:12]}"
+                f"{path}: its identity was edited: its fingerprint is {manifest.fingerprint[:12]},"
+                f" written down is {str(record['fingerprint'])[:12]}"
             )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(f"{path}: not a manifest ({type(error).__name__}: {str(error)[:80]})") from None
@@ -135,7 +136,7 @@ def _check(path: Path, manifest: Manifest) -> None:
         key = (shard.split, shard.draw)
         if key not in filled or shard.start != filled[key] or shard.rows < 1:
             raise Refused(
-                f"{path}: {shard.path} holds rows {shard.start} to {shard.start + shard.rows} of {key[0]}, draw {key[1]}, which do not follow on"
+                f"{path}: {shard.path} begins at row {shard.start} of {key[0]}, draw {key[1]}: it does not follow on"
             )
         filled[key] += shard.rows
     for (split, draw), rows in filled.items():

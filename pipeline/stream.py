@@ -37,7 +37,8 @@ class Stream:
 
     order_seed: of the order, not of the views. labels [N]: hard targets, -1 where hidden. rows: positions that
     are used, in any order. draws: how many views there are, 0 for a new one each round (no cache).
-    cache, taps: where targets come from, unless targets is false: then only its order is used. workers: processes that decode a folder; 0 decodes in this one.
+    cache, taps: where targets come from, unless targets is false: then only its order is used.
+    workers: processes that decode a folder; 0 decodes in this one, in a thread.
     """
 
     split: Split

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Plan:
         for split, n in self.splits.items():
             cuts = np.linspace(0, n, -(-n // most) + 1).astype(int)
             for draw in range(self.draws if split == "train" else 1):
-                for i, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+                for i, (a, b) in enumerate(pairwise(cuts)):
                     yield Piece(split, draw, int(a), int(b - a), i)
 
     @property
@@ -137,8 +138,8 @@ class Writer:
         self._note(piece, write_shard(path, arrays, attributes), facts)
 
     def _attributes(self, piece: Piece) -> dict[str, str | int]:
-        found = {"split": piece.split, "draw": piece.draw, "start": piece.start}
-        return {"fingerprint": fingerprint(self.plan.identity), **found}
+        name = fingerprint(self.plan.identity)
+        return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
 
     def _note(self, piece: Piece, written: Written, facts: dict[str, float]) -> None:
         self.records.append(

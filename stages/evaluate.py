@@ -26,7 +26,8 @@ def run(name: str, settings: EvaluateSettings) -> None:
     kept = read_json(folder / "settings.json")
     if set(kept) != known:
         raise WrongCommand(f"'{folder}' is no run of a student")
-    begun = StudentSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
+    begun = StudentSettings(**values)
     here = {k: v for k in ("data", "cache") if (v := getattr(settings, k))}
     begun = replace(begun, **here, data_root=settings.data_root, device=settings.device, workers=settings.workers)
     material = Material.open(begun)
@@ -37,10 +38,10 @@ def run(name: str, settings: EvaluateSettings) -> None:
         found[str(seed)] = _figures(own, begun, material)
     if settings.json:
         return console.result(json.dumps(found))
-    for seed, splits in found.items():
+    for number, splits in found.items():
         for split, figures in splits.items():
             numbers = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
-            console.say(f"seed {seed}, {split}: {numbers}")
+            console.say(f"seed {number}, {split}: {numbers}")
 
 
 def _figures(folder: Path, settings: StudentSettings, material: Material) -> dict[str, Any]:

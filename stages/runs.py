@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import sys
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -110,6 +111,15 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         found["cuda"] = torch.cuda.max_memory_allocated(device)
     return found
+
+
+def this_program() -> str:
+    """How the commands are called here, for lines that are to be copied."""
+    if Path(sys.argv[0]).name == "softcache":
+        return "softcache"
+    python = Path(sys.executable)
+    here = Path.cwd()
+    return f"{python.relative_to(here) if python.is_relative_to(here) else python.name} -m stages"
 
 
 def device_of(name: str) -> torch.device:

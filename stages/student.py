@@ -20,7 +20,7 @@ from pipeline.publish import publish_json
 from pipeline.stream import Stream
 
 from .console import Console, progress
-from .runs import device_of, machine, open_run, peak_memory, versions
+from .runs import device_of, machine, open_run, peak_memory, this_program, versions
 from .settings import StudentSettings
 from .table import print_table
 from .teacher import row_name
@@ -39,6 +39,8 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     for seed in seeds:
         own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
         results.append(_one_seed(replace(settings, seed=seed), material, own, console))
+        if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
+            publish_json(own / "result.json", results[-1])
     result = _whole(settings, material, results)
     publish_json(folder / "result.json", result)
     if settings.json:
@@ -46,7 +48,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     print_table(result, console)
     console.say(f"run:   {folder}")
     console.say(f"cache: {settings.cache}, reused by every other student: no teacher is needed any more")
-    console.say(f"next:  python -m stages student --cache {settings.cache} --arch cnn --baseline")
+    console.say(f"next:  {this_program()} student --cache {settings.cache} --arch cnn --baseline")
 
 
 def with_recipe(settings: StudentSettings) -> StudentSettings:
@@ -115,7 +117,8 @@ class Material:
         rows = np.flatnonzero(labels[order] >= 0) if only_labelled else np.arange(len(order))
         return Stream(
             self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
-            labels, rows, self.cache.manifest.draws, self.cache, self.taps if targets else (), targets, settings.workers,
+            labels, rows, self.cache.manifest.draws, self.cache, self.taps if targets else (), targets,
+            settings.workers,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ _COLUMNS = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("agreement", "a
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Teacher, baseline and student on the test split (validation where there is none), and where a gain comes from."""
+    """Teacher, baseline and student on the test split (or validation), and where a gain comes from."""
     split = "test" if "test" in result["teacher"] else "val"
     seeds = len(result["seeds"])
     models = [m for m in ("teacher", "baseline", "student") if m in result]

@@ -19,7 +19,7 @@ from pipeline.publish import publish_json
 from pipeline.stream import Stream
 
 from .console import Console, progress
-from .runs import device_of, machine, open_run, peak_memory, versions
+from .runs import device_of, machine, open_run, peak_memory, this_program, versions
 from .settings import TeacherSettings
 from .training import HeldOut, Job, fit
 
@@ -37,7 +37,7 @@ def run(settings: TeacherSettings, said: set[str]) -> None:
     figures = result["teacher"]["test"] or result["teacher"]["val"]
     console.say(f"teacher {settings.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
     console.say(f"run:  {folder}")
-    console.say(f"next: python -m stages teacher-cache --data {settings.data} --weights {folder}")
+    console.say(f"next: {this_program()} teacher-cache --data {settings.data} --weights {folder}")
 
 
 def with_recipe(settings: TeacherSettings) -> TeacherSettings:
@@ -85,6 +85,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         device, settings.precision, folder, advice,
     )  # fmt: skip
     seconds = fit(job, held_out["val"], console)
+    measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}
     result = {
         "settings": asdict(settings),
         "teacher": {
@@ -92,9 +93,8 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             "preparation": preparation.identity(),
             "parameters": parameters(network),
             "multiply_adds": multiply_adds(network, preparation.channels, views.size),
-            "val": None,
-            "test": None,
-            **{split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()},
+            "val": measured["val"],
+            "test": measured.get("test"),
         },
         "seconds": {"train": seconds},
         "peak_memory": peak_memory(device),

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipeline.stream import Stream
 from pipeline.taps import tapped
 
 from .console import Console, LongWork, bar
+from .runs import this_program
 from .settings import Training
 
 _CHECKPOINT, _LINES = "checkpoint.pt", "metrics.jsonl"
@@ -59,7 +60,8 @@ def fit(job: Job, held_out: "HeldOut | None", console: Console) -> float:
     job.folder.mkdir(parents=True, exist_ok=True)
     if (finished := job.folder / f"{job.name}.pt").is_file():
         load_state(job.model.network, read_state(finished), str(finished))
-        return sum(json.loads(line)["seconds"] for line in (job.folder / _LINES).read_text().splitlines())
+        lines = (job.folder / _LINES).read_text(encoding="utf-8").splitlines()
+        return float(sum(json.loads(line)["seconds"] for line in lines))
     taps = tuple(dict.fromkeys(tap for loss in job.losses for tap in loss.student_taps()))
     modules = _loss_modules(job, taps)
     trainer = _Trainer(job, modules, taps)
@@ -69,10 +71,15 @@ def fit(job: Job, held_out: "HeldOut | None", console: Console) -> float:
     try:
         with bar(total, job.name, "step") as shown, tapped(job.model.network, taps) as kept:
             shown.update(first * job.steps)
+
+            def done(steps: int) -> None:
+                shown.update()
+                long_work.at(steps)
+
             batches = job.stream.batches(first * job.steps, total)
             for epoch in range(first, job.epochs):
                 begun = time.monotonic()
-                terms = trainer.epoch(epoch, batches, kept, lambda done: (shown.update(), long_work.at(done)))
+                terms = trainer.epoch(epoch, batches, kept, done)
                 line = {"epoch": epoch + 1, **terms}
                 if held_out is not None:
                     line |= {
@@ -82,13 +89,13 @@ def fit(job: Job, held_out: "HeldOut | None", console: Console) -> float:
                 shown.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k != "epoch"}, refresh=False)
                 trainer.keep(line)
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; go on with  python -m stages {_command(job)}") from None
+        raise Interrupted(f"stopped; go on with  {this_program()} {_command(job)}") from None
     if trainer.average is not None:
         job.model.load_state_dict(trainer.average.module.state_dict())
     state = {k: v.detach().cpu() for k, v in job.model.network.state_dict().items()}
     publish(finished, lambda path: torch.save(state, path))
     (job.folder / _CHECKPOINT).unlink(missing_ok=True)
-    return sum(line["seconds"] for line in trainer.lines)
+    return float(sum(line["seconds"] for line in trainer.lines))
 
 
 def _command(job: Job) -> str:
@@ -122,12 +129,18 @@ class _Trainer:
         )
         decay = job.settings.ema
         self.average = (
-            AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+            AveragedModel(
+                job.model,
+                multi_avg_fn=get_ema_multi_avg_fn(decay),  # type: ignore[no-untyped-call]
+                use_buffers=True,
+            )
+            if decay
+            else None
         )
         self.lines: list[dict[str, Any]] = []
 
     def epoch(
-        self, epoch: int, batches: Iterator[TargetBatch], kept: dict[str, torch.Tensor], done: Any
+        self, epoch: int, batches: Iterator[TargetBatch], kept: dict[str, torch.Tensor], done: Callable[[int], None]
     ) -> dict[str, float]:
         """One epoch of steps; the mean of each weighted term and of their sum."""
         job = self.job

@@ -21,7 +21,7 @@ LOSSES: dict[str, Loss] = {loss.name: loss for loss in (Hard(), KD(), LogitMSE()
 
 
 def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
-    """`("kd:temperature=4", "hard:weight=0.1")` -> losses. Raises WrongCommand for a name, knob or value that is not."""
+    """`("kd:temperature=4", "hard:weight=0.1")` -> losses. Raises WrongCommand for what does not exist."""
     losses = tuple(_parse_one(spec) for spec in specs)
     names = [loss.name for loss in losses]
     for name in names:

@@ -48,7 +48,8 @@ def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], lis
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except OSError as error:
         raise Refused(
-            f"the published weights of torchvision:{name} cannot be downloaded ({error}): put {weights.url} into torch's hub folder"
+            f"the published weights of torchvision:{name} cannot be downloaded ({error}):"
+            f" put {weights.url} into torch's hub folder"
         ) from None
     preset = weights.transforms()
     size = preset.crop_size[0]

@@ -1,0 +1,118 @@
+"""Which teacher stage one runs: weights from a file, a run or torchvision, or one that is trained first."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data.errors import Refused, WrongCommand
+from data.transfer_set import TransferSet
+from data.views import ViewPolicy
+from pipeline.models import build
+from pipeline.models.from_torchvision import published
+from pipeline.models.prepared import Preparation, Prepared
+from pipeline.models.weights import load_state, read_state, run_weights
+
+from . import teacher as teacher_stage
+from .console import Console, duration
+from .runs import read_json
+from .settings import CacheSettings, TeacherSettings
+
+
+def teacher_of(
+    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, console: Console
+) -> tuple[Prepared, str]:
+    """The teacher with its weights, and its arch. Raises WrongCommand or Refused where they do not fit."""
+    if not settings.weights:
+        settings = _train_one(settings, console)
+    if settings.weights == "DEFAULT":
+        return _published(settings, transfer_set)
+    path = Path(settings.weights)
+    if (path / "seed-0").is_dir() and run_weights(path) == path:
+        raise WrongCommand(f"the run '{path}' is of several seeds: name one of them, such as --weights {path}/seed-0")
+    arch, preparation = settings.teacher, None
+    if path.is_dir() and (path / "result.json").is_file():
+        arch, preparation = _of_run(path, settings)
+    if not arch:
+        raise WrongCommand(f"--weights {path} does not say which arch it is: name it with --teacher")
+    state = read_state(run_weights(path))
+    if preparation is None:
+        preparation = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
+    if preparation.channels < transfer_set.channels:
+        raise WrongCommand(
+            f"the teacher takes {preparation.channels} channel, the pictures have {transfer_set.channels}"
+        )
+    classes = len(transfer_set.classes) or _classes_in(state)
+    network = build(arch, classes, preparation.channels, preparation.size)
+    load_state(network, state, str(path))
+    return Prepared(network, preparation), arch
+
+
+def _classes_in(state: dict[str, torch.Tensor]) -> int:
+    """The classes of a teacher for pictures that have none: the length of its last bias or weight."""
+    return int(list(state.values())[-1].shape[0])
+
+
+def _of_run(path: Path, settings: CacheSettings) -> tuple[str, Preparation]:
+    """Arch and preparation of a run's teacher or student. What the command says must agree with them."""
+    result = read_json(path / "result.json")
+    try:
+        record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
+        arch, preparation = str(record["arch"]), Preparation.from_json(record["preparation"])
+    except (KeyError, TypeError, ValueError):
+        raise Refused(f"'{path / 'result.json'}' does not say what its weights are") from None
+    if settings.teacher and settings.teacher != arch:
+        raise WrongCommand(f"--teacher {settings.teacher}, but the run '{path}' is of {arch}")
+    if settings.normalize:
+        raise WrongCommand(
+            f"--normalize {settings.normalize}, but the run '{path}' says itself how its input is normalised"
+        )
+    return arch, preparation
+
+
+def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:
+    """No teacher was named: train one by the recipe, keep it beside the cache, and go on with it."""
+    folder = Path(f"{settings.out}-teacher")
+    asked = teacher_stage.with_recipe(
+        TeacherSettings(
+            data=settings.data, data_root=settings.data_root, arch=settings.teacher, seed=settings.seed,
+            normalize=settings.normalize or "data", val_fraction=settings.val_fraction,
+            train_size=settings.train_size, device=settings.device, workers=settings.workers, out=str(folder),
+        )
+    )  # fmt: skip
+    if (folder / "result.json").is_file():
+        kept = read_json(folder / "settings.json")
+        same = ("data", "arch", "seed", "normalize", "val_fraction", "train_size")
+        differ = [
+            f"{k} {kept.get(k)} there, {getattr(asked, k)} asked" for k in same if kept.get(k) != getattr(asked, k)
+        ]
+        if differ:
+            raise Refused(
+                f"the teacher in '{folder}' is another one ({'; '.join(differ)}):"
+                " name it with --weights, or choose another --out"
+            )
+        console.say(f"no --weights: using the teacher kept in '{folder}'")
+    else:
+        console.say(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
+        folder.mkdir(parents=True, exist_ok=True)
+        result = teacher_stage.train(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
+        figures = result["teacher"]["test"] or result["teacher"]["val"]
+        console.say(
+            f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {duration(result['seconds']['train'])}"
+        )
+    return replace(settings, weights=str(folder), teacher="", normalize="")
+
+
+def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[Prepared, str]:
+    """torchvision's own weights: its picture size and normalisation, grey pictures repeated to three channels."""
+    arch = settings.teacher
+    if not arch.startswith("torchvision:"):
+        raise WrongCommand("--weights DEFAULT wants --teacher torchvision:NAME")
+    state, size, mean, std, names = published(arch.partition(":")[2])
+    if transfer_set.classes and len(transfer_set.classes) != len(names):
+        raise WrongCommand(
+            f"the published weights of {arch} know {len(names)} classes, the data have {len(transfer_set.classes)}"
+        )
+    network = build(arch, len(names), 3, size)
+    load_state(network, state, f"{arch} DEFAULT")
+    return Prepared(network, Preparation(3, size, tuple(mean), tuple(std))), arch
