@@ -108,7 +108,8 @@ def _read_split(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[lis
     names: list[str] = []
     labels: list[int] = []
     for label, part in enumerate(own) if own else [(-1, "")]:
-        pictures = sorted(p for p in (folder / part).rglob("*") if p.suffix.lower() in ENDINGS)
+        found = (p for p in (folder / part).rglob("*") if p.suffix.lower() in ENDINGS)
+        pictures = sorted(p for p in found if not any(name.startswith(".") for name in p.relative_to(folder).parts))
         if not pictures:
             raise WrongCommand(f"there is no picture in '{folder / part}' (looked for {' '.join(sorted(ENDINGS))})")
         names += [p.relative_to(root).as_posix() for p in pictures]

@@ -65,7 +65,9 @@ class Recipe:
     losses: tuple[str, ...] = ("kd:temperature=4,weight=0.9", "hard:weight=0.1")
     batch_size: int = 128
     learning_rate: float = 0.1
+    weight_decay: float = 1e-4
     teacher_learning_rate: float = 0.1
+    teacher_weight_decay: float = 5e-4
     val_fraction: float = 0.1
 
 
@@ -79,12 +81,12 @@ class DataRow:
 
 def _digits(root: Path) -> Read:
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)  # 0 … 16 on 8 x 8
     images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = labels.astype(np.int64)
-    test = stratified(labels, len(labels) // 5, key=(0, 20))
-    rest = np.setdiff1d(np.arange(len(labels)), test)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     whole = MemoryPictures(images)
     splits = {"train": (whole.take(rest), labels[rest]), "test": (whole.take(test), labels[test])}
     return splits, tuple(str(c) for c in range(10))  # type: ignore[return-value]
@@ -105,8 +107,9 @@ def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
                 try:
                     found = kind(root, train=train, download=True)
                 except Exception as error:  # urllib, sockets, checksums: whatever a download can raise
+                    why = " ".join(str(error).split())  # torchvision's own goes over several lines
                     raise Refused(
-                        f"{name} is not under '{root}' and cannot be downloaded ({error}): put its files"
+                        f"{name} is not under '{root}' and cannot be downloaded ({why}): put its files"
                         f" into '{root / folder}', or say where they are with --data-root"
                     ) from None
             pixels = torch.as_tensor(found.data)
@@ -122,9 +125,9 @@ TRANSFER_SETS: dict[str, DataRow] = {
     "digits": DataRow(
         _digits,
         Recipe(
-            views="none", draws=1, teacher="cnn", teacher_views="crop:pad=1", teacher_epochs=40,
-            student="mlp:64", student_epochs=150, losses=("kd:temperature=4",),
-            batch_size=64, val_fraction=0.125,
+            views="none", draws=1, teacher="cnn", teacher_views="crop:pad=1", teacher_epochs=60,
+            teacher_learning_rate=0.05, teacher_weight_decay=1e-3, student="mlp:64", student_epochs=150,
+            losses=("kd:temperature=4",), batch_size=64, val_fraction=0.125,
         ),
     ),
     "mnist": DataRow(
@@ -180,7 +183,12 @@ def load(
     read, classes = row.read(Path(path) if path else root)
     pictures, labels = read["train"]
     if "val" not in read:
-        val = stratified(labels, max(1, round(len(labels) * val_fraction)), key=(seed, 10))
+        rows = max(1, round(len(labels) * val_fraction))
+        if rows >= len(labels):
+            raise WrongCommand(
+                f"--val-fraction {val_fraction:g} of {len(labels)} training rows leaves none to train on"
+            )
+        val = stratified(labels, rows, key=(seed, 10))
         read["val"] = (pictures.take(val), labels[val])
         keep = np.setdiff1d(np.arange(len(labels)), val)
         pictures, labels = pictures.take(keep), labels[keep]

@@ -167,7 +167,9 @@ def _boxes(policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int) -
 
     def box(row: int, width: int, height: int) -> Box:
         share = policy.min_scale + (1.0 - policy.min_scale) * area[row]
+        share = min(share, 4 * height / (3 * width), 4 * width / (3 * height))  # the most that such ratios allow
         aspect = (3.0 + ratio[row]) / (4.0 - ratio[row])
+        aspect = min(max(aspect, share * width / height), width / (share * height))  # so that the box fits
         w = min(max(1, round(float(np.sqrt(share * width * height * aspect)))), width)
         h = min(max(1, round(float(np.sqrt(share * width * height / aspect)))), height)
         x, y = int(left[row] * (width - w + 1)), int(top[row] * (height - h + 1))

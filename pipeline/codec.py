@@ -26,9 +26,13 @@ class Codec:
 
 
 def _sqrt8_encode(logits: Floats) -> Arrays:
-    """Square-root companding below the row maximum: c = round(255 sqrt((max - z) / (max - min)))."""
-    top = logits.max(1, keepdims=True).astype(np.float16).astype(np.float32)
-    depth = np.maximum(top - logits, 0.0)
+    """Square-root companding below the row maximum: c = round(255 sqrt((max - z) / (max - min))).
+
+    Depths count from the maximum itself and not from its float16: rounding that moves a whole row, which no
+    softmax sees, and never lets another class catch up with the first.
+    """
+    top = logits.max(1, keepdims=True)
+    depth = top - logits
     span = np.maximum(depth.max(1, keepdims=True), 1e-3).astype(np.float16).astype(np.float32)
     code = np.rint(255 * np.sqrt(np.minimum(depth / span, 1.0))).astype(np.uint8)
     return {"logits": code, "logits_scale": np.concatenate([top, span], 1).astype(np.float16)}

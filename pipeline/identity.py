@@ -37,16 +37,27 @@ def identity_of(
 
 def fingerprint(identity: Identity) -> str:
     """SHA-256 of the identity as canonical JSON, 64 hexadecimal digits."""
-    return sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256(_canonical(identity).encode()).hexdigest()
+
+
+def _canonical(record: Any) -> str:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
 
 def differences(one: Any, other: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The fields in which two nested records differ, as (dotted name, value in one, value in other)."""
+    """The fields in which two nested records differ, as (dotted name, value in one, value in other).
+
+    Compared as JSON, as fingerprint does: 1 and 1.0 differ, a tuple and a list do not. A field that is in one of
+    the two alone is None in the other.
+    """
     if isinstance(one, dict) and isinstance(other, dict):
         for key in [*one, *(k for k in other if k not in one)]:
             inner = f"{field}.{key}" if field else str(key)
-            yield from differences(one.get(key), other.get(key), inner)
-    elif one != other:
+            if key in one and key in other:
+                yield from differences(one[key], other[key], inner)
+            else:
+                yield inner, one.get(key), other.get(key)
+    elif _canonical(one) != _canonical(other):
         yield field, one, other
 
 

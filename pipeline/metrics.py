@@ -40,10 +40,10 @@ def summary(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
     known = labels >= 0
     if not known.any():
         return {}
-    guess = logits.argmax(1)[known]
+    labels, guess = labels[known], logits.argmax(1)[known]
     return {
-        "accuracy": float((guess == labels[known]).mean()),
-        "f1_macro": float(sk.f1_score(labels[known], guess, average="macro", zero_division=0)),
+        "accuracy": float((guess == labels).mean()),
+        "f1_macro": float(sk.f1_score(labels, guess, labels=np.unique(labels), average="macro", zero_division=0)),
     }
 
 

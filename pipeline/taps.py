@@ -21,7 +21,7 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
 
     The output is cloned as the layer returns it: a later in-place activation (`ReLU(inplace=True)`) would
     otherwise overwrite it with its own result. Gradients flow through the clone.
-    Raises WrongCommand for a path that the model does not have or whose output is not one tensor.
+    Raises WrongCommand for a path that the model does not have, whose output is not one tensor, or that it never runs.
     """
     modules = dict(model.named_modules())
     kept: dict[str, torch.Tensor] = {}
@@ -38,10 +38,19 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
         handle: RemovableHandle = modules[tap].register_forward_hook(hook)
         return handle
 
+    def begin(module: nn.Module, inputs: object) -> None:
+        kept.clear()
+
+    def end(module: nn.Module, inputs: object, output: object) -> None:
+        for tap in taps:
+            if tap not in kept:
+                raise WrongCommand(f"tap '{tap}' is a layer that the network does not run: choose another")
+
     handles: list[RemovableHandle] = []
     try:
         for tap in taps:
             handles.append(keep(tap))
+        handles += [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
         yield kept
     finally:
         for handle in handles:

@@ -36,7 +36,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
     if hint == tuple[str, ...]:
         return click.option(name, multiple=True, help=more["help"])
     kind = _OneOf(more["choices"]) if "choices" in more else hint
-    return click.option(name, default=field.default, type=kind, show_default=bool(field.default), help=more["help"])
+    shown = not more["help"].endswith("by recipe.") and field.default != ""
+    return click.option(name, default=field.default, type=kind, show_default=shown, help=more["help"])
 
 
 class _OneOf(click.Choice[str]):

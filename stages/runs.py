@@ -21,7 +21,7 @@ S = TypeVar("S", TeacherSettings, StudentSettings)
 
 
 def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
-    """The folder of a run and the settings it goes by; settings.json is published there.
+    """The folder of a run and the settings it goes by. Nothing is written yet: see begin_run.
 
     A new run gets a new folder (default-1, default-2 … when --out does not name one). With --resume the
     settings are those the run was begun with, and what the command says besides must agree with them.
@@ -33,10 +33,14 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         other = _others(folder, settings)
         raise WrongCommand(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = replace(settings, out=str(folder))
-    publish_json(folder / "settings.json", asdict(settings))
-    return settings, folder
+    return replace(settings, out=str(folder)), folder
+
+
+def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> None:
+    """Make the folder of a run and publish its settings.json, once all that can be refused has been checked."""
+    if not settings.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        publish_json(folder / "settings.json", asdict(settings))
 
 
 def _free(default: str) -> Path:

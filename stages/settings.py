@@ -54,7 +54,7 @@ class Training:
     learning_rate: float = knob(0.0, "At its highest; by recipe.", least=1e-12)
     momentum: float = knob(0.9, "Of SGD.", least=0, most=0.9999)
     nesterov: bool = knob(True, "Nesterov momentum.", switch=True)
-    weight_decay: float = knob(1e-4, "On all weights.", least=0)
+    weight_decay: float = knob(-1.0, "On all weights; by recipe.", least=0)
     schedule: str = knob(
         "cosine", "Learning rate; step: a tenth at 1/2, again at 3/4.", choices=("cosine", "step", "constant")
     )

@@ -20,7 +20,7 @@ from pipeline.publish import publish_json
 from pipeline.stream import Stream
 
 from .console import Console, progress
-from .runs import device_of, machine, open_run, peak_memory, this_program, versions
+from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, versions
 from .settings import StudentSettings
 from .table import print_table
 from .teacher import row_name
@@ -34,6 +34,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
         settings = with_recipe(settings)
     settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
     material = Material.open(settings)
+    begin_run(settings, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
     for seed in seeds:
@@ -69,6 +70,7 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
         epochs=settings.epochs or recipe.student_epochs,
         batch_size=settings.batch_size or recipe.batch_size,
         learning_rate=settings.learning_rate or recipe.learning_rate,
+        weight_decay=settings.weight_decay if settings.weight_decay >= 0 else recipe.weight_decay,
     )
 
 

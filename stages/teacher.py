@@ -19,7 +19,7 @@ from pipeline.publish import publish_json
 from pipeline.stream import Stream
 
 from .console import Console, progress
-from .runs import device_of, machine, open_run, peak_memory, this_program, versions
+from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, versions
 from .settings import TeacherSettings
 from .training import HeldOut, Job, fit
 
@@ -52,6 +52,7 @@ def with_recipe(settings: TeacherSettings) -> TeacherSettings:
         epochs=settings.epochs or recipe.teacher_epochs,
         batch_size=settings.batch_size or recipe.batch_size,
         learning_rate=settings.learning_rate or recipe.teacher_learning_rate,
+        weight_decay=settings.weight_decay if settings.weight_decay >= 0 else recipe.teacher_weight_decay,
         val_fraction=settings.val_fraction or recipe.val_fraction,
     )
 
@@ -67,6 +68,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
     views = with_size(parse_views(settings.views), transfer_set)
     preparation = preparation_of(settings.normalize, transfer_set, views)
+    begin_run(settings, folder)
     torch.manual_seed(settings.seed)
     network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
     model = Prepared(network, preparation).to(device)

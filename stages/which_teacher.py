@@ -80,26 +80,23 @@ def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:
             train_size=settings.train_size, device=settings.device, workers=settings.workers, out=str(folder),
         )
     )  # fmt: skip
-    if (folder / "result.json").is_file():
+    if (folder / "settings.json").is_file():
         kept = read_json(folder / "settings.json")
         same = ("data", "arch", "seed", "normalize", "val_fraction", "train_size")
-        differ = [
-            f"{k} {kept.get(k)} there, {getattr(asked, k)} asked" for k in same if kept.get(k) != getattr(asked, k)
-        ]
+        differ = [f"{k} {kept.get(k)} there, {v} asked" for k in same if kept.get(k) != (v := getattr(asked, k))]
         if differ:
             raise Refused(
                 f"the teacher in '{folder}' is another one ({'; '.join(differ)}):"
                 " name it with --weights, or choose another --out"
             )
+    if (folder / "result.json").is_file():
         console.say(f"no --weights: using the teacher kept in '{folder}'")
     else:
         console.say(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
-        folder.mkdir(parents=True, exist_ok=True)
         result = teacher_stage.train(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
         figures = result["teacher"]["test"] or result["teacher"]["val"]
-        console.say(
-            f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {duration(result['seconds']['train'])}"
-        )
+        seconds = duration(result["seconds"]["train"])
+        console.say(f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
     return replace(settings, weights=str(folder), teacher="", normalize="")
 
 

@@ -1,16 +1,30 @@
 """Small things that several tests share."""
 
-import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from commands import Stages, tiny_cache_command
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread_where_tests_are_short(request: pytest.FixtureRequest) -> None:
+    """Small tensors on a busy machine: threads that wait for each other make a test twenty times as long."""
+    if request.config.option.markexpr == "not slow":
+        import torch
+
+        os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -23,45 +37,10 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> "Stages":
+def stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Stages:
     """The commands, called in this process from an empty folder."""
     monkeypatch.chdir(tmp_path)
     return Stages(capsys)
-
-
-class Stages:
-    """`stages("student", "--cache", …)` returns the JSON result; `stages.fails(code, …)` the one line of the error."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]):
-        self.capsys = capsys
-
-    def __call__(self, *arguments: object) -> dict[str, Any]:
-        code, out, err = self.call(*arguments, "--json")
-        assert code == 0, err
-        found: dict[str, Any] = json.loads(out)
-        return found
-
-    def call(self, *arguments: object) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error."""
-        from stages.__main__ import main
-
-        self.capsys.readouterr()
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = self.capsys.readouterr()
-        return code, out, err
-
-    def fails(self, code: int, *arguments: object) -> str:
-        """The error's line; it must be the only one that begins so, and come without a traceback."""
-        found, out, err = self.call(*arguments)
-        assert found == code, (found, out, err)
-        lines = [line for line in err.splitlines() if line.startswith("Error: ")]
-        assert len(lines) == 1, err
-        assert "Traceback" not in err
-        return lines[0]
 
 
 @pytest.fixture
@@ -70,7 +49,39 @@ def stages_process() -> Run:
 
     def run(*arguments: object, cwd: Path, **more: Any) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "stages", *map(str, arguments)]
-        environment = {**__import__("os").environ, "PYTHONPATH": f"{cwd}:{ROOT}"}
+        environment = {**os.environ, "PYTHONPATH": f"{cwd}:{ROOT}"}
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **more)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher (runs/teacher) and its cache (cache): digits, 300 training rows, 3 draws, 2 taps."""
+    from stages.__main__ import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    main(["teacher", "--train-size", "300", "--arch", "cnn", "--epochs", "12", "--out", f"{folder}/runs/teacher"])
+    main(tiny_cache_command(folder))
+    return folder
+
+
+@pytest.fixture
+def cache(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny`'s cache that a test may damage."""
+    return Path(shutil.copytree(tiny / "cache", tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def save_picture() -> Callable[..., Image.Image]:
+    """`save_picture(path, width, height, k, mode)` writes picture number k of a formula, and returns it."""
+
+    def save(path: Path, width: int = 8, height: int = 8, k: int = 0, mode: str = "RGB") -> Image.Image:
+        y, x, c = np.indices((height, width, 3))
+        image = Image.fromarray(((41 * k + 89 * c + 13 * x + 5 * y * y + 7 * x * y) % 256).astype(np.uint8))
+        image = image.convert(mode)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return image
+
+    return save

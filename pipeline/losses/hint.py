@@ -48,7 +48,7 @@ class Hint(Loss):
         guess = student.features[self.student]
         if module is not None:
             guess = module(guess)
-        return F.mse_loss(guess.float(), target.features[self.teacher].float())
+        return F.mse_loss(guess, target.features[self.teacher].to(guess.dtype))
 
 
 def regressor(student: torch.Size, teacher: torch.Size) -> nn.Module | None:

@@ -40,7 +40,7 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     name, colon, argument = arch.partition(":")
     if name in MODELS:
         return MODELS[name](argument, classes, channels, size)
-    if colon and name.replace(".", "").isidentifier():
+    if colon and all(part.isidentifier() for part in name.split(".")):
         return _users_own(name, argument, classes, channels, size)
     raise unknown("arch", arch, [*MODELS, "torchvision:NAME", "my_package.module:factory"])
 

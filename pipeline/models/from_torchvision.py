@@ -7,6 +7,7 @@ from torch import nn
 from data.errors import Refused, WrongCommand, unknown
 
 SMALL = 64  # pictures under so many pixels get a stem that does not shrink them
+_SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 
 
 def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Module:
@@ -19,7 +20,7 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
     if name not in known:
         raise unknown("torchvision model", name, known)
     options: dict[str, object] = {"weights": None, "num_classes": classes}
-    if name in ("googlenet", "inception_v3"):
+    if name in _SEVERAL_OUTPUTS:
         options |= {"aux_logits": False, "init_weights": True}  # one output; and no FutureWarning
     if name.startswith("vit_"):
         options["image_size"] = size
@@ -46,14 +47,18 @@ def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], lis
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except OSError as error:
+    except Exception as error:  # urllib, http, a wrong hash, a damaged file: whatever a download can raise
+        why = str(error).partition("\n")[0]
         raise Refused(
-            f"the published weights of torchvision:{name} cannot be downloaded ({error}):"
+            f"the published weights of torchvision:{name} cannot be downloaded ({why}):"
             f" put {weights.url} into torch's hub folder"
         ) from None
     preset = weights.transforms()
-    size = preset.crop_size[0]
-    return state, size, list(preset.mean), list(preset.std), list(weights.meta["categories"])
+    mean, std = list(preset.mean), list(preset.std)
+    if name in _SEVERAL_OUTPUTS:  # with these weights torchvision's own network turns ImageNet's scale into -1 … 1
+        state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+        mean = std = [0.5, 0.5, 0.5]
+    return state, preset.crop_size[0], mean, std, list(weights.meta["categories"])
 
 
 def _fit_stem(network: nn.Module, channels: int, size: int) -> None:
@@ -75,7 +80,7 @@ def _fit_stem(network: nn.Module, channels: int, size: int) -> None:
     setattr(network.get_submodule(parent), own, fitted)
     if small:
         modules = dict(network.named_modules())
-        for pooling in ("maxpool", "maxpool1", "features.pool0"):
-            if pooling in modules:
+        for pooling in ("maxpool", "maxpool1", "features.pool0", "features.2"):
+            if isinstance(modules.get(pooling), nn.MaxPool2d):
                 above, _, last = pooling.rpartition(".")
                 setattr(modules[above], last, nn.Identity())

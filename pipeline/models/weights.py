@@ -1,6 +1,6 @@
 """Weights on disk: read without running code, named when they do not fit, and told apart by a digest."""
 
-import pickle
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +12,12 @@ from torch import nn
 from data.errors import Refused, WrongCommand
 
 State = dict[str, torch.Tensor]
+
+_OLD_NAMES = (
+    (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
+    (r"\.mlp\.linear_1\.", ".mlp.0."),
+    (r"\.mlp\.linear_2\.", ".mlp.3."),
+)
 
 
 def read_state(path: Path) -> State:
@@ -25,19 +31,21 @@ def read_state(path: Path) -> State:
         raise WrongCommand(f"there are no weights at '{path}'") from None
     except IsADirectoryError:
         raise WrongCommand(f"'{path}' is a folder without teacher.pt or student.pt") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        why = (
-            "it would run code when loaded"
-            if "Unsupported" in str(error) or "GLOBAL" in str(error)
-            else "it is damaged"
-        )
+    except OSError:
+        raise
+    except Exception as error:  # pickle, zip, struct, index …: whatever bytes that are no weights can raise
+        why = "it would run code when loaded" if "GLOBAL" in str(error) else "it is damaged"
         raise Refused(f"'{path}' is refused: {why} or is no file of weights; save model.state_dict() alone") from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(v, torch.Tensor) for v in found.values()) or not found:
+    if not isinstance(found, Mapping) or not found or not all(map(_is_weight, found.items())):
         raise Refused(f"'{path}' holds a {type(found).__name__} and no state dict: save model.state_dict()")
     return {key.removeprefix("module."): value for key, value in found.items()}
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def load_state(network: nn.Module, state: State, source: str) -> None:
@@ -46,6 +54,7 @@ def load_state(network: nn.Module, state: State, source: str) -> None:
     Batch counters (`num_batches_tracked`) may be missing: checkpoints from before PyTorch 0.4.1 have none.
     """
     own = network.state_dict()
+    state = {_own_name(key, own): value for key, value in state.items()}
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in own]
     shapes = [
@@ -57,7 +66,19 @@ def load_state(network: nn.Module, state: State, source: str) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise WrongCommand(f"the weights of {source} do not fit the arch: {'; '.join(problems[:3])}{more}")
-    network.load_state_dict(state, strict=False)
+    own.update(state)  # into the network's own record: it knows the version that some of torchvision's archs ask for
+    network.load_state_dict(own)
+
+
+def _own_name(key: str, own: Mapping[str, torch.Tensor]) -> str:
+    """The arch's name of a weight, where the file has a prefix less or one of torchvision's older names."""
+    if key in own:
+        return key
+    if f"module.{key}" in own:  # read_state took off what is the arch's own
+        return f"module.{key}"
+    for old, new in _OLD_NAMES:
+        key = re.sub(old, new, key)
+    return key
 
 
 def _shape(x: torch.Tensor) -> str:
