@@ -64,7 +64,7 @@ def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
         "recall_macro": float(recall[present].mean()),
         "f1_macro": float(f1[present].mean()),
         "f1_weighted": float(sk.f1_score(labels, guess, average="weighted", zero_division=0)),
-        "auroc_macro": _auroc(p, one_hot) if len(present) == K else None,
+        "auroc_macro": _auroc(p, one_hot) if len(present) == K > 1 else None,
         "per_class": {
             "precision": precision.tolist(),
             "recall": recall.tolist(),

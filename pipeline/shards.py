@@ -42,17 +42,25 @@ class Written:
 def write_shard(path: Path, arrays: Arrays, attributes: Mapping[str, str | int]) -> Written:
     """Publish a shard: whole under its name, or not there. attributes: short facts kept in the file itself."""
     payload = payload_digest(arrays)
+    image = _image(arrays, {**attributes, "payload": payload})
+    publish(path, lambda temporary: _write_bytes(temporary, image))
+    return Written(len(image), xxhash.xxh3_128_hexdigest(image), payload)
 
-    def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w", libver=_LIBVER) as file:
-            for name in sorted(arrays):
-                file.create_dataset(name, data=arrays[name], track_times=False)
-            for key, value in {**attributes, "payload": payload}.items():
-                file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
 
-    publish(path, write)
-    with open(path, "rb") as file:
-        return Written(path.stat().st_size, file_checksum(file.fileno()), payload)
+def _image(arrays: Arrays, attributes: Mapping[str, str | int]) -> bytes:
+    """The bytes of the file, made in memory: a full disk is then an ordinary OSError of ours, not one inside HDF5."""
+    with h5py.File("shard", "w", driver="core", backing_store=False, libver=_LIBVER) as file:
+        for name in sorted(arrays):
+            file.create_dataset(name, data=arrays[name], track_times=False)
+        for key, value in attributes.items():
+            file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
+        file.flush()
+        image: bytes = file.id.get_file_image()
+        return image
+
+
+def _write_bytes(path: Path, image: bytes) -> None:
+    path.write_bytes(image)
 
 
 def payload_digest(arrays: Arrays) -> str:
@@ -76,6 +84,8 @@ def file_checksum(fd: int) -> str:
 
 class Shard:
     """A shard that has been checked against what is expected of it, open for reading by offset."""
+
+    _fd = -1  # until it is open: __del__ runs also when opening was refused
 
     def __init__(self, path: Path, layout: Layout, size: int | None = None, checksum: str | None = None):
         """Open path and check, before any row is used, that it is what is expected.

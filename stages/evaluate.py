@@ -9,7 +9,6 @@ import torch
 
 from data.errors import Refused, WrongCommand
 from pipeline.metrics import evaluate
-from pipeline.models import build
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 
@@ -48,10 +47,9 @@ def _figures(folder: Path, settings: StudentSettings, material: Material) -> dic
     path = folder / "student.pt"
     if not path.is_file():
         raise Refused(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}")
-    preparation = material.preparation
-    network = build(settings.arch, material.cache.classes, preparation.channels, preparation.size)
+    network = material.network(settings)
     load_state(network, read_state(path), str(path))
-    model = Prepared(network, preparation).to(torch.device(material.device))
+    model = Prepared(network, material.preparation).to(torch.device(material.device))
     return {
         split: evaluate(rows.logits(model), rows.labels, material.teacher[split].numpy())
         for split, rows in material.held_out.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.errors import Refused, WrongCommand
 from data.transfer_set import Labels, TransferSet, load, row_of, stratified
@@ -34,6 +35,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
         settings = with_recipe(settings)
     settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
     material = Material.open(settings)
+    material.network(settings)  # an arch that cannot be built is found before a folder is made
     begin_run(settings, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
@@ -113,6 +115,11 @@ class Material:
             {s: _teacher_logits(cache, s) for s in splits},
         )  # fmt: skip
 
+    def network(self, settings: StudentSettings) -> nn.Module:
+        """The student with the initial weights of its seed."""
+        torch.manual_seed(settings.seed)
+        return build(settings.arch, self.cache.classes, self.preparation.channels, self.preparation.size)
+
     def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
         order = self.cache.orders["train"]
@@ -177,9 +184,8 @@ def _train(
     folder: Path, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one network and measure it on the held-out splits."""
-    torch.manual_seed(settings.seed)
     preparation = material.preparation
-    network = build(settings.arch, material.cache.classes, preparation.channels, preparation.size)
+    network = material.network(settings)
     model = Prepared(network, preparation).to(material.device)
     job = Job(
         name, model, losses, stream, settings.epochs, steps, settings, material.device, settings.precision, folder

@@ -68,9 +68,9 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
     views = with_size(parse_views(settings.views), transfer_set)
     preparation = preparation_of(settings.normalize, transfer_set, views)
-    begin_run(settings, folder)
     torch.manual_seed(settings.seed)
     network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
+    begin_run(settings, folder)
     model = Prepared(network, preparation).to(device)
     rows = transfer_set.splits["train"]
     stream = Stream(

@@ -29,6 +29,7 @@ TOP, LEFT, FLIP, PARTNER = 0, 1, 2, 7
 
 SPECS = [
     "none",
+    "none:resize=12",
     "none:size=6,resize=11",
     "none:mixup=0.4",
     "crop",

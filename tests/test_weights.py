@@ -13,7 +13,7 @@ from torch import nn
 
 from data.errors import Refused, WrongCommand
 from pipeline.models import build
-from pipeline.models.weights import load_state, plain, read_state, run_weights, weights_digest
+from pipeline.models.weights import load_state, read_state, run_weights, weights_digest
 
 
 def network() -> nn.Sequential:
@@ -94,7 +94,7 @@ def test_weights_of_an_arch_that_asks_for_its_version_load_from_a_bare_dict(tmp_
     """MNASNet looks for a version number that only PyTorch's own kind of state dict carries."""
     torch.manual_seed(0)
     original = build("torchvision:mnasnet0_5", 3, 1, 32)
-    path = saved(tmp_path / "mnasnet.pt", plain(original.state_dict()))
+    path = saved(tmp_path / "mnasnet.pt", dict(original.state_dict()))
     fresh = build("torchvision:mnasnet0_5", 3, 1, 32)
     load_state(fresh, read_state(path), str(path))
     assert weights_digest(fresh) == weights_digest(original)
@@ -330,11 +330,3 @@ def test_a_digest_is_the_same_for_ever() -> None:
         module.weight.copy_(torch.tensor([[1.0, -2.0]]))
         module.bias.fill_(0.5)
     assert weights_digest(module) == "78caf5d3e8f75d8869fcec943f45c9f4fe6fc5ea66b53873b213a620e609e95a"
-
-
-def test_plain_weights_load_without_code_and_need_no_gradient(tmp_path: Path) -> None:
-    original = network()
-    state = plain(original.state_dict(keep_vars=True))
-    assert not any(value.requires_grad for value in state.values())
-    read = read_state(saved(tmp_path / "plain.pt", state))
-    assert all(torch.equal(read[key], value) for key, value in original.state_dict().items())

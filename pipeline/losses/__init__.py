@@ -49,6 +49,8 @@ def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
     values = [number(spec, "loss", knob, part) for part in ((start, end) if arrow else (start,))]
     if min(values) < low:
         raise WrongCommand(f"loss '{spec}': {knob}={text} is below {low:g}")
+    if knob == "smoothing" and max(values) > 1:
+        raise WrongCommand(f"loss '{spec}': {knob}={text} is above 1")
     return Ramp(*values) if arrow else values[0]
 
 
