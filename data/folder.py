@@ -4,8 +4,10 @@ PATH/train/<class>/…   PATH/test/<class>/… or PATH/val/<class>/…     label
 PATH/train/… or PATH/…  without class folders                         unlabelled: soft targets only
 """
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +23,7 @@ from .pictures import centre, cut
 from .views import Box
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+GREY = {"1", "L"}
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -54,12 +57,23 @@ class FolderPictures:
 
     def _decode(self, i: int) -> Image.Image:
         path = self.root / self.names[i]
-        try:
-            with Image.open(path) as image:
-                return image.convert(self.mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-            raise Refused(f"the picture {path} cannot be decoded: {why}") from None
+        with opened(path) as image:
+            if self.mode == "L" and image.mode not in GREY:
+                raise Refused(f"the picture {path} is in colour ({image.mode}), those looked at first are grey")
+            return image.convert(self.mode)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture of 8 bits a channel. Raises Refused, with its path, for one that cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # converting would clip at 255: a 16-bit picture would come out white
+                raise Refused(f"the picture {path} has more than 8 bits a channel ({image.mode}): convert it first")
+            yield image
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+        why = "not a picture" if isinstance(error, UnidentifiedImageError) else error
+        raise Refused(f"the picture {path} cannot be decoded: {why}") from None
 
 
 def read_folder(root: Path) -> tuple[dict[str, tuple[FolderPictures, NDArray[np.int64]]], tuple[str, ...]]:
@@ -121,14 +135,11 @@ def _kind(root: Path, names: list[str]) -> tuple[str, int]:
     """Mode 'L' when every sampled picture is grey, and their one square size, or 0 where they differ."""
     modes, sizes = set(), set()
     for name in names:
-        try:
-            with Image.open(root / name) as image:
-                modes.add(image.mode)
-                sizes.add(image.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise Refused(f"the picture {root / name} cannot be decoded: {error}") from None
+        with opened(root / name) as image:
+            modes.add(image.mode)
+            sizes.add(image.size)
     width, height = next(iter(sizes))
-    return ("L" if modes <= {"1", "L"} else "RGB"), (width if len(sizes) == 1 and width == height else 0)
+    return ("L" if modes <= GREY else "RGB"), (width if len(sizes) == 1 and width == height else 0)
 
 
 def digest_files(pictures: FolderPictures, labels: NDArray[np.int64], progress: Progress) -> str:
@@ -144,5 +155,5 @@ def digest_files(pictures: FolderPictures, labels: NDArray[np.int64], progress: 
     with ThreadPoolExecutor(8) as pool:
         digests = progress(pool.map(one, pictures.names), len(pictures), "reading pictures")
         for name, label, digest in zip(pictures.names, labels, digests, strict=True):
-            whole.update(f"{name}\0{label}\0".encode() + digest)
+            whole.update(os.fsencode(name) + f"\0{label}\0".encode() + digest)
     return whole.hexdigest()

@@ -87,7 +87,7 @@ def _digits(root: Path) -> Read:
     images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = labels.astype(np.int64)
     rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    whole = MemoryPictures(images)
+    rest, test, whole = np.sort(rest), np.sort(test), MemoryPictures(images)
     splits = {"train": (whole.take(rest), labels[rest]), "test": (whole.take(test), labels[test])}
     return splits, tuple(str(c) for c in range(10))  # type: ignore[return-value]
 
@@ -103,7 +103,9 @@ def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
         for split, train in (("train", True), ("test", False)):
             try:
                 found = kind(root, train=train, download=False)
-            except RuntimeError:
+            except (AssertionError, ValueError, TypeError, EOFError) as error:
+                raise Refused(f"the files of {name} in '{root / folder}' are damaged ({error})") from None
+            except RuntimeError:  # not there, says torchvision
                 try:
                     found = kind(root, train=train, download=True)
                 except Exception as error:  # urllib, sockets, checksums: whatever a download can raise
@@ -114,7 +116,12 @@ def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
                     ) from None
             pixels = torch.as_tensor(found.data)
             images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-            splits[split] = (MemoryPictures(images), np.asarray(found.targets, np.int64))
+            labels = np.asarray(found.targets, np.int64)
+            if len(labels) != len(images):
+                raise Refused(
+                    f"the files of {name} in '{root / folder}' hold {len(images)} pictures, {len(labels)} labels"
+                )
+            splits[split] = (MemoryPictures(images), labels)
         return splits, tuple(found.classes)  # type: ignore[return-value]
 
     return read
@@ -192,8 +199,8 @@ def load(
         read["val"] = (pictures.take(val), labels[val])
         keep = np.setdiff1d(np.arange(len(labels)), val)
         pictures, labels = pictures.take(keep), labels[keep]
-    if train_size > len(labels):
-        raise WrongCommand(f"--train-size {train_size} is more than the {len(labels)} training rows there are")
+    if not 0 <= train_size <= len(labels):
+        raise WrongCommand(f"--train-size {train_size} is not between 0 and the {len(labels)} training rows there are")
     if train_size:
         keep = np.sort(stratified(labels, train_size, key=(seed, 11)))
         pictures, labels = pictures.take(keep), labels[keep]

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("teacher --views crop:padding=2", "Did you mean 'pad'?"),
         ("teacher --views crop:pad=two", "is not a number"),
         ("teacher --views none:pad=2", "no knob of views 'none' 'pad'"),
-        ("teacher --train-size 5000", "more than the 1257 training rows"),
+        ("teacher --train-size 5000", "not between 0 and the 1257 training rows"),
         ("teacher --device tpu", "--device tpu"),
         ("teacher-cache --codec float61", "no codec 'float61'. Did you mean 'float16'?"),
         ("teacher-cache --weights nowhere.pt --teacher cnn", "there are no weights at 'nowhere.pt'"),

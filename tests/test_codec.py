@@ -118,7 +118,7 @@ def test_sqrt8_keeps_the_first_class(K: int, scale: float) -> None:
     assert np.array_equal(back("sqrt8", logits).argmax(1)[clear], logits.argmax(1)[clear])
 
 
-@pytest.mark.parametrize("first", [10.003, 10.0045, 100.03, 20000.5])
+@pytest.mark.parametrize("first", [10.003, 10.006, 100.03, 20000.5])
 def test_sqrt8_keeps_the_first_class_where_float16_would_not_tell_it_from_the_second(first: float) -> None:
     logits = np.float32([[0.0, first * (1 - 1e-4), first, 0.5 * first]])
     assert np.float16(logits[0, 1]) == np.float16(logits[0, 2])
@@ -212,7 +212,7 @@ def test_fidelity_of_hopeless_classes_is_finite() -> None:
     assert found["kl_1"] == pytest.approx(60000, rel=1e-9)
 
 
-@pytest.mark.parametrize(("codec", "most"), [("float32", 0.0), ("float16", 1e-6), ("sqrt8", 1e-3)])
+@pytest.mark.parametrize(("codec", "most"), [("float32", 0.0), ("float16", 2e-6), ("sqrt8", 1e-3)])
 @pytest.mark.parametrize("K", [10, 100, 1000])
 def test_a_row_of_usual_logits_costs_at_most_so_many_nats(codec: str, most: float, K: int) -> None:
     logits = logits_of(500, K)

@@ -410,3 +410,21 @@ def test_progress_is_told_of_every_picture_of_every_split(pets: Path) -> None:
 
     load(f"folder:{pets}", Path(), val_fraction=0.25, progress=progress)
     assert told == [(12, "reading pictures"), (4, "reading pictures"), (6, "reading pictures")]
+
+
+def test_a_picture_of_16_bits_is_refused_rather_than_clipped_to_white(pets: Path) -> None:
+    name = next((pets / "train").rglob("*.png"))
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(name)
+    with pytest.raises(Refused, match="more than 8 bits a channel"):
+        load_folder(pets)
+
+
+def test_a_colour_picture_among_grey_ones_is_refused_rather_than_turned_grey(tmp_path: Path) -> None:
+    grey = Image.new("L", (8, 8), 7)
+    for name in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "test/a/0", "test/b/0"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        grey.save(tmp_path / f"{name}.png")
+    rows = load_folder(tmp_path).splits["test"]
+    Image.new("RGB", (8, 8), (200, 3, 4)).save(tmp_path / "test/b/0.png")
+    with pytest.raises(Refused, match=r"test/b/0\.png is in colour \(RGB\)"):
+        pixels_of(rows)

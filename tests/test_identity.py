@@ -25,7 +25,7 @@ FIXED: dict[str, Any] = {
     "precision": "float32",
 }
 
-VALUES = some.none() | some.booleans() | some.integers(-3, 3) | some.floats(-3, 3).map(lambda x: round(x)) | some.sampled_from([0.0, 1.0, 0.5, "", "a"])  # fmt: skip
+VALUES = some.sampled_from([None, False, True, 0, 1, 2, 0.0, 1.0, 0.5, "", "1"])
 RECORDS = some.recursive(
     VALUES | some.lists(VALUES, max_size=2),
     lambda inner: some.dictionaries(some.sampled_from(["a", "b", "c"]), inner, max_size=3),
@@ -63,7 +63,7 @@ def set_of(**more: Any) -> TransferSet:
 
 def test_a_fingerprint_is_the_same_for_ever() -> None:
     """Every cache on disk carries one: a change here would refuse them all."""
-    assert fingerprint(FIXED) == "GOLDEN"
+    assert fingerprint(FIXED) == "d78da4cea1f0b7e875d49c642350aa07888eaddefb980f187d3d096e239cb7d8"
 
 
 def test_the_order_of_keys_does_not_matter_and_that_of_lists_does() -> None:

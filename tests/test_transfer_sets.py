@@ -86,9 +86,9 @@ def test_digits_are_split_by_class(digits: TransferSet, split: str) -> None:
 
 def test_digits_are_pinned_so_that_a_cache_stays_valid(digits: TransferSet) -> None:
     assert {split: rows.content[:16] for split, rows in digits.splits.items()} == {
-        "train": "1ff077ec7d73bfc0",
-        "val": "2cce8f1db077b627",
-        "test": "2a5e0fcfaf6756a4",
+        "train": "c8e170b71028ff8f",
+        "val": "ed70df0eb9e6f9a2",
+        "test": "38453adaa0f8e18b",
     }
 
 
@@ -289,7 +289,7 @@ def test_train_size_of_all_rows_keeps_all(digits: TransferSet) -> None:
 
 
 def test_train_size_above_the_training_rows_is_refused_with_both_numbers() -> None:
-    with pytest.raises(WrongCommand, match=r"--train-size 1258 is more than the 1257 training rows there are"):
+    with pytest.raises(WrongCommand, match=r"--train-size 1258 is not between 0 and the 1257 training rows there are"):
         load("digits", Path(), val_fraction=0.125, train_size=1258)
 
 
@@ -416,3 +416,19 @@ def test_the_identity_names_data_classes_content_and_cut(digits: TransferSet) ->
 @pytest.mark.parametrize("other", [{"seed": 1}, {"val_fraction": 0.2}, {"train_size": 100}])
 def test_another_cut_is_another_identity(digits: TransferSet, other: dict[str, float]) -> None:
     assert load("digits", Path(), **{"val_fraction": 0.125, **other}).identity() != digits.identity()
+
+
+def test_labels_that_are_fewer_than_the_pictures_are_refused(tmp_path: Path) -> None:
+    written = formula("mnist", 10)
+    written.labels["train"] = written.labels["train"][:-1]
+    write_idx(tmp_path / "MNIST" / "raw", written)
+    with pytest.raises(Refused, match="hold 100 pictures, 99 labels"):
+        load("mnist", tmp_path, val_fraction=0.5)
+
+
+def test_a_file_that_is_no_idx_file_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    write_idx(folder, formula("mnist", 10))
+    (folder / "train-images-idx3-ubyte").write_bytes(b"not an IDX file, but long enough to be one")
+    with pytest.raises(Refused, match="are damaged"):
+        load("mnist", tmp_path, val_fraction=0.5)

@@ -1,0 +1,220 @@
+"""The house: who may import whom, one door for each library, and what no file may do."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from stages.__main__ import commands
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = ("data", "pipeline", "stages")  # from the ground up
+FILES = {str(path.relative_to(ROOT)): path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), name) for name, path in FILES.items()}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Every module that is imported by its absolute name, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module, node
+
+
+def who_imports(library: str) -> set[str]:
+    return {name for name, tree in TREES.items() if any(m.partition(".")[0] == library for m, _ in imports(tree))}
+
+
+def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
+    """Every call of something that ends in name: `torch.load` finds torch.load(…), `load` every ….load(…)."""
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ("." + ast.unparse(node.func)).endswith("." + name):
+                yield file, node
+
+
+# Floors
+
+
+def test_these_tests_see_the_whole_house() -> None:
+    assert {"data/views.py", "pipeline/losses/hard.py", "pipeline/models/cnn.py", "stages/__main__.py"} <= set(FILES)
+
+
+def test_imports_go_down_and_are_relative_on_their_own_floor() -> None:
+    wrong, seen = [], 0
+    for file, tree in TREES.items():
+        own = FLOORS.index(file.partition("/")[0])
+        for module, node in imports(tree):
+            floor = module.partition(".")[0]
+            if floor in FLOORS:
+                seen += 1
+                if FLOORS.index(floor) >= own:
+                    wrong.append(f"{file}:{node.lineno} imports {module}")
+    assert wrong == []
+    assert seen > 50
+
+
+def test_relative_imports_stay_in_their_package() -> None:
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < len(Path(file).parts), f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("library", "doors"),
+    [
+        ("h5py", {"pipeline/shards.py"}),
+        ("click", {"stages/__main__.py", "stages/options.py", "stages/console.py"}),
+        ("torchvision", {"data/transfer_set.py", "pipeline/models/from_torchvision.py"}),
+    ],
+)
+def test_a_library_has_its_doors_and_no_other(library: str, doors: set[str]) -> None:
+    assert who_imports(library) == doors
+
+
+def test_progress_bars_are_for_the_commands_alone() -> None:
+    bars = who_imports("tqdm")
+    assert bars
+    assert all(file.startswith("stages/") for file in bars)
+
+
+def test_modules_are_imported_by_a_name_in_a_string_only_for_a_users_own_arch() -> None:
+    assert {file for file, _ in calls("import_module")} == {"pipeline/models/__init__.py"}
+    assert list(calls("__import__")) == []
+
+
+# Nothing on disk is run
+
+
+@pytest.mark.parametrize("library", ["dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"])
+def test_nothing_that_could_run_code_from_a_file_is_imported(library: str) -> None:
+    assert who_imports(library) == set()
+
+
+def test_pickle_is_at_most_named_for_its_error() -> None:
+    for file in who_imports("pickle"):
+        for node in ast.walk(TREES[file]):
+            if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+                assert [alias.name for alias in node.names] == ["UnpicklingError"], file
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+                assert node.attr == "UnpicklingError", file
+
+
+@pytest.mark.parametrize("function", ["torch.load", "get_state_dict"])
+def test_weights_are_loaded_without_code(function: str) -> None:
+    found = list(calls(function))
+    assert found
+    for file, call in found:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("weights_only") == "True", f"{file}:{call.lineno}"
+
+
+def test_arrays_are_loaded_without_code_and_torch_only_by_its_full_name() -> None:
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), file
+            if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.hub", "torch.serialization"):
+                assert not {"load", "load_state_dict_from_url"} & {alias.name for alias in node.names}, file
+
+
+# Nothing in the data depends on a hidden state
+
+
+def test_data_draw_no_number_from_a_generator() -> None:
+    drawing = {"random", "rand", "randn", "randint", "randperm", "manual_seed", "default_rng", "shuffle"}
+    for file, tree in TREES.items():
+        if file.startswith("data/"):
+            assert not {m for m, _ in imports(tree)} & {"random", "numpy.random", "secrets"}, file
+            used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            assert not used & drawing, file
+
+
+# --help
+
+
+@pytest.mark.parametrize("command", ["", *commands.commands])
+def test_help_comes_without_the_slow_libraries(command: str) -> None:
+    arguments = [sys.executable, "-X", "importtime", "-m", "stages", *filter(None, [command]), "--help"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "Usage: stages" in done.stdout
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert {"click", "stages"} <= loaded
+    assert loaded & {"torch", "torchvision", "numpy", "h5py", "sklearn", "scipy", "PIL"} == set()
+
+
+def words_of_help(command: str) -> set[str]:
+    said = CliRunner().invoke(commands, [command, "--help"], terminal_width=10_000, max_content_width=10_000)
+    assert said.exit_code == 0
+    return set(re.split(r"[\s,;:|()\[\]]+", said.output.replace(". ", " ")))
+
+
+def test_every_data_set_is_in_the_help_of_the_commands_that_take_one() -> None:
+    from data.transfer_set import TRANSFER_SETS
+
+    for command in ("teacher", "teacher-cache"):
+        assert set(TRANSFER_SETS) <= words_of_help(command)
+
+
+def test_every_view_policy_and_codec_is_in_the_help_of_stage_one() -> None:
+    from data.views import VIEW_POLICIES
+    from pipeline.codec import CODECS
+
+    words = words_of_help("teacher-cache")
+    assert set(VIEW_POLICIES) <= words
+    assert set(CODECS) <= words
+
+
+def test_every_arch_is_in_the_help_of_the_commands_that_build_one() -> None:
+    from pipeline.models import MODELS
+
+    depths = [int(name.removeprefix("resnet")) for name in MODELS if name.startswith("resnet")]
+    shown = {name for name in MODELS if not name.startswith("resnet")} | {f"resnet{min(depths)}…{max(depths)}"}
+    for command in ("teacher", "teacher-cache", "student"):
+        assert shown <= words_of_help(command)
+
+
+# Files
+
+
+def test_no_file_is_longer_than_300_lines() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name: n for name, n in lengths.items() if n > 300} == {}
+
+
+def test_no_name_stands_twice_in_a_table() -> None:
+    """The second row would silently take the place of the first."""
+    rows = 0
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Dict):
+                keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+                rows += len(keys)
+                assert len(keys) == len(set(keys)), f"{file}:{node.lineno}"
+    assert rows > 50
+
+
+def test_a_row_is_filed_under_its_own_name() -> None:
+    from data.views import VIEW_POLICIES
+    from pipeline.losses import LOSSES
+
+    for table in (VIEW_POLICIES, LOSSES):
+        assert {name: row.name for name, row in table.items()} == {name: name for name in table}  # type: ignore[attr-defined]
+
+
+def test_no_file_and_no_class_has_a_name_that_says_nothing() -> None:
+    empty = re.compile(r"util|helper|common|manager|wrapper|engine|cfg|misc", re.IGNORECASE)
+    for file, tree in TREES.items():
+        names = [file, *(node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+        assert not [name for name in names if empty.search(name)], file
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    assert [name for name, tree in TREES.items() if not ast.get_docstring(tree)] == []

@@ -1,0 +1,113 @@
+"""The newcomer's door: make, its variables, and every command that the README shows."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from stages.__main__ import commands
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = [
+    "help",
+    "install",
+    "teacher",
+    "teacher-cache",
+    "student",
+    "students",
+    "check-cache",
+    "lint",
+    "test",
+    "check",
+    "clean",
+]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_make_alone_prints_every_target_with_one_line() -> None:
+    lines = make().stdout.splitlines()
+    named = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert named.keys() >= TARGETS
+    assert all(named.values())
+
+
+def asked_for(*arguments: str) -> list[str]:
+    """The stages commands that make would run, joined over line ends."""
+    said = make("-n", *arguments, f"VENV={sys.executable}").stdout.replace("\\\n", " ")
+    return [line.split("-m stages ")[1] for line in said.splitlines() if "-m stages " in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (
+            "student DATA=mnist ARCH=mlp:800,800 LABELLED=100 EPOCHS=3 LEARNING_RATE=0.1 SEED=4 RESUME=1 OUT=runs/r",
+            "student --data mnist --cache caches/mnist --arch mlp:800,800 --labelled 100 --baseline --seeds 1"
+            " --out runs/r --epochs 3 --learning-rate 0.1 --seed 4 --resume",
+        ),
+        (
+            "teacher-cache DATA=folder:/a/b/ TEACHER=resnet56 WEIGHTS=w.th NORMALIZE=imagenet VIEWS=crop:pad=2"
+            " DRAWS=3 TAPS=layer1,layer2 CODEC=sqrt8 PRECISION=bfloat16",
+            "teacher-cache --data folder:/a/b/ --out caches/b --teacher resnet56 --weights w.th --normalize imagenet"
+            " --views crop:pad=2 --draws 3 --taps layer1,layer2 --codec sqrt8 --precision bfloat16",
+        ),
+        ("teacher DATA=cifar10 ARCH=cnn EPOCHS=2", "teacher --data cifar10 --arch cnn --epochs 2"),
+        ("check-cache CACHE=c DEEP=1", "check-cache c --data digits --deep"),
+        ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
+    ],
+)
+def test_variables_map_one_to_one_to_options(arguments: str, command: str) -> None:
+    assert shlex.split(asked_for(*shlex.split(arguments))[-1]) == shlex.split(command)
+
+
+def test_each_loss_of_the_variable_is_one_option() -> None:
+    said = asked_for("student", "LOSS=kd:temperature=4,weight=0.9 hard:weight=0.1")[-1]
+    assert "--loss 'kd:temperature=4,weight=0.9' --loss 'hard:weight=0.1'" in said
+
+
+def test_an_interpreter_without_the_packages_is_refused_and_nothing_installed(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    failed = make("student", f"VENV={python}")
+    assert failed.returncode != 0
+    assert f"Error: {python} lacks one of: torch" in failed.stderr
+
+
+def shown(prefix: str) -> list[str]:
+    """The README's commands that begin so, without comments, with continued lines joined."""
+    blocks = "\n".join(re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = (line.split("  #")[0].strip() for line in blocks.splitlines())
+    return [line for line in lines if line.startswith(prefix)]
+
+
+@pytest.mark.parametrize("line", shown("make"))
+def test_every_make_command_of_the_readme_exists(line: str) -> None:
+    done = make("-n", *shlex.split(line)[1:], f"VENV={sys.executable}")
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "Makefile").read_text()
+    for word in shlex.split(line)[1:]:
+        name = word.partition("=")[0]
+        assert "=" not in word or re.search(rf"\b{name}\b", text), f"the Makefile knows no {name}"
+
+
+@pytest.mark.parametrize("line", shown("python -m stages"))
+def test_every_stages_command_of_the_readme_can_be_parsed(line: str) -> None:
+    name, *rest = shlex.split(line)[3:]
+    command = commands.get_command(click.Context(commands), name)
+    assert command is not None, f"there is no command {name}"
+    command.make_context(name, rest)
+
+
+def test_the_readme_shows_both_kinds_of_command() -> None:
+    assert "make student" in shown("make")
+    assert "make test" in shown("make")
+    assert len(shown("python -m stages")) >= 5
