@@ -140,8 +140,9 @@ TRANSFER_SETS: dict[str, DataRow] = {
     "mnist": DataRow(
         _torchvision("MNIST", "MNIST/raw"),
         Recipe(
-            views="none", draws=1, teacher="mlp:1200,1200", teacher_views="crop:pad=2", teacher_epochs=40,
-            student="mlp:800,800", student_epochs=20, losses=("kd:temperature=20",),
+            views="none", draws=1, teacher="mlp:1200,1200", teacher_views="crop:pad=2", teacher_epochs=30,
+            teacher_learning_rate=0.05, teacher_weight_decay=1e-4, student="mlp:800,800", student_epochs=20,
+            losses=("kd:temperature=20",), learning_rate=0.05,
         ),
     ),
     "fashion-mnist": DataRow(

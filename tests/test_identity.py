@@ -103,7 +103,7 @@ def test_every_field_counts_and_is_named_when_it_differs(field: str, value: Any)
     assert describe(FIXED, other, ("here", "there")) == f"{field}: {json.dumps(one)} here, {json.dumps(two)} there"
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(IDENTITIES, IDENTITIES)
 def test_two_identities_with_different_fingerprints_have_a_difference_to_name(
     one: dict[str, Any], other: dict[str, Any]
