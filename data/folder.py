@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from .errors import Refused, WrongCommand
-from .pictures import centre, cut
+from .pictures import centre, cut, stacked
 from .views import Box
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -45,7 +45,7 @@ class FolderPictures:
 
     def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
         """As Pictures.plain."""
-        return torch.stack([centre(self._decode(i), size or self.native, resize) for i in index])
+        return stacked([centre(self._decode(i), size or self.native, resize) for i in index])
 
     def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
         """As Pictures.boxed."""
@@ -53,7 +53,7 @@ class FolderPictures:
         for row, i in enumerate(index):
             image = self._decode(i)
             views.append(cut(image, size or self.native, box(row, *image.size)))
-        return torch.stack(views)
+        return stacked(views)
 
     def _decode(self, i: int) -> Image.Image:
         path = self.root / self.names[i]

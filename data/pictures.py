@@ -28,17 +28,22 @@ class MemoryPictures:
         """As Pictures.plain. One gather unless another size is asked for."""
         stored = self.images.shape[-1]
         if size in (0, stored) and resize in (0, stored):
-            return self.images[torch.from_numpy(index)]
-        return torch.stack([centre(self._image(i), size or stored, resize) for i in index])
+            return torch.from_numpy(self.images.numpy()[index])  # NumPy: see views.render
+        return stacked([centre(self._image(i), size or stored, resize) for i in index])
 
     def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
         """As Pictures.boxed."""
         H, W = self.images.shape[-2:]
-        return torch.stack([cut(self._image(i), size or H, box(row, W, H)) for row, i in enumerate(index)])
+        return stacked([cut(self._image(i), size or H, box(row, W, H)) for row, i in enumerate(index)])
 
     def _image(self, i: int) -> Image.Image:
         pixels = self.images[int(i)].permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def stacked(views: list[torch.Tensor]) -> torch.Tensor:
+    """B pictures uint8 [C, S, S] as one tensor [B, C, S, S]."""
+    return torch.from_numpy(np.stack([view.numpy() for view in views]))
 
 
 def centre(image: Image.Image, size: int, resize: int) -> torch.Tensor:

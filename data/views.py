@@ -98,7 +98,12 @@ def parse_views(spec: str) -> ViewPolicy:
 
 
 def render(pictures: Pictures, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int) -> torch.Tensor:
-    """The views uint8 [B, C, size, size] of the pictures index [B] in one draw."""
+    """The views uint8 [B, C, size, size] of the pictures index [B] in one draw.
+
+    The pixels are moved by NumPy, not by torch: a stream renders in a thread of its own, where torch's kernels
+    would start a second team of OpenMP threads that spins against the student's: 5.6 s instead of 3.4 s for 3,000
+    steps of a small student on 2 cores.
+    """
     views = _render_one(pictures, policy, seed, index, draw)
     if policy.mixup > 0:
         partner, share = mixup_of(policy, seed, index, draw, len(pictures))
@@ -125,8 +130,9 @@ def _beta_shares(alpha: float) -> NDArray[np.int64]:
 
 
 def _mix(one: torch.Tensor, other: torch.Tensor, share: NDArray[np.int64]) -> torch.Tensor:
-    w = torch.from_numpy(share.astype(np.int32))[:, None, None, None]
-    return ((one.int() * w + other.int() * (256 - w) + 128) >> 8).to(torch.uint8)
+    w = share.astype(np.int32)[:, None, None, None]
+    mixed = (one.numpy().astype(np.int32) * w + other.numpy().astype(np.int32) * (256 - w) + 128) >> 8
+    return torch.from_numpy(mixed.astype(np.uint8))
 
 
 def _render_one(
@@ -139,19 +145,20 @@ def _render_one(
     if policy.crop and policy.pad:
         views = _crop(views, policy.pad, seed, index, draw)
     if policy.flip:
-        turned = torch.from_numpy(counter.integers((seed, draw, _FLIP), index, 2).astype(bool))
-        views = torch.where(turned[:, None, None, None], views.flip(-1), views)
+        pixels = views.numpy()  # a copy of our own already, as every branch above makes one
+        turned = counter.integers((seed, draw, _FLIP), index, 2) == 1
+        pixels[turned] = pixels[turned][..., ::-1]
     return views
 
 
 def _crop(views: torch.Tensor, pad: int, seed: int, index: NDArray[np.int64], draw: int) -> torch.Tensor:
     B, C, H, W = views.shape
-    padded = views.new_zeros(B, C, H + 2 * pad, W + 2 * pad)
-    padded[:, :, pad : pad + H, pad : pad + W] = views
-    top = torch.from_numpy(counter.integers((seed, draw, _TOP), index, 2 * pad + 1))
-    left = torch.from_numpy(counter.integers((seed, draw, _LEFT), index, 2 * pad + 1))
-    windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # [B, C, 2p+1, 2p+1, H, W], no copy
-    return windows[torch.arange(B), :, top, left]
+    padded = np.zeros((B, C, H + 2 * pad, W + 2 * pad), np.uint8)
+    padded[:, :, pad : pad + H, pad : pad + W] = views.numpy()
+    top = counter.integers((seed, draw, _TOP), index, 2 * pad + 1)
+    left = counter.integers((seed, draw, _LEFT), index, 2 * pad + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (H, W), (2, 3))  # [B, C, 2p+1, 2p+1, H, W]
+    return torch.from_numpy(windows[np.arange(B), :, top, left])
 
 
 def _boxes(policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int) -> Callable[[int, int, int], Box]:

@@ -98,7 +98,9 @@ class StudentSettings(Data, Machine, Training):
 
     cache: str = knob("", "Folder of the cache; caches/DATA when not given.")
     arch: str = knob("", _ARCHS)
-    loss: tuple[str, ...] = knob((), "A term with its knobs, may be repeated: kd:temperature=4,weight=0.9; by recipe.")
+    loss: tuple[str, ...] = knob(
+        (), "hard, kd, logit_mse or hint, repeatable: kd:temperature=4,weight=0.9; by recipe."
+    )
     labelled: int = knob(0, "Only so many rows, drawn by class, keep their hard targets; 0: all.", least=0)
     baseline: bool = knob(False, "Train the same student from hard targets alone as well.")
     seeds: int = knob(1, "Train so many seeds, from --seed on; report mean and spread.", least=1, most=1000)

@@ -42,15 +42,18 @@ def teacher_of(
         raise WrongCommand(
             f"the teacher takes {preparation.channels} channel, the pictures have {transfer_set.channels}"
         )
-    classes = len(transfer_set.classes) or _classes_in(state)
+    classes = len(transfer_set.classes) or _classes_in(state, path)
     network = build(arch, classes, preparation.channels, preparation.size)
     load_state(network, state, str(path))
     return Prepared(network, preparation), arch
 
 
-def _classes_in(state: dict[str, torch.Tensor]) -> int:
-    """The classes of a teacher for pictures that have none: the length of its last bias or weight."""
-    return int(list(state.values())[-1].shape[0])
+def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
+    """The classes of a teacher for pictures that have none: the rows of its last matrix."""
+    matrices = [weight for weight in state.values() if weight.ndim == 2]
+    if not matrices:
+        raise WrongCommand(f"the weights of {source} do not show how many classes there are, nor do the pictures")
+    return int(matrices[-1].shape[0])
 
 
 def _of_run(path: Path, settings: CacheSettings) -> tuple[str, Preparation]:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
         ("teacher --data digit", "no data set 'digit'. Did you mean 'digits'?"),
         ("teacher --data folder", "--data folder:PATH"),
         ("teacher --data digits:x", "--data folder:PATH"),
-        ("teacher --arch resnet18", "no arch 'resnet18'. Did you mean 'resnet"),
+        ("teacher --arch resnet18", "no arch 'resnet18'. Did you mean 'torchvision:resnet18'?"),
         ("teacher --arch mlp:many", "expected widths"),
         ("teacher --arch torchvision:resnet19", "Did you mean 'resnet"),
         ("teacher --arch no_such_module:make", "cannot be imported"),

@@ -1,7 +1,10 @@
 """torchvision's models by name: fitted to small and grey pictures, and their published weights, without a download."""
 
+import os
 from collections.abc import Callable
 from http.client import IncompleteRead
+from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -219,6 +222,37 @@ def test_published_weights_that_cannot_be_had_are_refused_with_where_to_put_them
         published("resnet18")
     assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(refused)
     assert "resnet18-f37072fd.pth" in one_line(refused)
+
+
+@pytest.fixture
+def hub_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the published weights of resnet18 lie once they are downloaded."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+
+
+def test_published_weights_that_lie_in_the_hub_folder_are_not_downloaded(hub_file: Path) -> None:
+    torch.save({"fc.bias": torch.arange(3.0)}, hub_file)
+    assert torch.equal(published("resnet18")[0]["fc.bias"], torch.arange(3.0))
+
+
+class Trap:
+    """Loaded as a pickle, it would make a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_place_of_published_weights_is_refused_and_not_run(hub_file: Path, tmp_path: Path) -> None:
+    torch.save({"fc.bias": Trap(tmp_path / "sprung")}, hub_file)
+    with pytest.raises(Refused) as refused:
+        published("resnet18")
+    one_line(refused)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_there_are_no_published_weights_of_a_model_that_is_not() -> None:

@@ -16,7 +16,7 @@ from data.errors import WrongCommand, unknown
 
 from .cifar_resnet import CifarResNet
 from .cnn import cnn
-from .from_torchvision import from_torchvision
+from .from_torchvision import from_torchvision, is_known
 from .mlp import mlp
 
 # Each row: build(argument, classes, channels, size) -> a network that takes float32 [B, channels, size, size]
@@ -42,7 +42,10 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
         return MODELS[name](argument, classes, channels, size)
     if colon and all(part.isidentifier() for part in name.split(".")):
         return _users_own(name, argument, classes, channels, size)
-    raise unknown("arch", arch, [*MODELS, "torchvision:NAME", "my_package.module:factory"])
+    own = [name for name in MODELS if name != "torchvision"]
+    if is_known(arch):
+        raise WrongCommand(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(own)}")
+    raise unknown("arch", arch, [*own, "torchvision:NAME", "my_package.module:factory"])
 
 
 def _users_own(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:

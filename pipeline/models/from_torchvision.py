@@ -16,9 +16,8 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
     Under 64 px the first convolution keeps the resolution (3 x 3, stride 1) and a pooling that follows it is
     left out, as is usual for CIFAR. Raises WrongCommand for a model that cannot take such pictures.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise unknown("torchvision model", name, known)
+    if not is_known(name):
+        raise unknown("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     options: dict[str, object] = {"weights": None, "num_classes": classes}
     if name in _SEVERAL_OUTPUTS:
         options |= {"aux_logits": False, "init_weights": True}  # one output; and no FutureWarning
@@ -36,14 +35,18 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
     return network.train()
 
 
+def is_known(name: str) -> bool:
+    """Whether torchvision has a classification model of that name."""
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
 def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], list[float], list[str]]:
     """The DEFAULT weights of a torchvision model: state dict, picture size, mean, std, classes in order.
 
     Downloads them when they are not at hand. Raises WrongCommand or Refused where there are none.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise unknown("torchvision model", name, known)
+    if not is_known(name):
+        raise unknown("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)

@@ -101,8 +101,3 @@ def run_weights(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     return path
-
-
-def plain(state: Mapping[str, Any]) -> State:
-    """A state dict on the CPU, ready to be saved."""
-    return {key: value.detach().cpu() for key, value in state.items()}
