@@ -18,6 +18,7 @@ from .manifest import Manifest, ShardRecord, read_manifest
 from .shards import Shard
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
+OPEN_SHARDS = 256
 SPLITS = ("train", "val", "test")
 Positions = NDArray[np.int64]
 
@@ -44,7 +45,7 @@ class Cache:
             raise Refused(f"{folder}: the manifest's identity lacks {error}") from None
         self._labels: dict[str, Labels] = {}
         self._shards: dict[str, Shard] = {}
-        self._resident: dict[tuple[str, int], dict[str, NDArray[np.generic]]] = {}
+        self._resident: dict[tuple[str, int], dict[str, NDArray[np.generic]]] = {}  # {draw: {dataset: rows}}
 
     def _read_identity(self) -> None:
         identity = self.manifest.identity
@@ -88,17 +89,17 @@ class Cache:
 
     def _rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         if self.resident(split, draw):
-            return self._in_memory(split, draw)[name][positions]
+            return self._in_memory(split, draw, name)[positions]
         return self._from_disk(split, draw, name, positions)
 
-    def _in_memory(self, split: str, draw: int) -> dict[str, NDArray[np.generic]]:
-        key = (split, draw)
-        if key not in self._resident:
-            parts = [self._shard(record).read_all() for record in self._records(split, draw)]
-            while len(self._resident) >= 2:  # this epoch's draw and the next one's
-                self._resident.pop(next(iter(self._resident)))
-            self._resident[key] = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        return self._resident[key]
+    def _in_memory(self, split: str, draw: int, name: str) -> NDArray[np.generic]:
+        """A whole dataset of a draw, kept until two other draws have been asked for."""
+        kept = self._resident.setdefault((split, draw), {})
+        if name not in kept:
+            kept[name] = self.column(split, draw, name)
+        while len(self._resident) > 2:  # this epoch's draw and the next one's
+            self._resident.pop(next(iter(self._resident)))
+        return kept[name]
 
     def _from_disk(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         """Rows gathered by runs of neighbours: one read per run, each row to its place."""
@@ -117,10 +118,12 @@ class Cache:
         return rows
 
     def _shard(self, record: ShardRecord) -> Shard:
-        """The shard, opened and checked once per process."""
+        """The shard, checked when it is opened. Few stay open: a process may have 1,024 files."""
         if record.path not in self._shards:
             shard = Shard(self.folder / record.path, record.layout(), record.bytes, record.checksum)
             self._check_shard(shard, record)
+            if len(self._shards) >= OPEN_SHARDS:
+                self._shards.pop(next(iter(self._shards))).close()
             self._shards[record.path] = shard
         return self._shards[record.path]
 

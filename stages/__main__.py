@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
+from . import __version__
 from .options import given, options
 from .settings import CacheSettings, CheckSettings, EvaluateSettings, StudentSettings, TeacherSettings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="softcache")
+@click.version_option(__version__)
 def commands() -> None:
     """Run a teacher once, keep what it said, train as many students as you like."""
 

@@ -111,7 +111,7 @@ class Material:
             cache, transfer_set, losses, taps,
             # The student's input is normalised as the teacher's, at the size of the views themselves.
             replace(seen, size=cache.views.size), device,
-            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings.precision) for s in splits},
+            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in splits},
             {s: _teacher_logits(cache, s) for s in splits},
         )  # fmt: skip
 

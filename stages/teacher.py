@@ -78,7 +78,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         workers=settings.workers,
     )  # fmt: skip
     held_out = {
-        split: HeldOut(transfer_set.splits[split], views, device, settings.precision)
+        split: HeldOut(transfer_set.splits[split], views, device, settings)
         for split in ("val", "test")
         if split in transfer_set.splits
     }

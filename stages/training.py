@@ -16,19 +16,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.errors import Interrupted, Refused, WrongCommand
 from data.transfer_set import Split
-from data.views import ViewPolicy, render
+from data.views import ViewPolicy
 from pipeline.losses import Loss, at
 from pipeline.metrics import summary
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 from pipeline.publish import publish
 from pipeline.records import Outputs, TargetBatch
-from pipeline.stream import Stream
+from pipeline.stream import Stream, render_in_order
 from pipeline.taps import tapped
 
 from .console import Console, LongWork, bar
 from .runs import this_program
-from .settings import Training
+from .settings import Machine, Training
 
 _CHECKPOINT, _LINES = "checkpoint.pt", "metrics.jsonl"
 
@@ -259,9 +259,10 @@ class HeldOut:
 
     _KEEP_BYTES = 256 << 20
 
-    def __init__(self, split: Split, views: ViewPolicy, device: torch.device, precision: str, batch_size: int = 512):
-        self.split, self.views, self.device, self.precision = split, views.plain(), device, precision
-        self.labels, self.batch_size = split.labels, batch_size
+    def __init__(self, split: Split, views: ViewPolicy, device: torch.device, settings: Machine):
+        self.split, self.views, self.device = split, views.plain(), device
+        self.precision, self.workers = settings.precision, settings.workers
+        self.labels, self.batch_size = split.labels, 512
         self._kept: list[torch.Tensor] = []
 
     def logits(self, model: nn.Module) -> NDArray[np.float32]:
@@ -278,12 +279,13 @@ class HeldOut:
         if self._kept:
             yield from self._kept
             return
-        n, size = len(self.split), 0
-        for start in range(0, n, self.batch_size):
-            index = np.arange(start, min(start + self.batch_size, n))
-            views = render(self.split.pictures, self.views, 0, index, 0)
+        rows = np.arange(len(self.split))
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        kept, size = [], 0
+        for views in render_in_order(self.split.pictures, self.views, 0, batches, 0, self.workers):
             size += views.numel()
-            self._kept.append(views)
+            if size <= self._KEEP_BYTES:
+                kept.append(views)
             yield views
-        if size > self._KEEP_BYTES:
-            self._kept.clear()
+        if size <= self._KEEP_BYTES:
+            self._kept = kept

@@ -1,0 +1,66 @@
+"""The real thing: public weights on real pictures. Long; run with `make slow`, skipped where the data are absent."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from commands import Stages
+
+pytestmark = pytest.mark.slow
+
+# Measured apart from this project, float32, on the 10,000 JPEG test pictures.
+KNOWN = {"resnet56": ("resnet56-4bfd9763.th", 0.8320), "resnet20": ("resnet20-12fca82f.th", 0.8103)}
+
+
+@pytest.fixture(scope="session")
+def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 as a folder of JPEG pictures."""
+    folder = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(shared / "data/cifar10-jpeg/cifar10-jpeg.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("teacher", KNOWN)
+@pytest.mark.parametrize("codec", ["float16", "float32"])
+def test_public_weights_score_what_they_score(
+    shared: Path, cifar: Path, stages: Stages, teacher: str, codec: str
+) -> None:
+    """By the cache's own test split, to within 2 pictures of 10,000."""
+    name, accuracy = KNOWN[teacher]
+    made = stages(
+        "teacher-cache", "--data", f"folder:{cifar}", "--teacher", teacher, "--weights", shared / "weights" / name,
+        "--normalize", "imagenet", "--views", "crop-flip", "--draws", 1, "--train-size", 2000, "--codec", codec,
+        "--out", "c",
+    )  # fmt: skip
+    assert abs(made["teacher"]["test"]["accuracy"] - accuracy) <= 2.0001e-4
+    stages("check-cache", "c", "--deep", "--data", f"folder:{cifar}")
+
+
+def test_students_of_four_families_train_from_one_cache(shared: Path, cifar: Path, stages: Stages) -> None:
+    """No teacher: its weights are a copy that is deleted before the first student."""
+    weights = Path("weights.th")
+    shutil.copy(shared / "weights/resnet56-4bfd9763.th", weights)
+    data = ("--data", f"folder:{cifar}")
+    stages(
+        "teacher-cache", *data, "--teacher", "resnet56", "--weights", weights, "--normalize", "imagenet",
+        "--views", "crop-flip", "--draws", 2, "--train-size", 4000, "--out", "c",
+    )  # fmt: skip
+    weights.unlink()
+    for arch in ("resnet8", "cnn", "mlp:512", "torchvision:mobilenet_v3_small"):
+        result = stages("student", *data, "--cache", "c", "--arch", arch, "--epochs", 1, "--learning-rate", 0.05)
+        assert result["student"]["arch"] == arch
+        assert result["student"]["test"]["accuracy"] > 0.09
+
+
+def test_mnist_from_its_own_files(shared: Path, stages: Stages) -> None:
+    """Two epochs each: the student from the cache makes fewer errors than the one from hard targets."""
+    data = ("--data", "mnist", "--data-root", shared / "data/mnist")
+    stages("teacher", *data, "--epochs", 5, "--out", "t")
+    made = stages("teacher-cache", *data, "--weights", "t", "--out", "c")
+    assert made["rows"] == 70_000
+    assert made["teacher"]["test"]["accuracy"] > 0.97
+    result = stages("student", *data, "--cache", "c", "--epochs", 4, "--baseline", "--out", "r")
+    assert result["settings"]["loss"] == ["kd:temperature=20"]
+    assert result["student"]["test"]["accuracy"] > result["baseline"]["test"]["accuracy"]
