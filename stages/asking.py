@@ -20,8 +20,8 @@ from pipeline.stream import render_in_order
 from pipeline.taps import tapped
 from pipeline.writer import Piece
 
+from .held_out import autocast
 from .settings import CacheSettings
-from .training import autocast
 
 
 @dataclass

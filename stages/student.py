@@ -21,11 +21,12 @@ from pipeline.publish import publish_json
 from pipeline.stream import Stream
 
 from .console import Console, progress
+from .held_out import HeldOut
 from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, versions
 from .settings import StudentSettings
 from .table import print_table
 from .teacher import row_name
-from .training import HeldOut, Job, fit
+from .training import Job, fit
 
 
 def run(settings: StudentSettings, said: set[str]) -> None:
@@ -187,9 +188,7 @@ def _train(
     preparation = material.preparation
     network = material.network(settings)
     model = Prepared(network, preparation).to(material.device)
-    job = Job(
-        name, model, losses, stream, settings.epochs, steps, settings, material.device, settings.precision, folder
-    )
+    job = Job(name, model, losses, stream, settings.epochs, steps, settings, material.device, folder)
     seconds = fit(job, material.held_out["val"], console)
     figures: dict[str, Any] = {
         "arch": settings.arch,

@@ -19,9 +19,10 @@ from pipeline.publish import publish_json
 from pipeline.stream import Stream
 
 from .console import Console, progress
+from .held_out import HeldOut
 from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, versions
 from .settings import TeacherSettings
-from .training import HeldOut, Job, fit
+from .training import Job, fit
 
 FOLDER_SIZE = 224  # of views of a folder whose pictures differ in size
 
@@ -84,7 +85,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     }
     job = Job(
         "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
-        device, settings.precision, folder, advice,
+        device, folder, advice,
     )  # fmt: skip
     seconds = fit(job, held_out["val"], console)
     measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}

@@ -182,16 +182,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     asked = ("student", "--cache", tiny / "cache", *HARD_CASES[case], "--epochs", 4, "--batch-size", 60, "--seed", 7)
     stages(*asked, "--out", "whole")
 
-    step, taken = training._Trainer._step, []
+    step, taken = training._step, []
 
-    def stop_at_step_13(self, *arguments):  # type: ignore[no-untyped-def]
+    def stop_at_step_13(*arguments):  # type: ignore[no-untyped-def]
         taken.append(1)
         if len(taken) == 13:
             raise KeyboardInterrupt
-        return step(self, *arguments)
+        return step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Trainer, "_step", stop_at_step_13)
+        patch.setattr(training, "_step", stop_at_step_13)
         line = stages.fails(130, *asked, "--out", "stopped")
     assert "student --resume --out stopped" in line
     assert not Path("stopped/result.json").exists()
@@ -241,13 +241,13 @@ def test_seeds_give_mean_and_spread_and_each_is_a_run_of_its_own(tiny: Path, sta
 def test_hidden_labels_are_never_used(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     """--labelled 20: 20 rows keep their labels, by class; the baseline sees these rows alone, for as many steps."""
     seen: dict[str, list[TargetBatch]] = {"student": [], "baseline": []}
-    step = training._Trainer._step
+    step = training._step
 
-    def noted(self, batch, *rest):  # type: ignore[no-untyped-def]
-        seen[self.job.name].append(batch)
-        return step(self, batch, *rest)
+    def noted(job, state, batch, *rest):  # type: ignore[no-untyped-def]
+        seen[job.name].append(batch)
+        return step(job, state, batch, *rest)
 
-    monkeypatch.setattr(training._Trainer, "_step", noted)
+    monkeypatch.setattr(training, "_step", noted)
     losses = ("--loss", "kd", "--loss", "hard:weight=0.1")
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", *MORE, *losses, "--labelled", 20, "--baseline")
     assert len(seen["student"]) == len(seen["baseline"])

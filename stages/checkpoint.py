@@ -1,0 +1,107 @@
+"""A training that can be stopped: everything that changes while it runs, on disk after every epoch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.publish import publish
+
+from .settings import Training
+
+CHECKPOINT, LINES = "checkpoint.pt", "metrics.jsonl"
+
+
+@dataclass
+class State:
+    """The model, the losses' own trainable parts, optimiser, schedule, moving average, and a line per epoch."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    average: AveragedModel | None
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def begin(
+        model: nn.Module, modules: dict[str, nn.Module], settings: Training, rate: Callable[[int], float]
+    ) -> "State":
+        """Before the first step. rate(step) is the learning rate as a share of its highest."""
+        weights = [p for m in (model, *modules.values()) for p in m.parameters() if p.requires_grad]
+        optimizer = _optimizer(settings, weights)
+        average = None
+        if settings.ema:
+            mean = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
+            average = AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
+        return State(model, modules, optimizer, LambdaLR(optimizer, rate), average)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model as it would be kept now."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """What the optimiser changes."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def keep(self, folder: Path, line: dict[str, Any]) -> None:
+        """Publish the state after an epoch, then its line."""
+        self.lines.append(line)
+        record = {
+            "epoch": line["epoch"],
+            "model": self.model.state_dict(),
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "average": self.average.state_dict() if self.average is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.last_epoch,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "lines": json.dumps(self.lines),
+        }
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+
+        def write_lines(path: Path) -> None:
+            path.write_text(text, encoding="utf-8")
+
+        publish(folder / CHECKPOINT, lambda path: torch.save(record, path))
+        publish(folder / LINES, write_lines)
+
+    def restore(self, folder: Path, device: torch.device) -> int:
+        """Go back to the checkpoint, if there is one; the number of epochs that are done."""
+        if not (folder / CHECKPOINT).is_file():
+            return 0
+        record = torch.load(folder / CHECKPOINT, map_location=device, weights_only=True)
+        self.model.load_state_dict(record["model"])
+        for name, module in self.modules.items():
+            module.load_state_dict(record["modules"][name])
+        if self.average is not None:
+            self.average.load_state_dict(record["average"])
+        self.optimizer.load_state_dict(record["optimizer"])
+        self.schedule.last_epoch = record["schedule"]
+        torch.set_rng_state(record["random"].cpu())
+        if record["random_cuda"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in record["random_cuda"]])
+        self.lines = json.loads(record["lines"])
+        return int(record["epoch"])
+
+
+def seconds_of(folder: Path) -> float:
+    """The seconds of a training that is over, from its lines."""
+    lines = (folder / LINES).read_text(encoding="utf-8").splitlines()
+    return float(sum(json.loads(line)["seconds"] for line in lines))
+
+
+def _optimizer(settings: Training, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(weights, lr=rate, weight_decay=decay)
+    nesterov = settings.nesterov and settings.momentum > 0
+    return torch.optim.SGD(weights, lr=rate, momentum=settings.momentum, nesterov=nesterov, weight_decay=decay)
