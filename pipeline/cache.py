@@ -8,13 +8,15 @@ import torch
 from numpy.typing import NDArray
 
 from data import counter
-from data.errors import Refused
-from data.transfer_set import Labels, TransferSet
+from data.errors import Refused, WrongCommand
+from data.folder import Progress
+from data.transfer_set import Labels, TransferSet, load
 from data.views import ViewPolicy, parse_views, render
 
 from .codec import CODECS
 from .identity import describe
 from .manifest import Manifest, ShardRecord, read_manifest
+from .models.prepared import Preparation
 from .shards import Shard
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
@@ -41,21 +43,53 @@ class Cache:
         self.manifest: Manifest = read_manifest(folder)
         try:
             self._read_identity()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Refused(f"{folder}: the manifest's identity lacks {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, WrongCommand) as error:
+            raise Refused(f"'{folder}': the manifest's identity does not hold together ({error})") from None
         self._labels: dict[str, Labels] = {}
+        self._orders: dict[str, Positions] = {}
         self._shards: dict[str, Shard] = {}
         self._resident: dict[tuple[str, int], dict[str, NDArray[np.generic]]] = {}  # {draw: {dataset: rows}}
 
     def _read_identity(self) -> None:
+        """What a reader needs to know before it opens a shard, in the types that it must have."""
         identity = self.manifest.identity
-        views = identity["views"]
+        views, data, cut = identity["views"], identity["transfer_set"], identity["transfer_set"]["cut"]
         knobs = ",".join(f"{k}={v}" for k, v in views.items() if k not in ("policy", "seed"))
         self.views: ViewPolicy = parse_views(f"{views['policy']}:{knobs}")
         self.seed = int(views["seed"])
         self.codec = CODECS[identity["codec"]]
         self.classes = int(self.manifest.shards[0].datasets["logits"][0][0])
-        self.orders = {s: row_order(self.seed, s, n) for s, n in self.manifest.splits.items()}
+        self.data = str(data["name"])
+        self.cut = (float(cut["val_fraction"]), int(cut["seed"]), int(cut["train_size"]))
+        self.teacher = str(identity["teacher"]["arch"])
+        self.preparation = Preparation.from_json(identity["teacher"])
+
+    def transfer_set(self, data: str, root: Path, progress: Progress) -> TransferSet:
+        """The data that the cache was made from, cut as they were then, from where they lie here; see bind.
+
+        data: as on the command line, or empty for the name in the manifest. A manifest's word is never taken for
+        where a folder of pictures is. Raises WrongCommand, or Refused when these are other data.
+        """
+        if data and data.partition(":")[0] != self.data:
+            raise Refused(f"the cache '{self.folder}' is of {self.data}, not of {data}")
+        if self.data == "folder" and not data:
+            raise WrongCommand(
+                f"the cache '{self.folder}' is of a folder of pictures: say where it is with --data folder:PATH"
+            )
+        fraction, seed, size = self.cut
+        found = load(data or self.data, root, val_fraction=fraction, seed=seed, train_size=size, progress=progress)
+        self.bind(found)
+        return found
+
+    def order(self, split: str) -> Positions:
+        """index [rows] of each position of a split, made once its files are seen to be large enough to hold it."""
+        if split not in self._orders:
+            for record in self._records(split, 0):
+                path = self.folder / record.path
+                if path.is_file() and path.stat().st_size < record.row_bytes * record.rows:
+                    raise Refused(f"{path}: too small for the {record.rows} rows that the manifest gives it")
+            self._orders[split] = row_order(self.seed, split, self.manifest.splits[split])
+        return self._orders[split]
 
     def bind(self, transfer_set: TransferSet) -> None:
         """Refuse a transfer set that is not the one the teacher saw; from now on labels are compared too."""
@@ -134,7 +168,7 @@ class Cache:
         for key, claim in claims.items():
             if (found := shard.attributes.get(key)) != claim:
                 raise Refused(f"{shard.path}: its {key} is {found} instead of {claim}: a shard of another place")
-        expected = self.orders[record.split][record.start : record.start + record.rows]
+        expected = self.order(record.split)[record.start : record.start + record.rows]
         index, label = shard.read("index"), shard.read("label")
         if not np.array_equal(index, expected):
             raise Refused(
@@ -175,7 +209,7 @@ class Cache:
 
     def compare_views(self, transfer_set: TransferSet, split: str, draw: int, positions: Positions) -> None:
         """Render the views at positions [n] and compare their checksums. Raises Refused, naming the first."""
-        index = self.orders[split][positions]
+        index = self.order(split)[positions]
         policy = self.views if split == "train" else self.views.plain()
         views = render(transfer_set.splits[split].pictures, policy, self.seed, index, draw)
         wrong = np.flatnonzero(crc32(views) != self.column(split, draw, "view_crc32")[positions])

@@ -1,9 +1,12 @@
 """What a cache claims to be. Written last: where there is a manifest, there is a whole cache."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from data.errors import Refused
 
@@ -29,6 +32,11 @@ class ShardRecord:
     payload: str
     correct: int
     datasets: dict[str, list[Any]]  # name: [row shape, dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row, without what HDF5 adds."""
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.datasets.values())
 
     def layout(self) -> Layout:
         """{dataset: (whole shape, dtype)}."""

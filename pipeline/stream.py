@@ -144,7 +144,7 @@ class _Window:
     def __init__(self, stream: Stream, draw: int, positions: Rows):
         self.stream, self.draw, self.positions = stream, draw, positions
         cache = stream.cache
-        self.index = positions if cache is None else cache.orders["train"][positions]
+        self.index = positions if cache is None else cache.order("train")[positions]
         self._targets: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
 
     def targets(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:

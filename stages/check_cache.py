@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import load
+from data.errors import Refused
 from pipeline.cache import Cache
 from pipeline.manifest import ShardRecord
 from pipeline.shards import Shard
 
-from .console import Console, bar
-from .console import progress as shown
+from .console import Console, bar, progress
 from .settings import CheckSettings
 
 _VIEWS_AT_ONCE = 512
@@ -25,16 +23,7 @@ def run(name: str, settings: CheckSettings) -> None:
     cache = Cache(Path(name))
     transfer_set = None
     if settings.deep:
-        identity = cache.manifest.identity["transfer_set"]
-        data = settings.data or str(identity["name"])
-        if data == "folder":
-            raise WrongCommand(f"'{name}' is of a folder of pictures: say where it is with --data folder:PATH")
-        cut = identity["cut"]
-        transfer_set = load(
-            data, Path(settings.data_root), val_fraction=cut["val_fraction"], seed=cut["seed"],
-            train_size=cut["train_size"], progress=shown,
-        )  # fmt: skip
-        cache.bind(transfer_set)
+        transfer_set = cache.transfer_set(settings.data, Path(settings.data_root), progress)
     verdicts: dict[str, str] = {}
     with bar(len(cache.manifest.shards), "check-cache", "shard") as counted:
         for record in cache.manifest.shards:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, TransferSet, load, row_of, stratified
+from data.transfer_set import TRANSFER_SETS, Labels, TransferSet, stratified
 from pipeline.cache import Cache
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hard import Hard
@@ -58,16 +58,14 @@ def run(settings: StudentSettings, said: set[str]) -> None:
 def with_recipe(settings: StudentSettings) -> StudentSettings:
     """Every setting that was left open, from the recipe of the cache's data set."""
     cache = Path(settings.cache or f"caches/{row_name(settings.data or 'digits')}")
-    name = str(Cache(cache).manifest.identity["transfer_set"]["name"])
-    if name == "folder" and not settings.data:
-        raise WrongCommand(f"the cache '{cache}' is of a folder of pictures: say where it is with --data folder:PATH")
-    if settings.data and settings.data.partition(":")[0] != name:
-        raise Refused(f"the cache '{cache}' is of {name}, not of {settings.data}")
-    recipe = row_of(settings.data or name).recipe
+    name = Cache(cache).data
+    if name not in TRANSFER_SETS:
+        raise Refused(f"the cache '{cache}' is of '{name}', a data set that this program does not know")
+    recipe = TRANSFER_SETS[name].recipe
     return replace(
         settings,
         cache=str(cache),
-        data=settings.data or name,
+        data=settings.data or ("" if name == "folder" else name),
         arch=settings.arch or recipe.student,
         loss=settings.loss or recipe.losses,
         epochs=settings.epochs or recipe.student_epochs,
@@ -97,21 +95,15 @@ class Material:
         cache = Cache(Path(settings.cache))
         taps = tuple(dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps()))
         _check_taps(cache, taps, settings.cache)
-        cut = cache.manifest.identity["transfer_set"]["cut"]
-        transfer_set = load(
-            settings.data, Path(settings.data_root), val_fraction=cut["val_fraction"], seed=cut["seed"],
-            train_size=cut["train_size"], progress=progress,
-        )  # fmt: skip
-        cache.bind(transfer_set)
+        transfer_set = cache.transfer_set(settings.data, Path(settings.data_root), progress)
         _check_labels(settings, losses, transfer_set.splits["train"].labels, len(transfer_set.classes))
         cache.probe(transfer_set)
-        seen = Preparation.from_json(cache.manifest.identity["teacher"])
         device = device_of(settings.device)
         splits = [split for split in ("val", "test") if split in transfer_set.splits]
         return Material(
             cache, transfer_set, losses, taps,
             # The student's input is normalised as the teacher's, at the size of the views themselves.
-            replace(seen, size=cache.views.size), device,
+            replace(cache.preparation, size=cache.views.size), device,
             {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in splits},
             {s: _teacher_logits(cache, s) for s in splits},
         )  # fmt: skip
@@ -123,7 +115,7 @@ class Material:
 
     def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
-        order = self.cache.orders["train"]
+        order = self.cache.order("train")
         rows = np.flatnonzero(labels[order] >= 0) if only_labelled else np.arange(len(order))
         return Stream(
             self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
@@ -133,7 +125,7 @@ class Material:
 
 
 def _teacher_logits(cache: Cache, split: str) -> torch.Tensor:
-    order = cache.orders[split]
+    order = cache.order(split)
     logits = cache.targets(split, 0, np.arange(len(order)))[0]
     by_index = torch.empty_like(logits)
     by_index[torch.from_numpy(order)] = logits
@@ -222,7 +214,7 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
             "bytes": manifest.bytes,
             "seconds": manifest.seconds,
         },
-        "teacher": {"arch": manifest.identity["teacher"]["arch"], **teacher},
+        "teacher": {"arch": material.cache.teacher, **teacher},
         **mean,
         "spread": spread,
         "seeds": [{"seed": settings.seed + i, **result} for i, result in enumerate(results)],

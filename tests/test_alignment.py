@@ -17,6 +17,7 @@ import xxhash
 from commands import Stages
 
 import data.views
+from pipeline.identity import fingerprint
 from pipeline.shards import payload_digest
 
 MORE = ("--arch", "mlp:8", "--epochs", 1, "--out", "r")
@@ -169,7 +170,7 @@ def make_a_pipe(path: Path) -> None:
         (cut_short, "the file was cut or appended to"),
         (append_junk, "the file was cut or appended to"),
         (remove, "cannot be opened as a plain file"),
-        (put_another_shard, "the file was cut or appended to"),
+        (put_another_shard, "instead of"),
         (make_a_link, "cannot be opened as a plain file"),
         (make_a_pipe, "not a plain file"),
     ],
@@ -273,6 +274,38 @@ def test_an_edited_identity_is_refused(cache: Path, stages: Stages) -> None:
 def test_a_broken_manifest_is_one_line(cache: Path, stages: Stages, text: str) -> None:
     (cache / "manifest.json").write_text(text)
     assert "manifest.json: " in stages.fails(1, "check-cache", cache)
+
+
+def test_a_manifest_that_claims_a_trillion_rows_is_refused_before_memory_is_taken(cache: Path, stages: Stages) -> None:
+    manifest = json.loads((cache / "manifest.json").read_text())
+    tests = [shard for shard in manifest["shards"] if shard["split"] == "test"]
+    manifest["shards"] = [shard for shard in manifest["shards"] if shard not in tests[1:]]
+    tests[0]["rows"] = manifest["splits"]["test"] = 10**12
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    assert "too small for the 1000000000000 rows" in stages.fails(1, "student", "--cache", cache, *MORE)
+    assert "instead of float16 (1000000000000, 10)" in stages.call("check-cache", cache)[1]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("transfer_set", "cut", {}),
+        ("transfer_set", "cut", {"val_fraction": "x", "seed": 0, "train_size": 0}),
+        ("views", "policy", "crops"),
+        ("views", "pad", -1),
+        ("views", "seed", None),
+        ("teacher", "mean", 3),
+    ],
+)
+def test_an_identity_that_does_not_hold_together_is_one_line(
+    cache: Path, stages: Stages, section: str, key: str, value: object
+) -> None:
+    """With the fingerprint mended, as a hostile author would."""
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["identity"][section][key] = value
+    manifest["fingerprint"] = fingerprint(manifest["identity"])
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    assert "does not hold together" in stages.fails(1, "check-cache", cache)
 
 
 def test_a_missing_shard_record_is_named(cache: Path, stages: Stages) -> None:
