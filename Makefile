@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(if $(wildcard $(VENV)/),$(VENV)/bin/python,$(if $(wildcard $(VENV)),$(VENV),$(VENV)/bin/python)))
 STAGES := $(PY) -m stages
+QUIET = $(if $(JSON),@)
 
 DATA ?= digits
 NAME := $(notdir $(patsubst %/,%,$(patsubst folder:%,%,$(DATA))))
@@ -37,7 +38,7 @@ missing = $(PY) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m)
 define ensure
 @$(call missing,$(1)) || { \
   if [ -f "$(VENV)" ]; then echo "Error: $(VENV) lacks one of: $(1)" >&2; exit 2; fi; \
-  echo "installing into $(VENV) (PyTorch is large: a minute or more)"; \
+  echo "installing into $(VENV) (PyTorch is large: a minute or more)" >&2; \
   $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet --upgrade pip && \
   $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
 endef
@@ -52,33 +53,33 @@ install: ## make .venv and install everything into it
 
 teacher: ## train a teacher: DATA= ARCH= EPOCHS= OUT=
 	$(call ensure,$(RUNS_ON))
-	$(STAGES) teacher $(WHERE) $(call options,ARCH VIEWS NORMALIZE VAL_FRACTION TRAIN_SIZE OUT $(TRAINING) $(MACHINE))
+	$(QUIET)$(STAGES) teacher $(WHERE) $(call options,ARCH VIEWS NORMALIZE VAL_FRACTION TRAIN_SIZE OUT $(TRAINING) $(MACHINE))
 
 teacher-cache: ## stage one: run the teacher once, keep what it said: DATA= TEACHER= WEIGHTS= VIEWS= DRAWS= TAPS=
 	$(call ensure,$(RUNS_ON))
-	$(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) BATCH_SIZE SEED $(MACHINE))
+	$(QUIET)$(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) BATCH_SIZE SEED $(MACHINE))
 
 student: ## stage two: train a student from the cache, which is made when there is none: DATA= ARCH= LOSS= LABELLED=
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
-	$(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) \
+	$(QUIET)$(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) \
 	  $(call options,ARCH LABELLED BASELINE SEEDS OUT $(TRAINING) $(MACHINE))
 
 students: ## several students from the one cache: ARCHS="mlp:32 mlp:64 cnn"
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
-	for arch in $(ARCHS); do $(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) --arch $$arch \
+	$(QUIET)for arch in $(ARCHS); do $(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) --arch $$arch \
 	  $(call options,LABELLED BASELINE SEEDS $(TRAINING) $(MACHINE)); done
 
 # A cache is made when there is none; it is compared with what is asked for when something is.
 define make-cache
-$(if $(strip $(foreach name,$(STAGE_ONE),$($(name)))),,@test -f '$(CACHE)/manifest.json' ||) \
+$(if $(strip $(foreach name,$(STAGE_ONE),$($(name)))),$(QUIET),@test -f '$(CACHE)/manifest.json' ||) \
   $(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) DEVICE WORKERS)$(if $(JSON), >&2)
 endef
 
 check-cache: ## is the cache whole? DATA= or CACHE=; DEEP=1 renders every view again
 	$(call ensure,$(RUNS_ON))
-	$(STAGES) check-cache '$(CACHE)' $(if $(DEEP),$(WHERE)) $(call options,DEEP JSON)
+	$(QUIET)$(STAGES) check-cache '$(CACHE)' $(if $(DEEP),$(WHERE)) $(call options,DEEP JSON)
 
 lint: ## format, lint and types
 	$(call ensure,$(RUNS_ON) ruff mypy)

@@ -73,6 +73,23 @@ def test_each_loss_of_the_variable_is_one_option() -> None:
     assert "--loss 'kd:temperature=4,weight=0.9' --loss 'hard:weight=0.1'" in said
 
 
+def test_the_cache_is_made_when_there_is_none_and_compared_when_something_of_it_is_asked_for() -> None:
+    said = make("-n", "student", "CACHE=caches/none", f"VENV={sys.executable}").stdout
+    assert "test -f 'caches/none/manifest.json' ||" in said
+    said = make("-n", "student", "CACHE=caches/none", "VIEWS=crop", f"VENV={sys.executable}").stdout
+    assert "manifest.json" not in said
+    assert "teacher-cache --data 'digits' --out 'caches/none' --views 'crop'" in " ".join(said.split())
+
+
+def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
+    """An interpreter that only says which stage it was called for stands in for the real one."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ntest $1 = -c || echo stage $3\n")
+    python.chmod(0o755)
+    assert make("student", "JSON=1", "CACHE=caches/none", f"VENV={python}").stdout == "stage student\n"
+    assert make("student", "CACHE=caches/none", f"VENV={python}").stdout.count("\nstage ") == 2
+
+
 def test_an_interpreter_without_the_packages_is_refused_and_nothing_installed(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
