@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV ?= .venv
-PY := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(if $(wildcard $(VENV)/),$(VENV)/bin/python,$(if $(wildcard $(VENV)),$(VENV),$(VENV)/bin/python)))
+PY := $(shell test -f "$(VENV)" && echo "$(VENV)" || echo "$(VENV)/bin/python")
 STAGES := $(PY) -m stages
 QUIET = $(if $(JSON),@)
 
