@@ -32,6 +32,12 @@ TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHE
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE SHARD_ROWS
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
+# A variable that nothing reads is a slip: say so instead of doing without it.
+KNOWN := PYTHON VENV DATA CACHE ARCHS ARCH LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP BATCH_SIZE \
+  $(MACHINE) $(TRAINING) $(STAGE_ONE)
+SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
+$(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
+
 RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy xxhash
 missing = $(PY) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $(1) 2>/dev/null
 # $(call ensure,packages): install when one of them is missing, into a virtual environment of our own

@@ -76,7 +76,7 @@ def fidelity(logits: Floats, decoded: Floats) -> dict[str, float]:
     }
     for T in TEMPERATURES:
         p, q = _log_softmax(logits / T), _log_softmax(decoded / T)
-        cost[f"kl_{T:g}"] = float((np.exp(p) * (p - q)).sum())
+        cost[f"kl_{T:g}"] = max(0.0, float((np.exp(p) * (p - q)).sum()))
     return cost
 
 

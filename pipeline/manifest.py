@@ -14,7 +14,7 @@ from .identity import FORMAT, Identity, fingerprint
 from .publish import publish_json
 from .shards import Layout
 
-NAME = "manifest.json"
+NAME, UNFINISHED = "manifest.json", "unfinished.json"
 _MAX_BYTES = 64 << 20  # of a manifest; 100,000 shards need 40 MB
 
 
@@ -95,12 +95,14 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a cache, checked in itself. Raises Refused with the reason and the way out."""
     path = folder / NAME
+    if folder.is_file():
+        raise Refused(f"'{folder}' is a file: a cache is a folder")
     if not folder.is_dir():
         raise Refused(f"there is no cache at '{folder}': make one with  python -m stages teacher-cache --out {folder}")
     if not path.is_file():
-        raise Refused(
-            f"'{folder}' holds no finished cache (no {NAME}): run the same teacher-cache command again to finish it"
-        )
+        if (folder / UNFINISHED).is_file():
+            raise Refused(f"'{folder}' holds no finished cache: run the same teacher-cache command again to finish it")
+        raise Refused(f"'{folder}' is no cache: it has no {NAME}")
     if path.stat().st_size > _MAX_BYTES:
         raise Refused(f"{path}: {path.stat().st_size} bytes, more than a manifest ever has")
     try:

@@ -57,7 +57,7 @@ def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
     return {
         "accuracy": float(sk.accuracy_score(labels, guess)),
         "top5": float(sk.top_k_accuracy_score(labels, log_p, k=5, labels=np.arange(K))) if K > 5 else None,
-        "nll": float(-log_p[np.arange(len(labels)), labels].mean()),
+        "nll": 0.0 - float(log_p[np.arange(len(labels)), labels].mean()),
         "brier": float(((p - one_hot) ** 2).sum(1).mean()),
         "ece": _ece(p.max(1), guess == labels),
         "precision_macro": float(precision[present].mean()),

@@ -14,11 +14,10 @@ from data.errors import Refused
 
 from .codec import CODECS, TEMPERATURES
 from .identity import Identity, describe, fingerprint
-from .manifest import NAME, HeadRecord, Manifest, ShardRecord, read_manifest
+from .manifest import NAME, UNFINISHED, HeadRecord, Manifest, ShardRecord, read_manifest
 from .publish import publish_json
 from .shards import Arrays, Shard, Written, write_shard
 
-UNFINISHED = "unfinished.json"
 _SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
 
 

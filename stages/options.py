@@ -63,6 +63,8 @@ def given(context: click.Context, settings: type[S]) -> tuple[S, set[str]]:
 
 
 def _outside(field: dataclasses.Field[Any], value: Any) -> str:
+    if value == "":  # an unset variable of a script, not a wish for the default
+        return f"{flag(field.name)} is empty"
     least, most = field.metadata.get("least"), field.metadata.get("most")
     if least is not None and not value >= least:
         return f"{flag(field.name)} {value} is below {least}"

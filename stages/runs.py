@@ -36,6 +36,19 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
     return replace(settings, out=str(folder)), folder
 
 
+def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> list[Path]:
+    """Other runs with the same settings that were stopped, beside a folder whose name was chosen for this one."""
+    asked = json.loads(json.dumps(asdict(settings)))
+    found = []
+    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/settings.json")):
+        if path.parent == folder or (path.parent / "result.json").exists():
+            continue
+        kept = read_json(path)
+        if not [name for name, *_ in differences(kept, asked) if name not in ("out", "json", "resume")]:
+            found.append(path.parent)
+    return found
+
+
 def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> None:
     """Make the folder of a run and publish its settings.json, once all that can be refused has been checked."""
     if not settings.resume:
@@ -121,9 +134,8 @@ def this_program() -> str:
     """How the commands are called here, for lines that are to be copied."""
     if Path(sys.argv[0]).name == "softcache":
         return "softcache"
-    python = Path(sys.executable)
-    here = Path.cwd()
-    return f"{python.relative_to(here) if python.is_relative_to(here) else python.name} -m stages"
+    python, here = Path(sys.executable), Path.cwd()
+    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m stages"
 
 
 def device_of(name: str) -> torch.device:
@@ -134,5 +146,5 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise WrongCommand(f"--device {name}: {str(error).splitlines()[0][:90]}") from None
+        raise WrongCommand(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from None
     return device

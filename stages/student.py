@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from data.errors import Refused, WrongCommand
-from data.transfer_set import TRANSFER_SETS, Labels, TransferSet, stratified
+from data.transfer_set import TRANSFER_SETS, Labels, TransferSet, row_of, stratified
 from pipeline.cache import Cache
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hard import Hard
@@ -22,7 +23,7 @@ from pipeline.stream import Stream
 
 from .console import Console, progress
 from .held_out import HeldOut
-from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, versions
+from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, unfinished, versions
 from .settings import StudentSettings
 from .table import print_table
 from .teacher import row_name
@@ -35,6 +36,9 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     if not settings.resume:
         settings = with_recipe(settings)
     settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
+    if "out" not in said:
+        for stopped in unfinished(settings, folder):
+            console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     material.network(settings)  # an arch that cannot be built is found before a folder is made
     begin_run(settings, folder)
@@ -52,12 +56,20 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     print_table(result, console)
     console.say(f"run:   {folder}")
     console.say(f"cache: {settings.cache}, reused by every other student: no teacher is needed any more")
-    console.say(f"next:  {this_program()} student --cache {settings.cache} --arch cnn --baseline")
+    other = "cnn" if settings.arch != "cnn" else "mlp:64"
+    data = f" --data {quote(settings.data)}" if material.cache.data == "folder" else ""
+    console.say(f"next:  {this_program()} student{data} --cache {quote(settings.cache)} --arch {other} --baseline")
 
 
 def with_recipe(settings: StudentSettings) -> StudentSettings:
     """Every setting that was left open, from the recipe of the cache's data set."""
+    if settings.data:
+        row_of(settings.data)
     cache = Path(settings.cache or f"caches/{row_name(settings.data or 'digits')}")
+    if not cache.exists():
+        data = f" --data {quote(settings.data)}" if settings.data else ""
+        make = f"{this_program()} teacher-cache{data} --out {quote(str(cache))}"
+        raise Refused(f"there is no cache at '{cache}': make one with  {make}")
     name = Cache(cache).data
     if name not in TRANSFER_SETS:
         raise Refused(f"the cache '{cache}' is of '{name}', a data set that this program does not know")
@@ -180,13 +192,14 @@ def _train(
     preparation = material.preparation
     network = material.network(settings)
     model = Prepared(network, preparation).to(material.device)
-    job = Job(name, model, losses, stream, settings.epochs, steps, settings, material.device, folder)
+    cost = multiply_adds(network, preparation.channels, preparation.size)
+    job = Job(name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost)
     seconds = fit(job, material.held_out["val"], console)
     figures: dict[str, Any] = {
         "arch": settings.arch,
         "preparation": preparation.identity(),
         "parameters": parameters(network),
-        "multiply_adds": multiply_adds(network, preparation.channels, preparation.size),
+        "multiply_adds": job.multiply_adds,
         "seconds": seconds,
         "images_per_second": settings.epochs * steps * len(stream.rows) / stream.steps_per_round / seconds,
     }

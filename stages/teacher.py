@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def run(settings: TeacherSettings, said: set[str]) -> None:
     figures = result["teacher"]["test"] or result["teacher"]["val"]
     console.say(f"teacher {settings.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
     console.say(f"run:  {folder}")
-    console.say(f"next: {this_program()} teacher-cache --data {settings.data} --weights {folder}")
+    asked = f"--data {quote(settings.data)} --weights {quote(str(folder))}"
+    console.say(f"next: {this_program()} teacher-cache {asked}")
 
 
 def with_recipe(settings: TeacherSettings) -> TeacherSettings:
@@ -67,7 +69,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     )  # fmt: skip
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
         raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
-    views = with_size(parse_views(settings.views), transfer_set)
+    views = with_size(parse_views(settings.views), transfer_set, console)
     preparation = preparation_of(settings.normalize, transfer_set, views)
     torch.manual_seed(settings.seed)
     network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
@@ -85,7 +87,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     }
     job = Job(
         "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
-        device, folder, advice,
+        device, folder, multiply_adds(network, preparation.channels, views.size), advice,
     )  # fmt: skip
     seconds = fit(job, held_out["val"], console)
     measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}
@@ -95,7 +97,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             "arch": settings.arch,
             "preparation": preparation.identity(),
             "parameters": parameters(network),
-            "multiply_adds": multiply_adds(network, preparation.channels, views.size),
+            "multiply_adds": job.multiply_adds,
             "val": measured["val"],
             "test": measured.get("test"),
         },
@@ -108,8 +110,12 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     return result
 
 
-def with_size(views: ViewPolicy, transfer_set: TransferSet) -> ViewPolicy:
+def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
     """The policy with its size in pixels: as asked, as the pictures are, or 224 where they differ."""
+    if not views.size and not transfer_set.size:
+        console.say(
+            f"the pictures differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
+        )
     return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
 
 

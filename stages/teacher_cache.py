@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def run(settings: CacheSettings) -> None:
         settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
         train_size=settings.train_size, progress=progress,
     )  # fmt: skip
-    views = teacher_stage.with_size(views, transfer_set)
+    views = teacher_stage.with_size(views, transfer_set, console)
     teacher, arch = teacher_of(settings, transfer_set, views, console)
     teacher = teacher.to(device).eval()
     ask = Ask(transfer_set, views, teacher, taps, settings, device)
@@ -146,8 +147,10 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
         f" {manifest.draws} draws of {manifest.splits['train']:,} views"
     )
     console.say(f"wrote:   {rows:,} rows, {manifest.bytes / rows:.1f} bytes a view, in {duration(manifest.seconds)}")
-    console.say(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}")
+    mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
+    console.say(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
     console.say(
         f"codec:   {settings.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
     )
-    console.say(f"next:    {this_program()} student --cache {settings.out} --baseline")
+    data = f" --data {quote(settings.data)}" if settings.data.startswith("folder:") else ""
+    console.say(f"next:    {this_program()} student{data} --cache {quote(settings.out)} --baseline")

@@ -26,6 +26,9 @@ from .held_out import HeldOut, autocast
 from .runs import this_program
 from .settings import StudentSettings, TeacherSettings
 
+# Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
+# 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
+_WORTH_THREADS = 10_000_000
 Features = dict[str, torch.Tensor]
 
 
@@ -42,6 +45,7 @@ class Job:
     settings: TeacherSettings | StudentSettings
     device: torch.device
     folder: Path
+    multiply_adds: int
     advice: str = ""
 
     def rate(self, step: int) -> float:
@@ -72,12 +76,17 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
     taps = tuple(dict.fromkeys(tap for loss in job.losses for tap in loss.student_taps()))
     state = State.begin(job.model, _loss_modules(job, taps), job.settings, job.rate)
     first = state.restore(job.folder, job.device)
+    threads = torch.get_num_threads()
+    if job.multiply_adds * job.stream.batch_size < _WORTH_THREADS:
+        torch.set_num_threads(1)
     try:
         _epochs(job, state, first, taps, held_out, console)
     except KeyboardInterrupt:
         stage = "teacher" if job.name == "teacher" else "student"
         go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
         raise Interrupted(f"stopped; go on with  {go_on}") from None
+    finally:
+        torch.set_num_threads(threads)
     job.model.load_state_dict(state.result.state_dict())
     weights = {name: value.detach().cpu() for name, value in job.model.network.state_dict().items()}
     publish(finished, lambda path: torch.save(weights, path))

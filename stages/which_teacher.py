@@ -30,6 +30,8 @@ def teacher_of(
     path = Path(settings.weights)
     if (path / "seed-0").is_dir() and run_weights(path) == path:
         raise WrongCommand(f"the run '{path}' is of several seeds: name one of them, such as --weights {path}/seed-0")
+    if not path.exists():
+        raise WrongCommand(f"there are no weights at '{path}'")
     arch, preparation = settings.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
         arch, preparation = _of_run(path, settings)

@@ -15,6 +15,8 @@ import torch
 from commands import Stages, tiny_cache_command
 from PIL import Image
 
+from stages import training
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,6 +50,10 @@ ROOT = Path(__file__).resolve().parent.parent
         ("student --cache CACHE --resume", "--resume wants the run's folder"),
         ("student --cache CACHE --resume --out nowhere", "is no run"),
         ("evaluate nowhere", "is no run"),
+        ("student --data digts", "Did you mean 'digits'?"),
+        ("teacher --arch mpl:16", "Did you mean 'mlp:16'?"),
+        ("teacher --arch my_nets.py:make", "Name the module without .py: 'my_nets:make'"),
+        ("teacher-cache --weights nowhere.pt", "there are no weights at 'nowhere.pt'"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(tiny: Path, stages: Stages, command: str, said: str) -> None:
@@ -62,7 +68,10 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(tiny: Path, stages: Stages,
     [
         ("student --cache nowhere", "there is no cache at 'nowhere'"),
         ("check-cache nowhere", "there is no cache at 'nowhere'"),
-        ("student --cache .", "holds no finished cache"),
+        ("student --cache .", "'.' is no cache"),
+        ("check-cache .", "'.' is no cache"),
+        ("student --data folder:nowhere", "make one with  "),
+        ("student --data folder:nowhere", "teacher-cache --data folder:nowhere --out caches/nowhere"),
         ("student --cache CACHE --data mnist", "is of digits, not of mnist"),
         (
             "student --cache CACHE --loss hint:teacher=layer3,student=relu1",
@@ -80,6 +89,33 @@ def test_every_value_outside_its_range_is_named_at_once(tiny: Path, stages: Stag
     assert code == 2
     for part in ("--epochs 0 is below 1", "--warmup 2.0 is above 0.9", "--ema 1.0 is above", "--seeds -1 is below 1"):
         assert part in err
+
+
+def test_an_empty_value_is_an_unset_variable_and_not_the_default(tiny: Path, stages: Stages) -> None:
+    code, _, err = stages.call("teacher-cache", "--weights", "", "--out", "")
+    assert code == 2
+    assert "--weights is empty" in err
+    assert "--out is empty" in err
+
+
+def test_a_file_is_no_cache(tiny: Path, stages: Stages) -> None:
+    assert "is a file: a cache is a folder" in stages.fails(1, "check-cache", tiny / "cache/manifest.json")
+
+
+def test_a_run_that_was_stopped_is_mentioned_by_the_next_with_the_same_settings(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stages.fails(130, *asked)
+    code, out, _ = stages.call(*asked)
+    assert code == 0
+    assert "'runs/digits-mlp-8-1' was stopped; it goes on with" in out
+    assert "run:   runs/digits-mlp-8-2" in out
+    code, out, err = stages.call("student", "--resume", "--out", "runs/digits-mlp-8-1")
+    assert code == 0, err
+    assert "was stopped" not in stages.call(*asked)[1]
 
 
 def test_an_unknown_option_or_command_is_told_with_what_was_meant(stages: Stages) -> None:

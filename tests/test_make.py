@@ -91,6 +91,12 @@ def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
     assert [line for line in said if line.startswith("stage ")] == ["stage teacher-cache", "stage student"]
 
 
+def test_a_variable_that_nothing_reads_is_a_slip() -> None:
+    failed = make("-n", "student", "LABELED=100")
+    assert failed.returncode == 2
+    assert "no variable LABELED: there are ARCH" in failed.stderr
+
+
 def test_an_interpreter_without_the_packages_is_refused_and_nothing_installed(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")

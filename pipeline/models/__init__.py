@@ -6,6 +6,7 @@ mlp:800,800   cnn   resnet8 14 20 32 44 56 110   torchvision:NAME   my_package.m
 import importlib
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def _users_own(module: str, factory: str, classes: int, channels: int, size: int
     try:
         make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
-        raise WrongCommand(f"arch '{module}:{factory}' cannot be imported: {error}") from None
+        close = get_close_matches(module, MODELS, n=1)
+        hint = f". Did you mean '{close[0]}:{factory}'?" if close else ""
+        hint = f". Name the module without .py: '{module[:-3]}:{factory}'" if module.endswith(".py") else hint
+        raise WrongCommand(f"arch '{module}:{factory}' cannot be imported: {error}{hint}") from None
     network = make(classes=classes, channels=channels, size=size)
     if not isinstance(network, nn.Module):
         raise WrongCommand(f"arch '{module}:{factory}' gave a {type(network).__name__}, not a torch.nn.Module")
