@@ -28,8 +28,9 @@ def teacher_of(
     if settings.weights == "DEFAULT":
         return _published(settings, transfer_set)
     path = Path(settings.weights)
-    if (path / "seed-0").is_dir() and run_weights(path) == path:
-        raise WrongCommand(f"the run '{path}' is of several seeds: name one of them, such as --weights {path}/seed-0")
+    seeds = sorted(path.glob("seed-*"))
+    if seeds and run_weights(path) == path:
+        raise WrongCommand(f"the run '{path}' is of several seeds: name one of them, such as --weights {seeds[0]}")
     if not path.exists():
         raise WrongCommand(f"there are no weights at '{path}'")
     arch, preparation = settings.teacher, None

@@ -235,7 +235,9 @@ def test_seeds_give_mean_and_spread_and_each_is_a_run_of_its_own(tiny: Path, sta
     assert [s["student"]["test"]["accuracy"] for s in result["seeds"]] == single
     assert result["student"]["test"]["accuracy"] == pytest.approx(np.mean(single), abs=1e-12)
     assert result["spread"]["student"]["test"]["accuracy"] == pytest.approx(np.std(single, ddof=1), abs=1e-12)
-    assert (Path("three") / "seed-5" / "student.pt").is_file()
+    assert "such as --weights three/seed-4" in stages.fails(2, "teacher-cache", "--weights", "three", "--out", "c")
+    next_generation = stages("teacher-cache", "--train-size", 50, "--weights", "three/seed-5", "--out", "c")
+    assert next_generation["teacher"]["test"]["accuracy"] == pytest.approx(single[1], abs=1e-9)
 
 
 def test_hidden_labels_are_never_used(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
