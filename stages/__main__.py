@@ -54,7 +54,7 @@ def evaluate(context: click.Context, /, run: str, **_: Any) -> None:
     """The figures of the student in the folder RUN, from its weights."""
     from . import evaluate as stage
 
-    stage.run(run, given(context, EvaluateSettings)[0])
+    stage.run(run, *given(context, EvaluateSettings))
 
 
 @commands.command("check-cache")

@@ -18,7 +18,7 @@ from .settings import EvaluateSettings, StudentSettings
 from .student import Material
 
 
-def run(name: str, settings: EvaluateSettings) -> None:
+def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
     """Every student of the run: its weights, the held-out splits, the teacher's cached logits."""
     console, folder = Console(settings.json), Path(name)
     known = set(StudentSettings.__dataclass_fields__)
@@ -27,8 +27,8 @@ def run(name: str, settings: EvaluateSettings) -> None:
         raise WrongCommand(f"'{folder}' is no run of a student")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
     begun = StudentSettings(**values)
-    here = {k: v for k in ("data", "cache") if (v := getattr(settings, k))}
-    begun = replace(begun, **here, data_root=settings.data_root, device=settings.device, workers=settings.workers)
+    here = {name: getattr(settings, name) for name in said - {"json"}}
+    begun = replace(begun, **here)  # where things lie on this machine; the rest is as the run says
     material = Material.open(begun)
     seeds = range(begun.seed, begun.seed + begun.seeds)
     found: dict[str, Any] = {}

@@ -13,7 +13,9 @@ from data.transfer_set import Split
 from data.views import ViewPolicy
 from pipeline.stream import render_in_order
 
-from .settings import Machine
+from .settings import StudentSettings, TeacherSettings
+
+Trained = TeacherSettings | StudentSettings
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -26,7 +28,7 @@ class HeldOut:
 
     _KEEP_BYTES = 256 << 20
 
-    def __init__(self, split: Split, views: ViewPolicy, device: torch.device, settings: Machine):
+    def __init__(self, split: Split, views: ViewPolicy, device: torch.device, settings: Trained):
         self.split, self.views, self.device = split, views.plain(), device
         self.precision, self.workers = settings.precision, settings.workers
         self.labels, self.batch_size = split.labels, 512

@@ -36,11 +36,23 @@ class Cut:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how."""
+    """Where the work is done."""
 
     device: str = knob("auto", "auto, cpu, cuda or cuda:N.")
-    precision: str = knob("float32", "Arithmetic of the networks.", choices=("float32", "bfloat16"))
     workers: int = knob(0, "Processes that decode a folder of pictures; 0: a thread does.", least=0, most=256)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How networks compute."""
+
+    precision: str = knob("float32", "Arithmetic of the networks.", choices=("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is printed."""
+
     json: bool = knob(False, "Print the result as one JSON object on standard output, and nothing else there.")
 
 
@@ -67,7 +79,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class TeacherSettings(Data, Cut, Machine, Training):
+class TeacherSettings(Data, Cut, Machine, Arithmetic, Output, Training):
     """`stages teacher`: train a teacher, for those who have none."""
 
     arch: str = knob("", _ARCHS)
@@ -76,7 +88,7 @@ class TeacherSettings(Data, Cut, Machine, Training):
 
 
 @dataclass(frozen=True)
-class CacheSettings(Data, Cut, Machine):
+class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
     """`stages teacher-cache`: run the teacher once and keep what it said."""
 
     teacher: str = knob("", _ARCHS)
@@ -93,7 +105,7 @@ class CacheSettings(Data, Cut, Machine):
 
 
 @dataclass(frozen=True)
-class StudentSettings(Data, Machine, Training):
+class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     """`stages student`: train a student from a cache, with no teacher."""
 
     cache: str = knob("", "Folder of the cache; caches/DATA when not given.")
@@ -107,14 +119,14 @@ class StudentSettings(Data, Machine, Training):
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(Data, Machine):
+class EvaluateSettings(Data, Machine, Output):
     """`stages evaluate RUN`: a student's figures again, from its weights."""
 
     cache: str = knob("", "Folder of the cache, where it is no longer where the run says.")
 
 
 @dataclass(frozen=True)
-class CheckSettings(Data, Machine):
+class CheckSettings(Data, Output):
     """`stages check-cache CACHE`: is every byte what it was?"""
 
     deep: bool = knob(False, "Render every view again and compare it with what the teacher saw.")

@@ -225,6 +225,7 @@ def test_the_result_is_complete_and_its_figures_can_be_measured_again(tiny: Path
     manifest = Cache(tiny / "cache").manifest
     assert result["teacher"]["test"]["accuracy"] == pytest.approx(manifest.teacher["test"]["accuracy"], abs=1e-12)
     again = stages("evaluate", "r")
+    assert stages.fails(1, "evaluate", "r", "--cache", "nowhere")
     assert flat(again["0"]["test"]) == pytest.approx(flat(result["student"]["test"]), abs=1e-9)
 
 
