@@ -45,6 +45,9 @@ class Cache:
             self._read_identity()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, WrongCommand) as error:
             raise Refused(f"'{folder}': the manifest's identity does not hold together ({error})") from None
+        self._by_draw: dict[tuple[str, int], list[ShardRecord]] = {}
+        for record in sorted(self.manifest.shards, key=lambda s: s.start):
+            self._by_draw.setdefault((record.split, record.draw), []).append(record)
         self._labels: dict[str, Labels] = {}
         self._orders: dict[str, Positions] = {}
         self._shards: dict[str, Shard] = {}
@@ -118,8 +121,7 @@ class Cache:
         return np.concatenate(parts)
 
     def _records(self, split: str, draw: int) -> list[ShardRecord]:
-        found = [s for s in self.manifest.shards if (s.split, s.draw) == (split, draw)]
-        return sorted(found, key=lambda s: s.start)
+        return self._by_draw[split, draw]
 
     def _rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         if self.resident(split, draw):
@@ -194,7 +196,7 @@ class Cache:
     def verify(self, record: ShardRecord) -> None:
         """Everything that can be known of one shard without its pictures. Raises Refused."""
         shard = self._shard(record)
-        if shard.verified().payload != record.payload:
+        if shard.checked_payload() != record.payload:
             raise Refused(f"{shard.path}: its payload is not the one in the manifest")
 
     def probe(self, transfer_set: TransferSet, views: int = 256) -> None:
@@ -212,7 +214,7 @@ class Cache:
         index = self.order(split)[positions]
         policy = self.views if split == "train" else self.views.plain()
         views = render(transfer_set.splits[split].pictures, policy, self.seed, index, draw)
-        wrong = np.flatnonzero(crc32(views) != self.column(split, draw, "view_crc32")[positions])
+        wrong = np.flatnonzero(crc32(views) != self._from_disk(split, draw, "view_crc32", positions))
         if len(wrong):
             raise Refused(
                 f"{len(wrong)} of {len(positions)} views of '{self.folder}' come out differently here, the first is"

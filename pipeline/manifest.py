@@ -18,6 +18,19 @@ NAME, UNFINISHED = "manifest.json", "unfinished.json"
 _MAX_BYTES = 64 << 20  # of a manifest; 100,000 shards need 40 MB
 
 
+Datasets = dict[str, list[Any]]  # {name: [row shape, dtype]}
+
+
+def row_bytes(datasets: Datasets) -> int:
+    """Of one row, without what HDF5 adds."""
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in datasets.values())
+
+
+def layout_of(rows: int, datasets: Datasets) -> Layout:
+    """{dataset: (whole shape, dtype)} of so many rows."""
+    return {name: ((rows, *shape), dtype) for name, (shape, dtype) in datasets.items()}
+
+
 @dataclass(frozen=True)
 class ShardRecord:
     """One shard. start, rows: its range in the row order of its split; correct: rows whose label the logits hit."""
@@ -36,11 +49,11 @@ class ShardRecord:
     @property
     def row_bytes(self) -> int:
         """Of one row, without what HDF5 adds."""
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.datasets.values())
+        return row_bytes(self.datasets)
 
     def layout(self) -> Layout:
         """{dataset: (whole shape, dtype)}."""
-        return {name: ((self.rows, *shape), dtype) for name, (shape, dtype) in self.datasets.items()}
+        return layout_of(self.rows, self.datasets)
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,17 @@ class Shard:
 
         Raises Refused when they are not: the shard vouches for itself, before any manifest does.
         """
+        payload = self.checked_payload()
+        return Written(os.fstat(self._fd).st_size, file_checksum(self._fd), payload)
+
+    def checked_payload(self) -> str:
+        """The digest of the datasets. Raises Refused when it is not the one that was written into the shard."""
         payload = payload_digest(self.read_all())
         if payload != self.attributes.get("payload"):
             raise Refused(
                 f"{self.path}: damaged, its payload is {payload} instead of {self.attributes.get('payload')}"
             )
-        return Written(os.fstat(self._fd).st_size, file_checksum(self._fd), payload)
+        return payload
 
     def close(self) -> None:
         """Give the file back; reading is over."""

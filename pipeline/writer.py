@@ -14,7 +14,7 @@ from data.errors import Refused
 
 from .codec import CODECS, TEMPERATURES
 from .identity import Identity, describe, fingerprint
-from .manifest import NAME, UNFINISHED, HeadRecord, Manifest, ShardRecord, read_manifest
+from .manifest import NAME, UNFINISHED, HeadRecord, Manifest, ShardRecord, layout_of, read_manifest, row_bytes
 from .publish import publish_json
 from .shards import Arrays, Shard, Written, write_shard
 
@@ -52,7 +52,7 @@ class Plan:
     @property
     def row_bytes(self) -> int:
         """Of one row, without what HDF5 adds."""
-        return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.datasets.values())
+        return row_bytes(self.datasets)
 
     def pieces(self) -> Iterator[Piece]:
         """Every shard, in the order in which they are written."""
@@ -116,9 +116,8 @@ class Writer:
         path = self.folder / piece.path
         if not path.exists():
             return False
-        layout = {name: ((piece.rows, *shape), dtype) for name, (shape, dtype) in self.plan.datasets.items()}
         try:
-            shard = Shard(path, layout)
+            shard = Shard(path, layout_of(piece.rows, self.plan.datasets))
             wanted = self._attributes(piece)
             if any(shard.attributes.get(key) != value for key, value in wanted.items()):
                 return False

@@ -5,10 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.errors import Refused, WrongCommand
-from pipeline.metrics import evaluate
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 
@@ -49,8 +46,5 @@ def _figures(folder: Path, settings: StudentSettings, material: Material) -> dic
         raise Refused(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}")
     network = material.network(settings)
     load_state(network, read_state(path), str(path))
-    model = Prepared(network, material.preparation).to(torch.device(material.device))
-    return {
-        split: evaluate(rows.logits(model), rows.labels, material.teacher[split].numpy())
-        for split, rows in material.held_out.items()
-    }
+    model = Prepared(network, material.preparation).to(material.device)
+    return material.measure(model)

@@ -125,6 +125,13 @@ class Material:
         torch.manual_seed(settings.seed)
         return build(settings.arch, self.cache.classes, self.preparation.channels, self.preparation.size)
 
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """Every figure of a student on each held-out split."""
+        return {
+            split: evaluate(rows.logits(model), rows.labels, self.teacher[split].numpy())
+            for split, rows in self.held_out.items()
+        }
+
     def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
         order = self.cache.order("train")
@@ -203,9 +210,7 @@ def _train(
         "seconds": seconds,
         "images_per_second": settings.epochs * steps * len(stream.rows) / stream.steps_per_round / seconds,
     }
-    for split, rows in material.held_out.items():
-        figures[split] = evaluate(rows.logits(model), rows.labels, material.teacher[split].numpy())
-    return figures
+    return figures | material.measure(model)
 
 
 def _whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:

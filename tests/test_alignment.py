@@ -189,6 +189,13 @@ def test_damage_is_found_before_a_row_is_used(
     assert "1 of 15 files are bad" in err
 
 
+def test_a_deep_check_blames_the_damaged_shard_and_not_its_neighbours(cache: Path, stages: Stages) -> None:
+    damage_bit(cache / SHARD)
+    _, out, err = stages.call("check-cache", cache, "--deep")
+    assert out.count(": good") == 14
+    assert "1 of 15 files are bad" in err
+
+
 def with_soft_link(file: h5py.File) -> None:
     del file["label"]
     file["label"] = h5py.SoftLink("/index")
