@@ -38,13 +38,11 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
 
 def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> list[Path]:
     """Other runs with the same settings that were stopped, beside a folder whose name was chosen for this one."""
-    asked = json.loads(json.dumps(asdict(settings)))
     found = []
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/settings.json")):
         if path.parent == folder or (path.parent / "result.json").exists():
             continue
-        kept = read_json(path)
-        if not [name for name, *_ in differences(kept, asked) if name not in ("out", "json", "resume")]:
+        if not _differing(read_json(path), settings):
             found.append(path.parent)
     return found
 
@@ -90,11 +88,15 @@ def _others(folder: Path, settings: S) -> str:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return " and its settings.json is damaged"
-    asked = json.loads(json.dumps(asdict(settings)))
-    differ = [
-        f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in ("out", "json", "resume")
-    ]
+    differ = _differing(kept, settings)
     return f", begun with other settings ({'; '.join(differ[:4])})" if differ else ", begun with the same settings"
+
+
+def _differing(kept: Any, settings: TeacherSettings | StudentSettings) -> list[str]:
+    """The settings in which a run differs from what is asked, in words; where it lies and what it prints aside."""
+    asked = json.loads(json.dumps(asdict(settings)))
+    aside = ("out", "json", "resume")
+    return [f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in aside]
 
 
 def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:

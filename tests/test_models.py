@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import logits_of, one_line
 from torch import nn
 
 from data.errors import WrongCommand
@@ -18,20 +19,6 @@ from pipeline.models.weights import load_state, read_state
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 SHALLOW = {"mlp": "mlp:16,8", "cnn": "cnn", "resnet8": "resnet8", "torchvision": "torchvision:resnet18"}
-
-
-def logits_of(network: nn.Module, channels: int, size: int, B: int = 3) -> torch.Tensor:
-    """What a network in eval mode says about B random pictures."""
-    with torch.no_grad():
-        logits: torch.Tensor = network.eval()(torch.rand(B, channels, size, size))
-    return logits
-
-
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    """The error's text, which must be one line."""
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 # The table

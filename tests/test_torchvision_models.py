@@ -10,6 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from networks import logits_of, one_line
 from torch import nn
 
 from data.errors import Refused, WrongCommand
@@ -23,20 +24,6 @@ LONG = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "inception_v3", "mnasnet0_5", "mobilenet_v2",
     "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11", "vit_b_16",
 )  # fmt: skip
-
-
-def logits_of(network: nn.Module, channels: int, size: int, B: int = 3) -> torch.Tensor:
-    """What a network in eval mode says about B random pictures."""
-    with torch.no_grad():
-        logits: torch.Tensor = network.eval()(torch.rand(B, channels, size, size))
-    return logits
-
-
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    """The error's text, which must be one line."""
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 # Small and grey pictures
