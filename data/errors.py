@@ -12,6 +12,10 @@ class Refused(Exception):
     """What lies on disk is damaged, half done, or not what it claims to be. Exit code 1."""
 
 
+class OtherCache(Refused):
+    """A cache is whole and not the one that is asked for. The message names the fields; a stage adds the command."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, with how to go on. Exit code 130."""
 

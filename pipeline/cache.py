@@ -1,6 +1,7 @@
 """A finished cache, open for reading: rows by (split, draw, position), each checked before it is used."""
 
-import zlib
+import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +9,20 @@ import torch
 from numpy.typing import NDArray
 
 from data import counter
-from data.errors import Refused, WrongCommand
+from data.errors import OtherCache, Refused, WrongCommand
 from data.folder import Progress
 from data.transfer_set import Labels, TransferSet, load
-from data.views import ViewPolicy, parse_views, render
+from data.views import ViewPolicy, parse_views
 
 from .codec import CODECS
 from .identity import describe
-from .manifest import Manifest, ShardRecord, read_manifest
+from .manifest import KEYS, NAME, SPLITS, UNFINISHED, Manifest, ShardRecord, read_manifest, row_bytes
 from .models.prepared import Preparation
-from .shards import Shard
+from .shards import Shard, Stamp
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
 OPEN_SHARDS = 256
-SPLITS = ("train", "val", "test")
+_ON_ITS_WORD = 1 << 22  # rows that a manifest is believed to have: their order takes 100 MB while it is made
 Positions = NDArray[np.int64]
 
 
@@ -40,18 +41,33 @@ class Cache:
     def __init__(self, folder: Path):
         """Raises Refused when there is no finished cache, or its manifest does not hold together."""
         self.folder = folder
+        # The order matters: what is seen first, with no addition under way, is in a manifest that is read later.
+        files, growing = shard_files(folder), (folder / UNFINISHED).is_file()
         self.manifest: Manifest = read_manifest(folder)
+        self.unlisted = sorted(files - {record.path for record in self.manifest.shards})
+        if self.unlisted and not growing:
+            raise Refused(
+                f"'{folder}' holds {self.unlisted[0]}, which {NAME} does not know ({len(self.unlisted)} such files):"
+                f" an older {NAME}, or files of another cache. Put the newer one back, or move them away"
+            )
         try:
             self._read_identity()
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, WrongCommand) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, WrongCommand) as error:
             raise Refused(f"'{folder}': the manifest's identity does not hold together ({error})") from None
-        self._by_draw: dict[tuple[str, int], list[ShardRecord]] = {}
+        self._by_draw: dict[tuple[str, int, str], list[ShardRecord]] = {}  # {(split, draw, dataset): in row order}
         for record in sorted(self.manifest.shards, key=lambda s: s.start):
-            self._by_draw.setdefault((record.split, record.draw), []).append(record)
+            for name in record.datasets:
+                if name not in KEYS or record.correct is not None:  # keys are taken from where the logits are
+                    self._by_draw.setdefault((record.split, record.draw, name), []).append(record)
         self._labels: dict[str, Labels] = {}
         self._orders: dict[str, Positions] = {}
         self._shards: dict[str, Shard] = {}
+        self._stamps: dict[str, Stamp] = {}  # of the shards that this process has verified
         self._resident: dict[tuple[str, int], dict[str, NDArray[np.generic]]] = {}  # {draw: {dataset: rows}}
+
+    def __getstate__(self) -> dict[str, object]:
+        """What travels to another process: no file, no rows; it opens and verifies its own."""
+        return self.__dict__ | {"_shards": {}, "_stamps": {}, "_resident": {}}
 
     def _read_identity(self) -> None:
         """What a reader needs to know before it opens a shard, in the types that it must have."""
@@ -61,7 +77,7 @@ class Cache:
         self.views: ViewPolicy = parse_views(f"{views['policy']}:{knobs}")
         self.seed = int(views["seed"])
         self.codec = CODECS[identity["codec"]]
-        self.classes = int(self.manifest.shards[0].datasets["logits"][0][0])
+        self.classes = self.manifest.classes
         self.data = str(data["name"])
         self.cut = (float(cut["val_fraction"]), int(cut["seed"]), int(cut["train_size"]))
         self.teacher = str(identity["teacher"]["arch"])
@@ -85,12 +101,14 @@ class Cache:
         return found
 
     def order(self, split: str) -> Positions:
-        """index [rows] of each position of a split, made once its files are seen to be large enough to hold it."""
+        """index [rows] of each position of a split, made once its files are seen to hold so many, if they are many."""
         if split not in self._orders:
-            for record in self._records(split, 0):
+            for record in self._records(split, 0, "index"):
                 path = self.folder / record.path
-                if path.is_file() and path.stat().st_size < record.row_bytes * record.rows:
-                    raise Refused(f"{path}: too small for the {record.rows} rows that the manifest gives it")
+                size = path.stat().st_size if path.is_file() else -1
+                # A missing shard is named when it is opened; but no memory is taken for many rows on its word.
+                if size != record.bytes and (size >= 0 or self.manifest.splits[split] > _ON_ITS_WORD):
+                    raise Refused(f"{path}: {max(size, 0)} bytes instead of {record.bytes}: cut or appended to")
             self._orders[split] = row_order(self.seed, split, self.manifest.splits[split])
         return self._orders[split]
 
@@ -99,7 +117,9 @@ class Cache:
         mine, theirs = self.manifest.identity["transfer_set"], transfer_set.identity()
         if mine != theirs:
             fields = describe(theirs, mine, ("here", "in the cache"))
-            raise Refused(f"the cache '{self.folder}' was made from other data: {fields}")
+            raise OtherCache(f"the cache '{self.folder}' was made from other data:{fields}")
+        if self.manifest.splits != (here := {split: len(rows) for split, rows in transfer_set.splits.items()}):
+            raise Refused(f"the cache '{self.folder}' has rows {self.manifest.splits}, the data {here}")
         self._labels = {split: rows.labels for split, rows in transfer_set.splits.items()}
 
     def targets(
@@ -107,41 +127,50 @@ class Cache:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """logits float32 [n, K] and features {tap: float16 [n, …]} of the rows at positions [n]."""
         names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps)]
-        rows = {name: self._rows(split, draw, name, positions) for name in names}
+        fetch = self._in_memory if self.resident(split, draw, taps) else self.rows
+        rows = {name: fetch(split, draw, name, positions) for name in names}
         logits = torch.from_numpy(self.codec.decode(rows))
         return logits, {tap: torch.from_numpy(rows[f"features/{tap}"]) for tap in taps}
 
-    def resident(self, split: str, draw: int) -> bool:
-        """Whether that draw is small enough to be kept in memory."""
-        return sum(s.bytes for s in self._records(split, draw)) <= RESIDENT_BYTES
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = ()) -> bool:
+        """Whether what is read of that draw is small enough to be kept in memory.
+
+        It does not depend on what else the cache holds: a student's order of rows must not change when taps are added.
+        """
+        names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps), *KEYS]
+        size = row_bytes({name: self.manifest.datasets[name] for name in names})
+        return size * self.manifest.splits[split] <= RESIDENT_BYTES
 
     def column(self, split: str, draw: int, name: str) -> NDArray[np.generic]:
         """One whole dataset of a draw, such as `label` or `view_crc32`, in row order."""
-        parts = [self._shard(r).read(name) for r in self._records(split, draw) if name in r.datasets]
-        return np.concatenate(parts)
+        return np.concatenate([self._shard(r).read(name) for r in self._records(split, draw, name)])
 
-    def _records(self, split: str, draw: int) -> list[ShardRecord]:
-        return self._by_draw[split, draw]
+    def used(self, draws: int, taps: tuple[str, ...]) -> dict[str, str]:
+        """{path: payload} of the shards that hold the logits and taps of the first draws and the held-out splits."""
+        names = {"logits", *(f"features/{tap}" for tap in taps)}
+        return {
+            record.path: record.payload
+            for record in self.manifest.shards
+            if names & set(record.datasets) and (record.split != "train" or record.draw < draws)
+        }
 
-    def _rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
-        if self.resident(split, draw):
-            return self._in_memory(split, draw, name)[positions]
-        return self._from_disk(split, draw, name, positions)
+    def _records(self, split: str, draw: int, name: str) -> list[ShardRecord]:
+        return self._by_draw[split, draw, name]
 
-    def _in_memory(self, split: str, draw: int, name: str) -> NDArray[np.generic]:
-        """A whole dataset of a draw, kept until two other draws have been asked for."""
+    def _in_memory(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
+        """Rows of a dataset that is kept whole until two other draws have been asked for."""
         kept = self._resident.setdefault((split, draw), {})
         if name not in kept:
             kept[name] = self.column(split, draw, name)
         while len(self._resident) > 2:  # this epoch's draw and the next one's
             self._resident.pop(next(iter(self._resident)))
-        return kept[name]
+        return kept[name][positions]
 
-    def _from_disk(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
-        """Rows gathered by runs of neighbours: one read per run, each row to its place."""
-        records = self._records(split, draw)
-        shape, dtype = records[0].datasets[name]
-        rows = np.empty((len(positions), *shape), dtype)
+    def rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
+        """Rows of a dataset from disk at positions [n], gathered by runs of neighbours: one read per run."""
+        records = self._records(split, draw, name)
+        shape, dtype = self.manifest.datasets[name]
+        found = np.empty((len(positions), *shape), dtype)
         order = np.argsort(positions, kind="stable")
         wanted = positions[order]
         starts = np.array([r.start for r in records])
@@ -150,21 +179,31 @@ class Cache:
         for run in np.split(np.arange(len(wanted)), breaks):
             record = records[home[run[0]]]
             first = int(wanted[run[0]]) - record.start
-            rows[order[run]] = self._shard(record).read(name, first, len(run))
-        return rows
+            found[order[run]] = self._shard(record).read(name, first, len(run))
+        return found
 
     def _shard(self, record: ShardRecord) -> Shard:
-        """The shard, checked when it is opened. Few stay open: a process may have 1,024 files."""
+        """The shard, verified once per process. Few stay open: a process may have 1,024 files."""
         if record.path not in self._shards:
-            shard = Shard(self.folder / record.path, record.layout(), record.bytes, record.checksum)
-            self._check_shard(shard, record)
+            shard = self._opened(record, self._stamps.get(record.path))
+            self._stamps[record.path] = shard.stamp
             if len(self._shards) >= OPEN_SHARDS:
                 self._shards.pop(next(iter(self._shards))).close()
             self._shards[record.path] = shard
         return self._shards[record.path]
 
-    def _check_shard(self, shard: Shard, record: ShardRecord) -> None:
-        """The rows are those of this cache, in this order, with these labels, and hit as many of them."""
+    def _opened(self, record: ShardRecord, stamp: Stamp | None = None) -> Shard:
+        shard = Shard(
+            self.folder, record.path, self.manifest.layout(record), record.bytes, record.checksum, known=stamp
+        )
+        if not shard.is_known:
+            self._check_rows(shard, record)
+            if record.correct is not None:
+                self._check_logits(shard, record)
+        return shard
+
+    def _check_rows(self, shard: Shard, record: ShardRecord) -> None:
+        """The rows are those of this cache, in this order, with these labels."""
         claims = {"fingerprint": self.manifest.fingerprint}
         claims |= {key: getattr(record, key) for key in ("split", "draw", "start")}
         for key, claim in claims.items():
@@ -183,50 +222,57 @@ class Cache:
                     f"{shard.path}: {len(wrong)} labels are not those of the data,"
                     f" the first at index {expected[wrong[0]]}"
                 )
+
+    def _check_logits(self, shard: Shard, record: ShardRecord) -> None:
+        """The logits are finite and hit as many labels as they did when they were written."""
         stored = {name: shard.read(name) for name in self.codec.datasets(self.classes)}
         logits = self.codec.decode(stored)
         if not np.isfinite(logits).all():
             raise Refused(f"{shard.path}: logits that are not finite")
-        if (hits := int((logits.argmax(1) == label).sum())) != record.correct:
+        if (hits := int((logits.argmax(1) == shard.read("label")).sum())) != record.correct:
             raise Refused(
                 f"{shard.path}: its logits hit {hits} labels instead of {record.correct}:"
                 " rows and logits do not belong together"
             )
 
-    def verify(self, record: ShardRecord) -> None:
-        """Everything that can be known of one shard without its pictures. Raises Refused."""
-        shard = self._shard(record)
-        if shard.checked_payload() != record.payload:
-            raise Refused(f"{shard.path}: its payload is not the one in the manifest")
+    def verify(self, record: ShardRecord) -> NDArray[np.generic]:
+        """Everything that can be known of one shard without its pictures; returns its view_crc32 [rows].
 
-    def probe(self, transfer_set: TransferSet, views: int = 256) -> None:
-        """Render so many views again and compare them with what the teacher saw. Raises Refused where one differs."""
-        draws = min(self.manifest.draws, 8)
-        places = [("train", d * self.manifest.draws // draws) for d in range(draws)]
-        places += [(split, 0) for split in self.manifest.splits if split != "train"]
-        for split, draw in places:
-            n = self.manifest.splits[split]
-            count = min(n, -(-views // len(places)))
-            self.compare_views(transfer_set, split, draw, np.arange(count) * n // count)
+        Raises Refused. May be called from several threads.
+        """
+        with closing(self._opened(record)) as shard:
+            if shard.checked_payload() != record.payload:
+                raise Refused(f"{shard.path}: its payload is not the one in the manifest")
+            for name in record.datasets:
+                if name.startswith("features/") and not np.isfinite(shard.read(name)).all():
+                    raise Refused(f"{shard.path}: {name} has values that are not finite")
+            if record.correct is None:
+                self._check_views(shard, record)
+            return shard.read("view_crc32")
 
-    def compare_views(self, transfer_set: TransferSet, split: str, draw: int, positions: Positions) -> None:
-        """Render the views at positions [n] and compare their checksums. Raises Refused, naming the first."""
-        index = self.order(split)[positions]
-        policy = self.views if split == "train" else self.views.plain()
-        views = render(transfer_set.splits[split].pictures, policy, self.seed, index, draw)
-        wrong = np.flatnonzero(crc32(views) != self._from_disk(split, draw, "view_crc32", positions))
-        if len(wrong):
-            raise Refused(
-                f"{len(wrong)} of {len(positions)} views of '{self.folder}' come out differently here, the first is"
-                f" {split} index {index[wrong[0]]}, draw {draw}: a picture, the decoder or a library changed."
-                f" The cache was written with {_versions(self.manifest.versions)}"
-            )
+    def _check_views(self, shard: Shard, record: ShardRecord) -> None:
+        """Features that were added later are of the views that the logits are of."""
+        mine = shard.read("view_crc32")
+        for other in self._records(record.split, record.draw, "view_crc32"):
+            first = max(other.start, record.start)
+            stop = min(other.start + other.rows, record.start + record.rows)
+            if first < stop:
+                layout = self.manifest.layout(other)
+                with closing(Shard(self.folder, other.path, layout, other.bytes, other.checksum)) as logits:
+                    theirs = logits.read("view_crc32", first - other.start, stop - first)
+                if not np.array_equal(mine[first - record.start : stop - record.start], theirs):
+                    raise Refused(f"{shard.path}: its features are of other views than the logits of {other.path}")
+
+    def verify_head(self) -> None:
+        """Raises Refused when the file of the teacher's last layer is not what it was."""
+        if head := self.manifest.head:
+            Shard(self.folder, head.path, self.manifest.head_layout(), head.bytes, head.checksum).close()
 
 
-def crc32(views: torch.Tensor) -> NDArray[np.uint32]:
-    """CRC-32 [B] of the bytes of uint8 views [B, C, H, W]."""
-    return np.array([zlib.crc32(view) for view in views.contiguous().numpy()], np.uint32)
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def shard_files(folder: Path) -> set[str]:
+    """The names of all HDF5 files in a cache's folder, as a manifest would call them."""
+    found = set()
+    for inner in os.scandir(folder) if folder.is_dir() else ():
+        if inner.is_dir(follow_symlinks=False):
+            found |= {f"{inner.name}/{file.name}" for file in os.scandir(inner) if file.name.endswith(".h5")}
+    return {name for name in found if not name.partition("/")[2].startswith(".")}

@@ -62,12 +62,13 @@ def differences(one: Any, other: Any, field: str = "") -> Iterator[tuple[str, An
 
 
 def describe(one: Identity, other: Identity, names: tuple[str, str]) -> str:
-    """The differing fields in words, one after another: `views.pad: 4 here, 2 in the cache`."""
-    return "; ".join(
-        f"{field}: {_short(a)} {names[0]}, {_short(b)} {names[1]}" for field, a, b in differences(one, other)
-    )
+    """The differing fields side by side, a line each below a line of the two names."""
+    found = [(field, _short(a), _short(b)) for field, a, b in differences(one, other)]
+    rows = [("", *names), *found] if found else []
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    return "".join(f"\n  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in rows)
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= 40 else text[:37] + "…"

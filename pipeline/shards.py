@@ -7,7 +7,6 @@ SIGBUS), and no HDF5 handle outlives the opening, so none can cross a process.
 """
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,18 @@ from numpy.typing import NDArray
 
 from data.errors import Refused
 
-from .publish import publish
+from .files import open_plain, publish
 
 Arrays = dict[str, NDArray[np.generic]]
 Layout = dict[str, tuple[tuple[int, ...], str]]  # {dataset: (shape, dtype)}
+Stamp = tuple[int, ...]  # of a file: changes when it does
 
 # The newest format that HDF5 1.10 (2016) can read. Its object headers carry checksums, without which
 # flipped metadata bits gave wrong values silently in 4 of 3,200 trials.
 _LIBVER = ("v110", "v110")
+_SUPERBLOCKS = (b"\x89HDF\r\n\x1a\n\x02", b"\x89HDF\r\n\x1a\n\x03")
 _HASH_BLOCK = 1 << 22
+_MOST_LINKS, _MOST_ATTRIBUTES = 4096, 16
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,30 @@ class Shard:
 
     _fd = -1  # until it is open: __del__ runs also when opening was refused
 
-    def __init__(self, path: Path, layout: Layout, size: int | None = None, checksum: str | None = None):
-        """Open path and check, before any row is used, that it is what is expected.
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        layout: Layout,
+        size: int | None = None,
+        checksum: str | None = None,
+        known: Stamp | None = None,
+    ):
+        """Open folder/name and check, before any row is used, that it is what is expected.
 
-        layout: every dataset with its whole shape and dtype; size and checksum: None where not yet known.
-        Raises Refused with the reason.
+        layout: every dataset with its whole shape and dtype; size and checksum: None where not yet known;
+        known: the stamp of the file when its checksum was last found right, to save finding it again.
+        Raises Refused with the reason. HDF5 sees the file only after its checksum was right.
         """
-        self.path = path
+        self.path = path = folder / name
         self.layout = layout
-        self._fd = _open_regular(path)
+        self._fd = open_plain(folder, name)
         try:
             found_size = os.fstat(self._fd).st_size
             if size is not None and found_size != size:
                 raise Refused(f"{path}: {found_size} bytes instead of {size}: the file was cut or appended to")
-            if checksum is not None and (found := file_checksum(self._fd)) != checksum:
+            self.is_known = known == self.stamp
+            if not self.is_known and checksum is not None and (found := file_checksum(self._fd)) != checksum:
                 raise Refused(f"{path}: damaged, its checksum is {found} instead of {checksum}")
             self._offsets, self.attributes = _inspect(path, self._fd, layout, found_size)
         except BaseException:
@@ -120,6 +132,12 @@ class Shard:
                 raise Refused(f"{self.path}: the file ends inside {name}: it was cut after it was opened")
             view, offset = view[got:], offset + got
         return rows
+
+    @property
+    def stamp(self) -> Stamp:
+        """What changes when the file does: device, number, size, times."""
+        found = os.fstat(self._fd)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def read_all(self) -> Arrays:
         """Every dataset, whole."""
@@ -152,23 +170,14 @@ class Shard:
         self.close()
 
 
-def _open_regular(path: Path) -> int:
-    """A file descriptor of a plain file: no link, no pipe (which would hang), nothing outside."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise Refused(f"{path}: cannot be opened as a plain file ({error.strerror})") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise Refused(f"{path}: not a plain file")
-    return fd
-
-
 def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, int], dict[str, str | int]]:
     """Offsets of the datasets, and the attributes, through HDF5 on the same descriptor; closed again."""
+    if os.pread(fd, 9, 0)[:9] not in _SUPERBLOCKS:
+        raise Refused(f"{path}: not an HDF5 file with checksums in its metadata")
     with os.fdopen(os.dup(fd), "rb") as raw:
         try:
             with h5py.File(raw, "r") as file:
+                _small(path, file)
                 found = _names(path, file)
                 if found != set(layout):
                     differ = ", ".join(sorted(found ^ set(layout)))
@@ -179,6 +188,12 @@ def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, 
             raise Refused(f"{path}: not a readable HDF5 file ({str(error)[:120]})") from None
 
 
+def _small(path: Path, file: h5py.File) -> None:
+    """Refuse a file that would be long to look through, before it is."""
+    if len(file) > _MOST_LINKS or len(file.attrs) > _MOST_ATTRIBUTES:
+        raise Refused(f"{path}: {len(file)} names and {len(file.attrs)} attributes are no shard's")
+
+
 def _names(path: Path, file: h5py.File) -> set[str]:
     """Datasets by full name, one group deep. Only hard links: a soft or external one can lead out of the file."""
     names = set()
@@ -187,6 +202,8 @@ def _names(path: Path, file: h5py.File) -> set[str]:
         if isinstance(file[outer], h5py.Dataset):
             names.add(outer)
             continue
+        if not isinstance(file[outer], h5py.Group) or len(file[outer]) > _MOST_LINKS:
+            raise Refused(f"{path}: {outer} is neither a dataset nor a small group")
         for inner in file[outer]:
             _hard(path, file, f"{outer}/{inner}")
             names.add(f"{outer}/{inner}")
@@ -220,9 +237,10 @@ def _offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], dtyp
 def _attributes(path: Path, file: h5py.File) -> dict[str, str | int]:
     found: dict[str, str | int] = {}
     for key in file.attrs:
-        kind = file.attrs.get_id(key).dtype
-        if kind.kind not in "Si" or kind.itemsize > 1024:
-            raise Refused(f"{path}: attribute {key} is of type {kind}")
+        attribute = file.attrs.get_id(key)
+        kind = attribute.dtype
+        if kind.kind not in "Si" or kind.itemsize > 1024 or attribute.shape != ():
+            raise Refused(f"{path}: attribute {key} is of type {kind}, shape {attribute.shape}")
         value = file.attrs[key]
         found[key] = value.decode("ascii", "replace") if isinstance(value, bytes) else int(value)
     return found

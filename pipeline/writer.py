@@ -1,137 +1,162 @@
-"""Writing a cache: shard by shard, each whole or absent, the manifest last, and going on where it was left."""
+"""Writing a cache: shard by shard, each whole or absent, the manifest last; going on, and growing."""
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.errors import Refused
+from data.errors import OtherCache, Refused
 
-from .codec import CODECS, TEMPERATURES
+from .codec import TEMPERATURES
+from .files import make_folder, publish_json, read_plain, remove_leftovers
 from .identity import Identity, describe, fingerprint
-from .manifest import NAME, UNFINISHED, HeadRecord, Manifest, ShardRecord, layout_of, read_manifest, row_bytes
-from .publish import publish_json
+from .lock import LOCK
+from .manifest import (
+    CARD,
+    HEAD,
+    KEYS,
+    MANIFEST_MOST,
+    NAME,
+    SHARD_MOST,
+    UNFINISHED,
+    Datasets,
+    HeadRecord,
+    Manifest,
+    ShardRecord,
+    datasets_of,
+    layout_of,
+    read_manifest,
+    row_bytes,
+    shard_path,
+)  # fmt: skip
 from .shards import Arrays, Shard, Written, write_shard
 
 _SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
+_RECORD_BYTES = 400  # of a shard in the manifest, about
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard to be: rows start to start + rows of a split, in the row order, in one draw."""
+    """A shard to be: rows start to start + rows of a split, in the row order, in one draw; the datasets it holds."""
 
+    path: str
     split: str
     draw: int
     start: int
     rows: int
-    number: int
-
-    @property
-    def path(self) -> str:
-        """Its name in the cache's folder."""
-        folder = f"draw-{self.draw:03d}" if self.split == "train" else self.split
-        return f"{folder}/shard-{self.number:05d}.h5"
+    datasets: Datasets
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cache is to hold. datasets: {name: [row shape, dtype]}; splits: {name: rows}; taps: {name: row shape}."""
+    """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings: see Manifest."""
 
     identity: Identity
+    classes: int
     draws: int
     splits: dict[str, int]
     taps: dict[str, list[int]]
-    datasets: dict[str, list[Any]]
     shard_rows: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def row_bytes(self) -> int:
-        """Of one row, without what HDF5 adds."""
-        return row_bytes(self.datasets)
-
-    def pieces(self) -> Iterator[Piece]:
-        """Every shard, in the order in which they are written."""
-        most = self.shard_rows or min(_SHARD_ROWS, max(1, _SHARD_BYTES // self.row_bytes))
+    def pieces(self, there: tuple[ShardRecord, ...] = ()) -> Iterator[Piece]:
+        """Every shard that is not there, in the order in which they are written."""
+        everything = datasets_of(self.classes, self.identity["codec"], self.taps)
         for split, n in self.splits.items():
-            cuts = np.linspace(0, n, -(-n // most) + 1).astype(int)
             for draw in range(self.draws if split == "train" else 1):
+                parts = [r for r in there if (r.split, r.draw, r.start) == (split, draw, 0)]
+                have = {name for record in parts for name in record.datasets if name not in KEYS}
+                missing = {name: kind for name, kind in everything.items() if name not in have}
+                if set(missing) == set(KEYS):
+                    continue
+                most = self.shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // row_bytes(missing))
+                most = max(1, min(most, (SHARD_MOST - (1 << 20)) // row_bytes(missing)))
+                cuts = np.linspace(0, n, -(-n // most) + 1).astype(int)
                 for i, (a, b) in enumerate(pairwise(cuts)):
-                    yield Piece(split, draw, int(a), int(b - a), i)
+                    path = shard_path(split, draw, i, len(parts))
+                    yield Piece(path, split, draw, int(a), int(b - a), missing)
 
-    @property
-    def bytes(self) -> int:
-        """Of the whole cache, about."""
-        rows = sum(n * (self.draws if split == "train" else 1) for split, n in self.splits.items())
-        return rows * self.row_bytes
-
-
-def datasets_of(classes: int, codec: str, taps: dict[str, list[int]]) -> dict[str, list[Any]]:
-    """{name: [row shape, dtype]} of a shard. Features are float16, whatever the codec of the logits."""
-    logits = {name: [list(shape), dtype] for name, (shape, dtype) in CODECS[codec].datasets(classes).items()}
-    features = {f"features/{tap}": [shape, "<f2"] for tap, shape in taps.items()}
-    keys = {"index": [[], "<u4"], "label": [[], "<i4"], "view_crc32": [[], "<u4"]}
-    return {**logits, **features, **keys}
+    def with_all_of(self, there: Manifest) -> "Plan":
+        """The same, and what is there already: a cache grows, it never shrinks."""
+        return replace(self, draws=max(self.draws, there.draws), taps={**there.taps, **self.taps})
 
 
 @dataclass
 class Writer:
-    """A cache that is being written. finished: whether it was whole already."""
+    """A cache that is being written. todo: the shards that are not in the manifest; grown: what there was before."""
 
     folder: Path
     plan: Plan
+    todo: list[Piece]
+    grown: Manifest | None = None
     records: list[ShardRecord] = field(default_factory=list)
     costs: list[dict[str, float]] = field(default_factory=list)
-    finished: Manifest | None = None
 
     @staticmethod
     def begin(folder: Path, plan: Plan) -> "Writer":
-        """Claim a folder. Raises Refused when it holds another cache, or too little space is left."""
-        writer = Writer(folder, plan)
+        """Claim a folder, whose lock is held. Raises Refused when it holds another cache, or has too little space."""
+        there = None
         if (folder / NAME).is_file():
-            writer.finished = _same(folder, plan)
-            return writer
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / UNFINISHED).is_file():
-            raise Refused(f"'{folder}' is not empty and no cache: choose another --out")
-        claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
-        if (folder / UNFINISHED).is_file():
-            begun = _claim(folder)
-            if begun != claim:
-                fields = describe(claim, begun, ("asked", "in the folder"))
-                raise Refused(f"'{folder}' holds an unfinished cache of another kind: {fields}. Choose another --out")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            publish_json(folder / UNFINISHED, claim)
-        free = shutil.disk_usage(folder).free
-        if plan.bytes > free:
-            raise Refused(f"the cache needs {plan.bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
+            there = read_manifest(folder)
+            refuse_another(folder, plan.identity, plan.taps, there)
+            plan = plan.with_all_of(there)
+        writer = Writer(folder, plan, list(plan.pieces(there.shards if there else ())), there)
+        writer._claim()
+        _tidy(folder, writer.todo)
+        missing = sum(p.rows * row_bytes(p.datasets) for p in writer.todo if not (folder / p.path).exists())
+        if missing > (free := shutil.disk_usage(folder).free):
+            raise Refused(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
+        records = len(writer.todo) + (len(there.shards) if there else 0)
+        if records * _RECORD_BYTES > MANIFEST_MOST:
+            raise Refused(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
         return writer
 
+    def _claim(self) -> None:
+        """Write down what is begun, or see that it was this that was begun."""
+        plan, path = self.plan, self.folder / UNFINISHED
+        claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
+        if path.is_file():
+            begun = _read_claim(self.folder)
+            if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
+                path.unlink()  # stopped between the manifest and this
+            elif begun != claim:
+                fields = describe(claim, begun, ("asked", "begun"))
+                raise OtherCache(f"'{self.folder}' holds an unfinished cache of another kind:{fields}")
+        elif self.todo:
+            if self.grown is None and (strange := _strange(self.folder)):
+                raise Refused(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
+            publish_json(path, claim)
+
     def have(self, piece: Piece) -> bool:
-        """Whether that shard is there, whole and of this cache; then it is taken over. A damaged one is not."""
-        path = self.folder / piece.path
-        if not path.exists():
+        """Whether that shard is there, whole and of this cache; then it is taken over. A damaged one is not.
+
+        Raises Refused for a whole shard of another cache, which would be lost.
+        """
+        if not (self.folder / piece.path).exists():
             return False
+        wanted = self._attributes(piece)
         try:
-            shard = Shard(path, layout_of(piece.rows, self.plan.datasets))
-            wanted = self._attributes(piece)
-            if any(shard.attributes.get(key) != value for key, value in wanted.items()):
-                return False
+            shard = Shard(self.folder, piece.path, layout_of(piece.rows, piece.datasets))
             written = shard.verified()
             facts = json.loads(str(shard.attributes["facts"]))
         except (Refused, KeyError, ValueError):
+            return False
+        if shard.attributes.get("fingerprint") != wanted["fingerprint"]:
+            raise Refused(f"{shard.path} is of another cache: choose another --out, or move it away")
+        if any(shard.attributes.get(key) != value for key, value in wanted.items()):
             return False
         self._note(piece, written, facts)
         return True
 
     def add(self, piece: Piece, arrays: Arrays, facts: dict[str, float]) -> None:
-        """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity."""
+        """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity, where it has logits."""
         path = self.folder / piece.path
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         attributes = {**self._attributes(piece), "facts": json.dumps(facts)}
         self._note(piece, write_shard(path, arrays, attributes), facts)
 
@@ -140,10 +165,11 @@ class Writer:
         return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
 
     def _note(self, piece: Piece, written: Written, facts: dict[str, float]) -> None:
+        correct = int(facts["correct"]) if "correct" in facts else None
         self.records.append(
             ShardRecord(
                 piece.path, piece.split, piece.draw, piece.start, piece.rows, written.bytes, written.checksum,
-                written.payload, int(facts["correct"]), self.plan.datasets,
+                written.payload, correct, list(piece.datasets),
             )
         )  # fmt: skip
         self.costs.append(facts)
@@ -152,48 +178,79 @@ class Writer:
         """Publish the teacher's last linear layer."""
         arrays: Arrays = {"weight": weight.astype("<f4"), "bias": bias.astype("<f4")}
         attributes: dict[str, str | int] = {"fingerprint": fingerprint(self.plan.identity)}
-        written = write_shard(self.folder / "head.h5", arrays, attributes)
-        datasets = {name: [list(rows.shape), "<f4"] for name, rows in arrays.items()}
-        return HeadRecord("head.h5", written.bytes, written.checksum, datasets)
+        written = write_shard(self.folder / HEAD, arrays, attributes)
+        return HeadRecord(HEAD, written.bytes, written.checksum, weight.shape[1])
 
     def finish(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
-        """Publish the manifest. labelled: rows with a label, per split."""
+        """Publish the manifest. labelled: rows with a label, per split; versions: of what wrote the first part."""
+        plan, old = self.plan, self.grown
+        shards = (*(old.shards if old else ()), *self.records)
         manifest = Manifest(
-            self.plan.identity, self.plan.draws, self.plan.splits, self.plan.taps, tuple(self.records), head,
-            self._accuracy(labelled), self._fidelity(), sum(c["seconds"] for c in self.costs), versions,
+            plan.identity, plan.classes, plan.draws, plan.splits, plan.taps, shards, old.head if old else head,
+            accuracy(shards, plan.splits, plan.draws, labelled), self._fidelity(),
+            sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
+            old.settings if old else plan.settings, old.versions if old else versions,
         )  # fmt: skip
         manifest.write(self.folder)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
-        return manifest
-
-    def _accuracy(self, labelled: dict[str, int]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for split in self.plan.splits:
-            hits = sum(r.correct for r in self.records if r.split == split)
-            rows = labelled[split] * (self.plan.draws if split == "train" else 1)
-            found[split] = {"accuracy": hits / rows if rows else None}
-        return found
+        return read_manifest(self.folder)
 
     def _fidelity(self) -> dict[str, float]:
-        rows = sum(c["rows"] for c in self.costs)
+        """Means over all rows, those that were there before included."""
         names = ["flips", *(f"kl_{T:g}" for T in TEMPERATURES)]
-        return {"rows": rows, **{name: sum(c[name] for c in self.costs) / rows for name in names}}
+        sums = [c for c in self.costs if "rows" in c]
+        if self.grown:
+            before = self.grown.fidelity
+            sums.append({"rows": before["rows"], **{name: before[name] * before["rows"] for name in names}})
+        rows = sum(c["rows"] for c in sums)
+        return {"rows": rows, **{name: sum(c[name] for c in sums) / rows for name in names}}
 
 
-def _claim(folder: Path) -> Any:
+def accuracy(
+    shards: Iterable[ShardRecord], splits: Iterable[str], draws: int, labelled: dict[str, int]
+) -> dict[str, Any]:
+    """{split: {"accuracy": share of the rows with a label that the logits hit, or None}}."""
+    found: dict[str, Any] = {}
+    for split in splits:
+        hits = sum(r.correct for r in shards if r.split == split and r.correct is not None)
+        rows = labelled[split] * (draws if split == "train" else 1)
+        found[split] = {"accuracy": hits / rows if rows else None}
+    return found
+
+
+def refuse_another(folder: Path, identity: Identity, taps: dict[str, list[int]], there: Manifest) -> None:
+    """Raise OtherCache when the cache that is there is not of this identity, or its taps have other shapes."""
+    common = [tap for tap in taps if tap in there.taps]
+    asked = {**identity, "taps": {tap: taps[tap] for tap in common}}
+    found = {**there.identity, "taps": {tap: there.taps[tap] for tap in common}}
+    if asked != found:
+        raise OtherCache(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
+
+
+def _read_claim(folder: Path) -> Any:
     try:
-        return json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
+        begun = json.loads(read_plain(folder, UNFINISHED, MANIFEST_MOST))
+        if isinstance(begun, dict):
+            return begun
     except ValueError:
-        raise Refused(f"'{folder / UNFINISHED}' is damaged: choose another --out") from None
+        pass
+    raise Refused(f"'{folder / UNFINISHED}' is damaged: choose another --out, or delete it when its shards are yours")
 
 
-def _same(folder: Path, plan: Plan) -> Manifest:
-    """The manifest of a whole cache that is the planned one; Refused where it is another."""
-    manifest = read_manifest(folder)
-    asked = {**plan.identity, "draws": plan.draws, "taps": plan.taps}
-    there = {**manifest.identity, "draws": manifest.draws, "taps": manifest.taps}
-    if asked != there:
-        raise Refused(
-            f"'{folder}' holds another cache: {describe(asked, there, ('asked', 'there'))}. Choose another --out"
-        )
-    return manifest
+def _strange(folder: Path) -> list[str]:
+    """What lies in a folder and is not of a cache. Shards that lost their manifest are taken over, see have."""
+    ours = {NAME, UNFINISHED, CARD, HEAD, LOCK}
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return sorted(n for n in names - ours if not n.endswith((".h5", ".tmp")) or n.count("/") != 1)
+
+
+def _tidy(folder: Path, todo: list[Piece]) -> None:
+    """Remove the temporary files that a killed writer of this cache left; see files.remove_leftovers."""
+    remove_leftovers(folder, (NAME, UNFINISHED, CARD, HEAD))
+    by_folder: dict[str, list[str]] = {}
+    for piece in todo:
+        inner, _, name = piece.path.partition("/")
+        by_folder.setdefault(inner, []).append(name)
+    for inner, names in by_folder.items():
+        if (folder / inner).is_dir():
+            remove_leftovers(folder / inner, names)

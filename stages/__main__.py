@@ -7,7 +7,7 @@ import click
 
 from . import __version__
 from .options import given, options
-from .settings import CacheSettings, CheckSettings, EvaluateSettings, StudentSettings, TeacherSettings
+from .settings import CacheSettings, CheckSettings, EvaluateSettings, PackSettings, StudentSettings, TeacherSettings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -68,6 +68,30 @@ def check_cache(context: click.Context, /, cache: str, **_: Any) -> None:
     stage.run(cache, given(context, CheckSettings)[0])
 
 
+@commands.command("cache-pack")
+@click.argument("cache")
+@click.argument("file")
+@options(PackSettings)
+@click.pass_context
+def cache_pack(context: click.Context, /, cache: str, file: str, **_: Any) -> None:
+    """Put the cache in the folder CACHE into one tar FILE, every byte checked on the way."""
+    from . import cache_pack as stage
+
+    stage.pack(cache, file, given(context, PackSettings)[0])
+
+
+@commands.command("cache-unpack")
+@click.argument("file")
+@click.argument("cache")
+@options(PackSettings)
+@click.pass_context
+def cache_unpack(context: click.Context, /, file: str, cache: str, **_: Any) -> None:
+    """Take a cache out of a tar FILE into the folder CACHE, every byte checked before it counts."""
+    from . import cache_pack as stage
+
+    stage.unpack(file, cache, given(context, PackSettings)[0])
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 refused or damaged, 2 wrong command, 130 interrupted.
 
@@ -88,7 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
         line, code = _in_one_line(error)
         if not code:
             raise
-        click.echo(f"Error: {line}", err=True)
+        printable = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
+        click.echo(f"Error: {printable}", err=True)
         sys.exit(code)
 
 
@@ -96,8 +121,11 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to print and the exit code; code 0 for what is no slip of the user's."""
     from data.errors import Interrupted, Refused, WrongCommand
 
-    if isinstance(error, Refused | WrongCommand | Interrupted):
-        return str(error), {Refused: 1, WrongCommand: 2, Interrupted: 130}[type(error)]
+    for kind, code in ((Refused, 1), (WrongCommand, 2), (Interrupted, 130)):
+        if isinstance(error, kind):
+            return str(error), code
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return "out of memory: what was finished is kept. A smaller --batch-size takes less", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}", 1
     return "", 0

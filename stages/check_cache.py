@@ -1,57 +1,89 @@
-"""`stages check-cache`: is every byte what it was, and, with --deep, does every picture still give its view?"""
+"""`stages check-cache`: is every byte what it was? --deep: every picture, and the teacher. --repair: what is bad."""
 
 import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.errors import Refused
+from data.errors import OtherCache, Refused, WrongCommand
+from data.transfer_set import TransferSet
 from pipeline.cache import Cache
-from pipeline.manifest import ShardRecord
-from pipeline.shards import Shard
+from pipeline.manifest import HEAD, ShardRecord
+from pipeline.proof import compare_views
 
+from .asking_again import Again, largest_difference
+from .command_line import remake
 from .console import Console, bar, progress
+from .repair import repair
 from .settings import CheckSettings
 
 _VIEWS_AT_ONCE = 512
+Verdicts = dict[str, str]  # {file: "good", or what is wrong with it}
 
 
 def run(name: str, settings: CheckSettings) -> None:
     """A verdict per shard; Refused at the end when one is bad."""
     console = Console(settings.json)
+    if settings.weights and not (settings.deep or settings.repair):
+        raise WrongCommand("--weights is for --deep or --repair")
     cache = Cache(Path(name))
     transfer_set = None
-    if settings.deep:
-        transfer_set = cache.transfer_set(settings.data, Path(settings.data_root), progress)
-    verdicts: dict[str, str] = {}
-    with bar(len(cache.manifest.shards), "check-cache", "shard") as counted:
-        for record in cache.manifest.shards:
-            verdicts[record.path] = _verdict(cache, record, transfer_set)
-            counted.update()
-    head = cache.manifest.head
-    if head is not None:
-        verdicts[head.path] = _refusal(
-            lambda: Shard(cache.folder / head.path, head.layout(), head.bytes, head.checksum)
-        )
-    _report(name, cache, verdicts, settings, console)
+    if settings.deep or settings.repair:
+        transfer_set = data_of(cache, settings.data, Path(settings.data_root))
+    verdicts = _verdicts(cache, transfer_set if settings.deep else None)
+    if settings.repair and transfer_set is not None and _bad(verdicts):
+        repair(cache, _bad(verdicts), transfer_set, settings, console)
+        cache = Cache(Path(name))
+        verdicts = _verdicts(cache, transfer_set if settings.deep else None)
+    asked = None
+    if settings.deep and settings.weights and transfer_set is not None and not _bad(verdicts):
+        asked = largest_difference(cache, list(cache.manifest.shards), transfer_set, settings)
+    _report(name, cache, verdicts, asked, settings, console)
 
 
-def _verdict(cache: Cache, record: ShardRecord, transfer_set: Any) -> str:
-    """'good', or what is wrong with a shard."""
+def data_of(cache: Cache, data: str, root: Path) -> TransferSet:
+    """The cache's transfer set; when it is another one, the message ends with the command for a cache of that."""
+    try:
+        return cache.transfer_set(data, root, progress)
+    except OtherCache as error:
+        right = remake(cache, data=data or cache.data)
+        raise Refused(f"{error}\nMake a cache of these data with  {right}") from None
 
+
+def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
+    """Of every file, by as many threads as there are processors: reading and hashing leave Python alone."""
+    records = cache.manifest.shards
+    verdicts: Verdicts = {}
+    with (
+        bar(sum(record.rows for record in records), "check-cache", "row") as counted,
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
+        for record, verdict in zip(records, threads.map(lambda r: _verdict(cache, r, transfer_set), records)):  # noqa: B905
+            verdicts[record.path] = verdict
+            counted.update(record.rows)
+    if cache.manifest.head:
+        verdicts[HEAD] = _refusal(cache.verify_head)
+    return verdicts
+
+
+def _verdict(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
     def check() -> None:
-        cache.verify(record)
-        if transfer_set is None:
+        seen = cache.verify(record)
+        if transfer_set is None or record.correct is None:  # features added later were compared with the logits' views
             return
-        for start in range(record.start, record.start + record.rows, _VIEWS_AT_ONCE):
-            stop = min(start + _VIEWS_AT_ONCE, record.start + record.rows)
-            cache.compare_views(transfer_set, record.split, record.draw, np.arange(start, stop))
+        for at in range(0, record.rows, _VIEWS_AT_ONCE):
+            part = seen[at : at + _VIEWS_AT_ONCE]
+            positions = record.start + at + np.arange(len(part))
+            compare_views(cache, transfer_set, record.split, record.draw, positions, part)
 
     return _refusal(check)
 
 
-def _refusal(check: Any) -> str:
+def _refusal(check: Callable[[], None]) -> str:
     try:
         check()
     except Refused as refusal:
@@ -59,17 +91,32 @@ def _refusal(check: Any) -> str:
     return "good"
 
 
-def _report(name: str, cache: Cache, verdicts: dict[str, str], settings: CheckSettings, console: Console) -> None:
-    bad = {path: verdict for path, verdict in verdicts.items() if verdict != "good"}
-    manifest = cache.manifest
+def _bad(verdicts: Verdicts) -> Verdicts:
+    return {path: verdict for path, verdict in verdicts.items() if verdict != "good"}
+
+
+def _report(
+    name: str, cache: Cache, verdicts: Verdicts, asked: Again | None, settings: CheckSettings, console: Console
+) -> None:
+    manifest, bad = cache.manifest, _bad(verdicts)
     if settings.json:
-        console.result(json.dumps({"cache": name, "fingerprint": manifest.fingerprint, "shards": verdicts}))
+        record: dict[str, Any] = {"cache": name, "fingerprint": manifest.fingerprint, "manifest": manifest.digest}
+        console.result(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.record()}))
     else:
         for path, verdict in verdicts.items():
             console.say(f"{path}: {verdict}")
+        for path in cache.unlisted:
+            console.say(f"{path}: of an addition that is not finished: run the same teacher-cache command again")
     if bad:
-        raise Refused(f"'{name}': {len(bad)} of {len(verdicts)} files are bad")
+        raise Refused(f"'{name}': {len(bad)} of {len(verdicts)} files are bad{_way_out(settings)}")
     deep = ", every view rendered again and equal" if settings.deep else ""
     console.say(
         f"'{name}' is whole: {len(verdicts)} files, {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws{deep}"
     )
+    if asked:
+        console.say(asked.in_words())
+        asked.refuse_if_large()
+
+
+def _way_out(settings: CheckSettings) -> str:
+    return "" if settings.repair else "; --repair --weights … asks the teacher again for these alone"

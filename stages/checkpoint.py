@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.publish import publish
+from data.errors import Refused
+from pipeline.files import publish
 
 from .settings import Training
 
@@ -71,14 +72,25 @@ class State:
         def write_lines(path: Path) -> None:
             path.write_text(text, encoding="utf-8")
 
-        publish(folder / CHECKPOINT, lambda path: torch.save(record, path))
+        publish_tensors(folder / CHECKPOINT, record)
         publish(folder / LINES, write_lines)
 
     def restore(self, folder: Path, device: torch.device) -> int:
         """Go back to the checkpoint, if there is one; the number of epochs that are done."""
         if not (folder / CHECKPOINT).is_file():
             return 0
-        record = torch.load(folder / CHECKPOINT, map_location=device, weights_only=True)
+        path = folder / CHECKPOINT
+        try:
+            return self._restore(torch.load(path, map_location=device, weights_only=True))
+        except OSError:
+            raise
+        except Exception as error:  # pickle, zip, key, shape …: whatever bytes that are no checkpoint can raise
+            why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            raise Refused(
+                f"'{path}' is damaged ({why}): put it back from a copy, or delete it to train from the first epoch"
+            ) from None
+
+    def _restore(self, record: dict[str, Any]) -> int:
         self.model.load_state_dict(record["model"])
         for name, module in self.modules.items():
             module.load_state_dict(record["modules"][name])
@@ -91,6 +103,19 @@ class State:
             torch.cuda.set_rng_state_all([state.cpu() for state in record["random_cuda"]])
         self.lines = json.loads(record["lines"])
         return int(record["epoch"])
+
+
+def publish_tensors(path: Path, record: dict[str, Any]) -> None:
+    """Publish what torch.save makes of tensors and plain values. Equal content gives equal bytes.
+
+    (Given a path, torch.save writes that path's name into the file: here it would be the temporary one.)
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            torch.save(record, file)
+
+    publish(path, write)
 
 
 def seconds_of(folder: Path) -> float:

@@ -25,12 +25,13 @@ class Console:
         click.echo(text)
 
 
-def bar(total: int, what: str, unit: str) -> "tqdm[Any]":
+def bar(total: int, what: str, unit: str, scale: bool = False) -> "tqdm[Any]":
     """A progress bar on standard error that appears after a second; rare lines where that is no terminal."""
     quick = sys.stderr.isatty()
     return tqdm(
-        total=total, desc=what, unit=unit, delay=1, mininterval=0.2 if quick else 10, dynamic_ncols=quick, leave=False
-    )
+        total=total, desc=what, unit=unit, unit_scale=scale, delay=1, mininterval=0.2 if quick else 10,
+        dynamic_ncols=quick, leave=False,
+    )  # fmt: skip
 
 
 def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:

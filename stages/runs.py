@@ -3,7 +3,8 @@
 import json
 import platform
 import resource
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 
 from data.errors import Refused, WrongCommand
+from pipeline.files import make_folder, publish_json, remove_leftovers
 from pipeline.identity import differences
-from pipeline.publish import publish_json
+from pipeline.lock import held
 
 from .settings import StudentSettings, TeacherSettings
 
@@ -47,11 +49,20 @@ def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> lis
     return found
 
 
-def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> None:
-    """Make the folder of a run and publish its settings.json, once all that can be refused has been checked."""
-    if not settings.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        publish_json(folder / "settings.json", asdict(settings))
+@contextmanager
+def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iterator[None]:
+    """Make the folder of a run, hold it, and publish its settings.json, once all that can be refused has been checked.
+
+    Raises Refused when another process holds it.
+    """
+    make_folder(folder)
+    with held(folder):
+        remove_leftovers(folder, ("settings.json", "result.json", "cache.json"))
+        if not settings.resume:
+            if (folder / "settings.json").exists():
+                raise WrongCommand(f"'{folder}' was begun by another process just now: choose another --out")
+            publish_json(folder / "settings.json", asdict(settings))
+        yield
 
 
 def _free(default: str) -> Path:
@@ -130,14 +141,6 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         found["cuda"] = torch.cuda.max_memory_allocated(device)
     return found
-
-
-def this_program() -> str:
-    """How the commands are called here, for lines that are to be copied."""
-    if Path(sys.argv[0]).name == "softcache":
-        return "softcache"
-    python, here = Path(sys.executable), Path.cwd()
-    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m stages"
 
 
 def device_of(name: str) -> torch.device:

@@ -101,6 +101,7 @@ class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
     batch_size: int = knob(256, "Views that the teacher is asked about together.", least=1)
     shard_rows: int = knob(0, "Rows of a shard; 0: as many as make 128 MB, at most 65,536.", least=0)
     seed: int = knob(0, "Of the views and of the cut.", least=0, most=2**31)
+    license: str = knob("", "Under which licence the cache may be used, for its README.md.")
     out: str = knob("", "Folder of the cache; caches/DATA when not given.")
 
 
@@ -109,6 +110,7 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     """`stages student`: train a student from a cache, with no teacher."""
 
     cache: str = knob("", "Folder of the cache; caches/DATA when not given.")
+    draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
     arch: str = knob("", _ARCHS)
     loss: tuple[str, ...] = knob(
         (), "hard, kd, logit_mse or hint, repeatable: kd:temperature=4,weight=0.9; by recipe."
@@ -126,7 +128,15 @@ class EvaluateSettings(Data, Machine, Output):
 
 
 @dataclass(frozen=True)
-class CheckSettings(Data, Output):
+class CheckSettings(Data, Machine, Output):
     """`stages check-cache CACHE`: is every byte what it was?"""
 
-    deep: bool = knob(False, "Render every view again and compare it with what the teacher saw.")
+    deep: bool = knob(False, "Render every view again; with --weights, ask the teacher about some of them too.")
+    repair: bool = knob(False, "Ask the teacher again for the shards that are bad, and for no others.")
+    weights: str = knob("", "The teacher's weights, as for teacher-cache.")
+    teacher: str = knob("", "Its arch, where that is code of yours: my_package.module:factory.")
+
+
+@dataclass(frozen=True)
+class PackSettings(Output):
+    """`stages cache-pack CACHE OUT.tar` and `stages cache-unpack FILE.tar OUT`."""

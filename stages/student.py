@@ -13,17 +13,21 @@ from torch import nn
 from data.errors import Refused, WrongCommand
 from data.transfer_set import TRANSFER_SETS, Labels, TransferSet, row_of, stratified
 from pipeline.cache import Cache
+from pipeline.files import publish_json
+from pipeline.identity import describe
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hard import Hard
 from pipeline.metrics import evaluate, mean_and_spread
 from pipeline.models import build, multiply_adds, parameters
 from pipeline.models.prepared import Preparation, Prepared
-from pipeline.publish import publish_json
+from pipeline.proof import probe
 from pipeline.stream import Stream
 
-from .console import Console, progress
+from .check_cache import data_of
+from .command_line import remake, this_program
+from .console import Console
 from .held_out import HeldOut
-from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, unfinished, versions
+from .runs import begin_run, device_of, machine, open_run, peak_memory, read_json, unfinished, versions
 from .settings import StudentSettings
 from .table import print_table
 from .teacher import row_name
@@ -41,7 +45,21 @@ def run(settings: StudentSettings, said: set[str]) -> None:
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     material.network(settings)  # an arch that cannot be built is found before a folder is made
-    begin_run(settings, folder)
+    with begin_run(settings, folder):
+        result = _trained(settings, material, folder, console)
+    if settings.json:
+        return console.result(json.dumps(result))
+    print_table(result, console)
+    console.say(f"run:   {folder}")
+    console.say(f"cache: {settings.cache}, reused by every other student: no teacher is needed any more")
+    other = "cnn" if settings.arch != "cnn" else "mlp:64"
+    data = f" --data {quote(settings.data)}" if material.cache.data == "folder" else ""
+    console.say(f"next:  {this_program()} student{data} --cache {quote(settings.cache)} --arch {other} --baseline")
+
+
+def _trained(settings: StudentSettings, material: "Material", folder: Path, console: Console) -> dict[str, Any]:
+    """Seed after seed in a run's folder; its result.json."""
+    _same_shards(settings, material, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
     for seed in seeds:
@@ -51,14 +69,24 @@ def run(settings: StudentSettings, said: set[str]) -> None:
             publish_json(own / "result.json", results[-1])
     result = _whole(settings, material, results)
     publish_json(folder / "result.json", result)
-    if settings.json:
-        return console.result(json.dumps(result))
-    print_table(result, console)
-    console.say(f"run:   {folder}")
-    console.say(f"cache: {settings.cache}, reused by every other student: no teacher is needed any more")
-    other = "cnn" if settings.arch != "cnn" else "mlp:64"
-    data = f" --data {quote(settings.data)}" if material.cache.data == "folder" else ""
-    console.say(f"next:  {this_program()} student{data} --cache {quote(settings.cache)} --arch {other} --baseline")
+    return result
+
+
+def _same_shards(settings: StudentSettings, material: "Material", folder: Path) -> None:
+    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
+    manifest = material.cache.manifest
+    used = {
+        "fingerprint": manifest.fingerprint,
+        "draws": settings.draws,
+        "taps": list(material.taps),
+        "shards": material.cache.used(settings.draws, material.taps),
+    }
+    if not (folder / "cache.json").is_file():
+        return publish_json(folder / "cache.json", used)
+    begun = read_json(folder / "cache.json")
+    if begun != used:
+        fields = describe(used, begun, ("here", "begun with"))
+        raise Refused(f"'{folder}' was begun with other shards than '{material.cache.folder}' now has:{fields}")
 
 
 def with_recipe(settings: StudentSettings) -> StudentSettings:
@@ -70,7 +98,8 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
         data = f" --data {quote(settings.data)}" if settings.data else ""
         make = f"{this_program()} teacher-cache{data} --out {quote(str(cache))}"
         raise Refused(f"there is no cache at '{cache}': make one with  {make}")
-    name = Cache(cache).data
+    opened = Cache(cache)
+    name = opened.data
     if name not in TRANSFER_SETS:
         raise Refused(f"the cache '{cache}' is of '{name}', a data set that this program does not know")
     recipe = TRANSFER_SETS[name].recipe
@@ -78,6 +107,7 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
         settings,
         cache=str(cache),
         data=settings.data or ("" if name == "folder" else name),
+        draws=settings.draws or opened.manifest.draws,
         arch=settings.arch or recipe.student,
         loss=settings.loss or recipe.losses,
         epochs=settings.epochs or recipe.student_epochs,
@@ -107,9 +137,10 @@ class Material:
         cache = Cache(Path(settings.cache))
         taps = tuple(dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps()))
         _check_taps(cache, taps, settings.cache)
-        transfer_set = cache.transfer_set(settings.data, Path(settings.data_root), progress)
+        _check_draws(settings, cache)
+        transfer_set = data_of(cache, settings.data, Path(settings.data_root))
         _check_labels(settings, losses, transfer_set.splits["train"].labels, len(transfer_set.classes))
-        cache.probe(transfer_set)
+        probe(cache, transfer_set, settings.draws)
         device = device_of(settings.device)
         splits = [split for split in ("val", "test") if split in transfer_set.splits]
         return Material(
@@ -138,8 +169,7 @@ class Material:
         rows = np.flatnonzero(labels[order] >= 0) if only_labelled else np.arange(len(order))
         return Stream(
             self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
-            labels, rows, self.cache.manifest.draws, self.cache, self.taps if targets else (), targets,
-            settings.workers,
+            labels, rows, settings.draws, self.cache, self.taps, targets, settings.workers,
         )  # fmt: skip
 
 
@@ -155,10 +185,15 @@ def _check_taps(cache: Cache, taps: tuple[str, ...], name: str) -> None:
     missing = [tap for tap in taps if tap not in cache.manifest.taps]
     if missing:
         have = ", ".join(cache.manifest.taps) or "none"
-        raise Refused(
-            f"the cache '{name}' has not kept {', '.join(missing)} (it has: {have}): make one with"
-            f"  python -m stages teacher-cache … --taps {','.join([*cache.manifest.taps, *missing])} --out caches/…"
-        )
+        more = remake(cache, taps=",".join([*cache.manifest.taps, *missing]), out=name)
+        raise Refused(f"the cache '{name}' has not kept {', '.join(missing)} (it has: {have}). Add them with  {more}")
+
+
+def _check_draws(settings: StudentSettings, cache: Cache) -> None:
+    if settings.draws > cache.manifest.draws:
+        more = remake(cache, draws=settings.draws, out=settings.cache)
+        have = f"the cache '{settings.cache}' has {cache.manifest.draws}"
+        raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
 
 
 def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: int) -> None:
@@ -227,7 +262,8 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
         "settings": asdict(settings),
         "cache": {
             "fingerprint": manifest.fingerprint,
-            "draws": manifest.draws,
+            "manifest": manifest.digest,
+            "draws": settings.draws,
             "rows": manifest.splits["train"],
             "bytes": manifest.bytes,
             "seconds": manifest.seconds,

@@ -12,16 +12,17 @@ import torch
 from data.errors import WrongCommand
 from data.transfer_set import TransferSet, load, row_of
 from data.views import ViewPolicy, parse_views, render
+from pipeline.files import publish_json
 from pipeline.losses import parse_losses
 from pipeline.metrics import evaluate
 from pipeline.models import build, multiply_adds, parameters
 from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
-from pipeline.publish import publish_json
 from pipeline.stream import Stream
 
+from .command_line import this_program
 from .console import Console, progress
 from .held_out import HeldOut
-from .runs import begin_run, device_of, machine, open_run, peak_memory, this_program, versions
+from .runs import begin_run, device_of, machine, open_run, peak_memory, versions
 from .settings import TeacherSettings
 from .training import Job, fit
 
@@ -73,41 +74,41 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     preparation = preparation_of(settings.normalize, transfer_set, views)
     torch.manual_seed(settings.seed)
     network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
-    begin_run(settings, folder)
-    model = Prepared(network, preparation).to(device)
-    rows = transfer_set.splits["train"]
-    stream = Stream(
-        rows, views, settings.seed, settings.seed, settings.batch_size, rows.labels, np.arange(len(rows)),
-        workers=settings.workers,
-    )  # fmt: skip
-    held_out = {
-        split: HeldOut(transfer_set.splits[split], views, device, settings)
-        for split in ("val", "test")
-        if split in transfer_set.splits
-    }
-    job = Job(
-        "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
-        device, folder, multiply_adds(network, preparation.channels, views.size), advice,
-    )  # fmt: skip
-    seconds = fit(job, held_out["val"], console)
-    measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}
-    result = {
-        "settings": asdict(settings),
-        "teacher": {
-            "arch": settings.arch,
-            "preparation": preparation.identity(),
-            "parameters": parameters(network),
-            "multiply_adds": job.multiply_adds,
-            "val": measured["val"],
-            "test": measured.get("test"),
-        },
-        "seconds": {"train": seconds},
-        "peak_memory": peak_memory(device),
-        "versions": versions(),
-        "machine": machine(device),
-    }
-    publish_json(folder / "result.json", result)
-    return result
+    with begin_run(settings, folder):
+        model = Prepared(network, preparation).to(device)
+        rows = transfer_set.splits["train"]
+        stream = Stream(
+            rows, views, settings.seed, settings.seed, settings.batch_size, rows.labels, np.arange(len(rows)),
+            workers=settings.workers,
+        )  # fmt: skip
+        held_out = {
+            split: HeldOut(transfer_set.splits[split], views, device, settings)
+            for split in ("val", "test")
+            if split in transfer_set.splits
+        }
+        job = Job(
+            "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
+            device, folder, multiply_adds(network, preparation.channels, views.size), advice,
+        )  # fmt: skip
+        seconds = fit(job, held_out["val"], console)
+        measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}
+        result = {
+            "settings": asdict(settings),
+            "teacher": {
+                "arch": settings.arch,
+                "preparation": preparation.identity(),
+                "parameters": parameters(network),
+                "multiply_adds": job.multiply_adds,
+                "val": measured["val"],
+                "test": measured.get("test"),
+            },
+            "seconds": {"train": seconds},
+            "peak_memory": peak_memory(device),
+            "versions": versions(),
+            "machine": machine(device),
+        }
+        publish_json(folder / "result.json", result)
+        return result
 
 
 def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:

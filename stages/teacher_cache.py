@@ -12,20 +12,27 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import Interrupted, unknown
+from data.errors import Interrupted, OtherCache, Refused, unknown
 from data.transfer_set import TransferSet, load, row_of
 from data.views import ViewPolicy, parse_views
+from pipeline.cache import Cache
 from pipeline.codec import CODECS
-from pipeline.identity import identity_of
-from pipeline.manifest import Manifest
+from pipeline.files import make_folder
+from pipeline.identity import Identity, identity_of
+from pipeline.lock import held
+from pipeline.manifest import NAME, Manifest, read_manifest
 from pipeline.models import head_of
+from pipeline.models.prepared import Prepared
 from pipeline.models.weights import weights_digest
-from pipeline.writer import Plan, Writer, datasets_of
+from pipeline.proof import probe
+from pipeline.writer import Plan, Writer, refuse_another
 
 from . import teacher as teacher_stage
 from .asking import Ask
+from .card import write_card
+from .command_line import command, free_name, this_program
 from .console import Console, LongWork, bar, duration, progress
-from .runs import device_of, this_program, versions
+from .runs import device_of, versions
 from .settings import CacheSettings
 from .which_teacher import teacher_of
 
@@ -34,26 +41,21 @@ def run(settings: CacheSettings) -> None:
     """Data, views, teacher; then shard after shard; then the manifest."""
     console = Console(settings.json)
     settings, views, taps = _checked(settings)
-    device, out = device_of(settings.device), Path(settings.out)
     transfer_set = load(
         settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
         train_size=settings.train_size, progress=progress,
     )  # fmt: skip
     views = teacher_stage.with_size(views, transfer_set, console)
     teacher, arch = teacher_of(settings, transfer_set, views, console)
-    teacher = teacher.to(device).eval()
-    ask = Ask(transfer_set, views, teacher, taps, settings, device)
-    plan = _plan(settings, transfer_set, views, arch, ask)
-    writer = Writer.begin(out, plan)
-    if writer.finished is None:
-        _write(writer, ask, console)
-        head = head_of(teacher.network, ask.classes)
-        record = None if head is None else writer.add_head(*_numbers(head, ask.classes))
-        labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
-        manifest = writer.finish(record, labelled, versions())
-    else:
-        console.say(f"the cache '{out}' is whole already, and the one that is asked for")
-        manifest = writer.finished
+    teacher = teacher.to(device_of(settings.device)).eval()
+    identity = _identity(settings, transfer_set, views, teacher, arch)
+    try:
+        taps = _with_taps_of(settings, identity, taps)
+        ask = Ask(transfer_set, views, teacher, taps, settings)
+        manifest = _cache(settings, identity, ask, console)
+    except OtherCache as error:
+        right = command("teacher-cache", settings, out=free_name(settings.out))
+        raise Refused(f"{error}\nMake the one that is asked for with  {right}") from None
     _report(manifest, settings, console)
 
 
@@ -75,19 +77,63 @@ def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[
     return settings, parse_views(settings.views), taps
 
 
-def _plan(settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, arch: str, ask: Ask) -> Plan:
-    """Identity and extent of the cache to be."""
-    weights = weights_digest(ask.teacher.network)
-    known = {"arch": arch, "weights": weights, **ask.teacher.preparation.identity()}
+def _identity(
+    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: Prepared, arch: str
+) -> Identity:
+    """What the rows of the cache to be are."""
+    known = {"arch": arch, "weights": weights_digest(teacher.network), **teacher.preparation.identity()}
     identity = identity_of(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
+    plain: Identity = json.loads(json.dumps(identity))
+    return plain
+
+
+def _with_taps_of(settings: CacheSettings, identity: Identity, taps: tuple[str, ...]) -> tuple[str, ...]:
+    """The taps of a cache that is there already, and those that are asked for. Raises OtherCache."""
+    out = Path(settings.out)
+    if not (out / NAME).is_file():
+        return taps
+    there = read_manifest(out)
+    refuse_another(out, identity, {}, there)
+    return tuple(dict.fromkeys((*there.taps, *taps)))
+
+
+def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Console) -> Manifest:
+    """Write what is not there yet; the manifest of it all."""
+    out, transfer_set = Path(settings.out), ask.transfer_set
     splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
-    datasets = datasets_of(ask.classes, settings.codec, ask.shapes)
-    return Plan(json.loads(json.dumps(identity)), settings.draws, splits, ask.shapes, datasets, settings.shard_rows)
+    plan = Plan(identity, ask.classes, settings.draws, splits, ask.shapes, settings.shard_rows, _to_keep(settings))
+    make_folder(out)
+    with held(out):
+        writer = Writer.begin(out, plan)
+        if writer.grown and not writer.todo:
+            console.say(f"the cache '{out}' is whole already, with all that is asked for")
+            return writer.grown
+        if set(writer.plan.taps) != set(ask.taps):
+            raise Refused(f"'{out}' was given other taps while this began: run the same command again")
+        if writer.grown:
+            console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
+            probe(Cache(out), transfer_set, writer.grown.draws)
+        _write(writer, ask, console)
+        head = head_of(ask.teacher.network, ask.classes)
+        record = None if head is None or writer.grown else writer.add_head(*numbers_of(head, ask.classes))
+        labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
+        manifest = writer.finish(record, labelled, versions())
+        write_card(out, writer.grown, manifest)
+        return manifest
+
+
+def _to_keep(settings: CacheSettings) -> dict[str, Any]:
+    """The settings that another machine can repeat: no path of this one, but the last part of its name."""
+    here = ("data_root", "device", "workers", "json", "out", "draws", "taps")
+    kept = {name: value for name, value in asdict(settings).items() if name not in here}
+    kept["weights"] = Path(settings.weights).name
+    kept["data"] = "folder:PATH" if settings.data.startswith("folder:") else settings.data
+    return kept
 
 
 def _write(writer: Writer, ask: Ask, console: Console) -> None:
     """Every shard that is not there yet."""
-    pieces = list(writer.plan.pieces())
+    pieces = writer.todo
     total = sum(piece.rows for piece in pieces)
     kept = 0
     long_work = LongWork(console, "Running the teacher", total, "; stopped, the same command goes on from there")
@@ -115,7 +161,8 @@ def _write(writer: Writer, ask: Ask, console: Console) -> None:
         console.say(f"went on from {kept} of {len(pieces)} shards that were there, whole")
 
 
-def _numbers(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def numbers_of(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight [K, D] and bias [K] of a linear layer, zeros where it has none."""
     bias = torch.zeros(classes) if head.bias is None else head.bias.detach()
     return head.weight.detach().float().cpu().numpy(), bias.float().cpu().numpy()
 

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from data.errors import Interrupted, Refused, WrongCommand
+from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import fixed
 from pipeline.metrics import summary
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
-from pipeline.publish import publish
 from pipeline.records import Outputs, TargetBatch
 from pipeline.stream import Stream
 from pipeline.taps import tapped
 
-from .checkpoint import CHECKPOINT, State, seconds_of
+from .checkpoint import CHECKPOINT, LINES, State, publish_tensors, seconds_of
+from .command_line import this_program
 from .console import Console, LongWork, bar
 from .held_out import HeldOut, autocast
-from .runs import this_program
 from .settings import StudentSettings, TeacherSettings
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
@@ -69,8 +69,10 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
     Raises Refused when a loss is no longer finite, Interrupted on Ctrl-C.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if (finished := job.folder / f"{job.name}.pt").is_file():
+    make_folder(job.folder)
+    finished = job.folder / f"{job.name}.pt"
+    remove_leftovers(job.folder, (CHECKPOINT, LINES, finished.name))
+    if finished.is_file():
         load_state(job.model.network, read_state(finished), str(finished))
         return seconds_of(job.folder)
     taps = tuple(dict.fromkeys(tap for loss in job.losses for tap in loss.student_taps()))
@@ -89,7 +91,7 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
         torch.set_num_threads(threads)
     job.model.load_state_dict(state.result.state_dict())
     weights = {name: value.detach().cpu() for name, value in job.model.network.state_dict().items()}
-    publish(finished, lambda path: torch.save(weights, path))
+    publish_tensors(finished, weights)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return seconds_of(job.folder)
 

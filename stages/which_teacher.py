@@ -8,10 +8,11 @@ import torch
 from data.errors import Refused, WrongCommand
 from data.transfer_set import TransferSet
 from data.views import ViewPolicy
+from pipeline.cache import Cache
 from pipeline.models import build
 from pipeline.models.from_torchvision import published
 from pipeline.models.prepared import Preparation, Prepared
-from pipeline.models.weights import load_state, read_state, run_weights
+from pipeline.models.weights import load_state, read_state, run_weights, weights_digest
 
 from . import teacher as teacher_stage
 from .console import Console, duration
@@ -49,6 +50,27 @@ def teacher_of(
     network = build(arch, classes, preparation.channels, preparation.size)
     load_state(network, state, str(path))
     return Prepared(network, preparation), arch
+
+
+def teacher_of_cache(cache: Cache, weights: str, arch: str) -> Prepared:
+    """The teacher that a cache is of. Its weights must be those of the identity. Raises Refused with both digests.
+
+    arch: named by the user, where it is code of theirs: a manifest's word is not taken for what is imported.
+    """
+    recorded = cache.teacher
+    if arch != recorded and (arch or (":" in recorded and not recorded.startswith(("mlp:", "torchvision:")))):
+        raise WrongCommand(f"the cache's teacher is {recorded!r}: name it with --teacher, if you trust that code")
+    preparation = cache.preparation
+    network = build(recorded, cache.classes, preparation.channels, preparation.size)
+    if weights == "DEFAULT":
+        state = published(recorded.partition(":")[2])[0]
+    else:
+        state = read_state(run_weights(Path(weights)))
+    load_state(network, state, weights)
+    mine, theirs = weights_digest(network), cache.manifest.identity["teacher"]["weights"]
+    if mine != theirs:
+        raise Refused(f"'{weights}' are other weights: teacher.weights {mine[:16]}…, in the cache {theirs[:16]}…")
+    return Prepared(network, preparation).eval()
 
 
 def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:

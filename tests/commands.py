@@ -33,13 +33,13 @@ class Stages:
         return code, out, err
 
     def fails(self, code: int, *arguments: object) -> str:
-        """The error's line; it must be the only one that begins so, and come without a traceback."""
+        """The error, fields side by side included; there must be one alone, without a traceback."""
         found, out, err = self.call(*arguments)
         assert found == code, (found, out, err)
         lines = [line for line in err.splitlines() if line.startswith("Error: ")]
         assert len(lines) == 1, err
         assert "Traceback" not in err
-        return lines[0]
+        return err[err.index("Error: ") :].rstrip()
 
 
 def tiny_cache_command(folder: Path, out: str = "cache") -> list[str]:

@@ -180,7 +180,7 @@ def test_an_existing_run_with_other_settings_is_kept(tiny: Path, stages: Stages)
     Path("not_a_run").mkdir()
     Path("not_a_run/precious.txt").write_text("mine")
     assert "is no run" in stages.fails(2, *asked[:-1], "not_a_run")
-    assert "is not empty and no cache" in stages.fails(1, *tiny_cache_command(tiny)[:-1], "not_a_run")
+    assert "holds precious.txt and no cache" in stages.fails(1, *tiny_cache_command(tiny)[:-1], "not_a_run")
     assert sorted(p.name for p in Path("not_a_run").iterdir()) == ["precious.txt"]
 
 
@@ -212,7 +212,7 @@ def test_a_file_system_that_cannot_be_written_is_one_line(
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     line = stages.fails(1, "student", "--cache", tiny / "cache", "--arch", "mlp:8", "--out", "r/o")
-    assert "Read-only file system: r/o" in line
+    assert "Read-only file system: r" in line
     assert "Read-only file system: c" in stages.fails(1, *tiny_cache_command(tiny)[:-1], "c")
 
 

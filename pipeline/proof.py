@@ -1,0 +1,56 @@
+"""What proves that a cache is of these pictures and of this teacher: views rendered again, rows asked again."""
+
+import zlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.errors import Refused
+from data.transfer_set import TransferSet
+from data.views import render
+
+from .cache import Cache, Positions
+
+
+def probe(cache: Cache, transfer_set: TransferSet, draws: int, views: int = 256) -> None:
+    """Render so many views of the first draws and the held-out splits again. Raises Refused where one differs."""
+    some = min(draws, 8)
+    places = [("train", d * draws // some) for d in range(some)]
+    places += [(split, 0) for split in cache.manifest.splits if split != "train"]
+    for split, draw in places:
+        n = cache.manifest.splits[split]
+        count = min(n, -(-views // len(places)))
+        positions = np.arange(count) * n // count
+        seen = cache.rows(split, draw, "view_crc32", positions)
+        compare_views(cache, transfer_set, split, draw, positions, seen)
+
+
+def compare_views(
+    cache: Cache,
+    transfer_set: TransferSet,
+    split: str,
+    draw: int,
+    positions: Positions,
+    seen: NDArray[np.generic],
+) -> None:
+    """Render the views at positions [n]; their checksums must be seen [n]. Raises Refused, naming the first."""
+    index = cache.order(split)[positions]
+    policy = cache.views if split == "train" else cache.views.plain()
+    views = render(transfer_set.splits[split].pictures, policy, cache.seed, index, draw)
+    wrong = np.flatnonzero(crc32(views) != seen)
+    if len(wrong):
+        raise Refused(
+            f"{len(wrong)} of {len(positions)} views of '{cache.folder}' come out differently here, the first is"
+            f" {split} index {index[wrong[0]]}, draw {draw}: a picture, the decoder or a library changed."
+            f" The cache was written with {_versions(cache.manifest.versions)}"
+        )
+
+
+def crc32(views: torch.Tensor) -> NDArray[np.uint32]:
+    """CRC-32 [B] of the bytes of uint8 views [B, C, H, W]."""
+    return np.array([zlib.crc32(view) for view in views.contiguous().numpy()], np.uint32)
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

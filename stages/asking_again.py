@@ -1,0 +1,98 @@
+"""Asking the teacher again about rows that are in a cache: is it still the one that was asked?"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from data.errors import Refused
+from data.transfer_set import TransferSet
+from pipeline.cache import Cache
+from pipeline.manifest import ShardRecord
+
+from .asking import Ask
+from .command_line import settings_of
+from .runs import device_of
+from .settings import CheckSettings
+from .which_teacher import teacher_of_cache
+
+_ROWS, _SHARDS = 256, 16
+# Of a row's range. float16 and sqrt8 cost 0.4 % at most, another processor's arithmetic less; rows of two other
+# pictures differ by 40 % and more.
+_MOST = {"float32": 0.02, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Again:
+    """What came out. rows: how many were asked; logits: the largest difference of one; share: of its row's range;
+    features: per tap, the largest difference as a share of the largest value; most: what is taken for the same."""
+
+    rows: int
+    logits: float
+    share: float
+    features: dict[str, float]
+    most: float
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """A line for people."""
+        taps = "".join(f", {tap} by {share:.2%} of the largest" for tap, share in self.features.items())
+        return (
+            f"the teacher was asked again about {self.rows} rows: logits differ by {self.logits:.3g} at most,"
+            f" {self.share:.3%} of their row's range{taps}"
+        )
+
+    def refuse_if_large(self) -> None:
+        """Raises Refused when this is not the teacher's rounding any more."""
+        for name, share in {"logits": self.share, **self.features}.items():
+            if not share <= self.most:
+                raise Refused(
+                    f"the teacher now says something else: {name} differ by {share:.2%}, more than {self.most:.0%}:"
+                    " its code or a library changed"
+                )
+
+
+def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> Ask:
+    """The cache's teacher, ready to be asked what stage one asked it. Raises Refused for other weights."""
+    teacher = teacher_of_cache(cache, settings.weights, settings.teacher).to(device_of(settings.device))
+    identity = cache.manifest.identity
+    asked = replace(
+        settings_of(cache), seed=cache.seed, codec=identity["codec"], precision=identity["precision"],
+        workers=settings.workers,
+    )  # fmt: skip
+    ask = Ask(transfer_set, cache.views, teacher, tuple(cache.manifest.taps), asked)
+    if (ask.classes, ask.shapes) != (cache.classes, cache.manifest.taps):
+        raise Refused(f"the teacher's outputs are {ask.classes}, {ask.shapes} here, others in the cache")
+    return ask
+
+
+def largest_difference(
+    cache: Cache, records: list[ShardRecord], transfer_set: TransferSet, settings: CheckSettings
+) -> Again:
+    """Ask the teacher about some rows of these shards and compare with what they hold."""
+    ask = ask_of(cache, transfer_set, settings)
+    return again(cache, records, ask)
+
+
+def again(cache: Cache, records: list[ShardRecord], ask: Ask) -> Again:
+    """The same, for a teacher that is ready."""
+    records = [record for record in records if record.correct is not None]
+    some = [records[i * len(records) // _SHARDS] for i in range(_SHARDS)] if len(records) > _SHARDS else records
+    count, logits, share = 0, 0.0, 0.0
+    features = dict.fromkeys(cache.manifest.taps, 0.0)
+    for record in some:
+        n = min(record.rows, -(-_ROWS // len(some)))
+        positions = record.start + np.arange(n) * record.rows // n
+        stored, kept = cache.targets(record.split, record.draw, positions, tuple(features))
+        said, tapped = ask.rows(record.split, record.draw, cache.order(record.split)[positions])
+        gap = np.abs(stored.numpy() - said).max(1)
+        logits = max(logits, float(gap.max()))
+        share = max(share, float((gap / np.maximum(np.ptp(said, 1), 1e-3)).max()))
+        for tap in features:
+            largest = max(float(np.abs(tapped[tap]).max()), 1e-3)
+            features[tap] = max(features[tap], float(np.abs(kept[tap].numpy() - tapped[tap]).max()) / largest)
+        count += n
+    return Again(count, logits, share, features, _MOST[cache.manifest.identity["precision"]])
