@@ -17,6 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="the full number of trials, as `make torture` runs them")
+
+
+@pytest.fixture(scope="session")
+def dose(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """`dose(5, 100)`: how many trials, by default and under torture."""
+    return lambda few, many: many if request.config.getoption("--torture") else few
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread_where_tests_are_short(request: pytest.FixtureRequest) -> None:
     """Small tensors on a busy machine: threads that wait for each other make a test twenty times as long."""

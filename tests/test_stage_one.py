@@ -165,7 +165,8 @@ def test_a_whole_cache_is_left_alone_and_another_one_refused(tiny: Path, stages:
     assert "whole already" in text
     error = stages.fails(1, *command, "--views", "crop:pad=2")
     assert ["views.pad", "2", "1"] in [line.split() for line in error.splitlines()]
-    assert f"--train-size 300 --weights {tiny}/runs/teacher --views crop:pad=2" in error.splitlines()[-1]
+    assert "--train-size 300 --data digits" in error.splitlines()[-1]
+    assert f"--weights {tiny}/runs/teacher --views crop:pad=2 --draws 3" in error.splitlines()[-1]
     assert error.endswith(f"--out {tiny}/cache-2")
     assert (tiny / "cache/manifest.json").stat().st_mtime_ns == before
 
