@@ -22,18 +22,18 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 # $(call options,A B …): --a 'value' --b 'value' for those that are set; a switch is set to 1
 empty :=
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := BASELINE RESUME JSON DEEP
+SWITCHES := BASELINE RESUME JSON DEEP REPAIR
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
 
 MACHINE := DEVICE PRECISION WORKERS JSON
 TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHEDULE WARMUP CLIP_NORM EMA SEED RESUME
-STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE SHARD_ROWS
+STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE SHARD_ROWS LICENSE
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
-KNOWN := PYTHON VENV DATA CACHE ARCHS ARCH LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP BATCH_SIZE \
+KNOWN := PYTHON VENV DATA CACHE ARCHS ARCH LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
   $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
@@ -49,7 +49,7 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students check-cache lint test slow check clean
+.PHONY: help install teacher teacher-cache student students check-cache lint test slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -69,13 +69,13 @@ student: ## stage two: train a student from the cache, which is made when there 
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
 	$(QUIET)$(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) \
-	  $(call options,ARCH LABELLED BASELINE SEEDS OUT $(TRAINING) $(MACHINE))
+	  $(call options,DRAWS ARCH LABELLED BASELINE SEEDS OUT $(TRAINING) $(MACHINE))
 
 students: ## several students from the one cache: ARCHS="mlp:32 mlp:64 cnn"
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
 	$(QUIET)for arch in $(ARCHS); do $(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) --arch $$arch \
-	  $(call options,LABELLED BASELINE SEEDS $(TRAINING) $(MACHINE)); done
+	  $(call options,DRAWS LABELLED BASELINE SEEDS $(TRAINING) $(MACHINE)); done
 
 # A cache is made when there is none; it is compared with what is asked for when something is.
 define make-cache
@@ -83,9 +83,10 @@ $(if $(strip $(foreach name,$(STAGE_ONE),$($(name)))),$(QUIET),@test -f '$(CACHE
   $(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) DEVICE WORKERS)$(if $(JSON), >&2)
 endef
 
-check-cache: ## is the cache whole? DATA= or CACHE=; DEEP=1 renders every view again
+check-cache: ## is the cache whole? DATA= or CACHE=; DEEP=1 renders every view again, REPAIR=1 asks the teacher for bad shards
 	$(call ensure,$(RUNS_ON))
-	$(QUIET)$(STAGES) check-cache '$(CACHE)' $(if $(DEEP),$(WHERE)) $(call options,DEEP JSON)
+	$(QUIET)$(STAGES) check-cache '$(CACHE)' $(if $(DEEP)$(REPAIR),$(WHERE)) \
+	  $(call options,DEEP REPAIR WEIGHTS DEVICE WORKERS JSON)
 
 lint: ## format, lint and types
 	$(call ensure,$(RUNS_ON) ruff mypy)
@@ -100,6 +101,10 @@ test: ## the default test suite
 slow: ## the long tests on real data
 	$(call ensure,$(RUNS_ON) pytest hypothesis)
 	$(PY) -m pytest -m slow
+
+torture: ## kills, flipped bits, hostile files, full disks: the full number of trials
+	$(call ensure,$(RUNS_ON) pytest hypothesis)
+	$(PY) -m pytest --torture -s $(TORTURE)
 
 check: lint test ## lint and test
 

@@ -126,7 +126,8 @@ class Writer:
                 path.unlink()  # stopped between the manifest and this
             elif begun != claim:
                 fields = describe(claim, begun, ("asked", "begun"))
-                raise OtherCache(f"'{self.folder}' holds an unfinished cache of another kind:{fields}")
+                begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
+                raise OtherCache(f"{begun_with}, to be finished first by its own command:{fields}")
         elif self.todo:
             if self.grown is None and (strange := _strange(self.folder)):
                 raise Refused(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
@@ -181,19 +182,21 @@ class Writer:
         written = write_shard(self.folder / HEAD, arrays, attributes)
         return HeadRecord(HEAD, written.bytes, written.checksum, weight.shape[1])
 
-    def finish(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
-        """Publish the manifest. labelled: rows with a label, per split; versions: of what wrote the first part."""
+    def manifest(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
+        """What the cache now is. labelled: rows with a label, per split; versions: of what wrote the first part."""
         plan, old = self.plan, self.grown
         shards = (*(old.shards if old else ()), *self.records)
-        manifest = Manifest(
+        return Manifest(
             plan.identity, plan.classes, plan.draws, plan.splits, plan.taps, shards, old.head if old else head,
             accuracy(shards, plan.splits, plan.draws, labelled), self._fidelity(),
             sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
             old.settings if old else plan.settings, old.versions if old else versions,
         )  # fmt: skip
+
+    def finish(self, manifest: Manifest) -> None:
+        """Publish the manifest: from now on there is a whole cache."""
         manifest.write(self.folder)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
-        return read_manifest(self.folder)
 
     def _fidelity(self) -> dict[str, float]:
         """Means over all rows, those that were there before included."""

@@ -1,5 +1,6 @@
 """`python -m stages`, or `softcache`: the commands. PyTorch is loaded inside a command, so that --help is quick."""
 
+import signal
 import sys
 from typing import Any
 
@@ -95,8 +96,10 @@ def cache_unpack(context: click.Context, /, file: str, cache: str, **_: Any) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 refused or damaged, 2 wrong command, 130 interrupted.
 
-    A user's slip, a full disk and Ctrl-C each get one line. A mistake of ours gets its traceback.
+    A user's slip, a full disk and Ctrl-C each get one line; SIGTERM, as schedulers send it, is a Ctrl-C. A mistake of
+    ours gets its traceback.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         commands.main(arguments, prog_name="stages", standalone_mode=False)
         return

@@ -117,8 +117,9 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Conso
         head = head_of(ask.teacher.network, ask.classes)
         record = None if head is None or writer.grown else writer.add_head(*numbers_of(head, ask.classes))
         labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
-        manifest = writer.finish(record, labelled, versions())
+        manifest = writer.manifest(record, labelled, versions())
         write_card(out, writer.grown, manifest)
+        writer.finish(manifest)
         return manifest
 
 
