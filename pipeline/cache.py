@@ -105,10 +105,9 @@ class Cache:
         if split not in self._orders:
             for record in self._records(split, 0, "index"):
                 path = self.folder / record.path
-                size = path.stat().st_size if path.is_file() else -1
-                # A missing shard is named when it is opened; but no memory is taken for many rows on its word.
-                if size != record.bytes and (size >= 0 or self.manifest.splits[split] > _ON_ITS_WORD):
-                    raise Refused(f"{path}: {max(size, 0)} bytes instead of {record.bytes}: cut or appended to")
+                size = path.stat().st_size if path.is_file() else 0
+                if size != record.bytes and self.manifest.splits[split] > _ON_ITS_WORD:
+                    raise Refused(f"{path}: {size} bytes instead of {record.bytes}: cut, appended to or missing")
             self._orders[split] = row_order(self.seed, split, self.manifest.splits[split])
         return self._orders[split]
 

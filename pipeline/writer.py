@@ -67,18 +67,21 @@ class Plan:
     def pieces(self, there: tuple[ShardRecord, ...] = ()) -> Iterator[Piece]:
         """Every shard that is not there, in the order in which they are written."""
         everything = datasets_of(self.classes, self.identity["codec"], self.taps)
+        parts: dict[tuple[str, int], list[set[str]]] = {}
+        for record in there:
+            if record.start == 0:
+                parts.setdefault((record.split, record.draw), []).append(set(record.datasets) - set(KEYS))
         for split, n in self.splits.items():
             for draw in range(self.draws if split == "train" else 1):
-                parts = [r for r in there if (r.split, r.draw, r.start) == (split, draw, 0)]
-                have = {name for record in parts for name in record.datasets if name not in KEYS}
-                missing = {name: kind for name, kind in everything.items() if name not in have}
+                have = parts.get((split, draw), [])
+                missing = {name: kind for name, kind in everything.items() if name not in set().union(*have)}
                 if set(missing) == set(KEYS):
                     continue
                 most = self.shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // row_bytes(missing))
                 most = max(1, min(most, (SHARD_MOST - (1 << 20)) // row_bytes(missing)))
                 cuts = np.linspace(0, n, -(-n // most) + 1).astype(int)
                 for i, (a, b) in enumerate(pairwise(cuts)):
-                    path = shard_path(split, draw, i, len(parts))
+                    path = shard_path(split, draw, i, len(have))
                     yield Piece(path, split, draw, int(a), int(b - a), missing)
 
     def with_all_of(self, there: Manifest) -> "Plan":
