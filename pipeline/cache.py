@@ -1,8 +1,10 @@
 """A finished cache, open for reading: rows by (split, draw, position), each checked before it is used."""
 
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger
 OPEN_SHARDS = 256
 _ON_ITS_WORD = 1 << 22  # rows that a manifest is believed to have: their order takes 100 MB while it is made
 Positions = NDArray[np.int64]
+Fetch = Callable[[str, int, str, Positions], NDArray[np.generic]]
 
 
 def row_order(seed: int, split: str, rows: int) -> Positions:
@@ -54,6 +57,10 @@ class Cache:
             self._read_identity()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, WrongCommand) as error:
             raise Refused(f"'{folder}': the manifest's identity does not hold together ({error})") from None
+        self._index()
+
+    def _index(self) -> None:
+        """What is looked up, and what is kept of what was read: nothing yet."""
         self._by_draw: dict[tuple[str, int, str], list[ShardRecord]] = {}  # {(split, draw, dataset): in row order}
         for record in sorted(self.manifest.shards, key=lambda s: s.start):
             for name in record.datasets:
@@ -67,7 +74,13 @@ class Cache:
 
     def __getstate__(self) -> dict[str, object]:
         """What travels to another process: no file, no rows; it opens and verifies its own."""
-        return self.__dict__ | {"_shards": {}, "_stamps": {}, "_resident": {}}
+        return {"folder": self.folder, "manifest": self.manifest, "unlisted": self.unlisted, "labels": self._labels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder, self.manifest, self.unlisted = state["folder"], state["manifest"], state["unlisted"]
+        self._read_identity()
+        self._index()
+        self._labels = state["labels"]
 
     def _read_identity(self) -> None:
         """What a reader needs to know before it opens a shard, in the types that it must have."""
@@ -125,8 +138,19 @@ class Cache:
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = ()
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """logits float32 [n, K] and features {tap: float16 [n, …]} of the rows at positions [n]."""
-        names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps)]
         fetch = self._in_memory if self.resident(split, draw, taps) else self.rows
+        return self._fetched(fetch, split, draw, positions, taps)
+
+    def stored(
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = ()
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same as targets, from those shards alone that hold these rows."""
+        return self._fetched(self.rows, split, draw, positions, taps)
+
+    def _fetched(
+        self, fetch: Fetch, split: str, draw: int, positions: Positions, taps: tuple[str, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps)]
         rows = {name: fetch(split, draw, name, positions) for name in names}
         logits = torch.from_numpy(self.codec.decode(rows))
         return logits, {tap: torch.from_numpy(rows[f"features/{tap}"]) for tap in taps}
@@ -159,11 +183,12 @@ class Cache:
     def _in_memory(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         """Rows of a dataset that is kept whole until two other draws have been asked for."""
         kept = self._resident.setdefault((split, draw), {})
-        if name not in kept:
-            kept[name] = self.column(split, draw, name)
+        column = kept.get(name)
+        if column is None:
+            column = kept[name] = self.column(split, draw, name)
         while len(self._resident) > 2:  # this epoch's draw and the next one's
-            self._resident.pop(next(iter(self._resident)))
-        return kept[name][positions]
+            self._resident.pop(next(iter(self._resident)), None)
+        return column[positions]
 
     def rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         """Rows of a dataset from disk at positions [n], gathered by runs of neighbours: one read per run."""
@@ -183,13 +208,14 @@ class Cache:
 
     def _shard(self, record: ShardRecord) -> Shard:
         """The shard, verified once per process. Few stay open: a process may have 1,024 files."""
-        if record.path not in self._shards:
+        shard = self._shards.get(record.path)
+        if shard is None:
             shard = self._opened(record, self._stamps.get(record.path))
             self._stamps[record.path] = shard.stamp
-            if len(self._shards) >= OPEN_SHARDS:
-                self._shards.pop(next(iter(self._shards))).close()
+            while len(self._shards) >= OPEN_SHARDS:  # closed with its last user: another thread may be reading it
+                self._shards.pop(next(iter(self._shards)), None)
             self._shards[record.path] = shard
-        return self._shards[record.path]
+        return shard
 
     def _opened(self, record: ShardRecord, stamp: Stamp | None = None) -> Shard:
         shard = Shard(
@@ -250,15 +276,18 @@ class Cache:
             return shard.read("view_crc32")
 
     def _check_views(self, shard: Shard, record: ShardRecord) -> None:
-        """Features that were added later are of the views that the logits are of."""
+        """Features that were added later are of the views that the logits are of. A bad shard is named by itself."""
         mine = shard.read("view_crc32")
         for other in self._records(record.split, record.draw, "view_crc32"):
             first = max(other.start, record.start)
             stop = min(other.start + other.rows, record.start + record.rows)
             if first < stop:
                 layout = self.manifest.layout(other)
-                with closing(Shard(self.folder, other.path, layout, other.bytes, other.checksum)) as logits:
-                    theirs = logits.read("view_crc32", first - other.start, stop - first)
+                try:
+                    with closing(Shard(self.folder, other.path, layout, other.bytes, other.checksum)) as logits:
+                        theirs = logits.read("view_crc32", first - other.start, stop - first)
+                except Refused:
+                    continue
                 if not np.array_equal(mine[first - record.start : stop - record.start], theirs):
                     raise Refused(f"{shard.path}: its features are of other views than the logits of {other.path}")
 

@@ -17,6 +17,7 @@ from .manifest import CARD, HEAD, MANIFEST_MOST, NAME, Manifest, parse_manifest,
 from .shards import file_checksum
 
 _CARD_MOST = 1 << 20
+_ROOT_MOST = 60  # bytes: with the rest of a shard's name they fit a tar header
 _BLOCK, _PIECE = 512, 1 << 22
 Shown = Callable[[int], None]  # called with the bytes that are done
 
@@ -26,7 +27,9 @@ def pack(folder: Path, manifest: Manifest, file: Path, shown: Shown) -> None:
 
     Equal caches in folders of one name give equal tar files: no times, no owners.
     """
-    root = folder.resolve().name or "cache"
+    root = folder.resolve().name
+    if not 0 < len(root.encode(errors="replace")) <= _ROOT_MOST or not root.isprintable():
+        root = "cache"
 
     def write(temporary: Path) -> None:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -93,7 +96,8 @@ def unpack(file: Path, folder: Path, begun: Callable[[Manifest], Shown]) -> Mani
                 _take(tar, folder, member.removeprefix(f"{root}/"), size, wanted, shown, file)
             if wanted:
                 raise Refused(f"'{file}' ends without {next(iter(wanted))} ({len(wanted)} files): it was cut")
-            publish(folder / NAME, lambda path: _write(path, text))
+            if not (folder / NAME).exists():
+                publish(folder / NAME, lambda path: _write(path, text))
     return read_manifest(folder)
 
 
@@ -141,8 +145,9 @@ def _take(
 ) -> None:
     """Publish the member that the tar stands at."""
     if name == CARD and size <= _CARD_MOST:
-        text = tar.read(size)
-        return publish(folder / CARD, lambda path: _write(path, text))
+        if (text := tar.read(size)) and not (folder / CARD).exists():  # one that is there may have been edited
+            publish(folder / CARD, lambda path: _write(path, text))
+        return
     if name not in wanted:
         raise Refused(f"'{file}' holds {ascii(name)[:80]}, which its manifest does not name: nothing of it was taken")
     if size != wanted[name][0]:

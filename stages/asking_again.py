@@ -1,5 +1,6 @@
 """Asking the teacher again about rows that are in a cache: is it still the one that was asked?"""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,7 +9,6 @@ import numpy as np
 from data.errors import Refused
 from data.transfer_set import TransferSet
 from pipeline.cache import Cache
-from pipeline.manifest import ShardRecord
 
 from .asking import Ask
 from .command_line import settings_of
@@ -69,29 +69,23 @@ def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> 
     return ask
 
 
-def largest_difference(
-    cache: Cache, records: list[ShardRecord], transfer_set: TransferSet, settings: CheckSettings
-) -> Again:
-    """Ask the teacher about some rows of these shards and compare with what they hold."""
-    ask = ask_of(cache, transfer_set, settings)
-    return again(cache, records, ask)
-
-
-def again(cache: Cache, records: list[ShardRecord], ask: Ask) -> Again:
-    """The same, for a teacher that is ready."""
-    records = [record for record in records if record.correct is not None]
+def again(cache: Cache, ask: Ask, bad: Collection[str] = ()) -> Again:
+    """Ask the teacher about some rows of the shards that are not bad, and compare with what they hold."""
+    records = [r for r in cache.manifest.shards if r.correct is not None and r.path not in bad]
+    damaged = {(r.split, r.draw, name) for r in cache.manifest.shards if r.path in bad for name in r.datasets}
     some = [records[i * len(records) // _SHARDS] for i in range(_SHARDS)] if len(records) > _SHARDS else records
     count, logits, share = 0, 0.0, 0.0
     features = dict.fromkeys(cache.manifest.taps, 0.0)
     for record in some:
         n = min(record.rows, -(-_ROWS // len(some)))
         positions = record.start + np.arange(n) * record.rows // n
-        stored, kept = cache.targets(record.split, record.draw, positions, tuple(features))
+        good = tuple(t for t in features if (record.split, record.draw, f"features/{t}") not in damaged)
+        stored, kept = cache.stored(record.split, record.draw, positions, good)
         said, tapped = ask.rows(record.split, record.draw, cache.order(record.split)[positions])
         gap = np.abs(stored.numpy() - said).max(1)
         logits = max(logits, float(gap.max()))
         share = max(share, float((gap / np.maximum(np.ptp(said, 1), 1e-3)).max()))
-        for tap in features:
+        for tap in good:
             largest = max(float(np.abs(tapped[tap]).max()), 1e-3)
             features[tap] = max(features[tap], float(np.abs(kept[tap].numpy() - tapped[tap]).max()) / largest)
         count += n

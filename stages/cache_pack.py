@@ -28,7 +28,9 @@ def pack(name: str, file: str, settings: PackSettings) -> None:
     if settings.json:
         return console.result(json.dumps({"file": file, "bytes": size, "manifest": cache.manifest.digest}))
     console.say(f"'{file}': {size / 1e6:.1f} MB, every byte checked")
-    console.say(f"there:  {this_program()} cache-unpack {quote(out.name)} caches/{quote(cache.folder.resolve().name)}")
+    console.say(
+        f"there:  {this_program()} cache-unpack {quote(out.name)} {quote('caches/' + cache.folder.resolve().name)}"
+    )
 
 
 def unpack(file: str, name: str, settings: PackSettings) -> None:

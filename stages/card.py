@@ -1,5 +1,7 @@
 """README.md inside a cache: in words what it is, for those who find it without knowing this program."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,19 @@ same for programs, with a checksum of every file.
 
 def write_card(folder: Path, before: Manifest | None, manifest: Manifest) -> None:
     """Publish the card, unless someone has edited the one that is there: then it is theirs."""
-    path, name = folder / CARD, folder.resolve().name
-    if path.exists() and (before is None or path.read_bytes() != card(name, before).encode()):
+    path = folder / CARD
+    if path.exists() and (before is None or not _unedited(path.read_bytes(), before)):
         return
-    publish_text(path, card(name, manifest))
+    publish_text(path, card(folder.resolve().name, manifest))
+
+
+def _unedited(text: bytes, manifest: Manifest) -> bool:
+    """Whether it is the card of that manifest, under whatever name the folder had."""
+    found = re.search(r"^python -m stages check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)
+    try:
+        return found is not None and text == card(shlex.split(found[1])[0], manifest).encode()
+    except (ValueError, IndexError):
+        return False
 
 
 def card(name: str, manifest: Manifest) -> str:
@@ -65,7 +76,7 @@ def card(name: str, manifest: Manifest) -> str:
         size=manifest.bytes / 1e6, files=len(manifest.shards), fingerprint=manifest.fingerprint,
         versions=", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
         license=manifest.settings.get("license") or "not stated: ask whoever gave it to you",
-        name=name, where=" --data folder:PATH" if data["name"] == "folder" else "",
+        name=shlex.quote(name), where=" --data folder:PATH" if data["name"] == "folder" else "",
     )  # fmt: skip
 
 

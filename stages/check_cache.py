@@ -15,7 +15,7 @@ from pipeline.cache import Cache
 from pipeline.manifest import HEAD, ShardRecord
 from pipeline.proof import compare_views
 
-from .asking_again import Again, largest_difference
+from .asking_again import Again, again, ask_of
 from .command_line import remake
 from .console import Console, bar, progress
 from .repair import repair
@@ -34,14 +34,14 @@ def run(name: str, settings: CheckSettings) -> None:
     transfer_set = None
     if settings.deep or settings.repair:
         transfer_set = data_of(cache, settings.data, Path(settings.data_root))
-    verdicts = _verdicts(cache, transfer_set if settings.deep else None)
-    if settings.repair and transfer_set is not None and _bad(verdicts):
-        repair(cache, _bad(verdicts), transfer_set, settings, console)
+    if settings.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
+        repair(cache, _bad(_verdicts(cache, None)), transfer_set, settings, console)
         cache = Cache(Path(name))
-        verdicts = _verdicts(cache, transfer_set if settings.deep else None)
+        cache.bind(transfer_set)
+    verdicts = _verdicts(cache, transfer_set if settings.deep else None)
     asked = None
     if settings.deep and settings.weights and transfer_set is not None and not _bad(verdicts):
-        asked = largest_difference(cache, list(cache.manifest.shards), transfer_set, settings)
+        asked = again(cache, ask_of(cache, transfer_set, settings))
     _report(name, cache, verdicts, asked, settings, console)
 
 
@@ -108,7 +108,8 @@ def _report(
         for path in cache.unlisted:
             console.say(f"{path}: of an addition that is not finished: run the same teacher-cache command again")
     if bad:
-        raise Refused(f"'{name}': {len(bad)} of {len(verdicts)} files are bad{_way_out(settings)}")
+        first = next(iter(bad.values()))
+        raise Refused(f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_way_out(settings)}")
     deep = ", every view rendered again and equal" if settings.deep else ""
     console.say(
         f"'{name}' is whole: {len(verdicts)} files, {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws{deep}"
@@ -119,4 +120,4 @@ def _report(
 
 
 def _way_out(settings: CheckSettings) -> str:
-    return "" if settings.repair else "; --repair --weights … asks the teacher again for these alone"
+    return "" if settings.repair else ". --repair --weights … asks the teacher again for damaged ones alone"

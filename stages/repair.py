@@ -24,10 +24,12 @@ from .teacher_cache import numbers_of
 def repair(
     cache: Cache, bad: dict[str, str], transfer_set: TransferSet, settings: CheckSettings, console: Console
 ) -> None:
-    """Put whole shards in the place of bad ones. Raises Refused when it cannot be done, with the reason.
+    """Put whole shards in the place of bad ones, if there are any. Raises Refused with the reason when it cannot.
 
     The teacher must have the weights of the identity, and must say about good shards' rows what they hold.
     """
+    if not bad:
+        return
     beside = Path(f"{cache.folder}-teacher")
     if not settings.weights and (beside / "result.json").is_file():
         settings = replace(settings, weights=str(beside))
@@ -52,7 +54,7 @@ def _prove(cache: Cache, bad: dict[str, str], transfer_set: TransferSet, ask: As
         positions = np.unique(np.linspace(record.start, record.start + record.rows - 1, 16).astype(int))
         seen = cache.rows(record.split, record.draw, "view_crc32", positions)
         compare_views(cache, transfer_set, record.split, record.draw, positions, seen)
-    again(cache, good, ask).refuse_if_large()
+    again(cache, ask, bad).refuse_if_large()
 
 
 def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, console: Console) -> Manifest:

@@ -136,7 +136,7 @@ class Material:
         losses = parse_losses(settings.loss)
         cache = Cache(Path(settings.cache))
         taps = tuple(dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps()))
-        _check_taps(cache, taps, settings.cache)
+        _check_taps(settings, cache, taps)
         _check_draws(settings, cache)
         transfer_set = data_of(cache, settings.data, Path(settings.data_root))
         _check_labels(settings, losses, transfer_set.splits["train"].labels, len(transfer_set.classes))
@@ -181,19 +181,25 @@ def _teacher_logits(cache: Cache, split: str) -> torch.Tensor:
     return by_index
 
 
-def _check_taps(cache: Cache, taps: tuple[str, ...], name: str) -> None:
+def _check_taps(settings: StudentSettings, cache: Cache, taps: tuple[str, ...]) -> None:
     missing = [tap for tap in taps if tap not in cache.manifest.taps]
     if missing:
-        have = ", ".join(cache.manifest.taps) or "none"
-        more = remake(cache, taps=",".join([*cache.manifest.taps, *missing]), out=name)
-        raise Refused(f"the cache '{name}' has not kept {', '.join(missing)} (it has: {have}). Add them with  {more}")
+        have = f"has not kept {', '.join(missing)} (it has: {', '.join(cache.manifest.taps) or 'none'})"
+        more = _more(settings, cache, taps=",".join([*cache.manifest.taps, *missing]))
+        raise Refused(f"the cache '{settings.cache}' {have}. Add them with  {more}")
 
 
 def _check_draws(settings: StudentSettings, cache: Cache) -> None:
     if settings.draws > cache.manifest.draws:
-        more = remake(cache, draws=settings.draws, out=settings.cache)
         have = f"the cache '{settings.cache}' has {cache.manifest.draws}"
+        more = _more(settings, cache, draws=settings.draws)
         raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
+
+
+def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
+    """The command that adds to the cache, for the data as they lie here."""
+    here = {"data": settings.data} if settings.data else {}
+    return remake(cache, out=settings.cache, data_root=settings.data_root, **here, **changes)
 
 
 def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: int) -> None:
