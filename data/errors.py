@@ -20,6 +20,11 @@ class Interrupted(Exception):
     """Ctrl-C, with how to go on. Exit code 130."""
 
 
+def printable(text: object, most: int = 200) -> str:
+    """Text from a file nobody vouches for, as it may reach a terminal: on one line, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> WrongCommand:
     """The error for a name that is in no table: what was asked, what was probably meant, what there is."""
     names = sorted(known)

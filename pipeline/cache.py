@@ -11,19 +11,20 @@ import torch
 from numpy.typing import NDArray
 
 from data import counter
-from data.errors import OtherCache, Refused, WrongCommand
+from data.errors import OtherCache, Refused, WrongCommand, printable
 from data.folder import Progress
 from data.transfer_set import Labels, TransferSet, load
 from data.views import ViewPolicy, parse_views
 
 from .codec import CODECS
-from .identity import describe
+from .identity import FORMAT, describe
 from .manifest import KEYS, NAME, SPLITS, UNFINISHED, Manifest, ShardRecord, read_manifest, row_bytes
 from .models.prepared import Preparation
 from .shards import Shard, Stamp
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
 OPEN_SHARDS = 256
+LARGEST = 4096  # pixels of a view's side
 _ON_ITS_WORD = 1 << 22  # rows that a manifest is believed to have: their order takes 100 MB while it is made
 Positions = NDArray[np.int64]
 Fetch = Callable[[str, int, str, Positions], NDArray[np.generic]]
@@ -56,7 +57,7 @@ class Cache:
         try:
             self._read_identity()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, WrongCommand) as error:
-            raise Refused(f"'{folder}': the manifest's identity does not hold together ({error})") from None
+            raise Refused(f"'{folder}': the manifest's identity does not hold together ({printable(error)})") from None
         self._index()
 
     def _index(self) -> None:
@@ -86,6 +87,14 @@ class Cache:
         """What a reader needs to know before it opens a shard, in the types that it must have."""
         identity = self.manifest.identity
         views, data, cut = identity["views"], identity["transfer_set"], identity["transfer_set"]["cut"]
+        bounds = [("format", identity["format"], FORMAT, FORMAT), ("val_fraction", cut["val_fraction"], 0, 1)]
+        bounds += [("seed", views["seed"], 0, 2**31), ("cut.seed", cut["seed"], 0, 2**31)]
+        bounds += [("size", views["size"], 1, LARGEST), ("resize", views["resize"], 0, LARGEST)]
+        for name, value, least, most in bounds:
+            if not least <= value <= most:
+                raise ValueError(f"{name} {value} is not between {least} and {most}")
+        if type(views["seed"]) is not int or type(views["size"]) is not int or isinstance(views["policy"], float):
+            raise ValueError("views are not of whole numbers")
         knobs = ",".join(f"{k}={v}" for k, v in views.items() if k not in ("policy", "seed"))
         self.views: ViewPolicy = parse_views(f"{views['policy']}:{knobs}")
         self.seed = int(views["seed"])
@@ -130,6 +139,10 @@ class Cache:
         if mine != theirs:
             fields = describe(theirs, mine, ("here", "in the cache"))
             raise OtherCache(f"the cache '{self.folder}' was made from other data:{fields}")
+        if transfer_set.classes and len(transfer_set.classes) != self.classes:
+            raise Refused(
+                f"the cache '{self.folder}' has {self.classes} classes, the data have {len(transfer_set.classes)}"
+            )
         if self.manifest.splits != (here := {split: len(rows) for split, rows in transfer_set.splits.items()}):
             raise Refused(f"the cache '{self.folder}' has rows {self.manifest.splits}, the data {here}")
         self._labels = {split: rows.labels for split, rows in transfer_set.splits.items()}
@@ -233,7 +246,9 @@ class Cache:
         claims |= {key: getattr(record, key) for key in ("split", "draw", "start")}
         for key, claim in claims.items():
             if (found := shard.attributes.get(key)) != claim:
-                raise Refused(f"{shard.path}: its {key} is {found} instead of {claim}: a shard of another place")
+                raise Refused(
+                    f"{shard.path}: its {key} is {printable(found)} instead of {claim}: a shard of another place"
+                )
         expected = self.order(record.split)[record.start : record.start + record.rows]
         index, label = shard.read("index"), shard.read("label")
         if not np.array_equal(index, expected):

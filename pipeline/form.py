@@ -12,7 +12,7 @@ _STRING, _ITEMS, _INT = 65_536, 1 << 20, 2**53
 def check_form(value: Any, form: Any, where: str) -> None:
     """Raise Refused, naming the place, when a JSON value is not of a form.
 
-    A form is `int` (0 to 2**53), `float` (finite, or an int), `str`, a compiled pattern that the whole
+    A form is `int` (0 to 2**53), `float` (finite, or an int), `str` (printable), a compiled pattern that the whole
     string matches, `dict` (any object), None, a list [form] of any length, a dict {str: form} of any keys, a dict
     with exactly those keys, or a tuple of forms of which one must do.
     """
@@ -36,7 +36,7 @@ _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda v: type(v) is int and 0 <= v <= _INT, "a whole number from 0"),
     float: (lambda v: type(v) in (int, float) and abs(v) < 1e300, "a finite number"),
     bool: (lambda v: isinstance(v, bool), "true or false"),
-    str: (lambda v: isinstance(v, str) and len(v) <= _STRING, "a string"),
+    str: (lambda v: isinstance(v, str) and len(v) <= _STRING and v.isprintable(), "a printable string"),
     dict: (lambda v: isinstance(v, dict), "an object"),
     None: (lambda v: v is None, "null"),
 }
@@ -46,6 +46,7 @@ def _object(value: Any, form: dict[Any, Any], where: str) -> None:
     _want(isinstance(value, dict) and len(value) <= _ITEMS, value, "an object", where)
     if str in form:  # any keys
         for key, item in value.items():
+            check_form(key, str, f"{where}: a name")
             check_form(item, form[str], f"{where}.{key[:40]}")
         return
     if differ := sorted(set(form) ^ set(value)):

@@ -206,22 +206,34 @@ def _check_seal(text: bytes, path: Path) -> str:
     return digest
 
 
+IDENTITY_FORM: dict[str, Any] = {
+    "format": int,
+    "transfer_set": {
+        "name": re.compile("[a-z0-9-]{1,64}"), "classes": [str], "content": {str: str},
+        "cut": {"val_fraction": float, "seed": int, "train_size": int},
+    },
+    "views": {str: (float, re.compile("[a-z-]{1,64}"))},
+    "teacher": {
+        "arch": str, "weights": re.compile("[0-9a-f]{64}"),
+        "channels": int, "size": int, "mean": [float], "std": [float],
+    },
+    "codec": re.compile("|".join(CODECS)),
+    "precision": re.compile("float32|bfloat16"),
+}  # fmt: skip
+SETTINGS_FORM = {str: (None, bool, float, str)}
+_ANY = re.compile(r"[\s\S]{0,65536}")  # a path is compared with the only one that it may be
 _HEX = re.compile("[0-9a-f]{32}")
-_PLAIN = (None, bool, float, str)
 _FORM: dict[str, Any] = {
     "format": int,
     "fingerprint": re.compile("[0-9a-f]{64}"),
-    "identity": {
-        "format": int, "transfer_set": dict, "views": dict, "teacher": dict,
-        "codec": re.compile("|".join(CODECS)), "precision": str,
-    },
+    "identity": IDENTITY_FORM,
     "classes": int,
     "draws": int,
     "splits": {str: int},
     "taps": {str: [int]},
     "shards": [
         {
-            "path": str, "split": re.compile("|".join(SPLITS)), "draw": int, "start": int, "rows": int, "bytes": int,
+            "path": _ANY, "split": re.compile("|".join(SPLITS)), "draw": int, "start": int, "rows": int, "bytes": int,
             "checksum": _HEX, "payload": _HEX, "correct": (None, int), "datasets": [str],
         }
     ],
@@ -229,7 +241,7 @@ _FORM: dict[str, Any] = {
     "teacher": {str: {"accuracy": (None, float)}},
     "fidelity": dict.fromkeys(("rows", "flips", *(f"kl_{T:g}" for T in TEMPERATURES)), float),
     "seconds": float,
-    "settings": {str: _PLAIN},
+    "settings": SETTINGS_FORM,
     "versions": {str: str},
 }  # fmt: skip
 

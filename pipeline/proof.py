@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import Refused
+from data.errors import Refused, printable
 from data.transfer_set import TransferSet
 from data.views import render
 
 from .cache import Cache, Positions
+
+_PIXEL_BYTES = 8 << 20  # of views that are rendered together
 
 
 def probe(cache: Cache, transfer_set: TransferSet, draws: int, views: int = 256) -> None:
@@ -37,14 +39,17 @@ def compare_views(
     """Render the views at positions [n]; their checksums must be seen [n]. Raises Refused, naming the first."""
     index = cache.order(split)[positions]
     policy = cache.views if split == "train" else cache.views.plain()
-    views = render(transfer_set.splits[split].pictures, policy, cache.seed, index, draw)
-    wrong = np.flatnonzero(crc32(views) != seen)
-    if len(wrong):
-        raise Refused(
-            f"{len(wrong)} of {len(positions)} views of '{cache.folder}' come out differently here, the first is"
-            f" {split} index {index[wrong[0]]}, draw {draw}: a picture, the decoder or a library changed."
-            f" The cache was written with {_versions(cache.manifest.versions)}"
-        )
+    together = max(1, _PIXEL_BYTES // (3 * cache.views.size**2))
+    for at in range(0, len(index), together):
+        part = index[at : at + together]
+        views = render(transfer_set.splits[split].pictures, policy, cache.seed, part, draw)
+        wrong = np.flatnonzero(crc32(views) != seen[at : at + together])
+        if len(wrong):
+            raise Refused(
+                f"{len(wrong)} of {len(part)} views of '{cache.folder}' come out differently here, the first is"
+                f" {split} index {part[wrong[0]]}, draw {draw}: a picture, the decoder or a library changed."
+                f" The cache was written with {_versions(cache.manifest.versions)}"
+            )
 
 
 def crc32(views: torch.Tensor) -> NDArray[np.uint32]:
@@ -53,4 +58,4 @@ def crc32(views: torch.Tensor) -> NDArray[np.uint32]:
 
 
 def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    return printable(", ".join(f"{name} {version}" for name, version in versions.items()))

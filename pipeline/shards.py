@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data.errors import Refused
+from data.errors import Refused, printable
 
 from .files import open_plain, publish
 
@@ -155,9 +155,8 @@ class Shard:
         """The digest of the datasets. Raises Refused when it is not the one that was written into the shard."""
         payload = payload_digest(self.read_all())
         if payload != self.attributes.get("payload"):
-            raise Refused(
-                f"{self.path}: damaged, its payload is {payload} instead of {self.attributes.get('payload')}"
-            )
+            written = printable(self.attributes.get("payload"))
+            raise Refused(f"{self.path}: damaged, its payload is {payload} instead of {written}")
         return payload
 
     def close(self) -> None:
@@ -180,12 +179,12 @@ def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, 
                 _small(path, file)
                 found = _names(path, file)
                 if found != set(layout):
-                    differ = ", ".join(sorted(found ^ set(layout)))
+                    differ = printable(", ".join(sorted(found ^ set(layout))))
                     raise Refused(f"{path}: the datasets are not those of the manifest: {differ}")
                 offsets = {name: _offset(path, file, name, *layout[name], size) for name in layout}
                 return offsets, _attributes(path, file)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise Refused(f"{path}: not a readable HDF5 file ({str(error)[:120]})") from None
+            raise Refused(f"{path}: not a readable HDF5 file ({printable(error, 120)})") from None
 
 
 def _small(path: Path, file: h5py.File) -> None:
@@ -203,7 +202,7 @@ def _names(path: Path, file: h5py.File) -> set[str]:
             names.add(outer)
             continue
         if not isinstance(file[outer], h5py.Group) or len(file[outer]) > _MOST_LINKS:
-            raise Refused(f"{path}: {outer} is neither a dataset nor a small group")
+            raise Refused(f"{path}: {printable(outer)} is neither a dataset nor a small group")
         for inner in file[outer]:
             _hard(path, file, f"{outer}/{inner}")
             names.add(f"{outer}/{inner}")
@@ -213,7 +212,7 @@ def _names(path: Path, file: h5py.File) -> set[str]:
 def _hard(path: Path, file: h5py.File, name: str) -> None:
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
-        raise Refused(f"{path}: {name} is a {type(link).__name__}, which may lead out of the file")
+        raise Refused(f"{path}: {printable(name)} is a {type(link).__name__}, which may lead out of the file")
 
 
 def _offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, size: int) -> int:
@@ -240,7 +239,7 @@ def _attributes(path: Path, file: h5py.File) -> dict[str, str | int]:
         attribute = file.attrs.get_id(key)
         kind = attribute.dtype
         if kind.kind not in "Si" or kind.itemsize > 1024 or attribute.shape != ():
-            raise Refused(f"{path}: attribute {key} is of type {kind}, shape {attribute.shape}")
+            raise Refused(f"{path}: attribute {printable(key)} is of type {kind}, shape {attribute.shape}")
         value = file.attrs[key]
         found[key] = value.decode("ascii", "replace") if isinstance(value, bytes) else int(value)
     return found

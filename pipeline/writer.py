@@ -14,14 +14,17 @@ from data.errors import OtherCache, Refused
 
 from .codec import TEMPERATURES
 from .files import make_folder, publish_json, read_plain, remove_leftovers
+from .form import check_form
 from .identity import Identity, describe, fingerprint
 from .lock import LOCK
 from .manifest import (
     CARD,
     HEAD,
+    IDENTITY_FORM,
     KEYS,
     MANIFEST_MOST,
     NAME,
+    SETTINGS_FORM,
     SHARD_MOST,
     UNFINISHED,
     Datasets,
@@ -104,11 +107,15 @@ class Writer:
     def begin(folder: Path, plan: Plan) -> "Writer":
         """Claim a folder, whose lock is held. Raises Refused when it holds another cache, or has too little space."""
         there = None
+        check_form(plan.identity, IDENTITY_FORM, "identity")  # what is written must be readable
+        check_form(plan.settings, SETTINGS_FORM, "settings")
         if (folder / NAME).is_file():
             there = read_manifest(folder)
             refuse_another(folder, plan.identity, plan.taps, there)
             plan = plan.with_all_of(there)
         writer = Writer(folder, plan, list(plan.pieces(there.shards if there else ())), there)
+        if links := [p for p in writer.todo if (folder / p.path).parent.is_symlink()]:
+            raise Refused(f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it")
         writer._claim()
         _tidy(folder, writer.todo)
         missing = sum(p.rows * row_bytes(p.datasets) for p in writer.todo if not (folder / p.path).exists())

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.errors import Refused
 from data.transfer_set import TransferSet
@@ -83,10 +84,15 @@ def again(cache: Cache, ask: Ask, bad: Collection[str] = ()) -> Again:
         stored, kept = cache.stored(record.split, record.draw, positions, good)
         said, tapped = ask.rows(record.split, record.draw, cache.order(record.split)[positions])
         gap = np.abs(stored.numpy() - said).max(1)
-        logits = max(logits, float(gap.max()))
-        share = max(share, float((gap / np.maximum(np.ptp(said, 1), 1e-3)).max()))
+        logits = _larger(logits, gap)
+        share = _larger(share, gap / np.maximum(np.ptp(said, 1), 1e-3))
         for tap in good:
             largest = max(float(np.abs(tapped[tap]).max()), 1e-3)
-            features[tap] = max(features[tap], float(np.abs(kept[tap].numpy() - tapped[tap]).max()) / largest)
+            features[tap] = _larger(features[tap], np.abs(kept[tap].numpy() - tapped[tap]) / largest)
         count += n
     return Again(count, logits, share, features, _MOST[cache.manifest.identity["precision"]])
+
+
+def _larger(most: float, values: NDArray[np.floating]) -> float:
+    """The largest of all; NaN where one is, which `max` would pass over."""
+    return float(np.max([most, values.max()]))

@@ -1,11 +1,13 @@
 """README.md inside a cache: in words what it is, for those who find it without knowing this program."""
 
+import os
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import publish_text
+from data.errors import Refused
+from pipeline.files import publish_text, read_plain
 from pipeline.manifest import CARD, Manifest
 
 _TEXT = """\
@@ -43,13 +45,17 @@ same for programs, with a checksum of every file.
 def write_card(folder: Path, before: Manifest | None, manifest: Manifest) -> None:
     """Publish the card, unless someone has edited the one that is there: then it is theirs."""
     path = folder / CARD
-    if path.exists() and (before is None or not _unedited(path.read_bytes(), before)):
+    if os.path.lexists(path) and not (before and _unedited(folder, before)):
         return
     publish_text(path, card(folder.resolve().name, manifest))
 
 
-def _unedited(text: bytes, manifest: Manifest) -> bool:
-    """Whether it is the card of that manifest, under whatever name the folder had."""
+def _unedited(folder: Path, manifest: Manifest) -> bool:
+    """Whether there is the card of that manifest, under whatever name the folder had."""
+    try:
+        text = read_plain(folder, CARD, 1 << 20)
+    except Refused:
+        return False
     found = re.search(r"^python -m stages check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)
     try:
         return found is not None and text == card(shlex.split(found[1])[0], manifest).encode()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import OtherCache, Refused, WrongCommand
+from data.errors import OtherCache, Refused, WrongCommand, printable
 from data.transfer_set import TransferSet
 from pipeline.cache import Cache
 from pipeline.manifest import HEAD, ShardRecord
@@ -104,9 +104,11 @@ def _report(
         console.result(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.record()}))
     else:
         for path, verdict in verdicts.items():
-            console.say(f"{path}: {verdict}")
+            console.say(f"{path}: {printable(verdict, 2000)}")
         for path in cache.unlisted:
-            console.say(f"{path}: of an addition that is not finished: run the same teacher-cache command again")
+            console.say(
+                f"{printable(path)}: of an addition that is not finished: run the same teacher-cache command again"
+            )
     if bad:
         first = next(iter(bad.values()))
         raise Refused(f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_way_out(settings)}")

@@ -26,9 +26,16 @@ class Preparation:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "Preparation":
-        """The inverse of identity."""
+        """The inverse of identity. Raises ValueError, TypeError or KeyError for what no picture can be prepared by."""
         mean, std = tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
-        return Preparation(int(record["channels"]), int(record["size"]), mean, std)
+        channels, size = int(record["channels"]), int(record["size"])
+        if not (1 <= channels <= 4 and 1 <= size <= 4096 and len(mean) == len(std) == channels):
+            raise ValueError(
+                f"an input of {channels} channels, {size} pixels, {len(mean)} means and {len(std)} deviations"
+            )
+        if not all(abs(m) <= 1e6 for m in mean) or not all(1e-6 <= s <= 1e6 for s in std):
+            raise ValueError(f"an input of mean {list(mean)} and standard deviation {list(std)}")
+        return Preparation(channels, size, mean, std)
 
 
 class Prepared(nn.Module):
