@@ -112,6 +112,8 @@ def _members(tar: BinaryIO, file: Path) -> Iterator[tuple[str, int]]:
             raise Refused(f"'{file}' is no tar file, or is damaged ({str(error)[:80]})") from None
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             raise Refused(f"'{file}' holds {ascii(info.name)[:80]}, which is no plain file: not made by cache-pack")
+        if info.size < 0:
+            raise Refused(f"'{file}' holds {ascii(info.name)[:80]} of {info.size} bytes: it is damaged")
         begin = tar.tell()
         yield info.name, info.size
         tar.seek(begin + -(-info.size // _BLOCK) * _BLOCK)

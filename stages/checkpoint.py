@@ -101,8 +101,14 @@ class State:
         torch.set_rng_state(record["random"].cpu())
         if record["random_cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in record["random_cuda"]])
-        self.lines = json.loads(record["lines"])
-        return int(record["epoch"])
+        self.lines, epoch = json.loads(record["lines"]), record["epoch"]
+        if (
+            not all(isinstance(line, dict) for line in self.lines)
+            or type(epoch) is not int
+            or epoch != len(self.lines)
+        ):
+            raise ValueError(f"{len(self.lines)} lines of {epoch} epochs")
+        return epoch
 
 
 def publish_tensors(path: Path, record: dict[str, Any]) -> None:
@@ -120,8 +126,11 @@ def publish_tensors(path: Path, record: dict[str, Any]) -> None:
 
 def seconds_of(folder: Path) -> float:
     """The seconds of a training that is over, from its lines."""
-    lines = (folder / LINES).read_text(encoding="utf-8").splitlines()
-    return float(sum(json.loads(line)["seconds"] for line in lines))
+    try:
+        lines = (folder / LINES).read_text(encoding="utf-8").splitlines()
+        return float(sum(json.loads(line)["seconds"] for line in lines))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise Refused(f"'{folder / LINES}' is damaged: it is not a record of epochs") from None
 
 
 def _optimizer(settings: Training, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

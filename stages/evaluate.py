@@ -10,7 +10,7 @@ from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 
 from .console import Console
-from .runs import read_json
+from .runs import read_json, read_settings
 from .settings import EvaluateSettings, StudentSettings
 from .student import Material
 
@@ -18,12 +18,10 @@ from .student import Material
 def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
     """Every student of the run: its weights, the held-out splits, the teacher's cached logits."""
     console, folder = Console(settings.json), Path(name)
-    known = set(StudentSettings.__dataclass_fields__)
     kept = read_json(folder / "settings.json")
-    if set(kept) != known:
+    if "cache" not in kept:
         raise WrongCommand(f"'{folder}' is no run of a student")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
-    begun = StudentSettings(**values)
+    begun = read_settings(folder, StudentSettings)
     here = {name: getattr(settings, name) for name in said - {"json"}}
     begun = replace(begun, **here)  # where things lie on this machine; the rest is as the run says
     material = Material.open(begun)

@@ -1,18 +1,19 @@
 """Folders of runs: settings.json, result.json, metrics.jsonl and the weights."""
 
 import json
+import math
 import platform
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import Field, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from data.errors import Refused, WrongCommand
+from data.errors import Refused, WrongCommand, printable
 from pipeline.files import make_folder, publish_json, remove_leftovers
 from pipeline.identity import differences
 from pipeline.lock import held
@@ -44,7 +45,11 @@ def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> lis
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/settings.json")):
         if path.parent == folder or (path.parent / "result.json").exists():
             continue
-        if not _differing(read_json(path), settings):
+        try:
+            kept = read_json(path)
+        except Refused:  # damaged: that is for those who go on with it
+            continue
+        if not _differing(kept, settings):
             found.append(path.parent)
     return found
 
@@ -74,7 +79,7 @@ def _resumed(settings: S, said: set[str]) -> tuple[S, Path]:
     if not settings.out:
         raise WrongCommand("--resume wants the run's folder: --resume --out runs/…")
     folder = Path(settings.out)
-    kept = type(settings)(**read_json(folder / "settings.json", {f.name for f in fields(settings)}))
+    kept = read_settings(folder, type(settings))
     own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data"}
     wrong = [
         f"--{n.replace('_', '-')}"
@@ -97,7 +102,7 @@ def _others(folder: Path, settings: S) -> str:
         return " and is no run"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return " and its settings.json is damaged"
     differ = _differing(kept, settings)
     return f", begun with other settings ({'; '.join(differ[:4])})" if differ else ", begun with the same settings"
@@ -110,16 +115,37 @@ def _differing(kept: Any, settings: TeacherSettings | StudentSettings) -> list[s
     return [f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in aside]
 
 
+def read_settings(folder: Path, kind: type[S]) -> S:
+    """The settings of a run. Raises WrongCommand when it is none, Refused for what no command could have given."""
+    path = folder / "settings.json"
+    record = read_json(path, {f.name for f in fields(kind)})
+    if wrong := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _could_be_given(f, record[f.name])]:
+        raise Refused(f"'{path}' is damaged: {printable(', '.join(wrong))}")
+    return kind(**record)
+
+
+def _could_be_given(field: Field[Any], value: Any) -> bool:
+    """Whether a value of settings.json is the default, or one that the command line would have taken."""
+    kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
+    if type(value) not in kinds or (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
+        return False
+    least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", math.inf)
+    number = not isinstance(value, int | float) or (least <= value <= most and math.isfinite(value))
+    return bool(value == field.default or (number and value in field.metadata.get("choices", (value,))))
+
+
 def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:
     """A record from a run's folder. Raises WrongCommand when it is not there, Refused when it is damaged."""
     if not path.is_file():
         raise WrongCommand(f"'{path.parent}' is no run: it has no {path.name}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Refused(f"'{path}' is damaged: it is no JSON") from None
-    if not isinstance(record, dict) or (known is not None and set(record) != known):
-        raise Refused(f"'{path}' is not of this program's making: {sorted(set(record) ^ (known or set()))[:4]}")
+    if not isinstance(record, dict):
+        raise Refused(f"'{path}' is damaged: it is no record")
+    if known is not None and set(record) != known:
+        raise Refused(f"'{path}' is not of this program's making: {sorted(set(record) ^ known)[:4]}")
     return {k: tuple(v) if isinstance(v, list) and known else v for k, v in record.items()}
 
 
