@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.errors import Refused
 from pipeline.files import publish
+from pipeline.models.weights import check_zip
 
 from .settings import Training
 
@@ -81,10 +82,11 @@ class State:
             return 0
         path = folder / CHECKPOINT
         try:
+            check_zip(path)
             return self._restore(torch.load(path, map_location=device, weights_only=True))
-        except OSError:
-            raise
         except Exception as error:  # pickle, zip, key, shape …: whatever bytes that are no checkpoint can raise
+            if isinstance(error, OSError) and error.filename:
+                raise
             why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
             raise Refused(
                 f"'{path}' is damaged ({why}): put it back from a copy, or delete it to train from the first epoch"
@@ -97,18 +99,16 @@ class State:
         if self.average is not None:
             self.average.load_state_dict(record["average"])
         self.optimizer.load_state_dict(record["optimizer"])
+        if type(record["schedule"]) is not int:
+            raise ValueError("its schedule is at no step")
         self.schedule.last_epoch = record["schedule"]
         torch.set_rng_state(record["random"].cpu())
         if record["random_cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in record["random_cuda"]])
         self.lines, epoch = json.loads(record["lines"]), record["epoch"]
-        if (
-            not all(isinstance(line, dict) for line in self.lines)
-            or type(epoch) is not int
-            or epoch != len(self.lines)
-        ):
+        if not all(isinstance(line, dict) for line in self.lines) or len(self.lines) != epoch:
             raise ValueError(f"{len(self.lines)} lines of {epoch} epochs")
-        return epoch
+        return int(epoch)
 
 
 def publish_tensors(path: Path, record: dict[str, Any]) -> None:
