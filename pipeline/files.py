@@ -23,12 +23,12 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def publish_text(path: Path, text: str) -> None:
@@ -51,7 +51,7 @@ def make_folder(path: Path) -> None:
         return
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -100,7 +100,7 @@ def read_plain(folder: Path, name: str, most: int) -> bytes:
         return file.read(most)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:

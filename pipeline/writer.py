@@ -13,7 +13,7 @@ import numpy as np
 from data.errors import OtherCache, Refused
 
 from .codec import TEMPERATURES
-from .files import make_folder, publish_json, read_plain, remove_leftovers
+from .files import make_folder, publish_json, read_plain, remove_leftovers, sync
 from .form import check_form
 from .identity import Identity, describe, fingerprint
 from .lock import LOCK
@@ -204,7 +204,14 @@ class Writer:
         )  # fmt: skip
 
     def finish(self, manifest: Manifest) -> None:
-        """Publish the manifest: from now on there is a whole cache."""
+        """Publish the manifest: from now on there is a whole cache.
+
+        First every name that it relies on is made durable: a killed process may have given it, and not synced.
+        """
+        for inner in sorted({(self.folder / record.path).parent for record in self.records}):
+            sync(inner)
+        sync(self.folder)
+        sync(self.folder.absolute().parent)
         manifest.write(self.folder)
         (self.folder / UNFINISHED).unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.errors import Refused
-from pipeline.files import publish
+from pipeline.files import publish, publish_text
 from pipeline.models.weights import check_zip
 
 from .settings import Training
@@ -68,13 +68,11 @@ class State:
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "lines": json.dumps(self.lines),
         }
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-
-        def write_lines(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
-
         publish_tensors(folder / CHECKPOINT, record)
-        publish(folder / LINES, write_lines)
+        self._publish_lines(folder)
+
+    def _publish_lines(self, folder: Path) -> None:
+        publish_text(folder / LINES, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def restore(self, folder: Path, device: torch.device) -> int:
         """Go back to the checkpoint, if there is one; the number of epochs that are done."""
@@ -83,7 +81,7 @@ class State:
         path = folder / CHECKPOINT
         try:
             check_zip(path)
-            return self._restore(torch.load(path, map_location=device, weights_only=True))
+            epoch = self._restore(torch.load(path, map_location=device, weights_only=True))
         except Exception as error:  # pickle, zip, key, shape …: whatever bytes that are no checkpoint can raise
             if isinstance(error, OSError) and error.filename:
                 raise
@@ -91,6 +89,8 @@ class State:
             raise Refused(
                 f"'{path}' is damaged ({why}): put it back from a copy, or delete it to train from the first epoch"
             ) from None
+        self._publish_lines(folder)  # stopped between the two, the checkpoint was one epoch ahead
+        return epoch
 
     def _restore(self, record: dict[str, Any]) -> int:
         self.model.load_state_dict(record["model"])
