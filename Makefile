@@ -104,7 +104,7 @@ slow: ## the long tests on real data
 
 torture: ## kills, flipped bits, hostile files, full disks: the full number of trials
 	$(call ensure,$(RUNS_ON) pytest hypothesis)
-	$(PY) -m pytest --torture -s $(TORTURE)
+	$(PY) -m pytest --torture -s $$(grep -l 'dose(' tests/test_*.py)
 
 check: lint test ## lint and test
 

@@ -1,6 +1,5 @@
 """A finished cache, open for reading: rows by (split, draw, position), each checked before it is used."""
 
-import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,9 +16,12 @@ from data.transfer_set import Labels, TransferSet, load
 from data.views import ViewPolicy, parse_views
 
 from .codec import CODECS
+from .files import shard_files
 from .identity import FORMAT, describe
-from .manifest import KEYS, NAME, SPLITS, UNFINISHED, Manifest, ShardRecord, read_manifest, row_bytes
+from .manifest import KEYS, NAME, SPLITS, UNFINISHED, Manifest, ShardRecord, row_bytes
 from .models.prepared import Preparation
+from .reading import read_manifest
+from .rows import check_logits, check_rows
 from .shards import Shard, Stamp
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
@@ -235,45 +237,11 @@ class Cache:
             self.folder, record.path, self.manifest.layout(record), record.bytes, record.checksum, known=stamp
         )
         if not shard.is_known:
-            self._check_rows(shard, record)
+            expected = self.order(record.split)[record.start : record.start + record.rows]
+            check_rows(shard, record, self.manifest.fingerprint, expected, self._labels.get(record.split))
             if record.correct is not None:
-                self._check_logits(shard, record)
+                check_logits(shard, record, self.codec, self.classes)
         return shard
-
-    def _check_rows(self, shard: Shard, record: ShardRecord) -> None:
-        """The rows are those of this cache, in this order, with these labels."""
-        claims = {"fingerprint": self.manifest.fingerprint}
-        claims |= {key: getattr(record, key) for key in ("split", "draw", "start")}
-        for key, claim in claims.items():
-            if (found := shard.attributes.get(key)) != claim:
-                raise Refused(
-                    f"{shard.path}: its {key} is {printable(found)} instead of {claim}: a shard of another place"
-                )
-        expected = self.order(record.split)[record.start : record.start + record.rows]
-        index, label = shard.read("index"), shard.read("label")
-        if not np.array_equal(index, expected):
-            raise Refused(
-                f"{shard.path}: its rows are not in the order of this cache: targets would go to other pictures"
-            )
-        if record.split in self._labels:
-            wrong = np.flatnonzero(label != self._labels[record.split][expected])
-            if len(wrong):
-                raise Refused(
-                    f"{shard.path}: {len(wrong)} labels are not those of the data,"
-                    f" the first at index {expected[wrong[0]]}"
-                )
-
-    def _check_logits(self, shard: Shard, record: ShardRecord) -> None:
-        """The logits are finite and hit as many labels as they did when they were written."""
-        stored = {name: shard.read(name) for name in self.codec.datasets(self.classes)}
-        logits = self.codec.decode(stored)
-        if not np.isfinite(logits).all():
-            raise Refused(f"{shard.path}: logits that are not finite")
-        if (hits := int((logits.argmax(1) == shard.read("label")).sum())) != record.correct:
-            raise Refused(
-                f"{shard.path}: its logits hit {hits} labels instead of {record.correct}:"
-                " rows and logits do not belong together"
-            )
 
     def verify(self, record: ShardRecord) -> NDArray[np.generic]:
         """Everything that can be known of one shard without its pictures; returns its view_crc32 [rows].
@@ -310,12 +278,3 @@ class Cache:
         """Raises Refused when the file of the teacher's last layer is not what it was."""
         if head := self.manifest.head:
             Shard(self.folder, head.path, self.manifest.head_layout(), head.bytes, head.checksum).close()
-
-
-def shard_files(folder: Path) -> set[str]:
-    """The names of all HDF5 files in a cache's folder, as a manifest would call them."""
-    found = set()
-    for inner in os.scandir(folder) if folder.is_dir() else ():
-        if inner.is_dir(follow_symlinks=False):
-            found |= {f"{inner.name}/{file.name}" for file in os.scandir(inner) if file.name.endswith(".h5")}
-    return {name for name in found if not name.partition("/")[2].startswith(".")}

@@ -13,7 +13,8 @@ from data.errors import Refused
 
 from .files import make_folder, open_plain, publish, remove_leftovers
 from .lock import LOCK, held
-from .manifest import CARD, HEAD, MANIFEST_MOST, NAME, Manifest, parse_manifest, read_manifest
+from .manifest import CARD, HEAD, MANIFEST_MOST, NAME, Manifest
+from .reading import parse_manifest, read_manifest
 from .shards import file_checksum
 
 _CARD_MOST = 1 << 20

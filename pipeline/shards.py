@@ -169,6 +169,18 @@ class Shard:
         self.close()
 
 
+def said_by(folder: Path, name: str) -> tuple[dict[str, str | int], Layout] | None:
+    """What a file says that it is: its attributes and the layout of its datasets; None where it is no shard."""
+    path = folder / name
+    try:
+        with os.fdopen(open_plain(folder, name), "rb") as raw, h5py.File(raw, "r") as file:
+            _small(path, file)
+            layout = {key: (tuple(file[key].shape), file[key].dtype.str) for key in sorted(_names(path, file))}
+            return _attributes(path, file), layout
+    except (Refused, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
 def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, int], dict[str, str | int]]:
     """Offsets of the datasets, and the attributes, through HDF5 on the same descriptor; closed again."""
     if os.pread(fd, 9, 0)[:9] not in _SUPERBLOCKS:

@@ -20,39 +20,26 @@ from .lock import LOCK
 from .manifest import (
     CARD,
     HEAD,
-    IDENTITY_FORM,
     KEYS,
     MANIFEST_MOST,
     NAME,
-    SETTINGS_FORM,
     SHARD_MOST,
     UNFINISHED,
-    Datasets,
     HeadRecord,
     Manifest,
+    Piece,
     ShardRecord,
     datasets_of,
     layout_of,
-    read_manifest,
     row_bytes,
     shard_path,
 )  # fmt: skip
-from .shards import Arrays, Shard, Written, write_shard
+from .reading import IDENTITY_FORM, SETTINGS_FORM, read_manifest
+from .recover import extent_of, lost_pieces
+from .shards import Arrays, Shard, Written, said_by, write_shard
 
 _SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
 _RECORD_BYTES = 400  # of a shard in the manifest, about
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A shard to be: rows start to start + rows of a split, in the row order, in one draw; the datasets it holds."""
-
-    path: str
-    split: str
-    draw: int
-    start: int
-    rows: int
-    datasets: Datasets
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ class Plan:
     shard_rows: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def pieces(self, there: tuple[ShardRecord, ...] = ()) -> Iterator[Piece]:
+    def pieces(self, there: Iterable[ShardRecord | Piece] = ()) -> Iterator[Piece]:
         """Every shard that is not there, in the order in which they are written."""
         everything = datasets_of(self.classes, self.identity["codec"], self.taps)
         parts: dict[tuple[str, int], list[set[str]]] = {}
@@ -87,9 +74,9 @@ class Plan:
                     path = shard_path(split, draw, i, len(have))
                     yield Piece(path, split, draw, int(a), int(b - a), missing)
 
-    def with_all_of(self, there: Manifest) -> "Plan":
+    def with_all_of(self, draws: int, taps: dict[str, list[int]]) -> "Plan":
         """The same, and what is there already: a cache grows, it never shrinks."""
-        return replace(self, draws=max(self.draws, there.draws), taps={**there.taps, **self.taps})
+        return replace(self, draws=max(self.draws, draws), taps={**taps, **self.taps})
 
 
 @dataclass
@@ -104,27 +91,32 @@ class Writer:
     costs: list[dict[str, float]] = field(default_factory=list)
 
     @staticmethod
-    def begin(folder: Path, plan: Plan) -> "Writer":
-        """Claim a folder, whose lock is held. Raises Refused when it holds another cache, or has too little space."""
-        there = None
+    def look(folder: Path, plan: Plan) -> "Writer":
+        """What there is to do in a folder whose lock is held; nothing is written. Raises OtherCache or Refused."""
         check_form(plan.identity, IDENTITY_FORM, "identity")  # what is written must be readable
         check_form(plan.settings, SETTINGS_FORM, "settings")
         if (folder / NAME).is_file():
             there = read_manifest(folder)
             refuse_another(folder, plan.identity, plan.taps, there)
-            plan = plan.with_all_of(there)
-        writer = Writer(folder, plan, list(plan.pieces(there.shards if there else ())), there)
-        if links := [p for p in writer.todo if (folder / p.path).parent.is_symlink()]:
+            plan = plan.with_all_of(there.draws, there.taps)
+            return Writer(folder, plan, list(plan.pieces(there.shards)), there)
+        lost = lost_pieces(folder, fingerprint(plan.identity), plan.splits)
+        plan = plan.with_all_of(*extent_of(lost))
+        return Writer(folder, plan, [*lost, *plan.pieces(lost)])
+
+    def begin(self) -> None:
+        """Claim the folder. Raises OtherCache when another cache was begun there, Refused for too little space."""
+        folder, there = self.folder, self.grown
+        if links := [p for p in self.todo if (folder / p.path).parent.is_symlink()]:
             raise Refused(f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it")
-        writer._claim()
-        _tidy(folder, writer.todo)
-        missing = sum(p.rows * row_bytes(p.datasets) for p in writer.todo if not (folder / p.path).exists())
-        if missing > (free := shutil.disk_usage(folder).free):
-            raise Refused(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
-        records = len(writer.todo) + (len(there.shards) if there else 0)
+        records = len(self.todo) + (len(there.shards) if there else 0)
         if records * _RECORD_BYTES > MANIFEST_MOST:
             raise Refused(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
-        return writer
+        self._claim()
+        _tidy(folder, self.todo)
+        missing = sum(p.rows * row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
+        if missing > (free := shutil.disk_usage(folder).free):
+            raise Refused(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
 
     def _claim(self) -> None:
         """Write down what is begun, or see that it was this that was begun."""
@@ -156,7 +148,12 @@ class Writer:
             written = shard.verified()
             facts = json.loads(str(shard.attributes["facts"]))
         except (Refused, KeyError, ValueError):
-            return False
+            said = said_by(self.folder, piece.path)
+            if said is None or said[0].get("fingerprint") == wanted["fingerprint"]:
+                return False
+            raise Refused(
+                f"{self.folder / piece.path} is of another cache: choose another --out, or move it away"
+            ) from None
         if shard.attributes.get("fingerprint") != wanted["fingerprint"]:
             raise Refused(f"{shard.path} is of another cache: choose another --out, or move it away")
         if any(shard.attributes.get(key) != value for key, value in wanted.items()):

@@ -12,13 +12,13 @@ from data.transfer_set import TransferSet
 from data.views import ViewPolicy
 from pipeline.cache import row_order
 from pipeline.codec import CODECS, fidelity
+from pipeline.manifest import Piece
 from pipeline.models.prepared import Prepared
 from pipeline.proof import crc32
 from pipeline.records import Outputs
 from pipeline.shards import Arrays
 from pipeline.stream import render_in_order
 from pipeline.taps import tapped
-from pipeline.writer import Piece
 
 from .held_out import autocast
 from .settings import CacheSettings

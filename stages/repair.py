@@ -9,10 +9,10 @@ from data.errors import Refused
 from data.transfer_set import TransferSet
 from pipeline.cache import Cache
 from pipeline.lock import held
-from pipeline.manifest import HEAD, Manifest, ShardRecord
+from pipeline.manifest import HEAD, Manifest, Piece, ShardRecord
 from pipeline.models import head_of
 from pipeline.proof import compare_views
-from pipeline.writer import Piece, Plan, Writer, accuracy
+from pipeline.writer import Plan, Writer, accuracy
 
 from .asking import Ask
 from .asking_again import again, ask_of

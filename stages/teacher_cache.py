@@ -18,13 +18,15 @@ from data.views import ViewPolicy, parse_views
 from pipeline.cache import Cache
 from pipeline.codec import CODECS
 from pipeline.files import make_folder
-from pipeline.identity import Identity, identity_of
+from pipeline.identity import Identity, fingerprint, identity_of
 from pipeline.lock import held
-from pipeline.manifest import NAME, Manifest, read_manifest
+from pipeline.manifest import NAME, Manifest
 from pipeline.models import head_of
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import weights_digest
 from pipeline.proof import probe
+from pipeline.reading import read_manifest
+from pipeline.recover import extent_of, lost_pieces
 from pipeline.writer import Plan, Writer, refuse_another
 
 from . import teacher as teacher_stage
@@ -90,11 +92,13 @@ def _identity(
 def _with_taps_of(settings: CacheSettings, identity: Identity, taps: tuple[str, ...]) -> tuple[str, ...]:
     """The taps of a cache that is there already, and those that are asked for. Raises OtherCache."""
     out = Path(settings.out)
-    if not (out / NAME).is_file():
-        return taps
-    there = read_manifest(out)
-    refuse_another(out, identity, {}, there)
-    return tuple(dict.fromkeys((*there.taps, *taps)))
+    if (out / NAME).is_file():
+        manifest = read_manifest(out)
+        refuse_another(out, identity, {}, manifest)
+        there = manifest.taps
+    else:
+        there = extent_of(lost_pieces(out, fingerprint(identity), {}))[1]
+    return tuple(dict.fromkeys((*there, *taps)))
 
 
 def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Console) -> Manifest:
@@ -104,15 +108,16 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Conso
     plan = Plan(identity, ask.classes, settings.draws, splits, ask.shapes, settings.shard_rows, _to_keep(settings))
     make_folder(out)
     with held(out):
-        writer = Writer.begin(out, plan)
+        writer = Writer.look(out, plan)
+        if writer.grown and writer.todo:
+            console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
+            probe(Cache(out), transfer_set, writer.grown.draws)
+        writer.begin()
         if writer.grown and not writer.todo:
             console.say(f"the cache '{out}' is whole already, with all that is asked for")
             return writer.grown
         if set(writer.plan.taps) != set(ask.taps):
             raise Refused(f"'{out}' was given other taps while this began: run the same command again")
-        if writer.grown:
-            console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
-            probe(Cache(out), transfer_set, writer.grown.draws)
         _write(writer, ask, console)
         head = head_of(ask.teacher.network, ask.classes)
         record = None if head is None or writer.grown else writer.add_head(*numbers_of(head, ask.classes))
