@@ -55,7 +55,12 @@ def _add(tar: tarfile.TarFile, folder: Path, member: str, name: str, size: int, 
         if size >= 0 and info.size != size:
             raise Refused(f"{folder / name}: {info.size} bytes instead of {size}: check-cache tells more")
         hashed = _Hashed(file, shown)
-        tar.addfile(info, hashed)  # type: ignore[arg-type]
+        try:
+            tar.addfile(info, hashed)  # type: ignore[arg-type]
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise Refused(f"{folder / name}: cut while it was read ({error})") from None
     if checksum and hashed.digest.hexdigest() != checksum:
         raise Refused(f"{folder / name}: damaged, its checksum is not the manifest's: check-cache tells more")
 

@@ -39,7 +39,7 @@ def compare_views(
     """Render the views at positions [n]; their checksums must be seen [n]. Raises Refused, naming the first."""
     index = cache.order(split)[positions]
     policy = cache.views if split == "train" else cache.views.plain()
-    together = max(1, _PIXEL_BYTES // (3 * cache.views.size**2))
+    together = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
     for at in range(0, len(index), together):
         part = index[at : at + together]
         views = render(transfer_set.splits[split].pictures, policy, cache.seed, part, draw)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,76 @@ def flip_bit(path: Path, bit: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[bit // 8] ^= 1 << (bit % 8)
     path.write_bytes(raw)
+
+
+def mend_headers(raw: bytearray) -> None:
+    """Give the superblock and every object header of a shard the checksum of what it now holds."""
+    for begin, end in object_headers(bytes(raw)):
+        raw[end : end + 4] = lookup3(bytes(raw[begin:end])).to_bytes(4, "little")
+
+
+def object_headers(raw: bytes) -> list[tuple[int, int]]:
+    """(first byte, first byte of its checksum) of the superblock and of each object header's first chunk."""
+    found, begin = [(0, 44)], -1
+    while (begin := raw.find(b"OHDR", begin + 1)) >= 0:
+        flags, at = raw[begin + 5], begin + 6
+        at += (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0)
+        width = 1 << (flags & 3)
+        end = at + width + int.from_bytes(raw[at : at + width], "little")
+        if end + 4 <= len(raw):
+            found.append((begin, end))
+    return found
+
+
+def lookup3(data: bytes) -> int:
+    """Bob Jenkins' hash (2006), which HDF5 keeps of its metadata."""
+    a = b = c = 0xDEADBEEF + len(data)
+    for at in range(0, len(data), 12):
+        x, y, z = (int.from_bytes(data[i : i + 4], "little") for i in (at, at + 4, at + 8))
+        a, b, c = a + x & _32, b + y & _32, c + z & _32
+        if at + 12 >= len(data):
+            break
+        a = a - c & _32 ^ _turn(c, 4)
+        b, c = b - a & _32 ^ _turn(a, 6), c + b & _32
+        a, c = a + c & _32, c - b & _32 ^ _turn(b, 8)
+        b, a = b + a & _32, a - c & _32 ^ _turn(c, 16)
+        c, b = c + b & _32, b - a & _32 ^ _turn(a, 19)
+        a, c = a + c & _32, c - b & _32 ^ _turn(b, 4)
+        b = b + a & _32
+    a, b, c = c, a, b
+    for turn in (14, 11, 25, 16, 4, 14, 24):
+        a, b, c = b, c, a
+        c = (c ^ b) - _turn(b, turn) & _32
+    return c
+
+
+_32 = 0xFFFFFFFF
+
+
+def _turn(x: int, by: int) -> int:
+    return (x << by | x >> 32 - by) & _32
+
+
+def reforge(cache: Path, change: Callable[[Record], None]) -> None:
+    """Change the manifest as the author of the whole cache could: shards, fingerprint and checksums agree with it."""
+    record = read_manifest(cache)
+    change(record)
+    record["fingerprint"] = fingerprint(record["identity"])
+    for its in (*record["shards"], record["head"]):
+        path = cache / its["path"]
+        with h5py.File(path, "r+") as file:
+            file.attrs["fingerprint"] = np.bytes_(record["fingerprint"])
+        whole = path.read_bytes()
+        its["bytes"], its["checksum"] = len(whole), xxhash.xxh3_128_hexdigest(whole)
+    (cache / "manifest.json").write_bytes(sealed(record))
+
+
+def sealed(record: Any) -> bytes:
+    """As manifest.seal, of what it would refuse too: NaN, infinity, and anything that is no object."""
+    return seal_of(json.dumps(record, indent=1).encode())
+
+
+def seal_of(text: bytes) -> bytes:
+    """The same, of a text that need not be JSON: its last brace and the blanks before it make room for the seal."""
+    body = text.rstrip().removesuffix(b"}").rstrip()
+    return body + f',\n "sha256": "{sha256(body).hexdigest()}"\n}}\n'.encode()
