@@ -201,8 +201,8 @@ class Cache:
         column = kept.get(name)
         if column is None:
             column = kept[name] = self.column(split, draw, name)
-        while len(self._resident) > 2:  # this epoch's draw and the next one's
-            self._resident.pop(next(iter(self._resident)), None)
+        for old in list(self._resident)[:-2]:  # all but this epoch's draw and the next one's
+            self._resident.pop(old, None)
         return column[positions]
 
     def rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
@@ -227,8 +227,8 @@ class Cache:
         if shard is None:
             shard = self._opened(record, self._stamps.get(record.path))
             self._stamps[record.path] = shard.stamp
-            while len(self._shards) >= OPEN_SHARDS:  # closed with its last user: another thread may be reading it
-                self._shards.pop(next(iter(self._shards)), None)
+            for old in list(self._shards)[: max(0, len(self._shards) + 1 - OPEN_SHARDS)]:
+                self._shards.pop(old, None)  # closed with its last user: another thread may be reading it
             self._shards[record.path] = shard
         return shard
 

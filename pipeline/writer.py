@@ -104,6 +104,11 @@ class Writer:
         plan = plan.with_all_of(*extent_of(lost))
         return Writer(folder, plan, [*lost, *plan.pieces(lost)])
 
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether the cache is whole, holds all that is planned, and nothing was left behind."""
+        return self.grown is not None and not self.todo and not (self.folder / UNFINISHED).exists()
+
     def begin(self) -> None:
         """Claim the folder. Raises OtherCache when another cache was begun there, Refused for too little space."""
         folder, there = self.folder, self.grown
@@ -126,7 +131,7 @@ class Writer:
             begun = _read_claim(self.folder)
             if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
                 path.unlink()  # stopped between the manifest and this
-            elif begun != claim:
+            elif begun != claim and (self.todo or self.grown is None):
                 fields = describe(claim, begun, ("asked", "begun"))
                 begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
                 raise OtherCache(f"{begun_with}, to be finished first by its own command:{fields}")

@@ -72,7 +72,7 @@ def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, consol
     teacher = accuracy(shards, manifest.splits, manifest.draws, labelled)
     manifest = replace(manifest, shards=shards, teacher=teacher)
     manifest.write(cache.folder)
-    same = "the same rows as before" if new.payload == record.payload else "equal but for rounding, not to the bit"
+    same = "the same rows as before" if new.payload == record.payload else "asked anew, not the bits of before"
     console.say(f"{record.path}: repaired, {same}")
     return manifest
 

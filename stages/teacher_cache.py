@@ -31,6 +31,7 @@ from pipeline.writer import Plan, Writer, refuse_another
 
 from . import teacher as teacher_stage
 from .asking import Ask
+from .asking_again import again
 from .card import write_card
 from .command_line import command, free_name, this_program
 from .console import Console, LongWork, bar, duration, progress
@@ -106,12 +107,16 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Conso
     out, transfer_set = Path(settings.out), ask.transfer_set
     splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
     plan = Plan(identity, ask.classes, settings.draws, splits, ask.shapes, settings.shard_rows, _to_keep(settings))
+    if (whole := Writer.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
+        console.say(f"the cache '{out}' is whole already, with all that is asked for")
+        return whole.grown or read_manifest(out)
     make_folder(out)
     with held(out):
         writer = Writer.look(out, plan)
         if writer.grown and writer.todo:
             console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
             probe(Cache(out), transfer_set, writer.grown.draws)
+            again(Cache(out), ask).refuse_if_large()
         writer.begin()
         if writer.grown and not writer.todo:
             console.say(f"the cache '{out}' is whole already, with all that is asked for")

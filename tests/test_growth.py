@@ -153,6 +153,47 @@ def test_drift_of_the_renderer_is_found_before_a_cache_grows(
     stages(*ASKED, "--draws", "3", "--out", "c")
 
 
+def test_a_teacher_whose_code_changed_is_found_before_a_cache_grows(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in another forward pass: the new draws would be what another teacher says."""
+    (tmp_path / "louder.py").write_text(
+        "import torch\n"
+        "VOLUME = 1.0\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self): super().__init__(); self.linear = torch.nn.Linear(64, 10)\n"
+        "    def forward(self, x): return VOLUME * self.linear(x.flatten(1))\n"
+        "def make(classes, channels, size): return Net()\n"
+    )
+    torch.save({"linear.weight": torch.eye(10, 64), "linear.bias": torch.zeros(10)}, tmp_path / "w.pt")
+    asked = ("teacher-cache", "--train-size", "50", "--teacher", "louder:make", "--weights", "w.pt", "--out", "c")
+    stages(*asked)
+    before = files(tmp_path / "c")
+    import louder
+
+    monkeypatch.setattr(louder, "VOLUME", 1.5)
+    assert "the teacher now says something else" in stages.fails(1, *asked, "--draws", "2")
+    assert files(tmp_path / "c") == before
+
+
+def test_an_addition_that_was_stopped_does_not_hide_what_is_there(
+    small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for the old cache alone is told that it is whole; the addition still goes on by its own command."""
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        stages.fails(130, *ASKED, "--draws", "4", "--out", "c")
+    before = files(small)
+    code, out, err = stages.call(*ASKED, *LITTLE, "--out", "c")
+    assert code == 0, err
+    assert "whole already" in out
+    assert files(small) == before
+    assert "draws  3      4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
+    code, out, err = stages.call(*ASKED, "--draws", "4", "--out", "c")
+    assert code == 0, err
+    assert "went on from 1 of 4 shards" in out
+
+
 @pytest.mark.parametrize("more", [("--draws", "4"), ("--taps", "flatten")])
 def test_growth_that_is_stopped_leaves_the_old_cache_usable_and_goes_on(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]

@@ -1,6 +1,7 @@
 """Shards whose metadata someone made on purpose: too much, of other kinds, or with HDF5's own checksums mended."""
 
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -199,8 +200,8 @@ def place(raw: bytes, name: str, path: Path) -> int:
 @pytest.mark.parametrize(
     ("offset", "size", "reason"),
     [
-        (10**6, None, "label ends at byte 1000400 of a file of"),
-        (312_900, None, "label ends at byte 313300 of a file of"),  # begins inside
+        (10**6, None, "label ends at byte 1000400 of a file of|not a readable HDF5 file"),  # as HDF5 2 itself finds
+        (312_900, None, "label ends at byte 313300 of a file of|not a readable HDF5 file"),  # begins inside
         (2**63, None, "not a readable HDF5 file"),
         (2**64 - 200, None, "not a readable HDF5 file"),  # ends beyond what 64 bits can say
         (2**64 - 1, None, "not stored whole in one piece"),  # nowhere
@@ -225,7 +226,7 @@ def test_an_offset_or_size_outside_the_file_is_refused(
     path.write_bytes(raw)
     mend(cache)
     for line in refused_quickly(cache, SHARD):
-        assert reason in line
+        assert re.search(reason, line)
 
 
 @pytest.mark.parametrize("name", ["index", "label", "logits", "features/pool1"])
