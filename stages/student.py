@@ -13,7 +13,7 @@ from torch import nn
 from data.errors import Refused, WrongCommand
 from data.transfer_set import TRANSFER_SETS, Labels, TransferSet, row_of, stratified
 from pipeline.cache import Cache
-from pipeline.files import publish_json
+from pipeline.files import publish_json, remove_leftovers
 from pipeline.identity import describe
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hard import Hard
@@ -66,6 +66,7 @@ def _trained(settings: StudentSettings, material: "Material", folder: Path, cons
         own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
         results.append(_one_seed(replace(settings, seed=seed), material, own, console))
         if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
+            remove_leftovers(own, ("result.json",))
             publish_json(own / "result.json", results[-1])
     result = _whole(settings, material, results)
     publish_json(folder / "result.json", result)

@@ -121,6 +121,7 @@ def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:
         console.say(f"no --weights: using the teacher kept in '{folder}'")
     else:
         console.say(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
+        asked = replace(asked, resume=(folder / "settings.json").is_file())  # stopped before: it goes on
         result = teacher_stage.train(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
         figures = result["teacher"]["test"] or result["teacher"]["val"]
         seconds = duration(result["seconds"]["train"])

@@ -75,11 +75,13 @@ class Forks:
     a disk has room for everything until it is full; program=True for a command that is not one of ours.
     """
 
-    def __init__(self, folder: Path, *prefix: str):
+    def __init__(self, folder: Path):
         self.folder = folder
         self.children: list[Child] = []
+        prefix = ("unshare", "--map-root-user", "--mount")  # so that they can have a disk of their own
+        self.can_mount = _works(*prefix, "mount", "-t", "tmpfs", "tmpfs", folder)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [*prefix, sys.executable, str(ROOT / "tests/forked.py")]
+        command = [*(prefix if self.can_mount else ()), sys.executable, str(ROOT / "tests/forked.py")]
         self.server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -132,6 +134,13 @@ def forks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         _SERVERS.append(Forks(tmp_path_factory.mktemp("forks")))
         request.config.add_cleanup(_SERVERS[0].close)
     return _SERVERS[0]
+
+
+def _works(*command: object) -> bool:
+    try:
+        return subprocess.run(list(map(str, command)), capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 _SERVERS: list[Forks] = []  # one for all test modules: it takes as long to start as PyTorch takes to load
@@ -189,7 +198,8 @@ def point_of(log: Path, when: str, call: str, name: str) -> int:
 def sweep(log: Path, most: int) -> list[int]:
     """The numbers of the points in a log: all, or about so many of them, evenly spread."""
     points = len(events(log))
-    return list(range(1, points + 1, max(1, points // most)))
+    stride = max(1, points // most)
+    return list(range(1 + stride // 2, points + 1, stride))
 
 
 def cache_command(tiny: Path, out: Path, *more: object) -> list[object]:

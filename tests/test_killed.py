@@ -33,7 +33,6 @@ from processes import (
 
 forks = processes.forks
 Dose = Callable[[int, int], int]
-SMALL = ("--shard-rows", 15)  # 96 shards
 
 
 # Stage one, at random moments
@@ -50,7 +49,7 @@ class Killer:
     def kill(self) -> bool:
         """Kill it at a moment of a whole run's time, or soon after some more shards are there. False: it was over."""
         cache, random, count, before = self.cache, self.random, self.count, shards(self.cache)
-        child, more = self.forks.start(*self.command), len(before) + random.randrange(40)
+        child, more = self.forks.start(*self.command), len(before) + random.randrange(len(self.expected) // 2)
         if random.random() < 0.3:
             time.sleep(random.uniform(0, self.seconds))
         else:
@@ -102,8 +101,9 @@ def test_stage_one_killed_at_random_moments_goes_on_to_the_same_digests(
     the trials a shard is torn besides, as by a power cut: it is not accepted.
     """
     whole, cache, begun = tmp_path / "whole/cache", tmp_path / "killed/cache", time.monotonic()
-    forks.succeeds(*cache_command(tiny, whole, *SMALL))
-    killer = Killer(forks, whole, cache, cache_command(tiny, cache, *SMALL), time.monotonic() - begun)
+    small = ("--shard-rows", dose(30, 15))  # 48 shards, or 96
+    forks.succeeds(*cache_command(tiny, whole, *small))
+    killer = Killer(forks, whole, cache, cache_command(tiny, cache, *small), time.monotonic() - begun)
     kills, count = dose(5, 100), killer.count
     while count["kills"] < kills:
         shutil.rmtree(cache, ignore_errors=True)
@@ -132,7 +132,7 @@ def test_a_new_cache_killed_before_in_and_after_every_call_that_changes_the_disk
     whole, cache, log = tmp_path / "whole/cache", tmp_path / "killed/cache", tmp_path / "log"
     forks.succeeds(*cache_command(tiny, whole, *ONE_DRAW), trap={"log": str(log)})
     command = cache_command(tiny, cache, *ONE_DRAW)
-    for at in (points := sweep(log, dose(6, 10**6))):
+    for at in (points := sweep(log, dose(3, 10**6))):
         shutil.rmtree(cache.parent, ignore_errors=True)
         where = events(log)[at - 1]
         assert forks.run(*command, trap={"at": at}).code == KILLED
@@ -158,7 +158,7 @@ def test_a_growing_cache_killed_before_in_and_after_every_call_that_changes_the_
     forks.succeeds(*cache_command(tiny, one, *ONE_DRAW))
     shutil.copytree(one, cache)
     forks.succeeds(*(command := cache_command(tiny, cache, *TWO_DRAWS)), trap={"log": str(log)})
-    for at in (points := sweep(log, dose(6, 10**6))):
+    for at in (points := sweep(log, dose(3, 10**6))):
         shutil.rmtree(cache)
         shutil.copytree(one, cache)
         before, where = shards(cache), events(log)[at - 1]
@@ -219,7 +219,7 @@ def test_a_student_killed_before_in_and_after_every_call_that_changes_the_disk(
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     command = student_command(tiny / "cache", run, 2)
     forks.succeeds(*student_command(tiny / "cache", whole, 2), trap={"log": str(log)})
-    for at in (points := sweep(log, dose(6, 10**6))):
+    for at in (points := sweep(log, dose(3, 10**6))):
         shutil.rmtree(run, ignore_errors=True)
         assert forks.run(*command, trap={"at": at}).code == KILLED
         again = forks.run(*going_on(run, command))
@@ -287,13 +287,14 @@ def test_sigterm_ends_both_stages_at_once_with_one_line_and_nothing_left_over(
 ) -> None:
     """As a scheduler ends a job: exit code 130, and the same command or --resume goes on."""
     whole, cache, run = tmp_path / "whole/cache", tmp_path / "killed/cache", tmp_path / "run"
-    forks.succeeds(*cache_command(tiny, whole, *SMALL))
-    child = forks.start(*cache_command(tiny, cache, *SMALL))
+    small = ("--shard-rows", 30)
+    forks.succeeds(*cache_command(tiny, whole, *small))
+    child = forks.start(*cache_command(tiny, cache, *small))
     wait_until(lambda: len(shards(cache)) > 9)
     assert child.terminate() == 130
-    assert "of 96 shards; the same command goes on from there" in child.error
+    assert "of 48 shards; the same command goes on from there" in child.error
     assert [*temporaries(cache), *cache.glob(".lock")] == []
-    forks.succeeds(*cache_command(tiny, cache, *SMALL))
+    forks.succeeds(*cache_command(tiny, cache, *small))
     assert_equal_caches(forks, cache, whole)
 
     child = forks.start(*student_command(cache, run, 10_000))

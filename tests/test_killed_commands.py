@@ -58,7 +58,7 @@ def test_a_killed_repair_is_repaired_again(tiny: Path, forks: Forks, tmp_path: P
         assert_equal_caches(forks, cache, whole)
 
     command: Command = ["check-cache", cache, "--repair", "--weights", tiny / "runs/teacher"]
-    print(f"\nrepair {killed_and_run_again(forks, cache, damage, command, check, dose(2, 10**6))}: digests equal")
+    print(f"\nrepair {killed_and_run_again(forks, cache, damage, command, check, dose(1, 10**6))}: digests equal")
 
 
 def test_a_killed_unpack_goes_on(tiny: Path, forks: Forks, tmp_path: Path, dose: Dose) -> None:
@@ -68,7 +68,7 @@ def test_a_killed_unpack_goes_on(tiny: Path, forks: Forks, tmp_path: Path, dose:
     cache.parent.mkdir()
     said = killed_and_run_again(
         forks, cache.parent, lambda: None, ["cache-unpack", tar, cache],
-        lambda: assert_equal_caches(forks, cache, whole), dose(2, 65),
+        lambda: assert_equal_caches(forks, cache, whole), dose(1, 65),
     )  # fmt: skip
     print(f"\nunpack {said}: digests equal")
 
@@ -87,7 +87,7 @@ def test_a_killed_cache_that_trains_its_own_teacher_goes_on_with_that_teacher(
         mine, theirs = (folder.with_name("cache-teacher") / "teacher.pt" for folder in (cache, whole))
         assert mine.read_bytes() == theirs.read_bytes()
 
-    said = killed_and_run_again(forks, cache.parent, lambda: None, [*command, cache], check, dose(2, 20))
+    said = killed_and_run_again(forks, cache.parent, lambda: None, [*command, cache], check, dose(1, 20))
     print(f"\na cache with a teacher of its own {said}: weights and digests equal")
 
 
@@ -97,6 +97,6 @@ def test_a_killed_run_of_several_seeds_goes_on(tiny: Path, forks: Forks, tmp_pat
     forks.succeeds(*student_command(tiny / "cache", whole, 1, *more))
     said = killed_and_run_again(
         forks, run, lambda: None, student_command(tiny / "cache", run, 1, *more),
-        lambda: assert_equal_runs(run, whole), dose(2, 40),
+        lambda: assert_equal_runs(run, whole), dose(1, 40),
     )  # fmt: skip
     print(f"\na run of two seeds {said}: weights equal to the bit")

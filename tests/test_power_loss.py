@@ -149,7 +149,7 @@ def test_a_killed_writer_leaves_nothing_unsynced_to_the_one_that_goes_on(
         (one / "README.md").write_text("mine")  # then it is not written anew, which would sync the folder
         shutil.copytree(one, cache)
     forks.succeeds(*command, trap={"log": str(log)})
-    for at in (points := sweep(log, dose(4, 10**6))):
+    for at in (points := sweep(log, dose(2, 10**6))):
         shutil.rmtree(cache.parent)
         if grows:
             shutil.copytree(one, cache)
@@ -169,7 +169,7 @@ def test_a_runs_files_are_named_when_their_bytes_outlive_a_power_cut(
     command = student_command(tiny / "cache", run, 2, "--baseline")
     forks.succeeds(*command, trap={"log": str(log)})
     Disk(str(run)).play(events(log)).whole()
-    for at in sweep(log, dose(2, 20)):
+    for at in sweep(log, dose(1, 20)):
         shutil.rmtree(run)
         assert forks.run(*command, trap={"at": at, "log": str(first)}).code == KILLED
         forks.succeeds(*going_on(run, command), trap={"log": str(second)})
