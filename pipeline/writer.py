@@ -117,8 +117,8 @@ class Writer:
         records = len(self.todo) + (len(there.shards) if there else 0)
         if records * _RECORD_BYTES > MANIFEST_MOST:
             raise Refused(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
-        self._claim()
         _tidy(folder, self.todo)
+        self._claim()
         missing = sum(p.rows * row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
         if missing > (free := shutil.disk_usage(folder).free):
             raise Refused(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
@@ -130,7 +130,8 @@ class Writer:
         if path.is_file():
             begun = _read_claim(self.folder)
             if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
-                path.unlink()  # stopped between the manifest and this
+                sync(self.folder)  # stopped between the manifest and this
+                path.unlink()
             elif begun != claim and (self.todo or self.grown is None):
                 fields = describe(claim, begun, ("asked", "begun"))
                 begun_with = f"'{self.folder}' holds an unfinished cache of another kind"

@@ -16,7 +16,7 @@ import torch
 from data.errors import Refused, WrongCommand, printable
 from pipeline.files import make_folder, publish_json, remove_leftovers
 from pipeline.identity import differences
-from pipeline.lock import held
+from pipeline.lock import LOCK, held
 
 from .settings import StudentSettings, TeacherSettings
 
@@ -33,10 +33,15 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
     if settings.resume:
         return _resumed(settings, said)
     folder = Path(settings.out) if settings.out else _free(default)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not _left_over(path) for path in folder.iterdir())):
         other = _others(folder, settings)
         raise WrongCommand(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
     return replace(settings, out=str(folder)), folder
+
+
+def _left_over(path: Path) -> bool:
+    """Whether a process that was killed before it began a run left this: no more than a lock, or half its settings."""
+    return path.name == LOCK or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
 
 
 def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> list[Path]:

@@ -229,6 +229,26 @@ def test_a_record_of_a_run_that_is_no_record_is_one_line(
         assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", '"1"', "null", "[]", "1e999"])
+def test_seconds_that_are_no_number_are_one_line(done: Path, stages: Stages, value: str) -> None:
+    """Of a run that is finished: its result is written again from its lines."""
+    (done / "result.json").unlink()
+    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    text = json.dumps({**lines[0], "seconds": 0.125}).replace("0.125", value)
+    (done / "metrics.jsonl").write_text(text + "\n")
+    assert "metrics.jsonl" in stages.fails(1, "student", "--resume", "--out", done)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "7"])
+def test_a_new_run_is_not_begun_in_the_folder_of_a_damaged_one(
+    half: Path, tiny: Path, stages: Stages, text: str
+) -> None:
+    (half / "settings.json").write_text(text)
+    line = stages.fails(2, "student", "--cache", tiny / "cache", "--arch", "mlp:8", "--out", half)
+    assert "exists" in line
+    assert len(line) < 2000
+
+
 def test_a_run_that_says_that_it_was_begun_with_other_shards_does_not_go_on(half: Path, stages: Stages) -> None:
     record = json.loads((half / "cache.json").read_text())
     record["shards"]["draw-001/shard-00001.h5"] = "0" * 32
