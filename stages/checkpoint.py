@@ -1,6 +1,7 @@
 """A training that can be stopped: everything that changes while it runs, on disk after every epoch."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,8 +129,11 @@ def seconds_of(folder: Path) -> float:
     """The seconds of a training that is over, from its lines."""
     try:
         lines = (folder / LINES).read_text(encoding="utf-8").splitlines()
-        return float(sum(json.loads(line)["seconds"] for line in lines))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        seconds = float(sum(json.loads(line)["seconds"] for line in lines))
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"{seconds} seconds")
+        return seconds
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         raise Refused(f"'{folder / LINES}' is damaged: it is not a record of epochs") from None
 
 

@@ -229,7 +229,7 @@ def test_a_record_of_a_run_that_is_no_record_is_one_line(
         assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", '"1"', "null", "[]", "1e999"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "0", "-1e300", '"1"', "null", "[]", "1e999"])
 def test_seconds_that_are_no_number_are_one_line(done: Path, stages: Stages, value: str) -> None:
     """Of a run that is finished: its result is written again from its lines."""
     (done / "result.json").unlink()
