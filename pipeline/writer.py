@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from .codec import TEMPERATURES
 from .files import make_folder, publish_json, read_plain, remove_leftovers, sync
 from .form import check_form
 from .identity import Identity, describe, fingerprint
-from .lock import LOCK
+from .lock import LOCK, held
 from .manifest import (
     CARD,
     HEAD,
@@ -117,7 +118,7 @@ class Writer:
         records = len(self.todo) + (len(there.shards) if there else 0)
         if records * _RECORD_BYTES > MANIFEST_MOST:
             raise Refused(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
-        _tidy(folder, self.todo)
+        _tidy(folder, [piece.path for piece in self.todo])
         self._claim()
         missing = sum(p.rows * row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
         if missing > (free := shutil.disk_usage(folder).free):
@@ -267,12 +268,23 @@ def _strange(folder: Path) -> list[str]:
     return sorted(n for n in names - ours if not n.endswith((".h5", ".tmp")) or n.count("/") != 1)
 
 
-def _tidy(folder: Path, todo: list[Piece]) -> None:
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left in a whole cache: temporary files, a lock that nobody holds.
+
+    Nothing depends on it: where it cannot be done, on a read-only mount or beside a writer, it is left.
+    """
+    with suppress(Refused, OSError):
+        if any(path.name == LOCK or path.suffix == ".tmp" for path in folder.rglob(".*")):
+            with held(folder):
+                _tidy(folder, [record.path for record in read_manifest(folder).shards])
+
+
+def _tidy(folder: Path, paths: Iterable[str]) -> None:
     """Remove the temporary files that a killed writer of this cache left; see files.remove_leftovers."""
     remove_leftovers(folder, (NAME, UNFINISHED, CARD, HEAD))
     by_folder: dict[str, list[str]] = {}
-    for piece in todo:
-        inner, _, name = piece.path.partition("/")
+    for path in paths:
+        inner, _, name = path.partition("/")
         by_folder.setdefault(inner, []).append(name)
     for inner, names in by_folder.items():
         if (folder / inner).is_dir():

@@ -14,6 +14,7 @@ from data.transfer_set import TransferSet
 from pipeline.cache import Cache
 from pipeline.manifest import HEAD, ShardRecord
 from pipeline.proof import compare_views
+from pipeline.writer import sweep
 
 from .asking_again import Again, again, ask_of
 from .command_line import remake
@@ -36,6 +37,7 @@ def run(name: str, settings: CheckSettings) -> None:
         transfer_set = data_of(cache, settings.data, Path(settings.data_root))
     if settings.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
         repair(cache, _bad(_verdicts(cache, None)), transfer_set, settings, console)
+        sweep(cache.folder)
         cache = Cache(Path(name))
         cache.bind(transfer_set)
     verdicts = _verdicts(cache, transfer_set if settings.deep else None)

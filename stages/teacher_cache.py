@@ -27,7 +27,7 @@ from pipeline.models.weights import weights_digest
 from pipeline.proof import probe
 from pipeline.reading import read_manifest
 from pipeline.recover import extent_of, lost_pieces
-from pipeline.writer import Plan, Writer, refuse_another
+from pipeline.writer import Plan, Writer, refuse_another, sweep
 
 from . import teacher as teacher_stage
 from .asking import Ask
@@ -108,6 +108,7 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Conso
     splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
     plan = Plan(identity, ask.classes, settings.draws, splits, ask.shapes, settings.shard_rows, _to_keep(settings))
     if (whole := Writer.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
+        sweep(out)
         console.say(f"the cache '{out}' is whole already, with all that is asked for")
         return whole.grown or read_manifest(out)
     make_folder(out)

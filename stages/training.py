@@ -74,6 +74,7 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
     remove_leftovers(job.folder, (CHECKPOINT, LINES, finished.name))
     if finished.is_file():
         load_state(job.model.network, read_state(finished), str(finished))
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)  # stopped between the two
         return seconds_of(job.folder)
     taps = tuple(dict.fromkeys(tap for loss in job.losses for tap in loss.student_taps()))
     state = State.begin(job.model, _loss_modules(job, taps), job.settings, job.rate)

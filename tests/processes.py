@@ -244,9 +244,15 @@ def assert_done(folder: Path) -> None:
     ] == []
 
 
+def assert_same_files(folder: Path, expected: Path) -> None:
+    more, fewer = set(files(folder)) - set(files(expected)), set(files(expected)) - set(files(folder))
+    assert not more, f"left over: {sorted(more)}"
+    assert not fewer, f"missing: {sorted(fewer)}"
+
+
 def assert_equal_runs(run: Path, expected: Path) -> None:
     """The same weights to the bit, in the same bytes; the same figures and lines; nothing besides."""
-    assert files(run) == files(expected)
+    assert_same_files(run, expected)
     assert_done(run)
     for name in files(expected):
         if name.endswith(".pt"):
@@ -268,7 +274,7 @@ def assert_equal_caches(forks: Forks, cache: Path, expected: Path) -> None:
     """The same rows under the same names, every file whole, the same card, nothing besides."""
     assert payloads(cache) == payloads(expected)
     assert bad_shards(cache, payloads(expected)) == []
-    assert files(cache) == files(expected)
+    assert_same_files(cache, expected)
     assert_done(cache)
     assert readme(cache) == readme(expected)
     forks.succeeds("check-cache", cache)

@@ -44,7 +44,7 @@ def killed_and_run_again(
 
 
 def test_a_killed_repair_is_repaired_again(tiny: Path, forks: Forks, tmp_path: Path, dose: Dose) -> None:
-    """The same rows as before; nothing left over but a lock that nobody holds, when all was good already."""
+    """The same rows as before; nothing left over."""
     whole, cache = tmp_path / "whole/cache", tmp_path / "killed/cache"
     forks.succeeds(*cache_command(tiny, whole, *ONE_DRAW))
 
@@ -54,7 +54,6 @@ def test_a_killed_repair_is_repaired_again(tiny: Path, forks: Forks, tmp_path: P
             (cache / name).write_bytes((whole / name).read_bytes()[:-100])
 
     def check() -> None:
-        (cache / ".lock").unlink(missing_ok=True)
         assert_equal_caches(forks, cache, whole)
 
     command: Command = ["check-cache", cache, "--repair", "--weights", tiny / "runs/teacher"]
