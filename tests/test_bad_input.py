@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +256,11 @@ def test_ctrl_c_says_how_to_go_on(tiny: Path, tmp_path: Path, stage: str) -> Non
         "student": ["student", "--cache", f"{tiny}/cache", "--arch", "mlp:8", "--epochs", "100000", "--out", "r"],
     }[stage]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages", *asked], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "stages", *asked], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "r/checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
