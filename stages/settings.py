@@ -13,7 +13,10 @@ def knob(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-_ARCHS = "mlp:W,W  cnn  resnet8…110  torchvision:NAME  my_package.module:factory; by recipe."
+_ARCHS = (
+    "mlp:W,W  cnn  resnet8…110  resnet8x4  resnet32x4  wrn_16_1  wrn_16_2  wrn_40_1  wrn_40_2  vgg8  vgg13  "
+    "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  my_package.module:factory; by recipe."
+)
 _VIEWS = "none, crop, crop-flip or resized-crop-flip, with knobs: crop:pad=4,mixup=1; by recipe."
 _NORMALIZE = ("imagenet", "data", "none")
 

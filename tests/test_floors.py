@@ -175,8 +175,8 @@ def test_every_view_policy_and_codec_is_in_the_help_of_stage_one() -> None:
 def test_every_arch_is_in_the_help_of_the_commands_that_build_one() -> None:
     from pipeline.models import MODELS
 
-    depths = [int(name.removeprefix("resnet")) for name in MODELS if name.startswith("resnet")]
-    shown = {name for name in MODELS if not name.startswith("resnet")} | {f"resnet{min(depths)}…{max(depths)}"}
+    depths = {name: int(name[6:]) for name in MODELS if re.fullmatch(r"resnet\d+", name)}
+    shown = (set(MODELS) - set(depths)) | {f"resnet{min(depths.values())}…{max(depths.values())}"}
     for command in ("teacher", "teacher-cache", "student"):
         assert shown <= words_of_help(command)
 

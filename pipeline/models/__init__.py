@@ -1,6 +1,11 @@
 """Archs: teacher and student are built from the same table.
 
 mlp:800,800   cnn   resnet8 14 20 32 44 56 110   torchvision:NAME   my_package.module:factory
+
+Of the CIFAR benchmark of Tian et al. 2020, "Contrastive representation distillation", as their tables have them:
+resnet8x4 32x4   wrn_16_1 16_2 40_1 40_2   vgg8 13   mobilenet_v2   shufflenet_v1 v2
+In each of these `layer1`, `layer2`, … end with a stage, and `linear` takes the mean over the last map: `last` where
+there is one, else the last stage.
 """
 
 import importlib
@@ -19,6 +24,10 @@ from .cifar_resnet import CifarResNet
 from .cnn import cnn
 from .from_torchvision import from_torchvision, is_known
 from .mlp import mlp
+from .mobilenet import MobileNetV2
+from .shufflenet import ShuffleNetV1, ShuffleNetV2
+from .vgg import VGG
+from .wide_resnet import WideResNet
 
 # Each row: build(argument, classes, channels, size) -> a network that takes float32 [B, channels, size, size]
 # and gives [B, classes]; argument is what follows the colon.
@@ -27,7 +36,13 @@ Build = Callable[[str, int, int, int], nn.Module]
 MODELS: dict[str, Build] = {
     "mlp": mlp,
     "cnn": cnn,
-    **{f"resnet{depth}": partial(CifarResNet.build, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(CifarResNet.build, depth, False) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(CifarResNet.build, depth, True) for depth in (8, 32)},
+    **{f"wrn_{depth}_{k}": partial(WideResNet.build, depth, k) for depth in (16, 40) for k in (1, 2)},
+    **{f"vgg{depth}": partial(VGG.build, depth) for depth in (8, 13)},
+    "mobilenet_v2": MobileNetV2.build,
+    "shufflenet_v1": ShuffleNetV1.build,
+    "shufflenet_v2": ShuffleNetV2.build,
     "torchvision": from_torchvision,
 }
 

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from data.errors import WrongCommand
+from .refusals import takes_no_argument, takes_pictures_of
 
 
 def cnn(argument: str, classes: int, channels: int, size: int) -> nn.Sequential:
@@ -12,10 +12,8 @@ def cnn(argument: str, classes: int, channels: int, size: int) -> nn.Sequential:
 
     The last map is averaged down to 4 x 4 where it is larger, so that the linear layer does not outgrow the rest.
     """
-    if argument:
-        raise WrongCommand(f"arch 'cnn:{argument}': cnn takes no argument")
-    if size < 4:
-        raise WrongCommand(f"arch 'cnn' needs pictures of at least 4 px, these are {size} px")
+    takes_no_argument("cnn", argument)
+    takes_pictures_of(4, "cnn", size)
     side = min(4, size // 4)
     return nn.Sequential(
         OrderedDict(
