@@ -21,6 +21,7 @@ from .identity import FORMAT, describe
 from .manifest import KEYS, NAME, SPLITS, UNFINISHED, Manifest, ShardRecord, row_bytes
 from .models.prepared import Preparation
 from .reading import read_manifest
+from .records import Head
 from .rows import check_logits, check_rows
 from .shards import Shard, Stamp
 
@@ -274,7 +275,12 @@ class Cache:
                 if not np.array_equal(mine[first - record.start : stop - record.start], theirs):
                     raise Refused(f"{shard.path}: its features are of other views than the logits of {other.path}")
 
-    def verify_head(self) -> None:
-        """Raises Refused when the file of the teacher's last layer is not what it was."""
-        if head := self.manifest.head:
-            Shard(self.folder, head.path, self.manifest.head_layout(), head.bytes, head.checksum).close()
+    def head(self) -> Head | None:
+        """The teacher's last linear layer, where it has one. Raises Refused when its file is not what it was."""
+        if not (head := self.manifest.head):
+            return None
+        with closing(Shard(self.folder, head.path, self.manifest.head_layout(), head.bytes, head.checksum)) as file:
+            weight, bias = (torch.from_numpy(file.read(name)) for name in ("weight", "bias"))
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise Refused(f"{self.folder / head.path}: the teacher's last layer is not finite")
+        return Head(weight, bias)

@@ -1,16 +1,43 @@
 """The records that cross the house."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 
 @dataclass(frozen=True)
+class Head:
+    """The last linear layer of a network: logits = pooled @ weight.T + bias. weight: [K, D]; bias: [K]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Rows of a tap to contrast with. features: float16 [M, D]; index, labels: int64 [M], labels -1 where hidden."""
+
+    features: torch.Tensor
+    index: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the cache knows of the teacher beside the rows of a batch: its head, where it has one, and banks by tap."""
+
+    head: Head | None = None
+    bank: Callable[[str], Bank] | None = None
+
+
+@dataclass(frozen=True)
 class Outputs:
-    """What a model said about B views. logits: float32 [B, K]; features: {tap: [B, …]}."""
+    """What a model said about B views. logits: float32 [B, K]; features: {tap: [B, …]}; head: its own, live."""
 
     logits: torch.Tensor
     features: dict[str, torch.Tensor] = field(default_factory=dict)
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -22,7 +49,7 @@ class TargetBatch:
     views:    uint8 [B, C, S, S], the very pixels that the teacher saw
     labels:   int64 [B], the hard targets, -1 where there is none
     logits:   float32 [B, K] of the teacher, None without a cache
-    features: {tap: float16 [B, …]} of the teacher
+    features: {tap: [B, …]} of the teacher, float16 as cached, float32 in a loss
     partner:  int64 [B], hard target of the mixup partner, None without mixup
     share:    float32 [B], the picture's own share in a mixup view, None without mixup
     """

@@ -1,4 +1,4 @@
-"""Keep the outputs of named layers while a model runs; the model itself is left alone."""
+"""Keep the outputs of named layers, or a statistic of them, while a model runs; the model itself is left alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from data.errors import WrongCommand, unknown
 
+from .statistic import split_tap, statistic
+
 
 def tap_names(model: nn.Module) -> list[str]:
     """The module paths that can be tapped."""
@@ -17,7 +19,8 @@ def tap_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
-    """A dict that holds, after each forward pass, the output of every named layer.
+    """A dict that holds, after each forward pass, the output of every named layer: `layer3`, or of `layer3:pool`
+    its statistic, computed in float32.
 
     The output is cloned as the layer returns it: a later in-place activation (`ReLU(inplace=True)`) would
     otherwise overwrite it with its own result. Gradients flow through the clone.
@@ -27,15 +30,16 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
     kept: dict[str, torch.Tensor] = {}
 
     def keep(tap: str) -> RemovableHandle:
-        if tap not in modules or not tap:
-            raise unknown("tap", tap, tap_names(model))
+        path, kind = split_tap(tap)
+        if path not in modules or not path:
+            raise unknown("tap", path, tap_names(model))
 
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if not isinstance(output, torch.Tensor):
                 raise WrongCommand(f"tap '{tap}' gives a {type(output).__name__}, not one tensor")
-            kept[tap] = output.clone()
+            kept[tap] = output.clone() if kind == "map" else statistic(output.float(), kind, path)
 
-        handle: RemovableHandle = modules[tap].register_forward_hook(hook)
+        handle: RemovableHandle = modules[path].register_forward_hook(hook)
         return handle
 
     def begin(module: nn.Module, inputs: object) -> None:

@@ -68,7 +68,7 @@ def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
             verdicts[record.path] = verdict
             counted.update(record.rows)
     if cache.manifest.head:
-        verdicts[HEAD] = _refusal(cache.verify_head)
+        verdicts[HEAD] = _refusal(cache.head)
     return verdicts
 
 
@@ -85,7 +85,7 @@ def _verdict(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None
     return _refusal(check)
 
 
-def _refusal(check: Callable[[], None]) -> str:
+def _refusal(check: Callable[[], object]) -> str:
     try:
         check()
     except Refused as refusal:

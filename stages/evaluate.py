@@ -10,9 +10,9 @@ from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 
 from .console import Console
+from .material import Material
 from .runs import read_json, read_settings
 from .settings import EvaluateSettings, StudentSettings
-from .student import Material
 
 
 def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
@@ -42,7 +42,7 @@ def _figures(folder: Path, settings: StudentSettings, material: Material) -> dic
     path = folder / "student.pt"
     if not path.is_file():
         raise Refused(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}")
-    network = material.network(settings)
+    network = material.network(settings, material.losses)
     load_state(network, read_state(path), str(path))
     model = Prepared(network, material.preparation).to(material.device)
     return material.measure(model)

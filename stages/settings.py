@@ -99,7 +99,7 @@ class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
     normalize: str = knob("", "Input of the teacher: as its run says, else data.", choices=_NORMALIZE)
     views: str = knob("", _VIEWS)
     draws: int = knob(0, "Views of each picture; by recipe.", least=1, most=100_000)
-    taps: str = knob("", "Layers whose outputs are kept, by module path: layer2,layer3.")
+    taps: str = knob("", "Layers whose outputs are kept, whole or a statistic: layer3,layer3:pool,layer2:attention.")
     codec: str = knob("float16", "How logits become bytes: float16, float32 or sqrt8.")
     batch_size: int = knob(256, "Views that the teacher is asked about together.", least=1)
     shard_rows: int = knob(0, "Rows of a shard; 0: as many as make 128 MB, at most 65,536.", least=0)
@@ -115,9 +115,9 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     cache: str = knob("", "Folder of the cache; caches/DATA when not given.")
     draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
     arch: str = knob("", _ARCHS)
-    loss: tuple[str, ...] = knob(
-        (), "hard, kd, logit_mse or hint, repeatable: kd:temperature=4,weight=0.9; by recipe."
-    )
+    loss: tuple[str, ...] = knob((), "A term, repeatable: kd:temperature=4,weight=0.9; all: stages losses; by recipe.")
+    finetune_epochs: int = knob(0, "After distillation, so many from hard targets alone.", least=0)
+    finetune_learning_rate: float = knob(0.0, "Of fine-tuning; 0: a tenth of --learning-rate.", least=0)
     labelled: int = knob(0, "Only so many rows, drawn by class, keep their hard targets; 0: all.", least=0)
     baseline: bool = knob(False, "Train the same student from hard targets alone as well.")
     seeds: int = knob(1, "Train so many seeds, from --seed on; report mean and spread.", least=1, most=1000)

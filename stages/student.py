@@ -1,33 +1,30 @@
 """`stages student`: stage two. Train a student from a cache; no teacher is needed, or looked for."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import TRANSFER_SETS, Labels, TransferSet, row_of, stratified
+from data.errors import Refused
+from data.transfer_set import TRANSFER_SETS, Labels, row_of, stratified
 from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
 from pipeline.identity import describe
-from pipeline.losses import Loss, parse_losses
+from pipeline.losses import Loss
 from pipeline.losses.hard import Hard
 from pipeline.metrics import evaluate, mean_and_spread
-from pipeline.models import build, multiply_adds, parameters
-from pipeline.models.prepared import Preparation, Prepared
-from pipeline.proof import probe
-from pipeline.stream import Stream
+from pipeline.models import multiply_adds, parameters
+from pipeline.models.prepared import Prepared
+from pipeline.models.weights import load_state, read_state
 
-from .check_cache import data_of
-from .command_line import remake, this_program
+from .command_line import this_program
 from .console import Console
-from .held_out import HeldOut
-from .runs import begin_run, device_of, machine, open_run, peak_memory, read_json, unfinished, versions
+from .material import Material
+from .runs import begin_run, machine, open_run, peak_memory, read_json, unfinished, versions
 from .settings import StudentSettings
 from .table import print_table
 from .teacher import row_name
@@ -44,7 +41,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
         for stopped in unfinished(settings, folder):
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
-    material.network(settings)  # an arch that cannot be built is found before a folder is made
+    material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
     with begin_run(settings, folder):
         result = _trained(settings, material, folder, console)
     if settings.json:
@@ -57,7 +54,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     console.say(f"next:  {this_program()} student{data} --cache {quote(settings.cache)} --arch {other} --baseline")
 
 
-def _trained(settings: StudentSettings, material: "Material", folder: Path, console: Console) -> dict[str, Any]:
+def _trained(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
     """Seed after seed in a run's folder; its result.json."""
     _same_shards(settings, material, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
@@ -73,7 +70,7 @@ def _trained(settings: StudentSettings, material: "Material", folder: Path, cons
     return result
 
 
-def _same_shards(settings: StudentSettings, material: "Material", folder: Path) -> None:
+def _same_shards(settings: StudentSettings, material: Material, folder: Path) -> None:
     """Write down which shards the run is trained from; a run that goes on must find the same ones."""
     manifest = material.cache.manifest
     used = {
@@ -118,134 +115,60 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
     )
 
 
-@dataclass(frozen=True)
-class Material:
-    """What all seeds share: cache and transfer set, known to belong together, and what the teacher said."""
-
-    cache: Cache
-    transfer_set: TransferSet
-    losses: tuple[Loss, ...]
-    taps: tuple[str, ...]
-    preparation: Preparation
-    device: torch.device
-    held_out: dict[str, HeldOut]
-    teacher: dict[str, torch.Tensor]  # {split: logits [N, K] in index order}
-
-    @staticmethod
-    def open(settings: StudentSettings) -> "Material":
-        """Read and check everything before the first step. Raises Refused or WrongCommand."""
-        losses = parse_losses(settings.loss)
-        cache = Cache(Path(settings.cache))
-        taps = tuple(dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps()))
-        _check_taps(settings, cache, taps)
-        _check_draws(settings, cache)
-        transfer_set = data_of(cache, settings.data, Path(settings.data_root))
-        _check_labels(settings, losses, transfer_set.splits["train"].labels, len(transfer_set.classes))
-        probe(cache, transfer_set, settings.draws)
-        device = device_of(settings.device)
-        splits = [split for split in ("val", "test") if split in transfer_set.splits]
-        return Material(
-            cache, transfer_set, losses, taps,
-            # The student's input is normalised as the teacher's, at the size of the views themselves.
-            replace(cache.preparation, size=cache.views.size), device,
-            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in splits},
-            {s: _teacher_logits(cache, s) for s in splits},
-        )  # fmt: skip
-
-    def network(self, settings: StudentSettings) -> nn.Module:
-        """The student with the initial weights of its seed."""
-        torch.manual_seed(settings.seed)
-        return build(settings.arch, self.cache.classes, self.preparation.channels, self.preparation.size)
-
-    def measure(self, model: nn.Module) -> dict[str, Any]:
-        """Every figure of a student on each held-out split."""
-        return {
-            split: evaluate(rows.logits(model), rows.labels, self.teacher[split].numpy())
-            for split, rows in self.held_out.items()
-        }
-
-    def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
-        """The training stream of one seed."""
-        order = self.cache.order("train")
-        rows = np.flatnonzero(labels[order] >= 0) if only_labelled else np.arange(len(order))
-        return Stream(
-            self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
-            labels, rows, settings.draws, self.cache, self.taps, targets, settings.workers,
-        )  # fmt: skip
-
-
-def _teacher_logits(cache: Cache, split: str) -> torch.Tensor:
-    order = cache.order(split)
-    logits = cache.targets(split, 0, np.arange(len(order)))[0]
-    by_index = torch.empty_like(logits)
-    by_index[torch.from_numpy(order)] = logits
-    return by_index
-
-
-def _check_taps(settings: StudentSettings, cache: Cache, taps: tuple[str, ...]) -> None:
-    missing = [tap for tap in taps if tap not in cache.manifest.taps]
-    if missing:
-        have = f"has not kept {', '.join(missing)} (it has: {', '.join(cache.manifest.taps) or 'none'})"
-        more = _more(settings, cache, taps=",".join([*cache.manifest.taps, *missing]))
-        raise Refused(f"the cache '{settings.cache}' {have}. Add them with  {more}")
-
-
-def _check_draws(settings: StudentSettings, cache: Cache) -> None:
-    if settings.draws > cache.manifest.draws:
-        have = f"the cache '{settings.cache}' has {cache.manifest.draws}"
-        more = _more(settings, cache, draws=settings.draws)
-        raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
-
-
-def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
-    """The command that adds to the cache, for the data as they lie here."""
-    here = {"data": settings.data} if settings.data else {}
-    return remake(cache, out=settings.cache, data_root=settings.data_root, **here, **changes)
-
-
-def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: int) -> None:
-    unlabelled = bool((labels < 0).any())
-    wanting = [loss.name for loss in losses if loss.needs_labels]
-    if unlabelled and wanting:
-        raise WrongCommand(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
-    if unlabelled and (settings.baseline or settings.labelled):
-        flag = "--baseline" if settings.baseline else "--labelled"
-        raise WrongCommand(f"{flag} needs labels, and these pictures have none: leave it out")
-    if settings.labelled and not classes <= settings.labelled <= len(labels):
-        raise WrongCommand(f"--labelled {settings.labelled} is not between {classes} classes and {len(labels)} rows")
-
-
 def _one_seed(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
     """The student, and the same student without a teacher when asked for, from one seed."""
     labels = material.transfer_set.splits["train"].labels
     if settings.labelled:
         kept = stratified(labels, settings.labelled, key=(settings.seed, 50))
         labels = np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
-    only_hard = all(loss.needs_labels for loss in material.losses)
-    stream = material.stream(settings, labels, only_hard, targets=True)
-    steps = material.stream(settings, labels, False, targets=True).steps_per_round
-    result = {"student": _train("student", settings, material, material.losses, stream, steps, folder, console)}
+    smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
+    hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
+
+    def trained(
+        name: str, own: StudentSettings, losses: tuple[Loss, ...], where: Path, start: Path | None = None
+    ) -> Any:
+        network = material.network(settings, hard if name == "baseline" else material.losses)
+        if start:
+            load_state(network, read_state(start), str(start))
+        return _train(name, own, material, network, losses, labels, where, console)
+
+    if not settings.finetune_epochs:
+        result = {"student": trained("student", settings, material.losses, folder)}
+    else:
+        first = trained("distilled", settings, material.losses, folder / "distilled")
+        second = trained("student", _finetuning(settings), hard, folder, folder / "distilled/distilled.pt")
+        result = {"student": second | {"seconds": first["seconds"] + second["seconds"]}}
     if settings.baseline:
-        smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
-        hard = (Hard(smoothing=smoothing),)
-        stream = material.stream(settings, labels, True, targets=False)
-        result["baseline"] = _train("baseline", settings, material, hard, stream, steps, folder / "baseline", console)
+        longer = replace(settings, epochs=settings.epochs + settings.finetune_epochs)
+        result["baseline"] = trained("baseline", longer, hard, folder / "baseline")
     return result
 
 
+def _finetuning(settings: StudentSettings) -> StudentSettings:
+    """The settings of the training from hard targets alone that follows distillation."""
+    rate = settings.finetune_learning_rate or settings.learning_rate / 10
+    return replace(settings, epochs=settings.finetune_epochs, learning_rate=rate)
+
+
 def _train(
-    name: str, settings: StudentSettings, material: Material, losses: tuple[Loss, ...], stream: Stream, steps: int,
-    folder: Path, console: Console,
+    name: str, settings: StudentSettings, material: Material, network: nn.Module, losses: tuple[Loss, ...],
+    labels: Labels, folder: Path, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train one network and measure it on the held-out splits."""
+    """Train one network and measure it on the held-out splits. labels [N]: -1 where hidden."""
     preparation = material.preparation
-    network = material.network(settings)
     model = Prepared(network, preparation).to(material.device)
     cost = multiply_adds(network, preparation.channels, preparation.size)
-    job = Job(name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost)
+    only_labelled = all(loss.needs_labels for loss in losses)
+    targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
+    stream = material.stream(settings, labels, only_labelled, targets)
+    steps = material.stream(settings, labels, False, targets).steps_per_round
+    job = Job(
+        name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost,
+        known=material.known(labels),
+    )  # fmt: skip
     seconds = fit(job, material.held_out["val"], console)
     figures: dict[str, Any] = {
-        "arch": settings.arch,
+        "arch": material.arch(settings, material.losses if name != "baseline" else losses),
         "preparation": preparation.identity(),
         "parameters": parameters(network),
         "multiply_adds": job.multiply_adds,

@@ -27,6 +27,7 @@ from pipeline.models.weights import weights_digest
 from pipeline.proof import probe
 from pipeline.reading import read_manifest
 from pipeline.recover import extent_of, lost_pieces
+from pipeline.statistic import plain_tap
 from pipeline.writer import Plan, Writer, refuse_another, sweep
 
 from . import teacher as teacher_stage
@@ -76,7 +77,7 @@ def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[
     )
     if settings.codec not in CODECS:
         raise unknown("codec", settings.codec, CODECS)
-    taps = tuple(dict.fromkeys(tap for tap in settings.taps.split(",") if tap))
+    taps = tuple(dict.fromkeys(plain_tap(tap) for tap in settings.taps.split(",") if tap))
     return settings, parse_views(settings.views), taps
 
 

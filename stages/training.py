@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,11 @@ from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import fixed
 from pipeline.metrics import summary
+from pipeline.models import head_of
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
-from pipeline.records import Outputs, TargetBatch
+from pipeline.records import Head, Known, Outputs, TargetBatch
+from pipeline.statistic import derived
 from pipeline.stream import Stream
 from pipeline.taps import tapped
 
@@ -34,7 +36,8 @@ Features = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept."""
+    """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
+    known: of the teacher, for losses that ask."""
 
     name: str
     model: Prepared
@@ -47,6 +50,7 @@ class Job:
     folder: Path
     multiply_adds: int
     advice: str = ""
+    known: Known = Known()  # noqa: RUF009 (frozen)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
@@ -122,7 +126,7 @@ def _epoch(
     job: Job, state: State, epoch: int, batches: Iterator[TargetBatch], kept: Features, done: Callable[[int], None]
 ) -> dict[str, float]:
     """One epoch of steps; the mean of each weighted term and of their sum."""
-    losses = [at(loss, epoch / max(job.epochs - 1, 1)) for loss in job.losses]
+    losses = [at(loss, epoch, job.epochs) for loss in job.losses]
     sums = torch.zeros(len(losses), device=job.device)
     job.model.train()
     for step in range(epoch * job.steps, (epoch + 1) * job.steps):
@@ -142,7 +146,10 @@ def _step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: 
     """One step of the optimiser; the weighted terms, detached."""
     with autocast(job.device, job.settings.precision):
         logits = job.model(batch.views)
-    outputs = Outputs(logits, {tap: features.float() for tap, features in kept.items()})
+    outputs = Outputs(
+        logits, {tap: features.float() for tap, features in kept.items()}, _own_head(job, logits.shape[1])
+    )
+    batch = _with_taps(job, batch)
     terms = torch.stack(
         [
             fixed(loss.weight) * loss(outputs, batch, state.modules.get(name))
@@ -160,6 +167,22 @@ def _step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: 
     return terms.detach()
 
 
+def _own_head(job: Job, classes: int) -> Head | None:
+    """The student's own last layer, live, where a loss asks for it."""
+    if not any(loss.needs_head for loss in job.losses):
+        return None
+    layer = head_of(job.model.network, classes)
+    if layer is None:
+        return None
+    return Head(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
+
+
+def _with_taps(job: Job, batch: TargetBatch) -> TargetBatch:
+    """The batch with the teacher's features that the losses ask for, float32, made from what is cached."""
+    asked = dict.fromkeys(tap for loss in job.losses for tap in loss.teacher_taps())
+    return replace(batch, features=derived(batch.features, asked)) if asked else batch
+
+
 def _names(losses: Sequence[Loss]) -> list[str]:
     """A name for each term: `kd`, and `hint-0`, `hint-1` where there are several of a kind."""
     kinds = [loss.name for loss in losses]
@@ -171,8 +194,11 @@ def _loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     batch = next(job.stream.batches(0, 1)).rows(0, 2).to(job.device)
     job.model.eval()
     with torch.no_grad(), tapped(job.model.network, taps) as kept:
-        outputs = Outputs(job.model(batch.views), dict(kept))
+        logits = job.model(batch.views)
+        outputs = Outputs(logits, dict(kept), _own_head(job, logits.shape[1]))
     if batch.logits is not None and batch.logits.shape[1:] != outputs.logits.shape[1:]:
         raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[1]}")
-    made = {name: loss.module(outputs, batch) for name, loss in zip(_names(job.losses), job.losses, strict=True)}
+    batch = _with_taps(job, batch)
+    named = zip(_names(job.losses), job.losses, strict=True)
+    made = {name: loss.module(outputs, batch, job.known) for name, loss in named}
     return {name: module.to(job.device) for name, module in made.items() if module is not None}

@@ -14,9 +14,10 @@ from data.errors import WrongCommand
 from pipeline.losses import LOSSES, Loss, at, parse_losses
 from pipeline.losses.hard import Hard
 from pipeline.losses.hint import Hint, regressor
+from pipeline.losses.layers import LayerLoss
 from pipeline.losses.loss import Ramp
 from pipeline.losses.soft import KD, LogitMSE
-from pipeline.records import Outputs, TargetBatch
+from pipeline.records import Known, Outputs, TargetBatch
 
 SHAPES = [(5, 10), (1, 10), (6, 2), (1, 2), (3, 1000)]
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
@@ -164,10 +165,10 @@ def test_hint_puts_the_students_features_through_the_regressor() -> None:
     f_s, f_t = numbers(4, 3, seed=1), numbers(4, 5, seed=2)
     loss = Hint(teacher="t", student="s")
     student, target = Outputs(numbers(4, 2), {"s": f_s}), batch(4, features={"t": f_t})
-    module = loss.module(student, target)
-    assert isinstance(module, nn.Linear)
+    module = loss.module(student, target, Known())
+    assert module is not None
     module.double()
-    weight, bias = module.weight.tolist(), module.bias.tolist()
+    weight, bias = (p.tolist() for p in module.parameters())
     guess = [[math.fsum(map(operator.mul, w, f)) + b for w, b in zip(weight, bias, strict=True)] for f in f_s.tolist()]
     expected = mean_square_by_hand(torch.tensor(guess, dtype=torch.float64), f_t)
     assert float(loss(student, target, module).detach()) == pytest.approx(expected, rel=1e-9)
@@ -228,7 +229,7 @@ def test_the_gradient_of_a_hint_is_that_of_its_value_in_student_and_regressor(
     loss = Hint(teacher="t", student="s")
     f_s = numbers(4, *own, seed=1).requires_grad_()
     target = batch(4, features={"t": numbers(4, *theirs, seed=2)})
-    made = loss.module(Outputs(torch.zeros(4, 2), {"s": f_s}), target)
+    made = loss.module(Outputs(torch.zeros(4, 2), {"s": f_s}), target, Known())
     module = made.double().train() if made is not None else None
     weights = list(module.parameters()) if module is not None else []
     assert bool(weights) is (own != theirs)
@@ -447,19 +448,21 @@ def test_shapes_that_no_regressor_joins_are_refused_with_both(
     assert "x".join(map(str, teacher)) in text
 
 
-def test_a_hint_asks_for_both_of_its_layers() -> None:
+def test_a_hint_asks_for_its_layers_and_takes_the_teachers_name_for_the_students() -> None:
     loss = Hint(teacher="layer3", student="relu1")
     assert (loss.teacher_taps(), loss.student_taps()) == (("layer3",), ("relu1",))
-    for half in (Hint(), Hint(teacher="layer3"), Hint(student="relu1")):
-        with pytest.raises(WrongCommand, match="wants both layers"):
-            half.teacher_taps() + half.student_taps()
+    assert Hint(teacher="layer3").student_taps() == ("layer3",)
+    for half in (Hint(), Hint(student="relu1")):
+        with pytest.raises(WrongCommand, match="wants layers"):
+            half.teacher_taps()
 
 
 # Knobs
 
 
 def test_the_table_has_every_loss_under_its_own_name() -> None:
-    assert {name: type(loss) for name, loss in LOSSES.items()} == {kind.name: kind for kind in Loss.__subclasses__()}
+    kinds = {*Loss.__subclasses__(), *LayerLoss.__subclasses__()} - {LayerLoss}
+    assert {name: type(loss) for name, loss in LOSSES.items()} == {kind.name: kind for kind in kinds}
     assert all(loss.name == name for name, loss in LOSSES.items())
 
 
@@ -488,7 +491,7 @@ def test_losses_keep_the_order_they_were_named_in() -> None:
     ("specs", "says"),
     [
         ((), "no loss: name at least one, such as --loss kd:temperature=4"),
-        (("kdd",), "no loss 'kdd'. Did you mean 'kd'? There are: hard, hint, kd, logit_mse"),
+        (("kdd",), "no loss 'kdd'. Did you mean 'kd'? There are: attention, cat_kd, cc,"),
         (("kd:temprature=4",), "no knob of loss 'kd' 'temprature'. Did you mean 'temperature'?"),
         (("hard:temperature=4",), "no knob of loss 'hard' 'temperature'"),
         (("kd:name=x",), "no knob of loss 'kd' 'name'"),
@@ -503,6 +506,17 @@ def test_losses_keep_the_order_they_were_named_in() -> None:
         (("kd:weight=-1",), "weight=-1 is below 0"),
         (("kd:weight=1->-1",), "weight=1->-1 is below 0"),
         (("hard:smoothing=1.5",), "smoothing=1.5 is above 1"),
+        (("kd:weight=0->1@",), "after @ comes the epoch in which 1 is reached"),
+        (("kd:weight=0->1@0",), "after @ comes the epoch"),
+        (("kd:weight=0->1@2.5",), "after @ comes the epoch"),
+        (("kd:weight=1@5",), "weight=1@5 is not a number"),
+        (("kd:standardize=1",), "standardize=1 is neither true nor false"),
+        (("crd:negatives=0.5",), "negatives=0.5 is not a whole number from 1 on"),
+        (("crd:negatives=4->8",), "negatives=4->8 is not a whole number from 1 on"),
+        (("ctkd:span=4->8",), "span cannot change during training"),
+        (("output:kind=l1",), "kind=l1 is none of kl, mse, soft_ce"),
+        (("multi_temperature:temperatures=2+x",), "temperatures=2+x is not such as 2+3+4"),
+        (("simkd:teacher=layer3", "kd"), "'simkd' goes alone"),
         (("hard:smoothing=0->1.5",), "smoothing=0->1.5 is above 1"),
         (("kd:temperature",), "'temperature' is not knob=value"),
         (("kd:temperature=4,temperature=5",), "'temperature' is given twice"),
@@ -527,21 +541,29 @@ def test_a_hint_may_be_given_for_several_pairs_of_layers() -> None:
 @pytest.mark.parametrize(("progress", "T"), [(0.0, 8.0), (0.25, 6.25), (0.5, 4.5), (1.0, 1.0)])
 def test_a_ramp_is_linear_and_meets_both_its_ends(progress: float, T: float) -> None:
     (loss,) = parse_losses(("kd:temperature=8->1,weight=0->1",))
-    now = at(loss, progress)
+    now = at(loss, round(4 * progress), 5)
     assert now == KD(temperature=T, weight=progress)
 
 
 def test_a_ramp_changes_the_term() -> None:
     z_s, z_t = numbers(4, 3, seed=1), numbers(4, 3, seed=2)
     (loss,) = parse_losses(("kd:temperature=8->1",))
-    for progress, T in ((0.0, 8.0), (1.0, 1.0)):
-        found = term(at(loss, progress), z_s, batch(4, z_t))
+    for epoch, T in ((0, 8.0), (6, 1.0)):
+        found = term(at(loss, epoch, 7), z_s, batch(4, z_t))
         assert float(found.detach()) == pytest.approx(kd_by_hand(z_s, z_t, T), rel=1e-9)
 
 
 def test_a_loss_without_ramps_stays_what_it_is() -> None:
     for loss in LOSSES.values():
-        assert at(loss, 0.3) is loss
+        if loss.name != "ctkd":  # its gradient reversal rises
+            assert at(loss, 3, 10) is loss
+
+
+@pytest.mark.parametrize(("epoch", "weight"), [(0, 0.05), (1, 0.1), (9, 0.5), (19, 1.0), (20, 1.0), (99, 1.0)])
+def test_a_warm_up_reaches_its_end_in_the_epoch_it_names_and_stays(epoch: int, weight: float) -> None:
+    """min(epoch / 20, 1), epochs counted from 1."""
+    (loss,) = parse_losses(("kd:weight=0->1@20",))
+    assert at(loss, epoch, 100) == KD(weight=pytest.approx(weight))
 
 
 @pytest.mark.parametrize("spec", ["kd:temperature=8->1", "hard:smoothing=0.1->0"])

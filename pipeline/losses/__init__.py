@@ -1,7 +1,8 @@
 """Losses: one frozen dataclass each, rows of one table. A loss sees tensors, never models.
 
 `--loss kd:temperature=4,weight=0.9` names a row and sets its knobs. Any numeric knob may be a ramp,
-`temperature=8->1`: linear over the training, which is what temperature annealing and teacher annealing are.
+`temperature=8->1`: linear over the training, which is what temperature annealing and teacher annealing are;
+`weight=0->1@20` reaches its end in epoch 20 and stays there.
 """
 
 from collections.abc import Sequence
@@ -10,25 +11,46 @@ from dataclasses import fields, replace
 from data.errors import WrongCommand, unknown
 from data.spec import check_knobs, number, parse
 
-from .hard import Hard
-from .hint import Hint
+from .contrast import CRD
+from .hard import Hard, TfKD
+from .hint import VID, ConcatHint, Hint
 from .loss import Loss, Ramp
-from .soft import KD, LogitMSE
+from .parts import DIST, DKD, NKD, MultiTemperature
+from .relations import CC, NST, PKT, RKD, Attention, Similarity
+from .review import ReviewKD
+from .soft import CTKD, KD, WSLD, LogitMSE, Output
+from .through_head import SRRL, CatKD, SimKD
 
 __all__ = ["LOSSES", "Loss", "at", "parse_losses"]
 
-LOSSES: dict[str, Loss] = {loss.name: loss for loss in (Hard(), KD(), LogitMSE(), Hint())}
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        Hard(), TfKD(),
+        Output(), KD(), LogitMSE(), DKD(), NKD(), DIST(), WSLD(), CTKD(), MultiTemperature(),
+        Hint(), ConcatHint(), VID(), Attention(), NST(), Similarity(), RKD(), PKT(), CC(),
+        SRRL(), CatKD(), SimKD(), CRD(), ReviewKD(),
+    )
+}  # fmt: skip
 
 
 def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
     """`("kd:temperature=4", "hard:weight=0.1")` -> losses. Raises WrongCommand for what does not exist."""
     losses = tuple(_parse_one(spec) for spec in specs)
     names = [loss.name for loss in losses]
-    for name in names:
-        if names.count(name) > 1 and name != "hint":
-            raise WrongCommand(f"loss '{name}' is given twice: one --loss with one weight each")
+    for loss in losses:
+        if names.count(loss.name) > 1 and not loss.several:
+            raise WrongCommand(f"loss '{loss.name}' is given twice: one --loss with one weight each")
     if not losses:
         raise WrongCommand("no loss: name at least one, such as --loss kd:temperature=4")
+    if "simkd" in names and len(names) > 1:
+        raise WrongCommand("loss 'simkd' goes alone: its student answers through the teacher's own last layer")
+    if "output" in names:  # the two halves of one cost function, 0.5 each unless said
+        unsaid = [spec.partition(":")[0] == "hint" and "weight" not in parse(spec, "loss")[1] for spec in specs]
+        losses = tuple(
+            replace(loss, weight=0.5) if half else loss  # type: ignore[type-var]
+            for loss, half in zip(losses, unsaid, strict=True)
+        )
     return losses
 
 
@@ -39,23 +61,43 @@ def _parse_one(spec: str) -> Loss:
     loss = LOSSES[name]
     kinds = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
     check_knobs(spec, "loss", given, kinds)
-    values = {k: text if kinds[k] is str else _numeric(spec, k, text) for k, text in given.items()}
+    values = {k: _value(spec, k, text, kinds[k]) for k, text in given.items()}
     return replace(loss, **values)  # type: ignore[type-var]
 
 
+def _value(spec: str, knob: str, text: str, kind: object) -> str | bool | float | Ramp:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise WrongCommand(f"loss '{spec}': {knob}={text} is neither true nor false")
+        return text == "true"
+    value = _numeric(spec, knob, text)
+    if kind is int:
+        if not isinstance(value, float) or value != int(value) or value < 1:
+            raise WrongCommand(f"loss '{spec}': {knob}={text} is not a whole number from 1 on")
+        return int(value)
+    if kind is float and isinstance(value, Ramp):
+        raise WrongCommand(f"loss '{spec}': {knob}={text}: {knob} cannot change during training")
+    return value
+
+
 def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
-    start, arrow, end = text.partition("->")
+    start, arrow, rest = text.partition("->")
+    end, mark, epochs = rest.partition("@")
     low = 1e-3 if knob == "temperature" else 0.0
     values = [number(spec, "loss", knob, part) for part in ((start, end) if arrow else (start,))]
     if min(values) < low:
         raise WrongCommand(f"loss '{spec}': {knob}={text} is below {low:g}")
-    if knob == "smoothing" and max(values) > 1:
+    if knob in ("smoothing", "correct", "reversal") and max(values) > 1:
         raise WrongCommand(f"loss '{spec}': {knob}={text} is above 1")
-    return Ramp(*values) if arrow else values[0]
+    if mark and not (epochs.isdecimal() and 0 < int(epochs) <= 1_000_000):
+        raise WrongCommand(f"loss '{spec}': {knob}={text}: after @ comes the epoch in which {end} is reached")
+    return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
 
 
-def at(loss: Loss, progress: float) -> Loss:
-    """The loss with every ramp at its value for progress 0 … 1 of the training."""
+def at(loss: Loss, epoch: int, epochs: int) -> Loss:
+    """The loss with every ramp at its value for an epoch, 0 … epochs - 1, of the training."""
     ramps = {f.name: getattr(loss, f.name) for f in fields(loss)}  # type: ignore[arg-type]
-    now = {k: v.at(progress) for k, v in ramps.items() if isinstance(v, Ramp)}
+    now = {k: v.at(epoch, epochs) for k, v in ramps.items() if isinstance(v, Ramp)}
     return replace(loss, **now) if now else loss  # type: ignore[type-var]

@@ -11,6 +11,27 @@ from ..records import Outputs, TargetBatch
 from .loss import Loss, Ramp, fixed
 
 
+def label_terms(
+    logits: torch.Tensor, target: TargetBatch, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy [B] of each row with its label, or its two labels by their shares; and which rows have one [B]."""
+
+    def rows(labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing, reduction="none")
+
+    known, terms = target.labels >= 0, rows(target.labels)
+    if target.partner is not None and target.share is not None:
+        known = known & (target.partner >= 0)
+        share = target.share.to(terms.dtype)
+        terms = share * terms + (1 - share) * rows(target.partner)
+    return terms, known
+
+
+def mean_of(terms: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Mean of the terms [B] of known rows; 0 when there are none."""
+    return (terms * known).sum() / known.sum().clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Hard(Loss):
     """Cross entropy with the labels, in nats.
@@ -27,13 +48,31 @@ class Hard(Loss):
     needs_logits: ClassVar[bool] = False
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        known = target.labels >= 0
-        rows = self._rows(student.logits, target.labels)
-        if target.partner is not None and target.share is not None:
-            known &= target.partner >= 0
-            rows = target.share * rows + (1 - target.share) * self._rows(student.logits, target.partner)
-        return (rows * known).sum() / known.sum().clamp(min=1)
+        return mean_of(*label_terms(student.logits, target, fixed(self.smoothing)))
 
-    def _rows(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        s = fixed(self.smoothing)
-        return F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=s, reduction="none")
+
+@dataclass(frozen=True)
+class TfKD(Loss):
+    """A virtual teacher, right with probability `correct`: teacher-free KD, Yuan et al. 2020 (arXiv 1909.11723, 4.2).
+
+    loss = T² KL(softmax(log p / T) || softmax(z_s / T)), p = `correct` on the label and the rest spread evenly;
+    mean over the labelled rows. A baseline: it shows what is gained without any teacher. (The authors' program
+    softens p itself, not log p: at T = 20 that is all but uniform.)
+    """
+
+    weight: float | Ramp = 1.0
+    temperature: float | Ramp = 20.0
+    correct: float | Ramp = 0.99
+    name: ClassVar[str] = "tf_kd"
+    needs_labels: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+    one_label: ClassVar[bool] = True
+
+    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+        z, known, t = student.logits, target.labels >= 0, fixed(self.temperature)
+        classes, correct = z.shape[1], fixed(self.correct)
+        p = torch.full_like(z, (1 - correct) / (classes - 1))
+        p.scatter_(1, target.labels.clamp(min=0)[:, None], correct)
+        log_p = F.log_softmax(p.clamp(min=1e-12).log() / t, dim=1)
+        log_q = F.log_softmax(z / t, dim=1)
+        return mean_of((log_p.exp() * (log_p - log_q)).sum(1) * t**2, known)

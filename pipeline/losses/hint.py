@@ -1,6 +1,7 @@
-"""Hints: the teacher's hidden layers."""
+"""Hints: the teacher's hidden layers, to be reached by a trainable map from the student's."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -9,46 +10,36 @@ from torch import nn
 
 from data.errors import WrongCommand
 
-from ..records import Outputs, TargetBatch
-from .loss import Loss, Ramp
+from ..records import Known, Outputs, TargetBatch
+from ..statistic import as_map
+from .layers import LayerLoss, same_size
+from .loss import Ramp
 
 
 @dataclass(frozen=True)
-class Hint(Loss):
+class Hint(LayerLoss):
     """FitNets, Romero et al. 2015 (arXiv 1412.6550, equation 3).
 
-    loss = mean over all values of (r(F_s) - F_t)², F_t the cached features of the tap `teacher`, F_s those of
-    the student's layer `student`, r a trainable regressor where their shapes differ, else nothing. The default
-    weight is the one in common use with this mean.
+    loss = sum over the pairs of the mean over all values of (r(F_s) - F_t)², F_t the cached features of the tap
+    `teacher`, F_s those of the student's layer `student`, r a trainable regressor where their shapes differ, else
+    nothing. The default weight is the one in common use with this mean.
     """
 
     weight: float | Ramp = 100.0
-    teacher: str = ""
-    student: str = ""
     name: ClassVar[str] = "hint"
-    needs_labels: ClassVar[bool] = False
-    needs_logits: ClassVar[bool] = False
+    several: ClassVar[bool] = True
 
-    def teacher_taps(self) -> tuple[str, ...]:
-        return (self._named("teacher"),)
-
-    def student_taps(self) -> tuple[str, ...]:
-        return (self._named("student"),)
-
-    def _named(self, side: str) -> str:
-        tap: str = getattr(self, side)
-        if not tap:
-            raise WrongCommand("loss 'hint' wants both layers: --loss hint:teacher=layer3,student=layer3")
-        return tap
-
-    def module(self, student: Outputs, target: TargetBatch) -> nn.Module | None:
-        return regressor(student.features[self.student].shape, target.features[self.teacher].shape)
+    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+        made = [regressor(s.shape, t.shape) for s, t in self.pairs(student, target)]
+        return nn.ModuleList(r or nn.Identity() for r in made) if any(made) else None
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        guess = student.features[self.student]
-        if module is not None:
-            guess = module(guess)
-        return F.mse_loss(guess, target.features[self.teacher].to(guess.dtype))
+        pairs = self.pairs(student, target)
+        if isinstance(module, nn.ModuleList):
+            for _, t in pairs:
+                self.refuse_one_row(as_map(t), module)
+            pairs = [(r(s), t) for r, (s, t) in zip(module, pairs, strict=True)]
+        return torch.stack([F.mse_loss(s, t) for s, t in pairs]).sum()
 
 
 def regressor(student: torch.Size, teacher: torch.Size) -> nn.Module | None:
@@ -73,3 +64,81 @@ def regressor(student: torch.Size, teacher: torch.Size) -> nn.Module | None:
         f"loss 'hint': no regressor from the student's {'x'.join(map(str, s))} to the teacher's"
         f" {'x'.join(map(str, t))}: choose a student layer at least as large, or with half the sides"
     )
+
+
+@dataclass(frozen=True)
+class ConcatHint(LayerLoss):
+    """Hints from concatenated layers, for tiny students: every layer of the teacher at once.
+
+    loss = mean over all values of (A f_s + b - f_t)², f_t the pooled features of all taps of `teacher` one after
+    the other, without `teacher` of all that are cached; f_s those of the student's layers, as many as one likes;
+    A, b trained.
+    """
+
+    weight: float | Ramp = 1.0
+    name: ClassVar[str] = "concat_hint"
+    statistic: ClassVar[str] = "pool"
+
+    def of_all(self, cached: tuple[str, ...]) -> "ConcatHint":
+        """The same loss with the taps that are cached for its teacher, where it names none."""
+        return self if self.teacher or not cached else replace(self, teacher="+".join(cached))
+
+    def student_taps(self) -> tuple[str, ...]:
+        if not self.student:
+            return super().student_taps()
+        return tuple(self._tap(tap, "pool") for tap in self.student.split("+"))
+
+    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+        s, t = self._both(student, target)
+        return nn.Linear(s.shape[1], t.shape[1])
+
+    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+        assert module is not None
+        s, t = self._both(student, target)
+        return F.mse_loss(module(s), t)
+
+    def _both(self, student: Outputs, target: TargetBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        mine = torch.cat([student.features[tap].flatten(1) for tap in self.student_taps()], dim=1)
+        theirs = torch.cat([target.features[tap].flatten(1) for tap in self.teacher_taps()], dim=1)
+        return mine, theirs.to(mine.dtype)
+
+
+@dataclass(frozen=True)
+class VID(LayerLoss):
+    """Variational information distillation, Ahn et al. 2019 (arXiv 1904.05835, equations 5 and 6).
+
+    loss = sum over the pairs of the mean over all values of [(m(F_s) - F_t)² / v + log v] / 2, m three 1 x 1
+    convolutions, v = softplus(rho) + 1e-5 a variance per channel of the teacher, 5 at first; both trained. Maps of
+    different sizes: the larger is averaged down.
+    """
+
+    weight: float | Ramp = 1.0
+    name: ClassVar[str] = "vid"
+
+    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+        return nn.ModuleList(_Gaussian(s.shape[1], t.shape[1]) for s, t in self.pairs(student, target))
+
+    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+        assert isinstance(module, nn.ModuleList)
+        terms = []
+        for gaussian, (s, t) in zip(module, self.pairs(student, target), strict=True):
+            s, t = same_size(as_map(s), as_map(t))
+            mean, variance = gaussian(s)
+            terms.append(0.5 * ((mean - t).square() / variance + variance.log()).mean())
+        return torch.stack(terms).sum()
+
+
+class _Gaussian(nn.Module):
+    """[B, S, H, W] -> the mean [B, T, H, W] and the variance [1, T, 1, 1] of the teacher's map."""
+
+    def __init__(self, inside: int, outside: int):
+        super().__init__()
+        self.mean = nn.Sequential(
+            nn.Conv2d(inside, outside, 1, bias=False), nn.ReLU(),
+            nn.Conv2d(outside, outside, 1, bias=False), nn.ReLU(),
+            nn.Conv2d(outside, outside, 1, bias=False),
+        )  # fmt: skip
+        self.rho = nn.Parameter(torch.full((1, outside, 1, 1), math.log(math.exp(5 - 1e-5) - 1)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.mean(x), F.softplus(self.rho) + 1e-5

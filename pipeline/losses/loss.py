@@ -6,18 +6,24 @@ from typing import ClassVar, Protocol
 import torch
 from torch import nn
 
-from ..records import Outputs, TargetBatch
+from ..records import Known, Outputs, TargetBatch
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """A numeric knob that runs from start to end, linear over the training."""
+    """A numeric knob that runs from start to end, linear over the training, or over its first epochs.
+
+    With epochs n, end is reached in epoch n (counted from 1) and start would be the value before the first:
+    `0->1@20` is the warm-up min(epoch / 20, 1).
+    """
 
     start: float
     end: float
+    epochs: int = 0
 
-    def at(self, progress: float) -> float:
-        """The value at progress 0 … 1."""
+    def at(self, epoch: int, epochs: int) -> float:
+        """The value in an epoch, 0 … epochs - 1, of a training of so many."""
+        progress = min((epoch + 1) / self.epochs, 1.0) if self.epochs else epoch / max(epochs - 1, 1)
         return self.start + (self.end - self.start) * progress
 
 
@@ -29,11 +35,18 @@ def fixed(knob: float | Ramp) -> float:
 
 
 class Loss(Protocol):
-    """A term of what a student minimises. weight multiplies it in the sum that goes backward."""
+    """A term of what a student minimises. weight multiplies it in the sum that goes backward.
+
+    needs_labels: cannot do without hard targets. needs_logits: reads the teacher's. one_label: has no meaning
+    for a mixup view, which has two. several: may be given more than once.
+    """
 
     name: ClassVar[str]
-    needs_labels: ClassVar[bool]
-    needs_logits: ClassVar[bool]
+    needs_labels: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = True
+    needs_head: ClassVar[bool] = False
+    one_label: ClassVar[bool] = False
+    several: ClassVar[bool] = False
 
     @property
     def weight(self) -> float | Ramp: ...
@@ -46,10 +59,10 @@ class Loss(Protocol):
         """Layers of the student that the loss reads."""
         return ()
 
-    def module(self, student: Outputs, target: TargetBatch) -> nn.Module | None:
-        """The loss's own trainable part, made from one example of each; None where it has none."""
+    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+        """The loss's own part, made from one example of each; None where it has none."""
         return None
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        """The unweighted term, a float32 scalar."""
+        """The unweighted term, a scalar in the dtype of the student's outputs."""
         ...

@@ -1,4 +1,4 @@
-"""Soft targets: the teacher's logits."""
+"""Soft targets: the teacher's logits, whole."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,18 +7,37 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..records import Outputs, TargetBatch
+from data.errors import WrongCommand
+
+from ..records import Known, Outputs, TargetBatch
+from .hard import label_terms, mean_of
 from .loss import Loss, Ramp, fixed
 
 
-def soft_term(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T² KL(softmax(z_t / T) || softmax(z_s / T)), mean over the rows, in nats. z_s, z_t: [B, K].
+def teacher_logits(student: Outputs, target: TargetBatch) -> torch.Tensor:
+    """The cached logits [B, K] in the dtype of the student's."""
+    assert target.logits is not None
+    return target.logits.to(student.logits.dtype)
+
+
+def soft_rows(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row [B], in nats. z_s, z_t: [B, K].
 
     Through log-softmax on both sides: neither a probability of zero nor a logit of -1000 gives a NaN.
     """
     log_p = F.log_softmax(z_t / temperature, dim=1)
     log_q = F.log_softmax(z_s / temperature, dim=1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1) * temperature**2
+
+
+def soft_term(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """The mean of soft_rows."""
+    return soft_rows(z_s, z_t, temperature).mean()
+
+
+def z_score(z: torch.Tensor) -> torch.Tensor:
+    """(z - mean) / (standard deviation + 1e-7) of each row (Sun et al. 2024, arXiv 2403.01427, algorithm 1)."""
+    return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
 
 @dataclass(frozen=True)
@@ -26,18 +45,20 @@ class KD(Loss):
     """Knowledge distillation, Hinton, Vinyals and Dean 2015 (arXiv 1503.02531, section 2).
 
     loss = T² KL(softmax(z_t / T) || softmax(z_s / T)): teacher first, sum over the classes, mean over the
-    rows. T² is inside, so that the gradient keeps its size when T changes.
+    rows. T² is inside, so that the gradient keeps its size when T changes. standardize: of z-scored logits
+    (Sun et al. 2024, arXiv 2403.01427), usually with T = 2 and a weight of 9.
     """
 
     weight: float | Ramp = 1.0
     temperature: float | Ramp = 4.0
+    standardize: bool = False
     name: ClassVar[str] = "kd"
-    needs_labels: ClassVar[bool] = False
-    needs_logits: ClassVar[bool] = True
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        assert target.logits is not None
-        return soft_term(student.logits, target.logits, fixed(self.temperature))
+        z_s, z_t = student.logits, teacher_logits(student, target)
+        if self.standardize:
+            z_s, z_t = z_score(z_s), z_score(z_t)
+        return soft_term(z_s, z_t, fixed(self.temperature))
 
 
 @dataclass(frozen=True)
@@ -50,9 +71,93 @@ class LogitMSE(Loss):
 
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "logit_mse"
-    needs_labels: ClassVar[bool] = False
-    needs_logits: ClassVar[bool] = True
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        assert target.logits is not None
-        return F.mse_loss(student.logits, target.logits)
+        return F.mse_loss(student.logits, teacher_logits(student, target))
+
+
+@dataclass(frozen=True)
+class Output(Loss):
+    """The output half of the teacher-student cost function lambda1 cost(outputs) + lambda2 cost(hidden layers).
+
+    kind=kl: as `kd`; mse: as `logit_mse`; soft_ce: -T² sum_c softmax(z_t / T)_c log softmax(z_s / T)_c, mean over
+    the rows, with the gradient of kl. Its weight is lambda1; that of `hint` beside it is lambda2 and then 0.5 too,
+    unless said.
+    """
+
+    weight: float | Ramp = 0.5
+    kind: str = "kl"
+    temperature: float | Ramp = 4.0
+    name: ClassVar[str] = "output"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("kl", "mse", "soft_ce"):
+            raise WrongCommand(f"loss 'output': kind={self.kind} is none of kl, mse, soft_ce")
+
+    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+        z_s, z_t, t = student.logits, teacher_logits(student, target), fixed(self.temperature)
+        if self.kind == "mse":
+            return F.mse_loss(z_s, z_t)
+        if self.kind == "kl":
+            return soft_term(z_s, z_t, t)
+        return -(F.softmax(z_t / t, dim=1) * F.log_softmax(z_s / t, dim=1)).sum(1).mean() * t**2
+
+
+@dataclass(frozen=True)
+class WSLD(Loss):
+    """Weighted soft labels, Zhou et al. 2021 (arXiv 2102.00650, equation 8).
+
+    loss = T² mean of w H(softmax(z_t / T), softmax(z_s / T)), H the cross entropy, w = 1 - exp(-l_s / l_t) without
+    gradient, l_s and l_t the cross entropies with the label: less of the teacher where the student does better
+    than it. Mean over the labelled rows.
+    """
+
+    weight: float | Ramp = 2.25
+    temperature: float | Ramp = 4.0
+    name: ClassVar[str] = "wsld"
+    needs_labels: ClassVar[bool] = True
+
+    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+        z_s, z_t, t = student.logits, teacher_logits(student, target), fixed(self.temperature)
+        mine, known = label_terms(z_s.detach(), target)
+        theirs = label_terms(z_t, target)[0]
+        w = 1 - torch.exp(-mine / (theirs + 1e-7))
+        soft = -(F.softmax(z_t / t, dim=1) * F.log_softmax(z_s / t, dim=1)).sum(1) * t**2
+        return mean_of(w * soft, known)
+
+
+class Temperature(nn.Module):
+    """A temperature start + span sigmoid(theta) that is learned against the student."""
+
+    def __init__(self, start: float, span: float):
+        super().__init__()
+        self.start, self.span = start, span
+        self.theta = nn.Parameter(torch.ones(1))
+
+    def forward(self, reversal: float) -> torch.Tensor:
+        """The temperature [1]. Backward, its gradient is multiplied by -reversal."""
+        t = self.start + self.span * torch.sigmoid(self.theta)
+        return t.detach() - reversal * (t - t.detach())
+
+
+@dataclass(frozen=True)
+class CTKD(Loss):
+    """Curriculum temperature, Li et al. 2023 (arXiv 2211.16231, section 3.2, the global temperature).
+
+    loss = `kd` with T = start + span sigmoid(theta), theta trained to make it larger: its gradient is turned round
+    and multiplied by lambda = (1 - cos(pi r)) / 2, r the knob `reversal`, which rises to 1 in the first 10 epochs.
+    """
+
+    weight: float | Ramp = 1.0
+    start: float = 1.0
+    span: float = 20.0
+    reversal: float | Ramp = Ramp(0.0, 1.0, 10)  # noqa: RUF009 (frozen)
+    name: ClassVar[str] = "ctkd"
+
+    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+        return Temperature(self.start, self.span)
+
+    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+        assert module is not None
+        strength = (1 - torch.cos(torch.tensor(torch.pi * fixed(self.reversal)))) / 2
+        return soft_term(student.logits, teacher_logits(student, target), module(float(strength)))

@@ -26,6 +26,7 @@ from .from_torchvision import from_torchvision, is_known
 from .mlp import mlp
 from .mobilenet import MobileNetV2
 from .shufflenet import ShuffleNetV1, ShuffleNetV2
+from .simkd import parts_of, simkd
 from .vgg import VGG
 from .wide_resnet import WideResNet
 
@@ -53,6 +54,8 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     A user's own `module:factory` is called as factory(classes=, channels=, size=).
     Raises WrongCommand for a name that is in no table, or an argument that does not fit.
     """
+    if parts := parts_of(arch):
+        return _through_teachers_head(*parts, classes, channels, size)
     name, colon, argument = arch.partition(":")
     if name in MODELS:
         return MODELS[name](argument, classes, channels, size)
@@ -79,6 +82,15 @@ def _users_own(module: str, factory: str, classes: int, channels: int, size: int
     if not isinstance(network, nn.Module):
         raise WrongCommand(f"arch '{module}:{factory}' gave a {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+def _through_teachers_head(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
+    backbone = build(arch, classes, channels, size)
+    own = head_of(backbone, classes)
+    names = [name for name, module in backbone.named_modules() if module is own and name]
+    if not names:
+        raise WrongCommand(f"arch '{arch}' has no last linear layer that a teacher's could take the place of")
+    return simkd(backbone, names[0], layer, width, classes, torch.zeros(1, channels, size, size))
 
 
 def head_of(network: nn.Module, classes: int) -> nn.Linear | None:

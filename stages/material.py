@@ -1,0 +1,177 @@
+"""What a student is trained from: a cache and its transfer set, known to belong together, and what losses ask."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.errors import Refused, WrongCommand
+from data.transfer_set import Labels, TransferSet
+from pipeline.cache import Cache
+from pipeline.losses import Loss, parse_losses
+from pipeline.losses.hint import ConcatHint
+from pipeline.losses.through_head import SimKD, head_for
+from pipeline.metrics import evaluate
+from pipeline.models import build
+from pipeline.models.prepared import Preparation
+from pipeline.models.simkd import SimKDStudent, arch_of
+from pipeline.proof import probe
+from pipeline.records import Bank, Head, Known
+from pipeline.statistic import derived, source_of
+from pipeline.stream import Stream
+
+from .check_cache import data_of
+from .command_line import remake
+from .held_out import HeldOut
+from .runs import device_of
+from .settings import StudentSettings
+
+_BANK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all seeds share. taps: those that are read of the cache; teacher: {split: logits [N, K] in index order}."""
+
+    cache: Cache
+    transfer_set: TransferSet
+    losses: tuple[Loss, ...]
+    taps: tuple[str, ...]
+    preparation: Preparation
+    device: torch.device
+    held_out: dict[str, HeldOut]
+    teacher: dict[str, torch.Tensor]
+    head: Head | None  # the teacher's last layer, where a loss asks for it
+
+    @staticmethod
+    def open(settings: StudentSettings) -> "Material":
+        """Read and check everything before the first step. Raises Refused or WrongCommand."""
+        cache = Cache(Path(settings.cache))
+        losses = _losses(settings, cache)
+        taps = _cached_taps(settings, cache, losses)
+        _check_draws(settings, cache)
+        transfer_set = data_of(cache, settings.data, Path(settings.data_root))
+        labels = transfer_set.splits["train"].labels
+        _check_labels(settings, losses, labels, len(transfer_set.classes))
+        probe(cache, transfer_set, settings.draws)
+        device = device_of(settings.device)
+        splits = [split for split in ("val", "test") if split in transfer_set.splits]
+        return Material(
+            cache, transfer_set, losses, taps,
+            # The student's input is normalised as the teacher's, at the size of the views themselves.
+            replace(cache.preparation, size=cache.views.size), device,
+            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in splits},
+            {s: _teacher_logits(cache, s) for s in splits},
+            cache.head() if any(loss.needs_head for loss in losses) else None,
+        )  # fmt: skip
+
+    def arch(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> str:
+        """The arch that is asked for; with `simkd`, led through the teacher's last layer."""
+        simkd = next((loss for loss in losses if isinstance(loss, SimKD)), None)
+        if simkd is None:
+            return settings.arch
+        width = self.cache.manifest.taps[self.taps[0]][0]
+        head_for(simkd, Known(self.head), width)
+        return arch_of(settings.arch, simkd.through(), width)
+
+    def network(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> nn.Module:
+        """The network that these losses train, with the initial weights of its seed."""
+        torch.manual_seed(settings.seed)
+        arch = self.arch(settings, losses)
+        network = build(arch, self.cache.classes, self.preparation.channels, self.preparation.size)
+        if isinstance(network, SimKDStudent) and self.head is not None:
+            network.answer_through(self.head)
+        return network
+
+    def known(self, labels: Labels) -> Known:
+        """What losses may ask of the teacher beside its rows. labels [N]: of the training split, -1 where hidden."""
+        cache = self.cache
+
+        def bank(tap: str) -> Bank:
+            """Rows of the first draw: all, or so many as 1 GiB holds. (Rows are stored in a mixed order.)"""
+            source = source_of(tap, cache.manifest.taps)
+            assert source is not None
+            size = 2 * int(np.prod(cache.manifest.taps[source]))
+            positions = np.arange(min(len(labels), max(1, _BANK_BYTES // size)))
+            features = derived(cache.stored("train", 0, positions, (source,))[1], (tap,))[tap].half()
+            index = cache.order("train")[positions]
+            return Bank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
+
+        return Known(self.head, bank)
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """Every figure of a student on each held-out split."""
+        return {
+            split: evaluate(rows.logits(model), rows.labels, self.teacher[split].numpy())
+            for split, rows in self.held_out.items()
+        }
+
+    def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
+        """The training stream of one seed."""
+        order = self.cache.order("train")
+        rows = np.flatnonzero(labels[order] >= 0) if only_labelled else np.arange(len(order))
+        return Stream(
+            self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
+            labels, rows, settings.draws, self.cache, self.taps, targets, settings.workers,
+        )  # fmt: skip
+
+
+def _losses(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
+    """The losses of a run on this cache. Raises WrongCommand for those that it cannot serve, or that do not exist."""
+    cached = tuple(cache.manifest.taps)
+    losses = tuple(
+        loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(settings.loss)
+    )
+    if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.one_label]):
+        raise WrongCommand(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
+    if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):
+        raise WrongCommand(f"loss '{wrong[0]}' needs the teacher's last linear layer, and this teacher has none")
+    return losses
+
+
+def _cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
+    """The cached taps that the losses' own can be had from. Raises Refused with the command that adds the missing."""
+    asked = dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps())
+    there = list(cache.manifest.taps)
+    missing = [tap for tap in asked if source_of(tap, there) is None]
+    if missing:
+        have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
+        more = _more(settings, cache, taps=",".join([*there, *missing]))
+        raise Refused(f"the cache '{settings.cache}' {have}. Add them with  {more}")
+    return tuple(dict.fromkeys(source for tap in asked if (source := source_of(tap, there))))
+
+
+def _check_draws(settings: StudentSettings, cache: Cache) -> None:
+    if settings.draws > cache.manifest.draws:
+        have = f"the cache '{settings.cache}' has {cache.manifest.draws}"
+        more = _more(settings, cache, draws=settings.draws)
+        raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
+
+
+def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
+    """The command that adds to the cache, for the data as they lie here."""
+    here = {"data": settings.data} if settings.data else {}
+    return remake(cache, out=settings.cache, data_root=settings.data_root, **here, **changes)
+
+
+def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: int) -> None:
+    unlabelled = bool((labels < 0).any())
+    wanting = [loss.name for loss in losses if loss.needs_labels]
+    if unlabelled and wanting:
+        raise WrongCommand(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
+    if unlabelled and (settings.baseline or settings.labelled or settings.finetune_epochs):
+        flag = "baseline" if settings.baseline else "labelled" if settings.labelled else "finetune-epochs"
+        raise WrongCommand(f"--{flag} needs labels, and these pictures have none: leave it out")
+    if settings.labelled and not classes <= settings.labelled <= len(labels):
+        raise WrongCommand(f"--labelled {settings.labelled} is not between {classes} classes and {len(labels)} rows")
+
+
+def _teacher_logits(cache: Cache, split: str) -> torch.Tensor:
+    order = cache.order(split)
+    logits = cache.targets(split, 0, np.arange(len(order)))[0]
+    by_index = torch.empty_like(logits)
+    by_index[torch.from_numpy(order)] = logits
+    return by_index
