@@ -28,13 +28,15 @@ options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
 
 MACHINE := DEVICE PRECISION WORKERS JSON
-TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHEDULE WARMUP CLIP_NORM EMA SEED RESUME
+TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHEDULE MILESTONES WARMUP CLIP_NORM EMA \
+  KEEP_EVERY SEED RESUME
+DISTILLING := RECIPE DRAWS ARCH FINETUNE_EPOCHS FINETUNE_LEARNING_RATE
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE SHARD_ROWS LICENSE
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
-KNOWN := PYTHON VENV DATA CACHE ARCHS ARCH LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  $(MACHINE) $(TRAINING) $(STAGE_ONE)
+KNOWN := PYTHON VENV DATA CACHE ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
+  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS $(DISTILLING) $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
 
@@ -49,7 +51,7 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students check-cache lint test slow torture check clean
+.PHONY: help install teacher teacher-cache student students born-again methods check-cache lint test slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -69,13 +71,25 @@ student: ## stage two: train a student from the cache, which is made when there 
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
 	$(QUIET)$(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) \
-	  $(call options,DRAWS ARCH LABELLED BASELINE SEEDS OUT $(TRAINING) $(MACHINE))
+	  $(call options,$(DISTILLING) LABELLED BASELINE SEEDS OUT $(TRAINING) $(MACHINE))
 
 students: ## several students from the one cache: ARCHS="mlp:32 mlp:64 cnn"
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
 	$(QUIET)for arch in $(ARCHS); do $(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) --arch $$arch \
-	  $(call options,DRAWS LABELLED BASELINE SEEDS $(TRAINING) $(MACHINE)); done
+	  $(call options,$(filter-out ARCH,$(DISTILLING)) LABELLED BASELINE SEEDS $(TRAINING) $(MACHINE)); done
+
+born-again: ## a chain of students, each the next one's teacher: GENERATIONS=3, or ARCHS=resnet32+resnet20+resnet8
+	$(call ensure,$(RUNS_ON))
+	$(make-cache)
+	$(QUIET)$(STAGES) born-again $(WHERE) --cache '$(CACHE)' $(LOSSES) \
+	  $(call options,$(if $(filter command%,$(origin ARCHS)),ARCHS) GENERATIONS BASELINE $(DISTILLING) OUT $(TRAINING) $(MACHINE))
+
+methods: ## one student by every loss on one cache, gains and costs: DATA= ARCH= LAYERS=layer1+layer2+layer3 ONLY=kd,dkd
+	$(call ensure,$(RUNS_ON))
+	$(make-cache)
+	$(QUIET)$(STAGES) methods $(WHERE) --cache '$(CACHE)' \
+	  $(call options,ONLY LAYERS STUDENT_LAYERS TIME_STEPS $(DISTILLING) OUT $(TRAINING) $(MACHINE))
 
 # A cache is made when there is none; it is compared with what is asked for when something is.
 define make-cache

@@ -57,7 +57,12 @@ def statistic(x: torch.Tensor, kind: str, tap: str = "") -> torch.Tensor:
 
 
 def as_map(x: torch.Tensor) -> torch.Tensor:
-    """A vector [B, C] as a map [B, C, 1, 1]; a map stays."""
+    """A vector [B, C] as a map [B, C, 1, 1]; a map stays. Raises WrongCommand for what is neither."""
+    if x.ndim not in (2, 4):
+        shape = "x".join(map(str, x.shape[1:]))
+        raise WrongCommand(
+            f"features of {shape} are neither a map CxHxW nor a vector: choose another layer, or its pool"
+        )
     return x[:, :, None, None] if x.ndim == 2 else x
 
 

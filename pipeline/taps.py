@@ -37,7 +37,11 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if not isinstance(output, torch.Tensor):
                 raise WrongCommand(f"tap '{tap}' gives a {type(output).__name__}, not one tensor")
-            kept[tap] = output.clone() if kind == "map" else statistic(output.float(), kind, path)
+            if kind == "map":
+                kept[tap] = output.clone()
+                return
+            with torch.autocast(output.device.type, enabled=False):  # a product of matrices would be rounded again
+                kept[tap] = statistic(output.float(), kind, path)
 
         handle: RemovableHandle = modules[path].register_forward_hook(hook)
         return handle

@@ -8,7 +8,17 @@ import click
 
 from . import __version__
 from .options import given, options
-from .settings import CacheSettings, CheckSettings, EvaluateSettings, PackSettings, StudentSettings, TeacherSettings
+from .settings import (
+    BornAgainSettings,
+    CacheSettings,
+    CheckSettings,
+    EvaluateSettings,
+    ListSettings,
+    MethodsSettings,
+    PackSettings,
+    StudentSettings,
+    TeacherSettings,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -45,6 +55,46 @@ def student(context: click.Context, /, **_: Any) -> None:
     from . import student as stage
 
     stage.run(*given(context, StudentSettings))
+
+
+@commands.command("born-again")
+@options(BornAgainSettings)
+@click.pass_context
+def born_again(context: click.Context, /, **_: Any) -> None:
+    """A chain of students, each the teacher of the next; --archs makes it one of teacher assistants."""
+    from . import born_again as stage
+
+    stage.run(*given(context, BornAgainSettings))
+
+
+@commands.command("methods")
+@options(MethodsSettings)
+@click.pass_context
+def methods(context: click.Context, /, **_: Any) -> None:
+    """Train one arch by every loss on one cache, and compare what each gains and costs."""
+    from . import methods as stage
+
+    stage.run(*given(context, MethodsSettings))
+
+
+@commands.command("losses")
+@options(ListSettings)
+@click.pass_context
+def losses(context: click.Context, /, **_: Any) -> None:
+    """Every loss, its knobs and what it reads."""
+    from . import list_losses as stage
+
+    stage.run(given(context, ListSettings)[0])
+
+
+@commands.command("recipes")
+@options(ListSettings)
+@click.pass_context
+def recipes(context: click.Context, /, **_: Any) -> None:
+    """Published recipes for --recipe, with their sources."""
+    from . import recipes as stage
+
+    stage.run(given(context, ListSettings)[0])
 
 
 @commands.command("evaluate")

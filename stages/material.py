@@ -47,12 +47,20 @@ class Material:
     head: Head | None  # the teacher's last layer, where a loss asks for it
 
     @staticmethod
-    def open(settings: StudentSettings) -> "Material":
-        """Read and check everything before the first step. Raises Refused or WrongCommand."""
-        cache = Cache(Path(settings.cache))
+    def open(settings: StudentSettings, like: "Material | None" = None) -> "Material":
+        """Read and check everything before the first step. Raises Refused or WrongCommand.
+
+        like: of the same cache and data, opened before; then only what the losses ask is looked at again.
+        """
+        cache = like.cache if like else Cache(Path(settings.cache))
         losses = _losses(settings, cache)
         taps = _cached_taps(settings, cache, losses)
         _check_draws(settings, cache)
+        head = cache.head() if any(loss.needs_head for loss in losses) else None
+        if like:
+            labels = like.transfer_set.splits["train"].labels
+            _check_labels(settings, losses, labels, len(like.transfer_set.classes))
+            return replace(like, losses=losses, taps=taps, head=head)
         transfer_set = data_of(cache, settings.data, Path(settings.data_root))
         labels = transfer_set.splits["train"].labels
         _check_labels(settings, losses, labels, len(transfer_set.classes))
@@ -65,7 +73,7 @@ class Material:
             replace(cache.preparation, size=cache.views.size), device,
             {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in splits},
             {s: _teacher_logits(cache, s) for s in splits},
-            cache.head() if any(loss.needs_head for loss in losses) else None,
+            head,
         )  # fmt: skip
 
     def arch(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> str:
@@ -80,11 +88,14 @@ class Material:
     def network(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> nn.Module:
         """The network that these losses train, with the initial weights of its seed."""
         torch.manual_seed(settings.seed)
-        arch = self.arch(settings, losses)
-        network = build(arch, self.cache.classes, self.preparation.channels, self.preparation.size)
+        network = self.build(self.arch(settings, losses))
         if isinstance(network, SimKDStudent) and self.head is not None:
             network.answer_through(self.head)
         return network
+
+    def build(self, arch: str) -> nn.Module:
+        """A network for these data, with fresh weights."""
+        return build(arch, self.cache.classes, self.preparation.channels, self.preparation.size)
 
     def known(self, labels: Labels) -> Known:
         """What losses may ask of the teacher beside its rows. labels [N]: of the training split, -1 where hidden."""

@@ -30,13 +30,25 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
     settings are those the run was begun with, and what the command says besides must agree with them.
     Raises WrongCommand for a folder that holds something else.
     """
+    milestones_of(settings)
     if settings.resume:
         return _resumed(settings, said)
-    folder = Path(settings.out) if settings.out else _free(default)
+    folder = Path(settings.out) if settings.out else free_run(default)
     if folder.exists() and (not folder.is_dir() or any(not _left_over(path) for path in folder.iterdir())):
         other = _others(folder, settings)
         raise WrongCommand(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
     return replace(settings, out=str(folder)), folder
+
+
+def milestones_of(settings: TeacherSettings | StudentSettings) -> list[float]:
+    """The shares of the training at which the schedule goes down. Raises WrongCommand for what is none."""
+    try:
+        shares = [float(text) for text in settings.milestones.split(",")]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 < share < 1 for share in shares):
+        raise WrongCommand(f"--milestones {settings.milestones}: shares of the training, such as 0.5,0.75")
+    return shares
 
 
 def _left_over(path: Path) -> bool:
@@ -75,7 +87,15 @@ def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iter
         yield
 
 
-def _free(default: str) -> Path:
+def same_settings(folder: Path, settings: StudentSettings) -> None:
+    """Raise Refused, naming what differs, when a run was begun with other settings than these."""
+    kept = asdict(read_settings(folder, type(settings)))
+    if differ := _differing(json.loads(json.dumps(kept)), settings):
+        raise Refused(f"'{folder}' was begun with other settings ({'; '.join(differ[:4])}): choose another --out")
+
+
+def free_run(default: str) -> Path:
+    """runs/default-1, -2 …: the first that is not there."""
     numbers = range(1, 1_000_000)
     return next(p for n in numbers if not (p := Path("runs") / f"{default}-{n}").exists())
 

@@ -71,12 +71,14 @@ class Training:
     nesterov: bool = knob(True, "Nesterov momentum.", switch=True)
     weight_decay: float = knob(-1.0, "On all weights; by recipe.", least=0)
     schedule: str = knob(
-        "cosine", "Learning rate; step: a tenth at 1/2, again at 3/4.", choices=("cosine", "step", "constant")
+        "cosine", "Learning rate; step: a tenth at each of --milestones.", choices=("cosine", "step", "constant")
     )
+    milestones: str = knob("0.5,0.75", "Shares of the training at which the schedule `step` goes down.")
     warmup: float = knob(0.02, "Share of the steps in which the learning rate rises.", least=0, most=0.9)
     clip_norm: float = knob(0.0, "Clip the gradient's norm to this; 0 does not.", least=0)
     ema: float = knob(0.0, "Decay of a moving average of the weights, then the result; 0: off.", least=0, most=0.99999)
     seed: int = knob(0, "Of initial weights and order.", least=0, most=2**31)
+    keep_every: int = knob(0, "Keep the weights of every so many epochs as well: teachers stopped early.", least=0)
     out: str = knob("", "Folder of the run; a new one under runs/ when not given.")
     resume: bool = knob(False, "Continue the run in --out, with the settings it was begun with.")
 
@@ -113,6 +115,7 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     """`stages student`: train a student from a cache, with no teacher."""
 
     cache: str = knob("", "Folder of the cache; caches/DATA when not given.")
+    recipe: str = knob("", "A published recipe fills in what is not said: see `stages recipes`.")
     draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
     arch: str = knob("", _ARCHS)
     loss: tuple[str, ...] = knob((), "A term, repeatable: kd:temperature=4,weight=0.9; all: stages losses; by recipe.")
@@ -121,6 +124,31 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     labelled: int = knob(0, "Only so many rows, drawn by class, keep their hard targets; 0: all.", least=0)
     baseline: bool = knob(False, "Train the same student from hard targets alone as well.")
     seeds: int = knob(1, "Train so many seeds, from --seed on; report mean and spread.", least=1, most=1000)
+
+
+@dataclass(frozen=True)
+class BornAgainSettings(StudentSettings):
+    """`stages born-again`: students that become teachers."""
+
+    generations: int = knob(3, "So many students, each taught by the one before.", least=1, most=100)
+    archs: str = knob("", "Their archs, joined by +, for a chain of teacher assistants: resnet32+resnet20+resnet8.")
+
+
+@dataclass(frozen=True)
+class MethodsSettings(StudentSettings):
+    """`stages methods`: every loss on one cache."""
+
+    # One training for all: without it logit regression and class attention diverged in their first epoch.
+    clip_norm: float = knob(1.0, "Clip the gradient's norm to this; 0 does not.", least=0)
+    only: str = knob("", "Only these methods, joined by commas; hard is always there.")
+    layers: str = knob("", "Layers of the teacher, shallow to deep, joined by +; those that are cached.")
+    student_layers: str = knob("", "Layers of the student to go with them; the same names.")
+    time_steps: int = knob(10, "Steps of each method that are timed in each of 7 interleaved rounds.", least=1)
+
+
+@dataclass(frozen=True)
+class ListSettings(Output):
+    """`stages recipes` and `stages losses`."""
 
 
 @dataclass(frozen=True)

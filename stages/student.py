@@ -24,7 +24,8 @@ from pipeline.models.weights import load_state, read_state
 from .command_line import this_program
 from .console import Console
 from .material import Material
-from .runs import begin_run, machine, open_run, peak_memory, read_json, unfinished, versions
+from .recipes import fill_in
+from .runs import begin_run, machine, open_run, peak_memory, read_json, same_settings, unfinished, versions
 from .settings import StudentSettings
 from .table import print_table
 from .teacher import row_name
@@ -35,15 +36,14 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     """Cache and data, checked against each other; then seed after seed; then the result."""
     console = Console(settings.json)
     if not settings.resume:
-        settings = with_recipe(settings)
+        settings = with_recipe(fill_in(settings, said))
     settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
     if "out" not in said:
         for stopped in unfinished(settings, folder):
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
-    with begin_run(settings, folder):
-        result = _trained(settings, material, folder, console)
+    result = train(settings, material, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
     print_table(result, console)
@@ -54,8 +54,22 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     console.say(f"next:  {this_program()} student{data} --cache {quote(settings.cache)} --arch {other} --baseline")
 
 
-def _trained(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
+def train_or_go_on(settings: StudentSettings, material: Material, console: Console) -> dict[str, Any]:
+    """The same in settings.out, where it may have been begun or finished. Raises Refused for other settings there."""
+    folder = Path(settings.out)
+    if (folder / "settings.json").exists():
+        same_settings(folder, settings)
+        settings = replace(settings, resume=True)
+    return train(settings, material, folder, console)
+
+
+def train(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
     """Seed after seed in a run's folder; its result.json."""
+    with begin_run(settings, folder):
+        return _seeds(settings, material, folder, console)
+
+
+def _seeds(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
     _same_shards(settings, material, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
@@ -156,16 +170,7 @@ def _train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train one network and measure it on the held-out splits. labels [N]: -1 where hidden."""
     preparation = material.preparation
-    model = Prepared(network, preparation).to(material.device)
-    cost = multiply_adds(network, preparation.channels, preparation.size)
-    only_labelled = all(loss.needs_labels for loss in losses)
-    targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
-    stream = material.stream(settings, labels, only_labelled, targets)
-    steps = material.stream(settings, labels, False, targets).steps_per_round
-    job = Job(
-        name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost,
-        known=material.known(labels),
-    )  # fmt: skip
+    job = job_of(name, settings, material, network, losses, labels, folder)
     seconds = fit(job, material.held_out["val"], console)
     figures: dict[str, Any] = {
         "arch": material.arch(settings, material.losses if name != "baseline" else losses),
@@ -173,9 +178,27 @@ def _train(
         "parameters": parameters(network),
         "multiply_adds": job.multiply_adds,
         "seconds": seconds,
-        "images_per_second": settings.epochs * steps * len(stream.rows) / stream.steps_per_round / seconds,
+        "images_per_second": settings.epochs * job.steps * len(job.stream.rows) / job.stream.steps_per_round / seconds,
     }
-    return figures | material.measure(model)
+    return figures | material.measure(job.model)
+
+
+def job_of(
+    name: str, settings: StudentSettings, material: Material, network: nn.Module, losses: tuple[Loss, ...],
+    labels: Labels, folder: Path,
+) -> Job:  # fmt: skip
+    """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
+    preparation = material.preparation
+    model = Prepared(network, preparation).to(material.device)
+    cost = multiply_adds(network, preparation.channels, preparation.size)
+    only_labelled = all(loss.needs_labels for loss in losses)
+    targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
+    stream = material.stream(settings, labels, only_labelled, targets)
+    steps = material.stream(settings, labels, False, targets).steps_per_round
+    return Job(
+        name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost,
+        known=material.known(labels),
+    )  # fmt: skip
 
 
 def _whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -42,8 +42,14 @@ from .which_teacher import teacher_of
 
 
 def run(settings: CacheSettings) -> None:
-    """Data, views, teacher; then shard after shard; then the manifest."""
+    """Make the cache, and say what it is."""
     console = Console(settings.json)
+    settings, manifest = make(settings, console)
+    _report(manifest, settings, console)
+
+
+def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Manifest]:
+    """Data, views, teacher; then shard after shard; then the manifest. The settings come back with the recipe in."""
     settings, views, taps = _checked(settings)
     transfer_set = load(
         settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
@@ -60,7 +66,7 @@ def run(settings: CacheSettings) -> None:
     except OtherCache as error:
         right = command("teacher-cache", settings, out=free_name(settings.out))
         raise Refused(f"{error}\nMake the one that is asked for with  {right}") from None
-    _report(manifest, settings, console)
+    return settings, manifest
 
 
 def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[str, ...]]:

@@ -26,6 +26,7 @@ from .checkpoint import CHECKPOINT, LINES, State, publish_tensors, seconds_of
 from .command_line import this_program
 from .console import Console, LongWork, bar
 from .held_out import HeldOut, autocast
+from .runs import milestones_of
 from .settings import StudentSettings, TeacherSettings
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
@@ -62,7 +63,7 @@ class Job:
         if self.settings.schedule == "cosine":
             return 0.5 * (1 + float(np.cos(np.pi * progress)))
         if self.settings.schedule == "step":
-            return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+            return float(0.1 ** sum(progress >= share for share in milestones_of(self.settings)))
         return 1.0
 
 
@@ -71,17 +72,19 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
-    Raises Refused when a loss is no longer finite, Interrupted on Ctrl-C.
+    Raises Refused when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
     """
     make_folder(job.folder)
     finished = job.folder / f"{job.name}.pt"
-    remove_leftovers(job.folder, (CHECKPOINT, LINES, finished.name))
+    remove_leftovers(
+        job.folder, (CHECKPOINT, LINES, finished.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
+    )
     if finished.is_file():
         load_state(job.model.network, read_state(finished), str(finished))
         (job.folder / CHECKPOINT).unlink(missing_ok=True)  # stopped between the two
         return seconds_of(job.folder)
     taps = tuple(dict.fromkeys(tap for loss in job.losses for tap in loss.student_taps()))
-    state = State.begin(job.model, _loss_modules(job, taps), job.settings, job.rate)
+    state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
     first = state.restore(job.folder, job.device)
     threads = torch.get_num_threads()
     if job.multiply_adds * job.stream.batch_size < _WORTH_THREADS:
@@ -95,8 +98,7 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
     finally:
         torch.set_num_threads(threads)
     job.model.load_state_dict(state.result.state_dict())
-    weights = {name: value.detach().cpu() for name, value in job.model.network.state_dict().items()}
-    publish_tensors(finished, weights)
+    _publish_weights(finished, job.model)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return seconds_of(job.folder)
 
@@ -116,10 +118,26 @@ def _epochs(job: Job, state: State, first: int, taps: tuple[str, ...], held_out:
         for epoch in range(first, job.epochs):
             begun = time.monotonic()
             terms = _epoch(job, state, epoch, batches, kept, done)
-            seen = summary(held_out.logits(state.result), held_out.labels)
+            logits = held_out.logits(state.result)
+            if not np.isfinite(logits).all():  # the last step can be the one too many
+                raise _diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
+            seen = summary(logits, held_out.labels)
             line = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
             shown.set_postfix({name: f"{value:.4g}" for name, value in line.items() if name != "epoch"}, refresh=False)
+            if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
+                _publish_weights(job.folder / _kept(job, epoch), state.result)
             state.keep(job.folder, line | {"seconds": round(time.monotonic() - begun, 4)})
+
+
+def _kept(job: Job, epoch: int) -> str:
+    """The file of the weights after an epoch, counted from 0."""
+    return f"{job.name}-{epoch + 1:04d}.pt"
+
+
+def _publish_weights(path: Path, model: nn.Module) -> None:
+    """The weights of the network alone, as teacher-cache --weights reads them."""
+    network = model.get_submodule("network").state_dict()
+    publish_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
 
 
 def _epoch(
@@ -129,20 +147,24 @@ def _epoch(
     losses = [at(loss, epoch, job.epochs) for loss in job.losses]
     sums = torch.zeros(len(losses), device=job.device)
     job.model.train()
-    for step in range(epoch * job.steps, (epoch + 1) * job.steps):
-        sums += _step(job, state, next(batches).to(job.device), losses, kept)
-        done(step + 1)
-    means = dict(zip(_names(losses), (sums / job.steps).tolist(), strict=True))  # the one synchronisation of an epoch
+    for number in range(epoch * job.steps, (epoch + 1) * job.steps):
+        sums += step(job, state, next(batches).to(job.device), losses, kept)
+        done(number + 1)
+    means = dict(zip(names(losses), (sums / job.steps).tolist(), strict=True))  # the one synchronisation of an epoch
     for name, mean in means.items():
         if not np.isfinite(mean):
-            raise Refused(
-                f"training the {job.name} diverged: the term '{name}' is {mean} in epoch {epoch + 1}."
-                f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
-            )
+            raise _diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
     return {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
 
 
-def _step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
+def _diverged(job: Job, how: str) -> Refused:
+    return Refused(
+        f"training the {job.name} diverged: {how}."
+        f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
+    )
+
+
+def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
     """One step of the optimiser; the weighted terms, detached."""
     with autocast(job.device, job.settings.precision):
         logits = job.model(batch.views)
@@ -153,7 +175,7 @@ def _step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: 
     terms = torch.stack(
         [
             fixed(loss.weight) * loss(outputs, batch, state.modules.get(name))
-            for name, loss in zip(_names(losses), losses, strict=True)
+            for name, loss in zip(names(losses), losses, strict=True)
         ]
     )
     state.optimizer.zero_grad(set_to_none=True)
@@ -183,13 +205,13 @@ def _with_taps(job: Job, batch: TargetBatch) -> TargetBatch:
     return replace(batch, features=derived(batch.features, asked)) if asked else batch
 
 
-def _names(losses: Sequence[Loss]) -> list[str]:
+def names(losses: Sequence[Loss]) -> list[str]:
     """A name for each term: `kd`, and `hint-0`, `hint-1` where there are several of a kind."""
     kinds = [loss.name for loss in losses]
     return [kind if kinds.count(kind) == 1 else f"{kind}-{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
 
 
-def _loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
+def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     """The losses' own trainable parts, made from the shapes of one batch."""
     batch = next(job.stream.batches(0, 1)).rows(0, 2).to(job.device)
     job.model.eval()
@@ -199,6 +221,6 @@ def _loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     if batch.logits is not None and batch.logits.shape[1:] != outputs.logits.shape[1:]:
         raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[1]}")
     batch = _with_taps(job, batch)
-    named = zip(_names(job.losses), job.losses, strict=True)
+    named = zip(names(job.losses), job.losses, strict=True)
     made = {name: loss.module(outputs, batch, job.known) for name, loss in named}
     return {name: module.to(job.device) for name, module in made.items() if module is not None}

@@ -28,7 +28,7 @@ def stopped_after(steps: int) -> None:
     """From now on a training is interrupted after so many steps, in this process."""
     from stages import training
 
-    step, done = training._step, [0]
+    step, done = training.step, [0]
 
     def counted(*arguments: Any) -> Any:
         if done[0] == steps:
@@ -36,7 +36,7 @@ def stopped_after(steps: int) -> None:
         done[0] += 1
         return step(*arguments)
 
-    training._step = counted  # type: ignore[assignment]
+    training.step = counted  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_setting_of_a_run_that_no_command_could_have_given_is_named(
     from pipeline import stream
     from stages import training
 
-    monkeypatch.setattr(training, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(stream, "DataLoader", None)  # a billion workers are not to be started by a test
     for value in WRONG[name][: dose(2, 9)]:
         for run, line in ((half, "student --resume --out half"), (done, "evaluate done")):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensors import batch, labels_of, numbers
 from torch import nn
 
 from data.errors import WrongCommand
@@ -21,36 +22,6 @@ from pipeline.records import Known, Outputs, TargetBatch
 
 SHAPES = [(5, 10), (1, 10), (6, 2), (1, 2), (3, 1000)]
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
-
-
-def numbers(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    """float64 normal numbers."""
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def labels_of(B: int, K: int, seed: int = 5) -> torch.Tensor:
-    return torch.randint(K, (B,), generator=torch.Generator().manual_seed(seed))
-
-
-def batch(
-    B: int,
-    logits: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    features: dict[str, torch.Tensor] | None = None,
-    partner: torch.Tensor | None = None,
-    share: torch.Tensor | None = None,
-) -> TargetBatch:
-    """A batch with what a test needs."""
-    return TargetBatch(
-        index=torch.arange(B),
-        draw=0,
-        views=torch.zeros(B, 1, 2, 2, dtype=torch.uint8),
-        labels=torch.full((B,), -1) if labels is None else labels,
-        logits=logits,
-        features=features or {},
-        partner=partner,
-        share=share,
-    )
 
 
 def term(loss: Loss, student: torch.Tensor, target: TargetBatch) -> torch.Tensor:

@@ -20,6 +20,8 @@ TARGETS = [
     "teacher-cache",
     "student",
     "students",
+    "born-again",
+    "methods",
     "check-cache",
     "lint",
     "test",
@@ -64,6 +66,21 @@ def asked_for(*arguments: str) -> list[str]:
         ),
         ("teacher DATA=cifar10 ARCH=cnn EPOCHS=2", "teacher --data cifar10 --arch cnn --epochs 2"),
         ("check-cache CACHE=c DEEP=1", "check-cache c --data digits --deep"),
+        (
+            "born-again ARCHS=cnn+mlp:8 BASELINE=0 RECIPE=dkd FINETUNE_EPOCHS=2 OUT=r",
+            "born-again --data digits --cache caches/digits --archs cnn+mlp:8 --recipe dkd --finetune-epochs 2"
+            " --out r",
+        ),
+        (
+            "born-again GENERATIONS=2 KEEP_EVERY=5 MILESTONES=0.5",
+            "born-again --data digits --cache caches/digits --generations 2 --baseline --milestones 0.5"
+            " --keep-every 5",
+        ),
+        (
+            "methods ARCH=resnet8 ONLY=kd,hint LAYERS=layer2+layer3 CLIP_NORM=2",
+            "methods --data digits --cache caches/digits --only kd,hint --layers layer2+layer3 --arch resnet8"
+            " --clip-norm 2",
+        ),
         ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
     ],
 )

@@ -41,7 +41,7 @@ def weights(run: str) -> bytes:
 
 def stop_at_step(number: int, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when that step is about to be taken."""
-    step, taken = training._step, []
+    step, taken = training.step, []
 
     def stopping(*arguments: Any) -> torch.Tensor:
         taken.append(1)
@@ -49,7 +49,7 @@ def stop_at_step(number: int, patch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return step(*arguments)
 
-    patch.setattr(training, "_step", stopping)
+    patch.setattr(training, "step", stopping)
 
 
 def test_a_student_of_the_first_draws_comes_out_again_after_more_were_added(small: Path, stages: Stages) -> None:
@@ -83,13 +83,13 @@ def test_the_order_of_rows_does_not_depend_on_taps_that_a_student_does_not_use(
 ) -> None:
     """At the size at which logits alone fit into memory and logits with the tap do not: the order is that of both."""
     seen: dict[str, list[int]] = {"kd": [], "hint": []}
-    step = training._step
+    step = training.step
 
     def noted(job: Any, state: Any, batch: Any, *rest: Any) -> Any:
         seen[job.losses[0].name].extend(batch.index.tolist())
         return step(job, state, batch, *rest)
 
-    monkeypatch.setattr(training, "_step", noted)
+    monkeypatch.setattr(training, "step", noted)
     monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 200 * (2 * 10 + 4 * 3) + 1)
     for loss in ("kd", "hint:teacher=linear,student=relu1"):
         stages(*STUDENT, "--loss", loss, "--draws", "1")

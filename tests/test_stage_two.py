@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     asked = ("student", "--cache", tiny / "cache", *HARD_CASES[case], "--epochs", 4, "--batch-size", 60, "--seed", 7)
     stages(*asked, "--out", "whole")
 
-    step, taken = training._step, []
+    step, taken = training.step, []
 
     def stop_at_step_13(*arguments):  # type: ignore[no-untyped-def]
         taken.append(1)
@@ -191,7 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         return step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_step", stop_at_step_13)
+        patch.setattr(training, "step", stop_at_step_13)
         line = stages.fails(130, *asked, "--out", "stopped")
     assert "student --resume --out stopped" in line
     assert not Path("stopped/result.json").exists()
@@ -244,13 +244,13 @@ def test_seeds_give_mean_and_spread_and_each_is_a_run_of_its_own(tiny: Path, sta
 def test_hidden_labels_are_never_used(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     """--labelled 20: 20 rows keep their labels, by class; the baseline sees these rows alone, for as many steps."""
     seen: dict[str, list[TargetBatch]] = {"student": [], "baseline": []}
-    step = training._step
+    step = training.step
 
     def noted(job, state, batch, *rest):  # type: ignore[no-untyped-def]
         seen[job.name].append(batch)
         return step(job, state, batch, *rest)
 
-    monkeypatch.setattr(training, "_step", noted)
+    monkeypatch.setattr(training, "step", noted)
     losses = ("--loss", "kd", "--loss", "hard:weight=0.1")
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", *MORE, *losses, "--labelled", 20, "--baseline")
     assert len(seen["student"]) == len(seen["baseline"])
@@ -282,7 +282,13 @@ def test_mixup_views_carry_both_labels_and_their_shares(tiny: Path, stages: Stag
         found += bool(((mixed - view.float()).abs().flatten(1).max(1).values <= 0.51).any())
         assert int(label) == stream.labels[int(i)]
     assert found == len(batch.views)
-    stages("student", "--cache", tmp_path / "c", "--arch", "mlp:8", *MORE, "--loss", "hard", "--loss", "kd")
+    asked = ("student", "--cache", tmp_path / "c", "--arch", "mlp:8", *MORE)
+    stages(*asked, "--loss", "hard", "--loss", "kd")
+    for name in ("dkd", "nkd", "tf_kd"):
+        line = stages.fails(2, *asked, "--loss", name, "--out", "r")
+        assert f"loss '{name}' is of one label a view, and the cache's views are mixed of two" in line
+    assert not Path("r").exists()
+    stages(*asked, "--loss", "wsld:weight=0.1", "--out", "r")
 
 
 @pytest.mark.parametrize("loss", ["logit_mse:weight=0.01", "hint:teacher=pool1,student=pool1", "hard:smoothing=0.1"])
@@ -301,6 +307,25 @@ def test_a_student_that_diverges_stops_with_epoch_term_and_a_suggestion(tiny: Pa
     assert "the term 'logit_mse'" in line
     assert "in epoch " in line
     assert "Lower --learning-rate (now 1e+06)" in line
+    assert not Path("r/student.pt").exists()
+
+
+def test_a_last_step_that_was_too_large_is_seen_in_the_logits(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every term was finite, and the weights no longer are: neither figures nor weights are kept."""
+    step = training.step
+
+    def too_large(job, state, *rest):  # type: ignore[no-untyped-def]
+        terms = step(job, state, *rest)
+        with torch.no_grad():
+            next(job.model.parameters()).mul_(torch.nan)
+        return terms
+
+    monkeypatch.setattr(training, "step", too_large)
+    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:16", "--epochs", 1, "--batch-size", 300)
+    line = stages.fails(1, *asked, "--out", "r")
+    assert "training the student diverged: its logits are no longer finite after epoch 1. Lower --learning" in line
     assert not Path("r/student.pt").exists()
 
 

@@ -126,7 +126,7 @@ def read_like_check_cache(cache: Cache, name: str = "") -> None:
         if name in ("", record.path):
             cache.verify(record)
     if name in ("", "head.h5"):
-        cache.verify_head()
+        cache.head()
 
 
 def both(folder: Path, name: str = "") -> list[str]:

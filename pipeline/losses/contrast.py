@@ -72,6 +72,7 @@ class Contrast(nn.Module):
         known = (labels[:, None] >= 0) & (self.labels[chosen] >= 0)
         other = torch.where(known, labels[:, None] != self.labels[chosen], index[:, None] != self.index[chosen])
         if self.training and self.log_z.isnan():
-            self.log_z.copy_(far.detach()[other].logsumexp(0) - other.sum().log() if other.any() else torch.zeros(()))
+            count = other.sum().clamp(min=1).to(far.dtype)
+            self.log_z.copy_(far.detach()[other].logsumexp(0) - count.log() if other.any() else count.log())
         shift = self.log_z + math.log(len(chosen))
         return -(F.logsigmoid(near - shift) + (F.logsigmoid(shift - far) * other).sum(1)).mean()

@@ -11,7 +11,7 @@ from torch import nn
 from data.errors import WrongCommand
 
 from ..records import Known, Outputs, TargetBatch
-from ..statistic import as_map
+from ..statistic import as_map, split_tap
 from .layers import LayerLoss, same_size
 from .loss import Ramp
 
@@ -36,8 +36,9 @@ class Hint(LayerLoss):
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         pairs = self.pairs(student, target)
         if isinstance(module, nn.ModuleList):
-            for _, t in pairs:
-                self.refuse_one_row(as_map(t), module)
+            for r, (_, t) in zip(module, pairs, strict=True):
+                if isinstance(r, nn.Sequential):  # with batch norm
+                    self.refuse_one_row(t, module)
             pairs = [(r(s), t) for r, (s, t) in zip(module, pairs, strict=True)]
         return torch.stack([F.mse_loss(s, t) for s, t in pairs]).sum()
 
@@ -81,7 +82,8 @@ class ConcatHint(LayerLoss):
 
     def of_all(self, cached: tuple[str, ...]) -> "ConcatHint":
         """The same loss with the taps that are cached for its teacher, where it names none."""
-        return self if self.teacher or not cached else replace(self, teacher="+".join(cached))
+        layers = dict.fromkeys(path for path, kind in map(split_tap, cached) if kind in ("map", "pool"))
+        return self if self.teacher or not layers else replace(self, teacher="+".join(layers))
 
     def student_taps(self) -> tuple[str, ...]:
         if not self.student:

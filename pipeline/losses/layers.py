@@ -10,7 +10,7 @@ from torch import nn
 from data.errors import WrongCommand
 
 from ..records import Outputs, TargetBatch
-from ..statistic import plain_tap
+from ..statistic import plain_tap, split_tap
 from .loss import Loss
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -20,12 +20,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class LayerLoss(Loss):
     """A loss on pairs of layers, joined by +: `teacher=layer1+layer2,student=layer1+layer2`.
 
-    statistic: what it needs of each, where the tap names none. Without `student`, its layers have the teacher's names.
+    statistic: what it needs of each, where the tap names none; no_other: it can do with that alone. Without
+    `student`, its layers have the teacher's names.
     """
 
     teacher: str = ""
     student: str = ""
     statistic: ClassVar[str] = "map"
+    no_other: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     one_layer: ClassVar[bool] = False
 
@@ -52,6 +54,11 @@ class LayerLoss(Loss):
     def _tap(self, tap: str, kind: str) -> str:
         if not tap:
             raise WrongCommand(f"loss '{self.name}': a layer without a name in '{self.teacher}' or '{self.student}'")
+        path, named = split_tap(tap)
+        if self.no_other and ":" in tap and named != self.statistic:
+            raise WrongCommand(
+                f"loss '{self.name}' is of {self.statistic} and not of {named}: name the layer, '{path}'"
+            )
         return plain_tap(tap if ":" in tap or not kind else f"{tap}:{kind}")
 
     def pairs(self, student: Outputs, target: TargetBatch) -> list[Pair]:

@@ -1,5 +1,6 @@
 """Relations: how the rows of a batch, or the places of a map, stand to each other. No trainable parts."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,10 @@ from torch import nn
 from ..records import Outputs, TargetBatch
 from .layers import LayerLoss
 from .loss import Ramp, fixed
+
+# Norms that rows are divided by. A row of zeros, such as of a dead layer, has a gradient of at most 1e6 so; with the
+# usual 1e-12 it was 1e11, enough to end a training.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Attention(LayerLoss):
     weight: float | Ramp = 1000.0
     name: ClassVar[str] = "attention"
     statistic: ClassVar[str] = "attention"
+    no_other: ClassVar[bool] = True
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         terms = []
@@ -32,7 +38,7 @@ class Attention(LayerLoss):
                 size = (min(s.shape[1], t.shape[1]), min(s.shape[2], t.shape[2]))
                 s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
             # Again of norm 1: after averaging down, and after the teacher's was rounded to float16.
-            s, t = F.normalize(s.flatten(1), dim=1), F.normalize(t.flatten(1), dim=1)
+            s, t = (F.normalize(x.flatten(1), dim=1, eps=_LEAST) for x in (s, t))
             terms.append((s - t).square().mean())
         return torch.stack(terms).sum()
 
@@ -48,6 +54,7 @@ class NST(LayerLoss):
     weight: float | Ramp = 50.0
     name: ClassVar[str] = "nst"
     statistic: ClassVar[str] = "gram"
+    no_other: ClassVar[bool] = True
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         terms = []
@@ -72,7 +79,7 @@ class Similarity(LayerLoss):
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         terms = []
         for s, t in self.pairs(student, target):
-            mine, theirs = (F.normalize(x.flatten(1) @ x.flatten(1).T, dim=1) for x in (s, t))
+            mine, theirs = (F.normalize(x.flatten(1) @ x.flatten(1).T, dim=1, eps=_LEAST) for x in (s, t))
             terms.append((mine - theirs).square().mean())
         return torch.stack(terms).sum()
 
@@ -137,7 +144,7 @@ class PKT(LayerLoss):
 
 
 def _affinity(x: torch.Tensor) -> torch.Tensor:
-    unit = F.normalize(x, dim=1)
+    unit = F.normalize(x, dim=1, eps=_LEAST)
     kernel = (1 + unit @ unit.T) / 2
     return kernel / kernel.sum(1, keepdim=True).clamp(min=1e-12)
 
@@ -160,7 +167,7 @@ class CC(LayerLoss):
         return torch.stack(terms).sum()
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
-        unit, g = F.normalize(x.flatten(1), dim=1), 2 * fixed(self.gamma)
+        unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST), 2 * fixed(self.gamma)
         cosine = unit @ unit.T
-        kernel: torch.Tensor = torch.exp(torch.tensor(-g)) * (1 + g * cosine + g**2 / 2 * cosine.square())
+        kernel: torch.Tensor = math.exp(-g) * (1 + g * cosine + g**2 / 2 * cosine.square())
         return kernel

@@ -34,8 +34,9 @@ class ReviewKD(LayerLoss):
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
         pairs = [(as_map(s), as_map(t)) for s, t in self.pairs(student, target)]
-        for s, _ in pairs:
-            self.refuse_one_row(s, module)
+        for pair in pairs:
+            for x in pair:
+                self.refuse_one_row(x, module)
         found = module([s for s, _ in pairs], [t.shape[2] for _, t in pairs])
         return torch.stack([hcl(r, t) for r, (_, t) in zip(found, pairs, strict=True)]).sum()
 

@@ -1,5 +1,6 @@
 """Soft targets: the teacher's logits, whole."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -159,5 +160,5 @@ class CTKD(Loss):
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
-        strength = (1 - torch.cos(torch.tensor(torch.pi * fixed(self.reversal)))) / 2
-        return soft_term(student.logits, teacher_logits(student, target), module(float(strength)))
+        strength = (1 - math.cos(math.pi * fixed(self.reversal))) / 2
+        return soft_term(student.logits, teacher_logits(student, target), module(strength))

@@ -95,6 +95,7 @@ class CatKD(LayerLoss):
     weight: float | Ramp = 15.0
     name: ClassVar[str] = "cat_kd"
     statistic: ClassVar[str] = "grid2"
+    no_other: ClassVar[bool] = True
     needs_head: ClassVar[bool] = True
     one_layer: ClassVar[bool] = True
 

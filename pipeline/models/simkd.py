@@ -31,7 +31,10 @@ class SimKDStudent(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with tapped(self.backbone, (self.layer,)) as kept:
             self.backbone(x)
-        logits: torch.Tensor = self.linear(self.projector(as_map(kept[self.layer])).mean((2, 3)))
+        found = as_map(kept[self.layer])
+        if self.training and found[:, 0].numel() == 1:
+            raise WrongCommand("loss 'simkd' normalises over the batch: a --batch-size of 1 leaves nothing")
+        logits: torch.Tensor = self.linear(self.projector(found).mean((2, 3)))
         return logits
 
     def answer_through(self, head: Head) -> None:

@@ -1,0 +1,143 @@
+"""`stages born-again`: each student becomes the next one's teacher; at the end all of them answer together.
+
+Born-again networks: Furlanello et al. 2018 (arXiv 1805.04770). With an arch for each generation it is a chain of
+teacher assistants: Mirzadeh et al. 2020 (arXiv 1902.03393).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.errors import WrongCommand
+from pipeline.cache import Cache
+from pipeline.files import make_folder, publish_json
+from pipeline.losses import parse_losses
+from pipeline.metrics import evaluate
+from pipeline.models.prepared import Prepared
+from pipeline.models.weights import load_state, read_state
+
+from . import student as student_stage
+from . import teacher_cache as cache_stage
+from .command_line import settings_of, this_program
+from .console import Console
+from .material import Material
+from .recipes import fill_in
+from .runs import free_run
+from .settings import BornAgainSettings, StudentSettings
+
+
+def run(settings: BornAgainSettings, said: set[str]) -> None:
+    """Student, cache, student, cache …; then the ensemble. The same command with --out goes on with what is there."""
+    console = Console(settings.json)
+    if settings.resume or settings.seeds > 1 or settings.labelled:
+        raise WrongCommand("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
+    folder = Path(settings.out) if settings.out else free_run("born-again")
+    archs = _archs(settings)
+    first = student_stage.with_recipe(fill_in(_of_student(settings), said))
+    material = Material.open(first)
+    for arch in dict.fromkeys(archs):  # one that cannot be built is found before anything is made
+        material.network(replace(first, arch=arch or first.arch), material.losses)
+    make_folder(folder)
+    cache, results = first.cache, []
+    for generation, arch in enumerate(archs, 1):
+        own = replace(
+            first, arch=arch or first.arch, cache=cache, seed=first.seed + generation - 1,
+            out=str(folder / f"generation-{generation}"), baseline=first.baseline and generation == 1,
+        )  # fmt: skip
+        console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {cache}")
+        results.append(student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": cache})
+        if generation < len(archs):
+            cache = _next_cache(own, first.cache, folder / f"cache-{generation}", console)
+    result = _result(settings, material, folder, results)
+    publish_json(folder / "result.json", result)
+    if settings.json:
+        return console.result(json.dumps(result))
+    _report(result, folder, console)
+
+
+def _archs(settings: BornAgainSettings) -> list[str]:
+    """One arch per generation; "" where --arch, or the recipe, says which."""
+    if not settings.archs:
+        return [""] * settings.generations
+    archs = settings.archs.split("+")
+    if settings.arch or not all(archs):
+        raise WrongCommand(f"--archs {settings.archs} names an arch for each generation; leave out --arch")
+    return archs
+
+
+def _of_student(settings: BornAgainSettings) -> StudentSettings:
+    own = {f.name: getattr(settings, f.name) for f in fields(StudentSettings)}
+    return StudentSettings(**own | {"json": False})
+
+
+def _next_cache(settings: StudentSettings, first: str, out: Path, console: Console) -> str:
+    """The cache of a student, of the same views as the first one, with the taps that the losses want."""
+    taps = dict.fromkeys(tap for loss in parse_losses(settings.loss) for tap in loss.teacher_taps())
+    like = settings_of(Cache(Path(first)))
+    asked = replace(
+        like, data=settings.data or like.data, data_root=settings.data_root, teacher="", weights=settings.out,
+        normalize="", taps=",".join(taps), device=settings.device, workers=settings.workers, out=str(out), json=False,
+        license="",
+    )  # fmt: skip
+    cache_stage.make(asked, console)
+    return str(out)
+
+
+def _result(
+    settings: BornAgainSettings, material: Material, folder: Path, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    said = list(_probabilities(material, folder, results))
+    together = {split: np.mean([one[split] for one in said], axis=0) for split in said[0]}
+    return {
+        "settings": asdict(settings),
+        "teacher": results[0]["teacher"],
+        "generations": [
+            {"run": str(folder / f"generation-{g}"), "cache": r["cache_folder"], "student": r["student"]}
+            for g, r in enumerate(results, 1)
+        ],
+        "baseline": results[0].get("baseline"),
+        "ensemble": {
+            split: evaluate(
+                np.log(np.maximum(p, 1e-30)).astype(np.float32), material.held_out[split].labels,
+                material.teacher[split].numpy(),
+            )
+            for split, p in together.items()
+        },
+    }  # fmt: skip
+
+
+def _probabilities(material: Material, folder: Path, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """{split: softmax [N, K]} of each generation: probabilities are averaged: logits have no common scale."""
+    for generation, result in enumerate(results, 1):
+        path = folder / f"generation-{generation}" / "student.pt"
+        network = material.build(result["student"]["arch"])
+        load_state(network, read_state(path), str(path))
+        model = Prepared(network, material.preparation).to(material.device)
+        yield {
+            split: torch.from_numpy(rows.logits(model)).double().softmax(1).numpy()
+            for split, rows in material.held_out.items()
+        }
+
+
+def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
+    split = "test" if "test" in result["ensemble"] else "val"
+
+    def line(name: str, figures: dict[str, Any]) -> None:
+        agreement = f", agreement with the first teacher {figures['agreement']:.4f}" if "agreement" in figures else ""
+        console.say(f"{name}: {split} accuracy {figures['accuracy']:.4f}, NLL {figures['nll']:.4f}{agreement}")
+
+    line("teacher", result["teacher"][split])
+    for number, generation in enumerate(result["generations"], 1):
+        student = generation["student"]
+        console.say(
+            f"generation {number} ({student['arch']}): {split} accuracy {student[split]['accuracy']:.4f},"
+            f" agreement with its teacher {student[split]['agreement']:.4f}"
+        )
+    line(f"all {len(result['generations'])} together", result["ensemble"][split])
+    console.say(f"run:   {folder}")
+    console.say(f"next:  {this_program()} evaluate {folder / 'generation-1'}")
