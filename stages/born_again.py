@@ -6,7 +6,7 @@ teacher assistants: Mirzadeh et al. 2020 (arXiv 1902.03393).
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
         raise WrongCommand("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
     folder = Path(settings.out) if settings.out else free_run("born-again")
     archs = _archs(settings)
-    first = student_stage.with_recipe(fill_in(_of_student(settings), said))
+    first = student_stage.with_recipe(fill_in(student_stage.without_more(settings), said))
     material = Material.open(first)
     for arch in dict.fromkeys(archs):  # one that cannot be built is found before anything is made
         material.network(replace(first, arch=arch or first.arch), material.losses)
@@ -68,11 +68,6 @@ def _archs(settings: BornAgainSettings) -> list[str]:
     if settings.arch or not all(archs):
         raise WrongCommand(f"--archs {settings.archs} names an arch for each generation; leave out --arch")
     return archs
-
-
-def _of_student(settings: BornAgainSettings) -> StudentSettings:
-    own = {f.name: getattr(settings, f.name) for f in fields(StudentSettings)}
-    return StudentSettings(**own | {"json": False})
 
 
 def _next_cache(settings: StudentSettings, first: str, out: Path, console: Console) -> str:

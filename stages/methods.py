@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
             "methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss"
         )
     folder = Path(settings.out) if settings.out else free_run("methods")
-    first = student_stage.with_recipe(replace(fill_in(_of_student(settings), said), loss=("hard",)))
+    first = student_stage.with_recipe(replace(fill_in(student_stage.without_more(settings), said), loss=("hard",)))
     chosen = _chosen(settings, Cache(Path(first.cache)), console)
     shared = Material.open(first)
     asked = {name: replace(first, loss=specs, out=str(folder / _file(name))) for name, specs in chosen.items()}
@@ -106,11 +106,6 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
         return console.result(json.dumps(record))
     console.say(text)
     console.say(f"run:   {folder}/methods.json, methods.md")
-
-
-def _of_student(settings: MethodsSettings) -> StudentSettings:
-    own = {f.name: getattr(settings, f.name) for f in fields(StudentSettings)}
-    return StudentSettings(**own | {"json": False})
 
 
 def _file(name: str) -> str:

@@ -1,7 +1,7 @@
 """`stages student`: stage two. Train a student from a cache; no teacher is needed, or looked for."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -99,6 +99,12 @@ def _same_shards(settings: StudentSettings, material: Material, folder: Path) ->
     if begun != used:
         fields = describe(used, begun, ("here", "begun with"))
         raise Refused(f"'{folder}' was begun with other shards than '{material.cache.folder}' now has:{fields}")
+
+
+def without_more(settings: StudentSettings) -> StudentSettings:
+    """The settings of one student, of a command that has more; what it prints is not one JSON object."""
+    own = {f.name: getattr(settings, f.name) for f in fields(StudentSettings)}
+    return StudentSettings(**own | {"json": False})
 
 
 def with_recipe(settings: StudentSettings) -> StudentSettings:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from commands import Stages
 
+from stages.methods import METHODS
+
 pytestmark = pytest.mark.slow
 
 # Measured apart from this project, float32, on the 10,000 JPEG test pictures.
@@ -52,6 +54,23 @@ def test_students_of_four_families_train_from_one_cache(shared: Path, cifar: Pat
         result = stages("student", *data, "--cache", "c", "--arch", arch, "--epochs", 1, "--learning-rate", 0.05)
         assert result["student"]["arch"] == arch
         assert result["student"]["test"]["accuracy"] > 0.09
+
+
+def test_every_method_trains_a_student_from_one_cache(shared: Path, cifar: Path, stages: Stages) -> None:
+    """Maps and statistics of ResNet-56; a statistic that is not there is made from its map."""
+    data = ("--data", f"folder:{cifar}")
+    stages(
+        "teacher-cache", *data, "--teacher", "resnet56", "--weights", shared / "weights/resnet56-4bfd9763.th",
+        "--normalize", "imagenet", "--views", "crop-flip", "--draws", 1, "--train-size", 1000,
+        "--val-fraction", 0.02, "--out", "c",
+        "--taps", "layer1,layer2,layer3,layer2:attention,layer3:pool,layer3:grid2",
+    )  # fmt: skip
+    table = stages(
+        "methods", *data, "--cache", "c", "--arch", "resnet8", "--epochs", 2, "--batch-size", 64,
+        "--learning-rate", 0.05, "--layers", "layer1+layer2+layer3", "--time-steps", 2, "--out", "m",
+    )  # fmt: skip
+    assert {row["method"]: row.get("failed") for row in table["methods"]} == dict.fromkeys(METHODS)
+    assert all(row["accuracy"]["test"] > 0.09 for row in table["methods"])
 
 
 def test_mnist_from_its_own_files(shared: Path, stages: Stages) -> None:
