@@ -71,8 +71,9 @@ class Contrast(nn.Module):
         near, far = (mine * right).sum(1) / temperature, mine @ wrong.T / temperature
         known = (labels[:, None] >= 0) & (self.labels[chosen] >= 0)
         other = torch.where(known, labels[:, None] != self.labels[chosen], index[:, None] != self.index[chosen])
-        if self.training and self.log_z.isnan():
+        if self.training:  # with no question to the device, which a GPU would have to stop for in every step
             count = other.sum().clamp(min=1).to(far.dtype)
-            self.log_z.copy_(far.detach()[other].logsumexp(0) - count.log() if other.any() else count.log())
+            mean = far.detach().masked_fill(~other, -torch.inf).logsumexp((0, 1)) - count.log()
+            self.log_z.copy_(torch.where(self.log_z.isnan(), mean.nan_to_num(neginf=0.0), self.log_z))
         shift = self.log_z + math.log(len(chosen))
         return -(F.logsigmoid(near - shift) + (F.logsigmoid(shift - far) * other).sum(1)).mean()
