@@ -89,7 +89,7 @@ class TargetBatch:
             return None if x is None else x.to(device, non_blocking=True)
 
         return TargetBatch(
-            self.index.to(device),
+            self.index.to(device, non_blocking=True),
             self.draw,
             self.views.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),

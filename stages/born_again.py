@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import WrongCommand
-from pipeline.cache import Cache
+from data.errors import Interrupted, WrongCommand
 from pipeline.files import make_folder, publish_json
-from pipeline.losses import parse_losses
+from pipeline.losses.through_head import SimKD
 from pipeline.metrics import evaluate
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
+from pipeline.taps import tap_names
 
 from . import student as student_stage
 from . import teacher_cache as cache_stage
@@ -40,19 +40,21 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
     archs = _archs(settings)
     first = student_stage.with_recipe(fill_in(student_stage.without_more(settings), said))
     material = Material.open(first)
-    for arch in dict.fromkeys(archs):  # one that cannot be built is found before anything is made
-        material.network(replace(first, arch=arch or first.arch), material.losses)
+    _check(archs, first, material)
     make_folder(folder)
     cache, results = first.cache, []
-    for generation, arch in enumerate(archs, 1):
-        own = replace(
-            first, arch=arch or first.arch, cache=cache, seed=first.seed + generation - 1,
-            out=str(folder / f"generation-{generation}"), baseline=first.baseline and generation == 1,
-        )  # fmt: skip
-        console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {cache}")
-        results.append(student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": cache})
-        if generation < len(archs):
-            cache = _next_cache(own, first.cache, folder / f"cache-{generation}", console)
+    try:
+        for generation, arch in enumerate(archs, 1):
+            own = replace(
+                first, arch=arch or first.arch, cache=cache, seed=first.seed + generation - 1,
+                out=str(folder / f"generation-{generation}"), baseline=first.baseline and generation == 1,
+            )  # fmt: skip
+            console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {cache}")
+            results.append(student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": cache})
+            if generation < len(archs):
+                cache = _next_cache(own, material, folder / f"cache-{generation}", console)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
     result = _result(settings, material, folder, results)
     publish_json(folder / "result.json", result)
     if settings.json:
@@ -64,16 +66,30 @@ def _archs(settings: BornAgainSettings) -> list[str]:
     """One arch per generation; "" where --arch, or the recipe, says which."""
     if not settings.archs:
         return [""] * settings.generations
-    archs = settings.archs.split("+")
+    archs = settings.archs.replace(" ", "+").split("+")
     if settings.arch or not all(archs):
         raise WrongCommand(f"--archs {settings.archs} names an arch for each generation; leave out --arch")
     return archs
 
 
-def _next_cache(settings: StudentSettings, first: str, out: Path, console: Console) -> str:
+def _check(archs: list[str], first: StudentSettings, material: Material) -> None:
+    """Find what would stop the chain later before anything is made. Raises WrongCommand."""
+    if any(isinstance(loss, SimKD) for loss in material.losses):
+        raise WrongCommand("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
+    layers = {tap.partition(":")[0] for loss in material.losses for tap in loss.teacher_taps()}
+    for generation, arch in enumerate(archs, 1):
+        network = material.network(replace(first, arch=arch or first.arch), material.losses)
+        missing = sorted(layers - set(tap_names(network)))
+        if missing and generation < len(archs):
+            raise WrongCommand(
+                f"{arch or first.arch} is to teach and has no '{missing[0]}', which the losses ask of a teacher"
+            )
+
+
+def _next_cache(settings: StudentSettings, material: Material, out: Path, console: Console) -> str:
     """The cache of a student, of the same views as the first one, with the taps that the losses want."""
-    taps = dict.fromkeys(tap for loss in parse_losses(settings.loss) for tap in loss.teacher_taps())
-    like = settings_of(Cache(Path(first)))
+    taps = dict.fromkeys(tap for loss in material.losses for tap in loss.teacher_taps())
+    like = settings_of(material.cache)
     asked = replace(
         like, data=settings.data or like.data, data_root=settings.data_root, teacher="", weights=settings.out,
         normalize="", taps=",".join(taps), device=settings.device, workers=settings.workers, out=str(out), json=False,

@@ -82,7 +82,7 @@ class State:
         path = folder / CHECKPOINT
         try:
             check_zip(path)
-            epoch = self._restore(torch.load(path, map_location=device, weights_only=True))
+            epoch = self._restore(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # pickle, zip, key, shape …: whatever bytes that are no checkpoint can raise
             if isinstance(error, OSError) and error.filename:
                 raise
@@ -104,7 +104,7 @@ class State:
             raise ValueError("its schedule is at no step")
         self.schedule.last_epoch = record["schedule"]
         torch.set_rng_state(record["random"].cpu())
-        if record["random_cuda"]:
+        if len(record["random_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([state.cpu() for state in record["random_cuda"]])
         self.lines, epoch = json.loads(record["lines"]), record["epoch"]
         if not all(isinstance(line, dict) for line in self.lines) or len(self.lines) != epoch:

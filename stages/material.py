@@ -13,6 +13,7 @@ from data.transfer_set import Labels, TransferSet
 from pipeline.cache import Cache
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hint import ConcatHint
+from pipeline.losses.layers import LayerLoss
 from pipeline.losses.through_head import SimKD, head_for
 from pipeline.metrics import evaluate
 from pipeline.models import build
@@ -30,6 +31,9 @@ from .runs import device_of
 from .settings import StudentSettings
 
 _BANK_BYTES = 1 << 30
+# Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
+# 2 x 2) by more, another layer by half or all.
+_MOST_GAP = 0.2
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Material:
         taps = _cached_taps(settings, cache, losses)
         _check_draws(settings, cache)
         head = cache.head() if any(loss.needs_head for loss in losses) else None
+        if head:
+            _check_head(cache, losses, head)
         if like:
             labels = like.transfer_set.splits["train"].labels
             _check_labels(settings, losses, labels, len(like.transfer_set.classes))
@@ -107,7 +113,11 @@ class Material:
             assert source is not None
             size = 2 * int(np.prod(cache.manifest.taps[source]))
             positions = np.arange(min(len(labels), max(1, _BANK_BYTES // size)))
-            features = derived(cache.stored("train", 0, positions, (source,))[1], (tap,))[tap].half()
+            parts = (
+                cache.stored("train", 0, some, (source,))[1]
+                for some in np.array_split(positions, -(-len(positions) // 4096))
+            )
+            features = torch.cat([derived(part, (tap,))[tap].half() for part in parts])
             index = cache.order("train")[positions]
             return Bank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
 
@@ -178,6 +188,32 @@ def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: L
         raise WrongCommand(f"--{flag} needs labels, and these pictures have none: leave it out")
     if settings.labelled and not classes <= settings.labelled <= len(labels):
         raise WrongCommand(f"--labelled {settings.labelled} is not between {classes} classes and {len(labels)} rows")
+
+
+def _check_head(cache: Cache, losses: tuple[Loss, ...], head: Head) -> None:
+    """The teacher's last layer must give the cached logits for the features that a loss leads through it.
+
+    Raises WrongCommand: another layer of the same width, before an activation say, would be taken without a word.
+    """
+    for loss in losses:
+        if not (isinstance(loss, LayerLoss) and loss.needs_head):
+            continue
+        tap = loss.teacher_taps()[0]
+        source = source_of(tap, cache.manifest.taps)
+        assert source is not None
+        logits, features = cache.stored("train", 0, np.arange(min(64, cache.manifest.splits["train"])), (source,))
+        x = derived(features, (tap,))[tap]
+        pooled = x.flatten(2).mean(2) if x.ndim > 2 else x
+        if pooled.shape[1] != head.weight.shape[1]:
+            values = head.weight.shape[1]
+            raise loss.without_head(f"its last linear layer takes {values} values, '{tap}' has {pooled.shape[1]}")
+        span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
+        gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
+        if gap > _MOST_GAP:
+            raise loss.without_head(
+                f"it does not read the mean of '{tap}', from which it gives logits that are off by {gap:.0%} of their"
+                " range: choose the layer just before the pooling"
+            )
 
 
 def _teacher_logits(cache: Cache, split: str) -> torch.Tensor:

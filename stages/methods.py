@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import Refused, WrongCommand, unknown
-from pipeline.cache import Cache
+from data.errors import Interrupted, Refused, WrongCommand, unknown
 from pipeline.files import make_folder, publish_json, publish_text
 from pipeline.losses import at
 from pipeline.taps import tapped
@@ -34,7 +33,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "smoothing": ("hard:smoothing=0.1",),
     "tf_kd": ("hard:weight=0.9", "tf_kd:weight=0.1"),
     "kd": ("hard:weight=0.1", "kd:weight=0.9"),
-    "kd, z-scored": ("hard:weight=0.1", "kd:standardize=true,temperature=2,weight=9"),
+    "kd z-scored": ("hard:weight=0.1", "kd:standardize=true,temperature=2,weight=9"),
     "logit_mse": ("hard:weight=0.9", "logit_mse:weight=0.1"),
     "dkd": ("hard", "dkd:nontarget=2"),
     "nkd": ("hard", "nkd"),
@@ -53,7 +52,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "pkt": ("hard", "pkt:teacher={last},student={s_last}"),
     "cc": ("hard", "cc:teacher={last},student={s_last}"),
     "srrl": ("hard", "kd", "srrl:teacher={last},student={s_last}"),
-    "cat_kd": ("hard", "cat_kd:teacher={last},student={s_last}"),
+    "cat_kd": ("hard", "cat_kd:weight=0.7,teacher={last},student={s_last}"),
     "simkd": ("simkd:teacher={last},student={s_last}",),
     "crd": ("hard", "crd:teacher={last},student={s_last}"),
     "review_kd": ("hard", "review_kd:teacher={all},student={s_all}"),
@@ -83,14 +82,19 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
         )
     folder = Path(settings.out) if settings.out else free_run("methods")
     first = student_stage.with_recipe(replace(fill_in(student_stage.without_more(settings), said), loss=("hard",)))
-    chosen = _chosen(settings, Cache(Path(first.cache)), console)
     shared = Material.open(first)
+    layers = settings.layers or _cached_layers(shared, first)
+    chosen = _chosen(settings, layers, console)
     asked = {name: replace(first, loss=specs, out=str(folder / _file(name))) for name, specs in chosen.items()}
-    materials = {name: Material.open(own, shared) for name, own in asked.items()}  # what is missing is said first
+    runners, materials, impossible = _runners(asked, shared, settings.time_steps)
     make_folder(folder)
-    runners, impossible = _runners(asked, materials, settings.time_steps)
     costs = _costs(runners)
-    rows = [_row(name, asked[name], materials[name], costs[name], console) for name in runners]
+    possible = list(runners)
+    del runners  # with their networks, batches and banks, before the first training
+    try:
+        rows = [_row(name, asked[name], materials[name], costs[name], console) for name in possible]
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
     rows += [{"method": name, "losses": list(asked[name].loss), "failed": why} for name, why in impossible.items()]
     record = {
         "arch": first.arch, "epochs": first.epochs, "cache": first.cache,
@@ -112,20 +116,29 @@ def _file(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _chosen(settings: MethodsSettings, cache: Cache, console: Console) -> dict[str, tuple[str, ...]]:
-    """{method: losses}, with the layers put in: those that are cached, when none are named."""
+def _cached_layers(material: Material, settings: StudentSettings) -> str:
+    """The cached layers from shallow to deep, which is their order in a student that has them by the same names."""
+    cached = dict.fromkeys(tap.partition(":")[0] for tap in material.cache.manifest.taps)
+    names = [name for name, _ in material.network(settings, material.losses).named_modules() if name in cached]
+    if len(names) != len(cached):
+        raise WrongCommand(
+            f"{settings.arch} has not all of the cached layers {', '.join(cached)}: name them from shallow to deep"
+            " with --layers, and the student's with --student-layers"
+        )
+    return "+".join(names)
+
+
+def _chosen(settings: MethodsSettings, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
+    """{method: losses}, with the layers put in."""
     chosen = [name.strip() for name in settings.only.split(",") if name.strip()]
     for name in chosen:
         if name not in METHODS:
             raise unknown("method", name, METHODS)
-    layers = settings.layers or "+".join(dict.fromkeys(tap.partition(":")[0] for tap in cache.manifest.taps))
     layered = [name for name in chosen or METHODS if any("{" in spec for spec in METHODS[name])]
     if layered and not layers:
         if chosen:
-            raise WrongCommand(f"'{layered[0]}' is of layers, and the cache '{cache.folder}' has no taps: --layers …")
-        console.say(
-            f"the cache '{cache.folder}' has no taps: without {', '.join(layered)} (--layers … would say which)"
-        )
+            raise WrongCommand(f"'{layered[0]}' is of layers, and the cache has no taps: name them with --layers")
+        console.say(f"the cache has no taps: without {', '.join(layered)} (--layers … would say which)")
     names = [name for name in chosen or METHODS if layers or name not in layered]
     student = settings.student_layers or layers
     words = {"all": layers, "last": layers.split("+")[-1], "s_all": student, "s_last": student.split("+")[-1]}
@@ -133,16 +146,20 @@ def _chosen(settings: MethodsSettings, cache: Cache, console: Console) -> dict[s
 
 
 def _runners(
-    asked: dict[str, StudentSettings], materials: dict[str, Material], steps: int
-) -> tuple[dict[str, "_Runner"], dict[str, str]]:
-    """Every method that this teacher and this student allow, and why not for the others."""
-    runners, impossible = {}, {}
+    asked: dict[str, StudentSettings], shared: Material, steps: int
+) -> tuple[dict[str, "_Runner"], dict[str, Material], dict[str, str]]:
+    """Every method that this teacher and this student allow, its material, and why not for the others.
+
+    Raises Refused for what the cache has not kept.
+    """
+    runners, materials, impossible = {}, {}, {}
     for name in asked:
         try:
+            materials[name] = Material.open(asked[name], shared)
             runners[name] = _Runner(asked[name], materials[name], steps)
         except WrongCommand as error:
             impossible[name] = str(error)
-    return runners, impossible
+    return runners, materials, impossible
 
 
 def _costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
@@ -226,8 +243,9 @@ def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, c
         return row | {"failed": str(refusal)}
     figures = {split: student[split]["accuracy"] for split in material.held_out}
     return row | {
-        "accuracy": figures, "agreement": student["val"]["agreement"],
-        "seconds_an_epoch": student["seconds"] / settings.epochs, "parameters": student["parameters"],
+        "accuracy": figures, "agreement": {split: student[split]["agreement"] for split in material.held_out},
+        "seconds_an_epoch": student["seconds"] / (settings.epochs + settings.finetune_epochs),
+        "parameters": student["parameters"],
     }  # fmt: skip
 
 
@@ -251,6 +269,6 @@ def _markdown(record: dict[str, Any]) -> str:
         memory = f"{(row['saved_bytes'] - hard['saved_bytes']) / 1e6:.1f} | {row['own_bytes'] / 1e6:.1f}"
         found = "diverged | | "
         if "failed" not in row:
-            found = f"{row['accuracy'][split]:.4f} | {row['agreement']:.4f} | {row['seconds_an_epoch']:.1f}"
+            found = f"{row['accuracy'][split]:.4f} | {row['agreement'][split]:.4f} | {row['seconds_an_epoch']:.1f}"
         lines.append(f"| {row['method']} | {found} | {ratio} | {memory} | {row['bytes_a_view']:,} |")
     return "\n".join(lines) + "\n"

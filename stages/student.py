@@ -47,6 +47,10 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     if settings.json:
         return console.result(json.dumps(result))
     print_table(result, console)
+    split = "test" if "test" in material.held_out else "val"
+    if result["student"][split]["accuracy"] < 1.5 / material.cache.classes:
+        console.say("The student knows hardly more than chance: --clip-norm 1 or a lower --learning-rate often helps;")
+        console.say("terms of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs")
     console.say(f"run:   {folder}")
     console.say(f"cache: {settings.cache}, reused by every other student: no teacher is needed any more")
     other = "cnn" if settings.arch != "cnn" else "mlp:64"

@@ -230,8 +230,8 @@ def simkd(case: Case) -> float:
 def crd(case: Case) -> float:
     """The rows that seed 11 draws. Z as it was kept, or the mean of e over this batch's negatives."""
     torch.manual_seed(11)
-    N, T, rows = case.loss.negatives, case.loss.temperature, case.bank
-    drawn = torch.randint(len(rows.index), (N,)).tolist()
+    T, rows = case.loss.temperature, case.bank
+    drawn = torch.randint(len(rows.index), (case.loss.negatives,)).tolist()
     s, t = (pooled(x) for x in arrays(case)[0])
     mine, right, stored = (
         [unit(weight(layer, "weight") @ row + weight(layer, "bias")) for row in x]
@@ -250,7 +250,7 @@ def crd(case: Case) -> float:
     Z = mean([math.exp(x) for row in exponents for x in row]) if math.isnan(kept) else math.exp(kept)
     terms = []
     for i, row in enumerate(exponents):
-        e = math.exp(float(mine[i] @ right[i]) / T)
+        e, N = math.exp(float(mine[i] @ right[i]) / T), max(len(row), 1)
         terms.append(-math.log(e / (e + N * Z)) - math.fsum(math.log(N * Z / (math.exp(x) + N * Z)) for x in row))
     return mean(terms)
 

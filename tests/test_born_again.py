@@ -135,6 +135,10 @@ def test_a_chain_with_hints_keeps_the_students_layers(tiny: Path, tmp_path: Path
         (("--seeds", 2), "takes no"),
         (("--resume",), "takes no"),
         (("--archs", "mlp:8+resnt8"), "Did you mean"),
+        (
+            ("--archs", "mlp:8+cnn", "--loss", "hint:teacher=pool1,student=layers.0"),
+            "has no 'pool1'",
+        ),
     ],
 )
 def test_what_a_chain_cannot_do_is_one_line(tiny: Path, tmp_path: Path, stages: Stages, more: Any, says: str) -> None:

@@ -107,12 +107,24 @@ def test_what_the_table_cannot_do_is_one_line(tiny: Path, stages: Stages, more: 
     assert says in stages.fails(2, "methods", "--cache", tiny / "cache", *SHORT, *more)
 
 
+def test_layers_go_from_shallow_to_deep_however_they_were_cached(tiny: Path, tmp_path: Path, stages: Stages) -> None:
+    """The cache was first made with a deep tap, then grew by a shallow one."""
+    made = ("teacher-cache", "--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", "grown")
+    stages(*made, "--taps", "pool2")
+    stages(*made, "--taps", "conv1:pool")
+    asked = ("methods", "--cache", "grown", "--only", "concat_hint", *SHORT, "--out", tmp_path / "m")
+    row = stages(*asked)["methods"][1]
+    assert row["losses"][1] == "concat_hint:teacher=conv1+pool2,student=conv1+pool2"
+    other = ("methods", "--cache", "grown", *SHORT, "--arch", "mlp:8")
+    assert "name them from shallow to deep with --layers" in stages.fails(2, *other)
+
+
 def test_without_taps_the_methods_of_layers_are_left_out_and_named(tiny: Path, tmp_path: Path, stages: Stages) -> None:
     bare = ("--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", tmp_path / "bare")
     stages("teacher-cache", *bare)
     assert "is of layers" in stages.fails(2, "methods", "--cache", tmp_path / "bare", "--only", "hint", *SHORT)
     code, out, _ = stages.call("methods", "--cache", tmp_path / "bare", *SHORT, "--out", tmp_path / "m")
     assert code == 0
-    assert "has no taps: without output + hint, hint, concat_hint" in out
+    assert "the cache has no taps: without output + hint, hint, concat_hint" in out
     assert "| dkd |" in out
     assert "| hint |" not in out

@@ -47,6 +47,30 @@ def home(simkd_run: Path, tmp_path: Path, stages: Stages) -> Path:
     return tmp_path
 
 
+def test_a_layer_that_the_teachers_last_one_does_not_read_is_refused(tmp_path: Path, stages: Stages) -> None:
+    """Of the same width: a wide ResNet's layer3 is before the activation that its last layer reads the mean of."""
+    stages("teacher", "--train-size", 150, "--arch", "wrn_16_1", "--epochs", 1, "--out", "t")
+    made = (
+        "teacher-cache",
+        "--train-size",
+        150,
+        "--weights",
+        "t",
+        "--draws",
+        1,
+        "--taps",
+        "layer3,last",
+        "--out",
+        "c",
+    )
+    stages(*made)
+    for loss in ("srrl", "simkd", "cat_kd"):
+        asked = ("student", "--cache", "c", "--arch", "resnet8", "--epochs", 1, "--learning-rate", 0.01)
+        said = stages.fails(2, *asked, "--loss", f"{loss}:teacher=layer3,student=layer3")
+        assert "it does not read the mean of 'layer3" in said
+        stages(*asked, "--loss", f"{loss}:teacher=last,student=layer3")
+
+
 def a_student(folder: Path) -> nn.Module:
     """student.pt without the program's own network: a plain resnet8, convolutions and a product of matrices."""
     state = torch.load(folder / "student.pt", weights_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from caches import PETS, save_pets, save_pets_teacher
 from commands import Stages
 
@@ -37,6 +38,7 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
         workers=MANY[method] if method else 0, start_method=method,
     )  # fmt: skip
     seen: dict[int, list[int]] = {0: [], 1: []}
+    before = torch.get_rng_state()
     for batch in stream.batches(0, 2 * stream.steps_per_round):
         at = position_of[batch.index.numpy()]
         np.testing.assert_array_equal(crc32(batch.views), cache.column("train", batch.draw, "view_crc32")[at])
@@ -47,3 +49,4 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
         np.testing.assert_array_equal(batch.labels, rows.labels[batch.index])
         seen[batch.draw] += batch.index.tolist()
     assert [sorted(index) for index in seen.values()] == [list(range(n))] * 2
+    assert torch.equal(torch.get_rng_state(), before)  # training draws from it, and resumes with it

@@ -19,10 +19,10 @@ class CRD(LayerLoss):
 
     loss = mean over the rows of -log h(s, t) - sum over N negatives t' of log(1 - h(s, t')), h(s, t) =
     e(s, t) / (e(s, t) + N Z), e = exp(g_s(f_s)' g_t(f_t) / T), g linear to `width` dimensions and then of norm 1,
-    both trained; Z the mean of e over the negatives of the first batch, kept. Negatives are drawn for each batch
-    from the teacher's rows in the cache (the first draw), and count for the rows of another class, or where a label
-    is hidden of another picture. The paper's second half, the teacher's row against a memory of what the student
-    said epochs ago, is left out: the cache has nothing stale.
+    both trained; Z the mean of e over the negatives of the first batch, kept. `negatives` rows are drawn for each
+    batch from the teacher's rows in the cache (the first draw); for a row those N count that are of another class, or
+    where a label is hidden of another picture. The paper's second half, the teacher's row against a memory of what the
+    student said epochs ago, is left out: the cache has nothing stale.
     """
 
     weight: float | Ramp = 0.8
@@ -32,6 +32,7 @@ class CRD(LayerLoss):
     name: ClassVar[str] = "crd"
     statistic: ClassVar[str] = "pool"
     one_layer: ClassVar[bool] = True
+    one_label: ClassVar[bool] = True
 
     def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
         s, t = self.pairs(student, target)[0]
@@ -75,5 +76,5 @@ class Contrast(nn.Module):
             count = other.sum().clamp(min=1).to(far.dtype)
             mean = far.detach().masked_fill(~other, -torch.inf).logsumexp((0, 1)) - count.log()
             self.log_z.copy_(torch.where(self.log_z.isnan(), mean.nan_to_num(neginf=0.0), self.log_z))
-        shift = self.log_z + math.log(len(chosen))
-        return -(F.logsigmoid(near - shift) + (F.logsigmoid(shift - far) * other).sum(1)).mean()
+        shift = self.log_z + other.sum(1, keepdim=True).clamp(min=1).to(far.dtype).log()
+        return -(F.logsigmoid(near - shift[:, 0]) + (F.logsigmoid(shift - far) * other).sum(1)).mean()

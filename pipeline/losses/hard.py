@@ -57,7 +57,8 @@ class TfKD(Loss):
 
     loss = T² KL(softmax(log p / T) || softmax(z_s / T)), p = `correct` on the label and the rest spread evenly;
     mean over the labelled rows. A baseline: it shows what is gained without any teacher. (The authors' program
-    softens p itself, not log p: at T = 20 that is all but uniform.)
+    softens p itself, not log p, which at T = 20 is all but uniform, leaves the student unsoftened and has no T²; its
+    weights do not carry over.)
     """
 
     weight: float | Ramp = 1.0

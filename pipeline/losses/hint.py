@@ -22,7 +22,8 @@ class Hint(LayerLoss):
 
     loss = sum over the pairs of the mean over all values of (r(F_s) - F_t)², F_t the cached features of the tap
     `teacher`, F_s those of the student's layer `student`, r a trainable regressor where their shapes differ, else
-    nothing. The default weight is the one in common use with this mean.
+    nothing. The default weight is the one in common use with this mean, for a middle layer. (The common programs put a
+    ReLU behind r, have one for equal shapes too, and halve a map with 3 x 3, stride 2.)
     """
 
     weight: float | Ramp = 100.0

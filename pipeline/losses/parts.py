@@ -24,9 +24,8 @@ def take_apart(z: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, tor
 
     Through logsumexp: 1 - p_y of a teacher that is sure would round to 0.
     """
-    b, k = z.shape
-    is_other = torch.ones_like(z, dtype=torch.bool).scatter_(1, chosen[:, None], False)
-    others = z[is_other].view(b, k - 1)
+    place = torch.arange(z.shape[1] - 1, device=z.device)
+    others = z.gather(1, place + (place >= chosen[:, None]))
     both = torch.stack([z.gather(1, chosen[:, None])[:, 0], others.logsumexp(1)], dim=1)
     return F.log_softmax(both, dim=1), F.log_softmax(others, dim=1)
 
@@ -119,7 +118,8 @@ class MultiTemperature(Loss):
     """Multi-level logits, Jin, Wang and Lin 2023 (CVPR, equations 4 to 8), on one view.
 
     loss = sum over T of: T² KL(p_t || p_s), mean over the rows; plus |P_s P_s' - P_t P_t'|² / B; plus
-    |P_s' P_s - P_t' P_t|² / K; P = softmax(z / T) [B, K], squared Frobenius norms. standardize: see `kd`.
+    |P_s' P_s - P_t' P_t|² / K; P = softmax(z / T) [B, K], squared Frobenius norms. standardize: see `kd`. (The
+    authors' program has masks that halve these terms, and a second, strongly augmented view.)
     """
 
     weight: float | Ramp = 0.9

@@ -118,8 +118,10 @@ def _distances(x: torch.Tensor) -> torch.Tensor:
 
 
 def _angles(x: torch.Tensor) -> torch.Tensor:
-    """Cosines [B, B, B] of the angle at row i between rows j and k; 0 where two of them are equal."""
-    unit = F.normalize(x[None] - x[:, None], dim=2)
+    """Cosines [B, B, B] of the angle at row i between rows j and k; 0, with no gradient, where two are equal."""
+    apart = x[None] - x[:, None]
+    square = apart.square().sum(2, keepdim=True)
+    unit = apart * (torch.where(square > 0, square, 1).rsqrt() * (square > 0))
     return unit @ unit.transpose(1, 2)
 
 

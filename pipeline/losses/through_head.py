@@ -48,7 +48,8 @@ class SRRL(LayerLoss):
     """Softmax regression representation learning, Yang et al. 2021 (ICLR, equations 3 and 5).
 
     loss = features mean (A f_s - f_t)² + outputs mean (W A f_s + b - z_t)², f the pooled features before the last
-    linear layer, A trained, W and b the teacher's last layer. teacher: the tap whose mean that layer reads.
+    linear layer, A trained, W and b the teacher's last layer. teacher: the tap whose mean that layer reads. (The
+    authors' program has batch norm and ReLU behind A; here it is linear alone, which a batch of one can train.)
     """
 
     weight: float | Ramp = 1.0
@@ -89,7 +90,9 @@ class CatKD(LayerLoss):
 
     loss = mean over all values of (C_s - C_t)², C = W F the class activation maps [B, K, 2, 2]: the last linear layer
     as a 1 x 1 convolution of the map before pooling, here of its 2 x 2 means. Of both networks: the mean over the
-    cells plus the bias is the logits. Both must have a last linear layer that reads the mean of that map.
+    cells plus the bias is the logits. Both must have a last linear layer that reads the mean of that map. The weight
+    is that of ResNet-32x4 with resnet8x4; the authors' others run from 0.7 (ResNet-56 with resnet20) to 12, and for
+    ShuffleNets they normalise the maps, which this does not.
     """
 
     weight: float | Ramp = 15.0
