@@ -20,7 +20,7 @@ class Interrupted(Exception):
     """Ctrl-C, with how to go on. Exit code 130."""
 
 
-def printable(text: object, most: int = 200) -> str:
+def printable(text: object, most: int | None = 200) -> str:
     """Text from a file nobody vouches for, as it may reach a terminal: on one line, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
 

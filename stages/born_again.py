@@ -15,10 +15,12 @@ import torch
 
 from data.errors import Interrupted, WrongCommand
 from pipeline.files import make_folder, publish_json
+from pipeline.losses.loss import teacher_taps
 from pipeline.losses.through_head import SimKD
 from pipeline.metrics import evaluate
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
+from pipeline.statistic import split_tap
 from pipeline.taps import tap_names
 
 from . import student as student_stage
@@ -76,11 +78,11 @@ def _check(archs: list[str], first: StudentSettings, material: Material) -> None
     """Find what would stop the chain later before anything is made. Raises WrongCommand."""
     if any(isinstance(loss, SimKD) for loss in material.losses):
         raise WrongCommand("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
-    layers = {tap.partition(":")[0] for loss in material.losses for tap in loss.teacher_taps()}
-    for generation, arch in enumerate(archs, 1):
+    layers = {split_tap(tap)[0] for tap in teacher_taps(material.losses)}
+    for arch in dict.fromkeys(archs):
         network = material.network(replace(first, arch=arch or first.arch), material.losses)
         missing = sorted(layers - set(tap_names(network)))
-        if missing and generation < len(archs):
+        if missing and arch in archs[:-1]:
             raise WrongCommand(
                 f"{arch or first.arch} is to teach and has no '{missing[0]}', which the losses ask of a teacher"
             )
@@ -88,12 +90,11 @@ def _check(archs: list[str], first: StudentSettings, material: Material) -> None
 
 def _next_cache(settings: StudentSettings, material: Material, out: Path, console: Console) -> str:
     """The cache of a student, of the same views as the first one, with the taps that the losses want."""
-    taps = dict.fromkeys(tap for loss in material.losses for tap in loss.teacher_taps())
     like = settings_of(material.cache)
     asked = replace(
         like, data=settings.data or like.data, data_root=settings.data_root, teacher="", weights=settings.out,
-        normalize="", taps=",".join(taps), device=settings.device, workers=settings.workers, out=str(out), json=False,
-        license="",
+        normalize="", taps=",".join(teacher_taps(material.losses)), device=settings.device,
+        workers=settings.workers, out=str(out), json=False, license="",
     )  # fmt: skip
     cache_stage.make(asked, console)
     return str(out)

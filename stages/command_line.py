@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from data.errors import printable
 from pipeline.cache import Cache
 
 from .options import flag
@@ -25,7 +26,7 @@ def command(stage: str, settings: Any, **changes: Any) -> str:
     """The command of a stage: every setting that is not its default, with changes put in."""
     settings = dataclasses.replace(settings, **changes)
     said = [
-        flag(f.name) if value is True else f"{flag(f.name)} {quote(_plain(value))}"
+        flag(f.name) if value is True else f"{flag(f.name)} {quote(printable(value, None))}"
         for f in dataclasses.fields(settings)
         if (value := getattr(settings, f.name)) != f.default and value is not False
     ]
@@ -49,8 +50,3 @@ def free_name(path: str) -> str:
     """path-2, path-3 …: the first that is not there."""
     stem = re.sub(r"-[0-9]+$", "", path)
     return next(name for n in range(2, 1_000_000) if not Path(name := f"{stem}-{n}").exists())
-
-
-def _plain(value: Any) -> str:
-    """Without control characters: settings may come from a cache that someone else has written."""
-    return "".join(c if c.isprintable() else "?" for c in str(value))

@@ -14,14 +14,16 @@ from pipeline.cache import Cache
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hint import ConcatHint
 from pipeline.losses.layers import LayerLoss
+from pipeline.losses.loss import teacher_taps
 from pipeline.losses.through_head import SimKD, head_for
+from pipeline.manifest import row_bytes
 from pipeline.metrics import evaluate
 from pipeline.models import build
 from pipeline.models.prepared import Preparation
 from pipeline.models.simkd import SimKDStudent, arch_of
 from pipeline.proof import probe
 from pipeline.records import Bank, Head, Known
-from pipeline.statistic import derived, source_of
+from pipeline.statistic import derived, source_of, statistic
 from pipeline.stream import Stream
 
 from .check_cache import data_of
@@ -88,7 +90,6 @@ class Material:
         if simkd is None:
             return settings.arch
         width = self.cache.manifest.taps[self.taps[0]][0]
-        head_for(simkd, Known(self.head), width)
         return arch_of(settings.arch, simkd.through(), width)
 
     def network(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> nn.Module:
@@ -111,7 +112,8 @@ class Material:
             """Rows of the first draw: all, or so many as 1 GiB holds. (Rows are stored in a mixed order.)"""
             source = source_of(tap, cache.manifest.taps)
             assert source is not None
-            size = 2 * int(np.prod(cache.manifest.taps[source]))
+            name = f"features/{source}"
+            size = row_bytes({name: cache.manifest.datasets[name]})
             positions = np.arange(min(len(labels), max(1, _BANK_BYTES // size)))
             parts = (
                 cache.stored("train", 0, some, (source,))[1]
@@ -155,7 +157,7 @@ def _losses(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
 
 def _cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
     """The cached taps that the losses' own can be had from. Raises Refused with the command that adds the missing."""
-    asked = dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps())
+    asked = teacher_taps(losses)
     there = list(cache.manifest.taps)
     missing = [tap for tap in asked if source_of(tap, there) is None]
     if missing:
@@ -203,10 +205,8 @@ def _check_head(cache: Cache, losses: tuple[Loss, ...], head: Head) -> None:
         assert source is not None
         logits, features = cache.stored("train", 0, np.arange(min(64, cache.manifest.splits["train"])), (source,))
         x = derived(features, (tap,))[tap]
-        pooled = x.flatten(2).mean(2) if x.ndim > 2 else x
-        if pooled.shape[1] != head.weight.shape[1]:
-            values = head.weight.shape[1]
-            raise loss.without_head(f"its last linear layer takes {values} values, '{tap}' has {pooled.shape[1]}")
+        pooled = statistic(x, "pool", tap)
+        head_for(loss, Known(head), pooled.shape[1])
         span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
         gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
         if gap > _MOST_GAP:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data.errors import Interrupted, Refused, WrongCommand, unknown
 from pipeline.files import make_folder, publish_json, publish_text
 from pipeline.losses import at
+from pipeline.losses.loss import student_taps
+from pipeline.manifest import row_bytes
 from pipeline.taps import tapped
 
 from . import student as student_stage
@@ -189,7 +190,7 @@ class _Runner:
         labels = material.transfer_set.splits["train"].labels
         network = material.network(settings, material.losses)
         self.job = job = student_stage.job_of("student", settings, material, network, material.losses, labels, Path())
-        self.taps = tuple(dict.fromkeys(tap for loss in job.losses for tap in loss.student_taps()))
+        self.taps = student_taps(job.losses)
         self.state = State.begin(job.model, loss_modules(job, self.taps), settings, lambda _: 1e-6)
         self.losses = [at(loss, 0, 2) for loss in job.losses]
         self.batches = [batch.to(job.device) for batch in job.stream.batches(0, steps)]
@@ -228,7 +229,7 @@ def _bytes_a_view(job: Job, material: Material) -> int:
     read = [f"features/{tap}" for tap in material.taps]
     if any(loss.needs_logits for loss in job.losses):
         read += material.cache.codec.datasets(material.cache.classes)
-    return int(sum(np.prod(manifest.datasets[n][0]) * np.dtype(manifest.datasets[n][1]).itemsize for n in read))
+    return row_bytes({name: manifest.datasets[name] for name in read})
 
 
 def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, console: Console) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from data.errors import Interrupted, Refused, WrongCommand
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
-from pipeline.losses.loss import fixed
+from pipeline.losses.loss import fixed, student_taps, teacher_taps
 from pipeline.metrics import summary
 from pipeline.models import head_of
 from pipeline.models.prepared import Prepared
@@ -83,7 +83,7 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
         load_state(job.model.network, read_state(finished), str(finished))
         (job.folder / CHECKPOINT).unlink(missing_ok=True)  # stopped between the two
         return seconds_of(job.folder)
-    taps = tuple(dict.fromkeys(tap for loss in job.losses for tap in loss.student_taps()))
+    taps = student_taps(job.losses)
     state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
     first = state.restore(job.folder, job.device)
     threads = torch.get_num_threads()
@@ -201,7 +201,7 @@ def _own_head(job: Job, classes: int) -> Head | None:
 
 def _with_taps(job: Job, batch: TargetBatch) -> TargetBatch:
     """The batch with the teacher's features that the losses ask for, float32, made from what is cached."""
-    asked = dict.fromkeys(tap for loss in job.losses for tap in loss.teacher_taps())
+    asked = teacher_taps(job.losses)
     return replace(batch, features=derived(batch.features, asked)) if asked else batch
 
 

@@ -115,3 +115,16 @@ def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:
         add(self, piece, arrays, facts)
 
     patch.setattr(Writer, "add", stopping)
+
+
+def save_teacher_with_a_volume(folder: Path, name: str) -> None:
+    """folder/NAME.py, whose network says VOLUME times what its weights, folder/w.pt, say."""
+    (folder / f"{name}.py").write_text(
+        "import torch\n"
+        "VOLUME = 1.0\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self): super().__init__(); self.linear = torch.nn.Linear(64, 10)\n"
+        "    def forward(self, x): return VOLUME * self.linear(x.flatten(1))\n"
+        "def make(classes, channels, size): return Net()\n"
+    )
+    torch.save({"linear.weight": torch.eye(10, 64), "linear.bias": torch.zeros(10)}, folder / "w.pt")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caches import ASKED, files, home_with_cache
+from caches import ASKED, files, home_with_cache, save_teacher_with_a_volume
 from commands import Stages
 from damage import rewrite
 
@@ -109,15 +109,7 @@ def test_a_teacher_whose_code_changed_is_found_and_repairs_nothing(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights, and another forward pass: only what it says can tell."""
-    (tmp_path / "loud.py").write_text(
-        "import torch\n"
-        "VOLUME = 1.0\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self): super().__init__(); self.linear = torch.nn.Linear(64, 10)\n"
-        "    def forward(self, x): return VOLUME * self.linear(x.flatten(1))\n"
-        "def make(classes, channels, size): return Net()\n"
-    )
-    torch.save({"linear.weight": torch.eye(10, 64), "linear.bias": torch.zeros(10)}, "w.pt")
+    save_teacher_with_a_volume(tmp_path, "loud")
     named = ("--teacher", "loud:make", "--weights", "w.pt")
     stages("teacher-cache", "--train-size", "50", *named, "--shard-rows", "30", "--out", "c")
     import loud

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caches import ASKED, Files, count_shards_asked, drift, files, home_with_cache, payloads, stop_after
+from caches import (
+    ASKED,
+    Files,
+    count_shards_asked,
+    drift,
+    files,
+    home_with_cache,
+    payloads,
+    save_teacher_with_a_volume,
+    stop_after,
+)
 from commands import Stages
 
 from pipeline.cache import Cache
@@ -157,15 +167,7 @@ def test_a_teacher_whose_code_changed_is_found_before_a_cache_grows(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights in another forward pass: the new draws would be what another teacher says."""
-    (tmp_path / "louder.py").write_text(
-        "import torch\n"
-        "VOLUME = 1.0\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self): super().__init__(); self.linear = torch.nn.Linear(64, 10)\n"
-        "    def forward(self, x): return VOLUME * self.linear(x.flatten(1))\n"
-        "def make(classes, channels, size): return Net()\n"
-    )
-    torch.save({"linear.weight": torch.eye(10, 64), "linear.bias": torch.zeros(10)}, tmp_path / "w.pt")
+    save_teacher_with_a_volume(tmp_path, "louder")
     asked = ("teacher-cache", "--train-size", "50", "--teacher", "louder:make", "--weights", "w.pt", "--out", "c")
     stages(*asked)
     before = files(tmp_path / "c")

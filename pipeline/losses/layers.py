@@ -67,6 +67,14 @@ class LayerLoss(Loss):
         theirs = [target.features[tap] for tap in self.teacher_taps()]
         return [(s, t.to(s.dtype)) for s, t in zip(mine, theirs, strict=True)]
 
+    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The term of one pair, of a loss that has no trainable part."""
+        raise NotImplementedError(f"{self.name} is no sum over its pairs")
+
+    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+        """The sum over the pairs."""
+        return torch.stack([self.between(s, t) for s, t in self.pairs(student, target)]).sum()
+
     def refuse_one_row(self, x: torch.Tensor, module: nn.Module | None) -> None:
         """Raise WrongCommand for batch norm in training over one vector: there is no spread to divide by."""
         if module is not None and module.training and len(x) == 1 and x[0, 0].numel() == 1:

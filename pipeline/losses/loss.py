@@ -1,5 +1,6 @@
 """What the rows of the table of losses have in common, and the knobs that change during training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -66,3 +67,13 @@ class Loss(Protocol):
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         """The unweighted term, a scalar in the dtype of the student's outputs."""
         ...
+
+
+def teacher_taps(losses: Sequence[Loss]) -> tuple[str, ...]:
+    """The cached features that losses read, each once."""
+    return tuple(dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps()))
+
+
+def student_taps(losses: Sequence[Loss]) -> tuple[str, ...]:
+    """The layers of the student that losses read, each once."""
+    return tuple(dict.fromkeys(tap for loss in losses for tap in loss.student_taps()))

@@ -6,9 +6,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ..records import Outputs, TargetBatch
 from .layers import LayerLoss
 from .loss import Ramp, fixed
 
@@ -31,16 +29,13 @@ class Attention(LayerLoss):
     statistic: ClassVar[str] = "attention"
     no_other: ClassVar[bool] = True
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        terms = []
-        for s, t in self.pairs(student, target):
-            if s.shape != t.shape:
-                size = (min(s.shape[1], t.shape[1]), min(s.shape[2], t.shape[2]))
-                s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
-            # Again of norm 1: after averaging down, and after the teacher's was rounded to float16.
-            s, t = (F.normalize(x.flatten(1), dim=1, eps=_LEAST) for x in (s, t))
-            terms.append((s - t).square().mean())
-        return torch.stack(terms).sum()
+    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if s.shape != t.shape:
+            size = (min(s.shape[1], t.shape[1]), min(s.shape[2], t.shape[2]))
+            s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
+        # Again of norm 1: after averaging down, and after the teacher's was rounded to float16.
+        s, t = (F.normalize(x.flatten(1), dim=1, eps=_LEAST) for x in (s, t))
+        return (s - t).square().mean()
 
 
 @dataclass(frozen=True)
@@ -56,13 +51,10 @@ class NST(LayerLoss):
     statistic: ClassVar[str] = "gram"
     no_other: ClassVar[bool] = True
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        terms = []
-        for s, t in self.pairs(student, target):
-            if s.shape != t.shape:
-                raise self.refuse(s, t, "choose layers whose maps have the same size")
-            terms.append((s - t).square().sum((1, 2)).mean())
-        return torch.stack(terms).sum()
+    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if s.shape != t.shape:
+            raise self.refuse(s, t, "choose layers whose maps have the same size")
+        return (s - t).square().sum((1, 2)).mean()
 
 
 @dataclass(frozen=True)
@@ -76,12 +68,9 @@ class Similarity(LayerLoss):
     weight: float | Ramp = 3000.0
     name: ClassVar[str] = "similarity"
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        terms = []
-        for s, t in self.pairs(student, target):
-            mine, theirs = (F.normalize(x.flatten(1) @ x.flatten(1).T, dim=1, eps=_LEAST) for x in (s, t))
-            terms.append((mine - theirs).square().mean())
-        return torch.stack(terms).sum()
+    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        mine, theirs = (F.normalize(x.flatten(1) @ x.flatten(1).T, dim=1, eps=_LEAST) for x in (s, t))
+        return (mine - theirs).square().mean()
 
 
 @dataclass(frozen=True)
@@ -99,14 +88,11 @@ class RKD(LayerLoss):
     name: ClassVar[str] = "rkd"
     statistic: ClassVar[str] = "pool"
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        terms = []
-        for s, t in self.pairs(student, target):
-            s, t = s.flatten(1), t.flatten(1)
-            by_distance = F.smooth_l1_loss(_distances(s), _distances(t))
-            by_angle = F.smooth_l1_loss(_angles(s), _angles(t))
-            terms.append(fixed(self.distance) * by_distance + fixed(self.angle) * by_angle)
-        return torch.stack(terms).sum()
+    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        s, t = s.flatten(1), t.flatten(1)
+        by_distance = F.smooth_l1_loss(_distances(s), _distances(t))
+        by_angle = F.smooth_l1_loss(_angles(s), _angles(t))
+        return fixed(self.distance) * by_distance + fixed(self.angle) * by_angle
 
 
 def _distances(x: torch.Tensor) -> torch.Tensor:
@@ -137,12 +123,9 @@ class PKT(LayerLoss):
     name: ClassVar[str] = "pkt"
     statistic: ClassVar[str] = "pool"
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        terms = []
-        for s, t in self.pairs(student, target):
-            mine, theirs = _affinity(s.flatten(1)), _affinity(t.flatten(1))
-            terms.append((theirs * ((theirs + 1e-7) / (mine + 1e-7)).log()).mean())
-        return torch.stack(terms).sum()
+    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        mine, theirs = _affinity(s.flatten(1)), _affinity(t.flatten(1))
+        return (theirs * ((theirs + 1e-7) / (mine + 1e-7)).log()).mean()
 
 
 def _affinity(x: torch.Tensor) -> torch.Tensor:
@@ -164,9 +147,8 @@ class CC(LayerLoss):
     name: ClassVar[str] = "cc"
     statistic: ClassVar[str] = "pool"
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        terms = [(self._kernel(s) - self._kernel(t)).square().mean() for s, t in self.pairs(student, target)]
-        return torch.stack(terms).sum()
+    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (self._kernel(s) - self._kernel(t)).square().mean()
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST), 2 * fixed(self.gamma)
