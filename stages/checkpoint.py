@@ -23,7 +23,8 @@ CHECKPOINT, LINES = "checkpoint.pt", "metrics.jsonl"
 
 @dataclass
 class State:
-    """The model, the losses' own trainable parts, optimiser, schedule, moving average, and a line per epoch."""
+    """The model, the losses' own trainable parts, optimiser, schedule, moving average, a line per epoch, and the
+    weights of the best epoch so far where --select asks for them."""
 
     model: nn.Module
     modules: dict[str, nn.Module]
@@ -31,6 +32,7 @@ class State:
     schedule: LambdaLR
     average: AveragedModel | None
     lines: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def begin(
@@ -55,9 +57,11 @@ class State:
         """What the optimiser changes."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def keep(self, folder: Path, line: dict[str, Any]) -> None:
+    def keep(self, folder: Path, line: dict[str, Any], select: str) -> None:
         """Publish the state after an epoch, then its line."""
         self.lines.append(line)
+        if select != "last" and chosen_epoch(self.lines, select) == line["epoch"]:
+            self.best = {name: value.detach().clone() for name, value in self.result.state_dict().items()}
         record = {
             "epoch": line["epoch"],
             "model": self.model.state_dict(),
@@ -65,6 +69,7 @@ class State:
             "average": self.average.state_dict() if self.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.last_epoch,
+            "best": self.best,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "lines": json.dumps(self.lines),
@@ -106,6 +111,7 @@ class State:
         torch.set_rng_state(record["random"].cpu())
         if len(record["random_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([state.cpu() for state in record["random_cuda"]])
+        self.best = record["best"]
         self.lines, epoch = json.loads(record["lines"]), record["epoch"]
         if not all(isinstance(line, dict) for line in self.lines) or len(self.lines) != epoch:
             raise ValueError(f"{len(self.lines)} lines of {epoch} epochs")
@@ -125,14 +131,30 @@ def publish_tensors(path: Path, record: dict[str, Any]) -> None:
     publish(path, write)
 
 
-def seconds_of(folder: Path) -> float:
-    """The seconds of a training that is over, from its lines."""
+def chosen_epoch(lines: list[dict[str, Any]], select: str) -> int:
+    """The epoch, from 1, whose weights are kept: the last, or the first that is best by a figure of validation."""
+    if select == "last":
+        return len(lines)
+    sign = -1 if select == "nll" else 1
+    return 1 + max(range(len(lines)), key=lambda i: (sign * lines[i][f"val_{select}"], -i))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A training that is over: how long it took, and the epoch, from 1, whose weights were kept."""
+
+    seconds: float
+    epoch: int
+
+
+def finished(folder: Path, select: str) -> Finished:
+    """What the lines of a training that is over say. Raises Refused when they are damaged."""
     try:
-        lines = (folder / LINES).read_text(encoding="utf-8").splitlines()
-        seconds = float(sum(json.loads(line)["seconds"] for line in lines))
+        lines = [json.loads(line) for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
+        seconds = float(sum(line["seconds"] for line in lines))
         if not 0 < seconds < math.inf:
             raise ValueError(f"{seconds} seconds")
-        return seconds
+        return Finished(seconds, chosen_epoch(lines, select))
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         raise Refused(f"'{folder / LINES}' is damaged: it is not a record of epochs") from None
 

@@ -18,6 +18,7 @@ _ARCHS = (
     "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  my_package.module:factory; by recipe."
 )
 _VIEWS = "none, crop, crop-flip or resized-crop-flip, with knobs: crop:pad=4,mixup=1; by recipe."
+SELECT = ("last", "accuracy", "f1_macro", "nll")
 _NORMALIZE = ("imagenet", "data", "none")
 
 
@@ -77,6 +78,7 @@ class Training:
     warmup: float = knob(0.02, "Share of the steps in which the learning rate rises.", least=0, most=0.9)
     clip_norm: float = knob(0.0, "Clip the gradient's norm to this; 0 does not.", least=0)
     ema: float = knob(0.0, "Decay of a moving average of the weights, then the result; 0: off.", least=0, most=0.99999)
+    select: str = knob("last", "Keep the last epoch's weights, or those best on validation by this.", choices=SELECT)
     seed: int = knob(0, "Of initial weights and order.", least=0, most=2**31)
     keep_every: int = knob(0, "Keep the weights of every so many epochs as well: teachers stopped early.", least=0)
     out: str = knob("", "Folder of the run; a new one under runs/ when not given.")

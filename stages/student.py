@@ -181,14 +181,19 @@ def _train(
     """Train one network and measure it on the held-out splits. labels [N]: -1 where hidden."""
     preparation = material.preparation
     job = job_of(name, settings, material, network, losses, labels, folder)
-    seconds = fit(job, material.held_out["val"], console)
+    done = fit(job, material.held_out["val"], console)
     figures: dict[str, Any] = {
         "arch": material.arch(settings, material.losses if name != "baseline" else losses),
         "preparation": preparation.identity(),
         "parameters": parameters(network),
         "multiply_adds": job.multiply_adds,
-        "seconds": seconds,
-        "images_per_second": settings.epochs * job.steps * len(job.stream.rows) / job.stream.steps_per_round / seconds,
+        "seconds": done.seconds,
+        "epoch": done.epoch,
+        "images_per_second": settings.epochs
+        * job.steps
+        * len(job.stream.rows)
+        / job.stream.steps_per_round
+        / done.seconds,
     }
     return figures | material.measure(job.model)
 

@@ -90,7 +90,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
             device, folder, multiply_adds(network, preparation.channels, views.size), advice,
         )  # fmt: skip
-        seconds = fit(job, held_out["val"], console)
+        done = fit(job, held_out["val"], console)
         measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}
         result = {
             "settings": asdict(settings),
@@ -99,10 +99,11 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
                 "preparation": preparation.identity(),
                 "parameters": parameters(network),
                 "multiply_adds": job.multiply_adds,
+                "epoch": done.epoch,
                 "val": measured["val"],
                 "test": measured.get("test"),
             },
-            "seconds": {"train": seconds},
+            "seconds": {"train": done.seconds},
             "peak_memory": peak_memory(device),
             "versions": versions(),
             "machine": machine(device),

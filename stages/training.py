@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from pipeline.statistic import derived
 from pipeline.stream import Stream
 from pipeline.taps import tapped
 
-from .checkpoint import CHECKPOINT, LINES, State, publish_tensors, seconds_of
+from .checkpoint import CHECKPOINT, LINES, Finished, State, finished, publish_tensors
 from .command_line import this_program
 from .console import Console, LongWork, bar
 from .held_out import HeldOut, autocast
@@ -38,7 +39,7 @@ Features = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Job:
     """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
-    known: of the teacher, for losses that ask."""
+    known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise."""
 
     name: str
     model: Prepared
@@ -52,6 +53,7 @@ class Job:
     multiply_adds: int
     advice: str = ""
     known: Known = Known()  # noqa: RUF009 (frozen)
+    after_epoch: Callable[[dict[str, Any]], None] | None = None
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
@@ -67,22 +69,25 @@ class Job:
         return 1.0
 
 
-def fit(job: Job, held_out: HeldOut, console: Console) -> float:
-    """Train job.model in place and return the seconds it took, those before an interruption included.
+def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
+    """Train job.model in place; the seconds include those before an interruption.
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
     Raises Refused when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
     """
+    select = job.settings.select
+    if select != "last" and not (held_out.labels >= 0).any():
+        raise WrongCommand(f"--select {select} needs labels to validate on, and these pictures have none")
     make_folder(job.folder)
-    finished = job.folder / f"{job.name}.pt"
+    weights = job.folder / f"{job.name}.pt"
     remove_leftovers(
-        job.folder, (CHECKPOINT, LINES, finished.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
+        job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
     )
-    if finished.is_file():
-        load_state(job.model.network, read_state(finished), str(finished))
+    if weights.is_file():
+        load_state(job.model.network, read_state(weights), str(weights))
         (job.folder / CHECKPOINT).unlink(missing_ok=True)  # stopped between the two
-        return seconds_of(job.folder)
+        return finished(job.folder, select)
     taps = student_taps(job.losses)
     state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
     first = state.restore(job.folder, job.device)
@@ -97,10 +102,10 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> float:
         raise Interrupted(f"stopped; go on with  {go_on}") from None
     finally:
         torch.set_num_threads(threads)
-    job.model.load_state_dict(state.result.state_dict())
-    _publish_weights(finished, job.model)
+    job.model.load_state_dict(state.best or state.result.state_dict())
+    _publish_weights(weights, job.model)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
-    return seconds_of(job.folder)
+    return finished(job.folder, select)
 
 
 def _epochs(job: Job, state: State, first: int, taps: tuple[str, ...], held_out: HeldOut, console: Console) -> None:
@@ -126,7 +131,10 @@ def _epochs(job: Job, state: State, first: int, taps: tuple[str, ...], held_out:
             shown.set_postfix({name: f"{value:.4g}" for name, value in line.items() if name != "epoch"}, refresh=False)
             if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
                 _publish_weights(job.folder / _kept(job, epoch), state.result)
-            state.keep(job.folder, line | {"seconds": round(time.monotonic() - begun, 4)})
+            line |= {"seconds": round(time.monotonic() - begun, 4)}
+            state.keep(job.folder, line, job.settings.select)
+            if job.after_epoch:
+                job.after_epoch(line)
 
 
 def _kept(job: Job, epoch: int) -> str:

@@ -249,7 +249,7 @@ def test_what_is_watched_during_training_is_what_the_result_will_say(absent: boo
     if absent:
         labels[labels == 3] = -1
     found, whole = summary(logits, labels), evaluate(logits, labels)
-    assert found == {key: pytest.approx(whole[key], rel=1e-12) for key in ("accuracy", "f1_macro")}
+    assert found == {key: pytest.approx(whole[key], rel=1e-12) for key in ("accuracy", "f1_macro", "nll")}
 
 
 def test_nothing_is_watched_without_labels() -> None:
