@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from . import counter
 from .errors import Refused, WrongCommand, unknown
 from .folder import FolderPictures, Progress, digest_files, read_folder
+from .long_tail import largest_remainders, long_tailed, parse_imbalance
 from .pictures import MemoryPictures
 
 Labels = NDArray[np.int64]
@@ -39,7 +41,7 @@ class TransferSet:
     channels: int
     size: int
     splits: dict[str, Split]
-    cut: dict[str, float]
+    cut: dict[str, Any]
 
     def identity(self) -> dict[str, object]:
         """What a cache must agree with: name, classes in order, content of each split, how they were cut."""
@@ -176,12 +178,15 @@ def load(
     val_fraction: float,
     seed: int = 0,
     train_size: int = 0,
+    imbalance: str = "",
+    head_size: int = 0,
     progress: Progress = lambda items, total, what: items,
 ) -> TransferSet:
     """Read a data set and cut its validation split out of its training data.
 
     val_fraction: share of the training data, 0 < val_fraction < 1, drawn by class from seed; unused when
     the data come with a validation split. train_size: keep so many training rows, drawn by class; 0 keeps all.
+    imbalance, head_size: keep a long-tailed part of the training rows, see long_tail; val and test stay as they are.
     Raises WrongCommand or Refused where the data are not there or do not fit.
     """
     row = row_of(data)
@@ -200,10 +205,8 @@ def load(
         read["val"] = (pictures.take(val), labels[val])
         keep = np.setdiff1d(np.arange(len(labels)), val)
         pictures, labels = pictures.take(keep), labels[keep]
-    if not 0 <= train_size <= len(labels):
-        raise WrongCommand(f"--train-size {train_size} is not between 0 and the {len(labels)} training rows there are")
-    if train_size:
-        keep = np.sort(stratified(labels, train_size, key=(seed, 11)))
+    keep, tail = _kept(labels, len(classes), train_size, imbalance, head_size, seed)
+    if len(keep) < len(labels):
         pictures, labels = pictures.take(keep), labels[keep]
     read["train"] = (pictures, labels)
 
@@ -216,8 +219,26 @@ def load(
         channels, size = (1 if pictures.mode == "L" else 3), pictures.native
     else:
         channels, size = pictures.images.shape[1], pictures.images.shape[-1]
-    cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size}
+    cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size, **tail}
     return TransferSet(name, classes, channels, size, splits, cut)
+
+
+def _kept(
+    labels: Labels, classes: int, train_size: int, imbalance: str, head_size: int, seed: int
+) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    """The training rows that stay, sorted; and what the cut says of a long tail, nothing where there is none."""
+    if not 0 <= train_size <= len(labels):
+        raise WrongCommand(f"--train-size {train_size} is not between 0 and the {len(labels)} training rows there are")
+    if imbalance:
+        if train_size:
+            raise WrongCommand("--train-size and --imbalance both say which training rows stay: leave out one")
+        keep, head = long_tailed(labels, classes, imbalance, head_size, key=(seed, 12))
+        return keep, {"imbalance": str(parse_imbalance(imbalance)), "head_size": head}
+    if head_size:
+        raise WrongCommand(f"--head-size {head_size} is the largest class of a long tail: say --imbalance, too")
+    if train_size:
+        return np.sort(stratified(labels, train_size, key=(seed, 11))), {}
+    return np.arange(len(labels)), {}
 
 
 def stratified(labels: Labels, n: int, key: tuple[int, ...]) -> NDArray[np.int64]:
@@ -227,13 +248,15 @@ def stratified(labels: Labels, n: int, key: tuple[int, ...]) -> NDArray[np.int64
     between releases, and it refuses a class with a single row.
     """
     classes, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    share = counts * (n / len(labels))
-    quota = np.floor(share).astype(np.int64)
-    largest = np.argsort(-(share - quota), kind="stable")
-    quota[largest[: n - quota.sum()]] += 1
+    quota = largest_remainders(counts * (n / len(labels)), n)
     order = counter.permutation(key, len(labels))
     taken = [order[position[order] == c][: quota[c]] for c in range(len(classes))]
     return np.sort(np.concatenate(taken))
+
+
+def class_counts(labels: Labels, classes: int) -> NDArray[np.int64]:
+    """int64 [classes]: rows of each class; rows without a label count for nothing."""
+    return np.bincount(labels[labels >= 0], minlength=classes)
 
 
 def _digest(pictures: MemoryPictures | FolderPictures, labels: Labels, progress: Progress) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from data import counter
 from data.errors import OtherCache, Refused, WrongCommand, printable
 from data.folder import Progress
+from data.long_tail import parse_imbalance
 from data.transfer_set import Labels, TransferSet, load
 from data.views import ViewPolicy, parse_views
 
@@ -104,7 +105,9 @@ class Cache:
         self.codec = CODECS[identity["codec"]]
         self.classes = self.manifest.classes
         self.data = str(data["name"])
-        self.cut = (float(cut["val_fraction"]), int(cut["seed"]), int(cut["train_size"]))
+        self.cut: dict[str, Any] = dict(cut)
+        if "imbalance" in cut:
+            parse_imbalance(cut["imbalance"])
         self.teacher = str(identity["teacher"]["arch"])
         self.preparation = Preparation.from_json(identity["teacher"])
 
@@ -120,8 +123,7 @@ class Cache:
             raise WrongCommand(
                 f"the cache '{self.folder}' is of a folder of pictures: say where it is with --data folder:PATH"
             )
-        fraction, seed, size = self.cut
-        found = load(data or self.data, root, val_fraction=fraction, seed=seed, train_size=size, progress=progress)
+        found = load(data or self.data, root, **self.cut, progress=progress)
         self.bind(found)
         return found
 

@@ -11,16 +11,23 @@ from data.transfer_set import Labels
 
 Floats = NDArray[np.float64]
 _ECE_BINS = 15
+_MATRIX = 100  # classes up to which a confusion matrix is part of a result: 10,000 numbers
 
 
 def evaluate(
-    logits: NDArray[np.floating], labels: Labels, teacher: NDArray[np.floating] | None = None
+    logits: NDArray[np.floating],
+    labels: Labels,
+    teacher: NDArray[np.floating] | None = None,
+    counts: Labels | None = None,
 ) -> dict[str, Any]:
-    """Every figure of a split. logits [N, K]; labels [N], -1 where there is none; teacher [N, K] or None.
+    """Every figure of a split. logits [N, K]; labels [N], -1 where there is none; teacher [N, K] or None; counts [K]:
+    training rows of each class.
 
     accuracy, top5 (None up to 5 classes), nll and brier (per row, in nats and 0 … 2), ece (15 equal bins, Guo et
     al. 2017), precision, recall and F1 (macro over the classes that occur; F1 also weighted by class), auroc_macro
-    (one class against the rest, None when a class has no row), per_class; and, against the teacher, agreement and
+    (one class against the rest, None when a class has no row), per_class (None where it has no row), confusion
+    [K][K] (rows of the true class by guessed class; None over 100 classes), recall_head, _medium and _tail (see
+    groups_of; None where training rows are about balanced); and, against the teacher, agreement and
     kl_to_teacher (KL(teacher || student) per row at temperature 1, in nats). Without labels only the last two.
     """
     known = labels >= 0
@@ -32,6 +39,7 @@ def evaluate(
         result["kl_to_teacher"] = float((np.exp(log_t) * (log_t - log_p)).sum(1).mean())
     if known.any():
         result |= _against_labels(log_p[known], labels[known])
+        result |= _by_group(result["per_class"]["recall"], counts)
     return result
 
 
@@ -67,12 +75,38 @@ def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
         "f1_weighted": float(sk.f1_score(labels, guess, average="weighted", zero_division=0)),
         "auroc_macro": _auroc(p, one_hot) if len(present) == K > 1 else None,
         "per_class": {
-            "precision": precision.tolist(),
-            "recall": recall.tolist(),
-            "f1": f1.tolist(),
+            "precision": _where(support, precision),
+            "recall": _where(support, recall),
+            "f1": _where(support, f1),
             "support": support.tolist(),
         },
+        "confusion": np.bincount(K * labels + guess, minlength=K * K).reshape(K, K).tolist() if K <= _MATRIX else None,
     }
+
+
+def _where(support: Labels, values: Floats) -> list[float | None]:
+    """The values of classes that occur; nothing, not 0, is known of the others."""
+    return [value if rows else None for rows, value in zip(support.tolist(), values.tolist(), strict=True)]
+
+
+def groups_of(counts: Labels) -> dict[str, list[int]]:
+    """{head, medium, tail: classes}: the third with the most training rows, the rest, the third with the fewest.
+
+    counts [K]; of equals the first comes first. Nothing when the largest class has under twice the smallest's rows.
+    """
+    if len(counts) < 2 or counts.max() < 2 * counts.min():
+        return {"head": [], "medium": [], "tail": []}
+    order, third = np.argsort(-counts, kind="stable").tolist(), max(1, len(counts) // 3)
+    return {"head": order[:third], "medium": order[third:-third], "tail": order[-third:]}
+
+
+def _by_group(recall: list[float | None], counts: Labels | None) -> dict[str, float | None]:
+    """Mean recall of the classes of each group that occur; None where there is none."""
+    found: dict[str, float | None] = {}
+    for name, classes in groups_of(np.zeros(0, np.int64) if counts is None else counts).items():
+        some = [r for c in classes if (r := recall[c]) is not None]
+        found[f"recall_{name}"] = float(np.mean(some)) if some else None
+    return found
 
 
 def _auroc(p: Floats, one_hot: Floats) -> float:
@@ -92,7 +126,10 @@ def log_softmax(z: NDArray[np.floating]) -> Floats:
 
 
 def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Mean and standard deviation (n - 1; 0 for one) of every number in equal nested records; words and None stay."""
+    """Mean and standard deviation (n - 1; 0 for one) of every number in equal nested records; words and None stay.
+
+    A list is taken place by place, None where one of them has None.
+    """
     mean: dict[str, Any] = {}
     spread: dict[str, Any] = {}
     for key, first in results[0].items():
@@ -100,7 +137,8 @@ def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
         if isinstance(first, dict):
             mean[key], spread[key] = mean_and_spread(values)
         elif isinstance(first, list):
-            mean[key], spread[key] = np.mean(values, 0).tolist(), _sd(np.array(values, float)).tolist()
+            places = np.array(values, float)
+            mean[key], spread[key] = _listed(places.mean(0)), _listed(_sd(places))
         elif first is None or isinstance(first, str):
             mean[key] = spread[key] = first
         else:
@@ -108,5 +146,12 @@ def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
     return mean, spread
 
 
+def _listed(places: Floats) -> list[Any]:
+    """As a list, with None for NaN, which is what a None becomes."""
+    listed = places.astype(object)
+    listed[np.isnan(places)] = None
+    return list(listed.tolist())
+
+
 def _sd(values: Floats) -> Floats:
-    return np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
+    return np.asarray(np.std(values, axis=0, ddof=1) if len(values) > 1 else 0 * values[0])

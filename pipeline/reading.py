@@ -88,11 +88,12 @@ def _check_seal(text: bytes, path: Path) -> str:
     return digest
 
 
+_CUT = {"val_fraction": float, "seed": int, "train_size": int}
 IDENTITY_FORM: dict[str, Any] = {
     "format": int,
     "transfer_set": {
         "name": re.compile("[a-z0-9-]{1,64}"), "classes": [str], "content": {str: str},
-        "cut": {"val_fraction": float, "seed": int, "train_size": int},
+        "cut": ({**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}, _CUT),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
     "teacher": {

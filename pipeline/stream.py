@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data import counter
 from data.errors import Refused
+from data.long_tail import SAMPLERS, resampled
 from data.transfer_set import Labels, Split
 from data.views import Pictures, ViewPolicy, mixup_of, render
 
@@ -38,7 +39,8 @@ class Stream:
     order_seed: of the order, not of the views. labels [N]: hard targets, -1 where hidden. rows: positions that
     are used, in any order. draws: how many views there are, 0 for a new one each round (no cache).
     cache, taps: where targets come from, unless targets is false: then only its order is used.
-    workers: processes that decode a folder; 0 decodes in this one, in a thread.
+    workers: processes that decode a folder; 0 decodes in this one, in a thread. sampler: of SAMPLERS; a round then
+    shows as many rows, some more than once; every row has a label.
     """
 
     split: Split
@@ -54,6 +56,7 @@ class Stream:
     targets: bool = True
     workers: int = 0
     start_method: str | None = None
+    sampler: str = ""
 
     @property
     def steps_per_round(self) -> int:
@@ -118,14 +121,21 @@ class Stream:
 
     def _round(self, round_: int) -> Rows:
         """Positions of a round in the order in which they are shown."""
-        key = (self.order_seed, 40, round_)
+        key, rows = (self.order_seed, 40, round_), self._sampled(round_)
         if self.cache is None or self.cache.resident("train", self.draw_of(round_)):
-            return self.rows[counter.permutation(key, len(self.rows))]
+            return rows[counter.permutation(key, len(rows))]
         # Shuffled blocks, then shuffled inside windows of 64 of them: bounded memory, long reads.
-        blocks = np.array_split(np.sort(self.rows), -(-len(self.rows) // _BLOCK))
+        blocks = np.array_split(np.sort(rows), -(-len(rows) // _BLOCK))
         shuffled = [blocks[b] for b in counter.permutation(key, len(blocks))]
         windows = [np.concatenate(shuffled[w : w + _BLOCKS]) for w in range(0, len(shuffled), _BLOCKS)]
         return np.concatenate([w[counter.permutation((*key, i), len(w))] for i, w in enumerate(windows)])
+
+    def _sampled(self, round_: int) -> Rows:
+        """The positions of a round, in no order yet."""
+        if not self.sampler:
+            return self.rows
+        index = self.rows if self.cache is None else self.cache.order("train")[self.rows]
+        return self.rows[resampled(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, round_))]
 
     def _join(self, group: "_Group", views: torch.Tensor) -> TargetBatch:
         index = group.index

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, TransferSet
+from data.transfer_set import Labels, TransferSet, class_counts
 from pipeline.cache import Cache
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hint import ConcatHint
@@ -128,9 +128,14 @@ class Material:
     def measure(self, model: nn.Module) -> dict[str, Any]:
         """Every figure of a student on each held-out split."""
         return {
-            split: evaluate(rows.logits(model), rows.labels, self.teacher[split].numpy())
+            split: evaluate(rows.logits(model), rows.labels, self.teacher[split].numpy(), self.counts)
             for split, rows in self.held_out.items()
         }
+
+    @property
+    def counts(self) -> Labels:
+        """int64 [K]: rows of each class in the training split, where they have labels."""
+        return class_counts(self.transfer_set.splits["train"].labels, self.cache.classes)
 
     def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
@@ -139,6 +144,7 @@ class Material:
         return Stream(
             self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
             labels, rows, settings.draws, self.cache, self.taps, targets, settings.workers,
+            sampler=settings.sampler,
         )  # fmt: skip
 
 
@@ -185,9 +191,12 @@ def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: L
     wanting = [loss.name for loss in losses if loss.needs_labels]
     if unlabelled and wanting:
         raise WrongCommand(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
-    if unlabelled and (settings.baseline or settings.labelled or settings.finetune_epochs):
-        flag = "baseline" if settings.baseline else "labelled" if settings.labelled else "finetune-epochs"
+    needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(settings, name)]
+    if unlabelled and needing:
+        flag = needing[0].replace("_", "-")
         raise WrongCommand(f"--{flag} needs labels, and these pictures have none: leave it out")
+    if settings.labelled and settings.sampler:
+        raise WrongCommand("--sampler needs the labels of all rows, --labelled hides some: leave out one")
     if settings.labelled and not classes <= settings.labelled <= len(labels):
         raise WrongCommand(f"--labelled {settings.labelled} is not between {classes} classes and {len(labels)} rows")
 

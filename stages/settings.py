@@ -36,6 +36,8 @@ class Cut:
 
     val_fraction: float = knob(0.0, "Share of the training data to validate on; by recipe.", least=1e-6, most=0.9)
     train_size: int = knob(0, "Keep so many training rows, drawn by class; 0 keeps all.", least=0)
+    imbalance: str = knob("", "Keep a long tail of the training rows: 100 or 100:step, largest to smallest class.")
+    head_size: int = knob(0, "Rows of the largest class of --imbalance; 0: all that the data allow.", least=0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Training:
     clip_norm: float = knob(0.0, "Clip the gradient's norm to this; 0 does not.", least=0)
     ema: float = knob(0.0, "Decay of a moving average of the weights, then the result; 0: off.", least=0, most=0.99999)
     select: str = knob("last", "Keep the last epoch's weights, or those best on validation by this.", choices=SELECT)
+    sampler: str = knob("", "Show each class equally often, or by the root of its rows.", choices=("balanced", "sqrt"))
     seed: int = knob(0, "Of initial weights and order.", least=0, most=2**31)
     keep_every: int = knob(0, "Keep the weights of every so many epochs as well: teachers stopped early.", least=0)
     out: str = knob("", "Folder of the run; a new one under runs/ when not given.")

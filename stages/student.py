@@ -220,7 +220,7 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
     """result.json: means over the seeds, their standard deviations, and the single results."""
     manifest = material.cache.manifest
     teacher = {
-        split: evaluate(logits.numpy(), material.transfer_set.splits[split].labels)
+        split: evaluate(logits.numpy(), material.transfer_set.splits[split].labels, counts=material.counts)
         for split, logits in material.teacher.items()
     }
     mean, spread = mean_and_spread(results)

@@ -5,6 +5,7 @@ from typing import Any
 from .console import Console
 
 _COLUMNS = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("agreement", "agreement"))
+_TAIL = (("tail recall", "recall_tail"),)
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
@@ -19,15 +20,16 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     }
     of_seeds = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
     width = max(len(name) for name in names.values())
+    columns = _COLUMNS + (_TAIL if result["teacher"][split].get("recall_tail") is not None else ())
     console.say()
     console.say(
         f"{split + ' split' + of_seeds:<{width}}"
-        + "".join(f"{title:>17}" for title, _ in _COLUMNS)
+        + "".join(f"{title:>17}" for title, _ in columns)
         + f"{'seconds':>10}"
     )
     for model in models:
         figures, spread = result[model][split], result["spread"].get(model, {}).get(split, {})
-        cells = [_cell(figures.get(key), spread.get(key), seeds) for _, key in _COLUMNS]
+        cells = [_cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
         seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
         console.say(f"{names[model]:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + f"{seconds:>10.1f}")
     console.say("(seconds: of the teacher, stage one, paid once; of a student, its training)")

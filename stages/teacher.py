@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data.errors import WrongCommand
-from data.transfer_set import TransferSet, load, row_of
+from data.transfer_set import TransferSet, class_counts, load, row_of
 from data.views import ViewPolicy, parse_views, render
 from pipeline.files import publish_json
 from pipeline.losses import parse_losses
@@ -66,7 +66,8 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     device = device_of(settings.device)
     transfer_set = load(
         settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
-        train_size=settings.train_size, progress=progress,
+        train_size=settings.train_size, imbalance=settings.imbalance, head_size=settings.head_size,
+        progress=progress,
     )  # fmt: skip
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
         raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
@@ -79,7 +80,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         rows = transfer_set.splits["train"]
         stream = Stream(
             rows, views, settings.seed, settings.seed, settings.batch_size, rows.labels, np.arange(len(rows)),
-            workers=settings.workers,
+            workers=settings.workers, sampler=settings.sampler,
         )  # fmt: skip
         held_out = {
             split: HeldOut(transfer_set.splits[split], views, device, settings)
@@ -91,7 +92,8 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             device, folder, multiply_adds(network, preparation.channels, views.size), advice,
         )  # fmt: skip
         done = fit(job, held_out["val"], console)
-        measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}
+        counts = class_counts(rows.labels, len(transfer_set.classes))
+        measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
         result = {
             "settings": asdict(settings),
             "teacher": {

@@ -53,7 +53,8 @@ def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Mani
     settings, views, taps = _checked(settings)
     transfer_set = load(
         settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
-        train_size=settings.train_size, progress=progress,
+        train_size=settings.train_size, imbalance=settings.imbalance, head_size=settings.head_size,
+        progress=progress,
     )  # fmt: skip
     views = teacher_stage.with_size(views, transfer_set, console)
     teacher, arch = teacher_of(settings, transfer_set, views, console)

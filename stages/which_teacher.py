@@ -105,12 +105,13 @@ def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:
         TeacherSettings(
             data=settings.data, data_root=settings.data_root, arch=settings.teacher, seed=settings.seed,
             normalize=settings.normalize or "data", val_fraction=settings.val_fraction,
-            train_size=settings.train_size, device=settings.device, workers=settings.workers, out=str(folder),
+            train_size=settings.train_size, imbalance=settings.imbalance, head_size=settings.head_size,
+            device=settings.device, workers=settings.workers, out=str(folder),
         )
     )  # fmt: skip
     if (folder / "settings.json").is_file():
         kept = read_json(folder / "settings.json")
-        same = ("data", "arch", "seed", "normalize", "val_fraction", "train_size")
+        same = ("data", "arch", "seed", "normalize", "val_fraction", "train_size", "imbalance", "head_size")
         differ = [f"{k} {kept.get(k)} there, {v} asked" for k in same if kept.get(k) != (v := getattr(asked, k))]
         if differ:
             raise Refused(

@@ -88,7 +88,14 @@ def figures_by_hand(logits: Floats, labels_array: Labels) -> dict[str, Any]:
         "f1_macro": mean([s[2] for s in present]),
         "f1_weighted": math.fsum(s[2] * s[3] for s in scores) / len(labels),
         "auroc_macro": auroc_by_hand(p, labels, K) if len(present) == K else None,
-        "per_class": {name: [s[i] for s in scores] for i, name in enumerate(("precision", "recall", "f1", "support"))},
+        "per_class": {
+            **{name: [s[i] if s[3] else None for s in scores] for i, name in enumerate(("precision", "recall", "f1"))},
+            "support": [s[3] for s in scores],
+        },
+        "confusion": [[sum(p == (a, b) for p in zip(labels, guess, strict=True)) for b in range(K)] for a in range(K)],
+        "recall_head": None,
+        "recall_medium": None,
+        "recall_tail": None,
     }
 
 
@@ -99,6 +106,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert_same(found[key], value)
         elif value is None:
             assert found[key] is None, key
+        elif key == "confusion":
+            assert found[key] == value
+        elif isinstance(value, list) and None in value:
+            assert [x is None for x in found[key]] == [x is None for x in value], key
+            assert [x for x in found[key] if x is not None] == pytest.approx([x for x in value if x is not None])
         else:
             assert found[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
 
@@ -123,6 +135,39 @@ def test_a_class_that_does_not_occur_counts_for_nothing_in_macro_figures(K: int)
     assert_same(found, figures_by_hand(logits, labels))
     assert found["auroc_macro"] is None
     assert found["per_class"]["support"][K - 1] == 0
+    assert found["per_class"]["recall"][K - 1] is None
+    assert found["per_class"]["recall"][0] is not None
+
+
+def test_recall_of_head_medium_and_tail_is_the_mean_of_their_classes_that_occur() -> None:
+    logits, labels = drawn(200, 7)
+    counts = np.array([5, 100, 50, 20, 10, 10, 1])
+    recall = evaluate(logits, labels)["per_class"]["recall"]
+    found = evaluate(logits, labels, counts=counts)
+    assert found["recall_head"] == pytest.approx(mean([recall[1], recall[2]]))
+    assert found["recall_medium"] == pytest.approx(mean([recall[3], recall[4], recall[5]]))
+    assert found["recall_tail"] == pytest.approx(mean([recall[0], recall[6]]))
+    without = evaluate(logits[labels != 6], labels[labels != 6], counts=counts)
+    assert without["recall_tail"] == without["per_class"]["recall"][0]
+    neither = (labels != 6) & (labels != 0)
+    assert evaluate(logits[neither], labels[neither], counts=counts)["recall_tail"] is None
+
+
+@pytest.mark.parametrize(("counts", "tail"), [([9, 5], False), ([10, 5], True), ([9, 6, 5], False)])
+def test_training_rows_that_are_about_balanced_have_no_tail(counts: list[int], tail: bool) -> None:
+    logits, labels = drawn(60, len(counts))
+    assert (evaluate(logits, labels, counts=np.array(counts))["recall_tail"] is not None) is tail
+
+
+def test_two_classes_have_a_head_and_a_tail_and_no_middle() -> None:
+    found = evaluate(np.eye(2)[[0, 1, 0, 0]], np.array([0, 1, 1, 1]), counts=np.array([3, 30]))
+    assert (found["recall_head"], found["recall_medium"], found["recall_tail"]) == (pytest.approx(1 / 3), None, 1.0)
+    assert found["confusion"] == [[1, 0], [2, 1]]
+
+
+def test_over_a_hundred_classes_have_no_confusion_matrix() -> None:
+    assert evaluate(np.eye(101), np.arange(101))["confusion"] is None
+    assert evaluate(np.eye(100), np.arange(100))["confusion"] == np.eye(100).tolist()
 
 
 def test_a_single_row_has_figures() -> None:
@@ -290,6 +335,11 @@ def test_one_result_is_its_own_mean_and_spreads_by_nothing() -> None:
     assert spread["accuracy"] == 0
     assert spread["per_class"]["f1"] == [0, 0, 0]
     assert spread["top5"] is None
+
+
+def test_a_place_of_a_list_that_one_result_lacks_has_no_mean() -> None:
+    centre, spread = mean_and_spread([{"r": [0.5, None]}, {"r": [1.0, None]}])
+    assert (centre, spread) == ({"r": [0.75, None]}, {"r": [pytest.approx(0.5**1.5), None]})
 
 
 def test_means_of_real_results_keep_every_key() -> None:

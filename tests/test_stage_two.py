@@ -34,8 +34,9 @@ def the_teacher(tiny: Path) -> Prepared:
 
 def flat(record: dict[str, Any]) -> list[float]:
     """Every number of a nested record."""
-    inner = (flat(v) if isinstance(v, dict) else v if isinstance(v, list) else [v] for v in record.values())
-    return [number for part in inner for number in part]
+    items = [dict(enumerate(v)) if isinstance(v, list) else v for v in record.values()]
+    inner = (flat(v) if isinstance(v, dict) else [v] for v in items)
+    return [number for part in inner for number in part if number is not None]
 
 
 def stream_of(folder: Path, **more: Any) -> Stream:
