@@ -39,6 +39,10 @@ class Outputs:
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     head: Head | None = None
 
+    def chosen(self, rows: torch.Tensor) -> "Outputs":
+        """Rows int64 [n] of the batch."""
+        return Outputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
+
 
 @dataclass(frozen=True)
 class TargetBatch:
@@ -48,10 +52,12 @@ class TargetBatch:
     draw:     which view of them
     views:    uint8 [B, C, S, S], the very pixels that the teacher saw
     labels:   int64 [B], the hard targets, -1 where there is none
-    logits:   float32 [B, K] of the teacher, None without a cache
+    logits:   float32 [B, K] of the teacher, None without a cache; [B, M, K] where M teachers are each heard by
+              themselves; NaN in a row that the cache lacks
     features: {tap: [B, …]} of the teacher, float16 as cached, float32 in a loss
     partner:  int64 [B], hard target of the mixup partner, None without mixup
     share:    float32 [B], the picture's own share in a mixup view, None without mixup
+    trust:    float32 [B], what the rows of a term weigh, None where all weigh 1
     """
 
     index: torch.Tensor
@@ -62,39 +68,26 @@ class TargetBatch:
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     partner: torch.Tensor | None = None
     share: torch.Tensor | None = None
+    trust: torch.Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "TargetBatch":
         """Rows start to stop, without a copy."""
+        return self._each(lambda x: x[start:stop])
 
-        def part(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x[start:stop]
-
-        return TargetBatch(
-            self.index[start:stop],
-            self.draw,
-            self.views[start:stop],
-            self.labels[start:stop],
-            part(self.logits),
-            {tap: x[start:stop] for tap, x in self.features.items()},
-            part(self.partner),
-            part(self.share),
-        )
+    def chosen(self, rows: torch.Tensor) -> "TargetBatch":
+        """Rows int64 [n] of the batch, copied."""
+        return self._each(lambda x: x[rows])
 
     def to(self, device: torch.device) -> "TargetBatch":
         """The same batch on a device."""
-        if device.type == "cpu":
-            return self
+        return self if device.type == "cpu" else self._each(lambda x: x.to(device, non_blocking=True))
 
-        def move(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TargetBatch":
+        def maybe(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else change(x)
 
         return TargetBatch(
-            self.index.to(device, non_blocking=True),
-            self.draw,
-            self.views.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            move(self.logits),
-            {tap: x.to(device, non_blocking=True) for tap, x in self.features.items()},
-            move(self.partner),
-            move(self.share),
-        )
+            change(self.index), self.draw, change(self.views), change(self.labels), maybe(self.logits),
+            {tap: change(x) for tap, x in self.features.items()}, maybe(self.partner), maybe(self.share),
+            maybe(self.trust),
+        )  # fmt: skip

@@ -39,7 +39,8 @@ class Loss(Protocol):
     """A term of what a student minimises. weight multiplies it in the sum that goes backward.
 
     needs_labels: cannot do without hard targets. needs_logits: reads the teacher's. one_label: has no meaning
-    for a mixup view, which has two. several: may be given more than once.
+    for a mixup view, which has two. several: may be given more than once. by_row: a mean over rows, which can
+    be weighed.
     """
 
     name: ClassVar[str]
@@ -48,6 +49,7 @@ class Loss(Protocol):
     needs_head: ClassVar[bool] = False
     one_label: ClassVar[bool] = False
     several: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
 
     @property
     def weight(self) -> float | Ramp: ...

@@ -36,6 +36,11 @@ def soft_term(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torch.T
     return soft_rows(z_s, z_t, temperature).mean()
 
 
+def trusted(rows: torch.Tensor, target: TargetBatch) -> torch.Tensor:
+    """The mean of rows [B], each weighed by how much the teacher is trusted about it, where that is asked."""
+    return (rows if target.trust is None else rows * target.trust.to(rows.dtype)).mean()
+
+
 def z_score(z: torch.Tensor) -> torch.Tensor:
     """(z - mean) / (standard deviation + 1e-7) of each row (Sun et al. 2024, arXiv 2403.01427, algorithm 1)."""
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
@@ -54,12 +59,13 @@ class KD(Loss):
     temperature: float | Ramp = 4.0
     standardize: bool = False
     name: ClassVar[str] = "kd"
+    by_row: ClassVar[bool] = True
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, target)
         if self.standardize:
             z_s, z_t = z_score(z_s), z_score(z_t)
-        return soft_term(z_s, z_t, fixed(self.temperature))
+        return trusted(soft_rows(z_s, z_t, fixed(self.temperature)), target)
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,10 @@ class LogitMSE(Loss):
 
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "logit_mse"
+    by_row: ClassVar[bool] = True
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        return F.mse_loss(student.logits, teacher_logits(student, target))
+        return trusted((student.logits - teacher_logits(student, target)).square().mean(1), target)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Output(Loss):
     kind: str = "kl"
     temperature: float | Ramp = 4.0
     name: ClassVar[str] = "output"
+    by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("kl", "mse", "soft_ce"):
@@ -98,10 +106,12 @@ class Output(Loss):
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, target), fixed(self.temperature)
         if self.kind == "mse":
-            return F.mse_loss(z_s, z_t)
-        if self.kind == "kl":
-            return soft_term(z_s, z_t, t)
-        return -(F.softmax(z_t / t, dim=1) * F.log_softmax(z_s / t, dim=1)).sum(1).mean() * t**2
+            rows = (z_s - z_t).square().mean(1)
+        elif self.kind == "kl":
+            rows = soft_rows(z_s, z_t, t)
+        else:
+            rows = -(F.softmax(z_t / t, dim=1) * F.log_softmax(z_s / t, dim=1)).sum(1) * t**2
+        return trusted(rows, target)
 
 
 @dataclass(frozen=True)

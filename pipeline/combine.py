@@ -1,0 +1,144 @@
+"""Several teachers' logits -> one teacher's."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from data.errors import WrongCommand, unknown
+
+from .mapping import minimize_convex
+
+Rows = NDArray[np.int64]
+# Rows of ALL give one distribution; with those of EACH a student hears every teacher by itself.
+ALL = ("mean_probability", "mean_logit", "geometric", "weighted", "vote", "learned")
+EACH = ("per_teacher", "ca_mkd")
+_TIE = 1e-3  # of a vote: what the mean probability weighs beside it, so that it decides ties and nothing is impossible
+
+
+@dataclass(frozen=True)
+class Combine:
+    """How M teachers become one. weights [M] add up to 1; temperatures [M] divide each one's logits."""
+
+    name: str
+    weights: tuple[float, ...]
+    temperatures: tuple[float, ...]
+
+    @property
+    def each(self) -> bool:
+        """Whether losses are led by every teacher by itself."""
+        return self.name in EACH
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [N, M, K] -> log-probabilities, or mean logits, [N, K]; the mean probability for those of EACH."""
+        if self.name == "mean_logit":
+            return logits.mean(1)
+        scale = logits.new_tensor(self.temperatures)[None, :, None]
+        log_p = F.log_softmax(logits / scale, dim=2)
+        if self.name == "geometric":
+            return log_p.mean(1)
+        weights = logits.new_tensor(self.weights)
+        mean = (log_p + weights.log()[None, :, None]).logsumexp(1)
+        if self.name == "vote":
+            votes = F.one_hot(logits.argmax(2), logits.shape[2]).to(logits.dtype).mean(1)
+            return (((1 - _TIE) * votes).log().logaddexp(mean + math.log(_TIE))).to(logits.dtype)
+        return mean
+
+    def to_json(self) -> dict[str, Any]:
+        return {"combine": self.name, "weights": list(self.weights), "temperatures": list(self.temperatures)}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> "Combine":
+        """Raises ValueError, TypeError or KeyError for what is none."""
+        weights, temperatures = (tuple(float(x) for x in record[name]) for name in ("weights", "temperatures"))
+        if record["combine"] not in (*ALL, *EACH) or len(weights) != len(temperatures) or not weights:
+            raise ValueError("no way to combine")
+        _check_weights("weights", weights)
+        if not all(0 < t < math.inf for t in temperatures):
+            raise ValueError("temperatures that are not positive")
+        return Combine(record["combine"], weights, temperatures)
+
+
+def parse_combine(spec: str, members: int) -> Combine:
+    """`mean_probability`, `weighted:0.7,0.3` … for so many teachers. Raises WrongCommand.
+
+    mean_probability: the mean of their probabilities, as Hinton et al. 2015 (arXiv 1503.02531, section 3) and Stanton
+    et al. 2021 reduce an ensemble; mean_logit; geometric: the normalised product, which at every temperature is the
+    distribution of mean_logit, with logits that are log-probabilities; weighted: a mean of probabilities with weights;
+    vote: shares of first classes, ties and what nobody voted for by the mean probability; learned: see fit_combine;
+    per_teacher: the mean of the losses by each; ca_mkd: see trust.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in (*ALL, *EACH):
+        raise unknown("way to combine", name, (*ALL, *EACH))
+    weights = (1 / members,) * members
+    if (name == "weighted") != bool(rest):
+        raise WrongCommand(
+            f"--combine {spec}: weighted has a weight for each cache, weighted:0.7,0.3, no other has any"
+        )
+    if rest:
+        try:
+            weights = tuple(float(text) for text in rest.split(","))
+        except ValueError:
+            raise WrongCommand(f"--combine {spec}: {rest} are not numbers") from None
+        if len(weights) != members:
+            raise WrongCommand(f"--combine {spec}: {len(weights)} weights for {members} caches")
+        _check_weights(f"--combine {spec}", weights)
+    return Combine(name, weights, (1.0,) * members)
+
+
+def _check_weights(what: str, weights: tuple[float, ...]) -> None:
+    if not all(0 <= w <= 1 for w in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise WrongCommand(f"{what}: weights are from 0 to 1 and add up to 1, these to {sum(weights):g}")
+
+
+def fit_combine(logits: NDArray[np.floating], labels: Rows) -> Combine:
+    """The blend sum_k w_k softmax(z_k / T_k) with the least NLL on validation. logits [N, M, K]; labels [N].
+
+    First the weights at T = 1, which is a convex problem: no member and no mean of members is better. Then weights and
+    temperatures together, from there, which can only make it better: the probabilities of teachers that are each right
+    in their confidence are too careful when they are averaged, so that a temperature of each one alone would not do.
+    Raises WrongCommand without labels.
+    """
+    known = labels >= 0
+    if not known.any():
+        raise WrongCommand("--combine learned is fitted to validation labels, and these pictures have none")
+    z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
+    M = z.shape[1]
+
+    def nll(x: torch.Tensor) -> torch.Tensor:
+        """x [2 M]: weights, then logarithms of temperatures."""
+        at_label = F.log_softmax(z / x[M:].exp()[None, :, None], dim=2)[torch.arange(len(y)), :, y]
+        return -(at_label + x[:M].clamp(min=1e-12).log()).logsumexp(1).mean()
+
+    def of_weights(x: torch.Tensor) -> torch.Tensor:
+        return nll(torch.cat([x, x.new_zeros(M)]))
+
+    sums = {"type": "eq", "fun": lambda x: x[:M].sum() - 1, "jac": lambda x: (np.arange(len(x)) < M).astype(float)}
+    simplex: dict[str, Any] = {"method": "SLSQP", "constraints": [sums]}
+    mean = np.full(M, 1 / M)
+    candidates = [mean, *np.eye(M)]
+    candidates.append(minimize_convex(of_weights, mean, bounds=[(0, 1)] * M, **simplex))
+    best = min(candidates, key=lambda x: float(of_weights(torch.from_numpy(x))))
+    start = np.concatenate([best, np.zeros(M)])
+    both = minimize_convex(nll, start, bounds=[(0, 1)] * M + [(-3, 3)] * M, **simplex)
+    if float(nll(torch.from_numpy(both))) > float(nll(torch.from_numpy(start))):
+        both = start
+    weights = np.clip(both[:M], 0, 1) / np.clip(both[:M], 0, 1).sum()
+    return Combine("learned", tuple(weights.tolist()), tuple(np.exp(both[M:]).tolist()))
+
+
+def trust(terms: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """How much a row trusts each teacher [B, M]; 1 / M each where a row has no label. Each row adds up to 1.
+
+    w_k = (1 - softmax_k(CE_k)) / (M - 1), CE_k the cross entropy of teacher k with the label: confidence-aware
+    multi-teacher distillation, Zhang, Chen and Wang 2022 (arXiv 2201.00007, equation 3). (The authors' program divides
+    by M once more.) terms [B, M]: these cross entropies; known [B].
+    """
+    M = terms.shape[1]
+    weights = (1 - terms.softmax(1)) / (M - 1)
+    return torch.where(known[:, None], weights, torch.full_like(weights, 1 / M))

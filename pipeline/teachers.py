@@ -1,0 +1,127 @@
+"""What a student learns from: one cache or several of the same views, as one teacher."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.errors import Refused, WrongCommand
+
+from .cache import Cache, Positions
+from .combine import Combine
+from .identity import describe
+from .mapping import Mapping
+
+Gaps = dict[int, NDArray[np.bool_]]  # {draw: which positions of the training split have no answer}
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """members: caches of the same views, see check_same; the first one's layers and last linear layer are read.
+
+    combine: None for one. maps: none, one for what comes out, or one for each member where each is heard by itself.
+    gaps: rows that a member lacks; a student gets NaN for their logits, and zeros for their features.
+    """
+
+    members: tuple[Cache, ...]
+    combine: Combine | None = None
+    maps: tuple[Mapping, ...] = ()
+    gaps: Gaps = field(default_factory=dict)
+
+    def order(self, split: str) -> Positions:
+        """index [rows] of each position of a split: every member's."""
+        return self.members[0].order(split)
+
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = ()) -> bool:
+        """Whether what is read of that draw is kept in memory."""
+        first, *others = self.members
+        return not self.gaps and first.resident(split, draw, taps) and all(c.resident(split, draw) for c in others)
+
+    def targets(
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = ()
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """logits float32 [n, K], or [n, M, K] where each is heard by itself, and features of the first member."""
+        gone = self.gaps[draw][positions] if split == "train" and draw in self.gaps else np.zeros(len(positions), bool)
+        if not gone.any():
+            return self._answers(split, draw, positions, taps)
+        logits, features = self._answers(split, draw, positions[~gone], taps)
+        place = torch.from_numpy(~gone)
+        return _spread(logits, place, torch.nan), {tap: _spread(x, place, 0) for tap, x in features.items()}
+
+    def _answers(
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        ask = [cache.stored if self.gaps else cache.targets for cache in self.members]
+        logits, features = ask[0](split, draw, positions, taps)
+        if len(ask) > 1:
+            logits = torch.stack([logits, *(a(split, draw, positions)[0] for a in ask[1:])], 1)
+        return self.as_heard(logits), features
+
+    def as_heard(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the members said, [n, K] of one or [n, M, K] of several, combined and mapped."""
+        if self.combine and self.combine.each:
+            if not self.maps:
+                return logits
+            return torch.stack([m(z) for m, z in zip(self.maps, logits.unbind(1), strict=True)], 1)
+        one = self.combine(logits) if self.combine else logits
+        return self.maps[0](one) if self.maps else one
+
+    def as_one(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same as one teacher [n, K], for figures: of those that are heard by themselves the mean probability."""
+        heard = self.as_heard(logits)
+        return self.combine(heard) if self.combine and self.combine.each else heard
+
+    def said(self, split: str) -> torch.Tensor:
+        """float32 [N, K], or [N, M, K] of several members, as they are: a held-out split's logits by index."""
+        order = torch.from_numpy(self.order(split))
+        found = [cache.targets(split, 0, np.arange(len(order)))[0] for cache in self.members]
+        logits = torch.stack(found, 1) if len(found) > 1 else found[0]
+        by_index = torch.empty_like(logits)
+        by_index[order] = logits
+        return by_index
+
+
+def _spread(rows: torch.Tensor, place: torch.Tensor, fill: float) -> torch.Tensor:
+    """Rows put where place is true, fill elsewhere."""
+    whole = rows.new_full((len(place), *rows.shape[1:]), fill)
+    whole[place] = rows
+    return whole
+
+
+def check_same(caches: Sequence[Cache]) -> None:
+    """Raise WrongCommand or Refused, with the fields, when caches are not of the same transfer set and views."""
+    first = caches[0]
+    for other in caches[1:]:
+        if other.manifest.fingerprint == first.manifest.fingerprint:
+            raise WrongCommand(f"'{first.folder}' and '{other.folder}' are the same cache: one --cache is enough")
+        a, b = first.manifest.identity, other.manifest.identity
+        mine, theirs = ({name: record[name] for name in ("transfer_set", "views")} for record in (a, b))
+        if mine != theirs:
+            names = (str(first.folder), str(other.folder))
+            raise Refused(
+                f"'{first.folder}' and '{other.folder}' are not of the same rows and views:"
+                f"{describe(mine, theirs, names)}\nMake the second with the first one's --data, --views and --seed"
+            )
+        if other.classes != first.classes:
+            raise Refused(
+                f"'{first.folder}' has {first.classes} classes, '{other.folder}' {other.classes}: blend teachers of"
+                " the same classes"
+            )
+
+
+def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...]) -> Gaps:
+    """Rows of the first draws that some cache lacks: of shards that are gone or damaged. Every shard is read."""
+    names = {"logits", *(f"features/{tap}" for tap in taps)}
+    gaps: Gaps = {}
+    for cache in caches:
+        for record in cache.manifest.shards:
+            if record.split != "train" or record.draw >= draws or not names & set(record.datasets):
+                continue
+            try:
+                cache.verify(record)
+            except Refused:
+                gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
+                gone[record.start : record.start + record.rows] = True
+    return gaps
