@@ -14,9 +14,11 @@ from data.transfer_set import TransferSet, load, row_of
 from data.views import ViewPolicy, parse_views, render
 from pipeline.files import publish_json
 from pipeline.losses import parse_losses
+from pipeline.losses.rare import class_counts
 from pipeline.metrics import evaluate
 from pipeline.models import build, multiply_adds, parameters
 from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from pipeline.records import Known
 from pipeline.stream import Stream
 
 from .command_line import this_program
@@ -89,6 +91,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         job = Job(
             "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
             device, folder, multiply_adds(network, preparation.channels, views.size), advice,
+            Known(counts=class_counts(rows.labels, len(transfer_set.classes))),
         )  # fmt: skip
         seconds = fit(job, held_out["val"], console)
         measured = {split: evaluate(rows.logits(model), rows.labels) for split, rows in held_out.items()}
