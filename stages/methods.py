@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "balanced_softmax": ("balanced_softmax",),
     "balanced_kd": ("hard", "balanced_kd"),
     "dive": ("balanced_softmax:weight=0.5", "dive:weight=0.5"),
-    "soft_f1": ("hard:weight=0.1", "kd:weight=0.9", "soft_f1"),
+    "soft_f1": ("hard", "soft_f1"),
     "output + hint": ("output", "hint:teacher={last},student={s_last}"),
     "hint": ("hard", "hint:teacher={last},student={s_last}"),
     "concat_hint": ("hard", "concat_hint:teacher={all},student={s_all}"),
