@@ -25,10 +25,12 @@ class Bank:
 
 @dataclass(frozen=True)
 class Known:
-    """What the cache knows of the teacher beside the rows of a batch: its head, where it has one, and banks by tap."""
+    """What is known beside the rows of a batch. Of the teacher: its head, where it has one, and banks by tap; of the
+    training rows: counts, int64 [K], those of each class whose labels are visible."""
 
     head: Head | None = None
     bank: Callable[[str], Bank] | None = None
+    counts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def _record(loss: Loss) -> dict[str, Any]:
     reads = ["labels"] * loss.needs_labels + ["logits"] * loss.needs_logits
     if isinstance(loss, LayerLoss):
         reads.append(f"taps ({loss.statistic})")
-    reads += ["the teacher's last layer"] * loss.needs_head
+    reads += ["the teacher's last layer"] * loss.needs_head + ["counts of the classes"] * loss.needs_counts
     return {"what": (loss.__doc__ or "").splitlines()[0], "knobs": knobs, "reads": reads}
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, TransferSet, class_counts
+from data.transfer_set import Labels, TransferSet, class_counts, stratified
 from pipeline.cache import Cache
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hint import ConcatHint
 from pipeline.losses.layers import LayerLoss
 from pipeline.losses.loss import teacher_taps
+from pipeline.losses.rare import counts_for
 from pipeline.losses.through_head import SimKD, head_for
 from pipeline.manifest import row_bytes
 from pipeline.metrics import evaluate
@@ -67,11 +68,11 @@ class Material:
             _check_head(cache, losses, head)
         if like:
             labels = like.transfer_set.splits["train"].labels
-            _check_labels(settings, losses, labels, len(like.transfer_set.classes))
+            _check_labels(settings, losses, labels, like.transfer_set.classes)
             return replace(like, losses=losses, taps=taps, head=head)
         transfer_set = data_of(cache, settings.data, Path(settings.data_root))
         labels = transfer_set.splits["train"].labels
-        _check_labels(settings, losses, labels, len(transfer_set.classes))
+        _check_labels(settings, losses, labels, transfer_set.classes)
         probe(cache, transfer_set, settings.draws)
         device = device_of(settings.device)
         splits = [split for split in ("val", "test") if split in transfer_set.splits]
@@ -123,7 +124,7 @@ class Material:
             index = cache.order("train")[positions]
             return Bank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
 
-        return Known(self.head, bank)
+        return Known(self.head, bank, torch.from_numpy(class_counts(labels, cache.classes)))
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
         """Every figure of a student on each held-out split."""
@@ -186,7 +187,18 @@ def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
     return remake(cache, out=settings.cache, data_root=settings.data_root, **here, **changes)
 
 
-def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: int) -> None:
+def visible(settings: StudentSettings, labels: Labels) -> Labels:
+    """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
+    how many of each class does not."""
+    if not settings.labelled:
+        return labels
+    kept = stratified(labels, settings.labelled, key=(settings.seed, 50))
+    return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
+
+
+def _check_labels(
+    settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]
+) -> None:
     unlabelled = bool((labels < 0).any())
     wanting = [loss.name for loss in losses if loss.needs_labels]
     if unlabelled and wanting:
@@ -197,8 +209,13 @@ def _check_labels(settings: StudentSettings, losses: tuple[Loss, ...], labels: L
         raise WrongCommand(f"--{flag} needs labels, and these pictures have none: leave it out")
     if settings.labelled and settings.sampler:
         raise WrongCommand("--sampler needs the labels of all rows, --labelled hides some: leave out one")
-    if settings.labelled and not classes <= settings.labelled <= len(labels):
-        raise WrongCommand(f"--labelled {settings.labelled} is not between {classes} classes and {len(labels)} rows")
+    if settings.labelled and not len(classes) <= settings.labelled <= len(labels):
+        raise WrongCommand(
+            f"--labelled {settings.labelled} is not between {len(classes)} classes and {len(labels)} rows"
+        )
+    for loss in losses:
+        if loss.needs_counts:
+            counts_for(loss, torch.from_numpy(class_counts(visible(settings, labels), len(classes))), classes)
 
 
 def _check_head(cache: Cache, losses: tuple[Loss, ...], head: Head) -> None:

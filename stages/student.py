@@ -6,11 +6,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from data.errors import Refused
-from data.transfer_set import TRANSFER_SETS, Labels, row_of, stratified
+from data.transfer_set import TRANSFER_SETS, Labels, row_of
 from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
 from pipeline.identity import describe
@@ -23,7 +22,7 @@ from pipeline.models.weights import load_state, read_state
 
 from .command_line import this_program
 from .console import Console
-from .material import Material
+from .material import Material, visible
 from .recipes import fill_in
 from .runs import begin_run, machine, open_run, peak_memory, read_json, same_settings, unfinished, versions
 from .settings import StudentSettings
@@ -141,10 +140,7 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
 
 def _one_seed(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
     """The student, and the same student without a teacher when asked for, from one seed."""
-    labels = material.transfer_set.splits["train"].labels
-    if settings.labelled:
-        kept = stratified(labels, settings.labelled, key=(settings.seed, 50))
-        labels = np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
+    labels = visible(settings, material.transfer_set.splits["train"].labels)
     smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
     hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
 

@@ -17,6 +17,7 @@ from pipeline.losses import parse_losses
 from pipeline.metrics import evaluate
 from pipeline.models import build, multiply_adds, parameters
 from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from pipeline.records import Known
 from pipeline.stream import Stream
 
 from .command_line import this_program
@@ -87,12 +88,13 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             for split in ("val", "test")
             if split in transfer_set.splits
         }
+        counts = class_counts(rows.labels, len(transfer_set.classes))
         job = Job(
             "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
             device, folder, multiply_adds(network, preparation.channels, views.size), advice,
+            Known(counts=torch.from_numpy(counts)),
         )  # fmt: skip
         done = fit(job, held_out["val"], console)
-        counts = class_counts(rows.labels, len(transfer_set.classes))
         measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
         result = {
             "settings": asdict(settings),

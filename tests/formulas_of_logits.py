@@ -1,7 +1,8 @@
 """The losses on logits once more, row by row and class by class, in plain Python."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -165,6 +166,91 @@ def wsld(case: Case) -> float:
 def ctkd(case: Case) -> float:
     theta = float(case.module.theta.detach())
     return kd_at(case, case.loss.start + case.loss.span / (1 + math.exp(-theta)))
+
+
+def adjusted(case: Case, weights: Row) -> float:
+    """Cross entropy of probabilities that are multiplied by weights and normalised again."""
+    found = []
+    for y, row in zip(labels(case), case.logits.tolist(), strict=True):
+        if y >= 0:
+            p = reweighed(softmax(row), weights)
+            found.append(-math.log(p[y]))
+    return mean(found) if found else 0.0
+
+
+def reweighed(p: Row, weights: Row) -> list[float]:
+    parts = [a * b for a, b in zip(p, weights, strict=True)]
+    return [x / math.fsum(parts) for x in parts]
+
+
+def counts(case: Case) -> list[int]:
+    assert case.known.counts is not None
+    return [int(n) for n in case.known.counts]
+
+
+def logit_adjusted(case: Case) -> float:
+    n = counts(case)
+    return adjusted(case, [(x / sum(n)) ** case.loss.tau for x in n])
+
+
+def balanced_softmax(case: Case) -> float:
+    return adjusted(case, counts(case))
+
+
+def to_another_teacher(case: Case, change: Callable[[list[float]], list[float]]) -> float:
+    """T² KL of the teacher's softened probabilities, changed, with the student's."""
+    T, found = case.loss.temperature, []
+    for s, t in both(case):
+        p = change(softmax(t, T))
+        found.append(T**2 * divergence([math.log(x) for x in p], log_softmax(s, T)))
+    return mean(found)
+
+
+def balanced_kd(case: Case) -> float:
+    """Weights in fractions: 1 - beta^n loses its last digits otherwise."""
+    beta = Fraction(case.loss.beta)
+    weights = [float((1 - beta) / (1 - beta**n)) for n in counts(case)]
+    return to_another_teacher(case, lambda p: reweighed(p, weights))
+
+
+def dive(case: Case) -> float:
+    def flatter(p: list[float]) -> list[float]:
+        return reweighed([x**case.loss.power for x in p], [1.0] * len(p))
+
+    return to_another_teacher(case, flatter)
+
+
+def soft_f1(case: Case) -> float:
+    """From a table of probable counts: rows are the labels' classes, columns the student's."""
+    K = case.logits.shape[1]
+    table = [[0.0] * K for _ in range(K)]
+    for shares, row in zip(label_shares(case), case.logits.tolist(), strict=True):
+        for y, share in shares.items():
+            table[y] = [a + share * b for a, b in zip(table[y], softmax(row), strict=True)]
+    n = [math.fsum(row) for row in table]
+    said = [math.fsum(row[c] for row in table) for c in range(K)]
+    if not math.fsum(n):
+        return 0.0
+    f1 = {c: 2 * table[c][c] / (said[c] + n[c] + 1e-8) for c in range(K) if n[c]}
+    if case.loss.average == "macro":
+        return 1 - mean(list(f1.values()))
+    if case.loss.average == "weighted":
+        return 1 - math.fsum(n[c] * f1[c] for c in f1) / math.fsum(n)
+    return 1 - 2 * math.fsum(table[c][c] for c in range(K)) / (math.fsum(said) + math.fsum(n))
+
+
+def label_shares(case: Case) -> list[dict[int, float]]:
+    """{class: share} of every row, empty where a label is hidden."""
+    own, target = labels(case), case.target
+    if target.partner is None or target.share is None:
+        return [{y: 1.0} if y >= 0 else {} for y in own]
+    found = []
+    for y, other, share in zip(own, target.partner.tolist(), target.share.tolist(), strict=True):
+        parts: dict[int, float] = {}
+        for label, part in ((y, share), (other, 1 - share)):
+            parts[label] = parts.get(label, 0.0) + part
+        found.append(parts if min(y, other) >= 0 else {})
+    return found
 
 
 def multi_temperature(case: Case) -> float:

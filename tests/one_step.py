@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensors import labels_of, loss_of
+from tensors import counts_of, labels_of, loss_of
 
 import stages.training as training
 from pipeline.losses import Loss
@@ -104,7 +104,7 @@ def one_step(
     stream: Any = OneBatch(batch)
     job = training.Job(
         "student", student, (loss,), stream, 1, 1, settings, torch.device("cpu"), Path("none"), 0,
-        known=Known(head, bank),
+        known=Known(head, bank, counts_of(K)),
     )  # fmt: skip
     taps = loss.student_taps()
     state = State.begin(student, training.loss_modules(job, taps), settings, job.rate)

@@ -46,6 +46,11 @@ def batch(
     )
 
 
+def counts_of(K: int) -> torch.Tensor:
+    """Training rows of each class, from 1 to 101, the same for the first classes however many follow."""
+    return 1 + torch.arange(K) * 37 % 101
+
+
 @dataclass
 class Case:
     """A loss, what student and teacher said, and their layers' outputs as they are before any statistic."""
@@ -133,7 +138,7 @@ def case(
     width, own_width = pairs[0][1][0], pairs[0][0][0]
     rows = Bank(made(40, width, salt=30).half(), torch.arange(40) % (B + 3), labels_of(40, K, seed=8))
     rows.labels[::7] = -1
-    known = Known(Head(made(K, width, salt=31), made(K, salt=32)), lambda tap: rows)
+    known = Known(Head(made(K, width, salt=31), made(K, salt=32)), lambda tap: rows, counts_of(K))
     head = Head(made(K, own_width, salt=33), made(K, salt=34))
     target = batch(B, made(B, K, salt=2), labels, features_of(theirs, loss.teacher_taps()))
     found = Case(loss, made(B, K, salt=1), mine, theirs, target, known, head)

@@ -17,6 +17,7 @@ from pipeline.records import Head, Known
 CRD = "crd:negatives=12,width=4"
 SPECS = [CRD if name == "crd" else name for name in LOSSES]
 MORE = [*SPECS, "output:kind=soft_ce", "output:kind=mse", "kd:standardize=true", "dkd:standardize=true"]
+MORE += ["soft_f1:average=weighted", "soft_f1:average=micro"]
 BETWEEN_LAYERS = [s for s in SPECS if hasattr(LOSSES[s.partition(":")[0]], "teacher")]
 ON_LOGITS = [s for s in MORE if s not in BETWEEN_LAYERS]
 Pairs = tuple[tuple[Shape, Shape], ...]
@@ -219,7 +220,7 @@ def test_a_mixed_view_trains_every_loss_that_is_not_of_one_label(spec: str) -> N
     mixed = replace(plain, partner=labels_of(6, 10, seed=9), share=share)
     terms = [float(one_step(spec, batch=b).terms) for b in (plain, mixed)]
     assert math.isfinite(terms[1])
-    assert (terms[0] != terms[1]) == (spec in ("hard", "wsld"))
+    assert (terms[0] != terms[1]) == (spec in ("hard", "wsld", "soft_f1", "logit_adjusted", "balanced_softmax"))
 
 
 def test_weighted_soft_labels_of_a_mixed_view_weigh_by_both_labels() -> None:

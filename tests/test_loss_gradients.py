@@ -20,7 +20,9 @@ TERMS = [
     "hard", "hard:smoothing=0.1", "tf_kd", "output", "output:kind=mse", "output:kind=soft_ce", "kd",
     "kd:standardize=true", "logit_mse", "dkd", "dkd:target=0", "dkd:nontarget=0", "dkd:standardize=true", "nkd",
     "nkd:target=0", "nkd:nontarget=0", "dist", "dist:between=0", "dist:within=0", "wsld", "ctkd",
-    "multi_temperature", "multi_temperature:batch=0,classes=0", "multi_temperature:standardize=true", "hint",
+    "multi_temperature", "multi_temperature:batch=0,classes=0", "multi_temperature:standardize=true",
+    "logit_adjusted", "balanced_softmax", "balanced_kd", "dive", "soft_f1", "soft_f1:average=weighted",
+    "soft_f1:average=micro", "hint",
     "concat_hint", "vid", "attention", "nst", "similarity", "rkd", "rkd:distance=0", "rkd:angle=0", "pkt", "cc",
     "srrl", "srrl:features=0", "srrl:outputs=0", "cat_kd", "simkd", CRD, "review_kd",
 ]  # fmt: skip

@@ -16,7 +16,11 @@ SAME = (((3, 4, 4), (3, 4, 4)), ((5, 2, 2), (5, 2, 2)))
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
 DIVERGENCES = [
     "kd", "kd:standardize=true", "output", "dkd", "dkd:target=0", "dkd:nontarget=0", "dkd:standardize=true", "ctkd",
-    "multi_temperature", "multi_temperature:standardize=true",
+    "multi_temperature", "multi_temperature:standardize=true", "balanced_kd:beta=0", "dive:power=1",
+]  # fmt: skip
+RARE = [
+    "logit_adjusted", "balanced_softmax", "balanced_kd", "dive", "soft_f1", "soft_f1:average=weighted",
+    "soft_f1:average=micro",
 ]  # fmt: skip
 DISTANCES = ["logit_mse", "output:kind=mse", "dist", "dist:between=0", "dist:within=0"]
 BETWEEN_LAYERS = ["hint", "attention", "nst", "similarity", "rkd", "rkd:distance=0", "rkd:angle=0", "pkt", "cc"]
@@ -132,7 +136,7 @@ def test_z_scored_logits_may_be_stretched_and_moved_row_by_row(spec: str) -> Non
 def test_classes_that_nobody_believes_in_change_no_divergence() -> None:
     """Sums over the classes, not means: a mean of 15 classes would be a third of that of 5."""
     plain = [spec for spec in DIVERGENCES if "standardize" not in spec and spec != "multi_temperature"]
-    for spec in (*plain, "multi_temperature:classes=0", "output:kind=soft_ce", "hard", "nkd", "wsld"):
+    for spec in (*plain, "multi_temperature:classes=0", "output:kind=soft_ce", "hard", "nkd", "wsld", *RARE):
         made = case(spec, 5, 5)
         before = value(made)
         assert made.target.logits is not None
@@ -197,7 +201,25 @@ def test_a_gram_of_unit_channels_gives_the_maximum_mean_discrepancy_of_the_polyn
     assert float((g_s - g_t).square().sum()) == pytest.approx(total, rel=1e-9)
 
 
-@pytest.mark.parametrize("spec", ["kd", "logit_mse", "dkd", "nkd", "hard", "tf_kd", "wsld", "output", "ctkd"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "kd",
+        "logit_mse",
+        "dkd",
+        "nkd",
+        "hard",
+        "tf_kd",
+        "wsld",
+        "output",
+        "ctkd",
+        "logit_adjusted",
+        "balanced_softmax",
+        "balanced_kd",
+        "dive",
+        "soft_f1:average=micro",
+    ],
+)
 def test_a_term_on_logits_is_the_mean_of_its_rows(spec: str) -> None:
     whole = case(spec, 6, 4)
     single = []
@@ -222,7 +244,8 @@ def test_two_pairs_of_layers_are_the_sum_of_each_alone(spec: str) -> None:
 def test_every_loss_without_a_trained_part_is_here_or_compares_with_labels_alone() -> None:
     here = {spec.partition(":")[0] for spec in (*DIVERGENCES, *DISTANCES, *LAYERS_AND_SIMKD)}
     modules = {"concat_hint", "vid", "srrl", "cat_kd", "crd", "review_kd"}
-    assert here | modules | {"hard", "tf_kd", "nkd", "wsld"} == set(LOSSES)
+    with_labels = {"hard", "tf_kd", "nkd", "wsld", "logit_adjusted", "balanced_softmax", "soft_f1"}
+    assert here | modules | with_labels == set(LOSSES)
 
 
 # Real networks

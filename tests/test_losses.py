@@ -17,6 +17,7 @@ from pipeline.losses.hard import Hard
 from pipeline.losses.hint import Hint, regressor
 from pipeline.losses.layers import LayerLoss
 from pipeline.losses.loss import Ramp
+from pipeline.losses.rare import CountingLoss
 from pipeline.losses.soft import KD, LogitMSE
 from pipeline.records import Known, Outputs, TargetBatch
 
@@ -432,7 +433,8 @@ def test_a_hint_asks_for_its_layers_and_takes_the_teachers_name_for_the_students
 
 
 def test_the_table_has_every_loss_under_its_own_name() -> None:
-    kinds = {*Loss.__subclasses__(), *LayerLoss.__subclasses__()} - {LayerLoss}
+    kinds = {*Loss.__subclasses__(), *LayerLoss.__subclasses__(), *CountingLoss.__subclasses__()}
+    kinds -= {LayerLoss, CountingLoss}
     assert {name: type(loss) for name, loss in LOSSES.items()} == {kind.name: kind for kind in kinds}
     assert all(loss.name == name for name, loss in LOSSES.items())
 
@@ -462,7 +464,7 @@ def test_losses_keep_the_order_they_were_named_in() -> None:
     ("specs", "says"),
     [
         ((), "no loss: name at least one, such as --loss kd:temperature=4"),
-        (("kdd",), "no loss 'kdd'. Did you mean 'kd'? There are: attention, cat_kd, cc,"),
+        (("kdd",), "no loss 'kdd'. Did you mean 'kd'? There are: attention, balanced_kd, balanced_softmax, cat_kd,"),
         (("kd:temprature=4",), "no knob of loss 'kd' 'temprature'. Did you mean 'temperature'?"),
         (("hard:temperature=4",), "no knob of loss 'hard' 'temperature'"),
         (("kd:name=x",), "no knob of loss 'kd' 'name'"),
@@ -488,6 +490,13 @@ def test_losses_keep_the_order_they_were_named_in() -> None:
         (("output:kind=l1",), "kind=l1 is none of kl, mse, soft_ce"),
         (("multi_temperature:temperatures=2+x",), "temperatures=2+x is not such as 2+3+4"),
         (("simkd:teacher=layer3", "kd"), "'simkd' goes alone"),
+        (("soft_f1:average=samples",), "average=samples is none of macro, weighted, micro"),
+        (("balanced_kd:beta=1",), "beta=1 is not below 1"),
+        (("balanced_kd:beta=0->1",), "beta=0->1 is not below 1"),
+        (("balanced_kd:beta=-0.1",), "beta=-0.1 is below 0"),
+        (("dive:power=0",), "power=0 is below 0.001"),
+        (("dive:power=1->0",), "power=1->0 is below 0.001"),
+        (("logit_adjusted:tau=-1",), "tau=-1 is below 0"),
         (("hard:smoothing=0->1.5",), "smoothing=0->1.5 is above 1"),
         (("kd:temperature",), "'temperature' is not knob=value"),
         (("kd:temperature=4,temperature=5",), "'temperature' is given twice"),

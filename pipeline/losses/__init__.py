@@ -16,6 +16,7 @@ from .hard import Hard, TfKD
 from .hint import VID, ConcatHint, Hint
 from .loss import Loss, Ramp
 from .parts import DIST, DKD, NKD, MultiTemperature
+from .rare import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
 from .relations import CC, NST, PKT, RKD, Attention, Similarity
 from .review import ReviewKD
 from .soft import CTKD, KD, WSLD, LogitMSE, Output
@@ -28,6 +29,7 @@ LOSSES: dict[str, Loss] = {
     for loss in (
         Hard(), TfKD(),
         Output(), KD(), LogitMSE(), DKD(), NKD(), DIST(), WSLD(), CTKD(), MultiTemperature(),
+        LogitAdjusted(), BalancedSoftmax(), BalancedKD(), DiVE(), SoftF1(),
         Hint(), ConcatHint(), VID(), Attention(), NST(), Similarity(), RKD(), PKT(), CC(),
         SRRL(), CatKD(), SimKD(), CRD(), ReviewKD(),
     )
@@ -85,12 +87,14 @@ def _value(spec: str, knob: str, text: str, kind: object) -> str | bool | float 
 def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
     start, arrow, rest = text.partition("->")
     end, mark, epochs = rest.partition("@")
-    low = 1e-3 if knob == "temperature" else 0.0
+    low = 1e-3 if knob in ("temperature", "power") else 0.0
     values = [number(spec, "loss", knob, part) for part in ((start, end) if arrow else (start,))]
     if min(values) < low:
         raise WrongCommand(f"loss '{spec}': {knob}={text} is below {low:g}")
     if knob in ("smoothing", "correct", "reversal") and max(values) > 1:
         raise WrongCommand(f"loss '{spec}': {knob}={text} is above 1")
+    if knob == "beta" and max(values) >= 1:
+        raise WrongCommand(f"loss '{spec}': {knob}={text} is not below 1")
     if mark and not (epochs.isdecimal() and 0 < int(epochs) <= 1_000_000):
         raise WrongCommand(f"loss '{spec}': {knob}={text}: after @ comes the epoch in which {end} is reached")
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]

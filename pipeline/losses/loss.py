@@ -38,15 +38,16 @@ def fixed(knob: float | Ramp) -> float:
 class Loss(Protocol):
     """A term of what a student minimises. weight multiplies it in the sum that goes backward.
 
-    needs_labels: cannot do without hard targets. needs_logits: reads the teacher's. one_label: has no meaning
-    for a mixup view, which has two. several: may be given more than once. by_row: a mean over rows, which can
-    be weighed.
+    needs_labels: cannot do without hard targets. needs_logits: reads the teacher's. needs_counts: wants a
+    labelled training row of every class. one_label: has no meaning for a mixup view, which has two. several: may be
+    given more than once. by_row: a mean over rows, which can be weighed.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = True
     needs_head: ClassVar[bool] = False
+    needs_counts: ClassVar[bool] = False
     one_label: ClassVar[bool] = False
     several: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
