@@ -15,15 +15,26 @@ from .cache import Cache, Positions
 _PIXEL_BYTES = 8 << 20  # of views that are rendered together
 
 
-def probe(cache: Cache, transfer_set: TransferSet, draws: int, views: int = 256) -> None:
-    """Render so many views of the first draws and the held-out splits again. Raises Refused where one differs."""
+def probe(
+    cache: Cache,
+    transfer_set: TransferSet,
+    draws: int,
+    gaps: dict[int, NDArray[np.bool_]] | None = None,
+    views: int = 256,
+) -> None:
+    """Render so many views of the first draws and the held-out splits again. Raises Refused where one differs.
+
+    gaps: positions of the training split that are not asked for, by draw.
+    """
     some = min(draws, 8)
     places = [("train", d * draws // some) for d in range(some)]
     places += [(split, 0) for split in cache.manifest.splits if split != "train"]
     for split, draw in places:
-        n = cache.manifest.splits[split]
-        count = min(n, -(-views // len(places)))
-        positions = np.arange(count) * n // count
+        there = np.arange(cache.manifest.splits[split])
+        if gaps and split == "train" and draw in gaps:
+            there = there[~gaps[draw]]
+        count = min(len(there), -(-views // len(places)))
+        positions = there[np.arange(count) * len(there) // max(count, 1)]
         seen = cache.rows(split, draw, "view_crc32", positions)
         compare_views(cache, transfer_set, split, draw, positions, seen)
 

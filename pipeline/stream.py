@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,13 +23,24 @@ from data.long_tail import SAMPLERS, resampled
 from data.transfer_set import Labels, Split
 from data.views import Pictures, ViewPolicy, mixup_of, render
 
-from .cache import Cache
 from .records import TargetBatch
 
 Rows = NDArray[np.int64]
 T = TypeVar("T")
 _BLOCK, _BLOCKS = 64, 64  # rows read together, and how many such blocks are mixed, when a draw is on disk
 _GROUP_BYTES = 8 << 20  # of pixels rendered at once: fewer, larger calls for small pictures
+
+
+class Source(Protocol):
+    """Where targets come from: a cache, or several as one teacher."""
+
+    def order(self, split: str) -> Rows: ...
+
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = ()) -> bool: ...
+
+    def targets(
+        self, split: str, draw: int, positions: Rows, taps: tuple[str, ...] = ()
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Stream:
     labels: Labels
     rows: Rows
     draws: int = 0
-    cache: Cache | None = None
+    cache: Source | None = None
     taps: tuple[str, ...] = ()
     targets: bool = True
     workers: int = 0

@@ -44,17 +44,21 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
     material = Material.open(first)
     _check(archs, first, material)
     make_folder(folder)
-    cache, results = first.cache, []
+    caches, results = first.cache, []
     try:
         for generation, arch in enumerate(archs, 1):
             own = replace(
-                first, arch=arch or first.arch, cache=cache, seed=first.seed + generation - 1,
+                first, arch=arch or first.arch, cache=caches, seed=first.seed + generation - 1,
                 out=str(folder / f"generation-{generation}"), baseline=first.baseline and generation == 1,
             )  # fmt: skip
-            console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {cache}")
-            results.append(student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": cache})
+            console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {' and '.join(caches)}")
+            results.append(
+                student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": caches[0]}
+            )
             if generation < len(archs):
-                cache = _next_cache(own, material, folder / f"cache-{generation}", console)
+                caches = (_next_cache(own, material, folder / f"cache-{generation}", console),)
+                # The students learned from the blend, and what the map has mended is mended in them.
+                first = replace(first, combine="", map="", missing="")
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
     result = _result(settings, material, folder, results)

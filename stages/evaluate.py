@@ -23,7 +23,7 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
         raise WrongCommand(f"'{folder}' is no run of a student")
     begun = read_settings(folder, StudentSettings)
     here = {name: getattr(settings, name) for name in said - {"json"}}
-    begun = replace(begun, **here)  # where things lie on this machine; the rest is as the run says
+    begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
     material = Material.open(begun)
     seeds = range(begun.seed, begun.seed + begun.seeds)
     found: dict[str, Any] = {}

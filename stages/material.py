@@ -1,22 +1,19 @@
-"""What a student is trained from: a cache and its transfer set, known to belong together, and what losses ask."""
+"""What a student is trained from: one cache or several and their transfer set, known to belong together."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, TransferSet, class_counts, stratified
+from data.transfer_set import Labels, TransferSet, class_counts
 from pipeline.cache import Cache
-from pipeline.losses import Loss, parse_losses
-from pipeline.losses.hint import ConcatHint
-from pipeline.losses.layers import LayerLoss
-from pipeline.losses.loss import teacher_taps
-from pipeline.losses.rare import counts_for
-from pipeline.losses.through_head import SimKD, head_for
+from pipeline.losses import Loss
+from pipeline.losses.several import Term, by_each, by_one, by_trust, or_hard
+from pipeline.losses.through_head import SimKD
 from pipeline.manifest import row_bytes
 from pipeline.metrics import evaluate
 from pipeline.models import build
@@ -24,34 +21,34 @@ from pipeline.models.prepared import Preparation
 from pipeline.models.simkd import SimKDStudent, arch_of
 from pipeline.proof import probe
 from pipeline.records import Bank, Head, Known
-from pipeline.statistic import derived, source_of, statistic
+from pipeline.statistic import derived, source_of
 from pipeline.stream import Stream
+from pipeline.teachers import Teachers, gaps_of
 
-from .check_cache import data_of
-from .command_line import remake
 from .held_out import HeldOut
 from .runs import device_of
+from .serving import cached_taps, check_draws, check_head, check_labels, check_several, losses_of
 from .settings import StudentSettings
+from .taught import bound, mapped_head, open_caches, taught
 
 _BANK_BYTES = 1 << 30
-# Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
-# 2 x 2) by more, another layer by half or all.
-_MOST_GAP = 0.2
 
 
 @dataclass(frozen=True)
 class Material:
-    """What all seeds share. taps: those that are read of the cache; teacher: {split: logits [N, K] in index order}."""
+    """What all seeds share. teachers: the cache, or several as one; cache: the first of them, of whose teacher the
+    layers are; taps: those that are read of it; said: {split: logits of each teacher [N, K], or [N, M, K]} in index
+    order; head: the teacher's last layer, where a loss asks for it."""
 
-    cache: Cache
+    teachers: Teachers
     transfer_set: TransferSet
     losses: tuple[Loss, ...]
     taps: tuple[str, ...]
     preparation: Preparation
     device: torch.device
     held_out: dict[str, HeldOut]
-    teacher: dict[str, torch.Tensor]
-    head: Head | None  # the teacher's last layer, where a loss asks for it
+    said: dict[str, torch.Tensor]
+    head: Head | None
 
     @staticmethod
     def open(settings: StudentSettings, like: "Material | None" = None) -> "Material":
@@ -59,31 +56,43 @@ class Material:
 
         like: of the same cache and data, opened before; then only what the losses ask is looked at again.
         """
-        cache = like.cache if like else Cache(Path(settings.cache))
-        losses = _losses(settings, cache)
-        taps = _cached_taps(settings, cache, losses)
-        _check_draws(settings, cache)
+        caches = like.teachers.members if like else open_caches(settings.cache)
+        cache = caches[0]
+        losses = losses_of(settings, cache)
+        taps = cached_taps(settings, cache, losses)
+        for one in caches:
+            check_draws(settings, one)
         head = cache.head() if any(loss.needs_head for loss in losses) else None
         if head:
-            _check_head(cache, losses, head)
-        if like:
-            labels = like.transfer_set.splits["train"].labels
-            _check_labels(settings, losses, labels, like.transfer_set.classes)
-            return replace(like, losses=losses, taps=taps, head=head)
-        transfer_set = data_of(cache, settings.data, Path(settings.data_root))
+            check_head(cache, losses, head)
+        transfer_set = like.transfer_set if like else bound(caches, settings)
         labels = transfer_set.splits["train"].labels
-        _check_labels(settings, losses, labels, transfer_set.classes)
-        probe(cache, transfer_set, settings.draws)
+        check_labels(settings, losses, labels, transfer_set.classes)
+        check_several(settings, losses, labels)
+        if like:
+            return replace(like, losses=losses, taps=taps, head=mapped_head(like.teachers, head))
+        gaps = gaps_of(caches, settings.draws, taps) if settings.missing else {}
+        for one in caches:
+            probe(one, transfer_set, settings.draws, gaps)
+        teachers, said = taught(caches, settings, transfer_set, gaps)
         device = device_of(settings.device)
-        splits = [split for split in ("val", "test") if split in transfer_set.splits]
         return Material(
-            cache, transfer_set, losses, taps,
+            teachers, transfer_set, losses, taps,
             # The student's input is normalised as the teacher's, at the size of the views themselves.
             replace(cache.preparation, size=cache.views.size), device,
-            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in splits},
-            {s: _teacher_logits(cache, s) for s in splits},
-            head,
+            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in said},
+            said, mapped_head(teachers, head),
         )  # fmt: skip
+
+    @property
+    def cache(self) -> Cache:
+        """The first cache."""
+        return self.teachers.members[0]
+
+    @cached_property
+    def teacher(self) -> dict[str, torch.Tensor]:
+        """{split: logits [N, K] in index order} of what the student learns from, as one teacher."""
+        return {split: self.teachers.as_one(logits) for split, logits in self.said.items()}
 
     def arch(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> str:
         """The arch that is asked for; with `simkd`, led through the teacher's last layer."""
@@ -141,110 +150,25 @@ class Material:
     def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
         order = self.cache.order("train")
-        rows = np.flatnonzero(labels[order] >= 0) if only_labelled else np.arange(len(order))
+        wanted = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
+        if settings.missing == "skip":
+            wanted &= ~self.without_answer
         return Stream(
             self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
-            labels, rows, settings.draws, self.cache, self.taps, targets, settings.workers,
+            labels, np.flatnonzero(wanted), settings.draws, self.teachers, self.taps, targets, settings.workers,
             sampler=settings.sampler,
         )  # fmt: skip
 
+    @property
+    def without_answer(self) -> NDArray[np.bool_]:
+        """bool [rows]: which positions of the training split have no answer of a teacher in some draw."""
+        gone = np.zeros(self.cache.manifest.splits["train"], bool)
+        for in_draw in self.teachers.gaps.values():
+            gone |= in_draw
+        return gone
 
-def _losses(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
-    """The losses of a run on this cache. Raises WrongCommand for those that it cannot serve, or that do not exist."""
-    cached = tuple(cache.manifest.taps)
-    losses = tuple(
-        loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(settings.loss)
-    )
-    if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.one_label]):
-        raise WrongCommand(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
-    if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):
-        raise WrongCommand(f"loss '{wrong[0]}' needs the teacher's last linear layer, and this teacher has none")
-    return losses
-
-
-def _cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
-    """The cached taps that the losses' own can be had from. Raises Refused with the command that adds the missing."""
-    asked = teacher_taps(losses)
-    there = list(cache.manifest.taps)
-    missing = [tap for tap in asked if source_of(tap, there) is None]
-    if missing:
-        have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
-        more = _more(settings, cache, taps=",".join([*there, *missing]))
-        raise Refused(f"the cache '{settings.cache}' {have}. Add them with  {more}")
-    return tuple(dict.fromkeys(source for tap in asked if (source := source_of(tap, there))))
-
-
-def _check_draws(settings: StudentSettings, cache: Cache) -> None:
-    if settings.draws > cache.manifest.draws:
-        have = f"the cache '{settings.cache}' has {cache.manifest.draws}"
-        more = _more(settings, cache, draws=settings.draws)
-        raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
-
-
-def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
-    """The command that adds to the cache, for the data as they lie here."""
-    here = {"data": settings.data} if settings.data else {}
-    return remake(cache, out=settings.cache, data_root=settings.data_root, **here, **changes)
-
-
-def visible(settings: StudentSettings, labels: Labels) -> Labels:
-    """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
-    how many of each class does not."""
-    if not settings.labelled:
-        return labels
-    kept = stratified(labels, settings.labelled, key=(settings.seed, 50))
-    return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
-
-
-def _check_labels(
-    settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]
-) -> None:
-    unlabelled = bool((labels < 0).any())
-    wanting = [loss.name for loss in losses if loss.needs_labels]
-    if unlabelled and wanting:
-        raise WrongCommand(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
-    needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(settings, name)]
-    if unlabelled and needing:
-        flag = needing[0].replace("_", "-")
-        raise WrongCommand(f"--{flag} needs labels, and these pictures have none: leave it out")
-    if settings.labelled and settings.sampler:
-        raise WrongCommand("--sampler needs the labels of all rows, --labelled hides some: leave out one")
-    if settings.labelled and not len(classes) <= settings.labelled <= len(labels):
-        raise WrongCommand(
-            f"--labelled {settings.labelled} is not between {len(classes)} classes and {len(labels)} rows"
-        )
-    for loss in losses:
-        if loss.needs_counts:
-            counts_for(loss, torch.from_numpy(class_counts(visible(settings, labels), len(classes))), classes)
-
-
-def _check_head(cache: Cache, losses: tuple[Loss, ...], head: Head) -> None:
-    """The teacher's last layer must give the cached logits for the features that a loss leads through it.
-
-    Raises WrongCommand: another layer of the same width, before an activation say, would be taken without a word.
-    """
-    for loss in losses:
-        if not (isinstance(loss, LayerLoss) and loss.needs_head):
-            continue
-        tap = loss.teacher_taps()[0]
-        source = source_of(tap, cache.manifest.taps)
-        assert source is not None
-        logits, features = cache.stored("train", 0, np.arange(min(64, cache.manifest.splits["train"])), (source,))
-        x = derived(features, (tap,))[tap]
-        pooled = statistic(x, "pool", tap)
-        head_for(loss, Known(head), pooled.shape[1])
-        span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
-        gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
-        if gap > _MOST_GAP:
-            raise loss.without_head(
-                f"it does not read the mean of '{tap}', from which it gives logits that are off by {gap:.0%} of their"
-                " range: choose the layer just before the pooling"
-            )
-
-
-def _teacher_logits(cache: Cache, split: str) -> torch.Tensor:
-    order = cache.order(split)
-    logits = cache.targets(split, 0, np.arange(len(order)))[0]
-    by_index = torch.empty_like(logits)
-    by_index[torch.from_numpy(order)] = logits
-    return by_index
+    def term(self, settings: StudentSettings) -> Term:
+        """How a term of the loss is led: by one teacher, by each, or by none where a row has no answer."""
+        combine = self.teachers.combine
+        term = by_one if not (combine and combine.each) else by_trust if combine.name == "ca_mkd" else by_each
+        return or_hard(term) if settings.missing == "hard" else term

@@ -103,7 +103,7 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
         raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
     rows += [{"method": name, "losses": list(asked[name].loss), "failed": why} for name, why in impossible.items()]
     record = {
-        "arch": first.arch, "epochs": first.epochs, "cache": first.cache,
+        "arch": first.arch, "epochs": first.epochs, "cache": list(first.cache),
         "fingerprint": shared.cache.manifest.fingerprint,
         "teacher": {"arch": shared.cache.teacher, **shared.cache.manifest.teacher}, "methods": rows,
         "versions": versions(), "machine": machine(shared.device),

@@ -119,7 +119,10 @@ class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
 class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     """`stages student`: train a student from a cache, with no teacher."""
 
-    cache: str = knob("", "Folder of the cache; caches/DATA when not given.")
+    cache: tuple[str, ...] = knob((), "Folder of the cache; several are one teacher; caches/DATA when not given.")
+    combine: str = knob("", "How several become one: see `stages blend`; mean_probability when not said.")
+    map: str = knob("", "Of the teacher's distribution: temperature, vector, matrix, prior or prior:tau=0.5.")
+    missing: str = knob("", "Rows without an answer: skip them, or learn them from labels.", choices=("skip", "hard"))
     recipe: str = knob("", "A published recipe fills in what is not said: see `stages recipes`.")
     draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
     arch: str = knob("", _ARCHS)
@@ -160,7 +163,7 @@ class ListSettings(Output):
 class EvaluateSettings(Data, Machine, Output):
     """`stages evaluate RUN`: a student's figures again, from its weights."""
 
-    cache: str = knob("", "Folder of the cache, where it is no longer where the run says.")
+    cache: tuple[str, ...] = knob((), "Folder of the cache, or of each, where no longer where the run says.")
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from pipeline.models.weights import load_state, read_state
 
 from .command_line import this_program
 from .console import Console
-from .material import Material, visible
+from .material import Material
 from .recipes import fill_in
 from .runs import begin_run, machine, open_run, peak_memory, read_json, same_settings, unfinished, versions
+from .serving import visible
 from .settings import StudentSettings
 from .table import print_table
+from .taught import figures_of_members, in_words, keep
 from .teacher import row_name
 from .training import Job, fit
 
@@ -42,6 +44,8 @@ def run(settings: StudentSettings, said: set[str]) -> None:
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
+    for line in notes(settings, material):
+        console.say(line)
     result = train(settings, material, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
@@ -51,10 +55,27 @@ def run(settings: StudentSettings, said: set[str]) -> None:
         console.say("The student knows hardly more than chance: --clip-norm 1 or a lower --learning-rate often helps;")
         console.say("terms of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs")
     console.say(f"run:   {folder}")
-    console.say(f"cache: {settings.cache}, reused by every other student: no teacher is needed any more")
+    console.say(f"cache: {', '.join(settings.cache)}, reused by every other student: no teacher is needed any more")
     other = "cnn" if settings.arch != "cnn" else "mlp:64"
     data = f" --data {quote(settings.data)}" if material.cache.data == "folder" else ""
-    console.say(f"next:  {this_program()} student{data} --cache {quote(settings.cache)} --arch {other} --baseline")
+    caches = " ".join(f"--cache {quote(cache)}" for cache in settings.cache)
+    console.say(f"next:  {this_program()} student{data} {caches} --arch {other} --baseline")
+
+
+def notes(settings: StudentSettings, material: Material) -> list[str]:
+    """What is worth knowing before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
+    teachers = material.teachers
+    found = []
+    if teachers.combine or teachers.maps:
+        members = figures_of_members(teachers, material.said, material.transfer_set)
+        found = in_words(teachers, members, _figures_of_teacher(material))
+    if settings.missing:
+        gone, rows = int(material.without_answer.sum()), len(material.without_answer)
+        how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
+        found.append(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
+    if {loss.name for loss in material.losses} == {"soft_f1"}:
+        found.append("soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1")
+    return found
 
 
 def train_or_go_on(settings: StudentSettings, material: Material, console: Console) -> dict[str, Any]:
@@ -74,6 +95,7 @@ def train(settings: StudentSettings, material: Material, folder: Path, console: 
 
 def _seeds(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
     _same_shards(settings, material, folder)
+    keep(material.teachers, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
     for seed in seeds:
@@ -90,12 +112,16 @@ def _seeds(settings: StudentSettings, material: Material, folder: Path, console:
 def _same_shards(settings: StudentSettings, material: Material, folder: Path) -> None:
     """Write down which shards the run is trained from; a run that goes on must find the same ones."""
     manifest = material.cache.manifest
-    used = {
+    used: dict[str, Any] = {
         "fingerprint": manifest.fingerprint,
         "draws": settings.draws,
         "taps": list(material.taps),
         "shards": material.cache.used(settings.draws, material.taps),
     }
+    if others := material.teachers.members[1:]:
+        used["others"] = [
+            {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
+        ]
     if not (folder / "cache.json").is_file():
         return publish_json(folder / "cache.json", used)
     begun = read_json(folder / "cache.json")
@@ -114,19 +140,20 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
     """Every setting that was left open, from the recipe of the cache's data set."""
     if settings.data:
         row_of(settings.data)
-    cache = Path(settings.cache or f"caches/{row_name(settings.data or 'digits')}")
-    if not cache.exists():
-        data = f" --data {quote(settings.data)}" if settings.data else ""
-        make = f"{this_program()} teacher-cache{data} --out {quote(str(cache))}"
-        raise Refused(f"there is no cache at '{cache}': make one with  {make}")
-    opened = Cache(cache)
+    caches = settings.cache or (f"caches/{row_name(settings.data or 'digits')}",)
+    for cache in caches:
+        if not Path(cache).exists():
+            data = f" --data {quote(settings.data)}" if settings.data else ""
+            make = f"{this_program()} teacher-cache{data} --out {quote(cache)}"
+            raise Refused(f"there is no cache at '{cache}': make one with  {make}")
+    opened = Cache(Path(caches[0]))
     name = opened.data
     if name not in TRANSFER_SETS:
-        raise Refused(f"the cache '{cache}' is of '{name}', a data set that this program does not know")
+        raise Refused(f"the cache '{caches[0]}' is of '{name}', a data set that this program does not know")
     recipe = TRANSFER_SETS[name].recipe
     return replace(
         settings,
-        cache=str(cache),
+        cache=caches,
         data=settings.data or ("" if name == "folder" else name),
         draws=settings.draws or opened.manifest.draws,
         arch=settings.arch or recipe.student,
@@ -208,17 +235,24 @@ def job_of(
     steps = material.stream(settings, labels, False, targets).steps_per_round
     return Job(
         name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost,
-        known=material.known(labels),
+        known=material.known(labels), term=material.term(settings),
     )  # fmt: skip
+
+
+def _figures_of_teacher(material: Material) -> dict[str, Any]:
+    """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
+    labels = {split: rows.labels for split, rows in material.transfer_set.splits.items()}
+    figures = {s: evaluate(z.numpy(), labels[s], counts=material.counts) for s, z in material.teacher.items()}
+    return {"arch": " + ".join(cache.teacher for cache in material.teachers.members), **figures}
 
 
 def _whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:
     """result.json: means over the seeds, their standard deviations, and the single results."""
-    manifest = material.cache.manifest
-    teacher = {
-        split: evaluate(logits.numpy(), material.transfer_set.splits[split].labels, counts=material.counts)
-        for split, logits in material.teacher.items()
-    }
+    manifests = [cache.manifest for cache in material.teachers.members]
+    manifest = manifests[0]
+    members = {}
+    if material.teachers.combine or material.teachers.maps:
+        members["members"] = figures_of_members(material.teachers, material.said, material.transfer_set)
     mean, spread = mean_and_spread(results)
     for name in mean:
         mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}
@@ -229,10 +263,11 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
             "manifest": manifest.digest,
             "draws": settings.draws,
             "rows": manifest.splits["train"],
-            "bytes": manifest.bytes,
-            "seconds": manifest.seconds,
+            "bytes": sum(m.bytes for m in manifests),
+            "seconds": sum(m.seconds for m in manifests),
         },
-        "teacher": {"arch": material.cache.teacher, **teacher},
+        "teacher": _figures_of_teacher(material),
+        **members,
         **mean,
         "spread": spread,
         "seeds": [{"seed": settings.seed + i, **result} for i, result in enumerate(results)],

@@ -14,6 +14,7 @@ from data.errors import Interrupted, Refused, WrongCommand
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import fixed, student_taps, teacher_taps
+from pipeline.losses.several import Term, by_one
 from pipeline.metrics import summary
 from pipeline.models import head_of
 from pipeline.models.prepared import Prepared
@@ -39,7 +40,8 @@ Features = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Job:
     """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
-    known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise."""
+    known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise;
+    term: how a loss is led by the teacher."""
 
     name: str
     model: Prepared
@@ -54,6 +56,7 @@ class Job:
     advice: str = ""
     known: Known = Known()  # noqa: RUF009 (frozen)
     after_epoch: Callable[[dict[str, Any]], None] | None = None
+    term: Term = by_one
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
@@ -182,7 +185,7 @@ def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: F
     batch = _with_taps(job, batch)
     terms = torch.stack(
         [
-            fixed(loss.weight) * loss(outputs, batch, state.modules.get(name))
+            fixed(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
             for name, loss in zip(names(losses), losses, strict=True)
         ]
     )
@@ -226,8 +229,8 @@ def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     with torch.no_grad(), tapped(job.model.network, taps) as kept:
         logits = job.model(batch.views)
         outputs = Outputs(logits, dict(kept), _own_head(job, logits.shape[1]))
-    if batch.logits is not None and batch.logits.shape[1:] != outputs.logits.shape[1:]:
-        raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[1]}")
+    if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[1]:
+        raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
     batch = _with_taps(job, batch)
     named = zip(names(job.losses), job.losses, strict=True)
     made = {name: loss.module(outputs, batch, job.known) for name, loss in named}

@@ -1,0 +1,125 @@
+"""What the student's teacher says: one cache or several as one, and the map of its distribution, kept with the run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import Refused
+from data.transfer_set import TransferSet, class_counts
+from pipeline.cache import Cache
+from pipeline.combine import Combine, fit_combine, parse_combine
+from pipeline.files import publish_json
+from pipeline.mapping import Mapping, fit_mapping
+from pipeline.metrics import evaluate
+from pipeline.records import Head
+from pipeline.teachers import Gaps, Teachers, check_same
+
+from .check_cache import data_of
+from .runs import read_json
+from .settings import StudentSettings
+
+KEPT = "targets.json"
+Said = dict[str, torch.Tensor]
+
+
+def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
+    """The caches, of the same rows and views. Raises Refused or WrongCommand."""
+    caches = tuple(Cache(Path(folder)) for folder in folders)
+    check_same(caches)
+    return caches
+
+
+def bound(caches: tuple[Cache, ...], settings: StudentSettings) -> TransferSet:
+    """The transfer set of all of them, which each compares with its own rows."""
+    transfer_set = data_of(caches[0], settings.data, Path(settings.data_root))
+    for other in caches[1:]:
+        other.bind(transfer_set)
+    return transfer_set
+
+
+def taught(
+    caches: tuple[Cache, ...], settings: StudentSettings, transfer_set: TransferSet, gaps: Gaps
+) -> tuple[Teachers, Said]:
+    """The caches as one teacher, as a run has kept it or fitted to validation; and {split: what each said}."""
+    plain = Teachers(caches, gaps=gaps)
+    said: Said = {split: plain.said(split) for split in ("val", "test") if split in transfer_set.splits}
+    if settings.out and (Path(settings.out) / KEPT).is_file():
+        return _kept(Path(settings.out), plain, settings), said
+    labels, val = transfer_set.splits["val"].labels, said["val"]
+    combine = None
+    if len(caches) > 1:
+        spec = settings.combine or "mean_probability"
+        combine = fit_combine(val.numpy(), labels) if spec == "learned" else parse_combine(spec, len(caches))
+    counts = class_counts(transfer_set.splits["train"].labels, caches[0].classes)
+    maps: tuple[Mapping, ...] = ()
+    if settings.map:
+        heard = Teachers(caches, combine).as_heard(val)
+        each = heard.unbind(1) if heard.ndim == 3 else (heard,)
+        maps = tuple(fit_mapping(settings.map, logits.numpy(), labels, counts) for logits in each)
+    return Teachers(caches, combine, maps, gaps), said
+
+
+def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
+    """As the run has it: a fit on another machine may differ in the last bit."""
+    record = read_json(folder / KEPT)
+    try:
+        combine = Combine.from_json(record["combine"]) if record["combine"] is not None else None
+        maps = tuple(Mapping.from_json(one) for one in record["maps"])
+        if (len(combine.weights) if combine else 1) != len(plain.members) or bool(maps) != bool(settings.map):
+            raise ValueError("of other caches, or another map")
+        if len(maps) not in (0, len(plain.members) if combine and combine.each else 1):
+            raise ValueError(f"{len(maps)} maps")
+        if any(len(one.bias) != plain.members[0].classes for one in maps):
+            raise ValueError("a map of other classes")
+    except (KeyError, TypeError, ValueError, AttributeError, Refused) as error:
+        raise Refused(f"'{folder / KEPT}' is damaged: {str(error)[:80]}") from None
+    return Teachers(plain.members, combine, maps, plain.gaps)
+
+
+def keep(teachers: Teachers, folder: Path) -> None:
+    """Publish targets.json, where there is more to say than one cache's logits."""
+    if not (teachers.combine or teachers.maps) or (folder / KEPT).is_file():
+        return
+    combine = teachers.combine.to_json() if teachers.combine else None
+    publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
+
+
+def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:
+    """The teacher's last linear layer with the map behind it."""
+    return teachers.maps[0].of_head(head) if head and teachers.maps else head
+
+
+def figures_of_members(teachers: Teachers, said: Said, transfer_set: TransferSet) -> list[dict[str, Any]]:
+    """Of each cache as it is: its arch, and every figure of each held-out split."""
+    counts = class_counts(transfer_set.splits["train"].labels, teachers.members[0].classes)
+    found = []
+    for k, cache in enumerate(teachers.members):
+        each = {split: logits[:, k] if logits.ndim == 3 else logits for split, logits in said.items()}
+        figures = {s: evaluate(z.numpy(), transfer_set.splits[s].labels, counts=counts) for s, z in each.items()}
+        found.append({"arch": cache.teacher, **figures})
+    return found
+
+
+def in_words(teachers: Teachers, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
+    """Each member and what becomes of them, by the figures of each held-out split."""
+    lines = [f"teacher {m['arch']} as cached: {_figures(m)}" for m in members]
+    how = []
+    if combine := teachers.combine:
+        shares = zip(combine.weights, combine.temperatures, strict=True)
+        fitted = ", ".join(f"{w:.3f} at T = {t:.3f}" for w, t in shares) if combine.name == "learned" else ""
+        how.append(combine.name + (f" ({fitted}, fitted to val)" if fitted else ""))
+    for mapping in teachers.maps:
+        fitted = "" if mapping.spec.startswith("prior") else ", fitted to val"
+        if mapping.spec == "temperature":
+            fitted = f" {1 / float(mapping.weight[0]):.3f}{fitted}"
+        how.append(f"map {mapping.spec}{fitted}")
+    return [*lines, f"what students learn from, {'; '.join(how)}: {_figures(one)}"] if how else []
+
+
+def _figures(record: dict[str, Any]) -> str:
+    words = []
+    for split in ("val", "test"):
+        if (found := record.get(split)) and "nll" in found:
+            words.append(f"{split} NLL {found['nll']:.4f}, accuracy {found['accuracy']:.4f}")
+    return "; ".join(words) or "no labels to compare with"
