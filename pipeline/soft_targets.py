@@ -73,32 +73,36 @@ def at_temperature(logits: NDArray[np.floating], target: Labels, temperature: fl
     entropy: mean over the rows, in nats; share: of log K, None for one class; others: mean total probability of the
     classes beside the target; information: see `information`, in nats.
     """
-    K = logits.shape[1]
+    K, rows = logits.shape[1], np.arange(len(logits))
     p = np.exp(log_softmax(logits.astype(np.float64) / temperature))
     entropy = max(0.0, -float(xlogy(p, p).sum(1).mean()))
-    p[np.arange(len(p)), target] = 0
+    beside = p.copy()
+    beside[rows, target] = 0
     return {
         "temperature": temperature, "entropy": entropy, "share": entropy / float(np.log(K)) if K > 1 else None,
-        "others": float(p.sum(1).mean()), "information": information(p, target),
+        "others": float(beside.sum(1).mean()), "information": information(p),
     }  # fmt: skip
 
 
-def information(others: Floats, target: Labels) -> float:
-    """What the probabilities beside the target say about a row that its class does not say, in nats per row.
+def information(p: Floats) -> float:
+    """What the probabilities beside the teacher's first class say about a row that this class does not, in nats.
 
-    others [N, K]: probabilities with 0 at the target. With m_n the mass of row n and q_n = others_n / m_n, it is the
-    mean over the classes c, by their rows, of
+    p [N, K]: soft targets. Without its first class, a row n has the mass m_n and the distribution q_n over the others.
+    It is the mean over the first classes c, by their rows, of
 
         m_c (H(q_c) - sum over the rows n of class c of m_n / (N_c m_c) H(q_n)),
 
     m_c the mean mass and q_c the mean of q_n by mass: the mutual information between the row and a label drawn from
-    its soft target, given its class, of the labels beside the target. A sharp target has no mass there, a flat one no
+    its soft target, given the first class, of the labels beside it. A sharp target has no mass there, a flat one no
     difference between rows: both are 0. (Of q_n alone it would fall with temperature from 0 on: the runner-up is
-    sharpest where it weighs nothing.)
+    sharpest where it weighs nothing. And of the true class in place of the first, rows that the teacher gets wrong
+    would make the sharpest targets say most.)
     """
+    first, others = p.argmax(1), p.copy()
+    others[np.arange(len(p)), first] = 0
     total = 0.0
-    for c in np.unique(target):
-        rows = others[target == c]
+    for c in np.unique(first):
+        rows = others[first == c]
         mass, summed = rows.sum(1), rows.sum(0)
         of_mean = xlogy(mass.sum(), mass.sum()) - xlogy(summed, summed).sum()  # sum(m) H(mean of q by mass)
         of_rows = xlogy(mass, mass).sum() - xlogy(rows, rows).sum()  # sum of m H(q)

@@ -149,7 +149,7 @@ def draw_temperatures(path: Path, records: list[dict[str, Any]], best: float) ->
         right.axvline(best, color=_ORANGE, linestyle="--", label=f"most at {best:g}")
         right.set(xlabel="temperature", ylabel="nats per row")
         right.set_ylim(bottom=0)
-        right.set_title("what the other classes say about a row beyond its class", fontsize=10)
+        right.set_title("what the classes beside the first say about a row", fontsize=10)
         right.legend(loc="upper right", fontsize=8)
         for axes in (left, right):
             axes.set_xticks(T)

@@ -88,7 +88,7 @@ def _temperatures(soft: dict[str, Any], console: Console) -> None:
     best, all_ = soft["most_information_at"], [r["temperature"] for r in soft["temperatures"]]
     edge = ", an end of this table: it may lie beyond" if best in (all_[0], all_[-1]) else ""
     console.say(
-        f"Temperature {best} carries most information{edge}. (Information: nats that the probabilities of the other"
-        " classes say about a row beyond its class, their entropy's mean over the rows taken from the entropy of their"
-        " mean; 0 where targets are hard, or flat.)"
+        f"Temperature {best} carries most information{edge}. (Information: nats that the probabilities beside the"
+        " teacher's first class say about a row, those of one first class compared: the entropy of their mean less the"
+        " mean of their entropies; 0 where targets are hard, or flat.)"
     )

@@ -265,7 +265,7 @@ def between_rows(rows: list[list[float]]) -> float:
 
 
 def test_entropies_and_information_are_those_of_a_loop(informed: Path, record: dict[str, Any]) -> None:
-    """Information by the chain rule: of the whole label, less that of whether it is the target, within each class."""
+    """Information by the chain rule: of the label, less that of whether it is the first, within a first class."""
     logits, labels = cached_logits(Cache(informed), "train")
     assert [r["temperature"] for r in record["soft_targets"]["temperatures"]] == list(TEMPERATURES)
     for mine in record["soft_targets"]["temperatures"]:
@@ -276,7 +276,7 @@ def test_entropies_and_information_are_those_of_a_loop(informed: Path, record: d
         assert mine["others"] == pytest.approx(math.fsum(others) / len(rows), rel=1e-9)
         information = 0.0
         for c in range(10):
-            own = [row for row, label in zip(rows, labels, strict=True) if label == c]
+            own = [row for row, said in zip(rows, logits, strict=True) if list(said).index(max(said)) == c]
             whether = [[row[c], 1 - row[c]] for row in own]
             information += len(own) / len(rows) * (between_rows(own) - between_rows(whether))
         assert mine["information"] == pytest.approx(information, rel=1e-7, abs=1e-12)
@@ -286,6 +286,11 @@ def test_entropies_and_information_are_those_of_a_loop(informed: Path, record: d
 
 def at_each(logits: Floats, target: NDArray[np.int64]) -> list[dict[str, Any]]:
     return [at_temperature(logits, target, T) for T in TEMPERATURES]
+
+
+def test_a_row_that_the_teacher_gets_wrong_and_is_sure_of_says_nothing_beside_its_first_class() -> None:
+    logits, target = 1e6 * np.eye(3)[[0, 0, 0, 1]], np.array([0, 1, 2, 1])
+    assert all((r["information"], r["others"]) == (0, 0.5) for r in at_each(logits, target))
 
 
 def test_information_is_nothing_where_targets_are_hard_flat_or_the_same_for_all_rows_of_a_class() -> None:
