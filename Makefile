@@ -33,11 +33,12 @@ TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHE
 DISTILLING := RECIPE DRAWS ARCH FINETUNE_EPOCHS FINETUNE_LEARNING_RATE
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE IMBALANCE HEAD_SIZE \
   SHARD_ROWS LICENSE
+INSPECTING := ROWS REPEATS TEMPERATURE
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
 KNOWN := PYTHON VENV DATA CACHE ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS $(DISTILLING) $(MACHINE) $(TRAINING) $(STAGE_ONE)
+  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS $(INSPECTING) $(DISTILLING) $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
 
@@ -52,7 +53,7 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students born-again methods check-cache lint test slow torture check clean
+.PHONY: help install teacher teacher-cache student students born-again methods check-cache inspect lint test slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -102,6 +103,10 @@ check-cache: ## is the cache whole? DATA= or CACHE=; DEEP=1 renders every view a
 	$(call ensure,$(RUNS_ON))
 	$(QUIET)$(STAGES) check-cache '$(CACHE)' $(if $(DEEP)$(REPAIR),$(WHERE)) \
 	  $(call options,DEEP REPAIR WEIGHTS DEVICE WORKERS JSON)
+
+inspect: ## which taps, channels, classes and temperatures matter: DATA= or CACHE=; ROWS= REPEATS= TEMPERATURE= OUT=
+	$(call ensure,$(RUNS_ON) matplotlib)
+	$(QUIET)$(STAGES) inspect '$(CACHE)' $(call options,$(INSPECTING) SEED OUT JSON)
 
 lint: ## format, lint and types
 	$(call ensure,$(RUNS_ON) ruff mypy)

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 from data.transfer_set import Labels
 
 Floats = NDArray[np.float64]
-_ECE_BINS = 15
+ECE_BINS = 15
 _MATRIX = 100  # classes up to which a confusion matrix is part of a result: 10,000 numbers
 
 
@@ -68,7 +68,7 @@ def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
         "top5": float(sk.top_k_accuracy_score(labels, log_p, k=5, labels=np.arange(K))) if K > 5 else None,
         "nll": 0.0 - float(log_p[np.arange(len(labels)), labels].mean()),
         "brier": float(((p - one_hot) ** 2).sum(1).mean()),
-        "ece": _ece(p.max(1), guess == labels),
+        "ece": calibration_error(p.max(1), guess == labels),
         "precision_macro": float(precision[present].mean()),
         "recall_macro": float(recall[present].mean()),
         "f1_macro": float(f1[present].mean()),
@@ -113,11 +113,15 @@ def _auroc(p: Floats, one_hot: Floats) -> float:
     return float(sk.roc_auc_score(one_hot, p, average="macro"))
 
 
-def _ece(confidence: Floats, right: NDArray[np.bool_]) -> float:
+def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
     """Expected calibration error: mean over rows of |accuracy - confidence| of the row's bin."""
-    bin_of = np.clip(np.ceil(confidence * _ECE_BINS).astype(int) - 1, 0, _ECE_BINS - 1)
-    gap = np.bincount(bin_of, right - confidence, minlength=_ECE_BINS)
+    gap = np.bincount(bins_of(confidence), right - confidence, minlength=ECE_BINS)
     return float(np.abs(gap).sum() / len(right))
+
+
+def bins_of(confidence: Floats) -> NDArray[np.int64]:
+    """The bin of each confidence, 0 … ECE_BINS - 1, of equal width; an edge belongs to the bin below it."""
+    return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
 
 def log_softmax(z: NDArray[np.floating]) -> Floats:

@@ -13,6 +13,7 @@ from .settings import (
     CacheSettings,
     CheckSettings,
     EvaluateSettings,
+    InspectSettings,
     ListSettings,
     MethodsSettings,
     PackSettings,
@@ -117,6 +118,17 @@ def check_cache(context: click.Context, /, cache: str, **_: Any) -> None:
     from . import check_cache as stage
 
     stage.run(cache, given(context, CheckSettings)[0])
+
+
+@commands.command("inspect")
+@click.argument("cache")
+@options(InspectSettings)
+@click.pass_context
+def inspect(context: click.Context, /, cache: str, **_: Any) -> None:
+    """What in the teacher of the cache in the folder CACHE matters: taps, channels, classes, temperatures."""
+    from . import inspect_cache as stage
+
+    stage.run(cache, given(context, InspectSettings)[0])
 
 
 @commands.command("cache-pack")

@@ -177,5 +177,16 @@ class CheckSettings(Data, Machine, Output):
 
 
 @dataclass(frozen=True)
+class InspectSettings(Output):
+    """`stages inspect CACHE`: what in the teacher matters."""
+
+    rows: int = knob(10_000, "Training rows that are read, and held-out rows of the probes, at most.", least=10)
+    repeats: int = knob(5, "Permutations of each tap and channel.", least=1, most=1000)
+    temperature: float = knob(4.0, "Of the similarity of classes.", least=1e-3)
+    seed: int = knob(0, "Of the permutations, and of the projection of very wide taps.", least=0, most=2**31)
+    out: str = knob("", "Folder of the findings; a new one under runs/ when not given.")
+
+
+@dataclass(frozen=True)
 class PackSettings(Output):
     """`stages cache-pack CACHE OUT.tar` and `stages cache-unpack FILE.tar OUT`."""

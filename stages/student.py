@@ -63,7 +63,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
 
 
 def notes(settings: StudentSettings, material: Material) -> list[str]:
-    """What is worth knowing before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
+    """What to know before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
     teachers = material.teachers
     found = []
     if teachers.combine or teachers.maps:

@@ -72,6 +72,7 @@ def test_relative_imports_stay_in_their_package() -> None:
     [
         ("h5py", {"pipeline/shards.py"}),
         ("click", {"stages/__main__.py", "stages/options.py", "stages/console.py"}),
+        ("matplotlib", {"stages/drawing.py"}),
         ("torchvision", {"data/transfer_set.py", "pipeline/models/from_torchvision.py"}),
     ],
 )
@@ -147,7 +148,7 @@ def test_help_comes_without_the_slow_libraries(command: str) -> None:
     assert "Usage: stages" in done.stdout
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"click", "stages"} <= loaded
-    assert loaded & {"torch", "torchvision", "numpy", "h5py", "sklearn", "scipy", "PIL"} == set()
+    assert loaded & {"torch", "torchvision", "numpy", "h5py", "sklearn", "scipy", "PIL", "matplotlib"} == set()
 
 
 def words_of_help(command: str) -> set[str]:

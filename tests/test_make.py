@@ -23,6 +23,7 @@ TARGETS = [
     "born-again",
     "methods",
     "check-cache",
+    "inspect",
     "lint",
     "test",
     "check",
@@ -80,6 +81,10 @@ def asked_for(*arguments: str) -> list[str]:
             "methods ARCH=resnet8 ONLY=kd,hint LAYERS=layer2+layer3 CLIP_NORM=2",
             "methods --data digits --cache caches/digits --only kd,hint --layers layer2+layer3 --arch resnet8"
             " --clip-norm 2",
+        ),
+        (
+            "inspect CACHE=c ROWS=500 REPEATS=3 TEMPERATURE=2 SEED=1 OUT=o",
+            "inspect c --rows 500 --repeats 3 --temperature 2 --seed 1 --out o",
         ),
         ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
     ],
