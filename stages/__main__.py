@@ -9,6 +9,7 @@ import click
 from . import __version__
 from .options import given, options
 from .settings import (
+    BlendSettings,
     BornAgainSettings,
     CacheSettings,
     CheckSettings,
@@ -56,6 +57,16 @@ def student(context: click.Context, /, **_: Any) -> None:
     from . import student as stage
 
     stage.run(*given(context, StudentSettings))
+
+
+@commands.command("blend")
+@options(BlendSettings)
+@click.pass_context
+def blend(context: click.Context, /, **_: Any) -> None:
+    """What several caches make of one another, before any student is trained."""
+    from . import blend as stage
+
+    stage.run(given(context, BlendSettings)[0])
 
 
 @commands.command("born-again")

@@ -135,6 +135,14 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
 
 
 @dataclass(frozen=True)
+class BlendSettings(Output):
+    """`stages blend`: several caches as one teacher."""
+
+    cache: tuple[str, ...] = knob((), "Folder of a cache; say it for each.")
+    combine: str = knob("", "One more way: weighted:0.7,0.3.")
+
+
+@dataclass(frozen=True)
 class BornAgainSettings(StudentSettings):
     """`stages born-again`: students that become teachers."""
 
