@@ -51,7 +51,7 @@ def test_the_temperature_is_where_a_fine_search_finds_the_least_nll() -> None:
 
 
 def test_vector_scaling_finds_planted_scales_and_biases() -> None:
-    logits, labels = calibrated(10_000, 3)
+    logits, labels = calibrated(40_000, 3)
     scale, bias = np.array([2.0, 1.0, 4.0]), np.array([1.0, -2.0, 0.5])
     mapping = fit_mapping("vector", logits * scale + bias, labels, EVEN)
     mended = mapping(torch.from_numpy(logits * scale + bias)).numpy()
