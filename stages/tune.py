@@ -16,7 +16,7 @@ import torch
 from data.errors import Held, Interrupted, Refused, WrongCommand
 from pipeline.files import make_folder, publish_json, remove_leftovers
 from pipeline.identity import differences
-from pipeline.lock import held
+from pipeline.lock import LOCK, held
 
 from . import student as student_stage
 from .checkpoint import LINES
@@ -32,7 +32,7 @@ from .teacher import row_name
 
 _MOST_POINTS = 100_000
 _HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from machine to machine
-_SEARCH = "search.json"
+_SEARCH, _DATABASE = "search.json", "study.db"
 
 
 def run(settings: SearchSettings, said: set[str]) -> None:
@@ -57,13 +57,15 @@ def run(settings: SearchSettings, said: set[str]) -> None:
     begun = json.loads(json.dumps(begun))
     default = f"{row_name(first.data)}-{first.arch.replace(':', '-')}"
     folder = Path(settings.out) if settings.out else free_run(f"tune-{default}")
-    mark = _begin(folder, begun)
-    storage = settings.storage or f"sqlite:///{folder.resolve()}/study.db"
+    _look_at(folder, begun)
+    if not settings.storage:
+        make_folder(folder)
+    storage = settings.storage or f"sqlite:///{folder.resolve()}/{_DATABASE}"
     figure = figure_of(first)
     shared_by_machines = {name: value for name, value in begun.items() if name not in _HERE}
     with opened(storage, settings.study or default, figure != "nll", shared_by_machines, first.epochs // 4) as found:
         _compare(found[0].user_attrs["begun"], shared_by_machines, f"the study '{found[0].study_name}'")
-        slots = len(grid) or settings.trials
+        mark, slots = _begin(folder, begun), len(grid) or settings.trials
         shared = SharedStudy(*found, folder, mark, space, first.seed, slots, grid)
         search = Search(shared, first, material, settings.prune, console)
         try:
@@ -196,14 +198,24 @@ def _check(space: tuple[Searched, ...], first: StudentSettings, material: Materi
                 raise WrongCommand(f"search '{one.spec}': {error}") from None
 
 
-def _begin(folder: Path, begun: dict[str, Any]) -> str:
-    """Make the folder of a search, or go on in it; its mark. Raises Refused when it was begun otherwise."""
+def _look_at(folder: Path, begun: dict[str, Any]) -> None:
+    """Raise WrongCommand for a folder that holds something else, Refused for one of another search."""
     if "?" in str(folder.resolve()):
         raise WrongCommand(f"--out {folder}: the path of a database has no '?'")
-    path = folder / _SEARCH
-    known = folder.is_dir() and (path.exists() or all(inner.name.startswith(".") for inner in folder.iterdir()))
-    if folder.exists() and not known:
+    if (folder / _SEARCH).exists():
+        return _compare(read_json(folder / _SEARCH)["begun"], begun, f"'{folder}'")
+    if folder.exists() and not (folder.is_dir() and all(_left_over(path) for path in folder.iterdir())):
         raise WrongCommand(f"'{folder}' exists and is no search: choose another --out")
+
+
+def _left_over(path: Path) -> bool:
+    """Whether a process that was killed before it began a search left this."""
+    return path.name.startswith((f".{_SEARCH}.", LOCK, _DATABASE))
+
+
+def _begin(folder: Path, begun: dict[str, Any]) -> str:
+    """Make the folder of a search, or go on in it; its mark. Raises Refused when it was begun otherwise."""
+    path = folder / _SEARCH
     make_folder(folder)
     with _alone(folder):
         remove_leftovers(folder, (_SEARCH, "tune.json", "tune.png"))
