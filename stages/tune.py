@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import prod
@@ -58,6 +58,9 @@ def run(settings: SearchSettings, said: set[str]) -> None:
     default = f"{row_name(first.data)}-{first.arch.replace(':', '-')}"
     folder = Path(settings.out) if settings.out else free_run(f"tune-{default}")
     _look_at(folder, begun)
+    if not settings.out:
+        for stopped in _unfinished(folder, begun):
+            console.say(f"'{stopped}' was stopped; the same command with --out {stopped} goes on")
     if not settings.storage:
         make_folder(folder)
     storage = settings.storage or f"sqlite:///{folder.resolve()}/{_DATABASE}"
@@ -203,9 +206,19 @@ def _look_at(folder: Path, begun: dict[str, Any]) -> None:
     if "?" in str(folder.resolve()):
         raise WrongCommand(f"--out {folder}: the path of a database has no '?'")
     if (folder / _SEARCH).exists():
-        return _compare(read_json(folder / _SEARCH)["begun"], begun, f"'{folder}'")
+        return _compare(read_json(folder / _SEARCH, {"mark", "begun"})["begun"], begun, f"'{folder}'")
     if folder.exists() and not (folder.is_dir() and all(_left_over(path) for path in folder.iterdir())):
         raise WrongCommand(f"'{folder}' exists and is no search: choose another --out")
+
+
+def _unfinished(folder: Path, begun: dict[str, Any]) -> list[Path]:
+    """The same search, stopped, in other folders beside one whose name was chosen for this one."""
+    found = []
+    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{_SEARCH}")):
+        with suppress(Refused):  # damaged: that is for those who go on with it
+            if read_json(path).get("begun") == begun and not (path.parent / "tune.json").exists():
+                found.append(path.parent)
+    return found
 
 
 def _left_over(path: Path) -> bool:
