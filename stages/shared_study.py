@@ -29,8 +29,8 @@ try:
     from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
-except ImportError:
-    raise WrongCommand("stages tune needs Optuna: pip install 'softcache[search]'") from None
+except ImportError as error:
+    raise WrongCommand(f"tune needs Optuna 4.3 or later ({error}): pip install 'softcache[search]'") from None
 
 __all__ = [
     "FrozenTrial",
