@@ -10,31 +10,31 @@ from .command_line import command
 from .console import Console, duration
 from .runs import device_of, machine, versions
 from .search_space import Searched, with_values
-from .settings import SearchSettings, StudentSettings
+from .settings import StudentSettings
 from .shared_study import FrozenTrial, TrialState
 
 _SHOWN = 10
 Row = dict[str, Any]
 
 
-def rows_of(holders: dict[int, FrozenTrial], space: Sequence[Searched], folder: Path) -> list[Row]:
+def rows_of(holders: dict[int, FrozenTrial], space: Sequence[Searched]) -> list[Row]:
     """A record of each trial. state: complete, pruned, failed (with why) or running; value: of validation."""
-    return [_row(slot, trial, space, folder) for slot, trial in holders.items()]
+    return [_row(slot, trial, space) for slot, trial in holders.items()]
 
 
-def _row(slot: int, trial: FrozenTrial, space: Sequence[Searched], folder: Path) -> Row:
+def _row(slot: int, trial: FrozenTrial, space: Sequence[Searched]) -> Row:
     attributes = trial.user_attrs
-    state = "failed" if "failed" in attributes else trial.state.name.lower()
+    failed = "failed" in attributes and trial.state == TrialState.PRUNED  # to the sampler the worst there is
     row = {
         "trial": slot,
-        "state": state if trial.state.is_finished() else "running",
+        "state": "failed" if failed else trial.state.name.lower(),
         "parameters": {one.name: one.decimal(trial.params[one.name]) for one in space},
         "value": trial.value if trial.state == TrialState.COMPLETE else None,
         "epochs": len(trial.intermediate_values),
         "last": trial.intermediate_values.get(trial.last_step) if trial.last_step else None,
         "seconds": attributes.get("seconds"),
     }
-    return row | ({"failed": attributes["failed"]} if state == "failed" else {})
+    return row | ({"failed": attributes["failed"]} if failed else {})
 
 
 def ranked(rows: Sequence[Row], figure: str) -> list[Row]:
@@ -67,9 +67,8 @@ def _short(value: Any) -> str:
 
 
 def write_report(
-    folder: Path, rows: list[Row], first: StudentSettings, space: Sequence[Searched], settings: SearchSettings,
-    begun: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path, rows: list[Row], first: StudentSettings, space: Sequence[Searched], begun: dict[str, Any]
+) -> dict[str, Any]:
     """tune.json and the picture; the record. (The storage's URL, which may hold a password, is in neither.)"""
     figure = "accuracy" if first.select == "last" else first.select
     best = best_of(rows, figure)

@@ -20,6 +20,7 @@ from zlib import crc32
 from data.errors import Held, Refused, WrongCommand
 from pipeline.lock import held
 
+from .search_folder import trial_lock
 from .search_space import Searched
 
 try:
@@ -88,7 +89,7 @@ class SharedStudy:
                 continue
             with ExitStack() as own:
                 try:
-                    own.enter_context(held(self.folder, f".trial-{slot:04d}.lock"))
+                    own.enter_context(held(self.folder, trial_lock(slot)))
                 except Held:
                     continue
                 if trial := self._taken(slot):

@@ -2,28 +2,24 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
-from data.errors import Held, Interrupted, Refused, WrongCommand
-from pipeline.files import make_folder, publish_json, remove_leftovers
-from pipeline.identity import differences
-from pipeline.lock import LOCK, held
+from data.errors import Interrupted, Refused, WrongCommand
+from pipeline.files import make_folder
 
 from . import student as student_stage
 from .checkpoint import LINES
 from .console import Console
 from .material import Material
 from .recipes import fill_in
-from .runs import free_run, milestones_of, read_json
+from .runs import free_run, milestones_of
+from .search_folder import DATABASE, alone, begin, compare, look_at, tidy, unfinished
 from .search_report import line_of, rows_of, say_rows, write_report
 from .search_space import Searched, Value, parse_space, with_values
 from .settings import SearchSettings, StudentSettings
@@ -32,7 +28,6 @@ from .teacher import row_name
 
 _MOST_POINTS = 100_000
 _HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from machine to machine
-_SEARCH, _DATABASE = "search.json", "study.db"
 
 
 def run(settings: SearchSettings, said: set[str]) -> None:
@@ -49,38 +44,48 @@ def run(settings: SearchSettings, said: set[str]) -> None:
     grid = _grid(space) if settings.grid else []
     material = Material.open(first)
     _check(space, first, material)
-    begun = {
-        **{name: value for name, value in asdict(first).items() if name not in ("out", "json", "resume")},
-        "search": list(settings.search), "grid": settings.grid, "prune": settings.prune,
-        "fingerprint": material.cache.manifest.fingerprint,
-    }  # fmt: skip
-    begun = json.loads(json.dumps(begun))
+    begun = _begun_with(settings, first, material)
     default = f"{row_name(first.data)}-{first.arch.replace(':', '-')}"
     folder = Path(settings.out) if settings.out else free_run(f"tune-{default}")
-    _look_at(folder, begun)
+    look_at(folder, begun)
     if not settings.out:
-        for stopped in _unfinished(folder, begun):
+        for stopped in unfinished(folder, begun):
             console.say(f"'{stopped}' was stopped; the same command with --out {stopped} goes on")
     if not settings.storage:
         make_folder(folder)
-    storage = settings.storage or f"sqlite:///{folder.resolve()}/{_DATABASE}"
-    figure = figure_of(first)
-    shared_by_machines = {name: value for name, value in begun.items() if name not in _HERE}
-    with opened(storage, settings.study or default, figure != "nll", shared_by_machines, first.epochs // 4) as found:
-        _compare(found[0].user_attrs["begun"], shared_by_machines, f"the study '{found[0].study_name}'")
-        mark, slots = _begin(folder, begun), len(grid) or settings.trials
-        shared = SharedStudy(*found, folder, mark, space, first.seed, slots, grid)
-        search = Search(shared, first, material, settings.prune, console)
+    url = settings.storage or f"sqlite:///{folder.resolve()}/{DATABASE}"
+    everywhere = {name: value for name, value in begun.items() if name not in _HERE}
+    warm = _fewest_epochs(first, space) // 4
+    with opened(url, settings.study or default, figure_of(first) != "nll", everywhere, warm) as (study, storage):
+        compare(study.user_attrs["begun"], everywhere, f"the study '{study.study_name}'")
+        slots, mark = len(grid) or settings.trials, begin(folder, begun)
+        shared = SharedStudy(study, storage, folder, mark, space, first.seed, slots, grid)
         try:
-            search.run()
+            Search(shared, first, material, settings.prune, console).run()
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
-        rows = rows_of(shared.holders(), space, folder)
-        with _alone(folder):
-            record = write_report(folder, rows, first, space, settings, begun)
+        rows = rows_of(shared.holders(), space)
+    with alone(folder):
+        tidy(folder)
+        record = write_report(folder, rows, first, space, begun)
     if settings.json:
         return console.result(json.dumps(record))
-    say_rows(record, figure, space, folder, console)
+    say_rows(record, figure_of(first), space, folder, console)
+
+
+def _begun_with(settings: SearchSettings, first: StudentSettings, material: Material) -> dict[str, Any]:
+    """What the trials of a search have in common, as JSON has it; with another of these it is another search."""
+    common = {name: value for name, value in asdict(first).items() if name not in ("out", "json", "resume")}
+    searched = {name: getattr(settings, name) for name in ("search", "grid", "prune")}
+    found: dict[str, Any] = json.loads(
+        json.dumps(common | searched | {"fingerprint": material.cache.manifest.fingerprint})
+    )
+    return found
+
+
+def _fewest_epochs(first: StudentSettings, space: tuple[Searched, ...]) -> int:
+    """Of a trial, where epochs are searched."""
+    return min([int(v) for one in space if one.name == "epochs" for v in one.ends()] or [first.epochs])
 
 
 def figure_of(settings: StudentSettings) -> str:
@@ -122,42 +127,44 @@ class Search:
 
     def _one(self, trial: Trial) -> None:
         """Train one trial, to its end or until it is pruned, and write down what came of it."""
-        begun, slot = time.monotonic(), int(trial.user_attrs["slot"])
+        slot = int(trial.user_attrs["slot"])
         try:
-            state, value, more = self._trained(trial, slot)
-            trial.set_user_attr("seconds", round(time.monotonic() - begun, 3))
-            for name, text in more.items():
-                trial.set_user_attr(name, text)
+            state, value, facts = self._trained(trial, slot)
+            for name, fact in facts.items():
+                trial.set_user_attr(name, fact)
             self.shared.study.tell(trial, value, state)
         except UpdateFinishedTrialError:
             return self.console.say(f"trial {slot}: another process has taken it over")
-        rows = rows_of(self.shared.holders(), self.shared.space, self.shared.folder)
+        rows = rows_of(self.shared.holders(), self.shared.space)
         row = next(row for row in rows if row["trial"] == slot)
         self.console.say(line_of(row, rows, self.shared.slots, self.figure))
 
-    def _trained(self, trial: Trial, slot: int) -> tuple[TrialState, float | None, dict[str, str]]:
-        """State and figure of a trial, and why it has none. One that cannot be trained counts as tried."""
+    def _trained(self, trial: Trial, slot: int) -> tuple[TrialState, float | None, dict[str, Any]]:
+        """State and figure of a trial, its seconds and why it failed. One that cannot be trained counts as tried."""
         values = {one.name: one.decimal(trial.params[one.name]) for one in self.shared.space}
         folder = self.shared.folder / f"trial-{slot:04d}"
         own = replace(with_values(self.first, self.shared.space, values), out=str(folder))
+        name = student_stage.first_training(own)
+        path = folder / LINES if name == "student" else folder / name / LINES
 
         def told(_: dict[str, Any] | None = None) -> None:
-            name = student_stage.first_training(own)
-            lines = _lines(folder / name / LINES if name != "student" else folder / LINES)
-            follow(trial, lines, self.figure, own.epochs, self.prune)
+            follow(trial, _lines(path), self.figure, own.epochs, self.prune)
+
+        def seconds() -> dict[str, Any]:
+            return {"seconds": sum(line["seconds"] for line in _lines(path))}
 
         try:
             told()  # of an earlier process, which may have been killed before it did
             material = Material.open(own, self.material)
-            result = student_stage.train_or_go_on(own, material, self.console, told)
+            student = student_stage.train_or_go_on(own, material, self.console, told)["student"]
             told()
         except optuna.TrialPruned:
-            return TrialState.PRUNED, None, {}
+            return TrialState.PRUNED, None, seconds()
         except (Refused, WrongCommand, torch.OutOfMemoryError) as error:
             if isinstance(error, Refused) and "diverged" not in str(error):
                 raise
-            return TrialState.PRUNED, None, {"failed": str(error).splitlines()[0][:500]}
-        return TrialState.COMPLETE, float(result["student"]["val"][self.figure]), {}
+            return TrialState.PRUNED, None, seconds() | {"failed": str(error).splitlines()[0][:500]}
+        return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -199,61 +206,3 @@ def _check(space: tuple[Searched, ...], first: StudentSettings, material: Materi
                 material_of.network(own, material_of.losses)
             except WrongCommand as error:
                 raise WrongCommand(f"search '{one.spec}': {error}") from None
-
-
-def _look_at(folder: Path, begun: dict[str, Any]) -> None:
-    """Raise WrongCommand for a folder that holds something else, Refused for one of another search."""
-    if "?" in str(folder.resolve()):
-        raise WrongCommand(f"--out {folder}: the path of a database has no '?'")
-    if (folder / _SEARCH).exists():
-        return _compare(read_json(folder / _SEARCH, {"mark", "begun"})["begun"], begun, f"'{folder}'")
-    if folder.exists() and not (folder.is_dir() and all(_left_over(path) for path in folder.iterdir())):
-        raise WrongCommand(f"'{folder}' exists and is no search: choose another --out")
-
-
-def _unfinished(folder: Path, begun: dict[str, Any]) -> list[Path]:
-    """The same search, stopped, in other folders beside one whose name was chosen for this one."""
-    found = []
-    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{_SEARCH}")):
-        with suppress(Refused):  # damaged: that is for those who go on with it
-            if read_json(path).get("begun") == begun and not (path.parent / "tune.json").exists():
-                found.append(path.parent)
-    return found
-
-
-def _left_over(path: Path) -> bool:
-    """Whether a process that was killed before it began a search left this."""
-    return path.name.startswith((f".{_SEARCH}.", LOCK, _DATABASE))
-
-
-def _begin(folder: Path, begun: dict[str, Any]) -> str:
-    """Make the folder of a search, or go on in it; its mark. Raises Refused when it was begun otherwise."""
-    path = folder / _SEARCH
-    make_folder(folder)
-    with _alone(folder):
-        remove_leftovers(folder, (_SEARCH, "tune.json", "tune.png"))
-        if not path.exists():
-            publish_json(path, {"mark": uuid4().hex, "begun": begun})
-        record = read_json(path, {"mark", "begun"})
-    _compare(record["begun"], begun, f"'{folder}'")
-    return str(record["mark"])
-
-
-def _compare(theirs: Any, mine: dict[str, Any], what: str) -> None:
-    """Raise Refused, naming what differs, when a search was begun otherwise than it is asked for now."""
-    if differ := [f"{n} {a} there, {b} asked" for n, a, b in differences(theirs, mine)]:
-        other = "another --out" if what.startswith("'") else "another --study"
-        raise Refused(f"{what} was begun otherwise ({'; '.join(differ[:4])}): choose {other}")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a search's folder for a moment; other processes of it are done with it soon."""
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(held(folder))
-                break
-            except Held:
-                time.sleep(0.05)
-        yield

@@ -98,6 +98,7 @@ def test_a_trial_is_a_students_run_and_its_figure_that_of_the_validation_split(w
     for row in done:
         result = json.loads((whole / f"trial-{row['trial']:04d}/result.json").read_text())
         assert row["value"] == result["student"]["val"]["accuracy"]
+        assert row["seconds"] == result["student"]["seconds"]
         assert result["settings"]["learning_rate"] == row["parameters"]["learning_rate"]
         temperature, weight = row["parameters"]["kd.temperature"], row["parameters"]["hard.weight"]
         assert result["settings"]["loss"] == [f"kd:temperature={temperature},weight=0.9", f"hard:weight={weight}"]
@@ -216,8 +217,10 @@ def test_processes_at_once_share_the_trials(
 
 def test_more_trials_may_be_asked_for_later(tiny: Path, stages: Stages) -> None:
     first = stages(*search(tiny, "s", *SPACE, "--trials", 2))
+    Path("s/.trial-0001.lock").touch()  # as of a process that was killed when its trial was over
     more = stages(*search(tiny, "s", *SPACE, "--trials", 4))
     assert more["trials"][:2] == first["trials"]
+    assert list(Path("s").rglob("*.lock")) == []
     assert_once_each(Path("s/study.db"), 4)
 
 
@@ -321,6 +324,33 @@ def test_a_process_that_was_taken_for_dead_gives_its_trial_up(
     assert code == 0, err
     assert "trial 0: another process has taken it over" in out
     assert_once_each(Path("s/study.db"), 2)
+
+
+def test_of_two_that_begin_a_slot_at_once_the_first_has_it(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rival adds its trial after this process has looked and before it adds its own; then the rival dies."""
+    monkeypatch.setattr(shared_study, "DEAD_SECONDS", 0.5)
+    parameters, rival = shared_study.SharedStudy._parameters, []
+
+    def slow(self: Any, slot: int) -> Any:
+        found = parameters(self, slot)
+        if not rival:
+            rival.append({"learning_rate": 0.0123})
+            attributes = {"slot": slot, "folder": "elsewhere", "beat": 0, "claim": "rival"}
+            self.study.add_trial(
+                shared_study.create_trial(
+                    state=shared_study.TrialState.RUNNING, params=rival[0], distributions=self._distributions(),
+                    user_attrs=attributes,
+                )
+            )  # fmt: skip
+        return found
+
+    monkeypatch.setattr(shared_study.SharedStudy, "_parameters", slow)
+    record = stages(*search(tiny, "s", "--search", "learning_rate=0.01..0.1", "--trials", 2))
+    assert record["trials"][0]["parameters"] == rival[0]
+    assert_once_each(Path("s/study.db"), 2)
+    assert [state for _, slot, state in states_of(Path("s/study.db")) if slot == 0] == ["FAIL", "FAIL", "COMPLETE"]
 
 
 def test_a_search_that_was_stopped_is_mentioned_when_another_is_begun(
