@@ -22,10 +22,11 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 # $(call options,A B …): --a 'value' --b 'value' for those that are set; a switch is set to 1
 empty :=
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := BASELINE RESUME JSON DEEP REPAIR
+SWITCHES := BASELINE RESUME JSON DEEP REPAIR GRID
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
+SEARCHED = $(foreach search,$(SEARCH),--search '$(search)') $(if $(filter 0,$(PRUNE)),--no-prune)
 
 MACHINE := DEVICE PRECISION WORKERS JSON
 TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHEDULE MILESTONES WARMUP CLIP_NORM EMA \
@@ -38,7 +39,8 @@ WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
 KNOWN := PYTHON VENV DATA CACHE ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS $(INSPECTING) $(DISTILLING) $(MACHINE) $(TRAINING) $(STAGE_ONE)
+  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID PRUNE STORAGE STUDY $(INSPECTING) $(DISTILLING) \
+  $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
 
@@ -53,7 +55,8 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students born-again methods check-cache inspect lint test slow torture check clean
+.PHONY: help install teacher teacher-cache student students born-again methods tune check-cache inspect lint test slow torture \
+  check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -92,6 +95,12 @@ methods: ## one student by every loss on one cache, gains and costs: DATA= ARCH=
 	$(make-cache)
 	$(QUIET)$(STAGES) methods $(WHERE) --cache '$(CACHE)' \
 	  $(call options,ONLY LAYERS STUDENT_LAYERS TIME_STEPS $(DISTILLING) OUT $(TRAINING) $(MACHINE))
+
+tune: ## search loss weights and training settings: SEARCH='kd.temperature=1..20:log ema=0|0.9' TRIALS=40 SELECT=f1_macro
+	$(call ensure,$(RUNS_ON) optuna)
+	$(make-cache)
+	$(QUIET)$(STAGES) tune $(WHERE) --cache '$(CACHE)' $(LOSSES) $(SEARCHED) \
+	  $(call options,TRIALS GRID STORAGE STUDY $(DISTILLING) LABELLED OUT $(TRAINING) $(MACHINE))
 
 # A cache is made when there is none; it is compared with what is asked for when something is.
 define make-cache

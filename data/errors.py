@@ -16,6 +16,10 @@ class OtherCache(Refused):
     """A cache is whole and not the one that is asked for. The message names the fields; a stage adds the command."""
 
 
+class Held(Refused):
+    """Another process is writing there."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, with how to go on. Exit code 130."""
 

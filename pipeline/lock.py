@@ -9,21 +9,22 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from data.errors import Refused
+from data.errors import Held, Refused
 
 LOCK = ".lock"
 _WORDS = 1024  # bytes that a lock file may have
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder for writing. Raises Refused, naming host, pid and time, when another process does.
+def held(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold a folder, or what name stands for in it, for writing. Raises Held, naming host, pid and time, when another
+    process does.
 
     The lock is the kernel's (POSIX, by record): it is gone with the process that held it, however that ended, and
     workers that were forked do not inherit it. The file says who; it is removed at the end. The kernel does
     not keep a process from locking twice what it holds already.
     """
-    path = folder / LOCK
+    path = folder / name
     fd = _taken(path)
     try:
         os.ftruncate(fd, 0)
@@ -46,7 +47,7 @@ def _taken(path: Path) -> int:
         except (BlockingIOError, PermissionError):
             holder = _holder(os.pread(fd, _WORDS, 0))
             os.close(fd)
-            raise Refused(f"'{path.parent}' is being written by {holder}: wait for it, or stop it") from None
+            raise Held(f"'{path.parent}' is being written by {holder}: wait for it, or stop it") from None
         except OSError as error:
             os.close(fd)
             raise Refused(

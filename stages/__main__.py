@@ -18,6 +18,7 @@ from .settings import (
     ListSettings,
     MethodsSettings,
     PackSettings,
+    SearchSettings,
     StudentSettings,
     TeacherSettings,
 )
@@ -87,6 +88,16 @@ def methods(context: click.Context, /, **_: Any) -> None:
     from . import methods as stage
 
     stage.run(*given(context, MethodsSettings))
+
+
+@commands.command("tune")
+@options(SearchSettings)
+@click.pass_context
+def tune(context: click.Context, /, **_: Any) -> None:
+    """Search loss weights and training settings: many students of one cache, the best on validation."""
+    from . import tune as stage
+
+    stage.run(*given(context, SearchSettings))
 
 
 @commands.command("losses")

@@ -23,14 +23,26 @@ def this_program() -> str:
 
 
 def command(stage: str, settings: Any, **changes: Any) -> str:
-    """The command of a stage: every setting that is not its default, with changes put in."""
+    """The command of a stage: every setting that is not its default, with changes put in.
+
+    Floats are written so that they are read back as the same ones.
+    """
     settings = dataclasses.replace(settings, **changes)
     said = [
-        flag(f.name) if value is True else f"{flag(f.name)} {quote(printable(value, None))}"
+        word
         for f in dataclasses.fields(settings)
-        if (value := getattr(settings, f.name)) != f.default and value is not False
+        if (value := getattr(settings, f.name)) != f.default
+        for word in _words(f.name, value)
     ]
     return " ".join([this_program(), stage, *said])
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A setting as the command line says it; one that may be repeated once for each of its values."""
+    if isinstance(value, bool):
+        return [flag(name) if value else f"--no-{flag(name)[2:]}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"{flag(name)} {quote(printable(one, None))}" for one in values]
 
 
 def settings_of(cache: Cache) -> CacheSettings:

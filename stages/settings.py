@@ -163,6 +163,18 @@ class MethodsSettings(StudentSettings):
 
 
 @dataclass(frozen=True)
+class SearchSettings(StudentSettings):
+    """`stages tune`: a search for loss weights and training settings."""
+
+    search: tuple[str, ...] = knob((), "What is searched, repeatable: kd.temperature=1..20:log, ema=0|0.9.")
+    trials: int = knob(20, "So many students, of all processes together.", least=1, most=100_000)
+    grid: bool = knob(False, "Every combination of steps and choices, once each, in place of --trials.")
+    prune: bool = knob(True, "Stop a trial that is below the median of the others at its epoch.", switch=True)
+    storage: str = knob("", "A database, as Optuna's URLs name it, which machines may share; a file in --out.")
+    study: str = knob("", "The name of the search in its storage; DATA-ARCH when not given.")
+
+
+@dataclass(frozen=True)
 class ListSettings(Output):
     """`stages recipes` and `stages losses`."""
 

@@ -30,7 +30,7 @@ from .settings import StudentSettings
 from .table import print_table
 from .taught import figures_of_members, in_words, keep
 from .teacher import row_name
-from .training import Job, fit
+from .training import AfterEpoch, Job, fit
 
 
 def run(settings: StudentSettings, said: set[str]) -> None:
@@ -78,29 +78,36 @@ def notes(settings: StudentSettings, material: Material) -> list[str]:
     return found
 
 
-def train_or_go_on(settings: StudentSettings, material: Material, console: Console) -> dict[str, Any]:
+def train_or_go_on(
+    settings: StudentSettings, material: Material, console: Console, after_epoch: AfterEpoch | None = None
+) -> dict[str, Any]:
     """The same in settings.out, where it may have been begun or finished. Raises Refused for other settings there."""
     folder = Path(settings.out)
     if (folder / "settings.json").exists():
         same_settings(folder, settings)
         settings = replace(settings, resume=True)
-    return train(settings, material, folder, console)
+    return train(settings, material, folder, console, after_epoch)
 
 
-def train(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
-    """Seed after seed in a run's folder; its result.json."""
+def train(
+    settings: StudentSettings, material: Material, folder: Path, console: Console,
+    after_epoch: AfterEpoch | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Seed after seed in a run's folder; its result.json. after_epoch: of the student's training from the cache."""
     with begin_run(settings, folder):
-        return _seeds(settings, material, folder, console)
+        return _seeds(settings, material, folder, console, after_epoch)
 
 
-def _seeds(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
+def _seeds(
+    settings: StudentSettings, material: Material, folder: Path, console: Console, after_epoch: AfterEpoch | None
+) -> dict[str, Any]:
     _same_shards(settings, material, folder)
     keep(material.teachers, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
     for seed in seeds:
         own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
-        results.append(_one_seed(replace(settings, seed=seed), material, own, console))
+        results.append(_one_seed(replace(settings, seed=seed), material, own, console, after_epoch))
         if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
             remove_leftovers(own, ("result.json",))
             publish_json(own / "result.json", results[-1])
@@ -165,7 +172,9 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
     )
 
 
-def _one_seed(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
+def _one_seed(
+    settings: StudentSettings, material: Material, folder: Path, console: Console, after_epoch: AfterEpoch | None
+) -> dict[str, Any]:
     """The student, and the same student without a teacher when asked for, from one seed."""
     labels = visible(settings, material.transfer_set.splits["train"].labels)
     smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
@@ -177,7 +186,8 @@ def _one_seed(settings: StudentSettings, material: Material, folder: Path, conso
         network = material.network(settings, hard if name == "baseline" else material.losses)
         if start:
             load_state(network, read_state(start), str(start))
-        return _train(name, own, material, network, losses, labels, where, console)
+        told = after_epoch if name == first_training(settings) else None
+        return _train(name, own, material, network, losses, labels, where, console, told)
 
     if not settings.finetune_epochs:
         result = {"student": trained("student", settings, material.losses, folder)}
@@ -191,6 +201,11 @@ def _one_seed(settings: StudentSettings, material: Material, folder: Path, conso
     return result
 
 
+def first_training(settings: StudentSettings) -> str:
+    """The name of the training from the cache."""
+    return "distilled" if settings.finetune_epochs else "student"
+
+
 def _finetuning(settings: StudentSettings) -> StudentSettings:
     """The settings of the training from hard targets alone that follows distillation."""
     rate = settings.finetune_learning_rate or settings.learning_rate / 10
@@ -199,11 +214,11 @@ def _finetuning(settings: StudentSettings) -> StudentSettings:
 
 def _train(
     name: str, settings: StudentSettings, material: Material, network: nn.Module, losses: tuple[Loss, ...],
-    labels: Labels, folder: Path, console: Console,
+    labels: Labels, folder: Path, console: Console, after_epoch: AfterEpoch | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one network and measure it on the held-out splits. labels [N]: -1 where hidden."""
     preparation = material.preparation
-    job = job_of(name, settings, material, network, losses, labels, folder)
+    job = replace(job_of(name, settings, material, network, losses, labels, folder), after_epoch=after_epoch)
     done = fit(job, material.held_out["val"], console)
     figures: dict[str, Any] = {
         "arch": material.arch(settings, material.losses if name != "baseline" else losses),

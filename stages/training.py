@@ -35,6 +35,7 @@ from .settings import StudentSettings, TeacherSettings
 # 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
 _WORTH_THREADS = 10_000_000
 Features = dict[str, torch.Tensor]
+AfterEpoch = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Job:
     multiply_adds: int
     advice: str = ""
     known: Known = Known()  # noqa: RUF009 (frozen)
-    after_epoch: Callable[[dict[str, Any]], None] | None = None
+    after_epoch: AfterEpoch | None = None
     term: Term = by_one
 
     def rate(self, step: int) -> float:

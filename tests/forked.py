@@ -183,7 +183,8 @@ def serve() -> None:
     """Fork on demand; tell how a child ended: exit code, signal as a negative number, None where it is stopped."""
     import torch
 
-    for name in ("scipy.stats", "sklearn.datasets", "stages.check_cache", "stages.student", "stages.teacher_cache"):
+    for name in ("scipy.stats", "sklearn.datasets", "stages.check_cache", "stages.student", "stages.teacher_cache",
+                 "stages.tune"):  # fmt: skip
         import_module(name)
 
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ TARGETS = [
     "students",
     "born-again",
     "methods",
+    "tune",
     "check-cache",
     "inspect",
     "lint",
@@ -86,6 +87,14 @@ def asked_for(*arguments: str) -> list[str]:
             "inspect CACHE=c ROWS=500 REPEATS=3 TEMPERATURE=2 SEED=1 OUT=o",
             "inspect c --rows 500 --repeats 3 --temperature 2 --seed 1 --out o",
         ),
+        (
+            "tune ARCH=mlp:64 LOSS='kd:weight=0.9 hard' SEARCH='kd.temperature=1..20:log ema=0|0.9' TRIALS=40"
+            " SELECT=f1_macro PRUNE=0 STORAGE=sqlite:///s.db OUT=runs/t",
+            "tune --data digits --cache caches/digits --loss kd:weight=0.9 --loss hard"
+            " --search kd.temperature=1..20:log --search 'ema=0|0.9' --no-prune --trials 40 --storage sqlite:///s.db"
+            " --arch mlp:64 --out runs/t --select f1_macro",
+        ),
+        ("tune SEARCH=ema=0|0.9 GRID=1", "tune --data digits --cache caches/digits --search 'ema=0|0.9' --grid"),
         ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
     ],
 )
