@@ -62,9 +62,9 @@ def trial_lock(slot: int) -> str:
 
 
 def tidy(folder: Path) -> None:
-    """Remove the locks that processes left which were killed when their trial was over."""
-    for path in folder.glob(".trial-*.lock"):
-        with suppress(Held), held(folder, path.name):
+    """Remove the locks that killed processes left, of trials that were over or had only to be pruned."""
+    for path in [*folder.glob(".trial-*.lock"), *folder.glob(f"trial-*/{LOCK}")]:
+        with suppress(Held), held(path.parent, path.name):
             pass
 
 
