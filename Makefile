@@ -26,19 +26,20 @@ SWITCHES := BASELINE RESUME JSON DEEP REPAIR GRID
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
+FROM = $(if $(CACHES),$(foreach cache,$(CACHES),--cache '$(cache)'),--cache '$(CACHE)')
 SEARCHED = $(foreach search,$(SEARCH),--search '$(search)') $(if $(filter 0,$(PRUNE)),--no-prune)
 
 MACHINE := DEVICE PRECISION WORKERS JSON
 TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHEDULE MILESTONES WARMUP CLIP_NORM EMA \
   SELECT SAMPLER KEEP_EVERY SEED RESUME
-DISTILLING := RECIPE DRAWS ARCH FINETUNE_EPOCHS FINETUNE_LEARNING_RATE
+DISTILLING := RECIPE COMBINE MAP MISSING DRAWS ARCH FINETUNE_EPOCHS FINETUNE_LEARNING_RATE
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE IMBALANCE HEAD_SIZE \
   SHARD_ROWS LICENSE
 INSPECTING := ROWS REPEATS TEMPERATURE
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
-KNOWN := PYTHON VENV DATA CACHE ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
+KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
   GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID PRUNE STORAGE STUDY $(INSPECTING) $(DISTILLING) \
   $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
@@ -55,8 +56,8 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students born-again methods tune check-cache inspect lint test slow torture \
-  check clean
+.PHONY: help install teacher teacher-cache student students blend born-again methods tune long-tail check-cache inspect lint \
+  test slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -75,38 +76,67 @@ teacher-cache: ## stage one: run the teacher once, keep what it said: DATA= TEAC
 student: ## stage two: train a student from the cache, which is made when there is none: DATA= ARCH= LOSS= LABELLED=
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
-	$(QUIET)$(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) \
+	$(QUIET)$(STAGES) student $(WHERE) $(FROM) $(LOSSES) \
 	  $(call options,$(DISTILLING) LABELLED BASELINE SEEDS OUT $(TRAINING) $(MACHINE))
 
 students: ## several students from the one cache: ARCHS="mlp:32 mlp:64 cnn"
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
-	$(QUIET)for arch in $(ARCHS); do $(STAGES) student $(WHERE) --cache '$(CACHE)' $(LOSSES) --arch $$arch \
+	$(QUIET)for arch in $(ARCHS); do $(STAGES) student $(WHERE) $(FROM) $(LOSSES) --arch $$arch \
 	  $(call options,$(filter-out ARCH,$(DISTILLING)) LABELLED BASELINE SEEDS $(TRAINING) $(MACHINE)); done
+
+blend: ## what several caches make of one another, without training: CACHES='caches/a caches/b'
+	$(call ensure,$(RUNS_ON))
+	$(QUIET)$(STAGES) blend $(FROM) $(call options,COMBINE JSON)
 
 born-again: ## a chain of students, each the next one's teacher: GENERATIONS=3, or ARCHS=resnet32+resnet20+resnet8
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
-	$(QUIET)$(STAGES) born-again $(WHERE) --cache '$(CACHE)' $(LOSSES) \
+	$(QUIET)$(STAGES) born-again $(WHERE) $(FROM) $(LOSSES) \
 	  $(call options,$(if $(filter command%,$(origin ARCHS)),ARCHS) GENERATIONS BASELINE $(DISTILLING) OUT $(TRAINING) $(MACHINE))
 
 methods: ## one student by every loss on one cache, gains and costs: DATA= ARCH= LAYERS=layer1+layer2+layer3 ONLY=kd,dkd
 	$(call ensure,$(RUNS_ON))
 	$(make-cache)
-	$(QUIET)$(STAGES) methods $(WHERE) --cache '$(CACHE)' \
+	$(QUIET)$(STAGES) methods $(WHERE) $(FROM) \
 	  $(call options,ONLY LAYERS STUDENT_LAYERS TIME_STEPS $(DISTILLING) OUT $(TRAINING) $(MACHINE))
 
 tune: ## search loss weights and training settings: SEARCH='kd.temperature=1..20:log ema=0|0.9' TRIALS=40 SELECT=f1_macro
 	$(call ensure,$(RUNS_ON) optuna)
 	$(make-cache)
-	$(QUIET)$(STAGES) tune $(WHERE) --cache '$(CACHE)' $(LOSSES) $(SEARCHED) \
+	$(QUIET)$(STAGES) tune $(WHERE) $(FROM) $(LOSSES) $(SEARCHED) \
 	  $(call options,TRIALS GRID STORAGE STUDY $(DISTILLING) LABELLED OUT $(TRAINING) $(MACHINE))
 
 # A cache is made when there is none; it is compared with what is asked for when something is.
 define make-cache
-$(if $(strip $(foreach name,$(STAGE_ONE),$($(name)))),$(QUIET),@test -f '$(CACHE)/manifest.json' ||) \
-  $(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) DEVICE WORKERS)$(if $(JSON), >&2)
+$(if $(CACHES),,$(made-or-compared))
 endef
+made-or-compared = $(if $(strip $(foreach name,$(STAGE_ONE),$($(name)))),$(QUIET),@test -f '$(CACHE)/manifest.json' ||) \
+  $(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) DEVICE WORKERS)$(if $(JSON), >&2)
+
+# Each row: the name of a run, then what its student learns from. Runs that are there are not trained again.
+LONG_TAIL := runs/long-tail
+define LONG_TAIL_ROWS
+hard --loss hard
+kd --loss kd:temperature=4,weight=0.9 --loss hard:weight=0.1
+kd-prior --map prior --loss kd:temperature=4,weight=0.9 --loss logit_adjusted:weight=0.1
+balanced-kd --loss hard --loss balanced_kd
+dive --map prior --loss balanced_softmax:weight=0.5 --loss dive:weight=0.5
+f1 --recipe f1
+endef
+export LONG_TAIL_ROWS
+long-tail: DATA := mnist
+long-tail: CUT := --imbalance 100 --head-size 1000
+long-tail: ## rare classes: a long tail of MNIST, six ways to learn it, 5 seeds each, side by side: DATA_ROOT=
+	$(call ensure,$(RUNS_ON))
+	@test -f $(LONG_TAIL)/teacher/result.json || \
+	  $(STAGES) teacher $(WHERE) $(CUT) --arch mlp:800,800 --views none --epochs 40 --out $(LONG_TAIL)/teacher
+	@test -f caches/mnist-long-tail/manifest.json || \
+	  $(STAGES) teacher-cache $(WHERE) $(CUT) --weights $(LONG_TAIL)/teacher --out caches/mnist-long-tail
+	@echo "$$LONG_TAIL_ROWS" | while read -r name losses; do test -f $(LONG_TAIL)/$$name/result.json || \
+	  $(STAGES) student $(WHERE) --cache caches/mnist-long-tail --arch mlp:128 --epochs 40 --seeds 5 $$losses \
+	  --out $(LONG_TAIL)/$$name < /dev/null; done
+	@$(STAGES) compare $(foreach name,hard kd kd-prior balanced-kd dive f1,$(LONG_TAIL)/$(name))
 
 check-cache: ## is the cache whole? DATA= or CACHE=; DEEP=1 renders every view again, REPAIR=1 asks the teacher for bad shards
 	$(call ensure,$(RUNS_ON))

@@ -131,6 +131,17 @@ def evaluate(context: click.Context, /, run: str, **_: Any) -> None:
     stage.run(run, *given(context, EvaluateSettings))
 
 
+@commands.command("compare")
+@click.argument("runs", nargs=-1, required=True)
+@options(ListSettings)
+@click.pass_context
+def compare(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
+    """The figures of finished students in the folders RUNS, side by side."""
+    from . import compare as stage
+
+    stage.run(runs, given(context, ListSettings)[0])
+
+
 @commands.command("check-cache")
 @click.argument("cache")
 @options(CheckSettings)

@@ -176,7 +176,7 @@ class SearchSettings(StudentSettings):
 
 @dataclass(frozen=True)
 class ListSettings(Output):
-    """`stages recipes` and `stages losses`."""
+    """`stages recipes`, `stages losses` and `stages compare`."""
 
 
 @dataclass(frozen=True)
