@@ -130,7 +130,8 @@ long-tail: CUT := --imbalance 100 --head-size 1000
 long-tail: ## rare classes: a long tail of MNIST, six ways to learn it, 5 seeds each, side by side: DATA_ROOT=
 	$(call ensure,$(RUNS_ON))
 	@test -f $(LONG_TAIL)/teacher/result.json || \
-	  $(STAGES) teacher $(WHERE) $(CUT) --arch mlp:800,800 --views none --epochs 40 --out $(LONG_TAIL)/teacher
+	  $(STAGES) teacher $(WHERE) $(CUT) --arch mlp:800,800 --views none --epochs 40 \
+  --learning-rate 0.02 --weight-decay 5e-4 --out $(LONG_TAIL)/teacher
 	@test -f caches/mnist-long-tail/manifest.json || \
 	  $(STAGES) teacher-cache $(WHERE) $(CUT) --weights $(LONG_TAIL)/teacher --out caches/mnist-long-tail
 	@echo "$$LONG_TAIL_ROWS" | while read -r name losses; do test -f $(LONG_TAIL)/$$name/result.json || \
