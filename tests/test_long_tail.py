@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,30 @@ def test_the_sampler_changes_what_is_learned_and_a_stopped_training_goes_on(tiny
 def test_a_sampler_needs_all_labels(tiny: Path, stages: Stages) -> None:
     refused = stages.fails(2, "student", "--cache", tiny / "cache", *SMALL, "--sampler", "sqrt", "--labelled", 20)
     assert "--sampler needs the labels of all rows, --labelled hides some" in refused
+
+
+# Held-out splits that lack a class
+
+
+def test_figures_of_a_class_that_validation_lacks_are_not_known(
+    stages: Stages, tmp_path: Path, save_picture: Callable[..., object]
+) -> None:
+    for c, (name, rows) in enumerate((("ant", 20), ("bee", 10), ("cow", 2))):
+        for split, count in (("train", rows), ("test", 3)):
+            for k in range(count):
+                save_picture(tmp_path / "pets" / split / name / f"{k}.png", k=50 * c + k)
+    data = ("--data", "folder:pets", "--views", "none")
+    teacher = stages("teacher", *data, "--arch", "mlp:4", "--epochs", 2, "--select", "f1_macro", "--out", "t")
+    stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
+    student = stages(
+        "student", "--data", "folder:pets", "--cache", "c", "--arch", "mlp:4", "--epochs", 2, "--map", "vector",
+        "--loss", "kd", "--loss", "soft_f1", "--select", "f1_macro", "--seeds", 2, "--out", "s",
+    )  # fmt: skip
+    for figures in (teacher["teacher"]["val"], student["student"]["val"], student["teacher"]["val"]):
+        assert figures["recall_tail"] is None  # cow is the tail, and nothing is known of it
+        assert figures["per_class"]["recall"][2] is None
+        assert figures["per_class"]["f1"][2] is None
+        assert figures["per_class"]["support"] == [2, 1, 0]
+        assert figures["auroc_macro"] is None
+        assert figures["f1_macro"] == pytest.approx(np.mean(figures["per_class"]["f1"][:2]))
+    assert student["student"]["test"]["recall_tail"] is not None

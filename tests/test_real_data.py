@@ -85,6 +85,26 @@ def test_every_method_trains_a_student_from_one_cache(featured: Path, cifar: Pat
         assert epochs[1]["loss"] < epochs[0]["loss"], name
 
 
+def test_the_learned_blend_of_two_public_networks_is_no_worse_than_either_and_than_their_mean(
+    shared: Path, cifar: Path, stages: Stages
+) -> None:
+    data = ("--data", f"folder:{cifar}")
+    caches: list[str] = []
+    for teacher, (name, _) in KNOWN.items():
+        stages(
+            "teacher-cache", *data, "--teacher", teacher, "--weights", shared / "weights" / name,
+            "--normalize", "imagenet", "--views", "crop-flip", "--draws", 1, "--train-size", 2000, "--out", teacher,
+        )  # fmt: skip
+        caches += ["--cache", teacher]
+    *others, learned = stages("blend", *caches)["rows"]
+    assert learned["name"] == "learned"
+    for row in others:
+        assert learned["val"]["nll"] <= row["val"]["nll"], row["name"]
+        assert learned["test"]["nll"] < row["test"]["nll"], row["name"]
+    result = stages("student", *data, *caches, "--combine", "learned", "--arch", "cnn", "--epochs", 1, "--loss", "kd")
+    assert result["teacher"]["val"]["nll"] == pytest.approx(learned["val"]["nll"], rel=1e-9)
+
+
 def test_mnist_from_its_own_files(shared: Path, stages: Stages) -> None:
     """Two epochs each: the student from the cache makes fewer errors than the one from hard targets."""
     data = ("--data", "mnist", "--data-root", shared / "data/mnist")
