@@ -58,10 +58,10 @@ RECIPES: dict[str, Recipe] = {
         _SMALLER.strip(),
     ),
     "f1": Recipe(
-        "soft F1 beside distillation from a teacher without its prior: lambda KL + (1 - lambda) (1 - F1), lambda 0.5",
+        "of no paper: lambda KL + (1 - lambda) (1 - F1), lambda 0.5, from a teacher without its prior",
         {"map": "prior", "loss": ("kd:temperature=4,weight=0.5", "soft_f1:weight=0.5")},
         "--imbalance 100 --head-size 1000, or data that are imbalanced as they are",
-        "no paper has this mixture on long tails; the prior is of the training rows, --map prior:tau=0 leaves it in",
+        "the prior is of the training rows; --map prior:tau=0 leaves it in",
     ),
     "patient": Recipe(
         "Beyer et al. 2022 (arXiv 2106.05237, section 3): the same mixed views for both, and a long training",

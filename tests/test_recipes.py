@@ -25,7 +25,7 @@ def test_a_recipe_is_made_of_settings_that_a_command_would_take(name: str) -> No
         assert value in knob.get("choices", (value,))
     parse_losses(recipe.settings["loss"])
     milestones_of(fill_in(StudentSettings(recipe=name), set()))
-    assert "arXiv" in recipe.source
+    assert ("arXiv" in recipe.source) is (name != "f1"), "the mixture with F1 is of no paper, and says so"
 
 
 def test_the_benchmarks_recipe_is_the_published_one() -> None:
@@ -46,6 +46,19 @@ def test_what_is_said_goes_before_the_recipe_and_the_recipe_before_the_data_set(
     assert (kept["epochs"], kept["arch"], kept["learning_rate"]) == (2, "mlp:8", 0.01)
     assert (kept["batch_size"], kept["schedule"], kept["milestones"]) == (64, "step", "0.625,0.75,0.875")
     assert kept["loss"] == ["hard", "dkd:temperature=4,target=1,nontarget=8,weight=0->1@20"]
+
+
+def test_f1_goes_beside_a_teacher_without_its_prior_and_not_alone(tiny: Path, stages: Stages) -> None:
+    small = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2)
+    result = stages(*small, "--recipe", "f1", "--out", "r")
+    assert result["settings"]["map"] == "prior"
+    assert result["settings"]["loss"] == ["kd:temperature=4,weight=0.5", "soft_f1:weight=0.5"]
+    assert json.loads(Path("r/targets.json").read_text())["maps"][0]["map"] == "prior"
+    lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert all({"loss_kd", "loss_soft_f1", "val_f1_macro"} <= set(line) for line in lines)
+    warning = "soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1"
+    assert warning not in stages.call(*small, "--recipe", "f1")[1]
+    assert warning in stages.call(*small, "--loss", "soft_f1")[1]
 
 
 def test_a_recipe_that_there_is_none_of_is_refused(tiny: Path, stages: Stages) -> None:
