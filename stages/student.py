@@ -44,8 +44,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
-    for line in notes(settings, material):
-        console.say(line)
+    say_notes(settings, material, console)
     result = train(settings, material, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
@@ -62,20 +61,19 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     console.say(f"next:  {this_program()} student{data} {caches} --arch {other} --baseline")
 
 
-def notes(settings: StudentSettings, material: Material) -> list[str]:
+def say_notes(settings: StudentSettings, material: Material, console: Console) -> None:
     """What to know before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
     teachers = material.teachers
-    found = []
     if teachers.combine or teachers.maps:
         members = figures_of_members(teachers, material.said, material.transfer_set)
-        found = in_words(teachers, members, _figures_of_teacher(material))
+        for line in in_words(teachers, members, _figures_of_teacher(material)):
+            console.say(line)
     if settings.missing:
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
         how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
-        found.append(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
+        console.say(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
     if {loss.name for loss in material.losses} == {"soft_f1"}:
-        found.append("soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1")
-    return found
+        console.say("soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1")
 
 
 def train_or_go_on(
@@ -278,6 +276,7 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
             "manifest": manifest.digest,
             "draws": settings.draws,
             "rows": manifest.splits["train"],
+            "missing_rows": int(material.without_answer.sum()) if settings.missing else 0,
             "bytes": sum(m.bytes for m in manifests),
             "seconds": sum(m.seconds for m in manifests),
         },
