@@ -19,6 +19,7 @@ from pipeline.metrics import evaluate, mean_and_spread
 from pipeline.models import multiply_adds, parameters
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
+from pipeline.teachers import runs_of
 
 from .command_line import this_program
 from .console import Console
@@ -44,6 +45,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
+    material.stream(settings, material.transfer_set.splits["train"].labels, False, False)  # and that no row is left
     for line in notes(settings, material):
         console.say(line)
     result = train(settings, material, folder, console)
@@ -129,12 +131,15 @@ def _same_shards(settings: StudentSettings, material: Material, folder: Path) ->
         used["others"] = [
             {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
         ]
+    if gaps := material.teachers.gaps:
+        used["missing"] = runs_of(gaps)
     if not (folder / "cache.json").is_file():
         return publish_json(folder / "cache.json", used)
     begun = read_json(folder / "cache.json")
     if begun != used:
         fields = describe(used, begun, ("here", "begun with"))
-        raise Refused(f"'{folder}' was begun with other shards than '{material.cache.folder}' now has:{fields}")
+        named = ", ".join(f"'{cache.folder}'" for cache in material.teachers.members)
+        raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:

@@ -300,6 +300,7 @@ def test_caches_whose_classes_are_in_another_order_are_refused(
     ("arguments", "code", "wrong"),
     [
         (("--cache", "a", "--cache", "a"), 2, "'a' and 'a' are the same cache: one --cache is enough"),
+        (("--cache", "a", "--cache", "b", "--cache", "b"), 2, "'b' and 'b' are the same cache"),
         (("--cache", "a", "--combine", "vote"), 2, "--combine vote is of several caches: --cache A --cache B"),
         (("--cache", "a", "--cache", "c"), 1, "there is no cache at 'c'"),
         (("--cache", "a", "--cache", "b", "--combine", "weighted:0.5,0.4"), 2, "add up to 1, these to 0.9"),
@@ -358,6 +359,80 @@ def test_missing_rows_are_skipped_or_learned_from_labels_and_counted(
         assert batch.logits is not None
         lost = {int(i) for i in batch.index[batch.logits.isnan().any(1)]}
         assert lost == ({int(i) for i in batch.index} & gone if batch.draw == 1 else set())
+
+
+def test_a_draw_without_any_row_is_learned_from_labels_or_there_is_nothing_to_skip_to(
+    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        lose("a", f"draw-001/shard-0000{number}.h5")
+    seen = batches_of_a_training(monkeypatch)
+    for caches in (("--cache", "a"), pair, (*pair, "--combine", "ca_mkd")):
+        stages("student", *caches, *STUDENT, "--epochs", 3, "--missing", "hard")
+    for batch in seen:
+        assert batch.logits is not None
+        assert bool(batch.logits.isnan().all()) == bool(batch.logits.isnan().any()) == (batch.draw == 1)
+    refused = stages.fails(1, "student", "--cache", "a", *STUDENT, "--missing", "skip", "--out", "r")
+    assert "no row of the training split is left" in refused
+    assert not Path("r").exists()
+
+
+@pytest.mark.parametrize("loss", ["crd", "srrl"])
+def test_losses_that_read_rows_beforehand_do_without_the_missing_ones(
+    pair: tuple[str, ...], stages: Stages, loss: str
+) -> None:
+    lose("a", "draw-000/shard-00000.h5")
+    terms = ("--loss", "kd", "--loss", f"{loss}:teacher=flatten,student=flatten", "--clip-norm", 1)
+    for how in ("skip", "hard"):
+        stages("student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", how)
+    for number in (1, 2):
+        lose("a", f"draw-000/shard-0000{number}.h5")
+    refused = stages.fails(1, "student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", "hard")
+    assert "has no row of the first draw" in refused
+
+
+def test_the_features_of_other_caches_than_the_first_are_not_missed(
+    pair: tuple[str, ...], tiny: Path, stages: Stages
+) -> None:
+    make = ("teacher-cache", "--train-size", 300, "--weights", tiny / "runs/teacher", "--views", "crop:pad=1",
+            "--draws", 3, "--shard-rows", 120, "--codec", "float32", "--out", "c")  # fmt: skip
+    assert stages.call(*make)[0] == 0
+    assert stages.call(*make, "--taps", "pool1")[0] == 0
+    lose("c", "draw-000/shard-00000-1.h5")
+    hint = ("--arch", "cnn", "--epochs", 1, "--loss", "kd", "--loss", "hint:teacher=pool1", "--missing", "skip")
+    _, out, _ = stages.call("student", "--cache", "a", "--cache", "c", *hint)
+    assert ": 0 of 300 rows have no answer" in out
+    _, out, _ = stages.call("student", "--cache", "c", "--cache", "a", *hint)
+    assert ": 100 of 300 rows have no answer" in out
+
+
+@pytest.mark.parametrize("how", ["skip", "hard"])
+def test_a_run_goes_on_with_the_same_rows_missing_and_no_others(
+    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    kept = Path("a/draw-000/shard-00000.h5").read_bytes()
+    lose("a", "draw-000/shard-00000.h5")
+    step, taken = training.step, [0]
+
+    def stopping(*arguments: Any) -> torch.Tensor:
+        taken[0] += 1
+        if taken[0] == 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", stopping)
+        assert stages.call("student", "--cache", "a", *STUDENT, "--missing", how, "--out", "r")[0] == 130
+    Path("a/draw-000/shard-00000.h5").write_bytes(kept)
+    assert '{"0": [[0, 100]]}' in stages.fails(1, "student", "--resume", "--out", "r")
+    lose("a", "draw-000/shard-00000.h5")
+    lose("a", "draw-002/shard-00001.h5")
+    assert "missing.2" in stages.fails(1, "student", "--resume", "--out", "r")
+
+
+def test_labels_that_are_hidden_cannot_stand_in_for_answers(pair: tuple[str, ...], stages: Stages) -> None:
+    command = ("student", "--cache", "a", *STUDENT, "--missing", "hard", "--labelled", 50)
+    assert "--missing hard needs the labels of all rows" in stages.fails(2, *command)
 
 
 def test_with_every_row_there_nothing_changes(pair: tuple[str, ...], stages: Stages) -> None:
