@@ -21,7 +21,7 @@ from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 from pipeline.teachers import runs_of
 
-from .command_line import this_program
+from .command_line import command, this_program
 from .console import Console
 from .material import Material
 from .recipes import fill_in
@@ -59,9 +59,10 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     console.say(f"run:   {folder}")
     console.say(f"cache: {', '.join(settings.cache)}, reused by every other student: no teacher is needed any more")
     other = "cnn" if settings.arch != "cnn" else "mlp:64"
-    data = f" --data {quote(settings.data)}" if material.cache.data == "folder" else ""
-    caches = " ".join(f"--cache {quote(cache)}" for cache in settings.cache)
-    console.say(f"next:  {this_program()} student{data} {caches} --arch {other} --baseline")
+    data = settings.data if material.cache.data == "folder" else ""
+    same = {name: getattr(settings, name) for name in ("cache", "data_root", "combine", "map", "missing")}
+    again = StudentSettings(**same, data=data, arch=other, baseline=True)
+    console.say(f"next:  {command('student', again)}")
 
 
 def notes(settings: StudentSettings, material: Material) -> list[str]:
@@ -70,7 +71,9 @@ def notes(settings: StudentSettings, material: Material) -> list[str]:
     found = []
     if teachers.combine or teachers.maps:
         members = figures_of_members(teachers, material.said, material.transfer_set)
-        found = in_words(teachers, members, _figures_of_teacher(material))
+        found = in_words(teachers, members, figures_of_teacher(material))
+        if not any(loss.needs_logits or loss.needs_head for loss in material.losses):
+            found.append("no loss here reads what the teacher says: a blend and a map change the figures alone")
     if settings.missing:
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
         how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
@@ -259,7 +262,7 @@ def job_of(
     )  # fmt: skip
 
 
-def _figures_of_teacher(material: Material) -> dict[str, Any]:
+def figures_of_teacher(material: Material) -> dict[str, Any]:
     """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
     labels = {split: rows.labels for split, rows in material.transfer_set.splits.items()}
     figures = {s: evaluate(z.numpy(), labels[s], counts=material.counts) for s, z in material.teacher.items()}
@@ -286,7 +289,7 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
             "bytes": sum(m.bytes for m in manifests),
             "seconds": sum(m.seconds for m in manifests),
         },
-        "teacher": _figures_of_teacher(material),
+        "teacher": figures_of_teacher(material),
         **members,
         **mean,
         "spread": spread,

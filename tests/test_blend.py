@@ -1,6 +1,7 @@
 """Several caches, one teacher: what a student is told, what is refused, rows that are missing."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -324,6 +325,81 @@ def test_a_cache_with_fewer_draws_says_how_to_get_more(pair: tuple[str, ...], tw
     assert "--draws 3, but the cache 'b' has 1" in refused
     assert "teacher-cache" in refused
     stages("student", *pair, *STUDENT, "--draws", 1)
+
+
+@pytest.mark.parametrize("combine", ["per_teacher", "ca_mkd"])
+def test_ways_that_blend_losses_have_no_row_in_the_table(pair: tuple[str, ...], stages: Stages, combine: str) -> None:
+    assert "blends losses, not teachers" in stages.fails(2, "blend", *pair, "--combine", combine)
+
+
+def test_a_student_is_evaluated_against_its_own_teachers_in_their_order(pair: tuple[str, ...], stages: Stages) -> None:
+    stages("student", *pair, *STUDENT, "--combine", "weighted:0.9,0.1", "--out", "r")
+    shutil.move("a", "moved-a")
+    shutil.move("b", "moved-b")
+    a, b = ("--cache", "moved-a"), ("--cache", "moved-b")
+    stages("evaluate", "r", *a, *b)
+    for others in ((*b, *a), a):
+        refused = stages.fails(1, "evaluate", "r", *others)
+        assert "was trained from the caches" in refused
+    assert "with other shards than 'moved-b', 'moved-a'" in stages.fails(
+        1, "student", "--resume", "--out", "r", *b, *a
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: kept["combine"].update(weights=[10**400, 1]),
+        lambda kept: kept["combine"].update(weights=[2, 3]),
+        lambda kept: kept["combine"].update(weights=[0.25, 0.75]),
+        lambda kept: kept["combine"].update(combine="vote"),
+        lambda kept: kept.update(combine=None),
+        lambda kept: kept["maps"][0].update(weight=[10**400] * 10),
+        lambda kept: kept["maps"][0].update(weight=[0] * 10),
+        lambda kept: kept["maps"][0].update(map="vector"),
+        lambda kept: kept["maps"].append(kept["maps"][0]),
+        lambda kept: kept.pop("maps"),
+    ],
+)
+def test_targets_that_are_not_of_the_runs_settings_are_refused(
+    pair: tuple[str, ...], stages: Stages, damage: Any
+) -> None:
+    stages("student", *pair, *STUDENT, "--epochs", 1, "--map", "temperature", "--out", "r")
+    kept = json.loads(Path("r/targets.json").read_text())
+    damage(kept)
+    Path("r/targets.json").write_text(json.dumps(kept))
+    assert "'r/targets.json' is damaged" in stages.fails(1, "evaluate", "r")
+
+
+def test_settings_without_a_cache_are_refused(pair: tuple[str, ...], stages: Stages) -> None:
+    stages("student", "--cache", "a", *STUDENT, "--epochs", 1, "--out", "r")
+    settings = json.loads(Path("r/settings.json").read_text())
+    Path("r/settings.json").write_text(json.dumps(settings | {"cache": []}))
+    for command in (("evaluate", "r"), ("student", "--resume", "--out", "r")):
+        assert "the run's settings name no cache" in stages.fails(1, *command)
+
+
+def test_what_is_said_afterwards_is_a_command_with_the_same_teachers(pair: tuple[str, ...], stages: Stages) -> None:
+    asked = (*pair, "--combine", "mean_logit", "--map", "prior:tau=0.5", "--data-root", "some where")
+    _, out, _ = stages.call("student", *asked, "--arch", "mlp:8", "--epochs", 1, "--loss", "hard")
+    assert "no loss here reads what the teacher says" in out
+    said = next(line for line in out.splitlines() if line.startswith("next:"))
+    command = shlex.split(said.partition(" -m stages ")[2])
+    assert set(map(str, asked)) <= set(command)
+    assert command.count("--cache") == 2
+    assert stages.call(*command, "--epochs", 1)[0] == 0
+    _, out, _ = stages.call("student", *pair, *STUDENT)
+    assert "no loss here" not in out
+
+
+def test_the_table_of_methods_is_of_the_blend(pair: tuple[str, ...], stages: Stages) -> None:
+    methods = stages(
+        "methods", *pair, "--arch", "mlp:8", "--epochs", 1, "--only", "kd", "--layers", "flatten", "--time-steps", 1
+    )
+    blended = {row["name"]: row for row in stages("blend", *pair)["rows"]}["mean_probability"]
+    assert methods["teacher"]["arch"] == "cnn + mlp:16"
+    assert methods["teacher"]["test"]["accuracy"] == blended["test"]["accuracy"]
+    assert [row["bytes_a_view"] for row in methods["methods"]] == [0, 2 * 10 * 2]
 
 
 # Missing rows
