@@ -12,24 +12,22 @@ from data.errors import Refused
 from data.transfer_set import TRANSFER_SETS, Labels, row_of
 from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
-from pipeline.identity import describe
 from pipeline.losses import Loss
 from pipeline.losses.hard import Hard
 from pipeline.metrics import evaluate, mean_and_spread
 from pipeline.models import multiply_adds, parameters
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
-from pipeline.teachers import runs_of
 
 from .command_line import command, this_program
 from .console import Console
 from .material import Material
 from .recipes import fill_in
-from .runs import begin_run, machine, open_run, peak_memory, read_json, same_settings, unfinished, versions
+from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfinished, versions
 from .serving import visible
 from .settings import StudentSettings
 from .table import print_table
-from .taught import figures_of_members, in_words, keep
+from .taught import figures_of_members, in_words, keep, same_shards
 from .teacher import row_name
 from .training import AfterEpoch, Job, fit
 
@@ -106,7 +104,7 @@ def train(
 def _seeds(
     settings: StudentSettings, material: Material, folder: Path, console: Console, after_epoch: AfterEpoch | None
 ) -> dict[str, Any]:
-    _same_shards(settings, material, folder)
+    same_shards(material.teachers, settings, material.taps, folder)
     keep(material.teachers, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
@@ -119,30 +117,6 @@ def _seeds(
     result = _whole(settings, material, results)
     publish_json(folder / "result.json", result)
     return result
-
-
-def _same_shards(settings: StudentSettings, material: Material, folder: Path) -> None:
-    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
-    manifest = material.cache.manifest
-    used: dict[str, Any] = {
-        "fingerprint": manifest.fingerprint,
-        "draws": settings.draws,
-        "taps": list(material.taps),
-        "shards": material.cache.used(settings.draws, material.taps),
-    }
-    if others := material.teachers.members[1:]:
-        used["others"] = [
-            {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
-        ]
-    if gaps := material.teachers.gaps:
-        used["missing"] = runs_of(gaps)
-    if not (folder / "cache.json").is_file():
-        return publish_json(folder / "cache.json", used)
-    begun = read_json(folder / "cache.json")
-    if begun != used:
-        fields = describe(used, begun, ("here", "begun with"))
-        named = ", ".join(f"'{cache.folder}'" for cache in material.teachers.members)
-        raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:

@@ -10,10 +10,11 @@ from data.transfer_set import TransferSet, class_counts
 from pipeline.cache import Cache
 from pipeline.combine import Combine, fit_combine, parse_combine
 from pipeline.files import publish_json
+from pipeline.identity import describe
 from pipeline.mapping import Mapping, fit_mapping
 from pipeline.metrics import evaluate
 from pipeline.records import Head
-from pipeline.teachers import Gaps, Teachers, check_same
+from pipeline.teachers import Gaps, Teachers, check_same, runs_of
 
 from .check_cache import data_of
 from .runs import read_json
@@ -94,6 +95,30 @@ def keep(teachers: Teachers, folder: Path) -> None:
         return
     combine = teachers.combine.to_json() if teachers.combine else None
     publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
+
+
+def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, ...], folder: Path) -> None:
+    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
+    first, *others = teachers.members
+    used: dict[str, Any] = {
+        "fingerprint": first.manifest.fingerprint,
+        "draws": settings.draws,
+        "taps": list(taps),
+        "shards": first.used(settings.draws, taps),
+    }
+    if others:
+        used["others"] = [
+            {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
+        ]
+    if gaps := teachers.gaps:
+        used["missing"] = runs_of(gaps)
+    if not (folder / "cache.json").is_file():
+        return publish_json(folder / "cache.json", used)
+    begun = read_json(folder / "cache.json")
+    if begun != used:
+        fields = describe(used, begun, ("here", "begun with"))
+        named = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
+        raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
 def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:
