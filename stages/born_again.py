@@ -43,6 +43,7 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
     first = student_stage.with_recipe(fill_in(student_stage.without_more(settings), said))
     material = Material.open(first)
     _check(archs, first, material)
+    student_stage.say_notes(first, material, console)
     make_folder(folder)
     caches, results = first.cache, []
     try:

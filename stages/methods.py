@@ -89,6 +89,7 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
     folder = Path(settings.out) if settings.out else free_run("methods")
     first = student_stage.with_recipe(replace(fill_in(student_stage.without_more(settings), said), loss=("hard",)))
     shared = Material.open(first)
+    student_stage.say_notes(first, shared, console)
     layers = settings.layers or _cached_layers(shared, first)
     chosen = _chosen(settings, layers, console)
     asked = {name: replace(first, loss=specs, out=str(folder / _file(name))) for name, specs in chosen.items()}

@@ -44,8 +44,10 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     material = Material.open(settings)
     material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
     material.stream(settings, material.transfer_set.splits["train"].labels, False, False)  # and that no row is left
-    for line in notes(settings, material):
-        console.say(line)
+    say_notes(settings, material, console)
+    unread = not any(loss.needs_logits or loss.needs_head for loss in material.losses)
+    if unread and (material.teachers.combine or material.teachers.maps):
+        console.say("no loss here reads what the teacher says: a blend and a map change the figures alone")
     result = train(settings, material, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
@@ -63,22 +65,19 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     console.say(f"next:  {command('student', again)}")
 
 
-def notes(settings: StudentSettings, material: Material) -> list[str]:
+def say_notes(settings: StudentSettings, material: Material, console: Console) -> None:
     """What to know before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
     teachers = material.teachers
-    found = []
     if teachers.combine or teachers.maps:
         members = figures_of_members(teachers, material.said, material.transfer_set)
-        found = in_words(teachers, members, figures_of_teacher(material))
-        if not any(loss.needs_logits or loss.needs_head for loss in material.losses):
-            found.append("no loss here reads what the teacher says: a blend and a map change the figures alone")
+        for line in in_words(teachers, members, figures_of_teacher(material)):
+            console.say(line)
     if settings.missing:
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
         how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
-        found.append(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
+        console.say(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
     if {loss.name for loss in material.losses} == {"soft_f1"}:
-        found.append("soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1")
-    return found
+        console.say("soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1")
 
 
 def train_or_go_on(
@@ -260,6 +259,7 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
             "manifest": manifest.digest,
             "draws": settings.draws,
             "rows": manifest.splits["train"],
+            "missing_rows": int(material.without_answer.sum()) if settings.missing else 0,
             "bytes": sum(m.bytes for m in manifests),
             "seconds": sum(m.seconds for m in manifests),
         },

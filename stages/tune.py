@@ -44,6 +44,7 @@ def run(settings: SearchSettings, said: set[str]) -> None:
     grid = _grid(space) if settings.grid else []
     material = Material.open(first)
     _check(space, first, material)
+    student_stage.say_notes(first, material, console)
     begun = _begun_with(settings, first, material)
     default = f"{row_name(first.data)}-{first.arch.replace(':', '-')}"
     folder = Path(settings.out) if settings.out else free_run(f"tune-{default}")
