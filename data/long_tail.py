@@ -60,13 +60,13 @@ def long_tailed(labels: Rows, classes: int, text: str, head_size: int, key: tupl
     most = int(np.floor((there + 1 - 1e-6) / imbalance.shares(classes)).min())
     while (imbalance.counts(classes, most) > there).any():  # rounding down leaves one or two to try
         most -= 1
+    if not 0 <= head_size <= most:  # before it is multiplied: a manifest may say any number
+        c = int((imbalance.counts(classes, most + 1) > there).argmax())
+        raise WrongCommand(
+            f"--head-size {head_size} is not from 0 to {most}: class {c} with {there[c]} rows allows no more"
+        )
     head = head_size or most
     wanted = imbalance.counts(classes, head)
-    if short := np.flatnonzero(wanted > there).tolist():
-        c = short[0]
-        raise WrongCommand(
-            f"--head-size {head} wants {wanted[c]} rows of class {c}, there are {there[c]}: at most {most}"
-        )
     if not wanted.min():
         raise WrongCommand(
             f"--imbalance {text} with a largest class of {head} rows leaves none of class {int(wanted.argmin())}"

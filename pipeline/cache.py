@@ -218,7 +218,7 @@ class Cache:
         starts = np.array([r.start for r in records])
         home = np.searchsorted(starts, wanted, side="right") - 1
         breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(home) != 0)) + 1
-        for run in np.split(np.arange(len(wanted)), breaks):
+        for run in np.split(np.arange(len(wanted)), breaks) if len(wanted) else []:
             record = records[home[run[0]]]
             first = int(wanted[run[0]]) - record.start
             found[order[run]] = self._shard(record).read(name, first, len(run))

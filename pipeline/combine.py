@@ -1,6 +1,7 @@
 """Several teachers' logits -> one teacher's."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 
 from data.errors import WrongCommand, unknown
 
-from .mapping import minimize_convex
+from .mapping import Floats, minimize_convex
 
 Rows = NDArray[np.int64]
 # Rows of ALL give one distribution; with those of EACH a student hears every teacher by itself.
 ALL = ("mean_probability", "mean_logit", "geometric", "weighted", "vote", "learned")
 EACH = ("per_teacher", "ca_mkd")
+_LOG_T = (-3, 3)  # bounds of the logarithms of learned temperatures
 _TIE = 1e-3  # of a vote: what the mean probability weighs beside it, so that it decides ties and nothing is impossible
 
 
@@ -99,9 +101,10 @@ def _check_weights(what: str, weights: tuple[float, ...]) -> None:
 def fit_combine(logits: NDArray[np.floating], labels: Rows) -> Combine:
     """The blend sum_k w_k softmax(z_k / T_k) with the least NLL on validation. logits [N, M, K]; labels [N].
 
-    First the weights at T = 1, which is a convex problem: no member and no mean of members is better. Then weights and
-    temperatures together, from there, which can only make it better: the probabilities of teachers that are each right
-    in their confidence are too careful when they are averaged, so that a temperature of each one alone would not do.
+    The weights alone are a convex problem. It is solved twice, at T = 1 and at each member's own best temperature: a
+    member that is badly calibrated gets no weight at T = 1, and without weight its temperature would never be found.
+    From both, weights and temperatures together, because teachers that are each right in their confidence are too
+    careful when they are averaged. No member, with or without a temperature, and no mean of members is better.
     Raises WrongCommand without labels.
     """
     known = labels >= 0
@@ -115,21 +118,37 @@ def fit_combine(logits: NDArray[np.floating], labels: Rows) -> Combine:
         at_label = F.log_softmax(z / x[M:].exp()[None, :, None], dim=2)[torch.arange(len(y)), :, y]
         return -(at_label + x[:M].clamp(min=1e-12).log()).logsumexp(1).mean()
 
-    def of_weights(x: torch.Tensor) -> torch.Tensor:
-        return nll(torch.cat([x, x.new_zeros(M)]))
+    own = np.concatenate([_own_temperature(z[:, k], y) for k in range(M)])
+    starts = [_best_weights(nll, log_t) for log_t in (np.zeros(M), own)]
+    bounds = [(0, 1)] * M + [_LOG_T] * M
+    ends = [minimize_convex(nll, start, bounds=bounds, **_simplex(M)) for start in starts]
+    best = min([*ends, *starts], key=lambda x: float(nll(torch.from_numpy(x))))
+    weights = np.clip(best[:M], 0, 1) / np.clip(best[:M], 0, 1).sum()
+    return Combine("learned", tuple(weights.tolist()), tuple(np.exp(best[M:]).tolist()))
 
+
+def _own_temperature(z: torch.Tensor, y: torch.Tensor) -> Floats:
+    """float64 [1]: the logarithm of one member's best temperature. z [N, K]; y [N]."""
+    return minimize_convex(lambda x: F.cross_entropy(z / x.exp(), y), np.zeros(1), bounds=[_LOG_T])
+
+
+def _best_weights(nll: Callable[[torch.Tensor], torch.Tensor], log_t: Floats) -> Floats:
+    """float64 [2 M]: the best weights at these logarithms of temperatures [M], and these."""
+    M = len(log_t)
+    fixed, mean = torch.from_numpy(log_t), np.full(M, 1 / M)
+
+    def of_weights(x: torch.Tensor) -> torch.Tensor:
+        return nll(torch.cat([x, fixed]))
+
+    fitted = minimize_convex(of_weights, mean, bounds=[(0, 1)] * M, **_simplex(M))
+    best = min([mean, *np.eye(M), fitted], key=lambda x: float(of_weights(torch.from_numpy(x))))
+    return np.concatenate([best, log_t])
+
+
+def _simplex(M: int) -> dict[str, Any]:
+    """That the first M parameters add up to 1, as SciPy is told."""
     sums = {"type": "eq", "fun": lambda x: x[:M].sum() - 1, "jac": lambda x: (np.arange(len(x)) < M).astype(float)}
-    simplex: dict[str, Any] = {"method": "SLSQP", "constraints": [sums]}
-    mean = np.full(M, 1 / M)
-    candidates = [mean, *np.eye(M)]
-    candidates.append(minimize_convex(of_weights, mean, bounds=[(0, 1)] * M, **simplex))
-    best = min(candidates, key=lambda x: float(of_weights(torch.from_numpy(x))))
-    start = np.concatenate([best, np.zeros(M)])
-    both = minimize_convex(nll, start, bounds=[(0, 1)] * M + [(-3, 3)] * M, **simplex)
-    if float(nll(torch.from_numpy(both))) > float(nll(torch.from_numpy(start))):
-        both = start
-    weights = np.clip(both[:M], 0, 1) / np.clip(both[:M], 0, 1).sum()
-    return Combine("learned", tuple(weights.tolist()), tuple(np.exp(both[M:]).tolist()))
+    return {"method": "SLSQP", "constraints": [sums]}
 
 
 def trust(terms: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

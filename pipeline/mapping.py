@@ -53,6 +53,8 @@ class Mapping:
             raise ValueError(f"a map of {tuple(weight.shape)} and {tuple(bias.shape)}")
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise ValueError("a map that is not finite")
+        if record["map"] == "temperature" and not (weight > 0).all():
+            raise ValueError("a temperature that is not positive")
         return Mapping(str(record["map"]), weight, bias)
 
 

@@ -94,7 +94,7 @@ def groups_of(counts: Labels) -> dict[str, list[int]]:
 
     counts [K]; of equals the first comes first. Nothing when the largest class has under twice the smallest's rows.
     """
-    if len(counts) < 2 or counts.max() < 2 * counts.min():
+    if len(counts) < 2 or not counts.any() or counts.max() < 2 * counts.min():
         return {"head": [], "medium": [], "tail": []}
     order, third = np.argsort(-counts, kind="stable").tolist(), max(1, len(counts) // 3)
     return {"head": order[:third], "medium": order[third:-third], "tail": order[-third:]}

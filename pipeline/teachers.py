@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data.errors import Refused, WrongCommand
+from data.folder import Progress
 
 from .cache import Cache, Positions
 from .combine import Combine
@@ -93,9 +95,10 @@ def _spread(rows: torch.Tensor, place: torch.Tensor, fill: float) -> torch.Tenso
 def check_same(caches: Sequence[Cache]) -> None:
     """Raise WrongCommand or Refused, with the fields, when caches are not of the same transfer set and views."""
     first = caches[0]
+    for one, other in combinations(caches, 2):
+        if other.manifest.fingerprint == one.manifest.fingerprint:
+            raise WrongCommand(f"'{one.folder}' and '{other.folder}' are the same cache: one --cache is enough")
     for other in caches[1:]:
-        if other.manifest.fingerprint == first.manifest.fingerprint:
-            raise WrongCommand(f"'{first.folder}' and '{other.folder}' are the same cache: one --cache is enough")
         a, b = first.manifest.identity, other.manifest.identity
         mine, theirs = ({name: record[name] for name in ("transfer_set", "views")} for record in (a, b))
         if mine != theirs:
@@ -111,17 +114,29 @@ def check_same(caches: Sequence[Cache]) -> None:
             )
 
 
-def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...]) -> Gaps:
-    """Rows of the first draws that some cache lacks: of shards that are gone or damaged. Every shard is read."""
-    names = {"logits", *(f"features/{tap}" for tap in taps)}
+def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress: Progress) -> Gaps:
+    """Rows of the first draws that some cache lacks: of shards that are gone or damaged. Every shard is read.
+
+    taps: those that are read of the first cache.
+    """
+    read = [(cache, {"logits", *(f"features/{tap}" for tap in (() if k else taps))}) for k, cache in enumerate(caches)]
+    shards = [
+        (cache, record)
+        for cache, names in read
+        for record in cache.manifest.shards
+        if record.split == "train" and record.draw < draws and names & set(record.datasets)
+    ]
     gaps: Gaps = {}
-    for cache in caches:
-        for record in cache.manifest.shards:
-            if record.split != "train" or record.draw >= draws or not names & set(record.datasets):
-                continue
-            try:
-                cache.verify(record)
-            except Refused:
-                gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
-                gone[record.start : record.start + record.rows] = True
+    for cache, record in progress(shards, len(shards), "looking for missing rows"):
+        try:
+            cache.verify(record)
+        except Refused:
+            gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
+            gone[record.start : record.start + record.rows] = True
     return gaps
+
+
+def runs_of(gaps: Gaps) -> dict[str, list[list[int]]]:
+    """{draw: [[start, stop], …]} of the positions that are missing, as a run writes them down."""
+    edges = {draw: np.flatnonzero(np.diff(gone, prepend=False, append=False)) for draw, gone in sorted(gaps.items())}
+    return {str(draw): found.reshape(-1, 2).tolist() for draw, found in edges.items()}

@@ -8,7 +8,7 @@ import torch
 
 from data.errors import Refused, WrongCommand
 from pipeline.cache import Cache
-from pipeline.combine import ALL, Combine, fit_combine, parse_combine
+from pipeline.combine import ALL, EACH, Combine, fit_combine, parse_combine
 from pipeline.metrics import evaluate
 from pipeline.teachers import Teachers
 
@@ -24,6 +24,8 @@ def run(settings: BlendSettings) -> None:
     console = Console(settings.json)
     if len(settings.cache) < 2:
         raise WrongCommand("blend compares several caches: --cache A --cache B")
+    if settings.combine in EACH:
+        raise WrongCommand(f"--combine {settings.combine} blends losses, not teachers: it has no row here")
     caches = open_caches(settings.cache)
     teachers = Teachers(caches)
     splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]

@@ -121,7 +121,7 @@ def _result(
         "ensemble": {
             split: evaluate(
                 np.log(np.maximum(p, 1e-30)).astype(np.float32), material.held_out[split].labels,
-                material.teacher[split].numpy(),
+                material.teacher[split].numpy(), material.counts,
             )
             for split, p in together.items()
         },

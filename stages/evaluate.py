@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused, WrongCommand
+from data.errors import Refused, WrongCommand, printable
+from pipeline.cache import Cache
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 
@@ -13,6 +14,7 @@ from .console import Console
 from .material import Material
 from .runs import read_json, read_settings
 from .settings import EvaluateSettings, StudentSettings
+from .taught import open_caches
 
 
 def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
@@ -24,6 +26,7 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
     begun = read_settings(folder, StudentSettings)
     here = {name: getattr(settings, name) for name in said - {"json"}}
     begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
+    _same_teachers(folder, open_caches(begun.cache))
     material = Material.open(begun)
     seeds = range(begun.seed, begun.seed + begun.seeds)
     found: dict[str, Any] = {}
@@ -36,6 +39,18 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
         for split, figures in splits.items():
             numbers = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
             console.say(f"seed {number}, {split}: {numbers}")
+
+
+def _same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
+    """Figures against the teacher are of the run's own caches, in its order, wherever they lie now."""
+    record = read_json(folder / "cache.json")
+    try:
+        begun = [record["fingerprint"], *(other["fingerprint"] for other in record.get("others", ()))]
+    except (KeyError, TypeError):
+        raise Refused(f"'{folder / 'cache.json'}' is damaged: it names no fingerprint") from None
+    if begun != (here := [cache.manifest.fingerprint for cache in caches]):
+        theirs, mine = (", ".join(str(one)[:12] for one in names) for names in (begun, here))
+        raise Refused(f"'{folder}' was trained from the caches {printable(theirs)}, these are {mine}")
 
 
 def _figures(folder: Path, settings: StudentSettings, material: Material) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from data.errors import Refused
 from data.transfer_set import Labels, TransferSet, class_counts
 from pipeline.cache import Cache
 from pipeline.losses import Loss
@@ -25,9 +26,19 @@ from pipeline.statistic import derived, source_of
 from pipeline.stream import Stream
 from pipeline.teachers import Teachers, gaps_of
 
+from .console import progress
 from .held_out import HeldOut
 from .runs import device_of
-from .serving import cached_taps, check_draws, check_head, check_labels, check_several, losses_of
+from .serving import (
+    answered,
+    cached_taps,
+    check_draws,
+    check_head,
+    check_labels,
+    check_select,
+    check_several,
+    losses_of,
+)
 from .settings import StudentSettings
 from .taught import bound, mapped_head, open_caches, taught
 
@@ -63,15 +74,19 @@ class Material:
         for one in caches:
             check_draws(settings, one)
         head = cache.head() if any(loss.needs_head for loss in losses) else None
-        if head:
-            check_head(cache, losses, head)
         transfer_set = like.transfer_set if like else bound(caches, settings)
         labels = transfer_set.splits["train"].labels
         check_labels(settings, losses, labels, transfer_set.classes)
         check_several(settings, losses, labels)
+        check_select(settings, transfer_set)
+        gaps = like.teachers.gaps if like else {}
+        if settings.missing and not (like and like.taps == taps):
+            gaps = gaps_of(caches, settings.draws, taps, progress)
+        if head:  # once the cache is bound: of rows that it reads before, labels would not be compared
+            check_head(cache, losses, head, gaps)
         if like:
-            return replace(like, losses=losses, taps=taps, head=mapped_head(like.teachers, head))
-        gaps = gaps_of(caches, settings.draws, taps) if settings.missing else {}
+            teachers = replace(like.teachers, gaps=gaps)
+            return replace(like, teachers=teachers, losses=losses, taps=taps, head=mapped_head(teachers, head))
         for one in caches:
             probe(one, transfer_set, settings.draws, gaps)
         teachers, said = taught(caches, settings, transfer_set, gaps)
@@ -119,12 +134,12 @@ class Material:
         cache = self.cache
 
         def bank(tap: str) -> Bank:
-            """Rows of the first draw: all, or so many as 1 GiB holds. (Rows are stored in a mixed order.)"""
+            """Rows of the first draw: all there are, or so many as 1 GiB holds. (They are stored in a mixed order.)"""
             source = source_of(tap, cache.manifest.taps)
             assert source is not None
             name = f"features/{source}"
             size = row_bytes({name: cache.manifest.datasets[name]})
-            positions = np.arange(min(len(labels), max(1, _BANK_BYTES // size)))
+            positions = answered(cache, self.teachers.gaps)[: max(1, _BANK_BYTES // size)]
             parts = (
                 cache.stored("train", 0, some, (source,))[1]
                 for some in np.array_split(positions, -(-len(positions) // 4096))
@@ -153,6 +168,8 @@ class Material:
         wanted = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
         if settings.missing == "skip":
             wanted &= ~self.without_answer
+        if not wanted.any():
+            raise Refused("no row of the training split is left: each lacks an answer in some draw, or a label")
         return Stream(
             self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
             labels, np.flatnonzero(wanted), settings.draws, self.teachers, self.taps, targets, settings.workers,

@@ -106,7 +106,7 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
     record = {
         "arch": first.arch, "epochs": first.epochs, "cache": list(first.cache),
         "fingerprint": shared.cache.manifest.fingerprint,
-        "teacher": {"arch": shared.cache.teacher, **shared.cache.manifest.teacher}, "methods": rows,
+        "teacher": student_stage.figures_of_teacher(shared), "methods": rows,
         "versions": versions(), "machine": machine(shared.device),
         "rounds": _ROUNDS, "time_steps": settings.time_steps,
     }  # fmt: skip
@@ -233,9 +233,11 @@ def _bytes_a_view(job: Job, material: Material) -> int:
     """What the cache holds of a view for these losses."""
     manifest = material.cache.manifest
     read = [f"features/{tap}" for tap in material.taps]
+    size = row_bytes({name: manifest.datasets[name] for name in read})
     if any(loss.needs_logits for loss in job.losses):
-        read += material.cache.codec.datasets(material.cache.classes)
-    return row_bytes({name: manifest.datasets[name] for name in read})
+        for cache in material.teachers.members:
+            size += row_bytes({name: cache.manifest.datasets[name] for name in cache.codec.datasets(cache.classes)})
+    return size
 
 
 def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, console: Console) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, class_counts, stratified
+from data.transfer_set import Labels, TransferSet, class_counts, stratified
 from pipeline.cache import Cache
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.hint import ConcatHint
@@ -16,6 +17,7 @@ from pipeline.losses.rare import counts_for
 from pipeline.losses.through_head import head_for
 from pipeline.records import Head, Known
 from pipeline.statistic import derived, source_of, statistic
+from pipeline.teachers import Gaps
 
 from .command_line import remake
 from .settings import StudentSettings
@@ -75,6 +77,8 @@ def check_several(settings: StudentSettings, losses: tuple[Loss, ...], labels: L
         raise WrongCommand(
             f"--combine ca_mkd weighs single rows, which loss '{unweighed[0]}' has not: kd, output and logit_mse have"
         )
+    if settings.missing == "hard" and settings.labelled:
+        raise WrongCommand("--missing hard needs the labels of all rows, --labelled hides some: --missing skip")
     if settings.missing == "hard" and (labels < 0).any():
         raise WrongCommand("--missing hard needs labels, and some of these pictures have none: --missing skip")
 
@@ -110,7 +114,22 @@ def check_labels(
             counts_for(loss, torch.from_numpy(class_counts(visible(settings, labels), len(classes))), classes)
 
 
-def check_head(cache: Cache, losses: tuple[Loss, ...], head: Head) -> None:
+def check_select(settings: StudentSettings, transfer_set: TransferSet) -> None:
+    if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
+        raise WrongCommand(
+            f"--select {settings.select} needs labels to validate on, and these pictures have none: leave it out"
+        )
+
+
+def answered(cache: Cache, gaps: Gaps) -> NDArray[np.int64]:
+    """The positions of the training split whose rows are there in the first draw. Raises Refused for none."""
+    gone = gaps.get(0, np.zeros(cache.manifest.splits["train"], bool))
+    if gone.all():
+        raise Refused(f"'{cache.folder}' has no row of the first draw, which these losses want: repair it")
+    return np.flatnonzero(~gone)
+
+
+def check_head(cache: Cache, losses: tuple[Loss, ...], head: Head, gaps: Gaps) -> None:
     """The teacher's last layer must give the cached logits for the features that a loss leads through it.
 
     Raises WrongCommand: another layer of the same width, before an activation say, would be taken without a word.
@@ -121,7 +140,7 @@ def check_head(cache: Cache, losses: tuple[Loss, ...], head: Head) -> None:
         tap = loss.teacher_taps()[0]
         source = source_of(tap, cache.manifest.taps)
         assert source is not None
-        logits, features = cache.stored("train", 0, np.arange(min(64, cache.manifest.splits["train"])), (source,))
+        logits, features = cache.stored("train", 0, answered(cache, gaps)[:64], (source,))
         x = derived(features, (tap,))[tap]
         pooled = statistic(x, "pool", tap)
         head_for(loss, Known(head), pooled.shape[1])

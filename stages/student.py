@@ -12,7 +12,6 @@ from data.errors import Refused
 from data.transfer_set import TRANSFER_SETS, Labels, row_of
 from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
-from pipeline.identity import describe
 from pipeline.losses import Loss
 from pipeline.losses.hard import Hard
 from pipeline.metrics import evaluate, mean_and_spread
@@ -20,15 +19,15 @@ from pipeline.models import multiply_adds, parameters
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 
-from .command_line import this_program
+from .command_line import command, this_program
 from .console import Console
 from .material import Material
 from .recipes import fill_in
-from .runs import begin_run, machine, open_run, peak_memory, read_json, same_settings, unfinished, versions
+from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfinished, versions
 from .serving import visible
 from .settings import StudentSettings
 from .table import print_table
-from .taught import figures_of_members, in_words, keep
+from .taught import figures_of_members, in_words, keep, same_shards
 from .teacher import row_name
 from .training import AfterEpoch, Job, fit
 
@@ -44,7 +43,11 @@ def run(settings: StudentSettings, said: set[str]) -> None:
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
+    material.stream(settings, material.transfer_set.splits["train"].labels, False, False)  # and that no row is left
     say_notes(settings, material, console)
+    unread = not any(loss.needs_logits or loss.needs_head for loss in material.losses)
+    if unread and (material.teachers.combine or material.teachers.maps):
+        console.say("no loss here reads what the teacher says: a blend and a map change the figures alone")
     result = train(settings, material, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
@@ -56,9 +59,10 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     console.say(f"run:   {folder}")
     console.say(f"cache: {', '.join(settings.cache)}, reused by every other student: no teacher is needed any more")
     other = "cnn" if settings.arch != "cnn" else "mlp:64"
-    data = f" --data {quote(settings.data)}" if material.cache.data == "folder" else ""
-    caches = " ".join(f"--cache {quote(cache)}" for cache in settings.cache)
-    console.say(f"next:  {this_program()} student{data} {caches} --arch {other} --baseline")
+    data = settings.data if material.cache.data == "folder" else ""
+    same = {name: getattr(settings, name) for name in ("cache", "data_root", "combine", "map", "missing")}
+    again = StudentSettings(**same, data=data, arch=other, baseline=True)
+    console.say(f"next:  {command('student', again)}")
 
 
 def say_notes(settings: StudentSettings, material: Material, console: Console) -> None:
@@ -66,7 +70,7 @@ def say_notes(settings: StudentSettings, material: Material, console: Console) -
     teachers = material.teachers
     if teachers.combine or teachers.maps:
         members = figures_of_members(teachers, material.said, material.transfer_set)
-        for line in in_words(teachers, members, _figures_of_teacher(material)):
+        for line in in_words(teachers, members, figures_of_teacher(material)):
             console.say(line)
     if settings.missing:
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
@@ -99,7 +103,7 @@ def train(
 def _seeds(
     settings: StudentSettings, material: Material, folder: Path, console: Console, after_epoch: AfterEpoch | None
 ) -> dict[str, Any]:
-    _same_shards(settings, material, folder)
+    same_shards(material.teachers, settings, material.taps, folder)
     keep(material.teachers, folder)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
@@ -112,27 +116,6 @@ def _seeds(
     result = _whole(settings, material, results)
     publish_json(folder / "result.json", result)
     return result
-
-
-def _same_shards(settings: StudentSettings, material: Material, folder: Path) -> None:
-    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
-    manifest = material.cache.manifest
-    used: dict[str, Any] = {
-        "fingerprint": manifest.fingerprint,
-        "draws": settings.draws,
-        "taps": list(material.taps),
-        "shards": material.cache.used(settings.draws, material.taps),
-    }
-    if others := material.teachers.members[1:]:
-        used["others"] = [
-            {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
-        ]
-    if not (folder / "cache.json").is_file():
-        return publish_json(folder / "cache.json", used)
-    begun = read_json(folder / "cache.json")
-    if begun != used:
-        fields = describe(used, begun, ("here", "begun with"))
-        raise Refused(f"'{folder}' was begun with other shards than '{material.cache.folder}' now has:{fields}")
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:
@@ -252,7 +235,7 @@ def job_of(
     )  # fmt: skip
 
 
-def _figures_of_teacher(material: Material) -> dict[str, Any]:
+def figures_of_teacher(material: Material) -> dict[str, Any]:
     """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
     labels = {split: rows.labels for split, rows in material.transfer_set.splits.items()}
     figures = {s: evaluate(z.numpy(), labels[s], counts=material.counts) for s, z in material.teacher.items()}
@@ -280,7 +263,7 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
             "bytes": sum(m.bytes for m in manifests),
             "seconds": sum(m.seconds for m in manifests),
         },
-        "teacher": _figures_of_teacher(material),
+        "teacher": figures_of_teacher(material),
         **members,
         **mean,
         "spread": spread,

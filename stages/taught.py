@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
-from data.errors import Refused
+from data.errors import Refused, WrongCommand, printable
 from data.transfer_set import TransferSet, class_counts
 from pipeline.cache import Cache
 from pipeline.combine import Combine, fit_combine, parse_combine
 from pipeline.files import publish_json
+from pipeline.identity import describe
 from pipeline.mapping import Mapping, fit_mapping
 from pipeline.metrics import evaluate
 from pipeline.records import Head
-from pipeline.teachers import Gaps, Teachers, check_same
+from pipeline.teachers import Gaps, Teachers, check_same, runs_of
 
 from .check_cache import data_of
 from .runs import read_json
@@ -25,6 +26,8 @@ Said = dict[str, torch.Tensor]
 
 def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
     """The caches, of the same rows and views. Raises Refused or WrongCommand."""
+    if not folders:
+        raise Refused("the run's settings name no cache: say where it is with --cache")
     caches = tuple(Cache(Path(folder)) for folder in folders)
     check_same(caches)
     return caches
@@ -49,7 +52,7 @@ def taught(
     labels, val = transfer_set.splits["val"].labels, said["val"]
     combine = None
     if len(caches) > 1:
-        spec = settings.combine or "mean_probability"
+        spec = _spec(settings)
         combine = fit_combine(val.numpy(), labels) if spec == "learned" else parse_combine(spec, len(caches))
     counts = class_counts(transfer_set.splits["train"].labels, caches[0].classes)
     maps: tuple[Mapping, ...] = ()
@@ -60,20 +63,29 @@ def taught(
     return Teachers(caches, combine, maps, gaps), said
 
 
+def _spec(settings: StudentSettings) -> str:
+    return settings.combine or "mean_probability"
+
+
 def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
     """As the run has it: a fit on another machine may differ in the last bit."""
     record = read_json(folder / KEPT)
+    members, spec = len(plain.members), _spec(settings)
     try:
         combine = Combine.from_json(record["combine"]) if record["combine"] is not None else None
         maps = tuple(Mapping.from_json(one) for one in record["maps"])
-        if (len(combine.weights) if combine else 1) != len(plain.members) or bool(maps) != bool(settings.map):
-            raise ValueError("of other caches, or another map")
-        if len(maps) not in (0, len(plain.members) if combine and combine.each else 1):
+        if (combine is not None) != (members > 1) or (combine and len(combine.weights) != members):
+            raise ValueError(f"it is not of {members} caches")
+        if combine and (combine.name != spec if spec == "learned" else combine != parse_combine(spec, members)):
+            raise ValueError(f"it is not of --combine {spec}")
+        if len(maps) != (bool(settings.map) * (members if combine and combine.each else 1)):
             raise ValueError(f"{len(maps)} maps")
+        if any(one.spec != settings.map for one in maps):
+            raise ValueError(f"a map that is not --map {settings.map}")
         if any(len(one.bias) != plain.members[0].classes for one in maps):
             raise ValueError("a map of other classes")
-    except (KeyError, TypeError, ValueError, AttributeError, Refused) as error:
-        raise Refused(f"'{folder / KEPT}' is damaged: {str(error)[:80]}") from None
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, Refused, WrongCommand) as error:
+        raise Refused(f"'{folder / KEPT}' is damaged: {printable(error, 80)}") from None
     return Teachers(plain.members, combine, maps, plain.gaps)
 
 
@@ -83,6 +95,30 @@ def keep(teachers: Teachers, folder: Path) -> None:
         return
     combine = teachers.combine.to_json() if teachers.combine else None
     publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
+
+
+def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, ...], folder: Path) -> None:
+    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
+    first, *others = teachers.members
+    used: dict[str, Any] = {
+        "fingerprint": first.manifest.fingerprint,
+        "draws": settings.draws,
+        "taps": list(taps),
+        "shards": first.used(settings.draws, taps),
+    }
+    if others:
+        used["others"] = [
+            {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
+        ]
+    if gaps := teachers.gaps:
+        used["missing"] = runs_of(gaps)
+    if not (folder / "cache.json").is_file():
+        return publish_json(folder / "cache.json", used)
+    begun = read_json(folder / "cache.json")
+    if begun != used:
+        fields = describe(used, begun, ("here", "begun with"))
+        named = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
+        raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
 def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:

@@ -81,8 +81,6 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
     Raises Refused when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
     """
     select = job.settings.select
-    if select != "last" and not (held_out.labels >= 0).any():
-        raise WrongCommand(f"--select {select} needs labels to validate on, and these pictures have none")
     make_folder(job.folder)
     weights = job.folder / f"{job.name}.pt"
     remove_leftovers(

@@ -1,6 +1,7 @@
 """Several caches, one teacher: what a student is told, what is refused, rows that are missing."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -300,6 +301,7 @@ def test_caches_whose_classes_are_in_another_order_are_refused(
     ("arguments", "code", "wrong"),
     [
         (("--cache", "a", "--cache", "a"), 2, "'a' and 'a' are the same cache: one --cache is enough"),
+        (("--cache", "a", "--cache", "b", "--cache", "b"), 2, "'b' and 'b' are the same cache"),
         (("--cache", "a", "--combine", "vote"), 2, "--combine vote is of several caches: --cache A --cache B"),
         (("--cache", "a", "--cache", "c"), 1, "there is no cache at 'c'"),
         (("--cache", "a", "--cache", "b", "--combine", "weighted:0.5,0.4"), 2, "add up to 1, these to 0.9"),
@@ -323,6 +325,81 @@ def test_a_cache_with_fewer_draws_says_how_to_get_more(pair: tuple[str, ...], tw
     assert "--draws 3, but the cache 'b' has 1" in refused
     assert "teacher-cache" in refused
     stages("student", *pair, *STUDENT, "--draws", 1)
+
+
+@pytest.mark.parametrize("combine", ["per_teacher", "ca_mkd"])
+def test_ways_that_blend_losses_have_no_row_in_the_table(pair: tuple[str, ...], stages: Stages, combine: str) -> None:
+    assert "blends losses, not teachers" in stages.fails(2, "blend", *pair, "--combine", combine)
+
+
+def test_a_student_is_evaluated_against_its_own_teachers_in_their_order(pair: tuple[str, ...], stages: Stages) -> None:
+    stages("student", *pair, *STUDENT, "--combine", "weighted:0.9,0.1", "--out", "r")
+    shutil.move("a", "moved-a")
+    shutil.move("b", "moved-b")
+    a, b = ("--cache", "moved-a"), ("--cache", "moved-b")
+    stages("evaluate", "r", *a, *b)
+    for others in ((*b, *a), a):
+        refused = stages.fails(1, "evaluate", "r", *others)
+        assert "was trained from the caches" in refused
+    assert "with other shards than 'moved-b', 'moved-a'" in stages.fails(
+        1, "student", "--resume", "--out", "r", *b, *a
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: kept["combine"].update(weights=[10**400, 1]),
+        lambda kept: kept["combine"].update(weights=[2, 3]),
+        lambda kept: kept["combine"].update(weights=[0.25, 0.75]),
+        lambda kept: kept["combine"].update(combine="vote"),
+        lambda kept: kept.update(combine=None),
+        lambda kept: kept["maps"][0].update(weight=[10**400] * 10),
+        lambda kept: kept["maps"][0].update(weight=[0] * 10),
+        lambda kept: kept["maps"][0].update(map="vector"),
+        lambda kept: kept["maps"].append(kept["maps"][0]),
+        lambda kept: kept.pop("maps"),
+    ],
+)
+def test_targets_that_are_not_of_the_runs_settings_are_refused(
+    pair: tuple[str, ...], stages: Stages, damage: Any
+) -> None:
+    stages("student", *pair, *STUDENT, "--epochs", 1, "--map", "temperature", "--out", "r")
+    kept = json.loads(Path("r/targets.json").read_text())
+    damage(kept)
+    Path("r/targets.json").write_text(json.dumps(kept))
+    assert "'r/targets.json' is damaged" in stages.fails(1, "evaluate", "r")
+
+
+def test_settings_without_a_cache_are_refused(pair: tuple[str, ...], stages: Stages) -> None:
+    stages("student", "--cache", "a", *STUDENT, "--epochs", 1, "--out", "r")
+    settings = json.loads(Path("r/settings.json").read_text())
+    Path("r/settings.json").write_text(json.dumps(settings | {"cache": []}))
+    for command in (("evaluate", "r"), ("student", "--resume", "--out", "r")):
+        assert "the run's settings name no cache" in stages.fails(1, *command)
+
+
+def test_what_is_said_afterwards_is_a_command_with_the_same_teachers(pair: tuple[str, ...], stages: Stages) -> None:
+    asked = (*pair, "--combine", "mean_logit", "--map", "prior:tau=0.5", "--data-root", "some where")
+    _, out, _ = stages.call("student", *asked, "--arch", "mlp:8", "--epochs", 1, "--loss", "hard")
+    assert "no loss here reads what the teacher says" in out
+    said = next(line for line in out.splitlines() if line.startswith("next:"))
+    command = shlex.split(said.partition(" -m stages ")[2])
+    assert set(map(str, asked)) <= set(command)
+    assert command.count("--cache") == 2
+    assert stages.call(*command, "--epochs", 1)[0] == 0
+    _, out, _ = stages.call("student", *pair, *STUDENT)
+    assert "no loss here" not in out
+
+
+def test_the_table_of_methods_is_of_the_blend(pair: tuple[str, ...], stages: Stages) -> None:
+    methods = stages(
+        "methods", *pair, "--arch", "mlp:8", "--epochs", 1, "--only", "kd", "--layers", "flatten", "--time-steps", 1
+    )
+    blended = {row["name"]: row for row in stages("blend", *pair)["rows"]}["mean_probability"]
+    assert methods["teacher"]["arch"] == "cnn + mlp:16"
+    assert methods["teacher"]["test"]["accuracy"] == blended["test"]["accuracy"]
+    assert [row["bytes_a_view"] for row in methods["methods"]] == [0, 2 * 10 * 2]
 
 
 # Missing rows
@@ -358,6 +435,80 @@ def test_missing_rows_are_skipped_or_learned_from_labels_and_counted(
         assert batch.logits is not None
         lost = {int(i) for i in batch.index[batch.logits.isnan().any(1)]}
         assert lost == ({int(i) for i in batch.index} & gone if batch.draw == 1 else set())
+
+
+def test_a_draw_without_any_row_is_learned_from_labels_or_there_is_nothing_to_skip_to(
+    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        lose("a", f"draw-001/shard-0000{number}.h5")
+    seen = batches_of_a_training(monkeypatch)
+    for caches in (("--cache", "a"), pair, (*pair, "--combine", "ca_mkd")):
+        stages("student", *caches, *STUDENT, "--epochs", 3, "--missing", "hard")
+    for batch in seen:
+        assert batch.logits is not None
+        assert bool(batch.logits.isnan().all()) == bool(batch.logits.isnan().any()) == (batch.draw == 1)
+    refused = stages.fails(1, "student", "--cache", "a", *STUDENT, "--missing", "skip", "--out", "r")
+    assert "no row of the training split is left" in refused
+    assert not Path("r").exists()
+
+
+@pytest.mark.parametrize("loss", ["crd", "srrl"])
+def test_losses_that_read_rows_beforehand_do_without_the_missing_ones(
+    pair: tuple[str, ...], stages: Stages, loss: str
+) -> None:
+    lose("a", "draw-000/shard-00000.h5")
+    terms = ("--loss", "kd", "--loss", f"{loss}:teacher=flatten,student=flatten", "--clip-norm", 1)
+    for how in ("skip", "hard"):
+        stages("student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", how)
+    for number in (1, 2):
+        lose("a", f"draw-000/shard-0000{number}.h5")
+    refused = stages.fails(1, "student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", "hard")
+    assert "has no row of the first draw" in refused
+
+
+def test_the_features_of_other_caches_than_the_first_are_not_missed(
+    pair: tuple[str, ...], tiny: Path, stages: Stages
+) -> None:
+    make = ("teacher-cache", "--train-size", 300, "--weights", tiny / "runs/teacher", "--views", "crop:pad=1",
+            "--draws", 3, "--shard-rows", 120, "--codec", "float32", "--out", "c")  # fmt: skip
+    assert stages.call(*make)[0] == 0
+    assert stages.call(*make, "--taps", "pool1")[0] == 0
+    lose("c", "draw-000/shard-00000-1.h5")
+    hint = ("--arch", "cnn", "--epochs", 1, "--loss", "kd", "--loss", "hint:teacher=pool1", "--missing", "skip")
+    _, out, _ = stages.call("student", "--cache", "a", "--cache", "c", *hint)
+    assert ": 0 of 300 rows have no answer" in out
+    _, out, _ = stages.call("student", "--cache", "c", "--cache", "a", *hint)
+    assert ": 100 of 300 rows have no answer" in out
+
+
+@pytest.mark.parametrize("how", ["skip", "hard"])
+def test_a_run_goes_on_with_the_same_rows_missing_and_no_others(
+    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    kept = Path("a/draw-000/shard-00000.h5").read_bytes()
+    lose("a", "draw-000/shard-00000.h5")
+    step, taken = training.step, [0]
+
+    def stopping(*arguments: Any) -> torch.Tensor:
+        taken[0] += 1
+        if taken[0] == 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", stopping)
+        assert stages.call("student", "--cache", "a", *STUDENT, "--missing", how, "--out", "r")[0] == 130
+    Path("a/draw-000/shard-00000.h5").write_bytes(kept)
+    assert '{"0": [[0, 100]]}' in stages.fails(1, "student", "--resume", "--out", "r")
+    lose("a", "draw-000/shard-00000.h5")
+    lose("a", "draw-002/shard-00001.h5")
+    assert "missing.2" in stages.fails(1, "student", "--resume", "--out", "r")
+
+
+def test_labels_that_are_hidden_cannot_stand_in_for_answers(pair: tuple[str, ...], stages: Stages) -> None:
+    command = ("student", "--cache", "a", *STUDENT, "--missing", "hard", "--labelled", 50)
+    assert "--missing hard needs the labels of all rows" in stages.fails(2, *command)
 
 
 def test_with_every_row_there_nothing_changes(pair: tuple[str, ...], stages: Stages) -> None:

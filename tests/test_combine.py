@@ -130,6 +130,17 @@ def test_the_learned_blend_is_no_worse_than_any_member_and_any_mean(seed: int, s
     )
 
 
+@pytest.mark.parametrize("scale", [0.05, 0.1, 0.2])
+def test_a_member_that_is_the_best_but_for_its_temperature_is_not_lost(scale: float) -> None:
+    logits, labels = teachers_and_labels(0, (1.0, 1.0), rows=1000)
+    logits[:, 1] += np.random.default_rng(7).normal(size=logits[:, 1].shape)
+    alone = min(nll(torch.from_numpy(logits[:, 0] / t), labels) for t in np.geomspace(0.3, 3, 50))
+    logits *= np.array([scale, 0.5])[:, None]
+    learned = fit_combine(logits, labels)
+    assert nll(learned(torch.from_numpy(logits)), labels) < alone
+    assert learned.weights[0] > 0.5
+
+
 def test_a_teacher_that_knows_nothing_gets_no_weight() -> None:
     logits, labels = teachers_and_labels(0, (1.0, 1.0))
     logits[:, 1] = np.random.default_rng(5).normal(size=logits[:, 1].shape) * 4

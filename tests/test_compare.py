@@ -38,3 +38,15 @@ def test_what_is_no_run_is_refused(stages: Stages, text: str | None, code: int, 
     if text is not None:
         Path("r/result.json").write_text(text)
     assert wrong in stages.fails(code, "compare", "r")
+
+
+def test_figures_that_are_no_numbers_are_refused_and_the_split_is_named(tiny: Path, stages: Stages) -> None:
+    result = stages("student", "--cache", tiny / "cache", *STUDENT, "--out", "r")
+    code, out, _ = stages.call("compare", "r")
+    assert code == 0
+    assert out.startswith("test split ")
+    for part in (result["student"], result["spread"]["student"]):
+        part["test"]["accuracy"], right = "high", part["test"]["accuracy"]
+        Path("r/result.json").write_text(json.dumps(result))
+        assert "'r/result.json' is not of a student's run" in stages.fails(1, "compare", "r")
+        part["test"]["accuracy"] = right

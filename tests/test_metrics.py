@@ -348,3 +348,9 @@ def test_means_of_real_results_keep_every_key() -> None:
     assert centre.keys() == spread.keys() == results[0].keys()
     assert centre["nll"] == pytest.approx(statistics.mean(r["nll"] for r in results), rel=1e-12)
     assert spread["kl_to_teacher"] == pytest.approx(statistics.stdev(r["kl_to_teacher"] for r in results), rel=1e-12)
+
+
+def test_training_rows_without_labels_make_no_groups() -> None:
+    logits, labels = np.eye(4, dtype=np.float32), np.arange(4)
+    found = evaluate(logits, labels, counts=np.zeros(4, np.int64))
+    assert (found["recall_head"], found["recall_medium"], found["recall_tail"]) == (None, None, None)
