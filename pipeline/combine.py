@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data.errors import WrongCommand, unknown
 
-from .mapping import Floats, minimize_convex
+from .mapping import Floats, Stepped, minimize_convex
 
 Rows = NDArray[np.int64]
 # Rows of ALL give one distribution; with those of EACH a student hears every teacher by itself.
@@ -98,8 +98,9 @@ def _check_weights(what: str, weights: tuple[float, ...]) -> None:
         raise WrongCommand(f"{what}: weights are from 0 to 1 and add up to 1, these to {sum(weights):g}")
 
 
-def fit_combine(logits: NDArray[np.floating], labels: Rows) -> Combine:
-    """The blend sum_k w_k softmax(z_k / T_k) with the least NLL on validation. logits [N, M, K]; labels [N].
+def fit_combine(logits: NDArray[np.floating], labels: Rows, stepped: Stepped = lambda: None) -> Combine:
+    """The blend sum_k w_k softmax(z_k / T_k) with the least NLL on validation. logits [N, M, K]; labels [N]; stepped:
+    called after each step of the fit.
 
     The weights alone are a convex problem. It is solved twice, at T = 1 and at each member's own best temperature: a
     member that is badly calibrated gets no weight at T = 1, and without weight its temperature would never be found.
@@ -118,21 +119,21 @@ def fit_combine(logits: NDArray[np.floating], labels: Rows) -> Combine:
         at_label = F.log_softmax(z / x[M:].exp()[None, :, None], dim=2)[torch.arange(len(y)), :, y]
         return -(at_label + x[:M].clamp(min=1e-12).log()).logsumexp(1).mean()
 
-    own = np.concatenate([_own_temperature(z[:, k], y) for k in range(M)])
-    starts = [_best_weights(nll, log_t) for log_t in (np.zeros(M), own)]
+    own = np.concatenate([_own_temperature(z[:, k], y, stepped) for k in range(M)])
+    starts = [_best_weights(nll, log_t, stepped) for log_t in (np.zeros(M), own)]
     bounds = [(0, 1)] * M + [_LOG_T] * M
-    ends = [minimize_convex(nll, start, bounds=bounds, **_simplex(M)) for start in starts]
+    ends = [minimize_convex(nll, start, stepped, bounds=bounds, **_simplex(M)) for start in starts]
     best = min([*ends, *starts], key=lambda x: float(nll(torch.from_numpy(x))))
     weights = np.clip(best[:M], 0, 1) / np.clip(best[:M], 0, 1).sum()
     return Combine("learned", tuple(weights.tolist()), tuple(np.exp(best[M:]).tolist()))
 
 
-def _own_temperature(z: torch.Tensor, y: torch.Tensor) -> Floats:
+def _own_temperature(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Floats:
     """float64 [1]: the logarithm of one member's best temperature. z [N, K]; y [N]."""
-    return minimize_convex(lambda x: F.cross_entropy(z / x.exp(), y), np.zeros(1), bounds=[_LOG_T])
+    return minimize_convex(lambda x: F.cross_entropy(z / x.exp(), y), np.zeros(1), stepped, bounds=[_LOG_T])
 
 
-def _best_weights(nll: Callable[[torch.Tensor], torch.Tensor], log_t: Floats) -> Floats:
+def _best_weights(nll: Callable[[torch.Tensor], torch.Tensor], log_t: Floats, stepped: Stepped) -> Floats:
     """float64 [2 M]: the best weights at these logarithms of temperatures [M], and these."""
     M = len(log_t)
     fixed, mean = torch.from_numpy(log_t), np.full(M, 1 / M)
@@ -140,7 +141,7 @@ def _best_weights(nll: Callable[[torch.Tensor], torch.Tensor], log_t: Floats) ->
     def of_weights(x: torch.Tensor) -> torch.Tensor:
         return nll(torch.cat([x, fixed]))
 
-    fitted = minimize_convex(of_weights, mean, bounds=[(0, 1)] * M, **_simplex(M))
+    fitted = minimize_convex(of_weights, mean, stepped, bounds=[(0, 1)] * M, **_simplex(M))
     best = min([mean, *np.eye(M), fitted], key=lambda x: float(of_weights(torch.from_numpy(x))))
     return np.concatenate([best, log_t])
 

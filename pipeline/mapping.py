@@ -22,6 +22,7 @@ from .records import Head
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Affine = tuple[torch.Tensor, torch.Tensor]
+Stepped = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ def _apply(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     return (z * weight if weight.ndim == 1 else z @ weight.T) + bias
 
 
-def fit_mapping(spec: str, logits: NDArray[np.floating], labels: Rows, counts: Rows) -> Mapping:
+def fit_mapping(
+    spec: str, logits: NDArray[np.floating], labels: Rows, counts: Rows, stepped: Stepped = lambda: None
+) -> Mapping:
     """The map `temperature`, `vector`, `matrix` or `prior:tau=1` of a teacher.
 
     logits [N, K] and labels [N] of the validation split, to which the first three are fitted by their NLL (Guo et al.
     2017, arXiv 1706.04599, section 4.2); counts [K]: rows of each class in training, for `prior`, which subtracts tau
-    log of their shares (Menon et al. 2021, arXiv 2007.07314, section 4.1). Vector and matrix scaling have many
-    parameters: W - I and b get a standard normal prior, which weighs less the more rows there are.
+    log of their shares (Menon et al. 2021, arXiv 2007.07314, section 4.1). What is fitted of W - I and b has a
+    standard normal prior, which weighs as one row does: it holds many parameters where rows are few, and a
+    temperature where the teacher is right on every row. stepped: called after each step of a fit.
     Raises WrongCommand for a map there is none of, and for rows that cannot say what it is.
     """
     name, knobs = parse(spec, "map")
@@ -86,58 +90,59 @@ def fit_mapping(spec: str, logits: NDArray[np.floating], labels: Rows, counts: R
     if not known.any():
         raise WrongCommand(f"--map {spec} is fitted to validation labels, and these pictures have none")
     z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
-    return Mapping(spec, *_FITTED[name](z, y))
+    return Mapping(spec, *_FITTED[name](z, y, stepped))
 
 
-def _temperature(z: torch.Tensor, y: torch.Tensor) -> Affine:
+def _temperature(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Affine:
     """One number for all logits; the NLL is convex in its inverse."""
     K = z.shape[1]
 
     def affine(x: torch.Tensor) -> Affine:
         return x.expand(K), x.new_zeros(K)
 
-    return affine(_least(z, y, affine, np.ones(1), bounds=[(1e-3, 1e3)]))
+    return affine(_least(z, y, affine, np.ones(1), stepped, bounds=[(1e-3, 1e3)]))
 
 
-def _vector(z: torch.Tensor, y: torch.Tensor) -> Affine:
+def _vector(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Affine:
     K = z.shape[1]
 
     def affine(x: torch.Tensor) -> Affine:
         return x[:K], x[K:]
 
-    return affine(_least(z, y, affine, np.concatenate([np.ones(K), np.zeros(K)])))
+    return affine(_least(z, y, affine, np.concatenate([np.ones(K), np.zeros(K)]), stepped))
 
 
-def _matrix(z: torch.Tensor, y: torch.Tensor) -> Affine:
+def _matrix(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Affine:
     K = z.shape[1]
 
     def affine(x: torch.Tensor) -> Affine:
         return x[: K * K].reshape(K, K), x[K * K :]
 
-    return affine(_least(z, y, affine, np.concatenate([np.eye(K).ravel(), np.zeros(K)])))
+    return affine(_least(z, y, affine, np.concatenate([np.eye(K).ravel(), np.zeros(K)]), stepped))
 
 
-_FITTED: dict[str, Callable[[torch.Tensor, torch.Tensor], Affine]] = {
+_FITTED: dict[str, Callable[[torch.Tensor, torch.Tensor, Stepped], Affine]] = {
     "temperature": _temperature, "vector": _vector, "matrix": _matrix,
 }  # fmt: skip
 
 
 def _least(
-    z: torch.Tensor, y: torch.Tensor, affine: Callable[[torch.Tensor], Affine], start: Floats, bounds: Any = None
-) -> torch.Tensor:
-    """The parameters with the least NLL of softmax(W z + b); those of a vector or matrix with their prior."""
+    z: torch.Tensor, y: torch.Tensor, affine: Callable[[torch.Tensor], Affine], start: Floats, stepped: Stepped,
+    bounds: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    """The most probable parameters of softmax(W z + b), given the rows and a standard normal prior about start."""
     origin = torch.from_numpy(start)
-    free = len(start) > 1
 
     def value(x: torch.Tensor) -> torch.Tensor:
-        nll = F.cross_entropy(_apply(z, *affine(x)), y)
-        return nll + (x - origin).square().sum() / (2 * len(y)) if free else nll
+        return F.cross_entropy(_apply(z, *affine(x)), y) + (x - origin).square().sum() / (2 * len(y))
 
-    return torch.from_numpy(minimize_convex(value, start, bounds=bounds))
+    return torch.from_numpy(minimize_convex(value, start, stepped, bounds=bounds))
 
 
-def minimize_convex(value: Callable[[torch.Tensor], torch.Tensor], start: Floats, **more: Any) -> Floats:
-    """Where a differentiable function of float64 [n] is least, by SciPy, from start."""
+def minimize_convex(
+    value: Callable[[torch.Tensor], torch.Tensor], start: Floats, stepped: Stepped, **more: Any
+) -> Floats:
+    """Where a differentiable function of float64 [n] is least, by SciPy, from start. stepped: called at each step."""
 
     def value_and_gradient(x: Floats) -> tuple[float, Floats]:
         at = torch.from_numpy(np.array(x)).requires_grad_()
@@ -148,5 +153,6 @@ def minimize_convex(value: Callable[[torch.Tensor], torch.Tensor], start: Floats
 
     options = {"maxiter": 500, "ftol": 1e-10}
     method = more.pop("method", "L-BFGS-B")
-    found: Floats = minimize(value_and_gradient, start, jac=True, method=method, options=options, **more).x
+    more |= {"method": method, "options": options, "callback": lambda _: stepped()}
+    found: Floats = minimize(value_and_gradient, start, jac=True, **more).x
     return found

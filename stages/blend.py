@@ -8,13 +8,13 @@ import torch
 
 from data.errors import Refused, WrongCommand
 from pipeline.cache import Cache
-from pipeline.combine import ALL, EACH, Combine, fit_combine, parse_combine
+from pipeline.combine import ALL, EACH, Combine, parse_combine
 from pipeline.metrics import evaluate
 from pipeline.teachers import Teachers
 
 from .console import Console
 from .settings import BlendSettings
-from .taught import open_caches
+from .taught import blended, open_caches
 
 _COLUMNS = ("nll", "accuracy", "f1_macro")
 
@@ -31,7 +31,7 @@ def run(settings: BlendSettings) -> None:
     splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
     said = {split: teachers.said(split) for split in splits}
     labels = {split: _labels(caches[0], split) for split in splits}
-    if not all((of_split >= 0).any() for of_split in labels.values()):
+    if "val" not in splits or not all((of_split >= 0).any() for of_split in labels.values()):
         raise Refused(f"'{caches[0].folder}' has no labels to compare with")
     rows: list[dict[str, Any]] = [
         {"name": f"{cache.teacher} ({cache.folder})", **_figures({s: said[s][:, k] for s in splits}, labels)}
@@ -57,7 +57,7 @@ def _ways(settings: BlendSettings, val: torch.Tensor, labels: Any) -> list[Combi
     plain = [name for name in ALL if name not in ("weighted", "learned")]
     names = plain if settings.combine in ("", "learned", *plain) else [*plain, settings.combine]
     members = val.shape[1]
-    return [*(parse_combine(name, members) for name in names), fit_combine(val.numpy(), labels)]
+    return [*(parse_combine(name, members) for name in names), blended("learned", val, labels)]
 
 
 def _figures(logits: dict[str, torch.Tensor], labels: dict[str, Any]) -> dict[str, Any]:

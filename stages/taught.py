@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from data.errors import Refused, WrongCommand, printable
-from data.transfer_set import TransferSet, class_counts
+from data.transfer_set import Labels, TransferSet, class_counts
 from pipeline.cache import Cache
 from pipeline.combine import Combine, fit_combine, parse_combine
 from pipeline.files import publish_json
@@ -17,10 +17,12 @@ from pipeline.records import Head
 from pipeline.teachers import Gaps, Teachers, check_same, runs_of
 
 from .check_cache import data_of
+from .console import bar
 from .runs import read_json
 from .settings import StudentSettings
 
 KEPT = "targets.json"
+_STEPS = 500  # of a fit, about
 Said = dict[str, torch.Tensor]
 
 
@@ -50,17 +52,23 @@ def taught(
     if settings.out and (Path(settings.out) / KEPT).is_file():
         return _kept(Path(settings.out), plain, settings), said
     labels, val = transfer_set.splits["val"].labels, said["val"]
-    combine = None
-    if len(caches) > 1:
-        spec = _spec(settings)
-        combine = fit_combine(val.numpy(), labels) if spec == "learned" else parse_combine(spec, len(caches))
-    counts = class_counts(transfer_set.splits["train"].labels, caches[0].classes)
+    combine = blended(_spec(settings), val, labels) if len(caches) > 1 else None
     maps: tuple[Mapping, ...] = ()
     if settings.map:
+        counts = class_counts(transfer_set.splits["train"].labels, caches[0].classes)
         heard = Teachers(caches, combine).as_heard(val)
         each = heard.unbind(1) if heard.ndim == 3 else (heard,)
-        maps = tuple(fit_mapping(settings.map, logits.numpy(), labels, counts) for logits in each)
+        with bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
+            maps = tuple(fit_mapping(settings.map, z.numpy(), labels, counts, shown.update) for z in each)
     return Teachers(caches, combine, maps, gaps), said
+
+
+def blended(spec: str, val: torch.Tensor, labels: Labels) -> Combine:
+    """The way to combine that is asked for; `learned` is fitted to validation. val: logits [N, M, K]; labels [N]."""
+    if spec != "learned":
+        return parse_combine(spec, val.shape[1])
+    with bar(_STEPS, "fitting --combine learned", "step") as shown:
+        return fit_combine(val.numpy(), labels, shown.update)
 
 
 def _spec(settings: StudentSettings) -> str:

@@ -42,8 +42,14 @@ def test_the_temperature_of_an_over_confident_teacher_is_found_within_two_percen
     assert (mapping.bias == 0).all()
 
 
+def test_a_teacher_that_is_right_on_every_row_is_not_made_certain() -> None:
+    logits, labels = np.eye(4)[np.arange(40) % 4] * 2, np.arange(40) % 4
+    mapping = fit_mapping("temperature", logits, labels, EVEN)
+    assert 0.1 < 1 / mapping.weight[0].item() < 1
+
+
 def test_the_temperature_is_where_a_fine_search_finds_the_least_nll() -> None:
-    logits, labels = calibrated(500, 4)
+    logits, labels = calibrated(5000, 4)
     found = 1 / fit_mapping("temperature", 3 * logits, labels, EVEN).weight[0].item()
     grid = np.linspace(0.8 * found, 1.25 * found, 2001)
     best = grid[np.argmin([nll(3 * logits / t, labels) for t in grid])]
