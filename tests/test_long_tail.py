@@ -165,3 +165,16 @@ def test_the_sampler_changes_what_is_learned_and_a_stopped_training_goes_on(tiny
 def test_a_sampler_needs_all_labels(tiny: Path, stages: Stages) -> None:
     refused = stages.fails(2, "student", "--cache", tiny / "cache", *SMALL, "--sampler", "sqrt", "--labelled", 20)
     assert "--sampler needs the labels of all rows, --labelled hides some" in refused
+
+
+def test_the_command_that_a_teacher_ends_with_makes_a_cache_of_its_own_cut(stages: Stages) -> None:
+    """With another cut, rows of validation are ones that the teacher has learned."""
+    cut = ("--seed", 3, "--val-fraction", 0.2, "--imbalance", "20", "--head-size", 60)
+    _, out, _ = stages.call("teacher", *SMALL, *cut, "--out", "t")
+    (said,) = (line.split(" teacher-cache ")[1] for line in out.splitlines() if line.startswith("next: "))
+    stages("teacher-cache", *said.split())
+    rows = Cache(Path("caches/digits")).manifest.identity["transfer_set"]
+    own = load("digits", Path(), val_fraction=0.2, imbalance="20", head_size=60, seed=3)
+    assert rows == own.identity()
+    _, out, _ = stages.call("teacher", *SMALL, "--out", "other")
+    assert "--weights other --out caches/digits-2" in out  # the usual folder is taken
