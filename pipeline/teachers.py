@@ -111,6 +111,12 @@ def check_same(caches: Sequence[Cache]) -> None:
             )
 
 
+def spans(gaps: Gaps) -> dict[str, list[list[int]]]:
+    """{draw: [from, to) of every stretch of positions without an answer}, for a record."""
+    edges = {draw: np.flatnonzero(np.diff(gone, prepend=False, append=False)) for draw, gone in gaps.items()}
+    return {str(draw): edges[draw].reshape(-1, 2).tolist() for draw in sorted(edges)}
+
+
 def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...]) -> Gaps:
     """Rows of the first draws that some cache lacks: of shards that are gone or damaged. Every shard is read."""
     names = {"logits", *(f"features/{tap}" for tap in taps)}

@@ -19,8 +19,9 @@ from pipeline.metrics import evaluate, mean_and_spread
 from pipeline.models import multiply_adds, parameters
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
+from pipeline.teachers import spans
 
-from .command_line import this_program
+from .command_line import command, this_program
 from .console import Console
 from .material import Material
 from .recipes import fill_in
@@ -56,10 +57,12 @@ def run(settings: StudentSettings, said: set[str]) -> None:
         console.say("terms of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs")
     console.say(f"run:   {folder}")
     console.say(f"cache: {', '.join(settings.cache)}, reused by every other student: no teacher is needed any more")
-    other = "cnn" if settings.arch != "cnn" else "mlp:64"
-    data = f" --data {quote(settings.data)}" if material.cache.data == "folder" else ""
-    caches = " ".join(f"--cache {quote(cache)}" for cache in settings.cache)
-    console.say(f"next:  {this_program()} student{data} {caches} --arch {other} --baseline")
+    another = StudentSettings(
+        data=settings.data if material.cache.data == "folder" else "", data_root=settings.data_root,
+        cache=settings.cache, combine=settings.combine, map=settings.map, missing=settings.missing,
+        arch="cnn" if settings.arch != "cnn" else "mlp:64", baseline=True,
+    )  # fmt: skip
+    console.say(f"next:  {command('student', another)}")
 
 
 def notes(settings: StudentSettings, material: Material) -> list[str]:
@@ -117,7 +120,7 @@ def _seeds(
 
 
 def _same_shards(settings: StudentSettings, material: Material, folder: Path) -> None:
-    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
+    """Write down which shards, and which rows, a run is trained from; one that goes on must find the same ones."""
     manifest = material.cache.manifest
     used: dict[str, Any] = {
         "fingerprint": manifest.fingerprint,
@@ -129,6 +132,8 @@ def _same_shards(settings: StudentSettings, material: Material, folder: Path) ->
         used["others"] = [
             {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
         ]
+    if gaps := material.teachers.gaps:
+        used["without_answer"] = spans(gaps)
     if not (folder / "cache.json").is_file():
         return publish_json(folder / "cache.json", used)
     begun = read_json(folder / "cache.json")
