@@ -12,8 +12,9 @@ from pipeline.combine import ALL, EACH, Combine, parse_combine
 from pipeline.metrics import evaluate
 from pipeline.teachers import Teachers
 
+from .command_line import command
 from .console import Console
-from .settings import BlendSettings
+from .settings import BlendSettings, StudentSettings
 from .taught import blended, open_caches
 
 _COLUMNS = ("nll", "accuracy", "f1_macro")
@@ -43,6 +44,9 @@ def run(settings: BlendSettings) -> None:
     if settings.json:
         return console.result(json.dumps({"caches": list(settings.cache), "rows": rows}))
     _print(rows, splits, console)
+    best = min(rows[len(caches) :], key=lambda row: row["val"]["nll"])["name"]  # the least NLL on validation
+    student = StudentSettings(cache=settings.cache, combine=settings.combine if best == "weighted" else best)
+    console.say(f"next:  {command('student', student)}")
 
 
 def _labels(cache: Cache, split: str) -> Any:

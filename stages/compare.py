@@ -24,7 +24,7 @@ def run(names: tuple[str, ...], settings: ListSettings) -> None:
     width = max(len(title), *(len(row["name"]) for row in rows))
     console.say(f"{title:{width}}" + "".join(f"{title:>17}" for title in _COLUMNS.values()) + f"{'seeds':>7}")
     for row in rows:
-        cells = "".join(f"{_cell(row['mean'][key], row['spread'].get(key)):>17}" for key in _COLUMNS)
+        cells = "".join(f"{_cell(row['mean'][key], row['spread'].get(key), row['seeds']):>17}" for key in _COLUMNS)
         console.say(f"{row['name']:<{width}}{cells}{row['seeds'] or '':>7}")
 
 
@@ -54,7 +54,7 @@ def _row(name: str, split: str, seeds: int, mean: dict[str, Any], spread: dict[s
     return {"name": name, "split": split, "seeds": seeds, "mean": shown, "spread": around}
 
 
-def _cell(value: float | None, spread: float | None) -> str:
+def _cell(value: float | None, spread: float | None, seeds: int) -> str:
     if value is None:
         return "n/a"
-    return f"{value:.4f}" if spread is None else f"{value:.4f} ± {spread:.4f}"
+    return f"{value:.4f} ± {spread:.4f}" if seeds > 1 and spread is not None else f"{value:.4f}"

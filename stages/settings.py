@@ -18,6 +18,7 @@ _ARCHS = (
     "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  my_package.module:factory; by recipe."
 )
 _VIEWS = "none, crop, crop-flip or resized-crop-flip, with knobs: crop:pad=4,mixup=1; by recipe."
+_COMBINE = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teacher, ca_mkd"
 SELECT = ("last", "accuracy", "f1_macro", "nll")
 _NORMALIZE = ("imagenet", "data", "none")
 
@@ -120,9 +121,9 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     """`stages student`: train a student from a cache, with no teacher."""
 
     cache: tuple[str, ...] = knob((), "Folder of the cache; several are one teacher; caches/DATA when not given.")
-    combine: str = knob("", "How several become one: see `stages blend`; mean_probability when not said.")
+    combine: str = knob("", f"How several become one: {_COMBINE}; mean_probability when not said.")
     map: str = knob("", "Of the teacher's distribution: temperature, vector, matrix, prior or prior:tau=0.5.")
-    missing: str = knob("", "Rows without an answer: skip them, or learn them from labels.", choices=("skip", "hard"))
+    missing: str = knob("", "Rows without an answer: skip, learn from labels; or an error.", choices=("skip", "hard"))
     recipe: str = knob("", "A published recipe fills in what is not said: see `stages recipes`.")
     draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
     arch: str = knob("", _ARCHS)
@@ -139,7 +140,7 @@ class BlendSettings(Output):
     """`stages blend`: several caches as one teacher."""
 
     cache: tuple[str, ...] = knob((), "Folder of a cache; say it for each.")
-    combine: str = knob("", "One more way: weighted:0.7,0.3.")
+    combine: str = knob("", "One more way than those without weights: weighted:0.7,0.3.")
 
 
 @dataclass(frozen=True)

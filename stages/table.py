@@ -13,8 +13,9 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     split = "test" if "test" in result["teacher"] else "val"
     seeds = len(result["seeds"])
     models = [m for m in ("teacher", "baseline", "student") if m in result]
+    mapped = result["settings"]["map"]
     names = {
-        "teacher": f"teacher {result['teacher']['arch']}",
+        "teacher": f"teacher {result['teacher']['arch']}" + (f", map {mapped}" if mapped else ""),
         "baseline": f"{result['student']['arch']}, hard targets only",
         "student": f"{result['student']['arch']}, from the cache",
     }

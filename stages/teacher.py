@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, P
 from pipeline.records import Known
 from pipeline.stream import Stream
 
-from .command_line import this_program
+from .command_line import command, free_name
 from .console import Console, progress
 from .held_out import HeldOut
 from .runs import begin_run, device_of, machine, open_run, peak_memory, versions
-from .settings import TeacherSettings
+from .settings import CacheSettings, TeacherSettings
 from .training import Job, fit
 
 FOLDER_SIZE = 224  # of views of a folder whose pictures differ in size
@@ -41,8 +40,19 @@ def run(settings: TeacherSettings, said: set[str]) -> None:
     figures = result["teacher"]["test"] or result["teacher"]["val"]
     console.say(f"teacher {settings.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
     console.say(f"run:  {folder}")
-    asked = f"--data {quote(settings.data)} --weights {quote(str(folder))}"
-    console.say(f"next: {this_program()} teacher-cache {asked}")
+    console.say(f"next: {_cache_command(settings, folder)}")
+
+
+def _cache_command(settings: TeacherSettings, folder: Path) -> str:
+    """Stage one with these weights and this cut: of another one, validation may hold rows that the teacher learned."""
+    usual = f"caches/{row_name(settings.data)}"
+    fraction = settings.val_fraction if settings.val_fraction != row_of(settings.data).recipe.val_fraction else 0.0
+    asked = CacheSettings(
+        data=settings.data, data_root=settings.data_root, weights=str(folder), seed=settings.seed,
+        val_fraction=fraction, train_size=settings.train_size, imbalance=settings.imbalance,
+        head_size=settings.head_size, out=free_name(usual) if Path(usual).exists() else "",
+    )  # fmt: skip
+    return command("teacher-cache", asked)
 
 
 def with_recipe(settings: TeacherSettings) -> TeacherSettings:

@@ -4,7 +4,6 @@ import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -34,10 +33,10 @@ from . import teacher as teacher_stage
 from .asking import Ask
 from .asking_again import again
 from .card import write_card
-from .command_line import command, free_name, this_program
+from .command_line import command, free_name
 from .console import Console, LongWork, bar, duration, progress
 from .runs import device_of, versions
-from .settings import CacheSettings
+from .settings import CacheSettings, StudentSettings
 from .which_teacher import teacher_of
 
 
@@ -219,5 +218,6 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
     console.say(
         f"codec:   {settings.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
     )
-    data = f" --data {quote(settings.data)}" if settings.data.startswith("folder:") else ""
-    console.say(f"next:    {this_program()} student{data} --cache {quote(settings.out)} --baseline")
+    data = settings.data if settings.data.startswith("folder:") else ""
+    student = StudentSettings(data=data, data_root=settings.data_root, cache=(settings.out,), baseline=True)
+    console.say(f"next:    {command('student', student)}")

@@ -511,6 +511,29 @@ def test_labels_that_are_hidden_cannot_stand_in_for_answers(pair: tuple[str, ...
     assert "--missing hard needs the labels of all rows" in stages.fails(2, *command)
 
 
+def test_a_run_goes_on_with_the_rows_it_was_begun_with_alone(pair: tuple[str, ...], stages: Stages) -> None:
+    """A shard that was put back, or lost, between two halves of a training would change what it learns from."""
+    asked = ("student", "--cache", "a", *STUDENT, "--missing", "skip", "--out")
+    stages(*asked, "whole")
+    shard = Path("a/draw-001/shard-00001.h5").rename("elsewhere.h5")
+    stages(*asked, "less")
+    assert json.loads(Path("less/cache.json").read_text())["missing"] == {"1": [[100, 200]]}
+    stages("student", "--resume", "--out", "less")
+    assert "missing" in stages.fails(1, "student", "--resume", "--out", "whole")
+    shard.rename("a/draw-001/shard-00001.h5")
+    assert "[[100, 200]]" in stages.fails(1, "student", "--resume", "--out", "less")
+    stages("student", "--resume", "--out", "whole")
+
+
+def test_the_next_commands_keep_blend_map_and_what_is_missing(pair: tuple[str, ...], stages: Stages) -> None:
+    how = ("--combine", "vote", "--map", "prior", "--missing", "skip")
+    _, out, _ = stages.call("student", *pair, *STUDENT, *how, "--out", "r")
+    assert f"student {' '.join((*pair, *how))} --arch cnn --baseline" in out
+    rows = {row["name"]: row["val"]["nll"] for row in stages("blend", *pair)["rows"][2:]}
+    _, out, _ = stages.call("blend", *pair)
+    assert f"student {' '.join(pair)} --combine {min(rows, key=rows.__getitem__)}" in out
+
+
 def test_with_every_row_there_nothing_changes(pair: tuple[str, ...], stages: Stages) -> None:
     plain = stages("student", "--cache", "a", *STUDENT, "--out", "p")
     for how in ("skip", "hard"):

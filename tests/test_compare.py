@@ -25,6 +25,8 @@ def test_runs_stand_side_by_side_with_their_teachers_once(tiny: Path, stages: St
     code, out, _ = stages.call("compare", "a", "b")
     assert code == 0
     assert f"{one['student']['test']['accuracy']:.4f} ± {one['spread']['student']['test']['accuracy']:.4f}" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("b "))
+    assert "±" not in line  # one seed has no spread
     assert "n/a" in out  # of balanced data there is no tail
 
 

@@ -195,3 +195,16 @@ def test_figures_of_a_class_that_validation_lacks_are_not_known(
         assert figures["auroc_macro"] is None
         assert figures["f1_macro"] == pytest.approx(np.mean(figures["per_class"]["f1"][:2]))
     assert student["student"]["test"]["recall_tail"] is not None
+
+
+def test_the_command_that_a_teacher_ends_with_makes_a_cache_of_its_own_cut(stages: Stages) -> None:
+    """With another cut, rows of validation are ones that the teacher has learned."""
+    cut = ("--seed", 3, "--val-fraction", 0.2, "--imbalance", "20", "--head-size", 60)
+    _, out, _ = stages.call("teacher", *SMALL, *cut, "--out", "t")
+    (said,) = (line.split(" teacher-cache ")[1] for line in out.splitlines() if line.startswith("next: "))
+    stages("teacher-cache", *said.split())
+    rows = Cache(Path("caches/digits")).manifest.identity["transfer_set"]
+    own = load("digits", Path(), val_fraction=0.2, imbalance="20", head_size=60, seed=3)
+    assert rows == own.identity()
+    _, out, _ = stages.call("teacher", *SMALL, "--out", "other")
+    assert "--weights other --out caches/digits-2" in out  # the usual folder is taken
