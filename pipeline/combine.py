@@ -78,10 +78,10 @@ def parse_combine(spec: str, members: int) -> Combine:
     if name not in (*ALL, *EACH):
         raise unknown("way to combine", name, (*ALL, *EACH))
     weights = (1 / members,) * members
-    if (name == "weighted") != bool(rest):
-        raise WrongCommand(
-            f"--combine {spec}: weighted has a weight for each cache, weighted:0.7,0.3, no other has any"
-        )
+    if rest and name != "weighted":
+        raise WrongCommand(f"--combine {spec}: {name} has no knobs")
+    if name == "weighted" and not rest:
+        raise WrongCommand("--combine weighted: it wants a weight for each cache, such as weighted:0.7,0.3")
     if rest:
         try:
             weights = tuple(float(text) for text in rest.split(","))

@@ -82,6 +82,8 @@ def fit_mapping(
     K = logits.shape[1]
     if name == "prior":
         tau = number(spec, "map", "tau", knobs.get("tau", "1"))
+        if tau < 0:
+            raise WrongCommand(f"--map {spec}: tau={tau:g} would add the prior once more; it is from 0 on")
         if (counts == 0).any():
             raise WrongCommand(f"--map {spec}: class {int(counts.argmin())} has no training row with a label")
         shares = torch.from_numpy(counts / counts.sum())

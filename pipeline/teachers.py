@@ -105,7 +105,7 @@ def check_same(caches: Sequence[Cache]) -> None:
             names = (str(first.folder), str(other.folder))
             raise Refused(
                 f"'{first.folder}' and '{other.folder}' are not of the same rows and views:"
-                f"{describe(mine, theirs, names)}\nMake the second with the first one's --data, --views and --seed"
+                f"{describe(mine, theirs, names)}\nMake the second with the first's --data, --views, --seed and cut"
             )
         if other.classes != first.classes:
             raise Refused(

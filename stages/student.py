@@ -31,6 +31,12 @@ from .taught import figures_of_members, in_words, keep, same_shards
 from .teacher import row_name
 from .training import AfterEpoch, Job, fit
 
+_NOT_ALONE = {
+    "soft_f1": "soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1",
+    "balanced_kd": "balanced_kd alone has no labels to hold it: it goes beside hard",
+    "dive": "dive alone has no labels to hold it: it goes beside balanced_softmax",
+}
+
 
 def run(settings: StudentSettings, said: set[str]) -> None:
     """Cache and data, checked against each other; then seed after seed; then the result."""
@@ -76,8 +82,8 @@ def say_notes(settings: StudentSettings, material: Material, console: Console) -
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
         how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
         console.say(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
-    if {loss.name for loss in material.losses} == {"soft_f1"}:
-        console.say("soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1")
+    if len(material.losses) == 1 and (why := _NOT_ALONE.get(material.losses[0].name)):
+        console.say(why)
 
 
 def train_or_go_on(

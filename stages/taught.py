@@ -158,7 +158,8 @@ def in_words(teachers: Teachers, members: list[dict[str, Any]], one: dict[str, A
         if mapping.spec == "temperature":
             fitted = f" {1 / float(mapping.weight[0]):.3f}{fitted}"
         how.append(f"map {mapping.spec}{fitted}")
-    return [*lines, f"what students learn from, {'; '.join(how)}: {_figures(one)}"] if how else []
+    each = " (each)" if len(teachers.maps) > 1 else ""
+    return [*lines, f"what students learn from, {'; '.join(dict.fromkeys(how))}{each}: {_figures(one)}"] if how else []
 
 
 def _figures(record: dict[str, Any]) -> str:

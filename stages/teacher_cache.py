@@ -210,7 +210,7 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
     )
     console.say(
         f"cache:   {settings.out} ({manifest.fingerprint[:12]}),"
-        f" {manifest.draws} draws of {manifest.splits['train']:,} views"
+        f" {manifest.draws} draw{'s' if manifest.draws > 1 else ''} of {manifest.splits['train']:,} views"
     )
     console.say(f"wrote:   {rows:,} rows, {manifest.bytes / rows:.1f} bytes a view, in {duration(manifest.seconds)}")
     mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""

@@ -37,6 +37,7 @@ def teacher_of(
     arch, preparation = settings.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
         arch, preparation = _of_run(path, settings)
+        _note_another_cut(path, settings, console)
     if not arch:
         raise WrongCommand(f"--weights {path} does not say which arch it is: name it with --teacher")
     state = read_state(run_weights(path))
@@ -96,6 +97,20 @@ def _of_run(path: Path, settings: CacheSettings) -> tuple[str, Preparation]:
             f"--normalize {settings.normalize}, but the run '{path}' says itself how its input is normalised"
         )
     return arch, preparation
+
+
+def _note_another_cut(path: Path, settings: CacheSettings, console: Console) -> None:
+    """Say so when the teacher was trained on other rows of these data than are its training rows here."""
+    if not (path / "settings.json").is_file():
+        return
+    kept = read_json(path / "settings.json")
+    cut = [name for name in ("val_fraction", "seed", "train_size", "imbalance", "head_size") if name in kept]
+    differ = [f"{n} {kept[n]} there, {here} here" for n in cut if kept[n] != (here := getattr(settings, n))]
+    if "val_fraction" in cut and kept.get("data") == settings.data and differ:
+        console.say(
+            f"the teacher in '{path}' was trained on another cut ({'; '.join(differ)}): it may have learned rows of"
+            " validation; fits, --select and tune would believe it too much"
+        )
 
 
 def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:

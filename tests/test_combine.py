@@ -80,8 +80,8 @@ def test_what_combines_in_float32_is_float32_and_finite() -> None:
     ("spec", "wrong"),
     [
         ("mean", "no way to combine 'mean'"),
-        ("weighted", "weighted has a weight for each cache, weighted:0.7,0.3, no other has any"),
-        ("vote:0.5,0.5", "weighted has a weight for each cache"),
+        ("weighted", "--combine weighted: it wants a weight for each cache, such as weighted:0.7,0.3"),
+        ("vote:0.5,0.5", "--combine vote:0.5,0.5: vote has no knobs"),
         ("weighted:0.7,0.2", "weights are from 0 to 1 and add up to 1, these to 0.9"),
         ("weighted:1.5,-0.5", "weights are from 0 to 1 and add up to 1, these to 1"),
         ("weighted:0.5,0.25,0.25", "3 weights for 2 caches"),

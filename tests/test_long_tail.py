@@ -114,6 +114,14 @@ def test_a_teacher_that_stage_one_trains_sees_the_long_tail(stages: Stages) -> N
     )
 
 
+def test_a_teacher_of_another_cut_is_remarked_on(stages: Stages) -> None:
+    stages("teacher", *SMALL, "--seed", 3, "--out", "t")
+    _, out, _ = stages.call("teacher-cache", "--weights", "t", "--out", "c")
+    assert "the teacher in 't' was trained on another cut (seed 3 there, 0 here): it may have learned rows" in out
+    _, out, _ = stages.call("teacher-cache", "--weights", "t", "--seed", 3, "--out", "d")
+    assert "another cut" not in out
+
+
 # Sampling
 
 

@@ -125,6 +125,7 @@ def logits_of(logits: Floats) -> torch.Tensor:
         ("prior:t=1", "no knob of map 'prior' 't'"),
         ("vector:tau=1", "no knob of map 'vector' 'tau'"),
         ("prior:tau=x", "tau=x is not a number"),
+        ("prior:tau=-1", "--map prior:tau=-1: tau=-1 would add the prior once more; it is from 0 on"),
         ("prior", "--map prior: class 1 has no training row with a label"),
         ("matrix", "--map matrix is fitted to validation labels, and these pictures have none"),
     ],
