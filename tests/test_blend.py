@@ -565,3 +565,13 @@ def test_a_chain_begins_with_the_blend_and_goes_on_with_its_student(pair: tuple[
     assert chain["teacher"]["arch"] == "cnn + mlp:16"
     assert Path("chain/generation-1/targets.json").is_file()
     assert not Path("chain/generation-2/targets.json").exists()
+
+
+def test_a_search_over_several_caches_ends_with_a_command_that_gives_the_best_again(
+    pair: tuple[str, ...], stages: Stages
+) -> None:
+    asked = ("--combine", "learned", "--map", "prior", "--search", "kd.temperature=1..8", "--trials", 2, "--out", "s")
+    best = stages("tune", *pair, *STUDENT, *asked)["best"]
+    stages(*shlex.split(best["command"].split(" -m stages ")[1]), "--out", "again")
+    found = Path("again/student.pt").read_bytes()
+    assert found == Path(f"s/trial-{best['trial']:04d}/student.pt").read_bytes()
