@@ -75,6 +75,19 @@ def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[TargetBatch]:
     return seen
 
 
+def stop_at_the_seventh_step(patch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when that step is about to be taken."""
+    step, taken = training.step, [0]
+
+    def stopping(*arguments: Any) -> torch.Tensor:
+        taken[0] += 1
+        if taken[0] == 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    patch.setattr(training, "step", stopping)
+
+
 # The table
 
 
@@ -235,16 +248,8 @@ def test_a_run_of_several_caches_is_stopped_and_goes_on_to_the_same_weights(
 ) -> None:
     command = ("student", *pair, *STUDENT, "--combine", "learned")
     stages(*command, "--out", "whole")
-    step, taken = training.step, [0]
-
-    def stopping(*arguments: Any) -> torch.Tensor:
-        taken[0] += 1
-        if taken[0] == 7:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", stopping)
+        stop_at_the_seventh_step(patch)
         assert stages.call(*command, "--out", "r")[0] == 130
     stages("student", "--resume", "--out", "r")
     assert Path("r/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
@@ -488,16 +493,8 @@ def test_a_run_goes_on_with_the_same_rows_missing_and_no_others(
 ) -> None:
     kept = Path("a/draw-000/shard-00000.h5").read_bytes()
     lose("a", "draw-000/shard-00000.h5")
-    step, taken = training.step, [0]
-
-    def stopping(*arguments: Any) -> torch.Tensor:
-        taken[0] += 1
-        if taken[0] == 7:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", stopping)
+        stop_at_the_seventh_step(patch)
         assert stages.call("student", "--cache", "a", *STUDENT, "--missing", how, "--out", "r")[0] == 130
     Path("a/draw-000/shard-00000.h5").write_bytes(kept)
     assert '{"0": [[0, 100]]}' in stages.fails(1, "student", "--resume", "--out", "r")
