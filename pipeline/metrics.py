@@ -52,7 +52,7 @@ def summary(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
     return {
         "accuracy": float((guess == labels).mean()),
         "f1_macro": float(sk.f1_score(labels, guess, labels=np.unique(labels), average="macro", zero_division=0)),
-        "nll": 0.0 - float(log_softmax(logits[known])[np.arange(len(labels)), labels].mean()),
+        "nll": mean_nll(log_softmax(logits[known]), labels),
     }
 
 
@@ -66,7 +66,7 @@ def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
     return {
         "accuracy": float(sk.accuracy_score(labels, guess)),
         "top5": float(sk.top_k_accuracy_score(labels, log_p, k=5, labels=np.arange(K))) if K > 5 else None,
-        "nll": 0.0 - float(log_p[np.arange(len(labels)), labels].mean()),
+        "nll": mean_nll(log_p, labels),
         "brier": float(((p - one_hot) ** 2).sum(1).mean()),
         "ece": calibration_error(p.max(1), guess == labels),
         "precision_macro": float(precision[present].mean()),
@@ -122,6 +122,11 @@ def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
 def bins_of(confidence: Floats) -> NDArray[np.int64]:
     """The bin of each confidence, 0 … ECE_BINS - 1, of equal width; an edge belongs to the bin below it."""
     return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+
+
+def mean_nll(log_p: Floats, labels: Labels) -> float:
+    """In nats. log_p [N, K]; labels [N], all known."""
+    return 0.0 - float(log_p[np.arange(len(labels)), labels].mean())
 
 
 def log_softmax(z: NDArray[np.floating]) -> Floats:

@@ -8,7 +8,7 @@ from scipy.special import xlogy
 
 from data.transfer_set import Labels
 
-from .metrics import ECE_BINS, bins_of, calibration_error, log_softmax
+from .metrics import ECE_BINS, bins_of, calibration_error, log_softmax, mean_nll
 
 TEMPERATURES = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20)
 Floats = NDArray[np.float64]
@@ -30,7 +30,7 @@ def calibration(logits: NDArray[np.floating], labels: Labels) -> dict[str, Any]:
         "accuracy": float(right.mean()),
         "confidence": float(confidence.mean()),
         "ece": calibration_error(confidence, right),
-        "nll": 0.0 - float(log_p[np.arange(len(labels)), labels].mean()),
+        "nll": mean_nll(log_p, labels),
         "bins": [
             {
                 "low": float(edges[b]), "high": float(edges[b + 1]), "rows": int((bin_of == b).sum()),

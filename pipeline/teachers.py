@@ -32,6 +32,11 @@ class Teachers:
     maps: tuple[Mapping, ...] = ()
     gaps: Gaps = field(default_factory=dict)
 
+    @property
+    def as_cached(self) -> bool:
+        """Whether a student learns from one cache's logits as they are."""
+        return not (self.combine or self.maps)
+
     def order(self, split: str) -> Positions:
         """index [rows] of each position of a split: every member's."""
         return self.members[0].order(split)

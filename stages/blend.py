@@ -15,7 +15,7 @@ from pipeline.teachers import Teachers
 from .command_line import command
 from .console import Console
 from .settings import BlendSettings, StudentSettings
-from .taught import blended, open_caches
+from .taught import blended, open_caches, shares_of
 
 _COLUMNS = ("nll", "accuracy", "f1_macro")
 
@@ -77,6 +77,5 @@ def _print(rows: list[dict[str, Any]], splits: list[str], console: Console) -> N
         cells = "".join(f"{row[split][key]:>15.4f}" for split in splits for key in _COLUMNS)
         console.say(f"{row['name']:<{width}}{cells}")
     learned = rows[-1]
-    parts = zip(learned["weights"], learned["temperatures"], strict=True)
-    console.say(f"learned, on val: {', '.join(f'{w:.3f} at T = {t:.3f}' for w, t in parts)}")
+    console.say(f"learned, on val: {shares_of(learned['weights'], learned['temperatures'])}")
     console.say("per_teacher and ca_mkd blend losses, not teachers: they have no row here")

@@ -147,16 +147,28 @@ class Finished:
     epoch: int
 
 
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the epochs that are done. Raises Refused when they are damaged."""
+    try:
+        return [json.loads(line) for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError):
+        raise _damaged(folder) from None
+
+
+def _damaged(folder: Path) -> Refused:
+    return Refused(f"'{folder / LINES}' is damaged: it is not a record of epochs")
+
+
 def finished(folder: Path, select: str) -> Finished:
     """What the lines of a training that is over say. Raises Refused when they are damaged."""
+    lines = lines_of(folder)
     try:
-        lines = [json.loads(line) for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
         seconds = float(sum(line["seconds"] for line in lines))
         if not 0 < seconds < math.inf:
             raise ValueError(f"{seconds} seconds")
         return Finished(seconds, chosen_epoch(lines, select))
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        raise Refused(f"'{folder / LINES}' is damaged: it is not a record of epochs") from None
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise _damaged(folder) from None
 
 
 def _optimizer(settings: Training, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

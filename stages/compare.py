@@ -9,6 +9,7 @@ from data.errors import Refused, printable
 from .console import Console
 from .runs import read_json
 from .settings import ListSettings
+from .table import cell
 
 _COLUMNS = {"accuracy": "accuracy", "f1_macro": "macro F1", "recall_tail": "tail recall", "agreement": "agreement"}
 
@@ -24,7 +25,8 @@ def run(names: tuple[str, ...], settings: ListSettings) -> None:
     width = max(len(title), *(len(row["name"]) for row in rows))
     console.say(f"{title:{width}}" + "".join(f"{title:>17}" for title in _COLUMNS.values()) + f"{'seeds':>7}")
     for row in rows:
-        cells = "".join(f"{_cell(row['mean'][key], row['spread'].get(key), row['seeds']):>17}" for key in _COLUMNS)
+        shown = [cell(row["mean"][key], row["spread"].get(key), row["seeds"], "n/a") for key in _COLUMNS]
+        cells = "".join(f"{text:>17}" for text in shown)
         console.say(f"{row['name']:<{width}}{cells}{row['seeds'] or '':>7}")
 
 
@@ -52,9 +54,3 @@ def _row(name: str, split: str, seeds: int, mean: dict[str, Any], spread: dict[s
     if not all(value is None or isinstance(value, int | float) for value in (*shown.values(), *around.values())):
         raise TypeError("no numbers")
     return {"name": name, "split": split, "seeds": seeds, "mean": shown, "spread": around}
-
-
-def _cell(value: float | None, spread: float | None, seeds: int) -> str:
-    if value is None:
-        return "n/a"
-    return f"{value:.4f} ± {spread:.4f}" if seeds > 1 and spread is not None else f"{value:.4f}"

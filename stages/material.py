@@ -157,7 +157,24 @@ class Material:
             for split, rows in self.held_out.items()
         }
 
-    @property
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
+        return self._figures(" + ".join(cache.teacher for cache in self.teachers.members), self.teacher)
+
+    @cached_property
+    def figures_of_members(self) -> list[dict[str, Any]]:
+        """The same of each cache as it is."""
+        return [
+            self._figures(cache.teacher, {s: z[:, k] if z.ndim == 3 else z for s, z in self.said.items()})
+            for k, cache in enumerate(self.teachers.members)
+        ]
+
+    def _figures(self, arch: str, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+        rows = {split: self.transfer_set.splits[split].labels for split in logits}
+        return {"arch": arch, **{s: evaluate(z.numpy(), rows[s], counts=self.counts) for s, z in logits.items()}}
+
+    @cached_property
     def counts(self) -> Labels:
         """int64 [K]: rows of each class in the training split, where they have labels."""
         return class_counts(self.transfer_set.splits["train"].labels, self.cache.classes)

@@ -106,7 +106,7 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
     record = {
         "arch": first.arch, "epochs": first.epochs, "cache": list(first.cache),
         "fingerprint": shared.cache.manifest.fingerprint,
-        "teacher": student_stage.figures_of_teacher(shared), "methods": rows,
+        "teacher": shared.figures, "methods": rows,
         "versions": versions(), "machine": machine(shared.device),
         "rounds": _ROUNDS, "time_steps": settings.time_steps,
     }  # fmt: skip

@@ -17,6 +17,11 @@ _SHOWN = 10
 Row = dict[str, Any]
 
 
+def figure_of(settings: StudentSettings) -> str:
+    """By which figure of the validation split trials are compared."""
+    return "accuracy" if settings.select == "last" else settings.select
+
+
 def rows_of(holders: dict[int, FrozenTrial], space: Sequence[Searched]) -> list[Row]:
     """A record of each trial. state: complete, pruned, failed (with why) or running; value: of validation."""
     return [_row(slot, trial, space) for slot, trial in holders.items()]
@@ -70,7 +75,7 @@ def write_report(
     folder: Path, rows: list[Row], first: StudentSettings, space: Sequence[Searched], begun: dict[str, Any]
 ) -> dict[str, Any]:
     """tune.json and the picture; the record. (The storage's URL, which may hold a password, is in neither.)"""
-    figure = "accuracy" if first.select == "last" else first.select
+    figure = figure_of(first)
     best = best_of(rows, figure)
     record: dict[str, Any] = {
         "settings": begun, "figure": f"val {figure}", "best": None, "trials": rows,

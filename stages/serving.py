@@ -20,7 +20,7 @@ from pipeline.statistic import derived, source_of, statistic
 from pipeline.teachers import Gaps
 
 from .command_line import remake
-from .settings import StudentSettings
+from .settings import StudentSettings, TeacherSettings
 
 # Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
 # 2 x 2) by more, another layer by half or all.
@@ -114,7 +114,7 @@ def check_labels(
             counts_for(loss, torch.from_numpy(class_counts(visible(settings, labels), len(classes))), classes)
 
 
-def check_select(settings: StudentSettings, transfer_set: TransferSet) -> None:
+def check_select(settings: TeacherSettings | StudentSettings, transfer_set: TransferSet) -> None:
     if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
         raise WrongCommand(
             f"--select {settings.select} needs labels to validate on, and these pictures have none: leave it out"

@@ -14,7 +14,7 @@ from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
 from pipeline.losses import Loss
 from pipeline.losses.hard import Hard
-from pipeline.metrics import evaluate, mean_and_spread
+from pipeline.metrics import mean_and_spread
 from pipeline.models import multiply_adds, parameters
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
@@ -27,7 +27,7 @@ from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfi
 from .serving import visible
 from .settings import StudentSettings
 from .table import print_table
-from .taught import figures_of_members, in_words, keep, same_shards
+from .taught import in_words, keep, same_shards
 from .teacher import row_name
 from .training import AfterEpoch, Job, fit
 
@@ -73,10 +73,8 @@ def run(settings: StudentSettings, said: set[str]) -> None:
 
 def say_notes(settings: StudentSettings, material: Material, console: Console) -> None:
     """What to know before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
-    teachers = material.teachers
-    if teachers.combine or teachers.maps:
-        members = figures_of_members(teachers, material.said, material.transfer_set)
-        for line in in_words(teachers, members, figures_of_teacher(material)):
+    if not material.teachers.as_cached:
+        for line in in_words(material.teachers, material.figures_of_members, material.figures):
             console.say(line)
     if settings.missing:
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
@@ -241,20 +239,11 @@ def job_of(
     )  # fmt: skip
 
 
-def figures_of_teacher(material: Material) -> dict[str, Any]:
-    """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
-    labels = {split: rows.labels for split, rows in material.transfer_set.splits.items()}
-    figures = {s: evaluate(z.numpy(), labels[s], counts=material.counts) for s, z in material.teacher.items()}
-    return {"arch": " + ".join(cache.teacher for cache in material.teachers.members), **figures}
-
-
 def _whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:
     """result.json: means over the seeds, their standard deviations, and the single results."""
     manifests = [cache.manifest for cache in material.teachers.members]
     manifest = manifests[0]
-    members = {}
-    if material.teachers.combine or material.teachers.maps:
-        members["members"] = figures_of_members(material.teachers, material.said, material.transfer_set)
+    members = {} if material.teachers.as_cached else {"members": material.figures_of_members}
     mean, spread = mean_and_spread(results)
     for name in mean:
         mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}
@@ -269,7 +258,7 @@ def _whole(settings: StudentSettings, material: Material, results: list[dict[str
             "bytes": sum(m.bytes for m in manifests),
             "seconds": sum(m.seconds for m in manifests),
         },
-        "teacher": figures_of_teacher(material),
+        "teacher": material.figures,
         **members,
         **mean,
         "spread": spread,

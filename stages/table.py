@@ -30,7 +30,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     )
     for model in models:
         figures, spread = result[model][split], result["spread"].get(model, {}).get(split, {})
-        cells = [_cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
+        cells = [cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
         seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
         console.say(f"{names[model]:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + f"{seconds:>10.1f}")
     console.say("(seconds: of the teacher, stage one, paid once; of a student, its training)")
@@ -38,9 +38,10 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         console.say(line)
 
 
-def _cell(value: float | None, spread: float | None, seeds: int) -> str:
+def cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:
+    """A figure, with its spread where it is a mean of several seeds."""
     if value is None:
-        return "-"
+        return unknown
     return f"{value:.4f} ± {spread:.4f}" if seeds > 1 and spread is not None else f"{value:.4f}"
 
 

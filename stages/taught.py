@@ -1,5 +1,6 @@
 """What the student's teacher says: one cache or several as one, and the map of its distribution, kept with the run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from pipeline.combine import Combine, fit_combine, parse_combine
 from pipeline.files import publish_json
 from pipeline.identity import describe
 from pipeline.mapping import Mapping, fit_mapping
-from pipeline.metrics import evaluate
 from pipeline.records import Head
 from pipeline.teachers import Gaps, Teachers, check_same, runs_of
 
@@ -99,7 +99,7 @@ def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
 
 def keep(teachers: Teachers, folder: Path) -> None:
     """Publish targets.json, where there is more to say than one cache's logits."""
-    if not (teachers.combine or teachers.maps) or (folder / KEPT).is_file():
+    if teachers.as_cached or (folder / KEPT).is_file():
         return
     combine = teachers.combine.to_json() if teachers.combine else None
     publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
@@ -134,24 +134,12 @@ def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:
     return teachers.maps[0].of_head(head) if head and teachers.maps else head
 
 
-def figures_of_members(teachers: Teachers, said: Said, transfer_set: TransferSet) -> list[dict[str, Any]]:
-    """Of each cache as it is: its arch, and every figure of each held-out split."""
-    counts = class_counts(transfer_set.splits["train"].labels, teachers.members[0].classes)
-    found = []
-    for k, cache in enumerate(teachers.members):
-        each = {split: logits[:, k] if logits.ndim == 3 else logits for split, logits in said.items()}
-        figures = {s: evaluate(z.numpy(), transfer_set.splits[s].labels, counts=counts) for s, z in each.items()}
-        found.append({"arch": cache.teacher, **figures})
-    return found
-
-
 def in_words(teachers: Teachers, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
     """Each member and what becomes of them, by the figures of each held-out split."""
     lines = [f"teacher {m['arch']} as cached: {_figures(m)}" for m in members]
     how = []
     if combine := teachers.combine:
-        shares = zip(combine.weights, combine.temperatures, strict=True)
-        fitted = ", ".join(f"{w:.3f} at T = {t:.3f}" for w, t in shares) if combine.name == "learned" else ""
+        fitted = shares_of(combine.weights, combine.temperatures) if combine.name == "learned" else ""
         how.append(combine.name + (f" ({fitted}, fitted to val)" if fitted else ""))
     for mapping in teachers.maps:
         fitted = "" if mapping.spec.startswith("prior") else ", fitted to val"
@@ -160,6 +148,11 @@ def in_words(teachers: Teachers, members: list[dict[str, Any]], one: dict[str, A
         how.append(f"map {mapping.spec}{fitted}")
     each = " (each)" if len(teachers.maps) > 1 else ""
     return [*lines, f"what students learn from, {'; '.join(dict.fromkeys(how))}{each}: {_figures(one)}"] if how else []
+
+
+def shares_of(weights: Sequence[float], temperatures: Sequence[float]) -> str:
+    """What each teacher weighs in a fitted blend, and its temperature."""
+    return ", ".join(f"{w:.3f} at T = {t:.3f}" for w, t in zip(weights, temperatures, strict=True))
 
 
 def _figures(record: dict[str, Any]) -> str:

@@ -23,9 +23,11 @@ from .command_line import command, free_name
 from .console import Console, progress
 from .held_out import HeldOut
 from .runs import begin_run, device_of, machine, open_run, peak_memory, versions
+from .serving import check_select
 from .settings import CacheSettings, TeacherSettings
 from .training import Job, fit
 
+CUT = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
 FOLDER_SIZE = 224  # of views of a folder whose pictures differ in size
 
 
@@ -48,9 +50,9 @@ def _cache_command(settings: TeacherSettings, folder: Path) -> str:
     usual = f"caches/{row_name(settings.data)}"
     fraction = settings.val_fraction if settings.val_fraction != row_of(settings.data).recipe.val_fraction else 0.0
     asked = CacheSettings(
-        data=settings.data, data_root=settings.data_root, weights=str(folder), seed=settings.seed,
-        val_fraction=fraction, train_size=settings.train_size, imbalance=settings.imbalance,
-        head_size=settings.head_size, out=free_name(usual) if Path(usual).exists() else "",
+        data=settings.data, data_root=settings.data_root, weights=str(folder),
+        out=free_name(usual) if Path(usual).exists() else "",
+        **{name: getattr(settings, name) for name in CUT} | {"val_fraction": fraction},
     )  # fmt: skip
     return command("teacher-cache", asked)
 
@@ -75,13 +77,10 @@ def with_recipe(settings: TeacherSettings) -> TeacherSettings:
 def train(settings: TeacherSettings, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
     """Train a teacher on hard targets with a fresh view each epoch; result.json and teacher.pt go to folder."""
     device = device_of(settings.device)
-    transfer_set = load(
-        settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
-        train_size=settings.train_size, imbalance=settings.imbalance, head_size=settings.head_size,
-        progress=progress,
-    )  # fmt: skip
+    transfer_set = load_cut(settings)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
         raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
+    check_select(settings, transfer_set)
     views = with_size(parse_views(settings.views), transfer_set, console)
     preparation = preparation_of(settings.normalize, transfer_set, views)
     torch.manual_seed(settings.seed)
@@ -124,6 +123,12 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         }
         publish_json(folder / "result.json", result)
         return result
+
+
+def load_cut(settings: TeacherSettings | CacheSettings) -> TransferSet:
+    """The data, cut as the settings say."""
+    cut = {name: getattr(settings, name) for name in CUT}
+    return load(settings.data, Path(settings.data_root), **cut, progress=progress)
 
 
 def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:

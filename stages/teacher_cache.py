@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from data.errors import Interrupted, OtherCache, Refused, unknown
-from data.transfer_set import TransferSet, load, row_of
+from data.transfer_set import TransferSet, row_of
 from data.views import ViewPolicy, parse_views
 from pipeline.cache import Cache
 from pipeline.codec import CODECS
@@ -34,7 +34,7 @@ from .asking import Ask
 from .asking_again import again
 from .card import write_card
 from .command_line import command, free_name
-from .console import Console, LongWork, bar, duration, progress
+from .console import Console, LongWork, bar, duration
 from .runs import device_of, versions
 from .settings import CacheSettings, StudentSettings
 from .which_teacher import teacher_of
@@ -50,11 +50,7 @@ def run(settings: CacheSettings) -> None:
 def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Manifest]:
     """Data, views, teacher; then shard after shard; then the manifest. The settings come back with the recipe in."""
     settings, views, taps = _checked(settings)
-    transfer_set = load(
-        settings.data, Path(settings.data_root), val_fraction=settings.val_fraction, seed=settings.seed,
-        train_size=settings.train_size, imbalance=settings.imbalance, head_size=settings.head_size,
-        progress=progress,
-    )  # fmt: skip
+    transfer_set = teacher_stage.load_cut(settings)
     views = teacher_stage.with_size(views, transfer_set, console)
     teacher, arch = teacher_of(settings, transfer_set, views, console)
     teacher = teacher.to(device_of(settings.device)).eval()

@@ -14,13 +14,13 @@ from data.errors import Interrupted, Refused, WrongCommand
 from pipeline.files import make_folder
 
 from . import student as student_stage
-from .checkpoint import LINES
+from .checkpoint import LINES, lines_of
 from .console import Console
 from .material import Material
 from .recipes import fill_in
 from .runs import free_run, milestones_of
 from .search_folder import DATABASE, alone, begin, compare, look_at, tidy, unfinished
-from .search_report import line_of, rows_of, say_rows, write_report
+from .search_report import figure_of, line_of, rows_of, say_rows, write_report
 from .search_space import Searched, Value, parse_space, with_values
 from .settings import SearchSettings, StudentSettings
 from .shared_study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, follow, opened, optuna
@@ -88,11 +88,6 @@ def _fewest_epochs(first: StudentSettings, space: tuple[Searched, ...]) -> int:
     return min([int(v) for one in space if one.name == "epochs" for v in one.ends()] or [first.epochs])
 
 
-def figure_of(settings: StudentSettings) -> str:
-    """By which figure of the validation split trials are compared."""
-    return "accuracy" if settings.select == "last" else settings.select
-
-
 @dataclass(frozen=True)
 class Search:
     """Trials of a study, one after the other, in this process. first: the settings of all but for what is searched."""
@@ -145,13 +140,16 @@ class Search:
         folder = self.shared.folder / f"trial-{slot:04d}"
         own = replace(with_values(self.first, self.shared.space, values), out=str(folder))
         name = student_stage.first_training(own)
-        path = folder / LINES if name == "student" else folder / name / LINES
+        where = folder if name == "student" else folder / name
+
+        def lines_so_far() -> list[dict[str, Any]]:
+            return lines_of(where) if (where / LINES).is_file() else []
 
         def told(_: dict[str, Any] | None = None) -> None:
-            follow(trial, _lines(path), self.figure, own.epochs, self.prune)
+            follow(trial, lines_so_far(), self.figure, own.epochs, self.prune)
 
         def seconds() -> dict[str, Any]:
-            return {"seconds": sum(line["seconds"] for line in _lines(path))}
+            return {"seconds": sum(line["seconds"] for line in lines_so_far())}
 
         try:
             told()  # of an earlier process, which may have been killed before it did
@@ -165,16 +163,6 @@ class Search:
                 raise
             return TrialState.PRUNED, None, seconds() | {"failed": str(error).splitlines()[0][:500]}
         return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of the epochs that are done. (The file is whole or absent.)"""
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError:
-        raise Refused(f"'{path}' is damaged: it is not a record of epochs") from None
 
 
 def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:

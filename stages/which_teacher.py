@@ -104,7 +104,7 @@ def _note_another_cut(path: Path, settings: CacheSettings, console: Console) -> 
     if not (path / "settings.json").is_file():
         return
     kept = read_json(path / "settings.json")
-    cut = [name for name in ("val_fraction", "seed", "train_size", "imbalance", "head_size") if name in kept]
+    cut = [name for name in teacher_stage.CUT if name in kept]
     differ = [f"{n} {kept[n]} there, {here} here" for n in cut if kept[n] != (here := getattr(settings, n))]
     if "val_fraction" in cut and kept.get("data") == settings.data and differ:
         console.say(
@@ -118,15 +118,14 @@ def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:
     folder = Path(f"{settings.out}-teacher")
     asked = teacher_stage.with_recipe(
         TeacherSettings(
-            data=settings.data, data_root=settings.data_root, arch=settings.teacher, seed=settings.seed,
-            normalize=settings.normalize or "data", val_fraction=settings.val_fraction,
-            train_size=settings.train_size, imbalance=settings.imbalance, head_size=settings.head_size,
-            device=settings.device, workers=settings.workers, out=str(folder),
+            data=settings.data, data_root=settings.data_root, arch=settings.teacher,
+            normalize=settings.normalize or "data", device=settings.device, workers=settings.workers, out=str(folder),
+            **{name: getattr(settings, name) for name in teacher_stage.CUT},
         )
     )  # fmt: skip
     if (folder / "settings.json").is_file():
         kept = read_json(folder / "settings.json")
-        same = ("data", "arch", "seed", "normalize", "val_fraction", "train_size", "imbalance", "head_size")
+        same = ("data", "arch", "normalize", *teacher_stage.CUT)
         differ = [f"{k} {kept.get(k)} there, {v} asked" for k in same if kept.get(k) != (v := getattr(asked, k))]
         if differ:
             raise Refused(
