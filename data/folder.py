@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import Refused, WrongCommand
 from .pictures import centre, cut, stacked
-from .views import Box
+from .views import Box, with_border
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 GREY = {"1", "L"}
@@ -46,6 +46,12 @@ class FolderPictures:
     def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
         """As Pictures.plain."""
         return stacked([centre(self._decode(i), size or self.native, resize) for i in index])
+
+    def padded(
+        self, index: NDArray[np.int64], size: int, resize: int, pad: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """As Pictures.padded."""
+        return with_border(self.plain(index, size, resize).numpy(), pad), np.arange(len(index))
 
     def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
         """As Pictures.boxed."""

@@ -33,6 +33,12 @@ class Pictures(Protocol):
     def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
         """uint8 [B, C, size, size]: as stored, or the shorter side made `resize` and the centre cut out."""
 
+    def padded(
+        self, index: NDArray[np.int64], size: int, resize: int, pad: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """uint8 [N, C, S + 2 pad, S + 2 pad], and which rows [B] of it are the plain pictures index [B] with zeros
+        around them."""
+
     def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
         """uint8 [B, C, size, size]: box(row, width, height) cut out of picture row and resized."""
 
@@ -140,10 +146,10 @@ def _render_one(
 ) -> torch.Tensor:
     if policy.resized_crop:
         views = pictures.boxed(index, policy.size, _boxes(policy, seed, index, draw))
+    elif policy.crop and policy.pad:
+        views = _crop(pictures, policy, seed, index, draw)
     else:
         views = pictures.plain(index, policy.size, policy.resize)
-    if policy.crop and policy.pad:
-        views = _crop(views, policy.pad, seed, index, draw)
     if policy.flip:
         pixels = views.numpy()  # a copy of our own already, as every branch above makes one
         turned = counter.integers((seed, draw, _FLIP), index, 2) == 1
@@ -151,14 +157,22 @@ def _render_one(
     return views
 
 
-def _crop(views: torch.Tensor, pad: int, seed: int, index: NDArray[np.int64], draw: int) -> torch.Tensor:
-    B, C, H, W = views.shape
-    padded = np.zeros((B, C, H + 2 * pad, W + 2 * pad), np.uint8)
-    padded[:, :, pad : pad + H, pad : pad + W] = views.numpy()
+def _crop(pictures: Pictures, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int) -> torch.Tensor:
+    pad = policy.pad
+    padded, rows = pictures.padded(index, policy.size, policy.resize, pad)
     top = counter.integers((seed, draw, _TOP), index, 2 * pad + 1)
     left = counter.integers((seed, draw, _LEFT), index, 2 * pad + 1)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (H, W), (2, 3))  # [B, C, 2p+1, 2p+1, H, W]
-    return torch.from_numpy(windows[np.arange(B), :, top, left])
+    size = padded.shape[-1] - 2 * pad
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (2, 3))  # [N, C, 2p+1, 2p+1, S, S]
+    return torch.from_numpy(windows[rows, :, top, left])
+
+
+def with_border(views: NDArray[np.uint8], pad: int) -> NDArray[np.uint8]:
+    """uint8 [B, C, S + 2 pad, S + 2 pad]: views [B, C, S, S] with zeros around them."""
+    B, C, H, W = views.shape
+    padded = np.zeros((B, C, H + 2 * pad, W + 2 * pad), np.uint8)
+    padded[:, :, pad : pad + H, pad : pad + W] = views
+    return padded
 
 
 def _boxes(policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: int) -> Callable[[int, int, int], Box]:
