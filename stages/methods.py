@@ -19,11 +19,11 @@ from pipeline.taps import tapped
 from . import student as student_stage
 from .checkpoint import State
 from .console import Console, bar
+from .job import Job, loss_modules, step
 from .material import Material
 from .recipes import fill_in
 from .runs import free_run, machine, versions
 from .settings import MethodsSettings, StudentSettings
-from .training import Job, loss_modules, step
 
 _ROUNDS = 7
 

@@ -13,9 +13,9 @@ from data.spec import number, parse
 from pipeline.losses import Loss, parse_losses
 from pipeline.losses.loss import Ramp
 
+from .job import names
 from .options import flag
 from .settings import StudentSettings
-from .training import names
 
 Value = bool | int | float | str
 

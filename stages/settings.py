@@ -82,6 +82,7 @@ class Training:
     clip_norm: float = knob(0.0, "Clip the gradient's norm to this; 0 does not.", least=0)
     ema: float = knob(0.0, "Decay of a moving average of the weights, then the result; 0: off.", least=0, most=0.99999)
     select: str = knob("last", "Keep the last epoch's weights, or those best on validation by this.", choices=SELECT)
+    compile: bool = knob(False, "Compile the network with torch.compile: seconds once, then faster steps.")
     sampler: str = knob("", "Show each class equally often, or by the root of its rows.", choices=("balanced", "sqrt"))
     seed: int = knob(0, "Of initial weights and order.", least=0, most=2**31)
     keep_every: int = knob(0, "Keep the weights of every so many epochs as well: teachers stopped early.", least=0)

@@ -21,6 +21,7 @@ from pipeline.models.weights import load_state, read_state
 
 from .command_line import command, this_program
 from .console import Console
+from .job import AfterEpoch, Job
 from .material import Material
 from .recipes import fill_in
 from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfinished, versions
@@ -29,7 +30,7 @@ from .settings import StudentSettings
 from .table import print_table
 from .taught import in_words, keep, same_shards
 from .teacher import row_name
-from .training import AfterEpoch, Job, fit
+from .training import fit
 
 _NOT_ALONE = {
     "soft_f1": "soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1",

@@ -22,10 +22,11 @@ from pipeline.stream import Stream
 from .command_line import command, free_name
 from .console import Console, progress
 from .held_out import HeldOut
+from .job import Job
 from .runs import begin_run, device_of, machine, open_run, peak_memory, versions
 from .serving import check_select
 from .settings import CacheSettings, TeacherSettings
-from .training import Job, fit
+from .training import fit
 
 CUT = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
 FOLDER_SIZE = 224  # of views of a folder whose pictures differ in size

@@ -1,8 +1,13 @@
-"""The one training loop: a teacher, a baseline and a student differ in their stream and losses alone."""
+"""The one training loop: a teacher, a baseline and a student differ in their stream and losses alone.
+
+Several students may train from one stream: each batch is read, decoded and rendered once, and each student takes its
+step on it, as it would alone, to the bit.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +15,39 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import Interrupted, Refused, WrongCommand
+from data.errors import Interrupted, Refused
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
-from pipeline.losses.loss import fixed, student_taps, teacher_taps
-from pipeline.losses.several import Term, by_one
+from pipeline.losses.loss import student_taps
 from pipeline.metrics import summary
-from pipeline.models import head_of
-from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
-from pipeline.records import Head, Known, Outputs, TargetBatch
-from pipeline.statistic import derived
-from pipeline.stream import Stream
+from pipeline.records import TargetBatch
 from pipeline.taps import tapped
 
 from .checkpoint import CHECKPOINT, LINES, Finished, State, finished, publish_tensors
 from .command_line import this_program
 from .console import Console, LongWork, bar
-from .held_out import HeldOut, autocast
-from .runs import milestones_of
-from .settings import StudentSettings, TeacherSettings
+from .held_out import HeldOut
+from .job import Features, Job, loss_modules, names, step
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
 # 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
 _WORTH_THREADS = 10_000_000
-Features = dict[str, torch.Tensor]
-AfterEpoch = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
-    known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise;
-    term: how a loss is led by the teacher."""
+@dataclass
+class _Course:
+    """A training under way. first: the epoch that it begins with; kept: outputs of the tapped layers; threads: of the
+    CPU; losses, sums, seconds: of this epoch, its terms, their sums over the steps, and what its own steps took."""
 
-    name: str
-    model: Prepared
-    losses: tuple[Loss, ...]
-    stream: Stream
-    epochs: int
-    steps: int
-    settings: TeacherSettings | StudentSettings
-    device: torch.device
-    folder: Path
-    multiply_adds: int
-    advice: str = ""
-    known: Known = Known()  # noqa: RUF009 (frozen)
-    after_epoch: AfterEpoch | None = None
-    term: Term = by_one
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
-        total = self.epochs * self.steps
-        warm = int(self.settings.warmup * total)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        progress = (step - warm) / max(total - warm, 1)
-        if self.settings.schedule == "cosine":
-            return 0.5 * (1 + float(np.cos(np.pi * progress)))
-        if self.settings.schedule == "step":
-            return float(0.1 ** sum(progress >= share for share in milestones_of(self.settings)))
-        return 1.0
+    job: Job
+    state: State
+    first: int
+    kept: Features
+    threads: int
+    losses: list[Loss] = field(default_factory=list)
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    seconds: float = 0.0
 
 
 def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
@@ -80,7 +57,34 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
     Raises Refused when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
     """
-    select = job.settings.select
+    try:
+        return fit_together([job], held_out, console)[0]
+    except KeyboardInterrupt:
+        stage = "teacher" if job.name == "teacher" else "student"
+        go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
+        raise Interrupted(f"stopped; go on with  {go_on}") from None
+
+
+def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished]:
+    """As fit, of several trainings with as many epochs and steps, from the stream of the first one.
+
+    Each ends with the weights that it would have alone. Raises KeyboardInterrupt on Ctrl-C.
+    """
+    threads = torch.get_num_threads()
+    with ExitStack() as opened:
+        courses = [course for job in jobs if (course := _begin(job, opened))]
+        try:
+            if courses:
+                _epochs(courses, held_out, console)
+        finally:
+            torch.set_num_threads(threads)
+    for course in courses:
+        _end(course)
+    return [finished(job.folder, job.settings.select) for job in jobs]
+
+
+def _begin(job: Job, opened: ExitStack) -> _Course | None:
+    """The training from where it is; None where it is over, with its weights in the model."""
     make_folder(job.folder)
     weights = job.folder / f"{job.name}.pt"
     remove_leftovers(
@@ -89,54 +93,89 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
     if weights.is_file():
         load_state(job.model.network, read_state(weights), str(weights))
         (job.folder / CHECKPOINT).unlink(missing_ok=True)  # stopped between the two
-        return finished(job.folder, select)
+        return None
     taps = student_taps(job.losses)
-    state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
-    first = state.restore(job.folder, job.device)
-    threads = torch.get_num_threads()
-    if job.multiply_adds * job.stream.batch_size < _WORTH_THREADS:
-        torch.set_num_threads(1)
-    try:
-        _epochs(job, state, first, taps, held_out, console)
-    except KeyboardInterrupt:
-        stage = "teacher" if job.name == "teacher" else "student"
-        go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
-        raise Interrupted(f"stopped; go on with  {go_on}") from None
-    finally:
-        torch.set_num_threads(threads)
+    with job.chance:
+        state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
+        first = state.restore(job.folder, job.device)
+    small = job.multiply_adds * job.stream.batch_size < _WORTH_THREADS
+    threads = 1 if small else torch.get_num_threads()
+    kept = opened.enter_context(tapped(job.model.network, taps))
+    return _Course(job, state, first, kept, threads)
+
+
+def _end(course: _Course) -> None:
+    """Publish the weights that are kept."""
+    job, state = course.job, course.state
     job.model.load_state_dict(state.best or state.result.state_dict())
-    _publish_weights(weights, job.model)
+    _publish_weights(job.folder / f"{job.name}.pt", job.model)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
-    return finished(job.folder, select)
 
 
-def _epochs(job: Job, state: State, first: int, taps: tuple[str, ...], held_out: HeldOut, console: Console) -> None:
-    """The epochs from first on, each measured on the held-out split and kept."""
+def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> None:
+    """The epochs from the first that is left, each measured on the held-out split and kept."""
+    job, first = courses[0].job, min(course.first for course in courses)
     total = job.epochs * job.steps
-    long_work = LongWork(console, f"Training the {job.name}", total, job.advice)
-    with bar(total, job.name, "step") as shown, tapped(job.model.network, taps) as kept:
+    what = f"the {job.name}" if len(courses) == 1 else f"{len(courses)} of {job.name} together"
+    long_work = LongWork(console, f"Training {what}", total, job.advice)
+    with bar(total, job.name, "step") as shown:
         shown.update(first * job.steps)
-
-        def done(steps: int) -> None:
-            shown.update()
-            long_work.at(steps)
-
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
-            begun = time.monotonic()
-            terms = _epoch(job, state, epoch, batches, kept, done)
-            logits = held_out.logits(state.result)
-            if not np.isfinite(logits).all():  # the last step can be the one too many
-                raise _diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
-            seen = summary(logits, held_out.labels)
-            line = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
-            shown.set_postfix({name: f"{value:.4g}" for name, value in line.items() if name != "epoch"}, refresh=False)
-            if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
-                _publish_weights(job.folder / _kept(job, epoch), state.result)
-            line |= {"seconds": round(time.monotonic() - begun, 4)}
-            state.keep(job.folder, line, job.settings.select)
-            if job.after_epoch:
-                job.after_epoch(line)
+            begun = time.perf_counter()
+            under_way = [course for course in courses if course.first <= epoch]
+            for course in under_way:
+                _begin_epoch(course, epoch)
+            for number in range(epoch * job.steps, (epoch + 1) * job.steps):
+                _step_of_each(under_way, next(batches).to(job.device))
+                shown.update()
+                long_work.at(number + 1)
+            own = sum(course.seconds for course in under_way)
+            shared = (time.perf_counter() - begun - own) / len(under_way)
+            for course in under_way:
+                line = _end_epoch(course, epoch, held_out, shared)
+                shown.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k != "epoch"}, refresh=False)
+
+
+def _begin_epoch(course: _Course, epoch: int) -> None:
+    job = course.job
+    course.losses = [at(loss, epoch, job.epochs) for loss in job.losses]
+    course.sums, course.seconds = torch.zeros(len(job.losses), device=job.device), 0.0
+    job.model.train()
+
+
+def _step_of_each(courses: Sequence[_Course], batch: TargetBatch) -> None:
+    """Of each the step that it would take alone: with its own threads and what is random in it."""
+    for course in courses:
+        if course.threads != torch.get_num_threads():
+            torch.set_num_threads(course.threads)
+        begun = time.perf_counter()
+        with course.job.chance:
+            course.sums += step(course.job, course.state, batch, course.losses, course.kept)
+        course.seconds += time.perf_counter() - begun
+
+
+def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) -> dict[str, Any]:
+    """Measure and keep an epoch; its line. shared: seconds of it that were the stream's."""
+    job, state, begun = course.job, course.state, time.perf_counter()
+    means = dict(zip(names(job.losses), (course.sums / job.steps).tolist(), strict=True))  # the one synchronisation
+    for name, mean in means.items():
+        if not np.isfinite(mean):
+            raise _diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
+    logits = held_out.logits(state.result)
+    if not np.isfinite(logits).all():  # the last step can be the one too many
+        raise _diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
+    seen = summary(logits, held_out.labels)
+    terms = {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
+    line = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
+    if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
+        _publish_weights(job.folder / _kept(job, epoch), state.result)
+    line |= {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
+    with job.chance:
+        state.keep(job.folder, line, job.settings.select)
+    if job.after_epoch:
+        job.after_epoch(line)
+    return line
 
 
 def _kept(job: Job, epoch: int) -> str:
@@ -150,87 +189,8 @@ def _publish_weights(path: Path, model: nn.Module) -> None:
     publish_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
 
 
-def _epoch(
-    job: Job, state: State, epoch: int, batches: Iterator[TargetBatch], kept: Features, done: Callable[[int], None]
-) -> dict[str, float]:
-    """One epoch of steps; the mean of each weighted term and of their sum."""
-    losses = [at(loss, epoch, job.epochs) for loss in job.losses]
-    sums = torch.zeros(len(losses), device=job.device)
-    job.model.train()
-    for number in range(epoch * job.steps, (epoch + 1) * job.steps):
-        sums += step(job, state, next(batches).to(job.device), losses, kept)
-        done(number + 1)
-    means = dict(zip(names(losses), (sums / job.steps).tolist(), strict=True))  # the one synchronisation of an epoch
-    for name, mean in means.items():
-        if not np.isfinite(mean):
-            raise _diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
-    return {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
-
-
 def _diverged(job: Job, how: str) -> Refused:
     return Refused(
         f"training the {job.name} diverged: {how}."
         f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
     )
-
-
-def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
-    """One step of the optimiser; the weighted terms, detached."""
-    with autocast(job.device, job.settings.precision):
-        logits = job.model(batch.views)
-    outputs = Outputs(
-        logits, {tap: features.float() for tap, features in kept.items()}, _own_head(job, logits.shape[1])
-    )
-    batch = _with_taps(job, batch)
-    terms = torch.stack(
-        [
-            fixed(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
-            for name, loss in zip(names(losses), losses, strict=True)
-        ]
-    )
-    state.optimizer.zero_grad(set_to_none=True)
-    terms.sum().backward()  # type: ignore[no-untyped-call]
-    if job.settings.clip_norm:
-        nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
-    state.optimizer.step()
-    state.schedule.step()
-    if state.average is not None:
-        state.average.update_parameters(job.model)
-    return terms.detach()
-
-
-def _own_head(job: Job, classes: int) -> Head | None:
-    """The student's own last layer, live, where a loss asks for it."""
-    if not any(loss.needs_head for loss in job.losses):
-        return None
-    layer = head_of(job.model.network, classes)
-    if layer is None:
-        return None
-    return Head(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
-
-
-def _with_taps(job: Job, batch: TargetBatch) -> TargetBatch:
-    """The batch with the teacher's features that the losses ask for, float32, made from what is cached."""
-    asked = teacher_taps(job.losses)
-    return replace(batch, features=derived(batch.features, asked)) if asked else batch
-
-
-def names(losses: Sequence[Loss]) -> list[str]:
-    """A name for each term: `kd`, and `hint-0`, `hint-1` where there are several of a kind."""
-    kinds = [loss.name for loss in losses]
-    return [kind if kinds.count(kind) == 1 else f"{kind}-{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
-
-
-def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The losses' own trainable parts, made from the shapes of one batch."""
-    batch = next(job.stream.batches(0, 1)).rows(0, 2).to(job.device)
-    job.model.eval()
-    with torch.no_grad(), tapped(job.model.network, taps) as kept:
-        logits = job.model(batch.views)
-        outputs = Outputs(logits, dict(kept), _own_head(job, logits.shape[1]))
-    if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[1]:
-        raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
-    batch = _with_taps(job, batch)
-    named = zip(names(job.losses), job.losses, strict=True)
-    made = {name: loss.module(outputs, batch, job.known) for name, loss in named}
-    return {name: module.to(job.device) for name, module in made.items() if module is not None}

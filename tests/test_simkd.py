@@ -147,7 +147,19 @@ def test_evaluate_gives_the_figures_again(home: Path, stages: Stages) -> None:
 
 def test_the_run_is_a_teacher_of_the_next_generation(home: Path, stages: Stages) -> None:
     accuracy = json.loads(Path("r/result.json").read_text())["student"]["test"]["accuracy"]
-    made = stages("teacher-cache", "--train-size", 200, "--weights", "r", "--taps", "projector", "--out", "next")
+    made = stages(
+        "teacher-cache",
+        "--train-size",
+        200,
+        "--weights",
+        "r",
+        "--taps",
+        "projector",
+        "--codec",
+        "float32",
+        "--out",
+        "next",
+    )
     assert made["teacher"]["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     cache = Cache(Path("next"))
     assert cache.teacher == f"simkd(resnet8;layer3;{WIDTH})"

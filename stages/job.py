@@ -1,0 +1,137 @@
+"""One training as a record, and its one step: views in, terms of the loss, gradients, new weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.errors import WrongCommand
+from pipeline.losses import Loss
+from pipeline.losses.loss import fixed, teacher_taps
+from pipeline.losses.several import Term, by_one
+from pipeline.models import head_of
+from pipeline.models.prepared import Prepared
+from pipeline.records import Head, Known, Outputs, TargetBatch
+from pipeline.statistic import derived
+from pipeline.stream import Stream
+from pipeline.taps import tapped
+
+from .checkpoint import Chance, State
+from .held_out import autocast
+from .runs import milestones_of
+from .settings import StudentSettings, TeacherSettings
+
+Features = dict[str, torch.Tensor]
+AfterEpoch = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
+    known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise;
+    term: how a loss is led by the teacher; chance: of what is random in it, from here on."""
+
+    name: str
+    model: Prepared
+    losses: tuple[Loss, ...]
+    stream: Stream
+    epochs: int
+    steps: int
+    settings: TeacherSettings | StudentSettings
+    device: torch.device
+    folder: Path
+    multiply_adds: int
+    advice: str = ""
+    known: Known = Known()  # noqa: RUF009 (frozen)
+    after_epoch: AfterEpoch | None = None
+    term: Term = by_one
+    chance: Chance = field(default_factory=Chance)
+
+    @cached_property
+    def forward(self) -> nn.Module:
+        """The model as it is run in training. Batches have two sizes at most, each compiled for itself."""
+        if not self.settings.compile:
+            return self.model
+        compiled: nn.Module = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
+        return compiled
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
+        total = self.epochs * self.steps
+        warm = int(self.settings.warmup * total)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        progress = (step - warm) / max(total - warm, 1)
+        if self.settings.schedule == "cosine":
+            return 0.5 * (1 + float(np.cos(np.pi * progress)))
+        if self.settings.schedule == "step":
+            return float(0.1 ** sum(progress >= share for share in milestones_of(self.settings)))
+        return 1.0
+
+
+def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
+    """One step of the optimiser; the weighted terms, detached."""
+    with autocast(job.device, job.settings.precision):
+        logits = job.forward(batch.views)
+    outputs = Outputs(
+        logits, {tap: features.float() for tap, features in kept.items()}, _own_head(job, logits.shape[1])
+    )
+    batch = _with_taps(job, batch)
+    terms = torch.stack(
+        [
+            fixed(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
+            for name, loss in zip(names(losses), losses, strict=True)
+        ]
+    )
+    for weight in state.weights:
+        weight.grad = None
+    terms.sum().backward()  # type: ignore[no-untyped-call]
+    if job.settings.clip_norm:
+        nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
+    state.optimizer.step()
+    state.schedule.step()
+    if state.average is not None:
+        state.average.update_parameters(job.model)
+    return terms.detach()
+
+
+def _own_head(job: Job, classes: int) -> Head | None:
+    """The student's own last layer, live, where a loss asks for it."""
+    if not any(loss.needs_head for loss in job.losses):
+        return None
+    layer = head_of(job.model.network, classes)
+    if layer is None:
+        return None
+    return Head(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
+
+
+def _with_taps(job: Job, batch: TargetBatch) -> TargetBatch:
+    """The batch with the teacher's features that the losses ask for, float32, made from what is cached."""
+    asked = teacher_taps(job.losses)
+    return replace(batch, features=derived(batch.features, asked)) if asked else batch
+
+
+def names(losses: Sequence[Loss]) -> list[str]:
+    """A name for each term: `kd`, and `hint-0`, `hint-1` where there are several of a kind."""
+    kinds = [loss.name for loss in losses]
+    return [kind if kinds.count(kind) == 1 else f"{kind}-{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
+
+
+def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The losses' own trainable parts, made from the shapes of one batch."""
+    batch = next(job.stream.batches(0, 1)).rows(0, 2).to(job.device)
+    job.model.eval()
+    with torch.no_grad(), tapped(job.model.network, taps) as kept:
+        logits = job.model(batch.views)
+        outputs = Outputs(logits, dict(kept), _own_head(job, logits.shape[1]))
+    if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[1]:
+        raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
+    batch = _with_taps(job, batch)
+    named = zip(names(job.losses), job.losses, strict=True)
+    made = {name: loss.module(outputs, batch, job.known) for name, loss in named}
+    return {name: module.to(job.device) for name, module in made.items() if module is not None}
