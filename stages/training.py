@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import Interrupted, Refused
+from data.errors import Diverged, Interrupted
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import student_taps
@@ -48,6 +48,7 @@ class _Course:
     losses: list[Loss] = field(default_factory=list)
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
+    failed: Diverged | None = None
 
 
 def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
@@ -55,20 +56,24 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
-    Raises Refused when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
+    Raises Diverged when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
     """
     try:
-        return fit_together([job], held_out, console)[0]
+        (done,) = fit_together([job], held_out, console)
     except KeyboardInterrupt:
         stage = "teacher" if job.name == "teacher" else "student"
         go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
         raise Interrupted(f"stopped; go on with  {go_on}") from None
+    if isinstance(done, Diverged):
+        raise done
+    return done
 
 
-def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished]:
+def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Diverged]:
     """As fit, of several trainings with as many epochs and steps, from the stream of the first one.
 
-    Each ends with the weights that it would have alone. Raises KeyboardInterrupt on Ctrl-C.
+    Each ends with the weights that it would have alone; one that diverges does not stop the others. Raises
+    KeyboardInterrupt on Ctrl-C.
     """
     threads = torch.get_num_threads()
     with ExitStack() as opened:
@@ -79,8 +84,10 @@ def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> li
         finally:
             torch.set_num_threads(threads)
     for course in courses:
-        _end(course)
-    return [finished(job.folder, job.settings.select) for job in jobs]
+        if not course.failed:
+            _end(course)
+    failed = {id(course.job): course.failed for course in courses if course.failed}
+    return [failed.get(id(job)) or finished(job.folder, job.settings.select) for job in jobs]
 
 
 def _begin(job: Job, opened: ExitStack) -> _Course | None:
@@ -123,7 +130,7 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.perf_counter()
-            under_way = [course for course in courses if course.first <= epoch]
+            under_way = [course for course in courses if course.first <= epoch and not course.failed]
             for course in under_way:
                 _begin_epoch(course, epoch)
             for number in range(epoch * job.steps, (epoch + 1) * job.steps):
@@ -133,8 +140,14 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
             own = sum(course.seconds for course in under_way)
             shared = (time.perf_counter() - begun - own) / len(under_way)
             for course in under_way:
-                line = _end_epoch(course, epoch, held_out, shared)
+                try:
+                    line = _end_epoch(course, epoch, held_out, shared)
+                except Diverged as diverged:
+                    course.failed = diverged
+                    continue
                 shown.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k != "epoch"}, refresh=False)
+            if all(course.failed for course in courses):
+                return
 
 
 def _begin_epoch(course: _Course, epoch: int) -> None:
@@ -189,8 +202,8 @@ def _publish_weights(path: Path, model: nn.Module) -> None:
     publish_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
 
 
-def _diverged(job: Job, how: str) -> Refused:
-    return Refused(
+def _diverged(job: Job, how: str) -> Diverged:
+    return Diverged(
         f"training the {job.name} diverged: {how}."
         f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
     )
