@@ -22,7 +22,7 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 # $(call options,A B …): --a 'value' --b 'value' for those that are set; a switch is set to 1
 empty :=
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID
+SWITCHES := COMPILE VECTORIZE BASELINE RESUME JSON DEEP REPAIR GRID
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')

@@ -23,6 +23,7 @@ from .job import AfterEpoch, Job
 from .material import Material
 from .serving import visible
 from .settings import StudentSettings
+from .stacked import fit_stacked
 from .training import fit, fit_together
 
 Result = dict[str, Any]
@@ -43,42 +44,55 @@ def first_training(settings: StudentSettings) -> str:
 
 
 def train_passes(
-    students: Sequence[Student], console: Console, after_epoch: AfterEpoch | None = None
+    students: Sequence[Student], console: Console, after_epoch: AfterEpoch | None = None, vectorize: bool = False
 ) -> list[Result | Diverged]:
     """Of each student the figures of its `student`, and of its `baseline` when asked for.
 
     Several have as many epochs and read each batch once; where one of several diverges, that is in its place, and one
-    alone raises it. after_epoch: of the training from the cache.
+    alone raises it. after_epoch: of the training from the cache. vectorize: those of one arch as one model.
     """
     settings = students[0].settings
     first = first_training(settings)
-    results = _trained(first, students, [{} for _ in students], console, after_epoch)
+    results = _trained(first, students, [{} for _ in students], console, after_epoch, vectorize)
     if first != "student":
-        results = _trained("student", students, results, console)
+        results = _trained("student", students, results, console, None, vectorize)
         for result in results:
             if not isinstance(result, Diverged):
                 result["student"]["seconds"] += result.pop(first)["seconds"]
     if settings.baseline:
-        results = _trained("baseline", students, results, console)
+        results = _trained("baseline", students, results, console, None, vectorize)
     return results
 
 
 def _trained(
     name: str, students: Sequence[Student], results: Sequence[Result | Diverged], console: Console,
-    after_epoch: AfterEpoch | None = None,
+    after_epoch: AfterEpoch | None, vectorize: bool,
 ) -> list[Result | Diverged]:  # fmt: skip
     """The results with the figures of one more training, of those students that have not diverged."""
     left = [student for student, result in zip(students, results, strict=True) if not isinstance(result, Diverged)]
     jobs = [replace(_job(name, student), after_epoch=after_epoch) for student in left]
     val = students[0].material.held_out["val"]
-    done: list[Finished | Diverged]
-    done = [fit(jobs[0], val, console)] if len(students) == 1 else fit_together(_from_one_stream(jobs), val, console)
-    ended = iter(zip(jobs, left, done, strict=True))
+    done: dict[int, Finished | Diverged]
+    if len(students) == 1:
+        done = {0: fit(jobs[0], val, console)}
+    else:
+        shared = _from_one_stream(jobs)
+        done = {}
+        for places in _by_arch(left) if vectorize else [range(len(left))]:
+            fitted = (fit_stacked if vectorize else fit_together)([shared[i] for i in places], val, console)
+            done |= dict(zip(places, fitted, strict=True))
+    ended = iter(zip(jobs, left, [done[i] for i in range(len(left))], strict=True))
     return [result if isinstance(result, Diverged) else _with(result, name, *next(ended)) for result in results]
 
 
 def _with(result: Result, name: str, job: Job, student: Student, done: Finished | Diverged) -> Result | Diverged:
     return done if isinstance(done, Diverged) else result | {name: _figures(job, student, done)}
+
+
+def _by_arch(students: Sequence[Student]) -> list[list[int]]:
+    """The places of the students of each arch."""
+    archs = [student.settings.arch for student in students]
+    return [[i for i, arch in enumerate(archs) if arch == one] for one in dict.fromkeys(archs)]
 
 
 def _job(name: str, student: Student) -> Job:

@@ -143,6 +143,7 @@ class StudentsSettings(StudentSettings):
 
     arch: tuple[str, ...] = knob((), _ARCHS + " Repeatable: students that read each batch once.")  # type: ignore
     seed: tuple[int, ...] = knob((), "Of initial weights and order; repeatable.", least=0, most=2**31)  # type: ignore
+    vectorize: bool = knob(False, "Those of one arch as one model, where small students leave a processor idle.")
     losses: tuple[str, ...] = knob((), "A whole loss, its terms parted by blanks; repeatable: a student for each.")
 
 

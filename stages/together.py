@@ -30,6 +30,8 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
     asked = _each(settings, said)
     said = (said - {"losses"}) | ({"loss"} if settings.losses else set())
     if len(asked) == 1:
+        if settings.vectorize:
+            raise WrongCommand("--vectorize is for several students: name more than one --seed, or --losses")
         return student_stage.run(next(iter(asked.values())), said)
     console = Console(settings.json)
     if settings.resume or settings.seeds > 1 or settings.missing:
@@ -44,7 +46,7 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
     students = _students(filled, folder)
     student_stage.say_notes(first, students[0].material, console)
     try:
-        results = train(students, console)
+        results = train(students, settings.vectorize, console)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command with --out {quote(str(folder))} goes on") from None
     ended = {name: result for name, result in zip(filled, results, strict=True) if not isinstance(result, Diverged)}
@@ -96,14 +98,14 @@ def _students(filled: dict[str, StudentSettings], folder: Path) -> list[Student]
     return students
 
 
-def train(students: list[Student], console: Console) -> list[dict[str, Any] | Diverged]:
+def train(students: list[Student], vectorize: bool, console: Console) -> list[dict[str, Any] | Diverged]:
     """Train them all; the result.json of each, as if it had been trained alone, or how it diverged."""
     with ExitStack() as held:
         for student in students:
             held.enter_context(begin_run(student.settings, student.folder))
             same_shards(student.material.teachers, student.settings, student.material.taps, student.folder)
             keep(student.material.teachers, student.folder)
-        results = train_passes(students, console)
+        results = train_passes(students, console, vectorize=vectorize)
         for i, (student, result) in enumerate(zip(students, results, strict=True)):
             if not isinstance(result, Diverged):
                 results[i] = whole = student_stage.whole(student.settings, student.material, [result])

@@ -115,7 +115,7 @@ def _end(course: _Course) -> None:
     """Publish the weights that are kept."""
     job, state = course.job, course.state
     job.model.load_state_dict(state.best or state.result.state_dict())
-    _publish_weights(job.folder / f"{job.name}.pt", job.model)
+    publish_weights(job.folder / f"{job.name}.pt", job.model)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -174,15 +174,15 @@ def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) ->
     means = dict(zip(names(job.losses), (course.sums / job.steps).tolist(), strict=True))  # the one synchronisation
     for name, mean in means.items():
         if not np.isfinite(mean):
-            raise _diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
+            raise diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
     logits = held_out.logits(state.result)
     if not np.isfinite(logits).all():  # the last step can be the one too many
-        raise _diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
+        raise diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
     seen = summary(logits, held_out.labels)
     terms = {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
     line = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
     if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
-        _publish_weights(job.folder / _kept(job, epoch), state.result)
+        publish_weights(job.folder / _kept(job, epoch), state.result)
     line |= {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
     with job.chance:
         state.keep(job.folder, line, job.settings.select)
@@ -196,13 +196,13 @@ def _kept(job: Job, epoch: int) -> str:
     return f"{job.name}-{epoch + 1:04d}.pt"
 
 
-def _publish_weights(path: Path, model: nn.Module) -> None:
+def publish_weights(path: Path, model: nn.Module) -> None:
     """The weights of the network alone, as teacher-cache --weights reads them."""
     network = model.get_submodule("network").state_dict()
     publish_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
 
 
-def _diverged(job: Job, how: str) -> Diverged:
+def diverged(job: Job, how: str) -> Diverged:
     return Diverged(
         f"training the {job.name} diverged: {how}."
         f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
