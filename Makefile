@@ -40,7 +40,7 @@ WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
 KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID PRUNE STORAGE STUDY $(INSPECTING) $(DISTILLING) \
+  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY $(INSPECTING) $(DISTILLING) \
   $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
@@ -105,7 +105,7 @@ tune: ## search loss weights and training settings: SEARCH='kd.temperature=1..20
 	$(call ensure,$(RUNS_ON) optuna)
 	$(make-cache)
 	$(QUIET)$(STAGES) tune $(WHERE) $(FROM) $(LOSSES) $(SEARCHED) \
-	  $(call options,TRIALS GRID STORAGE STUDY $(DISTILLING) LABELLED OUT $(TRAINING) $(MACHINE))
+	  $(call options,TRIALS GRID TOGETHER STORAGE STUDY $(DISTILLING) LABELLED OUT $(TRAINING) $(MACHINE))
 
 # A cache is made when there is none; it is compared with what is asked for when something is.
 define make-cache

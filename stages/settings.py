@@ -183,6 +183,7 @@ class SearchSettings(StudentSettings):
     trials: int = knob(20, "So many students, of all processes together.", least=1, most=100_000)
     grid: bool = knob(False, "Every combination of steps and choices, once each, in place of --trials.")
     prune: bool = knob(True, "Stop a trial that is below the median of the others at its epoch.", switch=True)
+    together: int = knob(1, "Train so many trials at once, from one stream.", least=1, most=256)
     storage: str = knob("", "A database, as Optuna's URLs name it, which machines may share; a file in --out.")
     study: str = knob("", "The name of the search in its storage; DATA-ARCH when not given.")
 
