@@ -211,7 +211,7 @@ class Cache:
             column = kept[name] = self.column(split, draw, name)
         for old in list(self._resident)[: -2 * together]:  # all but these draws and the next ones
             self._resident.pop(old, None)
-        return column[positions]
+        return column.take(positions, axis=0)  # 5 us for 2,709 rows of 10 logits; column[positions]: 21
 
     def rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         """Rows of a dataset from disk at positions [n], gathered by runs of neighbours: one read per run."""
