@@ -62,8 +62,9 @@ def _widened(stored: NDArray[np.generic]) -> Floats:
     numbers from which on torch starts threads, see views.render.
     """
     found = np.empty(stored.shape, np.float32)
-    flat, halves = torch.from_numpy(found).view(-1), torch.from_numpy(stored).reshape(-1)
-    for piece, half in zip(flat.split(_PIECE), halves.split(_PIECE), strict=True):
+    own = stored if stored.flags.writeable else stored.copy()  # torch warns of arrays that it could not write to
+    flat, halves = torch.from_numpy(found).view(-1), torch.from_numpy(own).reshape(-1)
+    for piece, half in zip(torch.split(flat, _PIECE), torch.split(halves, _PIECE), strict=True):
         piece.copy_(half)
     return found
 

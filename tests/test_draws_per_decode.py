@@ -262,6 +262,9 @@ def test_what_does_not_divide_is_refused_with_both_numbers_and_the_way_out(twelv
     line = stages.fails(2, *asked, 5)
     assert "--draws-per-decode 5 does not divide the 12 draws that are used: 4 or 6 does, or --draws 10" in line
     assert "does not divide the 2 draws that are used: 2 does" in stages.fails(2, *asked, 4, "--draws", 2)
+    code, out, _ = stages.call(*asked[:-3], "--draws-per-decode", 4, "--epochs", 3, "--out", "three")
+    assert code == 0
+    assert "--epochs 3 is no multiple of --draws-per-decode 4: some pictures are shown in fewer draws" in out
     line = stages.fails(2, *asked, 12)
     assert "--batch-size 32 is not a multiple of --draws-per-decode 12: --batch-size 24 or --batch-size 36" in line
     few = ("--loss", "hard", "--labelled", 13, "--batch-size", 12)
