@@ -58,8 +58,8 @@ def _plain(dtype: str, largest: float) -> Codec:
 def _widened(stored: NDArray[np.generic]) -> Floats:
     """float16 or float32 of any shape as new float32, the same numbers.
 
-    By torch, whose conversion of 2,709 rows of 100 takes 34 us where NumPy's takes 217; in pieces below the 32,768
-    numbers from which on torch starts threads, see views.render.
+    By torch: 2,709 rows of 100 take 59 us, by NumPy 217. In pieces below the 32,768 numbers from which on torch starts
+    threads: see views.render.
     """
     found = np.empty(stored.shape, np.float32)
     own = stored if stored.flags.writeable else stored.copy()  # torch warns of arrays that it could not write to
