@@ -134,8 +134,11 @@ def _beta_shares(alpha: float) -> NDArray[np.int64]:
 
 
 def _mix(one: torch.Tensor, other: torch.Tensor, share: NDArray[np.int64]) -> torch.Tensor:
-    w = share.astype(np.int32)[:, None, None, None]
-    mixed = (one.numpy().astype(np.int32) * w + other.numpy().astype(np.int32) * (256 - w) + 128) >> 8
+    w = share.astype(np.uint16)[:, None, None, None]
+    mixed = np.multiply(one.numpy(), w, dtype=np.uint16)  # 255 * 256 + 128 is the most that any of it can be
+    mixed += np.multiply(other.numpy(), 256 - w, dtype=np.uint16)
+    mixed += 128
+    mixed >>= 8
     return torch.from_numpy(mixed.astype(np.uint8))
 
 

@@ -28,7 +28,7 @@ class Resident:
         if not (isinstance(pictures, MemoryPictures) and can_be_rendered_there(pictures, policy)):
             raise ValueError("only pictures in memory, at their own size, are rendered on a device")
         self.device, self._policy, self._cache, self._taps = device, policy, cache, taps
-        self._images = sent(pictures.images, device)  # uint8 [N, C, H, W]
+        self._images = pictures.images.to(device)  # uint8 [N, C, H, W]; waits, but pins no second copy of the set
         self._filled: set[int] = set()
         if cache is not None:
             self._rows, (logits, features) = len(cache.order("train")), _row(cache, taps)
