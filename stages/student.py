@@ -76,6 +76,9 @@ def say_notes(settings: StudentSettings, material: Material, console: Console) -
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
         how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
         console.say(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
+    if settings.epochs % (k := settings.draws_per_decode):
+        some = "some pictures are shown in fewer draws than others"
+        console.say(f"--epochs {settings.epochs} is no multiple of --draws-per-decode {k}: {some}")
     if len(material.losses) == 1 and (why := _NOT_ALONE.get(material.losses[0].name)):
         console.say(why)
 
