@@ -8,7 +8,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar, cast
 
@@ -51,7 +51,8 @@ class Stream:
     are used, in any order. draws: how many views there are, 0 for a new one each round (no cache).
     cache, taps: where targets come from, unless targets is false: then only its order is used.
     workers: processes that decode a folder; 0 decodes in this one, in a thread. sampler: of SAMPLERS; a round then
-    shows as many rows, some more than once; every row has a label.
+    shows as many rows, some more than once; every row has a label. rank, world: of every batch only the views of
+    this rank's rows are rendered, those of `part`; all else is of the whole batch.
     """
 
     split: Split
@@ -68,6 +69,8 @@ class Stream:
     workers: int = 0
     start_method: str | None = None
     sampler: str = ""
+    rank: int = 0
+    world: int = 1
 
     @property
     def steps_per_round(self) -> int:
@@ -79,8 +82,11 @@ class Stream:
         groups = self._by_processes(start, stop) if self.workers else _ahead(self._here(start, stop))
         try:
             for group, cuts in groups:
+                seen = 0
                 for a, b in pairwise(cuts):
-                    yield group.rows(a, b)
+                    first, stop = part(b - a, self.rank, self.world)
+                    batch = group.rows(a, b)
+                    yield replace(batch, views=group.views[seen : (seen := seen + stop - first)])
         finally:
             groups.close()
 
@@ -93,7 +99,7 @@ class Stream:
 
     def _here(self, start: int, stop: int) -> Iterator[tuple[TargetBatch, list[int]]]:
         for group in self._groups(start, stop):
-            views = render(self.split.pictures, self.views, self.view_seed, group.index, group.draw)
+            views = render(self.split.pictures, self.views, self.view_seed, group.shown, group.draw)
             yield self._join(group, views), group.cuts
 
     def _by_processes(self, start: int, stop: int) -> Generator[tuple[TargetBatch, list[int]], None, None]:
@@ -103,7 +109,7 @@ class Stream:
         def noted() -> Iterator[tuple[Rows, int]]:
             for group in self._groups(start, stop):
                 under_way.append(group)
-                yield group.index, group.draw
+                yield group.shown, group.draw
 
         renderer = _Renderer(self.split.pictures, self.views, self.view_seed)
         for views in _by_workers(renderer, noted(), self.workers, self.start_method):
@@ -159,6 +165,11 @@ class Stream:
         return TargetBatch(torch.from_numpy(index), group.draw, views, labels, logits, features, partner, share)
 
 
+def part(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """Where a rank's rows of a batch begin and end; the parts of two ranks differ by one row at most."""
+    return rows * rank // world, rows * (rank + 1) // world
+
+
 class _Window:
     """Positions [n] of one draw whose targets are read in one go, when the first of them is asked for."""
 
@@ -184,6 +195,15 @@ class _Group:
         self.window, self.draw, self.cuts = window, window.draw, cuts
         self._rows = slice(at, at + cuts[-1])
         self.index = window.index[self._rows]
+
+    @property
+    def shown(self) -> Rows:
+        """The index of the rows whose views this rank renders."""
+        stream = self.window.stream
+        if stream.world == 1:
+            return self.index
+        parts = [part(b - a, stream.rank, stream.world) for a, b in pairwise(self.cuts)]
+        return np.concatenate([self.index[a:][first:stop] for a, (first, stop) in zip(self.cuts, parts, strict=False)])
 
     def targets(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         logits, features = self.window.targets()

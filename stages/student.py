@@ -21,7 +21,9 @@ from pipeline.models.weights import load_state, read_state
 
 from .command_line import command, this_program
 from .console import Console
+from .data_parallel import say_apart
 from .material import Material
+from .ranks import from_first, is_first, joined, wait_for
 from .recipes import fill_in
 from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfinished, versions
 from .serving import visible
@@ -39,8 +41,12 @@ _NOT_ALONE = {
 
 
 def run(settings: StudentSettings, said: set[str]) -> None:
-    """Cache and data, checked against each other; then seed after seed; then the result."""
-    console = Console(settings.json)
+    """Cache and data, checked against each other; then seed after seed; then the result. By all ranks."""
+    with joined(settings.device):
+        _run(settings, said, Console(settings.json))
+
+
+def _run(settings: StudentSettings, said: set[str], console: Console) -> None:
     if not settings.resume:
         settings = with_recipe(fill_in(settings, said))
     settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
@@ -48,7 +54,8 @@ def run(settings: StudentSettings, said: set[str]) -> None:
         for stopped in unfinished(settings, folder):
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
-    material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
+    # an arch that cannot be built is found before a folder is made
+    say_apart(material.network(settings, material.losses), material.device, console)
     material.stream(settings, material.transfer_set.splits["train"].labels, False, False)  # and that no row is left
     say_notes(settings, material, console)
     unread = not any(loss.needs_logits or loss.needs_head for loss in material.losses)
@@ -107,19 +114,25 @@ def train(
 def _seeds(
     settings: StudentSettings, material: Material, folder: Path, console: Console, after_epoch: AfterEpoch | None
 ) -> dict[str, Any]:
-    same_shards(material.teachers, settings, material.taps, folder)
-    keep(material.teachers, folder)
+    from_first(lambda: _note_targets(settings, material, folder))
     seeds = range(settings.seed, settings.seed + settings.seeds)
     results = []
     for seed in seeds:
         own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
         results.append(_one_seed(replace(settings, seed=seed), material, own, console, after_epoch))
-        if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
+        if settings.seeds > 1 and is_first():  # so that each seed's folder is a run: a teacher for the next generation
             remove_leftovers(own, ("result.json",))
             publish_json(own / "result.json", results[-1])
     result = _whole(settings, material, results)
-    publish_json(folder / "result.json", result)
+    if is_first():
+        publish_json(folder / "result.json", result)
     return result
+
+
+def _note_targets(settings: StudentSettings, material: Material, folder: Path) -> None:
+    """Which shards the run is trained from, and what becomes of several caches or through a map."""
+    same_shards(material.teachers, settings, material.taps, folder)
+    keep(material.teachers, folder)
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:
@@ -170,6 +183,7 @@ def _one_seed(
     ) -> Any:
         network = material.network(settings, hard if name == "baseline" else material.losses)
         if start:
+            wait_for(start)
             load_state(network, read_state(start), str(start))
         told = after_epoch if name == first_training(settings) else None
         return _train(name, own, material, network, losses, labels, where, console, told)
@@ -218,7 +232,7 @@ def _train(
         / job.stream.steps_per_round
         / done.seconds,
     }
-    return figures | material.measure(job.model)
+    return figures | from_first(lambda: material.measure(job.model))
 
 
 def job_of(

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from pipeline.taps import tapped
 from .checkpoint import CHECKPOINT, LINES, Finished, State, finished, publish_tensors
 from .command_line import this_program
 from .console import Console, LongWork, bar
+from .data_parallel import Abreast, parted, prepare
 from .held_out import HeldOut, autocast
+from .ranks import agree, from_first, who
 from .runs import milestones_of
 from .settings import StudentSettings, TeacherSettings
 
@@ -78,21 +81,19 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
+    Under torchrun all ranks train it, see data_parallel; rank 0 reads and writes the folder.
     Raises Refused when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
     """
-    select = job.settings.select
-    make_folder(job.folder)
     weights = job.folder / f"{job.name}.pt"
-    remove_leftovers(
-        job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
-    )
-    if weights.is_file():
+    if from_first(lambda: _tidied(job, weights)):
         load_state(job.model.network, read_state(weights), str(weights))
-        (job.folder / CHECKPOINT).unlink(missing_ok=True)  # stopped between the two
-        return finished(job.folder, select)
+        return _over(job)
+    prepare(job.model, job.stream, job.device)
     taps = student_taps(job.losses)
     state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
     first = state.restore(job.folder, job.device)
+    agree("checkpoint", f"epoch {first}")
+    job = replace(job, stream=parted(job.stream))
     threads = torch.get_num_threads()
     if job.multiply_adds * job.stream.batch_size < _WORTH_THREADS:
         torch.set_num_threads(1)
@@ -105,9 +106,27 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
     finally:
         torch.set_num_threads(threads)
     job.model.load_state_dict(state.best or state.result.state_dict())
-    _publish_weights(weights, job.model)
-    (job.folder / CHECKPOINT).unlink(missing_ok=True)
-    return finished(job.folder, select)
+    from_first(lambda: _publish_weights(weights, job.model))
+    return _over(job)
+
+
+def _tidied(job: Job, weights: Path) -> bool:
+    """Whether the training was over before. Its folder is made, and what a killed process left there removed."""
+    make_folder(job.folder)
+    remove_leftovers(
+        job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
+    )
+    return weights.is_file()
+
+
+def _over(job: Job) -> Finished:
+    """What the lines say; the checkpoint goes, also one that is left of a stop between the two."""
+
+    def record() -> dict[str, Any]:
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)
+        return asdict(finished(job.folder, job.settings.select))
+
+    return Finished(**from_first(record))
 
 
 def _epochs(job: Job, state: State, first: int, taps: tuple[str, ...], held_out: HeldOut, console: Console) -> None:
@@ -121,22 +140,40 @@ def _epochs(job: Job, state: State, first: int, taps: tuple[str, ...], held_out:
             shown.update()
             long_work.at(steps)
 
+        abreast = _abreast(job, state, kept)
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.monotonic()
-            terms = _epoch(job, state, epoch, batches, kept, done)
-            logits = held_out.logits(state.result)
-            if not np.isfinite(logits).all():  # the last step can be the one too many
-                raise _diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
-            seen = summary(logits, held_out.labels)
-            line = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
-            shown.set_postfix({name: f"{value:.4g}" for name, value in line.items() if name != "epoch"}, refresh=False)
-            if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
-                _publish_weights(job.folder / _kept(job, epoch), state.result)
-            line |= {"seconds": round(time.monotonic() - begun, 4)}
+            terms = _epoch(job, state, epoch, batches, kept, done, abreast)
+            line = from_first(partial(_line, job, state, epoch, terms, held_out, begun))
+            shown.set_postfix(
+                {name: f"{line[name]:.4g}" for name in line if name not in ("epoch", "seconds")}, refresh=False
+            )
             state.keep(job.folder, line, job.settings.select)
             if job.after_epoch:
                 job.after_epoch(line)
+
+
+def _line(
+    job: Job, state: State, epoch: int, terms: dict[str, float], held_out: HeldOut, begun: float
+) -> dict[str, Any]:
+    """What an epoch came to, measured on the held-out split; its weights are published where that is asked for."""
+    logits = held_out.logits(state.result)
+    if not np.isfinite(logits).all():  # the last step can be the one too many
+        raise _diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
+    seen = summary(logits, held_out.labels)
+    if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
+        _publish_weights(job.folder / _kept(job, epoch), state.result)
+    figures = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
+    return figures | {"seconds": round(time.monotonic() - begun, 4)}
+
+
+def _abreast(job: Job, state: State, kept: Features) -> Abreast | None:
+    """This rank's side of the training, where there are several."""
+    if who().world == 1:
+        return None
+    own_head = partial(_own_head, job)
+    return Abreast(job.model, kept, state.modules, own_head, job.device, job.settings.precision, job.settings.seed)
 
 
 def _kept(job: Job, epoch: int) -> str:
@@ -151,14 +188,15 @@ def _publish_weights(path: Path, model: nn.Module) -> None:
 
 
 def _epoch(
-    job: Job, state: State, epoch: int, batches: Iterator[TargetBatch], kept: Features, done: Callable[[int], None]
-) -> dict[str, float]:
+    job: Job, state: State, epoch: int, batches: Iterator[TargetBatch], kept: Features, done: Callable[[int], None],
+    abreast: Abreast | None,
+) -> dict[str, float]:  # fmt: skip
     """One epoch of steps; the mean of each weighted term and of their sum."""
     losses = [at(loss, epoch, job.epochs) for loss in job.losses]
     sums = torch.zeros(len(losses), device=job.device)
     job.model.train()
     for number in range(epoch * job.steps, (epoch + 1) * job.steps):
-        sums += step(job, state, next(batches).to(job.device), losses, kept)
+        sums += step(job, state, next(batches).to(job.device), losses, kept, abreast)
         done(number + 1)
     means = dict(zip(names(losses), (sums / job.steps).tolist(), strict=True))  # the one synchronisation of an epoch
     for name, mean in means.items():
@@ -174,13 +212,17 @@ def _diverged(job: Job, how: str) -> Refused:
     )
 
 
-def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
+def step(
+    job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features, abreast: Abreast | None = None
+) -> torch.Tensor:
     """One step of the optimiser; the weighted terms, detached."""
-    with autocast(job.device, job.settings.precision):
-        logits = job.model(batch.views)
-    outputs = Outputs(
-        logits, {tap: features.float() for tap, features in kept.items()}, _own_head(job, logits.shape[1])
-    )
+    if abreast:
+        outputs, batch = abreast.outputs(batch, state.schedule.last_epoch)
+    else:
+        with autocast(job.device, job.settings.precision):
+            logits = job.model(batch.views)
+        features = {tap: x.float() for tap, x in kept.items()}
+        outputs = Outputs(logits, features, _own_head(job, logits.shape[1]))
     batch = _with_taps(job, batch)
     terms = torch.stack(
         [
@@ -189,7 +231,7 @@ def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: F
         ]
     )
     state.optimizer.zero_grad(set_to_none=True)
-    terms.sum().backward()  # type: ignore[no-untyped-call]
+    abreast.backward(terms.sum()) if abreast else terms.sum().backward()  # type: ignore[no-untyped-call]
     if job.settings.clip_norm:
         nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
     state.optimizer.step()
