@@ -213,12 +213,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except Exception as error:
         line, code = _in_one_line(error)
-        if not code:
+        if not code and speaks():
             raise
         printable = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
         if speaks():
             click.echo(f"Error: {printable}", err=True)
-        sys.exit(code)
+        sys.exit(code or 1)
 
 
 def _in_one_line(error: Exception) -> tuple[str, int]:

@@ -157,7 +157,7 @@ class Abreast:
         """Dropout of this rank and step; losses go on drawing what every rank draws."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(int(counter.integers((self.seed, 43, step), np.array(who().rank), 2**31 - 1)))
+            torch.manual_seed(int(counter.integers((self.seed, 43, step), np.array([who().rank]), 2**31 - 1)[0]))
             yield
 
 
