@@ -45,7 +45,7 @@ AfterEpoch = Callable[[dict[str, Any]], None]
 class Job:
     """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
     known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise;
-    term: how a loss is led by the teacher."""
+    term: how a loss is led by the teacher; abreast: this rank's side of it, where there are several ranks."""
 
     name: str
     model: Prepared
@@ -61,6 +61,7 @@ class Job:
     known: Known = Known()  # noqa: RUF009 (frozen)
     after_epoch: AfterEpoch | None = None
     term: Term = by_one
+    abreast: Abreast | None = None
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
@@ -140,11 +141,11 @@ def _epochs(job: Job, state: State, first: int, taps: tuple[str, ...], held_out:
             shown.update()
             long_work.at(steps)
 
-        abreast = _abreast(job, state, kept)
+        job = replace(job, abreast=_abreast(job, state, kept))
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.monotonic()
-            terms = _epoch(job, state, epoch, batches, kept, done, abreast)
+            terms = _epoch(job, state, epoch, batches, kept, done)
             line = from_first(partial(_line, job, state, epoch, terms, held_out, begun))
             shown.set_postfix(
                 {name: f"{line[name]:.4g}" for name in line if name not in ("epoch", "seconds")}, refresh=False
@@ -188,15 +189,14 @@ def _publish_weights(path: Path, model: nn.Module) -> None:
 
 
 def _epoch(
-    job: Job, state: State, epoch: int, batches: Iterator[TargetBatch], kept: Features, done: Callable[[int], None],
-    abreast: Abreast | None,
-) -> dict[str, float]:  # fmt: skip
+    job: Job, state: State, epoch: int, batches: Iterator[TargetBatch], kept: Features, done: Callable[[int], None]
+) -> dict[str, float]:
     """One epoch of steps; the mean of each weighted term and of their sum."""
     losses = [at(loss, epoch, job.epochs) for loss in job.losses]
     sums = torch.zeros(len(losses), device=job.device)
     job.model.train()
     for number in range(epoch * job.steps, (epoch + 1) * job.steps):
-        sums += step(job, state, next(batches).to(job.device), losses, kept, abreast)
+        sums += step(job, state, next(batches).to(job.device), losses, kept)
         done(number + 1)
     means = dict(zip(names(losses), (sums / job.steps).tolist(), strict=True))  # the one synchronisation of an epoch
     for name, mean in means.items():
@@ -212,12 +212,10 @@ def _diverged(job: Job, how: str) -> Refused:
     )
 
 
-def step(
-    job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features, abreast: Abreast | None = None
-) -> torch.Tensor:
+def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
     """One step of the optimiser; the weighted terms, detached."""
-    if abreast:
-        outputs, batch = abreast.outputs(batch, state.schedule.last_epoch)
+    if job.abreast:
+        outputs, batch = job.abreast.outputs(batch, state.schedule.last_epoch)
     else:
         with autocast(job.device, job.settings.precision):
             logits = job.model(batch.views)
@@ -231,7 +229,10 @@ def step(
         ]
     )
     state.optimizer.zero_grad(set_to_none=True)
-    abreast.backward(terms.sum()) if abreast else terms.sum().backward()  # type: ignore[no-untyped-call]
+    if job.abreast:
+        job.abreast.backward(terms.sum())
+    else:
+        terms.sum().backward()  # type: ignore[no-untyped-call]
     if job.settings.clip_norm:
         nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
     state.optimizer.step()
