@@ -52,14 +52,14 @@ def read(environment: Mapping[str, str]) -> Ranks:
     return Ranks(rank, world, local, int(environment.get("LOCAL_WORLD_SIZE", world)))
 
 
-_STARTED = read(os.environ)
+STARTED = read(os.environ)
 _alone: list[bool] = []  # one for each `alone` that is under way
 _joined: list["_Meeting"] = []
 
 
 def who() -> Ranks:
     """Who this process is now: rank 0 of 1 inside `alone`."""
-    return replace(_STARTED, rank=0, world=1) if _alone else _STARTED
+    return replace(STARTED, rank=0, world=1) if _alone else STARTED
 
 
 def is_first() -> bool:
@@ -69,7 +69,7 @@ def is_first() -> bool:
 
 def refuse(command: str | None) -> None:
     """Raise WrongCommand under torchrun for a command that is for one process."""
-    if _STARTED.world > 1 and command not in COMMANDS:
+    if STARTED.world > 1 and command not in COMMANDS:
         raise WrongCommand(f"torchrun is for {' and '.join(COMMANDS)}: run `{command}` without it, in one process")
 
 
@@ -89,7 +89,7 @@ def joined(device: str) -> Iterator[None]:
 
     device: as in --device. A GPU that is named (cuda:0) is shared by all ranks, which NCCL refuses: then it is gloo.
     """
-    if _STARTED.world == 1:
+    if STARTED.world == 1:
         yield
         return
     import torch
@@ -98,20 +98,20 @@ def joined(device: str) -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and _STARTED.local >= torch.cuda.device_count():
+    if on_gpu and STARTED.local >= torch.cuda.device_count():
         raise WrongCommand(
-            f"{_STARTED.here} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node"
+            f"{STARTED.here} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node"
         )
     store, *_ = next(rendezvous("env://", timeout=_LIMIT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store of the last one
     store = PrefixStore(f"softcache/{attempt}", store)
     if on_gpu:
-        torch.cuda.set_device(_STARTED.local)
+        torch.cuda.set_device(STARTED.local)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=PrefixStore("group", store), rank=_STARTED.rank,
-        world_size=_STARTED.world, timeout=_LIMIT,
+        "nccl" if on_gpu else "gloo", store=PrefixStore("group", store), rank=STARTED.rank,
+        world_size=STARTED.world, timeout=_LIMIT,
     )  # fmt: skip
-    meeting = _Meeting(store, _STARTED)
+    meeting = _Meeting(store, STARTED)
     _joined.append(meeting)
     try:
         yield
@@ -126,7 +126,7 @@ def joined(device: str) -> Iterator[None]:
 
 def speaks() -> bool:
     """Whether this process is the one that prints why the command ended."""
-    return _joined[-1].first_to_fail if _joined else _STARTED.is_first
+    return _joined[-1].first_to_fail if _joined else STARTED.is_first
 
 
 def barrier() -> None:
@@ -153,7 +153,7 @@ def agree(what: str, mine: str) -> None:
     """Raise Refused where a rank has something else than rank 0."""
     if (theirs := from_first(lambda: mine)) != mine:
         raise Refused(
-            f"rank {_STARTED.rank} has another {what} than rank 0: {mine[:16]} and {theirs[:16]}."
+            f"rank {STARTED.rank} has another {what} than rank 0: {mine[:16]} and {theirs[:16]}."
             " Every host must see the same files, and have the same versions"
         )
 
@@ -171,7 +171,7 @@ def share(items: Sequence[T]) -> list[T]:
 def wait_for(path: Path) -> None:
     """Until a file that another rank has published shows here: between hosts a file system may be a minute late."""
     begun = time.monotonic()
-    while who().world > _STARTED.here and not path.exists() and time.monotonic() - begun < _SEEN:
+    while who().world > STARTED.here and not path.exists() and time.monotonic() - begun < _SEEN:
         with suppress(OSError):
             os.listdir(path.parent)  # opening a folder asks the server for it again
         time.sleep(0.2)
