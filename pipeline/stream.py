@@ -177,7 +177,7 @@ class Stream:
         """The positions of a lap, in no order yet."""
         if not self.sampler:
             return self.rows
-        index = self.rows if self.cache is None else self.cache.order("train")[self.rows]
+        index = self.rows if self.cache is None else self.cache.index("train", self.rows)
         return self.rows[resampled(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, lap))]
 
     def _join(self, group: "_Group", views: torch.Tensor, targets: Targets) -> TargetBatch:
@@ -203,7 +203,7 @@ class _Window:
     def __init__(self, stream: Stream, draws: tuple[int, ...], positions: Rows):
         self.stream, self.draws, self.positions = stream, draws, positions
         cache = stream.cache
-        self.index = positions if cache is None else cache.order("train")[positions]
+        self.index = positions if cache is None else cache.index("train", positions)
         self._targets: Targets | None = None
 
     def targets(self) -> Targets:
