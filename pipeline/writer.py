@@ -13,6 +13,7 @@ import numpy as np
 
 from data.errors import OtherCache, Refused
 
+from .arithmetic import Arithmetic
 from .codec import TEMPERATURES
 from .files import make_folder, publish_json, read_plain, remove_leftovers, sync
 from .form import check_form
@@ -41,11 +42,13 @@ from .shards import Arrays, Shard, Written, said_by, write_shard
 
 _SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
 _RECORD_BYTES = 400  # of a shard in the manifest, about
+Facts = dict[str, Any]  # what was measured while a shard was written
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings: see Manifest."""
+    """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings, arithmetic: see
+    Manifest."""
 
     identity: Identity
     classes: int
@@ -54,6 +57,7 @@ class Plan:
     taps: dict[str, list[int]]
     shard_rows: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    arithmetic: Arithmetic | None = None
 
     def pieces(self, there: Iterable[ShardRecord | Piece] = ()) -> Iterator[Piece]:
         """Every shard that is not there, in the order in which they are written."""
@@ -89,7 +93,7 @@ class Writer:
     todo: list[Piece]
     grown: Manifest | None = None
     records: list[ShardRecord] = field(default_factory=list)
-    costs: list[dict[str, float]] = field(default_factory=list)
+    costs: list[Facts] = field(default_factory=list)
 
     @staticmethod
     def look(folder: Path, plan: Plan) -> "Writer":
@@ -128,8 +132,10 @@ class Writer:
         """Write down what is begun, or see that it was this that was begun."""
         plan, path = self.plan, self.folder / UNFINISHED
         claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
+        if plan.arithmetic:
+            claim["arithmetic"] = plan.arithmetic.record()
         if path.is_file():
-            begun = _read_claim(self.folder)
+            begun = read_claim(self.folder)
             if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
                 sync(self.folder)  # stopped between the manifest and this
                 path.unlink()
@@ -168,9 +174,11 @@ class Writer:
         self._note(piece, written, facts)
         return True
 
-    def add(self, piece: Piece, arrays: Arrays, facts: dict[str, float]) -> None:
+    def add(self, piece: Piece, arrays: Arrays, facts: Facts) -> None:
         """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity, where it has logits."""
         path = self.folder / piece.path
+        if self.plan.arithmetic:
+            facts = {**facts, "arithmetic": self.plan.arithmetic.record()}  # it may lose its manifest
         make_folder(path.parent)
         attributes = {**self._attributes(piece), "facts": json.dumps(facts)}
         self._note(piece, write_shard(path, arrays, attributes), facts)
@@ -179,7 +187,7 @@ class Writer:
         name = fingerprint(self.plan.identity)
         return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
 
-    def _note(self, piece: Piece, written: Written, facts: dict[str, float]) -> None:
+    def _note(self, piece: Piece, written: Written, facts: Facts) -> None:
         correct = int(facts["correct"]) if "correct" in facts else None
         self.records.append(
             ShardRecord(
@@ -204,7 +212,7 @@ class Writer:
             plan.identity, plan.classes, plan.draws, plan.splits, plan.taps, shards, old.head if old else head,
             accuracy(shards, plan.splits, plan.draws, labelled), self._fidelity(),
             sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
-            old.settings if old else plan.settings, old.versions if old else versions,
+            old.settings if old else plan.settings, old.versions if old else versions, plan.arithmetic,
         )  # fmt: skip
 
     def finish(self, manifest: Manifest) -> None:
@@ -251,7 +259,7 @@ def refuse_another(folder: Path, identity: Identity, taps: dict[str, list[int]],
         raise OtherCache(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
 
 
-def _read_claim(folder: Path) -> Any:
+def read_claim(folder: Path) -> Any:
     try:
         begun = json.loads(read_plain(folder, UNFINISHED, MANIFEST_MOST))
         if isinstance(begun, dict):

@@ -14,10 +14,12 @@ from torch import nn
 from data.errors import Interrupted, OtherCache, Refused, unknown
 from data.transfer_set import TransferSet, row_of
 from data.views import ViewPolicy, parse_views
+from pipeline.arithmetic import Arithmetic
+from pipeline.begun import begun
 from pipeline.cache import Cache
 from pipeline.codec import CODECS
 from pipeline.files import make_folder
-from pipeline.identity import Identity, fingerprint, identity_of
+from pipeline.identity import Identity, identity_of
 from pipeline.lock import held
 from pipeline.manifest import NAME, Manifest
 from pipeline.models import head_of
@@ -25,16 +27,17 @@ from pipeline.models.prepared import Prepared
 from pipeline.models.weights import weights_digest
 from pipeline.proof import probe
 from pipeline.reading import read_manifest
-from pipeline.recover import extent_of, lost_pieces
 from pipeline.statistic import plain_tap
 from pipeline.writer import Plan, Writer, refuse_another, sweep
 
 from . import teacher as teacher_stage
 from .asking import Ask
 from .asking_again import again
+from .behind import Behind
 from .card import write_card
 from .command_line import command, free_name
 from .console import Console, LongWork, bar, duration
+from .precision import Probe, choose, compiled_now, going_on
 from .runs import device_of, versions
 from .settings import CacheSettings, StudentSettings
 from .which_teacher import teacher_of
@@ -56,9 +59,16 @@ def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Mani
     teacher = teacher.to(device_of(settings.device)).eval()
     identity = _identity(settings, transfer_set, views, teacher, arch)
     try:
-        taps = _with_taps_of(settings, identity, taps)
-        ask = Ask(transfer_set, views, teacher, taps, settings)
-        manifest = _cache(settings, identity, ask, console)
+        there = begun(Path(settings.out), identity)
+        taps = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
+        chosen = going_on(settings, there, teacher, taps) or choose(
+            settings, Probe(transfer_set, views, settings), teacher, taps, console
+        )
+        identity = {**identity, "precision": chosen.answering.precision}
+        if (Path(settings.out) / NAME).is_file():
+            refuse_another(Path(settings.out), identity, {}, read_manifest(Path(settings.out)))
+        ask = Ask(transfer_set, views, chosen.answering, settings)
+        manifest = _cache(settings, identity, ask, chosen.arithmetic, console)
     except OtherCache as error:
         right = command("teacher-cache", settings, out=free_name(settings.out))
         raise Refused(f"{error}\nMake the one that is asked for with  {right}") from None
@@ -86,30 +96,21 @@ def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[
 def _identity(
     settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: Prepared, arch: str
 ) -> Identity:
-    """What the rows of the cache to be are."""
+    """What the rows of the cache to be are, but for the precision where it is still to be chosen."""
     known = {"arch": arch, "weights": weights_digest(teacher.network), **teacher.preparation.identity()}
     identity = identity_of(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
     plain: Identity = json.loads(json.dumps(identity))
     return plain
 
 
-def _with_taps_of(settings: CacheSettings, identity: Identity, taps: tuple[str, ...]) -> tuple[str, ...]:
-    """The taps of a cache that is there already, and those that are asked for. Raises OtherCache."""
-    out = Path(settings.out)
-    if (out / NAME).is_file():
-        manifest = read_manifest(out)
-        refuse_another(out, identity, {}, manifest)
-        there = manifest.taps
-    else:
-        there = extent_of(lost_pieces(out, fingerprint(identity), {}))[1]
-    return tuple(dict.fromkeys((*there, *taps)))
-
-
-def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Console) -> Manifest:
+def _cache(
+    settings: CacheSettings, identity: Identity, ask: Ask, arithmetic: Arithmetic | None, console: Console
+) -> Manifest:
     """Write what is not there yet; the manifest of it all."""
     out, transfer_set = Path(settings.out), ask.transfer_set
     splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
-    plan = Plan(identity, ask.classes, settings.draws, splits, ask.shapes, settings.shard_rows, _to_keep(settings))
+    kept = (settings.shard_rows, _to_keep(settings), arithmetic)
+    plan = Plan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
     if (whole := Writer.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
         sweep(out)
         console.say(f"the cache '{out}' is whole already, with all that is asked for")
@@ -127,6 +128,8 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Conso
             return writer.grown
         if set(writer.plan.taps) != set(ask.taps):
             raise Refused(f"'{out}' was given other taps while this began: run the same command again")
+        if settings.compile and not ask.answering.compiled:
+            compiled_now(ask.answering, Probe(transfer_set, ask.views, settings), console)
         _write(writer, ask, console)
         head = head_of(ask.teacher.network, ask.classes)
         record = None if head is None or writer.grown else writer.add_head(*numbers_of(head, ask.classes))
@@ -147,27 +150,37 @@ def _to_keep(settings: CacheSettings) -> dict[str, Any]:
 
 
 def _write(writer: Writer, ask: Ask, console: Console) -> None:
-    """Every shard that is not there yet."""
+    """Every shard that is not there yet. One is written while the teacher is asked for the next: bounded memory.
+
+    In the order of the pieces, and noted in that order: a shard that is there is looked at when nothing is written.
+    """
     pieces = writer.todo
     total = sum(piece.rows for piece in pieces)
     kept = 0
     long_work = LongWork(console, "Running the teacher", total, "; stopped, the same command goes on from there")
     try:
-        with bar(total, "teacher-cache", "images") as shown:
+        with bar(total, "teacher-cache", "images") as shown, Behind() as writing:
 
             def count(rows: int) -> None:
+                writing.look()
                 shown.update(rows)
                 long_work.at(int(shown.n))
 
+            begun = time.monotonic()
             for piece in pieces:
-                if writer.have(piece):
-                    kept += 1
-                    shown.update(piece.rows)
-                    shown.initial += piece.rows
-                    continue
-                begun = time.monotonic()
+                if (writer.folder / piece.path).exists():
+                    writing.wait()
+                    if writer.have(piece):
+                        kept += 1
+                        shown.update(piece.rows)
+                        shown.initial += piece.rows
+                        begun = time.monotonic()
+                        continue
                 arrays, facts = ask.piece(piece, count)
-                writer.add(piece, arrays, {**facts, "seconds": round(time.monotonic() - begun, 4)})
+                writing.wait()
+                now = time.monotonic()
+                writing.do(writer.add, piece, arrays, {**facts, "seconds": round(now - begun, 4)})
+                begun = now
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped after {len(writer.records)} of {len(pieces)} shards; the same command goes on from there"
@@ -193,6 +206,7 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
         "rows": rows,
         "bytes": manifest.bytes,
         "seconds": manifest.seconds,
+        "pictures_per_second": round(rows / manifest.seconds, 1) if manifest.seconds else None,
         "teacher": manifest.teacher,
         "fidelity": manifest.fidelity,
     }
@@ -208,7 +222,9 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
         f"cache:   {settings.out} ({manifest.fingerprint[:12]}),"
         f" {manifest.draws} draw{'s' if manifest.draws > 1 else ''} of {manifest.splits['train']:,} views"
     )
-    console.say(f"wrote:   {rows:,} rows, {manifest.bytes / rows:.1f} bytes a view, in {duration(manifest.seconds)}")
+    pace = f", {rows / manifest.seconds:,.0f} pictures a second" if manifest.seconds else ""
+    size = f"{manifest.bytes / rows:.1f} bytes a view"
+    console.say(f"wrote:   {rows:,} rows, {size}, in {duration(manifest.seconds)}{pace}")
     mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
     console.say(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
     console.say(
