@@ -22,7 +22,7 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 # $(call options,A B …): --a 'value' --b 'value' for those that are set; a switch is set to 1
 empty :=
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := BASELINE RESUME JSON DEEP REPAIR GRID
+SWITCHES := BASELINE RESUME JSON DEEP REPAIR GRID COMPILE
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
@@ -34,7 +34,7 @@ TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHE
   SELECT SAMPLER KEEP_EVERY SEED RESUME
 DISTILLING := RECIPE COMBINE MAP MISSING DRAWS ARCH FINETUNE_EPOCHS FINETUNE_LEARNING_RATE
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE IMBALANCE HEAD_SIZE \
-  SHARD_ROWS LICENSE
+  SHARD_ROWS LICENSE TOLERANCE COMPILE
 INSPECTING := ROWS REPEATS TEMPERATURE
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 

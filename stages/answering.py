@@ -92,7 +92,7 @@ class Answering:
             return logits[:n], {tap: x[:n] for tap, x in features.items()}
 
         padded(views.to(self.device))
-        self._compiled = padded
+        self._compiled, self._hooks = padded, hooks  # the hooks of the copy stay for as long as this lives
 
     def _folded_says_the_same(self) -> bool:
         """A trace may have seen another way through a network than a batch takes: asked about a few views, in float32.
