@@ -23,7 +23,6 @@ from data.long_tail import SAMPLERS, resampled
 from data.transfer_set import Labels, Split
 from data.views import Pictures, ViewPolicy, mixup_of, render
 
-from .proof import crc32
 from .records import TargetBatch
 
 Rows = NDArray[np.int64]
@@ -192,28 +191,17 @@ class _Group:
         return part, {tap: x[self._rows] for tap, x in features.items()}
 
 
-class _Renderer(Dataset[Any]):
+class _Renderer(Dataset[torch.Tensor | str]):
     """What a worker process does: (index, draw) -> views; what it refuses travels as text, not as a traceback."""
 
     def __init__(self, pictures: Pictures, views: ViewPolicy, seed: int):
         self.pictures, self.views, self.seed = pictures, views, seed
 
-    def __getitem__(self, item: tuple[Rows, int]) -> Any:
+    def __getitem__(self, item: tuple[Rows, int]) -> torch.Tensor | str:
         try:
-            return self.made(*item)
+            return render(self.pictures, self.views, self.seed, *item)
         except Refused as refusal:
             return str(refusal)
-
-    def made(self, index: Rows, draw: int) -> Any:
-        return render(self.pictures, self.views, self.seed, index, draw)
-
-
-class _Checked(_Renderer):
-    """(index, draw) -> views and the CRC-32 [B] of each."""
-
-    def made(self, index: Rows, draw: int) -> tuple[torch.Tensor, NDArray[np.uint32]]:
-        views = render(self.pictures, self.views, self.seed, index, draw)
-        return views, crc32(views)
 
 
 def render_in_order(
@@ -226,31 +214,9 @@ def render_in_order(
         yield from _ahead(render(pictures, views, seed, batch, draw) for batch in batches)
 
 
-def checked_in_order(
-    pictures: Pictures,
-    views: ViewPolicy,
-    seed: int,
-    batches: list[Rows],
-    draw: int,
-    workers: int = 0,
-    pinned: bool = False,
-) -> Generator[tuple[torch.Tensor, NDArray[np.uint32]], None, None]:
-    """The same, and the CRC-32 [B] of each view, which is computed where the view is rendered: 1 µs for 3 KB.
-
-    pinned: in memory that a GPU reads while this thread goes on; by the thread alone.
-    """
-    checked = _Checked(pictures, views, seed)
-    if workers:
-        for seen, crc in _by_workers(checked, ((b, draw) for b in batches), workers, None):
-            yield seen, crc.numpy()
-        return
-    made = (checked.made(batch, draw) for batch in batches)
-    yield from _ahead((seen.pin_memory() if pinned else seen, crc) for seen, crc in made)
-
-
 def _by_workers(
     renderer: _Renderer, items: Iterator[tuple[Rows, int]], workers: int, start_method: str | None
-) -> Iterator[Any]:
+) -> Iterator[torch.Tensor]:
     """renderer[item] for each item, in order, by processes that live until the last one."""
     loader: DataLoader[Any] = DataLoader(
         renderer, sampler=_Once(items), batch_size=None, num_workers=workers, multiprocessing_context=start_method,

@@ -12,10 +12,10 @@ from data.errors import Refused, WrongCommand
 from data.transfer_set import TransferSet
 from data.views import ViewPolicy
 from pipeline.cache import row_order
+from pipeline.checked import checked_in_order
 from pipeline.codec import CODECS, fidelity
 from pipeline.manifest import Piece
 from pipeline.shards import Arrays
-from pipeline.stream import checked_in_order
 
 from .answering import Answering, Said
 from .settings import CacheSettings
