@@ -29,10 +29,11 @@ _WORTH = 1.05
 
 @dataclass(frozen=True)
 class Chosen:
-    """What answers, and what there is to write down about it; None for the teacher as it is."""
+    """What answers, and what there is to write down about it; None for the teacher as it is. begun: goes on so."""
 
     answering: Answering
     arithmetic: Arithmetic | None = None
+    begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def going_on(settings: CacheSettings, there: Begun | None, teacher: Prepared, ta
         return None
     precision = there.precision if settings.precision == "auto" else settings.precision
     fold = there.arithmetic is not None and there.arithmetic.folded
-    return Chosen(Answering(teacher, taps, precision, fold), there.arithmetic)
+    return Chosen(Answering(teacher, taps, precision, fold), there.arithmetic, begun=True)
 
 
 def choose(

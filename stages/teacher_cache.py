@@ -14,7 +14,6 @@ from torch import nn
 from data.errors import Interrupted, OtherCache, Refused, unknown
 from data.transfer_set import TransferSet, row_of
 from data.views import ViewPolicy, parse_views
-from pipeline.arithmetic import Arithmetic
 from pipeline.begun import begun
 from pipeline.cache import Cache
 from pipeline.codec import CODECS
@@ -37,7 +36,7 @@ from .behind import Behind
 from .card import write_card
 from .command_line import command, free_name
 from .console import Console, LongWork, bar, duration
-from .precision import Probe, choose, compiled_now, going_on
+from .precision import Chosen, Probe, choose, compiled_now, going_on
 from .runs import device_of, versions
 from .settings import CacheSettings, StudentSettings
 from .which_teacher import teacher_of
@@ -68,7 +67,7 @@ def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Mani
         if (Path(settings.out) / NAME).is_file():
             refuse_another(Path(settings.out), identity, {}, read_manifest(Path(settings.out)))
         ask = Ask(transfer_set, views, chosen.answering, settings)
-        manifest = _cache(settings, identity, ask, chosen.arithmetic, console)
+        manifest = _cache(settings, identity, ask, chosen, console)
     except OtherCache as error:
         right = command("teacher-cache", settings, out=free_name(settings.out))
         raise Refused(f"{error}\nMake the one that is asked for with  {right}") from None
@@ -103,13 +102,11 @@ def _identity(
     return plain
 
 
-def _cache(
-    settings: CacheSettings, identity: Identity, ask: Ask, arithmetic: Arithmetic | None, console: Console
-) -> Manifest:
+def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen, console: Console) -> Manifest:
     """Write what is not there yet; the manifest of it all."""
     out, transfer_set = Path(settings.out), ask.transfer_set
     splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
-    kept = (settings.shard_rows, _to_keep(settings), arithmetic)
+    kept = (settings.shard_rows, _to_keep(settings), chosen.arithmetic)
     plan = Plan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
     if (whole := Writer.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
         sweep(out)
@@ -128,7 +125,9 @@ def _cache(
             return writer.grown
         if set(writer.plan.taps) != set(ask.taps):
             raise Refused(f"'{out}' was given other taps while this began: run the same command again")
-        if settings.compile and not ask.answering.compiled:
+        if chosen.begun and settings.precision == "auto":
+            console.say(f"precision: {identity['precision']}, as this cache was begun")
+        if chosen.begun and settings.compile:
             compiled_now(ask.answering, Probe(transfer_set, ask.views, settings), console)
         _write(writer, ask, console)
         head = head_of(ask.teacher.network, ask.classes)
