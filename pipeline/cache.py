@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import counter
 from data.errors import OtherCache, Refused, WrongCommand, printable
 from data.folder import Progress
 from data.long_tail import parse_imbalance
@@ -20,28 +19,18 @@ from data.views import ViewPolicy, parse_views
 from .codec import CODECS
 from .files import shard_files
 from .identity import FORMAT, describe
-from .manifest import KEYS, NAME, SPLITS, UNFINISHED, Manifest, ShardRecord, row_bytes
+from .manifest import KEYS, NAME, UNFINISHED, Manifest, ShardRecord, row_bytes
 from .models.prepared import Preparation
 from .reading import read_manifest
 from .records import Head
-from .rows import check_logits, check_rows
+from .rows import Positions, check_logits, check_rows, row_order
 from .shards import Shard, Stamp
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
 OPEN_SHARDS = 256
 LARGEST = 4096  # pixels of a view's side
 _ON_ITS_WORD = 1 << 22  # rows that a manifest is believed to have: their order takes 100 MB while it is made
-Positions = NDArray[np.int64]
 Fetch = Callable[[str, int, str, Positions], NDArray[np.generic]]
-
-
-def row_order(seed: int, split: str, rows: int) -> Positions:
-    """index [rows] of each position: the order in which rows are stored.
-
-    Random, because blocks of rows of a set that is sorted by class make poor batches: chi-squared of
-    class counts 168 instead of 9 at 16 blocks of 256 rows.
-    """
-    return counter.permutation((seed, 30 + SPLITS.index(split)), rows)
 
 
 class Cache:

@@ -19,8 +19,9 @@ from data import counter
 from data.errors import Refused
 from data.transfer_set import Labels
 
-from .cache import Cache, Positions
+from .cache import Cache
 from .manifest import row_bytes
+from .rows import Positions
 from .statistic import split_tap, statistic
 
 WIDEST = 2048  # columns of a tap; a wider one is projected

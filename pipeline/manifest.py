@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .arithmetic import Arithmetic
 from .codec import CODECS
 from .files import publish_text
 from .identity import FORMAT, Identity, fingerprint
@@ -97,8 +98,8 @@ class Manifest:
 
     classes: K; splits: {name: rows}; taps: {name: row shape}; teacher: {split: {"accuracy": share or None}};
     fidelity: KL in nats and share of flips that the codec cost; seconds of stage one; settings: those of the
-    command that began it, without what is of its machine alone; versions of what wrote it; digest: SHA-256 of
-    the file.
+    command that began it, without what is of its machine alone; versions of what wrote it; arithmetic: None, and no
+    field of the file, where the teacher was asked as it is; digest: SHA-256 of the file.
     """
 
     identity: Identity
@@ -113,6 +114,7 @@ class Manifest:
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    arithmetic: Arithmetic | None = None
     digest: str = ""
 
     @cached_property
@@ -147,6 +149,8 @@ class Manifest:
         """Publish the manifest into the cache's folder, sealed by its own SHA-256."""
         record = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
         del record["digest"]
+        if self.arithmetic is None:  # so that such a cache is still read by programs that know no other
+            del record["arithmetic"]
         publish_text(folder / NAME, seal(record))
 
 

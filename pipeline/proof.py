@@ -10,7 +10,8 @@ from data.errors import Refused, printable
 from data.transfer_set import TransferSet
 from data.views import render
 
-from .cache import Cache, Positions
+from .cache import Cache
+from .rows import Positions
 
 _PIXEL_BYTES = 8 << 20  # of views that are rendered together
 

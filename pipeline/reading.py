@@ -9,6 +9,8 @@ from typing import Any
 
 from data.errors import Refused
 
+from .arithmetic import FORM as ARITHMETIC_FORM
+from .arithmetic import arithmetic_of
 from .codec import CODECS, TEMPERATURES
 from .files import read_plain
 from .form import check_form
@@ -58,7 +60,8 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
             raise Refused(f"{path}: format {ascii(record['format'])[:40]}, this program reads {FORMAT}")
         digest = _check_seal(text, path)
         del record["sha256"]
-        check_form(record, _FORM, str(path))
+        more = {"arithmetic": ARITHMETIC_FORM} if "arithmetic" in record else {}
+        check_form(record, {**_FORM, **more}, str(path))
         manifest = _from_json(record, digest)
         if record["fingerprint"] != manifest.fingerprint:
             raise Refused(
@@ -130,10 +133,12 @@ _FORM: dict[str, Any] = {
 
 
 def _from_json(record: dict[str, Any], digest: str) -> Manifest:
-    more = {k: v for k, v in record.items() if k not in ("format", "fingerprint", "shards", "head")}
+    apart = ("format", "fingerprint", "shards", "head", "arithmetic")
+    more = {k: v for k, v in record.items() if k not in apart}
     head = HeadRecord(**record["head"]) if record["head"] else None
     shards = tuple(ShardRecord(**shard) for shard in record["shards"])
-    return Manifest(**more, shards=shards, head=head, digest=digest)
+    arithmetic = arithmetic_of(record.get("arithmetic"))
+    return Manifest(**more, shards=shards, head=head, arithmetic=arithmetic, digest=digest)
 
 
 def _check(path: Path, manifest: Manifest) -> None:

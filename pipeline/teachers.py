@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from data.errors import Refused, WrongCommand
 from data.folder import Progress
 
-from .cache import Cache, Positions
+from .cache import Cache
 from .combine import Combine
 from .identity import describe
 from .mapping import Mapping
+from .rows import Positions
 
 Gaps = dict[int, NDArray[np.bool_]]  # {draw: which positions of the training split have no answer}
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +12,13 @@ import numpy as np
 
 from data.errors import OtherCache, Refused
 
+from .arithmetic import Arithmetic
 from .codec import TEMPERATURES
-from .files import make_folder, publish_json, read_plain, remove_leftovers, sync
+from .files import make_folder, publish_json, read_plain, sync
 from .form import check_form
 from .identity import Identity, describe, fingerprint
-from .lock import LOCK, held
+from .leftovers import tidy
+from .lock import LOCK
 from .manifest import (
     CARD,
     HEAD,
@@ -41,11 +42,13 @@ from .shards import Arrays, Shard, Written, said_by, write_shard
 
 _SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
 _RECORD_BYTES = 400  # of a shard in the manifest, about
+Facts = dict[str, Any]  # what was measured while a shard was written
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings: see Manifest."""
+    """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings, arithmetic: see
+    Manifest."""
 
     identity: Identity
     classes: int
@@ -54,6 +57,7 @@ class Plan:
     taps: dict[str, list[int]]
     shard_rows: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    arithmetic: Arithmetic | None = None
 
     def pieces(self, there: Iterable[ShardRecord | Piece] = ()) -> Iterator[Piece]:
         """Every shard that is not there, in the order in which they are written."""
@@ -89,7 +93,7 @@ class Writer:
     todo: list[Piece]
     grown: Manifest | None = None
     records: list[ShardRecord] = field(default_factory=list)
-    costs: list[dict[str, float]] = field(default_factory=list)
+    costs: list[Facts] = field(default_factory=list)
 
     @staticmethod
     def look(folder: Path, plan: Plan) -> "Writer":
@@ -118,7 +122,7 @@ class Writer:
         records = len(self.todo) + (len(there.shards) if there else 0)
         if records * _RECORD_BYTES > MANIFEST_MOST:
             raise Refused(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
-        _tidy(folder, [piece.path for piece in self.todo])
+        tidy(folder, [piece.path for piece in self.todo])
         self._claim()
         missing = sum(p.rows * row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
         if missing > (free := shutil.disk_usage(folder).free):
@@ -128,8 +132,10 @@ class Writer:
         """Write down what is begun, or see that it was this that was begun."""
         plan, path = self.plan, self.folder / UNFINISHED
         claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
+        if plan.arithmetic:
+            claim["arithmetic"] = plan.arithmetic.record()
         if path.is_file():
-            begun = _read_claim(self.folder)
+            begun = read_claim(self.folder)
             if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
                 sync(self.folder)  # stopped between the manifest and this
                 path.unlink()
@@ -168,9 +174,11 @@ class Writer:
         self._note(piece, written, facts)
         return True
 
-    def add(self, piece: Piece, arrays: Arrays, facts: dict[str, float]) -> None:
+    def add(self, piece: Piece, arrays: Arrays, facts: Facts) -> None:
         """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity, where it has logits."""
         path = self.folder / piece.path
+        if self.plan.arithmetic:
+            facts = {**facts, "arithmetic": self.plan.arithmetic.record()}  # it may lose its manifest
         make_folder(path.parent)
         attributes = {**self._attributes(piece), "facts": json.dumps(facts)}
         self._note(piece, write_shard(path, arrays, attributes), facts)
@@ -179,7 +187,7 @@ class Writer:
         name = fingerprint(self.plan.identity)
         return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
 
-    def _note(self, piece: Piece, written: Written, facts: dict[str, float]) -> None:
+    def _note(self, piece: Piece, written: Written, facts: Facts) -> None:
         correct = int(facts["correct"]) if "correct" in facts else None
         self.records.append(
             ShardRecord(
@@ -210,7 +218,7 @@ class Writer:
             plan.identity, plan.classes, plan.draws, plan.splits, plan.taps, shards, old.head if old else head,
             accuracy(shards, plan.splits, plan.draws, labelled), self._fidelity(),
             sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
-            old.settings if old else plan.settings, old.versions if old else versions,
+            old.settings if old else plan.settings, old.versions if old else versions, plan.arithmetic,
         )  # fmt: skip
 
     def finish(self, manifest: Manifest) -> None:
@@ -257,7 +265,7 @@ def refuse_another(folder: Path, identity: Identity, taps: dict[str, list[int]],
         raise OtherCache(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
 
 
-def _read_claim(folder: Path) -> Any:
+def read_claim(folder: Path) -> Any:
     try:
         begun = json.loads(read_plain(folder, UNFINISHED, MANIFEST_MOST))
         if isinstance(begun, dict):
@@ -272,26 +280,3 @@ def _strange(folder: Path) -> list[str]:
     ours = {NAME, UNFINISHED, CARD, HEAD, LOCK}
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     return sorted(n for n in names - ours if not n.endswith((".h5", ".tmp")) or n.count("/") != 1)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left in a whole cache: temporary files, a lock that nobody holds.
-
-    Nothing depends on it: where it cannot be done, on a read-only mount or beside a writer, it is left.
-    """
-    with suppress(Refused, OSError):
-        if any(path.name == LOCK or path.suffix == ".tmp" for path in folder.rglob(".*")):
-            with held(folder):
-                _tidy(folder, [record.path for record in read_manifest(folder).shards])
-
-
-def _tidy(folder: Path, paths: Iterable[str]) -> None:
-    """Remove the temporary files that a killed writer of this cache left; see files.remove_leftovers."""
-    remove_leftovers(folder, (NAME, UNFINISHED, CARD, HEAD))
-    by_folder: dict[str, list[str]] = {}
-    for path in paths:
-        inner, _, name = path.partition("/")
-        by_folder.setdefault(inner, []).append(name)
-    for inner, names in by_folder.items():
-        if (folder / inner).is_dir():
-            remove_leftovers(folder / inner, names)

@@ -18,7 +18,7 @@ set, so that any number of students can be trained without the teacher. It holds
 
 | | |
 |---|---|
-| teacher | `{arch}`, weights SHA-256 `{weights}`, {precision} arithmetic |
+| teacher | `{arch}`, weights SHA-256 `{weights}`, {precision} arithmetic{faster} |
 | input | {input} |
 | data | {data}: {rows}; {classes} classes |
 | views | {views}; {draws} of each training picture, one plain view of each held-out one |
@@ -72,6 +72,7 @@ def card(name: str, manifest: Manifest) -> str:
     return _TEXT.format(
         format=identity["format"], and_features=" and some layers' features" if features else "",
         arch=teacher["arch"], weights=teacher["weights"], precision=identity["precision"],
+        faster=f", {manifest.arithmetic.in_words()}" if manifest.arithmetic else "",
         input=f"{teacher['channels']} × {teacher['size']} × {teacher['size']}, mean {_short(teacher['mean'])},"
         f" standard deviation {_short(teacher['std'])} of values 0 … 1",
         data=data["name"], rows=", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items()),

@@ -12,9 +12,9 @@ import numpy as np
 from data.errors import OtherCache, Refused, WrongCommand, printable
 from data.transfer_set import TransferSet
 from pipeline.cache import Cache
+from pipeline.leftovers import sweep
 from pipeline.manifest import HEAD, ShardRecord
 from pipeline.proof import compare_views
-from pipeline.writer import sweep
 
 from .asking_again import Again, again, ask_of
 from .command_line import remake

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from data.errors import Refused, WrongCommand
-from pipeline.cache import Cache, Positions
+from pipeline.cache import Cache
 from pipeline.files import make_folder, publish_json, publish_text
+from pipeline.rows import Positions
 from pipeline.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
 
 from .console import Console, bar, duration, progress

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.transfer_set import Labels
-from pipeline.cache import Cache, Positions
+from pipeline.cache import Cache
 from pipeline.linear_probe import Floats, Form, Probe, columns, fit_probe, form_of, importance, standardized
 from pipeline.metrics import summary
+from pipeline.rows import Positions
 
 from .console import bar
 from .settings import InspectSettings

@@ -87,4 +87,5 @@ def _head(cache: Cache, manifest: Manifest, ask: Ask, console: Console) -> None:
 
 
 def _plan(manifest: Manifest) -> Plan:
-    return Plan(manifest.identity, manifest.classes, manifest.draws, manifest.splits, manifest.taps)
+    kept = (manifest.identity, manifest.classes, manifest.draws, manifest.splits, manifest.taps)
+    return Plan(*kept, arithmetic=manifest.arithmetic)

@@ -8,7 +8,6 @@ gives each rank one thread unless OMP_NUM_THREADS says otherwise; the same OMP_N
 """
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,23 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import Interrupted, OtherCache, Refused, unknown
+from data.errors import OtherCache, Refused, unknown
 from data.transfer_set import TransferSet, row_of
 from data.views import ViewPolicy, parse_views
+from pipeline.begun import begun
 from pipeline.cache import Cache
 from pipeline.codec import CODECS
 from pipeline.files import make_folder
 from pipeline.identity import Identity, fingerprint, identity_of
+from pipeline.leftovers import sweep
 from pipeline.lock import held
-from pipeline.manifest import NAME, Manifest, Piece
+from pipeline.manifest import NAME, Manifest
 from pipeline.models import head_of
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import weights_digest
 from pipeline.proof import probe
 from pipeline.reading import read_manifest
-from pipeline.recover import extent_of, lost_pieces
 from pipeline.statistic import plain_tap
-from pipeline.writer import Plan, Writer, refuse_another, sweep
+from pipeline.writer import Plan, Writer, refuse_another
 
 from . import ranks
 from . import teacher as teacher_stage
@@ -44,10 +44,12 @@ from .asking import Ask
 from .asking_again import again
 from .card import write_card
 from .command_line import command, free_name
-from .console import Console, LongWork, bar, duration
+from .console import Console, duration
+from .precision import Chosen, Probe, choose, chosen_as, going_on
 from .runs import device_of, versions
 from .settings import CacheSettings, StudentSettings
 from .which_teacher import teacher_of
+from .writing import write_shards
 
 
 def run(settings: CacheSettings) -> None:
@@ -63,15 +65,15 @@ def run(settings: CacheSettings) -> None:
 def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Manifest]:
     """Data, views, teacher; then shard after shard; then the manifest. The settings come back with the recipe in."""
     with _other_named(settings):
-        settings, identity, ask = _asked(settings, console)
-        return settings, _cache(settings, identity, ask, console)
+        settings, identity, ask, chosen = _asked(settings, console)
+        return settings, _cache(settings, identity, ask, chosen, console)
 
 
 def assist(settings: CacheSettings, console: Console) -> None:
     """What another rank than the first does: its share of the shards, once the first has claimed the folder."""
-    settings, identity, ask = _asked(settings, console)
+    settings, identity, ask, chosen = _asked(settings, console)
     if ranks.from_first(lambda: True):
-        _write_shared(Writer.look(Path(settings.out), _plan(settings, identity, ask)), ask, console)
+        write_shards(Writer.look(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console)
 
 
 @contextmanager
@@ -85,7 +87,7 @@ def _other_named(settings: CacheSettings) -> Iterator[None]:
         raise Refused(f"{error}\nMake the one that is asked for with  {right}") from None
 
 
-def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Identity, Ask]:
+def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Identity, Ask, Chosen]:
     """The settings with the recipe in, what the rows are to be, and who is asked about what."""
     settings, views, taps = _checked(settings)
     transfer_set = teacher_stage.load_cut(settings)
@@ -93,9 +95,10 @@ def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Id
     teacher, arch = teacher_of(settings, transfer_set, views, console)
     teacher = teacher.to(device_of(settings.device)).eval()
     identity = _identity(settings, transfer_set, views, teacher, arch)
+    chosen, taps = _decided(settings, identity, Probe(transfer_set, views, settings), teacher, taps, console)
+    identity = {**identity, "precision": chosen.answering.precision}
     ranks.agree("cache in mind", fingerprint(identity))
-    taps = tuple(ranks.from_first(lambda: _with_taps_of(settings, identity, taps)))
-    return settings, identity, Ask(transfer_set, views, teacher, taps, settings)
+    return settings, identity, Ask(transfer_set, views, chosen.answering, settings), chosen
 
 
 def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[str, ...]]:
@@ -119,34 +122,48 @@ def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[
 def _identity(
     settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: Prepared, arch: str
 ) -> Identity:
-    """What the rows of the cache to be are."""
+    """What the rows of the cache to be are, but for the precision where it is still to be chosen."""
     known = {"arch": arch, "weights": weights_digest(teacher.network), **teacher.preparation.identity()}
     identity = identity_of(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
     plain: Identity = json.loads(json.dumps(identity))
     return plain
 
 
-def _with_taps_of(settings: CacheSettings, identity: Identity, taps: tuple[str, ...]) -> tuple[str, ...]:
-    """The taps of a cache that is there already, and those that are asked for. Raises OtherCache."""
-    out = Path(settings.out)
-    if (out / NAME).is_file():
-        manifest = read_manifest(out)
-        refuse_another(out, identity, {}, manifest)
-        there = manifest.taps
-    else:
-        there = extent_of(lost_pieces(out, fingerprint(identity), {}))[1]
-    return tuple(dict.fromkeys((*there, *taps)))
+def _decided(
+    settings: CacheSettings, identity: Identity, probe: Probe, teacher: Prepared, taps: tuple[str, ...],
+    console: Console,
+) -> tuple[Chosen, tuple[str, ...]]:  # fmt: skip
+    """How the teacher is asked, as rank 0 finds it, and all taps: those of a cache that is there, those asked for.
+
+    Raises OtherCache.
+    """
+    found: list[Chosen] = []
+
+    def decide() -> dict[str, Any]:
+        there = begun(Path(settings.out), identity)
+        every = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
+        chosen = going_on(settings, there, teacher, every) or choose(settings, probe, teacher, every, console)
+        if (Path(settings.out) / NAME).is_file():
+            own = {**identity, "precision": chosen.answering.precision}
+            refuse_another(Path(settings.out), own, {}, read_manifest(Path(settings.out)))
+        found.append(chosen)
+        return {"taps": list(every), **chosen.record()}
+
+    told = ranks.from_first(decide)
+    every = tuple(told["taps"])
+    return (found[0] if found else chosen_as(told, teacher, every, probe, console)), every
 
 
-def _plan(settings: CacheSettings, identity: Identity, ask: Ask) -> Plan:
+def _plan(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen) -> Plan:
     splits = {split: len(rows) for split, rows in ask.transfer_set.splits.items()}
-    return Plan(identity, ask.classes, settings.draws, splits, ask.shapes, settings.shard_rows, _to_keep(settings))
+    kept = (settings.shard_rows, _to_keep(settings), chosen.arithmetic)
+    return Plan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
 
 
-def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Console) -> Manifest:
+def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen, console: Console) -> Manifest:
     """Write what is not there yet; the manifest of it all."""
     out, transfer_set = Path(settings.out), ask.transfer_set
-    plan = _plan(settings, identity, ask)
+    plan = _plan(settings, identity, ask, chosen)
     if (whole := Writer.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
         sweep(out)
         console.say(f"the cache '{out}' is whole already, with all that is asked for")
@@ -166,8 +183,10 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, console: Conso
             return writer.grown
         if set(writer.plan.taps) != set(ask.taps):
             raise Refused(f"'{out}' was given other taps while this began: run the same command again")
+        if chosen.begun and settings.precision == "auto":
+            console.say(f"precision: {identity['precision']}, as this cache was begun")
         ranks.from_first(lambda: True)
-        _write_shared(writer, ask, console)
+        write_shards(writer, ask, chosen, console)
         head = head_of(ask.teacher.network, ask.classes)
         record = None if head is None or writer.grown else writer.add_head(*numbers_of(head, ask.classes))
         labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
@@ -183,49 +202,6 @@ def _to_keep(settings: CacheSettings) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(settings).items() if name not in here}
     kept["weights"] = Path(settings.weights).name
     kept["data"] = "folder:PATH" if settings.data.startswith("folder:") else settings.data
-    return kept
-
-
-def _write_shared(writer: Writer, ask: Ask, console: Console) -> None:
-    """Every shard that is not there yet, each rank its share; then rank 0 takes over what the others wrote."""
-    ranks.barrier()  # all have looked at what there is, before the first new shard changes that
-    own = ranks.share(writer.todo)
-    if kept := ranks.total(_write(writer, own, ask, console)):
-        console.say(f"went on from {kept} of {len(writer.todo)} shards that were there, whole")
-    mine = {piece.path for piece in own}
-    others = [piece for piece in writer.todo if piece.path not in mine]
-    if others and ranks.is_first():
-        for piece in others:
-            ranks.wait_for(writer.folder / piece.path)
-        _write(writer, others, ask, console)  # asks for what is not there: a rank may have planned otherwise
-        writer.sort()
-
-
-def _write(writer: Writer, pieces: list[Piece], ask: Ask, console: Console) -> int:
-    """Those of the shards that are not there yet; how many were there."""
-    total = sum(piece.rows for piece in pieces)
-    kept = 0
-    long_work = LongWork(console, "Running the teacher", total, "; stopped, the same command goes on from there")
-    try:
-        with bar(total, "teacher-cache", "images") as shown:
-
-            def count(rows: int) -> None:
-                shown.update(rows)
-                long_work.at(int(shown.n))
-
-            for piece in pieces:
-                if writer.have(piece):
-                    kept += 1
-                    shown.update(piece.rows)
-                    shown.initial += piece.rows
-                    continue
-                begun = time.monotonic()
-                arrays, facts = ask.piece(piece, count)
-                writer.add(piece, arrays, {**facts, "seconds": round(time.monotonic() - begun, 4)})
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped after {len(writer.records)} of {len(pieces)} shards; the same command goes on from there"
-        ) from None
     return kept
 
 
@@ -246,6 +222,7 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
         "rows": rows,
         "bytes": manifest.bytes,
         "seconds": manifest.seconds,
+        "pictures_per_second": round(rows / manifest.seconds, 1) if manifest.seconds else None,
         "teacher": manifest.teacher,
         "fidelity": manifest.fidelity,
     }
@@ -261,7 +238,9 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
         f"cache:   {settings.out} ({manifest.fingerprint[:12]}),"
         f" {manifest.draws} draw{'s' if manifest.draws > 1 else ''} of {manifest.splits['train']:,} views"
     )
-    console.say(f"wrote:   {rows:,} rows, {manifest.bytes / rows:.1f} bytes a view, in {duration(manifest.seconds)}")
+    pace = f", {rows / manifest.seconds:,.0f} pictures a second" if manifest.seconds else ""
+    size = f"{manifest.bytes / rows:.1f} bytes a view"
+    console.say(f"wrote:   {rows:,} rows, {size}, in {duration(manifest.seconds)}{pace}")
     mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
     console.say(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
     console.say(
