@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caches import stop_after
 from commands import Stages, tiny_cache_command
 from torch import nn
 
@@ -215,8 +216,6 @@ def test_auto_goes_on_as_it_was_begun_whatever_a_timing_says(
     tiny: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     """Stopped half-way, grown, or with its manifest lost: the same identity, the same figures, nothing asked anew."""
-    from caches import stop_after
-
     out = tmp_path / "c"
     with monkeypatch.context() as patch:
         pace(patch, float32=1.0, bfloat16=0.5)
