@@ -51,9 +51,17 @@ def summary(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
     labels, guess = labels[known], logits.argmax(1)[known]
     return {
         "accuracy": float((guess == labels).mean()),
-        "f1_macro": float(sk.f1_score(labels, guess, labels=np.unique(labels), average="macro", zero_division=0)),
+        "f1_macro": _f1_macro(labels, guess),
         "nll": mean_nll(log_softmax(logits[known]), labels),
     }
+
+
+def _f1_macro(labels: Labels, guess: Labels) -> float:
+    """As scikit-learn's f1_score over the classes that occur, in 0.03 ms instead of 3: it is asked for in each epoch,
+    and one of a small student takes 15."""
+    K = int(max(labels.max(), guess.max())) + 1
+    rows, guessed, right = (np.bincount(x, minlength=K) for x in (labels, guess, labels[labels == guess]))
+    return float((2 * right / np.maximum(rows + guessed, 1))[rows > 0].mean())
 
 
 def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .settings import (
     MethodsSettings,
     PackSettings,
     SearchSettings,
-    StudentSettings,
+    StudentsSettings,
     TeacherSettings,
 )
 
@@ -51,13 +51,13 @@ def teacher_cache(context: click.Context, /, **_: Any) -> None:
 
 
 @commands.command("student")
-@options(StudentSettings)
+@options(StudentsSettings)
 @click.pass_context
 def student(context: click.Context, /, **_: Any) -> None:
-    """Stage two: train a student from a cache. No teacher is needed, or looked for."""
-    from . import student as stage
+    """Stage two: train a student, or several from one stream, from a cache. No teacher is needed, or looked for."""
+    from . import together as stage
 
-    stage.run(*given(context, StudentSettings))
+    stage.run(*given(context, StudentsSettings))
 
 
 @commands.command("blend")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class State:
         self._publish_lines(folder)
 
     def _publish_lines(self, folder: Path) -> None:
-        publish_text(folder / LINES, "".join(json.dumps(line) + "\n" for line in self.lines))
+        publish_text(folder / LINES, text_of(self.lines))
 
     def restore(self, folder: Path, device: torch.device) -> int:
         """Go back to the checkpoint, if there is one; the number of epochs that are done."""
@@ -165,6 +165,11 @@ class Finished:
 
     seconds: float
     epoch: int
+
+
+def text_of(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines of epochs as they stand in metrics.jsonl."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

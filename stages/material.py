@@ -187,8 +187,9 @@ class Material:
             wanted &= ~self.without_answer
         if not wanted.any():
             raise Refused("no row of the training split is left: each lacks an answer in some draw, or a label")
+        seed = settings.seed if settings.order_seed < 0 else settings.order_seed
         return Stream(
-            self.transfer_set.splits["train"], self.cache.views, self.cache.seed, settings.seed, settings.batch_size,
+            self.transfer_set.splits["train"], self.cache.views, self.cache.seed, seed, settings.batch_size,
             labels, np.flatnonzero(wanted), settings.draws, self.teachers, self.taps, targets, settings.workers,
             sampler=settings.sampler,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data.errors import Interrupted, Refused, WrongCommand, unknown
+from data.errors import Diverged, Interrupted, WrongCommand, unknown
 from pipeline.files import make_folder, publish_json, publish_text
 from pipeline.losses import at
 from pipeline.losses.loss import student_taps
@@ -21,6 +21,7 @@ from .checkpoint import State
 from .console import Console, bar
 from .job import Job, loss_modules, step
 from .material import Material
+from .passes import job_of
 from .recipes import fill_in
 from .runs import free_run, machine, versions
 from .settings import MethodsSettings, StudentSettings
@@ -195,7 +196,7 @@ class _Runner:
     def __init__(self, settings: StudentSettings, material: Material, steps: int):
         labels = material.transfer_set.splits["train"].labels
         network = material.network(settings, material.losses)
-        self.job = job = student_stage.job_of("student", settings, material, network, material.losses, labels, Path())
+        self.job = job = job_of("student", settings, material, network, material.losses, labels, Path())
         self.taps = student_taps(job.losses)
         self.state = State.begin(job.model, loss_modules(job, self.taps), settings, lambda _: 1e-6)
         self.losses = [at(loss, 0, 2) for loss in job.losses]
@@ -246,10 +247,8 @@ def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, c
     row: dict[str, Any] = {"method": name, "losses": list(settings.loss), **cost.__dict__}
     try:
         student = student_stage.train_or_go_on(settings, material, console)["student"]
-    except Refused as refusal:
-        if "diverged" not in str(refusal):
-            raise
-        return row | {"failed": str(refusal)}
+    except Diverged as diverged:
+        return row | {"failed": str(diverged)}
     figures = {split: student[split]["accuracy"] for split in material.held_out}
     return row | {
         "accuracy": figures, "agreement": {split: student[split]["agreement"] for split in material.held_out},

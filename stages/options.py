@@ -33,8 +33,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Com
     if hint is bool:
         names = f"{name}/--no-{name[2:]}" if more.get("switch") else name
         return click.option(names, default=field.default, is_flag=True, help=more["help"])
-    if hint == tuple[str, ...]:
-        return click.option(name, multiple=True, help=more["help"])
+    if typing.get_origin(hint) is tuple:
+        return click.option(name, multiple=True, type=typing.get_args(hint)[0], help=more["help"])
     kind = _OneOf(more["choices"]) if "choices" in more else hint
     shown = not more["help"].endswith("by recipe.") and field.default != ""
     return click.option(name, default=field.default, type=kind, show_default=shown, help=more["help"])
@@ -63,6 +63,8 @@ def given(context: click.Context, settings: type[S]) -> tuple[S, set[str]]:
 
 
 def _outside(field: dataclasses.Field[Any], value: Any) -> str:
+    if isinstance(value, tuple):
+        return next((problem for one in value if (problem := _outside(field, one))), "")
     if value == "":  # an unset variable of a script, not a wish for the default
         return f"{flag(field.name)} is empty"
     least, most = field.metadata.get("least"), field.metadata.get("most")

@@ -131,9 +131,20 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     loss: tuple[str, ...] = knob((), "A term, repeatable: kd:temperature=4,weight=0.9; all: stages losses; by recipe.")
     finetune_epochs: int = knob(0, "After distillation, so many from hard targets alone.", least=0)
     finetune_learning_rate: float = knob(0.0, "Of fine-tuning; 0: a tenth of --learning-rate.", least=0)
+    order_seed: int = knob(-1, "Of the order of rows; --seed when not given.", least=0, most=2**31)
     labelled: int = knob(0, "Only so many rows, drawn by class, keep their hard targets; 0: all.", least=0)
     baseline: bool = knob(False, "Train the same student from hard targets alone as well.")
     seeds: int = knob(1, "Train so many seeds, from --seed on; report mean and spread.", least=1, most=1000)
+
+
+@dataclass(frozen=True)
+class StudentsSettings(StudentSettings):
+    """`stages student`, where several archs, seeds or losses are several students of one stream."""
+
+    arch: tuple[str, ...] = knob((), _ARCHS + " Repeatable: students that read each batch once.")  # type: ignore
+    seed: tuple[int, ...] = knob((), "Of initial weights and order; repeatable.", least=0, most=2**31)  # type: ignore
+    vectorize: bool = knob(False, "Those of one arch as one model, where small students leave a processor idle.")
+    losses: tuple[str, ...] = knob((), "A whole loss, its terms parted by blanks; repeatable: a student for each.")
 
 
 @dataclass(frozen=True)

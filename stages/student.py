@@ -6,31 +6,23 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from torch import nn
-
-from data.errors import Refused
-from data.transfer_set import TRANSFER_SETS, Labels, row_of
+from data.errors import Diverged, Refused
+from data.transfer_set import TRANSFER_SETS, row_of
 from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
-from pipeline.losses import Loss
-from pipeline.losses.hard import Hard
 from pipeline.metrics import mean_and_spread
-from pipeline.models import multiply_adds, parameters
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
 
 from .command_line import command, this_program
 from .console import Console
-from .job import AfterEpoch, Job
+from .job import AfterEpoch
 from .material import Material
+from .passes import Student, train_passes
 from .recipes import fill_in
 from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfinished, versions
-from .serving import visible
 from .settings import StudentSettings
 from .table import print_table
 from .taught import in_words, keep, same_shards
 from .teacher import row_name
-from .training import fit
 
 _NOT_ALONE = {
     "soft_f1": "soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1",
@@ -114,13 +106,16 @@ def _seeds(
     results = []
     for seed in seeds:
         own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
-        results.append(_one_seed(replace(settings, seed=seed), material, own, console, after_epoch))
+        student = Student(replace(settings, seed=seed), material, own)
+        (result,) = train_passes([student], console, after_epoch)
+        assert not isinstance(result, Diverged)  # of one student it is raised
+        results.append(result)
         if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
             remove_leftovers(own, ("result.json",))
             publish_json(own / "result.json", results[-1])
-    result = _whole(settings, material, results)
-    publish_json(folder / "result.json", result)
-    return result
+    whole_result = whole(settings, material, results)
+    publish_json(folder / "result.json", whole_result)
+    return whole_result
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:
@@ -158,89 +153,7 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
     )
 
 
-def _one_seed(
-    settings: StudentSettings, material: Material, folder: Path, console: Console, after_epoch: AfterEpoch | None
-) -> dict[str, Any]:
-    """The student, and the same student without a teacher when asked for, from one seed."""
-    labels = visible(settings, material.transfer_set.splits["train"].labels)
-    smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
-    hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
-
-    def trained(
-        name: str, own: StudentSettings, losses: tuple[Loss, ...], where: Path, start: Path | None = None
-    ) -> Any:
-        network = material.network(settings, hard if name == "baseline" else material.losses)
-        if start:
-            load_state(network, read_state(start), str(start))
-        told = after_epoch if name == first_training(settings) else None
-        return _train(name, own, material, network, losses, labels, where, console, told)
-
-    if not settings.finetune_epochs:
-        result = {"student": trained("student", settings, material.losses, folder)}
-    else:
-        first = trained("distilled", settings, material.losses, folder / "distilled")
-        second = trained("student", _finetuning(settings), hard, folder, folder / "distilled/distilled.pt")
-        result = {"student": second | {"seconds": first["seconds"] + second["seconds"]}}
-    if settings.baseline:
-        longer = replace(settings, epochs=settings.epochs + settings.finetune_epochs)
-        result["baseline"] = trained("baseline", longer, hard, folder / "baseline")
-    return result
-
-
-def first_training(settings: StudentSettings) -> str:
-    """The name of the training from the cache."""
-    return "distilled" if settings.finetune_epochs else "student"
-
-
-def _finetuning(settings: StudentSettings) -> StudentSettings:
-    """The settings of the training from hard targets alone that follows distillation."""
-    rate = settings.finetune_learning_rate or settings.learning_rate / 10
-    return replace(settings, epochs=settings.finetune_epochs, learning_rate=rate)
-
-
-def _train(
-    name: str, settings: StudentSettings, material: Material, network: nn.Module, losses: tuple[Loss, ...],
-    labels: Labels, folder: Path, console: Console, after_epoch: AfterEpoch | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Train one network and measure it on the held-out splits. labels [N]: -1 where hidden."""
-    preparation = material.preparation
-    job = replace(job_of(name, settings, material, network, losses, labels, folder), after_epoch=after_epoch)
-    done = fit(job, material.held_out["val"], console)
-    figures: dict[str, Any] = {
-        "arch": material.arch(settings, material.losses if name != "baseline" else losses),
-        "preparation": preparation.identity(),
-        "parameters": parameters(network),
-        "multiply_adds": job.multiply_adds,
-        "seconds": done.seconds,
-        "epoch": done.epoch,
-        "images_per_second": settings.epochs
-        * job.steps
-        * len(job.stream.rows)
-        / job.stream.steps_per_round
-        / done.seconds,
-    }
-    return figures | material.measure(job.model)
-
-
-def job_of(
-    name: str, settings: StudentSettings, material: Material, network: nn.Module, losses: tuple[Loss, ...],
-    labels: Labels, folder: Path,
-) -> Job:  # fmt: skip
-    """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
-    preparation = material.preparation
-    model = Prepared(network, preparation).to(material.device)
-    cost = multiply_adds(network, preparation.channels, preparation.size)
-    only_labelled = all(loss.needs_labels for loss in losses)
-    targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
-    stream = material.stream(settings, labels, only_labelled, targets)
-    steps = material.stream(settings, labels, False, targets).steps_per_round
-    return Job(
-        name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost,
-        known=material.known(labels), term=material.term(settings),
-    )  # fmt: skip
-
-
-def _whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:
+def whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:
     """result.json: means over the seeds, their standard deviations, and the single results."""
     manifests = [cache.manifest for cache in material.teachers.members]
     manifest = manifests[0]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import Interrupted, Refused
+from data.errors import Diverged, Interrupted
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import student_taps
@@ -48,6 +48,7 @@ class _Course:
     losses: list[Loss] = field(default_factory=list)
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
+    failed: Diverged | None = None
 
 
 def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
@@ -55,20 +56,24 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
-    Raises Refused when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
+    Raises Diverged when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
     """
     try:
-        return fit_together([job], held_out, console)[0]
+        (done,) = fit_together([job], held_out, console)
     except KeyboardInterrupt:
         stage = "teacher" if job.name == "teacher" else "student"
         go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
         raise Interrupted(f"stopped; go on with  {go_on}") from None
+    if isinstance(done, Diverged):
+        raise done
+    return done
 
 
-def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished]:
+def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Diverged]:
     """As fit, of several trainings with as many epochs and steps, from the stream of the first one.
 
-    Each ends with the weights that it would have alone. Raises KeyboardInterrupt on Ctrl-C.
+    Each ends with the weights that it would have alone; one that diverges does not stop the others. Raises
+    KeyboardInterrupt on Ctrl-C.
     """
     threads = torch.get_num_threads()
     with ExitStack() as opened:
@@ -79,8 +84,10 @@ def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> li
         finally:
             torch.set_num_threads(threads)
     for course in courses:
-        _end(course)
-    return [finished(job.folder, job.settings.select) for job in jobs]
+        if not course.failed:
+            _end(course)
+    failed = {id(course.job): course.failed for course in courses if course.failed}
+    return [failed.get(id(job)) or finished(job.folder, job.settings.select) for job in jobs]
 
 
 def _begin(job: Job, opened: ExitStack) -> _Course | None:
@@ -108,7 +115,7 @@ def _end(course: _Course) -> None:
     """Publish the weights that are kept."""
     job, state = course.job, course.state
     job.model.load_state_dict(state.best or state.result.state_dict())
-    _publish_weights(job.folder / f"{job.name}.pt", job.model)
+    publish_weights(job.folder / f"{job.name}.pt", job.model)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -123,7 +130,7 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.perf_counter()
-            under_way = [course for course in courses if course.first <= epoch]
+            under_way = [course for course in courses if course.first <= epoch and not course.failed]
             for course in under_way:
                 _begin_epoch(course, epoch)
             for number in range(epoch * job.steps, (epoch + 1) * job.steps):
@@ -133,8 +140,14 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
             own = sum(course.seconds for course in under_way)
             shared = (time.perf_counter() - begun - own) / len(under_way)
             for course in under_way:
-                line = _end_epoch(course, epoch, held_out, shared)
+                try:
+                    line = _end_epoch(course, epoch, held_out, shared)
+                except Diverged as diverged:
+                    course.failed = diverged
+                    continue
                 shown.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k != "epoch"}, refresh=False)
+            if all(course.failed for course in courses):
+                return
 
 
 def _begin_epoch(course: _Course, epoch: int) -> None:
@@ -161,15 +174,15 @@ def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) ->
     means = dict(zip(names(job.losses), (course.sums / job.steps).tolist(), strict=True))  # the one synchronisation
     for name, mean in means.items():
         if not np.isfinite(mean):
-            raise _diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
+            raise diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
     logits = held_out.logits(state.result)
     if not np.isfinite(logits).all():  # the last step can be the one too many
-        raise _diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
+        raise diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
     seen = summary(logits, held_out.labels)
     terms = {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
     line = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
     if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
-        _publish_weights(job.folder / _kept(job, epoch), state.result)
+        publish_weights(job.folder / _kept(job, epoch), state.result)
     line |= {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
     with job.chance:
         state.keep(job.folder, line, job.settings.select)
@@ -183,14 +196,14 @@ def _kept(job: Job, epoch: int) -> str:
     return f"{job.name}-{epoch + 1:04d}.pt"
 
 
-def _publish_weights(path: Path, model: nn.Module) -> None:
+def publish_weights(path: Path, model: nn.Module) -> None:
     """The weights of the network alone, as teacher-cache --weights reads them."""
     network = model.get_submodule("network").state_dict()
     publish_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
 
 
-def _diverged(job: Job, how: str) -> Refused:
-    return Refused(
+def diverged(job: Job, how: str) -> Diverged:
+    return Diverged(
         f"training the {job.name} diverged: {how}."
         f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
     )

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from data.errors import Interrupted, Refused, WrongCommand
+from data.errors import Diverged, Interrupted, WrongCommand
 from pipeline.files import make_folder
 
 from . import student as student_stage
 from .checkpoint import LINES, lines_of
 from .console import Console
 from .material import Material
+from .passes import first_training
 from .recipes import fill_in
 from .runs import free_run, milestones_of
 from .search_folder import DATABASE, alone, begin, compare, look_at, tidy, unfinished
@@ -139,7 +140,7 @@ class Search:
         values = {one.name: one.decimal(trial.params[one.name]) for one in self.shared.space}
         folder = self.shared.folder / f"trial-{slot:04d}"
         own = replace(with_values(self.first, self.shared.space, values), out=str(folder))
-        name = student_stage.first_training(own)
+        name = first_training(own)
         where = folder if name == "student" else folder / name
 
         def lines_so_far() -> list[dict[str, Any]]:
@@ -158,9 +159,7 @@ class Search:
             told()
         except optuna.TrialPruned:
             return TrialState.PRUNED, None, seconds()
-        except (Refused, WrongCommand, torch.OutOfMemoryError) as error:
-            if isinstance(error, Refused) and "diverged" not in str(error):
-                raise
+        except (Diverged, WrongCommand, torch.OutOfMemoryError) as error:
             return TrialState.PRUNED, None, seconds() | {"failed": str(error).splitlines()[0][:500]}
         return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
 

@@ -58,15 +58,18 @@ class Prepared(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(self.prepared(views))
+        return logits.float()
+
+    def prepared(self, views: torch.Tensor) -> torch.Tensor:
+        """The network's input float32 [B, channels, size, size] of uint8 views."""
         x = views.to(torch.float32)
         if self.preparation.channels != x.shape[1]:
             x = x.expand(-1, self.preparation.channels, -1, -1)
         if self.preparation.size != x.shape[-1]:
             size = [self.preparation.size] * 2
             x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
-        x = self._normalised(x)
-        logits: torch.Tensor = self.network(x)
-        return logits.float()
+        return self._normalised(x)
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         """shift + x scale by channel, in the network's layout. On a CPU each channel by itself, straight into its

@@ -1,0 +1,177 @@
+"""The trainings of a student: distilled, fine-tuned, and as a baseline; of one, or of several from one stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from data.errors import Diverged, WrongCommand
+from data.transfer_set import Labels
+from pipeline.losses import Loss
+from pipeline.losses.hard import Hard
+from pipeline.models import multiply_adds, parameters
+from pipeline.models.prepared import Prepared
+from pipeline.models.weights import load_state, read_state
+from pipeline.stream import Stream
+
+from .checkpoint import Finished
+from .console import Console
+from .job import AfterEpoch, Job
+from .material import Material
+from .serving import visible
+from .settings import StudentSettings
+from .stacked import fit_stacked
+from .training import fit, fit_together
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Student:
+    """One seed of one student: its settings, what it is trained from, and where it is kept."""
+
+    settings: StudentSettings
+    material: Material
+    folder: Path
+
+
+def first_training(settings: StudentSettings) -> str:
+    """The name of the training from the cache."""
+    return "distilled" if settings.finetune_epochs else "student"
+
+
+def train_passes(
+    students: Sequence[Student], console: Console, after_epoch: AfterEpoch | None = None, vectorize: bool = False
+) -> list[Result | Diverged]:
+    """Of each student the figures of its `student`, and of its `baseline` when asked for.
+
+    Several have as many epochs and read each batch once; where one of several diverges, that is in its place, and one
+    alone raises it. after_epoch: of the training from the cache. vectorize: those of one arch as one model.
+    """
+    settings = students[0].settings
+    first = first_training(settings)
+    results = _trained(first, students, [{} for _ in students], console, after_epoch, vectorize)
+    if first != "student":
+        results = _trained("student", students, results, console, None, vectorize)
+        for result in results:
+            if not isinstance(result, Diverged):
+                result["student"]["seconds"] += result.pop(first)["seconds"]
+    if settings.baseline:
+        results = _trained("baseline", students, results, console, None, vectorize)
+    return results
+
+
+def _trained(
+    name: str, students: Sequence[Student], results: Sequence[Result | Diverged], console: Console,
+    after_epoch: AfterEpoch | None, vectorize: bool,
+) -> list[Result | Diverged]:  # fmt: skip
+    """The results with the figures of one more training, of those students that have not diverged."""
+    left = [student for student, result in zip(students, results, strict=True) if not isinstance(result, Diverged)]
+    jobs = [replace(_job(name, student), after_epoch=after_epoch) for student in left]
+    val = students[0].material.held_out["val"]
+    done: dict[int, Finished | Diverged]
+    if len(students) == 1:
+        done = {0: fit(jobs[0], val, console)}
+    else:
+        shared = _from_one_stream(jobs)
+        done = {}
+        for places in _by_arch(left) if vectorize else [range(len(left))]:
+            fitted = (fit_stacked if vectorize else fit_together)([shared[i] for i in places], val, console)
+            done |= dict(zip(places, fitted, strict=True))
+    ended = iter(zip(jobs, left, [done[i] for i in range(len(left))], strict=True))
+    return [result if isinstance(result, Diverged) else _with(result, name, *next(ended)) for result in results]
+
+
+def _with(result: Result, name: str, job: Job, student: Student, done: Finished | Diverged) -> Result | Diverged:
+    return done if isinstance(done, Diverged) else result | {name: _figures(job, student, done)}
+
+
+def _by_arch(students: Sequence[Student]) -> list[list[int]]:
+    """The places of the students of each arch."""
+    archs = [student.settings.arch for student in students]
+    return [[i for i, arch in enumerate(archs) if arch == one] for one in dict.fromkeys(archs)]
+
+
+def _job(name: str, student: Student) -> Job:
+    """One training of a student: losses, settings, where it is kept and from which weights it starts."""
+    settings, material = student.settings, student.material
+    smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
+    hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
+    losses = material.losses if name == first_training(settings) else hard
+    network = material.network(settings, hard if name == "baseline" else material.losses)
+    folder = student.folder if name == "student" else student.folder / name
+    if name == "baseline":
+        settings = replace(settings, epochs=settings.epochs + settings.finetune_epochs)
+    elif name == "student" and settings.finetune_epochs:
+        start = student.folder / "distilled/distilled.pt"
+        load_state(network, read_state(start), str(start))
+        settings = _finetuning(settings)
+    labels = visible(settings, material.transfer_set.splits["train"].labels)
+    return job_of(name, settings, material, network, losses, labels, folder)
+
+
+def _finetuning(settings: StudentSettings) -> StudentSettings:
+    """The settings of the training from hard targets alone that follows distillation."""
+    rate = settings.finetune_learning_rate or settings.learning_rate / 10
+    return replace(settings, epochs=settings.finetune_epochs, learning_rate=rate)
+
+
+def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
+    material, rows = student.material, len(job.stream.rows) / job.stream.steps_per_round
+    figures: dict[str, Any] = {
+        "arch": material.arch(student.settings, material.losses if job.name != "baseline" else job.losses),
+        "preparation": material.preparation.identity(),
+        "parameters": parameters(job.model.network),
+        "multiply_adds": job.multiply_adds,
+        "seconds": done.seconds,
+        "epoch": done.epoch,
+        "images_per_second": job.epochs * job.steps * rows / done.seconds,
+    }
+    return figures | material.measure(job.model)
+
+
+def job_of(
+    name: str, settings: StudentSettings, material: Material, network: nn.Module, losses: tuple[Loss, ...],
+    labels: Labels, folder: Path,
+) -> Job:  # fmt: skip
+    """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
+    preparation = material.preparation
+    model = Prepared(network, preparation).to(material.device)
+    cost = multiply_adds(network, preparation.channels, preparation.size)
+    only_labelled = all(loss.needs_labels for loss in losses)
+    targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
+    stream = material.stream(settings, labels, only_labelled, targets)
+    steps = material.stream(settings, labels, False, targets).steps_per_round
+    return Job(
+        name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost,
+        known=material.known(labels), term=material.term(settings),
+    )  # fmt: skip
+
+
+def _from_one_stream(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with one stream that has what each reads. Raises WrongCommand where their batches differ."""
+    if not jobs:
+        return []
+    first = jobs[0].stream
+    for job in jobs[1:]:
+        if not _same_batches(first, job.stream) or (job.epochs, job.steps) != (jobs[0].epochs, jobs[0].steps):
+            raise WrongCommand(
+                f"'{jobs[0].folder}' and '{job.folder}' do not see the same batches, as students of one stream do:"
+                " other labels (--labelled goes by the seed), or a loss that wants labels beside one that does not."
+                " Train them one after the other"
+            )
+    taps = tuple(dict.fromkeys(tap for job in jobs for tap in job.stream.taps))
+    shared = replace(first, taps=taps, targets=any(job.stream.targets for job in jobs))
+    return [replace(job, stream=shared) for job in jobs]
+
+
+def _same_batches(one: Stream, other: Stream) -> bool:
+    """Whether two streams of the same caches and pictures differ in what is read of a row alone."""
+    alike = replace(
+        other, split=one.split, labels=one.labels, rows=one.rows, cache=one.cache, taps=one.taps, targets=one.targets
+    )
+    rows = np.array_equal(one.labels, other.labels) and np.array_equal(one.rows, other.rows)
+    return rows and alike == one

@@ -1,0 +1,209 @@
+"""Students of one arch as one vectorised model (torch.func): one step moves all, of different seeds or loss weights.
+
+Small students leave most of a processor idle: what a step of one costs is calls, and 32 of them take no more calls
+than one. Batched products add in another order: the weights are those of a student alone but for rounding.
+"""
+
+import copy
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.func import functional_call, stack_module_state
+
+from data.errors import Diverged, WrongCommand
+from pipeline.files import make_folder, publish_text, remove_leftovers
+from pipeline.losses import Loss, at
+from pipeline.losses.loss import fixed
+from pipeline.metrics import summary
+from pipeline.models.prepared import Prepared
+from pipeline.models.weights import load_state, read_state
+from pipeline.records import Outputs, TargetBatch
+
+from .checkpoint import LINES, Finished, State, finished, text_of
+from .console import Console, LongWork, bar
+from .held_out import HeldOut, autocast
+from .job import Job, names
+from .training import diverged, publish_weights
+
+
+class Stack(nn.Module):
+    """S models of one arch as one: uint8 views [B, C, H, W] -> float32 logits [B, S, K]."""
+
+    def __init__(self, models: Sequence[Prepared]):
+        super().__init__()
+        weights, buffers = stack_module_state([model.network for model in models])
+        self._names, self._buffer_names = list(weights), list(buffers)
+        self.stacked = nn.ParameterList(nn.Parameter(value.detach()) for value in weights.values())
+        for i, value in enumerate(buffers.values()):
+            self.register_buffer(f"buffer{i}", value)
+        self._plain = [copy.deepcopy(models[0])]  # in a list: its own weights are not trained
+
+    def train(self, mode: bool = True) -> "Stack":
+        """Of the networks as well: dropout, batch norm."""
+        self._plain[0].train(mode)
+        super().train(mode)
+        return self
+
+    def state_of(self, i: int) -> dict[str, torch.Tensor]:
+        """The network's state dict of one of them."""
+        weights = zip(self._names, self.stacked, strict=True)
+        return {name: x[i].detach().clone() for name, x in (*weights, *self._buffers_by_name().items())}
+
+    def _buffers_by_name(self) -> dict[str, torch.Tensor]:
+        return {name: self.get_buffer(f"buffer{i}") for i, name in enumerate(self._buffer_names)}
+
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        plain = self._plain[0]
+        x = plain.prepared(views)
+        weights = dict(zip(self._names, self.stacked, strict=True))
+
+        def one(weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
+            logits: torch.Tensor = functional_call(plain.network, (weights, buffers), (x,))
+            return logits
+
+        each = torch.vmap(one, randomness="different")(weights, self._buffers_by_name())
+        return each.float().movedim(0, 1)
+
+
+def check_stackable(jobs: Sequence[Job]) -> None:
+    """Raise WrongCommand for trainings that cannot be one vectorised model."""
+    first = jobs[0]
+    for job in jobs:
+        settings = job.settings
+        if any(loss.student_taps() or loss.teacher_taps() or loss.needs_head for loss in job.losses):
+            raise WrongCommand(
+                f"--vectorize takes losses of the logits alone, not {', '.join(names(job.losses))}: leave it out"
+            )
+        if settings.select != "last" or settings.ema or settings.keep_every or settings.compile:
+            raise WrongCommand(
+                "--vectorize takes no --select, --ema, --keep-every or --compile: leave them, or it, out"
+            )
+        if [_unweighted(loss) for loss in job.losses] != [_unweighted(loss) for loss in first.losses]:
+            raise WrongCommand(
+                f"--vectorize takes losses that differ in their weights alone, not in '{first.folder}' and"
+                f" '{job.folder}': leave it out"
+            )
+
+
+def _unweighted(loss: Loss) -> Loss:
+    return replace(loss, weight=0.0)  # type: ignore[type-var]
+
+
+def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Diverged]:
+    """As training.fit_together, as one model. What it keeps while it runs lies in a folder of the first one's."""
+    check_stackable(jobs)
+    first, folder = jobs[0], jobs[0].folder / "stack"
+    if all((job.folder / f"{job.name}.pt").is_file() for job in jobs):
+        for job in jobs:
+            load_state(job.model.network, read_state(path := job.folder / f"{job.name}.pt"), str(path))
+        shutil.rmtree(folder, ignore_errors=True)  # stopped between the two
+        return [finished(job.folder, "last") for job in jobs]
+    for job in jobs:
+        make_folder(job.folder)
+        remove_leftovers(job.folder, (LINES, f"{job.name}.pt"))
+    make_folder(folder)
+    stack = Stack([job.model for job in jobs]).to(first.device)
+    with first.chance:
+        state = State.begin(stack, {}, first.settings, first.rate)
+        begin = state.restore(folder, first.device)
+    _epochs(jobs, stack, state, begin, held_out, console)
+    ended = [_end(job, stack, state, i) for i, job in enumerate(jobs)]
+    shutil.rmtree(folder)
+    return ended
+
+
+def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_out: HeldOut, console: Console) -> None:
+    job, total = jobs[0], jobs[0].epochs * jobs[0].steps
+    long_work = LongWork(console, f"Training {len(jobs)} of {job.name} as one", total, job.advice)
+    batches = job.stream.batches(begin * job.steps, total)
+    with bar(total, job.name, "step") as shown:
+        shown.update(begin * job.steps)
+        for epoch in range(begin, job.epochs):
+            begun = time.perf_counter()
+            losses = [at(loss, epoch, job.epochs) for loss in job.losses]
+            weights = _weights(jobs, epoch)
+            sums = torch.zeros_like(weights)
+            stack.train()
+            for number in range(epoch * job.steps, (epoch + 1) * job.steps):
+                with job.chance:
+                    sums += _step(job, stack, state, next(batches).to(job.device), losses, weights)
+                shown.update()
+                long_work.at(number + 1)
+            line = _measured(jobs, sums / job.steps, held_out.logits(stack), held_out, epoch)
+            share = round((time.perf_counter() - begun) / len(jobs), 6)
+            with job.chance:
+                state.keep(job.folder / "stack", line | {"share": share}, "last")
+
+
+def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:
+    """float32 [terms, S]: what each term weighs in each student."""
+    each = [[fixed(at(loss, epoch, job.epochs).weight) for loss in job.losses] for job in jobs]
+    return torch.tensor(each, device=jobs[0].device).T.contiguous()
+
+
+def _step(
+    job: Job, stack: Stack, state: State, batch: TargetBatch, losses: list[Loss], weights: torch.Tensor
+) -> torch.Tensor:
+    """One step of all; their weighted terms [terms, S], detached."""
+    with autocast(job.device, job.settings.precision):
+        logits = stack(batch.views)
+
+    def of_one(loss: Loss) -> Any:
+        return lambda z: job.term(loss, Outputs(z), batch, None)
+
+    each = torch.stack([torch.vmap(of_one(loss), in_dims=1, randomness="different")(logits) for loss in losses])
+    terms = weights * each
+    for weight in state.weights:
+        weight.grad = None
+    terms.sum().backward()  # type: ignore[no-untyped-call]
+    if job.settings.clip_norm:
+        _clip(state.weights, job.settings.clip_norm)
+    state.optimizer.step()
+    state.schedule.step()
+    return terms.detach()
+
+
+def _clip(weights: list[nn.Parameter], most: float) -> None:
+    """Clip each student's gradient to a norm of its own, as torch.nn.utils.clip_grad_norm_ does with one."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    share = (most / (norms + 1e-6)).clamp(max=1.0)
+    for g in gradients:
+        g.mul_(share.view(-1, *[1] * (g.ndim - 1)))
+
+
+def _measured(
+    jobs: Sequence[Job], means: torch.Tensor, logits: NDArray[np.float32], held_out: HeldOut, epoch: int
+) -> dict[str, Any]:
+    """The line of an epoch, with one for each student. means: of its terms [terms, S]; logits [N, S, K] of validation.
+
+    A student that has diverged has None.
+    """
+    finite = np.isfinite(logits).all((0, 2)) & np.isfinite(means.cpu().numpy()).all(0)
+    lines: list[dict[str, Any] | None] = []
+    for i, job in enumerate(jobs):
+        terms = dict(zip(names(job.losses), means[:, i].tolist(), strict=True))
+        line = {"epoch": epoch + 1, "loss": sum(terms.values()), **{f"loss_{name}": x for name, x in terms.items()}}
+        seen = summary(logits[:, i], held_out.labels) if finite[i] else {}
+        lines.append(line | {f"val_{name}": value for name, value in seen.items()} if finite[i] else None)
+    return {"epoch": epoch + 1, "students": lines}
+
+
+def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | Diverged:
+    """Publish the weights and lines of one student, or say how it diverged."""
+    lines = []
+    for epoch in state.lines:
+        if epoch["students"][i] is None:
+            return diverged(job, f"its loss or logits are no longer finite after epoch {epoch['epoch']}")
+        lines.append(epoch["students"][i] | {"seconds": epoch["share"]})
+    job.model.network.load_state_dict(stack.state_of(i))
+    publish_text(job.folder / LINES, text_of(lines))
+    publish_weights(job.folder / f"{job.name}.pt", job.model)
+    return finished(job.folder, "last")

@@ -1,0 +1,101 @@
+"""--vectorize: students of one arch as one model, equal to each alone but for rounding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import Stages
+
+import stages.stacked as stacked
+from pipeline.metrics import summary
+from pipeline.models.weights import read_state
+
+COMMON = ("--epochs", 2, "--batch-size", 50, "--learning-rate", 0.02)
+LOSSES = ("--losses", "kd:temperature=4 hard:weight=0.1", "--losses", "kd:temperature=4,weight=1->0 hard:weight=0.7")
+
+
+def same_run(one: str, other: str) -> None:
+    ours, theirs = (read_state(Path(run, "student.pt")) for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+    lines = [[json.loads(line) for line in Path(r, "metrics.jsonl").read_text().splitlines()] for r in (one, other)]
+    for mine, his in zip(*lines, strict=True):
+        assert mine.keys() == his.keys()
+        for name in mine.keys() - {"seconds", "val_accuracy", "val_f1_macro"}:
+            assert mine[name] == pytest.approx(his[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["mlp:16", "cnn"])
+@pytest.mark.parametrize(
+    "more", [(), ("--clip-norm", 0.5), ("--optimizer", "adamw", "--learning-rate", 1e-3, "--finetune-epochs", 1)]
+)
+def test_seeds_and_weights_as_one_model_end_as_each_alone(
+    tiny: Path, stages: Stages, arch: str, more: tuple[Any, ...]
+) -> None:
+    said = ("student", *COMMON, *more, "--cache", tiny / "cache", "--arch", arch)
+    stages(*said, "--seed", 0, "--seed", 1, *LOSSES, "--vectorize", "--baseline", "--out", "all")
+    assert not list(Path("all").rglob("stack"))
+    alone = ("--loss", "kd:temperature=4,weight=1->0", "--loss", "hard:weight=0.7")
+    stages(*said, "--seed", 1, "--order-seed", 0, *alone, "--out", "alone")
+    same_run("all/seed-1-loss-1", "alone")
+    result = json.loads(Path("all/seed-1-loss-1/result.json").read_text())
+    assert {"student", "baseline"} <= set(result)
+
+
+def test_one_that_diverges_leaves_the_others_as_they_are(tiny: Path, stages: Stages) -> None:
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
+    losses = ("--losses", "logit_mse:weight=1e12", "--losses", "logit_mse:weight=0.1")
+    line = stages.fails(1, *said, *losses, "--vectorize", "--out", "all")
+    assert "1 of 2 students, 'loss-0' the first: training the student diverged" in line
+    stages(*said, "--loss", "logit_mse:weight=0.1", "--out", "alone")
+    same_run("all/loss-1", "alone")
+
+
+def test_stopped_it_goes_on_to_the_same_weights(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--seed", 0, "--seed", 1, "--vectorize")
+    stages(*said, "--out", "whole")
+    step, taken = stacked._step, [0]
+
+    def stopping(*of: Any) -> torch.Tensor:
+        taken[0] += 1
+        if taken[0] == 9:
+            raise KeyboardInterrupt
+        return step(*of)
+
+    monkeypatch.setattr(stacked, "_step", stopping)
+    assert stages.call(*said, "--out", "stopped")[0] == 130
+    stages(*said, "--out", "stopped")
+    for seed in (0, 1):
+        weights = [Path(run, f"seed-{seed}/student.pt").read_bytes() for run in ("whole", "stopped")]
+        assert weights[0] == weights[1]
+
+
+def test_what_cannot_be_one_model_is_refused(tiny: Path, stages: Stages) -> None:
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--vectorize")
+    seeds = ("--seed", 0, "--seed", 1)
+    hint = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=linear")
+    assert "losses of the logits alone" in stages.fails(2, *said, *seeds, *hint, "--out", "a")
+    assert "--select" in stages.fails(2, *said, *seeds, "--select", "nll", "--out", "b")
+    other = ("--losses", "kd:temperature=2", "--losses", "kd:temperature=3")
+    assert "differ in their weights alone" in stages.fails(2, *said, *other, "--out", "c")
+    assert "several students" in stages.fails(2, *said, "--out", "d")
+
+
+@pytest.mark.parametrize("K", [2, 10])
+def test_the_f1_of_an_epoch_is_scikit_learns(K: int) -> None:
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(K)
+    for rows in (1, 3, 200):
+        labels, logits = rng.integers(-1, K, rows), rng.normal(size=(rows, K))
+        known = labels >= 0
+        if known.any():
+            guess = logits.argmax(1)[known]
+            expected = f1_score(
+                labels[known], guess, labels=np.unique(labels[known]), average="macro", zero_division=0
+            )
+            assert summary(logits, labels)["f1_macro"] == pytest.approx(expected, abs=1e-12)
