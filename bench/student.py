@@ -22,7 +22,7 @@ from stages.held_out import autocast
 from stages.job import Job
 from stages.material import Material
 from stages.settings import StudentSettings
-from stages.student import job_of
+from stages.passes import job_of
 from stages.training import _begin, _begin_epoch, _step_of_each
 
 from . import material
