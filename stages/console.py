@@ -43,7 +43,9 @@ def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `2 h 10 min`."""
+    """`17 ms`, `45 s`, `12 min`, `2 h 10 min`."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)

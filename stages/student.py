@@ -12,6 +12,7 @@ from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
 from pipeline.metrics import mean_and_spread
 
+from .bill import bill_of, in_one_line
 from .command_line import command, this_program
 from .console import Console
 from .job import AfterEpoch
@@ -55,6 +56,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
     if result["student"][split]["accuracy"] < 1.5 / material.cache.classes:
         console.say("The student knows hardly more than chance: --clip-norm 1 or a lower --learning-rate often helps;")
         console.say("terms of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs")
+    console.say(f"bill:  {in_one_line(result['bill'])}")
     console.say(f"run:   {folder}")
     console.say(f"cache: {', '.join(settings.cache)}, reused by every other student: no teacher is needed any more")
     other = "cnn" if settings.arch != "cnn" else "mlp:64"
@@ -175,6 +177,7 @@ def whole(settings: StudentSettings, material: Material, results: list[dict[str,
         "teacher": material.figures,
         **members,
         **mean,
+        "bill": bill_of(manifests, settings, mean["student"]["seconds"]),
         "spread": spread,
         "seeds": [{"seed": settings.seed + i, **result} for i, result in enumerate(results)],
         "seconds": {name: sum(r[name]["seconds"] for r in results) for name in mean},
