@@ -96,7 +96,11 @@ def memory(given: Given, gigabytes: float) -> Found:
 
 def _resident() -> tuple[int, int]:
     """Bytes of this process in memory: now, and at most so far."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line or "VmHWM" in line)
+    lines = dict(
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if "VmRSS" in line or "VmHWM" in line
+    )
     return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
 
 

@@ -1,6 +1,7 @@
 """What is measured on: smooth random pictures in memory or as JPEGs, a teacher of random weights, and caches of what
 no teacher said, made by the project's own writer."""
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from data.pictures import MemoryPictures
 from data.transfer_set import TRANSFER_SETS, DataRow, Read, Recipe, TransferSet, load
@@ -75,7 +77,7 @@ def transfer_set(data: str) -> TransferSet:
 
 
 def teacher(arch: str, size: int = 32) -> Prepared:
-    """A teacher of random weights in eval mode, whose batch norms have seen pictures: its logits are of a usual size."""
+    """A teacher of random weights in eval mode, whose batch norms have seen pictures: its logits are not huge."""
     torch.manual_seed(0)
     preparation = Preparation(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
     made = Prepared(build(arch, 10, 3, size), preparation)
@@ -84,6 +86,11 @@ def teacher(arch: str, size: int = 32) -> Prepared:
         for _ in range(8):
             made(views)
     return made.eval()
+
+
+def usual_teacher(device: torch.device) -> nn.Module:
+    """The network of a ResNet-56 alone, in the layout that PyTorch gives it: float32 [B, 3, 32, 32] -> [B, 10]."""
+    return teacher("resnet56").network.to(memory_format=torch.contiguous_format).to(device)
 
 
 def fake_cache(
@@ -96,7 +103,7 @@ def fake_cache(
         return folder
     rows, views = transfer_set(data), views or TRANSFER_SETS[data.partition(":")[0]].recipe.views
     policy = parse_views(views)
-    policy = parse_views(f"{views}{',' if ':' in views else ':'}size={policy.size or rows.size}")
+    policy = replace(policy, size=policy.size or rows.size)
     classes, seed = len(rows.classes), 0
     preparation = Preparation(rows.channels, policy.size, (0.5,) * rows.channels, (0.25,) * rows.channels)
     known = {"arch": "resnet56", "weights": "0" * 64, **preparation.identity()}
@@ -120,13 +127,19 @@ def _made_up(
     part = rows.splits[piece.split]
     index = row_order(seed, piece.split, len(part))[piece.start : piece.start + piece.rows]
     own = policy if piece.split == "train" else policy.plain()
-    seen = [crc32(render(part.pictures, own, seed, index[a : a + 1024], piece.draw)) for a in range(0, len(index), 1024)]
+    seen = [
+        crc32(render(part.pictures, own, seed, index[a : a + 1024], piece.draw)) for a in range(0, len(index), 1024)
+    ]
     chance = np.random.default_rng(piece.draw + 1000 * piece.start)
     logits = chance.standard_normal((piece.rows, len(rows.classes)), np.float32) * 3
     stored = CODECS[codec].encode(logits)
     decoded = CODECS[codec].decode(stored)
     features = {name: _feature(piece.rows, shape) for name, (shape, _) in piece.datasets.items() if "/" in name}
-    keys = {"index": index.astype("<u4"), "label": part.labels[index].astype("<i4"), "view_crc32": np.concatenate(seen)}
+    keys = {
+        "index": index.astype("<u4"),
+        "label": part.labels[index].astype("<i4"),
+        "view_crc32": np.concatenate(seen),
+    }
     hits = int((decoded.argmax(1) == part.labels[index]).sum())
     return {**stored, **features, **keys}, {"correct": hits, **fidelity(logits[:_BLOCK], decoded[:_BLOCK])}
 

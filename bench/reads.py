@@ -5,7 +5,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,8 @@ def in_blocks(cache: Cache, stream: Stream) -> Callable[[], int]:
         order, window = stream._round(next(rounds)), _BLOCK * _BLOCKS
         for a in range(0, len(order), window):
             rows = torch.from_numpy(cache.rows("train", 0, "logits", order[a : a + window]))
-            for batch in rows.split(BATCH):
-                assert batch.shape[1] == CLASSES
+            for b in range(0, len(rows), BATCH):
+                assert rows[b : b + BATCH].shape[1] == CLASSES
         return len(order)
 
     return work
@@ -143,7 +142,8 @@ Read = Callable[[], Iterator[torch.Tensor]]
 
 
 def _order(n: int) -> list[int]:
-    return np.random.default_rng(time.monotonic_ns()).permutation(n).tolist()
+    order: list[int] = np.random.default_rng(time.monotonic_ns()).permutation(n).tolist()
+    return order
 
 
 def _batched(rows: Callable[[int], torch.Tensor], n: int) -> Iterator[torch.Tensor]:
@@ -153,8 +153,8 @@ def _batched(rows: Callable[[int], torch.Tensor], n: int) -> Iterator[torch.Tens
 
 
 def one_file_each(folder: Path, rows: Rows) -> Read:
-    for i, row in enumerate(rows):
-        torch.save(torch.from_numpy(row.copy()), folder / f"{i:06d}.pt")
+    for i, values in enumerate(rows):
+        torch.save(torch.from_numpy(values.copy()), folder / f"{i:06d}.pt")
 
     def row(i: int) -> torch.Tensor:
         found: torch.Tensor = torch.load(folder / f"{i:06d}.pt", weights_only=True)
@@ -195,7 +195,7 @@ def lmdb(folder: Path, rows: Rows) -> Read:
         order = _order(len(rows))
         with env.begin(buffers=True) as txn:
             for a in range(0, len(order), BATCH):
-                some = [np.frombuffer(txn.get(i.to_bytes(4, "big")), np.float16) for i in order[a : a + BATCH]]
+                some = [np.frombuffer(txn.get(i.to_bytes(4, "big")) or b"", np.float16) for i in order[a : a + BATCH]]
                 yield torch.from_numpy(np.stack(some))
 
     return read

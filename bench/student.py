@@ -21,8 +21,8 @@ from stages.checkpoint import State
 from stages.held_out import autocast
 from stages.job import Job
 from stages.material import Material
-from stages.settings import StudentSettings
 from stages.passes import job_of
+from stages.settings import StudentSettings
 from stages.training import _begin, _begin_epoch, _step_of_each
 
 from . import material
@@ -89,7 +89,7 @@ class Bare:
             with autocast(job.device, job.settings.precision):
                 loss = F.cross_entropy(job.model(views), labels)
             state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             state.optimizer.step()
             state.schedule.step()
             pictures += len(views)
@@ -151,7 +151,7 @@ def hard_over_bare(given: Given, arch: str, steps: int = 30, rounds: int = 9) ->
 
 
 def live_over_cached(given: Given, precision: str, of_the_sum: bool = False) -> Found:
-    """The teacher asked about every batch, against its cache. of_the_sum: as a share of (teacher + student) / student."""
+    """The teacher asked about every batch, against its cache. of_the_sum: by (teacher + student) / student."""
     data, cache = cifar(given)
     settings, opened = material.opened(cache, data, "resnet8", precision=precision)
     teacher = material.teacher("resnet56").to(opened.device)

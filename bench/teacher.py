@@ -5,18 +5,12 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from pipeline.files import make_folder
-from pipeline.manifest import Piece, datasets_of
-from pipeline.models.weights import weights_digest
 from pipeline.reading import read_manifest
-from stages.asking import Ask
 from stages.console import Console
 from stages.held_out import autocast
 from stages.settings import CacheSettings
@@ -62,7 +56,7 @@ def over_bare_inference(given: Given, precision: str) -> Found:
     rows = material.transfer_set(data)
     settings = settings_of(given, data, saved_teacher(given), precision=precision)
     teacher = material.teacher("resnet56").to(given.device)
-    batches = material.smooth(len(rows.splits["train"]), 3, 32).split(settings.batch_size)
+    batches = torch.split(material.smooth(len(rows.splits["train"]), 3, 32), settings.batch_size)
 
     def bare() -> int:
         with torch.inference_mode(), autocast(given.device, precision):
@@ -81,7 +75,7 @@ def naive_over_ours(given: Given, precision: str) -> Found:
     its seconds over 50,000 pictures against those of ours, from parts of 1,024, and from seconds of compiling once."""
     data = material.in_memory(given.few(1024, 150))
     images = material.smooth(given.few(1024, 150), 3, 32).float() / 255
-    network = material.teacher("resnet56").network.to(given.device, memory_format=torch.contiguous_format)
+    network = material.usual_teacher(given.device)
     mean, std = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
 
     def naive() -> int:

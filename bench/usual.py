@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -53,7 +52,8 @@ class InMemory(Dataset[tuple[torch.Tensor, int]]):
 def files(given: Given) -> Dataset[Any]:
     """The same pictures as JPEGs, read by ImageFolder."""
     data = material.jpegs(given.folder / "jpegs-32", given.few(2560, 300), 32)
-    return ImageFolder(f"{data.partition(':')[2]}/train", transforms())
+    found: Dataset[Any] = ImageFolder(f"{data.partition(':')[2]}/train", transforms())
+    return found
 
 
 def loop(given: Given, data: Dataset[Any], workers: int, step: Step, steps: int) -> Side:
@@ -83,9 +83,7 @@ def over_loader(given: Given, loader: "DataLoader[Any]", step: Step, steps: int)
 def kd_step(given: Given, taught: bool) -> Step:
     """ResNet-8 by Hinton's loss from a live ResNet-56, or by labels alone."""
     student = build("resnet8", 10, 3, 32).to(given.device).train()
-    teacher: nn.Module | None = material.teacher("resnet56").network if taught else None
-    if teacher is not None:
-        teacher = teacher.to(given.device, memory_format=torch.contiguous_format)
+    teacher = material.usual_teacher(given.device) if taught else None
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def step(views: torch.Tensor, labels: torch.Tensor) -> None:
@@ -99,7 +97,7 @@ def kd_step(given: Given, taught: bool) -> Step:
             soft = F.kl_div(F.log_softmax(said / T, 1), F.softmax(heard / T, 1), reduction="batchmean")
             loss = 0.9 * T * T * soft + 0.1 * loss
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -112,9 +110,12 @@ def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int
     except ImportError as error:
         raise Missing(f"torchdistill is not there ({error}): make bench installs it") from None
     logging.getLogger("torchdistill").setLevel(logging.ERROR)
-    teacher = material.teacher("resnet56").network.to(given.device, memory_format=torch.contiguous_format)
+    teacher = material.usual_teacher(given.device)
     student = build("resnet8", 10, 3, 32).to(given.device).train()
-    hooked: dict[str, Any] = {"forward_hook": {"input": [], "output": ["linear"]}, "forward_proc": "forward_batch_only"}
+    hooked: dict[str, Any] = {
+        "forward_hook": {"input": [], "output": ["linear"]},
+        "forward_proc": "forward_batch_only",
+    }
     kd = {
         "student_module_path": "linear", "student_module_io": "output", "teacher_module_path": "linear",
         "teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 0.1, "reduction": "batchmean",
