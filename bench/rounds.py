@@ -35,6 +35,7 @@ class Given:
     cifar: str = ""
     weights: str = ""
     quick: bool = False
+    named: bool = False  # these rows were asked for by name: they may take longer than in a run of all
 
     def few(self, usual: int, quick: int) -> int:
         """A number that --quick makes smaller."""

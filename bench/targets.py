@@ -1,8 +1,8 @@
 """Seconds to an accuracy, on real pictures: from measured parts, not from five trainings.
 
-The live student's final accuracy is what a student trained by `stages student` reaches on validation; live and cached
-students see the same views, the same logits and take the same steps, so they reach it in the same epoch. What
-differs is the seconds of an epoch, and stage one, which is counted once for so many students.
+Live is the usual loop with a live teacher, in float32; cached is ours in bfloat16, with stage one once for so many
+students. The epochs are those in which our student comes to its final accuracy on validation. The live student, who
+sees as many views and the same teacher, is taken to need as many.
 """
 
 import shutil
@@ -10,6 +10,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import MNIST, ImageFolder
 
 from pipeline.models import build
 from pipeline.models.prepared import Prepared
@@ -24,8 +28,9 @@ from stages.student import with_recipe
 from stages.teacher_cache import make
 from stages.training import fit
 
-from .rounds import Found, Given, Missing, interleaved
+from .rounds import Found, Given, Missing, Side, fastest, interleaved, parts
 from .student import Ours, job
+from .usual import kd_step, loop, transforms
 
 
 def mnist(given: Given, students: int) -> Found:
@@ -38,7 +43,10 @@ def mnist(given: Given, students: int) -> Found:
         asked = TeacherSettings(**common, arch="mlp:1200,1200", epochs=given.few(3, 1), out=str(run), json=True)
         teacher_stage.train(teacher_stage.with_recipe(asked), run, Console(True))
     stage_one = CacheSettings(**common, teacher="mlp:1200,1200", weights=str(run), draws=1, json=True)
-    return _to_target(given, stage_one, "cnn", given.few(4, 1), students)
+    usual = Subset(
+        MNIST(given.data_root, transform=transforms((0.1307,), (0.3081,), crop=False)), range(given.few(12_000, 500))
+    )
+    return _to_target(given, stage_one, usual, "cnn", given.few(4, 1), students)
 
 
 def cifar(given: Given, students: int) -> Found:
@@ -49,15 +57,16 @@ def cifar(given: Given, students: int) -> Found:
         raise Missing("needs a ResNet-56 for CIFAR-10: WEIGHTS= its state dict")
     stage_one = CacheSettings(
         data=f"folder:{_part(given)}", views="crop-flip", draws=1, teacher="resnet56", weights=given.weights,
-        normalize="imagenet", json=True,
+        normalize="imagenet", precision="bfloat16", json=True,
     )  # fmt: skip
-    return _to_target(given, stage_one, "resnet8", given.few(5, 1), students)
+    usual = ImageFolder(_part(given) / "train", transforms())
+    return _to_target(given, stage_one, usual, "resnet8", given.few(5, 1), students)
 
 
 def _part(given: Given) -> Path:
     """250 training pictures and 20 to test of each class, of links."""
     part = given.folder / "cifar-part"
-    for split, count in (("train", given.few(250, 12)), ("test", 20)):
+    for split, count in (("train", given.few(250, 20)), ("test", 20)):
         for own in sorted(path for path in Path(given.cifar, split).iterdir() if path.is_dir()):
             (part / split / own.name).mkdir(parents=True, exist_ok=True)
             for picture in sorted(own.glob("*.jpg"))[:count]:
@@ -67,37 +76,37 @@ def _part(given: Given) -> Path:
     return part
 
 
-def _to_target(given: Given, asked: CacheSettings, arch: str, epochs: int, students: int) -> Found:
+def _to_target(
+    given: Given, asked: CacheSettings, usual: Dataset[Any], arch: str, epochs: int, students: int
+) -> Found:
     cache = given.folder / f"target-{arch}"
     begun = time.perf_counter()
     asked, _ = make(replace(asked, out=str(cache), device=str(given.device)), Console(True))
     one = time.perf_counter() - begun
     learned = StudentSettings(
         data=asked.data, data_root=asked.data_root, cache=(str(cache),), arch=arch, epochs=epochs,
-        loss=("kd:temperature=4",), device=str(given.device), json=True,
+        loss=("kd:temperature=4",), precision="bfloat16", device=str(given.device), json=True,
     )  # fmt: skip
     settings = with_recipe(learned)
     opened = Material.open(settings)
     final, reached = _epoch_of_final(given, settings, opened)
-    live = job(given, settings, opened, False, "live")
-    live = replace(live, stream=replace(live.stream, targets=False))
-    steps = given.few(min(live.steps, 12), 1)
-    sides = {
-        "live": Ours(live, steps, _teacher(given, asked, opened)),
-        "cached": Ours(job(given, settings, opened, False, "cached"), steps),
-    }
-    found = interleaved(sides, given.few(3, 1))
-    pictures = len(live.stream.rows) * reached
+    ours = job(given, settings, opened, False, "cached")
+    teacher = _teacher(given, asked, opened).network.to(memory_format=torch.contiguous_format)
+    step = kd_step(
+        given, build(arch, opened.cache.classes, opened.preparation.channels, opened.preparation.size), teacher
+    )
+    sides: dict[str, Side] = {f"{n} workers": loop(given, usual, n, step, given.few(10, 1)) for n in (0, 2)}
+    found = interleaved({**sides, "cached": Ours(ours, given.few(min(ours.steps, 40), 1))}, given.few(3, 1))
+    live = fastest(*(found[name] for name in sides))
+    pictures = len(ours.stream.rows) * reached
     shutil.rmtree(cache)
     values = [
-        students * a * pictures / (one + students * b * pictures)
-        for a, b in zip(found["live"], found["cached"], strict=True)
+        students * a * pictures / (one + students * b * pictures) for a, b in zip(live, found["cached"], strict=True)
     ]
     return Found(
         values,
         f"computed: stage one {one:.1f} s, epochs until {final:.3f} {reached},"
-        f" of {len(live.stream.rows):,} pictures, live {min(found['live']) * 1e6:.4g} us, cached"
-        f" {min(found['cached']) * 1e6:.4g} us each",
+        f" of {len(ours.stream.rows):,} pictures; {parts(found)}",
     )
 
 

@@ -3,12 +3,13 @@ transforms, a live teacher, float32, contiguous layout, batches of 128. The fast
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -26,13 +27,12 @@ _AHEAD = 5  # batches before the clock starts: workers are started and their que
 Step = Callable[..., object]
 
 
-def transforms() -> v2.Compose:
-    return v2.Compose(
-        [
-            v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)),
-        ]
-    )  # fmt: skip
+def transforms(
+    mean: Sequence[float] = (0.49, 0.48, 0.45), std: Sequence[float] = (0.25, 0.24, 0.26), crop: bool = True
+) -> v2.Compose:
+    """PIL -> float32 [C, H, W], normalised; cropped and flipped as CIFAR's pictures usually are."""
+    first = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if crop else []
+    return v2.Compose([*first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 class InMemory(Dataset[tuple[torch.Tensor, int]]):
@@ -80,10 +80,9 @@ def over_loader(given: Given, loader: "DataLoader[Any]", step: Step, steps: int)
     return turn
 
 
-def kd_step(given: Given, taught: bool) -> Step:
-    """ResNet-8 by Hinton's loss from a live ResNet-56, or by labels alone."""
-    student = build("resnet8", 10, 3, 32).to(given.device).train()
-    teacher = material.usual_teacher(given.device) if taught else None
+def kd_step(given: Given, student: nn.Module, teacher: nn.Module | None) -> Step:
+    """A step of the student by Hinton's loss from a live teacher, or by labels alone."""
+    student = student.to(given.device).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def step(views: torch.Tensor, labels: torch.Tensor) -> None:
@@ -148,7 +147,7 @@ def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int
 def usual_over_ours(given: Given, precision: str, compiled: bool = False, teacher: bool = True) -> Found:
     """Files, DataLoader, transforms and a live teacher, against our cached epoch. teacher: False, for hard targets
     alone, with pictures in memory."""
-    step = kd_step(given, teacher)
+    step = kd_step(given, build("resnet8", 10, 3, 32), material.usual_teacher(given.device) if teacher else None)
     data = files(given) if teacher else InMemory(given.few(2560, 300))
     sides = {f"{n} workers": loop(given, data, n, step, given.few(6, 1)) for n in (0, 2)}
     return _against_ours(given, sides, precision, compiled)
