@@ -51,7 +51,7 @@ def in_blocks(cache: Cache, stream: Stream) -> Callable[[], int]:
     rounds = iter(range(1 << 30))
 
     def work() -> int:
-        order, window = stream._round(next(rounds)), _BLOCK * _BLOCKS
+        order, window = stream._lap(next(rounds)), _BLOCK * _BLOCKS
         for a in range(0, len(order), window):
             rows = torch.from_numpy(cache.rows("train", 0, "logits", order[a : a + window]))
             for b in range(0, len(rows), BATCH):

@@ -26,7 +26,7 @@ from stages.settings import StudentSettings
 from stages.training import _begin, _begin_epoch, _step_of_each
 
 from . import material
-from .rounds import Found, Given, Missing, Side, interleaved, over, parts
+from .rounds import Found, Given, Side, interleaved, over, parts
 
 FEATURE = {"layer3": [64, 8, 8]}  # of ResNet-56: 4,096 numbers, 8 kB a row
 
@@ -175,12 +175,10 @@ def live_over_cached(given: Given, precision: str, of_the_sum: bool = False) -> 
 
 def many_views_of_a_decode(given: Given) -> Found:
     """A folder of 224 px: one view of each decode, against four of them for as many cached epochs."""
-    if "draws_per_decode" not in StudentSettings.__dataclass_fields__:
-        raise Missing("not there yet: a setting draws_per_decode")
     data = material.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
     cache = material.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
     usual, opened = material.opened(cache, data, "resnet8", batch_size=64, precision="bfloat16")
-    several = replace(usual, draws_per_decode=4)  # type: ignore[call-arg]
+    several = replace(usual, draws_per_decode=4)
     one, four = job(given, usual, opened, True, "hard"), job(given, several, opened, False, "cached")
     sides = {"hard": Ours(one, 4 * one.steps), "cached": Ours(four, 4 * four.steps)}
     found = interleaved(sides, given.few(4, 1))

@@ -16,7 +16,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from pipeline.models import build
-from stages.settings import StudentSettings
 
 from . import material
 from .rounds import Found, Given, Missing, Side, fastest, interleaved, over, parts
@@ -162,12 +161,7 @@ def torchdistill_over_ours(given: Given, compiled: bool = False) -> Found:
 
 def _against_ours(given: Given, sides: dict[str, Side], precision: str, compiled: bool) -> Found:
     found_data, cache = cifar(given)
-    more: dict[str, Any] = {"precision": precision}
-    if compiled:
-        if "compile" not in StudentSettings.__dataclass_fields__:
-            raise Missing("not there yet: a setting compile")
-        more["compile"] = True
-    settings, opened = material.opened(cache, found_data, "resnet8", **more)
+    settings, opened = material.opened(cache, found_data, "resnet8", precision=precision, compile=compiled)
     ours = Ours(job(given, settings, opened, False, "cached"), given.few(20, 2))
     found = interleaved({**sides, "ours": ours}, given.few(4, 1))
     theirs = fastest(*(found[name] for name in sides))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WEYL = np.uint64(0x9E3779B97F4A7C15)
+Key = tuple[int | NDArray[np.int64], ...]  # arrays: a part of its own for each counter
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -17,7 +18,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def bits(key: tuple[int, ...], counters: NDArray[np.integer]) -> NDArray[np.uint64]:
+def bits(key: Key, counters: NDArray[np.integer]) -> NDArray[np.uint64]:
     """64 random bits for each counter. key: what they are for, such as (seed, draw, purpose).
 
     counters: integers of any shape; the result has that shape and depends on nothing but the two.
@@ -25,17 +26,18 @@ def bits(key: tuple[int, ...], counters: NDArray[np.integer]) -> NDArray[np.uint
     with np.errstate(over="ignore"):
         state = np.zeros(1, np.uint64)
         for part in key:
-            state = _mix(state + np.uint64(part & 0xFFFFFFFFFFFFFFFF) + _WEYL)
+            whole = part.astype(np.uint64) if isinstance(part, np.ndarray) else np.uint64(part & 0xFFFFFFFFFFFFFFFF)
+            state = _mix(state + whole + _WEYL)
         return _mix(state + (counters.astype(np.uint64) + np.uint64(1)) * _WEYL)
 
 
-def integers(key: tuple[int, ...], counters: NDArray[np.integer], below: int) -> NDArray[np.int64]:
+def integers(key: Key, counters: NDArray[np.integer], below: int) -> NDArray[np.int64]:
     """Uniform integers in [0, below), 1 <= below < 2**31, one for each counter (bias below 2**-32)."""
     high = bits(key, counters) >> np.uint64(32)
     return ((high * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
 
 
-def uniform(key: tuple[int, ...], counters: NDArray[np.integer]) -> NDArray[np.float64]:
+def uniform(key: Key, counters: NDArray[np.integer]) -> NDArray[np.float64]:
     """Uniform float64 in [0, 1), multiples of 2**-53, one for each counter."""
     return (bits(key, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -16,8 +16,12 @@ class OtherCache(Refused):
     """A cache is whole and not the one that is asked for. The message names the fields; a stage adds the command."""
 
 
-class Diverged(Refused):
-    """A training whose loss or logits are no numbers any more."""
+class Ended(Refused):
+    """A training that is over before its last epoch."""
+
+
+class Diverged(Ended):
+    """Its loss or logits are no numbers any more."""
 
 
 class Held(Refused):

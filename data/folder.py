@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ class FolderPictures:
 
     def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
         """As Pictures.plain."""
-        return stacked([centre(self._decode(i), size or self.native, resize) for i in index])
+        views: list[torch.Tensor] = []
+        for i, same in groupby(index.tolist()):
+            views += [centre(self._decode(i), size or self.native, resize)] * len(list(same))
+        return stacked(views)
 
     def padded(
         self, index: NDArray[np.int64], size: int, resize: int, pad: int
@@ -56,9 +60,9 @@ class FolderPictures:
     def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
         """As Pictures.boxed."""
         views = []
-        for row, i in enumerate(index):
+        for i, same in groupby(range(len(index)), lambda row: int(index[row])):
             image = self._decode(i)
-            views.append(cut(image, size or self.native, box(row, *image.size)))
+            views += [cut(image, size or self.native, box(row, *image.size)) for row in same]
         return stacked(views)
 
     def _decode(self, i: int) -> Image.Image:

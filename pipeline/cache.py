@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,14 @@ class Cache:
         self._labels = {split: rows.labels for split, rows in transfer_set.splits.items()}
 
     def targets(
-        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = ()
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = (), together: int = 1
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """logits float32 [n, K] and features {tap: float16 [n, …]} of the rows at positions [n]."""
-        fetch = self._in_memory if self.resident(split, draw, taps) else self.rows
+        """logits float32 [n, K] and features {tap: float16 [n, …]} of the rows at positions [n].
+
+        together: so many draws are asked for in turns, and kept in memory together.
+        """
+        kept = self.resident(split, draw, taps, together)
+        fetch = partial(self._in_memory, together) if kept else self.rows
         return self._fetched(fetch, split, draw, positions, taps)
 
     def stored(
@@ -173,14 +178,14 @@ class Cache:
         logits = torch.from_numpy(self.codec.decode(rows))
         return logits, {tap: torch.from_numpy(rows[f"features/{tap}"]) for tap in taps}
 
-    def resident(self, split: str, draw: int, taps: tuple[str, ...] = ()) -> bool:
-        """Whether what is read of that draw is small enough to be kept in memory.
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
+        """Whether what is read of that draw, and of so many together, is small enough to be kept in memory.
 
         It does not depend on what else the cache holds: a student's order of rows must not change when taps are added.
         """
         names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps), *KEYS]
         size = row_bytes({name: self.manifest.datasets[name] for name in names})
-        return size * self.manifest.splits[split] <= RESIDENT_BYTES
+        return together * size * self.manifest.splits[split] <= RESIDENT_BYTES
 
     def column(self, split: str, draw: int, name: str) -> NDArray[np.generic]:
         """One whole dataset of a draw, such as `label` or `view_crc32`, in row order."""
@@ -198,15 +203,15 @@ class Cache:
     def _records(self, split: str, draw: int, name: str) -> list[ShardRecord]:
         return self._by_draw[split, draw, name]
 
-    def _in_memory(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
-        """Rows of a dataset that is kept whole until two other draws have been asked for."""
-        kept = self._resident.setdefault((split, draw), {})
+    def _in_memory(self, together: int, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
+        """Rows of a dataset that is kept whole until twice as many other draws as go together have been asked for."""
+        kept = self._resident[split, draw] = self._resident.pop((split, draw), {})  # the last one is the latest asked
         column = kept.get(name)
         if column is None:
             column = kept[name] = self.column(split, draw, name)
-        for old in list(self._resident)[:-2]:  # all but this epoch's draw and the next one's
+        for old in list(self._resident)[: -2 * together]:  # all but these draws and the next ones
             self._resident.pop(old, None)
-        return column[positions]
+        return column.take(positions, axis=0)  # 5 us for 2,709 rows of 10 logits; column[positions]: 21
 
     def rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         """Rows of a dataset from disk at positions [n], gathered by runs of neighbours: one read per run."""

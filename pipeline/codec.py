@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
+_PIECE = 32_000  # numbers that are converted at once
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -48,9 +50,23 @@ def _plain(dtype: str, largest: float) -> Codec:
     return Codec(
         lambda K: {"logits": ((K,), dtype)},
         lambda logits: {"logits": logits.astype(dtype)},
-        lambda stored: stored["logits"].astype(np.float32),
+        lambda stored: _widened(stored["logits"]),
         largest,
     )
+
+
+def _widened(stored: NDArray[np.generic]) -> Floats:
+    """float16 or float32 of any shape as new float32, the same numbers.
+
+    By torch: 2,709 rows of 100 take 59 us, by NumPy 217. In pieces below the 32,768 numbers from which on torch starts
+    threads: see views.render.
+    """
+    found = np.empty(stored.shape, np.float32)
+    own = stored if stored.flags.writeable else stored.copy()  # torch warns of arrays that it could not write to
+    flat, halves = torch.from_numpy(found).view(-1), torch.from_numpy(own).reshape(-1)
+    for piece, half in zip(torch.split(flat, _PIECE), torch.split(halves, _PIECE), strict=True):
+        piece.copy_(half)
+    return found
 
 
 CODECS: dict[str, Codec] = {

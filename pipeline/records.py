@@ -2,8 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from data.on_device import sent
+
+Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in TargetBatch
+
+
+class Source(Protocol):
+    """Where targets come from: a cache, or several as one teacher. together: draws that are read side by side."""
+
+    def order(self, split: str) -> NDArray[np.int64]: ...
+
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool: ...
+
+    def targets(
+        self, split: str, draw: int, positions: NDArray[np.int64], taps: tuple[str, ...] = (), together: int = 1
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class TargetBatch:
     """B views and everything that is known about them.
 
     index:    int64 [B], position in the split
-    draw:     which view of them
+    draw:     which view of them: one number, or int64 [B] where rows are of several draws
     views:    uint8 [B, C, S, S], the very pixels that the teacher saw
     labels:   int64 [B], the hard targets, -1 where there is none
     logits:   float32 [B, K] of the teacher, None without a cache; [B, M, K] where M teachers are each heard by
@@ -63,7 +82,7 @@ class TargetBatch:
     """
 
     index: torch.Tensor
-    draw: int
+    draw: int | torch.Tensor
     views: torch.Tensor
     labels: torch.Tensor
     logits: torch.Tensor | None = None
@@ -81,15 +100,16 @@ class TargetBatch:
         return self._each(lambda x: x[rows])
 
     def to(self, device: torch.device) -> "TargetBatch":
-        """The same batch on a device."""
-        return self if device.type == "cpu" else self._each(lambda x: x.to(device, non_blocking=True))
+        """The same batch on a device, without waiting for it."""
+        return self if self.index.device.type == device.type else self._each(lambda x: sent(x, device))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TargetBatch":
         def maybe(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else change(x)
 
+        draw = self.draw if isinstance(self.draw, int) else change(self.draw)
         return TargetBatch(
-            change(self.index), self.draw, change(self.views), change(self.labels), maybe(self.logits),
+            change(self.index), draw, change(self.views), change(self.labels), maybe(self.logits),
             {tap: change(x) for tap, x in self.features.items()}, maybe(self.partner), maybe(self.share),
             maybe(self.trust),
         )  # fmt: skip

@@ -1,46 +1,33 @@
 """Transfer set (+ cache) -> TargetBatch, in a seeded order, prepared ahead of time.
 
-Round r shows every row once, in one draw. Which rows make up step s depends on (seed, s) alone, so that a
-training can begin at any step: that is how it resumes to the same weights.
+Round r shows every row once, in one draw. With k draws per decode, k rounds are one lap: every row once, in k draws at
+once, so that a picture is decoded once for k views ("Augment your batch", Hoffer et al. 2020, arXiv 1901.09335). Which
+rows make up step s depends on (seed, s) alone, so that a training can begin at any step: that is how it resumes to the
+same weights.
 """
 
-import queue
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data import counter
-from data.errors import Refused
 from data.long_tail import SAMPLERS, resampled
 from data.transfer_set import Labels, Split
-from data.views import Pictures, ViewPolicy, mixup_of, render
+from data.views import Draw, Pictures, ViewPolicy, mixup_of, render
 
-from .records import TargetBatch
+from .ahead import Renderer, by_thread, by_workers
+from .records import Source, TargetBatch, Targets
+from .resident import Resident, fits
 
 Rows = NDArray[np.int64]
-T = TypeVar("T")
 _BLOCK, _BLOCKS = 64, 64  # rows read together, and how many such blocks are mixed, when a draw is on disk
 _GROUP_BYTES = 8 << 20  # of pixels rendered at once: fewer, larger calls for small pictures
-
-
-class Source(Protocol):
-    """Where targets come from: a cache, or several as one teacher."""
-
-    def order(self, split: str) -> Rows: ...
-
-    def resident(self, split: str, draw: int, taps: tuple[str, ...] = ()) -> bool: ...
-
-    def targets(
-        self, split: str, draw: int, positions: Rows, taps: tuple[str, ...] = ()
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +38,9 @@ class Stream:
     are used, in any order. draws: how many views there are, 0 for a new one each round (no cache).
     cache, taps: where targets come from, unless targets is false: then only its order is used.
     workers: processes that decode a folder; 0 decodes in this one, in a thread. sampler: of SAMPLERS; a round then
-    shows as many rows, some more than once; every row has a label.
+    shows as many rows, some more than once; every row has a label. draws_per_decode: k, which divides draws and
+    batch_size. device: where batches are wanted; resident_on: where pictures in memory and targets are to lie; None is
+    for a GPU, where it is the device and they fit.
     """
 
     split: Split
@@ -68,15 +57,24 @@ class Stream:
     workers: int = 0
     start_method: str | None = None
     sampler: str = ""
+    draws_per_decode: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    resident_on: torch.device | None = None
 
     @property
     def steps_per_round(self) -> int:
-        """Batches that show every row once. They differ by one row at most: none is a leftover of 1."""
+        """Batches that show as many views as there are rows. Where k is 1, batches differ by one row at most: none is
+        a leftover of 1."""
         return -(-len(self.rows) // self.batch_size)
 
     def batches(self, start: int, stop: int) -> Iterator[TargetBatch]:
-        """The batches of steps start to stop, prepared ahead by a thread or, for a folder, by processes."""
-        groups = self._by_processes(start, stop) if self.workers else _ahead(self._here(start, stop))
+        """The batches of steps start to stop, on the device. A thread prepares them ahead or, for a folder, processes
+        do; where all of it lies on the device nobody needs to.
+        """
+        if self._resident is not None:
+            groups = self._gathered(self._resident, start, stop)
+        else:
+            groups = self._by_processes(start, stop) if self.workers else by_thread(self._here(start, stop))
         try:
             for group, cuts in groups:
                 for a, b in pairwise(cuts):
@@ -91,117 +89,151 @@ class Stream:
         cycle, place = divmod(round_, self.draws)
         return int(counter.permutation((self.order_seed, 41, cycle), self.draws)[place])
 
+    @cached_property
+    def _resident(self) -> Resident | None:
+        """What lies on a device, where it does. It stays there from one call of batches to the next."""
+        cache = self.cache if self.targets else None
+        of = (self.split.pictures, self.views, cache, self.draws, self.taps)
+        place = self.resident_on or (self.device if fits(*of, self.device) else None)
+        return None if place is None else Resident(*of, place)
+
     def _here(self, start: int, stop: int) -> Iterator[tuple[TargetBatch, list[int]]]:
         for group in self._groups(start, stop):
             views = render(self.split.pictures, self.views, self.view_seed, group.index, group.draw)
-            yield self._join(group, views), group.cuts
+            yield self._join(group, views, group.targets()).to(self.device), group.cuts
 
     def _by_processes(self, start: int, stop: int) -> Generator[tuple[TargetBatch, list[int]], None, None]:
         """Only pixels come from the processes; targets are read in this one."""
         under_way: deque[_Group] = deque()
 
-        def noted() -> Iterator[tuple[Rows, int]]:
+        def noted() -> Iterator[tuple[Rows, Draw]]:
             for group in self._groups(start, stop):
                 under_way.append(group)
                 yield group.index, group.draw
 
-        renderer = _Renderer(self.split.pictures, self.views, self.view_seed)
-        for views in _by_workers(renderer, noted(), self.workers, self.start_method):
+        renderer = Renderer(self.split.pictures, self.views, self.view_seed)
+        for views in by_workers(renderer, noted(), self.workers, self.start_method):
             group = under_way.popleft()
-            yield self._join(group, views), group.cuts
+            yield self._join(group, views, group.targets()).to(self.device), group.cuts
+
+    def _gathered(
+        self, there: Resident, start: int, stop: int
+    ) -> Generator[tuple[TargetBatch, list[int]], None, None]:
+        """Pixels and targets from where they lie on a device."""
+        for group in self._groups(start, stop):
+            views = there.views(self.view_seed, group.index, group.draw)
+            targets = there.targets(group.positions, group.draws)
+            yield self._join(group, views, targets).to(there.device), group.cuts
 
     def _groups(self, start: int, stop: int) -> Iterator["_Group"]:
         """Whole batches, as many together as fit _GROUP_BYTES of pixels; their targets are read by the window."""
-        per_round, step = self.steps_per_round, start
+        per_lap, step = self.draws_per_decode * self.steps_per_round, start
         pixels = 3 * (self.views.size or 1) ** 2
         together = max(1, _GROUP_BYTES // (pixels * self.batch_size))
         while step < stop:
-            round_, first = divmod(step, per_round)
-            draw = self.draw_of(round_)
-            batches = np.array_split(self._round(round_), per_round)[first : first + stop - step]
+            lap, first = divmod(step, per_lap)
+            draws = self._draws_of(lap)
+            batches = np.array_split(self._lap(lap), per_lap)[first : first + stop - step]
             step += len(batches)
-            resident = self.cache is None or self.cache.resident("train", draw)
-            long = together if resident else max(together, _BLOCK * _BLOCKS // self.batch_size)
+            long = together if self._in_memory(draws) else max(together, _BLOCK * _BLOCKS // self.batch_size)
             for w in range(0, len(batches), long):
-                window = _Window(self, draw, np.concatenate(batches[w : w + long]))
+                window = _Window(self, draws, np.concatenate(batches[w : w + long]))
                 at = 0
                 for g in range(w, min(w + long, len(batches)), together):
                     lengths = [len(b) for b in batches[g : min(g + together, w + long)]]
                     yield _Group(window, at, [0, *np.cumsum(lengths).tolist()])
                     at += sum(lengths)
 
-    def _round(self, round_: int) -> Rows:
-        """Positions of a round in the order in which they are shown."""
-        key, rows = (self.order_seed, 40, round_), self._sampled(round_)
-        if self.cache is None or self.cache.resident("train", self.draw_of(round_)):
+    def _draws_of(self, lap: int) -> tuple[int, ...]:
+        """The draws of a lap. k divides draws, so that they differ."""
+        k = self.draws_per_decode
+        return tuple(self.draw_of(round_) for round_ in range(k * lap, k * lap + k))
+
+    def _in_memory(self, draws: tuple[int, ...]) -> bool:
+        cache = self.cache
+        return cache is None or all(cache.resident("train", draw, (), len(draws)) for draw in draws)
+
+    def _lap(self, lap: int) -> Rows:
+        """Positions of a lap in the order in which they are shown."""
+        key, rows, draws = (self.order_seed, 40, lap), self._sampled(lap), self._draws_of(lap)
+        if self._in_memory(draws):
             return rows[counter.permutation(key, len(rows))]
         # Shuffled blocks, then shuffled inside windows of 64 of them: bounded memory, long reads.
         blocks = np.array_split(np.sort(rows), -(-len(rows) // _BLOCK))
         shuffled = [blocks[b] for b in counter.permutation(key, len(blocks))]
-        windows = [np.concatenate(shuffled[w : w + _BLOCKS]) for w in range(0, len(shuffled), _BLOCKS)]
+        width = max(1, _BLOCKS // len(draws))
+        windows = [np.concatenate(shuffled[w : w + width]) for w in range(0, len(shuffled), width)]
         return np.concatenate([w[counter.permutation((*key, i), len(w))] for i, w in enumerate(windows)])
 
-    def _sampled(self, round_: int) -> Rows:
-        """The positions of a round, in no order yet."""
+    def _sampled(self, lap: int) -> Rows:
+        """The positions of a lap, in no order yet."""
         if not self.sampler:
             return self.rows
         index = self.rows if self.cache is None else self.cache.order("train")[self.rows]
-        return self.rows[resampled(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, round_))]
+        return self.rows[resampled(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, lap))]
 
-    def _join(self, group: "_Group", views: torch.Tensor) -> TargetBatch:
-        index = group.index
+    def _join(self, group: "_Group", views: torch.Tensor, targets: Targets) -> TargetBatch:
+        index, draw = group.index, group.draw
         partner = share = None
         if self.views.mixup > 0:
-            other, w = mixup_of(self.views, self.view_seed, index, group.draw, len(self.split))
+            other, w = mixup_of(self.views, self.view_seed, index, draw, len(self.split))
             partner, share = torch.from_numpy(self.labels[other]), torch.from_numpy(w / 256).float()
-        logits, features = group.targets()
-        labels = torch.from_numpy(self.labels[index])
-        return TargetBatch(torch.from_numpy(index), group.draw, views, labels, logits, features, partner, share)
+        return TargetBatch(
+            torch.from_numpy(index), draw if isinstance(draw, int) else torch.from_numpy(draw), views,
+            torch.from_numpy(self.labels[index]), *targets, partner, share,
+        )  # fmt: skip
 
 
 class _Window:
-    """Positions [n] of one draw whose targets are read in one go, when the first of them is asked for."""
+    """Positions [n] whose targets in k draws are read in one go, when the first of them is asked for."""
 
-    def __init__(self, stream: Stream, draw: int, positions: Rows):
-        self.stream, self.draw, self.positions = stream, draw, positions
+    def __init__(self, stream: Stream, draws: tuple[int, ...], positions: Rows):
+        self.stream, self.draws, self.positions = stream, draws, positions
         cache = stream.cache
         self.index = positions if cache is None else cache.order("train")[positions]
-        self._targets: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+        self._targets: Targets | None = None
 
-    def targets(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        cache = self.stream.cache
+    def targets(self) -> Targets:
+        """Row by row: logits [n * k, …], features {tap: [n * k, …]}."""
+        cache, k = self.stream.cache, len(self.draws)
         if cache is None or not self.stream.targets:
             return None, {}
         if self._targets is None:
-            self._targets = cache.targets("train", self.draw, self.positions, self.stream.taps)
+            taps = self.stream.taps
+            read = [cache.targets("train", draw, self.positions, taps, k) for draw in self.draws]
+            logits = _side_by_side([z for z, _ in read])
+            self._targets = logits, {tap: _side_by_side([features[tap] for _, features in read]) for tap in taps}
         return self._targets
 
 
+def _side_by_side(draws: list[torch.Tensor]) -> torch.Tensor:
+    """[n * k, …]: the n rows of each of k draws, row by row. By NumPy: see views.render."""
+    if len(draws) == 1:
+        return draws[0]
+    rows = np.stack([x.numpy() for x in draws], 1)
+    return torch.from_numpy(rows.reshape(-1, *rows.shape[2:]))
+
+
 class _Group:
-    """Some whole batches of a window, rendered in one call. cuts: where in the group the batches begin and end."""
+    """Some whole batches of a window, rendered in one call: of each picture its k draws, then of the next.
 
-    def __init__(self, window: _Window, at: int, cuts: list[int]):
-        self.window, self.draw, self.cuts = window, window.draw, cuts
-        self._rows = slice(at, at + cuts[-1])
-        self.index = window.index[self._rows]
+    index [n * k]; draw: theirs, one number where k is 1; positions [n]. cuts: where in it batches begin and end.
+    """
 
-    def targets(self) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    def __init__(self, window: _Window, at: int, pictures: list[int]):
+        """pictures: where batches begin and end, counted in pictures from at."""
+        k, n = len(window.draws), pictures[-1]
+        self.window, self.draws = window, window.draws
+        self.positions = window.positions[at : at + n]
+        self.index = np.repeat(window.index[at : at + n], k)
+        self.draw: Draw = window.draws[0] if k == 1 else np.tile(np.array(window.draws), n)
+        self.cuts = [k * cut for cut in pictures]
+        self._rows = slice(k * at, k * (at + n))
+
+    def targets(self) -> Targets:
         logits, features = self.window.targets()
         part = None if logits is None else logits[self._rows]
         return part, {tap: x[self._rows] for tap, x in features.items()}
-
-
-class _Renderer(Dataset[torch.Tensor | str]):
-    """What a worker process does: (index, draw) -> views; what it refuses travels as text, not as a traceback."""
-
-    def __init__(self, pictures: Pictures, views: ViewPolicy, seed: int):
-        self.pictures, self.views, self.seed = pictures, views, seed
-
-    def __getitem__(self, item: tuple[Rows, int]) -> torch.Tensor | str:
-        try:
-            return render(self.pictures, self.views, self.seed, *item)
-        except Refused as refusal:
-            return str(refusal)
 
 
 def render_in_order(
@@ -209,67 +241,6 @@ def render_in_order(
 ) -> Iterator[torch.Tensor]:
     """The views of each batch of indices, in order, rendered ahead by a thread or by worker processes."""
     if workers:
-        yield from _by_workers(_Renderer(pictures, views, seed), ((b, draw) for b in batches), workers, None)
+        yield from by_workers(Renderer(pictures, views, seed), ((b, draw) for b in batches), workers)
     else:
-        yield from _ahead(render(pictures, views, seed, batch, draw) for batch in batches)
-
-
-def _by_workers(
-    renderer: _Renderer, items: Iterator[tuple[Rows, int]], workers: int, start_method: str | None
-) -> Iterator[torch.Tensor]:
-    """renderer[item] for each item, in order, by processes that live until the last one."""
-    loader: DataLoader[Any] = DataLoader(
-        renderer, sampler=_Once(items), batch_size=None, num_workers=workers, multiprocessing_context=start_method,
-        generator=torch.Generator(),  # else it draws from the one that training resumes with
-    )  # fmt: skip
-    for views in loader:
-        if isinstance(views, str):
-            raise Refused(views)
-        yield views
-
-
-class _Once(Sampler[tuple[Rows, int]]):
-    """A sampler over an iterator that is made as it goes."""
-
-    def __init__(self, items: Iterator[tuple[Rows, int]]):
-        self.items = items
-
-    def __iter__(self) -> Iterator[tuple[Rows, int]]:
-        return self.items
-
-
-def _ahead(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """The same items, made by a thread, at most depth ahead. What it raises is raised here."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item, None)
-                if stopped.is_set():
-                    return
-            put(None, StopIteration())
-        except BaseException as error:  # handed to the thread that consumes
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="softcache-stream", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield cast(T, item)
-    finally:
-        stopped.set()
-        thread.join()
+        yield from by_thread(render(pictures, views, seed, batch, draw) for batch in batches)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -41,26 +42,27 @@ class Teachers:
         """index [rows] of each position of a split: every member's."""
         return self.members[0].order(split)
 
-    def resident(self, split: str, draw: int, taps: tuple[str, ...] = ()) -> bool:
-        """Whether what is read of that draw is kept in memory."""
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
+        """Whether what is read of that draw is kept in memory, beside so many others."""
         first, *others = self.members
-        return not self.gaps and first.resident(split, draw, taps) and all(c.resident(split, draw) for c in others)
+        kept = not self.gaps and first.resident(split, draw, taps, together)
+        return kept and all(c.resident(split, draw, (), together) for c in others)
 
     def targets(
-        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = ()
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = (), together: int = 1
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """logits float32 [n, K], or [n, M, K] where each is heard by itself, and features of the first member."""
         gone = self.gaps[draw][positions] if split == "train" and draw in self.gaps else np.zeros(len(positions), bool)
         if not gone.any():
-            return self._answers(split, draw, positions, taps)
-        logits, features = self._answers(split, draw, positions[~gone], taps)
+            return self._answers(split, draw, positions, taps, together)
+        logits, features = self._answers(split, draw, positions[~gone], taps, together)
         place = torch.from_numpy(~gone)
         return _spread(logits, place, torch.nan), {tap: _spread(x, place, 0) for tap, x in features.items()}
 
     def _answers(
-        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...]
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...], together: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        ask = [cache.stored if self.gaps else cache.targets for cache in self.members]
+        ask = [c.stored if self.gaps else partial(c.targets, together=together) for c in self.members]
         logits, features = ask[0](split, draw, positions, taps)
         if len(ask) > 1:
             logits = torch.stack([logits, *(a(split, draw, positions)[0] for a in ask[1:])], 1)

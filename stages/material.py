@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import Refused
+from data.errors import Refused, WrongCommand
 from data.transfer_set import Labels, TransferSet, class_counts
 from pipeline.cache import Cache
 from pipeline.losses import Loss
@@ -33,6 +33,7 @@ from .serving import (
     answered,
     cached_taps,
     check_draws,
+    check_draws_per_decode,
     check_head,
     check_labels,
     check_select,
@@ -73,6 +74,7 @@ class Material:
         taps = cached_taps(settings, cache, losses)
         for one in caches:
             check_draws(settings, one)
+        check_draws_per_decode(settings)
         head = cache.head() if any(loss.needs_head for loss in losses) else None
         transfer_set = like.transfer_set if like else bound(caches, settings)
         labels = transfer_set.splits["train"].labels
@@ -188,11 +190,17 @@ class Material:
         if not wanted.any():
             raise Refused("no row of the training split is left: each lacks an answer in some draw, or a label")
         seed = settings.seed if settings.order_seed < 0 else settings.order_seed
-        return Stream(
+        stream = Stream(
             self.transfer_set.splits["train"], self.cache.views, self.cache.seed, seed, settings.batch_size,
             labels, np.flatnonzero(wanted), settings.draws, self.teachers, self.taps, targets, settings.workers,
-            sampler=settings.sampler,
+            sampler=settings.sampler, draws_per_decode=settings.draws_per_decode, device=self.device,
         )  # fmt: skip
+        if len(stream.rows) < settings.draws_per_decode * stream.steps_per_round:
+            raise WrongCommand(
+                f"--draws-per-decode {settings.draws_per_decode} leaves a batch of {settings.batch_size} without a"
+                f" picture: there are {len(stream.rows)} rows; choose fewer, or a larger --batch-size"
+            )
+        return stream
 
     @property
     def without_answer(self) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from data.errors import Diverged, WrongCommand
+from data.errors import Ended, WrongCommand
 from data.transfer_set import Labels
 from pipeline.losses import Loss
 from pipeline.losses.hard import Hard
@@ -19,6 +19,7 @@ from pipeline.stream import Stream
 
 from .checkpoint import Finished
 from .console import Console
+from .held_out import HeldOut
 from .job import AfterEpoch, Job
 from .material import Material
 from .serving import visible
@@ -31,11 +32,13 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Student:
-    """One seed of one student: its settings, what it is trained from, and where it is kept."""
+    """One seed of one student: its settings, what it is trained from, where it is kept. after_epoch: told each line of
+    its training from the cache; may raise Ended."""
 
     settings: StudentSettings
     material: Material
     folder: Path
+    after_epoch: AfterEpoch | None = None
 
 
 def first_training(settings: StudentSettings) -> str:
@@ -43,50 +46,54 @@ def first_training(settings: StudentSettings) -> str:
     return "distilled" if settings.finetune_epochs else "student"
 
 
-def train_passes(
-    students: Sequence[Student], console: Console, after_epoch: AfterEpoch | None = None, vectorize: bool = False
-) -> list[Result | Diverged]:
+def train_passes(students: Sequence[Student], console: Console, vectorize: bool = False) -> list[Result | Ended]:
     """Of each student the figures of its `student`, and of its `baseline` when asked for.
 
-    Several have as many epochs and read each batch once; where one of several diverges, that is in its place, and one
-    alone raises it. after_epoch: of the training from the cache. vectorize: those of one arch as one model.
+    Several have as many epochs and read each batch once; where one ends early, that is in its place. vectorize: those
+    of one arch as one model.
     """
     settings = students[0].settings
     first = first_training(settings)
-    results = _trained(first, students, [{} for _ in students], console, after_epoch, vectorize)
+    results = _trained(first, students, [{} for _ in students], console, vectorize)
     if first != "student":
-        results = _trained("student", students, results, console, None, vectorize)
+        results = _trained("student", students, results, console, vectorize)
         for result in results:
-            if not isinstance(result, Diverged):
+            if not isinstance(result, Ended):
                 result["student"]["seconds"] += result.pop(first)["seconds"]
     if settings.baseline:
-        results = _trained("baseline", students, results, console, None, vectorize)
+        results = _trained("baseline", students, results, console, vectorize)
     return results
 
 
 def _trained(
-    name: str, students: Sequence[Student], results: Sequence[Result | Diverged], console: Console,
-    after_epoch: AfterEpoch | None, vectorize: bool,
-) -> list[Result | Diverged]:  # fmt: skip
-    """The results with the figures of one more training, of those students that have not diverged."""
-    left = [student for student, result in zip(students, results, strict=True) if not isinstance(result, Diverged)]
-    jobs = [replace(_job(name, student), after_epoch=after_epoch) for student in left]
+    name: str, students: Sequence[Student], results: Sequence[Result | Ended], console: Console,
+    vectorize: bool,
+) -> list[Result | Ended]:  # fmt: skip
+    """The results with the figures of one more training, of those students that have not ended."""
+    left = [student for student, result in zip(students, results, strict=True) if not isinstance(result, Ended)]
+    jobs = [_job(name, student) for student in left]
     val = students[0].material.held_out["val"]
-    done: dict[int, Finished | Diverged]
-    if len(students) == 1:
-        done = {0: fit(jobs[0], val, console)}
+    done: dict[int, Finished | Ended] = {}
+    if len(students) == 1 and left:
+        done[0] = _alone(jobs[0], val, console)
     else:
         shared = _from_one_stream(jobs)
-        done = {}
         for places in _by_arch(left) if vectorize else [range(len(left))]:
             fitted = (fit_stacked if vectorize else fit_together)([shared[i] for i in places], val, console)
             done |= dict(zip(places, fitted, strict=True))
     ended = iter(zip(jobs, left, [done[i] for i in range(len(left))], strict=True))
-    return [result if isinstance(result, Diverged) else _with(result, name, *next(ended)) for result in results]
+    return [result if isinstance(result, Ended) else _with(result, name, *next(ended)) for result in results]
 
 
-def _with(result: Result, name: str, job: Job, student: Student, done: Finished | Diverged) -> Result | Diverged:
-    return done if isinstance(done, Diverged) else result | {name: _figures(job, student, done)}
+def _with(result: Result, name: str, job: Job, student: Student, done: Finished | Ended) -> Result | Ended:
+    return done if isinstance(done, Ended) else result | {name: _figures(job, student, done)}
+
+
+def _alone(job: Job, val: HeldOut, console: Console) -> Finished | Ended:
+    try:
+        return fit(job, val, console)
+    except Ended as ended:
+        return ended
 
 
 def _by_arch(students: Sequence[Student]) -> list[list[int]]:
@@ -110,7 +117,8 @@ def _job(name: str, student: Student) -> Job:
         load_state(network, read_state(start), str(start))
         settings = _finetuning(settings)
     labels = visible(settings, material.transfer_set.splits["train"].labels)
-    return job_of(name, settings, material, network, losses, labels, folder)
+    job = job_of(name, settings, material, network, losses, labels, folder)
+    return replace(job, after_epoch=student.after_epoch if name == first_training(student.settings) else None)
 
 
 def _finetuning(settings: StudentSettings) -> StudentSettings:

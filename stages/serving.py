@@ -59,6 +59,21 @@ def check_draws(settings: StudentSettings, cache: Cache) -> None:
         raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
 
 
+def check_draws_per_decode(settings: StudentSettings) -> None:
+    """Every draw is to come once before one comes again, and a batch to hold all draws of its pictures."""
+    k, draws, batch = settings.draws_per_decode, settings.draws, settings.batch_size
+    if draws % k:
+        divisors = [n for n in range(1, draws + 1) if draws % n == 0]
+        near = " or ".join(str(n) for n in [*[n for n in divisors if n < k][-1:], *[n for n in divisors if n > k][:1]])
+        fewer = f", or --draws {draws - draws % k}" if draws > k else ""
+        raise WrongCommand(
+            f"--draws-per-decode {k} does not divide the {draws} draws that are used: {near} does{fewer}"
+        )
+    if batch % k:
+        near = " or ".join(f"--batch-size {n}" for n in (batch - batch % k, batch - batch % k + k) if n)
+        raise WrongCommand(f"--batch-size {batch} is not a multiple of --draws-per-decode {k}: {near}")
+
+
 def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
     """The command that adds to the cache, for the data as they lie here."""
     here = {"data": settings.data} if settings.data else {}

@@ -127,6 +127,7 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     missing: str = knob("", "Rows without an answer: skip, learn from labels; or an error.", choices=("skip", "hard"))
     recipe: str = knob("", "A published recipe fills in what is not said: see `stages recipes`.")
     draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
+    draws_per_decode: int = knob(1, "Views of a picture in a batch, each of its own draw, from one decoding.", least=1)
     arch: str = knob("", _ARCHS)
     loss: tuple[str, ...] = knob((), "A term, repeatable: kd:temperature=4,weight=0.9; all: stages losses; by recipe.")
     finetune_epochs: int = knob(0, "After distillation, so many from hard targets alone.", least=0)
@@ -183,6 +184,7 @@ class SearchSettings(StudentSettings):
     trials: int = knob(20, "So many students, of all processes together.", least=1, most=100_000)
     grid: bool = knob(False, "Every combination of steps and choices, once each, in place of --trials.")
     prune: bool = knob(True, "Stop a trial that is below the median of the others at its epoch.", switch=True)
+    together: int = knob(1, "Train so many trials at once, from one stream.", least=1, most=256)
     storage: str = knob("", "A database, as Optuna's URLs name it, which machines may share; a file in --out.")
     study: str = knob("", "The name of the search in its storage; DATA-ARCH when not given.")
 

@@ -77,15 +77,22 @@ class SharedStudy:
         return dict(sorted(found.items()))
 
     @contextmanager
-    def next_trial(self) -> Iterator[Trial | None]:
-        """The first trial that is to be trained and that nobody trains, held; None when there is none just now."""
-        with ExitStack() as stack:
-            yield self._held_trial(stack)
+    def next_trials(self, most: int) -> Iterator[list[Trial]]:
+        """The first trials that are to be trained and that nobody trains, held; none when there are none just now.
 
-    def _held_trial(self, stack: ExitStack) -> Trial | None:
+        They are of one block of so many slots: then what a sampler knows of finished ones does not depend on kills.
+        """
+        with ExitStack() as stack:
+            trials: list[Trial] = []
+            while len(trials) < most and (trial := self._held_trial(stack, [*map(_slot, trials)], most)):
+                trials.append(trial)
+            yield trials
+
+    def _held_trial(self, stack: ExitStack, have: list[int], most: int) -> Trial | None:
         holders = self.holders()
-        for slot in range(self.slots):
-            if not self._may_be_free(holders.get(slot)):
+        first = have[0] // most * most if have else 0
+        for slot in range(first, min(first + most, self.slots) if have else self.slots):
+            if slot in have or not self._may_be_free(holders.get(slot)):
                 continue
             with ExitStack() as own:
                 try:
@@ -188,6 +195,10 @@ class SharedStudy:
         finally:
             over.set()
             thread.join()
+
+
+def _slot(trial: Trial) -> int:
+    return int(trial.user_attrs["slot"])
 
 
 @contextmanager

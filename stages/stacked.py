@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from data.errors import Diverged, WrongCommand
+from data.errors import Ended, WrongCommand
 from pipeline.files import make_folder, publish_text, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import fixed
@@ -96,7 +96,7 @@ def _unweighted(loss: Loss) -> Loss:
     return replace(loss, weight=0.0)  # type: ignore[type-var]
 
 
-def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Diverged]:
+def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
     """As training.fit_together, as one model. What it keeps while it runs lies in a folder of the first one's."""
     check_stackable(jobs)
     first, folder = jobs[0], jobs[0].folder / "stack"
@@ -196,7 +196,7 @@ def _measured(
     return {"epoch": epoch + 1, "students": lines}
 
 
-def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | Diverged:
+def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | Ended:
     """Publish the weights and lines of one student, or say how it diverged."""
     lines = []
     for epoch in state.lines:

@@ -1,12 +1,14 @@
 """`stages student`: stage two. Train a student from a cache; no teacher is needed, or looked for."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from data.errors import Diverged, Refused
+from data.errors import Ended, Refused
 from data.transfer_set import TRANSFER_SETS, row_of
 from pipeline.cache import Cache
 from pipeline.files import publish_json, remove_leftovers
@@ -15,7 +17,6 @@ from pipeline.metrics import mean_and_spread
 from .bill import bill_of, in_one_line
 from .command_line import command, this_program
 from .console import Console
-from .job import AfterEpoch
 from .material import Material
 from .passes import Student, train_passes
 from .recipes import fill_in
@@ -75,49 +76,53 @@ def say_notes(settings: StudentSettings, material: Material, console: Console) -
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
         how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
         console.say(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
+    if settings.epochs % (k := settings.draws_per_decode):
+        some = "some pictures are shown in fewer draws than others"
+        console.say(f"--epochs {settings.epochs} is no multiple of --draws-per-decode {k}: {some}")
     if len(material.losses) == 1 and (why := _NOT_ALONE.get(material.losses[0].name)):
         console.say(why)
 
 
-def train_or_go_on(
-    settings: StudentSettings, material: Material, console: Console, after_epoch: AfterEpoch | None = None
-) -> dict[str, Any]:
-    """The same in settings.out, where it may have been begun or finished. Raises Refused for other settings there."""
+def train_or_go_on(settings: StudentSettings, material: Material, console: Console) -> dict[str, Any]:
+    """Train in settings.out, where it may have been begun or finished; its result.json. Raises as to_go_on."""
+    return train(to_go_on(settings), material, Path(settings.out), console)
+
+
+def to_go_on(settings: StudentSettings) -> StudentSettings:
+    """The settings with --resume where settings.out was begun. Raises Refused for other settings there."""
     folder = Path(settings.out)
-    if (folder / "settings.json").exists():
-        same_settings(folder, settings)
-        settings = replace(settings, resume=True)
-    return train(settings, material, folder, console, after_epoch)
+    if not (folder / "settings.json").exists():
+        return settings
+    same_settings(folder, settings)
+    return replace(settings, resume=True)
 
 
-def train(
-    settings: StudentSettings, material: Material, folder: Path, console: Console,
-    after_epoch: AfterEpoch | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Seed after seed in a run's folder; its result.json. after_epoch: of the student's training from the cache."""
+def train(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
+    """Seed after seed in a run's folder; its result.json."""
+    with begun(settings, material, folder):
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        results = []
+        for seed in seeds:
+            own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
+            (result,) = train_passes([Student(replace(settings, seed=seed), material, own)], console)
+            if isinstance(result, Ended):
+                raise result
+            results.append(result)
+            if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
+                remove_leftovers(own, ("result.json",))
+                publish_json(own / "result.json", result)
+        result = whole(settings, material, results)
+        publish_json(folder / "result.json", result)
+        return result
+
+
+@contextmanager
+def begun(settings: StudentSettings, material: Material, folder: Path) -> Iterator[None]:
+    """A run's folder, held, in which is written what it is trained from."""
     with begin_run(settings, folder):
-        return _seeds(settings, material, folder, console, after_epoch)
-
-
-def _seeds(
-    settings: StudentSettings, material: Material, folder: Path, console: Console, after_epoch: AfterEpoch | None
-) -> dict[str, Any]:
-    same_shards(material.teachers, settings, material.taps, folder)
-    keep(material.teachers, folder)
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    results = []
-    for seed in seeds:
-        own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
-        student = Student(replace(settings, seed=seed), material, own)
-        (result,) = train_passes([student], console, after_epoch)
-        assert not isinstance(result, Diverged)  # of one student it is raised
-        results.append(result)
-        if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
-            remove_leftovers(own, ("result.json",))
-            publish_json(own / "result.json", results[-1])
-    whole_result = whole(settings, material, results)
-    publish_json(folder / "result.json", whole_result)
-    return whole_result
+        same_shards(material.teachers, settings, material.taps, folder)
+        keep(material.teachers, folder)
+        yield
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:

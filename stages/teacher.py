@@ -91,7 +91,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         rows = transfer_set.splits["train"]
         stream = Stream(
             rows, views, settings.seed, settings.seed, settings.batch_size, rows.labels, np.arange(len(rows)),
-            workers=settings.workers, sampler=settings.sampler,
+            workers=settings.workers, sampler=settings.sampler, device=device,
         )  # fmt: skip
         held_out = {
             split: HeldOut(transfer_set.splits[split], views, device, settings)

@@ -1,6 +1,7 @@
 """Several students from one stream: each batch is read, decoded and rendered once, and all take their step on it."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from itertools import product
@@ -8,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from data.errors import Diverged, Interrupted, WrongCommand
+from data.errors import Ended, Interrupted, WrongCommand
 from pipeline.files import publish_json
 
 from . import compare
@@ -17,9 +18,8 @@ from .console import Console
 from .material import Material
 from .passes import Student, train_passes
 from .recipes import fill_in
-from .runs import begin_run, free_run, milestones_of, same_settings
+from .runs import free_run, milestones_of
 from .settings import ListSettings, StudentSettings, StudentsSettings
-from .taught import keep, same_shards
 from .teacher import row_name
 
 _REPEATED = ("arch", "seed", "losses")
@@ -49,15 +49,15 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
         results = train(students, settings.vectorize, console)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command with --out {quote(str(folder))} goes on") from None
-    ended = {name: result for name, result in zip(filled, results, strict=True) if not isinstance(result, Diverged)}
+    ended = {name: result for name, result in zip(filled, results, strict=True) if not isinstance(result, Ended)}
     if settings.json:
         console.result(json.dumps({"out": str(folder), "students": ended}))
     elif ended:
         compare.run(tuple(str(folder / name) for name in ended), ListSettings())
         console.say(f"runs:  {folder}, each of them as any student's")
     for name, result in zip(filled, results, strict=True):
-        if isinstance(result, Diverged):
-            raise Diverged(f"{len(results) - len(ended)} of {len(results)} students, '{name}' the first: {result}")
+        if isinstance(result, Ended):
+            raise Ended(f"{len(results) - len(ended)} of {len(results)} students, '{name}' the first: {result}")
 
 
 def _each(settings: StudentsSettings, said: set[str]) -> dict[str, StudentSettings]:
@@ -88,26 +88,21 @@ def _students(filled: dict[str, StudentSettings], folder: Path) -> list[Student]
     """Each with what it is trained from, of one reading of caches and data; begun or finished ones go on."""
     students: list[Student] = []
     for name, own in filled.items():
-        own = replace(own, out=str(folder / name), json=False)
-        if (folder / name / "settings.json").exists():
-            same_settings(folder / name, own)
-            own = replace(own, resume=True)
+        own = student_stage.to_go_on(replace(own, out=str(folder / name), json=False))
         material = Material.open(own, students[0].material if students else None)
         material.network(own, material.losses)  # an arch that cannot be built is found before a folder is made
         students.append(Student(own, material, folder / name))
     return students
 
 
-def train(students: list[Student], vectorize: bool, console: Console) -> list[dict[str, Any] | Diverged]:
-    """Train them all; the result.json of each, as if it had been trained alone, or how it diverged."""
+def train(students: Sequence[Student], vectorize: bool, console: Console) -> list[dict[str, Any] | Ended]:
+    """Train them all; the result.json of each, as if it had been trained alone, or how it ended early."""
     with ExitStack() as held:
         for student in students:
-            held.enter_context(begin_run(student.settings, student.folder))
-            same_shards(student.material.teachers, student.settings, student.material.taps, student.folder)
-            keep(student.material.teachers, student.folder)
+            held.enter_context(student_stage.begun(student.settings, student.material, student.folder))
         results = train_passes(students, console, vectorize=vectorize)
         for i, (student, result) in enumerate(zip(students, results, strict=True)):
-            if not isinstance(result, Diverged):
+            if not isinstance(result, Ended):
                 results[i] = whole = student_stage.whole(student.settings, student.material, [result])
                 publish_json(student.folder / "result.json", whole)
         return results

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import Diverged, Interrupted
+from data.errors import Diverged, Ended, Interrupted
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import student_taps
@@ -48,7 +48,7 @@ class _Course:
     losses: list[Loss] = field(default_factory=list)
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
-    failed: Diverged | None = None
+    ended: Ended | None = None
 
 
 def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
@@ -56,7 +56,7 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
-    Raises Diverged when a loss or the logits are no longer finite, Interrupted on Ctrl-C.
+    Raises Ended, Diverged when a loss or the logits are no longer finite, and Interrupted on Ctrl-C.
     """
     try:
         (done,) = fit_together([job], held_out, console)
@@ -64,16 +64,16 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
         stage = "teacher" if job.name == "teacher" else "student"
         go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
         raise Interrupted(f"stopped; go on with  {go_on}") from None
-    if isinstance(done, Diverged):
+    if isinstance(done, Ended):
         raise done
     return done
 
 
-def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Diverged]:
+def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
     """As fit, of several trainings with as many epochs and steps, from the stream of the first one.
 
-    Each ends with the weights that it would have alone; one that diverges does not stop the others. Raises
-    KeyboardInterrupt on Ctrl-C.
+    Each ends with the weights that it would have alone; one that diverges, or whose after_epoch raises Ended, does not
+    stop the others. Raises KeyboardInterrupt on Ctrl-C.
     """
     threads = torch.get_num_threads()
     with ExitStack() as opened:
@@ -84,10 +84,10 @@ def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> li
         finally:
             torch.set_num_threads(threads)
     for course in courses:
-        if not course.failed:
+        if not course.ended:
             _end(course)
-    failed = {id(course.job): course.failed for course in courses if course.failed}
-    return [failed.get(id(job)) or finished(job.folder, job.settings.select) for job in jobs]
+    ended = {id(course.job): course.ended for course in courses if course.ended}
+    return [ended.get(id(job)) or finished(job.folder, job.settings.select) for job in jobs]
 
 
 def _begin(job: Job, opened: ExitStack) -> _Course | None:
@@ -130,7 +130,7 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.perf_counter()
-            under_way = [course for course in courses if course.first <= epoch and not course.failed]
+            under_way = [course for course in courses if course.first <= epoch and not course.ended]
             for course in under_way:
                 _begin_epoch(course, epoch)
             for number in range(epoch * job.steps, (epoch + 1) * job.steps):
@@ -142,11 +142,11 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
             for course in under_way:
                 try:
                     line = _end_epoch(course, epoch, held_out, shared)
-                except Diverged as diverged:
-                    course.failed = diverged
+                except Ended as ended:
+                    course.ended = ended
                     continue
                 shown.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k != "epoch"}, refresh=False)
-            if all(course.failed for course in courses):
+            if all(course.ended for course in courses):
                 return
 
 

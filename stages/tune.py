@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import prod
@@ -10,14 +11,14 @@ from typing import Any
 
 import torch
 
-from data.errors import Diverged, Interrupted, WrongCommand
+from data.errors import Diverged, Ended, Interrupted, WrongCommand
 from pipeline.files import make_folder
 
 from . import student as student_stage
 from .checkpoint import LINES, lines_of
 from .console import Console
 from .material import Material
-from .passes import first_training
+from .passes import Student, first_training
 from .recipes import fill_in
 from .runs import free_run, milestones_of
 from .search_folder import DATABASE, alone, begin, compare, look_at, tidy, unfinished
@@ -26,6 +27,7 @@ from .search_space import Searched, Value, parse_space, with_values
 from .settings import SearchSettings, StudentSettings
 from .shared_study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, follow, opened, optuna
 from .teacher import row_name
+from .together import train as train_together
 
 _MOST_POINTS = 100_000
 _HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from machine to machine
@@ -63,7 +65,7 @@ def run(settings: SearchSettings, said: set[str]) -> None:
         slots, mark = len(grid) or settings.trials, begin(folder, begun)
         shared = SharedStudy(study, storage, folder, mark, space, first.seed, slots, grid)
         try:
-            Search(shared, first, material, settings.prune, console).run()
+            Search(shared, first, material, settings.prune, settings.together, console).run()
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
         rows = rows_of(shared.holders(), space)
@@ -91,12 +93,13 @@ def _fewest_epochs(first: StudentSettings, space: tuple[Searched, ...]) -> int:
 
 @dataclass(frozen=True)
 class Search:
-    """Trials of a study, one after the other, in this process. first: the settings of all but for what is searched."""
+    """Trials of a study, so many together, in this process. first: the settings of all but for what is searched."""
 
     shared: SharedStudy
     first: StudentSettings
     material: Material
     prune: bool
+    together: int
     console: Console
 
     @property
@@ -108,60 +111,136 @@ class Search:
         """Until every slot's trial is over, those of other processes included."""
         waiting = False
         while True:
-            with self.shared.next_trial() as trial:
-                if trial is not None:
-                    self._one(trial)
+            with self.shared.next_trials(self.together) as trials:
+                if trials:
+                    self._train(trials)
                     continue
             left = [s for s, t in self.shared.holders().items() if not t.state.is_finished() and s < self.shared.slots]
             if not left:
                 return
             if not waiting:
-                trials = ", ".join(map(str, left))
-                self.console.say(f"waiting for other processes, which train: {trials} (Ctrl-C loses nothing)")
+                numbers = ", ".join(map(str, left))
+                self.console.say(f"waiting for other processes, which train: {numbers} (Ctrl-C loses nothing)")
             waiting = True
             time.sleep(0.5)
 
-    def _one(self, trial: Trial) -> None:
-        """Train one trial, to its end or until it is pruned, and write down what came of it."""
-        slot = int(trial.user_attrs["slot"])
+    def _train(self, trials: Sequence[Trial]) -> None:
+        """Train some trials, those that see the same batches from one stream, and write down what came of each."""
+        runs = [_Run.of(trial, self) for trial in trials]
+        for run in runs:
+            run.open(self.material)
+        for group in _groups([run for run in runs if run.student is not None]):
+            for run in group:
+                run.told()  # of an earlier process, which may have been killed before it did
+            left = [run for run in group if run.ended is None]
+            students = [run.student for run in left if run.student is not None]
+            try:
+                results = train_together(students, False, self.console) if students else []
+            except torch.OutOfMemoryError as error:
+                results = [Diverged(str(error)) for _ in left]
+            for run, result in zip(left, results, strict=True):
+                run.finish(result)
+        for run in runs:
+            self._tell(run)
+
+    def _tell(self, run: "_Run") -> None:
+        """The study what came of a trial."""
+        state, value, facts = run.outcome()
         try:
-            state, value, facts = self._trained(trial, slot)
+            if isinstance(run.ended, UpdateFinishedTrialError):
+                raise run.ended
             for name, fact in facts.items():
-                trial.set_user_attr(name, fact)
-            self.shared.study.tell(trial, value, state)
+                run.trial.set_user_attr(name, fact)
+            self.shared.study.tell(run.trial, value, state)
         except UpdateFinishedTrialError:
-            return self.console.say(f"trial {slot}: another process has taken it over")
+            return self.console.say(f"trial {run.slot}: another process has taken it over")
         rows = rows_of(self.shared.holders(), self.shared.space)
-        row = next(row for row in rows if row["trial"] == slot)
+        row = next(row for row in rows if row["trial"] == run.slot)
         self.console.say(line_of(row, rows, self.shared.slots, self.figure))
 
-    def _trained(self, trial: Trial, slot: int) -> tuple[TrialState, float | None, dict[str, Any]]:
-        """State and figure of a trial, its seconds and why it failed. One that cannot be trained counts as tried."""
-        values = {one.name: one.decimal(trial.params[one.name]) for one in self.shared.space}
-        folder = self.shared.folder / f"trial-{slot:04d}"
-        own = replace(with_values(self.first, self.shared.space, values), out=str(folder))
-        name = first_training(own)
-        where = folder if name == "student" else folder / name
 
-        def lines_so_far() -> list[dict[str, Any]]:
-            return lines_of(where) if (where / LINES).is_file() else []
+@dataclass
+class _Run:
+    """A trial as a student's run. ended: how it ended early, result: its result.json."""
 
-        def told(_: dict[str, Any] | None = None) -> None:
-            follow(trial, lines_so_far(), self.figure, own.epochs, self.prune)
+    trial: Trial
+    slot: int
+    settings: StudentSettings
+    figure: str
+    prune: bool
+    student: Student | None = None
+    ended: Exception | None = None
+    result: dict[str, Any] | None = None
 
-        def seconds() -> dict[str, Any]:
-            return {"seconds": sum(line["seconds"] for line in lines_so_far())}
+    @staticmethod
+    def of(trial: Trial, search: Search) -> "_Run":
+        """Of the settings that the trial's values make."""
+        slot, space = int(trial.user_attrs["slot"]), search.shared.space
+        values = {one.name: one.decimal(trial.params[one.name]) for one in space}
+        folder = search.shared.folder / f"trial-{slot:04d}"
+        own = replace(with_values(search.first, space, values), out=str(folder))
+        return _Run(trial, slot, own, search.figure, search.prune)
 
+    def open(self, like: Material) -> None:
+        """What it is trained from. One that cannot be trained counts as tried."""
         try:
-            told()  # of an earlier process, which may have been killed before it did
-            material = Material.open(own, self.material)
-            student = student_stage.train_or_go_on(own, material, self.console, told)["student"]
-            told()
-        except optuna.TrialPruned:
-            return TrialState.PRUNED, None, seconds()
-        except (Diverged, WrongCommand, torch.OutOfMemoryError) as error:
-            return TrialState.PRUNED, None, seconds() | {"failed": str(error).splitlines()[0][:500]}
-        return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
+            material = Material.open(self.settings, like)
+            material.network(self.settings, material.losses)
+        except (WrongCommand, torch.OutOfMemoryError) as error:
+            self.ended = error
+            return
+        own = student_stage.to_go_on(self.settings)
+        self.student = Student(own, material, Path(own.out), self.after_epoch)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of the epochs that are done."""
+        name, folder = first_training(self.settings), Path(self.settings.out)
+        where = folder if name == "student" else folder / name
+        return lines_of(where) if (where / LINES).is_file() else []
+
+    def told(self) -> None:
+        """Tell the study every epoch; it may end the trial, or another process may have."""
+        try:
+            follow(self.trial, self.lines(), self.figure, self.settings.epochs, self.prune)
+        except (optuna.TrialPruned, UpdateFinishedTrialError) as why:
+            self.ended = why
+
+    def after_epoch(self, _: dict[str, Any]) -> None:
+        """The same while it trains."""
+        self.told()
+        if self.ended:
+            raise Ended(f"trial {self.slot} is over")
+
+    def finish(self, result: dict[str, Any] | Ended) -> None:
+        """What its training has come to."""
+        if isinstance(result, Ended):
+            self.ended = self.ended or result
+            return
+        self.told()
+        self.result = result
+
+    def outcome(self) -> tuple[TrialState, float | None, dict[str, Any]]:
+        """State and figure, its seconds and why it failed."""
+        seconds = {"seconds": sum(line["seconds"] for line in self.lines())}
+        if self.result is not None and self.ended is None:
+            student = self.result["student"]
+            return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
+        if isinstance(self.ended, optuna.TrialPruned):
+            return TrialState.PRUNED, None, seconds
+        return TrialState.PRUNED, None, seconds | {"failed": str(self.ended).splitlines()[0][:500]}
+
+
+_OF_A_STREAM = ("epochs", "finetune_epochs", "batch_size", "sampler", "draws", "labelled")
+
+
+def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """Those that see the same batches together. Where labels are hidden, which rows are seen goes by the losses."""
+    found: dict[Any, list[_Run]] = {}
+    for run in runs:
+        alone = run.settings.labelled or run.settings.missing
+        key = run.slot if alone else tuple(getattr(run.settings, name) for name in _OF_A_STREAM)
+        found.setdefault(key, []).append(run)
+    return list(found.values())
 
 
 def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:

@@ -31,6 +31,13 @@ def back(codec: str, logits: Floats) -> Floats:
     return decoded
 
 
+def test_half_precision_comes_back_as_numpy_would_widen_it() -> None:
+    """Every float16 there is, in an array of two pieces and of another layout."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    for stored in (halves.reshape(2, -1), halves.reshape(-1, 256).T, halves[:0].reshape(0, 10)):
+        np.testing.assert_array_equal(CODECS["float16"].decode({"logits": stored}), stored.astype(np.float32))
+
+
 # What is stored
 
 

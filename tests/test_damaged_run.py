@@ -192,11 +192,11 @@ def test_a_setting_of_a_run_that_no_command_could_have_given_is_named(
     half: Path, done: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, dose: Dose, name: str
 ) -> None:
     """As the range of an option is checked on the command line, before anything is started with it."""
-    from pipeline import stream
+    from pipeline import ahead
     from stages import training
 
     monkeypatch.setattr(training, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(stream, "DataLoader", None)  # a billion workers are not to be started by a test
+    monkeypatch.setattr(ahead, "DataLoader", None)  # a billion workers are not to be started by a test
     for value in WRONG[name][: dose(2, 9)]:
         for run, line in ((half, "student --resume --out half"), (done, "evaluate done")):
             kept = json.loads((run / "settings.json").read_text())

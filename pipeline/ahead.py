@@ -1,0 +1,97 @@
+"""Work that is done before it is asked for: by a thread, or by worker processes that render views."""
+
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.errors import Refused
+from data.views import Draw, Pictures, ViewPolicy, render
+
+Rows = NDArray[np.int64]
+Asked = tuple[Rows, Draw]  # index [B], and their draw or draws [B]
+T = TypeVar("T")
+
+
+class Renderer(Dataset[torch.Tensor | str]):
+    """What a worker process does: (index, draw) -> views; what it refuses travels as text, not as a traceback."""
+
+    def __init__(self, pictures: Pictures, views: ViewPolicy, seed: int):
+        self.pictures, self.views, self.seed = pictures, views, seed
+
+    def __getitem__(self, item: Asked) -> torch.Tensor | str:
+        try:
+            return render(self.pictures, self.views, self.seed, *item)
+        except Refused as refusal:
+            return str(refusal)
+
+
+def by_workers(
+    renderer: Renderer, items: Iterator[Asked], workers: int, start_method: str | None = None
+) -> Iterator[torch.Tensor]:
+    """renderer[item] for each item, in order, by processes that live until the last one."""
+    loader: DataLoader[Any] = DataLoader(
+        renderer, sampler=_Once(items), batch_size=None, num_workers=workers, multiprocessing_context=start_method,
+        generator=torch.Generator(),  # else it draws from the one that training resumes with
+    )  # fmt: skip
+    for views in loader:
+        if isinstance(views, str):
+            raise Refused(views)
+        yield views
+
+
+class _Once(Sampler[Asked]):
+    """A sampler over an iterator that is made as it goes."""
+
+    def __init__(self, items: Iterator[Asked]):
+        self.items = items
+
+    def __iter__(self) -> Iterator[Asked]:
+        return self.items
+
+
+def by_thread(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
+    """The same items, made by a thread, at most depth ahead. What it raises is raised here.
+
+    Handing them over is cheap: an epoch of 469 batches of 28 x 28 pictures and cached logits takes 27 ms to consume
+    with a thread and 26 without; with the steps of `mlp:64` between them 436 and 434 ms (crop-flip), on 2 cores. So
+    everything that is rendered here is rendered ahead, by the one rule, and files and draws on disk gain by it.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: T | None, error: BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if stopped.is_set():
+                    return
+            put(None, StopIteration())
+        except BaseException as error:  # handed to the thread that consumes
+            put(None, error)
+
+    thread = threading.Thread(target=work, name="softcache-stream", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield cast(T, item)
+    finally:
+        stopped.set()
+        thread.join()
