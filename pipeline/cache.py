@@ -66,14 +66,14 @@ class Cache:
         self._index()
 
     def _index(self) -> None:
-        """What is looked up, and what is kept of what was read: nothing yet."""
+        """What is looked up, and what is kept: nothing yet."""
         self._by_draw: dict[tuple[str, int, str], list[ShardRecord]] = {}  # {(split, draw, dataset): in row order}
         for record in sorted(self.manifest.shards, key=lambda s: s.start):
             for name in record.datasets:
                 if name not in KEYS or record.correct is not None:  # keys are taken from where the logits are
                     self._by_draw.setdefault((record.split, record.draw, name), []).append(record)
         self._labels: dict[str, Labels] = {}
-        self._orders: dict[str, Positions] = {}
+        self._orders: dict[str, NDArray[np.uint32]] = {}
         self._shards: dict[str, Shard] = {}
         self._stamps: dict[str, Stamp] = {}  # of the shards that this process has verified
         self._resident: dict[tuple[str, int], dict[str, NDArray[np.generic]]] = {}  # {draw: {dataset: rows}}
@@ -129,14 +129,22 @@ class Cache:
         return found
 
     def order(self, split: str) -> Positions:
-        """index [rows] of each position of a split, made once its files are seen to hold so many, if they are many."""
+        """index [rows] of each position of a split."""
+        return self._order(split).astype(np.int64)
+
+    def index(self, split: str, positions: Positions) -> Positions:
+        """index [n] of positions [n], without a copy of the whole order."""
+        return self._order(split)[positions].astype(np.int64)
+
+    def _order(self, split: str) -> NDArray[np.uint32]:
+        """The order as it is kept: 4 bytes a row. Made once its files are seen to hold so many, if they are many."""
         if split not in self._orders:
             for record in self._records(split, 0, "index"):
                 path = self.folder / record.path
                 size = path.stat().st_size if path.is_file() else 0
                 if size != record.bytes and self.manifest.splits[split] > _ON_ITS_WORD:
                     raise Refused(f"{path}: {size} bytes instead of {record.bytes}: cut, appended to or missing")
-            self._orders[split] = row_order(self.seed, split, self.manifest.splits[split])
+            self._orders[split] = row_order(self.seed, split, self.manifest.splits[split]).astype(np.uint32)
         return self._orders[split]
 
     def bind(self, transfer_set: TransferSet) -> None:
@@ -245,7 +253,7 @@ class Cache:
             self.folder, record.path, self.manifest.layout(record), record.bytes, record.checksum, known=stamp
         )
         if not shard.is_known:
-            expected = self.order(record.split)[record.start : record.start + record.rows]
+            expected = self.index(record.split, np.arange(record.start, record.start + record.rows))
             check_rows(shard, record, self.manifest.fingerprint, expected, self._labels.get(record.split))
             if record.correct is not None:
                 check_logits(shard, record, self.codec, self.classes)

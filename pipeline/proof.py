@@ -48,7 +48,7 @@ def compare_views(
     seen: NDArray[np.generic],
 ) -> None:
     """Render the views at positions [n]; their checksums must be seen [n]. Raises Refused, naming the first."""
-    index = cache.order(split)[positions]
+    index = cache.index(split, positions)
     policy = cache.views if split == "train" else cache.views.plain()
     together = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
     for at in range(0, len(index), together):

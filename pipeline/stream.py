@@ -8,7 +8,7 @@ same weights.
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -40,7 +40,8 @@ class Stream:
     workers: processes that decode a folder; 0 decodes in this one, in a thread. sampler: of SAMPLERS; a round then
     shows as many rows, some more than once; every row has a label. draws_per_decode: k, which divides draws and
     batch_size. device: where batches are wanted; resident_on: where pictures in memory and targets are to lie; None is
-    for a GPU, where it is the device and they fit.
+    for a GPU, where it is the device and they fit. rank, world: of every batch only the views of this rank's rows are
+    rendered, those of `part`; all else is of the whole batch.
     """
 
     split: Split
@@ -60,6 +61,8 @@ class Stream:
     draws_per_decode: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     resident_on: torch.device | None = None
+    rank: int = 0
+    world: int = 1
 
     @property
     def steps_per_round(self) -> int:
@@ -77,8 +80,13 @@ class Stream:
             groups = self._by_processes(start, stop) if self.workers else by_thread(self._here(start, stop))
         try:
             for group, cuts in groups:
+                seen = 0
                 for a, b in pairwise(cuts):
-                    yield group.rows(a, b)
+                    batch = group.rows(a, b)
+                    if self.world > 1:
+                        first, last = part(b - a, self.rank, self.world)
+                        batch = replace(batch, views=group.views[seen : (seen := seen + last - first)])
+                    yield batch
         finally:
             groups.close()
 
@@ -99,7 +107,7 @@ class Stream:
 
     def _here(self, start: int, stop: int) -> Iterator[tuple[TargetBatch, list[int]]]:
         for group in self._groups(start, stop):
-            views = render(self.split.pictures, self.views, self.view_seed, group.index, group.draw)
+            views = render(self.split.pictures, self.views, self.view_seed, *group.shown)
             yield self._join(group, views, group.targets()).to(self.device), group.cuts
 
     def _by_processes(self, start: int, stop: int) -> Generator[tuple[TargetBatch, list[int]], None, None]:
@@ -109,7 +117,7 @@ class Stream:
         def noted() -> Iterator[tuple[Rows, Draw]]:
             for group in self._groups(start, stop):
                 under_way.append(group)
-                yield group.index, group.draw
+                yield group.shown
 
         renderer = Renderer(self.split.pictures, self.views, self.view_seed)
         for views in by_workers(renderer, noted(), self.workers, self.start_method):
@@ -121,7 +129,7 @@ class Stream:
     ) -> Generator[tuple[TargetBatch, list[int]], None, None]:
         """Pixels and targets from where they lie on a device."""
         for group in self._groups(start, stop):
-            views = there.views(self.view_seed, group.index, group.draw)
+            views = there.views(self.view_seed, *group.shown)
             targets = there.targets(group.positions, group.draws)
             yield self._join(group, views, targets).to(there.device), group.cuts
 
@@ -169,7 +177,7 @@ class Stream:
         """The positions of a lap, in no order yet."""
         if not self.sampler:
             return self.rows
-        index = self.rows if self.cache is None else self.cache.order("train")[self.rows]
+        index = self.rows if self.cache is None else self.cache.index("train", self.rows)
         return self.rows[resampled(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, lap))]
 
     def _join(self, group: "_Group", views: torch.Tensor, targets: Targets) -> TargetBatch:
@@ -184,13 +192,18 @@ class Stream:
         )  # fmt: skip
 
 
+def part(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """Where a rank's rows of a batch begin and end; the parts of two ranks differ by one row at most."""
+    return rows * rank // world, rows * (rank + 1) // world
+
+
 class _Window:
     """Positions [n] whose targets in k draws are read in one go, when the first of them is asked for."""
 
     def __init__(self, stream: Stream, draws: tuple[int, ...], positions: Rows):
         self.stream, self.draws, self.positions = stream, draws, positions
         cache = stream.cache
-        self.index = positions if cache is None else cache.order("train")[positions]
+        self.index = positions if cache is None else cache.index("train", positions)
         self._targets: Targets | None = None
 
     def targets(self) -> Targets:
@@ -229,6 +242,16 @@ class _Group:
         self.draw: Draw = window.draws[0] if k == 1 else np.tile(np.array(window.draws), n)
         self.cuts = [k * cut for cut in pictures]
         self._rows = slice(k * at, k * (at + n))
+
+    @property
+    def shown(self) -> tuple[Rows, Draw]:
+        """Index and draw of the rows whose views this rank renders."""
+        stream = self.window.stream
+        if stream.world == 1:
+            return self.index, self.draw
+        parts = [(a, part(b - a, stream.rank, stream.world)) for a, b in pairwise(self.cuts)]
+        rows = np.concatenate([np.arange(a + first, a + stop) for a, (first, stop) in parts])
+        return self.index[rows], self.draw if isinstance(self.draw, int) else self.draw[rows]
 
     def targets(self) -> Targets:
         logits, features = self.window.targets()

@@ -42,6 +42,10 @@ class Teachers:
         """index [rows] of each position of a split: every member's."""
         return self.members[0].order(split)
 
+    def index(self, split: str, positions: Positions) -> Positions:
+        """index [n] of positions [n]."""
+        return self.members[0].index(split, positions)
+
     def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
         """Whether what is read of that draw is kept in memory, beside so many others."""
         first, *others = self.members

@@ -189,6 +189,12 @@ class Writer:
         )  # fmt: skip
         self.costs.append(facts)
 
+    def sort(self) -> None:
+        """What was written or taken over, in the order of todo, in whatever order it came."""
+        place = {piece.path: i for i, piece in enumerate(self.todo)}
+        order = sorted(range(len(self.records)), key=lambda i: place[self.records[i].path])
+        self.records, self.costs = [self.records[i] for i in order], [self.costs[i] for i in order]
+
     def add_head(self, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> HeadRecord:
         """Publish the teacher's last linear layer."""
         arrays: Arrays = {"weight": weight.astype("<f4"), "bias": bias.astype("<f4")}

@@ -8,6 +8,7 @@ import click
 
 from . import __version__
 from .options import given, options
+from .ranks import refuse, speaks
 from .settings import (
     BlendSettings,
     BornAgainSettings,
@@ -26,8 +27,10 @@ from .settings import (
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
-def commands() -> None:
+@click.pass_context
+def commands(context: click.Context, /) -> None:
     """Run a teacher once, keep what it said, train as many students as you like."""
+    refuse(context.invoked_subcommand)
 
 
 @commands.command("teacher")
@@ -201,18 +204,21 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
-        error.show()
+        if speaks():
+            error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Stopped.", err=True)
+        if speaks():
+            click.echo("Stopped.", err=True)
         sys.exit(130)
     except Exception as error:
         line, code = _in_one_line(error)
-        if not code:
+        if not code and speaks():
             raise
         printable = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
-        click.echo(f"Error: {printable}", err=True)
-        sys.exit(code)
+        if speaks():
+            click.echo(f"Error: {printable}", err=True)
+        sys.exit(code or 1)
 
 
 def _in_one_line(error: Exception) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from data.errors import Refused
 from pipeline.files import publish, publish_text
 from pipeline.models.weights import check_zip
 
+from .ranks import is_first
 from .settings import Training
 
 CHECKPOINT, LINES = "checkpoint.pt", "metrics.jsonl"
@@ -74,8 +75,9 @@ class State:
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "lines": json.dumps(self.lines),
         }
-        publish_tensors(folder / CHECKPOINT, record)
-        self._publish_lines(folder)
+        if is_first():
+            publish_tensors(folder / CHECKPOINT, record)
+            self._publish_lines(folder)
 
     def _publish_lines(self, folder: Path) -> None:
         publish_text(folder / LINES, text_of(self.lines))
@@ -95,7 +97,8 @@ class State:
             raise Refused(
                 f"'{path}' is damaged ({why}): put it back from a copy, or delete it to train from the first epoch"
             ) from None
-        self._publish_lines(folder)  # stopped between the two, the checkpoint was one epoch ahead
+        if is_first():
+            self._publish_lines(folder)  # stopped between the two, the checkpoint was one epoch ahead
         return epoch
 
     def _restore(self, record: dict[str, Any]) -> int:

@@ -8,29 +8,35 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from .ranks import is_first
+
 
 class Console:
-    """Lines go to standard output, or to standard error when that is kept for one JSON object."""
+    """Lines go to standard output, or to standard error when that is kept for one JSON object; of several ranks the
+    first alone prints."""
 
     def __init__(self, json_only: bool):
         self.json_only = json_only
 
     def say(self, line: str = "") -> None:
         """Print a line, above a progress bar that may be running."""
+        if not is_first():
+            return
         tqdm.write(line, file=sys.stderr if self.json_only else sys.stdout)
         (sys.stderr if self.json_only else sys.stdout).flush()
 
     def result(self, text: str) -> None:
         """Print the one JSON object."""
-        click.echo(text)
+        if is_first():
+            click.echo(text)
 
 
 def bar(total: int, what: str, unit: str, scale: bool = False) -> "tqdm[Any]":
     """A progress bar on standard error that appears after a second; rare lines where that is no terminal."""
     quick = sys.stderr.isatty()
     return tqdm(
-        total=total, desc=what, unit=unit, unit_scale=scale, delay=1, mininterval=0.2 if quick else 10,
-        dynamic_ncols=quick, leave=False,
+        total=total, desc=what, unit=unit, unit_scale=scale, delay=1 if is_first() else 1e9,
+        mininterval=0.2 if quick else 10, dynamic_ncols=quick, leave=False,
     )  # fmt: skip
 
 

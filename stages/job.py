@@ -22,6 +22,7 @@ from pipeline.stream import Stream
 from pipeline.taps import tapped
 
 from .checkpoint import Chance, State
+from .data_parallel import Abreast
 from .held_out import autocast
 from .runs import milestones_of
 from .settings import StudentSettings, TeacherSettings
@@ -34,7 +35,8 @@ AfterEpoch = Callable[[dict[str, Any]], None]
 class Job:
     """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
     known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise;
-    term: how a loss is led by the teacher; chance: of what is random in it, from here on."""
+    term: how a loss is led by the teacher; chance: of what is random in it, from here on;
+    abreast: this rank's side of it, where there are several ranks."""
 
     name: str
     model: Prepared
@@ -51,6 +53,7 @@ class Job:
     after_epoch: AfterEpoch | None = None
     term: Term = by_one
     chance: Chance = field(default_factory=Chance)
+    abreast: Abreast | None = None
 
     @cached_property
     def forward(self) -> nn.Module:
@@ -76,11 +79,13 @@ class Job:
 
 def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
     """One step of the optimiser; the weighted terms, detached."""
-    with autocast(job.device, job.settings.precision):
-        logits = job.forward(batch.views)
-    outputs = Outputs(
-        logits, {tap: features.float() for tap, features in kept.items()}, _own_head(job, logits.shape[1])
-    )
+    if job.abreast:
+        outputs, batch = job.abreast.outputs(batch, state.schedule.last_epoch)
+    else:
+        with autocast(job.device, job.settings.precision):
+            logits = job.forward(batch.views)
+        features = {tap: x.float() for tap, x in kept.items()}
+        outputs = Outputs(logits, features, own_head(job, logits.shape[1]))
     batch = _with_taps(job, batch)
     terms = torch.stack(
         [
@@ -90,7 +95,10 @@ def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: F
     )
     for weight in state.weights:
         weight.grad = None
-    terms.sum().backward()  # type: ignore[no-untyped-call]
+    if job.abreast:
+        job.abreast.backward(terms.sum())
+    else:
+        terms.sum().backward()  # type: ignore[no-untyped-call]
     if job.settings.clip_norm:
         nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
     state.optimizer.step()
@@ -100,7 +108,7 @@ def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: F
     return terms.detach()
 
 
-def _own_head(job: Job, classes: int) -> Head | None:
+def own_head(job: Job, classes: int) -> Head | None:
     """The student's own last layer, live, where a loss asks for it."""
     if not any(loss.needs_head for loss in job.losses):
         return None
@@ -128,7 +136,7 @@ def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     job.model.eval()
     with torch.no_grad(), tapped(job.model.network, taps) as kept:
         logits = job.model(batch.views)
-        outputs = Outputs(logits, dict(kept), _own_head(job, logits.shape[1]))
+        outputs = Outputs(logits, dict(kept), own_head(job, logits.shape[1]))
     if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[1]:
         raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
     batch = _with_taps(job, batch)

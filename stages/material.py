@@ -147,7 +147,7 @@ class Material:
                 for some in np.array_split(positions, -(-len(positions) // 4096))
             )
             features = torch.cat([derived(part, (tap,))[tap].half() for part in parts])
-            index = cache.order("train")[positions]
+            index = cache.index("train", positions)
             return Bank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
 
         return Known(self.head, bank, torch.from_numpy(class_counts(labels, cache.classes)))

@@ -22,6 +22,7 @@ from .console import Console
 from .held_out import HeldOut
 from .job import AfterEpoch, Job
 from .material import Material
+from .ranks import from_first, wait_for
 from .serving import visible
 from .settings import StudentSettings
 from .stacked import fit_stacked
@@ -114,6 +115,7 @@ def _job(name: str, student: Student) -> Job:
         settings = replace(settings, epochs=settings.epochs + settings.finetune_epochs)
     elif name == "student" and settings.finetune_epochs:
         start = student.folder / "distilled/distilled.pt"
+        wait_for(start)
         load_state(network, read_state(start), str(start))
         settings = _finetuning(settings)
     labels = visible(settings, material.transfer_set.splits["train"].labels)
@@ -138,7 +140,7 @@ def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
         "epoch": done.epoch,
         "images_per_second": job.epochs * job.steps * rows / done.seconds,
     }
-    return figures | material.measure(job.model)
+    return figures | from_first(lambda: material.measure(job.model))
 
 
 def job_of(

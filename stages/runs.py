@@ -18,6 +18,7 @@ from pipeline.files import make_folder, publish_json, remove_leftovers
 from pipeline.identity import differences
 from pipeline.lock import LOCK, held
 
+from .ranks import barrier, from_first, is_first, who
 from .settings import StudentSettings, TeacherSettings
 
 S = TypeVar("S", TeacherSettings, StudentSettings)
@@ -28,8 +29,15 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
 
     A new run gets a new folder (default-1, default-2 … when --out does not name one). With --resume the
     settings are those the run was begun with, and what the command says besides must agree with them.
-    Raises WrongCommand for a folder that holds something else.
+    Raises WrongCommand for a folder that holds something else. Of several ranks the first looks, for all.
     """
+    record = from_first(lambda: asdict(_opened(settings, said, default)))
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    settings = replace(settings, **plain)
+    return settings, Path(settings.out)
+
+
+def _opened(settings: S, said: set[str], default: str) -> S:
     milestones_of(settings)
     if settings.resume:
         return _resumed(settings, said)
@@ -37,7 +45,7 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
     if folder.exists() and (not folder.is_dir() or any(not _left_over(path) for path in folder.iterdir())):
         other = _others(folder, settings)
         raise WrongCommand(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
-    return replace(settings, out=str(folder)), folder
+    return replace(settings, out=str(folder))
 
 
 def milestones_of(settings: TeacherSettings | StudentSettings) -> list[float]:
@@ -75,8 +83,12 @@ def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> lis
 def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iterator[None]:
     """Make the folder of a run, hold it, and publish its settings.json, once all that can be refused has been checked.
 
-    Raises Refused when another process holds it.
+    Raises Refused when another process holds it. Of several ranks the first does all this; the others wait for it.
     """
+    if not is_first():
+        barrier()
+        yield
+        return
     make_folder(folder)
     with held(folder):
         remove_leftovers(folder, ("settings.json", "result.json", "cache.json"))
@@ -84,6 +96,7 @@ def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iter
             if (folder / "settings.json").exists():
                 raise WrongCommand(f"'{folder}' was begun by another process just now: choose another --out")
             publish_json(folder / "settings.json", asdict(settings))
+        barrier()
         yield
 
 
@@ -100,7 +113,7 @@ def free_run(default: str) -> Path:
     return next(p for n in numbers if not (p := Path("runs") / f"{default}-{n}").exists())
 
 
-def _resumed(settings: S, said: set[str]) -> tuple[S, Path]:
+def _resumed(settings: S, said: set[str]) -> S:
     if not settings.out:
         raise WrongCommand("--resume wants the run's folder: --resume --out runs/…")
     folder = Path(settings.out)
@@ -114,7 +127,7 @@ def _resumed(settings: S, said: set[str]) -> tuple[S, Path]:
     if wrong:
         raise WrongCommand(f"'{folder}' was begun with another {', '.join(wrong)}: leave out what is not to change")
     here = {n: getattr(settings, n) for n in own & {f.name for f in fields(settings)} if n in said}
-    return replace(kept, **here), folder
+    return replace(kept, **here)
 
 
 def _plain(value: Any) -> Any:
@@ -195,7 +208,9 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` is a GPU when there is one. Raises WrongCommand for a device that is not there."""
+    """`auto` is a GPU when there is one, each rank's own. Raises WrongCommand for a device that is not there."""
+    if name in ("auto", "cuda") and who().here > 1 and torch.cuda.is_available():
+        return torch.device("cuda", who().local)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -17,8 +17,10 @@ from pipeline.metrics import mean_and_spread
 from .bill import bill_of, in_one_line
 from .command_line import command, this_program
 from .console import Console
+from .data_parallel import say_apart
 from .material import Material
 from .passes import Student, train_passes
+from .ranks import from_first, is_first, joined
 from .recipes import fill_in
 from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfinished, versions
 from .settings import StudentSettings
@@ -34,8 +36,12 @@ _NOT_ALONE = {
 
 
 def run(settings: StudentSettings, said: set[str]) -> None:
-    """Cache and data, checked against each other; then seed after seed; then the result."""
-    console = Console(settings.json)
+    """Cache and data, checked against each other; then seed after seed; then the result. By all ranks."""
+    with joined(settings.device):
+        _run(settings, said, Console(settings.json))
+
+
+def _run(settings: StudentSettings, said: set[str], console: Console) -> None:
     if not settings.resume:
         settings = with_recipe(fill_in(settings, said))
     settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
@@ -43,7 +49,8 @@ def run(settings: StudentSettings, said: set[str]) -> None:
         for stopped in unfinished(settings, folder):
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
-    material.network(settings, material.losses)  # an arch that cannot be built is found before a folder is made
+    # An arch that cannot be built is found before a folder is made.
+    say_apart(material.network(settings, material.losses), material.device, console)
     material.stream(settings, material.transfer_set.splits["train"].labels, False, False)  # and that no row is left
     say_notes(settings, material, console)
     unread = not any(loss.needs_logits or loss.needs_head for loss in material.losses)
@@ -108,11 +115,14 @@ def train(settings: StudentSettings, material: Material, folder: Path, console: 
             if isinstance(result, Ended):
                 raise result
             results.append(result)
-            if settings.seeds > 1:  # so that each seed's folder is a run: a teacher for the next generation
+            if (
+                settings.seeds > 1 and is_first()
+            ):  # so that each seed's folder is a run: a teacher for the next generation
                 remove_leftovers(own, ("result.json",))
                 publish_json(own / "result.json", result)
         result = whole(settings, material, results)
-        publish_json(folder / "result.json", result)
+        if is_first():
+            publish_json(folder / "result.json", result)
         return result
 
 
@@ -120,9 +130,14 @@ def train(settings: StudentSettings, material: Material, folder: Path, console: 
 def begun(settings: StudentSettings, material: Material, folder: Path) -> Iterator[None]:
     """A run's folder, held, in which is written what it is trained from."""
     with begin_run(settings, folder):
-        same_shards(material.teachers, settings, material.taps, folder)
-        keep(material.teachers, folder)
+        from_first(lambda: _note_targets(settings, material, folder))
         yield
+
+
+def _note_targets(settings: StudentSettings, material: Material, folder: Path) -> None:
+    """Which shards the run is trained from, and what becomes of several caches or through a map."""
+    same_shards(material.teachers, settings, material.taps, folder)
+    keep(material.teachers, folder)
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:

@@ -17,6 +17,7 @@ from . import student as student_stage
 from .console import Console
 from .material import Material
 from .passes import Student, train_passes
+from .ranks import who
 from .recipes import fill_in
 from .runs import free_run, milestones_of
 from .settings import ListSettings, StudentSettings, StudentsSettings
@@ -34,6 +35,8 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
             raise WrongCommand("--vectorize is for several students: name more than one --seed, or --losses")
         return student_stage.run(next(iter(asked.values())), said)
     console = Console(settings.json)
+    if who().world > 1:
+        raise WrongCommand(f"torchrun trains one student, here are {len(asked)}: one command for each, or no torchrun")
     if settings.resume or settings.seeds > 1 or settings.missing:
         raise WrongCommand(
             f"{len(asked)} students of one stream take no --resume (the same command with --out goes on), --seeds"

@@ -7,7 +7,8 @@ step on it, as it would alone, to the bit.
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import Diverged, Ended, Interrupted
+from data.errors import Diverged, Ended, Interrupted, WrongCommand
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import student_taps
@@ -27,8 +28,10 @@ from pipeline.taps import tapped
 from .checkpoint import CHECKPOINT, LINES, Finished, State, finished, publish_tensors
 from .command_line import this_program
 from .console import Console, LongWork, bar
+from .data_parallel import Abreast, parted, prepare
 from .held_out import HeldOut
-from .job import Features, Job, loss_modules, names, step
+from .job import Features, Job, loss_modules, names, own_head, step
+from .ranks import agree, from_first, who
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
 # 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
@@ -56,6 +59,7 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
+    Under torchrun all ranks train it, see data_parallel; rank 0 reads and writes the folder.
     Raises Ended, Diverged when a loss or the logits are no longer finite, and Interrupted on Ctrl-C.
     """
     try:
@@ -77,46 +81,67 @@ def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> li
     """
     threads = torch.get_num_threads()
     with ExitStack() as opened:
-        courses = [course for job in jobs if (course := _begin(job, opened))]
+        courses = [_begin(job, opened) for job in jobs]
         try:
-            if courses:
-                _epochs(courses, held_out, console)
+            if under_way := [course for course in courses if course]:
+                _epochs(under_way, held_out, console)
         finally:
             torch.set_num_threads(threads)
-    for course in courses:
-        if not course.ended:
-            _end(course)
-    ended = {id(course.job): course.ended for course in courses if course.ended}
-    return [ended.get(id(job)) or finished(job.folder, job.settings.select) for job in jobs]
+    return [_end(job, course) for job, course in zip(jobs, courses, strict=True)]
 
 
 def _begin(job: Job, opened: ExitStack) -> _Course | None:
     """The training from where it is; None where it is over, with its weights in the model."""
-    make_folder(job.folder)
     weights = job.folder / f"{job.name}.pt"
-    remove_leftovers(
-        job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
-    )
-    if weights.is_file():
+    if from_first(lambda: _tidied(job, weights)):
         load_state(job.model.network, read_state(weights), str(weights))
-        (job.folder / CHECKPOINT).unlink(missing_ok=True)  # stopped between the two
         return None
+    prepare(job.model, job.stream, job.device)
     taps = student_taps(job.losses)
     with job.chance:
         state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
         first = state.restore(job.folder, job.device)
+    agree("checkpoint", f"epoch {first}")
     small = job.multiply_adds * job.stream.batch_size < _WORTH_THREADS
     threads = 1 if small else torch.get_num_threads()
     kept = opened.enter_context(tapped(job.model.network, taps))
+    job = replace(job, stream=parted(job.stream), abreast=_abreast(job, state, kept))
     return _Course(job, state, first, kept, threads)
 
 
-def _end(course: _Course) -> None:
-    """Publish the weights that are kept."""
-    job, state = course.job, course.state
-    job.model.load_state_dict(state.best or state.result.state_dict())
-    publish_weights(job.folder / f"{job.name}.pt", job.model)
-    (job.folder / CHECKPOINT).unlink(missing_ok=True)
+def _tidied(job: Job, weights: Path) -> bool:
+    """Whether the training was over before. Its folder is made, and what a killed process left there removed."""
+    make_folder(job.folder)
+    remove_leftovers(
+        job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
+    )
+    return weights.is_file()
+
+
+def _abreast(job: Job, state: State, kept: Features) -> Abreast | None:
+    """This rank's side of the training, where there are several."""
+    if who().world == 1:
+        return None
+    if job.settings.compile:
+        raise WrongCommand("--compile is not for several ranks: leave it out, or train in one process")
+    head = partial(own_head, job)
+    return Abreast(job.model, kept, state.modules, head, job.device, job.settings.precision, job.settings.seed)
+
+
+def _end(job: Job, course: _Course | None) -> Finished | Ended:
+    """Publish the weights that are kept; what the lines say. A checkpoint that is left of a stop before goes too."""
+    if course and course.ended:
+        return course.ended
+    if course:
+        job.model.load_state_dict(course.state.best or course.state.result.state_dict())
+
+    def over() -> dict[str, Any]:
+        if course:
+            publish_weights(job.folder / f"{job.name}.pt", job.model)
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)
+        return asdict(finished(job.folder, job.settings.select))
+
+    return Finished(**from_first(over))
 
 
 def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> None:
@@ -145,7 +170,8 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
                 except Ended as ended:
                     course.ended = ended
                     continue
-                shown.set_postfix({k: f"{v:.4g}" for k, v in line.items() if k != "epoch"}, refresh=False)
+                figures = {k: f"{v:.4g}" for k, v in line.items() if k not in ("epoch", "seconds")}
+                shown.set_postfix(figures, refresh=False)
             if all(course.ended for course in courses):
                 return
 
@@ -170,25 +196,33 @@ def _step_of_each(courses: Sequence[_Course], batch: TargetBatch) -> None:
 
 def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) -> dict[str, Any]:
     """Measure and keep an epoch; its line. shared: seconds of it that were the stream's."""
-    job, state, begun = course.job, course.state, time.perf_counter()
+    job = course.job
     means = dict(zip(names(job.losses), (course.sums / job.steps).tolist(), strict=True))  # the one synchronisation
     for name, mean in means.items():
         if not np.isfinite(mean):
             raise diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
-    logits = held_out.logits(state.result)
-    if not np.isfinite(logits).all():  # the last step can be the one too many
-        raise diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
-    seen = summary(logits, held_out.labels)
-    terms = {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
-    line = {"epoch": epoch + 1, **terms, **{f"val_{name}": value for name, value in seen.items()}}
-    if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
-        publish_weights(job.folder / _kept(job, epoch), state.result)
-    line |= {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
+    line = from_first(partial(_line, course, epoch, means, held_out, shared))
     with job.chance:
-        state.keep(job.folder, line, job.settings.select)
+        course.state.keep(job.folder, line, job.settings.select)
     if job.after_epoch:
         job.after_epoch(line)
     return line
+
+
+def _line(course: _Course, epoch: int, means: dict[str, float], held_out: HeldOut, shared: float) -> dict[str, Any]:
+    """What an epoch came to, measured on the held-out split; its weights are published where that is asked for."""
+    job, result, begun = course.job, course.state.result, time.perf_counter()
+    logits = held_out.logits(result)
+    if not np.isfinite(logits).all():  # the last step can be the one too many
+        raise diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
+    if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
+        publish_weights(job.folder / _kept(job, epoch), result)
+    terms = {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
+    seen = {f"val_{name}": value for name, value in summary(logits, held_out.labels).items()}
+    return {
+        "epoch": epoch + 1, **terms, **seen,
+        "seconds": round(course.seconds + shared + time.perf_counter() - begun, 4),
+    }  # fmt: skip
 
 
 def _kept(job: Job, epoch: int) -> str:

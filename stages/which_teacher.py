@@ -16,6 +16,7 @@ from pipeline.models.weights import load_state, read_state, run_weights, weights
 
 from . import teacher as teacher_stage
 from .console import Console, duration
+from .ranks import from_first
 from .runs import read_json
 from .settings import CacheSettings, TeacherSettings
 
@@ -25,7 +26,8 @@ def teacher_of(
 ) -> tuple[Prepared, str]:
     """The teacher with its weights, and its arch. Raises WrongCommand or Refused where they do not fit."""
     if not settings.weights:
-        settings = _train_one(settings, console)
+        kept = from_first(lambda: _train_one(settings, console))  # of several ranks one trains it
+        settings = replace(settings, weights=kept, teacher="", normalize="")
     if settings.weights == "DEFAULT":
         return _published(settings, transfer_set)
     path = Path(settings.weights)
@@ -113,8 +115,8 @@ def _note_another_cut(path: Path, settings: CacheSettings, console: Console) -> 
         )
 
 
-def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:
-    """No teacher was named: train one by the recipe, keep it beside the cache, and go on with it."""
+def _train_one(settings: CacheSettings, console: Console) -> str:
+    """No teacher was named: train one by the recipe, and keep it beside the cache; its folder."""
     folder = Path(f"{settings.out}-teacher")
     asked = teacher_stage.with_recipe(
         TeacherSettings(
@@ -141,7 +143,7 @@ def _train_one(settings: CacheSettings, console: Console) -> CacheSettings:
         figures = result["teacher"]["test"] or result["teacher"]["val"]
         seconds = duration(result["seconds"]["train"])
         console.say(f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
-    return replace(settings, weights=str(folder), teacher="", normalize="")
+    return str(folder)
 
 
 def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[Prepared, str]:
