@@ -21,6 +21,7 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 
 # $(call options,A B …): --a 'value' --b 'value' for those that are set; a switch is set to 1
 empty :=
+comma := ,
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
 SWITCHES := COMPILE VECTORIZE BASELINE RESUME JSON DEEP REPAIR GRID
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
@@ -41,24 +42,24 @@ WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
 KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY $(INSPECTING) $(DISTILLING) \
+  ROW CIFAR GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY $(INSPECTING) $(DISTILLING) \
   $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
 
 RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy xxhash
 missing = $(PY) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $(1) 2>/dev/null
-# $(call ensure,packages): install when one of them is missing, into a virtual environment of our own
+# $(call ensure,packages,extras): install when one of them is missing, into a virtual environment of our own
 define ensure
 @$(call missing,$(1)) || { \
   if [ -f "$(VENV)" ]; then echo "Error: $(VENV) lacks one of: $(1)" >&2; exit 2; fi; \
   echo "installing into $(VENV) (PyTorch is large: a minute or more)" >&2; \
   $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet --upgrade pip && \
-  $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; }
+  $(VENV)/bin/python -m pip install --quiet -e '.[$(or $(2),dev)]'; }
 endef
 
 .PHONY: help install teacher teacher-cache student students blend born-again methods tune long-tail check-cache inspect lint \
-  test slow torture check clean
+  bench test slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -154,6 +155,10 @@ lint: ## format, lint and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+bench: ## every promise about speed and size as a ratio: ROW=name,name DATA_ROOT= (MNIST) CIFAR= (JPEGs) WEIGHTS= (ResNet-56)
+	$(call ensure,$(RUNS_ON) torchdistill lmdb webdataset,dev$(comma)bench)
+	$(PY) -m bench $(call options,DATA_ROOT CIFAR WEIGHTS DEVICE) $(ROW)
 
 test: ## the default test suite
 	$(call ensure,$(RUNS_ON) pytest hypothesis)

@@ -1,0 +1,105 @@
+"""Several students at once, against the same ones one after another."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from stages.checkpoint import State
+from stages.material import Material
+from stages.settings import StudentSettings
+from stages.training import _begin_epoch, _step_of_each
+
+from . import material
+from .rounds import Found, Given, Side, interleaved, over, parts
+from .student import Ours, job, mnist
+
+FOUR = ("resnet8", "cnn", "mlp:64", "mlp:128")
+
+
+class Together:
+    """Several trainings on one stream, as fit_together takes their steps; seconds of a picture."""
+
+    def __init__(self, alone: Sequence[Ours]):
+        self.first, self.courses = alone[0], [one.course for one in alone]
+
+    def __call__(self) -> float:
+        first, pictures, begun = self.first, 0, time.perf_counter()
+        for course in self.courses:
+            _begin_epoch(course, 0)
+        for batch in first.job.stream.batches(first.at, first.at + first.count):
+            _step_of_each(self.courses, batch.to(first.job.device))
+            pictures += len(batch.views)
+        for course in self.courses:
+            course.sums.tolist()
+        first.at += first.count
+        return (time.perf_counter() - begun) / pictures
+
+
+def _trainings(
+    given: Given, settings: StudentSettings, opened: Material, archs: Sequence[str], steps: int
+) -> list[Ours]:
+    return [
+        Ours(job(given, replace(settings, arch=arch), opened, False, f"s{i}"), steps) for i, arch in enumerate(archs)
+    ]
+
+
+def one_stream(given: Given, from_files: bool) -> Found:
+    """Four students from one stream, as a share of the time of four runs. from_files: 224 px JPEGs, views of 64 px."""
+    if from_files:
+        data = material.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
+        cache = material.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
+        steps, batch = given.few(8, 1), 32
+    else:
+        data = material.in_memory(given.few(6400, 300))
+        cache = material.fake_cache(given.folder / "cifar", data, draws=2)
+        steps, batch = given.few(20, 2), 128
+    settings, opened = material.opened(cache, data, FOUR[0], batch_size=batch, precision="bfloat16")
+    alone = _trainings(given, settings, opened, FOUR, steps)
+    together = Together(_trainings(given, settings, opened, FOUR, steps))
+    found = interleaved({"one stream": together, "four runs": lambda: sum(one() for one in alone)}, given.few(5, 1))
+    return Found(over(found["one stream"], found["four runs"]), f"{', '.join(FOUR)}: {parts(found)}")
+
+
+class Stacked:
+    """Trainings as one vectorised model, as fit_stacked takes its steps; seconds of a picture."""
+
+    def __init__(self, alone: Sequence[Ours]):
+        from stages.stacked import Stack, _weights, check_stackable
+
+        self.jobs = [one.job for one in alone]
+        check_stackable(self.jobs)
+        first = self.jobs[0]
+        self.stack = Stack([job.model for job in self.jobs]).to(first.device)
+        self.state = State.begin(self.stack, {}, first.settings, first.rate)
+        self.weights, self.count, self.at = _weights(self.jobs, 0), alone[0].count, 0
+
+    def __call__(self) -> float:
+        from stages.stacked import _step
+
+        job, pictures, begun = self.jobs[0], 0, time.perf_counter()
+        self.stack.train()
+        for batch in job.stream.batches(self.at, self.at + self.count):
+            with job.chance:
+                terms = _step(job, self.stack, self.state, batch.to(job.device), list(job.losses), self.weights)
+            pictures += len(batch.views)
+        terms.tolist()
+        self.at += self.count
+        return (time.perf_counter() - begun) / pictures
+
+
+def vectorised(given: Given, arch: str, students: int, on_digits: bool) -> Found:
+    """Students of one arch and of as many seeds as one model, as a share of the time of as many runs."""
+    if on_digits:
+        data = "digits"
+        cache = material.fake_cache(given.folder / "digits", data)
+    else:
+        data, cache = mnist(given)
+    settings, opened = material.opened(cache, data, arch, loss=("kd:temperature=4",))
+    steps = given.few(44 if on_digits else 12, 2)
+    alone = [
+        Ours(job(given, replace(settings, seed=i), opened, False, f"s{i}"), steps)
+        for i in range(given.few(students, 2))
+    ]
+    sides: dict[str, Side] = {"as one": Stacked(alone), "runs": lambda: sum(one() for one in alone)}
+    found = interleaved(sides, given.few(5, 1))
+    return Found(over(found["as one"], found["runs"]), parts(found))

@@ -1,0 +1,185 @@
+"""Rows of stage two: epochs from a cache, against hard targets alone, bare loops and the live teacher.
+
+Ours is the loop of `stages student` itself, without what it does once an epoch: measuring on validation, checkpoint.
+A turn begins a stream of its own and takes every batch of it, so that nothing is rendered ahead at the cost of others.
+"""
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipeline.losses import Loss
+from pipeline.losses.hard import Hard
+from pipeline.models.prepared import Prepared
+from pipeline.records import TargetBatch
+from stages.checkpoint import State
+from stages.held_out import autocast
+from stages.job import Job
+from stages.material import Material
+from stages.passes import job_of
+from stages.settings import StudentSettings
+from stages.training import _begin, _begin_epoch, _step_of_each
+
+from . import material
+from .rounds import Found, Given, Side, interleaved, over, parts
+
+FEATURE = {"layer3": [64, 8, 8]}  # of ResNet-56: 4,096 numbers, 8 kB a row
+
+
+def job(given: Given, settings: StudentSettings, opened: Material, hard: bool, name: str) -> Job:
+    """The training from the cache, or its baseline from hard targets alone, as `stages student` makes them."""
+    losses: tuple[Loss, ...] = (Hard(),) if hard else opened.losses
+    labels = opened.transfer_set.splits["train"].labels
+    where = given.folder / "runs" / f"{name}-{time.monotonic_ns()}"
+    kind = "baseline" if hard else "student"
+    return job_of(kind, settings, opened, opened.network(settings, losses), losses, labels, where)
+
+
+class Ours:
+    """A training that takes so many steps in a turn; the seconds of a picture."""
+
+    def __init__(self, job: Job, steps: int, teacher: Prepared | None = None):
+        """teacher: asked about every batch in place of the cache."""
+        self.job, self.count, self.teacher, self.at = job, steps, teacher, 0
+        self.opened = ExitStack()  # of the hooks on the tapped layers: gone with it
+        course = _begin(job, self.opened)
+        assert course is not None
+        self.course = course
+
+    def __call__(self) -> float:
+        pictures, begun = 0, time.perf_counter()
+        _begin_epoch(self.course, 0)
+        for batch in self.job.stream.batches(self.at, self.at + self.count):
+            here = batch.to(self.job.device)
+            _step_of_each([self.course], here if self.teacher is None else self._asked(here))
+            pictures += len(batch.views)
+        self.course.sums.tolist()  # waits for a GPU
+        self.at += self.count
+        return (time.perf_counter() - begun) / pictures
+
+    def _asked(self, batch: TargetBatch) -> TargetBatch:
+        assert self.teacher is not None
+        with torch.no_grad(), autocast(self.job.device, self.job.settings.precision):
+            return replace(batch, logits=self.teacher(batch.views))
+
+
+class Bare:
+    """A loop that its author wrote for this model alone, over views that were augmented beforehand."""
+
+    def __init__(self, job: Job, steps: int):
+        batches = list(job.stream.batches(0, steps))
+        self.views = [b.views.to(job.device) for b in batches]
+        self.labels = [b.labels.to(job.device) for b in batches]
+        self.job, self.state = job, State.begin(job.model, {}, job.settings, job.rate)
+        # As many threads as ours takes: with two, a step of mlp:64 is no faster on an idle machine, and slower on a
+        # busy one.
+        self.threads = 1 if job.multiply_adds * job.stream.batch_size < 10_000_000 else torch.get_num_threads()
+
+    def __call__(self) -> float:
+        torch.set_num_threads(self.threads)
+        job, state = self.job, self.state
+        pictures, begun = 0, time.perf_counter()
+        job.model.train()
+        for views, labels in zip(self.views, self.labels, strict=True):
+            with autocast(job.device, job.settings.precision):
+                loss = F.cross_entropy(job.model(views), labels)
+            state.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            state.optimizer.step()
+            state.schedule.step()
+            pictures += len(views)
+        loss.item()
+        return (time.perf_counter() - begun) / pictures
+
+
+def asking(job: Job, teacher: Prepared, steps: int) -> Side:
+    """The teacher alone, over views that are there."""
+    views = [b.views.to(job.device) for b in job.stream.batches(0, steps)]
+
+    def turn() -> float:
+        begun = time.perf_counter()
+        with torch.no_grad(), autocast(job.device, job.settings.precision):
+            for batch in views:
+                said = teacher(batch)
+        said.sum().item()
+        return (time.perf_counter() - begun) / sum(map(len, views))
+
+    return turn
+
+
+def cifar(given: Given, taps: bool = False) -> tuple[str, Path]:
+    """Pictures as CIFAR-10's, and their cache."""
+    data = material.in_memory(given.few(6400, 300))
+    name = "cifar-8kB" if taps else "cifar"
+    return data, material.fake_cache(given.folder / name, data, draws=2, taps=FEATURE if taps else None)
+
+
+def mnist(given: Given) -> tuple[str, Path]:
+    """Pictures as MNIST's, and their cache."""
+    data = material.in_memory(given.few(61_225, 400), channels=1, size=28)
+    return data, material.fake_cache(given.folder / "mnist", data)
+
+
+def cached_over_hard(given: Given, arch: str, feature: str = "", steps: int = 30, rounds: int = 9) -> Found:
+    """Epochs with and without what the teacher said. feature: `read`, or `hint` for a term that uses it, too."""
+    data, cache = mnist(given) if arch.startswith("mlp") else cifar(given, bool(feature))
+    hint = ("hint:teacher=layer3,student=layer3",) if feature == "hint" else ()
+    usual = ("kd:temperature=4,weight=0.9", "hard:weight=0.1")
+    settings, opened = material.opened(cache, data, arch, loss=(*usual, *hint))
+    ours = job(given, settings, opened, False, "cached")
+    if feature == "read":
+        ours = replace(ours, stream=replace(ours.stream, taps=tuple(FEATURE)))
+    steps = given.few(steps, 2)
+    sides = {"cached": Ours(ours, steps), "hard": Ours(job(given, settings, opened, True, "hard"), steps)}
+    found = interleaved(sides, given.few(rounds, 1))
+    return Found(over(found["cached"], found["hard"]), parts(found))
+
+
+def hard_over_bare(given: Given, arch: str, steps: int = 30, rounds: int = 9) -> Found:
+    """What our loop and its renderer cost beside a bare loop over views in memory."""
+    data, cache = mnist(given) if arch.startswith("mlp") else cifar(given)
+    settings, opened = material.opened(cache, data, arch)
+    steps = given.few(steps, 2)
+    one, other = (job(given, settings, opened, True, name) for name in ("hard", "bare"))
+    found = interleaved({"hard": Ours(one, steps), "bare": Bare(other, steps)}, given.few(rounds, 1))
+    return Found(over(found["hard"], found["bare"]), parts(found))
+
+
+def live_over_cached(given: Given, precision: str, of_the_sum: bool = False) -> Found:
+    """The teacher asked about every batch, against its cache. of_the_sum: by (teacher + student) / student."""
+    data, cache = cifar(given)
+    settings, opened = material.opened(cache, data, "resnet8", precision=precision)
+    teacher = material.teacher("resnet56").to(opened.device)
+    steps = given.few(8, 1)
+    live = replace(job(given, settings, opened, False, "live"))
+    live = replace(live, stream=replace(live.stream, targets=False))
+    sides: dict[str, Side] = {
+        "live": Ours(live, steps, teacher),
+        "cached": Ours(job(given, settings, opened, False, "cached"), 2 * steps),
+    }
+    if of_the_sum:
+        bare = job(given, settings, opened, True, "student")
+        sides |= {"teacher": asking(bare, teacher, steps), "student": Bare(bare, 2 * steps)}
+    found = interleaved(sides, given.few(5, 1))
+    ratios = over(found["live"], found["cached"])
+    if of_the_sum:
+        sums = np.array(found["teacher"]) + found["student"]
+        ratios = over(ratios, over(sums.tolist(), found["student"]))
+    return Found(ratios, parts(found))
+
+
+def many_views_of_a_decode(given: Given) -> Found:
+    """A folder of 224 px: one view of each decode, against four of them for as many cached epochs."""
+    data = material.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
+    cache = material.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
+    usual, opened = material.opened(cache, data, "resnet8", batch_size=64, precision="bfloat16")
+    several = replace(usual, draws_per_decode=4)
+    one, four = job(given, usual, opened, True, "hard"), job(given, several, opened, False, "cached")
+    sides = {"hard": Ours(one, 4 * one.steps), "cached": Ours(four, 4 * four.steps)}
+    found = interleaved(sides, given.few(4, 1))
+    return Found(over(found["hard"], found["cached"]), parts(found))

@@ -1,0 +1,132 @@
+"""Seconds to an accuracy, on real pictures: from measured parts, not from five trainings.
+
+Live is the usual loop with a live teacher, in float32; cached is ours in bfloat16, with stage one once for so many
+students. The epochs are those in which our student comes to its final accuracy on validation. The live student, who
+sees as many views and the same teacher, is taken to need as many.
+"""
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import MNIST, ImageFolder
+
+from pipeline.models import build
+from pipeline.models.prepared import Prepared
+from pipeline.models.weights import load_state, read_state, run_weights
+from stages import teacher as teacher_stage
+from stages.checkpoint import lines_of
+from stages.console import Console
+from stages.material import Material
+from stages.passes import job_of
+from stages.settings import CacheSettings, StudentSettings, TeacherSettings
+from stages.student import with_recipe
+from stages.teacher_cache import make
+from stages.training import fit
+
+from .rounds import Found, Given, Missing, Side, fastest, interleaved, parts
+from .student import Ours, job
+from .usual import kd_step, loop, transforms
+
+
+def mnist(given: Given, students: int) -> Found:
+    """`cnn` from `mlp:1200,1200` on 12,000 rows of MNIST, 4 epochs. Its teacher is trained before, and not counted."""
+    if not Path(given.data_root, "MNIST/raw").is_dir() or not given.data_root:
+        raise Missing("needs MNIST: DATA_ROOT= where torchvision finds it")
+    run = given.folder / "mnist-teacher"
+    common: dict[str, Any] = {"data": "mnist", "data_root": given.data_root, "train_size": given.few(12_000, 500)}
+    if not run.exists():
+        asked = TeacherSettings(**common, arch="mlp:1200,1200", epochs=given.few(3, 1), out=str(run), json=True)
+        teacher_stage.train(teacher_stage.with_recipe(asked), run, Console(True))
+    stage_one = CacheSettings(**common, teacher="mlp:1200,1200", weights=str(run), draws=1, json=True)
+    usual = Subset(
+        MNIST(given.data_root, transform=transforms((0.1307,), (0.3081,), crop=False)), range(given.few(12_000, 500))
+    )
+    return _to_target(given, stage_one, usual, "cnn", given.few(4, 1), students)
+
+
+def cifar(given: Given, students: int) -> Found:
+    """`resnet8` from ResNet-56 on 2,500 CIFAR-10 JPEGs at a short schedule, decoded in every epoch by both."""
+    if not Path(given.cifar, "train").is_dir() or not given.cifar:
+        raise Missing("needs JPEGs of CIFAR-10: CIFAR= a folder with train/<class> and test/<class>")
+    if not Path(given.weights).is_file():
+        raise Missing("needs a ResNet-56 for CIFAR-10: WEIGHTS= its state dict")
+    stage_one = CacheSettings(
+        data=f"folder:{_part(given)}", views="crop-flip", draws=1, teacher="resnet56", weights=given.weights,
+        normalize="imagenet", precision="bfloat16", json=True,
+    )  # fmt: skip
+    usual = ImageFolder(_part(given) / "train", transforms())
+    return _to_target(given, stage_one, usual, "resnet8", given.few(5, 1), students)
+
+
+def _part(given: Given) -> Path:
+    """250 training pictures and 20 to test of each class, of links."""
+    part = given.folder / "cifar-part"
+    for split, count in (("train", given.few(250, 20)), ("test", 20)):
+        for own in sorted(path for path in Path(given.cifar, split).iterdir() if path.is_dir()):
+            (part / split / own.name).mkdir(parents=True, exist_ok=True)
+            for picture in sorted(own.glob("*.jpg"))[:count]:
+                target = part / split / own.name / picture.name
+                if not target.exists():
+                    shutil.copyfile(picture, target)
+    return part
+
+
+def _to_target(
+    given: Given, asked: CacheSettings, usual: Dataset[Any], arch: str, epochs: int, students: int
+) -> Found:
+    cache = given.folder / f"target-{arch}"
+    begun = time.perf_counter()
+    asked, _ = make(replace(asked, out=str(cache), device=str(given.device)), Console(True))
+    one = time.perf_counter() - begun
+    learned = StudentSettings(
+        data=asked.data, data_root=asked.data_root, cache=(str(cache),), arch=arch, epochs=epochs,
+        loss=("kd:temperature=4",), precision="bfloat16", device=str(given.device), json=True,
+    )  # fmt: skip
+    settings = with_recipe(learned)
+    opened = Material.open(settings)
+    final, reached = _epoch_of_final(given, settings, opened)
+    ours = job(given, settings, opened, False, "cached")
+    teacher = _teacher(given, asked, opened).network.to(memory_format=torch.contiguous_format)
+    step = kd_step(
+        given, build(arch, opened.cache.classes, opened.preparation.channels, opened.preparation.size), teacher
+    )
+    sides: dict[str, Side] = {f"{n} workers": loop(given, usual, n, step, given.few(10, 1)) for n in (0, 2)}
+    found = interleaved({**sides, "cached": Ours(ours, given.few(min(ours.steps, 40), 1))}, given.few(3, 1))
+    live = fastest(*(found[name] for name in sides))
+    pictures = len(ours.stream.rows) * reached
+    shutil.rmtree(cache)
+    values = [
+        students * a * pictures / (one + students * b * pictures) for a, b in zip(live, found["cached"], strict=True)
+    ]
+    return Found(
+        values,
+        f"computed: stage one {one:.1f} s, epochs until {final:.3f} {reached},"
+        f" of {len(ours.stream.rows):,} pictures; {parts(found)}",
+    )
+
+
+def _epoch_of_final(given: Given, settings: StudentSettings, opened: Material) -> tuple[float, int]:
+    """The student's final accuracy on validation, and the first epoch that reached it: one whole training."""
+    folder = given.folder / f"target-run-{time.monotonic_ns()}"
+    labels = opened.transfer_set.splits["train"].labels
+    network = opened.network(settings, opened.losses)
+    fit(
+        job_of("student", settings, opened, network, opened.losses, labels, folder),
+        opened.held_out["val"],
+        Console(True),
+    )
+    accuracies = [line["val_accuracy"] for line in lines_of(folder)]
+    return accuracies[-1], 1 + next(i for i, a in enumerate(accuracies) if a >= accuracies[-1])
+
+
+def _teacher(given: Given, asked: CacheSettings, opened: Material) -> Prepared:
+    """The teacher of the cache, in eval mode."""
+    preparation = opened.cache.preparation
+    network = build(asked.teacher, opened.cache.classes, preparation.channels, preparation.size)
+    load_state(network, read_state(run_weights(Path(asked.weights))), asked.weights)
+    return Prepared(network, preparation).to(given.device).eval()

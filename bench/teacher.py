@@ -1,0 +1,135 @@
+"""Rows of stage one: what it takes beside the teacher alone, and beside what one writes without thinking."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.reading import read_manifest
+from stages.console import Console
+from stages.held_out import autocast
+from stages.settings import CacheSettings
+from stages.teacher_cache import make
+
+from . import material
+from .rounds import Found, Given, Missing, Side, interleaved, over, parts, timed
+
+FULL = 50_000  # pictures, to which the seconds of a part are scaled
+
+
+def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheSettings:
+    """Stage one over ResNet-56 with these weights, as a command would ask for it."""
+    return CacheSettings(
+        data=data, teacher="resnet56", weights=str(weights), views="crop-flip", draws=1, device=str(given.device),
+        val_fraction=material.VAL_FRACTION, json=True, **more,
+    )  # fmt: skip
+
+
+def saved_teacher(given: Given) -> Path:
+    path = given.folder / "teacher.pt"
+    if not path.exists():
+        torch.save(material.teacher("resnet56").network.state_dict(), path)
+    return path
+
+
+def stage_one(given: Given, data: str, **more: Any) -> Side:
+    """`stages teacher-cache` from its settings to its manifest: seconds of a row."""
+    weights = saved_teacher(given)
+
+    def work() -> int:
+        out = given.folder / f"one-{time.monotonic_ns()}"
+        made = make(settings_of(given, data, weights, out=str(out), **more), Console(True))[1]
+        shutil.rmtree(out)
+        return sum(made.splits.values())
+
+    return timed(work)
+
+
+def over_bare_inference(given: Given, precision: str) -> Found:
+    """Views of stage one per second: rendered, asked, checked, encoded and written, as a share of asking alone."""
+    data = material.in_memory(given.few(1024, 150))
+    rows = material.transfer_set(data)
+    settings = settings_of(given, data, saved_teacher(given), precision=precision)
+    teacher = material.teacher("resnet56").to(given.device)
+    batches = torch.split(material.smooth(len(rows.splits["train"]), 3, 32), settings.batch_size)
+
+    def bare() -> int:
+        with torch.inference_mode(), autocast(given.device, precision):
+            for views in batches:
+                said = teacher(views.to(given.device))
+        said.sum().item()
+        return sum(map(len, batches))
+
+    sides = {"bare": timed(bare), "stage one": stage_one(given, data, precision=precision)}
+    found = interleaved(sides, given.few(5, 1))
+    return Found(over(found["bare"], found["stage one"]), parts(found))
+
+
+def naive_over_ours(given: Given, precision: str) -> Found:
+    """What one writes first: a loop over a DataLoader of tensors, float32, batches of 128, torch.save at the end;
+    its seconds over 50,000 pictures against those of ours, from parts of 1,024, and from seconds of compiling once."""
+    data = material.in_memory(given.few(1024, 150))
+    images = material.smooth(given.few(1024, 150), 3, 32).float() / 255
+    network = material.usual_teacher(given.device)
+    mean, std = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
+
+    def naive() -> int:
+        logits = []
+        with torch.no_grad():
+            for a in range(0, len(images), 128):
+                logits.append(network(((images[a : a + 128] - mean) / std).to(given.device)).cpu())
+        torch.save(torch.cat(logits), given.folder / "logits.pt")
+        return len(images)
+
+    names = CacheSettings.__dataclass_fields__
+    more: dict[str, Any] = {"precision": precision}
+    compiled = "compile" in names and precision == "bfloat16"
+    if compiled:
+        more["compile"] = True
+    sides = {"naive": timed(naive), "ours": stage_one(given, data, **more)}
+    once = 0.0
+    if compiled:  # what the first call costs more than a later one, once for all 50,000
+        first = sides["ours"]() * len(images)
+        once = max(first - sides["ours"]() * len(images), 0.0)
+    found = interleaved(sides, given.few(4, 1))
+    ours = [FULL * seconds + once for seconds in found["ours"]]
+    said = f"scaled from {len(images):,} to 50,000 pictures{f', compiling {once:.1f} s of ours' if compiled else ''}: "
+    return Found(over([FULL * s for s in found["naive"]], ours), said + parts(found))
+
+
+def two_ranks(given: Given) -> Found:
+    """Seconds of stage one in one process, over those of two gloo ranks; the digests must be the same."""
+    data = material.jpegs(given.folder / "jpegs-ranks", given.few(512, 40), 32)
+    weights = saved_teacher(given)
+    digests: dict[str, set[str]] = {"one": set(), "two": set()}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
+
+    def side(name: str, command: list[str]) -> Side:
+        def turn() -> float:
+            out = given.folder / f"ranks-{name}-{time.monotonic_ns()}"
+            arguments = ["teacher-cache", "--data", data, "--teacher", "resnet56", "--weights", str(weights)]
+            arguments += ["--views", "crop-flip", "--draws", "1", "--shard-rows", "128", "--out", str(out)]
+            threads = {**os.environ, "OMP_NUM_THREADS": "1"} if name == "two" else dict(os.environ)
+            begun = time.perf_counter()
+            done = subprocess.run([*command, *arguments], env=threads, capture_output=True, text=True, timeout=200)
+            if done.returncode:
+                raise Missing(f"{name}: {(done.stderr.strip().splitlines() or ['it failed'])[-1][:120]}")
+            seconds = time.perf_counter() - begun
+            digests[name].add(repr([shard.payload for shard in read_manifest(out).shards]))
+            shutil.rmtree(out)
+            return seconds
+
+        return turn
+
+    if not (Path(__file__).parent.parent / "stages" / "ranks.py").exists():
+        raise Missing("not there yet: torchrun -m stages teacher-cache")
+    one = [sys.executable, "-m", "stages"]
+    found = interleaved({"one": side("one", one), "two": side("two", start)}, given.few(2, 1))
+    if digests["one"] != digests["two"] or len(digests["one"]) != 1:
+        raise Missing("two ranks wrote other payloads than one process")
+    return Found(over(found["one"], found["two"]), "the same payloads; with starting PyTorch. " + parts(found, 1, "s"))

@@ -1,0 +1,168 @@
+"""The loops that others write, against the cached epoch: ImageFolder or pictures in memory, DataLoader, torchvision's
+transforms, a live teacher, float32, contiguous layout, batches of 128. The faster of 0 and 2 workers counts."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from torchvision.transforms.functional import to_pil_image
+
+from pipeline.models import build
+
+from . import material
+from .rounds import Found, Given, Missing, Side, fastest, interleaved, over, parts
+from .student import Ours, cifar, job
+
+BATCH, TEMPERATURE = 128, 4.0
+_AHEAD = 5  # batches before the clock starts: workers are started and their queues full
+Step = Callable[..., object]
+
+
+def transforms(
+    mean: Sequence[float] = (0.49, 0.48, 0.45), std: Sequence[float] = (0.25, 0.24, 0.26), crop: bool = True
+) -> v2.Compose:
+    """PIL -> float32 [C, H, W], normalised; cropped and flipped as CIFAR's pictures usually are."""
+    first = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if crop else []
+    return v2.Compose([*first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+class InMemory(Dataset[tuple[torch.Tensor, int]]):
+    """Pictures as PIL images in memory, as torchvision's CIFAR10 gives them."""
+
+    def __init__(self, n: int) -> None:
+        self.images = [to_pil_image(picture) for picture in material.smooth(n, 3, 32)]
+        self.transform = transforms()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.images[i]), i % 10
+
+
+def files(given: Given) -> Dataset[Any]:
+    """The same pictures as JPEGs, read by ImageFolder."""
+    data = material.jpegs(given.folder / "jpegs-32", given.few(2560, 300), 32)
+    found: Dataset[Any] = ImageFolder(f"{data.partition(':')[2]}/train", transforms())
+    return found
+
+
+def loop(given: Given, data: Dataset[Any], workers: int, step: Step, steps: int) -> Side:
+    """A side of so many steps over a DataLoader, epoch after epoch."""
+    return over_loader(given, DataLoader(data, BATCH, shuffle=True, num_workers=workers, drop_last=True), step, steps)
+
+
+def over_loader(given: Given, loader: "DataLoader[Any]", step: Step, steps: int) -> Side:
+    """The clock starts when _AHEAD batches are done, so that starting worker processes costs the loop nothing."""
+
+    def turn() -> float:
+        batches: Iterator[Any] = chain.from_iterable(repeat(loader))
+        for _ in range(given.few(_AHEAD, 1) if loader.num_workers else 1):
+            step(*next(batches))
+        begun, pictures = time.perf_counter(), 0
+        for _ in range(steps):
+            views, labels, *more = next(batches)
+            step(views, labels, *more)
+            pictures += len(views)
+        if given.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / pictures
+
+    return turn
+
+
+def kd_step(given: Given, student: nn.Module, teacher: nn.Module | None) -> Step:
+    """A step of the student by Hinton's loss from a live teacher, or by labels alone."""
+    student = student.to(given.device).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    def step(views: torch.Tensor, labels: torch.Tensor) -> None:
+        views, labels = views.to(given.device, non_blocking=True), labels.to(given.device, non_blocking=True)
+        said = student(views)
+        loss = F.cross_entropy(said, labels)
+        if teacher is not None:
+            with torch.no_grad():
+                heard = teacher(views)
+            T = TEMPERATURE
+            soft = F.kl_div(F.log_softmax(said / T, 1), F.softmax(heard / T, 1), reduction="batchmean")
+            loss = 0.9 * T * T * soft + 0.1 * loss
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int) -> Side:
+    """torchdistill's DistillationBox with its KDLoss, driven as its own examples drive it."""
+    try:
+        from torchdistill.core.distillation import get_distillation_box
+    except ImportError as error:
+        raise Missing(f"torchdistill is not there ({error}): make bench installs it") from None
+    logging.getLogger("torchdistill").setLevel(logging.ERROR)
+    teacher = material.usual_teacher(given.device)
+    student = build("resnet8", 10, 3, 32).to(given.device).train()
+    hooked: dict[str, Any] = {
+        "forward_hook": {"input": [], "output": ["linear"]},
+        "forward_proc": "forward_batch_only",
+    }
+    kd = {
+        "student_module_path": "linear", "student_module_io": "output", "teacher_module_path": "linear",
+        "teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 0.1, "reduction": "batchmean",
+    }  # fmt: skip
+    config: dict[str, Any] = {
+        "num_epochs": 1,
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": torch.utils.data.RandomSampler, "kwargs": {}},
+            "kwargs": {"batch_size": BATCH, "num_workers": workers, "drop_last": True},
+        },
+        "teacher": {**hooked, "requires_grad": False},
+        "student": {**hooked, "requires_grad": True},
+        "optimizer": {"key": "SGD", "kwargs": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {"sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 1.0}}},
+        },
+    }
+    box = get_distillation_box(teacher, student, {"train": data}, config, given.device, None, False, 1)
+
+    def step(views: torch.Tensor, labels: torch.Tensor, more: Any) -> None:
+        loss = box.forward_process(views.to(given.device), labels.to(given.device), more)
+        box.post_forward_process(loss)
+        loss.item()  # its examples log it, step by step
+
+    return over_loader(given, box.train_data_loader, step, steps)
+
+
+def usual_over_ours(given: Given, precision: str, compiled: bool = False, teacher: bool = True) -> Found:
+    """Files, DataLoader, transforms and a live teacher, against our cached epoch. teacher: False, for hard targets
+    alone, with pictures in memory."""
+    step = kd_step(given, build("resnet8", 10, 3, 32), material.usual_teacher(given.device) if teacher else None)
+    data = files(given) if teacher else InMemory(given.few(2560, 300))
+    sides = {f"{n} workers": loop(given, data, n, step, given.few(6, 1)) for n in (0, 2)}
+    return _against_ours(given, sides, precision, compiled)
+
+
+def torchdistill_over_ours(given: Given, compiled: bool = False) -> Found:
+    """torchdistill's loop over pictures in memory, against our cached epoch in bfloat16."""
+    data = InMemory(given.few(2560, 300))
+    sides = {f"{n} workers": torchdistill_side(given, data, n, given.few(6, 1)) for n in (0, 2)}
+    return _against_ours(given, sides, "bfloat16", compiled)
+
+
+def _against_ours(given: Given, sides: dict[str, Side], precision: str, compiled: bool) -> Found:
+    found_data, cache = cifar(given)
+    settings, opened = material.opened(cache, found_data, "resnet8", precision=precision, compile=compiled)
+    ours = Ours(job(given, settings, opened, False, "cached"), given.few(20, 2))
+    found = interleaved({**sides, "ours": ours}, given.few(4, 1))
+    theirs = fastest(*(found[name] for name in sides))
+    return Found(over(theirs, found["ours"]), parts(found))
