@@ -15,7 +15,6 @@ from torch import nn
 from data.pictures import MemoryPictures
 from data.transfer_set import TRANSFER_SETS, DataRow, Read, Recipe, TransferSet, load
 from data.views import ViewPolicy, parse_views, render
-from pipeline.cache import row_order
 from pipeline.codec import CODECS, fidelity
 from pipeline.identity import Identity, identity_of
 from pipeline.lock import held
@@ -23,6 +22,7 @@ from pipeline.manifest import Piece
 from pipeline.models import build
 from pipeline.models.prepared import Preparation, Prepared
 from pipeline.proof import crc32
+from pipeline.rows import row_order
 from pipeline.shards import Arrays
 from pipeline.writer import Plan, Writer
 from stages.material import Material

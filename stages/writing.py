@@ -37,15 +37,17 @@ def _write(writer: Writer, pieces: list[Piece], ask: Ask, console: Console) -> i
     In the order of the pieces, and noted in that order: a shard that is there is looked at when nothing is written.
     """
     total = sum(piece.rows for piece in pieces)
-    kept = 0
+    kept = done = 0
     long_work = LongWork(console, "Running the teacher", total, "; stopped, the same command goes on from there")
     try:
         with bar(total, "teacher-cache", "images") as shown, Behind() as writing:
 
             def count(rows: int) -> None:
+                nonlocal done
                 writing.look()
                 shown.update(rows)
-                long_work.at(int(shown.n))
+                done += rows
+                long_work.at(done)
 
             begun = time.monotonic()
             for piece in pieces:
@@ -53,8 +55,8 @@ def _write(writer: Writer, pieces: list[Piece], ask: Ask, console: Console) -> i
                     writing.wait()
                     if writer.have(piece):
                         kept += 1
-                        shown.update(piece.rows)
-                        shown.initial += piece.rows
+                        done += piece.rows
+                        shown.total -= piece.rows
                         begun = time.monotonic()
                         continue
                 arrays, facts = ask.piece(piece, count)

@@ -18,6 +18,7 @@ from pipeline.cache import Cache
 from pipeline.manifest import Piece
 from pipeline.models.prepared import Prepared
 from pipeline.stream import Stream
+from stages.answering import Answering
 from stages.asking import Ask
 from stages.settings import CacheSettings
 from stages.which_teacher import teacher_of_cache
@@ -119,7 +120,7 @@ def test_the_teacher_is_asked_once_for_a_batch_of_a_shard(
 ) -> None:
     cache = Cache(tiny / "cache")
     teacher = teacher_of_cache(cache, str(tiny / "runs/teacher"), "")
-    ask = Ask(data, cache.views, teacher, (), CacheSettings(batch_size=batch_size))
+    ask = Ask(data, cache.views, Answering(teacher, ()), CacheSettings(batch_size=batch_size))
     asked: list[int] = []
     forward = Prepared.forward
 
