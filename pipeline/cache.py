@@ -23,11 +23,12 @@ from .manifest import KEYS, NAME, UNFINISHED, Manifest, ShardRecord, row_bytes
 from .models.prepared import Preparation
 from .reading import read_manifest
 from .records import Head
-from .rows import Positions, check_logits, check_rows, row_order
+from .rows import Positions, check_logits, check_rows, row_order, runs_of
 from .shards import Shard, Stamp
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
 OPEN_SHARDS = 256
+_PIECE_BYTES = 1 << 20  # of rows that are read at once
 LARGEST = 4096  # pixels of a view's side
 _ON_ITS_WORD = 1 << 22  # rows that a manifest is believed to have: their order takes 100 MB while it is made
 Fetch = Callable[[str, int, str, Positions], NDArray[np.generic]]
@@ -211,19 +212,25 @@ class Cache:
         return column.take(positions, axis=0)  # 5 us for 2,709 rows of 10 logits; column[positions]: 21
 
     def rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
-        """Rows of a dataset from disk at positions [n], gathered by runs of neighbours: one read per run."""
-        records = self._records(split, draw, name)
+        """Rows of a dataset from disk at positions [n]: one read per run of neighbours, in the order of the file.
+
+        Each goes through a piece of memory that stays in the processor's cache: 0.44 us a row of 2 kB, 0.52 where all
+        are read and then gathered. A disk that is told of all of them beforehand is 1.6 times as fast.
+        """
         shape, dtype = self.manifest.datasets[name]
-        found = np.empty((len(positions), *shape), dtype)
+        size = row_bytes({name: (shape, dtype)})
         order = np.argsort(positions, kind="stable")
-        wanted = positions[order]
-        starts = np.array([r.start for r in records])
-        home = np.searchsorted(starts, wanted, side="right") - 1
-        breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(home) != 0)) + 1
-        for run in np.split(np.arange(len(wanted)), breaks) if len(wanted) else []:
-            record = records[home[run[0]]]
-            first = int(wanted[run[0]]) - record.start
-            found[order[run]] = self._shard(record).read(name, first, len(run))
+        runs = runs_of(self._records(split, draw, name), positions[order])
+        for record, first, a, b in runs:
+            self._shard(record).announce(name, first, b - a)
+        found = np.empty((len(positions), *shape), dtype)
+        places, piece = found.reshape(-1).view(f"V{size}"), np.empty(max(1, _PIECE_BYTES // size), f"V{size}")
+        room = piece.view(np.uint8).data
+        for record, first, a, b in runs:
+            for at in range(a, b, len(piece)):
+                n = min(len(piece), b - at)
+                self._shard(record).read_into(name, first + at - a, room[: n * size])
+                places[order[at : at + n]] = piece[:n]
         return found
 
     def _shard(self, record: ShardRecord) -> Shard:

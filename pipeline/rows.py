@@ -1,5 +1,7 @@
 """In which order rows are stored, and what those of a shard must be before one of them is used."""
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,17 @@ def row_order(seed: int, split: str, rows: int) -> Positions:
     class counts 168 instead of 9 at 16 blocks of 256 rows.
     """
     return counter.permutation((seed, 30 + SPLITS.index(split)), rows)
+
+
+def runs_of(records: list[ShardRecord], wanted: Positions) -> list[tuple[ShardRecord, int, int, int]]:
+    """(shard, its first row, a, b) for the neighbours wanted[a:b] in it. wanted [n]: sorted."""
+    if not len(wanted):
+        return []
+    home = np.searchsorted([r.start for r in records], wanted, side="right") - 1
+    breaks = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(home) != 0)) + 1
+    cuts = [0, *breaks.tolist()]
+    places = zip(home[cuts].tolist(), wanted[cuts].tolist(), pairwise([*cuts, len(wanted)]), strict=True)
+    return [(records[h], first - records[h].start, a, b) for h, first, (a, b) in places]
 
 
 def check_rows(

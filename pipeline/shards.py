@@ -6,6 +6,7 @@ rows are read with preadv, which finds a truncated file instead of crashing on i
 SIGBUS), and no HDF5 handle outlives the opening, so none can cross a process.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,6 +107,9 @@ class Shard:
         """
         self.path = path = folder / name
         self.layout = layout
+        self._row_bytes = {
+            name: math.prod(shape[1:]) * np.dtype(dtype).itemsize for name, (shape, dtype) in layout.items()
+        }
         self._fd = open_plain(folder, name)
         try:
             found_size = os.fstat(self._fd).st_size
@@ -122,16 +126,24 @@ class Shard:
     def read(self, name: str, start: int = 0, count: int | None = None) -> NDArray[np.generic]:
         """Rows start to start + count of a dataset. Raises Refused when the file has become shorter."""
         shape, dtype = self.layout[name]
-        count = shape[0] - start if count is None else count
-        rows = np.empty((count, *shape[1:]), dtype)
-        offset = self._offsets[name] + start * int(np.prod(shape[1:], dtype=np.int64)) * rows.itemsize
-        view = rows.reshape(-1).view(np.uint8).data
-        while view:
-            got = os.preadv(self._fd, [view], offset)
+        rows = np.empty((shape[0] - start if count is None else count, *shape[1:]), dtype)
+        self.read_into(name, start, rows.reshape(-1).view(np.uint8).data)
+        return rows
+
+    def read_into(self, name: str, start: int, room: memoryview) -> None:
+        """As many rows from start on as there is room for, in bytes. Raises as read."""
+        offset = self._offsets[name] + start * self._row_bytes[name]
+        while room:
+            got = os.preadv(self._fd, [room], offset)
             if got == 0:
                 raise Refused(f"{self.path}: the file ends inside {name}: it was cut after it was opened")
-            view, offset = view[got:], offset + got
-        return rows
+            room, offset = room[got:], offset + got
+
+    def announce(self, name: str, start: int, count: int) -> None:
+        """Have the kernel fetch rows that will be read: several runs at once, where they are on a disk."""
+        size = self._row_bytes[name]
+        offset = self._offsets[name] + start * size
+        os.posix_fadvise(self._fd, offset, count * size, os.POSIX_FADV_WILLNEED)
 
     @property
     def stamp(self) -> Stamp:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .memory import keep_large_blocks
 from .options import given, options
 from .ranks import refuse, speaks
 from .settings import (
@@ -198,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     ours gets its traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_large_blocks()
     try:
         commands.main(arguments, prog_name="stages", standalone_mode=False)
         return

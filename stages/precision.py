@@ -23,7 +23,7 @@ from .console import Console
 from .settings import CacheSettings
 
 _VIEWS, _BATCHES = 512, 2
-_TURNS, _QUICK = 3, 2.0  # at most so many rounds over the views, and no further one after one of so many seconds
+_TURNS, _QUICK = 3, 1.0  # at most so many rounds over the views, and no further one after one of so many seconds
 # How much faster something must be to be taken in place of plain float32, which is the teacher to the last bit.
 _WORTH = 1.05
 
