@@ -14,6 +14,7 @@ import torch
 
 from pipeline.cache import Cache
 from pipeline.manifest import row_bytes
+from stages.memory import keep_large_blocks
 from stages.passes import job_of
 
 from . import material
@@ -130,4 +131,5 @@ def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    keep_large_blocks()  # as `stages` does
     print(json.dumps(_epoch(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

@@ -14,6 +14,7 @@ from .rounds import Found, Given, Side, interleaved, over, parts
 from .student import Ours, job, mnist
 
 FOUR = ("resnet8", "cnn", "mlp:64", "mlp:128")
+LIGHT = ("resnet8", "mlp:512", "mlp:64", "mlp:128")  # decoding counts: a step of cnn at 64 px takes four times as long
 
 
 class Together:
@@ -43,7 +44,7 @@ def _trainings(
     ]
 
 
-def one_stream(given: Given, from_files: bool) -> Found:
+def one_stream(given: Given, from_files: bool, archs: Sequence[str] = FOUR) -> Found:
     """Four students from one stream, as a share of the time of four runs. from_files: 224 px JPEGs, views of 64 px."""
     if from_files:
         data = material.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
@@ -53,11 +54,11 @@ def one_stream(given: Given, from_files: bool) -> Found:
         data = material.in_memory(given.few(6400, 300))
         cache = material.fake_cache(given.folder / "cifar", data, draws=2)
         steps, batch = given.few(20, 2), 128
-    settings, opened = material.opened(cache, data, FOUR[0], batch_size=batch, precision="bfloat16")
-    alone = _trainings(given, settings, opened, FOUR, steps)
-    together = Together(_trainings(given, settings, opened, FOUR, steps))
+    settings, opened = material.opened(cache, data, archs[0], batch_size=batch, precision="bfloat16")
+    alone = _trainings(given, settings, opened, archs, steps)
+    together = Together(_trainings(given, settings, opened, archs, steps))
     found = interleaved({"one stream": together, "four runs": lambda: sum(one() for one in alone)}, given.few(5, 1))
-    return Found(over(found["one stream"], found["four runs"]), f"{', '.join(FOUR)}: {parts(found)}")
+    return Found(over(found["one stream"], found["four runs"]), f"{', '.join(archs)}: {parts(found)}")
 
 
 class Stacked:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import MNIST, ImageFolder
 
@@ -28,6 +29,7 @@ from stages.student import with_recipe
 from stages.teacher_cache import make
 from stages.training import fit
 
+from .apart import apart
 from .rounds import Found, Given, Missing, Side, fastest, interleaved, parts
 from .student import Ours, job
 from .usual import kd_step, loop, transforms
@@ -92,12 +94,11 @@ def _to_target(
     final, reached = _epoch_of_final(given, settings, opened)
     ours = job(given, settings, opened, False, "cached")
     teacher = _teacher(given, asked, opened).network.to(memory_format=torch.contiguous_format)
-    step = kd_step(
-        given, build(arch, opened.cache.classes, opened.preparation.channels, opened.preparation.size), teacher
-    )
-    sides: dict[str, Side] = {f"{n} workers": loop(given, usual, n, step, given.few(10, 1)) for n in (0, 2)}
-    found = interleaved({**sides, "cached": Ours(ours, given.few(min(ours.steps, 40), 1))}, given.few(3, 1))
-    live = fastest(*(found[name] for name in sides))
+    student = build(arch, opened.cache.classes, opened.preparation.channels, opened.preparation.size)
+    theirs = {f"{n} workers": (live_side, (given, usual, n, student, teacher, given.few(10, 1))) for n in (0, 2)}
+    with apart(theirs) as sides:
+        found = interleaved({**sides, "cached": Ours(ours, given.few(min(ours.steps, 40), 1))}, given.few(3, 1))
+    live = fastest(*(found[name] for name in theirs))
     pictures = len(ours.stream.rows) * reached
     shutil.rmtree(cache)
     values = [
@@ -108,6 +109,13 @@ def _to_target(
         f"computed: stage one {one:.1f} s, epochs until {final:.3f} {reached},"
         f" of {len(ours.stream.rows):,} pictures; {parts(found)}",
     )
+
+
+def live_side(
+    given: Given, usual: Dataset[Any], workers: int, student: nn.Module, teacher: nn.Module, steps: int
+) -> Side:
+    """The usual loop with this teacher."""
+    return loop(given, usual, workers, kd_step(given, student, teacher), steps)
 
 
 def _epoch_of_final(given: Given, settings: StudentSettings, opened: Material) -> tuple[float, int]:

