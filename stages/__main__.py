@@ -232,6 +232,9 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
             return str(error), code
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         return "out of memory: what was finished is kept. A smaller --batch-size takes less", 1
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"--compile: the network cannot be compiled here ({why[:120]}): leave it out", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}", 1
     return "", 0

@@ -163,8 +163,9 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
                 shown.update()
                 long_work.at(number + 1)
             own = sum(course.seconds for course in under_way)
-            shared = (time.perf_counter() - begun - own) / len(under_way)
+            shared = (time.perf_counter() - begun - own) / max(len(under_way), 1)
             for course in under_way:
+                _use_threads(course)
                 try:
                     line = _end_epoch(course, epoch, held_out, shared)
                 except Ended as ended:
@@ -186,12 +187,17 @@ def _begin_epoch(course: _Course, epoch: int) -> None:
 def _step_of_each(courses: Sequence[_Course], batch: TargetBatch) -> None:
     """Of each the step that it would take alone: with its own threads and what is random in it."""
     for course in courses:
-        if course.threads != torch.get_num_threads():
-            torch.set_num_threads(course.threads)
+        _use_threads(course)
         begun = time.perf_counter()
         with course.job.chance:
             course.sums += step(course.job, course.state, batch, course.losses, course.kept)
         course.seconds += time.perf_counter() - begun
+
+
+def _use_threads(course: _Course) -> None:
+    """As many as it has alone: sums depend on it in the last bit."""
+    if course.threads != torch.get_num_threads():
+        torch.set_num_threads(course.threads)
 
 
 def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) -> dict[str, Any]:
