@@ -54,6 +54,7 @@ def _answer(connection: Connection) -> Any:
 
 
 def _serve(connection: Connection, asked: Mapping[str, tuple[Make, tuple[Any, ...]]]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of a DataLoader's workers, as in a script; else it is spawn
     try:
         sides = {name: make(*arguments) for name, (make, arguments) in asked.items()}
         connection.send(("ready", 0))
