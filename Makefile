@@ -23,7 +23,7 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 empty :=
 comma := ,
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := COMPILE VECTORIZE BASELINE RESUME JSON DEEP REPAIR GRID
+SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
@@ -36,7 +36,7 @@ TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHE
 DISTILLING := RECIPE COMBINE MAP MISSING DRAWS DRAWS_PER_DECODE ARCH ORDER_SEED FINETUNE_EPOCHS \
   FINETUNE_LEARNING_RATE
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE IMBALANCE HEAD_SIZE \
-  SHARD_ROWS LICENSE TOLERANCE COMPILE
+  SHARD_ROWS LICENSE TOLERANCE
 INSPECTING := ROWS REPEATS TEMPERATURE
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
@@ -73,7 +73,7 @@ teacher: ## train a teacher: DATA= ARCH= EPOCHS= OUT=
 
 teacher-cache: ## stage one: run the teacher once, keep what it said: DATA= TEACHER= WEIGHTS= VIEWS= DRAWS= TAPS=
 	$(call ensure,$(RUNS_ON))
-	$(QUIET)$(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) BATCH_SIZE SEED $(MACHINE))
+	$(QUIET)$(STAGES) teacher-cache $(WHERE) --out '$(CACHE)' $(call options,$(STAGE_ONE) COMPILE BATCH_SIZE SEED $(MACHINE))
 
 student: ## stage two: train a student from the cache, which is made when there is none: DATA= ARCH= LOSS= LABELLED=
 	$(call ensure,$(RUNS_ON))

@@ -59,7 +59,7 @@ def stage_one(given: Given, data: str, once: list[float], **more: Any) -> Side:
 def over_bare_inference(given: Given, precision: str) -> Found:
     """Views of stage one per second: rendered, asked, checked, encoded and written, as a share of asking alone, in the
     same arithmetic: channels last, and with batch norm folded in bfloat16, as stage one does."""
-    data = material.in_memory(given.few(3072, 150))
+    data = material.in_memory(given.few(8192 if precision == "bfloat16" else 3072, 150))
     rows = material.transfer_set(data)
     settings = settings_of(given, data, saved_teacher(given), precision=precision)
     teacher = material.teacher("resnet56").to(given.device).eval()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data.errors import Refused
 from pipeline.models.folded import folded
 from pipeline.models.prepared import Prepared
 from pipeline.statistic import split_tap
@@ -31,7 +32,8 @@ class Answering:
         self.teacher, self.taps, self.precision = teacher, taps, precision
         self._asked = folded(teacher, [split_tap(tap)[0] for tap in taps]) if fold else teacher
         self._compiled: Answer | None = None
-        if self.folded and not self._folded_says_the_same():
+        self.comes_out_differently = self.folded and not self._folded_says_the_same()
+        if self.comes_out_differently:
             self._asked = teacher
 
     @property
@@ -43,6 +45,11 @@ class Answering:
     def folded(self) -> bool:
         """Whether batch norm was folded, at one place or more."""
         return self._asked is not self.teacher
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the teacher as it is."""
+        return self.precision == "float32" and not self.folded and not self.compiled
 
     @property
     def compiled(self) -> bool:
@@ -102,10 +109,22 @@ class Answering:
         channels, size = self.teacher.preparation.channels, self.teacher.preparation.size
         noise = torch.Generator().manual_seed(0)
         views = torch.randint(0, 256, (4, channels, size, size), dtype=torch.uint8, generator=noise).to(self.device)
-        said = []
+        said, cudnn = [], torch.backends.cudnn
         for asked in (self.teacher, self._asked):
-            with torch.inference_mode(), tapped(asked.network, self.taps) as kept:
+            exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 rounds by more than what is looked for
+            with exact, torch.inference_mode(), tapped(asked.network, self.taps) as kept:
                 said.append([asked(views), *(kept[tap] for tap in self.taps)])
         return all(
             bool((a - b).abs().max() <= _SAME * a.abs().max().clamp(min=1e-6)) for a, b in zip(*said, strict=True)
         )
+
+
+def answering_as(teacher: Prepared, taps: tuple[str, ...], precision: str, fold: bool) -> Answering:
+    """What answers as a cache was begun. Raises Refused where its batch norm was folded and cannot be here."""
+    answering = Answering(teacher, taps, precision, fold)
+    if answering.comes_out_differently:
+        raise Refused(
+            "the cache was begun with batch norm folded, and that says something else than the teacher here: go on"
+            " with the versions that it was begun with, or make a new one"
+        )
+    return answering

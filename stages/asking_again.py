@@ -11,7 +11,7 @@ from data.errors import Refused
 from data.transfer_set import TransferSet
 from pipeline.cache import Cache
 
-from .answering import Answering
+from .answering import answering_as
 from .asking import Ask
 from .command_line import settings_of
 from .runs import device_of
@@ -67,7 +67,7 @@ def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> 
     )  # fmt: skip
     arithmetic = cache.manifest.arithmetic
     fold = arithmetic is not None and arithmetic.folded
-    answering = Answering(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
+    answering = answering_as(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
     ask = Ask(transfer_set, cache.views, answering, asked)
     if (ask.classes, ask.shapes) != (cache.classes, cache.manifest.taps):
         raise Refused(f"the teacher's outputs are {ask.classes}, {ask.shapes} here, others in the cache")

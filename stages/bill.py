@@ -17,9 +17,7 @@ def bill_of(manifests: list[Manifest], settings: StudentSettings, seconds: float
     the loop would have. None where a cache does not say how long it took.
     """
     stage_one = sum(manifest.seconds for manifest in manifests)
-    first = manifests[0]
-    rows = sum(n * (first.draws if split == "train" else 1) for split, n in first.splits.items())
-    teacher = stage_one / rows * first.splits["train"]
+    teacher = sum(manifest.seconds / _rows(manifest) * manifest.splits["train"] for manifest in manifests)
     epoch = seconds / (settings.epochs + settings.finetune_epochs)
     known = teacher > 0
     return {
@@ -31,6 +29,11 @@ def bill_of(manifests: list[Manifest], settings: StudentSettings, seconds: float
         "paid_after_epochs": stage_one / teacher if known else None,
         "paid_after_students": stage_one / teacher / settings.epochs if known else None,
     }
+
+
+def _rows(manifest: Manifest) -> int:
+    """All views that stage one has asked about."""
+    return sum(n * (manifest.draws if split == "train" else 1) for split, n in manifest.splits.items())
 
 
 def in_one_line(bill: Bill) -> str:

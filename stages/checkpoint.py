@@ -20,6 +20,7 @@ from .ranks import is_first
 from .settings import Training
 
 CHECKPOINT, LINES = "checkpoint.pt", "metrics.jsonl"
+STACK = "stack"  # the folder, in that of the first one, of students that train as one model
 
 
 @dataclass

@@ -30,6 +30,7 @@ from pipeline.stream import Stream, part
 from .console import Console
 from .held_out import autocast
 from .ranks import who
+from .settings import Training
 
 Features = dict[str, torch.Tensor]
 
@@ -39,22 +40,26 @@ def parted(stream: Stream) -> Stream:
     return replace(stream, rank=who().rank, world=who().world) if who().world > 1 else stream
 
 
-def prepare(model: nn.Module, stream: Stream, device: torch.device) -> None:
-    """Batch norm over all ranks, on a GPU. Raises WrongCommand where a rank would have too few rows of a batch."""
+def check_shared(model: nn.Module, stream: Stream, device: torch.device, settings: Training) -> None:
+    """Raise WrongCommand for a training that several ranks cannot share, before anything is written."""
     if (world := who().world) == 1:
         return
-    fewest, least = len(stream.rows) // stream.steps_per_round // world, 1
-    if has_norm(model):
-        if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        else:
-            least = 2
-    if fewest < least:
-        rows = len(stream.rows) // stream.steps_per_round
+    if settings.compile:
+        raise WrongCommand("--compile is not for several ranks: leave it out, or train in one process")
+    k = stream.draws_per_decode
+    rows = k * (len(stream.rows) // (k * stream.steps_per_round))  # of the smallest batch
+    least = 2 if has_norm(model) and device.type == "cpu" else 1
+    if rows // world < least:
         raise WrongCommand(
             f"{world} ranks share batches of {rows} rows, and each needs {least} of one:"
             " a larger --batch-size, or fewer ranks"
         )
+
+
+def prepare(model: nn.Module, device: torch.device) -> None:
+    """Batch norm over all ranks, on a GPU."""
+    if who().world > 1 and device.type == "cuda" and has_norm(model):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def has_norm(model: nn.Module) -> bool:

@@ -60,6 +60,7 @@ class Job:
         """The model as it is run in training. Batches have two sizes at most, each compiled for itself."""
         if not self.settings.compile:
             return self.model
+        torch._dynamo.config.recompile_limit = 256  # of one code, which all archs share: by default the fifth is not
         compiled: nn.Module = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         return compiled
 

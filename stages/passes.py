@@ -25,7 +25,7 @@ from .material import Material
 from .ranks import from_first, wait_for
 from .serving import visible
 from .settings import StudentSettings
-from .stacked import fit_stacked
+from .stacked import check_stackable, fit_stacked
 from .training import fit, fit_together
 
 Result = dict[str, Any]
@@ -64,6 +64,13 @@ def train_passes(students: Sequence[Student], console: Console, vectorize: bool 
     if settings.baseline:
         results = _trained("baseline", students, results, console, vectorize)
     return results
+
+
+def check(students: Sequence[Student], vectorize: bool) -> None:
+    """Raise WrongCommand for several that cannot be trained together, before anything is written."""
+    jobs = _from_one_stream([_job(first_training(one.settings), one) for one in students])
+    for places in _by_arch(students) if vectorize else []:
+        check_stackable([jobs[i] for i in places])
 
 
 def _trained(

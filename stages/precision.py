@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import printable
+from data.errors import Refused, printable
 from data.transfer_set import TransferSet
 from data.views import ViewPolicy, render
 from pipeline.arithmetic import Arithmetic, arithmetic_of
@@ -18,7 +18,7 @@ from pipeline.codec import fidelity
 from pipeline.models.prepared import Prepared
 from pipeline.rows import row_order
 
-from .answering import Answering
+from .answering import Answering, answering_as
 from .console import Console
 from .settings import CacheSettings
 
@@ -73,10 +73,19 @@ class _Trial:
     answering: Answering
     said: list[NDArray[np.float32]] = field(default_factory=list)
     least: float = float("inf")
+    broken: str = ""
 
     def ask(self, views: torch.Tensor, keep: bool) -> None:
-        """One batch more."""
-        logits, seconds = timed(self.answering, views)
+        """One batch more. What another arithmetic than the teacher's own raises is noted, and it is asked no more."""
+        if self.broken:
+            return
+        try:
+            logits, seconds = timed(self.answering, views)
+        except (RuntimeError, TypeError, ValueError) as error:  # a network is anyone's code
+            if self.answering.is_plain:
+                raise
+            self.broken = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            return
         self.least = min(self.least, seconds / len(views))
         self.said += [logits] * keep
 
@@ -86,6 +95,8 @@ class _Trial:
 
     def cost(self, plain: "_Trial") -> tuple[float, float, float]:
         """Mean KL to plain float32 at T = 1 and 4, in nats, and the share of flips of the first class."""
+        if self.broken or not all(np.isfinite(said).all() for said in self.said):
+            return float("inf"), float("inf"), 1.0
         sums = fidelity(np.concatenate(plain.said), np.concatenate(self.said))
         return sums["kl_1"] / sums["rows"], sums["kl_4"] / sums["rows"], sums["flips"] / sums["rows"]
 
@@ -107,7 +118,7 @@ def going_on(settings: CacheSettings, there: Begun | None, teacher: Prepared, ta
         return None
     precision = there.precision if settings.precision == "auto" else settings.precision
     fold = there.arithmetic is not None and there.arithmetic.folded
-    return Chosen(Answering(teacher, taps, precision, fold), there.arithmetic, begun=True)
+    return Chosen(answering_as(teacher, taps, precision, fold), there.arithmetic, begun=True)
 
 
 def choose(
@@ -129,6 +140,9 @@ def choose(
         best = min(filter(lambda t: t.is_worth_it(plain, settings.tolerance), others), key=_Trial.pace, default=plain)
     else:
         best = (others or [plain])[0]
+        if max(best.cost(plain)) == float("inf"):
+            why = best.broken or "its logits are not finite"
+            raise Refused(f"--precision {settings.precision}: the teacher cannot be asked so ({printable(why)})")
     if settings.compile:
         best = _compiled(best, plain, probe, batches, console)
     arithmetic = best.compared(plain) if best is not plain else None
@@ -141,7 +155,7 @@ def chosen_as(
     record: dict[str, Any], teacher: Prepared, taps: tuple[str, ...], probe: Probe, console: Console
 ) -> Chosen:
     """As another rank has chosen: the inverse of Chosen.record."""
-    answering = Answering(teacher, taps, record["precision"], record["folded"])
+    answering = answering_as(teacher, taps, record["precision"], record["folded"])
     if record["compiled"]:
         compiled_now(answering, probe, console)
     return Chosen(answering, arithmetic_of(record["arithmetic"]), record["begun"])
@@ -196,6 +210,9 @@ def _compiled(best: _Trial, plain: _Trial, probe: Probe, batches: list[torch.Ten
         return best
     again = _Trial(a)  # in turns with the other: what it took before, it took on a machine that was less busy
     _race([trial, again], batches)
+    if max(trial.cost(plain)) == float("inf"):
+        console.say(f"not compiled: {printable(trial.broken or 'its logits are not finite')}")
+        return best
     found = trial.compared(plain)
     if settings.precision == "auto" and max(found.kl_1, found.kl_4) > settings.tolerance:
         console.say(f"not compiled: {found.in_words()}, more than --tolerance {settings.tolerance:g}")
@@ -211,7 +228,10 @@ def _say(best: _Trial, plain: _Trial, others: list[_Trial], settings: CacheSetti
     pace = f"{1 / best.pace():,.0f} pictures a second"
     if best is plain:
         tried = "; ".join(
-            f"{t.answering.precision} {1 / t.pace():,.0f} a second, KL {max(t.cost(plain)):.1e}" for t in others
+            f"{t.answering.precision}: {printable(t.broken)}"
+            if t.broken
+            else f"{t.answering.precision} {1 / t.pace():,.0f} a second, KL {max(t.cost(plain)[:2]):.1e}"
+            for t in others
         )
         return console.say(f"precision: float32, the teacher as it is, {pace}; not taken: {tried or 'nothing else'}")
     console.say(

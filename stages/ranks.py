@@ -98,19 +98,22 @@ def joined(device: str) -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and STARTED.local >= torch.cuda.device_count():
+    if on_gpu and STARTED.here > torch.cuda.device_count():  # so that all ranks of the host say the same
         raise WrongCommand(
-            f"{STARTED.here} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node"
+            f"{STARTED.here} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node,"
+            " or --device cpu"
         )
-    store, *_ = next(rendezvous("env://", timeout=_LIMIT))
+    with _reaching():
+        store, *_ = next(rendezvous("env://", timeout=_LIMIT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store of the last one
     store = PrefixStore(f"softcache/{attempt}", store)
     if on_gpu:
         torch.cuda.set_device(STARTED.local)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=PrefixStore("group", store), rank=STARTED.rank,
-        world_size=STARTED.world, timeout=_LIMIT,
-    )  # fmt: skip
+    with _reaching():
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=PrefixStore("group", store), rank=STARTED.rank,
+            world_size=STARTED.world, timeout=_LIMIT,
+        )  # fmt: skip
     meeting = _Meeting(store, STARTED)
     _joined.append(meeting)
     try:
@@ -147,6 +150,16 @@ def from_first(make: Callable[[], T]) -> T:
         return made
     told: T = meeting.told()
     return told
+
+
+def first_alone(load: Callable[[], T]) -> T:
+    """What every rank loads, rank 0 before the others: it may have to download it."""
+    if is_first():
+        found = load()
+        barrier()
+        return found
+    barrier()
+    return load()
 
 
 def agree(what: str, mine: str) -> None:

@@ -17,20 +17,21 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from data.errors import Ended, WrongCommand
+from data.errors import Ended, Refused, WrongCommand
 from pipeline.files import make_folder, publish_text, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import fixed
 from pipeline.metrics import summary
 from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
 from pipeline.records import Outputs, TargetBatch
 
-from .checkpoint import LINES, Finished, State, finished, text_of
+from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, text_of
 from .console import Console, LongWork, bar
 from .held_out import HeldOut, autocast
 from .job import Job, names
-from .training import diverged, publish_weights
+from .training import diverged, fit_together, publish_weights
+
+_MEMBERS = "members.txt"
 
 
 class Stack(nn.Module):
@@ -40,7 +41,8 @@ class Stack(nn.Module):
         super().__init__()
         weights, buffers = stack_module_state([model.network for model in models])
         self._names, self._buffer_names = list(weights), list(buffers)
-        self.stacked = nn.ParameterList(nn.Parameter(value.detach()) for value in weights.values())
+        trained = {name: p.requires_grad for name, p in models[0].network.named_parameters()}
+        self.stacked = nn.ParameterList(nn.Parameter(x.detach(), trained[name]) for name, x in weights.items())
         for i, value in enumerate(buffers.values()):
             self.register_buffer(f"buffer{i}", value)
         self._plain = [copy.deepcopy(models[0])]  # in a list: its own weights are not trained
@@ -77,19 +79,36 @@ def check_stackable(jobs: Sequence[Job]) -> None:
     first = jobs[0]
     for job in jobs:
         settings = job.settings
-        if any(loss.student_taps() or loss.teacher_taps() or loss.needs_head for loss in job.losses):
+        if any(_reads_more(loss) for loss in job.losses):
             raise WrongCommand(
-                f"--vectorize takes losses of the logits alone, not {', '.join(names(job.losses))}: leave it out"
+                "--vectorize takes losses that read logits and labels alone and have no part of their own, not"
+                f" {', '.join(names(job.losses))}: leave it out"
             )
         if settings.select != "last" or settings.ema or settings.keep_every or settings.compile:
-            raise WrongCommand(
-                "--vectorize takes no --select, --ema, --keep-every or --compile: leave them, or it, out"
-            )
+            raise WrongCommand("--vectorize takes no --select, --ema, --keep-every or --compile: leave it out")
         if [_unweighted(loss) for loss in job.losses] != [_unweighted(loss) for loss in first.losses]:
             raise WrongCommand(
                 f"--vectorize takes losses that differ in their weights alone, not in '{first.folder}' and"
                 f" '{job.folder}': leave it out"
             )
+    network = first.model.network
+    kept = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
+    if kept != set(network.state_dict()):
+        raise WrongCommand(
+            "--vectorize cannot take a network with tied weights or buffers that are not kept: leave it out"
+        )
+    try:
+        views = next(first.stream.batches(0, 1)).rows(0, 2).to(first.device).views
+        with torch.no_grad():
+            Stack([job.model for job in jobs[:2]]).to(first.device).eval()(views)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0][:120]
+        raise WrongCommand(f"--vectorize cannot take this network ({why}): leave it out") from None
+
+
+def _reads_more(loss: Loss) -> bool:
+    has_part = type(loss).module is not Loss.module
+    return bool(loss.student_taps() or loss.teacher_taps() or loss.needs_head or has_part)
 
 
 def _unweighted(loss: Loss) -> Loss:
@@ -97,18 +116,51 @@ def _unweighted(loss: Loss) -> Loss:
 
 
 def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
-    """As training.fit_together, as one model. What it keeps while it runs lies in a folder of the first one's."""
-    check_stackable(jobs)
-    first, folder = jobs[0], jobs[0].folder / "stack"
-    if all((job.folder / f"{job.name}.pt").is_file() for job in jobs):
-        for job in jobs:
-            load_state(job.model.network, read_state(path := job.folder / f"{job.name}.pt"), str(path))
-        shutil.rmtree(folder, ignore_errors=True)  # stopped between the two
-        return [finished(job.folder, "last") for job in jobs]
+    """As training.fit_together, as one model of those that are not finished.
+
+    What it keeps while it runs lies in a folder of the first one's; with other students it starts over.
+    """
+    left = _left(jobs)
     for job in jobs:
         make_folder(job.folder)
+        if (job.folder / CHECKPOINT).is_file():
+            raise Refused(f"'{job.folder}' was begun without --vectorize: go on without it, or choose another --out")
+        if (job.folder / STACK).is_dir() and (len(left) < 2 or job is not left[0] or _members(job) != _names(left)):
+            console.say(f"'{job.folder / STACK}' is of other students together: these start over")
+            shutil.rmtree(job.folder / STACK)
+    ended: dict[str, Finished | Ended] = {}
+    if len(left) > 1:
+        ended = dict(zip(_names(left), _as_one(left, held_out, console), strict=True))
+    if rest := [job for job in jobs if str(job.folder) not in ended]:  # finished, or alone
+        ended |= dict(zip(_names(rest), fit_together(rest, held_out, console), strict=True))
+    return [ended[name] for name in _names(jobs)]
+
+
+def _left(jobs: Sequence[Job]) -> list[Job]:
+    """Those that one model is, or was begun to be, also where it was stopped while it published their weights."""
+    for job in jobs:
+        begun = [other for other in jobs if str(other.folder) in _members(job)]
+        if begun and _names(begun) == _members(job):
+            return begun
+    return [job for job in jobs if not (job.folder / f"{job.name}.pt").is_file()]
+
+
+def _names(jobs: Sequence[Job]) -> list[str]:
+    return [str(job.folder) for job in jobs]
+
+
+def _members(job: Job) -> list[str]:
+    """Of the model that was begun in a student's folder."""
+    path = job.folder / STACK / _MEMBERS
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _as_one(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
+    first, folder = jobs[0], jobs[0].folder / STACK
+    for job in jobs:
         remove_leftovers(job.folder, (LINES, f"{job.name}.pt"))
     make_folder(folder)
+    publish_text(folder / _MEMBERS, "".join(f"{name}\n" for name in _names(jobs)))
     stack = Stack([job.model for job in jobs]).to(first.device)
     with first.chance:
         state = State.begin(stack, {}, first.settings, first.rate)
@@ -139,7 +191,7 @@ def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_ou
             line = _measured(jobs, sums / job.steps, held_out.logits(stack), held_out, epoch)
             share = round((time.perf_counter() - begun) / len(jobs), 6)
             with job.chance:
-                state.keep(job.folder / "stack", line | {"share": share}, "last")
+                state.keep(job.folder / STACK, line | {"share": share}, "last")
 
 
 def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from pipeline.metrics import mean_and_spread
 from .bill import bill_of, in_one_line
 from .command_line import command, this_program
 from .console import Console
-from .data_parallel import say_apart
+from .data_parallel import check_shared, say_apart
 from .material import Material
 from .passes import Student, train_passes
 from .ranks import from_first, is_first, joined
@@ -50,8 +50,11 @@ def _run(settings: StudentSettings, said: set[str], console: Console) -> None:
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
     material = Material.open(settings)
     # An arch that cannot be built is found before a folder is made.
-    say_apart(material.network(settings, material.losses), material.device, console)
-    material.stream(settings, material.transfer_set.splits["train"].labels, False, False)  # and that no row is left
+    network = material.network(settings, material.losses)
+    say_apart(network, material.device, console)
+    # And that no row is left, or too few of a batch.
+    stream = material.stream(settings, material.transfer_set.splits["train"].labels, False, False)
+    check_shared(network, stream, material.device, settings)
     say_notes(settings, material, console)
     unread = not any(loss.needs_logits or loss.needs_head for loss in material.losses)
     if unread and (material.teachers.combine or material.teachers.maps):

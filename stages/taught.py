@@ -18,6 +18,7 @@ from pipeline.teachers import Gaps, Teachers, check_same, runs_of
 
 from .check_cache import data_of
 from .console import bar
+from .ranks import first_alone
 from .runs import read_json
 from .settings import StudentSettings
 
@@ -37,7 +38,7 @@ def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
 
 def bound(caches: tuple[Cache, ...], settings: StudentSettings) -> TransferSet:
     """The transfer set of all of them, which each compares with its own rows."""
-    transfer_set = data_of(caches[0], settings.data, Path(settings.data_root))
+    transfer_set = first_alone(lambda: data_of(caches[0], settings.data, Path(settings.data_root)))
     for other in caches[1:]:
         other.bind(transfer_set)
     return transfer_set

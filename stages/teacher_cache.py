@@ -90,7 +90,7 @@ def _other_named(settings: CacheSettings) -> Iterator[None]:
 def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Identity, Ask, Chosen]:
     """The settings with the recipe in, what the rows are to be, and who is asked about what."""
     settings, views, taps = _checked(settings)
-    transfer_set = teacher_stage.load_cut(settings)
+    transfer_set = ranks.first_alone(lambda: teacher_stage.load_cut(settings))
     views = teacher_stage.with_size(views, transfer_set, console)
     teacher, arch = teacher_of(settings, transfer_set, views, console)
     teacher = teacher.to(device_of(settings.device)).eval()
@@ -140,12 +140,12 @@ def _decided(
     found: list[Chosen] = []
 
     def decide() -> dict[str, Any]:
-        there = begun(Path(settings.out), identity)
+        there, out = begun(Path(settings.out), identity), Path(settings.out)
+        if there and (out / NAME).is_file():  # before the teacher is asked for the layers of another one
+            precision = there.precision if settings.precision == "auto" else settings.precision
+            refuse_another(out, {**identity, "precision": precision}, {}, read_manifest(out))
         every = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
         chosen = going_on(settings, there, teacher, every) or choose(settings, probe, teacher, every, console)
-        if (Path(settings.out) / NAME).is_file():
-            own = {**identity, "precision": chosen.answering.precision}
-            refuse_another(Path(settings.out), own, {}, read_manifest(Path(settings.out)))
         found.append(chosen)
         return {"taps": list(every), **chosen.record()}
 
@@ -183,8 +183,9 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen
             return writer.grown
         if set(writer.plan.taps) != set(ask.taps):
             raise Refused(f"'{out}' was given other taps while this began: run the same command again")
-        if chosen.begun and settings.precision == "auto":
-            console.say(f"precision: {identity['precision']}, as this cache was begun")
+        if chosen.begun and (chosen.arithmetic or settings.precision == "auto"):
+            how = f", {chosen.arithmetic.in_words()}" if chosen.arithmetic else ""
+            console.say(f"precision: {identity['precision']}{how}; as this cache was begun")
         ranks.from_first(lambda: True)
         write_shards(writer, ask, chosen, console)
         head = head_of(ask.teacher.network, ask.classes)

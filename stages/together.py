@@ -16,7 +16,7 @@ from . import compare
 from . import student as student_stage
 from .console import Console
 from .material import Material
-from .passes import Student, train_passes
+from .passes import Student, check, train_passes
 from .ranks import who
 from .recipes import fill_in
 from .runs import free_run, milestones_of
@@ -46,7 +46,10 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
     first = next(iter(filled.values()))
     milestones_of(first)
     folder = Path(settings.out) if settings.out else free_run(f"{row_name(first.data)}-students")
+    if (folder / "settings.json").exists():
+        raise WrongCommand(f"'{folder}' is the run of one student: choose another --out")
     students = _students(filled, folder)
+    check(students, settings.vectorize)
     student_stage.say_notes(first, students[0].material, console)
     try:
         results = train(students, settings.vectorize, console)
@@ -68,13 +71,15 @@ def _each(settings: StudentsSettings, said: set[str]) -> dict[str, StudentSettin
     if settings.losses and settings.loss:
         raise WrongCommand("--loss is a term and --losses a whole loss: say one of the two")
     common = {f.name: getattr(settings, f.name) for f in fields(StudentSettings) if f.name not in _REPEATED}
-    common["loss"] = settings.loss
+    losses = [tuple(text.split()) for text in settings.losses] or [settings.loss]
+    if settings.losses and (not all(losses) or len(set(losses)) < len(losses)):
+        raise WrongCommand("--losses is a loss, such as 'kd hard:weight=0.1', and each is said once")
     found = {}
-    archs, seeds, losses = settings.arch or ("",), settings.seed or (0,), settings.losses or (" ".join(settings.loss),)
+    archs, seeds = settings.arch or ("",), settings.seed or (0,)
     for (a, arch), seed, (k, terms) in product(enumerate(archs), seeds, enumerate(losses)):
         differs = [_file(arch, a)] * (len(archs) > 1) + [f"seed-{seed}"] * (len(seeds) > 1)
         name = "-".join(differs + [f"loss-{k}"] * (len(losses) > 1))
-        own = StudentSettings(**common | {"arch": arch, "seed": seed, "loss": tuple(terms.split())})
+        own = StudentSettings(**common | {"arch": arch, "seed": seed, "loss": terms})
         if len(seeds) > 1 and "order_seed" not in said:
             own = replace(own, order_seed=seeds[0])
         if name in found:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import Diverged, Ended, Interrupted, WrongCommand
+from data.errors import Diverged, Ended, Interrupted, Refused
 from pipeline.files import make_folder, remove_leftovers
 from pipeline.losses import Loss, at
 from pipeline.losses.loss import student_taps
@@ -25,10 +25,10 @@ from pipeline.models.weights import load_state, read_state
 from pipeline.records import TargetBatch
 from pipeline.taps import tapped
 
-from .checkpoint import CHECKPOINT, LINES, Finished, State, finished, publish_tensors
+from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, publish_tensors
 from .command_line import this_program
 from .console import Console, LongWork, bar
-from .data_parallel import Abreast, parted, prepare
+from .data_parallel import Abreast, check_shared, parted, prepare
 from .held_out import HeldOut
 from .job import Features, Job, loss_modules, names, own_head, step
 from .ranks import agree, from_first, who
@@ -96,12 +96,15 @@ def _begin(job: Job, opened: ExitStack) -> _Course | None:
     if from_first(lambda: _tidied(job, weights)):
         load_state(job.model.network, read_state(weights), str(weights))
         return None
-    prepare(job.model, job.stream, job.device)
+    check_shared(job.model, job.stream, job.device, job.settings)
+    prepare(job.model, job.device)
     taps = student_taps(job.losses)
     with job.chance:
         state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
         first = state.restore(job.folder, job.device)
     agree("checkpoint", f"epoch {first}")
+    if who().world > 1:
+        vars(job.stream).pop("_resident", None)  # what lies on a GPU for it: the parted stream has its own
     small = job.multiply_adds * job.stream.batch_size < _WORTH_THREADS
     threads = 1 if small else torch.get_num_threads()
     kept = opened.enter_context(tapped(job.model.network, taps))
@@ -112,6 +115,8 @@ def _begin(job: Job, opened: ExitStack) -> _Course | None:
 def _tidied(job: Job, weights: Path) -> bool:
     """Whether the training was over before. Its folder is made, and what a killed process left there removed."""
     make_folder(job.folder)
+    if (job.folder / STACK).is_dir():
+        raise Refused(f"'{job.folder}' was begun with --vectorize: go on with it, or choose another --out")
     remove_leftovers(
         job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
     )
@@ -122,8 +127,6 @@ def _abreast(job: Job, state: State, kept: Features) -> Abreast | None:
     """This rank's side of the training, where there are several."""
     if who().world == 1:
         return None
-    if job.settings.compile:
-        raise WrongCommand("--compile is not for several ranks: leave it out, or train in one process")
     head = partial(own_head, job)
     return Abreast(job.model, kept, state.modules, head, job.device, job.settings.precision, job.settings.seed)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data.errors import Diverged, Ended, Interrupted, WrongCommand
+from data.errors import Ended, Interrupted, WrongCommand
 from pipeline.files import make_folder
 
 from . import student as student_stage
@@ -133,15 +133,24 @@ class Search:
             for run in group:
                 run.told()  # of an earlier process, which may have been killed before it did
             left = [run for run in group if run.ended is None]
-            students = [run.student for run in left if run.student is not None]
-            try:
-                results = train_together(students, False, self.console) if students else []
-            except torch.OutOfMemoryError as error:
-                results = [Diverged(str(error)) for _ in left]
+            results = self._results([run.student for run in left if run.student is not None])
             for run, result in zip(left, results, strict=True):
                 run.finish(result)
         for run in runs:
             self._tell(run)
+
+    def _results(self, students: Sequence[Student]) -> list[dict[str, Any] | Ended]:
+        """Of each its result, or how it ended. What does not fit, or not into memory, is tried one by one: then it is
+        that trial's own."""
+        if not students:
+            return []
+        try:
+            return train_together(students, False, self.console)
+        except (WrongCommand, torch.OutOfMemoryError) as error:
+            if len(students) == 1:
+                return [Ended(str(error))]
+        alone = [replace(one, settings=student_stage.to_go_on(one.settings)) for one in students]
+        return [result for one in alone for result in self._results([one])]
 
     def _tell(self, run: "_Run") -> None:
         """The study what came of a trial."""

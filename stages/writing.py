@@ -66,6 +66,6 @@ def _write(writer: Writer, pieces: list[Piece], ask: Ask, console: Console) -> i
                 begun = now
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped after {len(writer.records)} of {len(pieces)} shards; the same command goes on from there"
+            f"stopped after {len(writer.records)} of {len(writer.todo)} shards; the same command goes on from there"
         ) from None
     return kept

@@ -338,3 +338,35 @@ def test_a_compiled_teacher_says_the_same_with_taps_and_is_compiled_once() -> No
         for n in (8, 3, 8, 1):
             logits, features = ask(VIEWS[:n])
             assert_close({"logits": logits, **features}, {k: x[:n] for k, x in wanted.items()}, 1e-4)
+
+
+def test_a_teacher_that_bfloat16_breaks_is_asked_in_float32(tiny: Path, stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "odd_teacher.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, i, classes):\n"
+        "        super().__init__()\n"
+        "        self.a, self.classes = nn.Linear(i, classes), classes\n"
+        "    def forward(self, x):\n"
+        "        out = torch.zeros(len(x), self.classes)\n"
+        "        out[torch.arange(len(x))] = self.a(x.flatten(1))\n"
+        "        return out\n"
+        "def make(*, classes, channels, size):\n"
+        "    return Net(channels * size * size, classes)\n"
+    )
+    import sys
+
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from odd_teacher import make
+
+        torch.save(make(classes=10, channels=1, size=8).state_dict(), "w.pt")
+        more = ("teacher-cache", "--train-size", 300, "--teacher", "odd_teacher:make", "--weights", "w.pt")
+        code, out, _ = stages.call(*more, "--precision", "auto", "--out", "auto")
+        assert code == 0
+        assert "precision: float32, the teacher as it is" in out
+        assert "bfloat16: Index put requires" in out
+        line = stages.fails(1, *more, "--precision", "bfloat16", "--out", "half")
+        assert "--precision bfloat16: the teacher cannot be asked so" in line
+    finally:
+        sys.path.remove(str(tmp_path))

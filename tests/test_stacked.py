@@ -14,6 +14,32 @@ from pipeline.metrics import summary
 from pipeline.models.weights import read_state
 
 COMMON = ("--epochs", 2, "--batch-size", 50, "--learning-rate", 0.02)
+ODD = """
+from torch import nn
+def frozen(*, classes, channels, size):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 12), nn.ReLU(), nn.Linear(12, classes))
+    net[1].requires_grad_(False)
+    return net
+class Tied(nn.Module):
+    def __init__(self, i, classes):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(i, 12), nn.Linear(12, 12), nn.Linear(12, classes)
+        self.d = nn.Linear(12, 12)
+        self.d.weight = self.b.weight
+    def forward(self, x):
+        return self.c(self.d(self.b(self.a(x.flatten(1)))))
+class Branching(nn.Module):
+    def __init__(self, i, classes):
+        super().__init__()
+        self.a = nn.Linear(i, classes)
+    def forward(self, x):
+        y = self.a(x.flatten(1))
+        return y if y.sum() > 0 else 2 * y
+def tied(*, classes, channels, size):
+    return Tied(channels * size * size, classes)
+def branching(*, classes, channels, size):
+    return Branching(channels * size * size, classes)
+"""
 LOSSES = ("--losses", "kd:temperature=4 hard:weight=0.1", "--losses", "kd:temperature=4,weight=1->0 hard:weight=0.7")
 
 
@@ -78,11 +104,57 @@ def test_what_cannot_be_one_model_is_refused(tiny: Path, stages: Stages) -> None
     said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--vectorize")
     seeds = ("--seed", 0, "--seed", 1)
     hint = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=linear")
-    assert "losses of the logits alone" in stages.fails(2, *said, *seeds, *hint, "--out", "a")
+    assert "read logits and labels alone" in stages.fails(2, *said, *seeds, *hint, "--out", "a")
+    part = ("--loss", "kd", "--loss", "balanced_softmax")
+    assert "no part of their own" in stages.fails(2, *said, *seeds, *part, "--out", "a")
+    assert not Path("a").exists()
     assert "--select" in stages.fails(2, *said, *seeds, "--select", "nll", "--out", "b")
     other = ("--losses", "kd:temperature=2", "--losses", "kd:temperature=3")
     assert "differ in their weights alone" in stages.fails(2, *said, *other, "--out", "c")
     assert "several students" in stages.fails(2, *said, "--out", "d")
+
+
+def test_students_that_were_added_or_left_out_begin_anew_and_finished_ones_stay(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
+    step, taken = stacked._step, [0]
+
+    def stopping(*of: Any) -> torch.Tensor:
+        taken[0] += 1
+        if taken[0] == 9:
+            raise KeyboardInterrupt
+        return step(*of)
+
+    monkeypatch.setattr(stacked, "_step", stopping)
+    assert stages.call(*said, "--seed", 0, "--seed", 1, "--vectorize", "--out", "all")[0] == 130
+    assert "begun with --vectorize" in stages.fails(1, *said, "--seed", 0, "--seed", 1, "--out", "all")
+    stages(*said, "--seed", 0, "--seed", 2, "--vectorize", "--out", "all")
+    kept = Path("all/seed-0/student.pt").read_bytes()
+    stages(*said, "--seed", 0, "--seed", 2, "--seed", 3, "--vectorize", "--out", "all")
+    assert Path("all/seed-0/student.pt").read_bytes() == kept
+    for seed in (2, 3):
+        stages(*said, "--seed", seed, "--order-seed", 0, "--out", f"alone-{seed}")
+        same_run(f"all/seed-{seed}", f"alone-{seed}")
+    assert not list(Path("all").rglob("stack"))
+
+
+def test_what_a_network_does_not_train_stays_and_what_cannot_be_stacked_is_refused(
+    tiny: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd.py").write_text(ODD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--seed", 0, "--seed", 1, "--vectorize")
+    stages(*said, "--arch", "odd:frozen", "--out", "frozen")
+    torch.manual_seed(1)
+    begun = {}
+    exec(ODD, begun)
+    torch.testing.assert_close(
+        read_state(Path("frozen/seed-1/student.pt"))["1.weight"],
+        begun["frozen"](classes=10, channels=1, size=8)[1].weight,
+    )
+    assert "tied weights" in stages.fails(2, *said, "--arch", "odd:tied", "--out", "tied")
+    assert "cannot take this network" in stages.fails(2, *said, "--arch", "odd:branching", "--out", "branching")
 
 
 @pytest.mark.parametrize("K", [2, 10])

@@ -126,6 +126,9 @@ def test_what_does_not_share_a_stream_is_refused(tiny: Path, stages: Stages) -> 
     assert "do not see the same batches" in line
     assert "--loss is a term" in stages.fails(2, *more, "--loss", "kd", "--losses", "hard", "--out", "b")
     assert "--seeds" in stages.fails(2, *more, "--seed", 0, "--seed", 1, "--seeds", 2, "--out", "c")
+    assert "each is said once" in stages.fails(2, *more, "--losses", "kd", "--losses", "kd", "--out", "e")
+    assert "each is said once" in stages.fails(2, *more, "--losses", " ", "--out", "f")
+    assert not any(Path(out).exists() for out in "abcef")
     assert "two students are both" in stages.fails(2, *more, "--seed", 1, "--seed", 1, "--out", "d")
     code, _, err = stages.call(*more, "--seed", 1, "--seed", -1)
     assert (code, "--seed -1 is below 0" in err) == (2, True)

@@ -48,3 +48,15 @@ def test_stopped_it_makes_the_same_search(tiny: Path, stages: Stages, monkeypatc
         assert stages.call(*said, "--out", "stopped")[0] == 130
     stages(*said, "--out", "stopped")
     assert trials_of("stopped") == trials_of("whole")
+
+
+def test_a_trial_that_does_not_fit_is_a_row_and_the_others_of_its_stream_go_on(tiny: Path, stages: Stages) -> None:
+    said = (
+        "tune", "--cache", tiny / "cache", "--epochs", 2, "--batch-size", 100, "--grid", "--no-prune",
+        "--loss", "kd", "--loss", "hint:teacher=pool1,student=pool1,weight=0.01", "--search", "arch=cnn|mlp:8",
+    )  # fmt: skip
+    stages(*said, "--together", 2, "--out", "two")
+    stages(*said, "--out", "one")
+    assert trials_of("two") == trials_of("one")
+    assert [row["state"] for row in trials_of("two")] == ["complete", "failed"]
+    assert "pool1" in trials_of("two")[1]["failed"]
