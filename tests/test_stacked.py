@@ -55,6 +55,19 @@ def same_run(one: str, other: str) -> None:
             assert mine[name] == pytest.approx(his[name], rel=1e-3)
 
 
+def stop_at(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C when that step is about to be taken, once."""
+    step, taken = stacked._step, [0]
+
+    def stopping(*of: Any) -> torch.Tensor:
+        taken[0] += 1
+        if taken[0] == number:
+            raise KeyboardInterrupt
+        return step(*of)
+
+    patch.setattr(stacked, "_step", stopping)
+
+
 @pytest.mark.parametrize("arch", ["mlp:16", "cnn"])
 @pytest.mark.parametrize(
     "more", [(), ("--clip-norm", 0.5), ("--optimizer", "adamw", "--learning-rate", 1e-3, "--finetune-epochs", 1)]
@@ -84,15 +97,7 @@ def test_one_that_diverges_leaves_the_others_as_they_are(tiny: Path, stages: Sta
 def test_stopped_it_goes_on_to_the_same_weights(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--seed", 0, "--seed", 1, "--vectorize")
     stages(*said, "--out", "whole")
-    step, taken = stacked._step, [0]
-
-    def stopping(*of: Any) -> torch.Tensor:
-        taken[0] += 1
-        if taken[0] == 9:
-            raise KeyboardInterrupt
-        return step(*of)
-
-    monkeypatch.setattr(stacked, "_step", stopping)
+    stop_at(monkeypatch, 9)
     assert stages.call(*said, "--out", "stopped")[0] == 130
     stages(*said, "--out", "stopped")
     for seed in (0, 1):
@@ -118,15 +123,7 @@ def test_students_that_were_added_or_left_out_begin_anew_and_finished_ones_stay(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
-    step, taken = stacked._step, [0]
-
-    def stopping(*of: Any) -> torch.Tensor:
-        taken[0] += 1
-        if taken[0] == 9:
-            raise KeyboardInterrupt
-        return step(*of)
-
-    monkeypatch.setattr(stacked, "_step", stopping)
+    stop_at(monkeypatch, 9)
     assert stages.call(*said, "--seed", 0, "--seed", 1, "--vectorize", "--out", "all")[0] == 130
     assert "begun with --vectorize" in stages.fails(1, *said, "--seed", 0, "--seed", 1, "--out", "all")
     stages(*said, "--seed", 0, "--seed", 2, "--vectorize", "--out", "all")
