@@ -47,7 +47,8 @@ KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VI
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
 
-RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy xxhash
+RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy safetensors xxhash
+PARTS := matplotlib optuna onnx onnxscript onnxruntime tensorboard
 missing = $(PY) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $(1) 2>/dev/null
 # $(call ensure,packages,extras): install when one of them is missing, into a virtual environment of our own
 define ensure
@@ -65,7 +66,7 @@ help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
 
 install: ## make .venv and install everything into it
-	$(call ensure,$(RUNS_ON) pytest hypothesis ruff mypy)
+	$(call ensure,$(RUNS_ON) $(PARTS) pytest hypothesis ruff mypy playwright)
 
 teacher: ## train a teacher: DATA= ARCH= EPOCHS= OUT=
 	$(call ensure,$(RUNS_ON))
@@ -151,7 +152,7 @@ inspect: ## which taps, channels, classes and temperatures matter: DATA= or CACH
 	$(QUIET)$(STAGES) inspect '$(CACHE)' $(call options,$(INSPECTING) SEED OUT JSON)
 
 lint: ## format, lint and types
-	$(call ensure,$(RUNS_ON) ruff mypy)
+	$(call ensure,$(RUNS_ON) $(PARTS) ruff mypy)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -161,7 +162,7 @@ bench: ## every promise about speed and size as a ratio: ROW=name,name DATA_ROOT
 	$(PY) -m bench $(call options,DATA_ROOT CIFAR WEIGHTS DEVICE) $(ROW)
 
 test: ## the default test suite
-	$(call ensure,$(RUNS_ON) pytest hypothesis)
+	$(call ensure,$(RUNS_ON) $(PARTS) pytest hypothesis)
 	$(PY) -m pytest
 
 slow: ## the long tests on real data

@@ -60,4 +60,4 @@ def _figures(folder: Path, settings: StudentSettings, material: Material) -> dic
     network = material.network(settings, material.losses)
     load_state(network, read_state(path), str(path))
     model = Prepared(network, material.preparation).to(material.device)
-    return material.measure(model)
+    return material.measure(material.logits(model))

@@ -34,7 +34,7 @@ def run(name: str, settings: InspectSettings) -> None:
     """Everything is computed before the first file is written; inspect.json is the last."""
     console, begun = Console(settings.json), time.monotonic()
     if find_spec("matplotlib") is None:
-        raise WrongCommand("inspect draws with matplotlib, which is not installed: pip install 'softcache[plots]'")
+        raise WrongCommand("inspect draws with matplotlib, which is not installed: pip install 'softcache[report]'")
     cache = Cache(Path(name))
     folder = _folder(settings, cache)
     train, held_out = _samples(cache, settings.rows)

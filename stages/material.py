@@ -152,11 +152,15 @@ class Material:
 
         return Known(self.head, bank, torch.from_numpy(class_counts(labels, cache.classes)))
 
-    def measure(self, model: nn.Module) -> dict[str, Any]:
-        """Every figure of a student on each held-out split."""
+    def logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
+        """{split: float32 [N, K]}: what a student says of each held-out split."""
+        return {split: rows.logits(model) for split, rows in self.held_out.items()}
+
+    def measure(self, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
+        """Every figure of a student on each held-out split, from what it says there."""
         return {
-            split: evaluate(rows.logits(model), rows.labels, self.teacher[split].numpy(), self.counts)
-            for split, rows in self.held_out.items()
+            split: evaluate(said, self.held_out[split].labels, self.teacher[split].numpy(), self.counts)
+            for split, said in logits.items()
         }
 
     @cached_property

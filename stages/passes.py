@@ -10,6 +10,7 @@ from torch import nn
 
 from data.errors import Ended, WrongCommand
 from data.transfer_set import Labels
+from pipeline.files import remove_leftovers
 from pipeline.losses import Loss
 from pipeline.losses.hard import Hard
 from pipeline.models import multiply_adds, parameters
@@ -21,6 +22,7 @@ from .checkpoint import Finished
 from .console import Console
 from .held_out import HeldOut
 from .job import AfterEpoch, Job
+from .kept_logits import LOGITS, publish_logits
 from .material import Material
 from .ranks import from_first, wait_for
 from .serving import visible
@@ -147,7 +149,15 @@ def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
         "epoch": done.epoch,
         "images_per_second": job.epochs * job.steps * rows / done.seconds,
     }
-    return figures | from_first(lambda: material.measure(job.model))
+    return figures | from_first(lambda: _measured(job, material))
+
+
+def _measured(job: Job, material: Material) -> dict[str, Any]:
+    """The figures of the held-out splits; what they are made of is kept beside the weights."""
+    logits = material.logits(job.model)
+    remove_leftovers(job.folder, (LOGITS,))
+    publish_logits(job.folder / LOGITS, logits, material.transfer_set)
+    return material.measure(logits)
 
 
 def job_of(

@@ -18,6 +18,7 @@ from pipeline.files import make_folder, publish_json, remove_leftovers
 from pipeline.identity import differences
 from pipeline.lock import LOCK, held
 
+from .kept_logits import TEACHER_LOGITS
 from .ranks import barrier, from_first, is_first, who
 from .settings import StudentSettings, TeacherSettings
 
@@ -91,7 +92,7 @@ def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iter
         return
     make_folder(folder)
     with held(folder):
-        remove_leftovers(folder, ("settings.json", "result.json", "cache.json"))
+        remove_leftovers(folder, ("settings.json", "result.json", "cache.json", TEACHER_LOGITS))
         if not settings.resume:
             if (folder / "settings.json").exists():
                 raise WrongCommand(f"'{folder}' was begun by another process just now: choose another --out")

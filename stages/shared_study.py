@@ -31,7 +31,7 @@ try:
     from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 except ImportError as error:
-    raise WrongCommand(f"tune needs Optuna 4.3 or later ({error}): pip install 'softcache[search]'") from None
+    raise WrongCommand(f"tune needs Optuna 4.3 or later ({error}): pip install 'softcache[tune]'") from None
 
 __all__ = [
     "FrozenTrial",

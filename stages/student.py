@@ -18,6 +18,7 @@ from .bill import bill_of, in_one_line
 from .command_line import command, this_program
 from .console import Console
 from .data_parallel import check_shared, say_apart
+from .kept_logits import TEACHER_LOGITS, publish_logits
 from .material import Material
 from .passes import Student, train_passes
 from .ranks import from_first, is_first, joined
@@ -138,9 +139,12 @@ def begun(settings: StudentSettings, material: Material, folder: Path) -> Iterat
 
 
 def _note_targets(settings: StudentSettings, material: Material, folder: Path) -> None:
-    """Which shards the run is trained from, and what becomes of several caches or through a map."""
+    """Which shards the run is trained from, what becomes of several caches or through a map, and what it then says."""
     same_shards(material.teachers, settings, material.taps, folder)
     keep(material.teachers, folder)
+    if not (folder / TEACHER_LOGITS).is_file():
+        said = {split: logits.numpy() for split, logits in material.teacher.items()}
+        publish_logits(folder / TEACHER_LOGITS, said, material.transfer_set)
 
 
 def without_more(settings: StudentSettings) -> StudentSettings:

@@ -439,7 +439,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it_before_any_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(Cache, "rows", lambda *_: pytest.fail("work was begun"))
     said = stages.fails(2, "inspect", informed)
-    assert said == ("Error: inspect draws with matplotlib, which is not installed: pip install 'softcache[plots]'")
+    assert said == ("Error: inspect draws with matplotlib, which is not installed: pip install 'softcache[report]'")
     assert not Path("runs").exists()
 
 

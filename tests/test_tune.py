@@ -483,7 +483,7 @@ def test_without_optuna_one_line_says_how_to_get_it(
     monkeypatch.delattr("stages.tune", raising=False)
     said = stages.fails(2, *search(tiny, "s", "--search", "kd.weight=0|1"))
     assert said.startswith("Error: tune needs Optuna 4.3 or later (")
-    assert said.endswith("): pip install 'softcache[search]'")
+    assert said.endswith("): pip install 'softcache[tune]'")
 
 
 def test_without_matplotlib_the_picture_alone_is_missing(
