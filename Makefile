@@ -60,7 +60,7 @@ define ensure
 endef
 
 .PHONY: help install teacher teacher-cache student students blend born-again methods tune long-tail check-cache inspect report pictures lint \
-  bench test slow torture check clean
+  bench test browser slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -191,8 +191,13 @@ bench: ## every promise about speed and size as a ratio: ROW=name,name DATA_ROOT
 	$(PY) -m bench $(call options,DATA_ROOT CIFAR WEIGHTS DEVICE) $(ROW)
 
 test: ## the default test suite
-	$(call ensure,$(RUNS_ON) $(PARTS) pytest hypothesis)
+	$(call ensure,$(RUNS_ON) $(PARTS) pytest hypothesis playwright)
 	$(PY) -m pytest
+
+browser: ## the report in a browser: wants the system's chromium
+	$(call ensure,$(RUNS_ON) $(PARTS) pytest playwright)
+	@command -v chromium > /dev/null || { echo "Error: no chromium here: apt-get install chromium" >&2; exit 2; }
+	$(PY) -m pytest -m browser tests/test_report_in_browser.py
 
 slow: ## the long tests on real data
 	$(call ensure,$(RUNS_ON) pytest hypothesis)

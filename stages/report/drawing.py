@@ -1,6 +1,6 @@
 """The pictures of a report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +74,10 @@ def _cloud(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
     named = [point for point in points if point.kind != "baseline"]  # which has its student's name, and stands below
     for cost, point in zip(costs, points, strict=True):
         if len(named) <= _COUNTED and point in named:
-            above = point.kind == "student"
-            axes.annotate(
-                text(point.name, 20), (cost, 100 * point.accuracy), (-7, 4) if above else (7, -4),
-                ha="right" if above else "left", va="bottom" if above else "top", textcoords="offset points", fontsize=8,
-            )  # fmt: skip
+            where, offset, ha, va = (cost, 100 * point.accuracy), (-7, 4), "right", "bottom"
+            if point.kind == "teacher":
+                offset, ha, va = (7, -4), "left", "top"
+            axes.annotate(text(point.name, 20), where, offset, ha=ha, va=va, textcoords="offset points", fontsize=8)
 
 
 def of_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Picture:
@@ -185,11 +184,18 @@ def _matrix(
         axes.set_yticks(np.arange(K), labels)
     for i, j in zip(*np.nonzero(np.abs(np.nan_to_num(values)) >= 0.5), strict=True):
         if K <= _COUNTED:
-            colour = "#FFFFFF" if abs(values[i, j]) > 0.55 * span[1] else "#1F2329"
+            colour = _legible(image.to_rgba(values[i, j])[:3])
             axes.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="guessed class", ylabel="true class")
     axes.set_title(title)
     axes.spines[:].set_visible(False)
+
+
+def _legible(paper: Iterable[float]) -> str:
+    """Black or white, whichever has the more contrast (4.5 to 1 at least, WCAG 2.1) with an sRGB colour of 0 … 1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in paper]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#FFFFFF"
 
 
 def of_reliability(models: dict[str, dict[str, Any]]) -> Picture:

@@ -52,10 +52,11 @@ class Run:
         """`finished`, or how far it came, in words."""
         if self.result:
             return "finished"
-        trainings = [name for name in TRAININGS if any(self.lines[name])]
-        if not trainings:
+        begun = max(len(seeds) for seeds in self.lines.values())
+        if not any(any(seeds) for seeds in self.lines.values()):
             return "unfinished: no epoch is over"
-        name, seeds = trainings[-1], self.lines[trainings[-1]]
+        name = [name for name in TRAININGS if len(self.lines[name]) == begun and self.lines[name][-1]][-1]
+        seeds = self.lines[name]
         before = len(self.lines["distilled"][len(seeds) - 1]) if name == "student" and self.lines["distilled"] else 0
         of = f", seed {len(seeds)} of {self.settings.seeds}" if self.settings.seeds > 1 else ""
         total = self.settings.epochs if name == "distilled" else self.epochs
@@ -142,9 +143,9 @@ def _lines(training: str, seeds: list[Path]) -> list[list[Line]]:
     found = [lines_of(place) for place in places if (place / LINES).is_file()]
     for place, lines in zip(places, found, strict=False):
         for line in lines:
-            if not all(isinstance(v, int | float) and math.isfinite(v) for v in line.values()) or "epoch" not in line:
+            if not isinstance(line, dict) or "epoch" not in line or not all(map(_is_number, line.values())):
                 raise Refused(f"'{place / LINES}' is damaged: it is not a record of epochs")
-    return found
+    return [lines for lines in found if lines]
 
 
 def _said(paths: list[Path]) -> list[dict[str, Kept]]:

@@ -8,7 +8,7 @@ from data.errors import Refused, printable
 from pipeline.cache import Cache
 
 from .latency import Network
-from .reading import MODELS, Run
+from .reading import Run
 from .words import COLUMNS, Cell, Group, Row, cell_of
 
 Found = Mapping[Network, tuple[int, float]]
@@ -17,16 +17,12 @@ Found = Mapping[Network, tuple[int, float]]
 def networks_of(run: Run) -> dict[str, list[Network]]:
     """{model: what is to be built to measure it, the members of a blend one by one}, as far as it is known: of a
     teacher only where its cache is here."""
-    if not run.result:
-        return {}
     found: dict[str, list[Network]] = {}
-    for model in ("baseline", "student"):
-        if model in run.result:
-            record = run.result[model]
-            K = len(next(iter(run.said["student"][0].values())).logits[0]) if run.said["student"] else 0
-            if K:
-                preparation = record["preparation"]
-                found[model] = [Network(record["arch"], K, int(preparation["channels"]), int(preparation["size"]))]
+    K = next((one.logits.shape[1] for seed in run.said["student"] for one in seed.values()), 0)
+    for model in ("baseline", "student") if run.result and K else ():
+        if record := (run.result or {}).get(model):
+            preparation = record["preparation"]
+            found[model] = [Network(record["arch"], K, int(preparation["channels"]), int(preparation["size"]))]
     try:
         caches = [Cache(Path(path)) for path in run.settings.cache]
     except Refused:
@@ -43,9 +39,13 @@ def rows_of(group: Group, found: Found) -> list[Row]:
     rows: list[Row] = []
     for run in group.runs:
         networks = networks_of(run)
-        for model in reversed(MODELS):
-            if row := _row(run, model, group.split, _costs(networks.get(model, []), found)):
-                rows.append(row)
+        for model in ("student", "baseline"):
+            if run.figures(model, group.split):
+                rows.append(_student(run, model, group.split, _costs(networks.get(model, []), found)))
+        if not run.result:
+            rows.append(_unfinished(run))
+        if run.figures("teacher", group.split):
+            rows.append(_teacher(run, group.split, networks.get("teacher", []), found))
         rows += _members(run, group.split, networks.get("teacher", []), found)
     return [row for i, row in enumerate(rows) if row.kind != "teacher" or not _seen(row, rows[:i])]
 
@@ -62,7 +62,7 @@ def _members(run: Run, split: str, networks: Sequence[Network], found: Found) ->
     """The teachers of a blend, each as it is cached."""
     rows = []
     for i, member in enumerate((run.result or {}).get("members", ())):
-        cells = {name: cell_of(name, member[split].get(name)) for name in COLUMNS}
+        cells = {name: cell_of(name, member.get(split, {}).get(name)) for name in COLUMNS}
         parameters, milliseconds = _costs(networks[i : i + 1], found) or (None, None)
         arch = printable(member["arch"])
         rows.append(Row(f"{arch}, as cached", "teacher", arch, "", cells, parameters, milliseconds, None))
@@ -73,25 +73,29 @@ def _seen(row: Row, rows: Sequence[Row]) -> bool:
     return any(one.kind == "teacher" and (one.name, one.figures) == (row.name, row.figures) for one in rows)
 
 
-def _row(run: Run, model: str, split: str, costs: tuple[int, float] | None) -> Row | None:
-    milliseconds = costs[1] if costs else None
-    if not run.result and model == "student":
-        return _unfinished(run)
-    figures = run.figures(model, split)
-    if figures is None:
-        return None
-    spread = run.spread(model, split)
-    cells = {name: cell_of(name, figures.get(name), spread.get(name)) for name in COLUMNS}
-    if model == "teacher":
-        arch = printable(run.result["teacher"]["arch"]) if run.result else "teacher"
-        mapped = [how for how in (run.settings.combine, run.settings.map) if how]
-        seconds = run.result["cache"]["seconds"] if run.result else None
-        parameters = costs[0] if costs else None
-        return Row(printable(", ".join([arch, *mapped])), model, arch, "", cells, parameters, milliseconds, seconds)
+def _student(run: Run, model: str, split: str, costs: tuple[int, float] | None) -> Row:
+    """Of a finished run, its student or its baseline."""
     assert run.result is not None
-    record = run.result[model]
-    arch = printable(record["arch"])
-    return Row(printable(run.name), model, arch, "", cells, int(record["parameters"]), milliseconds, record["seconds"])
+    record, spread = run.result[model], run.spread(model, split)
+    figures = run.figures(model, split) or {}
+    cells = {name: cell_of(name, figures.get(name), spread.get(name)) for name in COLUMNS}
+    milliseconds = costs[1] if costs else None
+    return Row(
+        printable(run.name), model, printable(record["arch"]), "", cells, int(record["parameters"]), milliseconds,
+        record["seconds"],
+    )  # fmt: skip
+
+
+def _teacher(run: Run, split: str, networks: Sequence[Network], found: Found) -> Row:
+    """What the student learned from, as one teacher."""
+    figures = run.figures("teacher", split) or {}
+    cells = {name: cell_of(name, figures.get(name)) for name in COLUMNS}
+    named = " + ".join(network.arch for network in networks) or "teacher"
+    arch = printable(run.result["teacher"]["arch"] if run.result else named)
+    how = [one for one in (run.settings.combine, run.settings.map) if one]
+    parameters, milliseconds = _costs(networks, found) or (None, None)
+    seconds = run.result["cache"]["seconds"] if run.result else None
+    return Row(printable(", ".join([arch, *how])), "teacher", arch, "", cells, parameters, milliseconds, seconds)
 
 
 def _unfinished(run: Run) -> Row:
