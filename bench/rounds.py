@@ -101,12 +101,6 @@ def parts(found: Mapping[str, Sequence[float]], scale: float = 1e6, unit: str = 
     return f"{', '.join(said)} {unit}"
 
 
-def ratio(given: Given, one: tuple[str, Side], other: tuple[str, Side], rounds: int, **how: Any) -> Found:
-    """How many times as long the first side takes as the other."""
-    found = interleaved(dict([one, other]), given.few(rounds, 1))
-    return Found(over(found[one[0]], found[other[0]]), parts(found, **how))
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Where this is measured."""
     model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]

@@ -23,7 +23,7 @@ from stages.job import Job
 from stages.material import Material
 from stages.passes import job_of
 from stages.settings import StudentSettings
-from stages.training import _begin, _begin_epoch, _step_of_each
+from stages.training import WORTH_THREADS, _begin, _begin_epoch, _step_of_each
 
 from . import material
 from .rounds import Found, Given, Side, interleaved, over, parts
@@ -78,7 +78,7 @@ class Bare:
         self.job, self.state = job, State.begin(job.model, {}, job.settings, job.rate)
         # As many threads as ours takes: with two, a step of mlp:64 is no faster on an idle machine, and slower on a
         # busy one.
-        self.threads = 1 if job.multiply_adds * job.stream.batch_size < 10_000_000 else torch.get_num_threads()
+        self.threads = 1 if job.multiply_adds * job.stream.batch_size < WORTH_THREADS else torch.get_num_threads()
 
     def __call__(self) -> float:
         torch.set_num_threads(self.threads)

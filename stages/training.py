@@ -35,7 +35,7 @@ from .ranks import agree, from_first, who
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
 # 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
-_WORTH_THREADS = 10_000_000
+WORTH_THREADS = 10_000_000
 
 
 @dataclass
@@ -105,7 +105,7 @@ def _begin(job: Job, opened: ExitStack) -> _Course | None:
     agree("checkpoint", f"epoch {first}")
     if who().world > 1:
         vars(job.stream).pop("_resident", None)  # what lies on a GPU for it: the parted stream has its own
-    small = job.multiply_adds * job.stream.batch_size < _WORTH_THREADS
+    small = job.multiply_adds * job.stream.batch_size < WORTH_THREADS
     threads = 1 if small else torch.get_num_threads()
     kept = opened.enter_context(tapped(job.model.network, taps))
     job = replace(job, stream=parted(job.stream), abreast=_abreast(job, state, kept))
