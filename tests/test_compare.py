@@ -15,7 +15,7 @@ def test_runs_stand_side_by_side_with_their_teachers_once(tiny: Path, stages: St
     other = stages(*cache, "--loss", "kd", "--out", "b")
     mapped = stages(*cache, "--loss", "kd", "--map", "temperature", "--out", "c")
     _, out, _ = stages.call("compare", "a", "b", "c", "--json")
-    rows = {row["name"]: row for row in json.loads(out)}
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
     assert list(rows) == ["teacher cnn", "a, hard targets only", "a", "b", "teacher cnn, temperature", "c"]
     for name, result in (("a", one), ("b", other), ("c", mapped)):
         assert rows[name]["mean"]["f1_macro"] == result["student"]["test"]["f1_macro"]
