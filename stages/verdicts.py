@@ -18,7 +18,7 @@ def say_one(first: Side, second: Side, record: Record, console: Console) -> None
         return console.say(f"no verdict: {record['words']}")
     seeds = " and ".join(map(str, dict.fromkeys(record["seeds"])))
     each = f"{seeds} seed{'s' * (seeds != '1')}{' each' * (' ' not in seeds)}"
-    title = f"{second.name} less {first.name}, {record['split']} split"
+    title = f"difference: {second.name} less {first.name}, {record['split']} split"
     console.say(f"{title}, {record['rows']:,} rows, {each}:")
     for key, name in _FIGURES.items():
         value, low, high = _points(record[key])
@@ -53,8 +53,10 @@ def say_several(pairs: Sequence[tuple[Side, Side]], records: Sequence[Record], c
     level = f"{100 * (1 - CHANCE / n):.4g} % intervals: {100 * (1 - CHANCE):g} % for all {n} together (Bonferroni)"
     console.say(f"Each less {pairs[0][0].name}, in points; {level}")
     for (first, second), record in zip(pairs, records, strict=True):
-        console.say(f"{second.name:{width}}  {_in_short(record)}")
-        console.say(f"{'':{width}}    {_apart(settings_apart(first, second))}")
+        apart = settings_apart(first, second)
+        though = ", though no setting differs" * (record["verdict"] == REAL and seeds_alone(apart))
+        console.say(f"  {second.name:{width}}  {_in_short(record)}{though}")
+        console.say(f"  {'':{width}}    {_apart(apart)}")
     if any(record["verdict"] == REAL and record["about"] == "students" for record in records):
         console.say(
             "One seed: real is said of the trained students, not yet of their settings: two seeds of the same settings"
