@@ -124,7 +124,7 @@ def _interval(first: Floats, second: Floats, drawn: Floats, level: float) -> Dif
     tail = (1 - level) / 2
     low, high = float(np.quantile(drawn, tail, method="lower")), float(np.quantile(drawn, 1 - tail, method="higher"))
     stretch = _stretch((first, second), float(drawn.var()), tail)
-    return Difference(value, value - stretch * (value - low), value + stretch * (high - value))
+    return Difference(value, max(-1.0, value - stretch * (value - low)), min(1.0, value + stretch * (high - value)))
 
 
 def _stretch(seeds: Sequence[Floats], variance: float, tail: float) -> float:
