@@ -23,7 +23,7 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 empty :=
 comma := ,
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID
+SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID PNG
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
@@ -42,13 +42,13 @@ WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
 KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  ROW CIFAR GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY RUNS $(INSPECTING) $(DISTILLING) \
+  ROW CIFAR GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY RUNS PICTURES PNG LATENCY $(INSPECTING) $(DISTILLING) \
   $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
 
 RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy safetensors xxhash
-PARTS := matplotlib optuna onnx onnxscript onnxruntime tensorboard
+PARTS := matplotlib jinja2 optuna onnx onnxscript onnxruntime tensorboard
 missing = $(PY) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $(1) 2>/dev/null
 # $(call ensure,packages,extras): install when one of them is missing, into a virtual environment of our own
 define ensure
@@ -59,8 +59,8 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[$(or $(2),dev)]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students blend born-again methods tune compare long-tail check-cache inspect lint \
-  bench test slow torture check clean
+.PHONY: help install teacher teacher-cache student students blend born-again methods tune compare long-tail check-cache inspect report pictures lint \
+  bench test browser slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -155,6 +155,35 @@ inspect: ## which taps, channels, classes and temperatures matter: DATA= or CACH
 	$(call ensure,$(RUNS_ON) matplotlib)
 	$(QUIET)$(STAGES) inspect '$(CACHE)' $(call options,$(INSPECTING) SEED OUT JSON)
 
+report: ## runs as one page to look at: RUNS='runs/a runs/b', all when not said; OUT= DATA_ROOT= PNG=1
+	$(call ensure,$(RUNS_ON) matplotlib jinja2)
+	$(QUIET)$(STAGES) report $(RUNS) $(if $(filter command%,$(origin DATA)),--data '$(DATA)') \
+	  $(call options,DATA_ROOT OUT PICTURES PNG JSON) $(if $(filter 0,$(LATENCY)),--no-latency)
+
+# Each row: the name of a run, then its arch and losses.
+PICTURED := runs/pictures
+define PICTURED_ROWS
+mlp-8 mlp:8
+mlp-16 mlp:16
+mlp-32 mlp:32
+mlp-64 mlp:64
+mlp-256 mlp:256
+cnn cnn --loss kd --loss hint:teacher=flatten,student=flatten,weight=0.1
+endef
+export PICTURED_ROWS
+pictures: ## the pictures of the README, docs/*.png, from six students of digits, 3 seeds each
+	$(call ensure,$(RUNS_ON) matplotlib jinja2)
+	@test -f caches/pictures/manifest.json || $(STAGES) teacher-cache --taps flatten --out caches/pictures
+	@echo "$$PICTURED_ROWS" | while read -r name arch losses; do test -f $(PICTURED)/$$name/result.json || \
+	  $(STAGES) student --cache caches/pictures --arch $$arch --seeds 3 --baseline $$losses \
+	  --out $(PICTURED)/$$name < /dev/null; done
+	$(STAGES) report $(foreach row,mlp-8 mlp-16 mlp-32 mlp-64 mlp-256 cnn,$(PICTURED)/$(row)) --png --out $(PICTURED)/report
+	mkdir -p docs
+	cp $(PICTURED)/report/digits-costs.png docs/costs.png
+	for name in curves reliability; do cp $(PICTURED)/report/runs-pictures-cnn-$$name.png docs/$$name.png; done
+	! command -v chromium > /dev/null || chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1100 \
+	  --screenshot=docs/report.png file://$(CURDIR)/$(PICTURED)/report/report.html 2> /dev/null
+
 lint: ## format, lint and types
 	$(call ensure,$(RUNS_ON) $(PARTS) ruff mypy)
 	$(PY) -m ruff format --check .
@@ -166,8 +195,13 @@ bench: ## every promise about speed and size as a ratio: ROW=name,name DATA_ROOT
 	$(PY) -m bench $(call options,DATA_ROOT CIFAR WEIGHTS DEVICE) $(ROW)
 
 test: ## the default test suite
-	$(call ensure,$(RUNS_ON) $(PARTS) pytest hypothesis)
+	$(call ensure,$(RUNS_ON) $(PARTS) pytest hypothesis playwright)
 	$(PY) -m pytest
+
+browser: ## the report in a browser: wants the system's chromium
+	$(call ensure,$(RUNS_ON) $(PARTS) pytest playwright)
+	@command -v chromium > /dev/null || { echo "Error: no chromium here: apt-get install chromium" >&2; exit 2; }
+	$(PY) -m pytest -m browser tests/test_report_in_browser.py
 
 slow: ## the long tests on real data
 	$(call ensure,$(RUNS_ON) pytest hypothesis)

@@ -20,6 +20,7 @@ from .settings import (
     ListSettings,
     MethodsSettings,
     PackSettings,
+    ReportSettings,
     SearchSettings,
     StudentsSettings,
     TeacherSettings,
@@ -144,6 +145,17 @@ def compare(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
     from . import compare as stage
 
     stage.run(runs, given(context, ListSettings)[0])
+
+
+@commands.command("report")
+@click.argument("runs", nargs=-1)
+@options(ReportSettings)
+@click.pass_context
+def report(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
+    """The students in the folders RUNS, all under runs/ when none is named, as one page to look at."""
+    from .report import command as stage
+
+    stage.run(runs, given(context, ReportSettings)[0])
 
 
 @commands.command("check-cache")

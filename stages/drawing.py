@@ -1,64 +1,37 @@
-"""Pictures of what `stages inspect` found. Needs matplotlib; no window, no state that outlives a figure."""
+"""Pictures of what `stages inspect` found. Needs matplotlib."""
 
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from data.errors import printable
-from pipeline.files import publish
+from .drawing_style import BLUE, GREY, ORANGE, Picture, text
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"  # told apart by colour-blind eyes too (Okabe and Ito)
 _NAMED = 40  # classes of a matrix that are named along its sides
 _ACROSS = 3  # panels of channels beside each other
-
-
-def text(name: object, most: int = 28) -> str:
-    """A name as it may stand in a figure: on one line, cut in the middle, and no formula."""
-    name = printable(name)
-    short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
-    return short.replace("$", r"\$")
-
-
-def _draw(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
-    """Publish a figure of that many inches as a PNG."""
-    figure = Figure(size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-
-    def write(temporary: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script the font lacks
-            figure.savefig(temporary, format="png")
-
-    publish(path, write)
 
 
 def _bars(axes: Axes, names: list[str], values: list[float], spread: list[float] | None = None) -> None:
     """Horizontal bars, the first on top, with error bars where there is a spread."""
     places = np.arange(len(names))
-    axes.barh(places, values, xerr=spread, color=_BLUE, ecolor=_ORANGE, capsize=3, height=0.7)
+    axes.barh(places, values, xerr=spread, color=BLUE, ecolor=ORANGE, capsize=3, height=0.7)
     axes.set_yticks(places, names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
 
 
-def draw_taps(path: Path, taps: dict[str, dict[str, Any]], teacher: float, majority: float, split: str) -> None:
+def of_taps(taps: dict[str, dict[str, Any]], teacher: float, majority: float, split: str) -> Picture:
     """Probe accuracy and permutation importance of each tap, side by side."""
     names = [text(tap) for tap in taps]
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         _bars(left, names, [found["accuracy"] for found in taps.values()])
-        left.axvline(teacher, color=_ORANGE, label="teacher")
-        left.axvline(majority, color=_GREY, linestyle="--", label="largest class")
+        left.axvline(teacher, color=ORANGE, label="teacher")
+        left.axvline(majority, color=GREY, linestyle="--", label="largest class")
         left.set_xlim(0, 1)
         left.set_xlabel(f"accuracy of a linear probe on {split}")
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
@@ -66,10 +39,10 @@ def draw_taps(path: Path, taps: dict[str, dict[str, Any]], teacher: float, major
         _bars(right, names, [found["mean"] for found in importance], [found["sd"] for found in importance])
         right.set_xlabel("accuracy that the joint probe loses\nwhen the tap is permuted (mean ± sd)")
 
-    _draw(path, (10, 1.8 + 0.35 * len(names)), draw)
+    return Picture((10, 1.8 + 0.35 * len(names)), draw)
 
 
-def draw_channels(path: Path, channels: dict[str, list[dict[str, Any]]], most: int) -> None:
+def of_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Picture:
     """The first channels of each tap, in a panel of its own. channels: by tap, the most important first."""
 
     def draw(figure: Figure) -> None:
@@ -87,10 +60,10 @@ def draw_channels(path: Path, channels: dict[str, list[dict[str, Any]]], most: i
         figure.supxlabel("accuracy that the tap's probe loses when the channel is permuted (mean ± sd)", fontsize=10)
 
     across = min(_ACROSS, len(channels))
-    _draw(path, (max(6.5, 3.6 * across), 0.8 + 3.4 * -(-len(channels) // across)), draw)
+    return Picture((max(6.5, 3.6 * across), 0.8 + 3.4 * -(-len(channels) // across)), draw)
 
 
-def draw_reliability(path: Path, splits: dict[str, dict[str, Any]]) -> None:
+def of_reliability(splits: dict[str, dict[str, Any]]) -> Picture:
     """Accuracy over mean confidence of each bin, and how many rows each has, for each split."""
 
     def draw(figure: Figure) -> None:
@@ -101,19 +74,19 @@ def draw_reliability(path: Path, splits: dict[str, dict[str, Any]]) -> None:
             width = found["bins"][0]["high"]
             share = [b["rows"] / found["rows"] for b in bins]
             at = [(b["low"] + b["high"]) / 2 for b in bins]
-            axes.bar(at, share, width, color=_GREY, alpha=0.4, label="share of the rows")
-            axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", label="calibrated")
+            axes.bar(at, share, width, color=GREY, alpha=0.4, label="share of the rows")
+            axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="calibrated")
             confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
             area = [20 + 180 * part for part in share]  # a bin of few rows says little
-            axes.scatter(confidence, accuracy, area, color=_BLUE, label="accuracy", clip_on=False, zorder=3)
+            axes.scatter(confidence, accuracy, area, color=BLUE, label="accuracy", clip_on=False, zorder=3)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence")
             axes.set_title(f"{split}: ECE {found['ece']:.4f}, {found['rows']:,} rows", fontsize=10)
             axes.legend(loc="upper left", fontsize=8)
 
-    _draw(path, (max(5.0, 4.6 * len(splits)), 4.4), draw)
+    return Picture((max(5.0, 4.6 * len(splits)), 4.4), draw)
 
 
-def draw_similarity(path: Path, matrix: NDArray[np.float64], names: list[str], what: str) -> None:
+def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> Picture:
     """The matrix off its diagonal, which would leave no colours for the rest; grey where there is nothing to show."""
     K = len(matrix)
     shown = np.where(np.eye(K, dtype=bool), np.nan, matrix)
@@ -131,22 +104,22 @@ def draw_similarity(path: Path, matrix: NDArray[np.float64], names: list[str], w
         axes.set_title(what, fontsize=10)
 
     side = min(12.0, 3.2 + 0.28 * K)
-    _draw(path, (side + 1.8, side), draw)
+    return Picture((side + 1.8, side), draw)
 
 
-def draw_temperatures(path: Path, records: list[dict[str, Any]], best: float) -> None:
+def of_temperatures(records: list[dict[str, Any]], best: float) -> Picture:
     """How flat the targets are, and what they say beside the class, by temperature."""
     T = [record["temperature"] for record in records]
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         if records[0]["share"] is not None:
-            left.plot(T, [record["share"] for record in records], "o-", color=_BLUE, label="entropy / log K")
-        left.plot(T, [r["others"] for r in records], "s-", color=_ORANGE, label="probability of the other classes")
+            left.plot(T, [record["share"] for record in records], "o-", color=BLUE, label="entropy / log K")
+        left.plot(T, [r["others"] for r in records], "s-", color=ORANGE, label="probability of the other classes")
         left.set(ylim=(0, 1), xlabel="temperature")
         left.legend(loc="lower right", fontsize=8)
-        right.plot(T, [record["information"] for record in records], "o-", color=_BLUE)
-        right.axvline(best, color=_ORANGE, linestyle="--", label=f"most at {best:g}")
+        right.plot(T, [record["information"] for record in records], "o-", color=BLUE)
+        right.axvline(best, color=ORANGE, linestyle="--", label=f"most at {best:g}")
         right.set(xlabel="temperature", ylabel="nats per row")
         right.set_ylim(bottom=0)
         right.set_title("what the classes beside the first say about a row", fontsize=10)
@@ -155,4 +128,4 @@ def draw_temperatures(path: Path, records: list[dict[str, Any]], best: float) ->
             axes.set_xticks(T)
             axes.grid(alpha=0.3)
 
-    _draw(path, (10, 4), draw)
+    return Picture((10, 4), draw)

@@ -2,44 +2,44 @@
 
 from collections.abc import Sequence
 from math import ceil, sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .drawing_style import BLUE, GREY, ORANGE, PURPLE, Picture
 from .search_space import Searched
 
 Row = dict[str, Any]
 # How a trial of each state is drawn: colour, and whether its point is full.
-_STATES = {"complete": ("tab:blue", True), "pruned": ("tab:gray", False)}
+_STATES = {"complete": (BLUE, True), "pruned": (GREY, False)}
 
 
-def draw_search(path: Path, rows: Sequence[Row], space: Sequence[Searched], figure: str) -> None:
-    """A PNG of rows, as search_report.rows_of makes them. A pruned trial is where it was when it was stopped.
+def of_search(rows: Sequence[Row], space: Sequence[Searched], figure: str) -> Picture:
+    """The picture of rows, as search_report.rows_of makes them. A pruned trial is where it was when it was stopped.
 
     A trial that is far worse than most stands at the edge, as a triangle: else it alone would set the scale.
     """
     columns = ceil(sqrt(1 + len(space)))
     height = ceil((1 + len(space)) / columns)
-    picture = Figure(figsize=(4.4 * columns, 3.4 * height + 0.4), layout="constrained")
-    FigureCanvasAgg(picture)
-    panels = picture.subplots(height, columns, squeeze=False, sharey=True).ravel()
-    low, high = _edges(rows, figure)
-    _points(panels[0], rows, [row["trial"] for row in rows], low, high)
-    _in_turn(panels[0], rows, figure)
-    for panel, one in zip(panels[1:], space, strict=False):
-        _against(panel, rows, one, low, high)
-    for panel in panels[::columns]:
-        panel.set_ylabel(f"validation {figure}")
-    for panel in panels[1 + len(space) :]:
-        panel.set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        picture.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
-    picture.savefig(path, format="png", dpi=120)
+
+    def draw(picture: Figure) -> None:
+        panels = picture.subplots(height, columns, squeeze=False, sharey=True).ravel()
+        low, high = _edges(rows, figure)
+        _points(panels[0], rows, [row["trial"] for row in rows], low, high)
+        _in_turn(panels[0], rows, figure)
+        for panel, one in zip(panels[1:], space, strict=False):
+            _against(panel, rows, one, low, high)
+        for panel in panels[::columns]:
+            panel.set_ylabel(f"validation {figure}")
+        for panel in panels[1 + len(space) :]:
+            panel.set_visible(False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        if handles:
+            picture.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+
+    return Picture((4.4 * columns, 3.4 * height + 0.4), draw)
 
 
 def _figure(row: Row) -> float | None:
@@ -80,11 +80,11 @@ def _in_turn(panel: Axes, rows: Sequence[Row], figure: str) -> None:
     done = [row for row in rows if row["state"] == "complete"]
     if done:
         best = [better(row["value"] for row in done[: i + 1]) for i in range(len(done))]
-        panel.step([row["trial"] for row in done], best, where="post", color="tab:orange", label="best so far")
+        panel.step([row["trial"] for row in done], best, where="post", color=ORANGE, label="best so far")
     failed = [row["trial"] for row in rows if row["state"] == "failed"]
     if failed:
         at_foot = panel.get_xaxis_transform()
-        panel.plot(failed, [0.02] * len(failed), "x", color="tab:red", transform=at_foot, label="failed")
+        panel.plot(failed, [0.02] * len(failed), "x", color=PURPLE, transform=at_foot, label="failed")
     panel.set_xlabel("trial")
 
 

@@ -156,6 +156,7 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
 def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> list[str]:
     """Tables and pictures; returns their names."""
     from . import drawing
+    from .drawing_style import Picture, publish_png
 
     files: list[str] = []
 
@@ -163,8 +164,8 @@ def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> 
         publish_text(folder / name, _csv(head, rows))
         files.append(name)
 
-    def picture(name: str, draw: Callable[..., None], *what: Any) -> None:
-        draw(folder / name, *what)
+    def picture(name: str, draw: Callable[..., Picture], *what: Any) -> None:
+        publish_png(folder / name, draw(*what))
         files.append(name)
 
     if taps := found["taps"]:
@@ -172,24 +173,24 @@ def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> 
         head = ("tap", *keys, "importance_mean", "importance_sd")
         table("taps.csv", head, ([t, *(r[k] for k in keys), *r["importance"].values()] for t, r in taps.items()))
         joint = found["joint"]
-        picture("taps.png", drawing.draw_taps, taps, joint["teacher"], joint["majority"], joint["split"])
+        picture("taps.png", drawing.of_taps, taps, joint["teacher"], joint["majority"], joint["split"])
     if channels := found["channels"]:
         rows = ([tap, *row.values()] for tap, of_tap in channels.items() for row in of_tap)
         table("channels.csv", ("tap", "channel", "importance_mean", "importance_sd"), rows)
-        picture("channels.png", drawing.draw_channels, channels, _SHOWN)
+        picture("channels.png", drawing.of_channels, channels, _SHOWN)
     if splits := found["calibration"]:
         bins = [(split, b) for split, figures in splits.items() for b in figures["bins"]]
         table("reliability.csv", ("split", *bins[0][1]), ([split, *b.values()] for split, b in bins))
-        picture("reliability.png", drawing.draw_reliability, splits)
+        picture("reliability.png", drawing.of_reliability, splits)
         names, matrix = found["classes"], found["similarity"]
         rows = ([name, *(None if np.isnan(p) else p for p in row)] for name, row in zip(names, matrix, strict=True))
         table("similarity.csv", ("true class", *names), rows)
         what = f"mean probability at temperature {settings.temperature:g}, {found['similarity_split']}"
-        picture("similarity.png", drawing.draw_similarity, matrix, names, what)
+        picture("similarity.png", drawing.of_similarity, matrix, names, what)
     soft = found["soft_targets"]
     records = soft["temperatures"]
     table("temperatures.csv", records[0], (record.values() for record in records))
-    picture("temperatures.png", drawing.draw_temperatures, records, soft["most_information_at"])
+    picture("temperatures.png", drawing.of_temperatures, records, soft["most_information_at"])
     return files
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import publish, publish_json
+from pipeline.files import publish_json
 
 from .command_line import command
 from .console import Console, duration
@@ -91,10 +91,11 @@ def write_report(
 
 def _picture(path: Path, rows: list[Row], space: Sequence[Searched], figure: str) -> str | None:
     try:
-        from .drawing_search import draw_search
+        from .drawing_search import of_search
+        from .drawing_style import publish_png
     except ImportError:
         return None
-    publish(path, lambda temporary: draw_search(temporary, rows, space, figure))
+    publish_png(path, of_search(rows, space, figure))
     return str(path)
 
 
@@ -121,7 +122,7 @@ def say_rows(record: dict[str, Any], figure: str, space: Sequence[Searched], fol
         if row["state"] == "failed":
             console.say(f"trial {row['trial']} failed: {row['failed']}")
     if not record["picture"]:
-        console.say("no picture without matplotlib: pip install matplotlib, and the same command draws it")
+        console.say("no picture without matplotlib: pip install 'softcache[report]', and the same command draws it")
     console.say(f"run:   {folder}/tune.json{', tune.png' if record['picture'] else ''}")
     if best is None:
         return console.say("No trial came to its end: search elsewhere, such as a lower learning_rate")

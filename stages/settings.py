@@ -233,3 +233,15 @@ class InspectSettings(Output):
 @dataclass(frozen=True)
 class PackSettings(Output):
     """`stages cache-pack CACHE OUT.tar` and `stages cache-unpack FILE.tar OUT`."""
+
+
+@dataclass(frozen=True)
+class ReportSettings(Output):
+    """`stages report RUNS`: runs as one page."""
+
+    out: str = knob("", "Folder of report.html and report.md; a new one under runs/ when not given.")
+    data: str = knob("", "Where the runs' data are now, for the pictures: folder:PATH.")
+    data_root: str = knob("", "Folder of the data sets that torchvision reads, where not as the runs say.")
+    pictures: int = knob(12, "Pictures of each run on which teacher and student differ most.", least=0, most=200)
+    png: bool = knob(False, "Each picture as a PNG beside the page as well, for papers and slides.")
+    latency: bool = knob(True, "Measure the time that a picture takes here, of every network.", switch=True)

@@ -465,9 +465,10 @@ def test_features_that_are_no_numbers_and_a_cache_that_is_none_are_refused(stage
 
 
 def test_names_of_classes_are_no_formulas_and_no_markup_in_pictures(tmp_path: Path) -> None:
-    from stages.drawing import draw_similarity, text
+    from stages.drawing import of_similarity
+    from stages.drawing_style import publish_png, text
 
     assert text("a$b\n") == r"a\$b?"
     names = [r"$\frac{x$", "犬", "a very long name of a class that would push everything aside"]
-    draw_similarity(tmp_path / "s.png", np.full((3, 3), 0.3), names, "what")
+    publish_png(tmp_path / "s.png", of_similarity(np.full((3, 3), 0.3), names, "what"))
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

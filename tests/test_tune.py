@@ -494,6 +494,6 @@ def test_without_matplotlib_the_picture_alone_is_missing(
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     code, out, err = stages.call(*search(tiny, "s", "--search", "kd.weight=0.1|1", "--grid"))
     assert code == 0, err
-    assert "no picture without matplotlib: pip install matplotlib" in out
+    assert "no picture without matplotlib: pip install 'softcache[report]'" in out
     assert not Path("s/tune.png").exists()
     assert len(record_of(Path("s"))["trials"]) == 2

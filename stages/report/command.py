@@ -1,0 +1,125 @@
+"""`stages report`: read the runs, measure what a picture takes, draw, write one page and one text."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.errors import WrongCommand, printable
+from pipeline.files import make_folder, publish_text
+
+from ..bill import in_one_line
+from ..command_line import command, this_program
+from ..console import Console, progress
+from ..runs import free_run
+from ..settings import ReportSettings
+from ..teacher import row_name
+from .latency import latencies
+from .reading import Run, read_runs
+from .words import Group, markdown, summary
+
+if TYPE_CHECKING:
+    from ..drawing_style import Picture
+    from .page import GroupPart
+
+
+def run(names: tuple[str, ...], settings: ReportSettings) -> None:
+    """Everything is made before the first file is written."""
+    for module in ("matplotlib", "jinja2"):
+        if find_spec(module) is None:
+            raise WrongCommand(f"report needs {module}, which is not installed: pip install 'softcache[report]'")
+    from ..drawing_style import publish_png
+    from .page import GroupPart, page
+    from .parts import costs_of, part_of
+    from .table import networks_of, rows_of
+
+    console = Console(settings.json)
+    runs, inspections = read_runs(names)
+    folder = _folder(settings)
+    groups = _groups(runs)
+    found = (
+        latencies([n for one in runs for some in networks_of(one).values() for n in some]) if settings.latency else {}
+    )
+    loaded: dict[Any, Any] = {}
+    parts, texts = [], []
+    for group in groups:
+        rows = rows_of(group, found)
+        words = summary(group, rows, {})
+        texts.append((group, rows, words))
+        each = [
+            part_of(one, group.split, inspections, settings, loaded, len(runs) <= 4)
+            for one in progress(group.runs, len(group.runs), "report")
+        ]
+        parts.append(GroupPart(group.title, group.split, group.rows, words, rows, costs_of(rows), each))
+    again = _again(names, settings)
+    title = f"Students of {', '.join(dict.fromkeys(group.title for group in groups))}"
+    pictures = _named(parts) if settings.png else {}
+    files = {"report.html": page(title, parts, again), "report.md": markdown(texts, _bills(runs), again)}
+    make_folder(folder)
+    for name, text in files.items():
+        publish_text(folder / name, text)
+    for name, one in progress(pictures.items(), len(pictures), "PNGs"):
+        publish_png(folder / name, one)
+    if settings.json:
+        record = {"out": str(folder), "runs": [one.name for one in runs], "files": [*files, *pictures]}
+        return console.result(json.dumps(record))
+    for _, _, words in texts:
+        for line in words:
+            console.say(line)
+    more = f", {len(pictures)} PNGs" if pictures else ""
+    console.say(f"files: {folder}/report.html ({len(files['report.html']) / 1e6:.1f} MB), {folder}/report.md{more}")
+
+
+def _folder(settings: ReportSettings) -> Path:
+    """Where the report goes; one that lies there is replaced. Raises WrongCommand for a folder of something else."""
+    if not settings.out:
+        return free_run("report")
+    folder = Path(settings.out)
+    if folder.exists() and (not folder.is_dir() or not all(_is_ours(path) for path in folder.iterdir())):
+        raise WrongCommand(f"'{folder}' exists and is no report: choose another --out")
+    return folder
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in ("report.html", "report.md") or path.suffix == ".png"
+
+
+def _named(groups: "Sequence[GroupPart]") -> "dict[str, Picture]":
+    """{file: picture} of all that are drawn."""
+    found: dict[str, Picture] = {}
+    for group in groups:
+        each = [(group.title, [group.costs] if group.costs else [])] + [(run.name, run.pictures) for run in group.runs]
+        for name, pictures in each:
+            stem = "".join(c if c.isalnum() or c in "._" else "-" for c in name).strip("-.")
+            found |= {f"{stem}-{one.name}.png": one.picture for one in pictures}
+    return found
+
+
+def _groups(runs: Sequence[Run]) -> list[Group]:
+    """The runs by the rows on which they were measured."""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for one in runs:
+        teacher = one.said["teacher"][0] if one.said["teacher"] else {}
+        split = "test" if "test" in teacher or (one.result and "test" in one.result["teacher"]) else "val"
+        content = teacher[split].content if split in teacher else one.fingerprints[0]
+        found.setdefault((split, content), []).append(one)
+    groups = []
+    for (split, _), some in found.items():
+        first = some[0]
+        teacher = first.said["teacher"][0] if first.said["teacher"] else {}
+        figures = first.figures("teacher", split) or {}
+        rows = len(teacher[split].labels) if split in teacher else int(figures.get("rows", 0))
+        data = row_name(first.settings.data) if first.settings.data else Path(first.settings.cache[0]).name
+        groups.append(Group(printable(data), split, rows, some))
+    return groups
+
+
+def _bills(runs: Sequence[Run]) -> dict[str, str]:
+    return {one.name: in_one_line(one.result["bill"]) for one in runs if one.result}
+
+
+def _again(names: tuple[str, ...], settings: ReportSettings) -> str:
+    said = command("report", replace(settings, json=False))
+    return " ".join([f"{this_program()} report", *map(printable, names), said.partition(" report")[2].strip()]).strip()

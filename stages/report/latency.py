@@ -1,0 +1,66 @@
+"""How long a picture takes, each network in turn with the others, so that all are measured on the same machine."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import nn
+
+from data.errors import WrongCommand
+from pipeline.models import MODELS, build, parameters
+
+from ..console import progress
+
+_ROUNDS, _TIMES = 7, 10
+_MOST = 500_000_000  # parameters: an arch in a stranger's file may ask for any number
+
+
+@dataclass(frozen=True, order=True)
+class Network:
+    """An arch and what it is built for."""
+
+    arch: str
+    classes: int
+    channels: int
+    size: int
+
+
+def latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
+    """{network: (parameters, median milliseconds)} of one picture alone, by PyTorch on one thread of the CPU.
+
+    The median of 7 rounds in which each network takes its turn of 10 pictures. Networks that are no arch of the table
+    (code of a user's own, which a report does not run) are left out.
+    """
+    built = {network: made for network in dict.fromkeys(networks) if (made := _built(network)) is not None}
+    found: dict[Network, list[float]] = {network: [] for network in built}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one picture is too little for two
+    with torch.inference_mode():
+        for _ in progress(range(_ROUNDS + 1), _ROUNDS + 1, "latency"):
+            for network, made in built.items():
+                found[network].append(_turn(made, torch.rand(1, network.channels, network.size, network.size)))
+    torch.set_num_threads(threads)
+    return {network: (parameters(built[network]), median(times[1:])) for network, times in found.items()}
+
+
+def _built(network: Network) -> nn.Module | None:
+    arch = network.arch
+    if arch.partition(":")[0] not in MODELS:
+        return None
+    try:
+        with torch.device("meta"):
+            if parameters(build(arch, network.classes, network.channels, network.size)) > _MOST:
+                return None
+        return build(arch, network.classes, network.channels, network.size).eval()
+    except (WrongCommand, RuntimeError, ValueError):  # what no command could have asked for
+        return None
+
+
+def _turn(network: nn.Module, picture: torch.Tensor) -> float:
+    """Milliseconds of one picture, the mean of some in a row."""
+    begun = time.perf_counter()
+    for _ in range(_TIMES):
+        network(picture)
+    return 1000 * (time.perf_counter() - begun) / _TIMES

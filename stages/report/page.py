@@ -1,0 +1,85 @@
+"""One HTML file with everything in it: no script, style, font or picture is fetched from anywhere."""
+
+import base64
+from dataclasses import dataclass
+from datetime import date
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .. import __version__
+from ..drawing_style import Picture, svg
+from .pictures import Disagreement
+from .words import COLUMNS, Cell, Row, better, title_of
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture in the page: as a file without its ending, as a data URL, what it shows for those who do not see it,
+    and what stands below it."""
+
+    name: str
+    picture: Picture
+    url: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """The figures of a class."""
+
+    name: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """What the page has of one run. not_apart: why there are no pictures; open: whether it is unfolded."""
+
+    name: str
+    state: str
+    open: bool
+    split: str
+    pictures: list[Shown]
+    notes: list[str]
+    classes: list[ClassRow]
+    apart: list[Disagreement]
+    not_apart: str
+    bill: str
+    provenance: list[tuple[str, str]]
+    command: str
+
+
+@dataclass(frozen=True)
+class GroupPart:
+    """What the page has of runs that were measured on the same rows."""
+
+    title: str
+    split: str
+    rows: int
+    summary: list[str]
+    table: list[Row]
+    costs: Shown | None
+    runs: list[RunPart]
+
+
+def shown(name: str, picture: Picture, alt: str, caption: str) -> Shown:
+    """A picture as it stands in the page."""
+    url = "data:image/svg+xml;base64," + base64.b64encode(svg(picture).encode()).decode()
+    return Shown(name, picture, url, alt, caption)
+
+
+def page(title: str, groups: list[GroupPart], again: str) -> str:
+    """The whole file. Every text is escaped; the one script that may run is named by its digest."""
+    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    columns: list[dict[str, Any]] = [{"name": n, "title": title_of(n), "better": better(n)} for n in COLUMNS]
+    return environment.get_template("page.html").render(
+        title=title, groups=groups, again=again, columns=columns, version=__version__, date=date.today().isoformat(),
+        script=script, script_digest=base64.b64encode(sha256(script.encode()).digest()).decode(),
+    )  # fmt: skip
