@@ -59,7 +59,7 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[$(or $(2),dev)]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students blend born-again methods tune long-tail check-cache inspect report pictures lint \
+.PHONY: help install teacher teacher-cache student students blend born-again methods tune compare long-tail check-cache inspect report pictures lint \
   bench test browser slow torture check clean
 
 help: ## what there is
@@ -109,6 +109,10 @@ tune: ## search loss weights and training settings: SEARCH='kd.temperature=1..20
 	$(make-cache)
 	$(QUIET)$(STAGES) tune $(WHERE) $(FROM) $(LOSSES) $(SEARCHED) \
 	  $(call options,TRIALS GRID TOGETHER STORAGE STUDY $(DISTILLING) LABELLED OUT $(TRAINING) $(MACHINE))
+
+compare: ## are students told apart, or is it chance; of one run, its student and its baseline: RUNS='runs/a runs/b'
+	$(call ensure,$(RUNS_ON))
+	$(QUIET)$(STAGES) compare $(foreach run,$(RUNS),'$(run)') $(call options,JSON)
 
 # A cache is made when there is none; it is compared with what is asked for when something is.
 define make-cache

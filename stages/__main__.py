@@ -141,7 +141,7 @@ def evaluate(context: click.Context, /, run: str, **_: Any) -> None:
 @options(ListSettings)
 @click.pass_context
 def compare(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
-    """The figures of finished students in the folders RUNS, side by side."""
+    """Finished students in the folders RUNS side by side: figures, settings, and whether they differ beyond chance."""
     from . import compare as stage
 
     stage.run(runs, given(context, ListSettings)[0])

@@ -1,26 +1,50 @@
-"""`stages compare`: finished runs of students side by side."""
+"""`stages compare`: finished runs of students side by side, in what they differ, and whether that is beyond chance."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import Refused, printable
+from pipeline.significance import RESAMPLES
 
-from .console import Console
+from .console import Console, bar
 from .runs import read_json
 from .settings import ListSettings
+from .sides import Side, pairs_of, settings_apart, side_of
 from .table import cell
+from .told_apart import judge
+from .verdicts import say_one, say_several
 
 _COLUMNS = {"accuracy": "accuracy", "f1_macro": "macro F1", "recall_tail": "tail recall", "agreement": "agreement"}
+Row = dict[str, Any]
 
 
 def run(names: tuple[str, ...], settings: ListSettings) -> None:
-    """A line for each run, and one for each teacher and baseline among them; on the test split, else validation."""
+    """A line for each run, and one for each teacher and baseline among them; on the test split, else validation. Then
+    each student against that of the first run; with one run, its student against its baseline."""
     console = Console(settings.json)
-    rows = [row for name in names for row in _rows(name)]
+    read = [_read(name) for name in dict.fromkeys(str(Path(name)) for name in names)]
+    rows = [row for of_run, _ in read for row in of_run]
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]  # one teacher of many students
+    pairs = pairs_of([sides for _, sides in read])
+    with bar(RESAMPLES * len(pairs), "resamples", "", scale=True) as shown:
+        comparisons = judge(pairs, shown.update) if pairs else []
     if settings.json:
-        return console.result(json.dumps(rows))
+        differences = [_difference(*pair, *one) for pair in pairs for one in settings_apart(*pair)]
+        return console.result(json.dumps({"rows": rows, "differences": differences, "comparisons": comparisons}))
+    _say_table(rows, console)
+    if len(pairs) == 1:
+        say_one(*pairs[0], comparisons[0], console)
+    elif pairs:
+        say_several(pairs, comparisons, console)
+
+
+def _difference(first: Side, second: Side, name: str, one: Any, other: Any) -> dict[str, Any]:
+    return {"first": first.name, "second": second.name, "setting": name, "values": [one, other]}
+
+
+def _say_table(rows: Sequence[Row], console: Console) -> None:
     title = " and ".join(sorted({row["split"] for row in rows})) + " split"
     width = max(len(title), *(len(row["name"]) for row in rows))
     console.say(f"{title:{width}}" + "".join(f"{title:>17}" for title in _COLUMNS.values()) + f"{'seeds':>7}")
@@ -30,24 +54,26 @@ def run(names: tuple[str, ...], settings: ListSettings) -> None:
         console.say(f"{row['name']:<{width}}{cells}{row['seeds'] or '':>7}")
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
-    """The teacher, the baseline where there is one, and the student of a run."""
+def _read(name: str) -> tuple[list[Row], dict[str, Side]]:
+    """Of a run the rows of teacher, baseline where there is one, and student; and the last two as sides."""
     result = read_json(Path(name) / "result.json")
     try:
         split, seeds = "test" if "test" in result["student"] else "val", len(result["seeds"])
         mapped = (result["settings"]["combine"], result["settings"]["map"])
         teacher = printable(f"teacher {result['teacher']['arch']}" + "".join(f", {how}" for how in mapped if how))
         rows = [_row(teacher, split, 0, result["teacher"][split], {})]
+        sides: dict[str, Side] = {}
         for model in ("baseline", "student"):
             if model in result:
                 title = f"{name}, hard targets only" if model == "baseline" else name
                 rows.append(_row(title, split, seeds, result[model][split], result["spread"][model][split]))
-        return rows
-    except (KeyError, TypeError, AttributeError):
+                sides[model] = side_of(name, title, result, model)
+        return rows, sides
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise Refused(f"'{name}/result.json' is not of a student's run") from None
 
 
-def _row(name: str, split: str, seeds: int, mean: dict[str, Any], spread: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, split: str, seeds: int, mean: dict[str, Any], spread: dict[str, Any]) -> Row:
     """Raises TypeError for figures that are no numbers."""
     shown = {key: mean.get(key) for key in _COLUMNS}
     around = {key: spread.get(key) for key in shown} if spread else {}

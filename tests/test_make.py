@@ -23,6 +23,7 @@ TARGETS = [
     "born-again",
     "methods",
     "tune",
+    "compare",
     "check-cache",
     "inspect",
     "lint",
@@ -95,6 +96,7 @@ def asked_for(*arguments: str) -> list[str]:
             " --arch mlp:64 --out runs/t --select f1_macro",
         ),
         ("tune SEARCH=ema=0|0.9 GRID=1", "tune --data digits --cache caches/digits --search 'ema=0|0.9' --grid"),
+        ("compare RUNS='runs/a runs/b' JSON=1", "compare runs/a runs/b --json"),
         ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
     ],
 )
