@@ -44,8 +44,9 @@ def _record(
     """What is known of the second against the first.
 
     accuracy, f1_macro: {value, low, high}, second less first, as shares; level: of the intervals; mcnemar: see
-    `_tests`; verdict: real, not told apart, or None where nothing is known; about: settings, or students where one of
-    the two has a single seed: then McNemar's p must be below chance too; words: the verdict, or why there is none.
+    `_tests`; verdict: real, not told apart (within chance, or nothing but seeds differs), or None where nothing is
+    known; about: settings, or students where one of the two has a single seed: then McNemar's p must be below chance
+    too; words: the verdict, or why there is none.
     """
     record: Record = {"first": first.name, "second": second.name, "split": second.split, "verdict": None}
     if isinstance(a, str) or isinstance(b, str):
@@ -58,12 +59,18 @@ def _record(
     several = min(len(first.seeds), len(second.seeds)) > 1
     tests = _tests(first, second, a, b, several)
     accuracy, p = found["accuracy"], max(test["p"] for test in tests)
-    real = accuracy.beyond_chance and (several or p < chance)
+    beyond = accuracy.beyond_chance and (several or p < chance)
+    real = beyond and not seeds_alone(settings_apart(first, second))
+    words = _of_seeds(several)
+    if real:
+        words = _real(first, second, accuracy, several)
+    elif not beyond:
+        words = _not_apart(accuracy, p, chance, several)
     return record | {
         "rows": len(a.labels), "seeds": [len(first.seeds), len(second.seeds)], "level": 1 - chance,
         **{name: asdict(one) for name, one in found.items()}, "mcnemar": tests,
         "verdict": REAL if real else NOT_APART, "about": "settings" if several else "students",
-        "words": _real(first, second, accuracy, several) if real else _not_apart(accuracy, p, chance, several),
+        "words": words,
     }  # fmt: skip
 
 
@@ -86,7 +93,13 @@ def _real(first: Side, second: Side, accuracy: Difference, several: bool) -> str
             f"{REAL} for these trained students, on rows such as these: {better} is the more accurate. Not yet for"
             " their settings: two seeds of the same settings are often told apart like this; --seeds 3 of both tells"
         )
-    return words + (". No setting differs here: it is no gain of one" * seeds_alone(settings_apart(first, second)))
+    return words
+
+
+def _of_seeds(several: bool) -> str:
+    """A difference beyond other rows (and seeds) where there is nothing but seeds that it could come from."""
+    tells = "" if several else "; --seeds 3 shows how far seeds go"
+    return f"{NOT_APART}: other rows do not explain it, but no setting differs: it is chance of the seeds{tells}"
 
 
 def _not_apart(accuracy: Difference, p: float, chance: float, several: bool) -> str:

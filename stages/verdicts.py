@@ -54,8 +54,7 @@ def say_several(pairs: Sequence[tuple[Side, Side]], records: Sequence[Record], c
     console.say(f"Each less {pairs[0][0].name}, in points; {level}")
     for (first, second), record in zip(pairs, records, strict=True):
         apart = settings_apart(first, second)
-        though = ", though no setting differs" * (record["verdict"] == REAL and seeds_alone(apart))
-        console.say(f"  {second.name:{width}}  {_in_short(record)}{though}")
+        console.say(f"  {second.name:{width}}  {_in_short(record)}")
         console.say(f"  {'':{width}}    {_apart(apart)}")
     if any(record["verdict"] == REAL and record["about"] == "students" for record in records):
         console.say(

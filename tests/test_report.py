@@ -157,6 +157,12 @@ def test_the_command_in_the_page_makes_the_run_again(home: Path, page: str) -> N
         assert words in command
 
 
+def test_the_summary_says_what_compare_says_of_student_and_baseline(home: Path, page: str, stages: Stages) -> None:
+    (found,) = stages("compare", home / "runs/hints")["comparisons"]
+    low, high = (f"{100 * found['accuracy'][key]:+.2f}" for key in ("low", "high"))
+    assert f"(95 % interval {low} to {high}: {found['verdict']})" in unescape(page)
+
+
 def test_equal_runs_give_an_equal_page(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "runs", tmp_path / "runs")
     report(tmp_path, "--pictures", 3, "--no-latency")
@@ -199,11 +205,12 @@ def test_without_data_logits_or_cache_the_rest_is_shown(tiny: Path, stages: Stag
         ("result.json", lambda r: r["student"]["test"]["confusion"].append([1]), "is not of a student's run"),
         ("result.json", lambda r: r.pop("bill"), "is not of a student's run"),
         ("result.json", lambda r: r["versions"].update(torch=[]), "is not of a student's run"),
+        ("result.json", lambda r: r["seeds"][0].update(seed="x"), "is not of a student's run"),
         ("settings.json", lambda r: r.update(epochs="many"), "is damaged"),
     ],
 )
 def test_damaged_runs_are_refused_by_name(tiny: Path, stages: Stages, file: str, change: object, wrong: str) -> None:
-    stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
+    stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--baseline", "--out", "r")
     record = json.loads(Path("r", file).read_text())
     change(record)  # type: ignore[operator]
     Path("r", file).write_text(json.dumps(record))

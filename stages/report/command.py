@@ -46,7 +46,7 @@ def run(names: tuple[str, ...], settings: ReportSettings) -> None:
     parts, texts = [], []
     for group in groups:
         rows = rows_of(group, found)
-        words = summary(group, rows, {})
+        words = summary(group, rows)
         texts.append((group, rows, words))
         each = [
             part_of(one, group.split, inspections, settings, loaded, len(runs) <= 4)

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import printable
+from data.errors import Refused, printable
+from pipeline.significance import RESAMPLES
 
-from ..console import duration
+from ..console import bar, duration
+from ..sides import side_of
+from ..told_apart import judge
 from .reading import Run
 
 COLUMNS = {
@@ -69,8 +72,8 @@ def better(name: str) -> str:
     return "lower is better" if name in _LESS_IS_BETTER else "higher is better"
 
 
-def summary(group: Group, rows: Sequence[Row], verdicts: dict[str, str]) -> list[str]:
-    """What the runs come to, a sentence each. verdicts: of a run, what student against baseline is worth."""
+def summary(group: Group, rows: Sequence[Row]) -> list[str]:
+    """What the runs come to, a sentence each."""
     students = [row for row in rows if row.kind == "student" and row.figures["accuracy"].value is not None]
     finished = [row for row in students if not row.note]
     count = len(group.runs)
@@ -80,7 +83,7 @@ def summary(group: Group, rows: Sequence[Row], verdicts: dict[str, str]) -> list
     if finished:
         best = max(finished, key=lambda row: row.figures["accuracy"].value or 0)
         lines.append(f"The best student is {best.name} ({best.arch}): {best.figures['accuracy'].shown} % accuracy.")
-        lines += _against(best, group, verdicts)
+        lines += _against(best, group)
     lines += _smallest(finished, rows)
     saved = sum(run.result["bill"]["saved"] or 0 for run in group.runs if run.result)
     if saved:
@@ -89,7 +92,7 @@ def summary(group: Group, rows: Sequence[Row], verdicts: dict[str, str]) -> list
     return lines
 
 
-def _against(best: Row, group: Group, verdicts: dict[str, str]) -> list[str]:
+def _against(best: Row, group: Group) -> list[str]:
     """The best student beside its teacher and its baseline."""
     run = next(run for run in group.runs if run.name == best.name)
     own, teacher = run.figures("student", group.split), run.figures("teacher", group.split)
@@ -100,9 +103,23 @@ def _against(best: Row, group: Group, verdicts: dict[str, str]) -> list[str]:
     base = run.figures("baseline", group.split)
     if base and base.get("accuracy") is not None:
         gain = 100 * (own["accuracy"] - base["accuracy"])
-        verdict = f": {verdicts[best.name]}" if best.name in verdicts else ""
-        lines.append(f"It is {_points(gain)} the same network trained from hard targets alone{verdict}.")
+        lines.append(f"It is {_points(gain)} the same network trained from hard targets alone{_verdict(run)}.")
     return lines
+
+
+def _verdict(run: Run) -> str:
+    """Whether student and baseline are told apart, as `compare` has it."""
+    try:
+        sides = [side_of(run.name, model, run.result or {}, model) for model in ("baseline", "student")]
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        raise Refused(f"'{run.name}/result.json' is not of a student's run") from None
+    with bar(RESAMPLES, "resamples", "", scale=True) as shown:
+        (record,) = judge([(sides[0], sides[1])], shown.update)
+    if record["verdict"] is None:
+        return ""
+    low, high = (f"{100 * record['accuracy'][key]:+.2f}" for key in ("low", "high"))
+    one = " for these trained students" if record["about"] == "students" else ""
+    return f" ({100 * record['level']:.4g} % interval {low} to {high}: {record['verdict']}{one})"
 
 
 def _points(gap: float) -> str:
