@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from ..drawing_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Picture, text
@@ -67,9 +67,9 @@ def _cloud(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
     if points:
         axes.set_xscale("log")
         axes.margins(0.25, 0.15)
-        narrow = max(costs) < 100 * min(costs)
+        narrow = max(costs) < 30 * min(costs)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.15g}"))
+        axes.xaxis.set_major_formatter(EngFormatter(sep="") if min(costs) >= 100 else "{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     named = [point for point in points if point.kind != "baseline"]  # which has its student's name, and stands below
     for cost, point in zip(costs, points, strict=True):
