@@ -23,8 +23,9 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 empty :=
 comma := ,
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID
+SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID INT8
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
+told = $(strip $(foreach name,$(1),$(filter command%,$(origin $(name)))))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
 FROM = $(if $(CACHES),$(foreach cache,$(CACHES),--cache '$(cache)'),--cache '$(CACHE)')
@@ -38,11 +39,12 @@ DISTILLING := RECIPE COMBINE MAP MISSING DRAWS DRAWS_PER_DECODE ARCH ORDER_SEED 
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE IMBALANCE HEAD_SIZE \
   SHARD_ROWS LICENSE TOLERANCE
 INSPECTING := ROWS REPEATS TEMPERATURE
+EXPORTING := INT8 TOLERANCE MOST_DROP
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
 KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  ROW CIFAR GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY $(INSPECTING) $(DISTILLING) \
+  ROW CIFAR GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY RUN MODEL PICTURES TOP $(EXPORTING) $(INSPECTING) $(DISTILLING) \
   $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
@@ -59,7 +61,8 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[$(or $(2),dev)]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students blend born-again methods tune long-tail check-cache inspect lint \
+.PHONY: help install teacher teacher-cache student students blend born-again methods tune long-tail check-cache inspect export \
+  predict lint \
   bench test slow torture check clean
 
 help: ## what there is
@@ -150,6 +153,17 @@ check-cache: ## is the cache whole? DATA= or CACHE=; DEEP=1 renders every view a
 inspect: ## which taps, channels, classes and temperatures matter: DATA= or CACHE=; ROWS= REPEATS= TEMPERATURE= OUT=
 	$(call ensure,$(RUNS_ON) matplotlib)
 	$(QUIET)$(STAGES) inspect '$(CACHE)' $(call options,$(INSPECTING) SEED OUT JSON)
+
+# Where data and cache lie is said when it is not where the run says.
+export: ## a finished student as ONNX, pt2 and safetensors, with a model card: RUN= INT8=1 TOLERANCE= MOST_DROP=
+	$(call ensure,$(RUNS_ON) onnx onnxscript onnxruntime)
+	$(QUIET)$(STAGES) export '$(or $(RUN),$(error say which run: make export RUN=runs/digits-mlp-64-1))' \
+	  $(if $(call told,DATA),--data '$(DATA)') $(call options,DATA_ROOT) $(if $(call told,CACHE CACHES),$(FROM)) \
+	  $(call options,$(EXPORTING) JSON)
+
+predict: ## what an exported student says of pictures: MODEL=runs/r/student.onnx PICTURES='a.png b.png' TOP=
+	$(call ensure,$(RUNS_ON) onnx onnxscript onnxruntime)
+	$(QUIET)$(STAGES) predict '$(MODEL)' $(foreach picture,$(PICTURES),'$(picture)') $(call options,TOP JSON)
 
 lint: ## format, lint and types
 	$(call ensure,$(RUNS_ON) $(PARTS) ruff mypy)
