@@ -26,7 +26,7 @@ from .material import Material
 from .model_card import model_card
 from .onnx_file import Runner, check_installed, versions
 from .portable import OPSET, Portable, capture, loaded_pt2, onnx_of, pt2_of, safetensors_of
-from .same_answers import BATCHES, Logits, answers, check_again, compared, in_sizes, plain
+from .same_answers import BATCHES, Logits, answers, check_again, compared, in_sizes, own_difference, plain
 from .settings import ExportSettings
 from .taught import open_caches
 from .which_student import Chosen, choose
@@ -97,7 +97,8 @@ def _made(
         shown.update()
     runner = Runner.of(files[ONNX], torch.get_num_threads())
     found = answers(rows, lambda views: runner.logits(plain(views)), f"checking {ONNX}")
-    check = compared(ONNX, said[split], found, in_sizes(runner, rows, said[split]), settings.tolerance)
+    sizes, own = in_sizes(runner, rows, said[split]), own_difference(model, rows, said[split])
+    check = compared(ONNX, said[split], found, sizes, own, settings.tolerance)
     again = check_again(PT2, loaded_pt2(files[PT2]), model, rows, settings.tolerance)
     files[WEIGHTS] = safetensors_of(network, about.to_metadata())
 
