@@ -23,8 +23,9 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 empty :=
 comma := ,
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID PNG
+SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID PNG INT8
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
+told = $(strip $(foreach name,$(1),$(filter command%,$(origin $(name)))))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
 FROM = $(if $(CACHES),$(foreach cache,$(CACHES),--cache '$(cache)'),--cache '$(CACHE)')
@@ -38,11 +39,13 @@ DISTILLING := RECIPE COMBINE MAP MISSING DRAWS DRAWS_PER_DECODE ARCH ORDER_SEED 
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE IMBALANCE HEAD_SIZE \
   SHARD_ROWS LICENSE TOLERANCE
 INSPECTING := ROWS REPEATS TEMPERATURE
+EXPORTING := INT8 TOLERANCE MOST_DROP
 WHERE = --data '$(DATA)' $(call options,DATA_ROOT)
 
 # A variable that nothing reads is a slip: say so instead of doing without it.
 KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VIEWS DATA_ROOT DEEP REPAIR LICENSE BATCH_SIZE \
-  ROW CIFAR GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY RUNS PICTURES PNG LATENCY $(INSPECTING) $(DISTILLING) \
+  ROW CIFAR GENERATIONS ONLY LAYERS STUDENT_LAYERS TIME_STEPS SEARCH TRIALS GRID TOGETHER PRUNE STORAGE STUDY \
+  RUN RUNS MODEL PICTURES TOP SHOW PNG LATENCY $(EXPORTING) $(INSPECTING) $(DISTILLING) \
   $(MACHINE) $(TRAINING) $(STAGE_ONE)
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
@@ -59,8 +62,8 @@ define ensure
   $(VENV)/bin/python -m pip install --quiet -e '.[$(or $(2),dev)]'; }
 endef
 
-.PHONY: help install teacher teacher-cache student students blend born-again methods tune compare long-tail check-cache inspect report pictures lint \
-  bench test browser slow torture check clean
+.PHONY: help install teacher teacher-cache student students blend born-again methods tune compare long-tail \
+  check-cache inspect report pictures export predict lint bench test browser slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -157,8 +160,8 @@ inspect: ## which taps, channels, classes and temperatures matter: DATA= or CACH
 
 report: ## runs as one page to look at: RUNS='runs/a runs/b', all when not said; OUT= DATA_ROOT= PNG=1
 	$(call ensure,$(RUNS_ON) matplotlib jinja2)
-	$(QUIET)$(STAGES) report $(RUNS) $(if $(filter command%,$(origin DATA)),--data '$(DATA)') \
-	  $(call options,DATA_ROOT OUT PICTURES PNG JSON) $(if $(filter 0,$(LATENCY)),--no-latency)
+	$(QUIET)$(STAGES) report $(RUNS) $(if $(call told,DATA),--data '$(DATA)') \
+	  $(call options,DATA_ROOT OUT SHOW PNG JSON) $(if $(filter 0,$(LATENCY)),--no-latency)
 
 # Each row: the name of a run, then its arch and losses.
 PICTURED := runs/pictures
@@ -183,6 +186,17 @@ pictures: ## the pictures of the README, docs/*.png, from six students of digits
 	for name in curves reliability; do cp $(PICTURED)/report/runs-pictures-cnn-$$name.png docs/$$name.png; done
 	! command -v chromium > /dev/null || chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1100 \
 	  --screenshot=docs/report.png file://$(CURDIR)/$(PICTURED)/report/report.html 2> /dev/null
+
+# Where data and cache lie is said when it is not where the run says.
+export: ## a finished student as ONNX, pt2 and safetensors, with a model card: RUN= INT8=1 TOLERANCE= MOST_DROP=
+	$(call ensure,$(RUNS_ON) onnx onnxscript onnxruntime)
+	$(QUIET)$(STAGES) export '$(or $(RUN),$(error say which run: make export RUN=runs/digits-mlp-64-1))' \
+	  $(if $(call told,DATA),--data '$(DATA)') $(call options,DATA_ROOT) $(if $(call told,CACHE CACHES),$(FROM)) \
+	  $(call options,$(EXPORTING) JSON)
+
+predict: ## what an exported student says of pictures: MODEL=runs/r/student.onnx PICTURES='a.png b.png' TOP=
+	$(call ensure,$(RUNS_ON) onnx onnxscript onnxruntime)
+	$(QUIET)$(STAGES) predict '$(MODEL)' $(foreach picture,$(PICTURES),'$(picture)') $(call options,TOP JSON)
 
 lint: ## format, lint and types
 	$(call ensure,$(RUNS_ON) $(PARTS) ruff mypy)

@@ -5,9 +5,8 @@ PATH/train/… or PATH/…  without class folders                         unlabe
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -17,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from .decoding import GREY, opened
 from .errors import Refused, WrongCommand
 from .pictures import centre, cut, stacked
 from .views import Box, with_border
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-GREY = {"1", "L"}
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -71,19 +70,6 @@ class FolderPictures:
             if self.mode == "L" and image.mode not in GREY:
                 raise Refused(f"the picture {path} is in colour ({image.mode}), those looked at first are grey")
             return image.convert(self.mode)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture of 8 bits a channel. Raises Refused, with its path, for one that cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # converting would clip at 255: a 16-bit picture would come out white
-                raise Refused(f"the picture {path} has more than 8 bits a channel ({image.mode}): convert it first")
-            yield image
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
-        why = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise Refused(f"the picture {path} cannot be decoded: {why}") from None
 
 
 def read_folder(root: Path) -> tuple[dict[str, tuple[FolderPictures, NDArray[np.int64]]], tuple[str, ...]]:

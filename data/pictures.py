@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from .decoding import array_of, centred
 from .views import Box, with_border
 
 _BORDERED_BYTES = 2 << 30  # of pictures that are kept with their border as well
@@ -69,18 +70,8 @@ def stacked(views: list[torch.Tensor]) -> torch.Tensor:
 
 
 def centre(image: Image.Image, size: int, resize: int) -> torch.Tensor:
-    """uint8 [C, size, size]: shorter side made `resize` (0: size), then the centre; untouched if it fits.
-
-    Pillow's bilinear filter with antialiasing, in its 8-bit fixed-point arithmetic.
-    """
-    short = max(resize or size, size)
-    W, H = image.size
-    if min(W, H) != short:
-        scale = short / min(W, H)
-        W, H = max(round(W * scale), size), max(round(H * scale), size)
-        image = image.resize((W, H), Image.Resampling.BILINEAR)
-    left, top = (W - size) // 2, (H - size) // 2
-    return pixels_of(image.crop((left, top, left + size, top + size)))
+    """As decoding.centred."""
+    return torch.from_numpy(centred(image, size, resize))
 
 
 def cut(image: Image.Image, size: int, box: Box) -> torch.Tensor:
@@ -89,6 +80,5 @@ def cut(image: Image.Image, size: int, box: Box) -> torch.Tensor:
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
-    """uint8 [C, H, W], C 1 for mode L and 3 for mode RGB."""
-    pixels = np.array(image, dtype=np.uint8)  # a copy: torch does not take Pillow's read-only buffer
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    """As decoding.array_of."""
+    return torch.from_numpy(array_of(image))

@@ -16,10 +16,12 @@ from .settings import (
     CacheSettings,
     CheckSettings,
     EvaluateSettings,
+    ExportSettings,
     InspectSettings,
     ListSettings,
     MethodsSettings,
     PackSettings,
+    PredictSettings,
     ReportSettings,
     SearchSettings,
     StudentsSettings,
@@ -134,6 +136,29 @@ def evaluate(context: click.Context, /, run: str, **_: Any) -> None:
     from . import evaluate as stage
 
     stage.run(run, *given(context, EvaluateSettings))
+
+
+@commands.command("export")
+@click.argument("run")
+@options(ExportSettings)
+@click.pass_context
+def export(context: click.Context, /, run: str, **_: Any) -> None:
+    """The student in the folder RUN as ONNX, pt2 and safetensors files, each checked, with a model card."""
+    from . import export as stage
+
+    stage.run(run, *given(context, ExportSettings))
+
+
+@commands.command("predict")
+@click.argument("model")
+@click.argument("pictures", nargs=-1, required=True)
+@options(PredictSettings)
+@click.pass_context
+def predict(context: click.Context, /, model: str, pictures: tuple[str, ...], **_: Any) -> None:
+    """What the exported student in the file MODEL says of PICTURES."""
+    from . import predict as stage
+
+    stage.run(model, pictures, given(context, PredictSettings)[0])
 
 
 @commands.command("compare")

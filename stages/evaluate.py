@@ -26,7 +26,7 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
     begun = read_settings(folder, StudentSettings)
     here = {name: getattr(settings, name) for name in said - {"json"}}
     begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
-    _same_teachers(folder, open_caches(begun.cache))
+    same_teachers(folder, open_caches(begun.cache))
     material = Material.open(begun)
     seeds = range(begun.seed, begun.seed + begun.seeds)
     found: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
             console.say(f"seed {number}, {split}: {numbers}")
 
 
-def _same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
+def same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
     """Figures against the teacher are of the run's own caches, in its order, wherever they lie now."""
     record = read_json(folder / "cache.json")
     try:

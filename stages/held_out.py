@@ -39,12 +39,13 @@ class HeldOut:
         was_training = model.training
         model.eval()
         with torch.inference_mode(), autocast(self.device, self.precision):
-            said = [model(views.to(self.device)).float().cpu() for views in self._views()]
+            said = [model(views.to(self.device)).float().cpu() for views in self.batches()]
         model.train(was_training)
         logits: NDArray[np.float32] = torch.cat(said).numpy()
         return logits
 
-    def _views(self) -> Iterator[torch.Tensor]:
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The plain views uint8 [B, C, S, S], batch_size of them at a time, in row order of the split."""
         if self._kept:
             yield from self._kept
             return

@@ -210,6 +210,23 @@ class EvaluateSettings(Data, Machine, Output):
 
 
 @dataclass(frozen=True)
+class ExportSettings(Data, Output):
+    """`stages export RUN`: a student's run as files that other programs take."""
+
+    cache: tuple[str, ...] = knob((), "Folder of the cache, or of each, where no longer where the run says.")
+    int8: bool = knob(False, "A file in 8 bits as well, calibrated on views of the cache.")
+    tolerance: float = knob(1e-4, "Most that a logit may differ from PyTorch's.", least=0)
+    most_drop: float = knob(0.01, "Most accuracy that --int8 may cost, as a share of the pictures.", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class PredictSettings(Output):
+    """`stages predict MODEL PICTURES`: what an exported student says of pictures."""
+
+    top: int = knob(3, "So many classes of each picture, the likeliest first.", least=1)
+
+
+@dataclass(frozen=True)
 class CheckSettings(Data, Machine, Output):
     """`stages check-cache CACHE`: is every byte what it was?"""
 
@@ -242,6 +259,6 @@ class ReportSettings(Output):
     out: str = knob("", "Folder of report.html and report.md; a new one under runs/ when not given.")
     data: str = knob("", "Where the runs' data are now, for the pictures: folder:PATH.")
     data_root: str = knob("", "Folder of the data sets that torchvision reads, where not as the runs say.")
-    pictures: int = knob(12, "Pictures of each run on which teacher and student differ most.", least=0, most=200)
+    show: int = knob(12, "Pictures of each run on which teacher and student differ most.", least=0, most=200)
     png: bool = knob(False, "Each picture as a PNG beside the page as well, for papers and slides.")
     latency: bool = knob(True, "Measure the time that a picture takes here, of every network.", switch=True)

@@ -76,6 +76,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 2 seeds of `cnn` with baselines, from `tiny`'s cache, exported with 8 bits too. To be read."""
+    from stages.__main__ import main
+
+    run = tmp_path_factory.mktemp("exported") / "run"
+    student = ["--cache", f"{tiny}/cache", "--arch", "cnn", "--epochs", "15", "--learning-rate", "0.02"]
+    main(["student", *student, "--seeds", "2", "--baseline", "--out", str(run)])
+    main(["export", str(run), "--int8", "--most-drop", "0.05"])
+    return run
+
+
 @pytest.fixture
 def cache(tiny: Path, tmp_path: Path) -> Path:
     """A copy of `tiny`'s cache that a test may damage."""

@@ -26,6 +26,8 @@ TARGETS = [
     "compare",
     "check-cache",
     "inspect",
+    "export",
+    "predict",
     "lint",
     "test",
     "check",
@@ -97,6 +99,15 @@ def asked_for(*arguments: str) -> list[str]:
         ),
         ("tune SEARCH=ema=0|0.9 GRID=1", "tune --data digits --cache caches/digits --search 'ema=0|0.9' --grid"),
         ("compare RUNS='runs/a runs/b' JSON=1", "compare runs/a runs/b --json"),
+        (
+            "export RUN=runs/r INT8=1 TOLERANCE=1e-5 MOST_DROP=0.02",
+            "export runs/r --int8 --tolerance 1e-5 --most-drop 0.02",
+        ),
+        (
+            "export RUN=runs/r DATA=folder:/a/b CACHES='c d' DATA_ROOT=e",
+            "export runs/r --data folder:/a/b --data-root e --cache c --cache d",
+        ),
+        ("predict MODEL=m.onnx PICTURES='a.png b.png' TOP=2", "predict m.onnx a.png b.png --top 2"),
         ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
     ],
 )

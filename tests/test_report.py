@@ -23,7 +23,7 @@ def home(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs and their report."""
     folder = tmp_path_factory.mktemp("reported")
     make_runs(tiny, folder)
-    report(folder, "--pictures", 3)
+    report(folder, "--show", 3)
     return folder
 
 
@@ -165,9 +165,9 @@ def test_the_summary_says_what_compare_says_of_student_and_baseline(home: Path, 
 
 def test_equal_runs_give_an_equal_page(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "runs", tmp_path / "runs")
-    report(tmp_path, "--pictures", 3, "--no-latency")
+    report(tmp_path, "--show", 3, "--no-latency")
     first = (tmp_path / "report/report.html").read_text()
-    report(tmp_path, "--pictures", 3, "--no-latency")
+    report(tmp_path, "--show", 3, "--no-latency")
     assert (tmp_path / "report/report.html").read_text() == first
 
 

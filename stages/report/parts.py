@@ -64,7 +64,7 @@ def part_of(
     for fingerprint in run.fingerprints:
         if fingerprint in inspections:
             pictures += _of_inspection(inspections[fingerprint])
-    apart = disagreements(run, split, settings, loaded) if settings.pictures else []
+    apart = disagreements(run, split, settings, loaded) if settings.show else []
     return RunPart(
         name=printable(run.name), state=run.state, open=unfolded, split=split, pictures=pictures, notes=notes,
         classes=_classes(run, split), apart=[] if isinstance(apart, str) else apart,

@@ -49,7 +49,7 @@ def disagreements(run: Run, split: str, settings: ReportSettings, loaded: Loaded
     rows = transfer_set.splits[split]
     if rows.content != kept.content:
         return f"the {split} split has other pictures now than the run was measured on"
-    chosen = apart(kept.logits, teacher.logits, settings.pictures)
+    chosen = apart(kept.logits, teacher.logits, settings.show)
     batch = np.array([row for row, _ in chosen])
     seen = next(iter(render_in_order(rows.pictures, views.plain(), 0, [batch], 0, 0)))
     found = []
