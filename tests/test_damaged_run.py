@@ -52,7 +52,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert attempt(lambda: command(*asked, "--epochs", 1, "--out", folder / "done"), 60).value[0] == 0
     assert attempt(half, 60).value[0] == 130
     assert sorted(path.name for path in (folder / "half").iterdir()) == [
-        "cache.json", "checkpoint.pt", "metrics.jsonl", "settings.json",
+        "cache.json", "checkpoint.pt", "metrics.jsonl", "settings.json", "teacher-logits.safetensors",
     ]  # fmt: skip
     return folder
 
@@ -274,15 +274,18 @@ def test_any_record_of_a_run_is_used_or_refused_in_one_line(
     """Mutated anywhere; a training that would begin is stopped at once."""
     monkeypatch.chdir(tmp_path)
     counts = Counter[str]()
-    files = {
-        "half/settings.json": "student --resume --out half", "half/cache.json": "student --resume --out half",
-        "done/settings.json": "evaluate done", "done/metrics.jsonl": "student --resume --out done",
-        "done/result.json": "teacher-cache --weights done --views none --draws 1 --out c",
-    }  # fmt: skip
+    report = "report half done --no-latency --show 0 --out o"
+    works = [
+        ("half/settings.json", "student --resume --out half"), ("half/cache.json", "student --resume --out half"),
+        ("done/settings.json", "evaluate done"), ("done/metrics.jsonl", "student --resume --out done"),
+        ("done/result.json", "teacher-cache --weights done --views none --draws 1 --out c"),
+        ("half/settings.json", report), ("done/cache.json", report), ("done/metrics.jsonl", report),
+        ("done/result.json", report), ("done/result.json", "compare done"),
+    ]  # fmt: skip
 
     def one(data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(files)))
-        for folder in ("half", "done", "c"):
+        name, line = data.draw(st.sampled_from(works))
+        for folder in ("half", "done", "c", "o"):
             shutil.rmtree(folder, ignore_errors=True)
         for folder in ("half", "done"):
             shutil.copytree(runs / folder, folder)
@@ -296,7 +299,7 @@ def test_any_record_of_a_run_is_used_or_refused_in_one_line(
 
         def work() -> Any:
             stopped_after(0)
-            return command(*files[name].split())
+            return command(*line.split())
 
         code, _ = well_behaved(attempt(work, limit=20))
         counts[{0: "used", 130: "used"}.get(code, "refused")] += 1
