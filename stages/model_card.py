@@ -181,7 +181,7 @@ def _sources(chosen: Chosen, manifests: list[Manifest]) -> str:
     rows = first.splits["train"]
     lines = [
         f"- {rows:,} pictures of {quoted(first.identity['transfer_set']['name'])}, each in"
-        f" {settings.draws or first.draws} views `{quoted(views['policy'])}` ({knobs})"
+        f" {settings.draws or first.draws} view{'s' * ((settings.draws or first.draws) > 1)} `{quoted(views['policy'])}` ({knobs})"
     ]
     if settings.labelled:
         lines.append(f"- {settings.labelled:,} of them with their labels, all with the teacher's logits")
