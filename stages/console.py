@@ -13,10 +13,10 @@ from .ranks import is_first
 
 class Console:
     """Lines go to standard output, or to standard error when that is kept for one JSON object; of several ranks the
-    first alone prints."""
+    first alone prints. epoch_lines: a training says each epoch where no line can be drawn again, see showing."""
 
-    def __init__(self, json_only: bool):
-        self.json_only = json_only
+    def __init__(self, json_only: bool, epoch_lines: bool = True):
+        self.json_only, self.epoch_lines = json_only, epoch_lines
 
     def say(self, line: str = "") -> None:
         """Print a line, above a progress bar that may be running."""
@@ -24,6 +24,11 @@ class Console:
             return
         tqdm.write(line, file=sys.stderr if self.json_only else sys.stdout)
         (sys.stderr if self.json_only else sys.stdout).flush()
+
+    def note(self, line: str) -> None:
+        """Print a line of how a work goes on, which no one reads as its result: on standard error."""
+        if is_first():
+            tqdm.write(line, file=sys.stderr)
 
     def result(self, text: str) -> None:
         """Print the one JSON object."""
@@ -56,6 +61,13 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clock(seconds: float) -> str:
+    """`0:12`, `12:05`, `2:10:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_ = divmod(minutes, 60)
+    return f"{hours}:{minutes_:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class LongWork:

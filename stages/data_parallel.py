@@ -124,20 +124,37 @@ class Abreast:
         loss.backward()  # type: ignore[no-untyped-call]
         used = tuple(own.grad is not None for own in self._own)
         unused = self._never_reached(used)
-        roots, gradients = [], []
-        for i, (live, own) in enumerate(zip(self._live, self._own, strict=True)):
-            if not live.requires_grad or (i >= self._of_rows and own.grad is None):
-                continue
-            # Rows are this rank's alone, and are summed; the last layer has its full gradient on every rank. What the
-            # loss does not read gets zeros: DistributedDataParallel waits for every parameter.
-            gradient = torch.zeros_like(live) if own.grad is None else own.grad
-            roots.append(live)
-            gradients.append(gradient * who().world if i < self._of_rows else gradient)
-        torch.autograd.backward(roots, gradients)
+        torch.autograd.backward(*self._onward([own.grad for own in self._own]))
         for parameter in unused:
             parameter.grad = None  # as in one process: weight decay does not touch it
         _average([p.grad for p in self._trained if p.grad is not None])
         self._live, self._own = [], []
+
+    def gradient(self, term: torch.Tensor, weights: Sequence[nn.Parameter]) -> torch.Tensor:
+        """Of one term of the whole batch with respect to all weights, as one vector, summed over ranks. The graph
+        stays for backward, and nothing is accumulated."""
+        read = [x for x in (*self._own, *self._trained) if x.requires_grad]
+        found = dict(zip(read, torch.autograd.grad(term, read, retain_graph=True, allow_unused=True), strict=True))
+        roots, onward = self._onward([found.get(own) for own in self._own])
+        network = [weight for weight in weights if weight not in found]
+        through = torch.autograd.grad(roots, network, onward, retain_graph=True, allow_unused=True)
+        found |= zip(network, through, strict=True)
+        whole = flat([found[weight] for weight in weights], weights)
+        dist.all_reduce(whole)
+        return whole / who().world
+
+    def _onward(self, gradients: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the network said here, and the gradient with which each goes back. gradients: of each of _own."""
+        roots, onward = [], []
+        for i, (live, own) in enumerate(zip(self._live, gradients, strict=True)):
+            if not live.requires_grad or (i >= self._of_rows and own is None):
+                continue
+            # Rows are this rank's alone, and are summed; the last layer has its full gradient on every rank. What the
+            # loss does not read gets zeros: DistributedDataParallel waits for every parameter.
+            gradient = torch.zeros_like(live) if own is None else own
+            roots.append(live)
+            onward.append(gradient * who().world if i < self._of_rows else gradient)
+        return roots, onward
 
     def _begin(self, views: torch.Tensor) -> DistributedDataParallel:
         """The network under DistributedDataParallel, which gives every rank the weights of rank 0."""
@@ -192,6 +209,13 @@ def _gathered(own: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
         parts = [c[: stop - first].view(-1, *own[i].shape[1:]) for c, (first, stop) in zip(columns, cuts, strict=True)]
         whole.append(torch.cat([*parts[:rank], own[i], *parts[rank + 1 :]]))
     return whole
+
+
+def flat(gradients: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor], keep: int = 0) -> torch.Tensor:
+    """The gradients as one vector, of which there are as many as the first `keep` dimensions of the weights say; zeros
+    where a weight has none."""
+    each = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
+    return torch.cat([g.reshape(*g.shape[:keep], -1) for g in each], keep)
 
 
 def _average(gradients: Sequence[torch.Tensor]) -> None:

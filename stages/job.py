@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._functorch.config
 from torch import nn
 
 from data.errors import WrongCommand
@@ -22,8 +23,9 @@ from pipeline.stream import Stream
 from pipeline.taps import tapped
 
 from .checkpoint import Chance, State
-from .data_parallel import Abreast
+from .data_parallel import Abreast, flat
 from .held_out import autocast
+from .ranks import from_first
 from .runs import milestones_of
 from .settings import StudentSettings, TeacherSettings
 
@@ -61,6 +63,8 @@ class Job:
         if not self.settings.compile:
             return self.model
         torch._dynamo.config.recompile_limit = 256  # of one code, which all archs share: by default the fifth is not
+        # A backward pass that gives its buffers away cannot be taken for each term alone first; see step.
+        torch._functorch.config.donated_buffer = False
         compiled: nn.Module = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         return compiled
 
@@ -78,8 +82,15 @@ class Job:
         return 1.0
 
 
-def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features) -> torch.Tensor:
-    """One step of the optimiser; the weighted terms, detached."""
+def step(
+    job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features, norms: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One step of the optimiser; the weighted terms, detached.
+
+    norms: float32 [terms], where given, gets the L2 norm of the gradient of each weighted term alone, before clipping.
+    Taken on the step's own graph, it changes no bit of a weight. The largest term's is what the others leave of the
+    step's, which is right but for rounding and spares a pass through the network; one term alone costs none.
+    """
     if job.abreast:
         outputs, batch = job.abreast.outputs(batch, state.schedule.last_epoch)
     else:
@@ -88,18 +99,23 @@ def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: F
         features = {tap: x.float() for tap, x in kept.items()}
         outputs = Outputs(logits, features, own_head(job, logits.shape[1]))
     batch = _with_taps(job, batch)
-    terms = torch.stack(
-        [
-            fixed(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
-            for name, loss in zip(names(losses), losses, strict=True)
-        ]
-    )
+    each = [
+        fixed(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
+        for name, loss in zip(names(losses), losses, strict=True)
+    ]
+    terms = torch.stack(each)
+    if norms is not None:
+        sizes = from_first(terms.detach().abs().tolist) if len(each) > 1 else [1.0]
+        largest = sizes.index(max(sizes))
+        others = sum(_noted(job, state, each[i], norms[i]) for i in range(len(each)) if i != largest)
     for weight in state.weights:
         weight.grad = None
     if job.abreast:
         job.abreast.backward(terms.sum())
     else:
         terms.sum().backward()  # type: ignore[no-untyped-call]
+    if norms is not None:
+        norms[largest] = (flat([weight.grad for weight in state.weights], state.weights) - others).norm()
     if job.settings.clip_norm:
         nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
     state.optimizer.step()
@@ -107,6 +123,19 @@ def step(job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: F
     if state.average is not None:
         state.average.update_parameters(job.model)
     return terms.detach()
+
+
+def _noted(job: Job, state: State, term: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """The gradient of one term alone as one vector; its norm is noted, and the graph stays for the step."""
+    weights = state.weights
+    if not term.requires_grad:  # of a layer that is not trained
+        found = flat([None] * len(weights), weights)
+    elif job.abreast:
+        found = job.abreast.gradient(term, weights)
+    else:
+        found = flat(torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True), weights)
+    norm.copy_(found.norm())
+    return found
 
 
 def own_head(job: Job, classes: int) -> Head | None:

@@ -82,7 +82,7 @@ class Cost:
 
 def run(settings: MethodsSettings, said: set[str]) -> None:
     """Time all methods in turns, then train each; methods.json and methods.md. --out goes on with what is there."""
-    console = Console(settings.json)
+    console = Console(settings.json, epoch_lines=False)
     if settings.resume or settings.seeds > 1 or settings.baseline or settings.loss:
         raise WrongCommand(
             "methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss"

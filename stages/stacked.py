@@ -26,9 +26,12 @@ from pipeline.models.prepared import Prepared
 from pipeline.records import Outputs, TargetBatch
 
 from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, text_of
-from .console import Console, LongWork, bar
+from .console import Console
+from .data_parallel import flat
+from .epoch_line import line_of
 from .held_out import HeldOut, autocast
 from .job import Job, names
+from .showing import showing
 from .training import diverged, fit_together, publish_weights
 
 _MEMBERS = "members.txt"
@@ -173,25 +176,25 @@ def _as_one(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Fi
 
 def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_out: HeldOut, console: Console) -> None:
     job, total = jobs[0], jobs[0].epochs * jobs[0].steps
-    long_work = LongWork(console, f"Training {len(jobs)} of {job.name} as one", total, job.advice)
     batches = job.stream.batches(begin * job.steps, total)
-    with bar(total, job.name, "step") as shown:
-        shown.update(begin * job.steps)
+    sums = torch.zeros_like(_weights(jobs, begin))
+    with showing(jobs, begin, lambda i: sums[:, i], f"{len(jobs)} of {job.name} as one", console) as shown:
         for epoch in range(begin, job.epochs):
             begun = time.perf_counter()
             losses = [at(loss, epoch, job.epochs) for loss in job.losses]
             weights = _weights(jobs, epoch)
-            sums = torch.zeros_like(weights)
+            sums, norms = torch.zeros_like(weights), torch.zeros_like(weights)
             stack.train()
-            for number in range(epoch * job.steps, (epoch + 1) * job.steps):
+            for number in range(1, job.steps + 1):
+                batch = next(batches).to(job.device)
                 with job.chance:
-                    sums += _step(job, stack, state, next(batches).to(job.device), losses, weights)
-                shown.update()
-                long_work.at(number + 1)
-            line = _measured(jobs, sums / job.steps, held_out.logits(stack), held_out, epoch)
+                    sums += _step(job, stack, state, batch, losses, weights, norms if number == job.steps else None)
+                shown.step(len(batch.index))
+            line = _measured(jobs, sums / job.steps, norms, held_out.logits(stack), held_out, epoch)
             share = round((time.perf_counter() - begun) / len(jobs), 6)
             with job.chance:
                 state.keep(job.folder / STACK, line | {"share": share}, "last")
+            shown.epoch(line["students"])
 
 
 def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:
@@ -201,25 +204,41 @@ def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:
 
 
 def _step(
-    job: Job, stack: Stack, state: State, batch: TargetBatch, losses: list[Loss], weights: torch.Tensor
-) -> torch.Tensor:
-    """One step of all; their weighted terms [terms, S], detached."""
+    job: Job, stack: Stack, state: State, batch: TargetBatch, losses: list[Loss], weights: torch.Tensor,
+    norms: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """One step of all; their weighted terms [terms, S], detached. norms [terms, S]: as job.step has it."""
     with autocast(job.device, job.settings.precision):
         logits = stack(batch.views)
 
     def of_one(loss: Loss) -> Any:
         return lambda z: job.term(loss, Outputs(z), batch, None)
 
-    each = torch.stack([torch.vmap(of_one(loss), in_dims=1, randomness="different")(logits) for loss in losses])
-    terms = weights * each
+    each = [torch.vmap(of_one(loss), in_dims=1, randomness="different")(logits) for loss in losses]
+    terms = weights * torch.stack(each)
+    if norms is not None:
+        largest = int(terms.detach().abs().sum(1).argmax())
+        others = sum(_noted(state, each[i], weights[i], norms[i]) for i in range(len(each)) if i != largest)
     for weight in state.weights:
         weight.grad = None
     terms.sum().backward()  # type: ignore[no-untyped-call]
+    if norms is not None:
+        whole = flat([weight.grad for weight in state.weights], state.weights, keep=1)
+        norms[largest] = (whole - others).norm(dim=1)
     if job.settings.clip_norm:
         _clip(state.weights, job.settings.clip_norm)
     state.optimizer.step()
     state.schedule.step()
     return terms.detach()
+
+
+def _noted(state: State, term: torch.Tensor, weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """The gradient of one term [S] with its weights, [S, weights of a student]; its norms are noted."""
+    found = flat(
+        torch.autograd.grad(term, state.weights, weight, retain_graph=True, allow_unused=True), state.weights, keep=1
+    )
+    norms.copy_(found.norm(dim=1))
+    return found
 
 
 def _clip(weights: list[nn.Parameter], most: float) -> None:
@@ -232,19 +251,19 @@ def _clip(weights: list[nn.Parameter], most: float) -> None:
 
 
 def _measured(
-    jobs: Sequence[Job], means: torch.Tensor, logits: NDArray[np.float32], held_out: HeldOut, epoch: int
-) -> dict[str, Any]:
-    """The line of an epoch, with one for each student. means: of its terms [terms, S]; logits [N, S, K] of validation.
-
-    A student that has diverged has None.
-    """
+    jobs: Sequence[Job], means: torch.Tensor, norms: torch.Tensor, logits: NDArray[np.float32], held_out: HeldOut,
+    epoch: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The line of an epoch, with one for each student. means: of its terms [terms, S], norms: of their gradients;
+    logits [N, S, K] of validation. A student that has diverged has None."""
     finite = np.isfinite(logits).all((0, 2)) & np.isfinite(means.cpu().numpy()).all(0)
     lines: list[dict[str, Any] | None] = []
     for i, job in enumerate(jobs):
-        terms = dict(zip(names(job.losses), means[:, i].tolist(), strict=True))
-        line = {"epoch": epoch + 1, "loss": sum(terms.values()), **{f"loss_{name}": x for name, x in terms.items()}}
-        seen = summary(logits[:, i], held_out.labels) if finite[i] else {}
-        lines.append(line | {f"val_{name}": value for name, value in seen.items()} if finite[i] else None)
+        if not finite[i]:
+            lines.append(None)
+            continue
+        seen = summary(logits[:, i], held_out.labels)
+        lines.append(line_of(job, epoch, means[:, i].tolist(), norms[:, i].tolist(), seen))
     return {"epoch": epoch + 1, "students": lines}
 
 

@@ -27,11 +27,13 @@ from pipeline.taps import tapped
 
 from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, publish_tensors
 from .command_line import this_program
-from .console import Console, LongWork, bar
+from .console import Console
 from .data_parallel import Abreast, check_shared, parted, prepare
+from .epoch_line import line_of
 from .held_out import HeldOut
 from .job import Features, Job, loss_modules, names, own_head, step
 from .ranks import agree, from_first, who
+from .showing import showing
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
 # 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
@@ -41,7 +43,8 @@ WORTH_THREADS = 10_000_000
 @dataclass
 class _Course:
     """A training under way. first: the epoch that it begins with; kept: outputs of the tapped layers; threads: of the
-    CPU; losses, sums, seconds: of this epoch, its terms, their sums over the steps, and what its own steps took."""
+    CPU; losses, sums, norms, seconds: of this epoch, its terms, their sums
+    over the steps, the norms of their gradients at the last one, and what its own steps took."""
 
     job: Job
     state: State
@@ -50,6 +53,7 @@ class _Course:
     threads: int
     losses: list[Loss] = field(default_factory=list)
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    norms: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
     ended: Ended | None = None
 
@@ -152,30 +156,26 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
     job, first = courses[0].job, min(course.first for course in courses)
     total = job.epochs * job.steps
     what = f"the {job.name}" if len(courses) == 1 else f"{len(courses)} of {job.name} together"
-    long_work = LongWork(console, f"Training {what}", total, job.advice)
-    with bar(total, job.name, "step") as shown:
-        shown.update(first * job.steps)
+    with showing([course.job for course in courses], first, lambda i: courses[i].sums, what, console) as shown:
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.perf_counter()
             under_way = [course for course in courses if course.first <= epoch and not course.ended]
             for course in under_way:
                 _begin_epoch(course, epoch)
-            for number in range(epoch * job.steps, (epoch + 1) * job.steps):
-                _step_of_each(under_way, next(batches).to(job.device))
-                shown.update()
-                long_work.at(number + 1)
+            for number in range(1, job.steps + 1):
+                batch = next(batches).to(job.device)
+                _step_of_each(under_way, batch, last=number == job.steps)
+                shown.step(len(batch.index))
             own = sum(course.seconds for course in under_way)
             shared = (time.perf_counter() - begun - own) / max(len(under_way), 1)
             for course in under_way:
                 _use_threads(course)
                 try:
-                    line = _end_epoch(course, epoch, held_out, shared)
+                    _end_epoch(course, epoch, held_out, shared)
                 except Ended as ended:
                     course.ended = ended
-                    continue
-                figures = {k: f"{v:.4g}" for k, v in line.items() if k not in ("epoch", "seconds")}
-                shown.set_postfix(figures, refresh=False)
+            shown.epoch([c.state.lines[-1] if c in under_way and not c.ended else None for c in courses])
             if all(course.ended for course in courses):
                 return
 
@@ -183,17 +183,20 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
 def _begin_epoch(course: _Course, epoch: int) -> None:
     job = course.job
     course.losses = [at(loss, epoch, job.epochs) for loss in job.losses]
-    course.sums, course.seconds = torch.zeros(len(job.losses), device=job.device), 0.0
+    course.sums, course.norms = torch.zeros(2, len(job.losses), device=job.device)
+    course.seconds = 0.0
     job.model.train()
 
 
-def _step_of_each(courses: Sequence[_Course], batch: TargetBatch) -> None:
-    """Of each the step that it would take alone: with its own threads and what is random in it."""
+def _step_of_each(courses: Sequence[_Course], batch: TargetBatch, last: bool = False) -> None:
+    """Of each the step that it would take alone: with its own threads and what is random in it. last: of an epoch, at
+    which the gradients of the terms are measured."""
     for course in courses:
         _use_threads(course)
         begun = time.perf_counter()
         with course.job.chance:
-            course.sums += step(course.job, course.state, batch, course.losses, course.kept)
+            norms = course.norms if last else None
+            course.sums += step(course.job, course.state, batch, course.losses, course.kept, norms)
         course.seconds += time.perf_counter() - begun
 
 
@@ -203,22 +206,23 @@ def _use_threads(course: _Course) -> None:
         torch.set_num_threads(course.threads)
 
 
-def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) -> dict[str, Any]:
-    """Measure and keep an epoch; its line. shared: seconds of it that were the stream's."""
+def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) -> None:
+    """Measure and keep an epoch. shared: seconds of it that were the stream's."""
     job = course.job
-    means = dict(zip(names(job.losses), (course.sums / job.steps).tolist(), strict=True))  # the one synchronisation
-    for name, mean in means.items():
+    means, norms = torch.stack([course.sums / job.steps, course.norms]).tolist()  # the one synchronisation
+    for name, mean in zip(names(job.losses), means, strict=True):
         if not np.isfinite(mean):
             raise diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
-    line = from_first(partial(_line, course, epoch, means, held_out, shared))
+    line = from_first(partial(_line, course, epoch, means, norms, held_out, shared))
     with job.chance:
         course.state.keep(job.folder, line, job.settings.select)
     if job.after_epoch:
         job.after_epoch(line)
-    return line
 
 
-def _line(course: _Course, epoch: int, means: dict[str, float], held_out: HeldOut, shared: float) -> dict[str, Any]:
+def _line(
+    course: _Course, epoch: int, means: list[float], norms: list[float], held_out: HeldOut, shared: float
+) -> dict[str, Any]:
     """What an epoch came to, measured on the held-out split; its weights are published where that is asked for."""
     job, result, begun = course.job, course.state.result, time.perf_counter()
     logits = held_out.logits(result)
@@ -226,12 +230,8 @@ def _line(course: _Course, epoch: int, means: dict[str, float], held_out: HeldOu
         raise diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
     if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
         publish_weights(job.folder / _kept(job, epoch), result)
-    terms = {"loss": sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()}}
-    seen = {f"val_{name}": value for name, value in summary(logits, held_out.labels).items()}
-    return {
-        "epoch": epoch + 1, **terms, **seen,
-        "seconds": round(course.seconds + shared + time.perf_counter() - begun, 4),
-    }  # fmt: skip
+    line = line_of(job, epoch, means, norms, summary(logits, held_out.labels))
+    return line | {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
 
 
 def _kept(job: Job, epoch: int) -> str:

@@ -35,7 +35,7 @@ _HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from m
 
 def run(settings: SearchSettings, said: set[str]) -> None:
     """Everything is checked; then trial after trial, beside other processes; then the best. --out goes on."""
-    console = Console(settings.json)
+    console = Console(settings.json, epoch_lines=False)
     if settings.resume or settings.seeds > 1 or settings.baseline:
         raise WrongCommand("tune takes no --resume (run it again with the same --out), --seeds or --baseline")
     if settings.grid and "trials" in said:
@@ -79,7 +79,8 @@ def run(settings: SearchSettings, said: set[str]) -> None:
 
 def _begun_with(settings: SearchSettings, first: StudentSettings, material: Material) -> dict[str, Any]:
     """What the trials of a search have in common, as JSON has it; with another of these it is another search."""
-    common = {name: value for name, value in asdict(first).items() if name not in ("out", "json", "resume")}
+    aside = ("out", "json", "resume", "tensorboard")
+    common = {name: value for name, value in asdict(first).items() if name not in aside}
     searched = {name: getattr(settings, name) for name in ("search", "grid", "prune")}
     caches = [cache.manifest.fingerprint for cache in material.teachers.members]
     found: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": caches}))

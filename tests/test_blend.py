@@ -66,10 +66,10 @@ def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[TargetBatch]:
     seen: list[TargetBatch] = []
     step = training.step
 
-    def noting(job: Any, state: Any, batch: TargetBatch, losses: Any, kept: Any) -> torch.Tensor:
+    def noting(job: Any, state: Any, batch: TargetBatch, losses: Any, *rest: Any) -> torch.Tensor:
         if job.name == "student":
             seen.append(batch)
-        return step(job, state, batch, losses, kept)
+        return step(job, state, batch, losses, *rest)
 
     patch.setattr(training, "step", noting)
     return seen

@@ -30,12 +30,12 @@ def steps_noted(patch: pytest.MonkeyPatch, stop_at: int = 0) -> list[tuple[str, 
     step = training.step
     noted: list[tuple[str, tuple[str, ...], float]] = []
 
-    def noting(job: Any, state: Any, batch: Any, losses: Any, kept: Any) -> torch.Tensor:
+    def noting(job: Any, state: Any, batch: Any, losses: Any, *rest: Any) -> torch.Tensor:
         if len(noted) + 1 == stop_at:
             raise KeyboardInterrupt
         rate = state.optimizer.param_groups[0]["lr"]
         noted.append((job.name, tuple(loss.name for loss in losses), rate))
-        return step(job, state, batch, losses, kept)
+        return step(job, state, batch, losses, *rest)
 
     patch.setattr(training, "step", noting)
     return noted
