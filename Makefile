@@ -23,7 +23,7 @@ ARCHS ?= $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 empty :=
 comma := ,
 lower = $(subst _,-,$(shell echo $(1) | tr A-Z a-z))
-SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID PNG
+SWITCHES := COMPILE BASELINE RESUME JSON DEEP REPAIR GRID PNG TENSORBOARD
 option = $(if $(filter-out 0,$($(1))),$(if $(filter $(1),$(SWITCHES)),--$(call lower,$(1)),--$(call lower,$(1)) '$($(1))'))
 options = $(foreach name,$(1),$(call option,$(name)))
 LOSSES = $(foreach loss,$(LOSS),--loss '$(loss)')
@@ -32,7 +32,7 @@ SEARCHED = $(foreach search,$(SEARCH),--search '$(search)') $(if $(filter 0,$(PR
 
 MACHINE := DEVICE PRECISION WORKERS JSON
 TRAINING := EPOCHS BATCH_SIZE OPTIMIZER LEARNING_RATE MOMENTUM WEIGHT_DECAY SCHEDULE MILESTONES WARMUP CLIP_NORM EMA COMPILE \
-  SELECT SAMPLER KEEP_EVERY SEED RESUME
+  SELECT SAMPLER KEEP_EVERY SEED TENSORBOARD RESUME
 DISTILLING := RECIPE COMBINE MAP MISSING DRAWS DRAWS_PER_DECODE ARCH ORDER_SEED FINETUNE_EPOCHS \
   FINETUNE_LEARNING_RATE
 STAGE_ONE := TEACHER WEIGHTS NORMALIZE VIEWS DRAWS TAPS CODEC VAL_FRACTION TRAIN_SIZE IMBALANCE HEAD_SIZE \
@@ -47,7 +47,7 @@ KNOWN := PYTHON VENV DATA CACHE CACHES ARCHS LOSS LABELLED BASELINE SEEDS OUT VI
 SAID := $(foreach name,$(.VARIABLES),$(if $(filter command%,$(origin $(name))),$(name)))
 $(if $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)),$(error no variable $(filter-out $(KNOWN) MAKEFLAGS SHELL,$(SAID)): there are $(sort $(KNOWN))))
 
-RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy safetensors xxhash
+RUNS_ON := torch torchvision h5py numpy click tqdm PIL sklearn scipy safetensors xxhash $(if $(filter-out 0,$(TENSORBOARD)),tensorboard)
 PARTS := matplotlib jinja2 optuna onnx onnxscript onnxruntime tensorboard
 missing = $(PY) -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $(1) 2>/dev/null
 # $(call ensure,packages,extras): install when one of them is missing, into a virtual environment of our own

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,10 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
 def _opened(settings: S, said: set[str], default: str) -> S:
     milestones_of(settings)
     if settings.resume:
-        return _resumed(settings, said)
+        kept = _resumed(settings, said)
+        check_installed(kept)
+        return kept
+    check_installed(settings)
     folder = Path(settings.out) if settings.out else free_run(default)
     if folder.exists() and (not folder.is_dir() or any(not _left_over(path) for path in folder.iterdir())):
         other = _others(folder, settings)
@@ -58,6 +62,14 @@ def milestones_of(settings: TeacherSettings | StudentSettings) -> list[float]:
     if not all(0 < share < 1 for share in shares):
         raise WrongCommand(f"--milestones {settings.milestones}: shares of the training, such as 0.5,0.75")
     return shares
+
+
+def check_installed(settings: TeacherSettings | StudentSettings) -> None:
+    """Raise WrongCommand for an optional part that is asked for and is not there, before anything is done."""
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise WrongCommand(
+            "--tensorboard wants TensorBoard, which is not installed: pip install 'softcache[tensorboard]'"
+        )
 
 
 def _left_over(path: Path) -> bool:
@@ -119,7 +131,7 @@ def _resumed(settings: S, said: set[str]) -> S:
         raise WrongCommand("--resume wants the run's folder: --resume --out runs/…")
     folder = Path(settings.out)
     kept = read_settings(folder, type(settings))
-    own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data"}
+    own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data", "tensorboard"}
     wrong = [
         f"--{n.replace('_', '-')}"
         for n in sorted(said - own)
@@ -150,7 +162,7 @@ def _others(folder: Path, settings: S) -> str:
 def _differing(kept: Any, settings: TeacherSettings | StudentSettings) -> list[str]:
     """The settings in which a run differs from what is asked, in words; where it lies and what it prints aside."""
     asked = json.loads(json.dumps(asdict(settings)))
-    aside = ("out", "json", "resume")
+    aside = ("out", "json", "resume", "tensorboard")
     return [f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in aside]
 
 

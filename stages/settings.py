@@ -87,6 +87,7 @@ class Training:
     sampler: str = knob("", "Show each class equally often, or by the root of its rows.", choices=("balanced", "sqrt"))
     seed: int = knob(0, "Of initial weights and order.", least=0, most=2**31)
     keep_every: int = knob(0, "Keep the weights of every so many epochs as well: teachers stopped early.", least=0)
+    tensorboard: bool = knob(False, "Write TensorBoard's event files as well, in the folder of each training.")
     out: str = knob("", "Folder of the run; a new one under runs/ when not given.")
     resume: bool = knob(False, "Continue the run in --out, with the settings it was begun with.")
 

@@ -19,7 +19,10 @@ from .settings import StudentSettings
 
 _SEEDS = ("seed", "seeds", "order_seed")
 # Where a run lies, what it prints and keeps, on which machine; data by what is in the cache; a recipe by what it sets.
-_ASIDE = ("out", "resume", "json", "data", "data_root", "device", "workers", "baseline", "keep_every", "recipe")
+_ASIDE = (
+    "out", "resume", "json", "tensorboard", "data", "data_root", "device", "workers", "baseline", "keep_every",
+    "recipe",
+)  # fmt: skip
 Apart = tuple[str, Any, Any]  # a setting, and its value in the first and in the second
 
 

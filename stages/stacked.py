@@ -32,7 +32,7 @@ from .epoch_line import line_of
 from .held_out import HeldOut, autocast
 from .job import Job, names
 from .showing import showing
-from .training import diverged, fit_together, publish_weights
+from .training import diverged, fit_together, publish_weights, write_events
 
 _MEMBERS = "members.txt"
 
@@ -276,5 +276,6 @@ def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | Ended:
         lines.append(epoch["students"][i] | {"seconds": epoch["share"]})
     job.model.network.load_state_dict(stack.state_of(i))
     publish_text(job.folder / LINES, text_of(lines))
+    write_events(job, lines)
     publish_weights(job.folder / f"{job.name}.pt", job.model)
     return finished(job.folder, "last")

@@ -23,7 +23,7 @@ from .material import Material
 from .passes import Student, train_passes
 from .ranks import from_first, is_first, joined
 from .recipes import fill_in
-from .runs import begin_run, machine, open_run, peak_memory, same_settings, unfinished, versions
+from .runs import begin_run, check_installed, machine, open_run, peak_memory, same_settings, unfinished, versions
 from .settings import StudentSettings
 from .table import print_table
 from .taught import in_words, keep, same_shards
@@ -154,7 +154,8 @@ def without_more(settings: StudentSettings) -> StudentSettings:
 
 
 def with_recipe(settings: StudentSettings) -> StudentSettings:
-    """Every setting that was left open, from the recipe of the cache's data set."""
+    """Every setting that was left open, from the recipe of the cache's data set. What is asked for can be had."""
+    check_installed(settings)
     if settings.data:
         row_of(settings.data)
     caches = settings.cache or (f"caches/{row_name(settings.data or 'digits')}",)

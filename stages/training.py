@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,15 +25,18 @@ from pipeline.models.weights import load_state, read_state
 from pipeline.records import TargetBatch
 from pipeline.taps import tapped
 
-from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, publish_tensors
+from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, lines_of, publish_tensors
 from .command_line import this_program
 from .console import Console
 from .data_parallel import Abreast, check_shared, parted, prepare
 from .epoch_line import line_of
 from .held_out import HeldOut
 from .job import Features, Job, loss_modules, names, own_head, step
-from .ranks import agree, from_first, who
+from .ranks import agree, from_first, is_first, who
 from .showing import showing
+
+if TYPE_CHECKING:
+    from .event_file import EventFile
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
 # 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
@@ -43,7 +46,7 @@ WORTH_THREADS = 10_000_000
 @dataclass
 class _Course:
     """A training under way. first: the epoch that it begins with; kept: outputs of the tapped layers; threads: of the
-    CPU; losses, sums, norms, seconds: of this epoch, its terms, their sums
+    CPU; events: TensorBoard's, where asked for; losses, sums, norms, seconds: of this epoch, its terms, their sums
     over the steps, the norms of their gradients at the last one, and what its own steps took."""
 
     job: Job
@@ -51,6 +54,7 @@ class _Course:
     first: int
     kept: Features
     threads: int
+    events: "EventFile | None"
     losses: list[Loss] = field(default_factory=list)
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     norms: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -113,7 +117,24 @@ def _begin(job: Job, opened: ExitStack) -> _Course | None:
     threads = 1 if small else torch.get_num_threads()
     kept = opened.enter_context(tapped(job.model.network, taps))
     job = replace(job, stream=parted(job.stream), abreast=_abreast(job, state, kept))
-    return _Course(job, state, first, kept, threads)
+    return _Course(job, state, first, kept, threads, _events(job, state.lines, opened))
+
+
+def _events(job: Job, lines: list[dict[str, Any]], opened: ExitStack) -> "EventFile | None":
+    """TensorBoard's file of a training, with its lines so far, where that is asked for: by the first rank."""
+    if not job.settings.tensorboard or not is_first():
+        return None
+    from .event_file import EventFile
+
+    events = EventFile(job.folder, lines)
+    opened.callback(events.close)
+    return events
+
+
+def write_events(job: Job, lines: list[dict[str, Any]]) -> None:
+    """TensorBoard's file of a training that is over, where that is asked for."""
+    with ExitStack() as opened:
+        _events(job, lines, opened)
 
 
 def _tidied(job: Job, weights: Path) -> bool:
@@ -145,6 +166,8 @@ def _end(job: Job, course: _Course | None) -> Finished | Ended:
     def over() -> dict[str, Any]:
         if course:
             publish_weights(job.folder / f"{job.name}.pt", job.model)
+        else:  # trained before: they may be asked for only now
+            write_events(job, lines_of(job.folder))
         (job.folder / CHECKPOINT).unlink(missing_ok=True)
         return asdict(finished(job.folder, job.settings.select))
 
@@ -175,7 +198,7 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
                     _end_epoch(course, epoch, held_out, shared)
                 except Ended as ended:
                     course.ended = ended
-            shown.epoch([c.state.lines[-1] if c in under_way and not c.ended else None for c in courses])
+            shown.epoch([c.state.lines[-1] if c.first <= epoch and not c.ended else None for c in courses])
             if all(course.ended for course in courses):
                 return
 
@@ -216,6 +239,8 @@ def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) ->
     line = from_first(partial(_line, course, epoch, means, norms, held_out, shared))
     with job.chance:
         course.state.keep(job.folder, line, job.settings.select)
+    if course.events:
+        course.events.add(line)
     if job.after_epoch:
         job.after_epoch(line)
 

@@ -122,9 +122,7 @@ def test_measuring_changes_no_bit_of_a_weight(
         assert Path("measured", path).read_bytes() == Path("plain", path).read_bytes(), path
 
 
-def test_one_term_alone_costs_no_pass_of_its_own(
-    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_term_alone_costs_no_pass_of_its_own(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a second pass"))
     taken, step = [], training.step
 

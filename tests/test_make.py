@@ -97,6 +97,10 @@ def asked_for(*arguments: str) -> list[str]:
         ),
         ("tune SEARCH=ema=0|0.9 GRID=1", "tune --data digits --cache caches/digits --search 'ema=0|0.9' --grid"),
         ("compare RUNS='runs/a runs/b' JSON=1", "compare runs/a runs/b --json"),
+        (
+            "student BASELINE=0 SEEDS=1 TENSORBOARD=1 RESUME=1 OUT=r",
+            "student --data digits --cache caches/digits --seeds 1 --out r --tensorboard --resume",
+        ),
         ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
     ],
 )
