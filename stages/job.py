@@ -105,7 +105,8 @@ def step(
     ]
     terms = torch.stack(each)
     if norms is not None:
-        largest = from_first(lambda: int(terms.detach().abs().argmax())) if len(each) > 1 else 0
+        sizes = from_first(terms.detach().abs().tolist) if len(each) > 1 else [1.0]
+        largest = sizes.index(max(sizes))
         others = sum(_noted(job, state, each[i], norms[i]) for i in range(len(each)) if i != largest)
     for weight in state.weights:
         weight.grad = None

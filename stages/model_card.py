@@ -178,10 +178,10 @@ def _sources(chosen: Chosen, manifests: list[Manifest]) -> str:
     first, settings = manifests[0], chosen.begun
     views = first.identity["views"]
     knobs = ", ".join(f"{k} {v:g}" for k, v in views.items() if k != "policy")
-    rows = first.splits["train"]
+    rows, draws = first.splits["train"], settings.draws or first.draws
     lines = [
         f"- {rows:,} pictures of {quoted(first.identity['transfer_set']['name'])}, each in"
-        f" {settings.draws or first.draws} view{'s' * ((settings.draws or first.draws) > 1)} `{quoted(views['policy'])}` ({knobs})"
+        f" {draws} view{'s' * (draws > 1)} `{quoted(views['policy'])}` ({knobs})"
     ]
     if settings.labelled:
         lines.append(f"- {settings.labelled:,} of them with their labels, all with the teacher's logits")

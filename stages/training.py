@@ -198,7 +198,7 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
                     _end_epoch(course, epoch, held_out, shared)
                 except Ended as ended:
                     course.ended = ended
-            shown.epoch([c.state.lines[-1] if c in under_way and not c.ended else None for c in courses])
+            shown.epoch([c.state.lines[-1] if c.first <= epoch and not c.ended else None for c in courses])
             if all(course.ended for course in courses):
                 return
 

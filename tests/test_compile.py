@@ -1,5 +1,6 @@
 """--compile: the same student but for rounding, and one line where there is no compiler."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def test_a_compiled_student_is_the_plain_one_but_for_rounding(tiny: Path, stages
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
+    lines = [
+        [json.loads(x) for x in Path(run, "metrics.jsonl").read_text().splitlines()] for run in ("compiled", "plain")
+    ]
+    for mine, his in zip(*lines, strict=True):
+        for name in ("gradient_kd", "gradient_hint"):
+            assert mine[name] == pytest.approx(his[name], rel=1e-3)
 
 
 def test_a_network_that_cannot_be_compiled_is_one_line(

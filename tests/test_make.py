@@ -108,6 +108,10 @@ def asked_for(*arguments: str) -> list[str]:
             "export runs/r --data folder:/a/b --data-root e --cache c --cache d",
         ),
         ("predict MODEL=m.onnx PICTURES='a.png b.png' TOP=2", "predict m.onnx a.png b.png --top 2"),
+        (
+            "student BASELINE=0 SEEDS=1 TENSORBOARD=1 RESUME=1 OUT=r",
+            "student --data digits --cache caches/digits --seeds 1 --out r --tensorboard --resume",
+        ),
         ("student BASELINE=0 SEEDS=2", "student --data digits --cache caches/digits --seeds 2"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,6 +178,12 @@ def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss
         assert {name: apart for name, (apart, _) in found.items() if apart > 1e-6} == {}
         assert {name: moved for name, (_, moved) in found.items() if moved < 1e-3} == {}
         for folder in tmp_path.glob("*-together"):
+            name = folder.name.removesuffix("-together")
+            for here, there in zip(
+                *(lines(tmp_path / f / "metrics.jsonl") for f in (folder, f"{name}-alone-0")), strict=True
+            ):
+                for key in (key for key in there if key.startswith("gradient") and name != "simkd"):
+                    assert here[key] == pytest.approx(there[key], rel=1e-3), (name, key)
             (folder / "metrics.jsonl").unlink()
             (folder / "student.pt").unlink()
 
@@ -188,7 +195,15 @@ def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages
     died = error(torchrun(2, ROOT / "tests/dying_rank.py", 1, "step", 10, *command, "--out", "many", cwd=tmp_path))
     assert "another rank has ended" in died or "stopped" in died
     assert len(lines(tmp_path / "many/seed-0/distilled/metrics.jsonl")) == 1
-    found = json.loads(succeeds(3, "student", "--resume", "--out", "many", "--json", cwd=tmp_path))
+    done = torchrun(3, "student", "--resume", "--tensorboard", "--out", "many", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    told = [line for line in done.stderr.splitlines() if ", epoch " in line]
+    assert told[-1].startswith("baseline, seed 1, epoch 5/5: loss ")
+    assert len(told) == len(set(told)) == 2 * (3 + 2 + 5) - 1  # by the first rank alone
+    for folder in list((tmp_path / "many").rglob("tensorboard")):
+        assert len(list(folder.iterdir())) == 1
+        shutil.rmtree(folder)
     assert files(tmp_path / "many") == files(tmp_path / "one")
     assert_done(tmp_path / "many")
     for name in files(tmp_path / "one"):
@@ -197,7 +212,9 @@ def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages
         if name.endswith("metrics.jsonl"):
             there, here = lines(tmp_path / "one" / name), lines(tmp_path / "many" / name)
             assert [line["epoch"] for line in here] == [line["epoch"] for line in there], name
-            assert [line["loss"] for line in here] == pytest.approx([line["loss"] for line in there], rel=1e-4), name
+            assert [line.keys() for line in here] == [line.keys() for line in there], name
+            for key in (key for key in here[0] if key.startswith(("loss", "gradient", "learning_rate"))):
+                assert [line[key] for line in here] == pytest.approx([line[key] for line in there], rel=1e-4), name
     assert found["student"]["test"]["nll"] == pytest.approx(expected["student"]["test"]["nll"], rel=1e-4)
     assert found["baseline"]["test"]["accuracy"] == expected["baseline"]["test"]["accuracy"]
     assert [seed["student"]["epoch"] for seed in found["seeds"]] == [s["student"]["epoch"] for s in expected["seeds"]]
