@@ -11,6 +11,7 @@ import pytest
 import torch
 from caches import PETS, save_pets, save_pets_teacher
 from commands import Stages, tiny_cache_command
+from stopping import stop_at
 
 import stages.training as training
 from data.folder import FolderPictures
@@ -241,16 +242,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 ) -> None:
     asked = ("student", "--cache", twelve, *STUDENT)
     stages(*asked, "--out", "whole")
-    step, taken = training.step, []
-
-    def stopping(*arguments: Any) -> torch.Tensor:
-        taken.append(1)
-        if len(taken) == 17:
-            raise KeyboardInterrupt
-        return step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", stopping)
+        stop_at(patch, 17)
         stages.fails(130, *asked, "--out", "stopped")
     stages("student", "--resume", "--out", "stopped")
     one, other = (torch.load(f"{run}/student.pt", weights_only=True) for run in ("whole", "stopped"))

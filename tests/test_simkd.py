@@ -4,16 +4,15 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from commands import Stages
+from stopping import stop_at
 from torch import nn
 
-import stages.training as training
 from data.errors import WrongCommand
 from data.transfer_set import load
 from pipeline.cache import Cache
@@ -192,16 +191,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
 ) -> None:
     asked = (*STUDENT, *SIMKD, "--epochs", 3, "--precision", "bfloat16")
     stages(*asked, "--out", "whole")
-    step, taken = training.step, []
-
-    def stopping(*arguments: Any) -> torch.Tensor:
-        taken.append(1)
-        if len(taken) == 7:
-            raise KeyboardInterrupt
-        return step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", stopping)
+        stop_at(patch, 7)
         stages.fails(130, *asked, "--out", "stopped")
     stages("student", "--resume", "--out", "stopped")
     assert Path("whole/student.pt").read_bytes() == Path("stopped/student.pt").read_bytes()

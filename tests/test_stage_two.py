@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import Stages, tiny_cache_command
 from PIL import Image
+from stopping import stop_at
 
 import stages.training as training
 from data.transfer_set import load
@@ -183,16 +184,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     asked = ("student", "--cache", tiny / "cache", *HARD_CASES[case], "--epochs", 4, "--batch-size", 60, "--seed", 7)
     stages(*asked, "--out", "whole")
 
-    step, taken = training.step, []
-
-    def stop_at_step_13(*arguments):  # type: ignore[no-untyped-def]
-        taken.append(1)
-        if len(taken) == 13:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", stop_at_step_13)
+        stop_at(patch, 13)
         line = stages.fails(130, *asked, "--out", "stopped")
     assert "student --resume --out stopped" in line
     assert not Path("stopped/result.json").exists()

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from commands import Stages
+from stopping import stop_at
 
 import pipeline.stream as stream
-import stages.training as training
 
 COMMON = ("--epochs", 3, "--batch-size", 50, "--learning-rate", 0.05)
 DROPOUT = """
@@ -93,15 +93,7 @@ def test_stopped_at_any_step_the_same_command_goes_on(
 ) -> None:
     more = ("student", *COMMON, "--cache", tiny / "cache", "--loss", "kd", "--arch", dropout, "--arch", "mlp:16")
     stages(*more, "--out", "whole")
-    step, taken = training.step, [0]
-
-    def stopping(*of: Any) -> torch.Tensor:
-        taken[0] += 1
-        if taken[0] in (7, 20):
-            raise KeyboardInterrupt
-        return step(*of)
-
-    monkeypatch.setattr(training, "step", stopping)
+    stop_at(monkeypatch, 7, 20)
     for _ in range(2):
         code, _, err = stages.call(*more, "--out", "stopped")
         assert code == 130

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from commands import Stages
-
-import stages.training as training
+from stopping import stop_at
 
 SEARCH = (
     "--arch", "mlp:8", "--batch-size", 100, "--loss", "kd:temperature=4", "--no-prune", "--grid",
@@ -35,15 +34,7 @@ def test_stopped_it_makes_the_same_search(tiny: Path, stages: Stages, monkeypatc
     said = ("tune", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 4, "--batch-size", 100, "--together", 4,
             "--loss", "kd:temperature=4", "--search", "kd.temperature=1..20:log", "--trials", 16)  # fmt: skip
     stages(*said, "--out", "whole")
-    step, taken = training.step, [0]
-
-    def stopping(*of: Any) -> Any:
-        taken[0] += 1
-        if taken[0] in (30, 90):
-            raise KeyboardInterrupt
-        return step(*of)
-
-    monkeypatch.setattr(training, "step", stopping)
+    stop_at(monkeypatch, 30, 90)
     for _ in range(2):
         assert stages.call(*said, "--out", "stopped")[0] == 130
     stages(*said, "--out", "stopped")
