@@ -32,6 +32,7 @@ from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
 from stages import in_8_bits, onnx_file
 from stages.__main__ import commands
+from stages.kept_logits import read_logits
 from stages.model_card import quoted
 from stages.onnx_file import Runner, open_student
 from stages.predict import as_input
@@ -405,3 +406,60 @@ def test_text_of_others_cannot_change_the_card() -> None:
     assert not set("\n\x1b<") & set(said.replace("&lt;", ""))
     assert "`" not in said
     assert "\\|" in said
+
+
+# Folders of pictures
+
+
+def test_a_student_of_a_folder_of_pictures_is_exported_and_asked_about_its_files(
+    stages: Stages, tmp_path: Path, save_picture: Callable[..., Any]
+) -> None:
+    """`predict` of the test pictures' files says what the run kept of its test split."""
+    for split, count in (("train", 12), ("test", 5)):
+        for c, name in enumerate(("cat", "dog|`x`")):
+            for k in range(count):
+                save_picture(tmp_path / "pets" / split / name / f"{k}.png", 9 + k, 14 - k % 3, 20 * c + k)
+    torch.manual_seed(0)
+    torch.save(build("mlp:4", 2, 3, 8).state_dict(), "pets.pt")
+    views = ("--views", "crop:pad=1,size=8,resize=9", "--draws", 2)
+    teacher = ("--teacher", "mlp:4", "--weights", "pets.pt", "--normalize", "none")
+    stages("teacher-cache", "--data", "folder:pets", *teacher, *views, "--license", "CC0", "--out", "c")
+    student = ("--arch", "resnet8", "--epochs", 3, "--batch-size", 8)
+    stages("student", "--data", "folder:pets", "--cache", "c", *student, "--out", "r")
+    record = stages("export", "r", "--int8", "--most-drop", 1)
+    assert record["preprocessing"]["resize"] == 9
+    assert record["check"]["flips"] == 0
+    kept = read_logits(Path("r/logits.safetensors"))["test"]
+    files = sorted(tmp_path.glob("pets/test/*/*.png"), key=lambda path: (path.parent.name, path.name))
+    p = torch.softmax(torch.from_numpy(kept.logits), 1).numpy()
+    for one, row in zip(stages("predict", "r/student.onnx", *files)["pictures"], p, strict=True):
+        assert {best["class"]: best["probability"] for best in one["top"]} == pytest.approx(
+            dict(zip(kept.classes, row.tolist(), strict=True)), abs=1e-5
+        )
+    card = Path("r/MODEL_CARD.md").read_text()
+    assert "--data folder:PATH" in card
+    assert "CC0" in card
+    assert str(tmp_path) not in card + Path("r/export.json").read_text()
+    assert "dog\\|'x'" in card
+    assert "dog|" not in card
+
+
+def test_without_labels_8_bits_are_judged_by_what_changes_its_class(
+    stages: Stages, tmp_path: Path, save_picture: Callable[..., Any]
+) -> None:
+    """And validation stands in for the test split that is not there."""
+    for k in range(20):
+        save_picture(tmp_path / "pets" / f"{k}.png", 8, 8, k)
+    torch.manual_seed(0)
+    torch.save(build("mlp:4", 3, 3, 8).state_dict(), "pets.pt")
+    teacher = ("--teacher", "mlp:4", "--weights", "pets.pt", "--normalize", "none", "--draws", 1)
+    stages("teacher-cache", "--data", "folder:pets", *teacher, "--val-fraction", 0.3, "--out", "c")
+    student = ("--arch", "mlp:4", "--epochs", 2, "--batch-size", 7, "--loss", "kd")
+    stages("student", "--data", "folder:pets", "--cache", "c", *student, "--out", "r")
+    eight = stages("export", "r", "--int8", "--most-drop", 1)["int8"]
+    assert (eight["split"], eight["rows"], eight["accuracy_before"]) == ("val", 6, None)
+    assert eight["drop"] == eight["flips"] / 6
+    assert eight["calibration_rows"] == 14
+    card = Path("r/MODEL_CARD.md").read_text()
+    assert "agreement with the teacher" in card
+    assert "Recall" not in card

@@ -236,3 +236,12 @@ def test_the_students_own_last_layer_is_taken_out_and_the_teachers_does_not_ask_
     assert not any(p.requires_grad for p in network.linear.parameters())
     assert network.training
     assert np.prod(network(torch.rand(3, 1, 8, 8)).shape) == 15
+
+
+def test_it_is_exported_with_the_teachers_layer(home: Path, stages: Stages) -> None:
+    record = stages("export", "r")
+    assert record["arch"] == "simkd(resnet8;layer3;256)"
+    assert record["check"]["flips"] == 0
+    result = json.loads(Path("r/result.json").read_text())
+    for model in ("student", "baseline"):
+        assert record["figures"][model]["test"]["accuracy"] == result[model]["test"]["accuracy"]
