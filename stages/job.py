@@ -133,9 +133,19 @@ def _noted(job: Job, state: State, term: torch.Tensor, norm: torch.Tensor) -> to
     elif job.abreast:
         found = job.abreast.gradient(term, weights)
     else:
-        found = flat(torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True), weights)
+        found = flat(_through(term, weights), weights)
     norm.copy_(found.norm())
     return found
+
+
+def _through(term: torch.Tensor, weights: list[nn.Parameter]) -> Sequence[torch.Tensor | None]:
+    """The gradient of a term; NaN where the network's own code refuses this pass alone."""
+    try:
+        return torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint is incompatible with .grad()" not in str(error):  # a reentrant one of torch.utils.checkpoint
+            raise
+        return [torch.full_like(weight, torch.nan) for weight in weights]
 
 
 def own_head(job: Job, classes: int) -> Head | None:

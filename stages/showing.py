@@ -100,7 +100,7 @@ class Showing:
             _word("{:,.0f} pictures/s", pace),
             rest,
         ]
-        quick = _word("{:.0f}/s", pace) if (pace or 0) < 10_000 else f"{(pace or 0) / 1000:.0f}k/s"
+        quick = f"{pace / 1000:.0f}k/s" if pace and pace >= 10_000 else _word("{:.0f}/s", pace)
         short = [at, loss, _word("acc {:.3f}", accuracy), f1, quick, rest]
         head = f"{self._who()}: {100 * self.done // (self.epochs * self.steps)} % "
         wordings = [head + ", ".join(filter(None, p)) for p in (long, short, [*short[:4], rest], [*short[:3], rest])]

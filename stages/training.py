@@ -166,10 +166,11 @@ def _end(job: Job, course: _Course | None) -> Finished | Ended:
     def over() -> dict[str, Any]:
         if course:
             publish_weights(job.folder / f"{job.name}.pt", job.model)
-        else:  # trained before: they may be asked for only now
-            write_events(job, lines_of(job.folder))
         (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        return asdict(finished(job.folder, job.settings.select))
+        done = finished(job.folder, job.settings.select)
+        if not course:  # trained before: events may be asked for only now
+            write_events(job, lines_of(job.folder))
+        return asdict(done)
 
     return Finished(**from_first(over))
 

@@ -16,12 +16,21 @@ KD = ("--loss", "kd:temperature=4,weight=0.9", "--loss", "hard:weight=0.1")
 HINT = ("--loss", "hint:teacher=flatten,student=hidden1,weight=0.1")
 OWN_ARCHS = """
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 def dropping(*, classes, channels, size):
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 24), nn.Dropout(0.3), nn.Linear(24, classes))
 def frozen(*, classes, channels, size):
     net = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 12), nn.ReLU(), nn.Linear(12, classes))
     net[1].requires_grad_(False)
     return net
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=True) if x.requires_grad else layer(x)
+        return x
+def checkpointed(*, classes, channels, size):
+    i = channels * size * size
+    return Checkpointed(nn.Flatten(), nn.Linear(i, 12), nn.ReLU(), nn.Linear(12, classes))
 """
 
 
@@ -141,6 +150,18 @@ def test_a_term_that_reaches_no_trained_weight_has_no_gradient(tiny: Path, stage
     stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "owned:frozen", *more, "--out", "r")
     assert [line["gradient_similarity"] for line in lines_of("r")] == [0, 0]
     assert all(line["gradient_kd"] > 0 for line in lines_of("r"))
+
+
+def test_a_network_that_cannot_be_gone_through_for_a_term_is_trained_all_the_same(
+    tiny: Path, stages: Stages, own_archs: None
+) -> None:
+    """Reentrant checkpoints of PyTorch refuse it."""
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "owned:checkpointed")
+    stages(*said, *KD, "--out", "r")
+    assert [line["epoch"] for line in lines_of("r")] == [1, 2]
+    assert not [name for line in lines_of("r") for name in line if name.startswith("gradient")]
+    stages(*said, "--loss", "kd", "--out", "one")
+    assert all(line["gradient_kd"] > 0 for line in lines_of("one"))
 
 
 def test_a_term_whose_weight_falls_to_nothing_has_none_left(tiny: Path, stages: Stages) -> None:
