@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import Stages
 from reported import make_runs, report
+from safetensors.numpy import load_file, save_file
 from stopping import stop_at
 
 from pipeline.metrics import log_softmax
@@ -217,6 +218,27 @@ def test_damaged_runs_are_refused_by_name(tiny: Path, stages: Stages, file: str,
     said = stages.fails(1, "report", "r", "--out", "o")
     assert f"'r/{file}' {wrong}" in said
     assert not Path("o").exists()
+
+
+def test_logits_of_other_rows_are_refused(tiny: Path, stages: Stages) -> None:
+    stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
+    arrays, record = load_file("r/logits.safetensors"), {"form": "softcache logits 1", "classes": "[]"}
+    kept = read_logits(Path("r/logits.safetensors"))
+    record["content"] = json.dumps({split: one.content for split, one in kept.items()})
+    save_file({name: value[:9] for name, value in arrays.items()}, "r/logits.safetensors", record)
+    said = stages.fails(1, "report", "r", "--out", "o")
+    assert said == "Error: 'r': its files of logits are not all of the same rows and classes"
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_without_its_extra_it_is_one_line(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    from stages.report import command
+
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else True)
+    said = stages.fails(2, "report", tiny)
+    assert said == f"Error: report needs {missing}, which is not installed: pip install 'softcache[report]'"
 
 
 def test_lines_that_are_no_numbers_are_refused(tiny: Path, stages: Stages) -> None:

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.errors import Refused, WrongCommand
 from pipeline.metrics import evaluate
 
@@ -133,6 +135,7 @@ def _read(folder: Path) -> Run:
         "baseline": _said([one / "baseline" / LOGITS for one in seeds]),
         "student": _said([one / LOGITS for one in seeds]),
     }
+    _check_same_rows(said, folder)
     used = read_json(folder / "cache.json") if (folder / "cache.json").is_file() else {}
     return Run(str(folder), folder, settings, result, used, lines, said)
 
@@ -150,6 +153,19 @@ def _lines(training: str, seeds: list[Path]) -> list[list[Line]]:
 
 def _said(paths: list[Path]) -> list[dict[str, Kept]]:
     return [read_logits(path) for path in paths if path.is_file()]
+
+
+def _check_same_rows(said: dict[str, list[dict[str, Kept]]], folder: Path) -> None:
+    """Raise Refused where student, baseline and teacher do not speak of the same rows and classes."""
+    every = [seed for model in MODELS for seed in said[model]]
+    for other in every[1:]:
+        alike = other.keys() == every[0].keys() and all(
+            (one.content, one.classes, one.logits.shape) == (kept.content, kept.classes, kept.logits.shape)
+            and np.array_equal(one.labels, kept.labels)
+            for one, kept in zip(every[0].values(), (other[split] for split in every[0]), strict=True)
+        )
+        if not alike:
+            raise Refused(f"'{folder}': its files of logits are not all of the same rows and classes")
 
 
 def _check(result: dict[str, Any], name: str) -> None:
