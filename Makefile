@@ -183,7 +183,7 @@ pictures: ## the pictures of the README, docs/*.png, from six students of digits
 	$(STAGES) report $(foreach row,mlp-8 mlp-16 mlp-32 mlp-64 mlp-256 cnn,$(PICTURED)/$(row)) --png --out $(PICTURED)/report
 	mkdir -p docs
 	cp $(PICTURED)/report/digits-costs.png docs/costs.png
-	for name in curves reliability; do cp $(PICTURED)/report/runs-pictures-cnn-$$name.png docs/$$name.png; done
+	cp $(PICTURED)/report/runs-pictures-cnn-curves.png docs/curves.png
 	! command -v chromium > /dev/null || chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1100 \
 	  --screenshot=docs/report.png file://$(CURDIR)/$(PICTURED)/report/report.html 2> /dev/null
 
