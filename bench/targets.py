@@ -43,7 +43,7 @@ def mnist(given: Given, students: int) -> Found:
     common: dict[str, Any] = {"data": "mnist", "data_root": given.data_root, "train_size": given.few(12_000, 500)}
     if not run.exists():
         asked = TeacherSettings(**common, arch="mlp:1200,1200", epochs=given.few(3, 1), out=str(run), json=True)
-        teacher_stage.train(teacher_stage.with_recipe(asked), run, Console(True))
+        teacher_stage.train(teacher_stage.with_recipe(asked), run, Console(True, epoch_lines=False))
     stage_one = CacheSettings(**common, teacher="mlp:1200,1200", weights=str(run), draws=1, json=True)
     usual = Subset(
         MNIST(given.data_root, transform=transforms((0.1307,), (0.3081,), crop=False)), range(given.few(12_000, 500))
@@ -83,7 +83,7 @@ def _to_target(
 ) -> Found:
     cache = given.folder / f"target-{arch}"
     begun = time.perf_counter()
-    asked, _ = make(replace(asked, out=str(cache), device=str(given.device)), Console(True))
+    asked, _ = make(replace(asked, out=str(cache), device=str(given.device)), Console(True, epoch_lines=False))
     one = time.perf_counter() - begun
     learned = StudentSettings(
         data=asked.data, data_root=asked.data_root, cache=(str(cache),), arch=arch, epochs=epochs,
@@ -126,7 +126,7 @@ def _epoch_of_final(given: Given, settings: StudentSettings, opened: Material) -
     fit(
         job_of("student", settings, opened, network, opened.losses, labels, folder),
         opened.held_out["val"],
-        Console(True),
+        Console(True, epoch_lines=False),
     )
     accuracies = [line["val_accuracy"] for line in lines_of(folder)]
     return accuracies[-1], 1 + next(i for i, a in enumerate(accuracies) if a >= accuracies[-1])

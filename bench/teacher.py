@@ -48,7 +48,7 @@ def stage_one(given: Given, data: str, once: list[float], **more: Any) -> Side:
     def turn() -> float:
         out = given.folder / f"one-{time.monotonic_ns()}"
         begun = time.perf_counter()
-        made = make(settings_of(given, data, weights, out=str(out), **more), Console(True))[1]
+        made = make(settings_of(given, data, weights, out=str(out), **more), Console(True, epoch_lines=False))[1]
         once.append(time.perf_counter() - begun - made.seconds)
         shutil.rmtree(out)
         return made.seconds / sum(made.splits.values())
