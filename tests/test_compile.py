@@ -29,8 +29,10 @@ def test_a_compiled_student_is_the_plain_one_but_for_rounding(tiny: Path, stages
         [json.loads(x) for x in Path(run, "metrics.jsonl").read_text().splitlines()] for run in ("compiled", "plain")
     ]
     for mine, his in zip(*lines, strict=True):
-        for name in ("gradient_kd", "gradient_hint"):
-            assert mine[name] == pytest.approx(his[name], rel=1e-3)
+        # Of several terms a compiled network measures none: to do so changed its steps.
+        assert {name for name in his if name not in mine} == {"gradient_kd", "gradient_hint"}
+    stages("student", "--cache", tiny / "cache", *STUDENT, "--loss", "kd", "--compile", "--out", "one")
+    assert all(json.loads(line)["gradient_kd"] > 0 for line in Path("one/metrics.jsonl").read_text().splitlines())
 
 
 def test_a_network_that_cannot_be_compiled_is_one_line(
