@@ -153,8 +153,13 @@ def publish_tensors(path: Path, record: dict[str, Any]) -> None:
     """
 
     def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            torch.save(record, file)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(record, file)
+        except RuntimeError as error:  # what PyTorch makes of an interrupt in the middle of its zip file
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
 
     publish(path, write)
 
