@@ -22,9 +22,10 @@ from . import __version__
 from .about import INT8, ONNX, PT2, WEIGHTS, About
 from .console import Console, bar, duration
 from .evaluate import same_teachers
+from .extras import require
 from .material import Material
 from .model_card import model_card
-from .onnx_file import Runner, check_installed, versions
+from .onnx_file import Runner, versions
 from .portable import OPSET, Portable, capture, loaded_pt2, onnx_of, pt2_of, safetensors_of
 from .same_answers import BATCHES, Logits, answers, check_again, compared, in_sizes, own_difference, plain
 from .settings import ExportSettings
@@ -37,7 +38,7 @@ _FILES = (RECORD, CARD, INT8, ONNX, PT2, WEIGHTS)  # in the order in which an ol
 
 def run(name: str, settings: ExportSettings, said: set[str]) -> None:
     """Everything is made and checked before the first file is published; export.json is the last."""
-    check_installed("export", "onnx", "onnxscript", "onnxruntime")
+    require("export needs", "export", "onnx", "onnxscript", "onnxruntime")
     console, begun = Console(settings.json), time.monotonic()
     here = {name: getattr(settings, name) for name in said & {"data", "data_root", "cache"}}
     # On this machine's CPU in float32, whatever the run was trained in: that is what the files are compared with.

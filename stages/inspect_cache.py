@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipeline.rows import Positions
 from pipeline.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
 
 from .console import Console, bar, duration, progress
+from .extras import require
 from .findings import print_findings
 from .hint_command import hint_command
 from .probes import Sample, probe_taps
@@ -33,8 +33,7 @@ _BLOCK = 4096  # rows whose logits are read at once
 def run(name: str, settings: InspectSettings) -> None:
     """Everything is computed before the first file is written; inspect.json is the last."""
     console, begun = Console(settings.json), time.monotonic()
-    if find_spec("matplotlib") is None:
-        raise WrongCommand("inspect draws with matplotlib, which is not installed: pip install 'softcache[report]'")
+    require("inspect draws with", "report", "matplotlib")
     cache = Cache(Path(name))
     folder = _folder(settings, cache)
     train, held_out = _samples(cache, settings.rows)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,6 @@ from .about import INPUT, OUTPUT, About
 
 Pictures = NDArray[np.float32]
 MOST_BYTES = (2 << 30) - 1  # of a protobuf message, and so of an ONNX file without other files beside it
-
-
-def check_installed(command: str, *libraries: str) -> None:
-    """Raise WrongCommand, with what to do, when one of the libraries is missing."""
-    if missing := [name for name in libraries if find_spec(name) is None]:
-        names = " and ".join(missing)
-        raise WrongCommand(f"{command} needs {names}, which is not installed: pip install 'softcache[export]'")
 
 
 @dataclass(frozen=True)

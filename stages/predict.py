@@ -11,14 +11,15 @@ from data.errors import Refused, WrongCommand, printable
 
 from .about import About
 from .console import Console, progress
-from .onnx_file import Pictures, Runner, check_installed, open_student
+from .extras import require
+from .onnx_file import Pictures, Runner, open_student
 from .settings import PredictSettings
 
 
 def run(model: str, pictures: tuple[str, ...], settings: PredictSettings) -> None:
     """The likeliest classes of each picture. Every picture is looked for before the first is asked about."""
     console = Console(settings.json)
-    check_installed("predict", "onnx", "onnxruntime")
+    require("predict needs", "export", "onnx", "onnxruntime")
     if missing := [name for name in pictures if not Path(name).is_file()]:
         raise WrongCommand(f"there is no picture '{missing[0]}'")
     runner, about = open_student(Path(model))

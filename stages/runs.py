@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from pipeline.files import make_folder, publish_json, remove_leftovers
 from pipeline.identity import differences
 from pipeline.lock import LOCK, held
 
+from .extras import require
 from .kept_logits import TEACHER_LOGITS
 from .ranks import barrier, from_first, is_first, who
 from .settings import StudentSettings, TeacherSettings
@@ -66,10 +66,8 @@ def milestones_of(settings: TeacherSettings | StudentSettings) -> list[float]:
 
 def check_installed(settings: TeacherSettings | StudentSettings) -> None:
     """Raise WrongCommand for an optional part that is asked for and is not there, before anything is done."""
-    if settings.tensorboard and find_spec("tensorboard") is None:
-        raise WrongCommand(
-            "--tensorboard wants TensorBoard, which is not installed: pip install 'softcache[tensorboard]'"
-        )
+    if settings.tensorboard:
+        require("--tensorboard wants", "tensorboard", "tensorboard")
 
 
 def _left_over(path: Path) -> bool:

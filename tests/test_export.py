@@ -30,7 +30,7 @@ from pipeline.metrics import evaluate
 from pipeline.models import build
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
-from stages import in_8_bits, onnx_file
+from stages import extras, in_8_bits
 from stages.__main__ import commands
 from stages.kept_logits import read_logits
 from stages.model_card import quoted
@@ -202,7 +202,7 @@ def test_another_cache_is_refused(run: Path, stages: Stages, cache: Path) -> Non
 def test_a_missing_library_is_named_with_what_installs_it(
     missing: set[str], stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in missing else object())
     said = stages.fails(2, "export", "nowhere")
     assert said == (
         f"Error: export needs {' and '.join(sorted(missing, reverse=True))}, which is not installed:"

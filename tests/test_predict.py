@@ -22,7 +22,7 @@ from pipeline.cache import Cache
 from pipeline.models import build
 from pipeline.models.prepared import Prepared
 from pipeline.models.weights import load_state, read_state
-from stages import onnx_file
+from stages import extras, onnx_file
 from stages.about import About
 from stages.predict import as_input
 
@@ -134,7 +134,7 @@ def test_what_is_not_there_or_cannot_be_read_is_named(exported: Path, picture: s
 
 
 def test_a_missing_library_is_named(picture: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxruntime" else object())
     said = stages.fails(2, "predict", "m.onnx", picture)
     assert said == "Error: predict needs onnxruntime, which is not installed: pip install 'softcache[export]'"
 

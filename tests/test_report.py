@@ -234,9 +234,9 @@ def test_logits_of_other_rows_are_refused(tiny: Path, stages: Stages) -> None:
 def test_without_its_extra_it_is_one_line(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    from stages.report import command
+    from stages import extras
 
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else True)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else True)
     said = stages.fails(2, "report", tiny)
     assert said == f"Error: report needs {missing}, which is not installed: pip install 'softcache[report]'"
 

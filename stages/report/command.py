@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from pipeline.files import make_folder, publish_text
 from ..bill import in_one_line
 from ..command_line import command, this_program
 from ..console import Console, progress
+from ..extras import require
 from ..runs import free_run
 from ..settings import ReportSettings
 from ..teacher import row_name
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 def run(names: tuple[str, ...], settings: ReportSettings) -> None:
     """Everything is made before the first file is written."""
-    for module in ("matplotlib", "jinja2"):
-        if find_spec(module) is None:
-            raise WrongCommand(f"report needs {module}, which is not installed: pip install 'softcache[report]'")
+    require("report needs", "report", "matplotlib", "jinja2")
     from ..drawing_style import publish_png
     from .page import GroupPart, page
     from .parts import costs_of, part_of
