@@ -33,9 +33,14 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 
 def publish_text(path: Path, text: str) -> None:
     """Publish text as UTF-8, its line ends as they are."""
+    publish_bytes(path, text.encode())
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Publish content as it is."""
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(content)
 
     publish(path, write)
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from data.errors import printable
-from pipeline.files import publish, publish_json, publish_text, remove_leftovers
+from pipeline.files import publish_bytes, publish_json, publish_text, remove_leftovers
 from pipeline.lock import held
 from pipeline.losses.hard import Hard
 from pipeline.models import multiply_adds, parameters
@@ -51,7 +51,7 @@ def run(name: str, settings: ExportSettings, said: set[str]) -> None:
         record, files = _made(chosen, material, settings)
         record["seconds"] = time.monotonic() - begun
         for file, content in files.items():
-            publish(chosen.folder / file, _writer(content))
+            publish_bytes(chosen.folder / file, content)
         publish_text(chosen.folder / CARD, model_card(record, chosen, [c.manifest for c in material.teachers.members]))
         publish_json(chosen.folder / RECORD, record)
     if settings.json:
@@ -66,13 +66,6 @@ def _withdraw(folder: Path) -> None:
     remove_leftovers(folder, _FILES)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
-
-
-def _writer(content: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(content)
-
-    return write
 
 
 def _made(

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from data.errors import Refused, WrongCommand
 from data.transfer_set import Labels, TransferSet
-from pipeline.files import publish
+from pipeline.files import publish_bytes
 
 LOGITS, TEACHER_LOGITS = "logits.safetensors", "teacher-logits.safetensors"
 _FORM = "softcache logits 1"
@@ -27,6 +27,12 @@ class Kept:
     content: str
     classes: tuple[str, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the K classes: their numbers, where the data have no names for them."""
+        K = self.logits.shape[1]
+        return self.classes if len(self.classes) == K else tuple(map(str, range(K)))
+
 
 def publish_logits(path: Path, logits: dict[str, NDArray[np.float32]], transfer_set: TransferSet) -> None:
     """Keep {split: logits [N, K]} in row order, beside the labels and what tells these rows from others."""
@@ -36,13 +42,7 @@ def publish_logits(path: Path, logits: dict[str, NDArray[np.float32]], transfer_
         arrays[f"{split}.labels"] = transfer_set.splits[split].labels
     contents = {split: transfer_set.splits[split].content for split in logits}
     record = {"form": _FORM, "content": json.dumps(contents), "classes": json.dumps(transfer_set.classes)}
-    content = save(arrays, record)
-    publish(path, lambda temporary: _write(temporary, content))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """With the rights of any new file: save_file makes one that its owner alone may read."""
-    path.write_bytes(content)
+    publish_bytes(path, save(arrays, record))  # save_file would make one that its owner alone may read
 
 
 def read_logits(path: Path) -> dict[str, Kept]:

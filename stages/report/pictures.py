@@ -14,7 +14,6 @@ from data.transfer_set import TransferSet
 from data.views import ViewPolicy
 from pipeline.stream import render_in_order
 
-from ..kept_logits import Kept
 from ..settings import ReportSettings
 from ..taught import bound, open_caches
 from .findings import apart
@@ -56,8 +55,8 @@ def disagreements(run: Run, split: str, settings: ReportSettings, loaded: Loaded
     for view, (row, divergence) in zip(seen, chosen, strict=True):
         p, q = softmax(teacher.logits[row]), softmax(kept.logits[row])
         first = dict.fromkeys([*np.argsort(-p)[:_BARS].tolist(), *np.argsort(-q)[:_BARS].tolist()])
-        bars = [(_name(kept, c), float(p[c]), float(q[c])) for c in first if max(p[c], q[c]) >= _LEAST]
-        label = _name(kept, int(kept.labels[row])) if kept.labels[row] >= 0 else None
+        bars = [(kept.names[c], float(p[c]), float(q[c])) for c in first if max(p[c], q[c]) >= _LEAST]
+        label = kept.names[kept.labels[row]] if kept.labels[row] >= 0 else None
         found.append(Disagreement(_url(view), row, label, divergence, bars))
     return found
 
@@ -74,11 +73,6 @@ def _opened(run: Run, settings: ReportSettings, loaded: Loaded) -> tuple[Transfe
         except (Refused, WrongCommand) as error:
             loaded[key] = str(error).splitlines()[0]
     return loaded[key]
-
-
-def _name(kept: Kept, c: int) -> str:
-    """Of a class: its number, where the data have no names."""
-    return kept.classes[c] if c < len(kept.classes) else str(c)
 
 
 def _url(view: torch.Tensor) -> str:
