@@ -14,7 +14,7 @@ from .console import Console
 from .material import Material
 from .runs import read_json, read_settings
 from .settings import EvaluateSettings, StudentSettings
-from .taught import open_caches
+from .taught import fingerprints_of, open_caches
 
 
 def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
@@ -44,10 +44,7 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
 def same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
     """Figures against the teacher are of the run's own caches, in its order, wherever they lie now."""
     record = read_json(folder / "cache.json")
-    try:
-        begun = [record["fingerprint"], *(other["fingerprint"] for other in record.get("others", ()))]
-    except (KeyError, TypeError):
-        raise Refused(f"'{folder / 'cache.json'}' is damaged: it names no fingerprint") from None
+    begun = fingerprints_of(record, folder / "cache.json")
     if begun != (here := [cache.manifest.fingerprint for cache in caches]):
         theirs, mine = (", ".join(str(one)[:12] for one in names) for names in (begun, here))
         raise Refused(f"'{folder}' was trained from the caches {printable(theirs)}, these are {mine}")

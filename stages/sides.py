@@ -16,6 +16,7 @@ from pipeline.identity import differences
 from .kept_logits import LOGITS, read_logits
 from .runs import read_json
 from .settings import StudentSettings
+from .taught import fingerprints_of
 
 _SEEDS = ("seed", "seeds", "order_seed")
 # Where a run lies, what it prints and keeps, on which machine; data by what is in the cache; a recipe by what it sets.
@@ -82,10 +83,7 @@ def _cache(folder: Path, result: dict[str, Any]) -> str:
     """What a run was trained from, wherever it lies: the teacher and the beginning of each fingerprint."""
     path = folder / "cache.json"
     record = read_json(path) if path.is_file() else result["cache"]
-    try:
-        prints = [str(one["fingerprint"])[:12] for one in (record, *record.get("others", ()))]
-    except (KeyError, TypeError):
-        raise Refused(f"'{path}' is damaged: it names no fingerprint") from None
+    prints = [one[:12] for one in fingerprints_of(record, path)]
     return f"{result['teacher']['arch']} ({', '.join(prints)})"
 
 

@@ -130,6 +130,15 @@ def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, 
         raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
+def fingerprints_of(record: dict[str, Any], path: Path) -> list[str]:
+    """Of the caches that a run was trained from, in its order. record: cache.json, which lies at path. Raises Refused
+    where it names none."""
+    try:
+        return [str(one["fingerprint"]) for one in (record, *record.get("others", ()))]
+    except (KeyError, TypeError):
+        raise Refused(f"'{path}' is damaged: it names no fingerprint") from None
+
+
 def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:
     """The teacher's last linear layer with the map behind it."""
     return teachers.maps[0].of_head(head) if head and teachers.maps else head

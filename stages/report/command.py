@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from data.errors import WrongCommand, printable
@@ -37,13 +37,13 @@ def run(names: tuple[str, ...], settings: ReportSettings) -> None:
     runs, inspections = read_runs(names)
     folder = _folder(settings)
     groups = _groups(runs)
-    found = (
-        latencies([n for one in runs for some in networks_of(one).values() for n in some]) if settings.latency else {}
-    )
+    networks = {one.name: networks_of(one) for one in runs}
+    every = [network for of_run in networks.values() for some in of_run.values() for network in some]
+    found = latencies(every) if settings.latency else {}
     loaded: dict[Any, Any] = {}
     parts, texts = [], []
     for group in groups:
-        rows = rows_of(group, found)
+        rows = rows_of(group, networks, found)
         words = summary(group, rows)
         texts.append((group, rows, words))
         each = [
@@ -101,7 +101,7 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     for one in runs:
         teacher = one.said["teacher"][0] if one.said["teacher"] else {}
         split = "test" if "test" in teacher or (one.result and "test" in one.result["teacher"]) else "val"
-        content = teacher[split].content if split in teacher else one.fingerprints[0]
+        content = teacher[split].content if split in teacher else "".join(one.fingerprints[:1])
         found.setdefault((split, content), []).append(one)
     groups = []
     for (split, _), some in found.items():
@@ -119,5 +119,6 @@ def _bills(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _again(names: tuple[str, ...], settings: ReportSettings) -> str:
-    said = command("report", replace(settings, json=False))
-    return " ".join([f"{this_program()} report", *map(printable, names), said.partition(" report")[2].strip()]).strip()
+    program = f"{this_program()} report"
+    options = command("report", settings, json=False).removeprefix(program)
+    return " ".join([program, *(quote(printable(name, None)) for name in names)]) + options

@@ -30,7 +30,7 @@ def costs_of(rows: Sequence[Row]) -> Shown | None:
             row.name if row.kind == "teacher" else row.name.rpartition("/")[2],
             row.kind,
             row.figures["accuracy"].value,
-            _sd(row),
+            row.figures["accuracy"].sd or 0.0,
             row.parameters,
             row.milliseconds,
         )
@@ -43,11 +43,6 @@ def costs_of(rows: Sequence[Row]) -> Shown | None:
     return shown(
         "costs", drawing.of_costs(points), alt, "Accuracy over size and over the time of one picture on this machine."
     )
-
-
-def _sd(row: Row) -> float:
-    _, found, sd = row.figures["accuracy"].shown.partition(" ± ")
-    return float(sd) / 100 if found else 0.0
 
 
 def part_of(
@@ -157,9 +152,10 @@ def _of_inspection(record: dict[str, Any]) -> list[Shown]:
 
 
 def _names(run: Run, classes: int) -> list[str]:
+    """Of the classes, as the run's teacher has kept them; else their numbers."""
     kept = [one for seed in run.said["teacher"] for one in seed.values()]
-    names = [printable(name, 60) for name in kept[0].classes] if kept else []
-    return names if len(names) == classes else [str(c) for c in range(classes)]
+    names = kept[0].names if kept else ()
+    return [printable(name, 60) for name in names] if len(names) == classes else [str(c) for c in range(classes)]
 
 
 def _classes(run: Run, split: str) -> list[ClassRow]:

@@ -11,11 +11,13 @@ import numpy as np
 
 from data.errors import Refused, WrongCommand
 from pipeline.metrics import evaluate
+from pipeline.models.prepared import Preparation
 
 from ..checkpoint import LINES, lines_of
 from ..kept_logits import LOGITS, TEACHER_LOGITS, Kept, read_logits
 from ..runs import read_json, read_settings
 from ..settings import StudentSettings
+from ..taught import fingerprints_of
 
 MODELS = ("teacher", "baseline", "student")
 TRAININGS = ("distilled", "student", "baseline")
@@ -28,14 +30,14 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A student's run. result: its result.json, None while it is not finished; used: its cache.json;
-    lines: {training: of each seed a line per epoch}; said: {model: of each seed {split: logits}}."""
+    """A student's run. result: its result.json, None while it is not finished; fingerprints: of its
+    caches; lines: {training: of each seed a line per epoch}; said: {model: of each seed {split: logits}}."""
 
     name: str
     folder: Path
     settings: StudentSettings
     result: dict[str, Any] | None
-    used: dict[str, Any]
+    fingerprints: list[str]
     lines: dict[str, list[list[Line]]]
     said: dict[str, list[dict[str, Kept]]]
 
@@ -43,11 +45,6 @@ class Run:
     def epochs(self) -> int:
         """Of a training from its first step to its last, fine-tuning included."""
         return self.settings.epochs + self.settings.finetune_epochs
-
-    @property
-    def fingerprints(self) -> list[str]:
-        """Of the cache, and of those beside it."""
-        return [str(one.get("fingerprint")) for one in (self.used, *self.used.get("others", ()))]
 
     @cached_property
     def state(self) -> str:
@@ -136,8 +133,9 @@ def _read(folder: Path) -> Run:
         "student": _said([one / LOGITS for one in seeds]),
     }
     _check_same_rows(said, folder)
-    used = read_json(folder / "cache.json") if (folder / "cache.json").is_file() else {}
-    return Run(str(folder), folder, settings, result, used, lines, said)
+    path = folder / "cache.json"
+    fingerprints = fingerprints_of(read_json(path), path) if path.is_file() else []
+    return Run(str(folder), folder, settings, result, fingerprints, lines, said)
 
 
 def _lines(training: str, seeds: list[Path]) -> list[list[Line]]:
@@ -184,9 +182,10 @@ def _check(result: dict[str, Any], name: str) -> None:
             if not isinstance(member["arch"], str):
                 raise TypeError("no arch")
         one = result["student"]
-        preparation = one["preparation"]
+        for model in ("baseline", "student"):
+            if model in result:
+                Preparation.from_json(result[model]["preparation"])
         numbers = [one[key] for key in ("parameters", "multiply_adds", "seconds")]
-        numbers += [preparation["channels"], preparation["size"]]
         numbers += [result["cache"][key] for key in ("rows", "draws", "seconds")]
         bill = result["bill"]
         words = (one["arch"], result["teacher"]["arch"], result["cache"]["manifest"], result["machine"]["device"])
@@ -198,7 +197,7 @@ def _check(result: dict[str, Any], name: str) -> None:
             raise TypeError("no bill")
         if not isinstance(result["seeds"], list):
             raise TypeError("no seeds")
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise Refused(f"{name} is not of a student's run") from None
 
 

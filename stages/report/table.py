@@ -6,6 +6,7 @@ from typing import Any
 
 from data.errors import Refused, printable
 from pipeline.cache import Cache
+from pipeline.models.prepared import Preparation
 
 from .latency import Network
 from .reading import Run
@@ -21,8 +22,8 @@ def networks_of(run: Run) -> dict[str, list[Network]]:
     K = next((one.logits.shape[1] for seed in run.said["student"] for one in seed.values()), 0)
     for model in ("baseline", "student") if run.result and K else ():
         if record := (run.result or {}).get(model):
-            preparation = record["preparation"]
-            found[model] = [Network(record["arch"], K, int(preparation["channels"]), int(preparation["size"]))]
+            preparation = Preparation.from_json(record["preparation"])
+            found[model] = [Network(record["arch"], K, preparation.channels, preparation.size)]
     try:
         caches = [Cache(Path(path)) for path in run.settings.cache]
     except Refused:
@@ -34,11 +35,12 @@ def networks_of(run: Run) -> dict[str, list[Network]]:
     return found
 
 
-def rows_of(group: Group, found: Found) -> list[Row]:
-    """A row of each student, baseline and teacher; a teacher of several students once."""
+def rows_of(group: Group, of_runs: Mapping[str, dict[str, list[Network]]], found: Found) -> list[Row]:
+    """A row of each student, baseline and teacher; a teacher of several students once. of_runs: networks_of each run,
+    by its name."""
     rows: list[Row] = []
     for run in group.runs:
-        networks = networks_of(run)
+        networks = of_runs[run.name]
         for model in ("student", "baseline"):
             if run.figures(model, group.split):
                 rows.append(_student(run, model, group.split, _costs(networks.get(model, []), found)))

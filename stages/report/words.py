@@ -23,10 +23,11 @@ _LESS_IS_BETTER = {"nll", "ece"}
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure as it is read, and as it is sorted: None where there is none."""
+    """A figure as it is read, and as it is sorted, None where there is none; and its standard deviation over seeds."""
 
     shown: str
     value: float | None
+    sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def cell_of(name: str, value: float | None, sd: float | None = None) -> Cell:
         return Cell("–", None)
     scale, digits = (100, 2) if name in _IN_PERCENT else (1, 4)
     around = f" ± {scale * sd:.{digits}f}" if sd is not None else ""
-    return Cell(f"{scale * value:.{digits}f}{around}", value)
+    return Cell(f"{scale * value:.{digits}f}{around}", value, sd)
 
 
 def title_of(name: str) -> str:
