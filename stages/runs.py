@@ -23,6 +23,8 @@ from .kept_logits import TEACHER_LOGITS
 from .ranks import barrier, from_first, is_first, who
 from .settings import StudentSettings, TeacherSettings
 
+# Settings that say where a run lies and what it prints and keeps besides: with others it is the same run.
+ASIDE = ("out", "json", "resume", "tensorboard")
 S = TypeVar("S", TeacherSettings, StudentSettings)
 
 
@@ -160,8 +162,7 @@ def _others(folder: Path, settings: S) -> str:
 def _differing(kept: Any, settings: TeacherSettings | StudentSettings) -> list[str]:
     """The settings in which a run differs from what is asked, in words; where it lies and what it prints aside."""
     asked = json.loads(json.dumps(asdict(settings)))
-    aside = ("out", "json", "resume", "tensorboard")
-    return [f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in aside]
+    return [f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in ASIDE]
 
 
 def read_settings(folder: Path, kind: type[S]) -> S:

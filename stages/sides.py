@@ -14,16 +14,13 @@ from data.transfer_set import Labels
 from pipeline.identity import differences
 
 from .kept_logits import LOGITS, read_logits
-from .runs import read_json
+from .runs import ASIDE, read_json
 from .settings import StudentSettings
 from .taught import fingerprints_of
 
 _SEEDS = ("seed", "seeds", "order_seed")
-# Where a run lies, what it prints and keeps, on which machine; data by what is in the cache; a recipe by what it sets.
-_ASIDE = (
-    "out", "resume", "json", "tensorboard", "data", "data_root", "device", "workers", "baseline", "keep_every",
-    "recipe",
-)  # fmt: skip
+# And on which machine; data by what is in the cache; a recipe by what it sets.
+_ASIDE = (*ASIDE, "data", "data_root", "device", "workers", "baseline", "keep_every", "recipe")
 Apart = tuple[str, Any, Any]  # a setting, and its value in the first and in the second
 
 

@@ -20,7 +20,7 @@ from .console import Console
 from .material import Material
 from .passes import Student, first_training
 from .recipes import fill_in
-from .runs import free_run, milestones_of
+from .runs import ASIDE, free_run, milestones_of
 from .search_folder import DATABASE, alone, begin, compare, look_at, tidy, unfinished
 from .search_report import figure_of, line_of, rows_of, say_rows, write_report
 from .search_space import Searched, Value, parse_space, with_values
@@ -79,8 +79,7 @@ def run(settings: SearchSettings, said: set[str]) -> None:
 
 def _begun_with(settings: SearchSettings, first: StudentSettings, material: Material) -> dict[str, Any]:
     """What the trials of a search have in common, as JSON has it; with another of these it is another search."""
-    aside = ("out", "json", "resume", "tensorboard")
-    common = {name: value for name, value in asdict(first).items() if name not in aside}
+    common = {name: value for name, value in asdict(first).items() if name not in ASIDE}
     searched = {name: getattr(settings, name) for name in ("search", "grid", "prune")}
     caches = [cache.manifest.fingerprint for cache in material.teachers.members]
     found: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": caches}))
