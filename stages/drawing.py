@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .drawing_style import BLUE, GREY, ORANGE, Picture, text
+from .drawing_style import BLUE, GREY, ORANGE, Picture, name_sides, text
 
-_NAMED = 40  # classes of a matrix that are named along its sides
 _ACROSS = 3  # panels of channels beside each other
 
 
@@ -96,10 +95,7 @@ def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> P
         axes.set_facecolor("#DDDDDD")
         image = axes.imshow(shown, cmap="viridis", vmin=0)
         figure.colorbar(image, ax=axes, shrink=0.8, label="mean probability")
-        if K <= _NAMED:
-            labels = [text(name, 18) for name in names]
-            axes.set_xticks(np.arange(K), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-            axes.set_yticks(np.arange(K), labels)
+        name_sides(axes, names, 18)
         axes.set(xlabel="class of the probability", ylabel="true class")
         axes.set_title(what, fontsize=10)
 

@@ -3,12 +3,13 @@
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from pipeline.files import publish
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA6699", "#808080"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 MARKERS = "os^Dv"
+_NAMED = 40  # classes of a matrix that are named along its sides
 INK, GRID = "#1F2328", "#C8CDD3"
 _DARK = {INK: "#E6EDF3", GRID: "#4A525C"}
 _STYLE: dict[Any, Any] = {
@@ -42,6 +44,15 @@ def text(name: object, most: int = 28) -> str:
     name = printable(name)
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
     return short.replace("$", r"\$")
+
+
+def name_sides(axes: Axes, names: Sequence[str], most: int) -> None:
+    """Name the rows and columns of a matrix of classes, where they are few enough to be read. most: letters of one."""
+    if len(names) > _NAMED:
+        return
+    labels, places = [text(name, most) for name in names], range(len(names))
+    axes.set_xticks(places, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+    axes.set_yticks(places, labels)
 
 
 def publish_png(path: Path, picture: Picture) -> None:

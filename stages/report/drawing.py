@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from ..drawing_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Picture, text
+from ..drawing_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Picture, name_sides, text
 from .findings import Agreement, pareto
 from .reading import Line
 
-_NAMED = 40  # classes of a matrix that are named along its sides
 _COUNTED = 12  # classes up to which a cell has its number in it
 _KINDS = {"student": (BLUE, "o"), "baseline": (ORANGE, "s"), "teacher": (GREEN, "^")}
 
@@ -177,15 +176,11 @@ def _matrix(
     axes.set_facecolor("#DDDDDD")
     image = axes.imshow(values, cmap=colours, vmin=span[0], vmax=span[1])
     figure.colorbar(image, ax=axes, shrink=0.75)
-    K = len(names)
-    if K <= _NAMED:
-        labels = [text(name, 14) for name in names]
-        axes.set_xticks(np.arange(K), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-        axes.set_yticks(np.arange(K), labels)
-    for i, j in zip(*np.nonzero(np.abs(np.nan_to_num(values)) >= 0.5), strict=True):
-        if K <= _COUNTED:
-            colour = _legible(image.to_rgba(values[i, j])[:3])
-            axes.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    name_sides(axes, names, 14)
+    counted = np.abs(np.nan_to_num(values)) >= 0.5
+    for i, j in zip(*np.nonzero(counted), strict=True) if len(names) <= _COUNTED else ():
+        colour = _legible(image.to_rgba(values[i, j])[:3])
+        axes.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="guessed class", ylabel="true class")
     axes.set_title(title)
     axes.spines[:].set_visible(False)
