@@ -207,6 +207,7 @@ def test_without_data_logits_or_cache_the_rest_is_shown(tiny: Path, stages: Stag
         ("result.json", lambda r: r.pop("bill"), "is not of a student's run"),
         ("result.json", lambda r: r["versions"].update(torch=[]), "is not of a student's run"),
         ("result.json", lambda r: r["seeds"][0].update(seed="x"), "is not of a student's run"),
+        ("cache.json", lambda r: r.update(others=[1]), "is damaged"),
         ("settings.json", lambda r: r.update(epochs="many"), "is damaged"),
     ],
 )
@@ -268,6 +269,12 @@ def test_an_arch_from_a_file_is_not_imported(tiny: Path, stages: Stages) -> None
         result["student"]["arch"] = arch
         Path("r/result.json").write_text(json.dumps(result))
         assert stages("report", "r", "--out", "o")["runs"] == ["r"]
+    result["student"] |= {"arch": "vgg8", "preparation": result["student"]["preparation"] | {"size": 1}}
+    Path("r/result.json").write_text(json.dumps(result))
+    assert stages("report", "r", "--out", "o")["runs"] == ["r"]
+    result["student"]["preparation"]["size"] = 10**9
+    Path("r/result.json").write_text(json.dumps(result))
+    assert "is not of a student's run" in stages.fails(1, "report", "r", "--out", "o")
 
 
 def test_agreement_is_split_by_the_teacher_being_right() -> None:

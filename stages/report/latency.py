@@ -17,7 +17,7 @@ _ROUNDS, _TIMES = 7, 10
 _MOST = 500_000_000  # parameters: an arch in a stranger's file may ask for any number
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Network:
     """An arch and what it is built for."""
 
@@ -26,6 +26,10 @@ class Network:
     channels: int
     size: int
 
+    def picture(self) -> torch.Tensor:
+        """An input float32 [1, channels, size, size]."""
+        return torch.rand(1, self.channels, self.size, self.size)
+
 
 def latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
     """{network: (parameters, median milliseconds)} of one picture alone, by PyTorch on one thread of the CPU.
@@ -33,16 +37,18 @@ def latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
     The median of 7 rounds in which each network takes its turn of 10 pictures. Networks that are no arch of the table
     (code of a user's own, which a report does not run) are left out.
     """
-    built = {network: made for network in dict.fromkeys(networks) if (made := _built(network)) is not None}
-    found: dict[Network, list[float]] = {network: [] for network in built}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one picture is too little for two
-    with torch.inference_mode():
-        for _ in progress(range(_ROUNDS + 1), _ROUNDS + 1, "latency"):
-            for network, made in built.items():
-                found[network].append(_turn(made, torch.rand(1, network.channels, network.size, network.size)))
-    torch.set_num_threads(threads)
-    return {network: (parameters(built[network]), median(times[1:])) for network, times in found.items()}
+    try:
+        with torch.inference_mode():
+            built = {network: made for network in dict.fromkeys(networks) if (made := _built(network)) is not None}
+            found: dict[Network, list[float]] = {network: [] for network in built}
+            for _ in progress(range(_ROUNDS), _ROUNDS, "latency"):
+                for network, made in built.items():
+                    found[network].append(_turn(made, network.picture()))
+    finally:
+        torch.set_num_threads(threads)
+    return {network: (parameters(built[network]), median(times)) for network, times in found.items()}
 
 
 def _built(network: Network) -> nn.Module | None:
@@ -53,7 +59,9 @@ def _built(network: Network) -> nn.Module | None:
         with torch.device("meta"):
             if parameters(build(arch, network.classes, network.channels, network.size)) > _MOST:
                 return None
-        return build(arch, network.classes, network.channels, network.size).eval()
+        made = build(arch, network.classes, network.channels, network.size).eval()
+        _turn(made, network.picture())  # warm, and known to take such a picture
+        return made
     except (WrongCommand, RuntimeError, ValueError):  # what no command could have asked for
         return None
 
