@@ -291,7 +291,7 @@ def test_sigterm_ends_both_stages_at_once_with_one_line_and_nothing_left_over(
     forks.succeeds(*cache_command(tiny, whole, *small))
     child = forks.start(*cache_command(tiny, cache, *small))
     wait_until(lambda: len(shards(cache)) > 9)
-    assert child.terminate() == 130
+    assert child.terminate() == 130, child.said
     assert "of 48 shards; the same command goes on from there" in child.error
     assert [*temporaries(cache), *cache.glob(".lock")] == []
     forks.succeeds(*cache_command(tiny, cache, *small))
@@ -299,7 +299,7 @@ def test_sigterm_ends_both_stages_at_once_with_one_line_and_nothing_left_over(
 
     child = forks.start(*student_command(cache, run, 10_000))
     wait_until(lambda: (run / "metrics.jsonl").exists())
-    assert child.terminate() == 130
+    assert child.terminate() == 130, child.said
     assert f"student --resume --out {run}" in child.error
     assert [*temporaries(run), *run.glob(".lock")] == []
     assert json.loads((run / "settings.json").read_text())["epochs"] == 10_000

@@ -8,7 +8,7 @@ import struct
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fcntl import ioctl
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Stages
+from tqdm import tqdm
 
 from stages import showing
 from stages.console import Console, LongWork, clock
@@ -185,6 +186,32 @@ def test_a_message_stands_above_the_line(capsys: pytest.CaptureFixture[str], mon
         Console(True).say("a message")
         s.step(10)
     assert "a message" in seen.drawn()
+
+
+class LockInterrupted:
+    """Ctrl-C comes as it is about to be taken; what was never taken cannot be let go."""
+
+    def acquire(self) -> None:
+        raise KeyboardInterrupt
+
+    def release(self) -> None:
+        raise RuntimeError("cannot release un-acquired lock")
+
+    __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@pytest.mark.parametrize("print_it", [Console(True).say, Console(False).say, Console(True).note])
+def test_an_interrupt_while_a_line_is_printed_stays_one(print_it: Callable[[str], None]) -> None:
+    whole = tqdm.get_lock()
+    tqdm.set_lock(LockInterrupted())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            print_it("a line")
+    finally:
+        tqdm.set_lock(whole)
 
 
 # The line itself
