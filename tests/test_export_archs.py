@@ -28,7 +28,7 @@ QUICK_STEPS = {"torchvision:resnet18": 4, "shufflenet_v1": 8, "shufflenet_v2": 8
 SLOW_STEPS = {"mobilenet_v2": 200, "shufflenet_v2": 120, "torchvision:efficientnet_b0": 250}
 EFFICIENTNET = pytest.param(
     "torchvision:efficientnet_b0",
-    marks=pytest.mark.xfail(reason="over 1e-4 in four short trainings, as PyTorch between two layouts", strict=True),
+    marks=pytest.mark.xfail(reason="float32 itself is 3e-3 from float64: batch norms with a gain of 256", strict=True),
 )
 TOLERANCE = 1e-4
 Shown = tuple[torch.Tensor, torch.Tensor]  # views uint8 [N, C, S, S], labels [N]
