@@ -6,7 +6,7 @@ PATH/train/… or PATH/…  without class folders                         unlabe
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -21,6 +21,7 @@ from PIL import Image
 from .decoding import GREY, opened
 from .errors import Refused, WrongCommand
 from .pictures import centre, cut, stacked
+from .threads import by_threads
 from .views import Box, with_border
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -148,8 +149,8 @@ def digest_files(pictures: FolderPictures, labels: NDArray[np.int64], progress: 
             raise Refused(f"the picture {pictures.root / name} cannot be read: {error.strerror}") from None
 
     whole = sha256()
-    with ThreadPoolExecutor(8) as pool:
-        digests = progress(pool.map(one, pictures.names), len(pictures), "reading pictures")
+    with closing(by_threads(one, pictures.names, 8)) as found:
+        digests = progress(found, len(pictures), "reading pictures")
         for name, label, digest in zip(pictures.names, labels, digests, strict=True):
             whole.update(os.fsencode(name) + f"\0{label}\0".encode() + digest)
     return whole.hexdigest()

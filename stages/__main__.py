@@ -264,7 +264,11 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to print and the exit code; code 0 for what is no slip of the user's."""
     from data.errors import Interrupted, Refused, WrongCommand
 
-    for kind, code in ((Refused, 1), (WrongCommand, 2), (Interrupted, 130)):
+    if isinstance(error, Interrupted):
+        return str(error), 130
+    if _of_an_interrupt(error):
+        return "stopped", 130
+    for kind, code in ((Refused, 1), (WrongCommand, 2)):
         if isinstance(error, kind):
             return str(error), code
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
@@ -275,6 +279,13 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}", 1
     return "", 0
+
+
+def _of_an_interrupt(error: BaseException | None) -> bool:
+    """Whether it is what a library, or we, made of a Ctrl-C that came in the middle."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """One thing at a time is done by a thread, while what comes after it is prepared."""
 
+import queue
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any
+
+from data.threads import Thread
+
+Work = Callable[[], object]
 
 
 class Behind:
@@ -15,23 +20,39 @@ class Behind:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "softcache-writer")
-        self._last: Future[Any] | None = None
+        self._asked: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._under_way = False
+        self._thread = Thread(self._work)
 
-    def do(self, work: Callable[..., Any], *arguments: Any) -> None:
+    def _work(self) -> None:
+        while (work := self._asked.get()) is not None:
+            try:
+                work()
+                self._done.put(None)
+            except BaseException as error:  # handed to the thread that asks
+                self._done.put(error)
+            del work  # and with it the rows of a shard
+
+    def do(self, work: Callable[..., object], *arguments: Any) -> None:
         """Begin a work, once the one before is done."""
         self.wait()
-        self._last = self._thread.submit(work, *arguments)
+        if not self._thread.begun:
+            self._thread.start()
+        self._under_way = True
+        self._asked.put(partial(work, *arguments))
 
     def wait(self) -> None:
         """Until nothing is under way. Raises what the last work raised."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        if self._under_way:
+            error = self._done.get()
+            self._under_way = False
+            if error is not None:
+                raise error
 
     def look(self) -> None:
         """Raise what the last work has raised, if it is over: no need to go on for as long as the next one takes."""
-        if self._last is not None and self._last.done():
+        if not self._done.empty():
             self.wait()
 
     def __enter__(self) -> "Behind":
@@ -44,4 +65,5 @@ class Behind:
             if kind is None:
                 self.wait()
         finally:
-            self._thread.shutdown()
+            self._asked.put(None)
+            self._thread.join()

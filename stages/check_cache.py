@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.errors import OtherCache, Refused, WrongCommand, printable
+from data.threads import by_threads
 from data.transfer_set import TransferSet
 from pipeline.cache import Cache
 from pipeline.leftovers import sweep
@@ -62,9 +63,9 @@ def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
     verdicts: Verdicts = {}
     with (
         bar(sum(record.rows for record in records), "check-cache", "row") as counted,
-        ThreadPoolExecutor(os.cpu_count()) as threads,
+        closing(by_threads(lambda r: _verdict(cache, r, transfer_set), records, os.cpu_count() or 1)) as found,
     ):
-        for record, verdict in zip(records, threads.map(lambda r: _verdict(cache, r, transfer_set), records)):  # noqa: B905
+        for record, verdict in zip(records, found, strict=True):
             verdicts[record.path] = verdict
             counted.update(record.rows)
     if cache.manifest.head:
