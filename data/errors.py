@@ -32,6 +32,13 @@ class Interrupted(Exception):
     """Ctrl-C, with how to go on. Exit code 130."""
 
 
+def of_an_interrupt(error: BaseException | None) -> bool:
+    """Whether it is what a library, or we, made of a Ctrl-C that came in the middle."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 def printable(text: object, most: int | None = 200) -> str:
     """Text from a file nobody vouches for, as it may reach a terminal: on one line, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:most])

@@ -1,76 +1,84 @@
-"""Threads that an interrupt, wherever it comes, neither hangs nor leaves behind."""
+"""Work by threads that an interrupt, wherever it comes, neither hangs nor leaves behind."""
 
 import queue
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from typing import TypeVar, cast
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 R = TypeVar("R")
-_Slot = queue.SimpleQueue[tuple[R | None, BaseException | None]]  # where one answer is put
 
 
-class Thread:
-    """As a daemon threading.Thread, whose start and join are written in Python, with locks that an interrupt leaves
-    taken: nothing cuts a call of SimpleQueue or of start_new_thread in two. The work raises nothing and hands over by
-    SimpleQueues; when it is told to end it ends, joined or not."""
+class Answer(Generic[R]):
+    """What a thread will have found."""
 
-    def __init__(self, work: Callable[[], None]):
-        self._work, self.begun = work, False
+    def __init__(self) -> None:
+        self._slot: queue.SimpleQueue[tuple[R | None, BaseException | None]] = queue.SimpleQueue()
+
+    def find(self, work: Callable[[], R]) -> None:
+        try:
+            self._slot.put((work(), None))
+        except BaseException as error:  # handed to the thread that asks
+            self._slot.put((None, error))
+
+    def done(self) -> bool:
+        return not self._slot.empty()
+
+    def result(self) -> R:
+        """Wait for it. Raises what the work raised. To be called once."""
+        found, error = self._slot.get()
+        if error is not None:
+            raise error
+        return cast(R, found)
+
+
+class Threads:
+    """`with Threads(8) as threads: answer = threads.do(work, …)`, begun in the order in which it is asked. At the end
+    what is under way is waited for; what has not begun never does.
+
+    A ThreadPoolExecutor takes locks in Python, and an interrupt that comes as it has one leaves it taken: who wants it
+    next waits for ever. Nothing cuts a call of SimpleQueue or of start_new_thread in two.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._begun, self._over = most, 0, False
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
 
-    def start(self) -> None:
-        start_new_thread(self._run, ())
-        self.begun = True
+    def do(self, work: Callable[..., R], *arguments: Any) -> Answer[R]:
+        if self._begun < self._most:
+            start_new_thread(self._serve, ())
+            self._begun += 1
+        answer: Answer[R] = Answer()
+        self._asked.put(partial(answer.find, partial(work, *arguments)))
+        return answer
 
-    def _run(self) -> None:
-        try:
-            self._work()
-        finally:
-            self._ended.put(None)
+    def _serve(self) -> None:
+        while (work := self._asked.get()) is not None and not self._over:
+            work()
+            del work  # and with it, say, the rows of a shard
+        self._ended.put(None)
 
-    def join(self) -> None:
-        """Once, and at once where an interrupt came before it was known to have begun."""
-        if self.begun:
+    def __enter__(self) -> "Threads":
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._over = True
+        for _ in range(self._most):  # also one that an interrupt met before it was counted
+            self._asked.put(None)
+        for _ in range(self._begun):
             self._ended.get()
 
 
-def by_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+def by_threads(work: Callable[[T], R], items: Iterable[T], most: int) -> Generator[R, None, None]:
     """work(item) of each item, in order, so many at a time. What the work raises is raised here. To be closed."""
-    asked: queue.SimpleQueue[tuple[T, _Slot[R]] | None] = queue.SimpleQueue()
-    under_way: deque[_Slot[R]] = deque()
-    over = False
-
-    def serve() -> None:
-        while (one := asked.get()) is not None and not over:
-            item, slot = one
-            try:
-                slot.put((work(item), None))
-            except BaseException as error:  # handed to the thread that asks
-                slot.put((None, error))
-
-    def first() -> R:
-        result, error = under_way.popleft().get()
-        if error is not None:
-            raise error
-        return cast(R, result)
-
-    serving = [Thread(serve) for _ in range(threads)]
-    try:
-        for thread in serving:
-            thread.start()
+    asked: deque[Answer[R]] = deque()
+    with Threads(most) as threads:
         for item in items:
-            if len(under_way) == 4 * threads:
-                yield first()
-            slot: _Slot[R] = queue.SimpleQueue()
-            under_way.append(slot)
-            asked.put((item, slot))
-        while under_way:
-            yield first()
-    finally:
-        over = True
-        for _ in serving:
-            asked.put(None)
-        for thread in serving:
-            thread.join()
+            if len(asked) == 4 * most:
+                yield asked.popleft().result()
+            asked.append(threads.do(work, item))
+        while asked:
+            yield asked.popleft().result()

@@ -1,8 +1,8 @@
 """Work that is done before it is asked for: by a thread, or by worker processes that render views."""
 
-import queue
+from collections import deque
 from collections.abc import Generator, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.errors import Refused
-from data.threads import Thread
+from data.threads import Threads
 from data.views import Draw, Pictures, ViewPolicy, render
 
 Rows = NDArray[np.int64]
@@ -62,34 +62,12 @@ def by_thread(items: Iterator[T], ahead: int = 3) -> Generator[T, None, None]:
     with a thread and 26 without; with the steps of `mlp:64` between them 436 and 434 ms (crop-flip), on 2 cores. So
     everything that is rendered here is rendered ahead, by the one rule, and files and draws on disk gain by it.
     """
-    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    wanted: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each item that may be made
-    over = False
-
-    def work() -> None:
-        try:
-            while True:
-                wanted.get()
-                if over:
-                    return
-                ready.put((next(items), None))
-        except BaseException as error:  # StopIteration too: handed to the thread that consumes
-            ready.put((None, error))
-
-    thread = Thread(work)
-    try:
-        for _ in range(ahead):
-            wanted.put(None)
-        thread.start()
+    with Threads(1) as thread:
+        asked = deque(thread.do(next, items) for _ in range(ahead))
         while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
+            try:
+                item = asked.popleft().result()
+            except StopIteration:
                 return
-            if error is not None:
-                raise error
-            wanted.put(None)
-            yield cast(T, item)
-    finally:
-        over = True
-        wanted.put(None)
-        thread.join()
+            asked.append(thread.do(next, items))
+            yield item

@@ -262,11 +262,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to print and the exit code; code 0 for what is no slip of the user's."""
-    from data.errors import Interrupted, Refused, WrongCommand
+    from data.errors import Interrupted, Refused, WrongCommand, of_an_interrupt
 
     if isinstance(error, Interrupted):
         return str(error), 130
-    if _of_an_interrupt(error):
+    if of_an_interrupt(error):
         return "stopped", 130
     for kind, code in ((Refused, 1), (WrongCommand, 2)):
         if isinstance(error, kind):
@@ -279,13 +279,6 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}", 1
     return "", 0
-
-
-def _of_an_interrupt(error: BaseException | None) -> bool:
-    """Whether it is what a library, or we, made of a Ctrl-C that came in the middle."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data.errors import Refused
+from data.errors import Refused, of_an_interrupt
 from pipeline.files import publish, publish_text
 from pipeline.models.weights import check_zip
 
@@ -157,7 +157,7 @@ def publish_tensors(path: Path, record: dict[str, Any]) -> None:
             with open(temporary, "wb") as file:
                 torch.save(record, file)
         except RuntimeError as error:  # what PyTorch makes of an interrupt in the middle of its zip file
-            if isinstance(error.__context__, KeyboardInterrupt):
+            if of_an_interrupt(error):
                 raise KeyboardInterrupt from None
             raise
 
