@@ -9,7 +9,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(shell test -f "$(VENV)" && echo "$(VENV)" || echo "$(VENV)/bin/python")
-STAGES := $(PY) -m stages
+STAGES := $(PY) -m softcache
 QUIET = $(if $(JSON),@)
 
 DATA ?= digits

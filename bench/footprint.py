@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.cache import Cache
-from pipeline.manifest import row_bytes
-from stages.memory import keep_large_blocks
-from stages.passes import job_of
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.manifest import row_bytes
+from softcache.stages.memory import keep_large_blocks
+from softcache.stages.passes import job_of
 
 from . import material
 from .rounds import Found, Given, Missing
@@ -111,7 +111,7 @@ def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
     """
     data = material.in_memory(rows, channels=1, size=8)
     shown: object = material.transfer_set(data)
-    from pipeline.models import build
+    from softcache.pipeline.models import build
 
     network = build("mlp:64", 10, 1, 8)
     network(torch.zeros(1024, 1, 8, 8)).sum().backward()

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from data.pictures import MemoryPictures
-from data.transfer_set import TRANSFER_SETS, DataRow, Read, Recipe, TransferSet, load
-from data.views import ViewPolicy, parse_views, render
-from pipeline.codec import CODECS, fidelity
-from pipeline.identity import Identity, identity_of
-from pipeline.lock import held
-from pipeline.manifest import Piece
-from pipeline.models import build
-from pipeline.models.prepared import Preparation, Prepared
-from pipeline.proof import crc32
-from pipeline.rows import row_order
-from pipeline.shards import Arrays
-from pipeline.writer import Plan, Writer
-from stages.material import Material
-from stages.settings import StudentSettings
-from stages.student import with_recipe
+from softcache.data.pictures import MemoryPictures
+from softcache.data.transfer_set import TRANSFER_SETS, DataRow, Read, Recipe, TransferSet, load
+from softcache.data.views import ViewPolicy, parse_views, render
+from softcache.pipeline.codec import CODECS, fidelity
+from softcache.pipeline.identity import Identity, identity_of
+from softcache.pipeline.lock import held
+from softcache.pipeline.manifest import Piece
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Preparation, Prepared
+from softcache.pipeline.proof import crc32
+from softcache.pipeline.rows import row_order
+from softcache.pipeline.shards import Arrays
+from softcache.pipeline.writer import Plan, Writer
+from softcache.stages.material import Material
+from softcache.stages.settings import StudentSettings
+from softcache.stages.student import with_recipe
 
 VAL_FRACTION = 0.02
 _BLOCK = 2048  # rows of features that are made, and repeated
@@ -151,6 +151,6 @@ def _feature(rows: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
 
 
 def opened(cache: Path, data: str, arch: str, **more: object) -> tuple[StudentSettings, Material]:
-    """A student's settings with the recipe in, and what it is trained from, as `stages student` opens it."""
+    """A student's settings with the recipe in, and what it is trained from, as `softcache student` opens it."""
     settings = with_recipe(StudentSettings(data=data, cache=(str(cache),), arch=arch, **more))  # type: ignore[arg-type]
     return settings, Material.open(settings)

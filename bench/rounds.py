@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stages import runs
+from softcache.stages import runs
 
 Side = Callable[[], float]  # takes its turn, and says how many seconds one unit of it took
 OPTIONAL = ("torchdistill", "lmdb", "webdataset")  # of the extra `bench`

@@ -1,6 +1,6 @@
 """Rows of stage two: epochs from a cache, against hard targets alone, bare loops and the live teacher.
 
-Ours is the loop of `stages student` itself, without what it does once an epoch: measuring on validation, checkpoint.
+Ours is the loop of `softcache student` itself, without what it does once an epoch: validation, checkpoint.
 A turn begins a stream of its own and takes every batch of it, so that nothing is rendered ahead at the cost of others.
 """
 
@@ -13,17 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.losses import Loss
-from pipeline.losses.hard import Hard
-from pipeline.models.prepared import Prepared
-from pipeline.records import TargetBatch
-from stages.checkpoint import State
-from stages.held_out import autocast
-from stages.job import Job
-from stages.material import Material
-from stages.passes import job_of
-from stages.settings import StudentSettings
-from stages.training import WORTH_THREADS, _begin, _begin_epoch, _step_of_each
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.hard import Hard
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.records import TargetBatch
+from softcache.stages.checkpoint import State
+from softcache.stages.held_out import autocast
+from softcache.stages.job import Job
+from softcache.stages.material import Material
+from softcache.stages.passes import job_of
+from softcache.stages.settings import StudentSettings
+from softcache.stages.training import WORTH_THREADS, _begin, _begin_epoch, _step_of_each
 
 from . import material
 from .rounds import Found, Given, Side, interleaved, over, parts
@@ -32,7 +32,7 @@ FEATURE = {"layer3": [64, 8, 8]}  # of ResNet-56: 4,096 numbers, 8 kB a row
 
 
 def job(given: Given, settings: StudentSettings, opened: Material, hard: bool, name: str) -> Job:
-    """The training from the cache, or its baseline from hard targets alone, as `stages student` makes them."""
+    """The training from the cache, or its baseline from hard targets alone, as `softcache student` makes them."""
     losses: tuple[Loss, ...] = (Hard(),) if hard else opened.losses
     labels = opened.transfer_set.splits["train"].labels
     where = given.folder / "runs" / f"{name}-{time.monotonic_ns()}"

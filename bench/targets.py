@@ -16,18 +16,18 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import MNIST, ImageFolder
 
-from pipeline.models import build
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state, run_weights
-from stages import teacher as teacher_stage
-from stages.checkpoint import lines_of
-from stages.console import Console
-from stages.material import Material
-from stages.passes import job_of
-from stages.settings import CacheSettings, StudentSettings, TeacherSettings
-from stages.student import with_recipe
-from stages.teacher_cache import make
-from stages.training import fit
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import load_state, read_state, run_weights
+from softcache.stages import teacher as teacher_stage
+from softcache.stages.checkpoint import lines_of
+from softcache.stages.console import Console
+from softcache.stages.material import Material
+from softcache.stages.passes import job_of
+from softcache.stages.settings import CacheSettings, StudentSettings, TeacherSettings
+from softcache.stages.student import with_recipe
+from softcache.stages.teacher_cache import make
+from softcache.stages.training import fit
 
 from .apart import apart
 from .rounds import Found, Given, Missing, Side, fastest, interleaved, parts

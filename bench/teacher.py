@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from pipeline.models.folded import folded
-from pipeline.reading import read_manifest
-from stages.console import Console
-from stages.held_out import autocast
-from stages.settings import CacheSettings
-from stages.teacher_cache import make
+from softcache.pipeline.models.folded import folded
+from softcache.pipeline.reading import read_manifest
+from softcache.stages.console import Console
+from softcache.stages.held_out import autocast
+from softcache.stages.settings import CacheSettings
+from softcache.stages.teacher_cache import make
 
 from . import material
 from .apart import apart
@@ -41,7 +41,7 @@ def saved_teacher(given: Given) -> Path:
 
 
 def stage_one(given: Given, data: str, once: list[float], **more: Any) -> Side:
-    """`stages teacher-cache`: seconds of a row, by its shards. What it takes besides (reading the data, trying
+    """`softcache teacher-cache`: seconds of a row, by its shards. What it takes besides (reading the data, trying
     arithmetics, compiling, the manifest) does not grow with the rows that are asked, and goes to once."""
     weights = saved_teacher(given)
 
@@ -122,7 +122,7 @@ def two_ranks(given: Given) -> Found:
     data = material.jpegs(given.folder / "jpegs-ranks", given.few(512, 40), 32)
     weights = saved_teacher(given)
     digests: dict[str, set[str]] = {"one": set(), "two": set()}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "softcache"]
 
     def side(name: str, command: list[str]) -> Side:
         def turn() -> float:
@@ -141,7 +141,7 @@ def two_ranks(given: Given) -> Found:
 
         return turn
 
-    one = [sys.executable, "-m", "stages"]
+    one = [sys.executable, "-m", "softcache"]
     found = interleaved({"one": side("one", one), "two": side("two", start)}, given.few(2, 1))
     if digests["one"] != digests["two"] or len(digests["one"]) != 1:
         raise AssertionError("two ranks wrote other payloads than one process")

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
-from pipeline.models import build
+from softcache.pipeline.models import build
 
 from . import material
 from .apart import Make, apart

@@ -1,4 +1,4 @@
-"""Files of pictures into pixels, without PyTorch: what a folder of pictures and `stages predict` share."""
+"""Files of pictures into pixels, without PyTorch: what a folder of pictures and `softcache predict` share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

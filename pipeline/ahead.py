@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.errors import Refused
-from data.threads import Threads
-from data.views import Draw, Pictures, ViewPolicy, render
+from softcache.data.errors import Refused
+from softcache.data.threads import Threads
+from softcache.data.views import Draw, Pictures, ViewPolicy, render
 
 Rows = NDArray[np.int64]
 Asked = tuple[Rows, Draw]  # index [B], and their draw or draws [B]

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 from .form import check_form
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 from .arithmetic import Arithmetic, arithmetic_of
 from .identity import Identity, fingerprint

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import OtherCache, Refused, WrongCommand, printable
-from data.folder import Progress
-from data.long_tail import parse_imbalance
-from data.transfer_set import Labels, TransferSet, load
-from data.views import ViewPolicy, parse_views
+from softcache.data.errors import OtherCache, Refused, WrongCommand, printable
+from softcache.data.folder import Progress
+from softcache.data.long_tail import parse_imbalance
+from softcache.data.transfer_set import Labels, TransferSet, load
+from softcache.data.views import ViewPolicy, parse_views
 
 from .codec import CODECS
 from .files import shard_files

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from data.views import Pictures, ViewPolicy, render
+from softcache.data.views import Pictures, ViewPolicy, render
 
 from .ahead import Asked, Renderer, Rows, by_thread, by_workers
 from .proof import crc32

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from data.errors import WrongCommand, unknown
+from softcache.data.errors import WrongCommand, unknown
 
 from .mapping import Floats, Stepped, minimize_convex
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:

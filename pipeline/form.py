@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 _STRING, _ITEMS, _INT = 65_536, 1 << 20, 2**53
 

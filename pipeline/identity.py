@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
-from data.transfer_set import TransferSet
-from data.views import ViewPolicy
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy
 
 FORMAT = 1
 Identity = dict[str, Any]

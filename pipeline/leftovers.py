@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 from .files import remove_leftovers
 from .lock import LOCK, held

@@ -15,9 +15,9 @@ from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from data import counter
-from data.errors import Refused
-from data.transfer_set import Labels
+from softcache.data import counter
+from softcache.data.errors import Refused
+from softcache.data.transfer_set import Labels
 
 from .cache import Cache
 from .manifest import row_bytes

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from data.errors import Held, Refused
+from softcache.data.errors import Held, Refused
 
 LOCK = ".lock"
 _WORDS = 1024  # bytes that a lock file may have

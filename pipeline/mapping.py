@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from data.errors import WrongCommand, unknown
-from data.spec import check_knobs, number, parse
+from softcache.data.errors import WrongCommand, unknown
+from softcache.data.spec import check_knobs, number, parse
 
 from .records import Head
 

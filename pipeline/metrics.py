@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from data.transfer_set import Labels
+from softcache.data.transfer_set import Labels
 
 Floats = NDArray[np.float64]
 ECE_BINS = 15

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 from .files import make_folder, open_plain, publish, remove_leftovers
 from .lock import LOCK, held

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import Refused, printable
-from data.transfer_set import TransferSet
-from data.views import render
+from softcache.data.errors import Refused, printable
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import render
 
 from .cache import Cache
 from .rows import Positions

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 from .arithmetic import FORM as ARITHMETIC_FORM
 from .arithmetic import arithmetic_of

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 from .files import shard_files
 from .manifest import KEYS, NAME, UNFINISHED, Piece, shard_path

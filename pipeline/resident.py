@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.on_device import can_be_rendered_there, render_there, sent
-from data.pictures import MemoryPictures
-from data.views import Draw, Pictures, ViewPolicy
+from softcache.data.on_device import can_be_rendered_there, render_there, sent
+from softcache.data.pictures import MemoryPictures
+from softcache.data.views import Draw, Pictures, ViewPolicy
 
 from .records import Source, Targets
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from data import counter
-from data.errors import Refused, printable
-from data.transfer_set import Labels
+from softcache.data import counter
+from softcache.data.errors import Refused, printable
+from softcache.data.transfer_set import Labels
 
 from .codec import Codec
 from .manifest import SPLITS, ShardRecord

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data.errors import Refused, printable
+from softcache.data.errors import Refused, printable
 
 from .files import open_plain, publish
 

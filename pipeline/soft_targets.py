@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
-from data.transfer_set import Labels
+from softcache.data.transfer_set import Labels
 
 from .metrics import ECE_BINS, bins_of, calibration_error, log_softmax, mean_nll
 

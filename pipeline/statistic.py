@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from data.errors import WrongCommand, unknown
+from softcache.data.errors import WrongCommand, unknown
 
 STATISTICS = ("map", "pool", "attention", "gram", "grid1", "grid2", "grid4")
 

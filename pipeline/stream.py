@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data import counter
-from data.long_tail import SAMPLERS, resampled
-from data.transfer_set import Labels, Split
-from data.views import Draw, Pictures, ViewPolicy, mixup_of, render
+from softcache.data import counter
+from softcache.data.long_tail import SAMPLERS, resampled
+from softcache.data.transfer_set import Labels, Split
+from softcache.data.views import Draw, Pictures, ViewPolicy, mixup_of, render
 
 from .ahead import Renderer, by_thread, by_workers
 from .records import Source, TargetBatch, Targets

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from data.errors import WrongCommand, unknown
+from softcache.data.errors import WrongCommand, unknown
 
 from .statistic import split_tap, statistic
 

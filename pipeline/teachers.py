@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import Refused, WrongCommand
-from data.folder import Progress
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.folder import Progress
 
 from .cache import Cache
 from .combine import Combine

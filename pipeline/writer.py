@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import OtherCache, Refused
+from softcache.data.errors import OtherCache, Refused
 
 from .arithmetic import Arithmetic
 from .codec import TEMPERATURES

@@ -1,3 +1,4 @@
 """The commands; the only floor that knows the order of things."""
 
-__version__ = "0.1.0"
+if __name__ != "softcache.stages":  # from a checkout's top, a plain `import stages` finds this folder
+    raise ImportError("this folder is part of the package softcache: import softcache.stages")

@@ -1,4 +1,4 @@
-"""`python -m stages`, or `softcache`: the commands. PyTorch is loaded inside a command, so that --help is quick."""
+"""`python -m softcache`, or `softcache`: the commands. PyTorch is loaded inside a command, so that --help is quick."""
 
 import signal
 import sys
@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from . import __version__
+from softcache import __version__
+
 from .memory import keep_large_blocks
 from .options import given, options
 from .ranks import refuse, speaks
@@ -238,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
     try:
-        commands.main(arguments, prog_name="stages", standalone_mode=False)
+        commands.main(arguments, prog_name="softcache", standalone_mode=False)
         return
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -262,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to print and the exit code; code 0 for what is no slip of the user's."""
-    from data.errors import Interrupted, Refused, WrongCommand, of_an_interrupt
+    from softcache.data.errors import Interrupted, Refused, WrongCommand, of_an_interrupt
 
     if isinstance(error, Interrupted):
         return str(error), 130

@@ -1,4 +1,4 @@
-"""What an exported student says about itself: written into its files, read by `stages predict`."""
+"""What an exported student says about itself: written into its files, read by `softcache predict`."""
 
 import json
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ class About:
     def from_metadata(record: Mapping[str, str]) -> "About":
         """The inverse. Raises ValueError, TypeError, KeyError or RecursionError for what no export has written."""
         if record.get("form") != FORM:
-            raise ValueError(f"it is no '{FORM}': `stages export` did not write it")
+            raise ValueError(f"it is no '{FORM}': `softcache export` did not write it")
         classes, how = json.loads(record["classes"]), json.loads(record["preprocessing"])
         if not (isinstance(classes, list) and 1 <= len(classes) <= _MOST_CLASSES):
             raise ValueError("its classes are no list of names")

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from data.errors import Refused
-from pipeline.models.folded import folded
-from pipeline.models.prepared import Prepared
-from pipeline.statistic import split_tap
-from pipeline.taps import tapped
+from softcache.data.errors import Refused
+from softcache.pipeline.models.folded import folded
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.statistic import split_tap
+from softcache.pipeline.taps import tapped
 
 from .held_out import autocast
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import TransferSet
-from data.views import ViewPolicy
-from pipeline.checked import checked_in_order
-from pipeline.codec import CODECS, fidelity
-from pipeline.manifest import Piece
-from pipeline.rows import row_order
-from pipeline.shards import Arrays
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy
+from softcache.pipeline.checked import checked_in_order
+from softcache.pipeline.codec import CODECS, fidelity
+from softcache.pipeline.manifest import Piece
+from softcache.pipeline.rows import row_order
+from softcache.pipeline.shards import Arrays
 
 from .answering import Answering, Said
 from .settings import CacheSettings

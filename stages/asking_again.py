@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import Refused
-from data.transfer_set import TransferSet
-from pipeline.cache import Cache
+from softcache.data.errors import Refused
+from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache import Cache
 
 from .answering import answering_as
 from .asking import Ask

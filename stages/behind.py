@@ -4,7 +4,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from data.threads import Answer, Threads
+from softcache.data.threads import Answer, Threads
 
 
 class Behind:

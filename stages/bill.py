@@ -1,6 +1,6 @@
 """What a student cost, and what the cache saved: the teacher's time in each epoch, had it been in the loop."""
 
-from pipeline.manifest import Manifest
+from softcache.pipeline.manifest import Manifest
 
 from .console import duration
 from .settings import StudentSettings

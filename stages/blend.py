@@ -1,4 +1,4 @@
-"""`stages blend`: what several caches make of one another, before any student is trained."""
+"""`softcache blend`: what several caches make of one another, before any student is trained."""
 
 import json
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import Refused, WrongCommand
-from pipeline.cache import Cache
-from pipeline.combine import ALL, EACH, Combine, parse_combine
-from pipeline.metrics import evaluate
-from pipeline.teachers import Teachers
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.combine import ALL, EACH, Combine, parse_combine
+from softcache.pipeline.metrics import evaluate
+from softcache.pipeline.teachers import Teachers
 
 from .command_line import command
 from .console import Console

@@ -1,4 +1,4 @@
-"""`stages born-again`: each student becomes the next one's teacher; at the end all of them answer together.
+"""`softcache born-again`: each student becomes the next one's teacher; at the end all of them answer together.
 
 Born-again networks: Furlanello et al. 2018 (arXiv 1805.04770). With an arch for each generation it is a chain of
 teacher assistants: Mirzadeh et al. 2020 (arXiv 1902.03393).
@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import Interrupted, WrongCommand
-from pipeline.files import make_folder, publish_json
-from pipeline.losses.loss import teacher_taps
-from pipeline.losses.through_head import SimKD
-from pipeline.metrics import evaluate
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
-from pipeline.statistic import split_tap
-from pipeline.taps import tap_names
+from softcache.data.errors import Interrupted, WrongCommand
+from softcache.pipeline.files import make_folder, publish_json
+from softcache.pipeline.losses.loss import teacher_taps
+from softcache.pipeline.losses.through_head import SimKD
+from softcache.pipeline.metrics import evaluate
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import load_state, read_state
+from softcache.pipeline.statistic import split_tap
+from softcache.pipeline.taps import tap_names
 
 from . import student as student_stage
 from . import teacher_cache as cache_stage

@@ -1,14 +1,14 @@
-"""`stages cache-pack` and `cache-unpack`: a cache as one file, for another machine."""
+"""`softcache cache-pack` and `cache-unpack`: a cache as one file, for another machine."""
 
 import json
 from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
 
-from data.errors import Refused, WrongCommand
-from pipeline import pack as packing
-from pipeline.cache import Cache
-from pipeline.manifest import Manifest
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline import pack as packing
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.manifest import Manifest
 
 from .command_line import this_program
 from .console import Console, bar

@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused
-from pipeline.files import publish_text, read_plain
-from pipeline.manifest import CARD, Manifest
+from softcache.data.errors import Refused
+from softcache.pipeline.files import publish_text, read_plain
+from softcache.pipeline.manifest import CARD, Manifest
 
 _TEXT = """\
 # A cache of what a teacher said
@@ -33,8 +33,8 @@ set, so that any number of students can be trained without the teacher. It holds
 Check it, then train a student from it:
 
 ```sh
-python -m stages check-cache {name} --deep{where}
-python -m stages student --cache {name}{where} --arch resnet8
+python -m softcache check-cache {name} --deep{where}
+python -m softcache student --cache {name}{where} --arch resnet8
 ```
 
 Pixels come from your own copy of the data; a copy that differs in one pixel is refused. `manifest.json` says the
@@ -56,7 +56,7 @@ def _unedited(folder: Path, manifest: Manifest) -> bool:
         text = read_plain(folder, CARD, 1 << 20)
     except Refused:
         return False
-    found = re.search(r"^python -m stages check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)
+    found = re.search(r"^python -m softcache check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)
     try:
         return found is not None and text == card(shlex.split(found[1])[0], manifest).encode()
     except (ValueError, IndexError):

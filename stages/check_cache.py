@@ -1,4 +1,4 @@
-"""`stages check-cache`: is every byte what it was? --deep: every picture, and the teacher. --repair: what is bad."""
+"""`softcache check-cache`: is every byte what it was? --deep: every picture, and the teacher too."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import OtherCache, Refused, WrongCommand, printable
-from data.threads import by_threads
-from data.transfer_set import TransferSet
-from pipeline.cache import Cache
-from pipeline.leftovers import sweep
-from pipeline.manifest import HEAD, ShardRecord
-from pipeline.proof import compare_views
+from softcache.data.errors import OtherCache, Refused, WrongCommand, printable
+from softcache.data.threads import by_threads
+from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.leftovers import sweep
+from softcache.pipeline.manifest import HEAD, ShardRecord
+from softcache.pipeline.proof import compare_views
 
 from .asking_again import Again, again, ask_of
 from .command_line import remake

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data.errors import Refused, of_an_interrupt
-from pipeline.files import publish, publish_text
-from pipeline.models.weights import check_zip
+from softcache.data.errors import Refused, of_an_interrupt
+from softcache.pipeline.files import publish, publish_text
+from softcache.pipeline.models.weights import check_zip
 
 from .ranks import is_first
 from .settings import Training

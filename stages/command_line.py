@@ -7,8 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from data.errors import printable
-from pipeline.cache import Cache
+from softcache.data.errors import printable
+from softcache.pipeline.cache import Cache
 
 from .options import flag
 from .settings import CacheSettings
@@ -19,7 +19,7 @@ def this_program() -> str:
     if Path(sys.argv[0]).name == "softcache":
         return "softcache"
     python, here = Path(sys.executable), Path.cwd()
-    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m stages"
+    return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m softcache"
 
 
 def command(stage: str, settings: Any, **changes: Any) -> str:

@@ -1,12 +1,12 @@
-"""`stages compare`: finished runs of students side by side, in what they differ, and whether that is beyond chance."""
+"""`softcache compare`: finished runs of students side by side, and whether they differ beyond chance."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused, printable
-from pipeline.significance import RESAMPLES
+from softcache.data.errors import Refused, printable
+from softcache.pipeline.significance import RESAMPLES
 
 from .console import Console, bar
 from .runs import read_json

@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from data import counter
-from data.errors import WrongCommand
-from pipeline.records import Head, Outputs, TargetBatch
-from pipeline.stream import Stream, part
+from softcache.data import counter
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.records import Head, Outputs, TargetBatch
+from softcache.pipeline.stream import Stream, part
 
 from .console import Console
 from .held_out import autocast

@@ -1,4 +1,4 @@
-"""Pictures of what `stages inspect` found. Needs matplotlib."""
+"""Pictures of what `softcache inspect` found. Needs matplotlib."""
 
 from typing import Any
 

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from data.errors import printable
-from pipeline.files import publish
+from softcache.data.errors import printable
+from softcache.pipeline.files import publish
 
 # Okabe and Ito 2008, "Color universal design"; each at least 3 to 1 against white and against _DARK_PAPER.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA6699", "#808080"

@@ -1,14 +1,14 @@
-"""`stages evaluate`: a student's figures again, from its weights."""
+"""`softcache evaluate`: a student's figures again, from its weights."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused, WrongCommand, printable
-from pipeline.cache import Cache
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
+from softcache.data.errors import Refused, WrongCommand, printable
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import load_state, read_state
 
 from .console import Console
 from .material import Material

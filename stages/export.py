@@ -1,4 +1,4 @@
-"""`stages export`: a finished student as files that other programs take, each checked against PyTorch first."""
+"""`softcache export`: a finished student as files that other programs take, each checked against PyTorch first."""
 
 import json
 import time
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.errors import printable
-from pipeline.files import publish_bytes, publish_json, publish_text, remove_leftovers
-from pipeline.lock import held
-from pipeline.losses.hard import Hard
-from pipeline.models import multiply_adds, parameters
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
+from softcache import __version__
+from softcache.data.errors import printable
+from softcache.pipeline.files import publish_bytes, publish_json, publish_text, remove_leftovers
+from softcache.pipeline.lock import held
+from softcache.pipeline.losses.hard import Hard
+from softcache.pipeline.models import multiply_adds, parameters
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import load_state, read_state
 
-from . import __version__
 from .about import INT8, ONNX, PT2, WEIGHTS, About
 from .console import Console, bar, duration
 from .evaluate import same_teachers

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from data.errors import WrongCommand
+from softcache.data.errors import WrongCommand
 
 _NAMES = {"tensorboard": "TensorBoard"}  # as people know them, where that is not the module's name
 

@@ -1,8 +1,8 @@
-"""What `stages inspect` found, in words."""
+"""What `softcache inspect` found, in words."""
 
 from typing import Any
 
-from data.errors import printable
+from softcache.data.errors import printable
 
 from .console import Console
 

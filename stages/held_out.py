@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.transfer_set import Split
-from data.views import ViewPolicy
-from pipeline.stream import render_in_order
+from softcache.data.transfer_set import Split
+from softcache.data.views import ViewPolicy
+from softcache.pipeline.stream import render_in_order
 
 from .settings import StudentSettings, TeacherSettings
 

@@ -3,9 +3,9 @@
 import re
 from shlex import quote
 
-from data.errors import printable
-from pipeline.cache import Cache
-from pipeline.statistic import split_tap
+from softcache.data.errors import printable
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.statistic import split_tap
 
 from .command_line import command
 from .settings import StudentSettings

@@ -1,4 +1,4 @@
-"""The file in 8 bits of `stages export --int8`: calibrated on views of the cache, and what it costs and saves."""
+"""The file in 8 bits of `softcache export --int8`: calibrated on views of the cache, and what it costs and saves."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import Refused
-from data.views import render
-from pipeline.metrics import evaluate
+from softcache import __version__
+from softcache.data.errors import Refused
+from softcache.data.views import render
+from softcache.pipeline.metrics import evaluate
 
-from . import __version__
 from .about import INT8, ONNX, About
 from .console import progress
 from .int8 import latencies, quantised

@@ -1,4 +1,4 @@
-"""`stages inspect`: what in the teacher matters, from its cache alone: taps, channels, classes, temperatures."""
+"""`softcache inspect`: what in the teacher matters, from its cache alone: taps, channels, classes, temperatures."""
 
 import csv
 import io
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import Refused, WrongCommand
-from pipeline.cache import Cache
-from pipeline.files import make_folder, publish_json, publish_text
-from pipeline.rows import Positions
-from pipeline.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.files import make_folder, publish_json, publish_text
+from softcache.pipeline.rows import Positions
+from softcache.pipeline.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
 
 from .console import Console, bar, duration, progress
 from .extras import require

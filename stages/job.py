@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import WrongCommand
-from pipeline.losses import Loss
-from pipeline.losses.loss import fixed, teacher_taps
-from pipeline.losses.several import Term, by_one
-from pipeline.models import head_of
-from pipeline.models.prepared import Prepared
-from pipeline.records import Head, Known, Outputs, TargetBatch
-from pipeline.statistic import derived
-from pipeline.stream import Stream
-from pipeline.taps import tapped
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.loss import fixed, teacher_taps
+from softcache.pipeline.losses.several import Term, by_one
+from softcache.pipeline.models import head_of
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.records import Head, Known, Outputs, TargetBatch
+from softcache.pipeline.statistic import derived
+from softcache.pipeline.stream import Stream
+from softcache.pipeline.taps import tapped
 
 from .checkpoint import Chance, State
 from .data_parallel import Abreast, flat

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, TransferSet
-from pipeline.files import publish_bytes
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.transfer_set import Labels, TransferSet
+from softcache.pipeline.files import publish_bytes
 
 LOGITS, TEACHER_LOGITS = "logits.safetensors", "teacher-logits.safetensors"
 _FORM = "softcache logits 1"

@@ -1,12 +1,12 @@
-"""`stages losses`: every loss with its knobs, their defaults, and what it reads."""
+"""`softcache losses`: every loss with its knobs, their defaults, and what it reads."""
 
 import json
 from dataclasses import fields
 from typing import Any
 
-from pipeline.losses import LOSSES, Loss
-from pipeline.losses.layers import LayerLoss
-from pipeline.losses.loss import Ramp
+from softcache.pipeline.losses import LOSSES, Loss
+from softcache.pipeline.losses.layers import LayerLoss
+from softcache.pipeline.losses.loss import Ramp
 
 from .console import Console
 from .settings import ListSettings

@@ -9,22 +9,22 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, TransferSet, class_counts
-from pipeline.cache import Cache
-from pipeline.losses import Loss
-from pipeline.losses.several import Term, by_each, by_one, by_trust, or_hard
-from pipeline.losses.through_head import SimKD
-from pipeline.manifest import row_bytes
-from pipeline.metrics import evaluate
-from pipeline.models import build
-from pipeline.models.prepared import Preparation
-from pipeline.models.simkd import SimKDStudent, arch_of
-from pipeline.proof import probe
-from pipeline.records import Bank, Head, Known
-from pipeline.statistic import derived, source_of
-from pipeline.stream import Stream
-from pipeline.teachers import Teachers, gaps_of
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.transfer_set import Labels, TransferSet, class_counts
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.several import Term, by_each, by_one, by_trust, or_hard
+from softcache.pipeline.losses.through_head import SimKD
+from softcache.pipeline.manifest import row_bytes
+from softcache.pipeline.metrics import evaluate
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Preparation
+from softcache.pipeline.models.simkd import SimKDStudent, arch_of
+from softcache.pipeline.proof import probe
+from softcache.pipeline.records import Bank, Head, Known
+from softcache.pipeline.statistic import derived, source_of
+from softcache.pipeline.stream import Stream
+from softcache.pipeline.teachers import Teachers, gaps_of
 
 from .console import progress
 from .held_out import HeldOut

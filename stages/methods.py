@@ -1,4 +1,4 @@
-"""`stages methods`: one arch trained by every loss on one cache, side by side: what each gains and what it costs."""
+"""`softcache methods`: one arch trained by every loss on one cache: what each gains and what it costs."""
 
 import json
 import statistics
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from data.errors import Diverged, Interrupted, WrongCommand, unknown
-from pipeline.files import make_folder, publish_json, publish_text
-from pipeline.losses import at
-from pipeline.losses.loss import student_taps
-from pipeline.manifest import row_bytes
-from pipeline.taps import tapped
+from softcache.data.errors import Diverged, Interrupted, WrongCommand, unknown
+from softcache.pipeline.files import make_folder, publish_json, publish_text
+from softcache.pipeline.losses import at
+from softcache.pipeline.losses.loss import student_taps
+from softcache.pipeline.manifest import row_bytes
+from softcache.pipeline.taps import tapped
 
 from . import student as student_stage
 from .checkpoint import State

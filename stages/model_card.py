@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.errors import printable
-from pipeline.manifest import Manifest
+from softcache.data.errors import printable
+from softcache.pipeline.manifest import Manifest
 
 from .about import INPUT, INT8, ONNX, PT2, WEIGHTS
 from .command_line import command, this_program
@@ -79,7 +79,7 @@ The run again, where data and cache lie as named:
 ```python
 {example}```
 
-Or `python -m stages predict {file} picture.png`, which gives probabilities.
+Or `python -m softcache predict {file} picture.png`, which gives probabilities.
 
 ## Limits
 
@@ -213,7 +213,7 @@ def _command(settings: StudentSettings, data: str) -> str:
     caches = tuple(f"caches/{Path(cache).resolve().name}" for cache in settings.cache)
     changes = {"out": "", "resume": False, "json": False, "data_root": "datasets", "data": where, "cache": caches}
     text = command("student", settings, **changes)
-    return "python -m stages" + text.removeprefix(this_program())
+    return "python -m softcache" + text.removeprefix(this_program())
 
 
 def _files(record: dict[str, Any]) -> Iterable[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import Refused, WrongCommand, printable
+from softcache.data.errors import Refused, WrongCommand, printable
 
 from .about import INPUT, OUTPUT, About
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from data.errors import Ended, WrongCommand
-from data.transfer_set import Labels
-from pipeline.files import remove_leftovers
-from pipeline.losses import Loss
-from pipeline.losses.hard import Hard
-from pipeline.models import multiply_adds, parameters
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
-from pipeline.stream import Stream
+from softcache.data.errors import Ended, WrongCommand
+from softcache.data.transfer_set import Labels
+from softcache.pipeline.files import remove_leftovers
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.hard import Hard
+from softcache.pipeline.models import multiply_adds, parameters
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import load_state, read_state
+from softcache.pipeline.stream import Stream
 
 from .checkpoint import Finished
 from .console import Console

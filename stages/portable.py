@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from data.errors import Refused
-from pipeline.models.prepared import Preparation
+from softcache.data.errors import Refused
+from softcache.pipeline.models.prepared import Preparation
 
 from .about import INPUT, OUTPUT
 from .onnx_file import lean, serialised

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import Refused, printable
-from data.transfer_set import TransferSet
-from data.views import ViewPolicy, render
-from pipeline.arithmetic import Arithmetic, arithmetic_of
-from pipeline.begun import Begun
-from pipeline.codec import fidelity
-from pipeline.models.prepared import Prepared
-from pipeline.rows import row_order
+from softcache.data.errors import Refused, printable
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy, render
+from softcache.pipeline.arithmetic import Arithmetic, arithmetic_of
+from softcache.pipeline.begun import Begun
+from softcache.pipeline.codec import fidelity
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.rows import row_order
 
 from .answering import Answering, answering_as
 from .console import Console

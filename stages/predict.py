@@ -1,4 +1,4 @@
-"""`stages predict`: what an exported student says of pictures. Needs neither cache nor data, and no PyTorch."""
+"""`softcache predict`: what an exported student says of pictures. Needs neither cache nor data, and no PyTorch."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data.decoding import centred, opened
-from data.errors import Refused, WrongCommand, printable
+from softcache.data.decoding import centred, opened
+from softcache.data.errors import Refused, WrongCommand, printable
 
 from .about import About
 from .console import Console, progress

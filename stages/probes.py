@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.transfer_set import Labels
-from pipeline.cache import Cache
-from pipeline.linear_probe import Floats, Form, Probe, columns, fit_probe, form_of, importance, standardized
-from pipeline.metrics import summary
-from pipeline.rows import Positions
+from softcache.data.transfer_set import Labels
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.linear_probe import Floats, Form, Probe, columns, fit_probe, form_of, importance, standardized
+from softcache.pipeline.metrics import summary
+from softcache.pipeline.rows import Positions
 
 from .console import bar
 from .settings import InspectSettings

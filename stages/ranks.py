@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.errors import Refused, WrongCommand
+from softcache.data.errors import Refused, WrongCommand
 
 T = TypeVar("T")
 COMMANDS = ("teacher-cache", "student")  # those that know of ranks

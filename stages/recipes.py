@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from data.errors import unknown
+from softcache.data.errors import unknown
 
 from .console import Console
 from .settings import ListSettings, StudentSettings
@@ -86,7 +86,7 @@ def fill_in(settings: StudentSettings, said: set[str]) -> StudentSettings:
 
 
 def run(settings: ListSettings) -> None:
-    """`stages recipes`: what there is, and where it is from."""
+    """`softcache recipes`: what there is, and where it is from."""
     console = Console(settings.json)
     if settings.json:
         return console.result(json.dumps({name: asdict(recipe) for name, recipe in RECIPES.items()}))

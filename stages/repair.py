@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import Refused
-from data.transfer_set import TransferSet
-from pipeline.cache import Cache
-from pipeline.lock import held
-from pipeline.manifest import HEAD, Manifest, Piece, ShardRecord
-from pipeline.models import head_of
-from pipeline.proof import compare_views
-from pipeline.writer import Plan, Writer, accuracy
+from softcache.data.errors import Refused
+from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.lock import held
+from softcache.pipeline.manifest import HEAD, Manifest, Piece, ShardRecord
+from softcache.pipeline.models import head_of
+from softcache.pipeline.proof import compare_views
+from softcache.pipeline.writer import Plan, Writer, accuracy
 
 from .asking import Ask
 from .asking_again import again, ask_of

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from data.errors import Refused, WrongCommand, printable
-from pipeline.files import make_folder, publish_json, remove_leftovers
-from pipeline.identity import differences
-from pipeline.lock import LOCK, held
+from softcache.data.errors import Refused, WrongCommand, printable
+from softcache.pipeline.files import make_folder, publish_json, remove_leftovers
+from softcache.pipeline.identity import differences
+from softcache.pipeline.lock import LOCK, held
 
 from .extras import require
 from .kept_logits import TEACHER_LOGITS

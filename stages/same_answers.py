@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import Refused
+from softcache.data.errors import Refused
 
 from .console import progress
 from .held_out import HeldOut

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from data.errors import Held, Refused, WrongCommand
-from pipeline.files import make_folder, publish_json, remove_leftovers
-from pipeline.identity import differences
-from pipeline.lock import LOCK, held
+from softcache.data.errors import Held, Refused, WrongCommand
+from softcache.pipeline.files import make_folder, publish_json, remove_leftovers
+from softcache.pipeline.identity import differences
+from softcache.pipeline.lock import LOCK, held
 
 from .runs import read_json
 

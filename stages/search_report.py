@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import publish_json
+from softcache.pipeline.files import publish_json
 
 from .command_line import command
 from .console import Console, duration

@@ -8,10 +8,10 @@ from dataclasses import Field, dataclass, fields, replace
 from decimal import Decimal
 from typing import Any
 
-from data.errors import WrongCommand, unknown
-from data.spec import number, parse
-from pipeline.losses import Loss, parse_losses
-from pipeline.losses.loss import Ramp
+from softcache.data.errors import WrongCommand, unknown
+from softcache.data.spec import number, parse
+from softcache.pipeline.losses import Loss, parse_losses
+from softcache.pipeline.losses.loss import Ramp
 
 from .job import names
 from .options import flag

@@ -6,18 +6,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import Labels, TransferSet, class_counts, stratified
-from pipeline.cache import Cache
-from pipeline.losses import Loss, parse_losses
-from pipeline.losses.hint import ConcatHint
-from pipeline.losses.layers import LayerLoss
-from pipeline.losses.loss import teacher_taps
-from pipeline.losses.rare import counts_for
-from pipeline.losses.through_head import head_for
-from pipeline.records import Head, Known
-from pipeline.statistic import derived, source_of, statistic
-from pipeline.teachers import Gaps
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.transfer_set import Labels, TransferSet, class_counts, stratified
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.losses import Loss, parse_losses
+from softcache.pipeline.losses.hint import ConcatHint
+from softcache.pipeline.losses.layers import LayerLoss
+from softcache.pipeline.losses.loss import teacher_taps
+from softcache.pipeline.losses.rare import counts_for
+from softcache.pipeline.losses.through_head import head_for
+from softcache.pipeline.records import Head, Known
+from softcache.pipeline.statistic import derived, source_of, statistic
+from softcache.pipeline.teachers import Gaps
 
 from .command_line import remake
 from .settings import StudentSettings, TeacherSettings

@@ -94,7 +94,7 @@ class Training:
 
 @dataclass(frozen=True)
 class TeacherSettings(Data, Cut, Machine, Arithmetic, Output, Training):
-    """`stages teacher`: train a teacher, for those who have none."""
+    """`softcache teacher`: train a teacher, for those who have none."""
 
     arch: str = knob("", _ARCHS)
     views: str = knob("", _VIEWS)
@@ -103,7 +103,7 @@ class TeacherSettings(Data, Cut, Machine, Arithmetic, Output, Training):
 
 @dataclass(frozen=True)
 class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
-    """`stages teacher-cache`: run the teacher once and keep what it said."""
+    """`softcache teacher-cache`: run the teacher once and keep what it said."""
 
     precision: str = knob(
         "float32", "Arithmetic of the teacher; auto: the fastest within --tolerance.", choices=PRECISIONS
@@ -128,13 +128,13 @@ class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
 
 @dataclass(frozen=True)
 class StudentSettings(Data, Machine, Arithmetic, Output, Training):
-    """`stages student`: train a student from a cache, with no teacher."""
+    """`softcache student`: train a student from a cache, with no teacher."""
 
     cache: tuple[str, ...] = knob((), "Folder of the cache; several are one teacher; caches/DATA when not given.")
     combine: str = knob("", f"How several become one: {_COMBINE}; mean_probability when not said.")
     map: str = knob("", "Of the teacher's distribution: temperature, vector, matrix, prior or prior:tau=0.5.")
     missing: str = knob("", "Rows without an answer: skip, learn from labels; or an error.", choices=("skip", "hard"))
-    recipe: str = knob("", "A published recipe fills in what is not said: see `stages recipes`.")
+    recipe: str = knob("", "A published recipe fills in what is not said: see `softcache recipes`.")
     draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
     draws_per_decode: int = knob(1, "Views of a picture in a batch, each of its own draw, from one decoding.", least=1)
     arch: str = knob("", _ARCHS)
@@ -149,7 +149,7 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
 
 @dataclass(frozen=True)
 class StudentsSettings(StudentSettings):
-    """`stages student`, where several archs, seeds or losses are several students of one stream."""
+    """`softcache student`, where several archs, seeds or losses are several students of one stream."""
 
     arch: tuple[str, ...] = knob((), _ARCHS + " Repeatable: students that read each batch once.")  # type: ignore
     seed: tuple[int, ...] = knob((), "Of initial weights and order; repeatable.", least=0, most=2**31)  # type: ignore
@@ -159,7 +159,7 @@ class StudentsSettings(StudentSettings):
 
 @dataclass(frozen=True)
 class BlendSettings(Output):
-    """`stages blend`: several caches as one teacher."""
+    """`softcache blend`: several caches as one teacher."""
 
     cache: tuple[str, ...] = knob((), "Folder of a cache; say it for each.")
     combine: str = knob("", "One more way than those without weights: weighted:0.7,0.3.")
@@ -167,7 +167,7 @@ class BlendSettings(Output):
 
 @dataclass(frozen=True)
 class BornAgainSettings(StudentSettings):
-    """`stages born-again`: students that become teachers."""
+    """`softcache born-again`: students that become teachers."""
 
     generations: int = knob(3, "So many students, each taught by the one before.", least=1, most=100)
     archs: str = knob("", "Their archs, joined by +, for a chain of teacher assistants: resnet32+resnet20+resnet8.")
@@ -175,7 +175,7 @@ class BornAgainSettings(StudentSettings):
 
 @dataclass(frozen=True)
 class MethodsSettings(StudentSettings):
-    """`stages methods`: every loss on one cache."""
+    """`softcache methods`: every loss on one cache."""
 
     # One training for all: without it logit regression and class attention diverged in their first epoch.
     clip_norm: float = knob(1.0, "Clip the gradient's norm to this; 0 does not.", least=0)
@@ -187,7 +187,7 @@ class MethodsSettings(StudentSettings):
 
 @dataclass(frozen=True)
 class SearchSettings(StudentSettings):
-    """`stages tune`: a search for loss weights and training settings."""
+    """`softcache tune`: a search for loss weights and training settings."""
 
     search: tuple[str, ...] = knob((), "What is searched, repeatable: kd.temperature=1..20:log, ema=0|0.9.")
     trials: int = knob(20, "So many students, of all processes together.", least=1, most=100_000)
@@ -200,19 +200,19 @@ class SearchSettings(StudentSettings):
 
 @dataclass(frozen=True)
 class ListSettings(Output):
-    """`stages recipes`, `stages losses` and `stages compare`."""
+    """`softcache recipes`, `softcache losses` and `softcache compare`."""
 
 
 @dataclass(frozen=True)
 class EvaluateSettings(Data, Machine, Output):
-    """`stages evaluate RUN`: a student's figures again, from its weights."""
+    """`softcache evaluate RUN`: a student's figures again, from its weights."""
 
     cache: tuple[str, ...] = knob((), "Folder of the cache, or of each, where no longer where the run says.")
 
 
 @dataclass(frozen=True)
 class ExportSettings(Data, Output):
-    """`stages export RUN`: a student's run as files that other programs take."""
+    """`softcache export RUN`: a student's run as files that other programs take."""
 
     cache: tuple[str, ...] = knob((), "Folder of the cache, or of each, where no longer where the run says.")
     int8: bool = knob(False, "A file in 8 bits as well, calibrated on views of the cache.")
@@ -222,14 +222,14 @@ class ExportSettings(Data, Output):
 
 @dataclass(frozen=True)
 class PredictSettings(Output):
-    """`stages predict MODEL PICTURES`: what an exported student says of pictures."""
+    """`softcache predict MODEL PICTURES`: what an exported student says of pictures."""
 
     top: int = knob(3, "So many classes of each picture, the likeliest first.", least=1)
 
 
 @dataclass(frozen=True)
 class CheckSettings(Data, Machine, Output):
-    """`stages check-cache CACHE`: is every byte what it was?"""
+    """`softcache check-cache CACHE`: is every byte what it was?"""
 
     deep: bool = knob(False, "Render every view again; with --weights, ask the teacher about some of them too.")
     repair: bool = knob(False, "Ask the teacher again for the shards that are bad, and for no others.")
@@ -239,7 +239,7 @@ class CheckSettings(Data, Machine, Output):
 
 @dataclass(frozen=True)
 class InspectSettings(Output):
-    """`stages inspect CACHE`: what in the teacher matters."""
+    """`softcache inspect CACHE`: what in the teacher matters."""
 
     rows: int = knob(10_000, "Training rows that are read, and held-out rows of the probes, at most.", least=10)
     repeats: int = knob(5, "Permutations of each tap and channel.", least=1, most=1000)
@@ -250,12 +250,12 @@ class InspectSettings(Output):
 
 @dataclass(frozen=True)
 class PackSettings(Output):
-    """`stages cache-pack CACHE OUT.tar` and `stages cache-unpack FILE.tar OUT`."""
+    """`softcache cache-pack CACHE OUT.tar` and `softcache cache-unpack FILE.tar OUT`."""
 
 
 @dataclass(frozen=True)
 class ReportSettings(Output):
-    """`stages report RUNS`: runs as one page."""
+    """`softcache report RUNS`: runs as one page."""
 
     out: str = knob("", "Folder of report.html and report.md; a new one under runs/ when not given.")
     data: str = knob("", "Where the runs' data are now, for the pictures: folder:PATH.")

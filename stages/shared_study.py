@@ -17,8 +17,8 @@ from typing import Any
 from uuid import uuid4
 from zlib import crc32
 
-from data.errors import Held, Refused, WrongCommand
-from pipeline.lock import held
+from softcache.data.errors import Held, Refused, WrongCommand
+from softcache.pipeline.lock import held
 
 from .search_folder import trial_lock
 from .search_space import Searched

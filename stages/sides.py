@@ -1,4 +1,4 @@
-"""What `stages compare` holds against each other: a student or a baseline, its settings, and what its seeds say."""
+"""What `softcache compare` holds against each other: a student or a baseline, its settings, and what its seeds say."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import Refused, printable
-from data.transfer_set import Labels
-from pipeline.identity import differences
+from softcache.data.errors import Refused, printable
+from softcache.data.transfer_set import Labels
+from softcache.pipeline.identity import differences
 
 from .kept_logits import LOGITS, read_logits
 from .runs import ASIDE, read_json

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from data.errors import Ended, Refused, WrongCommand
-from pipeline.files import make_folder, publish_text, remove_leftovers
-from pipeline.losses import Loss, at
-from pipeline.losses.loss import fixed
-from pipeline.metrics import summary
-from pipeline.models.prepared import Prepared
-from pipeline.records import Outputs, TargetBatch
+from softcache.data.errors import Ended, Refused, WrongCommand
+from softcache.pipeline.files import make_folder, publish_text, remove_leftovers
+from softcache.pipeline.losses import Loss, at
+from softcache.pipeline.losses.loss import fixed
+from softcache.pipeline.metrics import summary
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.records import Outputs, TargetBatch
 
 from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, text_of
 from .console import Console

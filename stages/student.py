@@ -1,4 +1,4 @@
-"""`stages student`: stage two. Train a student from a cache; no teacher is needed, or looked for."""
+"""`softcache student`: stage two. Train a student from a cache; no teacher is needed, or looked for."""
 
 import json
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from data.errors import Ended, Refused
-from data.transfer_set import TRANSFER_SETS, row_of
-from pipeline.cache import Cache
-from pipeline.files import publish_json, remove_leftovers
-from pipeline.metrics import mean_and_spread
+from softcache.data.errors import Ended, Refused
+from softcache.data.transfer_set import TRANSFER_SETS, row_of
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.files import publish_json, remove_leftovers
+from softcache.pipeline.metrics import mean_and_spread
 
 from .bill import bill_of, in_one_line
 from .command_line import command, this_program

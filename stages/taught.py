@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from data.errors import Refused, WrongCommand, printable
-from data.transfer_set import Labels, TransferSet, class_counts
-from pipeline.cache import Cache
-from pipeline.combine import Combine, fit_combine, parse_combine
-from pipeline.files import publish_json
-from pipeline.identity import describe
-from pipeline.mapping import Mapping, fit_mapping
-from pipeline.records import Head
-from pipeline.teachers import Gaps, Teachers, check_same, runs_of
+from softcache.data.errors import Refused, WrongCommand, printable
+from softcache.data.transfer_set import Labels, TransferSet, class_counts
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.combine import Combine, fit_combine, parse_combine
+from softcache.pipeline.files import publish_json
+from softcache.pipeline.identity import describe
+from softcache.pipeline.mapping import Mapping, fit_mapping
+from softcache.pipeline.records import Head
+from softcache.pipeline.teachers import Gaps, Teachers, check_same, runs_of
 
 from .check_cache import data_of
 from .console import bar

@@ -1,4 +1,4 @@
-"""`stages teacher`: train a teacher, for those who have none."""
+"""`softcache teacher`: train a teacher, for those who have none."""
 
 import json
 from dataclasses import asdict, replace
@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import WrongCommand
-from data.transfer_set import TransferSet, class_counts, load, row_of
-from data.views import ViewPolicy, parse_views, render
-from pipeline.files import publish_json
-from pipeline.losses import parse_losses
-from pipeline.metrics import evaluate
-from pipeline.models import build, multiply_adds, parameters
-from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
-from pipeline.records import Known
-from pipeline.stream import Stream
+from softcache.data.errors import WrongCommand
+from softcache.data.transfer_set import TransferSet, class_counts, load, row_of
+from softcache.data.views import ViewPolicy, parse_views, render
+from softcache.pipeline.files import publish_json
+from softcache.pipeline.losses import parse_losses
+from softcache.pipeline.metrics import evaluate
+from softcache.pipeline.models import build, multiply_adds, parameters
+from softcache.pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from softcache.pipeline.records import Known
+from softcache.pipeline.stream import Stream
 
 from .command_line import command, free_name
 from .console import Console, progress

@@ -1,4 +1,4 @@
-"""`stages teacher-cache`: stage one. Run the teacher once and keep what it said.
+"""`softcache teacher-cache`: stage one. Run the teacher once and keep what it said.
 
 Under torchrun each rank asks a teacher of its own about every world-th shard. Rank 0 alone holds the lock, claims the
 folder and writes the manifest; the others share nothing with it but the files, for a shard vouches for itself. Rows
@@ -19,24 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data.errors import OtherCache, Refused, unknown
-from data.transfer_set import TransferSet, row_of
-from data.views import ViewPolicy, parse_views
-from pipeline.begun import begun
-from pipeline.cache import Cache
-from pipeline.codec import CODECS
-from pipeline.files import make_folder
-from pipeline.identity import Identity, fingerprint, identity_of
-from pipeline.leftovers import sweep
-from pipeline.lock import held
-from pipeline.manifest import NAME, Manifest
-from pipeline.models import head_of
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import weights_digest
-from pipeline.proof import probe
-from pipeline.reading import read_manifest
-from pipeline.statistic import plain_tap
-from pipeline.writer import Plan, Writer, refuse_another
+from softcache.data.errors import OtherCache, Refused, unknown
+from softcache.data.transfer_set import TransferSet, row_of
+from softcache.data.views import ViewPolicy, parse_views
+from softcache.pipeline.begun import begun
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.codec import CODECS
+from softcache.pipeline.files import make_folder
+from softcache.pipeline.identity import Identity, fingerprint, identity_of
+from softcache.pipeline.leftovers import sweep
+from softcache.pipeline.lock import held
+from softcache.pipeline.manifest import NAME, Manifest
+from softcache.pipeline.models import head_of
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import weights_digest
+from softcache.pipeline.proof import probe
+from softcache.pipeline.reading import read_manifest
+from softcache.pipeline.statistic import plain_tap
+from softcache.pipeline.writer import Plan, Writer, refuse_another
 
 from . import ranks
 from . import teacher as teacher_stage

@@ -9,8 +9,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from data.errors import Ended, Interrupted, WrongCommand
-from pipeline.files import publish_json
+from softcache.data.errors import Ended, Interrupted, WrongCommand
+from softcache.pipeline.files import publish_json
 
 from . import compare
 from . import student as student_stage

@@ -6,8 +6,8 @@ from itertools import product
 from shlex import quote
 from typing import Any
 
-from data.errors import WrongCommand
-from pipeline.significance import Difference, mcnemar, paired_bootstrap, right_alone
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.significance import Difference, mcnemar, paired_bootstrap, right_alone
 
 from .command_line import this_program
 from .sides import Said, Side, said_by, seeds_alone, settings_apart

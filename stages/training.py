@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.errors import Diverged, Ended, Interrupted, Refused
-from pipeline.files import make_folder, remove_leftovers
-from pipeline.losses import Loss, at
-from pipeline.losses.loss import student_taps
-from pipeline.metrics import summary
-from pipeline.models.weights import load_state, read_state
-from pipeline.records import TargetBatch
-from pipeline.taps import tapped
+from softcache.data.errors import Diverged, Ended, Interrupted, Refused
+from softcache.pipeline.files import make_folder, remove_leftovers
+from softcache.pipeline.losses import Loss, at
+from softcache.pipeline.losses.loss import student_taps
+from softcache.pipeline.metrics import summary
+from softcache.pipeline.models.weights import load_state, read_state
+from softcache.pipeline.records import TargetBatch
+from softcache.pipeline.taps import tapped
 
 from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, lines_of, publish_tensors
 from .command_line import this_program

@@ -1,4 +1,4 @@
-"""`stages tune`: a search for a student's loss weights and training settings; a trial costs a student, no teacher."""
+"""`softcache tune`: a search for a student's loss weights and training settings; a trial costs a student."""
 
 import json
 import time
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from data.errors import Ended, Interrupted, WrongCommand
-from pipeline.files import make_folder
+from softcache.data.errors import Ended, Interrupted, WrongCommand
+from softcache.pipeline.files import make_folder
 
 from . import student as student_stage
 from .checkpoint import LINES, lines_of

@@ -1,4 +1,4 @@
-"""What `stages compare` prints below its table: in what students differ, by how much, and whether that is real."""
+"""What `softcache compare` prints below its table: in what students differ, by how much, and whether that is real."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused, WrongCommand
+from softcache.data.errors import Refused, WrongCommand
 
 from .command_line import this_program
 from .runs import read_json, read_settings

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import TransferSet
-from data.views import ViewPolicy
-from pipeline.cache import Cache
-from pipeline.models import build
-from pipeline.models.from_torchvision import published
-from pipeline.models.prepared import Preparation, Prepared
-from pipeline.models.weights import load_state, read_state, run_weights, weights_digest
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.models.from_torchvision import published
+from softcache.pipeline.models.prepared import Preparation, Prepared
+from softcache.pipeline.models.weights import load_state, read_state, run_weights, weights_digest
 
 from . import teacher as teacher_stage
 from .console import Console, duration

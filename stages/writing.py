@@ -2,9 +2,9 @@
 
 import time
 
-from data.errors import Interrupted
-from pipeline.manifest import Piece
-from pipeline.writer import Writer
+from softcache.data.errors import Interrupted
+from softcache.pipeline.manifest import Piece
+from softcache.pipeline.writer import Writer
 
 from . import ranks
 from .asking import Ask

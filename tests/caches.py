@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-import data.views
-from pipeline.models import build
-from pipeline.writer import Writer
-from stages.asking import Ask
+from softcache.data import views
+from softcache.pipeline.models import build
+from softcache.pipeline.writer import Writer
+from softcache.stages.asking import Ask
 
 # In the folder of home_with_cache: weights named by one word are found again by a command that a message prints.
 # It makes 2 shards of a draw, 1 of val and 2 of test; as many again where taps are added.
@@ -30,7 +30,7 @@ Files = dict[str, tuple[int, int, int]]  # {name: (inode, time of the last chang
 
 def home_with_cache(tiny: Path, folder: Path, *more: str) -> Path:
     """The folder with the run of `tiny`'s teacher as `teacher`, and its cache `c`, made or grown by ASKED and more."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     shutil.copytree(tiny / "runs/teacher", folder / "teacher", dirs_exist_ok=True)
     with contextlib.chdir(folder):
@@ -54,7 +54,7 @@ def save_pets_teacher(path: Path, seed: int = 0) -> None:
 
 def printed_command(error: str) -> list[str]:
     """The arguments of the command that the last line of a message ends with, as a shell would split them."""
-    program, found, arguments = error.splitlines()[-1].partition(" -m stages ")
+    program, found, arguments = error.splitlines()[-1].partition(" -m softcache ")
     assert found, error
     assert program
     return shlex.split(arguments)
@@ -93,14 +93,14 @@ def count_shards_asked(patch: pytest.MonkeyPatch) -> list[str]:
 
 def drift(patch: pytest.MonkeyPatch) -> None:
     """From now on one pixel of every view is one level off, as a new decoder or library would have it."""
-    render_one = data.views._render_one
+    render_one = views._render_one
 
     def drifted(*arguments: Any) -> torch.Tensor:
-        views = render_one(*arguments).clone()
-        views[:, 0, 3, 4] ^= 1
-        return views
+        pixels = render_one(*arguments).clone()
+        pixels[:, 0, 3, 4] ^= 1
+        return pixels
 
-    patch.setattr(data.views, "_render_one", drifted)
+    patch.setattr(views, "_render_one", drifted)
 
 
 def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:

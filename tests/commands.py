@@ -21,7 +21,7 @@ class Stages:
 
     def call(self, *arguments: object) -> tuple[int, str, str]:
         """Exit code, standard output and standard error."""
-        from stages.__main__ import main
+        from softcache.stages.__main__ import main
 
         self.capsys.readouterr()
         code = 0

@@ -58,7 +58,7 @@ def stages_process() -> Run:
     """The commands in a process of their own: `stages_process("student", …, cwd=…)`."""
 
     def run(*arguments: object, cwd: Path, **more: Any) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "stages", *map(str, arguments)]
+        command = [sys.executable, "-m", "softcache", *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": f"{cwd}:{ROOT}"}
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **more)
 
@@ -68,7 +68,7 @@ def stages_process() -> Run:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher (runs/teacher) and its cache (cache): digits, 300 training rows, 3 draws, 2 taps."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("tiny")
     main(["teacher", "--train-size", "300", "--arch", "cnn", "--epochs", "12", "--out", f"{folder}/runs/teacher"])
@@ -79,7 +79,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 2 seeds of `cnn` with baselines, from `tiny`'s cache, exported with 8 bits too. To be read."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     run = tmp_path_factory.mktemp("exported") / "run"
     student = ["--cache", f"{tiny}/cache", "--arch", "cnn", "--epochs", "15", "--learning-rate", "0.02"]

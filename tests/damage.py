@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import xxhash
 
-from pipeline.identity import fingerprint
-from pipeline.manifest import seal
-from pipeline.shards import payload_digest
+from softcache.pipeline.identity import fingerprint
+from softcache.pipeline.manifest import seal
+from softcache.pipeline.shards import payload_digest
 
 SHARD = "draw-001/shard-00001.h5"
 Record = dict[str, Any]

@@ -23,9 +23,9 @@ def deadly(call: Any, count: int) -> Any:
 
 
 if __name__ == "__main__":
-    import stages.training as training
-    from pipeline.writer import Writer
-    from stages.__main__ import main
+    import softcache.stages.training as training
+    from softcache.pipeline.writer import Writer
+    from softcache.stages.__main__ import main
 
     rank, name, count = sys.argv[1:4]
     if os.environ["RANK"] == rank:

@@ -132,7 +132,7 @@ def starve(at: int, kind: str) -> None:
     import numpy as np
     import torch
 
-    from pipeline.models.prepared import Prepared
+    from softcache.pipeline.models.prepared import Prepared
 
     forward, calls = Prepared.forward, iter(range(1, 1 << 30))
 
@@ -165,7 +165,7 @@ def child(arguments: list[str], cwd: str, said: str, more: dict[str, Any]) -> No
             starve(*more["starve"])
         if "trap" in more:
             Trap(**more["trap"]).install()
-        from stages.__main__ import main
+        from softcache.stages.__main__ import main
 
         main(arguments)
         code = 0
@@ -183,8 +183,8 @@ def serve() -> None:
     """Fork on demand; tell how a child ended: exit code, signal as a negative number, None where it is stopped."""
     import torch
 
-    for name in ("scipy.stats", "sklearn.datasets", "stages.check_cache", "stages.student", "stages.teacher_cache",
-                 "stages.tune"):  # fmt: skip
+    commands = (f"softcache.stages.{name}" for name in ("check_cache", "student", "teacher_cache", "tune"))
+    for name in ("scipy.stats", "sklearn.datasets", *commands):
         import_module(name)
 
     torch.set_num_threads(1)

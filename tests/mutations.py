@@ -12,7 +12,7 @@ import xxhash
 from damage import Record, seal_of
 from hypothesis import strategies as st
 
-from pipeline.identity import fingerprint
+from softcache.pipeline.identity import fingerprint
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 DEEP, BIG = "\0deep\0", "\0big\0"  # stand for what json.dumps cannot write

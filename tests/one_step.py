@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from tensors import counts_of, labels_of, loss_of
 
-import stages.training as training
-from pipeline.losses import Loss
-from pipeline.losses.through_head import SimKD
-from pipeline.models import build, head_of
-from pipeline.models.prepared import Preparation, Prepared
-from pipeline.models.simkd import SimKDStudent
-from pipeline.records import Bank, Head, Known, TargetBatch
-from pipeline.statistic import derived
-from pipeline.taps import tapped
-from stages.checkpoint import State
-from stages.settings import StudentSettings
+import softcache.stages.training as training
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.through_head import SimKD
+from softcache.pipeline.models import build, head_of
+from softcache.pipeline.models.prepared import Preparation, Prepared
+from softcache.pipeline.models.simkd import SimKDStudent
+from softcache.pipeline.records import Bank, Head, Known, TargetBatch
+from softcache.pipeline.statistic import derived
+from softcache.pipeline.taps import tapped
+from softcache.stages.checkpoint import State
+from softcache.stages.settings import StudentSettings
 
 PREPARATION = Preparation(1, 8, (0.5,), (0.25,))
 LAYERS = ("layer1", "layer2", "layer3")

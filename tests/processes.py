@@ -20,7 +20,7 @@ import pytest
 import torch
 from commands import tiny_cache_command
 
-from pipeline.shards import payload_digest
+from softcache.pipeline.shards import payload_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 Event = dict[str, Any]  # of forked.Trap.point

@@ -26,7 +26,7 @@ def report(folder: Path, *arguments: object) -> None:
 
 
 def _call(folder: Path, *arguments: object, code: int = 0) -> None:
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     found = 0
     with contextlib.chdir(folder):

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.models import build
-from pipeline.models.prepared import Preparation
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Preparation
 
 
 def preparation(channels: int, size: int) -> Preparation:

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stages import ranks
-from stages.console import Console
-from stages.job import Job
-from stages.material import Material
-from stages.methods import METHODS
-from stages.passes import job_of
-from stages.settings import StudentSettings
-from stages.training import fit
+from softcache.stages import ranks
+from softcache.stages.console import Console
+from softcache.stages.job import Job
+from softcache.stages.material import Material
+from softcache.stages.methods import METHODS
+from softcache.stages.passes import job_of
+from softcache.stages.settings import StudentSettings
+from softcache.stages.training import fit
 
 LAYERS = {"all": "relu1+relu2", "last": "relu2", "s_all": "relu1+relu2", "s_last": "relu2"}
 

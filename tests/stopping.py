@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stages import training
+from softcache.stages import training
 
 
 def stop_at(patch: pytest.MonkeyPatch, *numbers: int) -> None:

@@ -39,7 +39,7 @@ def tar_of(members: list[Member]) -> bytes:
 @pytest.fixture(scope="module")
 def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small cache `c` of one draw in five files, and it packed: `c.tar`."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("packed")
     small = [("--draws", "1"), ("--taps", ""), ("--shard-rows", "150")]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.losses import Loss, at, parse_losses
-from pipeline.losses.layers import LayerLoss
-from pipeline.records import Bank, Head, Known, Outputs, TargetBatch
-from pipeline.statistic import split_tap, statistic
+from softcache.pipeline.losses import Loss, at, parse_losses
+from softcache.pipeline.losses.layers import LayerLoss
+from softcache.pipeline.records import Bank, Head, Known, Outputs, TargetBatch
+from softcache.pipeline.statistic import split_tap, statistic
 
 Shape = tuple[int, ...]
 PAIRS = (((3, 4, 4), (5, 4, 4)), ((4, 2, 2), (6, 2, 2)))

@@ -13,7 +13,7 @@ import pytest
 from commands import Stages
 from damage import SHARD, rewrite
 
-import data.views
+from softcache.data import views
 
 MORE = ("--arch", "mlp:8", "--epochs", 1, "--out", "r")
 
@@ -69,14 +69,14 @@ def test_a_renderer_that_moves_one_pixel_is_found_without_the_teacher(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a new decoder or library would: one pixel of every view is one level brighter."""
-    render_one = data.views._render_one
+    render_one = views._render_one
 
     def drifted(*arguments):  # type: ignore[no-untyped-def]
-        views = render_one(*arguments).clone()
-        views[:, 0, 3, 4] ^= 1
-        return views
+        pixels = render_one(*arguments).clone()
+        pixels[:, 0, 3, 4] ^= 1
+        return pixels
 
-    monkeypatch.setattr(data.views, "_render_one", drifted)
+    monkeypatch.setattr(views, "_render_one", drifted)
     line = stages.fails(1, "student", "--cache", cache, *MORE)
     assert "come out differently here" in line
     assert "pillow" in line
@@ -88,7 +88,7 @@ def test_other_data_are_refused_and_the_field_named(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One level of one pixel of one picture."""
-    import data.transfer_set as module
+    import softcache.data.transfer_set as module
 
     row = module.TRANSFER_SETS["digits"]
 

@@ -16,7 +16,7 @@ import torch
 from commands import Stages, tiny_cache_command
 from PIL import Image
 
-from stages import training
+from softcache.stages import training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -219,7 +219,7 @@ def test_a_file_system_that_cannot_be_written_is_one_line(
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny: Path, tmp_path: Path, stages: Stages) -> None:
     """A limit on the size of a file stands for the disk: the first shard that does not fit is given up."""
-    command = [sys.executable, "-m", "stages", *tiny_cache_command(tiny)[:-1], "c"]
+    command = [sys.executable, "-m", "softcache", *tiny_cache_command(tiny)[:-1], "c"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def limit() -> None:
@@ -258,7 +258,7 @@ def test_ctrl_c_says_how_to_go_on(tiny: Path, tmp_path: Path, stage: str) -> Non
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages", *asked], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "softcache", *asked], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
         preexec_fn=heed,
     )  # fmt: skip
     deadline = time.monotonic() + 60

@@ -8,13 +8,13 @@ from torch import nn
 from torchvision.models import resnet, shufflenetv2, vgg13_bn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
-from data.errors import WrongCommand
-from pipeline.models import MODELS, build, head_of, parameters
-from pipeline.models.cifar_resnet import Block as ResNetBlock
-from pipeline.models.mobilenet import Block as MobileNetBlock
-from pipeline.models.shufflenet import UnitV1, UnitV2, shuffle
-from pipeline.models.wide_resnet import Block as WideBlock
-from pipeline.taps import tapped
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.models import MODELS, build, head_of, parameters
+from softcache.pipeline.models.cifar_resnet import Block as ResNetBlock
+from softcache.pipeline.models.mobilenet import Block as MobileNetBlock
+from softcache.pipeline.models.shufflenet import UnitV1, UnitV2, shuffle
+from softcache.pipeline.models.wide_resnet import Block as WideBlock
+from softcache.pipeline.taps import tapped
 
 PARAMETERS = {  # with 100 classes and three channels
     "resnet8x4": 1_233_540,

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from commands import Stages, tiny_cache_command
 
-import stages.training as training
-from data.transfer_set import load
-from pipeline.cache import Cache
-from pipeline.combine import trust
-from pipeline.losses import LOSSES
-from pipeline.losses.several import by_each, by_one, by_trust, or_hard
-from pipeline.records import Outputs, TargetBatch
-from pipeline.teachers import Teachers
+import softcache.stages.training as training
+from softcache.data.transfer_set import load
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.combine import trust
+from softcache.pipeline.losses import LOSSES
+from softcache.pipeline.losses.several import by_each, by_one, by_trust, or_hard
+from softcache.pipeline.records import Outputs, TargetBatch
+from softcache.pipeline.teachers import Teachers
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 2, "--loss", "kd:temperature=2")
 
@@ -28,7 +28,7 @@ STUDENT = ("--arch", "mlp:8", "--epochs", 2, "--loss", "kd:temperature=2")
 @pytest.fixture(scope="session")
 def two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The caches `a` (the tiny one) and `b`, of another teacher over the same views."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     home = tmp_path_factory.mktemp("two")
     shutil.copytree(tiny / "cache", home / "a")
@@ -262,7 +262,7 @@ def test_a_run_of_several_caches_is_stopped_and_goes_on_to_the_same_weights(
 
 def made(folder: Path, *more: str) -> None:
     """The tiny cache's command, with another policy, seed, data or order of classes."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     main([*tiny_cache_command(folder, "other"), *more])
 
@@ -389,7 +389,7 @@ def test_what_is_said_afterwards_is_a_command_with_the_same_teachers(pair: tuple
     _, out, _ = stages.call("student", *asked, "--arch", "mlp:8", "--epochs", 1, "--loss", "hard")
     assert "no loss here reads what the teacher says" in out
     said = next(line for line in out.splitlines() if line.startswith("next:"))
-    command = shlex.split(said.partition(" -m stages ")[2])
+    command = shlex.split(said.partition(" -m softcache ")[2])
     assert set(map(str, asked)) <= set(command)
     assert command.count("--cache") == 2
     assert stages.call(*command, "--epochs", 1)[0] == 0
@@ -569,6 +569,6 @@ def test_a_search_over_several_caches_ends_with_a_command_that_gives_the_best_ag
 ) -> None:
     asked = ("--combine", "learned", "--map", "prior", "--search", "kd.temperature=1..8", "--trials", 2, "--out", "s")
     best = stages("tune", *pair, *STUDENT, *asked)["best"]
-    stages(*shlex.split(best["command"].split(" -m stages ")[1]), "--out", "again")
+    stages(*shlex.split(best["command"].split(" -m softcache ")[1]), "--out", "again")
     found = Path("again/student.pt").read_bytes()
     assert found == Path(f"s/trial-{best['trial']:04d}/student.pt").read_bytes()

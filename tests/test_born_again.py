@@ -9,11 +9,11 @@ import pytest
 import torch
 from commands import Stages
 
-from data.transfer_set import load
-from pipeline.cache import Cache
-from pipeline.models import build
-from pipeline.models.prepared import Prepared
-from stages.__main__ import main
+from softcache.data.transfer_set import load
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Prepared
+from softcache.stages.__main__ import main
 
 SHORT = ("--epochs", 2, "--batch-size", 64, "--draws", 2)
 

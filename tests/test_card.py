@@ -37,7 +37,7 @@ def commands(card: str) -> list[list[str]]:
     block = re.search(r"```sh\n(.*?)```", card, re.DOTALL)
     assert block
     lines = [shlex.split(line) for line in block[1].splitlines()]
-    assert all(line[:3] == ["python", "-m", "stages"] for line in lines)
+    assert all(line[:3] == ["python", "-m", "softcache"] for line in lines)
     return [line[3:] for line in lines]
 
 

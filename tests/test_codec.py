@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.codec import CODECS, TEMPERATURES, fidelity
+from softcache.pipeline.codec import CODECS, TEMPERATURES, fidelity
 
 Floats = NDArray[np.float32]
 HALF_ULP = 2.0**-11  # of float16, as a share of the number

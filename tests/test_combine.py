@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from data.errors import WrongCommand
-from pipeline.combine import Combine, fit_combine, parse_combine, trust
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.combine import Combine, fit_combine, parse_combine, trust
 
 Floats = NDArray[np.float64]
 

@@ -65,7 +65,7 @@ def test_figures_that_are_no_numbers_are_refused_and_the_split_is_named(tiny: Pa
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one arch from one cache: a and b differ in the seed; 3 has three of them, and a baseline; random learned
     nothing."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("trained")
     student = ["student", "--cache", f"{tiny}/cache", "--arch", "mlp:64", "--epochs", "30"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from commands import Stages
 
-from pipeline.models.weights import read_state
-from stages.job import Job
+from softcache.pipeline.models.weights import read_state
+from softcache.stages.job import Job
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 2, "--batch-size", 100, "--learning-rate", 0.02)
 LOSSES = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=linear,weight=0.01")

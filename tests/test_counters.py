@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from commands import Stages
 
-import pipeline.cache
-from data.transfer_set import TransferSet, load
-from pipeline.cache import Cache
-from pipeline.manifest import Piece
-from pipeline.models.prepared import Prepared
-from pipeline.stream import Stream
-from stages.answering import Answering
-from stages.asking import Ask
-from stages.settings import CacheSettings
-from stages.which_teacher import teacher_of_cache
+import softcache.pipeline.cache as cache_module
+from softcache.data.transfer_set import TransferSet, load
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.manifest import Piece
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.stream import Stream
+from softcache.stages.answering import Answering
+from softcache.stages.asking import Ask
+from softcache.stages.settings import CacheSettings
+from softcache.stages.which_teacher import teacher_of_cache
 
 _opened: list[str] | None = None
 
@@ -92,7 +92,7 @@ def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_its_first(
 def test_an_epoch_from_disk_reads_the_rows_that_it_uses_and_hardly_more(
     tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch, with_tap: bool
 ) -> None:
-    monkeypatch.setattr(pipeline.cache, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
     cache = Cache(tiny / "cache")
     taps = tuple(cache.manifest.taps)[:1] if with_tap else ()
     stream = stream_of(cache, data, draws=1, taps=taps)
@@ -139,7 +139,7 @@ def test_the_teacher_is_asked_once_for_a_batch_of_a_shard(
 def test_stage_two_builds_no_teacher_and_reads_no_weights_of_one(
     tiny: Path, tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages import material, which_teacher
+    from softcache.stages import material, which_teacher
 
     shutil.copytree(tiny / "cache", tmp_path / "c")
     built: list[str] = []

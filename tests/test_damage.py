@@ -13,8 +13,8 @@ from commands import Stages
 from damage import SHARD, flip_bit
 from trial import attempt, both
 
-from data.errors import Refused
-from pipeline.cache import Cache
+from softcache.data.errors import Refused
+from softcache.pipeline.cache import Cache
 
 MORE = ("--arch", "mlp:8", "--epochs", 3, "--out", "r")
 TWIN = "draw-002/shard-00001.h5"  # the same rows as SHARD in another draw
@@ -192,9 +192,9 @@ def test_shards_that_are_cut_under_a_student_end_its_training_with_one_line(cach
         os.chdir(tmp_path)
         threading.Thread(target=cut, daemon=True).start()
         opened = ["student", "--cache", str(cache), "--arch", "mlp:8", "--epochs", "100000", "--out", "r"]
-        from stages.__main__ import commands
+        from softcache.stages.__main__ import commands
 
-        commands.main(opened, prog_name="stages", standalone_mode=False)
+        commands.main(opened, prog_name="softcache", standalone_mode=False)
 
     found = attempt(train, limit=60)
     assert not found.failed

@@ -26,7 +26,7 @@ LOSSES = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=relu1")  # the
 
 def stopped_after(steps: int) -> None:
     """From now on a training is interrupted after so many steps, in this process."""
-    from stages import training
+    from softcache.stages import training
 
     step, done = training.step, [0]
 
@@ -192,8 +192,8 @@ def test_a_setting_of_a_run_that_no_command_could_have_given_is_named(
     half: Path, done: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, dose: Dose, name: str
 ) -> None:
     """As the range of an option is checked on the command line, before anything is started with it."""
-    from pipeline import ahead
-    from stages import training
+    from softcache.pipeline import ahead
+    from softcache.stages import training
 
     monkeypatch.setattr(training, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(ahead, "DataLoader", None)  # a billion workers are not to be started by a test

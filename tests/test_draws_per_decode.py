@@ -13,14 +13,14 @@ from caches import PETS, save_pets, save_pets_teacher
 from commands import Stages, tiny_cache_command
 from stopping import stop_at
 
-import stages.training as training
-from data.folder import FolderPictures
-from data.transfer_set import load
-from data.views import VIEW_POLICIES, parse_views, render
-from pipeline import cache as cache_module
-from pipeline.cache import Cache
-from pipeline.records import TargetBatch
-from pipeline.stream import Stream
+import softcache.stages.training as training
+from softcache.data.folder import FolderPictures
+from softcache.data.transfer_set import load
+from softcache.data.views import VIEW_POLICIES, parse_views, render
+from softcache.pipeline import cache as cache_module
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.records import TargetBatch
+from softcache.pipeline.stream import Stream
 
 
 def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more: Any) -> Stream:
@@ -36,7 +36,7 @@ def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more:
 @pytest.fixture(scope="module")
 def twelve(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 12 draws and the tap flatten."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("twelve") / "c"
     asked = tiny_cache_command(tiny)[:-1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from commands import Stages
 
-from stages import training
+from softcache.stages import training
 
 COMMON = ("--epochs", 2, "--batch-size", 60, "--learning-rate", 0.05)
 KD = ("--loss", "kd:temperature=4,weight=0.9", "--loss", "hard:weight=0.1")
@@ -117,7 +117,7 @@ def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
 def test_measuring_changes_no_bit_of_a_weight(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, own_archs: None, said: tuple[Any, ...]
 ) -> None:
-    import stages.stacked as stacked
+    import softcache.stages.stacked as stacked
 
     command = ("student", *COMMON, "--cache", tiny / "cache", *said)
     stages(*command, "--out", "measured")

@@ -109,7 +109,7 @@ def test_a_search_may_ask_for_them_later(tiny: Path, stages: Stages) -> None:
 def test_it_is_not_imported_where_it_is_not_asked_for(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "stages.event_file", raising=False)
+    monkeypatch.delitem(sys.modules, "softcache.stages.event_file", raising=False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--out", "r")
     assert not Path("r/tensorboard").exists()

@@ -24,18 +24,18 @@ from commands import Stages
 from PIL import Image
 from safetensors import safe_open
 
-from data.transfer_set import TRANSFER_SETS
-from pipeline.cache import Cache
-from pipeline.metrics import evaluate
-from pipeline.models import build
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
-from stages import extras, in_8_bits
-from stages.__main__ import commands
-from stages.kept_logits import read_logits
-from stages.model_card import quoted
-from stages.onnx_file import Runner, open_student
-from stages.predict import as_input
+from softcache.data.transfer_set import TRANSFER_SETS
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.metrics import evaluate
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import load_state, read_state
+from softcache.stages import extras, in_8_bits
+from softcache.stages.__main__ import commands
+from softcache.stages.kept_logits import read_logits
+from softcache.stages.model_card import quoted
+from softcache.stages.onnx_file import Runner, open_student
+from softcache.stages.predict import as_input
 
 FILES = ("student.onnx", "student-int8.onnx", "student.pt2", "student.safetensors", "MODEL_CARD.md", "export.json")
 ROOT = Path(__file__).resolve().parent.parent
@@ -367,7 +367,7 @@ def test_the_card_gives_the_figures_of_the_files(exported: Path, tiny: Path) -> 
     command = re.search(r"```sh\n(.*?)\n```", card, re.DOTALL)
     assert command
     words = shlex.split(command[1])
-    assert words[:4] == ["python", "-m", "stages", "student"]
+    assert words[:4] == ["python", "-m", "softcache", "student"]
     student = commands.get_command(click.Context(commands), "student")
     assert student is not None
     parsed = student.make_context("student", words[4:]).params

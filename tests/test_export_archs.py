@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from settled import preparation, settled
 
-from data.transfer_set import TRANSFER_SETS
-from data.views import parse_views, render
-from pipeline.models import MODELS
-from pipeline.models.prepared import Prepared
-from stages.onnx_file import Runner
-from stages.portable import Portable, capture, onnx_of
+from softcache.data.transfer_set import TRANSFER_SETS
+from softcache.data.views import parse_views, render
+from softcache.pipeline.models import MODELS
+from softcache.pipeline.models.prepared import Prepared
+from softcache.stages.onnx_file import Runner
+from softcache.stages.portable import Portable, capture, onnx_of
 
 ROWS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # an argument where a row wants one
 SIMKD = "simkd(resnet8;layer3;256)"

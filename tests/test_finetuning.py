@@ -9,8 +9,8 @@ import torch
 from commands import Stages
 from PIL import Image
 
-import stages.training as training
-from data.transfer_set import load
+import softcache.stages.training as training
+from softcache.data.transfer_set import load
 
 FIRST, SECOND = 3, 2
 STUDENT = ("--arch", "mlp:16", "--epochs", FIRST, "--batch-size", 50, "--learning-rate", 0.1, "--loss", "kd")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from stages.__main__ import commands
+from softcache.stages.__main__ import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("data", "pipeline", "stages")  # from the ground up
@@ -52,8 +52,10 @@ def test_imports_go_down_and_are_relative_on_their_own_floor() -> None:
     for file, tree in TREES.items():
         own = FLOORS.index(file.partition("/")[0])
         for module, node in imports(tree):
-            floor = module.partition(".")[0]
-            if floor in FLOORS:
+            package, _, rest = module.partition(".")
+            floor = rest.partition(".")[0]
+            assert package not in FLOORS, f"{file}:{node.lineno}: the one import package is softcache"
+            if package == "softcache" and floor in FLOORS:
                 seen += 1
                 if FLOORS.index(floor) >= own:
                     wrong.append(f"{file}:{node.lineno} imports {module}")
@@ -158,12 +160,12 @@ def test_data_draw_no_number_from_a_generator() -> None:
 
 @pytest.mark.parametrize("command", ["", *commands.commands])
 def test_help_comes_without_the_slow_libraries(command: str) -> None:
-    arguments = [sys.executable, "-X", "importtime", "-m", "stages", *filter(None, [command]), "--help"]
+    arguments = [sys.executable, "-X", "importtime", "-m", "softcache", *filter(None, [command]), "--help"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    assert "Usage: stages" in done.stdout
+    assert "Usage: softcache" in done.stdout
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-    assert {"click", "stages"} <= loaded
+    assert {"click", "softcache"} <= loaded
     assert loaded & {"torch", "torchvision", "numpy", "h5py", "sklearn", "scipy", "PIL", "matplotlib"} == set()
 
 
@@ -174,15 +176,15 @@ def words_of_help(command: str) -> set[str]:
 
 
 def test_every_data_set_is_in_the_help_of_the_commands_that_take_one() -> None:
-    from data.transfer_set import TRANSFER_SETS
+    from softcache.data.transfer_set import TRANSFER_SETS
 
     for command in ("teacher", "teacher-cache"):
         assert set(TRANSFER_SETS) <= words_of_help(command)
 
 
 def test_every_view_policy_and_codec_is_in_the_help_of_stage_one() -> None:
-    from data.views import VIEW_POLICIES
-    from pipeline.codec import CODECS
+    from softcache.data.views import VIEW_POLICIES
+    from softcache.pipeline.codec import CODECS
 
     words = words_of_help("teacher-cache")
     assert set(VIEW_POLICIES) <= words
@@ -190,7 +192,7 @@ def test_every_view_policy_and_codec_is_in_the_help_of_stage_one() -> None:
 
 
 def test_every_arch_is_in_the_help_of_the_commands_that_build_one() -> None:
-    from pipeline.models import MODELS
+    from softcache.pipeline.models import MODELS
 
     depths = {name: int(name[6:]) for name in MODELS if re.fullmatch(r"resnet\d+", name)}
     shown = (set(MODELS) - set(depths)) | {f"resnet{min(depths.values())}…{max(depths.values())}"}
@@ -219,8 +221,8 @@ def test_no_name_stands_twice_in_a_table() -> None:
 
 
 def test_a_row_is_filed_under_its_own_name() -> None:
-    from data.views import VIEW_POLICIES
-    from pipeline.losses import LOSSES
+    from softcache.data.views import VIEW_POLICIES
+    from softcache.pipeline.losses import LOSSES
 
     for table in (VIEW_POLICIES, LOSSES):
         assert {name: row.name for name, row in table.items()} == {name: name for name in table}  # type: ignore[attr-defined]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.errors import Refused, WrongCommand
-from data.folder import FolderPictures
-from data.pictures import MemoryPictures
-from data.transfer_set import Split, TransferSet, load
-from data.views import parse_views, render
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.folder import FolderPictures
+from softcache.data.pictures import MemoryPictures
+from softcache.data.transfer_set import Split, TransferSet, load
+from softcache.data.views import parse_views, render
 
 Save = Callable[..., Image.Image]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from commands import Stages
 
-from pipeline.manifest import seal
-from pipeline.shards import payload_digest
+from softcache.pipeline.manifest import seal
+from softcache.pipeline.shards import payload_digest
 
 
 def test_the_layout_of_a_shard_is_pinned(cache: Path) -> None:

@@ -21,7 +21,7 @@ from caches import (
 )
 from commands import Stages
 
-from pipeline.cache import Cache
+from softcache.pipeline.cache import Cache
 
 LITTLE = ("--draws", "2", "--taps", "pool1")
 WAYS: dict[str, tuple[tuple[str, ...], ...]] = {

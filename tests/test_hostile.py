@@ -184,7 +184,7 @@ def test_a_card_that_is_no_plain_file_is_not_read_when_a_cache_grows(
     forge(cache, outside)
 
     def work() -> None:
-        from stages.__main__ import main
+        from softcache.stages.__main__ import main
 
         main([*grow(tiny, cache), "--json"])
 

@@ -12,8 +12,8 @@ from damage import Record, edit_manifest, read_manifest, reforge, sealed
 from mutations import with_its_fingerprint
 from trial import attempt, line_of
 
-from pipeline.cache import Cache
-from pipeline.models.prepared import Prepared
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models.prepared import Prepared
 
 MORE = ("--arch", "mlp:8", "--epochs", 1, "--out", "r")
 CUT = {"val_fraction": 0.125, "seed": 0, "train_size": 300}
@@ -122,11 +122,11 @@ def test_enormous_views_are_found_to_be_others_without_enormous_memory(
     lied(cache, "views", key, value)
 
     def work() -> None:
-        from stages.__main__ import commands
+        from softcache.stages.__main__ import commands
 
         name, *deep = command.split()
         asked = [name, "--cache", str(cache), *map(str, MORE)] if name == "student" else [name, str(cache), *deep]
-        commands.main(asked, prog_name="stages", standalone_mode=False)
+        commands.main(asked, prog_name="softcache", standalone_mode=False)
 
     found = attempt(work, limit=30)
     assert not found.failed, found.failed
@@ -136,8 +136,8 @@ def test_enormous_views_are_found_to_be_others_without_enormous_memory(
 
 def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: Stages) -> None:
     """Logits of five classes for pictures of ten, in shards that are whole."""
-    from pipeline.manifest import HEAD
-    from pipeline.shards import Shard, write_shard
+    from softcache.pipeline.manifest import HEAD
+    from softcache.pipeline.shards import Shard, write_shard
 
     cut = Cache(cache)
 

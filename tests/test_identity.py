@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from data.pictures import MemoryPictures
-from data.transfer_set import Split, TransferSet
-from data.views import parse_views
-from pipeline.identity import FORMAT, describe, differences, fingerprint, identity_of
+from softcache.data.pictures import MemoryPictures
+from softcache.data.transfer_set import Split, TransferSet
+from softcache.data.views import parse_views
+from softcache.pipeline.identity import FORMAT, describe, differences, fingerprint, identity_of
 
 FIXED: dict[str, Any] = {
     "format": 1,

@@ -1,4 +1,4 @@
-"""`stages inspect`: it ranks what is informative, its figures are those of independent loops."""
+"""`softcache inspect`: it ranks what is informative, its figures are those of independent loops."""
 
 import csv
 import json
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.cache import Cache
-from pipeline.linear_probe import WIDEST, GatheredProbe, columns, fit_probe, form_of, importance
-from pipeline.metrics import evaluate
-from pipeline.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
-from stages.__main__ import main
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.linear_probe import WIDEST, GatheredProbe, columns, fit_probe, form_of, importance
+from softcache.pipeline.metrics import evaluate
+from softcache.pipeline.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
+from softcache.stages.__main__ import main
 
 Floats = NDArray[np.float64]
 TEACHER = """
@@ -207,7 +207,7 @@ def test_maps_are_read_as_the_mean_of_each_channel_and_wide_taps_projected_by_th
     mine = columns(cache, "train", rows, "pictures", 0, steps.append)
     np.testing.assert_allclose(mine, maps.mean((2, 3)), rtol=1e-6)
     assert sum(steps) == 50
-    monkeypatch.setattr("pipeline.linear_probe.WIDEST", 16)
+    monkeypatch.setattr("softcache.pipeline.linear_probe.WIDEST", 16)
     one, same, other = (columns(cache, "train", rows, "columns", seed, steps.append) for seed in (0, 0, 1))
     assert one.shape == (50, 16)
     np.testing.assert_array_equal(one, same)
@@ -408,7 +408,7 @@ def test_two_classes_and_the_command_of_the_best_tap_runs(
     found = stages("inspect", "c", "--out", "o")
     assert found["best"] == tap
     assert found["taps"][tap]["columns"] == 4
-    words = shlex.split(found["command"].partition(" -m stages ")[2])
+    words = shlex.split(found["command"].partition(" -m softcache ")[2])
     assert words[-4:] == ["--loss", "kd", "--loss", loss]
     words[words.index("folder:PATH")] = "folder:pets"
     assert stages(*words, "--epochs", 1)["student"]["arch"] == "mlp:4"
@@ -465,8 +465,8 @@ def test_features_that_are_no_numbers_and_a_cache_that_is_none_are_refused(stage
 
 
 def test_names_of_classes_are_no_formulas_and_no_markup_in_pictures(tmp_path: Path) -> None:
-    from stages.drawing import of_similarity
-    from stages.drawing_style import publish_png, text
+    from softcache.stages.drawing import of_similarity
+    from softcache.stages.drawing_style import publish_png, text
 
     assert text("a$b\n") == r"a\$b?"
     names = [r"$\frac{x$", "犬", "a very long name of a class that would push everything aside"]

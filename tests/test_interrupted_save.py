@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages import checkpoint
+from softcache.stages import checkpoint
 
 
 def test_an_interrupt_at_any_write_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

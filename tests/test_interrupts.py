@@ -14,9 +14,9 @@ import pytest
 import torch
 from commands import Stages, tiny_cache_command
 
-from data.threads import by_threads
-from pipeline.ahead import by_thread
-from stages.behind import Behind
+from softcache.data.threads import by_threads
+from softcache.pipeline.ahead import by_thread
+from softcache.stages.behind import Behind
 
 TIMES = 1000
 

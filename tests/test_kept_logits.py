@@ -8,9 +8,9 @@ import pytest
 from commands import Stages
 from safetensors.numpy import load_file, save_file
 
-from data.errors import Refused, WrongCommand
-from pipeline.metrics import evaluate
-from stages.kept_logits import read_logits
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline.metrics import evaluate
+from softcache.stages.kept_logits import read_logits
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 2)
 

@@ -11,10 +11,10 @@ from commands import Stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import WrongCommand
-from data.long_tail import long_tailed, parse_imbalance, resampled
-from data.transfer_set import load
-from pipeline.cache import Cache
+from softcache.data.errors import WrongCommand
+from softcache.data.long_tail import long_tailed, parse_imbalance, resampled
+from softcache.data.transfer_set import load
+from softcache.pipeline.cache import Cache
 
 SMALL = ("--arch", "mlp:8", "--epochs", 2)
 
@@ -146,7 +146,7 @@ def test_at_power_one_every_row_comes_once() -> None:
 def test_a_balanced_round_shows_every_class_equally_often_with_its_own_targets(
     tiny: Path, resident: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.stream import Stream
+    from softcache.pipeline.stream import Stream
 
     cache = Cache(tiny / "cache")
     rows = cache.transfer_set("digits", Path(), lambda items, total, what: items).splits["train"]

@@ -10,9 +10,9 @@ from tensors import PAIRS, Case, Shape, case, labels_of, numbers
 from test_loss_formulas import FORMULAS
 from torch import nn
 
-from data.errors import WrongCommand
-from pipeline.losses import LOSSES
-from pipeline.records import Head, Known
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.losses import LOSSES
+from softcache.pipeline.records import Head, Known
 
 CRD = "crd:negatives=12,width=4"
 SPECS = [CRD if name == "crd" else name for name in LOSSES]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensors import PAIRS, Case, case
 
-from pipeline.losses import LOSSES
+from softcache.pipeline.losses import LOSSES
 
 FORMULAS: dict[str, Callable[[Case], float]] = {
     "hard": logits.hard, "tf_kd": logits.tf_kd, "output": logits.output, "kd": logits.kd,

@@ -8,8 +8,8 @@ import torch
 from one_step import one_step, taught
 from tensors import case
 
-from pipeline.losses import LOSSES
-from pipeline.statistic import derived
+from softcache.pipeline.losses import LOSSES
+from softcache.pipeline.statistic import derived
 
 CRD = "crd:negatives=12,width=4"
 PAIRS = (((2, 3, 3), (3, 3, 3)), ((3, 2, 2), (2, 2, 2)))
@@ -93,7 +93,7 @@ def test_the_learned_temperature_climbs_with_the_strength_of_its_reversal(revers
 
 
 def test_the_reversal_of_the_learned_temperature_rises_over_ten_epochs_as_a_cosine() -> None:
-    from pipeline.losses import at
+    from softcache.pipeline.losses import at
 
     loss = LOSSES["ctkd"]
     found = [at(loss, epoch, 240).reversal for epoch in (0, 4, 9, 200)]  # type: ignore[attr-defined]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tensors import PAIRS, Case, case, features_of, numbers
 
-from pipeline.losses import LOSSES
-from pipeline.models import build, head_of
-from pipeline.statistic import statistic
-from pipeline.taps import tapped
+from softcache.pipeline.losses import LOSSES
+from softcache.pipeline.models import build, head_of
+from softcache.pipeline.statistic import statistic
+from softcache.pipeline.taps import tapped
 
 SAME = (((3, 4, 4), (3, 4, 4)), ((5, 2, 2), (5, 2, 2)))
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]

@@ -11,15 +11,15 @@ import torch
 from tensors import batch, labels_of, numbers
 from torch import nn
 
-from data.errors import WrongCommand
-from pipeline.losses import LOSSES, Loss, at, parse_losses
-from pipeline.losses.hard import Hard
-from pipeline.losses.hint import Hint, regressor
-from pipeline.losses.layers import LayerLoss
-from pipeline.losses.loss import Ramp
-from pipeline.losses.rare import CountingLoss
-from pipeline.losses.soft import KD, LogitMSE
-from pipeline.records import Known, Outputs, TargetBatch
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.losses import LOSSES, Loss, at, parse_losses
+from softcache.pipeline.losses.hard import Hard
+from softcache.pipeline.losses.hint import Hint, regressor
+from softcache.pipeline.losses.layers import LayerLoss
+from softcache.pipeline.losses.loss import Ramp
+from softcache.pipeline.losses.rare import CountingLoss
+from softcache.pipeline.losses.soft import KD, LogitMSE
+from softcache.pipeline.records import Known, Outputs, TargetBatch
 
 SHAPES = [(5, 10), (1, 10), (6, 2), (1, 2), (3, 1000)]
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]

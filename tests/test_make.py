@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from stages.__main__ import commands
+from softcache.stages.__main__ import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = [
@@ -52,7 +52,7 @@ def test_make_alone_prints_every_target_with_one_line() -> None:
 def asked_for(*arguments: str) -> list[str]:
     """The stages commands that make would run, joined over line ends."""
     said = make("-n", *arguments, f"VENV={sys.executable}").stdout.replace("\\\n", " ")
-    return [line.split("-m stages ")[1] for line in said.splitlines() if "-m stages " in line]
+    return [line.split("-m softcache ")[1] for line in said.splitlines() if "-m softcache " in line]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_every_make_command_of_the_readme_exists(line: str) -> None:
         assert "=" not in word or re.search(rf"\b{name}\b", text), f"the Makefile knows no {name}"
 
 
-@pytest.mark.parametrize("line", shown("python -m stages"))
+@pytest.mark.parametrize("line", shown("python -m softcache"))
 def test_every_stages_command_of_the_readme_can_be_parsed(line: str) -> None:
     name, *rest = shlex.split(line)[3:]
     command = commands.get_command(click.Context(commands), name)
@@ -185,4 +185,4 @@ def test_every_stages_command_of_the_readme_can_be_parsed(line: str) -> None:
 def test_the_readme_shows_both_kinds_of_command() -> None:
     assert "make student" in shown("make")
     assert "make test" in shown("make")
-    assert len(shown("python -m stages")) >= 5
+    assert len(shown("python -m softcache")) >= 5

@@ -11,9 +11,9 @@ from commands import Stages
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from data.errors import WrongCommand
-from pipeline.mapping import Mapping, fit_mapping
-from pipeline.records import Head
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.mapping import Mapping, fit_mapping
+from softcache.pipeline.records import Head
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -167,7 +167,7 @@ def test_a_run_that_goes_on_takes_the_map_it_was_begun_with(
     stages(*command, "--out", "r")
     Path("r/student.pt").unlink()
     Path("r/result.json").unlink()
-    monkeypatch.setattr("stages.taught.fit_mapping", None)  # it would be called
+    monkeypatch.setattr("softcache.stages.taught.fit_mapping", None)  # it would be called
     stages("student", "--resume", "--out", "r")
     assert Path("r/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
     record = json.loads(Path("r/targets.json").read_text())

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from commands import Stages
 
-from pipeline.losses import LOSSES, parse_losses
-from stages.__main__ import main
-from stages.methods import METHODS
+from softcache.pipeline.losses import LOSSES, parse_losses
+from softcache.stages.__main__ import main
+from softcache.stages.methods import METHODS
 
 SHORT = ("--arch", "cnn", "--epochs", 1, "--draws", 1, "--time-steps", 1)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.metrics import evaluate, log_softmax, mean_and_spread, summary
+from softcache.pipeline.metrics import evaluate, log_softmax, mean_and_spread, summary
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]

@@ -10,8 +10,8 @@ import pytest
 from commands import Stages, tiny_cache_command
 from damage import SHARD, flip_bit, mend, read_manifest, shard_of
 
-from pipeline.writer import Writer
-from stages.__main__ import main
+from softcache.pipeline.writer import Writer
+from softcache.stages.__main__ import main
 
 MORE = ("--arch", "mlp:8", "--epochs", 3, "--out", "r")
 TWIN = "draw-002/shard-00001.h5"  # the same rows as SHARD in another draw

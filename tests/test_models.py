@@ -11,11 +11,11 @@ import torch
 from networks import logits_of, one_line
 from torch import nn
 
-from data.errors import WrongCommand
-from pipeline.models import MODELS, build, head_of, multiply_adds, parameters
-from pipeline.models.cifar_resnet import Block, CifarResNet
-from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
-from pipeline.models.weights import load_state, read_state
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.models import MODELS, build, head_of, multiply_adds, parameters
+from softcache.pipeline.models.cifar_resnet import Block, CifarResNet
+from softcache.pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from softcache.pipeline.models.weights import load_state, read_state
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 SHALLOW = {"mlp": "mlp:16,8", "cnn": "cnn", "resnet8": "resnet8", "torchvision": "torchvision:resnet18"}

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from mutations import agree, mutate, mutated_bytes, with_its_fingerprint, written
 from trial import attempt, command, line_of, one_line, read_like_a_student
 
-from pipeline import pack
-from pipeline.cache import Cache
-from pipeline.manifest import MANIFEST_MOST
-from pipeline.proof import probe
-from stages.card import card
-from stages.command_line import remake
+from softcache.pipeline import pack
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.manifest import MANIFEST_MOST
+from softcache.pipeline.proof import probe
+from softcache.stages.card import card
+from softcache.stages.command_line import remake
 
 Dose = Callable[[int, int], int]
 SECONDS, MEMORY = 5.0, 300 << 20

@@ -12,9 +12,9 @@ from caches import ASKED, PETS, home_with_cache, payloads, printed_command, save
 from commands import Stages
 from damage import rewrite
 
-import stages.training as training
-from pipeline import cache as cache_module
-from pipeline.cache import Cache
+import softcache.stages.training as training
+from softcache.pipeline import cache as cache_module
+from softcache.pipeline.cache import Cache
 
 STUDENT = (
     "student", "--cache", "c", "--arch", "mlp:8", "--epochs", "4", "--batch-size", "60", "--learning-rate", "0.001",

@@ -11,14 +11,14 @@ import pytest
 import torch
 from commands import Stages, tiny_cache_command
 
-from data.on_device import can_be_rendered_there, render_there
-from data.pictures import MemoryPictures
-from data.views import parse_views, render
-from pipeline import cache as cache_module
-from pipeline import resident
-from pipeline.cache import Cache
-from pipeline.stream import Stream
-from pipeline.teachers import Teachers
+from softcache.data.on_device import can_be_rendered_there, render_there
+from softcache.data.pictures import MemoryPictures
+from softcache.data.views import parse_views, render
+from softcache.pipeline import cache as cache_module
+from softcache.pipeline import resident
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.stream import Stream
+from softcache.pipeline.teachers import Teachers
 
 CPU = torch.device("cpu")
 POLICIES = ["none", "crop:pad=2", "crop:pad=0", "crop-flip", "crop-flip:pad=0", "crop-flip:pad=1,size=8,resize=8"]
@@ -59,7 +59,7 @@ def test_what_pillow_resizes_is_not_rendered_on_a_device(spec: str) -> None:
 @pytest.fixture(scope="module")
 def mixed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 4 draws of mixed views, with the tap flatten."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("mixed") / "c"
     asked = tiny_cache_command(tiny)[:-1]
@@ -112,7 +112,7 @@ def test_batches_are_equal_to_the_bit(
 
 
 def test_several_teachers_and_rows_without_an_answer_are_gathered_too(tiny: Path, mixed: Path) -> None:
-    from pipeline.combine import parse_combine
+    from softcache.pipeline.combine import parse_combine
 
     gaps = {1: np.arange(300) % 7 == 0}
     for source in (
@@ -151,7 +151,7 @@ def test_a_student_trains_from_what_lies_on_a_device_to_the_same_weights(
     asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 4, "--baseline")
     stages(*asked, "--out", "here")
     made: list[Any] = []
-    monkeypatch.setattr("pipeline.stream.fits", lambda *of: made.append(of[-1]) or True)
+    monkeypatch.setattr("softcache.pipeline.stream.fits", lambda *of: made.append(of[-1]) or True)
     stages(*asked, "--out", "there")
     assert made == [CPU, CPU]
     for name in ("student.pt", "baseline/baseline.pt"):

@@ -15,7 +15,7 @@ from caches import ASKED, everything, files, home_with_cache, payloads
 from commands import Stages
 from damage import flip_bit
 
-from pipeline import pack as packing
+from softcache.pipeline import pack as packing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher, a cache `c` of 2 draws and a tap that was added later, and it packed: `c.tar`."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = home_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2")
     home_with_cache(tiny, folder, "--taps", "flatten")

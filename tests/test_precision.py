@@ -13,16 +13,15 @@ from caches import stop_after
 from commands import Stages, tiny_cache_command
 from torch import nn
 
-import stages.answering
-import stages.precision
-from pipeline.cache import Cache
-from pipeline.models import build
-from pipeline.models.folded import folded
-from pipeline.models.prepared import Preparation, Prepared
-from pipeline.models.weights import weights_digest
-from pipeline.reading import read_manifest
-from pipeline.taps import tapped
-from stages.answering import Answering
+import softcache.stages.precision as precision_module
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.models.folded import folded
+from softcache.pipeline.models.prepared import Preparation, Prepared
+from softcache.pipeline.models.weights import weights_digest
+from softcache.pipeline.reading import read_manifest
+from softcache.pipeline.taps import tapped
+from softcache.stages.answering import Answering
 
 VIEWS = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
@@ -152,13 +151,13 @@ def test_a_network_that_goes_another_way_when_traced_is_found_out_and_asked_as_i
 def pace(patch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
     """From now on a batch takes so many seconds, by precision; what was asked, by precision."""
     asked: list[str] = []
-    timed = stages.precision.timed
+    timed = precision_module.timed
 
     def paced(answering: Answering, views: torch.Tensor) -> tuple[Any, float]:
         asked.append(answering.precision)
         return timed(answering, views)[0], seconds[answering.precision] / (2 if answering.compiled else 1)
 
-    patch.setattr(stages.precision, "timed", paced)
+    patch.setattr(precision_module, "timed", paced)
     return asked
 
 

@@ -1,4 +1,4 @@
-"""`stages predict` sees pictures as held-out ones are seen, and trusts nothing that a file says."""
+"""`softcache predict` sees pictures as held-out ones are seen, and trusts nothing that a file says."""
 
 import json
 import math
@@ -16,15 +16,15 @@ from commands import Stages
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from data.transfer_set import TRANSFER_SETS, load
-from data.views import parse_views, render
-from pipeline.cache import Cache
-from pipeline.models import build
-from pipeline.models.prepared import Prepared
-from pipeline.models.weights import load_state, read_state
-from stages import extras, onnx_file
-from stages.about import About
-from stages.predict import as_input
+from softcache.data.transfer_set import TRANSFER_SETS, load
+from softcache.data.views import parse_views, render
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Prepared
+from softcache.pipeline.models.weights import load_state, read_state
+from softcache.stages import extras, onnx_file
+from softcache.stages.about import About
+from softcache.stages.predict import as_input
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,7 +102,7 @@ def test_the_probabilities_are_the_students_own(exported: Path, tiny: Path, tmp_
 
 def test_no_pytorch_is_loaded(exported: Path, tmp_path: Path) -> None:
     save_digit(tmp_path / "d.png", 0)
-    arguments = ["-X", "importtime", "-m", "stages", "predict", str(exported / "student.onnx"), "d.png"]
+    arguments = ["-X", "importtime", "-m", "softcache", "predict", str(exported / "student.onnx"), "d.png"]
     done = subprocess.run(
         [sys.executable, *arguments], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

@@ -19,10 +19,10 @@ from commands import Stages
 from damage import flip_bit
 from torch.utils.data import DataLoader, Dataset
 
-from data.errors import Refused
-from pipeline import cache as cache_module
-from pipeline import shards
-from pipeline.cache import Cache
+from softcache.data.errors import Refused
+from softcache.pipeline import cache as cache_module
+from softcache.pipeline import shards
+from softcache.pipeline.cache import Cache
 
 # Python warns of a fork where threads run; workers are forked all the same when a user asks for it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -195,8 +195,8 @@ def test_threads_read_the_right_rows_from_one_cache(
 
 AT_ONCE = """
 import os, sys, torch
-from stages.__main__ import main
-import stages.student
+from softcache.stages.__main__ import main
+import softcache.stages.student
 torch.set_num_threads(1)
 pids = []
 for run in range(3):

@@ -15,11 +15,11 @@ import torch
 from commands import Stages
 from processes import assert_done, cache_command, files, lines, payloads
 
-from data.transfer_set import load
-from data.views import parse_views
-from pipeline.cache import Cache
-from pipeline.stream import Stream, part
-from stages.ranks import Ranks, read
+from softcache.data.transfer_set import load
+from softcache.data.views import parse_views
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.stream import Stream, part
+from softcache.stages.ranks import Ranks, read
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = """
@@ -45,8 +45,8 @@ SOME = ("kd", "similarity", "soft_f1", "hint:teacher=relu2,student=relu2", "crd"
 
 
 def torchrun(count: int, *arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """python -m torch.distributed.run … in a folder; arguments: a script's, or those of `-m stages`."""
-    program = [] if str(arguments[0]).endswith(".py") else ["-m", "stages"]
+    """python -m torch.distributed.run … in a folder; arguments: a script's, or those of `-m softcache`."""
+    program = [] if str(arguments[0]).endswith(".py") else ["-m", "softcache"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
     environment = {**os.environ, "PYTHONPATH": f"{cwd}:{ROOT}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -235,7 +235,7 @@ def test_commands_for_one_process_are_refused_before_anything_is_done(tmp_path: 
     line = "Error: torchrun is for teacher-cache and student: run `tune` without it, in one process"
     for rank, said in (("0", line), ("1", "")):
         environment = {**os.environ, **ONE_RANK, "RANK": rank, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "stages", "tune"]
+        command = [sys.executable, "-m", "softcache", "tune"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr.strip(), done.stdout) == (2, said, "")
     assert list(tmp_path.iterdir()) == []

@@ -14,12 +14,12 @@ from PIL import Image
 from sklearn.metrics import f1_score
 from tensors import Case, case, counts_of, labels_of, numbers
 
-import stages.training as training
-from data.errors import WrongCommand
-from data.transfer_set import class_counts, load
-from pipeline.losses import LOSSES
-from pipeline.losses.rare import counts_for
-from pipeline.records import Known
+import softcache.stages.training as training
+from softcache.data.errors import WrongCommand
+from softcache.data.transfer_set import class_counts, load
+from softcache.pipeline.losses import LOSSES
+from softcache.pipeline.losses.rare import counts_for
+from softcache.pipeline.records import Known
 
 COUNTING = ["logit_adjusted", "balanced_softmax", "balanced_kd"]
 SPECS = [*COUNTING, "dive", "soft_f1", "soft_f1:average=weighted", "soft_f1:average=micro"]

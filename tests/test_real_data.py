@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from commands import Stages
 
-from stages.__main__ import main
-from stages.methods import METHODS
+from softcache.stages.__main__ import main
+from softcache.stages.methods import METHODS
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from commands import Stages
 
-from pipeline.losses import LOSSES, parse_losses
-from stages.recipes import RECIPES, fill_in
-from stages.runs import milestones_of
-from stages.settings import StudentSettings, TeacherSettings
+from softcache.pipeline.losses import LOSSES, parse_losses
+from softcache.stages.recipes import RECIPES, fill_in
+from softcache.stages.runs import milestones_of
+from softcache.stages.settings import StudentSettings, TeacherSettings
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -90,7 +90,7 @@ def test_the_lists_name_every_recipe_and_every_loss_with_its_knobs(stages: Stage
 
 def test_the_knobs_that_are_listed_can_be_given_back() -> None:
     """The list's defaults, written as a loss on the command line, are that loss."""
-    from stages.list_losses import _record
+    from softcache.stages.list_losses import _record
 
     for name, loss in LOSSES.items():
         knobs = ",".join(f"{k}={v}" for k, v in _record(loss)["knobs"].items() if v != "")

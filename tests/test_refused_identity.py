@@ -16,8 +16,8 @@ from caches import PETS, files, printed_command, save_pets, save_pets_teacher
 from commands import Stages
 from PIL import Image
 
-from data.transfer_set import load
-from pipeline.cache import Cache
+from softcache.data.transfer_set import load
+from softcache.pipeline.cache import Cache
 
 STUDENT = ("student", "--data", "folder:pets", "--cache", "p", "--arch", "mlp:4", "--epochs", "1")
 Change = Callable[[], None]
@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_picture: Any) -> Path:
     """A folder with pictures (pets), a teacher's weights (pets.pt) and their cache `p`: 2 draws, the tap hidden1."""
     import contextlib
 
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("made")
     save_pets(folder / "pets", save_picture)

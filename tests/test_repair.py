@@ -14,7 +14,7 @@ from caches import ASKED, count_shards_asked, drift, everything, files, home_wit
 from commands import Stages
 from damage import flip_bit
 
-from pipeline.manifest import Manifest
+from softcache.pipeline.manifest import Manifest
 
 REPAIR = ("check-cache", "c", "--repair", "--weights", "teacher")
 SHARDS = 2 * 2 + 1 + 2

@@ -14,9 +14,9 @@ from reported import make_runs, report
 from safetensors.numpy import load_file, save_file
 from stopping import stop_at
 
-from pipeline.metrics import log_softmax
-from stages.kept_logits import read_logits
-from stages.report.findings import agreement, apart, pareto
+from softcache.pipeline.metrics import log_softmax
+from softcache.stages.kept_logits import read_logits
+from softcache.stages.report.findings import agreement, apart, pareto
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_logits_of_other_rows_are_refused(tiny: Path, stages: Stages) -> None:
 def test_without_its_extra_it_is_one_line(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    from stages import extras
+    from softcache.stages import extras
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else True)
     said = stages.fails(2, "report", tiny)

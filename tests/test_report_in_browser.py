@@ -40,7 +40,7 @@ def digits(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a student of the public ResNet-56 and ResNet-20, on some JPEG pictures of CIFAR-10."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("cifar")
     with tarfile.open(shared / "data/cifar10-jpeg/cifar10-jpeg.tar.gz") as archive:

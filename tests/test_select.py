@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from commands import Stages
 
-import stages.training as training
+import softcache.stages.training as training
 
 # At this rate a small student rises and falls.
 STUDENT = ("--arch", "mlp:8", "--epochs", 8, "--batch-size", 20, "--learning-rate", 0.3, "--loss", "hard",

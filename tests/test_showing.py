@@ -21,8 +21,8 @@ import torch
 from commands import Stages
 from tqdm import tqdm
 
-from stages import showing
-from stages.console import Console, LongWork, clock
+from softcache.stages import showing
+from softcache.stages.console import Console, LongWork, clock
 
 COMMON = ("--epochs", 3, "--batch-size", 60, "--learning-rate", 0.05)
 KD = ("--loss", "kd:weight=0.9", "--loss", "hard:weight=0.1")
@@ -280,7 +280,7 @@ def test_of_several_ranks_the_first_alone_shows_something(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = {"epoch": 1, "loss": 0.2}
-    for module in ("stages.showing", "stages.console"):
+    for module in ("softcache.stages.showing", "softcache.stages.console"):
         monkeypatch.setattr(f"{module}.is_first", lambda: False)
     shown([job()]).epoch([line])
     assert capsys.readouterr() == ("", "")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline import significance
-from pipeline.metrics import evaluate, summary
-from pipeline.significance import Difference, mcnemar, paired_bootstrap, right_alone
+from softcache.pipeline import significance
+from softcache.pipeline.metrics import evaluate, summary
+from softcache.pipeline.significance import Difference, mcnemar, paired_bootstrap, right_alone
 
 Ints = NDArray[np.int64]
 

@@ -13,12 +13,12 @@ from commands import Stages
 from stopping import stop_at
 from torch import nn
 
-from data.errors import WrongCommand
-from data.transfer_set import load
-from pipeline.cache import Cache
-from pipeline.models import build, head_of, multiply_adds, parameters
-from pipeline.models.simkd import SimKDStudent, arch_of, parts_of
-from pipeline.taps import tapped
+from softcache.data.errors import WrongCommand
+from softcache.data.transfer_set import load
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models import build, head_of, multiply_adds, parameters
+from softcache.pipeline.models.simkd import SimKDStudent, arch_of, parts_of
+from softcache.pipeline.taps import tapped
 
 STUDENT = ("student", "--cache", "c", "--arch", "resnet8", "--learning-rate", "0.05", "--batch-size", "50")
 SIMKD = ("--loss", "simkd:teacher=layer3")
@@ -28,7 +28,7 @@ WIDTH = 256  # of the teacher's last map
 @pytest.fixture(scope="module")
 def simkd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a resnet8x4 as `t`, its cache `c` of 200 rows and 2 draws, and a student and a baseline in `r`."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("simkd")
     with contextlib.chdir(folder):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from commands import Stages
 
-import stages.stacked as stacked
-from pipeline.metrics import summary
-from pipeline.models.weights import read_state
+import softcache.stages.stacked as stacked
+from softcache.pipeline.metrics import summary
+from softcache.pipeline.models.weights import read_state
 
 COMMON = ("--epochs", 2, "--batch-size", 50, "--learning-rate", 0.02)
 ODD = """

@@ -10,12 +10,12 @@ import pytest
 import torch
 from commands import Stages, tiny_cache_command
 
-from data.transfer_set import load
-from data.views import parse_views, render
-from pipeline.cache import Cache
-from pipeline.models import build
-from pipeline.models.prepared import Preparation, Prepared
-from pipeline.writer import Writer
+from softcache.data.transfer_set import load
+from softcache.data.views import parse_views, render
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Preparation, Prepared
+from softcache.pipeline.writer import Writer
 
 
 def payloads(folder: Path) -> dict[str, str]:

@@ -13,15 +13,15 @@ from commands import Stages, tiny_cache_command
 from PIL import Image
 from stopping import stop_at
 
-import stages.training as training
-from data.transfer_set import load
-from pipeline import cache as cache_module
-from pipeline.cache import Cache
-from pipeline.losses import parse_losses
-from pipeline.models import build
-from pipeline.models.prepared import Preparation, Prepared
-from pipeline.records import Outputs, TargetBatch
-from pipeline.stream import Stream
+import softcache.stages.training as training
+from softcache.data.transfer_set import load
+from softcache.pipeline import cache as cache_module
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.losses import parse_losses
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared import Preparation, Prepared
+from softcache.pipeline.records import Outputs, TargetBatch
+from softcache.pipeline.stream import Stream
 
 MORE = ("--epochs", 2, "--batch-size", 50)
 

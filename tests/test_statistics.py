@@ -13,11 +13,11 @@ from caches import printed_command
 from commands import Stages, tiny_cache_command
 from tensors import numbers
 
-from data.errors import WrongCommand
-from pipeline.cache import Cache
-from pipeline.models import build
-from pipeline.statistic import STATISTICS, as_map, derived, plain_tap, source_of, split_tap, statistic
-from pipeline.taps import tapped
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.statistic import STATISTICS, as_map, derived, plain_tap, source_of, split_tap, statistic
+from softcache.pipeline.taps import tapped
 
 SHAPES = [(2, 3, 4, 4), (1, 5, 7, 6), (3, 2, 1, 1), (2, 4, 5, 3)]
 
@@ -165,7 +165,7 @@ TAPS = "layer3:pool,layer2:attention,layer3:grid2,layer3:gram,layer3:map"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a resnet8 as `runs/teacher` and its cache `cache`, of 2 draws and of statistics."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     folder = tmp_path_factory.mktemp("statistics")
     asked = ["--arch", "resnet8", "--epochs", "1", "--out", f"{folder}/runs/teacher"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from data.errors import WrongCommand
-from pipeline.models import build
-from pipeline.taps import tap_names, tapped
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.models import build
+from softcache.pipeline.taps import tap_names, tapped
 
 
 def in_place() -> nn.Sequential:

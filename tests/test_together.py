@@ -9,7 +9,7 @@ import torch
 from commands import Stages
 from stopping import stop_at
 
-import pipeline.stream as stream
+import softcache.pipeline.stream as stream
 
 COMMON = ("--epochs", 3, "--batch-size", 50, "--learning-rate", 0.05)
 DROPOUT = """

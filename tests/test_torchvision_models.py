@@ -13,11 +13,11 @@ import torchvision
 from networks import logits_of, one_line
 from torch import nn
 
-from data.errors import Refused, WrongCommand
-from pipeline.models import build
-from pipeline.models.from_torchvision import published
-from pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
-from pipeline.models.weights import load_state
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline.models import build
+from softcache.pipeline.models.from_torchvision import published
+from softcache.pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from softcache.pipeline.models.weights import load_state
 
 QUICK = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
 LONG = (

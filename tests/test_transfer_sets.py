@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data.errors import Refused, WrongCommand
-from data.pictures import MemoryPictures
-from data.transfer_set import TRANSFER_SETS, Split, TransferSet, load, stratified
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.pictures import MemoryPictures
+from softcache.data.transfer_set import TRANSFER_SETS, Split, TransferSet, load, stratified
 
 Pixels = NDArray[np.uint8]
 IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}

@@ -19,8 +19,8 @@ from commands import Stages
 from PIL import Image
 from processes import KILLED, Forks, temporaries
 
-import stages.shared_study as shared_study
-import stages.training as training
+import softcache.stages.shared_study as shared_study
+import softcache.stages.training as training
 
 forks = processes.forks
 Dose = Callable[[int, int], int]
@@ -127,7 +127,7 @@ def test_the_command_of_the_best_gives_its_weights_again_byte_for_byte(
     code, out, err = stages.call("tune", "--cache", tiny / "cache", *more, *searched)
     assert code == 0, err
     command = next(line for line in out.splitlines() if line.startswith("again: "))
-    again = stages(*shlex.split(command.split("-m stages ")[1]), "--out", "again")
+    again = stages(*shlex.split(command.split("-m softcache ")[1]), "--out", "again")
     best = tmp_path / f"s/trial-{record_of(tmp_path / 's')['best']['trial']:04d}"
     assert (tmp_path / "again/student.pt").read_bytes() == (best / "student.pt").read_bytes()
     kept = json.loads((best / "result.json").read_text())["student"]
@@ -273,7 +273,7 @@ def test_stopped_at_any_epoch_it_goes_on_to_the_same_search(
             if moment == "kept":
                 patch.setattr(training.State, "keep", keeping)
             else:
-                patch.setattr("stages.tune.follow", following)
+                patch.setattr("softcache.stages.tune.follow", following)
             code, _, err = stages.call(*command)
         stops += code == 130
         assert code == 0 or f"Error: stopped; the same command with --out {tmp_path / 's'} goes on" in err
@@ -477,10 +477,14 @@ def test_without_optuna_one_line_says_how_to_get_it(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [*sys.modules]:
-        if name in ("stages.tune", "stages.shared_study", "stages.search_report") or name.startswith("optuna"):
+        if name in (
+            "softcache.stages.tune",
+            "softcache.stages.shared_study",
+            "softcache.stages.search_report",
+        ) or name.startswith("optuna"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delattr("stages.tune", raising=False)
+    monkeypatch.delattr("softcache.stages.tune", raising=False)
     said = stages.fails(2, *search(tiny, "s", "--search", "kd.weight=0|1"))
     assert said.startswith("Error: tune needs Optuna 4.3 or later (")
     assert said.endswith("): pip install 'softcache[tune]'")
@@ -489,8 +493,8 @@ def test_without_optuna_one_line_says_how_to_get_it(
 def test_without_matplotlib_the_picture_alone_is_missing(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "stages.drawing_search", raising=False)
-    monkeypatch.delattr("stages.drawing_search", raising=False)
+    monkeypatch.delitem(sys.modules, "softcache.stages.drawing_search", raising=False)
+    monkeypatch.delattr("softcache.stages.drawing_search", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     code, out, err = stages.call(*search(tiny, "s", "--search", "kd.weight=0.1|1", "--grid"))
     assert code == 0, err

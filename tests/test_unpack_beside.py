@@ -8,8 +8,8 @@ import tars
 from tars import everything, refused, unpacked
 from trial import attempt, command, untouched
 
-from pipeline import pack
-from pipeline.cache import Cache
+from softcache.pipeline import pack
+from softcache.pipeline.cache import Cache
 
 packed, place = tars.packed, tars.place
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import counter
-from data.errors import Refused, WrongCommand
-from data.folder import FolderPictures
-from data.pictures import MemoryPictures
-from data.transfer_set import Split, load
-from data.views import VIEW_POLICIES, Box, mixup_of, parse_views, render
-from pipeline.stream import Stream, render_in_order
+from softcache.data import counter
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.folder import FolderPictures
+from softcache.data.pictures import MemoryPictures
+from softcache.data.transfer_set import Split, load
+from softcache.data.views import VIEW_POLICIES, Box, mixup_of, parse_views, render
+from softcache.pipeline.stream import Stream, render_in_order
 
 # What each random number is for. A number that changes its meaning makes every cache on disk a liar.
 TOP, LEFT, FLIP, PARTNER = 0, 1, 2, 7

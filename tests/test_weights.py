@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from data.errors import Refused, WrongCommand
-from pipeline.models import build
-from pipeline.models.weights import load_state, read_state, run_weights, weights_digest
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline.models import build
+from softcache.pipeline.models.weights import load_state, read_state, run_weights, weights_digest
 
 
 def network() -> nn.Sequential:

@@ -10,10 +10,10 @@ import torch
 from caches import PETS, save_pets, save_pets_teacher
 from commands import Stages
 
-from data.transfer_set import load
-from pipeline.cache import Cache
-from pipeline.proof import crc32
-from pipeline.stream import Stream
+from softcache.data.transfer_set import load
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.proof import crc32
+from softcache.pipeline.stream import Stream
 
 # Python warns of a fork where threads run; workers are forked all the same when a user asks for it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

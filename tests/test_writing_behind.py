@@ -11,12 +11,12 @@ import torch
 from caches import stop_after
 from commands import Stages, tiny_cache_command
 
-from data.errors import Refused
-from pipeline.manifest import Piece
-from pipeline.reading import read_manifest
-from pipeline.writer import Writer
-from stages.asking import Ask, _keep
-from stages.behind import Behind
+from softcache.data.errors import Refused
+from softcache.pipeline.manifest import Piece
+from softcache.pipeline.reading import read_manifest
+from softcache.pipeline.writer import Writer
+from softcache.stages.asking import Ask, _keep
+from softcache.stages.behind import Behind
 
 
 def test_one_work_at_a_time_in_order_and_what_it_raises_is_raised_by_the_next_call() -> None:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import Refused, WrongCommand
-from pipeline.cache import Cache
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline.cache import Cache
 
 SECONDS, MEMORY = 2.0, 200 << 20  # that a refusal may take
 
@@ -149,7 +149,7 @@ def refused_quickly(folder: Path, name: str) -> list[str]:
 
 def command(*arguments: object) -> tuple[object, str, str]:
     """Exit code, or a traceback in its place, and what a command prints."""
-    from stages.__main__ import main
+    from softcache.stages.__main__ import main
 
     out, err = io.StringIO(), io.StringIO()
     code: object = 0

@@ -8,8 +8,8 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from data.errors import WrongCommand, unknown
-from data.spec import check_knobs, number, parse
+from softcache.data.errors import WrongCommand, unknown
+from softcache.data.spec import check_knobs, number, parse
 
 from .contrast import CRD
 from .hard import Hard, TfKD

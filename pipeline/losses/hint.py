@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.errors import WrongCommand
+from softcache.data.errors import WrongCommand
 
 from ..records import Known, Outputs, TargetBatch
 from ..statistic import as_map, split_tap

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.errors import WrongCommand
+from softcache.data.errors import WrongCommand
 
 from ..records import Outputs, TargetBatch
 from .loss import Loss, Ramp, fixed

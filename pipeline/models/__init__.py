@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.errors import WrongCommand, unknown
+from softcache.data.errors import WrongCommand, unknown
 
 from .cifar_resnet import CifarResNet
 from .cnn import cnn

@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import nn
 
-from data.errors import Refused, WrongCommand, unknown
+from softcache.data.errors import Refused, WrongCommand, unknown
 
 SMALL = 64  # pictures under so many pixels get a stem that does not shrink them
 _SEVERAL_OUTPUTS = ("googlenet", "inception_v3")

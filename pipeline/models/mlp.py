@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from data.errors import WrongCommand
+from softcache.data.errors import WrongCommand
 
 
 def mlp(widths: str, classes: int, channels: int, size: int) -> nn.Sequential:

@@ -1,6 +1,6 @@
 """Refusals that rows of the table of archs share."""
 
-from data.errors import WrongCommand
+from softcache.data.errors import WrongCommand
 
 
 def takes_no_argument(arch: str, argument: str) -> None:

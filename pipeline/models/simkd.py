@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from data.errors import WrongCommand
+from softcache.data.errors import WrongCommand
 
 from ..records import Head
 from ..statistic import as_map

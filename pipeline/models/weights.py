@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.errors import Refused, WrongCommand
+from softcache.data.errors import Refused, WrongCommand
 
 State = dict[str, torch.Tensor]
 

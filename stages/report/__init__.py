@@ -1,1 +1,1 @@
-"""`stages report`: runs as one page that a person can look at, and as text for a pull request."""
+"""`softcache report`: runs as one page that a person can look at, and as text for a pull request."""

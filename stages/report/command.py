@@ -1,4 +1,4 @@
-"""`stages report`: read the runs, measure what a picture takes, draw, write one page and one text."""
+"""`softcache report`: read the runs, measure what a picture takes, draw, write one page and one text."""
 
 import json
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from data.errors import WrongCommand, printable
-from pipeline.files import make_folder, publish_text
+from softcache.data.errors import WrongCommand, printable
+from softcache.pipeline.files import make_folder, publish_text
 
 from ..bill import in_one_line
 from ..command_line import command, this_program

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import rel_entr
 
-from data.transfer_set import Labels
-from pipeline.metrics import log_softmax
+from softcache.data.transfer_set import Labels
+from softcache.pipeline.metrics import log_softmax
 
 Floats = NDArray[np.float64]
 

@@ -8,8 +8,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from data.errors import WrongCommand
-from pipeline.models import MODELS, build, parameters
+from softcache.data.errors import WrongCommand
+from softcache.pipeline.models import MODELS, build, parameters
 
 from ..console import progress
 

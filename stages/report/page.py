@@ -9,7 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .. import __version__
+from softcache import __version__
+
 from ..drawing_style import Picture, svg
 from .pictures import Disagreement
 from .words import COLUMNS, Cell, Row, better, title_of

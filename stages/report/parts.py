@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import printable
-from pipeline.soft_targets import calibration
+from softcache.data.errors import printable
+from softcache.pipeline.soft_targets import calibration
 
 from .. import drawing as of_inspection
 from ..bill import in_one_line

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from scipy.special import softmax
 
-from data.errors import Refused, WrongCommand
-from data.transfer_set import TransferSet
-from data.views import ViewPolicy
-from pipeline.stream import render_in_order
+from softcache.data.errors import Refused, WrongCommand
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy
+from softcache.pipeline.stream import render_in_order
 
 from ..settings import ReportSettings
 from ..taught import bound, open_caches

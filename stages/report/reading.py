@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import Refused, WrongCommand
-from pipeline.metrics import evaluate
-from pipeline.models.prepared import Preparation
+from softcache.data.errors import Refused, WrongCommand
+from softcache.pipeline.metrics import evaluate
+from softcache.pipeline.models.prepared import Preparation
 
 from ..checkpoint import LINES, lines_of
 from ..kept_logits import LOGITS, TEACHER_LOGITS, Kept, read_logits

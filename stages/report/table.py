@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import Refused, printable
-from pipeline.cache import Cache
-from pipeline.models.prepared import Preparation
+from softcache.data.errors import Refused, printable
+from softcache.pipeline.cache import Cache
+from softcache.pipeline.models.prepared import Preparation
 
 from .latency import Network
 from .reading import Run

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import Refused, printable
-from pipeline.significance import RESAMPLES
+from softcache.data.errors import Refused, printable
+from softcache.pipeline.significance import RESAMPLES
 
 from ..console import bar, duration
 from ..sides import side_of

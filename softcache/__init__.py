@@ -1,0 +1,3 @@
+"""softcache: offline knowledge distillation in PyTorch."""
+
+__version__ = "0.1.0"
