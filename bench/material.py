@@ -94,9 +94,13 @@ def usual_teacher(device: torch.device) -> nn.Module:
 
 
 def fake_cache(
-    folder: Path, data: str, views: str = "", draws: int = 1, taps: dict[str, list[int]] | None = None,
+    folder: Path,
+    data: str,
+    views: str = "",
+    draws: int = 1,
+    taps: dict[str, list[int]] | None = None,
     codec: str = "float16",
-) -> Path:  # fmt: skip
+) -> Path:
     """A cache whose views are those of the data and whose logits are random, written as stage one writes. taps:
     {name: row shape}, of random float16. A cache that is there already is taken as it is."""
     if (folder / "manifest.json").exists():

@@ -58,9 +58,15 @@ def cifar(given: Given, students: int) -> Found:
     if not Path(given.weights).is_file():
         raise Missing("needs a ResNet-56 for CIFAR-10: WEIGHTS= its state dict")
     stage_one = CacheSettings(
-        data=f"folder:{_part(given)}", views="crop-flip", draws=1, teacher="resnet56", weights=given.weights,
-        normalize="imagenet", precision="bfloat16", json=True,
-    )  # fmt: skip
+        data=f"folder:{_part(given)}",
+        views="crop-flip",
+        draws=1,
+        teacher="resnet56",
+        weights=given.weights,
+        normalize="imagenet",
+        precision="bfloat16",
+        json=True,
+    )
     usual = ImageFolder(_part(given) / "train", transforms())
     return _to_target(given, stage_one, usual, "resnet8", given.few(5, 1), students)
 
@@ -86,9 +92,16 @@ def _to_target(
     asked, _ = make(replace(asked, out=str(cache), device=str(given.device)), Console(True, epoch_lines=False))
     one = time.perf_counter() - begun
     learned = StudentSettings(
-        data=asked.data, data_root=asked.data_root, cache=(str(cache),), arch=arch, epochs=epochs,
-        loss=("kd:temperature=4",), precision="bfloat16", device=str(given.device), json=True,
-    )  # fmt: skip
+        data=asked.data,
+        data_root=asked.data_root,
+        cache=(str(cache),),
+        arch=arch,
+        epochs=epochs,
+        loss=("kd:temperature=4",),
+        precision="bfloat16",
+        device=str(given.device),
+        json=True,
+    )
     settings = with_recipe(learned)
     opened = Material.open(settings)
     final, reached = _epoch_of_final(given, settings, opened)

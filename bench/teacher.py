@@ -28,9 +28,16 @@ FULL = 50_000  # pictures, to which the seconds of a part are scaled
 def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheSettings:
     """Stage one over ResNet-56 with these weights, as a command would ask for it."""
     return CacheSettings(
-        data=data, teacher="resnet56", weights=str(weights), views="crop-flip", draws=1, device=str(given.device),
-        val_fraction=material.VAL_FRACTION, json=True, **more,
-    )  # fmt: skip
+        data=data,
+        teacher="resnet56",
+        weights=str(weights),
+        views="crop-flip",
+        draws=1,
+        device=str(given.device),
+        val_fraction=material.VAL_FRACTION,
+        json=True,
+        **more,
+    )
 
 
 def saved_teacher(given: Given) -> Path:

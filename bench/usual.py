@@ -117,9 +117,14 @@ def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int
         "forward_proc": "forward_batch_only",
     }
     kd = {
-        "student_module_path": "linear", "student_module_io": "output", "teacher_module_path": "linear",
-        "teacher_module_io": "output", "temperature": TEMPERATURE, "alpha": 0.1, "reduction": "batchmean",
-    }  # fmt: skip
+        "student_module_path": "linear",
+        "student_module_io": "output",
+        "teacher_module_path": "linear",
+        "teacher_module_io": "output",
+        "temperature": TEMPERATURE,
+        "alpha": 0.1,
+        "reduction": "batchmean",
+    }
     config: dict[str, Any] = {
         "num_epochs": 1,
         "train_data_loader": {

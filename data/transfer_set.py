@@ -134,17 +134,34 @@ TRANSFER_SETS: dict[str, DataRow] = {
     "digits": DataRow(
         _digits,
         Recipe(
-            views="none", draws=1, teacher="cnn", teacher_views="crop:pad=1", teacher_epochs=60,
-            teacher_learning_rate=0.05, teacher_weight_decay=1e-3, student="mlp:64", student_epochs=150,
-            losses=("kd:temperature=4",), batch_size=64, val_fraction=0.125,
+            views="none",
+            draws=1,
+            teacher="cnn",
+            teacher_views="crop:pad=1",
+            teacher_epochs=60,
+            teacher_learning_rate=0.05,
+            teacher_weight_decay=1e-3,
+            student="mlp:64",
+            student_epochs=150,
+            losses=("kd:temperature=4",),
+            batch_size=64,
+            val_fraction=0.125,
         ),
     ),
     "mnist": DataRow(
         _torchvision("MNIST", "MNIST/raw"),
         Recipe(
-            views="none", draws=1, teacher="mlp:1200,1200", teacher_views="crop:pad=2", teacher_epochs=30,
-            teacher_learning_rate=0.05, teacher_weight_decay=1e-4, student="mlp:800,800", student_epochs=20,
-            losses=("kd:temperature=20",), learning_rate=0.05,
+            views="none",
+            draws=1,
+            teacher="mlp:1200,1200",
+            teacher_views="crop:pad=2",
+            teacher_epochs=30,
+            teacher_learning_rate=0.05,
+            teacher_weight_decay=1e-4,
+            student="mlp:800,800",
+            student_epochs=20,
+            losses=("kd:temperature=20",),
+            learning_rate=0.05,
         ),
     ),
     "fashion-mnist": DataRow(
@@ -155,10 +172,14 @@ TRANSFER_SETS: dict[str, DataRow] = {
     "cifar100": DataRow(_torchvision("CIFAR100", "cifar-100-python"), Recipe()),
     "folder": DataRow(
         read_folder,  # type: ignore[arg-type]
-        Recipe(views="resized-crop-flip", teacher_views="resized-crop-flip", teacher="torchvision:resnet50",
-               student="torchvision:mobilenet_v3_small"),
+        Recipe(
+            views="resized-crop-flip",
+            teacher_views="resized-crop-flip",
+            teacher="torchvision:resnet50",
+            student="torchvision:mobilenet_v3_small",
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def row_of(data: str) -> DataRow:

@@ -36,9 +36,13 @@ def by_workers(
 ) -> Iterator[torch.Tensor]:
     """renderer[item] for each item, in order, by processes that live until the last one."""
     loader: DataLoader[Any] = DataLoader(
-        renderer, sampler=_Once(items), batch_size=None, num_workers=workers, multiprocessing_context=start_method,
+        renderer,
+        sampler=_Once(items),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=start_method,
         generator=torch.Generator(),  # else it draws from the one that training resumes with
-    )  # fmt: skip
+    )
     for views in loader:
         if isinstance(views, str):
             raise Refused(views)

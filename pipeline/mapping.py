@@ -124,14 +124,20 @@ def _matrix(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Affine:
 
 
 _FITTED: dict[str, Callable[[torch.Tensor, torch.Tensor, Stepped], Affine]] = {
-    "temperature": _temperature, "vector": _vector, "matrix": _matrix,
-}  # fmt: skip
+    "temperature": _temperature,
+    "vector": _vector,
+    "matrix": _matrix,
+}
 
 
 def _least(
-    z: torch.Tensor, y: torch.Tensor, affine: Callable[[torch.Tensor], Affine], start: Floats, stepped: Stepped,
+    z: torch.Tensor,
+    y: torch.Tensor,
+    affine: Callable[[torch.Tensor], Affine],
+    start: Floats,
+    stepped: Stepped,
     bounds: Any = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """The most probable parameters of softmax(W z + b), given the rows and a standard normal prior about start."""
     origin = torch.from_numpy(start)
 

@@ -95,17 +95,23 @@ _CUT = {"val_fraction": float, "seed": int, "train_size": int}
 IDENTITY_FORM: dict[str, Any] = {
     "format": int,
     "transfer_set": {
-        "name": re.compile("[a-z0-9-]{1,64}"), "classes": [str], "content": {str: str},
+        "name": re.compile("[a-z0-9-]{1,64}"),
+        "classes": [str],
+        "content": {str: str},
         "cut": ({**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}, _CUT),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
     "teacher": {
-        "arch": str, "weights": re.compile("[0-9a-f]{64}"),
-        "channels": int, "size": int, "mean": [float], "std": [float],
+        "arch": str,
+        "weights": re.compile("[0-9a-f]{64}"),
+        "channels": int,
+        "size": int,
+        "mean": [float],
+        "std": [float],
     },
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("float32|bfloat16"),
-}  # fmt: skip
+}
 SETTINGS_FORM = {str: (None, bool, float, str)}
 _ANY = re.compile(r"[\s\S]{0,65536}")  # a path is compared with the only one that it may be
 _HEX = re.compile("[0-9a-f]{32}")
@@ -119,8 +125,16 @@ _FORM: dict[str, Any] = {
     "taps": {str: [int]},
     "shards": [
         {
-            "path": _ANY, "split": re.compile("|".join(SPLITS)), "draw": int, "start": int, "rows": int, "bytes": int,
-            "checksum": _HEX, "payload": _HEX, "correct": (None, int), "datasets": [str],
+            "path": _ANY,
+            "split": re.compile("|".join(SPLITS)),
+            "draw": int,
+            "start": int,
+            "rows": int,
+            "bytes": int,
+            "checksum": _HEX,
+            "payload": _HEX,
+            "correct": (None, int),
+            "datasets": [str],
         }
     ],
     "head": (None, {"path": re.compile(re.escape(HEAD)), "bytes": int, "checksum": _HEX, "inputs": int}),
@@ -129,7 +143,7 @@ _FORM: dict[str, Any] = {
     "seconds": float,
     "settings": SETTINGS_FORM,
     "versions": {str: str},
-}  # fmt: skip
+}
 
 
 def _from_json(record: dict[str, Any], digest: str) -> Manifest:

@@ -111,7 +111,13 @@ class TargetBatch:
 
         draw = self.draw if isinstance(self.draw, int) else change(self.draw)
         return TargetBatch(
-            change(self.index), draw, change(self.views), change(self.labels), maybe(self.logits),
-            {tap: change(x) for tap, x in self.features.items()}, maybe(self.partner), maybe(self.share),
+            change(self.index),
+            draw,
+            change(self.views),
+            change(self.labels),
+            maybe(self.logits),
+            {tap: change(x) for tap, x in self.features.items()},
+            maybe(self.partner),
+            maybe(self.share),
             maybe(self.trust),
-        )  # fmt: skip
+        )

@@ -22,9 +22,14 @@ class Resident:
     """
 
     def __init__(
-        self, pictures: Pictures, policy: ViewPolicy, cache: Source | None, draws: int, taps: tuple[str, ...],
+        self,
+        pictures: Pictures,
+        policy: ViewPolicy,
+        cache: Source | None,
+        draws: int,
+        taps: tuple[str, ...],
         device: torch.device,
-    ):  # fmt: skip
+    ):
         if not (isinstance(pictures, MemoryPictures) and can_be_rendered_there(pictures, policy)):
             raise ValueError("only pictures in memory, at their own size, are rendered on a device")
         self.device, self._policy, self._cache, self._taps = device, policy, cache, taps
@@ -69,9 +74,13 @@ class Resident:
 
 
 def fits(
-    pictures: Pictures, policy: ViewPolicy, cache: Source | None, draws: int, taps: tuple[str, ...],
+    pictures: Pictures,
+    policy: ViewPolicy,
+    cache: Source | None,
+    draws: int,
+    taps: tuple[str, ...],
     device: torch.device,
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether pictures and the targets of all draws take up no more than a third of what is free on a GPU."""
     if device.type != "cuda" or not can_be_rendered_there(pictures, policy):
         return False

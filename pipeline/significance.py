@@ -46,9 +46,14 @@ def right_alone(labels: Ints, first: Ints, second: Ints) -> tuple[int, int]:
 
 
 def paired_bootstrap(
-    labels: Ints, first: Ints, second: Ints, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0,
+    labels: Ints,
+    first: Ints,
+    second: Ints,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
     done: Callable[[int], object] = lambda resamples: None,
-) -> dict[str, Difference]:  # fmt: skip
+) -> dict[str, Difference]:
     """{accuracy, f1_macro}: the difference of two classifiers that were measured on the same rows, with percentile
     intervals (Efron & Tibshirani 1993, section 13.3).
 

@@ -33,13 +33,16 @@ def calibration(logits: NDArray[np.floating], labels: Labels) -> dict[str, Any]:
         "nll": mean_nll(log_p, labels),
         "bins": [
             {
-                "low": float(edges[b]), "high": float(edges[b + 1]), "rows": int((bin_of == b).sum()),
-                "accuracy": _mean(right[bin_of == b]), "confidence": _mean(confidence[bin_of == b]),
+                "low": float(edges[b]),
+                "high": float(edges[b + 1]),
+                "rows": int((bin_of == b).sum()),
+                "accuracy": _mean(right[bin_of == b]),
+                "confidence": _mean(confidence[bin_of == b]),
             }
             for b in range(ECE_BINS)
         ],
         "class_accuracy": [_mean(right[labels == c]) for c in range(logits.shape[1])],
-    }  # fmt: skip
+    }
 
 
 def _mean(values: NDArray[Any]) -> float | None:
@@ -79,9 +82,12 @@ def at_temperature(logits: NDArray[np.floating], target: Labels, temperature: fl
     beside = p.copy()
     beside[rows, target] = 0
     return {
-        "temperature": temperature, "entropy": entropy, "share": entropy / float(np.log(K)) if K > 1 else None,
-        "others": float(beside.sum(1).mean()), "information": information(p),
-    }  # fmt: skip
+        "temperature": temperature,
+        "entropy": entropy,
+        "share": entropy / float(np.log(K)) if K > 1 else None,
+        "others": float(beside.sum(1).mean()),
+        "information": information(p),
+    }
 
 
 def information(p: Floats) -> float:

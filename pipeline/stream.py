@@ -187,9 +187,14 @@ class Stream:
             other, w = mixup_of(self.views, self.view_seed, index, draw, len(self.split))
             partner, share = torch.from_numpy(self.labels[other]), torch.from_numpy(w / 256).float()
         return TargetBatch(
-            torch.from_numpy(index), draw if isinstance(draw, int) else torch.from_numpy(draw), views,
-            torch.from_numpy(self.labels[index]), *targets, partner, share,
-        )  # fmt: skip
+            torch.from_numpy(index),
+            draw if isinstance(draw, int) else torch.from_numpy(draw),
+            views,
+            torch.from_numpy(self.labels[index]),
+            *targets,
+            partner,
+            share,
+        )
 
 
 def part(rows: int, rank: int, world: int) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from .manifest import (
     layout_of,
     row_bytes,
     shard_path,
-)  # fmt: skip
+)
 from .reading import IDENTITY_FORM, SETTINGS_FORM, read_manifest
 from .recover import extent_of, lost_pieces
 from .shards import Arrays, Shard, Written, said_by, write_shard
@@ -191,10 +191,18 @@ class Writer:
         correct = int(facts["correct"]) if "correct" in facts else None
         self.records.append(
             ShardRecord(
-                piece.path, piece.split, piece.draw, piece.start, piece.rows, written.bytes, written.checksum,
-                written.payload, correct, list(piece.datasets),
+                piece.path,
+                piece.split,
+                piece.draw,
+                piece.start,
+                piece.rows,
+                written.bytes,
+                written.checksum,
+                written.payload,
+                correct,
+                list(piece.datasets),
             )
-        )  # fmt: skip
+        )
         self.costs.append(facts)
 
     def sort(self) -> None:
@@ -215,11 +223,20 @@ class Writer:
         plan, old = self.plan, self.grown
         shards = (*(old.shards if old else ()), *self.records)
         return Manifest(
-            plan.identity, plan.classes, plan.draws, plan.splits, plan.taps, shards, old.head if old else head,
-            accuracy(shards, plan.splits, plan.draws, labelled), self._fidelity(),
+            plan.identity,
+            plan.classes,
+            plan.draws,
+            plan.splits,
+            plan.taps,
+            shards,
+            old.head if old else head,
+            accuracy(shards, plan.splits, plan.draws, labelled),
+            self._fidelity(),
             sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
-            old.settings if old else plan.settings, old.versions if old else versions, plan.arithmetic,
-        )  # fmt: skip
+            old.settings if old else plan.settings,
+            old.versions if old else versions,
+            plan.arithmetic,
+        )
 
     def finish(self, manifest: Manifest) -> None:
         """Publish the manifest: from now on there is a whole cache.

@@ -33,9 +33,14 @@ class About:
     def preprocessing(self) -> dict[str, Any]:
         """How a picture becomes the input, as plain JSON values."""
         return {
-            "mode": self.mode, "channels": self.channels, "size": self.size, "resize": self.resize,
-            "filter": "bilinear, antialiased (Pillow)", "range": [0, 1], "layout": "float32 [B, C, size, size]",
-        }  # fmt: skip
+            "mode": self.mode,
+            "channels": self.channels,
+            "size": self.size,
+            "resize": self.resize,
+            "filter": "bilinear, antialiased (Pillow)",
+            "range": [0, 1],
+            "layout": "float32 [B, C, size, size]",
+        }
 
     def in_words(self) -> str:
         """The same for a reader."""
@@ -56,10 +61,15 @@ class About:
     def to_metadata(self) -> dict[str, str]:
         """As key-value pairs of text, which ONNX and safetensors files carry."""
         return {
-            "form": FORM, "arch": self.arch, "classes": json.dumps(self.classes),
-            "preprocessing": json.dumps(self.preprocessing()), "preprocessing_in_words": self.in_words(),
-            "outputs": self.outputs(), "cache": json.dumps(self.fingerprints), **self.versions,
-        }  # fmt: skip
+            "form": FORM,
+            "arch": self.arch,
+            "classes": json.dumps(self.classes),
+            "preprocessing": json.dumps(self.preprocessing()),
+            "preprocessing_in_words": self.in_words(),
+            "outputs": self.outputs(),
+            "cache": json.dumps(self.fingerprints),
+            **self.versions,
+        }
 
     @staticmethod
     def from_metadata(record: Mapping[str, str]) -> "About":

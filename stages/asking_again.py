@@ -62,9 +62,12 @@ def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> 
     teacher = teacher_of_cache(cache, settings.weights, settings.teacher).to(device_of(settings.device))
     identity = cache.manifest.identity
     asked = replace(
-        settings_of(cache), seed=cache.seed, codec=identity["codec"], precision=identity["precision"],
+        settings_of(cache),
+        seed=cache.seed,
+        codec=identity["codec"],
+        precision=identity["precision"],
         workers=settings.workers,
-    )  # fmt: skip
+    )
     arithmetic = cache.manifest.arithmetic
     fold = arithmetic is not None and arithmetic.folded
     answering = answering_as(teacher, tuple(cache.manifest.taps), identity["precision"], fold)

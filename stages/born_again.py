@@ -49,9 +49,13 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
     try:
         for generation, arch in enumerate(archs, 1):
             own = replace(
-                first, arch=arch or first.arch, cache=caches, seed=first.seed + generation - 1,
-                out=str(folder / f"generation-{generation}"), baseline=first.baseline and generation == 1,
-            )  # fmt: skip
+                first,
+                arch=arch or first.arch,
+                cache=caches,
+                seed=first.seed + generation - 1,
+                out=str(folder / f"generation-{generation}"),
+                baseline=first.baseline and generation == 1,
+            )
             console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {' and '.join(caches)}")
             results.append(
                 student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": caches[0]}
@@ -97,10 +101,19 @@ def _next_cache(settings: StudentSettings, material: Material, out: Path, consol
     """The cache of a student, of the same views as the first one, with the taps that the losses want."""
     like = settings_of(material.cache)
     asked = replace(
-        like, data=settings.data or like.data, data_root=settings.data_root, teacher="", weights=settings.out,
-        normalize="", taps=",".join(teacher_taps(material.losses)), device=settings.device,
-        workers=settings.workers, out=str(out), json=False, license="",
-    )  # fmt: skip
+        like,
+        data=settings.data or like.data,
+        data_root=settings.data_root,
+        teacher="",
+        weights=settings.out,
+        normalize="",
+        taps=",".join(teacher_taps(material.losses)),
+        device=settings.device,
+        workers=settings.workers,
+        out=str(out),
+        json=False,
+        license="",
+    )
     cache_stage.make(asked, console)
     return str(out)
 
@@ -120,12 +133,14 @@ def _result(
         "baseline": results[0].get("baseline"),
         "ensemble": {
             split: evaluate(
-                np.log(np.maximum(p, 1e-30)).astype(np.float32), material.held_out[split].labels,
-                material.teacher[split].numpy(), material.counts,
+                np.log(np.maximum(p, 1e-30)).astype(np.float32),
+                material.held_out[split].labels,
+                material.teacher[split].numpy(),
+                material.counts,
             )
             for split, p in together.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _probabilities(material: Material, folder: Path, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -70,21 +70,32 @@ def card(name: str, manifest: Manifest) -> str:
     knobs = ", ".join(f"{k} {v}" for k, v in views.items() if k != "policy")
     features = ", ".join(f"`{tap}` {shape}" for tap, shape in manifest.taps.items())
     return _TEXT.format(
-        format=identity["format"], and_features=" and some layers' features" if features else "",
-        arch=teacher["arch"], weights=teacher["weights"], precision=identity["precision"],
+        format=identity["format"],
+        and_features=" and some layers' features" if features else "",
+        arch=teacher["arch"],
+        weights=teacher["weights"],
+        precision=identity["precision"],
         faster=f", {manifest.arithmetic.in_words()}" if manifest.arithmetic else "",
         input=f"{teacher['channels']} × {teacher['size']} × {teacher['size']}, mean {_short(teacher['mean'])},"
         f" standard deviation {_short(teacher['std'])} of values 0 … 1",
-        data=data["name"], rows=", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items()),
-        classes=manifest.classes, views=f"`{views['policy']}` ({knobs})", draws=manifest.draws,
+        data=data["name"],
+        rows=", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items()),
+        classes=manifest.classes,
+        views=f"`{views['policy']}` ({knobs})",
+        draws=manifest.draws,
         accuracy=", ".join(f"{s} {_share(found['accuracy'])}" for s, found in manifest.teacher.items()),
         kept="logits" + (f"; features {features}" if features else ""),
-        codec=identity["codec"], kl=f"{fidelity['kl_4']:.1e}", flips=fidelity["flips"],
-        size=manifest.bytes / 1e6, files=len(manifest.shards), fingerprint=manifest.fingerprint,
+        codec=identity["codec"],
+        kl=f"{fidelity['kl_4']:.1e}",
+        flips=fidelity["flips"],
+        size=manifest.bytes / 1e6,
+        files=len(manifest.shards),
+        fingerprint=manifest.fingerprint,
         versions=", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
         license=manifest.settings.get("license") or "not stated: ask whoever gave it to you",
-        name=shlex.quote(name), where=" --data folder:PATH" if data["name"] == "folder" else "",
-    )  # fmt: skip
+        name=shlex.quote(name),
+        where=" --data folder:PATH" if data["name"] == "folder" else "",
+    )
 
 
 def _share(accuracy: float | None) -> str:

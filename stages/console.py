@@ -47,9 +47,15 @@ def bar(total: int, what: str, unit: str, scale: bool = False) -> "tqdm[Any]":
     """A progress bar on standard error that appears after a second; rare lines where that is no terminal."""
     quick = sys.stderr.isatty()
     return tqdm(
-        total=total, desc=what, unit=unit, unit_scale=scale, delay=1 if is_first() else 1e9,
-        mininterval=0.2 if quick else 10, dynamic_ncols=quick, leave=False,
-    )  # fmt: skip
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=scale,
+        delay=1 if is_first() else 1e9,
+        mininterval=0.2 if quick else 10,
+        dynamic_ncols=quick,
+        leave=False,
+    )
 
 
 def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:

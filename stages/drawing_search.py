@@ -62,8 +62,11 @@ def _edges(rows: Sequence[Row], figure: str) -> tuple[float, float]:
 
 def _points(panel: Axes, rows: Sequence[Row], xs: Sequence[float], low: float, high: float) -> None:
     for state, (colour, full) in _STATES.items():
-        some = [(x, value) for row, x in zip(rows, xs, strict=True) if row["state"] == state
-                and (value := _figure(row)) is not None]  # fmt: skip
+        some = [
+            (x, value)
+            for row, x in zip(rows, xs, strict=True)
+            if row["state"] == state and (value := _figure(row)) is not None
+        ]
         face = colour if full else "none"
         for marker, label, chosen in (
             ("o", state, [(x, v) for x, v in some if low <= v <= high]),

@@ -25,11 +25,22 @@ _NAMED = 40  # classes of a matrix that are named along its sides
 INK, GRID = "#1F2328", "#C8CDD3"
 _DARK = {INK: "#E6EDF3", GRID: "#4A525C"}
 _STYLE: dict[Any, Any] = {
-    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "grid.color": GRID, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 10, "font.size": 10, "legend.fontsize": 9, "svg.fonttype": "none", "svg.hashsalt": "softcache",
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "font.size": 10,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "softcache",
     "font.family": ["DejaVu Sans", "sans-serif"],
-}  # fmt: skip
+}
 
 
 class Picture(NamedTuple):

@@ -68,9 +68,7 @@ def _withdraw(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _made(
-    chosen: Chosen, material: Material, settings: ExportSettings
-) -> tuple[dict[str, Any], dict[str, bytes]]:  # fmt: skip
+def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple[dict[str, Any], dict[str, bytes]]:
     """export.json, but for the time it took, and the files. Raises Refused for one that fails its check."""
     network, losses = material.network(chosen.settings, material.losses), material.losses
     path = chosen.own / "student.pt"
@@ -97,14 +95,22 @@ def _made(
     files[WEIGHTS] = safetensors_of(network, about.to_metadata())
 
     record: dict[str, Any] = {
-        "run": chosen.folder.resolve().name, "seed": chosen.settings.seed, "chosen": chosen.why, "arch": arch,
+        "run": chosen.folder.resolve().name,
+        "seed": chosen.settings.seed,
+        "chosen": chosen.why,
+        "arch": arch,
         "parameters": parameters(network),
         "multiply_adds": multiply_adds(network, material.preparation.channels, about.size),
-        "classes": list(about.classes), "preprocessing": about.preprocessing(), "outputs": about.outputs(),
-        "cache": list(about.fingerprints), "figures": figures, "opset": OPSET,
+        "classes": list(about.classes),
+        "preprocessing": about.preprocessing(),
+        "outputs": about.outputs(),
+        "cache": list(about.fingerprints),
+        "figures": figures,
+        "opset": OPSET,
         "check": {"split": split, **check, "batch_sizes": list(BATCHES), "pt2_difference": again},
-        "int8": None, "versions": {**about.versions, **versions()},
-    }  # fmt: skip
+        "int8": None,
+        "versions": {**about.versions, **versions()},
+    }
     if settings.int8:
         from .in_8_bits import in_8_bits
 
@@ -119,11 +125,14 @@ def _made(
 def _about(chosen: Chosen, material: Material) -> About:
     views, transfer_set = material.cache.views, material.transfer_set
     return About(
-        transfer_set.classes, transfer_set.channels, views.size, max(views.resize, views.size),
+        transfer_set.classes,
+        transfer_set.channels,
+        views.size,
+        max(views.resize, views.size),
         material.arch(chosen.settings, material.losses),
         tuple(cache.manifest.fingerprint for cache in material.teachers.members),
         {"softcache": __version__, "torch": torch.__version__},
-    )  # fmt: skip
+    )
 
 
 def _said(network: nn.Module, material: Material, what: str) -> dict[str, Logits]:

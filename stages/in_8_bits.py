@@ -24,7 +24,7 @@ _LATENCY = (1, 64)  # sizes of batches that are timed
 
 def in_8_bits(
     material: Material, about: About, model: bytes, runner: Runner, split: str, said: Logits, most_drop: float
-) -> tuple[bytes, dict[str, Any]]:  # fmt: skip
+) -> tuple[bytes, dict[str, Any]]:
     """The file in 8 bits, and what it costs and saves. Raises Refused where it costs too much."""
     rows, calibration = material.held_out[split], _calibration(material)
     views = progress(calibration, -(-_CALIBRATION // _BLOCK), "calibrating")
@@ -44,12 +44,20 @@ def in_8_bits(
         )
     both = {ONNX: runner, INT8: small}
     return content, {
-        "split": split, "accuracy_before": before.get("accuracy"), "accuracy_after": after.get("accuracy"),
-        "drop": drop, "most_drop": most_drop, "flips": flips, "rows": len(said), "figures": after,
-        "calibration_rows": _rows_of(material), "bytes": len(content), "size_ratio": len(content) / len(model),
+        "split": split,
+        "accuracy_before": before.get("accuracy"),
+        "accuracy_after": after.get("accuracy"),
+        "drop": drop,
+        "most_drop": most_drop,
+        "flips": flips,
+        "rows": len(said),
+        "figures": after,
+        "calibration_rows": _rows_of(material),
+        "bytes": len(content),
+        "size_ratio": len(content) / len(model),
         "milliseconds": {str(size): latencies(both, first(rows, size)) for size in _LATENCY},
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 def _rows_of(material: Material) -> int:

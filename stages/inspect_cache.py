@@ -42,10 +42,15 @@ def run(name: str, settings: InspectSettings) -> None:
     make_folder(folder)
     files = _publish(folder, found, settings)
     record = {
-        "cache": name, "fingerprint": cache.manifest.fingerprint, "teacher": cache.teacher,
-        "settings": asdict(settings) | {"out": str(folder)}, **_summary(found), "files": files,
-        "versions": versions(), "seconds": time.monotonic() - begun,
-    }  # fmt: skip
+        "cache": name,
+        "fingerprint": cache.manifest.fingerprint,
+        "teacher": cache.teacher,
+        "settings": asdict(settings) | {"out": str(folder)},
+        **_summary(found),
+        "files": files,
+        "versions": versions(),
+        "seconds": time.monotonic() - begun,
+    }
     publish_json(folder / "inspect.json", record)
     if settings.json:
         return console.result(json.dumps(record))
@@ -116,11 +121,14 @@ def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: Insp
         "similarity": similarity(*said[split], settings.temperature) if split else None,
         "similarity_split": split,
         "soft_targets": {
-            "split": "train", "rows": len(target), "of": train.of, "by_own_class": int((train.labels < 0).sum()),
+            "split": "train",
+            "rows": len(target),
+            "of": train.of,
+            "by_own_class": int((train.labels < 0).sum()),
             "temperatures": records,
             "most_information_at": max(records, key=lambda record: record["information"])["temperature"],
         },
-    }  # fmt: skip
+    }
 
 
 def _taps(cache: Cache, train: Sample, held_out: list[Sample], settings: InspectSettings) -> dict[str, Any]:
@@ -148,8 +156,9 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
         pairs = [(names[i], names[j], p) for i, j, p in confused(found["similarity"], _PAIRS)]
     first = {tap: rows[:_SHOWN] for tap, rows in found["channels"].items()}
     return {key: value for key, value in found.items() if key != "similarity"} | {
-        "channels": first, "most_confused": [{"true": a, "other": b, "probability": p} for a, b, p in pairs],
-    }  # fmt: skip
+        "channels": first,
+        "most_confused": [{"true": a, "other": b, "probability": p} for a, b, p in pairs],
+    }
 
 
 def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> list[str]:

@@ -46,12 +46,19 @@ def quantised(model: bytes, calibration: Iterator[Pictures], metadata: dict[str,
         before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         before.write_bytes(model)
         quantize_static(
-            before, after, reader,
-            quant_format=QuantFormat.QDQ, op_types_to_quantize=_QUANTISED, nodes_to_exclude=_normalisation(whole),
-            per_channel=True, reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            before,
+            after,
+            reader,
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=_QUANTISED,
+            nodes_to_exclude=_normalisation(whole),
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
-        )  # fmt: skip
+        )
         made = onnx.load(after)
     lean(made, metadata, version)
     _shorten(made)

@@ -94,12 +94,17 @@ class Material:
         teachers, said = taught(caches, settings, transfer_set, gaps)
         device = device_of(settings.device)
         return Material(
-            teachers, transfer_set, losses, taps,
+            teachers,
+            transfer_set,
+            losses,
+            taps,
             # The student's input is normalised as the teacher's, at the size of the views themselves.
-            replace(cache.preparation, size=cache.views.size), device,
+            replace(cache.preparation, size=cache.views.size),
+            device,
             {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in said},
-            said, mapped_head(teachers, head),
-        )  # fmt: skip
+            said,
+            mapped_head(teachers, head),
+        )
 
     @property
     def cache(self) -> Cache:
@@ -195,10 +200,22 @@ class Material:
             raise Refused("no row of the training split is left: each lacks an answer in some draw, or a label")
         seed = settings.seed if settings.order_seed < 0 else settings.order_seed
         stream = Stream(
-            self.transfer_set.splits["train"], self.cache.views, self.cache.seed, seed, settings.batch_size,
-            labels, np.flatnonzero(wanted), settings.draws, self.teachers, self.taps, targets, settings.workers,
-            sampler=settings.sampler, draws_per_decode=settings.draws_per_decode, device=self.device,
-        )  # fmt: skip
+            self.transfer_set.splits["train"],
+            self.cache.views,
+            self.cache.seed,
+            seed,
+            settings.batch_size,
+            labels,
+            np.flatnonzero(wanted),
+            settings.draws,
+            self.teachers,
+            self.taps,
+            targets,
+            settings.workers,
+            sampler=settings.sampler,
+            draws_per_decode=settings.draws_per_decode,
+            device=self.device,
+        )
         if len(stream.rows) < settings.draws_per_decode * stream.steps_per_round:
             raise WrongCommand(
                 f"--draws-per-decode {settings.draws_per_decode} leaves a batch of {settings.batch_size} without a"

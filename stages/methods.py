@@ -105,12 +105,17 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
         raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
     rows += [{"method": name, "losses": list(asked[name].loss), "failed": why} for name, why in impossible.items()]
     record = {
-        "arch": first.arch, "epochs": first.epochs, "cache": list(first.cache),
+        "arch": first.arch,
+        "epochs": first.epochs,
+        "cache": list(first.cache),
         "fingerprint": shared.cache.manifest.fingerprint,
-        "teacher": shared.figures, "methods": rows,
-        "versions": versions(), "machine": machine(shared.device),
-        "rounds": _ROUNDS, "time_steps": settings.time_steps,
-    }  # fmt: skip
+        "teacher": shared.figures,
+        "methods": rows,
+        "versions": versions(),
+        "machine": machine(shared.device),
+        "rounds": _ROUNDS,
+        "time_steps": settings.time_steps,
+    }
     publish_json(folder / "methods.json", record)
     text = _markdown(record)
     publish_text(folder / "methods.md", text)
@@ -251,10 +256,11 @@ def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, c
         return row | {"failed": str(diverged)}
     figures = {split: student[split]["accuracy"] for split in material.held_out}
     return row | {
-        "accuracy": figures, "agreement": {split: student[split]["agreement"] for split in material.held_out},
+        "accuracy": figures,
+        "agreement": {split: student[split]["agreement"] for split in material.held_out},
         "seconds_an_epoch": student["seconds"] / (settings.epochs + settings.finetune_epochs),
         "parameters": student["parameters"],
-    }  # fmt: skip
+    }
 
 
 def _markdown(record: dict[str, Any]) -> str:
@@ -263,11 +269,12 @@ def _markdown(record: dict[str, Any]) -> str:
     split = "test" if "test" in record["teacher"] else "val"
     lines = [
         f"{record['arch']}, {record['epochs']} epochs, from the cache of {record['teacher']['arch']}"
-        f" ({split} accuracy {record['teacher'][split]['accuracy']:.4f})", "",
+        f" ({split} accuracy {record['teacher'][split]['accuracy']:.4f})",
+        "",
         f"| method | {split} accuracy | agreement | s/epoch | step time / hard (least to most of {record['rounds']})"
         " | / kd | kept for the gradient, MB over hard | own MB | bytes/view |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for row in record["methods"]:
         if "ratio" not in row:
             lines.append(f"| {row['method']} | not for this pair: {row['failed']} | | | | | | | |")

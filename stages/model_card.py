@@ -14,10 +14,16 @@ from .which_student import Chosen
 
 _WEAKEST = 20  # classes that are named with their recall
 _FIGURES = {
-    "accuracy": "accuracy", "top5": "among the first 5", "precision_macro": "precision, macro",
-    "recall_macro": "recall, macro", "f1_macro": "F1, macro", "auroc_macro": "AUROC, macro", "nll": "NLL, nats",
-    "ece": "ECE", "agreement": "agreement with the teacher",
-}  # fmt: skip
+    "accuracy": "accuracy",
+    "top5": "among the first 5",
+    "precision_macro": "precision, macro",
+    "recall_macro": "recall, macro",
+    "f1_macro": "F1, macro",
+    "auroc_macro": "AUROC, macro",
+    "nll": "NLL, nats",
+    "ece": "ECE",
+    "agreement": "agreement with the teacher",
+}
 _CONTENTS = {
     ONNX: "float32, any batch size, for ONNX Runtime and whatever else reads ONNX",
     INT8: "the same in 8 bits",
@@ -97,16 +103,31 @@ def model_card(record: dict[str, Any], chosen: Chosen, manifests: list[Manifest]
     identity = manifests[0].identity
     data = quoted(identity["transfer_set"]["name"])
     return _TEXT.format(
-        arch=quoted(record["arch"]), teachers=" and ".join(quoted(m.identity["teacher"]["arch"]) for m in manifests),
-        version=record["versions"]["softcache"], parameters=record["parameters"],
-        multiply_adds=record["multiply_adds"], K=len(record["classes"]), classes=_some(record["classes"]),
-        input=INPUT, channels=how["channels"], size=how["size"], preprocessing=_about_input(how),
-        outputs=record["outputs"], seed=record["seed"], why=record["chosen"], licence=_licence(manifests),
-        figures="\n".join(_figures(record)), sources=_sources(chosen, manifests),
-        training=_training(chosen.begun), command=_command(chosen.begun, identity["transfer_set"]["name"]),
-        files="\n".join(_files(record)), checks=_checks(record, check), file=ONNX, data=data,
+        arch=quoted(record["arch"]),
+        teachers=" and ".join(quoted(m.identity["teacher"]["arch"]) for m in manifests),
+        version=record["versions"]["softcache"],
+        parameters=record["parameters"],
+        multiply_adds=record["multiply_adds"],
+        K=len(record["classes"]),
+        classes=_some(record["classes"]),
+        input=INPUT,
+        channels=how["channels"],
+        size=how["size"],
+        preprocessing=_about_input(how),
+        outputs=record["outputs"],
+        seed=record["seed"],
+        why=record["chosen"],
+        licence=_licence(manifests),
+        figures="\n".join(_figures(record)),
+        sources=_sources(chosen, manifests),
+        training=_training(chosen.begun),
+        command=_command(chosen.begun, identity["transfer_set"]["name"]),
+        files="\n".join(_files(record)),
+        checks=_checks(record, check),
+        file=ONNX,
+        data=data,
         example=example(ONNX, how),
-    )  # fmt: skip
+    )
 
 
 def example(file: str, how: dict[str, Any]) -> str:

@@ -76,9 +76,12 @@ def check(students: Sequence[Student], vectorize: bool) -> None:
 
 
 def _trained(
-    name: str, students: Sequence[Student], results: Sequence[Result | Ended], console: Console,
+    name: str,
+    students: Sequence[Student],
+    results: Sequence[Result | Ended],
+    console: Console,
     vectorize: bool,
-) -> list[Result | Ended]:  # fmt: skip
+) -> list[Result | Ended]:
     """The results with the figures of one more training, of those students that have not ended."""
     left = [student for student, result in zip(students, results, strict=True) if not isinstance(result, Ended)]
     jobs = [_job(name, student) for student in left]
@@ -161,9 +164,14 @@ def _measured(job: Job, material: Material) -> dict[str, Any]:
 
 
 def job_of(
-    name: str, settings: StudentSettings, material: Material, network: nn.Module, losses: tuple[Loss, ...],
-    labels: Labels, folder: Path,
-) -> Job:  # fmt: skip
+    name: str,
+    settings: StudentSettings,
+    material: Material,
+    network: nn.Module,
+    losses: tuple[Loss, ...],
+    labels: Labels,
+    folder: Path,
+) -> Job:
     """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
     preparation = material.preparation
     model = Prepared(network, preparation).to(material.device)
@@ -173,9 +181,19 @@ def job_of(
     stream = material.stream(settings, labels, only_labelled, targets)
     steps = material.stream(settings, labels, False, targets).steps_per_round
     return Job(
-        name, model, losses, stream, settings.epochs, steps, settings, material.device, folder, cost,
-        known=material.known(labels), term=material.term(settings),
-    )  # fmt: skip
+        name,
+        model,
+        losses,
+        stream,
+        settings.epochs,
+        steps,
+        settings,
+        material.device,
+        folder,
+        cost,
+        known=material.known(labels),
+        term=material.term(settings),
+    )
 
 
 def _from_one_stream(jobs: Sequence[Job]) -> list[Job]:

@@ -62,9 +62,14 @@ def onnx_of(program: Program, arch: str, metadata: dict[str, str], version: str)
     """The ONNX file of a captured network. Raises Refused where an operator of it has no counterpart there."""
     with _quiet(), _in_one_line(arch):
         made = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
-            external_data=False, verbose=False,
-        )  # fmt: skip
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            external_data=False,
+            verbose=False,
+        )
     assert made is not None
     model = made.model_proto  # a copy each time that it is asked for
     lean(model, metadata, version)

@@ -62,14 +62,18 @@ def probe_taps(
         "taps": taps,
         "channels": {tap: _ranked(rows) for tap, rows in found.items() if tap != _ALL},
         "best": max(taps, key=lambda tap: (taps[tap]["accuracy"], taps[tap]["importance"]["mean"])),
-        "joint": figures[_ALL] | {
-            "split": test.split, "rows": len(test.labels), "of": test.of,
-            "train_rows": len(train.labels), "train_of": train.of,
+        "joint": figures[_ALL]
+        | {
+            "split": test.split,
+            "rows": len(test.labels),
+            "of": test.of,
+            "train_rows": len(train.labels),
+            "train_of": train.of,
             "teacher": summary(teacher, test.labels)["accuracy"],
             "majority": float(np.bincount(test.labels).max() / len(test.labels)),
             "classes_without_rows": sorted(set(range(cache.classes)) - set(test.labels.tolist())),
         },
-    }  # fmt: skip
+    }
 
 
 def _importance(

@@ -111,9 +111,12 @@ def joined(device: str) -> Iterator[None]:
         torch.cuda.set_device(STARTED.local)
     with _reaching():
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=PrefixStore("group", store), rank=STARTED.rank,
-            world_size=STARTED.world, timeout=_LIMIT,
-        )  # fmt: skip
+            "nccl" if on_gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=STARTED.rank,
+            world_size=STARTED.world,
+            timeout=_LIMIT,
+        )
     meeting = _Meeting(store, STARTED)
     _joined.append(meeting)
     try:

@@ -22,9 +22,17 @@ class Recipe:
 
 
 _BENCHMARK: dict[str, Any] = {
-    "epochs": 240, "batch_size": 64, "optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9, "nesterov": False,
-    "weight_decay": 5e-4, "schedule": "step", "milestones": "0.625,0.75,0.875", "warmup": 0.0,
-}  # fmt: skip
+    "epochs": 240,
+    "batch_size": 64,
+    "optimizer": "sgd",
+    "learning_rate": 0.05,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 5e-4,
+    "schedule": "step",
+    "milestones": "0.625,0.75,0.875",
+    "warmup": 0.0,
+}
 _SMALLER = " for mobilenet_v2 and the shufflenets --learning-rate 0.01"
 _VIEWS = "--views crop-flip --draws 240"
 
@@ -39,7 +47,10 @@ RECIPES: dict[str, Recipe] = {
     "hinton-mnist": Recipe(
         "Hinton, Vinyals and Dean 2015 (arXiv 1503.02531, section 3)",
         {
-            "arch": "mlp:800,800", "loss": ("kd:temperature=20",), "epochs": 20, "batch_size": 128,
+            "arch": "mlp:800,800",
+            "loss": ("kd:temperature=20",),
+            "epochs": 20,
+            "batch_size": 128,
             "learning_rate": 0.05,
         },
         "--teacher mlp:1200,1200 --views none --draws 1",
@@ -66,14 +77,21 @@ RECIPES: dict[str, Recipe] = {
     "patient": Recipe(
         "Beyer et al. 2022 (arXiv 2106.05237, section 3): the same mixed views for both, and a long training",
         {
-            "loss": ("kd:temperature=1",), "epochs": 1200, "optimizer": "adamw", "learning_rate": 1e-3,
-            "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.02, "clip_norm": 1.0, "batch_size": 512,
+            "loss": ("kd:temperature=1",),
+            "epochs": 1200,
+            "optimizer": "adamw",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.1,
+            "schedule": "cosine",
+            "warmup": 0.02,
+            "clip_norm": 1.0,
+            "batch_size": 512,
         },
         "--views resized-crop-flip:mixup=1 --draws 300",
         "the paper draws a new view in every epoch, and searches rate, decay and temperature for each data set;"
         " its decay of 1e-4 is not multiplied by the learning rate, AdamW's is",
     ),
-}  # fmt: skip
+}
 
 
 def fill_in(settings: StudentSettings, said: set[str]) -> StudentSettings:

@@ -56,9 +56,12 @@ def compared(name: str, said: Logits, found: Logits, in_sizes: float, own: float
             f" by {own:.2e} between two layouts of memory: so much is the rounding of float32 in this network"
         )
     return {
-        "rows": len(said), "tolerance": tolerance, "largest_difference": difference, "flips": flips,
+        "rows": len(said),
+        "tolerance": tolerance,
+        "largest_difference": difference,
+        "flips": flips,
         "own_difference": own,
-    }  # fmt: skip
+    }
 
 
 def own_difference(model: nn.Module, rows: HeldOut, said: Logits) -> float:

@@ -78,10 +78,14 @@ def write_report(
     figure = figure_of(first)
     best = best_of(rows, figure)
     record: dict[str, Any] = {
-        "settings": begun, "figure": f"val {figure}", "best": None, "trials": rows,
+        "settings": begun,
+        "figure": f"val {figure}",
+        "best": None,
+        "trials": rows,
         "picture": _picture(folder / "tune.png", rows, space, figure),
-        "versions": versions(), "machine": machine(device_of(first.device)),
-    }  # fmt: skip
+        "versions": versions(),
+        "machine": machine(device_of(first.device)),
+    }
     if best:
         own = with_values(first, space, best["parameters"])
         record["best"] = {**best, "command": command("student", own, out="", json=False, resume=False)}

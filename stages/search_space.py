@@ -22,9 +22,18 @@ Value = bool | int | float | str
 # Settings that are the student's training. Not among them: what says where it is done, and --select, by which
 # trials are compared.
 SETTINGS = (
-    "arch", "batch_size", "clip_norm", "ema", "epochs", "learning_rate", "momentum", "optimizer", "schedule",
-    "warmup", "weight_decay",
-)  # fmt: skip
+    "arch",
+    "batch_size",
+    "clip_norm",
+    "ema",
+    "epochs",
+    "learning_rate",
+    "momentum",
+    "optimizer",
+    "schedule",
+    "warmup",
+    "weight_decay",
+)
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,11 @@ class SharedStudy:
         claim = uuid4().hex
         attributes = {"slot": slot, "folder": self.mark, "beat": 0, "claim": claim}
         trial = create_trial(
-            state=TrialState.RUNNING, params=self._parameters(slot), distributions=self._distributions(),
+            state=TrialState.RUNNING,
+            params=self._parameters(slot),
+            distributions=self._distributions(),
             user_attrs=attributes,
-        )  # fmt: skip
+        )
         self.study.add_trial(trial)
         mine = next(t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("claim") == claim)
         if self.holders()[slot].number == mine.number:
@@ -211,9 +213,12 @@ def opened(url: str, name: str, maximize: bool, begun: dict[str, Any], warm: int
     storage = _storage(url)
     try:
         study = optuna.create_study(
-            storage=storage, study_name=name, direction="maximize" if maximize else "minimize", load_if_exists=True,
+            storage=storage,
+            study_name=name,
+            direction="maximize" if maximize else "minimize",
+            load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_warmup_steps=warm),
-        )  # fmt: skip
+        )
         if "begun" not in study.user_attrs:
             study.set_user_attr("begun", begun)
         yield study, storage

@@ -66,9 +66,14 @@ def side_of(name: str, title: str, result: dict[str, Any], model: str) -> Side:
     if model == "baseline":
         settings |= {"loss": ["hard targets alone"], "finetune_epochs": 0}
     return Side(
-        title, folder, split, settings, seeds, tuple(one[model][split].get("accuracy") for one in result["seeds"]),
+        title,
+        folder,
+        split,
+        settings,
+        seeds,
+        tuple(one[model][split].get("accuracy") for one in result["seeds"]),
         tuple((place if model == "student" else place / model) / LOGITS for place in places),
-    )  # fmt: skip
+    )
 
 
 def _plain(value: Any) -> bool:

@@ -204,9 +204,14 @@ def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:
 
 
 def _step(
-    job: Job, stack: Stack, state: State, batch: TargetBatch, losses: list[Loss], weights: torch.Tensor,
+    job: Job,
+    stack: Stack,
+    state: State,
+    batch: TargetBatch,
+    losses: list[Loss],
+    weights: torch.Tensor,
     norms: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """One step of all; their weighted terms [terms, S], detached. norms [terms, S]: as job.step has it."""
     with autocast(job.device, job.settings.precision):
         logits = stack(batch.views)
@@ -251,9 +256,13 @@ def _clip(weights: list[nn.Parameter], most: float) -> None:
 
 
 def _measured(
-    jobs: Sequence[Job], means: torch.Tensor, norms: torch.Tensor, logits: NDArray[np.float32], held_out: HeldOut,
+    jobs: Sequence[Job],
+    means: torch.Tensor,
+    norms: torch.Tensor,
+    logits: NDArray[np.float32],
+    held_out: HeldOut,
     epoch: int,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The line of an epoch, with one for each student. means: of its terms [terms, S], norms: of their gradients;
     logits [N, S, K] of validation. A student that has diverged has None."""
     finite = np.isfinite(logits).all((0, 2)) & np.isfinite(means.cpu().numpy()).all(0)

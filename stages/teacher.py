@@ -51,10 +51,12 @@ def _cache_command(settings: TeacherSettings, folder: Path) -> str:
     usual = f"caches/{row_name(settings.data)}"
     fraction = settings.val_fraction if settings.val_fraction != row_of(settings.data).recipe.val_fraction else 0.0
     asked = CacheSettings(
-        data=settings.data, data_root=settings.data_root, weights=str(folder),
+        data=settings.data,
+        data_root=settings.data_root,
+        weights=str(folder),
         out=free_name(usual) if Path(usual).exists() else "",
         **{name: getattr(settings, name) for name in CUT} | {"val_fraction": fraction},
-    )  # fmt: skip
+    )
     return command("teacher-cache", asked)
 
 
@@ -90,9 +92,17 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         model = Prepared(network, preparation).to(device)
         rows = transfer_set.splits["train"]
         stream = Stream(
-            rows, views, settings.seed, settings.seed, settings.batch_size, rows.labels, np.arange(len(rows)),
-            workers=settings.workers, sampler=settings.sampler, device=device,
-        )  # fmt: skip
+            rows,
+            views,
+            settings.seed,
+            settings.seed,
+            settings.batch_size,
+            rows.labels,
+            np.arange(len(rows)),
+            workers=settings.workers,
+            sampler=settings.sampler,
+            device=device,
+        )
         held_out = {
             split: HeldOut(transfer_set.splits[split], views, device, settings)
             for split in ("val", "test")
@@ -100,10 +110,19 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         }
         counts = class_counts(rows.labels, len(transfer_set.classes))
         job = Job(
-            "teacher", model, parse_losses(("hard",)), stream, settings.epochs, stream.steps_per_round, settings,
-            device, folder, multiply_adds(network, preparation.channels, views.size), advice,
+            "teacher",
+            model,
+            parse_losses(("hard",)),
+            stream,
+            settings.epochs,
+            stream.steps_per_round,
+            settings,
+            device,
+            folder,
+            multiply_adds(network, preparation.channels, views.size),
+            advice,
             Known(counts=torch.from_numpy(counts)),
-        )  # fmt: skip
+        )
         done = fit(job, held_out["val"], console)
         measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
         result = {

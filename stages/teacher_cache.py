@@ -130,9 +130,13 @@ def _identity(
 
 
 def _decided(
-    settings: CacheSettings, identity: Identity, probe: Probe, teacher: Prepared, taps: tuple[str, ...],
+    settings: CacheSettings,
+    identity: Identity,
+    probe: Probe,
+    teacher: Prepared,
+    taps: tuple[str, ...],
     console: Console,
-) -> tuple[Chosen, tuple[str, ...]]:  # fmt: skip
+) -> tuple[Chosen, tuple[str, ...]]:
     """How the teacher is asked, as rank 0 finds it, and all taps: those of a cache that is there, those asked for.
 
     Raises OtherCache.

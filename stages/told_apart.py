@@ -67,11 +67,15 @@ def _record(
     elif not beyond:
         words = _not_apart(accuracy, p, chance, several)
     return record | {
-        "rows": len(a.labels), "seeds": [len(first.seeds), len(second.seeds)], "level": 1 - chance,
-        **{name: asdict(one) for name, one in found.items()}, "mcnemar": tests,
-        "verdict": REAL if real else NOT_APART, "about": "settings" if several else "students",
+        "rows": len(a.labels),
+        "seeds": [len(first.seeds), len(second.seeds)],
+        "level": 1 - chance,
+        **{name: asdict(one) for name, one in found.items()},
+        "mcnemar": tests,
+        "verdict": REAL if real else NOT_APART,
+        "about": "settings" if several else "students",
         "words": words,
-    }  # fmt: skip
+    }
 
 
 def _tests(first: Side, second: Side, a: Said, b: Said, several: bool) -> list[Record]:

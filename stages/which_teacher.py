@@ -120,11 +120,16 @@ def _train_one(settings: CacheSettings, console: Console) -> str:
     folder = Path(f"{settings.out}-teacher")
     asked = teacher_stage.with_recipe(
         TeacherSettings(
-            data=settings.data, data_root=settings.data_root, arch=settings.teacher,
-            normalize=settings.normalize or "data", device=settings.device, workers=settings.workers, out=str(folder),
+            data=settings.data,
+            data_root=settings.data_root,
+            arch=settings.teacher,
+            normalize=settings.normalize or "data",
+            device=settings.device,
+            workers=settings.workers,
+            out=str(folder),
             **{name: getattr(settings, name) for name in teacher_stage.CUT},
         )
-    )  # fmt: skip
+    )
     if (folder / "settings.json").is_file():
         kept = read_json(folder / "settings.json")
         same = ("data", "arch", "normalize", *teacher_stage.CUT)

@@ -19,12 +19,33 @@ from softcache.stages.asking import Ask
 # In the folder of home_with_cache: weights named by one word are found again by a command that a message prints.
 # It makes 2 shards of a draw, 1 of val and 2 of test; as many again where taps are added.
 ASKED = (
-    "teacher-cache", "--train-size", "200", "--weights", "teacher", "--views", "crop:pad=1", "--shard-rows", "190",
-)  # fmt: skip
+    "teacher-cache",
+    "--train-size",
+    "200",
+    "--weights",
+    "teacher",
+    "--views",
+    "crop:pad=1",
+    "--shard-rows",
+    "190",
+)
 PETS = (
-    "teacher-cache", "--data", "folder:pets", "--teacher", "mlp:4", "--weights", "pets.pt", "--normalize", "none",
-    "--views", "crop:pad=1", "--draws", "2", "--taps", "hidden1",
-)  # fmt: skip
+    "teacher-cache",
+    "--data",
+    "folder:pets",
+    "--teacher",
+    "mlp:4",
+    "--weights",
+    "pets.pt",
+    "--normalize",
+    "none",
+    "--views",
+    "crop:pad=1",
+    "--draws",
+    "2",
+    "--taps",
+    "hidden1",
+)
 Files = dict[str, tuple[int, int, int]]  # {name: (inode, time of the last change, size)}
 
 

@@ -45,6 +45,19 @@ class Stages:
 def tiny_cache_command(folder: Path, out: str = "cache") -> list[str]:
     """The command that made `tiny`'s cache."""
     return [
-        "teacher-cache", "--train-size", "300", "--weights", f"{folder}/runs/teacher", "--views", "crop:pad=1",
-        "--draws", "3", "--taps", "pool1,flatten", "--shard-rows", "120", "--out", f"{folder}/{out}",
-    ]  # fmt: skip
+        "teacher-cache",
+        "--train-size",
+        "300",
+        "--weights",
+        f"{folder}/runs/teacher",
+        "--views",
+        "crop:pad=1",
+        "--draws",
+        "3",
+        "--taps",
+        "pool1,flatten",
+        "--shard-rows",
+        "120",
+        "--out",
+        f"{folder}/{out}",
+    ]

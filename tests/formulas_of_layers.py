@@ -134,8 +134,19 @@ def vid(case: Case) -> float:
 
 def attention(case: Case, s: Floats, t: Floats) -> float:
     def of(x: Floats) -> Floats:
-        return np.array([unit(np.array([[mean((row[:, i, j] ** 2).tolist()) for j in range(row.shape[2])]
-                                        for i in range(row.shape[1])])) for row in x])  # fmt: skip
+        return np.array(
+            [
+                unit(
+                    np.array(
+                        [
+                            [mean((row[:, i, j] ** 2).tolist()) for j in range(row.shape[2])]
+                            for i in range(row.shape[1])
+                        ]
+                    )
+                )
+                for row in x
+            ]
+        )
 
     a, b = smaller_of(of(s), of(t))
     return mean_square_of(np.array([unit(x) for x in a]), np.array([unit(x) for x in b]))
@@ -198,8 +209,9 @@ def cc(case: Case, s: Floats, t: Floats) -> float:
         powers = ((1, 1), (2 * g, 1), ((2 * g) ** 2, 2))
         return [
             math.exp(-2 * g) * math.fsum(a / f * c**p for p, (a, f) in enumerate(powers))
-            for row in cosines(x) for c in row
-        ]  # fmt: skip
+            for row in cosines(x)
+            for c in row
+        ]
 
     return math.fsum((a - b) ** 2 for a, b in zip(of(s), of(t), strict=True)) / len(s) ** 2
 
@@ -236,9 +248,11 @@ def crd(case: Case) -> float:
     mine, right, stored = (
         [unit(weight(layer, "weight") @ row + weight(layer, "bias")) for row in x]
         for layer, x in (
-            (case.module.student, s), (case.module.teacher, t), (case.module.teacher, rows.features.double().numpy()),
+            (case.module.student, s),
+            (case.module.teacher, t),
+            (case.module.teacher, rows.features.double().numpy()),
         )
-    )  # fmt: skip
+    )
     exponents: list[list[float]] = []
     for i, y in enumerate(case.target.labels.tolist()):
         exponents.append([])

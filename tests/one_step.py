@@ -103,9 +103,18 @@ def one_step(
     settings = StudentSettings(learning_rate=1e-3, weight_decay=0.0, precision=precision)
     stream: Any = OneBatch(batch)
     job = training.Job(
-        "student", student, (loss,), stream, 1, 1, settings, torch.device("cpu"), Path("none"), 0,
+        "student",
+        student,
+        (loss,),
+        stream,
+        1,
+        1,
+        settings,
+        torch.device("cpu"),
+        Path("none"),
+        0,
         known=Known(head, bank, counts_of(K)),
-    )  # fmt: skip
+    )
     taps = loss.student_taps()
     state = State.begin(student, training.loss_modules(job, taps), settings, job.rate)
     student.train()

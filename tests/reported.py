@@ -13,8 +13,25 @@ def make_runs(tiny: Path, folder: Path) -> None:
     _call(folder, "inspect", tiny / "cache", "--out", "runs/inspected", "--repeats", 2)
     common = ("student", "--cache", tiny / "cache", "--batch-size", 100)
     _call(folder, *common, "--arch", "mlp:8", "--epochs", 2, "--out", "runs/plain")
-    _call(folder, *common, "--arch", "cnn", "--epochs", 2, "--finetune-epochs", 1, "--seeds", 2, "--baseline",
-          "--loss", "kd", "--loss", "hint:teacher=flatten,student=flatten", "--out", "runs/hints")  # fmt: skip
+    _call(
+        folder,
+        *common,
+        "--arch",
+        "cnn",
+        "--epochs",
+        2,
+        "--finetune-epochs",
+        1,
+        "--seeds",
+        2,
+        "--baseline",
+        "--loss",
+        "kd",
+        "--loss",
+        "hint:teacher=flatten,student=flatten",
+        "--out",
+        "runs/hints",
+    )
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 5)
         _call(folder, *common, "--arch", "mlp:8", "--epochs", 3, "--out", "runs/stopped", code=130)

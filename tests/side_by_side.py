@@ -36,9 +36,19 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 def main(cache: str, arch: str, batch: str, names: list[str]) -> None:
     console, found = Console(True), {}
     settings = StudentSettings(
-        cache=(cache,), arch=arch, loss=("hard",), draws=2, epochs=2, batch_size=int(batch), learning_rate=0.02,
-        weight_decay=5e-4, clip_norm=1.0, warmup=0.0, schedule="constant", device="cpu",
-    )  # fmt: skip
+        cache=(cache,),
+        arch=arch,
+        loss=("hard",),
+        draws=2,
+        epochs=2,
+        batch_size=int(batch),
+        learning_rate=0.02,
+        weight_decay=5e-4,
+        clip_norm=1.0,
+        warmup=0.0,
+        schedule="constant",
+        device="cpu",
+    )
     shared = Material.open(settings)
     for name in names or METHODS:
         asked = replace(settings, loss=tuple(spec.format(**LAYERS) for spec in METHODS.get(name, (name,))))

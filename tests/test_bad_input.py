@@ -258,9 +258,13 @@ def test_ctrl_c_says_how_to_go_on(tiny: Path, tmp_path: Path, stage: str) -> Non
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(
-        [sys.executable, "-m", "softcache", *asked], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "softcache", *asked],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=heed,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "r/checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

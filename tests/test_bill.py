@@ -10,9 +10,18 @@ from commands import Stages
 def test_the_bill_of_a_student_follows_from_the_manifest_and_its_seconds(tiny: Path, stages: Stages) -> None:
     epochs, finetune = 4, 1
     result = stages(
-        "student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", epochs, "--finetune-epochs", finetune,
-        "--out", "r",
-    )  # fmt: skip
+        "student",
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:8",
+        "--epochs",
+        epochs,
+        "--finetune-epochs",
+        finetune,
+        "--out",
+        "r",
+    )
     shards = json.loads((tiny / "cache/manifest.json").read_text())
     bill, splits, draws = result["bill"], shards["splits"], shards["draws"]
     assert bill == json.loads(Path("r/result.json").read_text())["bill"]

@@ -33,10 +33,23 @@ def two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("two")
     shutil.copytree(tiny / "cache", home / "a")
     main(["teacher", "--train-size", "300", "--arch", "mlp:16", "--epochs", "20", "--seed", "3", "--out", f"{home}/t"])
-    main([
-        "teacher-cache", "--train-size", "300", "--weights", f"{home}/t", "--views", "crop:pad=1", "--draws", "3",
-        "--shard-rows", "120", "--out", f"{home}/b",
-    ])  # fmt: skip
+    main(
+        [
+            "teacher-cache",
+            "--train-size",
+            "300",
+            "--weights",
+            f"{home}/t",
+            "--views",
+            "crop:pad=1",
+            "--draws",
+            "3",
+            "--shard-rows",
+            "120",
+            "--out",
+            f"{home}/b",
+        ]
+    )
     return home
 
 
@@ -94,15 +107,24 @@ def stop_at_the_seventh_step(patch: pytest.MonkeyPatch) -> None:
 def test_the_table_has_every_member_and_every_way_with_its_figures(pair: tuple[str, ...], stages: Stages) -> None:
     rows = {row["name"]: row for row in stages("blend", *pair, "--combine", "weighted:0.9,0.1")["rows"]}
     assert list(rows) == [
-        "cnn (a)", "mlp:16 (b)", "mean_probability", "mean_logit", "geometric", "vote", "weighted", "learned",
-    ]  # fmt: skip
+        "cnn (a)",
+        "mlp:16 (b)",
+        "mean_probability",
+        "mean_logit",
+        "geometric",
+        "vote",
+        "weighted",
+        "learned",
+    ]
     a, b, labels = logits_of("a"), logits_of("b"), labels_of("test")
     mean = (F.softmax(a.double(), 1) + F.softmax(b.double(), 1)) / 2
     for name, p in (
-        ("cnn (a)", F.softmax(a.double(), 1)), ("mlp:16 (b)", F.softmax(b.double(), 1)), ("mean_probability", mean),
+        ("cnn (a)", F.softmax(a.double(), 1)),
+        ("mlp:16 (b)", F.softmax(b.double(), 1)),
+        ("mean_probability", mean),
         ("weighted", 0.9 * F.softmax(a.double(), 1) + 0.1 * F.softmax(b.double(), 1)),
         ("mean_logit", F.softmax((a.double() + b.double()) / 2, 1)),
-    ):  # fmt: skip
+    ):
         assert rows[name]["test"]["nll"] == pytest.approx(float(F.nll_loss(p.log(), labels)), rel=1e-5)
         assert rows[name]["test"]["accuracy"] == pytest.approx(float((p.argmax(1) == labels).double().mean()))
     learned = rows["learned"]["val"]["nll"]
@@ -311,10 +333,13 @@ def test_caches_whose_classes_are_in_another_order_are_refused(
         (("--cache", "a", "--cache", "c"), 1, "there is no cache at 'c'"),
         (("--cache", "a", "--cache", "b", "--combine", "weighted:0.5,0.4"), 2, "add up to 1, these to 0.9"),
         (("--cache", "a", "--cache", "b", "--combine", "ca_mkd", "--loss", "dkd"), 2, "which loss 'dkd' has not"),
-        (("--cache", "a", "--cache", "b", "--loss", "srrl:teacher=flatten,student=flatten"), 2,
-         "loss 'srrl' goes through the last layer of one teacher, and there are several"),
+        (
+            ("--cache", "a", "--cache", "b", "--loss", "srrl:teacher=flatten,student=flatten"),
+            2,
+            "loss 'srrl' goes through the last layer of one teacher, and there are several",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_together_is_refused_before_a_run_is_begun(
     pair: tuple[str, ...], stages: Stages, arguments: tuple[str, ...], code: int, wrong: str
 ) -> None:
@@ -475,8 +500,23 @@ def test_losses_that_read_rows_beforehand_do_without_the_missing_ones(
 def test_the_features_of_other_caches_than_the_first_are_not_missed(
     pair: tuple[str, ...], tiny: Path, stages: Stages
 ) -> None:
-    make = ("teacher-cache", "--train-size", 300, "--weights", tiny / "runs/teacher", "--views", "crop:pad=1",
-            "--draws", 3, "--shard-rows", 120, "--codec", "float32", "--out", "c")  # fmt: skip
+    make = (
+        "teacher-cache",
+        "--train-size",
+        300,
+        "--weights",
+        tiny / "runs/teacher",
+        "--views",
+        "crop:pad=1",
+        "--draws",
+        3,
+        "--shard-rows",
+        120,
+        "--codec",
+        "float32",
+        "--out",
+        "c",
+    )
     assert stages.call(*make)[0] == 0
     assert stages.call(*make, "--taps", "pool1")[0] == 0
     lose("c", "draw-000/shard-00000-1.h5")
@@ -556,9 +596,23 @@ def test_the_teachers_of_a_cache_alone_are_the_cache(two: Path) -> None:
 
 def test_a_chain_begins_with_the_blend_and_goes_on_with_its_student(pair: tuple[str, ...], stages: Stages) -> None:
     chain = stages(
-        "born-again", *pair, "--arch", "mlp:8", "--epochs", 2, "--loss", "kd", "--combine", "vote", "--map", "prior",
-        "--generations", 2, "--out", "chain",
-    )  # fmt: skip
+        "born-again",
+        *pair,
+        "--arch",
+        "mlp:8",
+        "--epochs",
+        2,
+        "--loss",
+        "kd",
+        "--combine",
+        "vote",
+        "--map",
+        "prior",
+        "--generations",
+        2,
+        "--out",
+        "chain",
+    )
     assert chain["teacher"]["arch"] == "cnn + mlp:16"
     assert Path("chain/generation-1/targets.json").is_file()
     assert not Path("chain/generation-2/targets.json").exists()

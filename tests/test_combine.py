@@ -43,9 +43,18 @@ def by_hand(name: str, row: list[list[float]], weights: list[float]) -> list[flo
 
 
 @pytest.mark.parametrize(
-    "spec", ["mean_probability", "mean_logit", "geometric", "weighted:0.5,0.3,0.2", "weighted:0,0,1", "vote",
-             "per_teacher", "ca_mkd"],
-)  # fmt: skip
+    "spec",
+    [
+        "mean_probability",
+        "mean_logit",
+        "geometric",
+        "weighted:0.5,0.3,0.2",
+        "weighted:0,0,1",
+        "vote",
+        "per_teacher",
+        "ca_mkd",
+    ],
+)
 def test_every_way_is_its_formula(spec: str) -> None:
     logits, combine = three(), parse_combine(spec, 3)
     weights = [float(w) for w in spec.partition(":")[2].split(",")] if ":" in spec else [1 / 3] * 3

@@ -36,9 +36,12 @@ def test_runs_stand_side_by_side_with_their_teachers_once(tiny: Path, stages: St
 
 @pytest.mark.parametrize(
     ("text", "code", "wrong"),
-    [(None, 2, "'r' is no run: it has no result.json"), ("{", 1, "'r/result.json' is damaged"),
-     ('{"teacher": {}}', 1, "'r/result.json' is not of a student's run")],
-)  # fmt: skip
+    [
+        (None, 2, "'r' is no run: it has no result.json"),
+        ("{", 1, "'r/result.json' is damaged"),
+        ('{"teacher": {}}', 1, "'r/result.json' is not of a student's run"),
+    ],
+)
 def test_what_is_no_run_is_refused(stages: Stages, text: str | None, code: int, wrong: str) -> None:
     Path("r").mkdir()
     if text is not None:
@@ -243,9 +246,16 @@ def test_logits_that_are_damaged_or_not_of_the_result_are_refused(runs: Path, st
 
 @pytest.mark.parametrize(
     "change",
-    [{"settings": {"combine": "", "map": "", "loss": {"a": {}}}}, {"settings": 3}, {"seeds": []}, {"seeds": [3]},
-     {"seeds": [{"seed": "../x"}]}, {"seeds": [{"seed": 1e999}]}, {"cache": 3}],
-)  # fmt: skip
+    [
+        {"settings": {"combine": "", "map": "", "loss": {"a": {}}}},
+        {"settings": 3},
+        {"seeds": []},
+        {"seeds": [3]},
+        {"seeds": [{"seed": "../x"}]},
+        {"seeds": [{"seed": 1e999}]},
+        {"cache": 3},
+    ],
+)
 def test_a_result_that_no_student_left_is_refused(runs: Path, stages: Stages, change: dict[str, Any]) -> None:
     result = json.loads(Path("a/result.json").read_text())
     Path("a/result.json").write_text(json.dumps(result | change))

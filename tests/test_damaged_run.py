@@ -52,8 +52,12 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert attempt(lambda: command(*asked, "--epochs", 1, "--out", folder / "done"), 60).value[0] == 0
     assert attempt(half, 60).value[0] == 130
     assert sorted(path.name for path in (folder / "half").iterdir()) == [
-        "cache.json", "checkpoint.pt", "metrics.jsonl", "settings.json", "teacher-logits.safetensors",
-    ]  # fmt: skip
+        "cache.json",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "settings.json",
+        "teacher-logits.safetensors",
+    ]
     return folder
 
 
@@ -139,10 +143,14 @@ class Trap:
 
 
 @pytest.mark.parametrize(
-    "asked", [("half", "checkpoint.pt", "student --resume --out half"), ("done", "student.pt", "evaluate done"),
-              ("done", "student.pt", "student --resume --out done"),
-              ("done", "student.pt", "teacher-cache --weights done --views none --draws 1 --out c")],
-)  # fmt: skip
+    "asked",
+    [
+        ("half", "checkpoint.pt", "student --resume --out half"),
+        ("done", "student.pt", "evaluate done"),
+        ("done", "student.pt", "student --resume --out done"),
+        ("done", "student.pt", "teacher-cache --weights done --views none --draws 1 --out c"),
+    ],
+)
 def test_no_code_in_weights_is_run(done: Path, half: Path, stages: Stages, asked: tuple[str, str, str]) -> None:
     run, name, line = asked
     state = torch.load(Path(run, name), weights_only=True)
@@ -162,10 +170,15 @@ def test_weights_that_were_cut_are_one_line(done: Path, half: Path, stages: Stag
 def test_a_checkpoint_without_its_lines_or_of_other_kinds_is_one_line(half: Path, stages: Stages, dose: Dose) -> None:
     whole = torch.load(half / "checkpoint.pt", weights_only=True)
     wrong: dict[str, list[Any]] = {
-        "epoch": [-1, 10**6, "2", 1.5, None], "lines": ["[]", "5", "[1, 2]", "[" * 5000, "", None], "modules": [{}],
-        "random": [torch.zeros(3), "x"], "model": [{}, None], "average": [{}, 3], "optimizer": [{}, []],
+        "epoch": [-1, 10**6, "2", 1.5, None],
+        "lines": ["[]", "5", "[1, 2]", "[" * 5000, "", None],
+        "modules": [{}],
+        "random": [torch.zeros(3), "x"],
+        "model": [{}, None],
+        "average": [{}, 3],
+        "optimizer": [{}, []],
         "schedule": ["x", None],
-    }  # fmt: skip
+    }
     for key, others in wrong.items():
         for value in others[: dose(1, len(others))]:
             torch.save({**whole, key: value}, half / "checkpoint.pt")
@@ -176,15 +189,34 @@ def test_a_checkpoint_without_its_lines_or_of_other_kinds_is_one_line(half: Path
 # Records
 
 WRONG: dict[str, list[Any]] = {
-    "epochs": ["4", None, 1.5, -1, True, [4]], "batch_size": [-3, "x", None, 1.0], "seeds": [-1, 0, 10**9, "x"],
-    "seed": [-1, 2**70, 0.5, None], "arch": [None, 7, ["mlp:8"]], "loss": ["kd", [1], [["kd"]], None, {"kd": 1}],
-    "optimizer": ["x", None, 3], "schedule": ["x", None], "precision": ["x", None], "learning_rate": ["x", -1.0, None],
-    "momentum": [5.0, "x"], "weight_decay": [-7.0, "x"], "warmup": [3.0, "x"], "ema": [2.0, "x"],
-    "clip_norm": [-1.0, "x"], "labelled": [-1, "x", 2.5], "draws": [-1, "x", 0.5], "workers": [-1, 10**9, "x"],
-    "device": [None, 3], "cache": [None, 3, ["c"]], "data": [None, 3], "data_root": [None, 3],
+    "epochs": ["4", None, 1.5, -1, True, [4]],
+    "batch_size": [-3, "x", None, 1.0],
+    "seeds": [-1, 0, 10**9, "x"],
+    "seed": [-1, 2**70, 0.5, None],
+    "arch": [None, 7, ["mlp:8"]],
+    "loss": ["kd", [1], [["kd"]], None, {"kd": 1}],
+    "optimizer": ["x", None, 3],
+    "schedule": ["x", None],
+    "precision": ["x", None],
+    "learning_rate": ["x", -1.0, None],
+    "momentum": [5.0, "x"],
+    "weight_decay": [-7.0, "x"],
+    "warmup": [3.0, "x"],
+    "ema": [2.0, "x"],
+    "clip_norm": [-1.0, "x"],
+    "labelled": [-1, "x", 2.5],
+    "draws": [-1, "x", 0.5],
+    "workers": [-1, 10**9, "x"],
+    "device": [None, 3],
+    "cache": [None, 3, ["c"]],
+    "data": [None, 3],
+    "data_root": [None, 3],
     "baseline": [1, "x", None],
-    "nesterov": ["x", None], "json": ["x", 1], "resume": ["x", 1], "out": [3, None],
-}  # fmt: skip
+    "nesterov": ["x", None],
+    "json": ["x", 1],
+    "resume": ["x", 1],
+    "out": [3, None],
+}
 
 
 @pytest.mark.parametrize("name", sorted(WRONG))
@@ -276,12 +308,17 @@ def test_any_record_of_a_run_is_used_or_refused_in_one_line(
     counts = Counter[str]()
     report = "report half done --no-latency --show 0 --out o"
     works = [
-        ("half/settings.json", "student --resume --out half"), ("half/cache.json", "student --resume --out half"),
-        ("done/settings.json", "evaluate done"), ("done/metrics.jsonl", "student --resume --out done"),
+        ("half/settings.json", "student --resume --out half"),
+        ("half/cache.json", "student --resume --out half"),
+        ("done/settings.json", "evaluate done"),
+        ("done/metrics.jsonl", "student --resume --out done"),
         ("done/result.json", "teacher-cache --weights done --views none --draws 1 --out c"),
-        ("half/settings.json", report), ("done/cache.json", report), ("done/metrics.jsonl", report),
-        ("done/result.json", report), ("done/result.json", "compare done"),
-    ]  # fmt: skip
+        ("half/settings.json", report),
+        ("done/cache.json", report),
+        ("done/metrics.jsonl", report),
+        ("done/result.json", report),
+        ("done/result.json", "compare done"),
+    ]
 
     def one(data: st.DataObject) -> None:
         name, line = data.draw(st.sampled_from(works))

@@ -77,9 +77,19 @@ def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
     """At the last step of each epoch, by all that is trained, the hint's regressor included, and before clipping."""
     before = Before(monkeypatch)
     stages(
-        "student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", *KD, *HINT, "--clip-norm", 0.01,
-        "--out", "r",
-    )  # fmt: skip
+        "student",
+        *COMMON,
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:16",
+        *KD,
+        *HINT,
+        "--clip-norm",
+        0.01,
+        "--out",
+        "r",
+    )
     lines = lines_of("r")
     preparation = json.loads(Path("r/result.json").read_text())["student"]["preparation"]
     mean, std = (torch.tensor(preparation[name], dtype=torch.float64).view(1, -1, 1, 1) for name in ("mean", "std"))

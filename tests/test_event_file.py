@@ -14,10 +14,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 COMMON = ("--epochs", 3, "--batch-size", 60, "--learning-rate", 0.05)
 KD = ("--loss", "kd:weight=0.9", "--loss", "hard:weight=0.1")
 TAGS = {
-    "loss": "loss", "loss_kd": "loss/kd", "loss_hard": "loss/hard", "gradient_kd": "gradient/kd",
-    "gradient_hard": "gradient/hard", "learning_rate": "learning_rate", "val_accuracy": "val/accuracy",
-    "val_f1_macro": "val/f1_macro", "val_nll": "val/nll", "seconds": "seconds",
-}  # fmt: skip
+    "loss": "loss",
+    "loss_kd": "loss/kd",
+    "loss_hard": "loss/hard",
+    "gradient_kd": "gradient/kd",
+    "gradient_hard": "gradient/hard",
+    "learning_rate": "learning_rate",
+    "val_accuracy": "val/accuracy",
+    "val_f1_macro": "val/f1_macro",
+    "val_nll": "val/nll",
+    "seconds": "seconds",
+}
 
 
 def lines_of(folder: str) -> list[dict[str, Any]]:
@@ -118,11 +125,14 @@ def test_it_is_not_imported_where_it_is_not_asked_for(
 @pytest.mark.parametrize(
     "command",
     [
-        ("student", "--cache", "CACHE"), ("student", "--cache", "CACHE", "--seed", 0, "--seed", 1),
-        ("teacher", "--train-size", 200), ("tune", "--cache", "CACHE", "--search", "ema=0|0.9"),
-        ("methods", "--cache", "CACHE", "--only", "kd"), ("born-again", "--cache", "CACHE"),
+        ("student", "--cache", "CACHE"),
+        ("student", "--cache", "CACHE", "--seed", 0, "--seed", 1),
+        ("teacher", "--train-size", 200),
+        ("tune", "--cache", "CACHE", "--search", "ema=0|0.9"),
+        ("methods", "--cache", "CACHE", "--only", "kd"),
+        ("born-again", "--cache", "CACHE"),
     ],
-)  # fmt: skip
+)
 def test_without_the_package_one_line_says_how_to_get_it_before_any_training(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, command: tuple[Any, ...]
 ) -> None:

@@ -19,9 +19,18 @@ ROWS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # an argumen
 SIMKD = "simkd(resnet8;layer3;256)"
 # More of the same, for `make slow`.
 DEEP = {
-    "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet32x4", "wrn_16_2", "wrn_40_1",
-    "wrn_40_2", "vgg13",
-}  # fmt: skip
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet32x4",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
+    "vgg13",
+}
 LARGE = ("torchvision:mobilenet_v3_small", "torchvision:vit_b_16", SIMKD)
 # Of training: fewer where each takes long, more where the network learns slowly.
 QUICK_STEPS = {"torchvision:resnet18": 4, "shufflenet_v1": 8, "shufflenet_v2": 8}

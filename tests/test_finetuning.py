@@ -50,8 +50,10 @@ def test_the_losses_are_followed_by_hard_targets_at_a_lower_rate_and_the_baselin
     kinds = [name for name, _, _ in noted]
     assert kinds == ["distilled"] * FIRST * per_epoch + ["student"] * SECOND * per_epoch + ["baseline"] * 5 * per_epoch
     assert {(name, losses) for name, losses, _ in noted} == {
-        ("distilled", ("kd",)), ("student", ("hard",)), ("baseline", ("hard",)),
-    }  # fmt: skip
+        ("distilled", ("kd",)),
+        ("student", ("hard",)),
+        ("baseline", ("hard",)),
+    }
     highest = {name: max(rate for kind, _, rate in noted if kind == name) for name in set(kinds)}
     assert highest["distilled"] == pytest.approx(0.1, rel=0.05)
     assert highest["student"] == pytest.approx(0.01, rel=0.05)
@@ -108,8 +110,10 @@ def test_a_run_that_is_stopped_in_either_part_goes_on_to_the_same_weights(
     for name in ("student.pt", "distilled/distilled.pt"):
         assert weights(f"stopped/{name}") == weights(f"whole/{name}")
     for folder in ("", "distilled"):
-        plain = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(f"{run}/{folder}")]
-                 for run in ("stopped", "whole")]  # fmt: skip
+        plain = [
+            [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(f"{run}/{folder}")]
+            for run in ("stopped", "whole")
+        ]
         assert plain[0] == plain[1]
 
 

@@ -58,9 +58,31 @@ def test_a_manifest_ends_with_the_sha_256_of_all_that_is_before_it(cache: Path) 
 def test_a_manifest_has_these_fields(cache: Path) -> None:
     record = json.loads((cache / "manifest.json").read_text())
     assert list(record) == [
-        "format", "fingerprint", "identity", "classes", "draws", "splits", "taps", "shards", "head", "teacher",
-        "fidelity", "seconds", "settings", "versions", "sha256",
-    ]  # fmt: skip
+        "format",
+        "fingerprint",
+        "identity",
+        "classes",
+        "draws",
+        "splits",
+        "taps",
+        "shards",
+        "head",
+        "teacher",
+        "fidelity",
+        "seconds",
+        "settings",
+        "versions",
+        "sha256",
+    ]
     assert list(record["shards"][0]) == [
-        "path", "split", "draw", "start", "rows", "bytes", "checksum", "payload", "correct", "datasets",
-    ]  # fmt: skip
+        "path",
+        "split",
+        "draw",
+        "start",
+        "rows",
+        "bytes",
+        "checksum",
+        "payload",
+        "correct",
+        "datasets",
+    ]

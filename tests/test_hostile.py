@@ -217,13 +217,28 @@ def test_a_lock_that_is_no_plain_file_is_one_line(tiny: Path, cache: Path, stage
 @pytest.mark.parametrize(
     "name",
     [
-        "../outside.h5", "/etc/passwd", "a/../../b", "a/b/c.h5", "", "draw-000\\x.h5",
-        "draw-001/../draw-001/shard-00001.h5", "./draw-001/shard-00001.h5", "draw-001//shard-00001.h5",
-        "draw-001/shard-00001.h5/", "draw-001/shard-00001.h5\n", "draw-001/shard-00001-0.h5", "draw-1/shard-00001.h5",
-        "draw-002/shard-00001.h5", "val/shard-00001.h5", "draw-001/shard-０0001.h5", "DRAW-001/shard-00001.h5",
-        "draw-001/shard-00001.h5\0", "\ud800", "draw-001/" + "0" * 60000,
+        "../outside.h5",
+        "/etc/passwd",
+        "a/../../b",
+        "a/b/c.h5",
+        "",
+        "draw-000\\x.h5",
+        "draw-001/../draw-001/shard-00001.h5",
+        "./draw-001/shard-00001.h5",
+        "draw-001//shard-00001.h5",
+        "draw-001/shard-00001.h5/",
+        "draw-001/shard-00001.h5\n",
+        "draw-001/shard-00001-0.h5",
+        "draw-1/shard-00001.h5",
+        "draw-002/shard-00001.h5",
+        "val/shard-00001.h5",
+        "draw-001/shard-０0001.h5",
+        "DRAW-001/shard-00001.h5",
+        "draw-001/shard-00001.h5\0",
+        "\ud800",
+        "draw-001/" + "0" * 60000,
     ],
-)  # fmt: skip
+)
 def test_a_manifests_paths_stay_inside_the_cache(cache: Path, stages: Stages, name: str) -> None:
     edit_manifest(cache, lambda record: shard_of(record).update(path=name))
     line = stages.fails(1, "check-cache", cache)

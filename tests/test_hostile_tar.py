@@ -33,15 +33,31 @@ def test_the_tool_of_these_tests_makes_tars_that_are_taken(members: list[Member]
     [
         *((at, "../beside/precious") for at in (1, 2, 3, -1)),
         *((at, "c/more") for at in (1, -1)),
-        *((3, name) for name in [
-            "c/../../beside/precious", "c/draw-000/../../../beside/precious", "/FOLDER/evil", "/",
-            "beside/precious", "c/.lock", "c/unfinished.json", "c/draw-000/.shard-00000.h5.1.tmp",
-            "c/draw-001/shard-00000.h5",
-            "c/./head.h5", "c//head.h5", "d/head.h5", "head.h5", "c/head.h5/", "C/head.h5", "c/manifest.json",
-            "\x1b[2J\nError: nothing", "é" * 40,
-        ]),
+        *(
+            (3, name)
+            for name in [
+                "c/../../beside/precious",
+                "c/draw-000/../../../beside/precious",
+                "/FOLDER/evil",
+                "/",
+                "beside/precious",
+                "c/.lock",
+                "c/unfinished.json",
+                "c/draw-000/.shard-00000.h5.1.tmp",
+                "c/draw-001/shard-00000.h5",
+                "c/./head.h5",
+                "c//head.h5",
+                "d/head.h5",
+                "head.h5",
+                "c/head.h5/",
+                "C/head.h5",
+                "c/manifest.json",
+                "\x1b[2J\nError: nothing",
+                "é" * 40,
+            ]
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_member_that_the_manifest_does_not_name_is_refused(
     members: list[Member], place: Path, at: int, name: str
 ) -> None:
@@ -92,9 +108,11 @@ def test_a_tar_that_does_not_begin_with_its_manifest_is_refused(
 ) -> None:
     first, *others = members
     given = {
-        "last": [*others, first], "absent": others, "card first": [others[0], first, *others[1:]],
+        "last": [*others, first],
+        "absent": others,
+        "card first": [others[0], first, *others[1:]],
         "two roots": [Member("a/b/manifest.json", first.data), *others],
-    }[order]  # fmt: skip
+    }[order]
     assert "it does not begin with manifest.json" in refused(tar_of(given), place)
 
 
@@ -176,11 +194,19 @@ def other_files(whole: bytes, packed: Path) -> dict[str, bytes]:
         info.size = len(whole)
         tar.addfile(info, io.BytesIO(whole))
     return {
-        "empty": b"", "zeros": bytes(10_240), "text": b"not a tar\n" * 500, "noise": random.Random(0).randbytes(9000),
-        "gz": gzip.compress(whole), "tar of a tar": outer.getvalue(), "shard": (packed / H5).read_bytes(),
-        "manifest": (packed / "c/manifest.json").read_bytes(), "short": whole[:100], "begins late": b"\n" + whole,
-        "zeros first": bytes(BLOCK) + whole, "half a block": whole[: BLOCK // 2],
-    }  # fmt: skip
+        "empty": b"",
+        "zeros": bytes(10_240),
+        "text": b"not a tar\n" * 500,
+        "noise": random.Random(0).randbytes(9000),
+        "gz": gzip.compress(whole),
+        "tar of a tar": outer.getvalue(),
+        "shard": (packed / H5).read_bytes(),
+        "manifest": (packed / "c/manifest.json").read_bytes(),
+        "short": whole[:100],
+        "begins late": b"\n" + whole,
+        "zeros first": bytes(BLOCK) + whole,
+        "half a block": whole[: BLOCK // 2],
+    }
 
 
 def test_files_that_are_no_packed_cache_are_refused(packed: Path, place: Path) -> None:

@@ -371,9 +371,22 @@ def test_without_labels_the_soft_targets_alone_are_inspected(
         save_picture(tmp_path / "pets" / f"{k}.png", k=k)
     save_pets_teacher(tmp_path / "pets.pt")
     stages(
-        "teacher-cache", "--data", "folder:pets", "--teacher", "mlp:4", "--weights", "pets.pt", "--normalize", "none",
-        "--views", "crop:pad=1", "--taps", "hidden1", "--out", "c",
-    )  # fmt: skip
+        "teacher-cache",
+        "--data",
+        "folder:pets",
+        "--teacher",
+        "mlp:4",
+        "--weights",
+        "pets.pt",
+        "--normalize",
+        "none",
+        "--views",
+        "crop:pad=1",
+        "--taps",
+        "hidden1",
+        "--out",
+        "c",
+    )
     code, out, _ = stages.call("inspect", "c", "--out", "o")
     assert code == 0
     assert "the training rows have no labels: no probe of the taps" in out
@@ -402,9 +415,22 @@ def test_two_classes_and_the_command_of_the_best_tap_runs(
     save_pets_teacher(tmp_path / "pets.pt")
     tap = "hidden1" if loss.startswith("hint") else "hidden1:pool"
     stages(
-        "teacher-cache", "--data", "folder:pets", "--teacher", "mlp:4", "--weights", "pets.pt", "--normalize", "none",
-        "--views", "crop:pad=1", "--taps", tap, "--out", "c",
-    )  # fmt: skip
+        "teacher-cache",
+        "--data",
+        "folder:pets",
+        "--teacher",
+        "mlp:4",
+        "--weights",
+        "pets.pt",
+        "--normalize",
+        "none",
+        "--views",
+        "crop:pad=1",
+        "--taps",
+        tap,
+        "--out",
+        "c",
+    )
     found = stages("inspect", "c", "--out", "o")
     assert found["best"] == tap
     assert found["taps"][tap]["columns"] == 4

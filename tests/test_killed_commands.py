@@ -66,9 +66,13 @@ def test_a_killed_unpack_goes_on(tiny: Path, forks: Forks, tmp_path: Path, dose:
     forks.succeeds("cache-pack", whole, tar)
     cache.parent.mkdir()
     said = killed_and_run_again(
-        forks, cache.parent, lambda: None, ["cache-unpack", tar, cache],
-        lambda: assert_equal_caches(forks, cache, whole), dose(1, 65),
-    )  # fmt: skip
+        forks,
+        cache.parent,
+        lambda: None,
+        ["cache-unpack", tar, cache],
+        lambda: assert_equal_caches(forks, cache, whole),
+        dose(1, 65),
+    )
     print(f"\nunpack {said}: digests equal")
 
 
@@ -95,7 +99,11 @@ def test_a_killed_run_of_several_seeds_goes_on(tiny: Path, forks: Forks, tmp_pat
     more = ("--seeds", 2, "--baseline")
     forks.succeeds(*student_command(tiny / "cache", whole, 1, *more))
     said = killed_and_run_again(
-        forks, run, lambda: None, student_command(tiny / "cache", run, 1, *more),
-        lambda: assert_equal_runs(run, whole), dose(1, 40),
-    )  # fmt: skip
+        forks,
+        run,
+        lambda: None,
+        student_command(tiny / "cache", run, 1, *more),
+        lambda: assert_equal_runs(run, whole),
+        dose(1, 40),
+    )
     print(f"\na run of two seeds {said}: weights equal to the bit")

@@ -30,9 +30,16 @@ def digits(**cut: object) -> list[int]:
 @pytest.mark.parametrize(
     ("text", "classes", "head", "total"),
     # CIFAR-10-LT and CIFAR-100-LT as published; the sets of the same recipe with other factors; a step by hand.
-    [("100", 10, 5000, 12_406), ("100", 100, 500, 10_847), ("50", 10, 5000, 13_996), ("10", 10, 5000, 20_431),
-     ("100", 10, 1000, 2_478), ("100:step", 10, 5000, 25_250), ("10:step", 3, 20, 42)],
-)  # fmt: skip
+    [
+        ("100", 10, 5000, 12_406),
+        ("100", 100, 500, 10_847),
+        ("50", 10, 5000, 13_996),
+        ("10", 10, 5000, 20_431),
+        ("100", 10, 1000, 2_478),
+        ("100:step", 10, 5000, 25_250),
+        ("10:step", 3, 20, 42),
+    ],
+)
 def test_counts_are_those_of_the_literature(text: str, classes: int, head: int, total: int) -> None:
     counts = parse_imbalance(text).counts(classes, head)
     assert counts.sum() == total
@@ -192,9 +199,28 @@ def test_figures_of_a_class_that_validation_lacks_are_not_known(
     teacher = stages("teacher", *data, "--arch", "mlp:4", "--epochs", 2, "--select", "f1_macro", "--out", "t")
     stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
     student = stages(
-        "student", "--data", "folder:pets", "--cache", "c", "--arch", "mlp:4", "--epochs", 2, "--map", "vector",
-        "--loss", "kd", "--loss", "soft_f1", "--select", "f1_macro", "--seeds", 2, "--out", "s",
-    )  # fmt: skip
+        "student",
+        "--data",
+        "folder:pets",
+        "--cache",
+        "c",
+        "--arch",
+        "mlp:4",
+        "--epochs",
+        2,
+        "--map",
+        "vector",
+        "--loss",
+        "kd",
+        "--loss",
+        "soft_f1",
+        "--select",
+        "f1_macro",
+        "--seeds",
+        2,
+        "--out",
+        "s",
+    )
     for figures in (teacher["teacher"]["val"], student["student"]["val"], student["teacher"]["val"]):
         assert figures["recall_tail"] is None  # cow is the tail, and nothing is known of it
         assert figures["per_class"]["recall"][2] is None

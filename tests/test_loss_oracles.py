@@ -15,13 +15,28 @@ from softcache.pipeline.taps import tapped
 SAME = (((3, 4, 4), (3, 4, 4)), ((5, 2, 2), (5, 2, 2)))
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
 DIVERGENCES = [
-    "kd", "kd:standardize=true", "output", "dkd", "dkd:target=0", "dkd:nontarget=0", "dkd:standardize=true", "ctkd",
-    "multi_temperature", "multi_temperature:standardize=true", "balanced_kd:beta=0", "dive:power=1",
-]  # fmt: skip
+    "kd",
+    "kd:standardize=true",
+    "output",
+    "dkd",
+    "dkd:target=0",
+    "dkd:nontarget=0",
+    "dkd:standardize=true",
+    "ctkd",
+    "multi_temperature",
+    "multi_temperature:standardize=true",
+    "balanced_kd:beta=0",
+    "dive:power=1",
+]
 RARE = [
-    "logit_adjusted", "balanced_softmax", "balanced_kd", "dive", "soft_f1", "soft_f1:average=weighted",
+    "logit_adjusted",
+    "balanced_softmax",
+    "balanced_kd",
+    "dive",
+    "soft_f1",
+    "soft_f1:average=weighted",
     "soft_f1:average=micro",
-]  # fmt: skip
+]
 DISTANCES = ["logit_mse", "output:kind=mse", "dist", "dist:between=0", "dist:within=0"]
 BETWEEN_LAYERS = ["hint", "attention", "nst", "similarity", "rkd", "rkd:distance=0", "rkd:angle=0", "pkt", "cc"]
 LAYERS_AND_SIMKD = [*BETWEEN_LAYERS, "simkd"]
@@ -172,8 +187,10 @@ def test_distances_and_angles_do_not_see_where_the_rows_lie() -> None:
     assert value(made) == pytest.approx(before, rel=1e-9)
 
 
-@pytest.mark.parametrize(("spec", "sees"), [("attention", False), ("pkt", False), ("cc", False), ("nst", False),
-                                            ("similarity", True), ("rkd", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "sees"),
+    [("attention", False), ("pkt", False), ("cc", False), ("nst", False), ("similarity", True), ("rkd", True)],
+)
 def test_a_scale_of_its_own_for_every_row(spec: str, sees: bool) -> None:
     made = case(spec)
     before = value(made)
@@ -196,8 +213,10 @@ def test_a_gram_of_unit_channels_gives_the_maximum_mean_discrepancy_of_the_polyn
     s, t = s / s.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
     total = sum(float(a @ b) ** 2 for a in s for b in s) / 9 + sum(float(a @ b) ** 2 for a in t for b in t) / 25
     total -= 2 * sum(float(a @ b) ** 2 for a in s for b in t) / 15
-    g_s, g_t = (features_of({"layer1": x}, ("layer1:gram",))["layer1:gram"] for x in (
-        made.mine["layer1"], made.theirs["layer1"]))  # fmt: skip
+    g_s, g_t = (
+        features_of({"layer1": x}, ("layer1:gram",))["layer1:gram"]
+        for x in (made.mine["layer1"], made.theirs["layer1"])
+    )
     assert float((g_s - g_t).square().sum()) == pytest.approx(total, rel=1e-9)
 
 

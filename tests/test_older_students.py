@@ -17,8 +17,18 @@ from softcache.pipeline import cache as cache_module
 from softcache.pipeline.cache import Cache
 
 STUDENT = (
-    "student", "--cache", "c", "--arch", "mlp:8", "--epochs", "4", "--batch-size", "60", "--learning-rate", "0.001",
-)  # fmt: skip
+    "student",
+    "--cache",
+    "c",
+    "--arch",
+    "mlp:8",
+    "--epochs",
+    "4",
+    "--batch-size",
+    "60",
+    "--learning-rate",
+    "0.001",
+)
 HINT = "hint:teacher=flatten,student=relu1"
 
 

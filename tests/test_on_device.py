@@ -48,9 +48,7 @@ def test_views_on_a_device_are_those_of_render(spec: str, channels: int, mixup: 
 def test_what_pillow_resizes_is_not_rendered_on_a_device(spec: str) -> None:
     pictures, views = pictures_of(1), parse_views(spec)
     assert not can_be_rendered_there(pictures, views)
-    stream = Stream(
-        Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_on=CPU
-    )  # fmt: skip
+    stream = Stream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_on=CPU)
     object.__setattr__(stream, "split", type("Split", (), {"pictures": pictures}))
     with pytest.raises(ValueError, match="at their own size"):
         next(stream.batches(0, 1))

@@ -265,9 +265,20 @@ def test_repair_asks_in_the_arithmetic_of_the_cache(tiny: Path, stages: Stages, 
     teacher = build("resnet8", 10, 1, 8)
     torch.save(teacher.state_dict(), tmp_path / "w.pt")
     stages(
-        "teacher-cache", "--train-size", "100", "--teacher", "resnet8", "--weights", tmp_path / "w.pt",
-        "--shard-rows", "60", "--precision", "bfloat16", "--out", tmp_path / "c",
-    )  # fmt: skip
+        "teacher-cache",
+        "--train-size",
+        "100",
+        "--teacher",
+        "resnet8",
+        "--weights",
+        tmp_path / "w.pt",
+        "--shard-rows",
+        "60",
+        "--precision",
+        "bfloat16",
+        "--out",
+        tmp_path / "c",
+    )
     kept = read_manifest(tmp_path / "c")
     assert kept.arithmetic is not None
     assert kept.arithmetic.folded

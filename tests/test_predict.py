@@ -149,9 +149,18 @@ def test_a_damaged_file_is_refused(exported: Path, picture: str, stages: Stages)
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("form", None), ("form", "another 2"), ("classes", None), ("classes", "["), ("classes", "3"),
-        ("classes", "[]"), ("classes", "[1, 2]"), ("classes", '["a"]'), ("classes", "[" * 100_000),
-        ("preprocessing", None), ("preprocessing", "{}"), ("preprocessing", "7"),
+        ("form", None),
+        ("form", "another 2"),
+        ("classes", None),
+        ("classes", "["),
+        ("classes", "3"),
+        ("classes", "[]"),
+        ("classes", "[1, 2]"),
+        ("classes", '["a"]'),
+        ("classes", "[" * 100_000),
+        ("preprocessing", None),
+        ("preprocessing", "{}"),
+        ("preprocessing", "7"),
         ("preprocessing", '{"channels": 2, "size": 8, "resize": 8}'),
         ("preprocessing", '{"channels": 1, "size": 0, "resize": 8}'),
         ("preprocessing", '{"channels": 1, "size": 8, "resize": 4}'),
@@ -161,7 +170,7 @@ def test_a_damaged_file_is_refused(exported: Path, picture: str, stages: Stages)
         ("preprocessing", '{"channels": 3, "size": 8, "resize": 8}'),
         ("cache", "{"),
     ],
-)  # fmt: skip
+)
 def test_missing_and_malformed_metadata_get_one_line(
     key: str, text: str | None, exported: Path, picture: str, stages: Stages
 ) -> None:

@@ -86,9 +86,13 @@ class Rows(Dataset[tuple[int, torch.Tensor, torch.Tensor, int]]):
 def test_workers_that_were_given_an_open_cache_read_the_right_rows(tiny: Path, truth: Truth, method: str) -> None:
     """Two rounds by workers that stay."""
     loader: Any = DataLoader(
-        Rows(opened_and_used(tiny / "cache")), batch_size=60, shuffle=True, num_workers=MANY[method],
-        multiprocessing_context=method, persistent_workers=True,
-    )  # fmt: skip
+        Rows(opened_and_used(tiny / "cache")),
+        batch_size=60,
+        shuffle=True,
+        num_workers=MANY[method],
+        multiprocessing_context=method,
+        persistent_workers=True,
+    )
     for _ in range(2):
         seen: list[int] = []
         pids: set[int] = set()

@@ -36,9 +36,25 @@ def net(classes, channels, size):
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 STUDENT = ("--arch", "mlp:16", "--batch-size", 53, "--learning-rate", 0.05)
 EVERYTHING = (
-    *STUDENT, "--loss", "kd", "--loss", "hint:teacher=flatten,student=hidden1,weight=1", "--epochs", 3,
-    "--finetune-epochs", 2, "--baseline", "--ema", 0.9, "--clip-norm", 1, "--select", "nll", "--seeds", 2,
-)  # fmt: skip
+    *STUDENT,
+    "--loss",
+    "kd",
+    "--loss",
+    "hint:teacher=flatten,student=hidden1,weight=1",
+    "--epochs",
+    3,
+    "--finetune-epochs",
+    2,
+    "--baseline",
+    "--ema",
+    0.9,
+    "--clip-norm",
+    1,
+    "--select",
+    "nll",
+    "--seeds",
+    2,
+)
 # Of those that read: logits alone; relations between rows; labels by class; hidden layers alone, so that the last
 # layer has no gradient at all; random contrasts; the student's own last layer.
 SOME = ("kd", "similarity", "soft_f1", "hint:teacher=relu2,student=relu2", "crd", "cat_kd")
@@ -136,9 +152,17 @@ def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> 
     cache = Cache(tiny / "cache")
     rows = load("digits", Path(), **cache.cut).splits["train"]
     whole = Stream(
-        rows, parse_views("crop:pad=1"), cache.seed, 5, 53, rows.labels, np.arange(len(rows)), draws=3, cache=cache,
+        rows,
+        parse_views("crop:pad=1"),
+        cache.seed,
+        5,
+        53,
+        rows.labels,
+        np.arange(len(rows)),
+        draws=3,
+        cache=cache,
         taps=("pool1",),
-    )  # fmt: skip
+    )
     streams = [replace(whole, rank=rank, world=3).batches(4, 16) for rank in range(3)]
     for batch, *parts in zip(whole.batches(4, 16), *streams, strict=True):
         assert [len(p.views) for p in parts] == [b - a for a, b in (part(len(batch.index), r, 3) for r in range(3))]
@@ -163,9 +187,22 @@ def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss
         torch.manual_seed(1)
         torch.save(plain.net(10, 1, 8).state_dict(), "plain.pt")
         stages(
-            "teacher-cache", "--train-size", 60, "--views", "crop:pad=1", "--draws", 2, "--taps", "relu1,relu2",
-            "--teacher", "plain:net", "--weights", "plain.pt", "--out", "c",
-        )  # fmt: skip
+            "teacher-cache",
+            "--train-size",
+            60,
+            "--views",
+            "crop:pad=1",
+            "--draws",
+            2,
+            "--taps",
+            "relu1,relu2",
+            "--teacher",
+            "plain:net",
+            "--weights",
+            "plain.pt",
+            "--out",
+            "c",
+        )
     finally:
         sys.path.remove(str(tmp_path))
         sys.modules.pop("plain", None)

@@ -34,10 +34,26 @@ def test_public_weights_score_what_they_score(
     """By the cache's own test split, to within 2 pictures of 10,000."""
     name, accuracy = KNOWN[teacher]
     made = stages(
-        "teacher-cache", "--data", f"folder:{cifar}", "--teacher", teacher, "--weights", shared / "weights" / name,
-        "--normalize", "imagenet", "--views", "crop-flip", "--draws", 1, "--train-size", 2000, "--codec", codec,
-        "--out", "c",
-    )  # fmt: skip
+        "teacher-cache",
+        "--data",
+        f"folder:{cifar}",
+        "--teacher",
+        teacher,
+        "--weights",
+        shared / "weights" / name,
+        "--normalize",
+        "imagenet",
+        "--views",
+        "crop-flip",
+        "--draws",
+        1,
+        "--train-size",
+        2000,
+        "--codec",
+        codec,
+        "--out",
+        "c",
+    )
     assert abs(made["teacher"]["test"]["accuracy"] - accuracy) <= 2.0001e-4
     stages("check-cache", "c", "--deep", "--data", f"folder:{cifar}")
 
@@ -48,9 +64,23 @@ def test_students_of_four_families_train_from_one_cache(shared: Path, cifar: Pat
     shutil.copy(shared / "weights/resnet56-4bfd9763.th", weights)
     data = ("--data", f"folder:{cifar}")
     stages(
-        "teacher-cache", *data, "--teacher", "resnet56", "--weights", weights, "--normalize", "imagenet",
-        "--views", "crop-flip", "--draws", 2, "--train-size", 4000, "--out", "c",
-    )  # fmt: skip
+        "teacher-cache",
+        *data,
+        "--teacher",
+        "resnet56",
+        "--weights",
+        weights,
+        "--normalize",
+        "imagenet",
+        "--views",
+        "crop-flip",
+        "--draws",
+        2,
+        "--train-size",
+        4000,
+        "--out",
+        "c",
+    )
     weights.unlink()
     for arch in ("resnet8", "cnn", "mlp:512", "torchvision:mobilenet_v3_small"):
         result = stages("student", *data, "--cache", "c", "--arch", arch, "--epochs", 1, "--learning-rate", 0.05)
@@ -63,11 +93,28 @@ def featured(shared: Path, cifar: Path, tmp_path_factory: pytest.TempPathFactory
     """A cache of maps and statistics of ResNet-56; a statistic that is not there is made from its map."""
     out = tmp_path_factory.mktemp("featured") / "c"
     asked = [
-        "teacher-cache", "--data", f"folder:{cifar}", "--teacher", "resnet56", "--weights",
-        shared / "weights/resnet56-4bfd9763.th", "--normalize", "imagenet", "--views", "crop-flip", "--draws", 1,
-        "--train-size", 1000, "--val-fraction", 0.02, "--out", out,
-        "--taps", "layer1,layer2,layer3,layer2:attention,layer3:pool,layer3:grid2",
-    ]  # fmt: skip
+        "teacher-cache",
+        "--data",
+        f"folder:{cifar}",
+        "--teacher",
+        "resnet56",
+        "--weights",
+        shared / "weights/resnet56-4bfd9763.th",
+        "--normalize",
+        "imagenet",
+        "--views",
+        "crop-flip",
+        "--draws",
+        1,
+        "--train-size",
+        1000,
+        "--val-fraction",
+        0.02,
+        "--out",
+        out,
+        "--taps",
+        "layer1,layer2,layer3,layer2:attention,layer3:pool,layer3:grid2",
+    ]
     main([str(word) for word in asked])
     return out
 
@@ -76,9 +123,26 @@ def featured(shared: Path, cifar: Path, tmp_path_factory: pytest.TempPathFactory
 def test_every_method_trains_a_student_from_one_cache(featured: Path, cifar: Path, stages: Stages, part: int) -> None:
     some = list(METHODS)[part::4]
     table = stages(
-        "methods", "--data", f"folder:{cifar}", "--cache", featured, "--arch", "resnet8", "--epochs", 2,
-        "--batch-size", 64, "--learning-rate", 0.05, "--time-steps", 2, "--only", ",".join(some), "--out", "m",
-    )  # fmt: skip
+        "methods",
+        "--data",
+        f"folder:{cifar}",
+        "--cache",
+        featured,
+        "--arch",
+        "resnet8",
+        "--epochs",
+        2,
+        "--batch-size",
+        64,
+        "--learning-rate",
+        0.05,
+        "--time-steps",
+        2,
+        "--only",
+        ",".join(some),
+        "--out",
+        "m",
+    )
     assert {row["method"]: row.get("failed") for row in table["methods"]} == dict.fromkeys(["hard", *some])
     for name in [path.name for path in Path("m").iterdir() if path.is_dir()]:
         epochs = [json.loads(line) for line in Path(f"m/{name}/metrics.jsonl").read_text().splitlines()]
@@ -92,9 +156,23 @@ def test_the_learned_blend_of_two_public_networks_is_no_worse_than_either_and_th
     caches: list[str] = []
     for teacher, (name, _) in KNOWN.items():
         stages(
-            "teacher-cache", *data, "--teacher", teacher, "--weights", shared / "weights" / name,
-            "--normalize", "imagenet", "--views", "crop-flip", "--draws", 1, "--train-size", 2000, "--out", teacher,
-        )  # fmt: skip
+            "teacher-cache",
+            *data,
+            "--teacher",
+            teacher,
+            "--weights",
+            shared / "weights" / name,
+            "--normalize",
+            "imagenet",
+            "--views",
+            "crop-flip",
+            "--draws",
+            1,
+            "--train-size",
+            2000,
+            "--out",
+            teacher,
+        )
         caches += ["--cache", teacher]
     *others, learned = stages("blend", *caches)["rows"]
     assert learned["name"] == "learned"

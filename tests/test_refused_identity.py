@@ -107,12 +107,16 @@ ASKED: dict[str, tuple[Change, tuple[str, ...], tuple[str, ...]]] = {
     "another precision": (unchanged, ("--precision", "bfloat16"), ("precision",)),
     "another codec": (unchanged, ("--codec", "sqrt8"), ("codec",)),
     "another split seed": (
-        unchanged, ("--seed", "1"), (*CONTENT[:2], "transfer_set.cut.seed", "views.seed"),
+        unchanged,
+        ("--seed", "1"),
+        (*CONTENT[:2], "transfer_set.cut.seed", "views.seed"),
     ),
     "another share to validate on": (
-        unchanged, ("--val-fraction", "0.25"), (*CONTENT[:2], "transfer_set.cut.val_fraction"),
+        unchanged,
+        ("--val-fraction", "0.25"),
+        (*CONTENT[:2], "transfer_set.cut.val_fraction"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ASKED)

@@ -81,10 +81,14 @@ def test_a_run_that_was_stopped_is_there_and_marked(page: str) -> None:
 
 @pytest.mark.parametrize(
     ("step", "state"),
-    [(2, "unfinished: no epoch is over"), (5, "unfinished: distilled, seed 1 of 2, epoch 2 of 2"),
-     (8, "unfinished: student, seed 1 of 2, epoch 3 of 3"), (10, "unfinished: baseline, seed 1 of 2, epoch 1 of 3"),
-     (15, "unfinished: distilled, seed 2 of 2, epoch 1 of 2")],
-)  # fmt: skip
+    [
+        (2, "unfinished: no epoch is over"),
+        (5, "unfinished: distilled, seed 1 of 2, epoch 2 of 2"),
+        (8, "unfinished: student, seed 1 of 2, epoch 3 of 3"),
+        (10, "unfinished: baseline, seed 1 of 2, epoch 1 of 3"),
+        (15, "unfinished: distilled, seed 2 of 2, epoch 1 of 2"),
+    ],
+)
 def test_it_is_said_how_far_a_stopped_run_has_come(tiny: Path, stages: Stages, step: int, state: str) -> None:
     """2 + 1 epochs of 2 steps for each of 2 seeds, distilled, fine-tuned and as a baseline."""
     with pytest.MonkeyPatch.context() as patch:

@@ -49,11 +49,45 @@ def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     caches = []
     for depth, name in ((56, "resnet56-4bfd9763.th"), (20, "resnet20-12fca82f.th")):
         caches += ["--cache", str(folder / f"r{depth}")]
-        main(["teacher-cache", *data, "--teacher", f"resnet{depth}", "--weights", str(shared / "weights" / name),
-              "--normalize", "imagenet", "--views", "crop-flip", "--draws", "1", "--out", caches[-1]])  # fmt: skip
+        main(
+            [
+                "teacher-cache",
+                *data,
+                "--teacher",
+                f"resnet{depth}",
+                "--weights",
+                str(shared / "weights" / name),
+                "--normalize",
+                "imagenet",
+                "--views",
+                "crop-flip",
+                "--draws",
+                "1",
+                "--out",
+                caches[-1],
+            ]
+        )
     run = str(folder / "runs/two-teachers")
-    main(["student", *data, *caches, "--combine", "learned", "--arch", "resnet8", "--epochs", "2", "--baseline",
-          "--batch-size", "50", "--learning-rate", "0.02", "--out", run])  # fmt: skip
+    main(
+        [
+            "student",
+            *data,
+            *caches,
+            "--combine",
+            "learned",
+            "--arch",
+            "resnet8",
+            "--epochs",
+            "2",
+            "--baseline",
+            "--batch-size",
+            "50",
+            "--learning-rate",
+            "0.02",
+            "--out",
+            run,
+        ]
+    )
     report(folder, run)
     return folder / "report/report.html"
 

@@ -10,8 +10,20 @@ from commands import Stages
 import softcache.stages.training as training
 
 # At this rate a small student rises and falls.
-STUDENT = ("--arch", "mlp:8", "--epochs", 8, "--batch-size", 20, "--learning-rate", 0.3, "--loss", "hard",
-           "--schedule", "constant")  # fmt: skip
+STUDENT = (
+    "--arch",
+    "mlp:8",
+    "--epochs",
+    8,
+    "--batch-size",
+    20,
+    "--learning-rate",
+    0.3,
+    "--loss",
+    "hard",
+    "--schedule",
+    "constant",
+)
 
 
 def lines_of(folder: str) -> list[dict[str, Any]]:

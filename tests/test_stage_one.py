@@ -235,9 +235,19 @@ def test_a_row_that_is_not_finite_is_named(stages: Stages, tmp_path: Path) -> No
     (tmp_path / "spoiled.py").write_text(source)
     torch.save({"linear.weight": torch.zeros(10, 64), "linear.bias": torch.zeros(10)}, tmp_path / "w.pt")
     line = stages.fails(
-        1, "teacher-cache", "--train-size", "50", "--teacher", "spoiled:make", "--weights", tmp_path / "w.pt",
-        "--normalize", "none", "--out", tmp_path / "c",
-    )  # fmt: skip
+        1,
+        "teacher-cache",
+        "--train-size",
+        "50",
+        "--teacher",
+        "spoiled:make",
+        "--weights",
+        tmp_path / "w.pt",
+        "--normalize",
+        "none",
+        "--out",
+        tmp_path / "c",
+    )
     assert f"train index {worst}, draw 0 is nan" in line
     assert not (tmp_path / "c/manifest.json").exists()
 

@@ -169,11 +169,24 @@ def test_students_of_other_archs_train_when_the_teacher_is_gone(
 HARD_CASES = {
     "plain": ("--arch", "mlp:16", "--loss", "kd:temperature=8->1", "--loss", "hard:weight=0->1"),
     "everything": (
-        "--arch", "torchvision:mobilenet_v3_small", "--optimizer", "adamw", "--ema", "0.9", "--clip-norm", "1",
-        "--loss", "kd", "--loss", "hint:teacher=pool1,student=features.1,weight=1", "--schedule", "step",
-        "--learning-rate", "0.001",
+        "--arch",
+        "torchvision:mobilenet_v3_small",
+        "--optimizer",
+        "adamw",
+        "--ema",
+        "0.9",
+        "--clip-norm",
+        "1",
+        "--loss",
+        "kd",
+        "--loss",
+        "hint:teacher=pool1,student=features.1,weight=1",
+        "--schedule",
+        "step",
+        "--learning-rate",
+        "0.001",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HARD_CASES)
@@ -295,9 +308,23 @@ def test_each_loss_trains(tiny: Path, stages: Stages, loss: str) -> None:
 
 def test_a_student_that_diverges_stops_with_epoch_term_and_a_suggestion(tiny: Path, stages: Stages) -> None:
     line = stages.fails(
-        1, "student", "--cache", tiny / "cache", "--arch", "mlp:16", "--loss", "logit_mse", "--epochs", 3,
-        "--learning-rate", 1e6, "--warmup", 0, "--out", "r",
-    )  # fmt: skip
+        1,
+        "student",
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:16",
+        "--loss",
+        "logit_mse",
+        "--epochs",
+        3,
+        "--learning-rate",
+        1e6,
+        "--warmup",
+        0,
+        "--out",
+        "r",
+    )
     assert "the term 'logit_mse'" in line
     assert "in epoch " in line
     assert "Lower --learning-rate (now 1e+06)" in line

@@ -42,10 +42,21 @@ def same_run(one: str, other: str) -> None:
 
 def test_archs_of_one_stream_end_with_the_weights_that_each_has_alone(tiny: Path, stages: Stages) -> None:
     more = (
-        *COMMON, "--cache", tiny / "cache", "--loss", "kd",
-        "--loss", "hint:teacher=flatten,student=linear,weight=0.01",
-        "--finetune-epochs", 2, "--ema", 0.9, "--select", "accuracy", "--baseline",
-    )  # fmt: skip
+        *COMMON,
+        "--cache",
+        tiny / "cache",
+        "--loss",
+        "kd",
+        "--loss",
+        "hint:teacher=flatten,student=linear,weight=0.01",
+        "--finetune-epochs",
+        2,
+        "--ema",
+        0.9,
+        "--select",
+        "accuracy",
+        "--baseline",
+    )
     archs = ("mlp:16", "cnn")
     stages("student", *more, *(word for arch in archs for word in ("--arch", arch)), "--out", "all")
     for arch in archs:

@@ -21,9 +21,21 @@ from softcache.pipeline.models.weights import load_state
 
 QUICK = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
 LONG = (
-    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "inception_v3", "mnasnet0_5", "mobilenet_v2",
-    "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11", "vit_b_16",
-)  # fmt: skip
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "regnet_y_400mf",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vit_b_16",
+)
 
 
 # Small and grey pictures

@@ -31,8 +31,17 @@ FOLDERS = {
     "cifar100": "cifar-100-python",
 }
 FASHION = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
 def images_of(split: Split) -> Pixels:
@@ -193,9 +202,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"torchvision.datasets.{door}.download_and_extract_archive", fail)
 
 
-@pytest.mark.parametrize(("data", "channels", "size"), [
-    ("mnist", 1, 28), ("fashion-mnist", 1, 28), ("cifar10", 3, 32), ("cifar100", 3, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "channels", "size"),
+    [
+        ("mnist", 1, 28),
+        ("fashion-mnist", 1, 28),
+        ("cifar10", 3, 32),
+        ("cifar100", 3, 32),
+    ],
+)
 def test_pixels_and_labels_are_those_of_the_files(
     write_and_load: Write, no_network: None, data: str, channels: int, size: int
 ) -> None:

@@ -28,8 +28,14 @@ Words = tuple[object, ...]
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 4, "--batch-size", 100)
 LOSSES = ("--loss", "kd:temperature=4,weight=0.9", "--loss", "hard:weight=0.1")
-SPACE = ("--search", "kd.temperature=1..20:log", "--search", "hard.weight=0.1..10:log",
-         "--search", "learning_rate=0.001..0.3:log")  # fmt: skip
+SPACE = (
+    "--search",
+    "kd.temperature=1..20:log",
+    "--search",
+    "hard.weight=0.1..10:log",
+    "--search",
+    "learning_rate=0.001..0.3:log",
+)
 TRIALS = 12  # the first ten are drawn blindly, the others from what is known
 
 
@@ -162,8 +168,19 @@ def test_without_pruning_every_trial_comes_to_its_end(tiny: Path, stages: Stages
 
 
 def test_a_trial_that_diverges_is_one_row_and_not_tried_again(tiny: Path, stages: Stages) -> None:
-    command = ("tune", "--cache", tiny / "cache", *STUDENT, "--loss", "logit_mse", "--search",
-               "learning_rate=0.01|1e9|0.02", "--grid", "--out", "s")  # fmt: skip
+    command = (
+        "tune",
+        "--cache",
+        tiny / "cache",
+        *STUDENT,
+        "--loss",
+        "logit_mse",
+        "--search",
+        "learning_rate=0.01|1e9|0.02",
+        "--grid",
+        "--out",
+        "s",
+    )
     rows = stages(*command)["trials"]
     assert [row["state"] for row in rows] == ["complete", "failed", "complete"]
     assert "diverged" in rows[1]["failed"]
@@ -341,10 +358,12 @@ def test_of_two_that_begin_a_slot_at_once_the_first_has_it(
             attributes = {"slot": slot, "folder": "elsewhere", "beat": 0, "claim": "rival"}
             self.study.add_trial(
                 shared_study.create_trial(
-                    state=shared_study.TrialState.RUNNING, params=rival[0], distributions=self._distributions(),
+                    state=shared_study.TrialState.RUNNING,
+                    params=rival[0],
+                    distributions=self._distributions(),
                     user_attrs=attributes,
                 )
-            )  # fmt: skip
+            )
         return found
 
     monkeypatch.setattr(shared_study.SharedStudy, "_parameters", slow)

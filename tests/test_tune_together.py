@@ -9,9 +9,21 @@ from commands import Stages
 from stopping import stop_at
 
 SEARCH = (
-    "--arch", "mlp:8", "--batch-size", 100, "--loss", "kd:temperature=4", "--no-prune", "--grid",
-    "--search", "kd.temperature=1|4|16", "--search", "learning_rate=0.05|1e9", "--search", "epochs=2|3",
-)  # fmt: skip
+    "--arch",
+    "mlp:8",
+    "--batch-size",
+    100,
+    "--loss",
+    "kd:temperature=4",
+    "--no-prune",
+    "--grid",
+    "--search",
+    "kd.temperature=1|4|16",
+    "--search",
+    "learning_rate=0.05|1e9",
+    "--search",
+    "epochs=2|3",
+)
 
 
 def trials_of(folder: str) -> list[dict[str, Any]]:
@@ -31,8 +43,25 @@ def test_trials_together_are_those_one_after_the_other(tiny: Path, stages: Stage
 
 
 def test_stopped_it_makes_the_same_search(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ("tune", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 4, "--batch-size", 100, "--together", 4,
-            "--loss", "kd:temperature=4", "--search", "kd.temperature=1..20:log", "--trials", 16)  # fmt: skip
+    said = (
+        "tune",
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:8",
+        "--epochs",
+        4,
+        "--batch-size",
+        100,
+        "--together",
+        4,
+        "--loss",
+        "kd:temperature=4",
+        "--search",
+        "kd.temperature=1..20:log",
+        "--trials",
+        16,
+    )
     stages(*said, "--out", "whole")
     stop_at(monkeypatch, 30, 90)
     for _ in range(2):
@@ -43,9 +72,22 @@ def test_stopped_it_makes_the_same_search(tiny: Path, stages: Stages, monkeypatc
 
 def test_a_trial_that_does_not_fit_is_a_row_and_the_others_of_its_stream_go_on(tiny: Path, stages: Stages) -> None:
     said = (
-        "tune", "--cache", tiny / "cache", "--epochs", 2, "--batch-size", 100, "--grid", "--no-prune",
-        "--loss", "kd", "--loss", "hint:teacher=pool1,student=pool1,weight=0.01", "--search", "arch=cnn|mlp:8",
-    )  # fmt: skip
+        "tune",
+        "--cache",
+        tiny / "cache",
+        "--epochs",
+        2,
+        "--batch-size",
+        100,
+        "--grid",
+        "--no-prune",
+        "--loss",
+        "kd",
+        "--loss",
+        "hint:teacher=pool1,student=pool1,weight=0.01",
+        "--search",
+        "arch=cnn|mlp:8",
+    )
     stages(*said, "--together", 2, "--out", "two")
     stages(*said, "--out", "one")
     assert trials_of("two") == trials_of("one")

@@ -17,11 +17,18 @@ packed, place = tars.packed, tars.place
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("draw-000", "beside"), ("draw-000", "nowhere"), ("draw-000/shard-00000.h5", "beside/precious"),
-        ("draw-000/shard-00000.h5", "nowhere"), ("head.h5", "beside/precious"), ("manifest.json", "beside/precious"),
-        ("README.md", "beside/precious"), ("README.md", "nowhere"), (".lock", "beside/precious"), ("more", "beside"),
+        ("draw-000", "beside"),
+        ("draw-000", "nowhere"),
+        ("draw-000/shard-00000.h5", "beside/precious"),
+        ("draw-000/shard-00000.h5", "nowhere"),
+        ("head.h5", "beside/precious"),
+        ("manifest.json", "beside/precious"),
+        ("README.md", "beside/precious"),
+        ("README.md", "nowhere"),
+        (".lock", "beside/precious"),
+        ("more", "beside"),
     ],
-)  # fmt: skip
+)
 def test_links_in_the_folder_are_neither_followed_nor_written_through(
     packed: Path, place: Path, name: str, target: str
 ) -> None:

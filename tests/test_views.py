@@ -264,9 +264,17 @@ def seen_by_student(
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Views by (index, draw) as stage two renders them, shuffled; every one of them is met once."""
     stream = Stream(
-        split, parse_views(spec), view_seed=9, order_seed=3, batch_size=batch_size, labels=split.labels,
-        rows=np.arange(len(split)), draws=draws, workers=workers, start_method=start_method,
-    )  # fmt: skip
+        split,
+        parse_views(spec),
+        view_seed=9,
+        order_seed=3,
+        batch_size=batch_size,
+        labels=split.labels,
+        rows=np.arange(len(split)),
+        draws=draws,
+        workers=workers,
+        start_method=start_method,
+    )
     seen, order = {}, []
     for batch in stream.batches(0, draws * stream.steps_per_round):
         order += [(int(i), batch.draw) for i in batch.index]
@@ -281,9 +289,15 @@ def assert_same_views(one: dict[tuple[int, int], torch.Tensor], other: dict[tupl
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
-@pytest.mark.parametrize(("spec", "batch_size"), [
-    ("none:size=8", 7), ("crop:size=8", 1), ("crop-flip:size=8,mixup=0.2", 16), ("resized-crop-flip:size=8", 48),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "batch_size"),
+    [
+        ("none:size=8", 7),
+        ("crop:size=8", 1),
+        ("crop-flip:size=8,mixup=0.2", 16),
+        ("resized-crop-flip:size=8", 48),
+    ],
+)
 def test_the_student_sees_the_pixels_that_the_teacher_saw(mixed_train: Split, spec: str, batch_size: int) -> None:
     assert_same_views(seen_by_teacher(mixed_train, spec, 3), seen_by_student(mixed_train, spec, 3, batch_size))
 

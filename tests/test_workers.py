@@ -34,9 +34,19 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     rows, n = found.splits["train"], len(found.splits["train"])
     position_of = np.argsort(cache.order("train"))
     stream = Stream(
-        rows, cache.views, cache.seed, 3, 5, rows.labels, np.arange(n), draws=2, cache=cache, taps=("hidden1",),
-        workers=MANY[method] if method else 0, start_method=method,
-    )  # fmt: skip
+        rows,
+        cache.views,
+        cache.seed,
+        3,
+        5,
+        rows.labels,
+        np.arange(n),
+        draws=2,
+        cache=cache,
+        taps=("hidden1",),
+        workers=MANY[method] if method else 0,
+        start_method=method,
+    )
     seen: dict[int, list[int]] = {0: [], 1: []}
     before = torch.get_rng_state()
     for batch in stream.batches(0, 2 * stream.steps_per_round):

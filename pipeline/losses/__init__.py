@@ -27,13 +27,38 @@ __all__ = ["LOSSES", "Loss", "at", "parse_losses"]
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Hard(), TfKD(),
-        Output(), KD(), LogitMSE(), DKD(), NKD(), DIST(), WSLD(), CTKD(), MultiTemperature(),
-        LogitAdjusted(), BalancedSoftmax(), BalancedKD(), DiVE(), SoftF1(),
-        Hint(), ConcatHint(), VID(), Attention(), NST(), Similarity(), RKD(), PKT(), CC(),
-        SRRL(), CatKD(), SimKD(), CRD(), ReviewKD(),
+        Hard(),
+        TfKD(),
+        Output(),
+        KD(),
+        LogitMSE(),
+        DKD(),
+        NKD(),
+        DIST(),
+        WSLD(),
+        CTKD(),
+        MultiTemperature(),
+        LogitAdjusted(),
+        BalancedSoftmax(),
+        BalancedKD(),
+        DiVE(),
+        SoftF1(),
+        Hint(),
+        ConcatHint(),
+        VID(),
+        Attention(),
+        NST(),
+        Similarity(),
+        RKD(),
+        PKT(),
+        CC(),
+        SRRL(),
+        CatKD(),
+        SimKD(),
+        CRD(),
+        ReviewKD(),
     )
-}  # fmt: skip
+}
 
 
 def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:

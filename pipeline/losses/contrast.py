@@ -63,9 +63,14 @@ class Contrast(nn.Module):
         self.register_buffer("log_z", torch.tensor(math.nan))
 
     def forward(
-        self, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, chosen: torch.Tensor,
+        self,
+        s: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        index: torch.Tensor,
+        chosen: torch.Tensor,
         temperature: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """s [B, S], t [B, T], labels and index [B] of the batch; chosen [N], rows of the bank to contrast with."""
         mine, right = F.normalize(self.student(s), dim=1), F.normalize(self.teacher(t), dim=1)
         wrong = F.normalize(self.teacher(self.features[chosen].to(s.dtype)), dim=1)

@@ -137,10 +137,12 @@ class _Gaussian(nn.Module):
     def __init__(self, inside: int, outside: int):
         super().__init__()
         self.mean = nn.Sequential(
-            nn.Conv2d(inside, outside, 1, bias=False), nn.ReLU(),
-            nn.Conv2d(outside, outside, 1, bias=False), nn.ReLU(),
+            nn.Conv2d(inside, outside, 1, bias=False),
+            nn.ReLU(),
             nn.Conv2d(outside, outside, 1, bias=False),
-        )  # fmt: skip
+            nn.ReLU(),
+            nn.Conv2d(outside, outside, 1, bias=False),
+        )
         self.rho = nn.Parameter(torch.full((1, outside, 1, 1), math.log(math.exp(5 - 1e-5) - 1)))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

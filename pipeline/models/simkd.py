@@ -22,10 +22,16 @@ class SimKDStudent(nn.Module):
         self.backbone, self.layer = backbone, layer
         middle = max(1, width // 2)
         self.projector = nn.Sequential(
-            nn.Conv2d(inside, middle, 1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(),
-            nn.Conv2d(middle, middle, 3, padding=1, bias=False), nn.BatchNorm2d(middle), nn.ReLU(),
-            nn.Conv2d(middle, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(inside, middle, 1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(),
+            nn.Conv2d(middle, middle, 3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(),
+            nn.Conv2d(middle, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
         self.linear = nn.Linear(width, classes).requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,9 @@ def of_costs(points: Sequence[Point]) -> Picture:
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, what, key in zip(panels, ("parameters", "ms a picture, one thread"), ("parameters", "milliseconds"),
-                                   strict=True):  # fmt: skip
+        for axes, what, key in zip(
+            panels, ("parameters", "ms a picture, one thread"), ("parameters", "milliseconds"), strict=True
+        ):
             some = [point for point in points if getattr(point, key)]
             _cloud(axes, some, [getattr(point, key) for point in some])
             for point in points:
@@ -170,9 +171,14 @@ def _shares(confusion: Sequence[Sequence[float]]) -> NDArray[np.float64]:
 
 
 def _matrix(
-    figure: Figure, axes: Axes, values: NDArray[np.float64], names: list[str], title: str, colours: str,
+    figure: Figure,
+    axes: Axes,
+    values: NDArray[np.float64],
+    names: list[str],
+    title: str,
+    colours: str,
     span: tuple[float, float],
-) -> None:  # fmt: skip
+) -> None:
     axes.set_facecolor("#DDDDDD")
     image = axes.imshow(values, cmap=colours, vmin=span[0], vmax=span[1])
     figure.colorbar(image, ax=axes, shrink=0.75)

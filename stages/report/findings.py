@@ -34,8 +34,9 @@ def agreement(students: Sequence[NDArray[np.floating]], teacher: NDArray[np.floa
         for i, rows in enumerate((said == truth, said != truth)):
             some = guess[rows]
             same, corrected = some == said[rows], (some == truth[rows]) & (some != said[rows])
-            shares[i].append(np.array([same.mean(), corrected.mean(), (~same & ~corrected).mean()]) if rows.any()
-                             else np.zeros(3))  # fmt: skip
+            shares[i].append(
+                np.array([same.mean(), corrected.mean(), (~same & ~corrected).mean()]) if rows.any() else np.zeros(3)
+            )
     right, wrong = (tuple(np.mean(one, axis=0).tolist()) for one in shares)
     count = int((said == truth).sum())
     return Agreement((count, len(truth) - count), right, wrong)

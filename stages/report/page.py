@@ -81,6 +81,12 @@ def page(title: str, groups: list[GroupPart], again: str) -> str:
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     columns: list[dict[str, Any]] = [{"name": n, "title": title_of(n), "better": better(n)} for n in COLUMNS]
     return environment.get_template("page.html").render(
-        title=title, groups=groups, again=again, columns=columns, version=__version__, date=date.today().isoformat(),
-        script=script, script_digest=base64.b64encode(sha256(script.encode()).digest()).decode(),
-    )  # fmt: skip
+        title=title,
+        groups=groups,
+        again=again,
+        columns=columns,
+        version=__version__,
+        date=date.today().isoformat(),
+        script=script,
+        script_digest=base64.b64encode(sha256(script.encode()).digest()).decode(),
+    )

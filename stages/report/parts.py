@@ -61,12 +61,19 @@ def part_of(
             pictures += _of_inspection(inspections[fingerprint])
     apart = disagreements(run, split, settings, loaded) if settings.show else []
     return RunPart(
-        name=printable(run.name), state=run.state, open=unfolded, split=split, pictures=pictures, notes=notes,
-        classes=_classes(run, split), apart=[] if isinstance(apart, str) else apart,
+        name=printable(run.name),
+        state=run.state,
+        open=unfolded,
+        split=split,
+        pictures=pictures,
+        notes=notes,
+        classes=_classes(run, split),
+        apart=[] if isinstance(apart, str) else apart,
         not_apart=printable(apart, None) if isinstance(apart, str) else "",
-        bill=in_one_line(run.result["bill"]) if run.result else "", provenance=_provenance(run),
+        bill=in_one_line(run.result["bill"]) if run.result else "",
+        provenance=_provenance(run),
         command=command("student", run.settings, resume=False, json=False),
-    )  # fmt: skip
+    )
 
 
 def _curves(run: Run, notes: list[str]) -> list[Shown]:
@@ -130,11 +137,19 @@ def _of_logits(run: Run, split: str, notes: list[str]) -> list[Shown]:
     follows = f"the student says the same in {100 * found.right[0]:.1f} % of the rows that the teacher gets right"
     also = f"and in {100 * found.wrong[0]:.1f} % of those that it gets wrong" if found.rows[1] else ""
     return [
-        shown("reliability", drawing.of_reliability(models), f"Reliability diagram. Calibration error: {errors}",
-              "Reliability: how often a guess of some confidence is right (15 bins), and how many rows each bin has."),
-        shown("agreement", drawing.of_agreement(found), f"Agreement: {follows} {also}",
-              "Agreement with the teacher where it is right and where it is wrong."),
-    ]  # fmt: skip
+        shown(
+            "reliability",
+            drawing.of_reliability(models),
+            f"Reliability diagram. Calibration error: {errors}",
+            "Reliability: how often a guess of some confidence is right (15 bins), and how many rows each bin has.",
+        ),
+        shown(
+            "agreement",
+            drawing.of_agreement(found),
+            f"Agreement: {follows} {also}",
+            "Agreement with the teacher where it is right and where it is wrong.",
+        ),
+    ]
 
 
 def _of_inspection(record: dict[str, Any]) -> list[Shown]:
@@ -144,11 +159,19 @@ def _of_inspection(record: dict[str, Any]) -> list[Shown]:
         return []
     best = f"the best tap is {record['best']}"
     return [
-        shown("taps", of_inspection.of_taps(taps, joint["teacher"], joint["majority"], joint["split"]),
-              f"Feature importance of the taps: {best}", "Feature importance: which layers of the teacher matter."),
-        shown("channels", of_inspection.of_channels(channels, _CHANNELS),
-              "Feature importance of the channels of each tap", "Feature importance: the first channels of each tap."),
-    ]  # fmt: skip
+        shown(
+            "taps",
+            of_inspection.of_taps(taps, joint["teacher"], joint["majority"], joint["split"]),
+            f"Feature importance of the taps: {best}",
+            "Feature importance: which layers of the teacher matter.",
+        ),
+        shown(
+            "channels",
+            of_inspection.of_channels(channels, _CHANNELS),
+            "Feature importance of the channels of each tap",
+            "Feature importance: the first channels of each tap.",
+        ),
+    ]
 
 
 def _names(run: Run, classes: int) -> list[str]:

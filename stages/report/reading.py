@@ -22,9 +22,20 @@ from ..taught import fingerprints_of
 MODELS = ("teacher", "baseline", "student")
 TRAININGS = ("distilled", "student", "baseline")
 _NUMBERS = (
-    "accuracy", "nll", "ece", "precision_macro", "recall_macro", "f1_macro", "auroc_macro", "top5", "brier",
-    "f1_weighted", "agreement", "kl_to_teacher", "recall_tail",
-)  # fmt: skip
+    "accuracy",
+    "nll",
+    "ece",
+    "precision_macro",
+    "recall_macro",
+    "f1_macro",
+    "auroc_macro",
+    "top5",
+    "brier",
+    "f1_weighted",
+    "agreement",
+    "kl_to_teacher",
+    "recall_tail",
+)
 Line = dict[str, Any]
 
 

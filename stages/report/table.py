@@ -83,9 +83,15 @@ def _student(run: Run, model: str, split: str, costs: tuple[int, float] | None) 
     cells = {name: cell_of(name, figures.get(name), spread.get(name)) for name in COLUMNS}
     milliseconds = costs[1] if costs else None
     return Row(
-        printable(run.name), model, printable(record["arch"]), "", cells, int(record["parameters"]), milliseconds,
+        printable(run.name),
+        model,
+        printable(record["arch"]),
+        "",
+        cells,
+        int(record["parameters"]),
+        milliseconds,
         record["seconds"],
-    )  # fmt: skip
+    )
 
 
 def _teacher(run: Run, split: str, networks: Sequence[Network], found: Found) -> Row:
@@ -102,8 +108,9 @@ def _teacher(run: Run, split: str, networks: Sequence[Network], found: Found) ->
 
 def _unfinished(run: Run) -> Row:
     """As far as it came, by its last epoch's figures of validation."""
-    last: dict[str, Any] = next((seeds[-1][-1] for seeds in map(run.lines.get, ("student", "distilled"))
-                                 if seeds and seeds[-1]), {})  # fmt: skip
+    last: dict[str, Any] = next(
+        (seeds[-1][-1] for seeds in map(run.lines.get, ("student", "distilled")) if seeds and seeds[-1]), {}
+    )
     cells: dict[str, Cell] = {name: cell_of(name, last.get(f"val_{name}")) for name in COLUMNS}
     note = f"{run.state}; figures of validation" if last else run.state
     return Row(printable(run.name), "student", printable(run.settings.arch), note, cells, None, None, None)

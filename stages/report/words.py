@@ -13,9 +13,15 @@ from ..told_apart import judge
 from .reading import Run
 
 COLUMNS = {
-    "accuracy": "accuracy", "f1_macro": "macro F1", "precision_macro": "precision", "recall_macro": "recall",
-    "auroc_macro": "AUROC", "nll": "NLL", "ece": "ECE", "agreement": "agreement",
-}  # fmt: skip
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "precision_macro": "precision",
+    "recall_macro": "recall",
+    "auroc_macro": "AUROC",
+    "nll": "NLL",
+    "ece": "ECE",
+    "agreement": "agreement",
+}
 _IN_PERCENT = {"accuracy", "f1_macro", "precision_macro", "recall_macro", "auroc_macro", "ece", "agreement"}
 _FEW = ("accuracy", "f1_macro", "auroc_macro", "nll", "agreement")  # of the columns, for a pull request
 _LESS_IS_BETTER = {"nll", "ece"}
