@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared import Prepared
 from softcache.pipeline.records import TargetBatch
 from softcache.stages.checkpoint import State
-from softcache.stages.held_out import autocast
 from softcache.stages.job import Job
 from softcache.stages.material import Material
 from softcache.stages.passes import job_of

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from softcache.pipeline.models.folded import folded
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.reading import read_manifest
 from softcache.stages.console import Console
-from softcache.stages.held_out import autocast
 from softcache.stages.settings import CacheSettings
 from softcache.stages.teacher_cache import make
 

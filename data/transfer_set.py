@@ -287,3 +287,9 @@ def _digest(pictures: MemoryPictures | FolderPictures, labels: Labels, progress:
     whole.update(pictures.images.contiguous().numpy().data)
     whole.update(labels.astype("<i8").tobytes())
     return whole.hexdigest()
+
+
+def row_name(data: str) -> str:
+    """A data set's name as part of a folder's name: `digits`, or the last part of a folder's path."""
+    name, _, path = data.partition(":")
+    return Path(path).name or "folder" if path else name

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.data.errors import Refused
+from softcache.pipeline.reading import read_claim
 
 from .arithmetic import Arithmetic, arithmetic_of
 from .identity import Identity, fingerprint
@@ -13,7 +14,6 @@ from .manifest import NAME, UNFINISHED
 from .reading import read_manifest
 from .recover import extent_of, lost_pieces
 from .shards import said_by
-from .writer import read_claim
 
 PRECISIONS = ("float32", "bfloat16")
 

@@ -212,3 +212,13 @@ def _check_tiles(path: Path, manifest: Manifest) -> None:
     for (split, draw, name), rows in filled.items():
         if rows != manifest.splits[split]:
             raise Refused(f"{path}: {split}, draw {draw} has {rows} of {manifest.splits[split]} rows of {name}")
+
+
+def read_claim(folder: Path) -> Any:
+    try:
+        begun = json.loads(read_plain(folder, UNFINISHED, MANIFEST_MOST))
+        if isinstance(begun, dict):
+            return begun
+    except ValueError:
+        pass
+    raise Refused(f"'{folder / UNFINISHED}' is damaged: choose another --out, or delete it when its shards are yours")

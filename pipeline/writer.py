@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from softcache.data.errors import OtherCache, Refused
+from softcache.pipeline.reading import read_claim
 
 from .arithmetic import Arithmetic
 from .codec import TEMPERATURES
-from .files import make_folder, publish_json, read_plain, sync
+from .files import make_folder, publish_json, sync
 from .form import check_form
 from .identity import Identity, describe, fingerprint
 from .leftovers import tidy
@@ -280,16 +281,6 @@ def refuse_another(folder: Path, identity: Identity, taps: dict[str, list[int]],
     found = {**there.identity, "taps": {tap: there.taps[tap] for tap in common}}
     if asked != found:
         raise OtherCache(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
-
-
-def read_claim(folder: Path) -> Any:
-    try:
-        begun = json.loads(read_plain(folder, UNFINISHED, MANIFEST_MOST))
-        if isinstance(begun, dict):
-            return begun
-    except ValueError:
-        pass
-    raise Refused(f"'{folder / UNFINISHED}' is damaged: choose another --out, or delete it when its shards are yours")
 
 
 def _strange(folder: Path) -> list[str]:

@@ -9,11 +9,10 @@ import torch
 
 from softcache.data.errors import Refused
 from softcache.pipeline.models.folded import folded
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared import Prepared
 from softcache.pipeline.statistic import split_tap
 from softcache.pipeline.taps import tapped
-
-from .held_out import autocast
 
 Said = tuple[torch.Tensor, dict[str, torch.Tensor]]
 Answer = Callable[[torch.Tensor], Said]

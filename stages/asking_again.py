@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from softcache.data.errors import Refused
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache import Cache
+from softcache.stages.environment import device_of
 
 from .answering import answering_as
 from .asking import Ask
 from .command_line import settings_of
-from .runs import device_of
 from .settings import CheckSettings
 from .which_teacher import teacher_of_cache
 

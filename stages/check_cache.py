@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from softcache.data.errors import OtherCache, Refused, WrongCommand, printable
+from softcache.data.errors import Refused, WrongCommand, printable
 from softcache.data.threads import by_threads
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache import Cache
 from softcache.pipeline.leftovers import sweep
 from softcache.pipeline.manifest import HEAD, ShardRecord
 from softcache.pipeline.proof import compare_views
+from softcache.stages.run_data import data_of
 
 from .asking_again import Again, again, ask_of
-from .command_line import remake
-from .console import Console, bar, progress
+from .console import Console, bar
 from .repair import repair
 from .settings import CheckSettings
 
@@ -46,15 +46,6 @@ def run(name: str, settings: CheckSettings) -> None:
     if settings.deep and settings.weights and transfer_set is not None and not _bad(verdicts):
         asked = again(cache, ask_of(cache, transfer_set, settings))
     _report(name, cache, verdicts, asked, settings, console)
-
-
-def data_of(cache: Cache, data: str, root: Path) -> TransferSet:
-    """The cache's transfer set; when it is another one, the message ends with the command for a cache of that."""
-    try:
-        return cache.transfer_set(data, root, progress)
-    except OtherCache as error:
-        right = remake(cache, data=data or cache.data)
-        raise Refused(f"{error}\nMake a cache of these data with  {right}") from None
 
 
 def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:

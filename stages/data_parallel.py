@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from softcache.data import counter
 from softcache.data.errors import WrongCommand
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.records import Head, Outputs, TargetBatch
 from softcache.pipeline.stream import Stream, part
 
 from .console import Console
-from .held_out import autocast
 from .ranks import who
 from .settings import Training
 

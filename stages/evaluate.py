@@ -9,12 +9,13 @@ from softcache.data.errors import Refused, WrongCommand, printable
 from softcache.pipeline.cache import Cache
 from softcache.pipeline.models.prepared import Prepared
 from softcache.pipeline.models.weights import load_state, read_state
+from softcache.stages.runs import fingerprints_of
 
 from .console import Console
 from .material import Material
 from .runs import read_json, read_settings
 from .settings import EvaluateSettings, StudentSettings
-from .taught import fingerprints_of, open_caches
+from .taught import open_caches
 
 
 def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:

@@ -1,26 +1,21 @@
 """Held-out splits: what a model says about their plain views."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softcache.data.transfer_set import Split
+from softcache.data.errors import WrongCommand
+from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import ViewPolicy
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.stream import render_in_order
 
 from .settings import StudentSettings, TeacherSettings
 
 Trained = TeacherSettings | StudentSettings
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bfloat16 where it is asked for; float32 otherwise."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 class HeldOut:
@@ -59,3 +54,10 @@ class HeldOut:
             yield views
         if size <= self._KEEP_BYTES:
             self._kept = kept
+
+
+def check_select(settings: TeacherSettings | StudentSettings, transfer_set: TransferSet) -> None:
+    if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
+        raise WrongCommand(
+            f"--select {settings.select} needs labels to validate on, and these pictures have none: leave it out"
+        )

@@ -16,13 +16,14 @@ from softcache.pipeline.cache import Cache
 from softcache.pipeline.files import make_folder, publish_json, publish_text
 from softcache.pipeline.rows import Positions
 from softcache.pipeline.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
+from softcache.stages.environment import versions
 
 from .console import Console, bar, duration, progress
 from .extras import require
 from .findings import print_findings
 from .hint_command import hint_command
 from .probes import Sample, probe_taps
-from .runs import free_run, versions
+from .runs import free_run
 from .settings import InspectSettings
 
 _PAIRS = 10  # of classes, in inspect.json

@@ -15,6 +15,7 @@ from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.loss import fixed, teacher_taps
 from softcache.pipeline.losses.several import Term, by_one
 from softcache.pipeline.models import head_of
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared import Prepared
 from softcache.pipeline.records import Head, Known, Outputs, TargetBatch
 from softcache.pipeline.statistic import derived
@@ -23,7 +24,6 @@ from softcache.pipeline.taps import tapped
 
 from .checkpoint import Chance, State
 from .data_parallel import Abreast, flat
-from .held_out import autocast
 from .ranks import from_first
 from .runs import milestones_of
 from .settings import StudentSettings, TeacherSettings

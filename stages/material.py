@@ -25,10 +25,11 @@ from softcache.pipeline.records import Bank, Head, Known
 from softcache.pipeline.statistic import derived, source_of
 from softcache.pipeline.stream import Stream
 from softcache.pipeline.teachers import Teachers, gaps_of
+from softcache.stages.environment import device_of
+from softcache.stages.held_out import check_select
 
 from .console import progress
 from .held_out import HeldOut
-from .runs import device_of
 from .serving import (
     answered,
     cached_taps,
@@ -36,7 +37,6 @@ from .serving import (
     check_draws_per_decode,
     check_head,
     check_labels,
-    check_select,
     check_several,
     losses_of,
 )

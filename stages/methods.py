@@ -15,6 +15,7 @@ from softcache.pipeline.losses import at
 from softcache.pipeline.losses.loss import student_taps
 from softcache.pipeline.manifest import row_bytes
 from softcache.pipeline.taps import tapped
+from softcache.stages.environment import machine, versions
 
 from . import student as student_stage
 from .checkpoint import State
@@ -23,7 +24,7 @@ from .job import Job, loss_modules, step
 from .material import Material
 from .passes import job_of
 from .recipes import fill_in
-from .runs import free_run, machine, versions
+from .runs import free_run
 from .settings import MethodsSettings, StudentSettings
 
 _ROUNDS = 7

@@ -10,7 +10,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache import Cache
 from softcache.pipeline.lock import held
 from softcache.pipeline.manifest import HEAD, Manifest, Piece, ShardRecord
-from softcache.pipeline.models import head_of
+from softcache.pipeline.models import head_of, numbers_of
 from softcache.pipeline.proof import compare_views
 from softcache.pipeline.writer import Plan, Writer, accuracy
 
@@ -18,7 +18,6 @@ from .asking import Ask
 from .asking_again import again, ask_of
 from .console import Console, bar
 from .settings import CheckSettings
-from .teacher_cache import numbers_of
 
 
 def repair(

@@ -2,16 +2,11 @@
 
 import json
 import math
-import platform
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from softcache.data.errors import Refused, WrongCommand, printable
 from softcache.pipeline.files import make_folder, publish_json, remove_leftovers
@@ -20,7 +15,7 @@ from softcache.pipeline.lock import LOCK, held
 
 from .extras import require
 from .kept_logits import TEACHER_LOGITS
-from .ranks import barrier, from_first, is_first, who
+from .ranks import barrier, from_first, is_first
 from .settings import StudentSettings, TeacherSettings
 
 # Settings that say where a run lies and what it prints and keeps besides: with others it is the same run.
@@ -199,35 +194,10 @@ def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) and known else v for k, v in record.items()}
 
 
-def versions() -> dict[str, str]:
-    """Of everything that can change a pixel, a logit or a byte."""
-    names = ("torch", "torchvision", "numpy", "pillow", "h5py")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where a result was made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"device": f"{device.type} {name}", "threads": torch.get_num_threads(), "system": platform.platform()}
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """In bytes: of the process, and of the GPU where there is one."""
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.max_memory_allocated(device)
-    return found
-
-
-def device_of(name: str) -> torch.device:
-    """`auto` is a GPU when there is one, each rank's own. Raises WrongCommand for a device that is not there."""
-    if name in ("auto", "cuda") and who().here > 1 and torch.cuda.is_available():
-        return torch.device("cuda", who().local)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def fingerprints_of(record: dict[str, Any], path: Path) -> list[str]:
+    """Of the caches that a run was trained from, in its order. record: cache.json, which lies at path. Raises Refused
+    where it names none."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise WrongCommand(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from None
-    return device
+        return [str(one["fingerprint"]) for one in (record, *record.get("others", ()))]
+    except (KeyError, TypeError):
+        raise Refused(f"'{path}' is damaged: it names no fingerprint") from None

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from softcache.pipeline.files import publish_json
+from softcache.stages.environment import device_of, machine, versions
 
 from .command_line import command
 from .console import Console, duration
-from .runs import device_of, machine, versions
 from .search_space import Searched, with_values
 from .settings import StudentSettings
 from .shared_study import FrozenTrial, TrialState

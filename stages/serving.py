@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.errors import Refused, WrongCommand
-from softcache.data.transfer_set import Labels, TransferSet, class_counts, stratified
+from softcache.data.transfer_set import Labels, class_counts, stratified
 from softcache.pipeline.cache import Cache
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.hint import ConcatHint
@@ -20,7 +20,7 @@ from softcache.pipeline.statistic import derived, source_of, statistic
 from softcache.pipeline.teachers import Gaps
 
 from .command_line import remake
-from .settings import StudentSettings, TeacherSettings
+from .settings import StudentSettings
 
 # Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
 # 2 x 2) by more, another layer by half or all.
@@ -127,13 +127,6 @@ def check_labels(
     for loss in losses:
         if loss.needs_counts:
             counts_for(loss, torch.from_numpy(class_counts(visible(settings, labels), len(classes))), classes)
-
-
-def check_select(settings: TeacherSettings | StudentSettings, transfer_set: TransferSet) -> None:
-    if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
-        raise WrongCommand(
-            f"--select {settings.select} needs labels to validate on, and these pictures have none: leave it out"
-        )
 
 
 def answered(cache: Cache, gaps: Gaps) -> NDArray[np.int64]:

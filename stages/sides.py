@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from softcache.data.errors import Refused, printable
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.identity import differences
+from softcache.stages.runs import fingerprints_of
 
 from .kept_logits import LOGITS, read_logits
 from .runs import ASIDE, read_json
 from .settings import StudentSettings
-from .taught import fingerprints_of
 
 _SEEDS = ("seed", "seeds", "order_seed")
 # And on which machine; data by what is in the cache; a recipe by what it sets.

@@ -22,6 +22,7 @@ from softcache.pipeline.files import make_folder, publish_text, remove_leftovers
 from softcache.pipeline.losses import Loss, at
 from softcache.pipeline.losses.loss import fixed
 from softcache.pipeline.metrics import summary
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared import Prepared
 from softcache.pipeline.records import Outputs, TargetBatch
 
@@ -29,7 +30,7 @@ from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, tex
 from .console import Console
 from .data_parallel import flat
 from .epoch_line import line_of
-from .held_out import HeldOut, autocast
+from .held_out import HeldOut
 from .job import Job, names
 from .showing import showing
 from .training import diverged, fit_together, publish_weights, write_events

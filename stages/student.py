@@ -9,10 +9,11 @@ from shlex import quote
 from typing import Any
 
 from softcache.data.errors import Ended, Refused
-from softcache.data.transfer_set import TRANSFER_SETS, row_of
+from softcache.data.transfer_set import TRANSFER_SETS, row_name, row_of
 from softcache.pipeline.cache import Cache
 from softcache.pipeline.files import publish_json, remove_leftovers
 from softcache.pipeline.metrics import mean_and_spread
+from softcache.stages.environment import machine, peak_memory, versions
 
 from .bill import bill_of, in_one_line
 from .command_line import command, this_program
@@ -23,11 +24,10 @@ from .material import Material
 from .passes import Student, train_passes
 from .ranks import from_first, is_first, joined
 from .recipes import fill_in
-from .runs import begin_run, check_installed, machine, open_run, peak_memory, same_settings, unfinished, versions
+from .runs import begin_run, check_installed, open_run, same_settings, unfinished
 from .settings import StudentSettings
 from .table import print_table
 from .taught import in_words, keep, same_shards
-from .teacher import row_name
 
 _NOT_ALONE = {
     "soft_f1": "soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1",

@@ -15,8 +15,8 @@ from softcache.pipeline.identity import describe
 from softcache.pipeline.mapping import Mapping, fit_mapping
 from softcache.pipeline.records import Head
 from softcache.pipeline.teachers import Gaps, Teachers, check_same, runs_of
+from softcache.stages.run_data import data_of
 
-from .check_cache import data_of
 from .console import bar
 from .ranks import first_alone
 from .runs import read_json
@@ -128,15 +128,6 @@ def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, 
         fields = describe(used, begun, ("here", "begun with"))
         named = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
         raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
-
-
-def fingerprints_of(record: dict[str, Any], path: Path) -> list[str]:
-    """Of the caches that a run was trained from, in its order. record: cache.json, which lies at path. Raises Refused
-    where it names none."""
-    try:
-        return [str(one["fingerprint"]) for one in (record, *record.get("others", ()))]
-    except (KeyError, TypeError):
-        raise Refused(f"'{path}' is damaged: it names no fingerprint") from None
 
 
 def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from softcache.data.errors import WrongCommand
-from softcache.data.transfer_set import TransferSet, class_counts, load, row_of
+from softcache.data.transfer_set import TransferSet, class_counts, load, row_name, row_of
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.files import publish_json
 from softcache.pipeline.losses import parse_losses
@@ -18,13 +18,14 @@ from softcache.pipeline.models import build, multiply_adds, parameters
 from softcache.pipeline.models.prepared import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
 from softcache.pipeline.records import Known
 from softcache.pipeline.stream import Stream
+from softcache.stages.environment import device_of, machine, peak_memory, versions
+from softcache.stages.held_out import check_select
 
 from .command_line import command, free_name
 from .console import Console, progress
 from .held_out import HeldOut
 from .job import Job
-from .runs import begin_run, device_of, machine, open_run, peak_memory, versions
-from .serving import check_select
+from .runs import begin_run, open_run
 from .settings import CacheSettings, TeacherSettings
 from .training import fit
 
@@ -172,9 +173,3 @@ def preparation_of(normalize: str, transfer_set: TransferSet, views: ViewPolicy)
     pixels = render(rows.pictures, views.plain(), 0, sample, 0).double() / 255
     mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
     return Preparation(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))
-
-
-def row_name(data: str) -> str:
-    """A data set's name as part of a folder's name: `digits`, or the last part of a folder's path."""
-    name, _, path = data.partition(":")
-    return Path(path).name or "folder" if path else name

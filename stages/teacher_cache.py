@@ -14,13 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
-
 from softcache.data.errors import OtherCache, Refused, unknown
-from softcache.data.transfer_set import TransferSet, row_of
+from softcache.data.transfer_set import TransferSet, row_name, row_of
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.begun import begun
 from softcache.pipeline.cache import Cache
@@ -30,13 +25,14 @@ from softcache.pipeline.identity import Identity, fingerprint, identity_of
 from softcache.pipeline.leftovers import sweep
 from softcache.pipeline.lock import held
 from softcache.pipeline.manifest import NAME, Manifest
-from softcache.pipeline.models import head_of
+from softcache.pipeline.models import head_of, numbers_of
 from softcache.pipeline.models.prepared import Prepared
 from softcache.pipeline.models.weights import weights_digest
 from softcache.pipeline.proof import probe
 from softcache.pipeline.reading import read_manifest
 from softcache.pipeline.statistic import plain_tap
 from softcache.pipeline.writer import Plan, Writer, refuse_another
+from softcache.stages.environment import device_of, versions
 
 from . import ranks
 from . import teacher as teacher_stage
@@ -46,7 +42,6 @@ from .card import write_card
 from .command_line import command, free_name
 from .console import Console, duration
 from .precision import Chosen, Probe, choose, chosen_as, going_on
-from .runs import device_of, versions
 from .settings import CacheSettings, StudentSettings
 from .which_teacher import teacher_of
 from .writing import write_shards
@@ -111,7 +106,7 @@ def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[
         views=settings.views or recipe.views,
         draws=settings.draws or recipe.draws,
         val_fraction=settings.val_fraction or recipe.val_fraction,
-        out=settings.out or f"caches/{teacher_stage.row_name(data)}",
+        out=settings.out or f"caches/{row_name(data)}",
     )
     if settings.codec not in CODECS:
         raise unknown("codec", settings.codec, CODECS)
@@ -208,12 +203,6 @@ def _to_keep(settings: CacheSettings) -> dict[str, Any]:
     kept["weights"] = Path(settings.weights).name
     kept["data"] = "folder:PATH" if settings.data.startswith("folder:") else settings.data
     return kept
-
-
-def numbers_of(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight [K, D] and bias [K] of a linear layer, zeros where it has none."""
-    bias = torch.zeros(classes) if head.bias is None else head.bias.detach()
-    return head.weight.detach().float().cpu().numpy(), bias.float().cpu().numpy()
 
 
 def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> None:

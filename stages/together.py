@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Any
 
 from softcache.data.errors import Ended, Interrupted, WrongCommand
+from softcache.data.transfer_set import row_name
 from softcache.pipeline.files import publish_json
 
 from . import compare
@@ -21,7 +22,6 @@ from .ranks import who
 from .recipes import fill_in
 from .runs import free_run, milestones_of
 from .settings import ListSettings, StudentSettings, StudentsSettings
-from .teacher import row_name
 
 _REPEATED = ("arch", "seed", "losses")
 

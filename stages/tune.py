@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from softcache.data.errors import Ended, Interrupted, WrongCommand
+from softcache.data.transfer_set import row_name
 from softcache.pipeline.files import make_folder
 
 from . import student as student_stage
@@ -26,7 +27,6 @@ from .search_report import figure_of, line_of, rows_of, say_rows, write_report
 from .search_space import Searched, Value, parse_space, with_values
 from .settings import SearchSettings, StudentSettings
 from .shared_study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, follow, opened, optuna
-from .teacher import row_name
 from .together import train as train_together
 
 _MOST_POINTS = 100_000

@@ -15,7 +15,9 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from softcache.data.errors import WrongCommand, unknown
@@ -114,3 +116,9 @@ def multiply_adds(network: nn.Module, channels: int, size: int) -> int:
         network(torch.zeros(1, channels, size, size, device=device))
     network.train(was_training)
     return int(counter.get_total_flops()) // 2
+
+
+def numbers_of(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight [K, D] and bias [K] of a linear layer, zeros where it has none."""
+    bias = torch.zeros(classes) if head.bias is None else head.bias.detach()
+    return head.weight.detach().float().cpu().numpy(), bias.float().cpu().numpy()

@@ -7,6 +7,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from softcache.data.errors import WrongCommand, printable
+from softcache.data.transfer_set import row_name
 from softcache.pipeline.files import make_folder, publish_text
 
 from ..bill import in_one_line
@@ -15,7 +16,6 @@ from ..console import Console, progress
 from ..extras import require
 from ..runs import free_run
 from ..settings import ReportSettings
-from ..teacher import row_name
 from .latency import latencies
 from .reading import Run, read_runs
 from .words import Group, markdown, summary

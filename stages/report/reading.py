@@ -12,12 +12,12 @@ import numpy as np
 from softcache.data.errors import Refused, WrongCommand
 from softcache.pipeline.metrics import evaluate
 from softcache.pipeline.models.prepared import Preparation
+from softcache.stages.runs import fingerprints_of
 
 from ..checkpoint import LINES, lines_of
 from ..kept_logits import LOGITS, TEACHER_LOGITS, Kept, read_logits
 from ..runs import read_json, read_settings
 from ..settings import StudentSettings
-from ..taught import fingerprints_of
 
 MODELS = ("teacher", "baseline", "student")
 TRAININGS = ("distilled", "student", "baseline")
