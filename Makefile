@@ -208,14 +208,14 @@ bench: ## every promise about speed and size as a ratio: ROW=name,name DATA_ROOT
 	$(call ensure,$(RUNS_ON) torchdistill lmdb webdataset,dev$(comma)bench)
 	$(PY) -m bench $(call options,DATA_ROOT CIFAR WEIGHTS DEVICE) $(ROW)
 
-test: ## the default test suite
-	$(call ensure,$(RUNS_ON) $(PARTS) pytest hypothesis playwright)
-	$(PY) -m pytest
+test: ## the default test suite, by as many processes as there are processors
+	$(call ensure,$(RUNS_ON) $(PARTS) pytest xdist hypothesis playwright)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 browser: ## the report in a browser: wants the system's chromium
 	$(call ensure,$(RUNS_ON) $(PARTS) pytest playwright)
 	@command -v chromium > /dev/null || { echo "Error: no chromium here: apt-get install chromium" >&2; exit 2; }
-	$(PY) -m pytest -m browser tests/test_report_in_browser.py
+	$(PY) -m pytest -m browser tests/stages/report/test_report_in_browser.py
 
 slow: ## the long tests on real data
 	$(call ensure,$(RUNS_ON) pytest hypothesis)
@@ -223,7 +223,7 @@ slow: ## the long tests on real data
 
 torture: ## kills, flipped bits, hostile files, full disks: the full number of trials
 	$(call ensure,$(RUNS_ON) pytest hypothesis)
-	$(PY) -m pytest --torture -s $$(grep -l 'dose(' tests/test_*.py)
+	$(PY) -m pytest --torture -s $$(grep -rl --include='test_*.py' 'dose(' tests)
 
 check: lint test ## lint and test
 

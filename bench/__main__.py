@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from softcache.stages.environment import device_of
-from softcache.stages.memory import keep_large_blocks
+from softcache.stages.cli.malloc import keep_large_blocks
+from softcache.stages.runs.environment import device_of
 
 from .rounds import Given, Missing, machine, versions
 from .rows import ROWS, Row

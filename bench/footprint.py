@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from softcache.pipeline.cache import Cache
-from softcache.pipeline.manifest import row_bytes
-from softcache.stages.memory import keep_large_blocks
-from softcache.stages.passes import job_of
+from softcache.pipeline.cache.manifest import row_bytes
+from softcache.pipeline.cache.reader import Cache
+from softcache.stages.cli.malloc import keep_large_blocks
+from softcache.stages.student.phases import job_of
 
 from . import material
 from .rounds import Found, Given, Missing

@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from softcache.stages.checkpoint import State
-from softcache.stages.material import Material
-from softcache.stages.settings import StudentSettings
-from softcache.stages.training import _begin_epoch, _step_of_each
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.student.setup import Material
+from softcache.stages.training.checkpoint import State
+from softcache.stages.training.loop import _begin_epoch, _step_of_each
 
 from . import material
 from .rounds import Found, Given, Side, interleaved, over, parts
@@ -65,7 +65,7 @@ class Stacked:
     """Trainings as one vectorised model, as fit_stacked takes its steps; seconds of a picture."""
 
     def __init__(self, alone: Sequence[Ours]):
-        from softcache.stages.stacked import Stack, _weights, check_stackable
+        from softcache.stages.training.vectorized import Stack, _weights, check_stackable
 
         self.jobs = [one.job for one in alone]
         check_stackable(self.jobs)
@@ -75,7 +75,7 @@ class Stacked:
         self.weights, self.count, self.at = _weights(self.jobs, 0), alone[0].count, 0
 
     def __call__(self) -> float:
-        from softcache.stages.stacked import _step
+        from softcache.stages.training.vectorized import _step
 
         job, pictures, begun = self.jobs[0], 0, time.perf_counter()
         self.stack.train()

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from softcache.data.pictures import MemoryPictures
+from softcache.base.lock import held
+from softcache.data.image_arrays import MemoryPictures
 from softcache.data.transfer_set import TRANSFER_SETS, DataRow, Read, Recipe, TransferSet, load
 from softcache.data.views import ViewPolicy, parse_views, render
-from softcache.pipeline.codec import CODECS, fidelity
-from softcache.pipeline.identity import Identity, identity_of
-from softcache.pipeline.lock import held
-from softcache.pipeline.manifest import Piece
+from softcache.pipeline.cache.codecs import CODECS, fidelity
+from softcache.pipeline.cache.identity import Identity, identity_of
+from softcache.pipeline.cache.manifest import Piece
+from softcache.pipeline.cache.rows import row_order
+from softcache.pipeline.cache.shards import Arrays
+from softcache.pipeline.cache.verification import crc32
+from softcache.pipeline.cache.writer import Plan, Writer
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared import Preparation, Prepared
-from softcache.pipeline.proof import crc32
-from softcache.pipeline.rows import row_order
-from softcache.pipeline.shards import Arrays
-from softcache.pipeline.writer import Plan, Writer
-from softcache.stages.material import Material
-from softcache.stages.settings import StudentSettings
-from softcache.stages.student import with_recipe
+from softcache.pipeline.models.prepared_model import Preparation, Prepared
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.student.command import with_recipe
+from softcache.stages.student.setup import Material
 
 VAL_FRACTION = 0.02
 _BLOCK = 2048  # rows of features that are made, and repeated

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from softcache.pipeline.cache import Cache
-from softcache.pipeline.stream import _BLOCK, _BLOCKS, Stream
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.loading.stream import _BLOCK, _BLOCKS, Stream
 
 from . import material
 from .rounds import Found, Given, Missing, Side, interleaved, over, parts, timed
@@ -121,7 +121,7 @@ def others(given: Given, container: str) -> Found:
 
 def _seconds_of_writing(given: Given) -> float:
     """Of a row of the cache, beside rendering and making up what is written: one shard written again."""
-    from softcache.pipeline.shards import Shard, write_shard
+    from softcache.pipeline.cache.shards import Shard, write_shard
 
     cache = Cache(given.folder / "reads")
     record = next(r for r in cache.manifest.shards if r.split == "train")

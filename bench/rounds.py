@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from softcache.stages import environment
+from softcache.stages.runs import environment
 
 Side = Callable[[], float]  # takes its turn, and says how many seconds one unit of it took
 OPTIONAL = ("torchdistill", "lmdb", "webdataset")  # of the extra `bench`

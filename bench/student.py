@@ -13,17 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from softcache.pipeline.batch import TargetBatch
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models.precision import autocast
-from softcache.pipeline.models.prepared import Prepared
-from softcache.pipeline.records import TargetBatch
-from softcache.stages.checkpoint import State
-from softcache.stages.job import Job
-from softcache.stages.material import Material
-from softcache.stages.passes import job_of
-from softcache.stages.settings import StudentSettings
-from softcache.stages.training import WORTH_THREADS, _begin, _begin_epoch, _step_of_each
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.student.phases import job_of
+from softcache.stages.student.setup import Material
+from softcache.stages.training.checkpoint import State
+from softcache.stages.training.loop import WORTH_THREADS, _begin, _begin_epoch, _step_of_each
+from softcache.stages.training.step import Job
 
 from . import material
 from .rounds import Found, Given, Side, interleaved, over, parts

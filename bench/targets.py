@@ -17,17 +17,17 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import MNIST, ImageFolder
 
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared import Prepared
-from softcache.pipeline.models.weights import load_state, read_state, run_weights
-from softcache.stages import teacher as teacher_stage
-from softcache.stages.checkpoint import lines_of
-from softcache.stages.console import Console
-from softcache.stages.material import Material
-from softcache.stages.passes import job_of
-from softcache.stages.settings import CacheSettings, StudentSettings, TeacherSettings
-from softcache.stages.student import with_recipe
-from softcache.stages.teacher_cache import make
-from softcache.stages.training import fit
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state, run_weights
+from softcache.stages.cli.configs import CacheSettings, StudentSettings, TeacherSettings
+from softcache.stages.cli.console import Console
+from softcache.stages.student.command import with_recipe
+from softcache.stages.student.phases import job_of
+from softcache.stages.student.setup import Material
+from softcache.stages.teacher import command as teacher_stage
+from softcache.stages.teacher_cache.command import make
+from softcache.stages.training.checkpoint import lines_of
+from softcache.stages.training.loop import fit
 
 from .apart import apart
 from .rounds import Found, Given, Missing, Side, fastest, interleaved, parts

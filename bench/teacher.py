@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from softcache.pipeline.models.folded import folded
+from softcache.pipeline.cache.manifest_reader import read_manifest
+from softcache.pipeline.models.bn_folding import folded
 from softcache.pipeline.models.precision import autocast
-from softcache.pipeline.reading import read_manifest
-from softcache.stages.console import Console
-from softcache.stages.settings import CacheSettings
-from softcache.stages.teacher_cache import make
+from softcache.stages.cli.configs import CacheSettings
+from softcache.stages.cli.console import Console
+from softcache.stages.teacher_cache.command import make
 
 from . import material
 from .apart import apart

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from .errors import Refused
+from softcache.base.errors import Refused
 
 GREY = {"1", "L"}
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from . import counter
-from .errors import WrongCommand
+from softcache.base import rng as counter
+from softcache.base.errors import WrongCommand
 
 Rows = NDArray[np.int64]
 SAMPLERS = {"balanced": 0.0, "sqrt": 0.5}  # a class is shown in proportion to this power of its rows

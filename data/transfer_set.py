@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import counter
-from .errors import Refused, WrongCommand, unknown
-from .folder import FolderPictures, Progress, digest_files, read_folder
+from softcache.base import rng as counter
+from softcache.base.errors import Refused, WrongCommand, unknown
+
+from .image_arrays import MemoryPictures
+from .image_folder import FolderPictures, Progress, digest_files, read_folder
 from .long_tail import largest_remainders, long_tailed, parse_imbalance
-from .pictures import MemoryPictures
 
 Labels = NDArray[np.int64]
 Read = tuple[dict[str, tuple[MemoryPictures | FolderPictures, Labels]], tuple[str, ...]]

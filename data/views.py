@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from . import counter
-from .errors import WrongCommand, unknown
-from .spec import check_knobs, number, parse
+from softcache.base import rng as counter
+from softcache.base.errors import WrongCommand, unknown
+from softcache.base.spec import check_knobs, number, parse
 
 Draw = int | NDArray[np.int64]  # of all rows, or of each
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored picture

@@ -1,6 +1,6 @@
 """`python -m softcache`: the commands."""
 
-from softcache.stages.__main__ import main
+from softcache.stages.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Stages, tiny_cache_command
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.commands import Stages, tiny_cache_command
+from tests.helpers.paths import ROOT
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -68,7 +69,7 @@ def stages_process() -> Run:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher (runs/teacher) and its cache (cache): digits, 300 training rows, 3 draws, 2 taps."""
-    from softcache.stages.__main__ import main
+    from softcache.stages.main import main
 
     folder = tmp_path_factory.mktemp("tiny")
     main(["teacher", "--train-size", "300", "--arch", "cnn", "--epochs", "12", "--out", f"{folder}/runs/teacher"])
@@ -79,7 +80,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 2 seeds of `cnn` with baselines, from `tiny`'s cache, exported with 8 bits too. To be read."""
-    from softcache.stages.__main__ import main
+    from softcache.stages.main import main
 
     run = tmp_path_factory.mktemp("exported") / "run"
     student = ["--cache", f"{tiny}/cache", "--arch", "cnn", "--epochs", "15", "--learning-rate", "0.02"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 FIELDS = {"name", "goal", "median", "spread", "samples", "reached", "why"}
 
 

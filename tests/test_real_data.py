@@ -6,10 +6,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from commands import Stages
 
-from softcache.stages.__main__ import main
-from softcache.stages.methods import METHODS
+from softcache.stages.main import main
+from softcache.stages.student.methods import METHODS
+from tests.helpers.commands import Stages
 
 pytestmark = pytest.mark.slow
 

@@ -3,24 +3,27 @@
 `--loss kd:temperature=4,weight=0.9` names a row and sets its knobs. Any numeric knob may be a ramp,
 `temperature=8->1`: linear over the training, which is what temperature annealing and teacher annealing are;
 `weight=0->1@20` reaches its end in epoch 20 and stays there.
+
+May import base, pipeline.batch, pipeline.taps and pipeline.teachers. Begin with `kd.py`; a new loss is a dataclass in
+the file of its family and a row of LOSSES.
 """
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from softcache.data.errors import WrongCommand, unknown
-from softcache.data.spec import check_knobs, number, parse
+from softcache.base.errors import WrongCommand, unknown
+from softcache.base.spec import check_knobs, number, parse
 
-from .contrast import CRD
+from .base import Loss, Ramp
+from .classifier import SRRL, CatKD, SimKD
+from .crd import CRD
+from .decoupled import DIST, DKD, NKD, MultiTemperature
 from .hard import Hard, TfKD
 from .hint import VID, ConcatHint, Hint
-from .loss import Loss, Ramp
-from .parts import DIST, DKD, NKD, MultiTemperature
-from .rare import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
-from .relations import CC, NST, PKT, RKD, Attention, Similarity
-from .review import ReviewKD
-from .soft import CTKD, KD, WSLD, LogitMSE, Output
-from .through_head import SRRL, CatKD, SimKD
+from .kd import CTKD, KD, WSLD, LogitMSE, Output
+from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
+from .relational import CC, NST, PKT, RKD, Attention, Similarity
+from .review_kd import ReviewKD
 
 __all__ = ["LOSSES", "Loss", "at", "parse_losses"]
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..records import Outputs, TargetBatch
-from .loss import Loss, Ramp, fixed
+from softcache.pipeline.batch import Outputs, TargetBatch
+
+from .base import Loss, Ramp, fixed
 
 
 def label_terms(

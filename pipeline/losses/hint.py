@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.data.errors import WrongCommand
+from softcache.base.errors import WrongCommand
+from softcache.pipeline.batch import Known, Outputs, TargetBatch
+from softcache.pipeline.taps.statistics import as_map, split_tap
 
-from ..records import Known, Outputs, TargetBatch
-from ..statistic import as_map, split_tap
-from .layers import LayerLoss, same_size
-from .loss import Ramp
+from .base import Ramp
+from .feature_base import LayerLoss, same_size
 
 
 @dataclass(frozen=True)

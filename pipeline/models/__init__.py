@@ -6,6 +6,8 @@ Of the CIFAR benchmark of Tian et al. 2020, "Contrastive representation distilla
 resnet8x4 32x4   wrn_16_1 16_2 40_1 40_2   vgg8 13   mobilenet_v2   shufflenet_v1 v2
 In each of these `layer1`, `layer2`, … end with a stage, and `linear` takes the mean over the last map: `last` where
 there is one, else the last stage.
+
+May import base, pipeline.batch and pipeline.taps. Begin with the table MODELS, below.
 """
 
 import importlib
@@ -20,17 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softcache.data.errors import WrongCommand, unknown
-
-from .cifar_resnet import CifarResNet
-from .cnn import cnn
-from .from_torchvision import from_torchvision, is_known
-from .mlp import mlp
-from .mobilenet import MobileNetV2
-from .shufflenet import ShuffleNetV1, ShuffleNetV2
-from .simkd import parts_of, simkd
-from .vgg import VGG
-from .wide_resnet import WideResNet
+from softcache.base.errors import WrongCommand, unknown
+from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
+from softcache.pipeline.models.archs.cnn import cnn
+from softcache.pipeline.models.archs.mlp import mlp
+from softcache.pipeline.models.archs.mobilenet import MobileNetV2
+from softcache.pipeline.models.archs.shufflenet import ShuffleNetV1, ShuffleNetV2
+from softcache.pipeline.models.archs.simkd import parts_of, simkd
+from softcache.pipeline.models.archs.torchvision_models import from_torchvision, is_known
+from softcache.pipeline.models.archs.vgg import VGG
+from softcache.pipeline.models.archs.wide_resnet import WideResNet
 
 # Each row: build(argument, classes, channels, size) -> a network that takes float32 [B, channels, size, size]
 # and gives [B, classes]; argument is what follows the colon.

@@ -1,1 +1,4 @@
-"""`softcache report`: runs as one page that a person can look at, and as text for a pull request."""
+"""`softcache report`: runs as one HTML page, and as Markdown for a pull request.
+
+May import everything below the commands, and stages.student. Begin with `command.py`.
+"""

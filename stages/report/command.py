@@ -6,31 +6,33 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from softcache.data.errors import WrongCommand, printable
+from softcache.base.errors import WrongCommand, printable
+from softcache.base.files import make_folder, publish_text
 from softcache.data.transfer_set import row_name
-from softcache.pipeline.files import make_folder, publish_text
+from softcache.stages.cli.configs import ReportSettings
+from softcache.stages.cli.console import Console, progress
+from softcache.stages.cli.copied_commands import command, this_program
+from softcache.stages.cli.extras import require
+from softcache.stages.runs.cost import in_one_line
+from softcache.stages.runs.folder import free_run
 
-from ..bill import in_one_line
-from ..command_line import command, this_program
-from ..console import Console, progress
-from ..extras import require
-from ..runs import free_run
-from ..settings import ReportSettings
 from .latency import latencies
-from .reading import Run, read_runs
-from .words import Group, markdown, summary
+from .load import Run, read_runs
+from .text import Group, markdown, summary
 
 if TYPE_CHECKING:
-    from ..drawing_style import Picture
+    from softcache.stages.cli.plot_style import Picture
+
     from .page import GroupPart
 
 
 def run(names: tuple[str, ...], settings: ReportSettings) -> None:
     """Everything is made before the first file is written."""
     require("report needs", "report", "matplotlib", "jinja2")
-    from ..drawing_style import publish_png
+    from softcache.stages.cli.plot_style import publish_png
+
     from .page import GroupPart, page
-    from .parts import costs_of, part_of
+    from .sections import costs_of, part_of
     from .table import networks_of, rows_of
 
     console = Console(settings.json)

@@ -8,10 +8,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from softcache.data.errors import WrongCommand
+from softcache.base.errors import WrongCommand
 from softcache.pipeline.models import MODELS, build, parameters
-
-from ..console import progress
+from softcache.stages.cli.console import progress
 
 _ROUNDS, _TIMES = 7, 10
 _MOST = 500_000_000  # parameters: an arch in a stranger's file may ask for any number

@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from softcache import __version__
+from softcache.stages.cli.plot_style import Picture, svg
 
-from ..drawing_style import Picture, svg
-from .pictures import Disagreement
-from .words import COLUMNS, Cell, Row, better, title_of
+from .disagreements import Disagreement
+from .text import COLUMNS, Cell, Row, better, title_of
 
 _HERE = Path(__file__).parent
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.data.errors import Refused, printable
-from softcache.pipeline.cache import Cache
-from softcache.pipeline.models.prepared import Preparation
+from softcache.base.errors import Refused, printable
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.models.prepared_model import Preparation
 
 from .latency import Network
-from .reading import Run
-from .words import COLUMNS, Cell, Group, Row, cell_of
+from .load import Run
+from .text import COLUMNS, Cell, Group, Row, cell_of
 
 Found = Mapping[Network, tuple[int, float]]
 

@@ -1,0 +1,123 @@
+"""The records that cross the house."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softcache.data.device_views import sent
+
+Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in TargetBatch
+
+
+class Source(Protocol):
+    """Where targets come from: a cache, or several as one teacher. together: draws that are read side by side."""
+
+    def order(self, split: str) -> NDArray[np.int64]: ...
+
+    def index(self, split: str, positions: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool: ...
+
+    def targets(
+        self, split: str, draw: int, positions: NDArray[np.int64], taps: tuple[str, ...] = (), together: int = 1
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer of a network: logits = pooled @ weight.T + bias. weight: [K, D]; bias: [K]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Rows of a tap to contrast with. features: float16 [M, D]; index, labels: int64 [M], labels -1 where hidden."""
+
+    features: torch.Tensor
+    index: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known beside the rows of a batch. Of the teacher: its head, where it has one, and banks by tap; of the
+    training rows: counts, int64 [K], those of each class whose labels are visible."""
+
+    head: Head | None = None
+    bank: Callable[[str], Bank] | None = None
+    counts: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model said about B views. logits: float32 [B, K]; features: {tap: [B, …]}; head: its own, live."""
+
+    logits: torch.Tensor
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+    head: Head | None = None
+
+    def chosen(self, rows: torch.Tensor) -> "Outputs":
+        """Rows int64 [n] of the batch."""
+        return Outputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """B views and everything that is known about them.
+
+    index:    int64 [B], position in the split
+    draw:     which view of them: one number, or int64 [B] where rows are of several draws
+    views:    uint8 [B, C, S, S], the very pixels that the teacher saw
+    labels:   int64 [B], the hard targets, -1 where there is none
+    logits:   float32 [B, K] of the teacher, None without a cache; [B, M, K] where M teachers are each heard by
+              themselves; NaN in a row that the cache lacks
+    features: {tap: [B, …]} of the teacher, float16 as cached, float32 in a loss
+    partner:  int64 [B], hard target of the mixup partner, None without mixup
+    share:    float32 [B], the picture's own share in a mixup view, None without mixup
+    trust:    float32 [B], what the rows of a term weigh, None where all weigh 1
+    """
+
+    index: torch.Tensor
+    draw: int | torch.Tensor
+    views: torch.Tensor
+    labels: torch.Tensor
+    logits: torch.Tensor | None = None
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+    partner: torch.Tensor | None = None
+    share: torch.Tensor | None = None
+    trust: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> "TargetBatch":
+        """Rows start to stop, without a copy."""
+        return self._each(lambda x: x[start:stop])
+
+    def chosen(self, rows: torch.Tensor) -> "TargetBatch":
+        """Rows int64 [n] of the batch, copied."""
+        return self._each(lambda x: x[rows])
+
+    def to(self, device: torch.device) -> "TargetBatch":
+        """The same batch on a device, without waiting for it."""
+        return self if self.index.device.type == device.type else self._each(lambda x: sent(x, device))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TargetBatch":
+        def maybe(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else change(x)
+
+        draw = self.draw if isinstance(self.draw, int) else change(self.draw)
+        return TargetBatch(
+            change(self.index),
+            draw,
+            change(self.views),
+            change(self.labels),
+            maybe(self.logits),
+            {tap: change(x) for tap, x in self.features.items()},
+            maybe(self.partner),
+            maybe(self.share),
+            maybe(self.trust),
+        )

@@ -1,0 +1,35 @@
+"""What a killed writer left in a cache's folder, and how it goes."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from softcache.base.errors import Refused
+from softcache.base.files import remove_leftovers
+from softcache.base.lock import LOCK, held
+
+from .manifest import CARD, HEAD, NAME, UNFINISHED
+from .manifest_reader import read_manifest
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left in a whole cache: temporary files, a lock that nobody holds.
+
+    Nothing depends on it: where it cannot be done, on a read-only mount or beside a writer, it is left.
+    """
+    with suppress(Refused, OSError):
+        if any(path.name == LOCK or path.suffix == ".tmp" for path in folder.rglob(".*")):
+            with held(folder):
+                tidy(folder, [record.path for record in read_manifest(folder).shards])
+
+
+def tidy(folder: Path, paths: Iterable[str]) -> None:
+    """Remove the temporary files that a killed writer of this cache left; see files.remove_leftovers."""
+    remove_leftovers(folder, (NAME, UNFINISHED, CARD, HEAD))
+    by_folder: dict[str, list[str]] = {}
+    for path in paths:
+        inner, _, name = path.partition("/")
+        by_folder.setdefault(inner, []).append(name)
+    for inner, names in by_folder.items():
+        if (folder / inner).is_dir():
+            remove_leftovers(folder / inner, names)

@@ -1,0 +1,289 @@
+"""Writing a cache: shard by shard, each whole or absent, the manifest last; going on, and growing."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softcache.base.errors import OtherCache, Refused
+from softcache.base.files import make_folder, publish_json, sync
+from softcache.base.lock import LOCK
+from softcache.base.schema import check_form
+
+from .codecs import TEMPERATURES
+from .identity import Identity, describe, fingerprint
+from .manifest import (
+    CARD,
+    HEAD,
+    KEYS,
+    MANIFEST_MOST,
+    NAME,
+    SHARD_MOST,
+    UNFINISHED,
+    HeadRecord,
+    Manifest,
+    Piece,
+    ShardRecord,
+    datasets_of,
+    layout_of,
+    row_bytes,
+    shard_path,
+)
+from .manifest_reader import IDENTITY_FORM, SETTINGS_FORM, read_claim, read_manifest
+from .precision_record import Arithmetic
+from .recovery import extent_of, lost_pieces
+from .shards import Arrays, Shard, Written, said_by, write_shard
+from .stale_files import tidy
+
+_SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
+_RECORD_BYTES = 400  # of a shard in the manifest, about
+Facts = dict[str, Any]  # what was measured while a shard was written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings, arithmetic: see
+    Manifest."""
+
+    identity: Identity
+    classes: int
+    draws: int
+    splits: dict[str, int]
+    taps: dict[str, list[int]]
+    shard_rows: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    arithmetic: Arithmetic | None = None
+
+    def pieces(self, there: Iterable[ShardRecord | Piece] = ()) -> Iterator[Piece]:
+        """Every shard that is not there, in the order in which they are written."""
+        everything = datasets_of(self.classes, self.identity["codec"], self.taps)
+        parts: dict[tuple[str, int], list[set[str]]] = {}
+        for record in there:
+            if record.start == 0:
+                parts.setdefault((record.split, record.draw), []).append(set(record.datasets) - set(KEYS))
+        for split, n in self.splits.items():
+            for draw in range(self.draws if split == "train" else 1):
+                have = parts.get((split, draw), [])
+                missing = {name: kind for name, kind in everything.items() if name not in set().union(*have)}
+                if set(missing) == set(KEYS):
+                    continue
+                most = self.shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // row_bytes(missing))
+                most = max(1, min(most, (SHARD_MOST - (1 << 20)) // row_bytes(missing)))
+                cuts = np.linspace(0, n, -(-n // most) + 1).astype(int)
+                for i, (a, b) in enumerate(pairwise(cuts)):
+                    path = shard_path(split, draw, i, len(have))
+                    yield Piece(path, split, draw, int(a), int(b - a), missing)
+
+    def with_all_of(self, draws: int, taps: dict[str, list[int]]) -> "Plan":
+        """The same, and what is there already: a cache grows, it never shrinks."""
+        return replace(self, draws=max(self.draws, draws), taps={**taps, **self.taps})
+
+
+@dataclass
+class Writer:
+    """A cache that is being written. todo: the shards that are not in the manifest; grown: what there was before."""
+
+    folder: Path
+    plan: Plan
+    todo: list[Piece]
+    grown: Manifest | None = None
+    records: list[ShardRecord] = field(default_factory=list)
+    costs: list[Facts] = field(default_factory=list)
+
+    @staticmethod
+    def look(folder: Path, plan: Plan) -> "Writer":
+        """What there is to do in a folder whose lock is held; nothing is written. Raises OtherCache or Refused."""
+        check_form(plan.identity, IDENTITY_FORM, "identity")  # what is written must be readable
+        check_form(plan.settings, SETTINGS_FORM, "settings")
+        if (folder / NAME).is_file():
+            there = read_manifest(folder)
+            refuse_another(folder, plan.identity, plan.taps, there)
+            plan = plan.with_all_of(there.draws, there.taps)
+            return Writer(folder, plan, list(plan.pieces(there.shards)), there)
+        lost = lost_pieces(folder, fingerprint(plan.identity), plan.splits)
+        plan = plan.with_all_of(*extent_of(lost))
+        return Writer(folder, plan, [*lost, *plan.pieces(lost)])
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether the cache is whole, holds all that is planned, and nothing was left behind."""
+        return self.grown is not None and not self.todo and not (self.folder / UNFINISHED).exists()
+
+    def begin(self) -> None:
+        """Claim the folder. Raises OtherCache when another cache was begun there, Refused for too little space."""
+        folder, there = self.folder, self.grown
+        if links := [p for p in self.todo if (folder / p.path).parent.is_symlink()]:
+            raise Refused(f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it")
+        records = len(self.todo) + (len(there.shards) if there else 0)
+        if records * _RECORD_BYTES > MANIFEST_MOST:
+            raise Refused(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
+        tidy(folder, [piece.path for piece in self.todo])
+        self._claim()
+        missing = sum(p.rows * row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
+        if missing > (free := shutil.disk_usage(folder).free):
+            raise Refused(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
+
+    def _claim(self) -> None:
+        """Write down what is begun, or see that it was this that was begun."""
+        plan, path = self.plan, self.folder / UNFINISHED
+        claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
+        if plan.arithmetic:
+            claim["arithmetic"] = plan.arithmetic.record()
+        if path.is_file():
+            begun = read_claim(self.folder)
+            if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
+                sync(self.folder)  # stopped between the manifest and this
+                path.unlink()
+            elif begun != claim and (self.todo or self.grown is None):
+                fields = describe(claim, begun, ("asked", "begun"))
+                begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
+                raise OtherCache(f"{begun_with}, to be finished first by its own command:{fields}")
+        elif self.todo:
+            if self.grown is None and (strange := _strange(self.folder)):
+                raise Refused(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
+            publish_json(path, claim)
+
+    def have(self, piece: Piece) -> bool:
+        """Whether that shard is there, whole and of this cache; then it is taken over. A damaged one is not.
+
+        Raises Refused for a whole shard of another cache, which would be lost.
+        """
+        if not (self.folder / piece.path).exists():
+            return False
+        wanted = self._attributes(piece)
+        try:
+            shard = Shard(self.folder, piece.path, layout_of(piece.rows, piece.datasets))
+            written = shard.verified()
+            facts = json.loads(str(shard.attributes["facts"]))
+        except (Refused, KeyError, ValueError):
+            said = said_by(self.folder, piece.path)
+            if said is None or said[0].get("fingerprint") == wanted["fingerprint"]:
+                return False
+            raise Refused(
+                f"{self.folder / piece.path} is of another cache: choose another --out, or move it away"
+            ) from None
+        if shard.attributes.get("fingerprint") != wanted["fingerprint"]:
+            raise Refused(f"{shard.path} is of another cache: choose another --out, or move it away")
+        if any(shard.attributes.get(key) != value for key, value in wanted.items()):
+            return False
+        self._note(piece, written, facts)
+        return True
+
+    def add(self, piece: Piece, arrays: Arrays, facts: Facts) -> None:
+        """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity, where it has logits."""
+        path = self.folder / piece.path
+        if self.plan.arithmetic:
+            facts = {**facts, "arithmetic": self.plan.arithmetic.record()}  # it may lose its manifest
+        make_folder(path.parent)
+        attributes = {**self._attributes(piece), "facts": json.dumps(facts)}
+        self._note(piece, write_shard(path, arrays, attributes), facts)
+
+    def _attributes(self, piece: Piece) -> dict[str, str | int]:
+        name = fingerprint(self.plan.identity)
+        return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
+
+    def _note(self, piece: Piece, written: Written, facts: Facts) -> None:
+        correct = int(facts["correct"]) if "correct" in facts else None
+        self.records.append(
+            ShardRecord(
+                piece.path,
+                piece.split,
+                piece.draw,
+                piece.start,
+                piece.rows,
+                written.bytes,
+                written.checksum,
+                written.payload,
+                correct,
+                list(piece.datasets),
+            )
+        )
+        self.costs.append(facts)
+
+    def sort(self) -> None:
+        """What was written or taken over, in the order of todo, in whatever order it came."""
+        place = {piece.path: i for i, piece in enumerate(self.todo)}
+        order = sorted(range(len(self.records)), key=lambda i: place[self.records[i].path])
+        self.records, self.costs = [self.records[i] for i in order], [self.costs[i] for i in order]
+
+    def add_head(self, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> HeadRecord:
+        """Publish the teacher's last linear layer."""
+        arrays: Arrays = {"weight": weight.astype("<f4"), "bias": bias.astype("<f4")}
+        attributes: dict[str, str | int] = {"fingerprint": fingerprint(self.plan.identity)}
+        written = write_shard(self.folder / HEAD, arrays, attributes)
+        return HeadRecord(HEAD, written.bytes, written.checksum, weight.shape[1])
+
+    def manifest(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
+        """What the cache now is. labelled: rows with a label, per split; versions: of what wrote the first part."""
+        plan, old = self.plan, self.grown
+        shards = (*(old.shards if old else ()), *self.records)
+        return Manifest(
+            plan.identity,
+            plan.classes,
+            plan.draws,
+            plan.splits,
+            plan.taps,
+            shards,
+            old.head if old else head,
+            accuracy(shards, plan.splits, plan.draws, labelled),
+            self._fidelity(),
+            sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
+            old.settings if old else plan.settings,
+            old.versions if old else versions,
+            plan.arithmetic,
+        )
+
+    def finish(self, manifest: Manifest) -> None:
+        """Publish the manifest: from now on there is a whole cache.
+
+        First every name that it relies on is made durable: a killed process may have given it, and not synced.
+        """
+        for inner in sorted({(self.folder / record.path).parent for record in self.records}):
+            sync(inner)
+        sync(self.folder)
+        sync(self.folder.absolute().parent)
+        manifest.write(self.folder)
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+
+    def _fidelity(self) -> dict[str, float]:
+        """Means over all rows, those that were there before included."""
+        names = ["flips", *(f"kl_{T:g}" for T in TEMPERATURES)]
+        sums = [c for c in self.costs if "rows" in c]
+        if self.grown:
+            before = self.grown.fidelity
+            sums.append({"rows": before["rows"], **{name: before[name] * before["rows"] for name in names}})
+        rows = sum(c["rows"] for c in sums)
+        return {"rows": rows, **{name: sum(c[name] for c in sums) / rows for name in names}}
+
+
+def accuracy(
+    shards: Iterable[ShardRecord], splits: Iterable[str], draws: int, labelled: dict[str, int]
+) -> dict[str, Any]:
+    """{split: {"accuracy": share of the rows with a label that the logits hit, or None}}."""
+    found: dict[str, Any] = {}
+    for split in splits:
+        hits = sum(r.correct for r in shards if r.split == split and r.correct is not None)
+        rows = labelled[split] * (draws if split == "train" else 1)
+        found[split] = {"accuracy": hits / rows if rows else None}
+    return found
+
+
+def refuse_another(folder: Path, identity: Identity, taps: dict[str, list[int]], there: Manifest) -> None:
+    """Raise OtherCache when the cache that is there is not of this identity, or its taps have other shapes."""
+    common = [tap for tap in taps if tap in there.taps]
+    asked = {**identity, "taps": {tap: taps[tap] for tap in common}}
+    found = {**there.identity, "taps": {tap: there.taps[tap] for tap in common}}
+    if asked != found:
+        raise OtherCache(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
+
+
+def _strange(folder: Path) -> list[str]:
+    """What lies in a folder and is not of a cache. Shards that lost their manifest are taken over, see have."""
+    ours = {NAME, UNFINISHED, CARD, HEAD, LOCK}
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return sorted(n for n in names - ours if not n.endswith((".h5", ".tmp")) or n.count("/") != 1)

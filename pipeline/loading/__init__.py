@@ -1,0 +1,4 @@
+"""From a transfer set and a cache to batches: the order of rows, rendering of views, reading of targets, prefetch.
+
+May import base, data and the packages of pipeline below it. Begin with `stream.py`.
+"""

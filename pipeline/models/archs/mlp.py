@@ -1,0 +1,25 @@
+"""Multi-layer perceptrons: Hinton et al. 2015 (section 3) use two hidden layers of 800 and of 1,200."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from softcache.base.errors import WrongCommand
+
+
+def mlp(widths: str, classes: int, channels: int, size: int) -> nn.Sequential:
+    """`mlp:800,800`: hidden layers `hidden1`, `relu1`, … and `linear` on the flattened picture."""
+    try:
+        hidden = [int(w) for w in widths.split(",")]
+    except ValueError:
+        hidden = []
+    if not hidden or min(hidden) < 1:
+        raise WrongCommand(f"arch 'mlp:{widths}': expected widths, such as mlp:64 or mlp:800,800")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    incoming = channels * size * size
+    for i, width in enumerate(hidden, 1):
+        layers[f"hidden{i}"] = nn.Linear(incoming, width)
+        layers[f"relu{i}"] = nn.ReLU()
+        incoming = width
+    layers["linear"] = nn.Linear(incoming, classes)
+    return nn.Sequential(layers)

@@ -1,0 +1,154 @@
+"""What a student learns from: one cache or several of the same views, as one teacher."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softcache.base.errors import Refused, WrongCommand
+from softcache.data.image_folder import Progress
+from softcache.pipeline.cache.identity import describe
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.rows import Positions
+
+from .combine import Combine
+from .distribution_map import Mapping
+
+Gaps = dict[int, NDArray[np.bool_]]  # {draw: which positions of the training split have no answer}
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """members: caches of the same views, see check_same; the first one's layers and last linear layer are read.
+
+    combine: None for one. maps: none, one for what comes out, or one for each member where each is heard by itself.
+    gaps: rows that a member lacks; a student gets NaN for their logits, and zeros for their features.
+    """
+
+    members: tuple[Cache, ...]
+    combine: Combine | None = None
+    maps: tuple[Mapping, ...] = ()
+    gaps: Gaps = field(default_factory=dict)
+
+    @property
+    def as_cached(self) -> bool:
+        """Whether a student learns from one cache's logits as they are."""
+        return not (self.combine or self.maps)
+
+    def order(self, split: str) -> Positions:
+        """index [rows] of each position of a split: every member's."""
+        return self.members[0].order(split)
+
+    def index(self, split: str, positions: Positions) -> Positions:
+        """index [n] of positions [n]."""
+        return self.members[0].index(split, positions)
+
+    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
+        """Whether what is read of that draw is kept in memory, beside so many others."""
+        first, *others = self.members
+        kept = not self.gaps and first.resident(split, draw, taps, together)
+        return kept and all(c.resident(split, draw, (), together) for c in others)
+
+    def targets(
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = (), together: int = 1
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """logits float32 [n, K], or [n, M, K] where each is heard by itself, and features of the first member."""
+        gone = self.gaps[draw][positions] if split == "train" and draw in self.gaps else np.zeros(len(positions), bool)
+        if not gone.any():
+            return self._answers(split, draw, positions, taps, together)
+        logits, features = self._answers(split, draw, positions[~gone], taps, together)
+        place = torch.from_numpy(~gone)
+        return _spread(logits, place, torch.nan), {tap: _spread(x, place, 0) for tap, x in features.items()}
+
+    def _answers(
+        self, split: str, draw: int, positions: Positions, taps: tuple[str, ...], together: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        ask = [c.stored if self.gaps else partial(c.targets, together=together) for c in self.members]
+        logits, features = ask[0](split, draw, positions, taps)
+        if len(ask) > 1:
+            logits = torch.stack([logits, *(a(split, draw, positions)[0] for a in ask[1:])], 1)
+        return self.as_heard(logits), features
+
+    def as_heard(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the members said, [n, K] of one or [n, M, K] of several, combined and mapped."""
+        if self.combine and self.combine.each:
+            if not self.maps:
+                return logits
+            return torch.stack([m(z) for m, z in zip(self.maps, logits.unbind(1), strict=True)], 1)
+        one = self.combine(logits) if self.combine else logits
+        return self.maps[0](one) if self.maps else one
+
+    def as_one(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same as one teacher [n, K], for figures: of those that are heard by themselves the mean probability."""
+        heard = self.as_heard(logits)
+        return self.combine(heard) if self.combine and self.combine.each else heard
+
+    def said(self, split: str) -> torch.Tensor:
+        """float32 [N, K], or [N, M, K] of several members, as they are: a held-out split's logits by index."""
+        order = torch.from_numpy(self.order(split))
+        found = [cache.targets(split, 0, np.arange(len(order)))[0] for cache in self.members]
+        logits = torch.stack(found, 1) if len(found) > 1 else found[0]
+        by_index = torch.empty_like(logits)
+        by_index[order] = logits
+        return by_index
+
+
+def _spread(rows: torch.Tensor, place: torch.Tensor, fill: float) -> torch.Tensor:
+    """Rows put where place is true, fill elsewhere."""
+    whole = rows.new_full((len(place), *rows.shape[1:]), fill)
+    whole[place] = rows
+    return whole
+
+
+def check_same(caches: Sequence[Cache]) -> None:
+    """Raise WrongCommand or Refused, with the fields, when caches are not of the same transfer set and views."""
+    first = caches[0]
+    for one, other in combinations(caches, 2):
+        if other.manifest.fingerprint == one.manifest.fingerprint:
+            raise WrongCommand(f"'{one.folder}' and '{other.folder}' are the same cache: one --cache is enough")
+    for other in caches[1:]:
+        a, b = first.manifest.identity, other.manifest.identity
+        mine, theirs = ({name: record[name] for name in ("transfer_set", "views")} for record in (a, b))
+        if mine != theirs:
+            names = (str(first.folder), str(other.folder))
+            raise Refused(
+                f"'{first.folder}' and '{other.folder}' are not of the same rows and views:"
+                f"{describe(mine, theirs, names)}\nMake the second with the first's --data, --views, --seed and cut"
+            )
+        if other.classes != first.classes:
+            raise Refused(
+                f"'{first.folder}' has {first.classes} classes, '{other.folder}' {other.classes}: blend teachers of"
+                " the same classes"
+            )
+
+
+def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress: Progress) -> Gaps:
+    """Rows of the first draws that some cache lacks: of shards that are gone or damaged. Every shard is read.
+
+    taps: those that are read of the first cache.
+    """
+    read = [(cache, {"logits", *(f"features/{tap}" for tap in (() if k else taps))}) for k, cache in enumerate(caches)]
+    shards = [
+        (cache, record)
+        for cache, names in read
+        for record in cache.manifest.shards
+        if record.split == "train" and record.draw < draws and names & set(record.datasets)
+    ]
+    gaps: Gaps = {}
+    for cache, record in progress(shards, len(shards), "looking for missing rows"):
+        try:
+            cache.verify(record)
+        except Refused:
+            gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
+            gone[record.start : record.start + record.rows] = True
+    return gaps
+
+
+def runs_of(gaps: Gaps) -> dict[str, list[list[int]]]:
+    """{draw: [[start, stop], …]} of the positions that are missing, as a run writes them down."""
+    edges = {draw: np.flatnonzero(np.diff(gone, prepend=False, append=False)) for draw, gone in sorted(gaps.items())}
+    return {str(draw): found.reshape(-1, 2).tolist() for draw, found in edges.items()}

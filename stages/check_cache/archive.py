@@ -1,0 +1,51 @@
+"""`softcache cache-pack` and `cache-unpack`: a cache as one file, for another machine."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from shlex import quote
+
+from softcache.base.errors import Refused, WrongCommand
+from softcache.pipeline.cache import archive as packing
+from softcache.pipeline.cache.manifest import Manifest
+from softcache.pipeline.cache.reader import Cache
+from softcache.stages.cli.configs import PackSettings
+from softcache.stages.cli.console import Console, bar
+from softcache.stages.cli.copied_commands import this_program
+
+
+def pack(name: str, file: str, settings: PackSettings) -> None:
+    """CACHE into FILE. Raises WrongCommand when FILE exists, Refused when the cache is damaged."""
+    console, cache, out = Console(settings.json), Cache(Path(name)), Path(file)
+    if out.exists():
+        raise WrongCommand(f"'{file}' exists: choose another name")
+    if not out.parent.is_dir():
+        raise WrongCommand(f"there is no folder '{out.parent}'")
+    with bar(cache.manifest.bytes, "cache-pack", "B", scale=True) as shown:
+        packing.pack(cache.folder, cache.manifest, out, shown.update)
+    size = out.stat().st_size
+    if settings.json:
+        return console.result(json.dumps({"file": file, "bytes": size, "manifest": cache.manifest.digest}))
+    console.say(f"'{file}': {size / 1e6:.1f} MB, every byte checked")
+    console.say(
+        f"there:  {this_program()} cache-unpack {quote(out.name)} {quote('caches/' + cache.folder.resolve().name)}"
+    )
+
+
+def unpack(file: str, name: str, settings: PackSettings) -> None:
+    """FILE into CACHE. Raises WrongCommand when there is no FILE, Refused when it is not a whole cache."""
+    console, source, folder = Console(settings.json), Path(file), Path(name)
+    if not source.is_file():
+        raise WrongCommand(f"there is no file '{file}'")
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"'{folder}' is a file: a cache is a folder")
+    with ExitStack() as stack:
+
+        def begun(manifest: Manifest) -> packing.Shown:
+            shown = stack.enter_context(bar(manifest.bytes, "cache-unpack", "B", scale=True))
+            return lambda count: shown.update(count) and None
+
+        manifest = packing.unpack(source, folder, begun)
+    if settings.json:
+        return console.result(json.dumps({"cache": name, "bytes": manifest.bytes, "manifest": manifest.digest}))
+    console.say(f"'{name}': {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws, every byte checked")

@@ -1,0 +1,119 @@
+"""`softcache check-cache`: is every byte what it was? --deep: every picture, and the teacher too."""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.threads import by_threads
+from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache.manifest import HEAD, ShardRecord
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.stale_files import sweep
+from softcache.pipeline.cache.verification import compare_views
+from softcache.stages.cli.configs import CheckSettings
+from softcache.stages.cli.console import Console, bar
+from softcache.stages.runs.data import data_of
+from softcache.stages.teacher_cache.reproducibility import Again, again, ask_of
+
+from .repair import repair
+
+_VIEWS_AT_ONCE = 512
+Verdicts = dict[str, str]  # {file: "good", or what is wrong with it}
+
+
+def run(name: str, settings: CheckSettings) -> None:
+    """A verdict per shard; Refused at the end when one is bad."""
+    console = Console(settings.json)
+    if settings.weights and not (settings.deep or settings.repair):
+        raise WrongCommand("--weights is for --deep or --repair")
+    cache = Cache(Path(name))
+    transfer_set = None
+    if settings.deep or settings.repair:
+        transfer_set = data_of(cache, settings.data, Path(settings.data_root))
+    if settings.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
+        repair(cache, _bad(_verdicts(cache, None)), transfer_set, settings, console)
+        sweep(cache.folder)
+        cache = Cache(Path(name))
+        cache.bind(transfer_set)
+    verdicts = _verdicts(cache, transfer_set if settings.deep else None)
+    asked = None
+    if settings.deep and settings.weights and transfer_set is not None and not _bad(verdicts):
+        asked = again(cache, ask_of(cache, transfer_set, settings))
+    _report(name, cache, verdicts, asked, settings, console)
+
+
+def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
+    """Of every file, by as many threads as there are processors: reading and hashing leave Python alone."""
+    records = cache.manifest.shards
+    verdicts: Verdicts = {}
+    with (
+        bar(sum(record.rows for record in records), "check-cache", "row") as counted,
+        closing(by_threads(lambda r: _verdict(cache, r, transfer_set), records, os.cpu_count() or 1)) as found,
+    ):
+        for record, verdict in zip(records, found, strict=True):
+            verdicts[record.path] = verdict
+            counted.update(record.rows)
+    if cache.manifest.head:
+        verdicts[HEAD] = _refusal(cache.head)
+    return verdicts
+
+
+def _verdict(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
+    def check() -> None:
+        seen = cache.verify(record)
+        if transfer_set is None or record.correct is None:  # features added later were compared with the logits' views
+            return
+        for at in range(0, record.rows, _VIEWS_AT_ONCE):
+            part = seen[at : at + _VIEWS_AT_ONCE]
+            positions = record.start + at + np.arange(len(part))
+            compare_views(cache, transfer_set, record.split, record.draw, positions, part)
+
+    return _refusal(check)
+
+
+def _refusal(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except Refused as refusal:
+        return str(refusal)
+    return "good"
+
+
+def _bad(verdicts: Verdicts) -> Verdicts:
+    return {path: verdict for path, verdict in verdicts.items() if verdict != "good"}
+
+
+def _report(
+    name: str, cache: Cache, verdicts: Verdicts, asked: Again | None, settings: CheckSettings, console: Console
+) -> None:
+    manifest, bad = cache.manifest, _bad(verdicts)
+    if settings.json:
+        record: dict[str, Any] = {"cache": name, "fingerprint": manifest.fingerprint, "manifest": manifest.digest}
+        console.result(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.record()}))
+    else:
+        for path, verdict in verdicts.items():
+            console.say(f"{path}: {printable(verdict, 2000)}")
+        for path in cache.unlisted:
+            console.say(
+                f"{printable(path)}: of an addition that is not finished: run the same teacher-cache command again"
+            )
+    if bad:
+        first = next(iter(bad.values()))
+        raise Refused(f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_way_out(settings)}")
+    deep = ", every view rendered again and equal" if settings.deep else ""
+    console.say(
+        f"'{name}' is whole: {len(verdicts)} files, {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws{deep}"
+    )
+    if asked:
+        console.say(asked.in_words())
+        asked.refuse_if_large()
+
+
+def _way_out(settings: CheckSettings) -> str:
+    return "" if settings.repair else ". --repair --weights … asks the teacher again for damaged ones alone"

@@ -1,0 +1,89 @@
+"""Asking the teacher again for the shards that are bad, and for no others."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from softcache.base.errors import Refused
+from softcache.base.lock import held
+from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache.manifest import HEAD, Manifest, Piece, ShardRecord
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.verification import compare_views
+from softcache.pipeline.cache.writer import Plan, Writer, accuracy
+from softcache.pipeline.models import head_of, numbers_of
+from softcache.stages.cli.configs import CheckSettings
+from softcache.stages.cli.console import Console, bar
+from softcache.stages.teacher_cache.reproducibility import again, ask_of
+from softcache.stages.teacher_cache.targets import Ask
+
+
+def repair(
+    cache: Cache, bad: dict[str, str], transfer_set: TransferSet, settings: CheckSettings, console: Console
+) -> None:
+    """Put whole shards in the place of bad ones, if there are any. Raises Refused with the reason when it cannot.
+
+    The teacher must have the weights of the identity, and must say about good shards' rows what they hold.
+    """
+    if not bad:
+        return
+    beside = Path(f"{cache.folder}-teacher")
+    if not settings.weights and (beside / "result.json").is_file():
+        settings = replace(settings, weights=str(beside))
+    if not settings.weights:
+        raise Refused(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
+    with held(cache.folder):
+        ask = ask_of(cache, transfer_set, settings)
+        _prove(cache, bad, transfer_set, ask)
+        manifest = cache.manifest
+        with bar(len(bad), "repair", "shard") as shown:
+            for record in [r for r in manifest.shards if r.path in bad]:
+                manifest = _one(cache, manifest, record, ask, console)
+                shown.update()
+        if HEAD in bad:
+            _head(cache, manifest, ask, console)
+
+
+def _prove(cache: Cache, bad: dict[str, str], transfer_set: TransferSet, ask: Ask) -> None:
+    """What is not damaged must still come out as it did: the views and the teacher's words."""
+    good = [r for r in cache.manifest.shards if r.path not in bad]
+    for record in [r for r in good if r.correct is not None][:16]:
+        positions = np.unique(np.linspace(record.start, record.start + record.rows - 1, 16).astype(int))
+        seen = cache.rows(record.split, record.draw, "view_crc32", positions)
+        compare_views(cache, transfer_set, record.split, record.draw, positions, seen)
+    again(cache, ask, bad).refuse_if_large()
+
+
+def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, console: Console) -> Manifest:
+    """Publish one shard anew, then the manifest that knows it: stopped in between, the shard is as bad as before."""
+    if (cache.folder / record.path).parent.is_symlink():
+        raise Refused(f"'{(cache.folder / record.path).parent}' is a link: remove it, then repair")
+    datasets = {name: manifest.datasets[name] for name in record.datasets}
+    piece = Piece(record.path, record.split, record.draw, record.start, record.rows, datasets)
+    writer = Writer(cache.folder, _plan(manifest), [piece])
+    arrays, facts = ask.piece(piece, lambda rows: None)
+    writer.add(piece, arrays, {**facts, "seconds": 0.0})
+    new = writer.records[0]
+    shards = tuple(new if r.path == record.path else r for r in manifest.shards)
+    labelled = {split: int((rows.labels >= 0).sum()) for split, rows in ask.transfer_set.splits.items()}
+    teacher = accuracy(shards, manifest.splits, manifest.draws, labelled)
+    manifest = replace(manifest, shards=shards, teacher=teacher)
+    manifest.write(cache.folder)
+    same = "the same rows as before" if new.payload == record.payload else "asked anew, not the bits of before"
+    console.say(f"{record.path}: repaired, {same}")
+    return manifest
+
+
+def _head(cache: Cache, manifest: Manifest, ask: Ask, console: Console) -> None:
+    head = head_of(ask.teacher.network, ask.classes)
+    if head is None:
+        raise Refused(f"{HEAD}: this teacher has no last linear layer of {ask.classes} outputs")
+    record = Writer(cache.folder, _plan(manifest), []).add_head(*numbers_of(head, ask.classes))
+    replace(manifest, head=record).write(cache.folder)
+    console.say(f"{HEAD}: repaired")
+
+
+def _plan(manifest: Manifest) -> Plan:
+    kept = (manifest.identity, manifest.classes, manifest.draws, manifest.splits, manifest.taps)
+    return Plan(*kept, arithmetic=manifest.arithmetic)

@@ -1,0 +1,140 @@
+"""What `softcache compare` holds against each other: a student or a baseline, its settings, and what its seeds say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softcache.base.errors import Refused, printable
+from softcache.data.transfer_set import Labels
+from softcache.pipeline.cache.identity import differences
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.runs.folder import ASIDE, fingerprints_of, read_json
+from softcache.stages.runs.logits import LOGITS, read_logits
+
+_SEEDS = ("seed", "seeds", "order_seed")
+# And on which machine; data by what is in the cache; a recipe by what it sets.
+_ASIDE = (*ASIDE, "data", "data_root", "device", "workers", "baseline", "keep_every", "recipe")
+Apart = tuple[str, Any, Any]  # a setting, and its value in the first and in the second
+
+
+@dataclass(frozen=True)
+class Side:
+    """One line of the table. accuracies: of each seed on the split, None without labels; files: its logits; folder: of
+    the run."""
+
+    name: str
+    folder: Path
+    split: str
+    settings: dict[str, Any]
+    seeds: tuple[int, ...]
+    accuracies: tuple[float | None, ...]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Said:
+    """The rows of a split that have a label, and the class that each seed guesses: labels [N], guesses [seeds, N]."""
+
+    content: str
+    classes: tuple[str, ...]
+    labels: Labels
+    guesses: NDArray[np.int64]
+
+    def same_rows(self, other: "Said") -> bool:
+        """Whether these are the same pictures with the same labels."""
+        same = self.content == other.content and self.classes == other.classes
+        return same and np.array_equal(self.labels, other.labels)
+
+
+def side_of(name: str, title: str, result: dict[str, Any], model: str) -> Side:
+    """The student or the baseline of a run. Raises KeyError, TypeError, ValueError, OverflowError or AttributeError
+    for what is no result of a student, Refused for a cache.json that is none."""
+    folder, split = Path(name), "test" if "test" in result[model] else "val"
+    seeds = tuple(int(one["seed"]) for one in result["seeds"])
+    places = [folder] if len(seeds) == 1 else [folder / f"seed-{seed}" for seed in seeds]
+    settings = {field.name: field.default for field in fields(StudentSettings)} | result["settings"]
+    if not seeds or not all(_plain(value) for value in settings.values()):
+        raise ValueError("no seeds, or settings that no command could have given")
+    settings["cache"] = _cache(folder, result)
+    if model == "baseline":
+        settings |= {"loss": ["hard targets alone"], "finetune_epochs": 0}
+    return Side(
+        title,
+        folder,
+        split,
+        settings,
+        seeds,
+        tuple(one[model][split].get("accuracy") for one in result["seeds"]),
+        tuple((place if model == "student" else place / model) / LOGITS for place in places),
+    )
+
+
+def _plain(value: Any) -> bool:
+    words = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return words or isinstance(value, str | int | float)
+
+
+def _cache(folder: Path, result: dict[str, Any]) -> str:
+    """What a run was trained from, wherever it lies: the teacher and the beginning of each fingerprint."""
+    path = folder / "cache.json"
+    record = read_json(path) if path.is_file() else result["cache"]
+    prints = [one[:12] for one in fingerprints_of(record, path)]
+    return f"{result['teacher']['arch']} ({', '.join(prints)})"
+
+
+def settings_apart(first: Side, second: Side) -> list[Apart]:
+    """The settings in which two differ."""
+    return [one for one in differences(first.settings, second.settings) if one[0] not in _ASIDE]
+
+
+def seeds_alone(apart: Sequence[Apart]) -> bool:
+    """Whether nothing but seeds is apart."""
+    return all(name in _SEEDS for name, _, _ in apart)
+
+
+def shown(value: Any) -> str:
+    """A setting as people write it."""
+    return printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else value) or "-"
+
+
+def said_by(side: Side) -> Said:
+    """What the seeds of a side say. Raises WrongCommand when a file is not there, Refused when it is damaged, or is
+    not what the figures of the result are of."""
+    seeds = [_of_seed(path, side.split, known) for path, known in zip(side.files, side.accuracies, strict=True)]
+    for path, one in zip(side.files, seeds, strict=True):
+        if not one.same_rows(seeds[0]):
+            raise Refused(f"'{path}' is of other rows than '{side.files[0]}'")
+    return replace(seeds[0], guesses=np.concatenate([one.guesses for one in seeds]))
+
+
+def _of_seed(path: Path, split: str, accuracy: Any) -> Said:
+    """accuracy: as the result has it."""
+    splits = read_logits(path)
+    if split not in splits:
+        raise Refused(f"'{path}' is damaged: it has no {split} split")
+    kept = splits[split]
+    known = kept.labels >= 0
+    labels, guess = kept.labels[known], kept.logits.argmax(1)[known]
+    right = float((guess == labels).mean()) if known.any() else None
+    if not _same(right, accuracy):
+        raise Refused(f"'{path}' has an accuracy of {right}, its result.json says {printable(accuracy)}")
+    return Said(kept.content, kept.classes, labels, guess[None])
+
+
+def _same(one: float | None, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, int | float):
+        return isclose(one, other, abs_tol=1e-9)
+    return one is other
+
+
+def pairs_of(runs: Sequence[dict[str, Side]]) -> list[tuple[Side, Side]]:
+    """Each student against that of the first run; that of one run against its baseline, where it has one."""
+    first, *others = runs
+    if others:
+        return [(first["student"], other["student"]) for other in others]
+    return [(first["baseline"], first["student"])] if "baseline" in first else []

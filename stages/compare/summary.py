@@ -1,0 +1,89 @@
+"""What `softcache compare` prints below its table: in what students differ, by how much, and whether that is real."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from softcache.stages.cli.console import Console
+
+from .candidates import Apart, Side, seeds_alone, settings_apart, shown
+from .significance import CHANCE, REAL, Record
+
+_FIGURES = {"accuracy": "accuracy", "f1_macro": "macro F1"}
+
+
+def say_one(first: Side, second: Side, record: Record, console: Console) -> None:
+    """Two in full: their settings side by side, the figures a line each, the verdict."""
+    console.say()
+    _say_settings(first, second, console)
+    if record["verdict"] is None:
+        return console.say(f"no verdict: {record['words']}")
+    seeds = " and ".join(map(str, dict.fromkeys(record["seeds"])))
+    each = f"{seeds} seed{'s' * (seeds != '1')}{' each' * (' ' not in seeds)}"
+    title = f"difference: {second.name} less {first.name}, {record['split']} split"
+    console.say(f"{title}, {record['rows']:,} rows, {each}:")
+    for key, name in _FIGURES.items():
+        value, low, high = _points(record[key])
+        console.say(f"  {name:<9} {value} points, {100 * record['level']:.4g} % interval {low} to {high}")
+    tests = record["mcnemar"]
+    if len(tests) == 1:
+        alone = f"right in one alone: {tests[0]['first_alone']:,} and {tests[0]['second_alone']:,} rows"
+        console.say(f"  McNemar   {alone}, p = {tests[0]['p']:.2g}")
+    else:
+        by_seed = ", ".join(f"{test['p']:.2g} (seeds {test['seeds'][0]}, {test['seeds'][1]})" for test in tests)
+        alone = ": each of two students alone, it decides nothing" if record["about"] == "settings" else ""
+        console.say(f"  McNemar   p = {by_seed}{alone}")
+    console.say(record["words"])
+
+
+def _say_settings(first: Side, second: Side, console: Console) -> None:
+    apart = settings_apart(first, second)
+    rows = [("", first.name, second.name), *((shown(name), shown(one), shown(other)) for name, one, other in apart)]
+    if not apart:
+        return console.say("They differ in no setting.")
+    if seeds_alone(apart):
+        console.say("They differ in nothing but seeds:")
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for name, one, other in rows:
+        console.say(f"  {name:{widths[0]}}  {one:{widths[1]}}  {other}")
+
+
+def say_several(pairs: Sequence[tuple[Side, Side]], records: Sequence[Record], console: Console) -> None:
+    """Each against the first, in two lines: figures and verdict, and in what it differs."""
+    console.say()
+    n, width = len(pairs), max(len(second.name) for _, second in pairs)
+    level = f"{100 * (1 - CHANCE / n):.4g} % intervals: {100 * (1 - CHANCE):g} % for all {n} together (Bonferroni)"
+    console.say(f"Each less {pairs[0][0].name}, in points; {level}")
+    for (first, second), record in zip(pairs, records, strict=True):
+        apart = settings_apart(first, second)
+        console.say(f"  {second.name:{width}}  {_in_short(record)}")
+        console.say(f"  {'':{width}}    {_apart(apart)}")
+    if any(record["verdict"] == REAL and record["about"] == "students" for record in records):
+        console.say(
+            "One seed: real is said of the trained students, not yet of their settings: two seeds of the same settings"
+            " are often told apart like this; --seeds 3 tells"
+        )
+    elif any(record["verdict"] and record["about"] == "students" for record in records):
+        console.say(
+            "One seed: that is of these trained students; another seed could give another answer; --seeds 3 tells"
+        )
+
+
+def _in_short(record: Record) -> str:
+    if record["verdict"] is None:
+        return f"no verdict: {record['words']}"
+    figures = ["{} {} ({} to {})".format(name, *_points(record[key])) for key, name in _FIGURES.items()]
+    p = f", McNemar's p {record['mcnemar'][0]['p']:.2g}" if len(record["mcnemar"]) == 1 else ""
+    return f"{', '.join(figures)}{p}: {record['verdict']}"
+
+
+def _apart(apart: Sequence[Apart]) -> str:
+    if not apart:
+        return "differs in no setting"
+    changes = ", ".join(f"{shown(name)} {shown(one)} → {shown(other)}" for name, one, other in apart)
+    return f"differs in {'nothing but ' * seeds_alone(apart)}{changes}"
+
+
+def _points(difference: dict[str, Any]) -> tuple[str, str, str]:
+    """value, low and high as points with a sign."""
+    value, low, high = (f"{round(100 * difference[key], 2) + 0.0:+.2f}" for key in ("value", "low", "high"))
+    return value, low, high

@@ -1,0 +1,180 @@
+"""`softcache export`: a finished student as files that other programs take, each checked against PyTorch first."""
+
+import json
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcache import __version__
+from softcache.base.errors import printable
+from softcache.base.files import publish_bytes, publish_json, publish_text, remove_leftovers
+from softcache.base.lock import held
+from softcache.pipeline.losses.hard import Hard
+from softcache.pipeline.models import multiply_adds, parameters
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.stages.cli.configs import ExportSettings
+from softcache.stages.cli.console import Console, bar, duration
+from softcache.stages.cli.extras import require
+from softcache.stages.student.evaluate import same_teachers
+from softcache.stages.student.setup import Material
+from softcache.stages.student.teachers import open_caches
+
+from .formats import OPSET, Portable, capture, loaded_pt2, onnx_of, pt2_of, safetensors_of
+from .metadata import INT8, ONNX, PT2, WEIGHTS, About
+from .model_card import model_card
+from .onnx_model import Runner, versions
+from .parity import BATCHES, Logits, answers, check_again, compared, in_sizes, own_difference, plain
+from .select_student import Chosen, choose
+
+CARD, RECORD = "MODEL_CARD.md", "export.json"
+_FILES = (RECORD, CARD, INT8, ONNX, PT2, WEIGHTS)  # in the order in which an older export is taken away
+
+
+def run(name: str, settings: ExportSettings, said: set[str]) -> None:
+    """Everything is made and checked before the first file is published; export.json is the last."""
+    require("export needs", "export", "onnx", "onnxscript", "onnxruntime")
+    console, begun = Console(settings.json), time.monotonic()
+    here = {name: getattr(settings, name) for name in said & {"data", "data_root", "cache"}}
+    # On this machine's CPU in float32, whatever the run was trained in: that is what the files are compared with.
+    chosen = choose(Path(name), device="cpu", precision="float32", **here)
+    same_teachers(Path(chosen.settings.out), open_caches(chosen.settings.cache))
+    material = Material.open(chosen.settings)
+    console.say(f"exporting {printable(chosen.settings.arch)}, seed {chosen.settings.seed} ({chosen.why})")
+    with held(chosen.folder):
+        _withdraw(chosen.folder)
+        record, files = _made(chosen, material, settings)
+        record["seconds"] = time.monotonic() - begun
+        for file, content in files.items():
+            publish_bytes(chosen.folder / file, content)
+        publish_text(chosen.folder / CARD, model_card(record, chosen, [c.manifest for c in material.teachers.members]))
+        publish_json(chosen.folder / RECORD, record)
+    if settings.json:
+        return console.result(json.dumps(record))
+    for line in _in_words(record):
+        console.say(line)
+    console.say(f"files: {chosen.folder}/{', '.join((*files, CARD, RECORD))} ({duration(record['seconds'])})")
+
+
+def _withdraw(folder: Path) -> None:
+    """Take away what an older export left: whatever lies there is of the last command, or nothing does."""
+    remove_leftovers(folder, _FILES)
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """export.json, but for the time it took, and the files. Raises Refused for one that fails its check."""
+    network, losses = material.network(chosen.settings, material.losses), material.losses
+    path = chosen.own / "student.pt"
+    load_state(network, read_state(path), str(path))
+    arch, about = material.arch(chosen.settings, losses), _about(chosen, material)
+    split = "test" if "test" in material.held_out else "val"
+    rows = material.held_out[split]
+    said = _said(network, material, "student")
+    figures = {"student": material.measure(said), "teacher": material.figures, **_baseline(chosen, material)}
+
+    model = Portable(network, material.preparation)
+    with bar(3, "writing graphs", "file") as shown:
+        program = capture(model, arch, about.channels, about.size)
+        shown.update()
+        files = {ONNX: onnx_of(program, arch, about.to_metadata(), __version__)}
+        shown.update()
+        files[PT2] = pt2_of(program, about.to_metadata())
+        shown.update()
+    runner = Runner.of(files[ONNX], torch.get_num_threads())
+    found = answers(rows, lambda views: runner.logits(plain(views)), f"checking {ONNX}")
+    sizes, own = in_sizes(runner, rows, said[split]), own_difference(model, rows, said[split])
+    check = compared(ONNX, said[split], found, sizes, own, settings.tolerance)
+    again = check_again(PT2, loaded_pt2(files[PT2]), model, rows, settings.tolerance)
+    files[WEIGHTS] = safetensors_of(network, about.to_metadata())
+
+    record: dict[str, Any] = {
+        "run": chosen.folder.resolve().name,
+        "seed": chosen.settings.seed,
+        "chosen": chosen.why,
+        "arch": arch,
+        "parameters": parameters(network),
+        "multiply_adds": multiply_adds(network, material.preparation.channels, about.size),
+        "classes": list(about.classes),
+        "preprocessing": about.preprocessing(),
+        "outputs": about.outputs(),
+        "cache": list(about.fingerprints),
+        "figures": figures,
+        "opset": OPSET,
+        "check": {"split": split, **check, "batch_sizes": list(BATCHES), "pt2_difference": again},
+        "int8": None,
+        "versions": {**about.versions, **versions()},
+    }
+    if settings.int8:
+        from .quantized_file import in_8_bits
+
+        made = in_8_bits(material, about, files[ONNX], runner, split, said[split], settings.most_drop)
+        files[INT8], record["int8"] = made
+    record["files"] = {
+        name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in files.items()
+    }
+    return record, files
+
+
+def _about(chosen: Chosen, material: Material) -> About:
+    views, transfer_set = material.cache.views, material.transfer_set
+    return About(
+        transfer_set.classes,
+        transfer_set.channels,
+        views.size,
+        max(views.resize, views.size),
+        material.arch(chosen.settings, material.losses),
+        tuple(cache.manifest.fingerprint for cache in material.teachers.members),
+        {"softcache": __version__, "torch": torch.__version__},
+    )
+
+
+def _said(network: nn.Module, material: Material, what: str) -> dict[str, Logits]:
+    """{split: logits} by PyTorch, in float32 and eval mode, as the student was validated."""
+    model = Prepared(network, material.preparation).eval()
+
+    def ask(views: torch.Tensor) -> Logits:
+        with torch.inference_mode():
+            logits: Logits = model(views).numpy()
+        return logits
+
+    return {split: answers(rows, ask, f"{what}, {split}") for split, rows in material.held_out.items()}
+
+
+def _baseline(chosen: Chosen, material: Material) -> dict[str, Any]:
+    """The figures of the baseline, where there is one."""
+    path = chosen.baseline
+    if not chosen.settings.baseline or not path.is_file():
+        return {}
+    network = material.network(chosen.settings, (Hard(),))
+    load_state(network, read_state(path), str(path))
+    return {"baseline": material.measure(_said(network, material, "baseline"))}
+
+
+def _in_words(record: dict[str, Any]) -> Iterator[str]:
+    """What was measured."""
+    check, eight = record["check"], record["int8"]
+    size = {name: f"{file['bytes']:,} bytes" for name, file in record["files"].items()}
+    yield (
+        f"{ONNX}: {size[ONNX]}, opset {record['opset']}; of {check['rows']:,} pictures of {check['split']}"
+        f" {check['flips']} change their first class, logits differ from PyTorch's by"
+        f" {check['largest_difference']:.1e} at most (--tolerance {check['tolerance']:g})"
+    )
+    yield f"{PT2}: {size[PT2]}, loaded again its logits differ by {check['pt2_difference']:.1g}"
+    yield f"{WEIGHTS}: {size[WEIGHTS]}"
+    if eight:
+        before, after = eight["accuracy_before"], eight["accuracy_after"]
+        accuracy = f"accuracy {before:.4f} before, {after:.4f} after" if before is not None else "no labels"
+        yield (
+            f"{INT8}: {size[INT8]}, {eight['size_ratio']:.3f} of {ONNX}; {accuracy},"
+            f" {eight['flips']} of {eight['rows']:,} change their first class"
+        )
+        for batch, took in eight["milliseconds"].items():
+            times = f"{took[ONNX]:.3f} ms in float32, {took[INT8]:.3f} ms in 8 bits"
+            yield f"batch {batch}: {times} ({eight['threads']} threads)"

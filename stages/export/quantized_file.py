@@ -1,0 +1,76 @@
+"""The file in 8 bits of `softcache export --int8`: calibrated on views of the cache, and what it costs and saves."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache import __version__
+from softcache.base.errors import Refused
+from softcache.data.views import render
+from softcache.pipeline.metrics.classification import evaluate
+from softcache.stages.cli.console import progress
+from softcache.stages.student.setup import Material
+
+from .metadata import INT8, ONNX, About
+from .onnx_model import Pictures, Runner
+from .parity import Logits, answers, first, plain
+from .quantize import latencies, quantised
+
+_CALIBRATION, _BLOCK = 512, 64  # views that it is calibrated on, and how many at once
+_LATENCY = (1, 64)  # sizes of batches that are timed
+
+
+def in_8_bits(
+    material: Material, about: About, model: bytes, runner: Runner, split: str, said: Logits, most_drop: float
+) -> tuple[bytes, dict[str, Any]]:
+    """The file in 8 bits, and what it costs and saves. Raises Refused where it costs too much."""
+    rows, calibration = material.held_out[split], _calibration(material)
+    views = progress(calibration, -(-_CALIBRATION // _BLOCK), "calibrating")
+    content = quantised(model, views, about.to_metadata(), __version__)
+    small = Runner.of(content, torch.get_num_threads())
+    found = answers(rows, lambda views: small.logits(plain(views)), f"checking {INT8}")
+    teacher = material.teacher[split].numpy()
+    before, after = (evaluate(logits, rows.labels, teacher, material.counts) for logits in (said, found))
+    flips = int((found.argmax(1) != said.argmax(1)).sum())
+    # Without labels, what changes its first class is the most that can have been lost.
+    drop = before["accuracy"] - after["accuracy"] if "accuracy" in before else flips / len(said)
+    if not drop <= most_drop:
+        raise Refused(
+            f"{INT8} loses {100 * drop:.2f} points of accuracy on {split}, more than the"
+            f" {100 * most_drop:g} of --most-drop {most_drop:g}: nothing was written. Raise it, or"
+            " leave out --int8"
+        )
+    both = {ONNX: runner, INT8: small}
+    return content, {
+        "split": split,
+        "accuracy_before": before.get("accuracy"),
+        "accuracy_after": after.get("accuracy"),
+        "drop": drop,
+        "most_drop": most_drop,
+        "flips": flips,
+        "rows": len(said),
+        "figures": after,
+        "calibration_rows": _rows_of(material),
+        "bytes": len(content),
+        "size_ratio": len(content) / len(model),
+        "milliseconds": {str(size): latencies(both, first(rows, size)) for size in _LATENCY},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _rows_of(material: Material) -> int:
+    """How many views there are to calibrate on, as many as are wanted at most."""
+    return min(_CALIBRATION, len(material.cache.order("train")) * material.cache.manifest.draws)
+
+
+def _calibration(material: Material) -> Iterator[Pictures]:
+    """Views that the teacher was asked about, of as many pictures and draws as may be: rows lie in a mixed order."""
+    cache, order = material.cache, material.cache.order("train")
+    pictures, N = material.transfer_set.splits["train"].pictures, len(order)
+    at = np.arange(_rows_of(material))
+    index, draw = order[at % N], (at // N + at % N) % cache.manifest.draws
+    for block in range(0, len(at), _BLOCK):
+        some = slice(block, block + _BLOCK)
+        yield plain(render(pictures, cache.views, cache.seed, index[some], draw[some]))

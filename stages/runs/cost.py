@@ -1,0 +1,48 @@
+"""What a student cost, and what the cache saved: the teacher's time in each epoch, had it been in the loop."""
+
+from softcache.pipeline.cache.manifest import Manifest
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.console import duration
+
+Bill = dict[str, float | None]
+
+
+def bill_of(manifests: list[Manifest], settings: StudentSettings, seconds: float) -> Bill:
+    """In seconds. manifests: of the caches; seconds: of the training of one student, its fine-tuning included.
+
+    stage_one: paid once. epoch: of this student; teacher_epoch: what the teacher takes for as many views, by its rate
+    in stage one and on that machine; live_epoch: both. saved: the teacher's time in the epochs of this student, which
+    stage one has replaced. paid_after_epochs, paid_after_students: when stage one has cost no more than a teacher in
+    the loop would have. None where a cache does not say how long it took.
+    """
+    stage_one = sum(manifest.seconds for manifest in manifests)
+    teacher = sum(manifest.seconds / _rows(manifest) * manifest.splits["train"] for manifest in manifests)
+    epoch = seconds / (settings.epochs + settings.finetune_epochs)
+    known = teacher > 0
+    return {
+        "stage_one": stage_one,
+        "epoch": epoch,
+        "teacher_epoch": teacher if known else None,
+        "live_epoch": epoch + teacher if known else None,
+        "saved": teacher * settings.epochs if known else None,
+        "paid_after_epochs": stage_one / teacher if known else None,
+        "paid_after_students": stage_one / teacher / settings.epochs if known else None,
+    }
+
+
+def _rows(manifest: Manifest) -> int:
+    """All views that stage one has asked about."""
+    return sum(n * (manifest.draws if split == "train" else 1) for split, n in manifest.splits.items())
+
+
+def in_one_line(bill: Bill) -> str:
+    """The bill as a run ends with it."""
+    line = f"stage one {duration(bill['stage_one'] or 0)}, once; an epoch {duration(bill['epoch'] or 0)}"
+    teacher, live, saved = bill["teacher_epoch"], bill["live_epoch"], bill["saved"]
+    epochs, students = bill["paid_after_epochs"], bill["paid_after_students"]
+    if teacher is None or live is None or saved is None or epochs is None or students is None:
+        return line
+    return (
+        f"{line}, with the teacher in the loop {duration(live)}: the cache is paid for after {epochs:.3g} epochs"
+        f" ({students:.2g} of such a student); this student was spared {duration(saved)} of teacher"
+    )

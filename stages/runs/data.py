@@ -1,0 +1,18 @@
+"""A cache's transfer set, found and checked."""
+
+from pathlib import Path
+
+from softcache.base.errors import OtherCache, Refused
+from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache.reader import Cache
+from softcache.stages.cli.console import progress
+from softcache.stages.cli.copied_commands import remake
+
+
+def data_of(cache: Cache, data: str, root: Path) -> TransferSet:
+    """The cache's transfer set; when it is another one, the message ends with the command for a cache of that."""
+    try:
+        return cache.transfer_set(data, root, progress)
+    except OtherCache as error:
+        right = remake(cache, data=data or cache.data)
+        raise Refused(f"{error}\nMake a cache of these data with  {right}") from None

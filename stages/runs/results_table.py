@@ -1,0 +1,64 @@
+"""The table that a run ends with."""
+
+from typing import Any
+
+from softcache.stages.cli.console import Console
+
+_COLUMNS = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("agreement", "agreement"))
+_TAIL = (("tail recall", "recall_tail"),)
+
+
+def print_table(result: dict[str, Any], console: Console) -> None:
+    """Teacher, baseline and student on the test split (or validation), and where a gain comes from."""
+    split = "test" if "test" in result["teacher"] else "val"
+    seeds = len(result["seeds"])
+    models = [m for m in ("teacher", "baseline", "student") if m in result]
+    mapped = result["settings"]["map"]
+    names = {
+        "teacher": f"teacher {result['teacher']['arch']}" + (f", map {mapped}" if mapped else ""),
+        "baseline": f"{result['student']['arch']}, hard targets only",
+        "student": f"{result['student']['arch']}, from the cache",
+    }
+    of_seeds = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
+    width = max(len(name) for name in names.values())
+    columns = _COLUMNS + (_TAIL if result["teacher"][split].get("recall_tail") is not None else ())
+    console.say()
+    console.say(
+        f"{split + ' split' + of_seeds:<{width}}"
+        + "".join(f"{title:>17}" for title, _ in columns)
+        + f"{'seconds':>10}"
+    )
+    for model in models:
+        figures, spread = result[model][split], result["spread"].get(model, {}).get(split, {})
+        cells = [cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
+        seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
+        console.say(f"{names[model]:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + f"{seconds:>10.1f}")
+    console.say("(seconds: of the teacher, stage one, paid once; of a student, its training)")
+    for line in _meaning(result, split):
+        console.say(line)
+
+
+def cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:
+    """A figure, with its spread where it is a mean of several seeds."""
+    if value is None:
+        return unknown
+    return f"{value:.4f} ± {spread:.4f}" if seeds > 1 and spread is not None else f"{value:.4f}"
+
+
+def _meaning(result: dict[str, Any], split: str) -> list[str]:
+    """In words: what was gained, and from what."""
+    if "baseline" not in result or "accuracy" not in result["student"][split]:
+        return []
+    points = 100 * (result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])
+    labelled, rows = result["settings"]["labelled"], result["cache"]["rows"]
+    gain = f"The cache {'gained' if points >= 0 else 'cost'} {abs(points):.2f} points."
+    if not labelled:
+        return [
+            f"{gain} Both students saw the same {rows:,} pictures, in the same order, for the same number of steps."
+        ]
+    return [
+        f"{gain} The baseline learned from {labelled} labels; the student from the teacher's logits on all {rows:,}"
+        " pictures.",
+        f"The gain is the other {rows - labelled:,} pictures, whose labels the teacher had seen: on the same"
+        f" {labelled} rows alone distillation gains next to nothing.",
+    ]

@@ -1,0 +1,81 @@
+"""`softcache blend`: what several caches make of one another, before any student is trained."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.base.errors import Refused, WrongCommand
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.teachers.combine import ALL, EACH, Combine, parse_combine
+from softcache.pipeline.teachers.ensemble import Teachers
+from softcache.stages.cli.configs import BlendSettings, StudentSettings
+from softcache.stages.cli.console import Console
+from softcache.stages.cli.copied_commands import command
+
+from .teachers import blended, open_caches, shares_of
+
+_COLUMNS = ("nll", "accuracy", "f1_macro")
+
+
+def run(settings: BlendSettings) -> None:
+    """Each cache alone and each way to combine them, by the figures of the held-out splits."""
+    console = Console(settings.json)
+    if len(settings.cache) < 2:
+        raise WrongCommand("blend compares several caches: --cache A --cache B")
+    if settings.combine in EACH:
+        raise WrongCommand(f"--combine {settings.combine} blends losses, not teachers: it has no row here")
+    caches = open_caches(settings.cache)
+    teachers = Teachers(caches)
+    splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
+    said = {split: teachers.said(split) for split in splits}
+    labels = {split: _labels(caches[0], split) for split in splits}
+    if "val" not in splits or not all((of_split >= 0).any() for of_split in labels.values()):
+        raise Refused(f"'{caches[0].folder}' has no labels to compare with")
+    rows: list[dict[str, Any]] = [
+        {"name": f"{cache.teacher} ({cache.folder})", **_figures({s: said[s][:, k] for s in splits}, labels)}
+        for k, cache in enumerate(caches)
+    ]
+    for combine in _ways(settings, said["val"], labels["val"]):
+        figures = _figures({split: combine(logits) for split, logits in said.items()}, labels)
+        rows.append({"name": combine.name, **combine.to_json(), **figures})
+    if settings.json:
+        return console.result(json.dumps({"caches": list(settings.cache), "rows": rows}))
+    _print(rows, splits, console)
+    best = min(rows[len(caches) :], key=lambda row: row["val"]["nll"])["name"]  # the least NLL on validation
+    student = StudentSettings(cache=settings.cache, combine=settings.combine if best == "weighted" else best)
+    console.say(f"next:  {command('student', student)}")
+
+
+def _labels(cache: Cache, split: str) -> Any:
+    """int64 [N] by index, from the cache: no picture is read."""
+    labels = np.empty(cache.manifest.splits[split], np.int64)
+    labels[cache.order(split)] = cache.column(split, 0, "label")
+    return labels
+
+
+def _ways(settings: BlendSettings, val: torch.Tensor, labels: Any) -> list[Combine]:
+    """Every way to combine that has no knobs, and the one that is asked for."""
+    plain = [name for name in ALL if name not in ("weighted", "learned")]
+    names = plain if settings.combine in ("", "learned", *plain) else [*plain, settings.combine]
+    members = val.shape[1]
+    return [*(parse_combine(name, members) for name in names), blended("learned", val, labels)]
+
+
+def _figures(logits: dict[str, torch.Tensor], labels: dict[str, Any]) -> dict[str, Any]:
+    found = {split: evaluate(z.numpy(), labels[split]) for split, z in logits.items()}
+    return {split: {key: figures.get(key) for key in _COLUMNS} for split, figures in found.items()}
+
+
+def _print(rows: list[dict[str, Any]], splits: list[str], console: Console) -> None:
+    width = max(len(row["name"]) for row in rows)
+    titles = {"nll": "NLL", "accuracy": "accuracy", "f1_macro": "macro F1"}
+    console.say(" " * width + "".join(f"{f'{split} {titles[key]}':>15}" for split in splits for key in _COLUMNS))
+    for row in rows:
+        cells = "".join(f"{row[split][key]:>15.4f}" for split in splits for key in _COLUMNS)
+        console.say(f"{row['name']:<{width}}{cells}")
+    learned = rows[-1]
+    console.say(f"learned, on val: {shares_of(learned['weights'], learned['temperatures'])}")
+    console.say("per_teacher and ca_mkd blend losses, not teachers: they have no row here")

@@ -1,0 +1,175 @@
+"""`softcache born-again`: each student becomes the next one's teacher; at the end all of them answer together.
+
+Born-again networks: Furlanello et al. 2018 (arXiv 1805.04770). With an arch for each generation it is a chain of
+teacher assistants: Mirzadeh et al. 2020 (arXiv 1902.03393).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.base.errors import Interrupted, WrongCommand
+from softcache.base.files import make_folder, publish_json
+from softcache.pipeline.losses.base import teacher_taps
+from softcache.pipeline.losses.classifier import SimKD
+from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.pipeline.taps.hooks import tap_names
+from softcache.pipeline.taps.statistics import split_tap
+from softcache.stages.cli.configs import BornAgainSettings, StudentSettings
+from softcache.stages.cli.console import Console
+from softcache.stages.cli.copied_commands import settings_of, this_program
+from softcache.stages.runs.folder import free_run
+from softcache.stages.teacher_cache import command as cache_stage
+
+from . import command as student_stage
+from .recipes import fill_in
+from .setup import Material
+
+
+def run(settings: BornAgainSettings, said: set[str]) -> None:
+    """Student, cache, student, cache …; then the ensemble. The same command with --out goes on with what is there."""
+    console = Console(settings.json)
+    if settings.resume or settings.seeds > 1 or settings.labelled:
+        raise WrongCommand("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
+    folder = Path(settings.out) if settings.out else free_run("born-again")
+    archs = _archs(settings)
+    first = student_stage.with_recipe(fill_in(student_stage.without_more(settings), said))
+    material = Material.open(first)
+    _check(archs, first, material)
+    student_stage.say_notes(first, material, console)
+    make_folder(folder)
+    caches, results = first.cache, []
+    try:
+        for generation, arch in enumerate(archs, 1):
+            own = replace(
+                first,
+                arch=arch or first.arch,
+                cache=caches,
+                seed=first.seed + generation - 1,
+                out=str(folder / f"generation-{generation}"),
+                baseline=first.baseline and generation == 1,
+            )
+            console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {' and '.join(caches)}")
+            results.append(
+                student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": caches[0]}
+            )
+            if generation < len(archs):
+                caches = (_next_cache(own, material, folder / f"cache-{generation}", console),)
+                # The students learned from the blend, and what the map has mended is mended in them.
+                first = replace(first, combine="", map="", missing="")
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
+    result = _result(settings, material, folder, results)
+    publish_json(folder / "result.json", result)
+    if settings.json:
+        return console.result(json.dumps(result))
+    _report(result, folder, console)
+
+
+def _archs(settings: BornAgainSettings) -> list[str]:
+    """One arch per generation; "" where --arch, or the recipe, says which."""
+    if not settings.archs:
+        return [""] * settings.generations
+    archs = settings.archs.replace(" ", "+").split("+")
+    if settings.arch or not all(archs):
+        raise WrongCommand(f"--archs {settings.archs} names an arch for each generation; leave out --arch")
+    return archs
+
+
+def _check(archs: list[str], first: StudentSettings, material: Material) -> None:
+    """Find what would stop the chain later before anything is made. Raises WrongCommand."""
+    if any(isinstance(loss, SimKD) for loss in material.losses):
+        raise WrongCommand("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
+    layers = {split_tap(tap)[0] for tap in teacher_taps(material.losses)}
+    for arch in dict.fromkeys(archs):
+        network = material.network(replace(first, arch=arch or first.arch), material.losses)
+        missing = sorted(layers - set(tap_names(network)))
+        if missing and arch in archs[:-1]:
+            raise WrongCommand(
+                f"{arch or first.arch} is to teach and has no '{missing[0]}', which the losses ask of a teacher"
+            )
+
+
+def _next_cache(settings: StudentSettings, material: Material, out: Path, console: Console) -> str:
+    """The cache of a student, of the same views as the first one, with the taps that the losses want."""
+    like = settings_of(material.cache)
+    asked = replace(
+        like,
+        data=settings.data or like.data,
+        data_root=settings.data_root,
+        teacher="",
+        weights=settings.out,
+        normalize="",
+        taps=",".join(teacher_taps(material.losses)),
+        device=settings.device,
+        workers=settings.workers,
+        out=str(out),
+        json=False,
+        license="",
+    )
+    cache_stage.make(asked, console)
+    return str(out)
+
+
+def _result(
+    settings: BornAgainSettings, material: Material, folder: Path, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    said = list(_probabilities(material, folder, results))
+    together = {split: np.mean([one[split] for one in said], axis=0) for split in said[0]}
+    return {
+        "settings": asdict(settings),
+        "teacher": results[0]["teacher"],
+        "generations": [
+            {"run": str(folder / f"generation-{g}"), "cache": r["cache_folder"], "student": r["student"]}
+            for g, r in enumerate(results, 1)
+        ],
+        "baseline": results[0].get("baseline"),
+        "ensemble": {
+            split: evaluate(
+                np.log(np.maximum(p, 1e-30)).astype(np.float32),
+                material.held_out[split].labels,
+                material.teacher[split].numpy(),
+                material.counts,
+            )
+            for split, p in together.items()
+        },
+    }
+
+
+def _probabilities(material: Material, folder: Path, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """{split: softmax [N, K]} of each generation: probabilities are averaged: logits have no common scale."""
+    for generation, result in enumerate(results, 1):
+        path = folder / f"generation-{generation}" / "student.pt"
+        network = material.build(result["student"]["arch"])
+        load_state(network, read_state(path), str(path))
+        model = Prepared(network, material.preparation).to(material.device)
+        yield {
+            split: torch.from_numpy(rows.logits(model)).double().softmax(1).numpy()
+            for split, rows in material.held_out.items()
+        }
+
+
+def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
+    split = "test" if "test" in result["ensemble"] else "val"
+
+    def line(name: str, figures: dict[str, Any]) -> None:
+        agreement = f", agreement with the first teacher {figures['agreement']:.4f}" if "agreement" in figures else ""
+        console.say(f"{name}: {split} accuracy {figures['accuracy']:.4f}, NLL {figures['nll']:.4f}{agreement}")
+
+    line("teacher", result["teacher"][split])
+    for number, generation in enumerate(result["generations"], 1):
+        student = generation["student"]
+        console.say(
+            f"generation {number} ({student['arch']}): {split} accuracy {student[split]['accuracy']:.4f},"
+            f" agreement with its teacher {student[split]['agreement']:.4f}"
+        )
+    line(f"all {len(result['generations'])} together", result["ensemble"][split])
+    console.say(f"run:   {folder}")
+    console.say(f"next:  {this_program()} evaluate {folder / 'generation-1'}")

@@ -1,0 +1,60 @@
+"""`softcache evaluate`: a student's figures again, from its weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.stages.cli.configs import EvaluateSettings, StudentSettings
+from softcache.stages.cli.console import Console
+from softcache.stages.runs.folder import fingerprints_of, read_json, read_settings
+
+from .setup import Material
+from .teachers import open_caches
+
+
+def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
+    """Every student of the run: its weights, the held-out splits, the teacher's cached logits."""
+    console, folder = Console(settings.json), Path(name)
+    kept = read_json(folder / "settings.json")
+    if "cache" not in kept:
+        raise WrongCommand(f"'{folder}' is no run of a student")
+    begun = read_settings(folder, StudentSettings)
+    here = {name: getattr(settings, name) for name in said - {"json"}}
+    begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
+    same_teachers(folder, open_caches(begun.cache))
+    material = Material.open(begun)
+    seeds = range(begun.seed, begun.seed + begun.seeds)
+    found: dict[str, Any] = {}
+    for seed in seeds:
+        own = folder if begun.seeds == 1 else folder / f"seed-{seed}"
+        found[str(seed)] = _figures(own, begun, material)
+    if settings.json:
+        return console.result(json.dumps(found))
+    for number, splits in found.items():
+        for split, figures in splits.items():
+            numbers = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
+            console.say(f"seed {number}, {split}: {numbers}")
+
+
+def same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
+    """Figures against the teacher are of the run's own caches, in its order, wherever they lie now."""
+    record = read_json(folder / "cache.json")
+    begun = fingerprints_of(record, folder / "cache.json")
+    if begun != (here := [cache.manifest.fingerprint for cache in caches]):
+        theirs, mine = (", ".join(str(one)[:12] for one in names) for names in (begun, here))
+        raise Refused(f"'{folder}' was trained from the caches {printable(theirs)}, these are {mine}")
+
+
+def _figures(folder: Path, settings: StudentSettings, material: Material) -> dict[str, Any]:
+    path = folder / "student.pt"
+    if not path.is_file():
+        raise Refused(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}")
+    network = material.network(settings, material.losses)
+    load_state(network, read_state(path), str(path))
+    model = Prepared(network, material.preparation).to(material.device)
+    return material.measure(material.logits(model))

@@ -1,0 +1,38 @@
+"""`softcache losses`: every loss with its knobs, their defaults, and what it reads."""
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from softcache.pipeline.losses import LOSSES, Loss
+from softcache.pipeline.losses.base import Ramp
+from softcache.pipeline.losses.feature_base import LayerLoss
+from softcache.stages.cli.configs import ListSettings
+from softcache.stages.cli.console import Console
+
+
+def run(settings: ListSettings) -> None:
+    """One line per loss, and one of its knobs."""
+    console = Console(settings.json)
+    if settings.json:
+        return console.result(json.dumps({name: _record(loss) for name, loss in LOSSES.items()}))
+    for name, loss in LOSSES.items():
+        record = _record(loss)
+        console.say(f"{name}: {record['what']}")
+        console.say("    " + ", ".join(f"{k}={v}" for k, v in record["knobs"].items()))
+        console.say(f"    reads {', '.join(record['reads'])}")
+
+
+def _record(loss: Loss) -> dict[str, Any]:
+    knobs = {f.name: _plain(getattr(loss, f.name)) for f in fields(loss)}  # type: ignore[arg-type]
+    reads = ["labels"] * loss.needs_labels + ["logits"] * loss.needs_logits
+    if isinstance(loss, LayerLoss):
+        reads.append(f"taps ({loss.statistic})")
+    reads += ["the teacher's last layer"] * loss.needs_head + ["counts of the classes"] * loss.needs_counts
+    return {"what": (loss.__doc__ or "").splitlines()[0], "knobs": knobs, "reads": reads}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Ramp):
+        return f"{value.start:g}->{value.end:g}" + (f"@{value.epochs}" if value.epochs else "")
+    return value if not isinstance(value, bool) else str(value).lower()

@@ -1,0 +1,290 @@
+"""`softcache methods`: one arch trained by every loss on one cache: what each gains and what it costs."""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcache.base.errors import Diverged, Interrupted, WrongCommand, unknown
+from softcache.base.files import make_folder, publish_json, publish_text
+from softcache.pipeline.cache.manifest import row_bytes
+from softcache.pipeline.losses import at
+from softcache.pipeline.losses.base import student_taps
+from softcache.pipeline.taps.hooks import tapped
+from softcache.stages.cli.configs import MethodsSettings, StudentSettings
+from softcache.stages.cli.console import Console, bar
+from softcache.stages.runs.environment import machine, versions
+from softcache.stages.runs.folder import free_run
+from softcache.stages.training.checkpoint import State
+from softcache.stages.training.step import Job, loss_modules, step
+
+from . import command as student_stage
+from .phases import job_of
+from .recipes import fill_in
+from .setup import Material
+
+_ROUNDS = 7
+
+# Each row: the losses of a method, {all} the layers from shallow to deep, {last} the last of them. Logit methods
+# first; weights are those of the papers' own CIFAR experiments where these were read, see the losses.
+METHODS: dict[str, tuple[str, ...]] = {
+    "hard": ("hard",),
+    "smoothing": ("hard:smoothing=0.1",),
+    "tf_kd": ("hard:weight=0.9", "tf_kd:weight=0.1"),
+    "kd": ("hard:weight=0.1", "kd:weight=0.9"),
+    "kd z-scored": ("hard:weight=0.1", "kd:standardize=true,temperature=2,weight=9"),
+    "logit_mse": ("hard:weight=0.9", "logit_mse:weight=0.1"),
+    "dkd": ("hard", "dkd:nontarget=2"),
+    "nkd": ("hard", "nkd"),
+    "dist": ("hard", "dist"),
+    "wsld": ("hard", "wsld"),
+    "ctkd": ("hard:weight=0.1", "ctkd:weight=0.9"),
+    "multi_temperature": ("hard:weight=0.1", "multi_temperature"),
+    "logit_adjusted": ("logit_adjusted",),
+    "balanced_softmax": ("balanced_softmax",),
+    "balanced_kd": ("hard", "balanced_kd"),
+    "dive": ("balanced_softmax:weight=0.5", "dive:weight=0.5"),
+    "soft_f1": ("hard", "soft_f1"),
+    "output + hint": ("output", "hint:teacher={last},student={s_last}"),
+    "hint": ("hard", "hint:teacher={last},student={s_last}"),
+    "concat_hint": ("hard", "concat_hint:teacher={all},student={s_all}"),
+    "vid": ("hard", "vid:teacher={all},student={s_all}"),
+    "attention": ("hard", "attention:teacher={all},student={s_all}"),
+    "nst": ("hard", "nst:teacher={last},student={s_last}"),
+    "similarity": ("hard", "similarity:teacher={last},student={s_last}"),
+    "rkd": ("hard", "rkd:teacher={last},student={s_last}"),
+    "pkt": ("hard", "pkt:teacher={last},student={s_last}"),
+    "cc": ("hard", "cc:teacher={last},student={s_last}"),
+    "srrl": ("hard", "kd", "srrl:teacher={last},student={s_last}"),
+    "cat_kd": ("hard", "cat_kd:weight=0.7,teacher={last},student={s_last}"),
+    "simkd": ("simkd:teacher={last},student={s_last}",),
+    "crd": ("hard", "crd:teacher={last},student={s_last}"),
+    "review_kd": ("hard", "review_kd:teacher={all},student={s_all}"),
+}
+
+
+@dataclass
+class Cost:
+    """What a step of a method takes. ratio: its time over that of `hard` in the same round, median and range; to_kd:
+    over that of `kd`, where that is among the methods."""
+
+    bytes_a_view: int
+    own_bytes: int
+    saved_bytes: int
+    ratio: float = 1.0
+    least: float = 1.0
+    most: float = 1.0
+    to_kd: float | None = None
+
+
+def run(settings: MethodsSettings, said: set[str]) -> None:
+    """Time all methods in turns, then train each; methods.json and methods.md. --out goes on with what is there."""
+    console = Console(settings.json, epoch_lines=False)
+    if settings.resume or settings.seeds > 1 or settings.baseline or settings.loss:
+        raise WrongCommand(
+            "methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss"
+        )
+    folder = Path(settings.out) if settings.out else free_run("methods")
+    first = student_stage.with_recipe(replace(fill_in(student_stage.without_more(settings), said), loss=("hard",)))
+    shared = Material.open(first)
+    student_stage.say_notes(first, shared, console)
+    layers = settings.layers or _cached_layers(shared, first)
+    chosen = _chosen(settings, layers, console)
+    asked = {name: replace(first, loss=specs, out=str(folder / _file(name))) for name, specs in chosen.items()}
+    runners, materials, impossible = _runners(asked, shared, settings.time_steps)
+    make_folder(folder)
+    costs = _costs(runners)
+    possible = list(runners)
+    del runners  # with their networks, batches and banks, before the first training
+    try:
+        rows = [_row(name, asked[name], materials[name], costs[name], console) for name in possible]
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
+    rows += [{"method": name, "losses": list(asked[name].loss), "failed": why} for name, why in impossible.items()]
+    record = {
+        "arch": first.arch,
+        "epochs": first.epochs,
+        "cache": list(first.cache),
+        "fingerprint": shared.cache.manifest.fingerprint,
+        "teacher": shared.figures,
+        "methods": rows,
+        "versions": versions(),
+        "machine": machine(shared.device),
+        "rounds": _ROUNDS,
+        "time_steps": settings.time_steps,
+    }
+    publish_json(folder / "methods.json", record)
+    text = _markdown(record)
+    publish_text(folder / "methods.md", text)
+    if settings.json:
+        return console.result(json.dumps(record))
+    console.say(text)
+    console.say(f"run:   {folder}/methods.json, methods.md")
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _cached_layers(material: Material, settings: StudentSettings) -> str:
+    """The cached layers from shallow to deep, which is their order in a student that has them by the same names."""
+    cached = dict.fromkeys(tap.partition(":")[0] for tap in material.cache.manifest.taps)
+    names = [name for name, _ in material.network(settings, material.losses).named_modules() if name in cached]
+    if len(names) != len(cached):
+        raise WrongCommand(
+            f"{settings.arch} has not all of the cached layers {', '.join(cached)}: name them from shallow to deep"
+            " with --layers, and the student's with --student-layers"
+        )
+    return "+".join(names)
+
+
+def _chosen(settings: MethodsSettings, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
+    """{method: losses}, with the layers put in."""
+    chosen = [name.strip() for name in settings.only.split(",") if name.strip()]
+    for name in chosen:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+    layered = [name for name in chosen or METHODS if any("{" in spec for spec in METHODS[name])]
+    if layered and not layers:
+        if chosen:
+            raise WrongCommand(f"'{layered[0]}' is of layers, and the cache has no taps: name them with --layers")
+        console.say(f"the cache has no taps: without {', '.join(layered)} (--layers … would say which)")
+    names = [name for name in chosen or METHODS if layers or name not in layered]
+    student = settings.student_layers or layers
+    words = {"all": layers, "last": layers.split("+")[-1], "s_all": student, "s_last": student.split("+")[-1]}
+    return {name: tuple(spec.format(**words) for spec in METHODS[name]) for name in ["hard", *names]}
+
+
+def _runners(
+    asked: dict[str, StudentSettings], shared: Material, steps: int
+) -> tuple[dict[str, "_Runner"], dict[str, Material], dict[str, str]]:
+    """Every method that this teacher and this student allow, its material, and why not for the others.
+
+    Raises Refused for what the cache has not kept.
+    """
+    runners, materials, impossible = {}, {}, {}
+    for name in asked:
+        try:
+            materials[name] = Material.open(asked[name], shared)
+            runners[name] = _Runner(asked[name], materials[name], steps)
+        except WrongCommand as error:
+            impossible[name] = str(error)
+    return runners, materials, impossible
+
+
+def _costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
+    """Of every method. Timed in turns, so that a busy moment of the machine falls on all."""
+    costs = {name: runner.cost() for name, runner in runners.items()}
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    with bar(_ROUNDS * len(runners), "timing", "method") as shown:
+        for _ in range(_ROUNDS):
+            for name, runner in runners.items():
+                times[name].append(runner.seconds())
+                shown.update()
+
+    def over(name: str, other: str) -> list[float]:
+        return [mine / theirs for mine, theirs in zip(times[name], times[other], strict=True)]
+
+    for name, cost in costs.items():
+        found = over(name, "hard")
+        cost.ratio, cost.least, cost.most = statistics.median(found), min(found), max(found)
+        cost.to_kd = statistics.median(over(name, "kd")) if "kd" in runners else None
+    return costs
+
+
+class _Runner:
+    """A method with batches in memory, ready to take steps that count for nothing."""
+
+    def __init__(self, settings: StudentSettings, material: Material, steps: int):
+        labels = material.transfer_set.splits["train"].labels
+        network = material.network(settings, material.losses)
+        self.job = job = job_of("student", settings, material, network, material.losses, labels, Path())
+        self.taps = student_taps(job.losses)
+        self.state = State.begin(job.model, loss_modules(job, self.taps), settings, lambda _: 1e-6)
+        self.losses = [at(loss, 0, 2) for loss in job.losses]
+        self.batches = [batch.to(job.device) for batch in job.stream.batches(0, steps)]
+        self.read = _bytes_a_view(job, material)
+        self._steps(self.batches[:2])
+
+    def seconds(self) -> float:
+        begun = time.perf_counter()
+        self._steps(self.batches)
+        if self.job.device.type == "cuda":
+            torch.cuda.synchronize(self.job.device)
+        return time.perf_counter() - begun
+
+    def cost(self) -> Cost:
+        saved: dict[int, int] = {}
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            self._steps(self.batches[:1])
+        own = [x for m in self.state.modules.values() for x in (*m.parameters(), *m.buffers())]
+        return Cost(self.read, sum(x.numel() * x.element_size() for x in own), sum(saved.values()))
+
+    def _steps(self, batches: list[Any]) -> None:
+        self.job.model.train()
+        with tapped(self.job.model.network, self.taps) as kept:
+            for batch in batches:
+                step(self.job, self.state, batch, self.losses, kept)
+
+
+def _bytes_a_view(job: Job, material: Material) -> int:
+    """What the cache holds of a view for these losses."""
+    manifest = material.cache.manifest
+    read = [f"features/{tap}" for tap in material.taps]
+    size = row_bytes({name: manifest.datasets[name] for name in read})
+    if any(loss.needs_logits for loss in job.losses):
+        for cache in material.teachers.members:
+            size += row_bytes({name: cache.manifest.datasets[name] for name in cache.codec.datasets(cache.classes)})
+    return size
+
+
+def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, console: Console) -> dict[str, Any]:
+    """Train one method; its row of the table. One that diverges is reported, not hidden."""
+    console.say(f"{name}: {' '.join(settings.loss)}")
+    row: dict[str, Any] = {"method": name, "losses": list(settings.loss), **cost.__dict__}
+    try:
+        student = student_stage.train_or_go_on(settings, material, console)["student"]
+    except Diverged as diverged:
+        return row | {"failed": str(diverged)}
+    figures = {split: student[split]["accuracy"] for split in material.held_out}
+    return row | {
+        "accuracy": figures,
+        "agreement": {split: student[split]["agreement"] for split in material.held_out},
+        "seconds_an_epoch": student["seconds"] / (settings.epochs + settings.finetune_epochs),
+        "parameters": student["parameters"],
+    }
+
+
+def _markdown(record: dict[str, Any]) -> str:
+    """The table in words."""
+    hard = record["methods"][0]
+    split = "test" if "test" in record["teacher"] else "val"
+    lines = [
+        f"{record['arch']}, {record['epochs']} epochs, from the cache of {record['teacher']['arch']}"
+        f" ({split} accuracy {record['teacher'][split]['accuracy']:.4f})",
+        "",
+        f"| method | {split} accuracy | agreement | s/epoch | step time / hard (least to most of {record['rounds']})"
+        " | / kd | kept for the gradient, MB over hard | own MB | bytes/view |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["methods"]:
+        if "ratio" not in row:
+            lines.append(f"| {row['method']} | not for this pair: {row['failed']} | | | | | | | |")
+            continue
+        ratio = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) | "
+        ratio += f"{row['to_kd']:.2f}" if row["to_kd"] else ""
+        memory = f"{(row['saved_bytes'] - hard['saved_bytes']) / 1e6:.1f} | {row['own_bytes'] / 1e6:.1f}"
+        found = "diverged | | "
+        if "failed" not in row:
+            found = f"{row['accuracy'][split]:.4f} | {row['agreement'][split]:.4f} | {row['seconds_an_epoch']:.1f}"
+        lines.append(f"| {row['method']} | {found} | {ratio} | {memory} | {row['bytes_a_view']:,} |")
+    return "\n".join(lines) + "\n"

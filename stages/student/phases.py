@@ -1,0 +1,222 @@
+"""The trainings of a student: distilled, fine-tuned, and as a baseline; of one, or of several from one stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from softcache.base.errors import Ended, WrongCommand
+from softcache.base.files import remove_leftovers
+from softcache.data.transfer_set import Labels
+from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.hard import Hard
+from softcache.pipeline.models import multiply_adds, parameters
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.console import Console
+from softcache.stages.distributed.ranks import from_first, wait_for
+from softcache.stages.runs.logits import LOGITS, publish_logits
+from softcache.stages.training.checkpoint import Finished
+from softcache.stages.training.loop import fit, fit_together
+from softcache.stages.training.step import AfterEpoch, Job
+from softcache.stages.training.validation import HeldOut
+from softcache.stages.training.vectorized import check_stackable, fit_stacked
+
+from .requirements import visible
+from .setup import Material
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Student:
+    """One seed of one student: its settings, what it is trained from, where it is kept. after_epoch: told each line of
+    its training from the cache; may raise Ended."""
+
+    settings: StudentSettings
+    material: Material
+    folder: Path
+    after_epoch: AfterEpoch | None = None
+
+
+def first_training(settings: StudentSettings) -> str:
+    """The name of the training from the cache."""
+    return "distilled" if settings.finetune_epochs else "student"
+
+
+def train_passes(students: Sequence[Student], console: Console, vectorize: bool = False) -> list[Result | Ended]:
+    """Of each student the figures of its `student`, and of its `baseline` when asked for.
+
+    Several have as many epochs and read each batch once; where one ends early, that is in its place. vectorize: those
+    of one arch as one model.
+    """
+    settings = students[0].settings
+    first = first_training(settings)
+    results = _trained(first, students, [{} for _ in students], console, vectorize)
+    if first != "student":
+        results = _trained("student", students, results, console, vectorize)
+        for result in results:
+            if not isinstance(result, Ended):
+                result["student"]["seconds"] += result.pop(first)["seconds"]
+    if settings.baseline:
+        results = _trained("baseline", students, results, console, vectorize)
+    return results
+
+
+def check(students: Sequence[Student], vectorize: bool) -> None:
+    """Raise WrongCommand for several that cannot be trained together, before anything is written."""
+    jobs = _from_one_stream([_job(first_training(one.settings), one) for one in students])
+    for places in _by_arch(students) if vectorize else []:
+        check_stackable([jobs[i] for i in places])
+
+
+def _trained(
+    name: str,
+    students: Sequence[Student],
+    results: Sequence[Result | Ended],
+    console: Console,
+    vectorize: bool,
+) -> list[Result | Ended]:
+    """The results with the figures of one more training, of those students that have not ended."""
+    left = [student for student, result in zip(students, results, strict=True) if not isinstance(result, Ended)]
+    jobs = [_job(name, student) for student in left]
+    val = students[0].material.held_out["val"]
+    done: dict[int, Finished | Ended] = {}
+    if len(students) == 1 and left:
+        done[0] = _alone(jobs[0], val, console)
+    else:
+        shared = _from_one_stream(jobs)
+        for places in _by_arch(left) if vectorize else [range(len(left))]:
+            fitted = (fit_stacked if vectorize else fit_together)([shared[i] for i in places], val, console)
+            done |= dict(zip(places, fitted, strict=True))
+    ended = iter(zip(jobs, left, [done[i] for i in range(len(left))], strict=True))
+    return [result if isinstance(result, Ended) else _with(result, name, *next(ended)) for result in results]
+
+
+def _with(result: Result, name: str, job: Job, student: Student, done: Finished | Ended) -> Result | Ended:
+    return done if isinstance(done, Ended) else result | {name: _figures(job, student, done)}
+
+
+def _alone(job: Job, val: HeldOut, console: Console) -> Finished | Ended:
+    try:
+        return fit(job, val, console)
+    except Ended as ended:
+        return ended
+
+
+def _by_arch(students: Sequence[Student]) -> list[list[int]]:
+    """The places of the students of each arch."""
+    archs = [student.settings.arch for student in students]
+    return [[i for i, arch in enumerate(archs) if arch == one] for one in dict.fromkeys(archs)]
+
+
+def _job(name: str, student: Student) -> Job:
+    """One training of a student: losses, settings, where it is kept and from which weights it starts."""
+    settings, material = student.settings, student.material
+    smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
+    hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
+    losses = material.losses if name == first_training(settings) else hard
+    network = material.network(settings, hard if name == "baseline" else material.losses)
+    folder = student.folder if name == "student" else student.folder / name
+    if name == "baseline":
+        settings = replace(settings, epochs=settings.epochs + settings.finetune_epochs)
+    elif name == "student" and settings.finetune_epochs:
+        start = student.folder / "distilled/distilled.pt"
+        wait_for(start)
+        load_state(network, read_state(start), str(start))
+        settings = _finetuning(settings)
+    labels = visible(settings, material.transfer_set.splits["train"].labels)
+    job = job_of(name, settings, material, network, losses, labels, folder)
+    return replace(job, after_epoch=student.after_epoch if name == first_training(student.settings) else None)
+
+
+def _finetuning(settings: StudentSettings) -> StudentSettings:
+    """The settings of the training from hard targets alone that follows distillation."""
+    rate = settings.finetune_learning_rate or settings.learning_rate / 10
+    return replace(settings, epochs=settings.finetune_epochs, learning_rate=rate)
+
+
+def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
+    material, rows = student.material, len(job.stream.rows) / job.stream.steps_per_round
+    figures: dict[str, Any] = {
+        "arch": material.arch(student.settings, material.losses if job.name != "baseline" else job.losses),
+        "preparation": material.preparation.identity(),
+        "parameters": parameters(job.model.network),
+        "multiply_adds": job.multiply_adds,
+        "seconds": done.seconds,
+        "epoch": done.epoch,
+        "images_per_second": job.epochs * job.steps * rows / done.seconds,
+    }
+    return figures | from_first(lambda: _measured(job, material))
+
+
+def _measured(job: Job, material: Material) -> dict[str, Any]:
+    """The figures of the held-out splits; what they are made of is kept beside the weights."""
+    logits = material.logits(job.model)
+    remove_leftovers(job.folder, (LOGITS,))
+    publish_logits(job.folder / LOGITS, logits, material.transfer_set)
+    return material.measure(logits)
+
+
+def job_of(
+    name: str,
+    settings: StudentSettings,
+    material: Material,
+    network: nn.Module,
+    losses: tuple[Loss, ...],
+    labels: Labels,
+    folder: Path,
+) -> Job:
+    """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
+    preparation = material.preparation
+    model = Prepared(network, preparation).to(material.device)
+    cost = multiply_adds(network, preparation.channels, preparation.size)
+    only_labelled = all(loss.needs_labels for loss in losses)
+    targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
+    stream = material.stream(settings, labels, only_labelled, targets)
+    steps = material.stream(settings, labels, False, targets).steps_per_round
+    return Job(
+        name,
+        model,
+        losses,
+        stream,
+        settings.epochs,
+        steps,
+        settings,
+        material.device,
+        folder,
+        cost,
+        known=material.known(labels),
+        term=material.term(settings),
+    )
+
+
+def _from_one_stream(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with one stream that has what each reads. Raises WrongCommand where their batches differ."""
+    if not jobs:
+        return []
+    first = jobs[0].stream
+    for job in jobs[1:]:
+        if not _same_batches(first, job.stream) or (job.epochs, job.steps) != (jobs[0].epochs, jobs[0].steps):
+            raise WrongCommand(
+                f"'{jobs[0].folder}' and '{job.folder}' do not see the same batches, as students of one stream do:"
+                " other labels (--labelled goes by the seed), or a loss that wants labels beside one that does not."
+                " Train them one after the other"
+            )
+    taps = tuple(dict.fromkeys(tap for job in jobs for tap in job.stream.taps))
+    shared = replace(first, taps=taps, targets=any(job.stream.targets for job in jobs))
+    return [replace(job, stream=shared) for job in jobs]
+
+
+def _same_batches(one: Stream, other: Stream) -> bool:
+    """Whether two streams of the same caches and pictures differ in what is read of a row alone."""
+    alike = replace(
+        other, split=one.split, labels=one.labels, rows=one.rows, cache=one.cache, taps=one.taps, targets=one.targets
+    )
+    rows = np.array_equal(one.labels, other.labels) and np.array_equal(one.rows, other.rows)
+    return rows and alike == one

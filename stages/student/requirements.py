@@ -1,0 +1,160 @@
+"""Whether a cache can serve what a student asks of it: found before the first step, in one line with the way out."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softcache.base.errors import Refused, WrongCommand
+from softcache.data.transfer_set import Labels, class_counts, stratified
+from softcache.pipeline.batch import Head, Known
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.losses import Loss, parse_losses
+from softcache.pipeline.losses.base import teacher_taps
+from softcache.pipeline.losses.classifier import head_for
+from softcache.pipeline.losses.feature_base import LayerLoss
+from softcache.pipeline.losses.hint import ConcatHint
+from softcache.pipeline.losses.long_tail import counts_for
+from softcache.pipeline.taps.statistics import derived, source_of, statistic
+from softcache.pipeline.teachers.ensemble import Gaps
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.copied_commands import remake
+
+# Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
+# 2 x 2) by more, another layer by half or all.
+_MOST_GAP = 0.2
+
+
+def losses_of(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
+    """The losses of a run on this cache. Raises WrongCommand for those that it cannot serve, or that do not exist."""
+    cached = tuple(cache.manifest.taps)
+    losses = tuple(
+        loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(settings.loss)
+    )
+    if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.one_label]):
+        raise WrongCommand(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
+    if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):
+        raise WrongCommand(f"loss '{wrong[0]}' needs the teacher's last linear layer, and this teacher has none")
+    return losses
+
+
+def cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
+    """The cached taps that the losses' own can be had from. Raises Refused with the command that adds the missing."""
+    asked = teacher_taps(losses)
+    there = list(cache.manifest.taps)
+    missing = [tap for tap in asked if source_of(tap, there) is None]
+    if missing:
+        have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
+        more = _more(settings, cache, taps=",".join([*there, *missing]))
+        raise Refused(f"the cache '{cache.folder}' {have}. Add them with  {more}")
+    return tuple(dict.fromkeys(source for tap in asked if (source := source_of(tap, there))))
+
+
+def check_draws(settings: StudentSettings, cache: Cache) -> None:
+    if settings.draws > cache.manifest.draws:
+        have = f"the cache '{cache.folder}' has {cache.manifest.draws}"
+        more = _more(settings, cache, draws=settings.draws)
+        raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
+
+
+def check_draws_per_decode(settings: StudentSettings) -> None:
+    """Every draw is to come once before one comes again, and a batch to hold all draws of its pictures."""
+    k, draws, batch = settings.draws_per_decode, settings.draws, settings.batch_size
+    if draws % k:
+        divisors = [n for n in range(1, draws + 1) if draws % n == 0]
+        near = " or ".join(str(n) for n in [*[n for n in divisors if n < k][-1:], *[n for n in divisors if n > k][:1]])
+        fewer = f", or --draws {draws - draws % k}" if draws > k else ""
+        raise WrongCommand(
+            f"--draws-per-decode {k} does not divide the {draws} draws that are used: {near} does{fewer}"
+        )
+    if batch % k:
+        near = " or ".join(f"--batch-size {n}" for n in (batch - batch % k, batch - batch % k + k) if n)
+        raise WrongCommand(f"--batch-size {batch} is not a multiple of --draws-per-decode {k}: {near}")
+
+
+def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
+    """The command that adds to the cache, for the data as they lie here."""
+    here = {"data": settings.data} if settings.data else {}
+    return remake(cache, out=str(cache.folder), data_root=settings.data_root, **here, **changes)
+
+
+def check_several(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels) -> None:
+    """Whether these losses can be led by several teachers, or by none in some rows. Raises WrongCommand."""
+    several = len(settings.cache) > 1
+    if settings.combine and not several:
+        raise WrongCommand(f"--combine {settings.combine} is of several caches: --cache A --cache B")
+    if several and (wrong := [loss.name for loss in losses if loss.needs_head]):
+        raise WrongCommand(f"loss '{wrong[0]}' goes through the last layer of one teacher, and there are several")
+    unweighed = [loss.name for loss in losses if loss.needs_logits and not loss.by_row]
+    if settings.combine == "ca_mkd" and unweighed:
+        raise WrongCommand(
+            f"--combine ca_mkd weighs single rows, which loss '{unweighed[0]}' has not: kd, output and logit_mse have"
+        )
+    if settings.missing == "hard" and settings.labelled:
+        raise WrongCommand("--missing hard needs the labels of all rows, --labelled hides some: --missing skip")
+    if settings.missing == "hard" and (labels < 0).any():
+        raise WrongCommand("--missing hard needs labels, and some of these pictures have none: --missing skip")
+
+
+def visible(settings: StudentSettings, labels: Labels) -> Labels:
+    """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
+    how many of each class does not."""
+    if not settings.labelled:
+        return labels
+    kept = stratified(labels, settings.labelled, key=(settings.seed, 50))
+    return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
+
+
+def check_labels(
+    settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]
+) -> None:
+    unlabelled = bool((labels < 0).any())
+    wanting = [loss.name for loss in losses if loss.needs_labels]
+    if unlabelled and wanting:
+        raise WrongCommand(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
+    needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(settings, name)]
+    if unlabelled and needing:
+        flag = needing[0].replace("_", "-")
+        raise WrongCommand(f"--{flag} needs labels, and these pictures have none: leave it out")
+    if settings.labelled and settings.sampler:
+        raise WrongCommand("--sampler needs the labels of all rows, --labelled hides some: leave out one")
+    if settings.labelled and not len(classes) <= settings.labelled <= len(labels):
+        raise WrongCommand(
+            f"--labelled {settings.labelled} is not between {len(classes)} classes and {len(labels)} rows"
+        )
+    for loss in losses:
+        if loss.needs_counts:
+            counts_for(loss, torch.from_numpy(class_counts(visible(settings, labels), len(classes))), classes)
+
+
+def answered(cache: Cache, gaps: Gaps) -> NDArray[np.int64]:
+    """The positions of the training split whose rows are there in the first draw. Raises Refused for none."""
+    gone = gaps.get(0, np.zeros(cache.manifest.splits["train"], bool))
+    if gone.all():
+        raise Refused(f"'{cache.folder}' has no row of the first draw, which these losses want: repair it")
+    return np.flatnonzero(~gone)
+
+
+def check_head(cache: Cache, losses: tuple[Loss, ...], head: Head, gaps: Gaps) -> None:
+    """The teacher's last layer must give the cached logits for the features that a loss leads through it.
+
+    Raises WrongCommand: another layer of the same width, before an activation say, would be taken without a word.
+    """
+    for loss in losses:
+        if not (isinstance(loss, LayerLoss) and loss.needs_head):
+            continue
+        tap = loss.teacher_taps()[0]
+        source = source_of(tap, cache.manifest.taps)
+        assert source is not None
+        logits, features = cache.stored("train", 0, answered(cache, gaps)[:64], (source,))
+        x = derived(features, (tap,))[tap]
+        pooled = statistic(x, "pool", tap)
+        head_for(loss, Known(head), pooled.shape[1])
+        span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
+        gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
+        if gap > _MOST_GAP:
+            raise loss.without_head(
+                f"it does not read the mean of '{tap}', from which it gives logits that are off by {gap:.0%} of their"
+                " range: choose the layer just before the pooling"
+            )

@@ -1,0 +1,237 @@
+"""What a student is trained from: one cache or several and their transfer set, known to belong together."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from softcache.base.errors import Refused, WrongCommand
+from softcache.data.transfer_set import Labels, TransferSet, class_counts
+from softcache.pipeline.batch import Bank, Head, Known
+from softcache.pipeline.cache.manifest import row_bytes
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.verification import probe
+from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.classifier import SimKD
+from softcache.pipeline.losses.multi_teacher import Term, by_each, by_one, by_trust, or_hard
+from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.models import build
+from softcache.pipeline.models.archs.simkd import SimKDStudent, arch_of
+from softcache.pipeline.models.prepared_model import Preparation
+from softcache.pipeline.taps.statistics import derived, source_of
+from softcache.pipeline.teachers.ensemble import Teachers, gaps_of
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.console import progress
+from softcache.stages.runs.environment import device_of
+from softcache.stages.training.validation import HeldOut, check_select
+
+from .requirements import (
+    answered,
+    cached_taps,
+    check_draws,
+    check_draws_per_decode,
+    check_head,
+    check_labels,
+    check_several,
+    losses_of,
+)
+from .teachers import bound, mapped_head, open_caches, taught
+
+_BANK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all seeds share. teachers: the cache, or several as one; cache: the first of them, of whose teacher the
+    layers are; taps: those that are read of it; said: {split: logits of each teacher [N, K], or [N, M, K]} in index
+    order; head: the teacher's last layer, where a loss asks for it."""
+
+    teachers: Teachers
+    transfer_set: TransferSet
+    losses: tuple[Loss, ...]
+    taps: tuple[str, ...]
+    preparation: Preparation
+    device: torch.device
+    held_out: dict[str, HeldOut]
+    said: dict[str, torch.Tensor]
+    head: Head | None
+
+    @staticmethod
+    def open(settings: StudentSettings, like: "Material | None" = None) -> "Material":
+        """Read and check everything before the first step. Raises Refused or WrongCommand.
+
+        like: of the same cache and data, opened before; then only what the losses ask is looked at again.
+        """
+        caches = like.teachers.members if like else open_caches(settings.cache)
+        cache = caches[0]
+        losses = losses_of(settings, cache)
+        taps = cached_taps(settings, cache, losses)
+        for one in caches:
+            check_draws(settings, one)
+        check_draws_per_decode(settings)
+        head = cache.head() if any(loss.needs_head for loss in losses) else None
+        transfer_set = like.transfer_set if like else bound(caches, settings)
+        labels = transfer_set.splits["train"].labels
+        check_labels(settings, losses, labels, transfer_set.classes)
+        check_several(settings, losses, labels)
+        check_select(settings, transfer_set)
+        gaps = like.teachers.gaps if like else {}
+        if settings.missing and not (like and like.taps == taps):
+            gaps = gaps_of(caches, settings.draws, taps, progress)
+        if head:  # once the cache is bound: of rows that it reads before, labels would not be compared
+            check_head(cache, losses, head, gaps)
+        if like:
+            teachers = replace(like.teachers, gaps=gaps)
+            return replace(like, teachers=teachers, losses=losses, taps=taps, head=mapped_head(teachers, head))
+        for one in caches:
+            probe(one, transfer_set, settings.draws, gaps)
+        teachers, said = taught(caches, settings, transfer_set, gaps)
+        device = device_of(settings.device)
+        return Material(
+            teachers,
+            transfer_set,
+            losses,
+            taps,
+            # The student's input is normalised as the teacher's, at the size of the views themselves.
+            replace(cache.preparation, size=cache.views.size),
+            device,
+            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in said},
+            said,
+            mapped_head(teachers, head),
+        )
+
+    @property
+    def cache(self) -> Cache:
+        """The first cache."""
+        return self.teachers.members[0]
+
+    @cached_property
+    def teacher(self) -> dict[str, torch.Tensor]:
+        """{split: logits [N, K] in index order} of what the student learns from, as one teacher."""
+        return {split: self.teachers.as_one(logits) for split, logits in self.said.items()}
+
+    def arch(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> str:
+        """The arch that is asked for; with `simkd`, led through the teacher's last layer."""
+        simkd = next((loss for loss in losses if isinstance(loss, SimKD)), None)
+        if simkd is None:
+            return settings.arch
+        width = self.cache.manifest.taps[self.taps[0]][0]
+        return arch_of(settings.arch, simkd.through(), width)
+
+    def network(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> nn.Module:
+        """The network that these losses train, with the initial weights of its seed."""
+        torch.manual_seed(settings.seed)
+        network = self.build(self.arch(settings, losses))
+        if isinstance(network, SimKDStudent) and self.head is not None:
+            network.answer_through(self.head)
+        return network
+
+    def build(self, arch: str) -> nn.Module:
+        """A network for these data, with fresh weights."""
+        return build(arch, self.cache.classes, self.preparation.channels, self.preparation.size)
+
+    def known(self, labels: Labels) -> Known:
+        """What losses may ask of the teacher beside its rows. labels [N]: of the training split, -1 where hidden."""
+        cache = self.cache
+
+        def bank(tap: str) -> Bank:
+            """Rows of the first draw: all there are, or so many as 1 GiB holds. (They are stored in a mixed order.)"""
+            source = source_of(tap, cache.manifest.taps)
+            assert source is not None
+            name = f"features/{source}"
+            size = row_bytes({name: cache.manifest.datasets[name]})
+            positions = answered(cache, self.teachers.gaps)[: max(1, _BANK_BYTES // size)]
+            parts = (
+                cache.stored("train", 0, some, (source,))[1]
+                for some in np.array_split(positions, -(-len(positions) // 4096))
+            )
+            features = torch.cat([derived(part, (tap,))[tap].half() for part in parts])
+            index = cache.index("train", positions)
+            return Bank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
+
+        return Known(self.head, bank, torch.from_numpy(class_counts(labels, cache.classes)))
+
+    def logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
+        """{split: float32 [N, K]}: what a student says of each held-out split."""
+        return {split: rows.logits(model) for split, rows in self.held_out.items()}
+
+    def measure(self, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
+        """Every figure of a student on each held-out split, from what it says there."""
+        return {
+            split: evaluate(said, self.held_out[split].labels, self.teacher[split].numpy(), self.counts)
+            for split, said in logits.items()
+        }
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
+        return self._figures(" + ".join(cache.teacher for cache in self.teachers.members), self.teacher)
+
+    @cached_property
+    def figures_of_members(self) -> list[dict[str, Any]]:
+        """The same of each cache as it is."""
+        return [
+            self._figures(cache.teacher, {s: z[:, k] if z.ndim == 3 else z for s, z in self.said.items()})
+            for k, cache in enumerate(self.teachers.members)
+        ]
+
+    def _figures(self, arch: str, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+        rows = {split: self.transfer_set.splits[split].labels for split in logits}
+        return {"arch": arch, **{s: evaluate(z.numpy(), rows[s], counts=self.counts) for s, z in logits.items()}}
+
+    @cached_property
+    def counts(self) -> Labels:
+        """int64 [K]: rows of each class in the training split, where they have labels."""
+        return class_counts(self.transfer_set.splits["train"].labels, self.cache.classes)
+
+    def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
+        """The training stream of one seed."""
+        order = self.cache.order("train")
+        wanted = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
+        if settings.missing == "skip":
+            wanted &= ~self.without_answer
+        if not wanted.any():
+            raise Refused("no row of the training split is left: each lacks an answer in some draw, or a label")
+        seed = settings.seed if settings.order_seed < 0 else settings.order_seed
+        stream = Stream(
+            self.transfer_set.splits["train"],
+            self.cache.views,
+            self.cache.seed,
+            seed,
+            settings.batch_size,
+            labels,
+            np.flatnonzero(wanted),
+            settings.draws,
+            self.teachers,
+            self.taps,
+            targets,
+            settings.workers,
+            sampler=settings.sampler,
+            draws_per_decode=settings.draws_per_decode,
+            device=self.device,
+        )
+        if len(stream.rows) < settings.draws_per_decode * stream.steps_per_round:
+            raise WrongCommand(
+                f"--draws-per-decode {settings.draws_per_decode} leaves a batch of {settings.batch_size} without a"
+                f" picture: there are {len(stream.rows)} rows; choose fewer, or a larger --batch-size"
+            )
+        return stream
+
+    @property
+    def without_answer(self) -> NDArray[np.bool_]:
+        """bool [rows]: which positions of the training split have no answer of a teacher in some draw."""
+        gone = np.zeros(self.cache.manifest.splits["train"], bool)
+        for in_draw in self.teachers.gaps.values():
+            gone |= in_draw
+        return gone
+
+    def term(self, settings: StudentSettings) -> Term:
+        """How a term of the loss is led: by one teacher, by each, or by none where a row has no answer."""
+        combine = self.teachers.combine
+        term = by_one if not (combine and combine.each) else by_trust if combine.name == "ca_mkd" else by_each
+        return or_hard(term) if settings.missing == "hard" else term

@@ -1,0 +1,163 @@
+"""What the student's teacher says: one cache or several as one, and the map of its distribution, kept with the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.files import publish_json
+from softcache.data.transfer_set import Labels, TransferSet, class_counts
+from softcache.pipeline.batch import Head
+from softcache.pipeline.cache.identity import describe
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.teachers.combine import Combine, fit_combine, parse_combine
+from softcache.pipeline.teachers.distribution_map import Mapping, fit_mapping
+from softcache.pipeline.teachers.ensemble import Gaps, Teachers, check_same, runs_of
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.console import bar
+from softcache.stages.distributed.ranks import first_alone
+from softcache.stages.runs.data import data_of
+from softcache.stages.runs.folder import read_json
+
+KEPT = "targets.json"
+_STEPS = 500  # of a fit, about
+Said = dict[str, torch.Tensor]
+
+
+def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
+    """The caches, of the same rows and views. Raises Refused or WrongCommand."""
+    if not folders:
+        raise Refused("the run's settings name no cache: say where it is with --cache")
+    caches = tuple(Cache(Path(folder)) for folder in folders)
+    check_same(caches)
+    return caches
+
+
+def bound(caches: tuple[Cache, ...], settings: StudentSettings) -> TransferSet:
+    """The transfer set of all of them, which each compares with its own rows."""
+    transfer_set = first_alone(lambda: data_of(caches[0], settings.data, Path(settings.data_root)))
+    for other in caches[1:]:
+        other.bind(transfer_set)
+    return transfer_set
+
+
+def taught(
+    caches: tuple[Cache, ...], settings: StudentSettings, transfer_set: TransferSet, gaps: Gaps
+) -> tuple[Teachers, Said]:
+    """The caches as one teacher, as a run has kept it or fitted to validation; and {split: what each said}."""
+    plain = Teachers(caches, gaps=gaps)
+    said: Said = {split: plain.said(split) for split in ("val", "test") if split in transfer_set.splits}
+    if settings.out and (Path(settings.out) / KEPT).is_file():
+        return _kept(Path(settings.out), plain, settings), said
+    labels, val = transfer_set.splits["val"].labels, said["val"]
+    combine = blended(_spec(settings), val, labels) if len(caches) > 1 else None
+    maps: tuple[Mapping, ...] = ()
+    if settings.map:
+        counts = class_counts(transfer_set.splits["train"].labels, caches[0].classes)
+        heard = Teachers(caches, combine).as_heard(val)
+        each = heard.unbind(1) if heard.ndim == 3 else (heard,)
+        with bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
+            maps = tuple(fit_mapping(settings.map, z.numpy(), labels, counts, shown.update) for z in each)
+    return Teachers(caches, combine, maps, gaps), said
+
+
+def blended(spec: str, val: torch.Tensor, labels: Labels) -> Combine:
+    """The way to combine that is asked for; `learned` is fitted to validation. val: logits [N, M, K]; labels [N]."""
+    if spec != "learned":
+        return parse_combine(spec, val.shape[1])
+    with bar(_STEPS, "fitting --combine learned", "step") as shown:
+        return fit_combine(val.numpy(), labels, shown.update)
+
+
+def _spec(settings: StudentSettings) -> str:
+    return settings.combine or "mean_probability"
+
+
+def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
+    """As the run has it: a fit on another machine may differ in the last bit."""
+    record = read_json(folder / KEPT)
+    members, spec = len(plain.members), _spec(settings)
+    try:
+        combine = Combine.from_json(record["combine"]) if record["combine"] is not None else None
+        maps = tuple(Mapping.from_json(one) for one in record["maps"])
+        if (combine is not None) != (members > 1) or (combine and len(combine.weights) != members):
+            raise ValueError(f"it is not of {members} caches")
+        if combine and (combine.name != spec if spec == "learned" else combine != parse_combine(spec, members)):
+            raise ValueError(f"it is not of --combine {spec}")
+        if len(maps) != (bool(settings.map) * (members if combine and combine.each else 1)):
+            raise ValueError(f"{len(maps)} maps")
+        if any(one.spec != settings.map for one in maps):
+            raise ValueError(f"a map that is not --map {settings.map}")
+        if any(len(one.bias) != plain.members[0].classes for one in maps):
+            raise ValueError("a map of other classes")
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, Refused, WrongCommand) as error:
+        raise Refused(f"'{folder / KEPT}' is damaged: {printable(error, 80)}") from None
+    return Teachers(plain.members, combine, maps, plain.gaps)
+
+
+def keep(teachers: Teachers, folder: Path) -> None:
+    """Publish targets.json, where there is more to say than one cache's logits."""
+    if teachers.as_cached or (folder / KEPT).is_file():
+        return
+    combine = teachers.combine.to_json() if teachers.combine else None
+    publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
+
+
+def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, ...], folder: Path) -> None:
+    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
+    first, *others = teachers.members
+    used: dict[str, Any] = {
+        "fingerprint": first.manifest.fingerprint,
+        "draws": settings.draws,
+        "taps": list(taps),
+        "shards": first.used(settings.draws, taps),
+    }
+    if others:
+        used["others"] = [
+            {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
+        ]
+    if gaps := teachers.gaps:
+        used["missing"] = runs_of(gaps)
+    if not (folder / "cache.json").is_file():
+        return publish_json(folder / "cache.json", used)
+    begun = read_json(folder / "cache.json")
+    if begun != used:
+        fields = describe(used, begun, ("here", "begun with"))
+        named = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
+        raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
+
+
+def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:
+    """The teacher's last linear layer with the map behind it."""
+    return teachers.maps[0].of_head(head) if head and teachers.maps else head
+
+
+def in_words(teachers: Teachers, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
+    """Each member and what becomes of them, by the figures of each held-out split."""
+    lines = [f"teacher {m['arch']} as cached: {_figures(m)}" for m in members]
+    how = []
+    if combine := teachers.combine:
+        fitted = shares_of(combine.weights, combine.temperatures) if combine.name == "learned" else ""
+        how.append(combine.name + (f" ({fitted}, fitted to val)" if fitted else ""))
+    for mapping in teachers.maps:
+        fitted = "" if mapping.spec.startswith("prior") else ", fitted to val"
+        if mapping.spec == "temperature":
+            fitted = f" {1 / float(mapping.weight[0]):.3f}{fitted}"
+        how.append(f"map {mapping.spec}{fitted}")
+    each = " (each)" if len(teachers.maps) > 1 else ""
+    return [*lines, f"what students learn from, {'; '.join(dict.fromkeys(how))}{each}: {_figures(one)}"] if how else []
+
+
+def shares_of(weights: Sequence[float], temperatures: Sequence[float]) -> str:
+    """What each teacher weighs in a fitted blend, and its temperature."""
+    return ", ".join(f"{w:.3f} at T = {t:.3f}" for w, t in zip(weights, temperatures, strict=True))
+
+
+def _figures(record: dict[str, Any]) -> str:
+    words = []
+    for split in ("val", "test"):
+        if (found := record.get(split)) and "nll" in found:
+            words.append(f"{split} NLL {found['nll']:.4f}, accuracy {found['accuracy']:.4f}")
+    return "; ".join(words) or "no labels to compare with"

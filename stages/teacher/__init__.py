@@ -1,0 +1,4 @@
+"""`softcache teacher`: train a teacher from hard targets.
+
+May import everything below the commands. Begin with `command.py`.
+"""

@@ -1,0 +1,173 @@
+"""`softcache teacher`: train a teacher, for those who have none."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.base.errors import WrongCommand
+from softcache.base.files import publish_json
+from softcache.data.transfer_set import TransferSet, class_counts, load, row_name, row_of
+from softcache.data.views import ViewPolicy, parse_views, render
+from softcache.pipeline.batch import Known
+from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.losses import parse_losses
+from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.models import build, multiply_adds, parameters
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from softcache.stages.cli.configs import CacheSettings, TeacherSettings
+from softcache.stages.cli.console import Console, progress
+from softcache.stages.cli.copied_commands import command, free_name
+from softcache.stages.runs.environment import device_of, machine, peak_memory, versions
+from softcache.stages.runs.folder import begin_run, open_run
+from softcache.stages.training.loop import fit
+from softcache.stages.training.step import Job
+from softcache.stages.training.validation import HeldOut, check_select
+
+CUT = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
+FOLDER_SIZE = 224  # of views of a folder whose pictures differ in size
+
+
+def run(settings: TeacherSettings, said: set[str]) -> None:
+    """Train, report, and say what to do next."""
+    console = Console(settings.json)
+    settings = with_recipe(settings)
+    settings, folder = open_run(settings, said, f"{row_name(settings.data)}-teacher")
+    result = train(settings, folder, console)
+    if settings.json:
+        return console.result(json.dumps(result))
+    figures = result["teacher"]["test"] or result["teacher"]["val"]
+    console.say(f"teacher {settings.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
+    console.say(f"run:  {folder}")
+    console.say(f"next: {_cache_command(settings, folder)}")
+
+
+def _cache_command(settings: TeacherSettings, folder: Path) -> str:
+    """Stage one with these weights and this cut: of another one, validation may hold rows that the teacher learned."""
+    usual = f"caches/{row_name(settings.data)}"
+    fraction = settings.val_fraction if settings.val_fraction != row_of(settings.data).recipe.val_fraction else 0.0
+    asked = CacheSettings(
+        data=settings.data,
+        data_root=settings.data_root,
+        weights=str(folder),
+        out=free_name(usual) if Path(usual).exists() else "",
+        **{name: getattr(settings, name) for name in CUT} | {"val_fraction": fraction},
+    )
+    return command("teacher-cache", asked)
+
+
+def with_recipe(settings: TeacherSettings) -> TeacherSettings:
+    """Every None filled in from the data set's recipe."""
+    data = settings.data or "digits"
+    recipe = row_of(data).recipe
+    return replace(
+        settings,
+        data=data,
+        arch=settings.arch or recipe.teacher,
+        views=settings.views or recipe.teacher_views,
+        epochs=settings.epochs or recipe.teacher_epochs,
+        batch_size=settings.batch_size or recipe.batch_size,
+        learning_rate=settings.learning_rate or recipe.teacher_learning_rate,
+        weight_decay=settings.weight_decay if settings.weight_decay >= 0 else recipe.teacher_weight_decay,
+        val_fraction=settings.val_fraction or recipe.val_fraction,
+    )
+
+
+def train(settings: TeacherSettings, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
+    """Train a teacher on hard targets with a fresh view each epoch; result.json and teacher.pt go to folder."""
+    device = device_of(settings.device)
+    transfer_set = load_cut(settings)
+    if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
+        raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
+    check_select(settings, transfer_set)
+    views = with_size(parse_views(settings.views), transfer_set, console)
+    preparation = preparation_of(settings.normalize, transfer_set, views)
+    torch.manual_seed(settings.seed)
+    network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
+    with begin_run(settings, folder):
+        model = Prepared(network, preparation).to(device)
+        rows = transfer_set.splits["train"]
+        stream = Stream(
+            rows,
+            views,
+            settings.seed,
+            settings.seed,
+            settings.batch_size,
+            rows.labels,
+            np.arange(len(rows)),
+            workers=settings.workers,
+            sampler=settings.sampler,
+            device=device,
+        )
+        held_out = {
+            split: HeldOut(transfer_set.splits[split], views, device, settings)
+            for split in ("val", "test")
+            if split in transfer_set.splits
+        }
+        counts = class_counts(rows.labels, len(transfer_set.classes))
+        job = Job(
+            "teacher",
+            model,
+            parse_losses(("hard",)),
+            stream,
+            settings.epochs,
+            stream.steps_per_round,
+            settings,
+            device,
+            folder,
+            multiply_adds(network, preparation.channels, views.size),
+            advice,
+            Known(counts=torch.from_numpy(counts)),
+        )
+        done = fit(job, held_out["val"], console)
+        measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
+        result = {
+            "settings": asdict(settings),
+            "teacher": {
+                "arch": settings.arch,
+                "preparation": preparation.identity(),
+                "parameters": parameters(network),
+                "multiply_adds": job.multiply_adds,
+                "epoch": done.epoch,
+                "val": measured["val"],
+                "test": measured.get("test"),
+            },
+            "seconds": {"train": done.seconds},
+            "peak_memory": peak_memory(device),
+            "versions": versions(),
+            "machine": machine(device),
+        }
+        publish_json(folder / "result.json", result)
+        return result
+
+
+def load_cut(settings: TeacherSettings | CacheSettings) -> TransferSet:
+    """The data, cut as the settings say."""
+    cut = {name: getattr(settings, name) for name in CUT}
+    return load(settings.data, Path(settings.data_root), **cut, progress=progress)
+
+
+def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
+    """The policy with its size in pixels: as asked, as the pictures are, or 224 where they differ."""
+    if not views.size and not transfer_set.size:
+        console.say(
+            f"the pictures differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
+        )
+    return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
+
+
+def preparation_of(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> Preparation:
+    """Mean and standard deviation per channel: ImageNet's, the training views' own, or none."""
+    channels, size = transfer_set.channels, views.size
+    if normalize == "imagenet":
+        return Preparation(3, size, IMAGENET_MEAN, IMAGENET_STD)
+    if normalize == "none":
+        return Preparation(channels, size, (0.0,) * channels, (1.0,) * channels)
+    rows = transfer_set.splits["train"]
+    sample = np.arange(min(len(rows), 4096)) * len(rows) // min(len(rows), 4096)
+    pixels = render(rows.pictures, views.plain(), 0, sample, 0).double() / 255
+    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    return Preparation(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))

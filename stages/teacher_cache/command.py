@@ -1,0 +1,245 @@
+"""`softcache teacher-cache`: stage one. Run the teacher once and keep what it said.
+
+Under torchrun each rank asks a teacher of its own about every world-th shard. Rank 0 alone holds the lock, claims the
+folder and writes the manifest; the others share nothing with it but the files, for a shard vouches for itself. Rows
+do not depend on the number of ranks. Where a CPU asks, they may depend in the last bit of float32 on its threads, as
+they do without ranks: `mlp:800,800` and `cnn` at 28 px with 1 and 2 threads differ by 5e-7, resnets do not. torchrun
+gives each rank one thread unless OMP_NUM_THREADS says otherwise; the same OMP_NUM_THREADS gives the same bits.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from softcache.base.errors import OtherCache, Refused, unknown
+from softcache.base.files import make_folder
+from softcache.base.lock import held
+from softcache.data.transfer_set import TransferSet, row_name, row_of
+from softcache.data.views import ViewPolicy, parse_views
+from softcache.pipeline.cache.codecs import CODECS
+from softcache.pipeline.cache.existing import begun
+from softcache.pipeline.cache.identity import Identity, fingerprint, identity_of
+from softcache.pipeline.cache.manifest import NAME, Manifest
+from softcache.pipeline.cache.manifest_reader import read_manifest
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.stale_files import sweep
+from softcache.pipeline.cache.verification import probe
+from softcache.pipeline.cache.writer import Plan, Writer, refuse_another
+from softcache.pipeline.models import head_of, numbers_of
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.state_dicts import weights_digest
+from softcache.pipeline.taps.statistics import plain_tap
+from softcache.stages.cli.configs import CacheSettings, StudentSettings
+from softcache.stages.cli.console import Console, duration
+from softcache.stages.cli.copied_commands import command, free_name
+from softcache.stages.distributed import ranks
+from softcache.stages.runs.environment import device_of, versions
+from softcache.stages.teacher import command as teacher_stage
+
+from .cache_readme import write_card
+from .precision import Chosen, Probe, choose, chosen_as, going_on
+from .reproducibility import again
+from .targets import Ask
+from .teacher_source import teacher_of
+from .writing import write_shards
+
+
+def run(settings: CacheSettings) -> None:
+    """Make the cache, and say what it is."""
+    console = Console(settings.json)
+    with ranks.joined(settings.device):
+        if not ranks.is_first():
+            return assist(settings, console)
+        settings, manifest = make(settings, console)
+        _report(manifest, settings, console)
+
+
+def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Manifest]:
+    """Data, views, teacher; then shard after shard; then the manifest. The settings come back with the recipe in."""
+    with _other_named(settings):
+        settings, identity, ask, chosen = _asked(settings, console)
+        return settings, _cache(settings, identity, ask, chosen, console)
+
+
+def assist(settings: CacheSettings, console: Console) -> None:
+    """What another rank than the first does: its share of the shards, once the first has claimed the folder."""
+    settings, identity, ask, chosen = _asked(settings, console)
+    if ranks.from_first(lambda: True):
+        write_shards(Writer.look(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console)
+
+
+@contextmanager
+def _other_named(settings: CacheSettings) -> Iterator[None]:
+    """Where the cache that is there is another one, the command for the one that is asked for."""
+    try:
+        yield
+    except OtherCache as error:
+        settings = _checked(settings)[0]
+        right = command("teacher-cache", settings, out=free_name(settings.out))
+        raise Refused(f"{error}\nMake the one that is asked for with  {right}") from None
+
+
+def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Identity, Ask, Chosen]:
+    """The settings with the recipe in, what the rows are to be, and who is asked about what."""
+    settings, views, taps = _checked(settings)
+    transfer_set = ranks.first_alone(lambda: teacher_stage.load_cut(settings))
+    views = teacher_stage.with_size(views, transfer_set, console)
+    teacher, arch = teacher_of(settings, transfer_set, views, console)
+    teacher = teacher.to(device_of(settings.device)).eval()
+    identity = _identity(settings, transfer_set, views, teacher, arch)
+    chosen, taps = _decided(settings, identity, Probe(transfer_set, views, settings), teacher, taps, console)
+    identity = {**identity, "precision": chosen.answering.precision}
+    ranks.agree("cache in mind", fingerprint(identity))
+    return settings, identity, Ask(transfer_set, views, chosen.answering, settings), chosen
+
+
+def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[str, ...]]:
+    """The settings with the recipe filled in, before anything slow is done."""
+    data = settings.data or "digits"
+    recipe = row_of(data).recipe
+    settings = replace(
+        settings,
+        data=data,
+        views=settings.views or recipe.views,
+        draws=settings.draws or recipe.draws,
+        val_fraction=settings.val_fraction or recipe.val_fraction,
+        out=settings.out or f"caches/{row_name(data)}",
+    )
+    if settings.codec not in CODECS:
+        raise unknown("codec", settings.codec, CODECS)
+    taps = tuple(dict.fromkeys(plain_tap(tap) for tap in settings.taps.split(",") if tap))
+    return settings, parse_views(settings.views), taps
+
+
+def _identity(
+    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: Prepared, arch: str
+) -> Identity:
+    """What the rows of the cache to be are, but for the precision where it is still to be chosen."""
+    known = {"arch": arch, "weights": weights_digest(teacher.network), **teacher.preparation.identity()}
+    identity = identity_of(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
+    plain: Identity = json.loads(json.dumps(identity))
+    return plain
+
+
+def _decided(
+    settings: CacheSettings,
+    identity: Identity,
+    probe: Probe,
+    teacher: Prepared,
+    taps: tuple[str, ...],
+    console: Console,
+) -> tuple[Chosen, tuple[str, ...]]:
+    """How the teacher is asked, as rank 0 finds it, and all taps: those of a cache that is there, those asked for.
+
+    Raises OtherCache.
+    """
+    found: list[Chosen] = []
+
+    def decide() -> dict[str, Any]:
+        there, out = begun(Path(settings.out), identity), Path(settings.out)
+        if there and (out / NAME).is_file():  # before the teacher is asked for the layers of another one
+            precision = there.precision if settings.precision == "auto" else settings.precision
+            refuse_another(out, {**identity, "precision": precision}, {}, read_manifest(out))
+        every = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
+        chosen = going_on(settings, there, teacher, every) or choose(settings, probe, teacher, every, console)
+        found.append(chosen)
+        return {"taps": list(every), **chosen.record()}
+
+    told = ranks.from_first(decide)
+    every = tuple(told["taps"])
+    return (found[0] if found else chosen_as(told, teacher, every, probe, console)), every
+
+
+def _plan(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen) -> Plan:
+    splits = {split: len(rows) for split, rows in ask.transfer_set.splits.items()}
+    kept = (settings.shard_rows, _to_keep(settings), chosen.arithmetic)
+    return Plan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
+
+
+def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen, console: Console) -> Manifest:
+    """Write what is not there yet; the manifest of it all."""
+    out, transfer_set = Path(settings.out), ask.transfer_set
+    plan = _plan(settings, identity, ask, chosen)
+    if (whole := Writer.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
+        sweep(out)
+        console.say(f"the cache '{out}' is whole already, with all that is asked for")
+        ranks.from_first(lambda: False)
+        return whole.grown or read_manifest(out)
+    make_folder(out)
+    with held(out):
+        writer = Writer.look(out, plan)
+        if writer.grown and writer.todo:
+            console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
+            probe(Cache(out), transfer_set, writer.grown.draws)
+            again(Cache(out), ask).refuse_if_large()
+        writer.begin()
+        if writer.grown and not writer.todo:
+            console.say(f"the cache '{out}' is whole already, with all that is asked for")
+            ranks.from_first(lambda: False)
+            return writer.grown
+        if set(writer.plan.taps) != set(ask.taps):
+            raise Refused(f"'{out}' was given other taps while this began: run the same command again")
+        if chosen.begun and (chosen.arithmetic or settings.precision == "auto"):
+            how = f", {chosen.arithmetic.in_words()}" if chosen.arithmetic else ""
+            console.say(f"precision: {identity['precision']}{how}; as this cache was begun")
+        ranks.from_first(lambda: True)
+        write_shards(writer, ask, chosen, console)
+        head = head_of(ask.teacher.network, ask.classes)
+        record = None if head is None or writer.grown else writer.add_head(*numbers_of(head, ask.classes))
+        labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
+        manifest = writer.manifest(record, labelled, versions())
+        write_card(out, writer.grown, manifest)
+        writer.finish(manifest)
+        return manifest
+
+
+def _to_keep(settings: CacheSettings) -> dict[str, Any]:
+    """The settings that another machine can repeat: no path of this one, but the last part of its name."""
+    here = ("data_root", "device", "workers", "json", "out", "draws", "taps")
+    kept = {name: value for name, value in asdict(settings).items() if name not in here}
+    kept["weights"] = Path(settings.weights).name
+    kept["data"] = "folder:PATH" if settings.data.startswith("folder:") else settings.data
+    return kept
+
+
+def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> None:
+    """What was written."""
+    rows = sum(n * (manifest.draws if split == "train" else 1) for split, n in manifest.splits.items())
+    record: dict[str, Any] = {
+        "cache": settings.out,
+        "settings": asdict(settings),
+        "fingerprint": manifest.fingerprint,
+        "draws": manifest.draws,
+        "rows": rows,
+        "bytes": manifest.bytes,
+        "seconds": manifest.seconds,
+        "pictures_per_second": round(rows / manifest.seconds, 1) if manifest.seconds else None,
+        "teacher": manifest.teacher,
+        "fidelity": manifest.fidelity,
+    }
+    if settings.json:
+        return console.result(json.dumps(record))
+    kl = ", ".join(f"{manifest.fidelity[f'kl_{T}']:.1e} at T={T}" for T in (1, 2, 4, 8))
+    accuracy = ", ".join(
+        f"{split} {found['accuracy']:.4f}"
+        for split, found in manifest.teacher.items()
+        if found["accuracy"] is not None
+    )
+    console.say(
+        f"cache:   {settings.out} ({manifest.fingerprint[:12]}),"
+        f" {manifest.draws} draw{'s' if manifest.draws > 1 else ''} of {manifest.splits['train']:,} views"
+    )
+    pace = f", {rows / manifest.seconds:,.0f} pictures a second" if manifest.seconds else ""
+    size = f"{manifest.bytes / rows:.1f} bytes a view"
+    console.say(f"wrote:   {rows:,} rows, {size}, in {duration(manifest.seconds)}{pace}")
+    mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
+    console.say(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
+    console.say(
+        f"codec:   {settings.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
+    )
+    data = settings.data if settings.data.startswith("folder:") else ""
+    student = StudentSettings(data=data, data_root=settings.data_root, cache=(settings.out,), baseline=True)
+    console.say(f"next:    {command('student', student)}")

@@ -1,0 +1,129 @@
+"""A teacher as it is asked: its arithmetic, the layers that are tapped, compiled or not."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from softcache.base.errors import Refused
+from softcache.pipeline.models.bn_folding import folded
+from softcache.pipeline.models.precision import autocast
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.taps.hooks import tapped
+from softcache.pipeline.taps.statistics import split_tap
+
+Said = tuple[torch.Tensor, dict[str, torch.Tensor]]
+Answer = Callable[[torch.Tensor], Said]
+
+_SAME = 1e-3  # of the largest value: rounding of float32 is a thousandth of it
+
+
+class Answering:
+    """What answers: the teacher itself, or a copy of it with batch norm folded, in float32 or bfloat16.
+
+    teacher: in eval mode, on its device, and never changed. In float32 and not folded the answers are the teacher's
+    own to the last bit. folded: whether something was folded.
+    """
+
+    def __init__(self, teacher: Prepared, taps: tuple[str, ...], precision: str = "float32", fold: bool = False):
+        self.teacher, self.taps, self.precision = teacher, taps, precision
+        self._asked = folded(teacher, [split_tap(tap)[0] for tap in taps]) if fold else teacher
+        self._compiled: Answer | None = None
+        self.comes_out_differently = self.folded and not self._folded_says_the_same()
+        if self.comes_out_differently:
+            self._asked = teacher
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.teacher.scale.device
+
+    @property
+    def folded(self) -> bool:
+        """Whether batch norm was folded, at one place or more."""
+        return self._asked is not self.teacher
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the teacher as it is."""
+        return self.precision == "float32" and not self.folded and not self.compiled
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it was compiled."""
+        return self._compiled is not None
+
+    @contextmanager
+    def ready(self) -> Iterator[Answer]:
+        """A function uint8 [B, C, S, S] on its device -> logits float32 [B, K] and {tap: [B, …]}, for the time of a
+        with statement; the features are overwritten by the next call's."""
+        if self._compiled is not None:
+            yield self._compiled
+            return
+        asked = self._asked
+        # autocast once and not for each batch: it keeps the weights that it has cast
+        with torch.inference_mode(), autocast(self.device, self.precision), tapped(asked.network, self.taps) as kept:
+            yield lambda views: (asked(views), kept)
+
+    def compile(self, views: torch.Tensor, rows: int) -> None:
+        """Compile it for batches of so many rows, by asking about some views. Raises whatever the compiler does, and
+        is then as it was before.
+
+        A smaller batch is padded with its own views: another shape would be compiled again, and rows of a network
+        in eval mode do not see each other.
+        """
+        torch.compiler.reset()  # what is compiled is known by its code, which all of these share, eight times at most
+        own = copy.deepcopy(self._asked)
+        hooks = ExitStack()
+        kept = hooks.enter_context(tapped(own.network, self.taps))
+
+        def ask(views: torch.Tensor) -> Said:
+            with autocast(self.device, self.precision):
+                logits = own(views)
+            return logits, dict(kept)
+
+        # freezing: weights become constants, cast and packed once; of use on CPUs
+        options: dict[str, Any] = {"freezing": True} if self.device.type == "cpu" else {}
+        compiled = torch.compile(ask, fullgraph=True, dynamic=False, options=options)
+
+        def padded(views: torch.Tensor) -> Said:
+            kept.clear()  # guarded: with the last batch's in it the function would be compiled again
+            n = len(views)
+            with torch.no_grad():  # inference mode would be another guard
+                if n < rows:
+                    views = views[torch.arange(rows, device=views.device) % n]
+                logits, features = compiled(views)
+            return logits[:n], {tap: x[:n] for tap, x in features.items()}
+
+        padded(views.to(self.device))
+        self._compiled, self._hooks = padded, hooks  # the hooks of the copy stay for as long as this lives
+
+    def _folded_says_the_same(self) -> bool:
+        """A trace may have seen another way through a network than a batch takes: asked about a few views, in float32.
+
+        They are noise: what is folded is affine, and wrong anywhere if it is wrong.
+        """
+        channels, size = self.teacher.preparation.channels, self.teacher.preparation.size
+        noise = torch.Generator().manual_seed(0)
+        views = torch.randint(0, 256, (4, channels, size, size), dtype=torch.uint8, generator=noise).to(self.device)
+        said, cudnn = [], torch.backends.cudnn
+        for asked in (self.teacher, self._asked):
+            exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 rounds by more than what is looked for
+            with exact, torch.inference_mode(), tapped(asked.network, self.taps) as kept:
+                said.append([asked(views), *(kept[tap] for tap in self.taps)])
+        return all(
+            bool((a - b).abs().max() <= _SAME * a.abs().max().clamp(min=1e-6)) for a, b in zip(*said, strict=True)
+        )
+
+
+def answering_as(teacher: Prepared, taps: tuple[str, ...], precision: str, fold: bool) -> Answering:
+    """What answers as a cache was begun. Raises Refused where its batch norm was folded and cannot be here."""
+    answering = Answering(teacher, taps, precision, fold)
+    if answering.comes_out_differently:
+        raise Refused(
+            "the cache was begun with batch norm folded, and that says something else than the teacher here: go on"
+            " with the versions that it was begun with, or make a new one"
+        )
+    return answering

@@ -1,0 +1,240 @@
+"""Which arithmetic the teacher is asked in: tried on some of its own views, compared with plain float32."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softcache.base.errors import Refused, printable
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy, render
+from softcache.pipeline.cache.codecs import fidelity
+from softcache.pipeline.cache.existing import Begun
+from softcache.pipeline.cache.precision_record import Arithmetic, arithmetic_of
+from softcache.pipeline.cache.rows import row_order
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.stages.cli.configs import CacheSettings
+from softcache.stages.cli.console import Console
+
+from .inference import Answering, answering_as
+
+_VIEWS, _BATCHES = 512, 2
+_TURNS, _QUICK = 3, 1.0  # at most so many rounds over the views, and no further one after one of so many seconds
+# How much faster something must be to be taken in place of plain float32, which is the teacher to the last bit.
+_WORTH = 1.05
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What answers, and what there is to write down about it; None for the teacher as it is. begun: goes on so."""
+
+    answering: Answering
+    arithmetic: Arithmetic | None = None
+    begun: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON values, for other ranks; see chosen_as."""
+        a, arithmetic = self.answering, self.arithmetic.record() if self.arithmetic else None
+        how = {"precision": a.precision, "folded": a.folded, "compiled": a.compiled}
+        return {**how, "arithmetic": arithmetic, "begun": self.begun}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Views of the first draw, 512 or all, that a teacher is tried on: those of the first rows that are written."""
+
+    transfer_set: TransferSet
+    views: ViewPolicy
+    settings: CacheSettings
+
+    @property
+    def rows_together(self) -> int:
+        """The largest batch of stage one."""
+        rows = max(len(split) for split in self.transfer_set.splits.values())
+        return min(self.settings.batch_size, self.settings.shard_rows or rows, rows)
+
+    def batches(self) -> list[torch.Tensor]:
+        """uint8 [B, C, S, S], two at least: the first ones of everything also warm up."""
+        rows = self.transfer_set.splits["train"]
+        index = row_order(self.settings.seed, "train", len(rows))[:_VIEWS]
+        size = min(self.rows_together, -(-len(index) // _BATCHES))
+        parts = [index[i : i + size] for i in range(0, len(index), size)]
+        return [render(rows.pictures, self.views, self.settings.seed, part, 0) for part in parts]
+
+
+@dataclass
+class _Trial:
+    """What one answering said about the views, float32 [n, K] by batch, and the least seconds of a view."""
+
+    answering: Answering
+    said: list[NDArray[np.float32]] = field(default_factory=list)
+    least: float = float("inf")
+    broken: str = ""
+
+    def ask(self, views: torch.Tensor, keep: bool) -> None:
+        """One batch more. What another arithmetic than the teacher's own raises is noted, and it is asked no more."""
+        if self.broken:
+            return
+        try:
+            logits, seconds = timed(self.answering, views)
+        except (RuntimeError, TypeError, ValueError) as error:  # a network is anyone's code
+            if self.answering.is_plain:
+                raise
+            self.broken = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            return
+        self.least = min(self.least, seconds / len(views))
+        self.said += [logits] * keep
+
+    def pace(self) -> float:
+        """Seconds a view."""
+        return self.least
+
+    def cost(self, plain: "_Trial") -> tuple[float, float, float]:
+        """Mean KL to plain float32 at T = 1 and 4, in nats, and the share of flips of the first class."""
+        if self.broken or not all(np.isfinite(said).all() for said in self.said):
+            return float("inf"), float("inf"), 1.0
+        sums = fidelity(np.concatenate(plain.said), np.concatenate(self.said))
+        return sums["kl_1"] / sums["rows"], sums["kl_4"] / sums["rows"], sums["flips"] / sums["rows"]
+
+    def compared(self, plain: "_Trial") -> Arithmetic:
+        """What there is to write down."""
+        return Arithmetic(self.answering.folded, self.answering.compiled, sum(map(len, self.said)), *self.cost(plain))
+
+    def is_worth_it(self, plain: "_Trial", tolerance: float) -> bool:
+        """Whether it is faster than plain float32, and says the same within the tolerance, in nats."""
+        return self.least * _WORTH < plain.least and max(self.cost(plain)[:2]) <= tolerance
+
+
+def going_on(settings: CacheSettings, there: Begun | None, teacher: Prepared, taps: tuple[str, ...]) -> Chosen | None:
+    """As a cache in the folder was begun: a timing does not change it half-way. None where there is nothing begun.
+
+    A precision that is asked for by name stays: another one there is refused later, by name.
+    """
+    if there is None:
+        return None
+    precision = there.precision if settings.precision == "auto" else settings.precision
+    fold = there.arithmetic is not None and there.arithmetic.folded
+    return Chosen(answering_as(teacher, taps, precision, fold), there.arithmetic, begun=True)
+
+
+def choose(
+    settings: CacheSettings, probe: Probe, teacher: Prepared, taps: tuple[str, ...], console: Console
+) -> Chosen:
+    """For a new cache. Plain float32 is the teacher as it is, to the last bit, and asks nothing; bfloat16 is folded.
+
+    auto is the fastest of bfloat16 and float32, both with batch norm folded, and plain float32, that is within the
+    tolerance at T = 1 and at T = 4: what is worth learning from a teacher is beside its first class, which only the
+    higher temperature shows. What is taken is said with its cost, and written down.
+    """
+    plain = _Trial(Answering(teacher, taps))
+    if settings.precision == "float32" and not settings.compile:
+        return Chosen(plain.answering)
+    others = [_Trial(a) for a in _faster(settings, teacher, taps)]
+    batches = probe.batches()
+    _race([plain, *others], batches)
+    if settings.precision == "auto":
+        best = min(filter(lambda t: t.is_worth_it(plain, settings.tolerance), others), key=_Trial.pace, default=plain)
+    else:
+        best = (others or [plain])[0]
+        if max(best.cost(plain)) == float("inf"):
+            why = best.broken or "its logits are not finite"
+            raise Refused(f"--precision {settings.precision}: the teacher cannot be asked so ({printable(why)})")
+    if settings.compile:
+        best = _compiled(best, plain, probe, batches, console)
+    arithmetic = best.compared(plain) if best is not plain else None
+    if settings.precision != "float32" or arithmetic:
+        _say(best, plain, others, settings, console)
+    return Chosen(best.answering, arithmetic)
+
+
+def chosen_as(
+    record: dict[str, Any], teacher: Prepared, taps: tuple[str, ...], probe: Probe, console: Console
+) -> Chosen:
+    """As another rank has chosen: the inverse of Chosen.record."""
+    answering = answering_as(teacher, taps, record["precision"], record["folded"])
+    if record["compiled"]:
+        compiled_now(answering, probe, console)
+    return Chosen(answering, arithmetic_of(record["arithmetic"]), record["begun"])
+
+
+def compiled_now(answering: Answering, probe: Probe, console: Console) -> bool:
+    """Compile, or say in one line why not."""
+    console.say("compiling the teacher, 5 to 25 s")
+    try:
+        answering.compile(probe.batches()[0], probe.rows_together)
+    except Exception as error:  # no compiler, or a network that it cannot take: whatever it raises, there is a way
+        why = str(error).strip().splitlines() or [""]
+        console.say(f"not compiled, it goes on as it is: {type(error).__name__}: {printable(why[0], 120)}")
+        return False
+    return True
+
+
+def _faster(settings: CacheSettings, teacher: Prepared, taps: tuple[str, ...]) -> Iterator[Answering]:
+    """What is tried beside plain float32."""
+    if settings.precision != "float32":
+        yield Answering(teacher, taps, "bfloat16", fold=True)
+    if settings.precision == "auto":
+        folded = Answering(teacher, taps, "float32", fold=True)
+        if folded.folded:
+            yield folded
+
+
+def _race(trials: list[_Trial], batches: list[torch.Tensor]) -> None:
+    """Every trial about every batch, in turns, so that a busy moment meets all; again while that is quick."""
+    for turn in range(_TURNS):
+        begun = time.monotonic()
+        for views in batches:
+            for trial in trials:
+                trial.ask(views, keep=turn == 0)
+        if time.monotonic() - begun > _QUICK:
+            return
+
+
+def timed(answering: Answering, views: torch.Tensor) -> tuple[NDArray[np.float32], float]:
+    """logits float32 [B, K], and the seconds that they took."""
+    with answering.ready() as answer:
+        begun = time.perf_counter()
+        logits = answer(views.to(answering.device))[0].cpu()
+        return logits.numpy(), time.perf_counter() - begun
+
+
+def _compiled(best: _Trial, plain: _Trial, probe: Probe, batches: list[torch.Tensor], console: Console) -> _Trial:
+    """The same compiled, where that works and is faster and not another function; the trial as it was elsewhere."""
+    a, settings = best.answering, probe.settings
+    trial = _Trial(Answering(a.teacher, a.taps, a.precision, a.folded))
+    if not compiled_now(trial.answering, probe, console):
+        return best
+    again = _Trial(a)  # in turns with the other: what it took before, it took on a machine that was less busy
+    _race([trial, again], batches)
+    if max(trial.cost(plain)) == float("inf"):
+        console.say(f"not compiled: {printable(trial.broken or 'its logits are not finite')}")
+        return best
+    found = trial.compared(plain)
+    if settings.precision == "auto" and max(found.kl_1, found.kl_4) > settings.tolerance:
+        console.say(f"not compiled: {found.in_words()}, more than --tolerance {settings.tolerance:g}")
+    elif trial.pace() >= again.pace():
+        console.say(f"not compiled: {1 / trial.pace():,.0f} pictures a second, {1 / again.pace():,.0f} as it was")
+    else:
+        return trial
+    return best
+
+
+def _say(best: _Trial, plain: _Trial, others: list[_Trial], settings: CacheSettings, console: Console) -> None:
+    """One line: what was chosen, what it costs, and what it brings."""
+    pace = f"{1 / best.pace():,.0f} pictures a second"
+    if best is plain:
+        tried = "; ".join(
+            f"{t.answering.precision}: {printable(t.broken)}"
+            if t.broken
+            else f"{t.answering.precision} {1 / t.pace():,.0f} a second, KL {max(t.cost(plain)[:2]):.1e}"
+            for t in others
+        )
+        return console.say(f"precision: float32, the teacher as it is, {pace}; not taken: {tried or 'nothing else'}")
+    console.say(
+        f"precision: {best.answering.precision}, {best.compared(plain).in_words()};"
+        f" {pace} instead of {1 / plain.pace():,.0f}"
+    )

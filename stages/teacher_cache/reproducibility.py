@@ -1,0 +1,105 @@
+"""Asking the teacher again about rows that are in a cache: is it still the one that was asked?"""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softcache.base.errors import Refused
+from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache.reader import Cache
+from softcache.stages.cli.configs import CheckSettings
+from softcache.stages.cli.copied_commands import settings_of
+from softcache.stages.runs.environment import device_of
+
+from .inference import answering_as
+from .targets import Ask
+from .teacher_source import teacher_of_cache
+
+_ROWS, _SHARDS = 256, 16
+# Of a row's range. float16 and sqrt8 cost 0.4 % at most, another processor's arithmetic less; rows of two other
+# pictures differ by 40 % and more.
+_MOST = {"float32": 0.02, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Again:
+    """What came out. rows: how many were asked; logits: the largest difference of one; share: of its row's range;
+    features: per tap, the largest difference as a share of the largest value; most: what is taken for the same."""
+
+    rows: int
+    logits: float
+    share: float
+    features: dict[str, float]
+    most: float
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """A line for people."""
+        taps = "".join(f", {tap} by {share:.2%} of the largest" for tap, share in self.features.items())
+        return (
+            f"the teacher was asked again about {self.rows} rows: logits differ by {self.logits:.3g} at most,"
+            f" {self.share:.3%} of their row's range{taps}"
+        )
+
+    def refuse_if_large(self) -> None:
+        """Raises Refused when this is not the teacher's rounding any more."""
+        for name, share in {"logits": self.share, **self.features}.items():
+            if not share <= self.most:
+                raise Refused(
+                    f"the teacher now says something else: {name} differ by {share:.2%}, more than {self.most:.0%}:"
+                    " its code or a library changed"
+                )
+
+
+def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> Ask:
+    """The cache's teacher, ready to be asked what stage one asked it. Raises Refused for other weights."""
+    teacher = teacher_of_cache(cache, settings.weights, settings.teacher).to(device_of(settings.device))
+    identity = cache.manifest.identity
+    asked = replace(
+        settings_of(cache),
+        seed=cache.seed,
+        codec=identity["codec"],
+        precision=identity["precision"],
+        workers=settings.workers,
+    )
+    arithmetic = cache.manifest.arithmetic
+    fold = arithmetic is not None and arithmetic.folded
+    answering = answering_as(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
+    ask = Ask(transfer_set, cache.views, answering, asked)
+    if (ask.classes, ask.shapes) != (cache.classes, cache.manifest.taps):
+        raise Refused(f"the teacher's outputs are {ask.classes}, {ask.shapes} here, others in the cache")
+    return ask
+
+
+def again(cache: Cache, ask: Ask, bad: Collection[str] = ()) -> Again:
+    """Ask the teacher about some rows of the shards that are not bad, and compare with what they hold."""
+    records = [r for r in cache.manifest.shards if r.correct is not None and r.path not in bad]
+    damaged = {(r.split, r.draw, name) for r in cache.manifest.shards if r.path in bad for name in r.datasets}
+    some = [records[i * len(records) // _SHARDS] for i in range(_SHARDS)] if len(records) > _SHARDS else records
+    count, logits, share = 0, 0.0, 0.0
+    features = dict.fromkeys(cache.manifest.taps, 0.0)
+    for record in some:
+        n = min(record.rows, -(-_ROWS // len(some)))
+        positions = record.start + np.arange(n) * record.rows // n
+        good = tuple(t for t in features if (record.split, record.draw, f"features/{t}") not in damaged)
+        stored, kept = cache.stored(record.split, record.draw, positions, good)
+        said, tapped = ask.rows(record.split, record.draw, cache.index(record.split, positions))
+        gap = np.abs(stored.numpy() - said).max(1)
+        logits = _larger(logits, gap)
+        share = _larger(share, gap / np.maximum(np.ptp(said, 1), 1e-3))
+        for tap in good:
+            largest = max(float(np.abs(tapped[tap]).max()), 1e-3)
+            features[tap] = _larger(features[tap], np.abs(kept[tap].numpy() - tapped[tap]) / largest)
+        count += n
+    return Again(count, logits, share, features, _MOST[cache.manifest.identity["precision"]])
+
+
+def _larger(most: float, values: NDArray[np.floating]) -> float:
+    """The largest of all; NaN where one is, which `max` would pass over."""
+    return float(np.max([most, values.max()]))

@@ -1,0 +1,165 @@
+"""Which teacher stage one runs: weights from a file, a run or torchvision, or one that is trained first."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from softcache.base.errors import Refused, WrongCommand
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.models.archs.torchvision_models import published
+from softcache.pipeline.models.prepared_model import Preparation, Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state, run_weights, weights_digest
+from softcache.stages.cli.configs import CacheSettings, TeacherSettings
+from softcache.stages.cli.console import Console, duration
+from softcache.stages.distributed.ranks import from_first
+from softcache.stages.runs.folder import read_json
+from softcache.stages.teacher import command as teacher_stage
+
+
+def teacher_of(
+    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, console: Console
+) -> tuple[Prepared, str]:
+    """The teacher with its weights, and its arch. Raises WrongCommand or Refused where they do not fit."""
+    if not settings.weights:
+        kept = from_first(lambda: _train_one(settings, console))  # of several ranks one trains it
+        settings = replace(settings, weights=kept, teacher="", normalize="")
+    if settings.weights == "DEFAULT":
+        return _published(settings, transfer_set)
+    path = Path(settings.weights)
+    seeds = sorted(path.glob("seed-*"))
+    if seeds and run_weights(path) == path:
+        raise WrongCommand(f"the run '{path}' is of several seeds: name one of them, such as --weights {seeds[0]}")
+    if not path.exists():
+        raise WrongCommand(f"there are no weights at '{path}'")
+    arch, preparation = settings.teacher, None
+    if path.is_dir() and (path / "result.json").is_file():
+        arch, preparation = _of_run(path, settings)
+        _note_another_cut(path, settings, console)
+    if not arch:
+        raise WrongCommand(f"--weights {path} does not say which arch it is: name it with --teacher")
+    state = read_state(run_weights(path))
+    if preparation is None:
+        preparation = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
+    if preparation.channels < transfer_set.channels:
+        raise WrongCommand(
+            f"the teacher takes {preparation.channels} channel, the pictures have {transfer_set.channels}"
+        )
+    classes = len(transfer_set.classes) or _classes_in(state, path)
+    network = build(arch, classes, preparation.channels, preparation.size)
+    load_state(network, state, str(path))
+    return Prepared(network, preparation), arch
+
+
+def teacher_of_cache(cache: Cache, weights: str, arch: str) -> Prepared:
+    """The teacher that a cache is of. Its weights must be those of the identity. Raises Refused with both digests.
+
+    arch: named by the user, where it is code of theirs: a manifest's word is not taken for what is imported.
+    """
+    recorded = cache.teacher
+    if arch != recorded and (arch or (":" in recorded and not recorded.startswith(("mlp:", "torchvision:")))):
+        raise WrongCommand(f"the cache's teacher is {recorded!r}: name it with --teacher, if you trust that code")
+    preparation = cache.preparation
+    network = build(recorded, cache.classes, preparation.channels, preparation.size)
+    if weights == "DEFAULT":
+        state = published(recorded.partition(":")[2])[0]
+    else:
+        state = read_state(run_weights(Path(weights)))
+    load_state(network, state, weights)
+    mine, theirs = weights_digest(network), cache.manifest.identity["teacher"]["weights"]
+    if mine != theirs:
+        raise Refused(f"'{weights}' are other weights: teacher.weights {mine[:16]}…, in the cache {theirs[:16]}…")
+    return Prepared(network, preparation).eval()
+
+
+def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
+    """The classes of a teacher for pictures that have none: the rows of its last matrix."""
+    matrices = [weight for weight in state.values() if weight.ndim == 2]
+    if not matrices:
+        raise WrongCommand(f"the weights of {source} do not show how many classes there are, nor do the pictures")
+    return int(matrices[-1].shape[0])
+
+
+def _of_run(path: Path, settings: CacheSettings) -> tuple[str, Preparation]:
+    """Arch and preparation of a run's teacher or student. What the command says must agree with them."""
+    result = read_json(path / "result.json")
+    try:
+        record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
+        arch, preparation = str(record["arch"]), Preparation.from_json(record["preparation"])
+    except (KeyError, TypeError, ValueError):
+        raise Refused(f"'{path / 'result.json'}' does not say what its weights are") from None
+    if settings.teacher and settings.teacher != arch:
+        raise WrongCommand(f"--teacher {settings.teacher}, but the run '{path}' is of {arch}")
+    if settings.normalize:
+        raise WrongCommand(
+            f"--normalize {settings.normalize}, but the run '{path}' says itself how its input is normalised"
+        )
+    return arch, preparation
+
+
+def _note_another_cut(path: Path, settings: CacheSettings, console: Console) -> None:
+    """Say so when the teacher was trained on other rows of these data than are its training rows here."""
+    if not (path / "settings.json").is_file():
+        return
+    kept = read_json(path / "settings.json")
+    cut = [name for name in teacher_stage.CUT if name in kept]
+    differ = [f"{n} {kept[n]} there, {here} here" for n in cut if kept[n] != (here := getattr(settings, n))]
+    if "val_fraction" in cut and kept.get("data") == settings.data and differ:
+        console.say(
+            f"the teacher in '{path}' was trained on another cut ({'; '.join(differ)}): it may have learned rows of"
+            " validation; fits, --select and tune would believe it too much"
+        )
+
+
+def _train_one(settings: CacheSettings, console: Console) -> str:
+    """No teacher was named: train one by the recipe, and keep it beside the cache; its folder."""
+    folder = Path(f"{settings.out}-teacher")
+    asked = teacher_stage.with_recipe(
+        TeacherSettings(
+            data=settings.data,
+            data_root=settings.data_root,
+            arch=settings.teacher,
+            normalize=settings.normalize or "data",
+            device=settings.device,
+            workers=settings.workers,
+            out=str(folder),
+            **{name: getattr(settings, name) for name in teacher_stage.CUT},
+        )
+    )
+    if (folder / "settings.json").is_file():
+        kept = read_json(folder / "settings.json")
+        same = ("data", "arch", "normalize", *teacher_stage.CUT)
+        differ = [f"{k} {kept.get(k)} there, {v} asked" for k in same if kept.get(k) != (v := getattr(asked, k))]
+        if differ:
+            raise Refused(
+                f"the teacher in '{folder}' is another one ({'; '.join(differ)}):"
+                " name it with --weights, or choose another --out"
+            )
+    if (folder / "result.json").is_file():
+        console.say(f"no --weights: using the teacher kept in '{folder}'")
+    else:
+        console.say(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
+        asked = replace(asked, resume=(folder / "settings.json").is_file())  # stopped before: it goes on
+        result = teacher_stage.train(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
+        figures = result["teacher"]["test"] or result["teacher"]["val"]
+        seconds = duration(result["seconds"]["train"])
+        console.say(f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
+    return str(folder)
+
+
+def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[Prepared, str]:
+    """torchvision's own weights: its picture size and normalisation, grey pictures repeated to three channels."""
+    arch = settings.teacher
+    if not arch.startswith("torchvision:"):
+        raise WrongCommand("--weights DEFAULT wants --teacher torchvision:NAME")
+    state, size, mean, std, names = published(arch.partition(":")[2])
+    if transfer_set.classes and len(transfer_set.classes) != len(names):
+        raise WrongCommand(
+            f"the published weights of {arch} know {len(names)} classes, the data have {len(transfer_set.classes)}"
+        )
+    network = build(arch, len(names), 3, size)
+    load_state(network, state, f"{arch} DEFAULT")
+    return Prepared(network, Preparation(3, size, tuple(mean), tuple(std))), arch

@@ -1,0 +1,71 @@
+"""The shards of a cache, one after the other, each rank its share; one is written while the next is asked for."""
+
+import time
+
+from softcache.base.errors import Interrupted
+from softcache.pipeline.cache.manifest import Piece
+from softcache.pipeline.cache.writer import Writer
+from softcache.stages.cli.console import Console, LongWork, bar
+from softcache.stages.distributed import ranks
+
+from .background import Behind
+from .precision import Chosen, Probe, compiled_now
+from .targets import Ask
+
+
+def write_shards(writer: Writer, ask: Ask, chosen: Chosen, console: Console) -> None:
+    """Every shard that is not there yet, each rank its share; then rank 0 takes over what the others wrote."""
+    if chosen.begun and ask.settings.compile:
+        compiled_now(ask.answering, Probe(ask.transfer_set, ask.views, ask.settings), console)
+    ranks.barrier()  # all have looked at what there is, before the first new shard changes that
+    own = ranks.share(writer.todo)
+    if kept := ranks.total(_write(writer, own, ask, console)):
+        console.say(f"went on from {kept} of {len(writer.todo)} shards that were there, whole")
+    mine = {piece.path for piece in own}
+    others = [piece for piece in writer.todo if piece.path not in mine]
+    if others and ranks.is_first():
+        for piece in others:
+            ranks.wait_for(writer.folder / piece.path)
+        _write(writer, others, ask, console)  # asks for what is not there: a rank may have planned otherwise
+        writer.sort()
+
+
+def _write(writer: Writer, pieces: list[Piece], ask: Ask, console: Console) -> int:
+    """Those of the shards that are not there yet; how many were there. One is written while the teacher is asked for
+    the next: bounded memory.
+
+    In the order of the pieces, and noted in that order: a shard that is there is looked at when nothing is written.
+    """
+    total = sum(piece.rows for piece in pieces)
+    kept = done = 0
+    long_work = LongWork(console, "Running the teacher", total, "; stopped, the same command goes on from there")
+    try:
+        with bar(total, "teacher-cache", "images") as shown, Behind() as writing:
+
+            def count(rows: int) -> None:
+                nonlocal done
+                writing.look()
+                shown.update(rows)
+                done += rows
+                long_work.at(done)
+
+            begun = time.monotonic()
+            for piece in pieces:
+                if (writer.folder / piece.path).exists():
+                    writing.wait()
+                    if writer.have(piece):
+                        kept += 1
+                        done += piece.rows
+                        shown.total -= piece.rows
+                        begun = time.monotonic()
+                        continue
+                arrays, facts = ask.piece(piece, count)
+                writing.wait()
+                now = time.monotonic()
+                writing.do(writer.add, piece, arrays, {**facts, "seconds": round(now - begun, 4)})
+                begun = now
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped after {len(writer.records)} of {len(writer.todo)} shards; the same command goes on from there"
+        ) from None
+    return kept

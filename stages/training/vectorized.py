@@ -1,0 +1,291 @@
+"""Students of one arch as one vectorised model (torch.func): one step moves all, of different seeds or loss weights.
+
+Small students leave most of a processor idle: what a step of one costs is calls, and 32 of them take no more calls
+than one. Batched products add in another order: the weights are those of a student alone but for rounding.
+"""
+
+import copy
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.func import functional_call, stack_module_state
+
+from softcache.base.errors import Ended, Refused, WrongCommand
+from softcache.base.files import make_folder, publish_text, remove_leftovers
+from softcache.pipeline.batch import Outputs, TargetBatch
+from softcache.pipeline.losses import Loss, at
+from softcache.pipeline.losses.base import fixed
+from softcache.pipeline.metrics.classification import summary
+from softcache.pipeline.models.precision import autocast
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.stages.cli.console import Console
+
+from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, text_of
+from .data_parallel import flat
+from .epoch_line import line_of
+from .loop import diverged, fit_together, publish_weights, write_events
+from .progress import showing
+from .step import Job, names
+from .validation import HeldOut
+
+_MEMBERS = "members.txt"
+
+
+class Stack(nn.Module):
+    """S models of one arch as one: uint8 views [B, C, H, W] -> float32 logits [B, S, K]."""
+
+    def __init__(self, models: Sequence[Prepared]):
+        super().__init__()
+        weights, buffers = stack_module_state([model.network for model in models])
+        self._names, self._buffer_names = list(weights), list(buffers)
+        trained = {name: p.requires_grad for name, p in models[0].network.named_parameters()}
+        self.stacked = nn.ParameterList(nn.Parameter(x.detach(), trained[name]) for name, x in weights.items())
+        for i, value in enumerate(buffers.values()):
+            self.register_buffer(f"buffer{i}", value)
+        self._plain = [copy.deepcopy(models[0])]  # in a list: its own weights are not trained
+
+    def train(self, mode: bool = True) -> "Stack":
+        """Of the networks as well: dropout, batch norm."""
+        self._plain[0].train(mode)
+        super().train(mode)
+        return self
+
+    def state_of(self, i: int) -> dict[str, torch.Tensor]:
+        """The network's state dict of one of them."""
+        weights = zip(self._names, self.stacked, strict=True)
+        return {name: x[i].detach().clone() for name, x in (*weights, *self._buffers_by_name().items())}
+
+    def _buffers_by_name(self) -> dict[str, torch.Tensor]:
+        return {name: self.get_buffer(f"buffer{i}") for i, name in enumerate(self._buffer_names)}
+
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        plain = self._plain[0]
+        x = plain.prepared(views)
+        weights = dict(zip(self._names, self.stacked, strict=True))
+
+        def one(weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
+            logits: torch.Tensor = functional_call(plain.network, (weights, buffers), (x,))
+            return logits
+
+        each = torch.vmap(one, randomness="different")(weights, self._buffers_by_name())
+        return each.float().movedim(0, 1)
+
+
+def check_stackable(jobs: Sequence[Job]) -> None:
+    """Raise WrongCommand for trainings that cannot be one vectorised model."""
+    first = jobs[0]
+    for job in jobs:
+        settings = job.settings
+        if any(_reads_more(loss) for loss in job.losses):
+            raise WrongCommand(
+                "--vectorize takes losses that read logits and labels alone and have no part of their own, not"
+                f" {', '.join(names(job.losses))}: leave it out"
+            )
+        if settings.select != "last" or settings.ema or settings.keep_every or settings.compile:
+            raise WrongCommand("--vectorize takes no --select, --ema, --keep-every or --compile: leave it out")
+        if [_unweighted(loss) for loss in job.losses] != [_unweighted(loss) for loss in first.losses]:
+            raise WrongCommand(
+                f"--vectorize takes losses that differ in their weights alone, not in '{first.folder}' and"
+                f" '{job.folder}': leave it out"
+            )
+    network = first.model.network
+    kept = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
+    if kept != set(network.state_dict()):
+        raise WrongCommand(
+            "--vectorize cannot take a network with tied weights or buffers that are not kept: leave it out"
+        )
+    try:
+        views = next(first.stream.batches(0, 1)).rows(0, 2).to(first.device).views
+        with torch.no_grad():
+            Stack([job.model for job in jobs[:2]]).to(first.device).eval()(views)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0][:120]
+        raise WrongCommand(f"--vectorize cannot take this network ({why}): leave it out") from None
+
+
+def _reads_more(loss: Loss) -> bool:
+    has_part = type(loss).module is not Loss.module
+    return bool(loss.student_taps() or loss.teacher_taps() or loss.needs_head or has_part)
+
+
+def _unweighted(loss: Loss) -> Loss:
+    return replace(loss, weight=0.0)  # type: ignore[type-var]
+
+
+def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
+    """As training.fit_together, as one model of those that are not finished.
+
+    What it keeps while it runs lies in a folder of the first one's; with other students it starts over.
+    """
+    left = _left(jobs)
+    for job in jobs:
+        make_folder(job.folder)
+        if (job.folder / CHECKPOINT).is_file():
+            raise Refused(f"'{job.folder}' was begun without --vectorize: go on without it, or choose another --out")
+        if (job.folder / STACK).is_dir() and (len(left) < 2 or job is not left[0] or _members(job) != _names(left)):
+            console.say(f"'{job.folder / STACK}' is of other students together: these start over")
+            shutil.rmtree(job.folder / STACK)
+    ended: dict[str, Finished | Ended] = {}
+    if len(left) > 1:
+        ended = dict(zip(_names(left), _as_one(left, held_out, console), strict=True))
+    if rest := [job for job in jobs if str(job.folder) not in ended]:  # finished, or alone
+        ended |= dict(zip(_names(rest), fit_together(rest, held_out, console), strict=True))
+    return [ended[name] for name in _names(jobs)]
+
+
+def _left(jobs: Sequence[Job]) -> list[Job]:
+    """Those that one model is, or was begun to be, also where it was stopped while it published their weights."""
+    for job in jobs:
+        begun = [other for other in jobs if str(other.folder) in _members(job)]
+        if begun and _names(begun) == _members(job):
+            return begun
+    return [job for job in jobs if not (job.folder / f"{job.name}.pt").is_file()]
+
+
+def _names(jobs: Sequence[Job]) -> list[str]:
+    return [str(job.folder) for job in jobs]
+
+
+def _members(job: Job) -> list[str]:
+    """Of the model that was begun in a student's folder."""
+    path = job.folder / STACK / _MEMBERS
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _as_one(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
+    first, folder = jobs[0], jobs[0].folder / STACK
+    for job in jobs:
+        remove_leftovers(job.folder, (LINES, f"{job.name}.pt"))
+    make_folder(folder)
+    publish_text(folder / _MEMBERS, "".join(f"{name}\n" for name in _names(jobs)))
+    stack = Stack([job.model for job in jobs]).to(first.device)
+    with first.chance:
+        state = State.begin(stack, {}, first.settings, first.rate)
+        begin = state.restore(folder, first.device)
+    _epochs(jobs, stack, state, begin, held_out, console)
+    ended = [_end(job, stack, state, i) for i, job in enumerate(jobs)]
+    shutil.rmtree(folder)
+    return ended
+
+
+def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_out: HeldOut, console: Console) -> None:
+    job, total = jobs[0], jobs[0].epochs * jobs[0].steps
+    batches = job.stream.batches(begin * job.steps, total)
+    sums = torch.zeros_like(_weights(jobs, begin))
+    with showing(jobs, begin, lambda i: sums[:, i], f"{len(jobs)} of {job.name} as one", console) as shown:
+        for epoch in range(begin, job.epochs):
+            begun = time.perf_counter()
+            losses = [at(loss, epoch, job.epochs) for loss in job.losses]
+            weights = _weights(jobs, epoch)
+            sums, norms = torch.zeros_like(weights), torch.zeros_like(weights)
+            stack.train()
+            for number in range(1, job.steps + 1):
+                batch = next(batches).to(job.device)
+                with job.chance:
+                    sums += _step(job, stack, state, batch, losses, weights, norms if number == job.steps else None)
+                shown.step(len(batch.index))
+            line = _measured(jobs, sums / job.steps, norms, held_out.logits(stack), held_out, epoch)
+            share = round((time.perf_counter() - begun) / len(jobs), 6)
+            with job.chance:
+                state.keep(job.folder / STACK, line | {"share": share}, "last")
+            shown.epoch(line["students"])
+
+
+def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:
+    """float32 [terms, S]: what each term weighs in each student."""
+    each = [[fixed(at(loss, epoch, job.epochs).weight) for loss in job.losses] for job in jobs]
+    return torch.tensor(each, device=jobs[0].device).T.contiguous()
+
+
+def _step(
+    job: Job,
+    stack: Stack,
+    state: State,
+    batch: TargetBatch,
+    losses: list[Loss],
+    weights: torch.Tensor,
+    norms: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One step of all; their weighted terms [terms, S], detached. norms [terms, S]: as job.step has it."""
+    with autocast(job.device, job.settings.precision):
+        logits = stack(batch.views)
+
+    def of_one(loss: Loss) -> Any:
+        return lambda z: job.term(loss, Outputs(z), batch, None)
+
+    each = [torch.vmap(of_one(loss), in_dims=1, randomness="different")(logits) for loss in losses]
+    terms = weights * torch.stack(each)
+    if norms is not None:
+        largest = int(terms.detach().abs().sum(1).argmax())
+        others = sum(_noted(state, each[i], weights[i], norms[i]) for i in range(len(each)) if i != largest)
+    for weight in state.weights:
+        weight.grad = None
+    terms.sum().backward()  # type: ignore[no-untyped-call]
+    if norms is not None:
+        whole = flat([weight.grad for weight in state.weights], state.weights, keep=1)
+        norms[largest] = (whole - others).norm(dim=1)
+    if job.settings.clip_norm:
+        _clip(state.weights, job.settings.clip_norm)
+    state.optimizer.step()
+    state.schedule.step()
+    return terms.detach()
+
+
+def _noted(state: State, term: torch.Tensor, weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """The gradient of one term [S] with its weights, [S, weights of a student]; its norms are noted."""
+    found = flat(
+        torch.autograd.grad(term, state.weights, weight, retain_graph=True, allow_unused=True), state.weights, keep=1
+    )
+    norms.copy_(found.norm(dim=1))
+    return found
+
+
+def _clip(weights: list[nn.Parameter], most: float) -> None:
+    """Clip each student's gradient to a norm of its own, as torch.nn.utils.clip_grad_norm_ does with one."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    share = (most / (norms + 1e-6)).clamp(max=1.0)
+    for g in gradients:
+        g.mul_(share.view(-1, *[1] * (g.ndim - 1)))
+
+
+def _measured(
+    jobs: Sequence[Job],
+    means: torch.Tensor,
+    norms: torch.Tensor,
+    logits: NDArray[np.float32],
+    held_out: HeldOut,
+    epoch: int,
+) -> dict[str, Any]:
+    """The line of an epoch, with one for each student. means: of its terms [terms, S], norms: of their gradients;
+    logits [N, S, K] of validation. A student that has diverged has None."""
+    finite = np.isfinite(logits).all((0, 2)) & np.isfinite(means.cpu().numpy()).all(0)
+    lines: list[dict[str, Any] | None] = []
+    for i, job in enumerate(jobs):
+        if not finite[i]:
+            lines.append(None)
+            continue
+        seen = summary(logits[:, i], held_out.labels)
+        lines.append(line_of(job, epoch, means[:, i].tolist(), norms[:, i].tolist(), seen))
+    return {"epoch": epoch + 1, "students": lines}
+
+
+def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | Ended:
+    """Publish the weights and lines of one student, or say how it diverged."""
+    lines = []
+    for epoch in state.lines:
+        if epoch["students"][i] is None:
+            return diverged(job, f"its loss or logits are no longer finite after epoch {epoch['epoch']}")
+        lines.append(epoch["students"][i] | {"seconds": epoch["share"]})
+    job.model.network.load_state_dict(stack.state_of(i))
+    publish_text(job.folder / LINES, text_of(lines))
+    write_events(job, lines)
+    publish_weights(job.folder / f"{job.name}.pt", job.model)
+    return finished(job.folder, "last")

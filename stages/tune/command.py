@@ -1,0 +1,283 @@
+"""`softcache tune`: a search for a student's loss weights and training settings; a trial costs a student."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcache.base.errors import Ended, Interrupted, WrongCommand
+from softcache.base.files import make_folder
+from softcache.data.transfer_set import row_name
+from softcache.stages.cli.configs import SearchSettings, StudentSettings
+from softcache.stages.cli.console import Console
+from softcache.stages.runs.folder import ASIDE, free_run, milestones_of
+from softcache.stages.student import command as student_stage
+from softcache.stages.student.phases import Student, first_training
+from softcache.stages.student.recipes import fill_in
+from softcache.stages.student.setup import Material
+from softcache.stages.student.several import train as train_together
+from softcache.stages.training.checkpoint import LINES, lines_of
+
+from .folder import DATABASE, alone, begin, compare, look_at, tidy, unfinished
+from .space import Searched, Value, parse_space, with_values
+from .study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, follow, opened, optuna
+from .summary import figure_of, line_of, rows_of, say_rows, write_report
+
+_MOST_POINTS = 100_000
+_HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from machine to machine
+
+
+def run(settings: SearchSettings, said: set[str]) -> None:
+    """Everything is checked; then trial after trial, beside other processes; then the best. --out goes on."""
+    console = Console(settings.json, epoch_lines=False)
+    if settings.resume or settings.seeds > 1 or settings.baseline:
+        raise WrongCommand("tune takes no --resume (run it again with the same --out), --seeds or --baseline")
+    if settings.grid and "trials" in said:
+        raise WrongCommand("--grid tries every combination once: leave out --trials")
+    # The recipe is in the settings by now; said again, it would fill in what a trial sets to a default.
+    first = replace(student_stage.with_recipe(fill_in(student_stage.without_more(settings), said)), recipe="")
+    milestones_of(first)
+    space = parse_space(settings.search, first, said)
+    grid = _grid(space) if settings.grid else []
+    material = Material.open(first)
+    _check(space, first, material)
+    student_stage.say_notes(first, material, console)
+    begun = _begun_with(settings, first, material)
+    default = f"{row_name(first.data)}-{first.arch.replace(':', '-')}"
+    folder = Path(settings.out) if settings.out else free_run(f"tune-{default}")
+    look_at(folder, begun)
+    if not settings.out:
+        for stopped in unfinished(folder, begun):
+            console.say(f"'{stopped}' was stopped; the same command with --out {stopped} goes on")
+    if not settings.storage:
+        make_folder(folder)
+    url = settings.storage or f"sqlite:///{folder.resolve()}/{DATABASE}"
+    everywhere = {name: value for name, value in begun.items() if name not in _HERE}
+    warm = _fewest_epochs(first, space) // 4
+    with opened(url, settings.study or default, figure_of(first) != "nll", everywhere, warm) as (study, storage):
+        compare(study.user_attrs["begun"], everywhere, f"the study '{study.study_name}'")
+        slots, mark = len(grid) or settings.trials, begin(folder, begun)
+        shared = SharedStudy(study, storage, folder, mark, space, first.seed, slots, grid)
+        try:
+            Search(shared, first, material, settings.prune, settings.together, console).run()
+        except (KeyboardInterrupt, Interrupted):
+            raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
+        rows = rows_of(shared.holders(), space)
+    with alone(folder):
+        tidy(folder)
+        record = write_report(folder, rows, first, space, begun)
+    if settings.json:
+        return console.result(json.dumps(record))
+    say_rows(record, figure_of(first), space, folder, console)
+
+
+def _begun_with(settings: SearchSettings, first: StudentSettings, material: Material) -> dict[str, Any]:
+    """What the trials of a search have in common, as JSON has it; with another of these it is another search."""
+    common = {name: value for name, value in asdict(first).items() if name not in ASIDE}
+    searched = {name: getattr(settings, name) for name in ("search", "grid", "prune")}
+    caches = [cache.manifest.fingerprint for cache in material.teachers.members]
+    found: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": caches}))
+    return found
+
+
+def _fewest_epochs(first: StudentSettings, space: tuple[Searched, ...]) -> int:
+    """Of a trial, where epochs are searched."""
+    return min([int(v) for one in space if one.name == "epochs" for v in one.ends()] or [first.epochs])
+
+
+@dataclass(frozen=True)
+class Search:
+    """Trials of a study, so many together, in this process. first: the settings of all but for what is searched."""
+
+    shared: SharedStudy
+    first: StudentSettings
+    material: Material
+    prune: bool
+    together: int
+    console: Console
+
+    @property
+    def figure(self) -> str:
+        """By which trials are compared."""
+        return figure_of(self.first)
+
+    def run(self) -> None:
+        """Until every slot's trial is over, those of other processes included."""
+        waiting = False
+        while True:
+            with self.shared.next_trials(self.together) as trials:
+                if trials:
+                    self._train(trials)
+                    continue
+            left = [s for s, t in self.shared.holders().items() if not t.state.is_finished() and s < self.shared.slots]
+            if not left:
+                return
+            if not waiting:
+                numbers = ", ".join(map(str, left))
+                self.console.say(f"waiting for other processes, which train: {numbers} (Ctrl-C loses nothing)")
+            waiting = True
+            time.sleep(0.5)
+
+    def _train(self, trials: Sequence[Trial]) -> None:
+        """Train some trials, those that see the same batches from one stream, and write down what came of each."""
+        runs = [_Run.of(trial, self) for trial in trials]
+        for run in runs:
+            run.open(self.material)
+        for group in _groups([run for run in runs if run.student is not None]):
+            for run in group:
+                run.told()  # of an earlier process, which may have been killed before it did
+            left = [run for run in group if run.ended is None]
+            results = self._results([run.student for run in left if run.student is not None])
+            for run, result in zip(left, results, strict=True):
+                run.finish(result)
+        for run in runs:
+            self._tell(run)
+
+    def _results(self, students: Sequence[Student]) -> list[dict[str, Any] | Ended]:
+        """Of each its result, or how it ended. What does not fit, or not into memory, is tried one by one: then it is
+        that trial's own."""
+        if not students:
+            return []
+        try:
+            return train_together(students, False, self.console)
+        except (WrongCommand, torch.OutOfMemoryError) as error:
+            if len(students) == 1:
+                return [Ended(str(error))]
+        alone = [replace(one, settings=student_stage.to_go_on(one.settings)) for one in students]
+        return [result for one in alone for result in self._results([one])]
+
+    def _tell(self, run: "_Run") -> None:
+        """The study what came of a trial."""
+        state, value, facts = run.outcome()
+        try:
+            if isinstance(run.ended, UpdateFinishedTrialError):
+                raise run.ended
+            for name, fact in facts.items():
+                run.trial.set_user_attr(name, fact)
+            self.shared.study.tell(run.trial, value, state)
+        except UpdateFinishedTrialError:
+            return self.console.say(f"trial {run.slot}: another process has taken it over")
+        rows = rows_of(self.shared.holders(), self.shared.space)
+        row = next(row for row in rows if row["trial"] == run.slot)
+        self.console.say(line_of(row, rows, self.shared.slots, self.figure))
+
+
+@dataclass
+class _Run:
+    """A trial as a student's run. ended: how it ended early, result: its result.json."""
+
+    trial: Trial
+    slot: int
+    settings: StudentSettings
+    figure: str
+    prune: bool
+    student: Student | None = None
+    ended: Exception | None = None
+    result: dict[str, Any] | None = None
+
+    @staticmethod
+    def of(trial: Trial, search: Search) -> "_Run":
+        """Of the settings that the trial's values make."""
+        slot, space = int(trial.user_attrs["slot"]), search.shared.space
+        values = {one.name: one.decimal(trial.params[one.name]) for one in space}
+        folder = search.shared.folder / f"trial-{slot:04d}"
+        own = replace(with_values(search.first, space, values), out=str(folder))
+        return _Run(trial, slot, own, search.figure, search.prune)
+
+    def open(self, like: Material) -> None:
+        """What it is trained from. One that cannot be trained counts as tried."""
+        try:
+            material = Material.open(self.settings, like)
+            material.network(self.settings, material.losses)
+        except (WrongCommand, torch.OutOfMemoryError) as error:
+            self.ended = error
+            return
+        own = student_stage.to_go_on(self.settings)
+        self.student = Student(own, material, Path(own.out), self.after_epoch)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of the epochs that are done."""
+        name, folder = first_training(self.settings), Path(self.settings.out)
+        where = folder if name == "student" else folder / name
+        return lines_of(where) if (where / LINES).is_file() else []
+
+    def told(self) -> None:
+        """Tell the study every epoch; it may end the trial, or another process may have."""
+        try:
+            follow(self.trial, self.lines(), self.figure, self.settings.epochs, self.prune)
+        except (optuna.TrialPruned, UpdateFinishedTrialError) as why:
+            self.ended = why
+
+    def after_epoch(self, _: dict[str, Any]) -> None:
+        """The same while it trains."""
+        self.told()
+        if self.ended:
+            raise Ended(f"trial {self.slot} is over")
+
+    def finish(self, result: dict[str, Any] | Ended) -> None:
+        """What its training has come to."""
+        if isinstance(result, Ended):
+            self.ended = self.ended or result
+            return
+        self.told()
+        self.result = result
+
+    def outcome(self) -> tuple[TrialState, float | None, dict[str, Any]]:
+        """State and figure, its seconds and why it failed."""
+        seconds = {"seconds": sum(line["seconds"] for line in self.lines())}
+        if self.result is not None and self.ended is None:
+            student = self.result["student"]
+            return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
+        if isinstance(self.ended, optuna.TrialPruned):
+            return TrialState.PRUNED, None, seconds
+        return TrialState.PRUNED, None, seconds | {"failed": str(self.ended).splitlines()[0][:500]}
+
+
+_OF_A_STREAM = ("epochs", "finetune_epochs", "batch_size", "sampler", "draws", "labelled")
+
+
+def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """Those that see the same batches together. Where labels are hidden, which rows are seen goes by the losses."""
+    found: dict[Any, list[_Run]] = {}
+    for run in runs:
+        alone = run.settings.labelled or run.settings.missing
+        key = run.slot if alone else tuple(getattr(run.settings, name) for name in _OF_A_STREAM)
+        found.setdefault(key, []).append(run)
+    return list(found.values())
+
+
+def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:
+    """Every combination, the last name changing first. Raises WrongCommand where there is no end of them."""
+    for one in space:
+        if not one.choices and not one.step:
+            raise WrongCommand(f"search '{one.spec}' has no steps: --grid wants {one.name}=LOW..HIGH:step=S or a|b|c")
+    count = prod(len(one.points()) for one in space)
+    if count > _MOST_POINTS:
+        raise WrongCommand(f"--grid would be {count:,} trials, more than {_MOST_POINTS:,}: take wider steps")
+    return [
+        dict(zip([one.name for one in space], values, strict=True))
+        for values in product(*(one.points() for one in space))
+    ]
+
+
+def _check(space: tuple[Searched, ...], first: StudentSettings, material: Material) -> None:
+    """Find what would stop a trial before anything is made: labels; archs and losses at every end of the space."""
+    if not (material.held_out["val"].labels >= 0).any():
+        raise WrongCommand(
+            "tune compares students on the labels of the validation split, and these pictures have none"
+        )
+    middle = {one.name: one.ends()[0] for one in space}
+    for one in space:
+        for value in one.ends():
+            own = with_values(first, space, {**middle, one.name: value})
+            try:
+                material_of = Material.open(own, material)
+                material_of.network(own, material_of.losses)
+            except WrongCommand as error:
+                raise WrongCommand(f"search '{one.spec}': {error}") from None

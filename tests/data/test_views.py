@@ -1,0 +1,633 @@
+"""A view is a pure function of (policy, seed, index, draw). The whole cache rests on it."""
+
+import multiprocessing
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from softcache.base import rng as counter
+from softcache.base.errors import Refused, WrongCommand
+from softcache.data.image_arrays import MemoryPictures
+from softcache.data.image_folder import FolderPictures
+from softcache.data.transfer_set import Split, load
+from softcache.data.views import VIEW_POLICIES, Box, mixup_of, parse_views, render
+from softcache.pipeline.loading.stream import Stream, render_in_order
+
+# What each random number is for. A number that changes its meaning makes every cache on disk a liar.
+TOP, LEFT, FLIP, PARTNER = 0, 1, 2, 7
+
+SPECS = [
+    "none",
+    "none:resize=12",
+    "none:size=6,resize=11",
+    "none:mixup=0.4",
+    "crop",
+    "crop:pad=1,size=7",
+    "crop-flip:pad=2,mixup=0.2",
+    "resized-crop-flip:size=10",
+    "resized-crop-flip:min_scale=0.5,size=8,mixup=1",
+]
+
+
+def synthetic(n: int, channels: int = 3, size: int = 9) -> MemoryPictures:
+    """Pictures from a formula: no generator, so that a pin is about views alone."""
+    i, c, y, x = np.indices((n, channels, size, size))
+    values = 37 * i + 91 * c + 5 * y * y + 11 * x + 3 * x * y + 7 * i * x
+    return MemoryPictures(torch.from_numpy((values % 256).astype(np.uint8)))
+
+
+def rows(*index: int) -> NDArray[np.int64]:
+    return np.array(index, np.int64)
+
+
+@pytest.fixture(scope="module")
+def mixed_folder(tmp_path_factory: pytest.TempPathFactory, save_picture: Callable[..., Image.Image]) -> Path:
+    """64 training pictures in two classes, no two neighbours of one size; some are wide, some tall, some tiny."""
+    root = tmp_path_factory.mktemp("mixed")
+    for k in range(64):
+        width, height = 5 + (7 * k) % 16, 6 + (5 * k) % 13
+        save_picture(root / "train" / f"class{k % 2}" / f"{k:02}.png", width, height, k)
+    for k in range(2):
+        save_picture(root / "test" / f"class{k}" / "a.png", 9, 9, k)
+    return root
+
+
+@pytest.fixture(scope="module")
+def mixed_pictures(mixed_folder: Path) -> FolderPictures:
+    names = tuple(sorted(p.relative_to(mixed_folder).as_posix() for p in mixed_folder.glob("train/*/*.png")))
+    return FolderPictures(mixed_folder, names, "RGB", 0)
+
+
+@pytest.fixture
+def mixed_train(mixed_folder: Path) -> Split:
+    return load(f"folder:{mixed_folder}", Path(), val_fraction=0.25).splits["train"]
+
+
+# --- pinned to the bit --------------------------------------------------------------------------------------------
+
+GOLDEN = {
+    ("none", 0, 0, 0): 0x28DDF801,
+    ("none:size=6,resize=11", 0, 3, 0): 0x053F59D8,
+    ("crop", 0, 3, 0): 0x82D06AC8,
+    ("crop:pad=2,mixup=0.2", 7, 11, 1): 0x365FC374,
+    ("crop-flip", 1, 4, 2): 0xF5EA3BC1,
+    ("crop-flip:pad=3", 2**40, 5, 299): 0x3C186E50,
+    ("resized-crop-flip", 3, 2, 0): 0x1ADF99DA,
+    ("resized-crop-flip:min_scale=0.5,size=12,mixup=1", 4, 9, 3): 0xDF82AD2B,
+}
+
+
+@pytest.mark.parametrize(("spec", "seed", "index", "draw"), GOLDEN)
+def test_views_are_pinned_to_the_bit(spec: str, seed: int, index: int, draw: int) -> None:
+    view = render(synthetic(12), parse_views(spec), seed, rows(index), draw)
+    assert crc32(view.numpy().tobytes()) == GOLDEN[spec, seed, index, draw]
+
+
+def test_the_pins_cover_every_policy_and_a_view_that_is_flipped() -> None:
+    assert {spec.partition(":")[0] for spec, *_ in GOLDEN} == set(VIEW_POLICIES)
+    turned = {int(counter.integers((seed, draw, FLIP), rows(i), 2)[0]) for s, seed, i, draw in GOLDEN if "flip" in s}
+    assert turned == {0, 1}
+
+
+def test_a_crop_is_pinned_pixel_by_pixel() -> None:
+    picture = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
+    view = render(MemoryPictures(picture.expand(4, 1, 5, 5)), parse_views("crop:pad=2"), 0, rows(2), 2)
+    assert view[0, 0].tolist() == [
+        [0, 0, 0, 0, 0],
+        [3, 4, 5, 0, 0],
+        [8, 9, 10, 0, 0],
+        [13, 14, 15, 0, 0],
+        [18, 19, 20, 0, 0],
+    ]
+
+
+def test_the_hash_is_splitmix64() -> None:
+    # The published sequence of SplitMix64 from seed 0, which an empty key leaves untouched.
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B]
+    assert counter.bits((), np.arange(5)).tolist() == published
+
+
+def test_counter_numbers_are_pinned() -> None:
+    assert counter.bits((1, 2, 3), rows(0, 1, 2**40)).tolist() == [
+        0x214D4C07ECFEAAC5,
+        0x6FF419CB83DFE1E6,
+        0x8B20A75BB0E65277,
+    ]
+    assert (
+        counter.bits((-1,), rows(5)).tolist() == counter.bits((2**64 - 1,), rows(5)).tolist() == [0x276EBC0E52F41C24]
+    )
+    assert counter.integers((7,), np.arange(12), 9).tolist() == [6, 5, 4, 5, 3, 1, 8, 8, 7, 1, 8, 3]
+    assert counter.uniform((0, 5), np.arange(3)).tolist() == [
+        0.05805669817305514,
+        0.7108318915884554,
+        0.34717590356492045,
+    ]
+    assert counter.permutation((4, 1), 10).tolist() == [1, 0, 6, 7, 9, 4, 2, 8, 5, 3]
+
+
+def plain_bits(key: tuple[int, ...], count: int) -> int:
+    """The hash once more, in Python's own integers."""
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    state, weyl = 0, 0x9E3779B97F4A7C15
+    for part in key:
+        state = mix((state + part + weyl) % 2**64)
+    return mix((state + (count + 1) * weyl) % 2**64)
+
+
+KEYS = st.lists(st.integers(-(2**63), 2**64 - 1), max_size=4).map(tuple)
+
+
+@settings(deadline=None)
+@given(KEYS, st.lists(st.integers(0, 2**62), min_size=1, max_size=5), st.integers(1, 2**31 - 1))
+def test_counter_agrees_with_plain_integers(key: tuple[int, ...], counts: list[int], below: int) -> None:
+    expected = [plain_bits(key, count) for count in counts]
+    assert counter.bits(key, rows(*counts)).tolist() == expected
+    assert counter.integers(key, rows(*counts), below).tolist() == [(x >> 32) * below >> 32 for x in expected]
+    assert counter.uniform(key, rows(*counts)).tolist() == [(x >> 11) / 2**53 for x in expected]
+
+
+@settings(deadline=None)
+@given(KEYS, st.integers(0, 300))
+def test_a_permutation_holds_every_number_once(key: tuple[int, ...], n: int) -> None:
+    assert sorted(counter.permutation(key, n).tolist()) == list(range(n))
+
+
+# --- a view depends on nothing else -------------------------------------------------------------------------------
+
+MANY = synthetic(64)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    spec=st.sampled_from(SPECS),
+    seed=st.integers(0, 2**63),
+    draw=st.integers(0, 10_000),
+    index=st.lists(st.integers(0, 63), min_size=1, max_size=12),
+)
+def test_a_view_does_not_depend_on_its_batch(spec: str, seed: int, draw: int, index: list[int]) -> None:
+    policy = parse_views(spec)
+    together = render(MANY, policy, seed, rows(*index), draw)
+    for i, view in zip(index, together, strict=True):
+        assert torch.equal(render(MANY, policy, seed, rows(i), draw)[0], view)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_64_at_once_or_one_by_one_or_backwards_are_equal(
+    where: str, spec: str, mixed_pictures: FolderPictures
+) -> None:
+    pictures = MANY if where == "memory" else mixed_pictures
+    policy = parse_views(spec if "size=" in spec else f"{spec}{',' if ':' in spec else ':'}size=9")
+    every = np.arange(64)
+    whole = render(pictures, policy, 5, every, 2)
+    for order, size in ((every, 1), (every, 7), (every[::-1].copy(), 10)):
+        parts = [render(pictures, policy, 5, part, 2) for part in np.array_split(order, -(-64 // size))]
+        assert torch.equal(torch.cat(parts), whole[torch.from_numpy(order)])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_pictures_in_files_and_in_memory_give_equal_views(spec: str, tmp_path: Path) -> None:
+    stored = synthetic(12)
+    names = []
+    for i, image in enumerate(stored.images):
+        names.append(f"{i:02}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / names[-1])
+    filed = FolderPictures(tmp_path, tuple(names), "RGB", 9)
+    index, policy = np.arange(12), parse_views(spec)
+    assert torch.equal(render(filed, policy, 1, index, 3), render(stored, policy, 1, index, 3))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_global_generators_are_neither_used_nor_moved(spec: str) -> None:
+    def render_after(seed: int) -> torch.Tensor:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        views = render(MANY, parse_views(spec), 0, np.arange(8), 1)
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+        return views
+
+    with torch.random.fork_rng(devices=[]):
+        assert torch.equal(render_after(1), render_after(2))
+
+
+def test_rendering_leaves_the_pictures_as_they_were() -> None:
+    pictures = synthetic(12)
+    for spec in SPECS:
+        render(pictures, parse_views(spec), 0, np.arange(12), 0).zero_()
+    assert torch.equal(pictures.images, synthetic(12).images)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_shape_and_dtype_of_views(spec: str) -> None:
+    policy = parse_views(spec)
+    for channels in (1, 3):
+        views = render(synthetic(5, channels), policy, 0, rows(1, 4), 0)
+        assert views.shape == (2, channels, policy.size or 9, policy.size or 9)
+        assert views.dtype == torch.uint8
+
+
+# --- stage one and stage two --------------------------------------------------------------------------------------
+
+
+def seen_by_teacher(split: Split, spec: str, draws: int, workers: int = 0) -> dict[tuple[int, int], torch.Tensor]:
+    """Views by (index, draw) as stage one renders them, in the order of the split."""
+    batches = np.array_split(np.arange(len(split)), 5)
+    seen = {}
+    for draw in range(draws):
+        rendered = list(render_in_order(split.pictures, parse_views(spec), 9, batches, draw, workers))
+        assert [len(views) for views in rendered] == [len(batch) for batch in batches]
+        for batch, views in zip(batches, rendered, strict=True):
+            seen |= {(int(i), draw): view for i, view in zip(batch, views, strict=True)}
+    return seen
+
+
+def seen_by_student(
+    split: Split, spec: str, draws: int, batch_size: int, workers: int = 0, start_method: str | None = None
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Views by (index, draw) as stage two renders them, shuffled; every one of them is met once."""
+    stream = Stream(
+        split,
+        parse_views(spec),
+        view_seed=9,
+        order_seed=3,
+        batch_size=batch_size,
+        labels=split.labels,
+        rows=np.arange(len(split)),
+        draws=draws,
+        workers=workers,
+        start_method=start_method,
+    )
+    seen, order = {}, []
+    for batch in stream.batches(0, draws * stream.steps_per_round):
+        order += [(int(i), batch.draw) for i in batch.index]
+        seen |= {(int(i), batch.draw): view.clone() for i, view in zip(batch.index, batch.views, strict=True)}
+    assert sorted(order) == sorted(product(range(len(split)), range(draws)))
+    assert [index for index, _ in order[: len(split)]] != list(range(len(split)))
+    return seen
+
+
+def assert_same_views(one: dict[tuple[int, int], torch.Tensor], other: dict[tuple[int, int], torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch_size"),
+    [
+        ("none:size=8", 7),
+        ("crop:size=8", 1),
+        ("crop-flip:size=8,mixup=0.2", 16),
+        ("resized-crop-flip:size=8", 48),
+    ],
+)
+def test_the_student_sees_the_pixels_that_the_teacher_saw(mixed_train: Split, spec: str, batch_size: int) -> None:
+    assert_same_views(seen_by_teacher(mixed_train, spec, 3), seen_by_student(mixed_train, spec, 3, batch_size))
+
+
+def start_methods(*ways: tuple[int, str]) -> list[tuple[int, str]]:
+    return [way for way in ways if way[1] in multiprocessing.get_all_start_methods()]
+
+
+# Python warns of fork beside threads, torch of more workers than cores: both are what is tried here.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning", "ignore:This DataLoader will create")
+@pytest.mark.parametrize(("workers", "start_method"), start_methods((1, "fork"), (2, "fork"), (1, "spawn")))
+def test_worker_processes_render_the_same_pixels(mixed_train: Split, workers: int, start_method: str) -> None:
+    spec = "resized-crop-flip:size=8,mixup=1"
+    by_processes = seen_by_student(mixed_train, spec, 2, 5, workers, start_method)
+    assert_same_views(seen_by_teacher(mixed_train, spec, 2), by_processes)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning", "ignore:This DataLoader will create")
+def test_stage_one_renders_the_same_pixels_with_and_without_workers(mixed_train: Split) -> None:
+    spec = "crop-flip:size=8,mixup=0.2"
+    assert_same_views(seen_by_teacher(mixed_train, spec, 1), seen_by_teacher(mixed_train, spec, 1, workers=2))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning", "ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_breaks_is_named_wherever_it_is_decoded(
+    tmp_path: Path, save_picture: Callable[..., Image.Image], workers: int
+) -> None:
+    for k in range(6):
+        save_picture(tmp_path / f"{k}.png", k=k)
+    whole = (tmp_path / "4.png").read_bytes()
+    (tmp_path / "4.png").write_bytes(whole[: len(whole) // 2])
+    pictures = FolderPictures(tmp_path, tuple(f"{k}.png" for k in range(6)), "RGB", 8)
+    rendered = render_in_order(pictures, parse_views("none"), 0, np.array_split(np.arange(6), 3), 0, workers)
+    assert len(next(rendered)) == len(next(rendered)) == 2
+    with pytest.raises(Refused, match=r"the picture .*4\.png cannot be decoded: ") as refusal:
+        next(rendered)
+    assert "\n" not in str(refusal.value)
+
+
+# --- an independent reference -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pad", "draw"), [(1, 0), (4, 0), (4, 7), (12, 2)])
+def test_a_crop_is_zero_padding_and_a_slice(pad: int, draw: int) -> None:
+    pictures, index = synthetic(40), np.arange(40)
+    views = render(pictures, parse_views(f"crop:pad={pad}"), 6, index, draw).numpy()
+    tops = counter.integers((6, draw, TOP), index, 2 * pad + 1)
+    lefts = counter.integers((6, draw, LEFT), index, 2 * pad + 1)
+    padded = np.pad(pictures.images.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    for i, top, left in zip(index, tops, lefts, strict=True):
+        assert np.array_equal(views[i], padded[i, :, top : top + 9, left : left + 9])
+
+
+def test_a_crop_without_padding_is_the_picture() -> None:
+    assert torch.equal(render(MANY, parse_views("crop:pad=0"), 0, np.arange(64), 0), MANY.images)
+
+
+@pytest.mark.parametrize(("flipping", "still"), [("crop-flip:pad=0", "none"), ("crop-flip:pad=4", "crop:pad=4")])
+def test_a_flip_mirrors_left_and_right_and_nothing_else(flipping: str, still: str) -> None:
+    index = np.arange(64)
+    views = render(MANY, parse_views(flipping), 2, index, 5).numpy()
+    unturned = render(MANY, parse_views(still), 2, index, 5).numpy()
+    turned = counter.integers((2, 5, FLIP), index, 2)
+    assert 0 < turned.sum() < 64
+    for i in index:
+        assert np.array_equal(views[i], unturned[i, :, :, ::-1] if turned[i] else unturned[i])
+
+
+@pytest.mark.parametrize("spec", ["none", "crop-flip", "resized-crop-flip"])
+@pytest.mark.parametrize("alpha", [0.2, 1, 50])
+def test_mixup_is_one_rounded_sum_of_two_views(spec: str, alpha: float) -> None:
+    policy, index = parse_views(f"{spec}:mixup={alpha}"), np.arange(64)
+    partner, share = mixup_of(policy, 8, index, 4, 64)
+    own = render(MANY, parse_views(spec), 8, index, 4).numpy().astype(int)
+    other = render(MANY, parse_views(spec), 8, partner, 4).numpy().astype(int)
+    w = share[:, None, None, None]
+    expected = (own * w + other * (256 - w) + 128) // 256  # round half up of the weighted mean
+    assert np.array_equal(render(MANY, policy, 8, index, 4).numpy(), expected)
+
+
+def test_a_mixup_partner_is_any_picture_but_the_view_s_own() -> None:
+    policy, index = parse_views("none:mixup=1"), np.arange(500)
+    partner, _ = mixup_of(policy, 0, index, 3, 500)
+    assert np.array_equal(partner, (index + 1 + counter.integers((0, 3, PARTNER), index, 499)) % 500)
+    pairs = {(i, int(mixup_of(policy, 0, rows(i), draw, 5)[0][0])) for i in range(5) for draw in range(60)}
+    assert pairs == {(i, j) for i in range(5) for j in range(5) if i != j}
+
+
+def test_a_picture_that_is_alone_is_mixed_with_itself() -> None:
+    alone = synthetic(1)
+    assert torch.equal(render(alone, parse_views("none:mixup=1"), 0, rows(0), 0), alone.images)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 1, 4])
+def test_mixup_shares_follow_the_beta_distribution(alpha: float) -> None:
+    _, share = mixup_of(parse_views(f"none:mixup={alpha}"), 0, np.arange(40_000), 0, 40_000)
+    assert share.min() >= 0
+    assert share.max() <= 256
+    # Mean 1/2, variance 1 / (4 (2 alpha + 1)); four standard errors.
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs((share / 256).mean() - 0.5) < 4 * (variance / 40_000) ** 0.5
+    assert (share / 256).var() == pytest.approx(variance, rel=0.02)
+
+
+class Boxes:
+    """Pictures of given sizes that note which boxes are asked for and hold no pixels."""
+
+    def __init__(self, *sizes: tuple[int, int]):
+        self.sizes = sizes
+        self.asked: list[Box] = []
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+        raise AssertionError("a resized crop asks for boxes")
+
+    def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+        self.asked += [box(row, *self.sizes[i]) for row, i in enumerate(index)]
+        return torch.zeros(len(index), 3, size, size, dtype=torch.uint8)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    min_scale=st.floats(0.08, 1),
+    width=st.integers(8, 600),
+    height=st.integers(8, 600),
+    seed=st.integers(0, 2**63),
+    draw=st.integers(0, 999),
+)
+def test_a_resized_crop_keeps_its_promises_for_pictures_of_any_form(
+    min_scale: float, width: int, height: int, seed: int, draw: int
+) -> None:
+    probe = Boxes(*[(width, height)] * 8)
+    render(probe, parse_views(f"resized-crop-flip:size=4,min_scale={min_scale}"), seed, np.arange(8), draw)
+    assert len(probe.asked) == 8
+    for left, top, right, bottom in probe.asked:
+        assert all(edge == int(edge) for edge in (left, top, right, bottom))
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        # Sides are rounded to whole pixels: half a pixel each is what the promises may miss by.
+        w, h = right - left, bottom - top
+        assert (w + 0.5) / (h - 0.5) >= 3 / 4
+        assert (w - 0.5) / (h + 0.5) <= 4 / 3
+        # A picture more elongated than 4/3 has no such box of its whole area: then as much as there is.
+        most = min(width * height, 4 / 3 * min(width, height) ** 2)
+        assert (w + 0.5) * (h + 0.5) >= min(min_scale * width * height, most)
+
+
+def test_resized_crops_spread_over_area_ratio_and_place() -> None:
+    n, side = 4096, 1000
+    probe = Boxes(*[(side, side)] * n)
+    render(probe, parse_views("resized-crop-flip:size=4"), 0, np.arange(n), 0)
+    left, top, right, bottom = np.array(probe.asked).T
+    width, height = right - left, bottom - top
+    # Four standard errors: areas are uniform on 0.08 … 1, ratios symmetric, places uniform on what is left.
+    assert abs((width * height / side**2).mean() - 0.54) < 4 * 0.92 / (12 * n) ** 0.5
+    assert abs((width > height).mean() - 0.5) < 4 * (0.25 / n) ** 0.5
+    assert (width / height).min() < 0.76
+    assert (width / height).max() > 1.32
+    small = (width < side / 2) & (height < side / 2)
+    down, across = (top / np.maximum(side - height, 1))[small], (left / np.maximum(side - width, 1))[small]
+    n = small.sum()
+    for place in (down, across):
+        assert abs(place.mean() - 0.5) < 4 / (12 * n) ** 0.5
+        assert np.histogram(place, 4, (0, 1))[0].min() > 0.2 * n
+    assert abs(np.corrcoef(down, across)[0, 1]) < 4 / n**0.5
+
+
+def test_a_resized_crop_of_the_whole_area_of_a_square_is_the_picture() -> None:
+    index = np.arange(64)
+    views = render(MANY, parse_views("resized-crop-flip:min_scale=1"), 0, index, 0).numpy()
+    turned = counter.integers((0, 0, FLIP), index, 2)
+    for i in index:
+        whole = MANY.images[i].numpy()
+        assert np.array_equal(views[i], whole[:, :, ::-1] if turned[i] else whole)
+
+
+def test_a_resized_crop_is_what_pillow_makes_of_its_box(mixed_pictures: FolderPictures) -> None:
+    index, policy = np.arange(64), parse_views("resized-crop-flip:size=7")
+    images = [Image.open(mixed_pictures.root / name) for name in mixed_pictures.names]
+    probe = Boxes(*[image.size for image in images])
+    render(probe, policy, 1, index, 6)
+    turned = counter.integers((1, 6, FLIP), index, 2)
+    views = render(mixed_pictures, policy, 1, index, 6).numpy()
+    for view, image, box, turn in zip(views, images, probe.asked, turned, strict=True):
+        expected = np.asarray(image.resize((7, 7), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)
+        assert np.array_equal(view, expected[:, :, ::-1] if turn else expected)
+        image.close()
+
+
+def test_a_plain_view_of_another_size_is_a_scaled_centre(mixed_pictures: FolderPictures) -> None:
+    views = render(mixed_pictures, parse_views("none:size=8,resize=12"), 0, np.arange(64), 0).numpy()
+    for view, name in zip(views, mixed_pictures.names, strict=True):
+        with Image.open(mixed_pictures.root / name) as image:
+            scale = 12 / min(image.size)
+            width, height = round(image.width * scale), round(image.height * scale)
+            scaled = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        assert min(width, height) == 12
+        top, left = (height - 8) // 2, (width - 8) // 2
+        assert np.array_equal(view, scaled[:, top : top + 8, left : left + 8])
+
+
+def test_held_out_views_have_the_size_of_the_training_views_and_nothing_random() -> None:
+    policy = parse_views("resized-crop-flip:size=8,resize=10,mixup=1").plain()
+    assert policy == parse_views("none:size=8,resize=10")
+    assert torch.equal(render(MANY, policy, 0, np.arange(64), 0), render(MANY, policy, 1, np.arange(64), 5))
+
+
+# --- how random it is ---------------------------------------------------------------------------------------------
+
+
+def offsets(n: int, seed: int, draw: int) -> list[tuple[int, int]]:
+    """Where crops of pad 4 put the one bright pixel in the middle of a 9 x 9 picture."""
+    picture = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    picture[0, 0, 4, 4] = 255
+    views = render(MemoryPictures(picture.expand(n, 1, 9, 9)), parse_views("crop"), seed, np.arange(n), draw)
+    places = views.view(n, 81).argmax(1).tolist()
+    assert int((views == 255).sum()) == n
+    return [divmod(place, 9) for place in places]
+
+
+def test_all_81_offsets_of_a_crop_occur_equally_often() -> None:
+    n = 8100
+    counts = Counter(offsets(n, 0, 0))
+    assert set(counts) == set(product(range(9), range(9)))
+    # Chi-square with 80 degrees of freedom: mean 80, standard deviation 12.6; four of them.
+    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 80 + 4 * 160**0.5
+
+
+def test_draws_and_seeds_are_independent_of_each_other() -> None:
+    n = 8100
+    first = offsets(n, 0, 0)
+    for other in (offsets(n, 0, 1), offsets(n, 1, 0), offsets(n, 1, 1)):
+        same = sum(a == b for a, b in zip(first, other, strict=True))
+        assert abs(same - n / 81) < 4 * (n / 81) ** 0.5
+    rows_, columns = np.array(first).T
+    assert abs(np.corrcoef(rows_, columns)[0, 1]) < 4 / n**0.5
+
+
+@pytest.mark.parametrize("spec", ["crop-flip", "resized-crop-flip"])
+def test_about_half_of_the_views_are_flipped(spec: str) -> None:
+    n = 4096
+    ramp = torch.arange(0, 250, 10, dtype=torch.uint8).expand(n, 1, 25, 25)
+    views = render(MemoryPictures(ramp), parse_views(spec), 0, np.arange(n), 0).int()
+    turned = views[:, 0, 12, 10] > views[:, 0, 12, 14]  # the ramp rises from left to right
+    assert abs(int(turned.sum()) - n / 2) < 4 * (n / 4) ** 0.5
+
+
+@pytest.mark.parametrize("spec", ["crop", "crop-flip", "resized-crop-flip", "none:mixup=1"])
+def test_different_draws_show_different_views(spec: str) -> None:
+    draws = [render(MANY, parse_views(spec), 0, np.arange(64), draw) for draw in range(8)]
+    differ = [(a != b).flatten(1).any(1).float().mean() for i, a in enumerate(draws) for b in draws[:i]]
+    assert min(differ) > 0.8
+
+
+def test_the_plain_view_is_the_same_in_every_draw() -> None:
+    for draw in range(3):
+        assert torch.equal(render(MANY, parse_views("none"), draw, np.arange(64), draw), MANY.images)
+
+
+# --- what a user writes -------------------------------------------------------------------------------------------
+
+
+def test_a_spec_sets_the_knobs_and_keeps_the_rest() -> None:
+    policy = parse_views("crop-flip:pad=2,mixup=0.2,size=32")
+    assert (policy.name, policy.crop, policy.flip, policy.pad) == ("crop-flip", True, True, 2)
+    assert policy.knobs() == {"pad": 2, "mixup": 0.2, "size": 32, "resize": 0}
+    assert parse_views("resized-crop-flip").knobs() == {"min_scale": 0.08, "mixup": 0, "size": 0, "resize": 0}
+    assert parse_views("crop").knobs()["pad"] == 4
+    assert [isinstance(policy.knobs()[knob], int) for knob in ("pad", "size")] == [True, True]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_spec_that_is_taken_has_the_knobs_it_was_given(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(VIEW_POLICIES)))
+    ranges = {
+        "pad": st.integers(0, 4096),
+        "size": st.integers(0, 4096),
+        "resize": st.integers(0, 4096),
+        "min_scale": st.floats(0.001, 1),
+        "mixup": st.floats(0, 4096),
+    }
+    knobs = {knob: ranges[knob] for knob in VIEW_POLICIES[name].knobs()}
+    given_ = data.draw(st.fixed_dictionaries({}, optional=knobs))
+    spec = name + ":" * bool(given_) + ",".join(f"{knob}={value!r}" for knob, value in given_.items())
+    assert parse_views(spec).knobs() == {**VIEW_POLICIES[name].knobs(), **given_}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "crop-flop",
+            "no view policy 'crop-flop'. Did you mean 'crop-flip'? There are: crop, crop-flip, none, resized",
+        ),
+        ("", "no view policy ''. There are: crop"),
+        ("crop:paddd=4", "no knob of views 'crop' 'paddd'. Did you mean 'pad'? There are: mixup, pad, resize, size"),
+        ("none:pad=4", "no knob of views 'none' 'pad'"),
+        ("resized-crop-flip:pad=4", "no knob of views 'resized-crop-flip' 'pad'"),
+        ("crop:min_scale=0.5", "no knob of views 'crop' 'min_scale'"),
+        ("crop:pad", "views 'crop:pad': 'pad' is not knob=value"),
+        ("crop:pad=", "views 'crop:pad=': 'pad=' is not knob=value"),
+        ("crop:pad=1,pad=2", "views 'crop:pad=1,pad=2': 'pad' is given twice"),
+        ("crop:pad=four", "views 'crop:pad=four': pad=four is not a number"),
+        ("crop:pad=nan", "pad=nan is not finite"),
+        ("none:mixup=inf", "mixup=inf is not finite"),
+        ("crop:pad=-1", "views 'crop:pad=-1': pad=-1 is outside 0 to 4096"),
+        ("crop:pad=5000", "pad=5000 is outside 0 to 4096"),
+        ("crop:pad=1.5", "views 'crop:pad=1.5': pad=1.5 is not a whole number"),
+        ("none:size=32.5", "size=32.5 is not a whole number"),
+        ("none:mixup=-0.1", "mixup=-0.1 is outside 0 to 4096"),
+        ("resized-crop-flip:min_scale=0", "min_scale=0 is outside 0.001 to 1"),
+        ("resized-crop-flip:min_scale=1.5", "min_scale=1.5 is outside 0.001 to 1"),
+    ],
+)
+def test_a_bad_spec_says_what_is_wrong_in_one_line(spec: str, message: str) -> None:
+    with pytest.raises(WrongCommand) as error:
+        parse_views(spec)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="ascii"), max_size=30) | st.from_regex(r"(none|crop)(:[a-z_]{1,7}=?[-0-9.e,]*)?"))
+def test_any_text_is_a_policy_or_a_wrong_command(spec: str) -> None:
+    try:
+        policy = parse_views(spec)
+    except WrongCommand:
+        return
+    assert policy.name in VIEW_POLICIES

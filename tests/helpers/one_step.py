@@ -1,0 +1,123 @@
+"""One step of training as the program takes it: a real teacher's outputs as they come from a cache, a real student."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import softcache.stages.training.loop as training
+from softcache.pipeline.batch import Bank, Head, Known, TargetBatch
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.classifier import SimKD
+from softcache.pipeline.models import build, head_of
+from softcache.pipeline.models.archs.simkd import SimKDStudent
+from softcache.pipeline.models.prepared_model import Preparation, Prepared
+from softcache.pipeline.taps.hooks import tapped
+from softcache.pipeline.taps.statistics import derived
+from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.training.checkpoint import State
+from tests.helpers.tensors import counts_of, labels_of, loss_of
+
+PREPARATION = Preparation(1, 8, (0.5,), (0.25,))
+LAYERS = ("layer1", "layer2", "layer3")
+TEACHER = "resnet8x4"
+
+
+@cache
+def taught(B: int, K: int) -> tuple[TargetBatch, Head, dict[str, torch.Tensor]]:
+    """What a teacher says of B pictures of noise, as a cache gives it; its last layer; 40 rows of each tap."""
+    torch.manual_seed(0)
+    network = build(TEACHER, K, 1, 8)
+    teacher = Prepared(network, PREPARATION).eval()
+    views = torch.randint(256, (B + 40, 1, 8, 8), dtype=torch.uint8)
+    with torch.no_grad(), tapped(network, LAYERS) as kept:
+        logits = teacher(views)
+    features = {tap: x.half() for tap, x in kept.items()}
+    cached = {tap: x[:B] for tap, x in features.items()}
+    layer = head_of(network, K)
+    assert layer is not None
+    head = Head(layer.weight.detach().clone(), layer.bias.detach().clone())
+    target = TargetBatch(torch.arange(B), 0, views[:B], labels_of(B, K), logits[:B].clone(), cached)
+    return target, head, {tap: x[B:] for tap, x in features.items()}
+
+
+class OneBatch:
+    """A stream that has nothing else."""
+
+    def __init__(self, batch: TargetBatch):
+        self.batch, self.batch_size = batch, len(batch.index)
+
+    def batches(self, start: int, stop: int) -> Iterator[TargetBatch]:
+        return iter([self.batch] * (stop - start))
+
+
+@dataclass
+class Step:
+    """What is there after a step: gradients included."""
+
+    student: Prepared
+    state: State
+    batch: TargetBatch
+    head: Head
+    terms: torch.Tensor
+
+    @property
+    def own(self) -> dict[str, torch.nn.Parameter]:
+        """The losses' own trainable parameters."""
+        return {f"{m}.{n}": p for m, module in self.state.modules.items() for n, p in module.named_parameters()}
+
+
+def network_for(loss: Loss, K: int, head: Head, arch: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    if not isinstance(loss, SimKD):
+        return build(arch, K, 1, 8)
+    network = build(f"simkd({arch};{loss.through()};{head.weight.shape[1]})", K, 1, 8)
+    assert isinstance(network, SimKDStudent)
+    network.answer_through(head)
+    return network
+
+
+def one_step(
+    spec: str,
+    B: int = 6,
+    K: int = 10,
+    batch: TargetBatch | None = None,
+    precision: str = "float32",
+    arch: str = "resnet8",
+    change: Any = lambda network: None,
+) -> Step:
+    """A step of a student with one loss. batch: in place of the teacher's; change: done to the student first."""
+    loss = loss_of(spec, "layer2+layer3", "layer3")
+    taught_batch, head, rows = taught(B, K)
+    batch = taught_batch if batch is None else batch
+
+    def bank(tap: str) -> Bank:
+        return Bank(derived(rows, (tap,))[tap].half(), torch.arange(100, 140), labels_of(40, K, seed=8))
+
+    network = network_for(loss, K, head, arch)
+    change(network)
+    student = Prepared(network, PREPARATION)
+    settings = StudentSettings(learning_rate=1e-3, weight_decay=0.0, precision=precision)
+    stream: Any = OneBatch(batch)
+    job = training.Job(
+        "student",
+        student,
+        (loss,),
+        stream,
+        1,
+        1,
+        settings,
+        torch.device("cpu"),
+        Path("none"),
+        0,
+        known=Known(head, bank, counts_of(K)),
+    )
+    taps = loss.student_taps()
+    state = State.begin(student, training.loss_modules(job, taps), settings, job.rate)
+    student.train()
+    with tapped(network, taps) as kept:
+        terms = training.step(job, state, batch, [loss], kept)
+    return Step(student, state, batch, head, terms)

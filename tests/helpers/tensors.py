@@ -1,0 +1,148 @@
+"""Numbers, batches and one worked case of every loss, as tests of losses share them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcache.pipeline.batch import Bank, Head, Known, Outputs, TargetBatch
+from softcache.pipeline.losses import Loss, at, parse_losses
+from softcache.pipeline.losses.feature_base import LayerLoss
+from softcache.pipeline.taps.statistics import split_tap, statistic
+
+Shape = tuple[int, ...]
+PAIRS = (((3, 4, 4), (5, 4, 4)), ((4, 2, 2), (6, 2, 2)))
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    """float64 normal numbers."""
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels_of(B: int, K: int, seed: int = 5) -> torch.Tensor:
+    return torch.randint(K, (B,), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(
+    B: int,
+    logits: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    features: dict[str, torch.Tensor] | None = None,
+    partner: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
+) -> TargetBatch:
+    """A batch with what a test needs."""
+    return TargetBatch(
+        index=torch.arange(B),
+        draw=0,
+        views=torch.zeros(B, 1, 2, 2, dtype=torch.uint8),
+        labels=torch.full((B,), -1) if labels is None else labels,
+        logits=logits,
+        features=features or {},
+        partner=partner,
+        share=share,
+    )
+
+
+def counts_of(K: int) -> torch.Tensor:
+    """Training rows of each class, from 1 to 101, the same for the first classes however many follow."""
+    return 1 + torch.arange(K) * 37 % 101
+
+
+@dataclass
+class Case:
+    """A loss, what student and teacher said, and their layers' outputs as they are before any statistic."""
+
+    loss: Any
+    logits: torch.Tensor
+    mine: dict[str, torch.Tensor]
+    theirs: dict[str, torch.Tensor]
+    target: TargetBatch
+    known: Known
+    head: Head
+    module: Any = None
+
+    @property
+    def outputs(self) -> Outputs:
+        return Outputs(self.logits, features_of(self.mine, self.loss.student_taps()), self.head)
+
+    @property
+    def teacher_head(self) -> Head:
+        assert self.known.head is not None
+        return self.known.head
+
+    @property
+    def bank(self) -> Bank:
+        assert self.known.bank is not None
+        return self.known.bank("layer1:pool")
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The loss's own trainable numbers."""
+        return [] if self.module is None else list(self.module.parameters())
+
+    def value(self) -> torch.Tensor:
+        """The term. Rows that `crd` draws are always those of seed 11."""
+        torch.manual_seed(11)
+        term: torch.Tensor = self.loss(self.outputs, self.target, self.module)
+        return term
+
+    def leaves(self) -> list[torch.Tensor]:
+        """What the term is differentiated by: the student's own numbers that the loss reads, asking for gradients."""
+        if self.loss.student_taps():
+            found = list(self.mine.values())[: len(self.loss.student_taps())]
+            return [x.requires_grad_() for x in ([*found, self.head.weight] if self.loss.name == "cat_kd" else found)]
+        return [self.logits.requires_grad_()]
+
+
+def features_of(raw: dict[str, torch.Tensor], taps: Sequence[str]) -> dict[str, torch.Tensor]:
+    made = {}
+    for tap in taps:
+        path, kind = split_tap(tap)
+        made[tap] = statistic(raw[path], kind, path)
+    return made
+
+
+def loss_of(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1") -> Loss:
+    """A loss on these layers where it names none, or on one where it takes one; ramps in the fifth of 10 epochs."""
+    (loss,) = parse_losses((spec,))
+    if isinstance(loss, LayerLoss) and not loss.teacher:
+        loss = replace(loss, teacher=one_layer if loss.one_layer else layers)
+    return at(loss, 4, 10)
+
+
+def case(
+    spec: str,
+    B: int = 5,
+    K: int = 10,
+    pairs: Sequence[tuple[Shape, Shape]] = PAIRS,
+    labels: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    scale: float = 2.0,
+) -> Case:
+    """A loss with B rows of K classes; pairs: shape of each layer in the student and in the teacher."""
+    loss = loss_of(spec)
+
+    def made(*shape: int, salt: int, scale: float = scale) -> torch.Tensor:
+        return numbers(*shape, seed=100 * seed + salt, scale=scale).to(dtype)
+
+    names = [f"layer{i}" for i in range(1, len(pairs) + 1)]
+    mine = {name: made(B, *own, salt=10 + i) for i, (name, (own, _)) in enumerate(zip(names, pairs, strict=True))}
+    theirs = {name: made(B, *its, salt=20 + i) for i, (name, (_, its)) in enumerate(zip(names, pairs, strict=True))}
+    if loss.name == "simkd":
+        mine = {"projector": made(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
+    labels = labels_of(B, K) if labels is None else labels
+    width, own_width = pairs[0][1][0], pairs[0][0][0]
+    rows = Bank(made(40, width, salt=30).half(), torch.arange(40) % (B + 3), labels_of(40, K, seed=8))
+    rows.labels[::7] = -1
+    known = Known(Head(made(K, width, salt=31), made(K, salt=32)), lambda tap: rows, counts_of(K))
+    head = Head(made(K, own_width, salt=33), made(K, salt=34))
+    target = batch(B, made(B, K, salt=2), labels, features_of(theirs, loss.teacher_taps()))
+    found = Case(loss, made(B, K, salt=1), mine, theirs, target, known, head)
+    torch.manual_seed(3)
+    module = loss.module(found.outputs, target, known)
+    found.module = None if module is None else module.to(dtype)
+    return found

@@ -1,0 +1,159 @@
+"""What is done so often and no oftener: files opened, bytes read, copies made, questions to the teacher."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import softcache.pipeline.cache.reader as cache_module
+from softcache.data.transfer_set import TransferSet, load
+from softcache.pipeline.cache.manifest import Piece
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.stages.cli.configs import CacheSettings
+from softcache.stages.teacher_cache.inference import Answering
+from softcache.stages.teacher_cache.targets import Ask
+from softcache.stages.teacher_cache.teacher_source import teacher_of_cache
+from tests.helpers.commands import Stages
+
+_opened: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened is not None:
+        _opened.append(str(arguments[0]))
+
+
+sys.addaudithook(_note)  # cannot be taken back: silent but inside files_opened
+
+
+@contextmanager
+def files_opened() -> Iterator[list[str]]:
+    """The names of the files that this process opens, by whatever way."""
+    global _opened
+    _opened = found = []
+    try:
+        yield found
+    finally:
+        _opened = None
+
+
+@contextmanager
+def bytes_read(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many bytes each read by offset got; the reader has no other way to rows."""
+    found: list[int] = []
+    preadv = os.preadv
+
+    def counted(*arguments: Any) -> int:
+        found.append(preadv(*arguments))
+        return found[-1]
+
+    with patch.context() as inner:
+        inner.setattr(os, "preadv", counted)
+        yield found
+
+
+@pytest.fixture
+def data() -> TransferSet:
+    return load("digits", Path("."), val_fraction=0.125, train_size=300)
+
+
+def stream_of(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> Stream:
+    rows = data.splits["train"]
+    positions = np.arange(len(rows))
+    return Stream(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
+
+
+def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_its_first(
+    tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stream_of(Cache(tiny / "cache"), data, draws=2)
+    steps = stream.steps_per_round
+    with files_opened() as opened, bytes_read(monkeypatch) as read:
+        first = list(stream.batches(0, 2 * steps))
+        assert [name for name in opened if name.endswith(".h5")]
+        assert sum(read) > 0
+        opened.clear()
+        read.clear()
+        later = list(stream.batches(2 * steps, 6 * steps))
+        assert opened == []
+        assert read == []
+    assert sum(len(batch.views) for batch in later) == 2 * sum(len(batch.views) for batch in first)
+
+
+@pytest.mark.parametrize("with_tap", [False, True])
+def test_an_epoch_from_disk_reads_the_rows_that_it_uses_and_hardly_more(
+    tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch, with_tap: bool
+) -> None:
+    monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
+    cache = Cache(tiny / "cache")
+    taps = tuple(cache.manifest.taps)[:1] if with_tap else ()
+    stream = stream_of(cache, data, draws=1, taps=taps)
+    steps = stream.steps_per_round
+    list(stream.batches(0, steps))  # each shard's checksum is looked at once
+    with files_opened() as opened, bytes_read(monkeypatch) as read:
+        rows = sum(len(batch.views) for batch in stream.batches(steps, 2 * steps))
+    used = [cache.manifest.datasets[name] for name in ("logits", *(f"features/{tap}" for tap in taps))]
+    useful = rows * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in used)
+    assert useful <= sum(read) <= 1.05 * useful
+    assert opened == []
+
+
+def test_batches_of_a_group_are_parts_of_one_tensor_not_copies(tiny: Path, data: TransferSet) -> None:
+    stream = stream_of(Cache(tiny / "cache"), data, draws=1)
+    batches = list(stream.batches(0, stream.steps_per_round))
+    assert len(batches) > 2
+    assert len({batch.views.untyped_storage().data_ptr() for batch in batches}) == 1
+    assert len({batch.logits.untyped_storage().data_ptr() for batch in batches if batch.logits is not None}) == 1
+
+
+@pytest.mark.parametrize("batch_size", [64, 100, 300])
+def test_the_teacher_is_asked_once_for_a_batch_of_a_shard(
+    tiny: Path, data: TransferSet, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tiny / "cache")
+    teacher = teacher_of_cache(cache, str(tiny / "runs/teacher"), "")
+    ask = Ask(data, cache.views, Answering(teacher, ()), CacheSettings(batch_size=batch_size))
+    asked: list[int] = []
+    forward = Prepared.forward
+
+    def counted(self: Prepared, views: Any) -> Any:
+        asked.append(len(views))
+        return forward(self, views)
+
+    monkeypatch.setattr(Prepared, "forward", counted)
+    rows = 230
+    logits = {"logits": ((10,), "<f2")}
+    ask.piece(Piece("draw-000/shard-00000.h5", "train", 0, 0, rows, logits), lambda n: None)
+    assert len(asked) == -(-rows // batch_size)
+    assert sum(asked) == rows
+
+
+def test_stage_two_builds_no_teacher_and_reads_no_weights_of_one(
+    tiny: Path, tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softcache.stages.student import setup as material
+    from softcache.stages.teacher_cache import teacher_source as which_teacher
+
+    shutil.copytree(tiny / "cache", tmp_path / "c")
+    built: list[str] = []
+    build = material.build
+
+    def noted(arch: str, *arguments: Any) -> Any:
+        built.append(arch)
+        return build(arch, *arguments)
+
+    for module in (material, which_teacher):
+        monkeypatch.setattr(module, "build", noted)
+    monkeypatch.setattr(Ask, "piece", None)  # asking would be an error
+    with files_opened() as opened:
+        stages("student", "--cache", "c", "--arch", "mlp:8", "--epochs", "2", "--out", "r")
+    assert set(built) == {"mlp:8"}
+    assert [name for name in opened if "teacher" in Path(name).name and name.endswith((".pt", ".th"))] == []

@@ -1,0 +1,219 @@
+"""Identity: what two caches must share to be one, its hash, and the names of what differs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from softcache.data.image_arrays import MemoryPictures
+from softcache.data.transfer_set import Split, TransferSet
+from softcache.data.views import parse_views
+from softcache.pipeline.cache.identity import FORMAT, describe, differences, fingerprint, identity_of
+
+FIXED: dict[str, Any] = {
+    "format": 1,
+    "transfer_set": {"name": "digits", "classes": ["0", "1"], "content": {"train": "ab", "test": "cd"}},
+    "views": {"policy": "crop", "pad": 4, "mixup": 0.0, "seed": 0},
+    "teacher": {"arch": "cnn", "weights": "ef", "mean": [0.25, 0.5], "size": 8},
+    "codec": "float16",
+    "precision": "float32",
+}
+
+VALUES = some.sampled_from([None, False, True, 0, 1, 2, 0.0, 1.0, 0.5, "", "1"])
+RECORDS = some.recursive(
+    VALUES | some.lists(VALUES, max_size=2),
+    lambda inner: some.dictionaries(some.sampled_from(["a", "b", "c"]), inner, max_size=3),
+    max_leaves=6,
+)
+IDENTITIES = some.dictionaries(some.sampled_from(["a", "b", "c"]), RECORDS, max_size=3)
+
+
+def reversed_keys(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {key: reversed_keys(record[key]) for key in reversed(record)}
+    return record
+
+
+def changed(record: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
+    """A deep copy with one dotted field changed."""
+    copy = json.loads(json.dumps(record))
+    inner = copy
+    *path, last = field.split(".")
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    return copy  # type: ignore[no-any-return]
+
+
+def set_of(**more: Any) -> TransferSet:
+    pictures = MemoryPictures(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    splits = {name: Split(pictures, np.zeros(2, np.int64), f"content of {name}") for name in ("train", "val")}
+    whole = TransferSet("digits", ("0", "1"), 1, 4, splits, {"val_fraction": 0.1, "seed": 0, "train_size": 0})
+    return replace(whole, **more)
+
+
+# The fingerprint
+
+
+def test_a_fingerprint_is_the_same_for_ever() -> None:
+    """Every cache on disk carries one: a change here would refuse them all."""
+    assert fingerprint(FIXED) == "d78da4cea1f0b7e875d49c642350aa07888eaddefb980f187d3d096e239cb7d8"
+
+
+def test_the_order_of_keys_does_not_matter_and_that_of_lists_does() -> None:
+    turned = reversed_keys(FIXED)
+    assert list(turned) != list(FIXED)
+    assert fingerprint(turned) == fingerprint(FIXED)
+    classes = changed(FIXED, "transfer_set.classes", ["1", "0"])
+    assert fingerprint(classes) != fingerprint(FIXED)
+
+
+def test_a_fingerprint_survives_json() -> None:
+    assert fingerprint(json.loads(json.dumps(FIXED, indent=2))) == fingerprint(FIXED)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", 2),
+        ("transfer_set.name", "mnist"),
+        ("transfer_set.content.test", "ce"),
+        ("views.pad", 2),
+        ("views.seed", 1),
+        ("views.mixup", 0.2),
+        ("teacher.weights", "eg"),
+        ("teacher.mean", [0.25, 0.5000001]),
+        ("codec", "sqrt8"),
+        ("precision", "bfloat16"),
+    ],
+)
+def test_every_field_counts_and_is_named_when_it_differs(field: str, value: Any) -> None:
+    other = changed(FIXED, field, value)
+    assert fingerprint(other) != fingerprint(FIXED)
+    ((found, one, two),) = differences(FIXED, other)
+    assert found == field
+    assert two == value
+    assert one != two
+    _, line = describe(FIXED, other, ("here", "there")).strip("\n").split("\n")
+    assert line.split("  ")[1] == field
+    assert json.dumps(one)[:30] in line
+    assert line.endswith(json.dumps(two))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(IDENTITIES, IDENTITIES)
+def test_two_identities_with_different_fingerprints_have_a_difference_to_name(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert (fingerprint(one) == fingerprint(other)) == (list(differences(one, other)) == [])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(IDENTITIES)
+def test_an_identity_does_not_differ_from_itself(one: dict[str, Any]) -> None:
+    assert list(differences(one, reversed_keys(json.loads(json.dumps(one))))) == []
+
+
+# Differences in words
+
+
+def test_several_differences_stand_side_by_side() -> None:
+    other = changed(changed(FIXED, "views.pad", 2), "codec", "sqrt8")
+    assert describe(FIXED, other, ("here", "in the cache")) == (
+        """
+             here       in the cache
+  views.pad  4          2
+  codec      "float16"  "sqrt8\""""
+    )
+
+
+def test_no_difference_is_told_as_nothing() -> None:
+    assert describe(FIXED, reversed_keys(FIXED), ("here", "there")) == ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ({"a": 1}, {}, [("a", 1, None)]),
+        ({}, {"a": {"b": 1}}, [("a", None, {"b": 1})]),
+        ({"a": None}, {}, [("a", None, None)]),
+        ({"a": {"b": 1}}, {"a": 2}, [("a", {"b": 1}, 2)]),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"c": 3, "d": 4}}, [("a.b", 1, None), ("a.c", 2, 3), ("a.d", None, 4)]),
+        ({"a": 1}, {"a": 1.0}, [("a", 1, 1.0)]),
+        ({"a": 0}, {"a": False}, [("a", 0, False)]),
+        ({"a": [1, 2]}, {"a": (1, 2)}, []),
+        ({"a": [1, 2]}, {"a": [2, 1]}, [("a", [1, 2], [2, 1])]),
+    ],
+)
+def test_differences_of_records_that_do_not_have_the_same_fields(one: Any, other: Any, found: list[Any]) -> None:
+    assert repr(list(differences(one, other))) == repr(found)
+
+
+def test_a_long_value_is_cut_short() -> None:
+    text = describe({"a": "x" * 500}, {"a": "y" * 500}, ("here", "there"))
+    assert len(text) < 150
+    assert "…" in text
+
+
+# What an identity is made of
+
+
+def test_an_identity_says_what_a_row_is() -> None:
+    views = replace(parse_views("crop:pad=2,mixup=0.5"), size=4)
+    teacher = {"arch": "cnn", "weights": "ef"}
+    identity = identity_of(set_of(), views, 7, teacher, "sqrt8", "bfloat16")
+    assert identity == {
+        "format": FORMAT,
+        "transfer_set": {
+            "name": "digits",
+            "classes": ["0", "1"],
+            "content": {"train": "content of train", "val": "content of val"},
+            "cut": {"val_fraction": 0.1, "seed": 0, "train_size": 0},
+        },
+        "views": {"policy": "crop", "pad": 2, "mixup": 0.5, "size": 4, "resize": 0, "seed": 7},
+        "teacher": teacher,
+        "codec": "sqrt8",
+        "precision": "bfloat16",
+    }
+    assert json.loads(json.dumps(identity)) == identity
+
+
+def whole(**more: Any) -> str:
+    known: dict[str, Any] = {
+        "transfer_set": set_of(),
+        "views": parse_views("crop"),
+        "seed": 0,
+        "teacher": {"arch": "cnn"},
+        "codec": "float16",
+        "precision": "float32",
+    }
+    return fingerprint(identity_of(**known | more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda: {"transfer_set": set_of(name="mnist")},
+        lambda: {"transfer_set": set_of(classes=("1", "0"))},
+        lambda: {"transfer_set": set_of(cut={"val_fraction": 0.2, "seed": 0, "train_size": 0})},
+        lambda: {"transfer_set": set_of(splits={"train": set_of().splits["train"]})},
+        lambda: {"views": parse_views("crop-flip")},
+        lambda: {"views": parse_views("crop:pad=3")},
+        lambda: {"views": parse_views("crop:mixup=1")},
+        lambda: {"views": parse_views("crop:size=8")},
+        lambda: {"views": parse_views("crop:resize=8")},
+        lambda: {"seed": 1},
+        lambda: {"teacher": {"arch": "resnet8"}},
+        lambda: {"codec": "float32"},
+        lambda: {"precision": "bfloat16"},
+    ],
+)
+def test_another_row_has_another_fingerprint(more: Callable[[], dict[str, Any]]) -> None:
+    assert whole(**more()) != whole()
+    assert whole(**more()) == whole(**more())

@@ -1,0 +1,62 @@
+"""Worker processes decode pictures; what the teacher said about each comes with it, whoever decoded it."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from softcache.data.transfer_set import load
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.verification import crc32
+from softcache.pipeline.loading.stream import Stream
+from tests.helpers.caches import PETS, save_pets, save_pets_teacher
+from tests.helpers.commands import Stages
+
+# Python warns of a fork where threads run; workers are forked all the same when a user asks for it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+METHODS = [method for method in ("fork", "spawn") if method in multiprocessing.get_all_start_methods()]
+MANY = {"fork": 2, "spawn": 1}  # workers: each that is spawned takes seconds to load PyTorch
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_pixels_that_workers_decode_come_with_their_own_targets(
+    stages: Stages, tmp_path: Path, save_picture: Any, method: str | None
+) -> None:
+    """A folder of pictures: the checksum of each view is the one that is stored with its logits."""
+    save_pets(tmp_path / "pets", save_picture)
+    save_pets_teacher(tmp_path / "pets.pt")
+    stages(*PETS, "--out", "p")
+    found, cache = load("folder:pets", Path(), val_fraction=0.1), Cache(Path("p"))
+    cache.bind(found)
+    rows, n = found.splits["train"], len(found.splits["train"])
+    position_of = np.argsort(cache.order("train"))
+    stream = Stream(
+        rows,
+        cache.views,
+        cache.seed,
+        3,
+        5,
+        rows.labels,
+        np.arange(n),
+        draws=2,
+        cache=cache,
+        taps=("hidden1",),
+        workers=MANY[method] if method else 0,
+        start_method=method,
+    )
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    before = torch.get_rng_state()
+    for batch in stream.batches(0, 2 * stream.steps_per_round):
+        at = position_of[batch.index.numpy()]
+        np.testing.assert_array_equal(crc32(batch.views), cache.column("train", batch.draw, "view_crc32")[at])
+        np.testing.assert_array_equal(batch.logits, cache.column("train", batch.draw, "logits")[at].astype(np.float32))
+        np.testing.assert_array_equal(
+            batch.features["hidden1"], cache.column("train", batch.draw, "features/hidden1")[at]
+        )
+        np.testing.assert_array_equal(batch.labels, rows.labels[batch.index])
+        seen[batch.draw] += batch.index.tolist()
+    assert [sorted(index) for index in seen.values()] == [list(range(n))] * 2
+    assert torch.equal(torch.get_rng_state(), before)  # training draws from it, and resumes with it

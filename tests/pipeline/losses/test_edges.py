@@ -1,0 +1,309 @@
+"""Losses at the edge of what a batch can be: a number and a gradient that are finite and right, or a refusal."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from softcache.base.errors import WrongCommand
+from softcache.pipeline.batch import Head, Known
+from softcache.pipeline.losses import LOSSES
+from tests.helpers.formulas import FORMULAS
+from tests.helpers.one_step import one_step, taught
+from tests.helpers.tensors import PAIRS, Case, Shape, case, labels_of, numbers
+
+CRD = "crd:negatives=12,width=4"
+SPECS = [CRD if name == "crd" else name for name in LOSSES]
+MORE = [*SPECS, "output:kind=soft_ce", "output:kind=mse", "kd:standardize=true", "dkd:standardize=true"]
+MORE += ["soft_f1:average=weighted", "soft_f1:average=micro"]
+BETWEEN_LAYERS = [s for s in SPECS if hasattr(LOSSES[s.partition(":")[0]], "teacher")]
+ON_LOGITS = [s for s in MORE if s not in BETWEEN_LAYERS]
+Pairs = tuple[tuple[Shape, Shape], ...]
+VECTORS = (((6,), (4,)), ((3,), (5,)))
+
+
+def finite(made: Case) -> float:
+    """The value; it and every gradient are finite."""
+    leaves = [*made.leaves(), *made.weights]
+    term = made.value()
+    assert term.isfinite(), term
+    for gradient in torch.autograd.grad(term, leaves, allow_unused=True):
+        assert gradient is None or gradient.isfinite().all()
+    return float(term.detach())
+
+
+def agrees(made: Case, rel: float = 1e-9) -> None:
+    expected = FORMULAS[made.loss.name](made)
+    assert finite(made) == pytest.approx(expected, rel=rel, abs=1e-12)
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_step_in_bfloat16_is_nearly_the_step_in_float32(spec: str) -> None:
+    full, half = (one_step(spec, precision=p) for p in ("float32", "bfloat16"))
+    assert half.terms.dtype == torch.float32
+    assert float(half.terms) == pytest.approx(float(full.terms), rel=0.05)
+    assert (float(half.terms) != float(full.terms)) or spec == "tf_kd"
+    for name, p in half.student.named_parameters():
+        assert p.grad is None or p.grad.isfinite().all(), name
+
+
+# One row, a few rows
+
+
+@pytest.mark.parametrize("spec", MORE)
+def test_one_row_is_enough(spec: str) -> None:
+    agrees(case(spec, 1, 4))
+
+
+@pytest.mark.parametrize("spec", ["hint", "concat_hint", "vid", "srrl", "simkd", CRD])
+def test_one_row_of_vectors_is_enough_where_nothing_is_normalised_over_the_batch(spec: str) -> None:
+    agrees(case(spec, 1, 4, VECTORS))
+
+
+@pytest.mark.parametrize(
+    ("spec", "pairs"),
+    [
+        ("review_kd", VECTORS),
+        ("review_kd", (((3, 2, 2), (4, 1, 1)),) * 2),
+        ("review_kd", (((3, 1, 1), (4, 2, 2)),) * 2),
+        ("hint", (((3, 2, 2), (4, 1, 1)),) * 2),
+    ],
+)
+def test_batch_norm_over_one_vector_is_refused(spec: str, pairs: Pairs) -> None:
+    made = case(spec, 1, 4, pairs)
+    with pytest.raises(WrongCommand, match="normalises over the batch: a --batch-size of 1 leaves nothing"):
+        made.value()
+    finite(case(spec, 2, 4, pairs))
+
+
+@pytest.mark.parametrize("spec", ["rkd", "pkt", "cc", "similarity", "dist:between=0"])
+def test_one_row_has_no_relations(spec: str) -> None:
+    """cc and similarity compare a row with itself, which is the same in both; dist's second part is then constant."""
+    made = case(spec, 1, 4)
+    leaves = made.leaves()
+    constant = 16.0 if spec.startswith("dist") else 0.0  # T²
+    assert float(made.value().detach()) == pytest.approx(constant, abs=1e-9)
+    for gradient in torch.autograd.grad(made.value(), leaves):
+        assert float(gradient.abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize("spec", MORE)
+def test_rows_that_are_equal_give_a_finite_term_and_gradient(spec: str) -> None:
+    """Three of six rows are one, in the student and in the teacher, then all are."""
+    for same in ([0, 1, 1, 1, 4, 5], [2] * 6):
+        made = case(spec, 6, 4)
+        assert made.target.logits is not None
+        made.logits = made.logits[same]
+        made.mine = {name: x[same] for name, x in made.mine.items()}
+        made.theirs = {name: x[same] for name, x in made.theirs.items()}
+        features = {tap: x[same] for tap, x in made.target.features.items()}
+        made.target = replace(made.target, logits=made.target.logits[same], features=features)
+        agrees(made, rel=1e-7)
+
+
+def test_student_rows_that_are_equal_where_the_teachers_are_not_have_no_gradient_from_their_angles() -> None:
+    """A direction between equal rows has none: its gradient was 1e11."""
+    made = case("rkd:teacher=layer1:pool", 6, 4)
+    made.mine = {name: x[[0, 1, 1, 3, 4, 5]].detach().requires_grad_() for name, x in made.mine.items()}
+    made.value().backward()
+    assert all(float(x.grad.abs().max()) < 1e3 for x in made.mine.values() if x.grad is not None)
+    assert any(x.grad is not None for x in made.mine.values())
+
+
+@pytest.mark.parametrize("spec", BETWEEN_LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("whose", ["student", "teacher", "both", "one row", "one channel"])
+def test_features_that_are_all_zero_give_a_finite_term_and_gradient(spec: str, dtype: torch.dtype, whose: str) -> None:
+    made = case(spec, 4, 4, dtype=dtype)
+    if whose in ("student", "both"):
+        made.mine = {name: torch.zeros_like(x) for name, x in made.mine.items()}
+    if whose in ("teacher", "both"):
+        made.target = replace(
+            made.target, features={tap: torch.zeros_like(x) for tap, x in made.target.features.items()}
+        )
+    for x in made.mine.values():
+        if whose == "one row":
+            x[1] = 0
+        if whose == "one channel":
+            x[:, 0] = 0
+    finite(made)
+
+
+@pytest.mark.parametrize("spec", BETWEEN_LAYERS)
+def test_a_student_whose_layers_are_dead_takes_a_finite_step(spec: str) -> None:
+    """Batch norms that shift everything below zero: each ReLU gives zeros."""
+
+    def kill(network: nn.Module) -> None:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.weight, 0.0)
+                nn.init.constant_(module.bias, -1.0)
+
+    for precision in ("float32", "bfloat16"):
+        done = one_step(spec, change=kill, precision=precision)
+        assert done.terms.isfinite().all()
+        for name, p in [*done.student.named_parameters(), *done.own.items()]:
+            assert p.isfinite().all(), name
+            assert p.grad is None or p.grad.isfinite().all(), name
+            assert p.grad is None or float(p.grad.abs().max()) < 1e6, name
+
+
+# Classes
+
+
+@pytest.mark.parametrize("spec", ON_LOGITS)
+def test_two_classes_and_a_thousand(spec: str) -> None:
+    agrees(case(spec, 4, 2))
+    agrees(case(spec, 3, 1000))
+    in_single = finite(case(spec, 3, 1000, dtype=torch.float32))
+    # logarithms of about -log K, rounded, times T²
+    T = getattr(LOSSES[spec.partition(":")[0]], "temperature", 4.0)
+    assert in_single == pytest.approx(finite(case(spec, 3, 1000)), rel=1e-5, abs=T**2 * 2**-23 * math.log(1000))
+
+
+@pytest.mark.parametrize("part", ["target", "nontarget"])
+def test_of_two_classes_there_is_nothing_beside_the_target(part: str) -> None:
+    made = case(f"dkd:{part}=0", 4, 2)
+    leaves = made.leaves()
+    gradient = torch.autograd.grad(made.value(), leaves)[0]
+    assert (float(gradient.abs().max()) == 0) is (part == "target")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_classes_that_are_absent_from_the_batch_change_nothing(spec: str) -> None:
+    agrees(case(spec, 6, 10, labels=torch.full((6,), 7)))
+
+
+# Labels that are hidden
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_rows_without_labels_count_where_the_loss_needs_no_labels(spec: str) -> None:
+    loss = LOSSES[spec.partition(":")[0]]
+    for labels in ([-1, 3, -1, 0, 2], [-1] * 5):
+        made = case(spec, 5, 4, labels=torch.tensor(labels))
+        agrees(made)
+        known = made.target.labels >= 0
+        leaves = made.leaves()
+        gradient = torch.autograd.grad(made.value(), leaves)[0].flatten(1).abs().sum(1)
+        assert (gradient[~known] > 0).all() == (not loss.needs_labels)
+        assert (gradient[known] > 0).all()
+    if loss.needs_labels:
+        assert float(made.value().detach()) == 0
+
+
+@pytest.mark.parametrize("spec", ["dkd", "nkd"])
+def test_where_a_label_is_hidden_the_class_that_the_teacher_chose_stands_in_for_it(spec: str) -> None:
+    hidden = case(spec, 5, 4, labels=torch.full((5,), -1))
+    assert hidden.target.logits is not None
+    labelled = case(spec, 5, 4, labels=hidden.target.logits.argmax(1))
+    assert float(hidden.value()) == float(labelled.value())
+    assert float(hidden.value()) != float(case(spec, 5, 4, labels=(hidden.target.logits.argmax(1) + 1) % 4).value())
+
+
+# Mixup
+
+
+def test_which_losses_are_of_one_label_is_said_by_their_formula() -> None:
+    assert {name for name, loss in LOSSES.items() if loss.one_label} == {"tf_kd", "dkd", "nkd", "crd"}
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if not LOSSES[s.partition(":")[0]].one_label])
+def test_a_mixed_view_trains_every_loss_that_is_not_of_one_label(spec: str) -> None:
+    plain = taught(6, 10)[0]
+    share = torch.tensor([0.0, 0.2, 0.5, 0.6, 0.9, 1.0])
+    mixed = replace(plain, partner=labels_of(6, 10, seed=9), share=share)
+    terms = [float(one_step(spec, batch=b).terms) for b in (plain, mixed)]
+    assert math.isfinite(terms[1])
+    assert (terms[0] != terms[1]) == (spec in ("hard", "wsld", "soft_f1", "logit_adjusted", "balanced_softmax"))
+
+
+def test_weighted_soft_labels_of_a_mixed_view_weigh_by_both_labels() -> None:
+    made = case("wsld", 5, 4, labels=torch.tensor([0, 1, 2, -1, 3]))
+    partner, share = torch.tensor([3, 3, -1, 0, 1]), numbers(5, seed=4).sigmoid()
+    made.target = replace(made.target, partner=partner, share=share)
+    terms = []
+    for i in (0, 1, 4):  # both halves have a label
+        s, t = made.logits[i], made.target.logits[i]  # type: ignore[index]
+        own, other, part = int(made.target.labels[i]), int(partner[i]), float(share[i])
+        ce = [-(part * z.log_softmax(0)[own] + (1 - part) * z.log_softmax(0)[other]) for z in (s, t)]
+        cross = -((t / 4).softmax(0) * (s / 4).log_softmax(0)).sum()
+        terms.append(float((1 - torch.exp(-ce[0] / (ce[1] + 1e-7))) * 16 * cross))
+    assert finite(made) == pytest.approx(sum(terms) / 3, rel=1e-9)
+
+
+# Logits far out
+
+
+@pytest.mark.parametrize("spec", ON_LOGITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("whose", ["teacher", "student", "both", "opposite"])
+def test_saturated_logits_give_a_finite_term_and_gradient(spec: str, dtype: torch.dtype, whose: str) -> None:
+    sure = torch.full((4, 5), -1e4, dtype=dtype)
+    sure[torch.arange(4), torch.tensor([0, 1, 1, 4])] = 1e4
+    for labels in ([0, 1, 1, 4], [3, 2, 0, 0], [-1, -1, 0, 4]):
+        made = case(spec, 4, 5, labels=torch.tensor(labels), dtype=dtype)
+        if whose != "teacher":
+            made.logits = sure.clone()
+        if whose != "student":
+            made.target = replace(made.target, logits=sure.roll(1, 1) if whose == "opposite" else sure.clone())
+        assert finite(made) >= -1e-3
+
+
+@pytest.mark.parametrize("spec", ON_LOGITS)
+def test_constant_logits_give_a_finite_term_and_gradient(spec: str) -> None:
+    for whose in ("logits", "teacher"):
+        made = case(spec, 4, 5, dtype=torch.float32)
+        flat = torch.full((4, 5), 0.1)
+        if whose == "logits":
+            made.logits = flat
+        else:
+            made.target = replace(made.target, logits=flat)
+        finite(made)
+
+
+# Layers that do not fit
+
+
+@pytest.mark.parametrize("name", ["attention", "nst", "cat_kd"])
+@pytest.mark.parametrize("kind", ["map", "pool", "attention", "gram", "grid2", "grid4"])
+def test_a_loss_of_one_statistic_takes_no_other(name: str, kind: str) -> None:
+    spec = f"{name}:teacher=layer1:{kind}"
+    if kind == LOSSES[name].statistic:  # type: ignore[attr-defined]
+        agrees(case(spec, 4, 3, PAIRS))
+        return
+    for wrong in (spec, f"{name}:teacher=layer1,student=layer1:{kind}"):
+        with pytest.raises(WrongCommand, match=f"loss '{name}' is of .* and not of {kind}: name the layer, 'layer1'"):
+            case(wrong)
+
+
+@pytest.mark.parametrize("spec", ["vid", "review_kd", "simkd"])
+@pytest.mark.parametrize("pairs", [(((7, 6), (7, 6)),) * 2, (((7, 6), (7, 4)),) * 2])
+def test_tokens_are_refused_where_a_map_is_wanted(spec: str, pairs: Pairs) -> None:
+    with pytest.raises(WrongCommand, match=r"features of 7x\d are neither a map CxHxW nor a vector"):
+        case(spec, 4, 3, pairs).value()
+
+
+def test_maps_of_different_sizes_have_no_common_gram() -> None:
+    with pytest.raises(
+        WrongCommand, match="'nst': the student's 16x16 and the teacher's 4x4: choose layers whose maps"
+    ):
+        case("nst", 4, 3, (((3, 4, 4), (5, 2, 2)),) * 2).value()
+
+
+@pytest.mark.parametrize("spec", ["srrl", "cat_kd"])
+def test_a_last_layer_that_does_not_read_that_layer_is_refused(spec: str) -> None:
+    made = case(spec, 4, 3)
+    narrow = Head(made.teacher_head.weight[:, :-1], made.teacher_head.bias)
+    for known, why in ((Known(), "it has none"), (Known(narrow), "its last linear layer takes 4 values")):
+        with pytest.raises(WrongCommand, match=f"loss '{spec}' needs the last linear layer of the cache's.*{why}"):
+            made.loss.module(made.outputs, made.target, known)
+    if spec == "cat_kd":
+        for head in (None, Head(made.head.weight[:, :-1], made.head.bias)):
+            with pytest.raises(WrongCommand, match="the student's last linear layer does not read that map"):
+                made.loss.module(replace(made.outputs, head=head), made.target, made.known)

@@ -1,0 +1,203 @@
+"""The gradient of every loss is that of its value; it reaches the student, the loss's own part and nothing else."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from softcache.pipeline.losses import LOSSES
+from softcache.pipeline.taps.statistics import derived
+from tests.helpers.one_step import one_step, taught
+from tests.helpers.tensors import case
+
+CRD = "crd:negatives=12,width=4"
+PAIRS = (((2, 3, 3), (3, 3, 3)), ((3, 2, 2), (2, 2, 2)))
+OTHER_SIZES = (((2, 4, 4), (3, 2, 2)), ((3, 3, 3), (2, 2, 2)))
+VECTORS = (((4,), (3,)), ((2,), (5,)))
+# Every term alone, the others set to 0.
+TERMS = [
+    "hard",
+    "hard:smoothing=0.1",
+    "tf_kd",
+    "output",
+    "output:kind=mse",
+    "output:kind=soft_ce",
+    "kd",
+    "kd:standardize=true",
+    "logit_mse",
+    "dkd",
+    "dkd:target=0",
+    "dkd:nontarget=0",
+    "dkd:standardize=true",
+    "nkd",
+    "nkd:target=0",
+    "nkd:nontarget=0",
+    "dist",
+    "dist:between=0",
+    "dist:within=0",
+    "wsld",
+    "ctkd",
+    "multi_temperature",
+    "multi_temperature:batch=0,classes=0",
+    "multi_temperature:standardize=true",
+    "logit_adjusted",
+    "balanced_softmax",
+    "balanced_kd",
+    "dive",
+    "soft_f1",
+    "soft_f1:average=weighted",
+    "soft_f1:average=micro",
+    "hint",
+    "concat_hint",
+    "vid",
+    "attention",
+    "nst",
+    "similarity",
+    "rkd",
+    "rkd:distance=0",
+    "rkd:angle=0",
+    "pkt",
+    "cc",
+    "srrl",
+    "srrl:features=0",
+    "srrl:outputs=0",
+    "cat_kd",
+    "simkd",
+    CRD,
+    "review_kd",
+]
+# Where the gradient is meant not to be the value's: a weight without gradient, a temperature that climbs.
+NOT_OF_ITS_VALUE = {"wsld"}
+WITH_A_TRAINED_PART = {"ctkd", "hint", "concat_hint", "vid", "srrl", "crd", "review_kd"}
+
+
+def name_of(spec: str) -> str:
+    return spec.partition(":")[0]
+
+
+def test_every_row_of_the_table_is_among_the_terms() -> None:
+    assert {name_of(spec) for spec in TERMS} == set(LOSSES)
+
+
+def checked(spec: str, *shapes: object) -> None:
+    made = case(spec, 4, 4, *shapes, scale=1.0)  # type: ignore[arg-type]
+    made.value()  # crd keeps the constant of its first batch
+    leaves = [*made.leaves(), *(made.weights if made.loss.name != "ctkd" else [])]
+    assert torch.autograd.gradcheck(lambda *_: made.value(), leaves)
+    for gradient in torch.autograd.grad(made.value(), leaves):
+        assert gradient is not None
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("spec", [s for s in TERMS if name_of(s) not in NOT_OF_ITS_VALUE])
+def test_the_gradient_of_a_loss_is_that_of_its_value(spec: str) -> None:
+    checked(spec, PAIRS)
+
+
+@pytest.mark.parametrize("spec", ["attention", "vid", "simkd", "cat_kd", "review_kd", "hint"])
+def test_the_gradient_between_maps_of_other_sizes_is_that_of_the_value(spec: str) -> None:
+    checked(spec, OTHER_SIZES)
+
+
+@pytest.mark.parametrize("spec", ["hint", "vid", "similarity", "rkd", "pkt", "cc", "srrl", "simkd", CRD])
+def test_the_gradient_between_vectors_is_that_of_the_value(spec: str) -> None:
+    checked(spec, VECTORS)
+
+
+def test_the_gradient_of_weighted_soft_labels_is_that_of_the_soft_part_with_its_weights_as_they_are() -> None:
+    """T w (softmax(z_s / T) - softmax(z_t / T)) / rows with a label; nothing from w."""
+    made = case("wsld:temperature=2", 4, 5, labels=torch.tensor([0, 3, -1, 4]))
+    leaves = made.leaves()
+    (gradient,) = torch.autograd.grad(made.value(), leaves)
+    assert made.target.logits is not None
+    for i, y in enumerate(made.target.labels.tolist()):
+        s, t = made.logits[i].detach(), made.target.logits[i]
+        w = 1 - math.exp(-float(-s.log_softmax(0)[y] / (-t.log_softmax(0)[y] + 1e-7))) if y >= 0 else 0.0
+        expected = 2 * w * ((s / 2).softmax(0) - (t / 2).softmax(0)) / 3
+        torch.testing.assert_close(gradient[i], expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize(("reversal", "strength"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (1 / 3, 0.25)])
+def test_the_learned_temperature_climbs_with_the_strength_of_its_reversal(reversal: float, strength: float) -> None:
+    made = case(f"ctkd:start=1.5,span=5,reversal={reversal}")
+    theta = made.module.theta
+    (found,) = torch.autograd.grad(made.value(), theta)
+    values = []
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):
+            theta += step
+            values.append(float(made.value()))
+    slope = (values[0] - values[1]) / 2e-6
+    assert abs(slope) > 1e-3
+    assert float(found) == pytest.approx(-strength * slope, rel=1e-6, abs=1e-12)
+
+
+def test_the_reversal_of_the_learned_temperature_rises_over_ten_epochs_as_a_cosine() -> None:
+    from softcache.pipeline.losses import at
+
+    loss = LOSSES["ctkd"]
+    found = [at(loss, epoch, 240).reversal for epoch in (0, 4, 9, 200)]  # type: ignore[attr-defined]
+    assert found == pytest.approx([0.1, 0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("spec", TERMS)
+def test_the_gradient_reaches_the_student_and_the_losss_own_part_and_changes_nothing_that_is_cached(spec: str) -> None:
+    batch, head, rows = taught(6, 10)
+    cached = {"logits": batch.logits, "labels": batch.labels, "views": batch.views, **batch.features}
+    cached |= {f"bank {tap}": x for tap, x in rows.items()} | {"weight": head.weight, "bias": head.bias}
+    before = {name: x.clone() for name, x in cached.items() if x is not None}
+    done = one_step(spec)
+    assert done.terms.isfinite().all()
+    reads_logits = not hasattr(LOSSES[name_of(spec)], "teacher")
+    for name, p in done.student.network.named_parameters():
+        if name.startswith(("linear", "backbone.linear")) and not reads_logits:
+            wanted = name == "linear.weight" and spec == "cat_kd"
+            assert (p.grad is not None and p.grad.abs().sum() > 0) == wanted, name
+        else:
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+            assert p.grad.abs().sum() > 0, name
+    assert bool(done.own) == (name_of(spec) in WITH_A_TRAINED_PART)
+    for name, p in done.own.items():
+        assert p.grad is not None, name
+        assert p.grad.abs().sum() > 0, name
+        assert any(p is w for w in done.state.weights), f"{name} is not trained"
+    for name, x in before.items():
+        now = cached[name]
+        assert now is not None
+        assert not now.requires_grad, name
+        assert now.grad is None, name
+        assert now.dtype == x.dtype, name
+        assert torch.equal(now, x), name
+
+
+@pytest.mark.parametrize("spec", ["srrl", "cat_kd", CRD])
+def test_what_a_loss_keeps_of_the_teacher_is_not_trained(spec: str) -> None:
+    done = one_step(spec)
+    (module,) = done.state.modules.values()
+    buffers = dict(module.named_buffers())
+    assert set(buffers) == {"srrl": {"weight", "bias"}, "cat_kd": {"weight"}}.get(
+        spec, {"features", "index", "labels", "log_z"}
+    )
+    assert not any(b.requires_grad for b in buffers.values())
+    if spec != CRD:
+        assert torch.equal(buffers["weight"], done.head.weight)
+        assert buffers["weight"] is not done.head.weight
+
+
+def test_a_simkd_student_does_not_train_the_teachers_layer_that_it_answers_through() -> None:
+    done = one_step("simkd:teacher=layer3,student=layer3")
+    network = done.student.network
+    assert torch.equal(network.linear.weight, done.head.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(network.linear.bias, done.head.bias)  # type: ignore[union-attr,arg-type]
+    trained = [p for p in network.parameters() if p.requires_grad]
+    assert len(trained) == len(done.state.weights) == len(list(network.parameters())) - 2
+
+
+def test_losses_train_on_float32_statistics_of_the_float16_maps_that_were_cached() -> None:
+    batch, _, _ = taught(6, 10)
+    made = derived(batch.features, ("layer3:pool", "layer3", "layer2:attention"))
+    assert all(x.dtype == torch.float32 for x in made.values())
+    assert torch.equal(made["layer3"].half(), batch.features["layer3"])
+    assert dataclasses.replace(batch, features=made).features["layer3:pool"].shape == (6, 256)

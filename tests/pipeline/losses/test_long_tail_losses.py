@@ -1,0 +1,309 @@
+"""Losses for imbalanced data: in terms of others, against scikit-learn's F1, and the data that they refuse."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import f1_score
+
+import softcache.stages.training.loop as training
+from softcache.base.errors import WrongCommand
+from softcache.data.transfer_set import class_counts, load
+from softcache.pipeline.batch import Known
+from softcache.pipeline.losses import LOSSES
+from softcache.pipeline.losses.long_tail import counts_for
+from tests.helpers.commands import Stages
+from tests.helpers.formulas_of_logits import soft_f1
+from tests.helpers.tensors import Case, case, counts_of, labels_of, numbers
+
+COUNTING = ["logit_adjusted", "balanced_softmax", "balanced_kd"]
+SPECS = [*COUNTING, "dive", "soft_f1", "soft_f1:average=weighted", "soft_f1:average=micro"]
+STUDENT = ("--arch", "mlp:8", "--epochs", 1, "--batch-size", 50)
+
+
+def value(made: Case) -> float:
+    return float(made.value().detach())
+
+
+def with_counts(made: Case, counts: torch.Tensor) -> Case:
+    made.known = Known(counts=counts)
+    made.module = made.loss.module(made.outputs, made.target, made.known)
+    return made
+
+
+# F1
+
+
+@pytest.mark.parametrize("average", ["macro", "weighted", "micro"])
+@pytest.mark.parametrize(("K", "labels_from"), [(2, 2), (5, 5), (10, 6), (10, 1), (100, 40)])
+def test_on_certain_predictions_it_is_one_less_the_f1_of_scikit_learn(average: str, K: int, labels_from: int) -> None:
+    """Classes that are said and never are, and classes of neither, are among them."""
+    seen = set()
+    for seed in range(5):
+        labels, guess = labels_of(40, labels_from, seed), labels_of(40, max(2, K // 2), seed + 50) + K - max(2, K // 2)
+        guess = torch.where(torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.5, labels, guess)
+        made = case(f"soft_f1:average={average}", 40, K, labels=labels)
+        made.logits = 1e4 * torch.nn.functional.one_hot(guess, K).double()
+        present = np.unique(labels) if average == "macro" else None
+        expected = 1 - f1_score(labels, guess, labels=present, average=average, zero_division=0)
+        assert value(made) == pytest.approx(expected, abs=2e-8)  # 1e-8 beside at least one row
+        seen.add(round(expected, 6))
+    assert len(seen) > 1
+
+
+def test_the_f1_of_all_classes_together_is_the_mean_probability_of_the_labels() -> None:
+    made = case("soft_f1:average=micro", 7, 5)
+    p = made.logits.softmax(1)[torch.arange(7), made.target.labels]
+    assert value(made) == pytest.approx(1 - float(p.mean()), rel=1e-12)
+
+
+def test_the_f1_of_a_batch_is_not_the_mean_of_its_rows() -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    whole = case("soft_f1", 4, 3, labels=labels)
+    single = []
+    for i in range(4):
+        row = case("soft_f1", 1, 3, labels=labels[i : i + 1])
+        row.logits = whole.logits[i : i + 1]
+        single.append(value(row))
+    assert abs(value(whole) - sum(single) / 4) > 1e-3
+
+
+@pytest.mark.parametrize("average", ["macro", "weighted", "micro"])
+def test_f1_of_mixed_views_counts_both_labels_by_their_shares(average: str) -> None:
+    made = case(f"soft_f1:average={average}", 6, 5, labels=torch.tensor([0, 1, 2, -1, 3, 4]))
+    share = torch.tensor([0.0, 0.2, 0.5, 0.6, 1.0, 0.9], dtype=torch.float64)
+    made.target = replace(made.target, partner=torch.tensor([3, 3, 2, 0, 1, -1]), share=share)
+    assert value(made) == pytest.approx(soft_f1(made), rel=1e-9)
+    leaves = made.leaves()
+    (gradient,) = torch.autograd.grad(made.value(), leaves)
+    assert (gradient[[3, 5]] == 0).all(), "half of the view has no label"
+    assert (gradient[[0, 1, 2, 4]].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("average", ["macro", "weighted", "micro"])
+def test_a_better_student_has_a_smaller_term_and_a_right_one_none(average: str) -> None:
+    made = case(f"soft_f1:average={average}", 30, 10)
+    right = torch.nn.functional.one_hot(made.target.labels, 10).double()
+    found = []
+    for sure in (0.0, 1.0, 3.0, 10.0, 100.0):
+        made.logits = sure * right
+        found.append(value(made))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 0.7
+    assert found[-1] == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize("spec", ["soft_f1", "soft_f1:average=weighted", "soft_f1:average=micro"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_f1_of_logits_in_half_precision_is_that_of_the_same_numbers_in_double(spec: str, dtype: torch.dtype) -> None:
+    """512 rows: a sum of them in bfloat16 has two digits."""
+    labels = labels_of(512, 10)
+    labels[::5] = -1
+    made = case(spec, 512, 10, labels=labels, dtype=dtype)
+    exact = case(spec, 512, 10, labels=labels)
+    exact.logits = made.logits.double()
+    assert value(made) == pytest.approx(value(exact), rel=1e-5)
+
+
+# Adjusted cross entropy
+
+
+def test_balanced_softmax_is_logit_adjustment_at_tau_1() -> None:
+    for seed in range(5):
+        one, other = (case(spec, seed=seed) for spec in ("balanced_softmax", "logit_adjusted"))
+        assert value(one) == pytest.approx(value(other), rel=1e-12)
+        leaves = one.leaves() + other.leaves()
+        gradients = torch.autograd.grad(one.value() + other.value(), leaves)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("labels", [None, [3, -1, 0, -1, 9]])
+def test_where_all_classes_are_as_common_or_tau_is_0_it_is_plain_cross_entropy(labels: list[int] | None) -> None:
+    kept = None if labels is None else torch.tensor(labels)
+    hard = value(case("hard", labels=kept))
+    assert value(case("logit_adjusted:tau=0", labels=kept)) == pytest.approx(hard, rel=1e-12)
+    for spec in ("logit_adjusted:tau=3", "balanced_softmax"):
+        even = with_counts(case(spec, labels=kept), torch.full((10,), 70))
+        assert value(even) == pytest.approx(hard, rel=1e-12)
+        assert value(case(spec, labels=kept)) != pytest.approx(hard, rel=1e-3)
+
+
+@pytest.mark.parametrize(("spec", "balanced"), [("balanced_softmax", True), ("logit_adjusted", True), ("hard", False)])
+def test_pictures_that_say_nothing_leave_the_classes_even_however_rare_they_are(spec: str, balanced: bool) -> None:
+    """The labels come as often as their classes, all logits are equal: nothing pulls at the logits of any class."""
+    counts = torch.tensor([100, 10, 1])
+    made = case(spec, 111, 3, labels=torch.repeat_interleave(torch.arange(3), counts))
+    made.logits = torch.zeros(111, 3, dtype=torch.float64)
+    made = with_counts(made, counts)
+    leaves = made.leaves()
+    pull = torch.autograd.grad(made.value(), leaves)[0].sum(0).abs().max()
+    assert (float(pull) < 1e-12) is balanced
+
+
+@pytest.mark.parametrize("spec", ["logit_adjusted", "balanced_softmax"])
+def test_a_mixed_view_is_weighed_between_its_two_labels(spec: str) -> None:
+    share = numbers(5, seed=4).sigmoid()
+    partner, own = torch.tensor([3, 3, 0, 7, 1]), torch.tensor([0, 1, 2, 9, 3])
+    made = case(spec, labels=own)
+    made.target = replace(made.target, partner=partner, share=share)
+    expected = 0.0
+    for i in range(5):
+        for label, part in ((own[i], share[i]), (partner[i], 1 - share[i])):
+            row = case(spec, 1, 10, labels=label[None])
+            row.logits = made.logits[i : i + 1]
+            expected += float(part) * value(row) / 5
+    assert value(made) == pytest.approx(expected, rel=1e-12)
+
+
+# Balanced teachers
+
+
+@pytest.mark.parametrize("T", [0.5, 2.0, 20.0])
+def test_an_unweighted_teacher_is_plain_distillation(T: float) -> None:
+    plain = value(case(f"kd:temperature={T}"))
+    for spec in (f"balanced_kd:beta=0,temperature={T}", f"dive:power=1,temperature={T}"):
+        assert value(case(spec)) == pytest.approx(plain, rel=1e-12)
+    even = with_counts(case(f"balanced_kd:temperature={T}"), torch.full((10,), 70))
+    assert value(even) == pytest.approx(plain, rel=1e-12)
+    assert value(case(f"balanced_kd:temperature={T}")) != pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 2.0])
+def test_a_flattened_teacher_is_one_of_smaller_logits(power: float) -> None:
+    made, plain = case(f"dive:power={power}"), case("kd:temperature=2")
+    assert plain.target.logits is not None
+    plain.target = replace(plain.target, logits=power * plain.target.logits)
+    assert value(made) == pytest.approx(value(plain), rel=1e-12)
+
+
+def test_with_beta_near_one_a_class_weighs_as_the_inverse_of_its_rows() -> None:
+    made, plain = case("balanced_kd:beta=0.999999999999"), case("kd:temperature=2")
+    assert plain.target.logits is not None
+    plain.target = replace(plain.target, logits=plain.target.logits - 2 * counts_of(10).log())
+    assert value(made) == pytest.approx(value(plain), rel=1e-6)
+
+
+# Numbers far out
+
+
+@pytest.mark.parametrize("spec", [*COUNTING, "balanced_kd:beta=0.9999999999999999", "balanced_kd:beta=1e-300"])
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 2e-1)])
+def test_counts_from_one_to_a_hundred_million_are_as_right_as_the_logits(
+    spec: str, dtype: torch.dtype, rel: float
+) -> None:
+    counts = torch.tensor([1, 2, 10**8, 70_000])
+    made = with_counts(case(spec, 6, 4, dtype=dtype), counts)
+    exact = with_counts(case(spec, 6, 4), counts)
+    leaves = made.leaves()
+    assert torch.autograd.grad(made.value(), leaves)[0].isfinite().all()
+    assert value(made) == pytest.approx(value(exact), rel=rel)
+
+
+# What is counted
+
+
+def test_counts_are_of_visible_labels() -> None:
+    counts = class_counts(np.array([2, -1, 0, 2, -1]), 4)
+    assert (counts.dtype, counts.tolist()) == (np.int64, [1, 0, 2, 0])
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
+    made = case(name, K=4)
+    for counts, classes, says in (
+        ([5, 0, 2, 1], (), "class 1 has no labelled training row: leave the loss out, or keep labels of every class"),
+        ([5, 0, 2, 0], (), "class 1 has no labelled training row (2 of 4 classes have none): leave the loss out"),
+        ([5, 0, 2, 1], ("cat", "dog", "emu", "fox"), "class 'dog' has no labelled training row: leave"),
+    ):
+        with pytest.raises(WrongCommand) as error:
+            counts_for(LOSSES[name], torch.tensor(counts), classes)
+        assert f"loss '{name}': {says}" in str(error.value)
+        with pytest.raises(WrongCommand, match="has no labelled training row"):
+            made.loss.module(made.outputs, made.target, Known(counts=torch.tensor(counts)))
+    with pytest.raises(WrongCommand, match=f"loss '{name}' counts the labels of each class, and these pictures have"):
+        made.loss.module(made.outputs, made.target, Known())
+
+
+def test_only_losses_that_count_have_a_part_and_it_is_no_part_of_a_checkpoint() -> None:
+    assert {name for name, loss in LOSSES.items() if loss.needs_counts} == set(COUNTING)
+    for spec in SPECS:
+        module = case(spec).module
+        assert (module is not None) == (spec in COUNTING)
+        assert module is None or (module.counts.tolist() == counts_of(10).tolist() and not module.state_dict())
+
+
+# A student
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_student_trains(spec: str, tiny: Path, stages: Stages) -> None:
+    asked = ("student", "--cache", tiny / "cache", *STUDENT, "--loss", spec, "--out", "r")
+    stages(*asked, "--epochs", 5, "--learning-rate", 0.2)
+    epochs = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert 0 <= epochs[-1]["loss"] < epochs[0]["loss"]
+    assert math.isfinite(epochs[-1]["val_f1_macro"])
+
+
+def test_a_student_with_few_labels_counts_those_alone(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[int]] = {}
+    step = training.step
+
+    def noted(job, state, *rest):  # type: ignore[no-untyped-def]
+        seen.update({name: module.counts.tolist() for name, module in state.modules.items()})
+        return step(job, state, *rest)
+
+    monkeypatch.setattr(training, "step", noted)
+    losses = ("--loss", "balanced_kd", "--loss", "balanced_softmax")
+    student = ("student", "--cache", tiny / "cache", *STUDENT, *losses)
+    stages(*student, "--labelled", 20)
+    assert seen == dict.fromkeys(("balanced_kd", "balanced_softmax"), [2] * 10)
+    stages(*student)
+    digits = load("digits", Path("none"), val_fraction=0.125, train_size=300).splits["train"]
+    assert seen["balanced_kd"] == np.bincount(digits.labels).tolist()
+
+
+def test_a_class_whose_labels_are_all_hidden_is_refused_before_a_folder_is_made(
+    tmp_path: Path, stages: Stages
+) -> None:
+    """40 pictures of one digit and 3 of another: of 4 labels by class none is of the second."""
+    digits = load("digits", Path("none"), val_fraction=0.125).splits["train"]
+    for name, digit, n in (("common", 0, 40), ("rare", 1, 3)):
+        for split, some in (("train", n), ("val", 2)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in np.flatnonzero(digits.labels == digit)[:some]:
+                path = tmp_path / "data" / split / name / f"{i}.png"
+                Image.fromarray(digits.pictures.images[i, 0].numpy()).save(path)  # type: ignore[attr-defined]
+    data = ("--data", f"folder:{tmp_path / 'data'}")
+    stages("teacher", *data, "--arch", "mlp:8", "--epochs", 1, "--out", "t")
+    stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
+    student = ("student", *data, "--cache", "c", *STUDENT, "--loss", "kd", "--loss")
+    for name in COUNTING:
+        line = stages.fails(2, *student, name, "--labelled", 4, "--out", "r")
+        assert f"loss '{name}': class 'rare' has no labelled training row: leave the loss out" in line
+    assert not Path("r").exists()
+    for name in COUNTING:
+        stages(*student, name)
+
+
+@pytest.mark.parametrize("name", [*COUNTING, "soft_f1"])
+def test_pictures_without_labels_are_refused(name: str, tmp_path: Path, stages: Stages) -> None:
+    digits = load("digits", Path("none"), val_fraction=0.125, train_size=30).splits["train"]
+    (tmp_path / "pictures").mkdir()
+    for i in range(30):
+        Image.fromarray(digits.pictures.images[i, 0].numpy()).save(  # type: ignore[attr-defined]
+            tmp_path / f"pictures/{i:02d}.png"
+        )
+    stages("teacher", "--train-size", 100, "--arch", "mlp:8", "--epochs", 1, "--out", "t")
+    data = ("--data", f"folder:{tmp_path / 'pictures'}")
+    stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
+    line = stages.fails(2, "student", *data, "--cache", "c", *STUDENT, "--loss", "kd", "--loss", name, "--out", "r")
+    assert f"loss '{name}'" in line
+    assert "and these pictures have none: leave it out" in line
+    assert not Path("r").exists()

@@ -1,0 +1,311 @@
+"""The archs of the CIFAR benchmark of Tian et al. 2020: published sizes, stages to tap, and what each family is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet, shufflenetv2, vgg13_bn
+from torchvision.models.mobilenetv2 import InvertedResidual
+
+from softcache.base.errors import WrongCommand
+from softcache.pipeline.models import MODELS, build, head_of, parameters
+from softcache.pipeline.models.archs.cifar_resnet import Block as ResNetBlock
+from softcache.pipeline.models.archs.mobilenet import Block as MobileNetBlock
+from softcache.pipeline.models.archs.shufflenet import UnitV1, UnitV2, shuffle
+from softcache.pipeline.models.archs.wide_resnet import Block as WideBlock
+from softcache.pipeline.taps.hooks import tapped
+from tests.helpers.networks import logits_of, one_line
+
+PARAMETERS = {  # with 100 classes and three channels
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+    "wrn_16_1": 180_916,
+    "wrn_16_2": 703_284,
+    "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156,
+    "vgg8": 3_965_028,
+    "vgg13": 9_462_180,
+    "mobilenet_v2": 812_836,
+    "shufflenet_v1": 949_258,
+    "shufflenet_v2": 1_355_528,
+}
+
+RESNET_X4 = {"layer1": (64, 32), "layer2": (128, 16), "layer3": (256, 8)}
+WRN_1 = {"layer1": (16, 32), "layer2": (32, 16), "layer3": (64, 8), "last": (64, 8)}
+WRN_2 = {"layer1": (32, 32), "layer2": (64, 16), "layer3": (128, 8), "last": (128, 8)}
+VGG = {"layer1": (64, 32), "layer2": (128, 16), "layer3": (256, 8), "layer4": (512, 4), "layer5": (512, 4)}
+STAGES = {  # channels and side of each tap's map, for pictures of 32 px; the last is pooled
+    "resnet8x4": RESNET_X4,
+    "resnet32x4": RESNET_X4,
+    "wrn_16_1": WRN_1,
+    "wrn_16_2": WRN_2,
+    "wrn_40_1": WRN_1,
+    "wrn_40_2": WRN_2,
+    "vgg8": VGG,
+    "vgg13": VGG,
+    "mobilenet_v2": {"layer1": (12, 16), "layer2": (16, 8), "layer3": (48, 4), "layer4": (160, 2), "last": (1280, 2)},
+    "shufflenet_v1": {"layer1": (240, 16), "layer2": (480, 8), "layer3": (960, 4)},
+    "shufflenet_v2": {"layer1": (116, 16), "layer2": (232, 8), "layer3": (464, 4), "last": (1024, 4)},
+}
+# Maps that end without ReLU: sums of pre-activation blocks, linear bottlenecks.
+WITHOUT_RELU = {(arch, f"layer{i}") for arch in STAGES if arch.startswith(("wrn", "mobile")) for i in (1, 2, 3, 4)}
+
+ARCHS = sorted(PARAMETERS)
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """In float64 and eval mode, with batch norms that do something."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.double().eval()
+
+
+def same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    """Give theirs our weights, layer by layer in the order of the two state dicts."""
+    state = theirs.state_dict()
+    assert [v.shape for v in state.values()] == [v.shape for v in ours.state_dict().values()]
+    theirs.load_state_dict(dict(zip(state, ours.state_dict().values(), strict=True)))
+    theirs.double().eval()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert float(expected.detach().abs().max()) > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.detach().abs().max()))
+
+
+# All of them
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_arch_has_the_published_number_of_parameters(arch: str) -> None:
+    assert parameters(build(arch, 100, 3, 32)) == PARAMETERS[arch]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_stage_can_be_tapped_and_the_last_map_is_what_the_head_averages(arch: str) -> None:
+    torch.manual_seed(0)
+    network = lively(build(arch, 100, 3, 32))
+    with torch.no_grad(), tapped(network, tuple(STAGES[arch])) as kept:
+        logits = network(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert {tap: tuple(x.shape) for tap, x in kept.items()} == (
+        {tap: (2, width, side, side) for tap, (width, side) in STAGES[arch].items()}
+    )
+    assert {tap for tap, x in kept.items() if float(x.min()) < 0} == (
+        {tap for tap in STAGES[arch] if (arch, tap) in WITHOUT_RELU}
+    )
+    head = network.get_submodule("linear")
+    assert head is head_of(network, 100)
+    close(head(kept[list(STAGES[arch])[-1]].mean((2, 3))), logits)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 8)])
+def test_other_pictures_are_taken(arch: str, channels: int, size: int) -> None:
+    logits = logits_of(build(arch, 7, channels, size), channels, size)
+    assert logits.shape == (3, 7)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_it_learns(arch: str) -> None:
+    torch.manual_seed(0)
+    network = build(arch, 4, 1, 8).train()
+    network(torch.randn(4, 1, 8, 8)).logsumexp(1).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_relu_overwrites_what_a_tap_or_a_loss_holds(arch: str) -> None:
+    assert not any(m.inplace for m in build(arch, 4, 1, 8).modules() if isinstance(m, nn.ReLU))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_argument_is_refused(arch: str) -> None:
+    with pytest.raises(WrongCommand) as error:
+        build(f"{arch}:4", 10, 3, 32)
+    assert one_line(error) == f"arch '{arch}:4': {arch} takes no argument"
+
+
+@pytest.mark.parametrize("arch", ["vgg8", "vgg13"])
+def test_vgg_refuses_pictures_that_three_poolings_leave_nothing_of(arch: str) -> None:
+    with pytest.raises(WrongCommand) as error:
+        build(arch, 10, 3, 7)
+    assert one_line(error) == f"arch '{arch}' needs pictures of at least 8 px, these are 7 px"
+
+
+@pytest.mark.parametrize("arch", sorted(set(ARCHS) - {"vgg8", "vgg13"}))
+def test_the_others_shrink_by_padded_strides_and_take_pictures_of_any_size(arch: str) -> None:
+    assert logits_of(build(arch, 2, 1, 1), 1, 1).shape == (3, 2)
+
+
+def test_the_table_has_each_of_them_under_its_name() -> None:
+    assert set(MODELS) - set(PARAMETERS) == (
+        {"mlp", "cnn", "torchvision", *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110))}
+    )
+
+
+# Residual networks
+
+
+@pytest.mark.parametrize("depth", [8, 32])
+def test_a_wide_cifar_resnet_is_as_deep_as_its_name_says_and_has_three_shortcuts(depth: int) -> None:
+    layers = [m for m in build(f"resnet{depth}x4", 10, 3, 32).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    shortcuts = [m for m in layers if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert [(m.in_channels, m.out_channels, m.stride[0]) for m in shortcuts] == (
+        [(32, 64, 1), (64, 128, 2), (128, 256, 2)]
+    )
+    assert len(layers) - len(shortcuts) == depth
+
+
+def test_a_block_with_option_b_is_torchvisions() -> None:
+    ours = lively(ResNetBlock(4, 8, 2, projected=True))
+    aside = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+    theirs = resnet.BasicBlock(4, 8, 2, aside)
+    same_weights(ours, theirs)
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(("depth", "times"), [(16, 1), (16, 2), (40, 1), (40, 2)])
+def test_a_wide_resnet_has_as_many_convolutions_as_its_name_says(depth: int, times: int) -> None:
+    network = build(f"wrn_{depth}_{times}", 10, 3, 32)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    shortcuts = 3 if times > 1 else 2  # the first stage of the narrowest has 16 channels like its input
+    assert sum(m.kernel_size == (1, 1) for m in convolutions) == shortcuts
+    assert len(convolutions) - shortcuts == depth - 3
+    assert {len(network.get_submodule(f"layer{i}")) for i in (1, 2, 3)} == {(depth - 4) // 6}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("inside", "outside", "stride"), [(4, 4, 1), (4, 8, 2), (4, 8, 1)])
+def test_a_wide_block_is_added_to_its_input_or_to_a_convolution_of_the_first_relu(
+    inside: int, outside: int, stride: int
+) -> None:
+    block = lively(WideBlock(inside, outside, stride))
+    weights = dict(block.named_parameters())
+
+    def normed(x: torch.Tensor, name: str) -> torch.Tensor:
+        bn = block.get_submodule(name)
+        mean, var, weight, bias = (v.view(1, -1, 1, 1) for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+        return ((x - mean) / (var + 1e-5).sqrt() * weight + bias).clamp(min=0)
+
+    x = torch.randn(2, inside, 7, 7, dtype=torch.float64)
+    first = normed(x, "bn1")
+    middle = normed(F.conv2d(first, weights["conv1.weight"], stride=stride, padding=1), "bn2")
+    aside = F.conv2d(first, weights["shortcut.weight"], stride=stride) if inside != outside else x
+    close(block(x), F.conv2d(middle, weights["conv2.weight"], padding=1) + aside)
+
+
+# VGG
+
+
+@pytest.mark.parametrize(("depth", "each"), [(8, 1), (13, 2)])
+def test_vgg_is_as_deep_as_its_name_says_but_for_two_linear_layers(depth: int, each: int) -> None:
+    network = build(f"vgg{depth}", 10, 3, 32)
+    assert [m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)] == (
+        [width for width in (64, 128, 256, 512, 512) for _ in range(each)]
+    )
+    assert 5 * each + 3 == depth
+
+
+@pytest.mark.parametrize(("size", "poolings"), [(32, 3), (64, 4)])
+def test_vgg13_is_torchvisions_without_its_last_poolings(size: int, poolings: int) -> None:
+    ours, theirs = lively(build("vgg13", 5, 3, size)), vgg13_bn().features
+    layers = nn.ModuleList(getattr(ours, f"layer{i}") for i in range(1, 6))
+    same_weights(layers, theirs)
+    x = torch.rand(1, 3, size, size, dtype=torch.float64)
+    with torch.no_grad(), tapped(ours, ("layer5",)) as kept:
+        ours(x)
+        for layer in theirs:
+            if isinstance(layer, nn.MaxPool2d):
+                poolings -= 1
+            if not isinstance(layer, nn.MaxPool2d) or poolings >= 0:
+                x = layer(x)
+    close(kept["layer5"], x)
+
+
+# MobileNetV2
+
+
+@pytest.mark.parametrize(("inside", "outside", "stride"), [(4, 4, 1), (4, 6, 1), (4, 4, 2)])
+def test_an_inverted_residual_is_torchvisions_where_no_number_reaches_six(
+    inside: int, outside: int, stride: int
+) -> None:
+    torch.manual_seed(0)
+    ours = lively(MobileNetBlock(inside, outside, stride, expansion=6))
+    theirs = InvertedResidual(inside, outside, stride, 6)
+    same_weights(ours, theirs)
+    for layer in theirs.conv[:2]:
+        assert isinstance(layer[2], nn.ReLU6)
+        layer[2] = nn.ReLU()
+    x = torch.randn(2, inside, 7, 7, dtype=torch.float64)
+    close(ours(x), theirs(x))
+
+
+def test_mobilenet_v2_has_the_blocks_of_the_benchmark() -> None:
+    network = build("mobilenet_v2", 10, 3, 32)
+    blocks = [m for m in network.modules() if isinstance(m, MobileNetBlock)]
+    found = [(b.expand[0].out_channels // b.expand[0].in_channels, b.project[0].out_channels) for b in blocks]
+    widths = [12] * 2 + [16] * 3 + [32] * 4 + [48] * 3 + [80] * 3 + [160]
+    assert found == [(1, 8), *((6, width) for width in widths)]
+    assert [i for i, b in enumerate(blocks) if b.depthwise[0].stride == (2, 2)] == [3, 6, 13]
+    assert all(b.depthwise[0].groups == b.depthwise[0].in_channels for b in blocks)
+
+
+# ShuffleNet
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(6, 2), (12, 3), (4, 4), (5, 1)])
+def test_a_shuffle_deals_channels_out_and_loses_none(channels: int, groups: int) -> None:
+    x = torch.randn(2, channels, 3, 3)
+    order = [g * (channels // groups) + i for i in range(channels // groups) for g in range(groups)]
+    assert sorted(order) == list(range(channels))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(shuffle(x.contiguous(memory_format=layout), groups), x[:, order])
+    assert torch.equal(F.channel_shuffle(x, groups), x[:, order])
+
+
+def test_shufflenet_v1_has_three_groups_but_for_its_first_convolution() -> None:
+    units = [m for m in build("shufflenet_v1", 10, 3, 32).modules() if isinstance(m, UnitV1)]
+    assert [u.conv1.groups for u in units] == [u.groups for u in units] == [1, *[3] * 15]
+    assert {u.conv3.groups for u in units} == {3}
+    assert all(u.conv2.groups == u.conv2.in_channels for u in units)
+    assert [i for i, u in enumerate(units) if u.conv2.stride == (2, 2)] == [0, 4, 12]
+    assert [u.conv1.out_channels for u in units] == [54, 60, 60, 60, 60, *[120] * 7, 120, 240, 240, 240]
+
+
+def test_a_halving_unit_of_shufflenet_v1_puts_its_averaged_input_behind_the_new_channels() -> None:
+    unit = lively(UnitV1(12, 24, 3))
+    nn.init.zeros_(unit.bn3.weight)  # silences the new channels
+    nn.init.zeros_(unit.bn3.bias)
+    x = torch.randn(2, 12, 7, 7, dtype=torch.float64)
+    expected = torch.zeros(2, 24, 4, 4, dtype=torch.float64)
+    padded = F.pad(x, (1, 1, 1, 1))
+    for i in range(4):
+        for j in range(4):
+            expected[:, 12:, i, j] = padded[:, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].mean((2, 3)).clamp(min=0)
+    close(unit(x), expected)
+
+
+def test_an_even_unit_of_shufflenet_v1_mixes_groups_by_its_shuffle_alone() -> None:
+    """With 3 groups of 4 middle channels each output channel hears all 3 groups of the input, without shuffle one."""
+    unit = lively(UnitV1(48, 48, 3))
+    x = torch.randn(1, 48, 5, 5, dtype=torch.float64, requires_grad=True)
+    before_sum = unit.bn3(unit.conv3(unit.bn2(unit.conv2(shuffle(unit.bn1(unit.conv1(x)), 3)))))
+    (heard,) = torch.autograd.grad(before_sum[0, 0].sum(), x)
+    assert (heard.abs().sum((0, 2, 3)) > 0).all()
+    y = shuffle(torch.relu(unit.bn1(unit.conv1(x))), 3)
+    y = unit.bn3(unit.conv3(torch.relu(unit.bn2(unit.conv2(y)))))
+    close(unit(x), torch.relu(x + y))
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(8, 8), (6, 8)])
+def test_a_unit_of_shufflenet_v2_is_torchvisions(inside: int, outside: int) -> None:
+    ours = lively(UnitV2(inside, outside))
+    theirs = shufflenetv2.InvertedResidual(inside, outside, 1 if inside == outside else 2)
+    same_weights(ours, theirs)
+    x = torch.randn(2, inside, 7, 7, dtype=torch.float64)
+    close(ours(x), theirs(x))

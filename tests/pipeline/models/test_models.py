@@ -1,0 +1,342 @@
+"""Archs: every row of the table builds, is what its paper says, and fits pictures of every kind."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from softcache.base.errors import WrongCommand
+from softcache.pipeline.models import MODELS, build, head_of, multiply_adds, parameters
+from softcache.pipeline.models.archs.cifar_resnet import Block, CifarResNet
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state
+from tests.helpers.networks import logits_of, one_line
+
+CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+SHALLOW = {"mlp": "mlp:16,8", "cnn": "cnn", "resnet8": "resnet8", "torchvision": "torchvision:resnet18"}
+
+
+# The table
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("arch", SHALLOW.values())
+def test_an_arch_gives_one_row_of_logits_for_each_picture(arch: str, channels: int, size: int) -> None:
+    logits = logits_of(build(arch, 7, channels, size), channels, size)
+    assert logits.shape == (3, 7)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("arch", sorted(set(MODELS) - set(SHALLOW)))
+def test_the_other_rows_of_the_table_build_and_answer_too(arch: str) -> None:
+    assert logits_of(build(arch, 100, 3, 16), 3, 16, B=2).shape == (2, 100)
+
+
+@pytest.mark.parametrize("size", [4, 5, 7, 15])
+def test_cnn_and_mlp_take_pictures_of_any_size(size: int) -> None:
+    for arch in ("cnn", "mlp:5"):
+        assert logits_of(build(arch, 2, 1, size), 1, size).shape == (3, 2)
+
+
+def test_cnn_refuses_pictures_that_two_poolings_leave_nothing_of() -> None:
+    with pytest.raises(WrongCommand, match="at least 4 px, these are 3 px"):
+        build("cnn", 2, 1, 3)
+
+
+def test_building_twice_from_one_seed_gives_the_same_weights() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(build("resnet8", 10, 3, 32).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arch", "says"),
+    [
+        ("resent20", "Did you mean 'resnet20'?"),
+        ("cn", "Did you mean 'cnn'?"),
+        ("torchvision:resnet19", "Did you mean 'resnet18'?"),
+        ("", "There are: cnn, "),
+        (":make", "no arch ':make'"),
+        (".nets:make", "no arch '.nets:make'"),
+        ("not a module:make", "no arch 'not a module:make'"),
+        ("cnn:3", "cnn takes no argument"),
+        ("resnet20:4", "resnet20 takes no argument"),
+    ],
+)
+def test_a_name_that_is_in_no_table_is_refused_with_a_way_out(arch: str, says: str) -> None:
+    with pytest.raises(WrongCommand) as error:
+        build(arch, 10, 3, 32)
+    assert says in one_line(error)
+
+
+# mlp and cnn
+
+
+@pytest.mark.parametrize("widths", ["", "0", "-3", "64,", ",64", "64;64", "wide", "6.5", "64,0"])
+def test_an_mlp_wants_whole_positive_widths(widths: str) -> None:
+    with pytest.raises(WrongCommand, match="expected widths, such as mlp:64 or mlp:800,800"):
+        build(f"mlp:{widths}", 10, 1, 8)
+
+
+def test_the_layers_of_mlp_and_cnn_have_the_names_that_taps_are_documented_with() -> None:
+    mlp, cnn = build("mlp:5,6", 3, 1, 8), build("cnn", 3, 1, 8)
+    assert [n for n, _ in mlp.named_children()] == ["flatten", "hidden1", "relu1", "hidden2", "relu2", "linear"]
+    assert [n for n, _ in cnn.named_children()] == (
+        ["conv1", "bn1", "relu1", "pool1", "conv2", "bn2", "relu2", "pool2", "average", "flatten", "linear"]
+    )
+
+
+# The residual networks of He et al. 2016
+
+
+def counted_by_hand(depth: int, classes: int, channels: int) -> int:
+    """Trainable numbers of a CIFAR ResNet with option A shortcuts, layer by layer."""
+    n = (depth - 2) // 6
+    total = channels * 16 * 9 + 2 * 16
+    inside = 16
+    for outside in (16, 32, 64):
+        for _ in range(n):
+            total += inside * outside * 9 + 2 * outside + outside * outside * 9 + 2 * outside
+            inside = outside
+    return total + 64 * classes + classes
+
+
+@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+def test_a_cifar_resnet_has_as_many_parameters_as_its_layers_add_up_to(depth: int) -> None:
+    for classes, channels in ((10, 3), (100, 1)):
+        network = build(f"resnet{depth}", classes, channels, 32)
+        assert parameters(network) == counted_by_hand(depth, classes, channels)
+
+
+@pytest.mark.parametrize(
+    ("depth", "count"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
+)
+def test_a_cifar_resnet_has_the_published_number_of_parameters(depth: int, count: int) -> None:
+    assert parameters(build(f"resnet{depth}", 10, 3, 32)) == count
+
+
+@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+def test_a_cifar_resnet_is_as_deep_as_its_name_says(depth: int) -> None:
+    network = build(f"resnet{depth}", 10, 3, 32)
+    assert [name for name, _ in network.named_children()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "linear"]
+    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in network.modules()) == depth
+    assert {len(network.get_submodule(f"layer{i}")) for i in (1, 2, 3)} == {(depth - 2) // 6}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("inside", "outside", "stride"), [(4, 8, 2), (3, 8, 2), (4, 4, 1)])
+@pytest.mark.parametrize("side", [6, 7])
+def test_the_shortcut_is_every_second_pixel_and_zeros_for_missing_channels(
+    inside: int, outside: int, stride: int, side: int
+) -> None:
+    block = Block(inside, outside, stride).double().eval()
+    nn.init.zeros_(block.bn2.weight)  # silences the convolutions: what is left is ReLU(shortcut)
+    x = torch.randn(2, inside, side, side, dtype=torch.float64)
+    half = -(-side // stride)
+    expected = torch.zeros(2, outside, half, half, dtype=torch.float64)
+    before = (outside - inside) // 2
+    for b in range(2):
+        for c in range(inside):
+            for i in range(half):
+                for j in range(half):
+                    expected[b, before + c, i, j] = max(float(x[b, c, i * stride, j * stride]), 0.0)
+    assert torch.equal(block(x), expected)
+
+
+def test_a_block_adds_its_shortcut_before_the_last_relu() -> None:
+    block = Block(4, 4, 1).double().eval()
+    nn.init.uniform_(block.bn1.bias)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    y = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(block(x), torch.clamp(x + y, min=0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("file", "depth"), [("resnet20-12fca82f.th", 20), ("resnet56-4bfd9763.th", 56)])
+def test_the_public_checkpoints_load(file: str, depth: int, shared: Path) -> None:
+    state = read_state(shared / "weights" / file)
+    network = CifarResNet(depth, 10)
+    load_state(network, state, file)
+    last = network.get_submodule(f"layer3.{(depth - 8) // 6}.bn2")
+    assert torch.equal(last.running_var, state[f"layer3.{(depth - 8) // 6}.bn2.running_var"])
+    assert torch.equal(network.linear.weight, state["linear.weight"])
+
+
+@pytest.mark.slow
+def test_a_public_checkpoint_is_as_good_as_was_measured_on_these_pictures(shared: Path) -> None:
+    import tarfile
+
+    from PIL import Image
+
+    network = CifarResNet(20, 10)
+    load_state(network, read_state(shared / "weights" / "resnet20-12fca82f.th"), "resnet20")
+    model = Prepared(network, Preparation(3, 32, IMAGENET_MEAN, IMAGENET_STD)).eval()
+    pictures, classes = [], []
+    with tarfile.open(shared / "data" / "cifar10-jpeg" / "cifar10-jpeg.tar.gz") as archive:
+        for member in archive:
+            parts = member.name.removeprefix("./").split("/")
+            if "test" in parts and member.isfile() and parts[-1].endswith(".jpg"):
+                pictures.append(np.asarray(Image.open(archive.extractfile(member)).convert("RGB")))  # type: ignore[arg-type]
+                classes.append(parts[-2])
+    names = sorted(set(classes))
+    labels = torch.tensor([names.index(c) for c in classes])
+    views = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        guess = torch.cat([model(part).argmax(1) for part in views.split(500)])
+    assert len(labels) == 10_000
+    assert float((guess == labels).double().mean()) == pytest.approx(0.8103, abs=5e-4)
+
+
+# A user's own arch
+
+
+@pytest.fixture
+def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to call the command in; what is imported from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return tmp_path
+
+
+def test_a_users_factory_is_called_with_classes_channels_and_size(users_folder: Path) -> None:
+    (users_folder / "nets_of_mine").mkdir()
+    (users_folder / "nets_of_mine" / "small.py").write_text(
+        "from torch import nn\n"
+        "def make(*, classes, channels, size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes))\n"
+    )
+    network = build("nets_of_mine.small:make", 5, 3, 6)
+    assert logits_of(network, 3, 6).shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "says"),
+    [
+        ("nets_that_are_not_there:make", "cannot be imported: No module named 'nets_that_are_not_there'"),
+        ("nets_in_a_file:made", "cannot be imported: module 'nets_in_a_file' has no attribute 'made'"),
+        ("nets_in_a_file:", "cannot be imported: module 'nets_in_a_file' has no attribute ''"),
+        ("nets_in_a_file:make", "gave a int, not a torch.nn.Module"),
+    ],
+)
+def test_a_users_factory_that_is_none_is_refused_in_one_line(users_folder: Path, arch: str, says: str) -> None:
+    (users_folder / "nets_in_a_file.py").write_text("def make(classes, channels, size):\n    return 3\n")
+    with pytest.raises(WrongCommand) as error:
+        build(arch, 5, 1, 8)
+    assert f"arch '{arch}' " in one_line(error)
+    assert says in one_line(error)
+
+
+# What is known about a network
+
+
+def test_the_head_is_the_last_linear_layer_with_one_output_per_class() -> None:
+    mlp, resnet = build("mlp:10,10", 10, 1, 8), build("torchvision:resnet18", 10, 3, 32)
+    assert head_of(mlp, 10) is mlp.linear
+    assert head_of(resnet, 10) is resnet.fc
+    assert head_of(build("torchvision:squeezenet1_1", 10, 3, 32), 10) is None, "its last layer is a convolution"
+    assert head_of(mlp, 7) is None
+
+
+def test_multiply_adds_of_an_mlp_are_its_matrix_products() -> None:
+    assert multiply_adds(build("mlp:20,30", 7, 3, 8), 3, 8) == 3 * 8 * 8 * 20 + 20 * 30 + 30 * 7
+
+
+def test_multiply_adds_of_a_cnn_are_its_convolutions_and_its_linear_layer() -> None:
+    by_hand = 9 * 3 * 64 * 28 * 28 + 9 * 64 * 128 * 14 * 14 + 128 * 4 * 4 * 7
+    assert multiply_adds(build("cnn", 7, 3, 28), 3, 28) == by_hand
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_multiply_adds_leaves_the_network_as_it_was(training: bool) -> None:
+    network = build("cnn", 7, 1, 8).train(training)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    multiply_adds(network, 1, 8)
+    assert network.training is training
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+# What happens to a picture before the network
+
+
+class Input(nn.Module):
+    """A network that gives back its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+
+def resampling(old: int, new: int) -> np.ndarray:
+    """[new, old] float64: a triangle as wide as the shrinking, centred on each new pixel, of sum 1."""
+    scale = old / new
+    width = max(scale, 1.0)
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * scale
+        for j in range(old):
+            matrix[i, j] = max(0.0, 1 - abs((j + 0.5 - centre) / width))
+        matrix[i] /= matrix[i].sum()
+    return matrix
+
+
+def prepared_by_hand(views: torch.Tensor, p: Preparation) -> np.ndarray:
+    x = views.numpy().astype(np.float64) / 255
+    if x.shape[1] != p.channels:
+        x = np.concatenate([x] * p.channels, axis=1)
+    m = resampling(x.shape[-1], p.size)
+    x = np.einsum("ij,bcjk,lk->bcil", m, x, m)
+    mean, std = (np.array(v).reshape(1, -1, 1, 1) for v in (p.mean, p.std))
+    return np.asarray((x - mean) / std)
+
+
+@pytest.mark.parametrize("size", [8, 12, 16, 19, 5, 4, 3])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_are_repeated_resized_and_normalised_as_in_float64(size: int, channels: int) -> None:
+    preparation = Preparation(3, size, IMAGENET_MEAN, IMAGENET_STD)
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randint(0, 256, (2, channels, 8, 8), dtype=torch.uint8, generator=generator)
+    found = Prepared(Input(), preparation)(views).view(2, 3, size, size).double().numpy()
+    np.testing.assert_allclose(found, prepared_by_hand(views, preparation), rtol=0, atol=2e-6)
+
+
+def test_one_channel_is_normalised_with_its_own_mean_and_spread() -> None:
+    preparation = Preparation(1, 2, (0.25,), (0.5,))
+    views = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+    torch.testing.assert_close(Prepared(Input(), preparation)(views), torch.tensor([[-0.5, -0.1, 0.3, 1.5]]))
+
+
+def test_memory_layout_changes_no_logits() -> None:
+    """Prepared turns a network with convolutions to channels-last: a matter of speed alone."""
+    torch.manual_seed(0)
+    network = build("cnn", 5, 3, 8).double().eval()
+    views = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    preparation = Preparation(3, 8, IMAGENET_MEAN, IMAGENET_STD)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(prepared_by_hand(views, preparation)))
+        found = Prepared(network.float(), preparation)(views)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_logits_are_float32_whatever_the_network_computes_in() -> None:
+    class Half(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1).bfloat16()
+
+    found = Prepared(Half(), Preparation(1, 2, (0.0,), (1.0,)))(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    assert found.dtype == torch.float32
+
+
+def test_a_preparation_survives_json_and_is_no_part_of_the_weights() -> None:
+    preparation = Preparation(3, 32, IMAGENET_MEAN, IMAGENET_STD)
+    assert Preparation.from_json(json.loads(json.dumps(preparation.identity()))) == preparation
+    model = Prepared(build("mlp:4", 2, 3, 32), preparation)
+    assert all(key.startswith("network.") for key in model.state_dict())
+    assert math.prod(model.scale.shape) == 3

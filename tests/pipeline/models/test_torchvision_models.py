@@ -1,0 +1,259 @@
+"""torchvision's models by name: fitted to small and grey pictures, and their published weights, without a download."""
+
+import os
+from collections.abc import Callable
+from http.client import IncompleteRead
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from softcache.base.errors import Refused, WrongCommand
+from softcache.pipeline.models import build
+from softcache.pipeline.models.archs.torchvision_models import published
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from softcache.pipeline.models.state_dicts import load_state
+from tests.helpers.networks import logits_of, one_line
+
+QUICK = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
+LONG = (
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "regnet_y_400mf",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vit_b_16",
+)
+
+
+# Small and grey pictures
+
+
+def torchvision_answers(name: str, channels: int, size: int) -> None:
+    network = build(f"torchvision:{name}", 7, channels, size)
+    assert network.training
+    assert logits_of(network, channels, size, B=2).shape == (2, 7)
+    trained = network.train()(torch.rand(2, channels, size, size))
+    assert isinstance(trained, torch.Tensor), "one output in training too"
+    trained.sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", QUICK)
+def test_a_torchvision_model_learns_from_small_pictures(name: str, channels: int) -> None:
+    torchvision_answers(name, channels, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", LONG)
+def test_every_other_family_of_torchvision_learns_from_small_pictures(name: str, channels: int) -> None:
+    torchvision_answers(name, channels, 32)
+
+
+@pytest.mark.parametrize(("name", "size"), [("maxvit_t", 32), ("vit_b_32", 28), ("squeezenet1_1", 2)])
+def test_a_torchvision_model_that_cannot_take_such_pictures_says_so(name: str, size: int) -> None:
+    with pytest.raises(WrongCommand) as error:
+        build(f"torchvision:{name}", 7, 3, size)
+    assert f"torchvision:{name} cannot take pictures of {size} px" in one_line(error)
+    assert "try another --views size" in one_line(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, *LONG, "maxvit_t", "vit_b_32"])
+@pytest.mark.parametrize("size", [8, 28, 64, 224])
+def test_a_torchvision_model_takes_pictures_of_a_size_or_says_in_one_line_that_it_cannot(name: str, size: int) -> None:
+    try:
+        network = build(f"torchvision:{name}", 7, 1, size)
+    except WrongCommand as error:
+        refused = str(error)
+    else:
+        refused = ""
+        assert logits_of(network, 1, size, B=1).shape == (1, 7)
+    assert "\n" not in refused
+    assert not refused or size < 224, "every one takes 224 px"
+
+
+def first_convolution(network: nn.Module) -> nn.Conv2d:
+    return next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "mobilenet_v3_small", "googlenet"]
+)
+@pytest.mark.parametrize("size", [8, 63])
+def test_under_64_px_the_first_convolution_keeps_the_resolution(name: str, size: int) -> None:
+    if (name, size) == ("squeezenet1_1", 8):
+        size = 16
+    stem = first_convolution(build(f"torchvision:{name}", 7, 3, size))
+    assert stem(torch.rand(1, 3, size, size)).shape[-2:] == (size, size)
+    assert stem.kernel_size == (3, 3)
+
+
+def test_under_64_px_the_pooling_behind_the_stem_is_gone() -> None:
+    small = build("torchvision:resnet18", 7, 3, 63)
+    assert isinstance(small.maxpool, nn.Identity)
+    assert isinstance(build("torchvision:squeezenet1_1", 7, 3, 63).get_submodule("features.2"), nn.Identity)
+    assert isinstance(build("torchvision:shufflenet_v2_x0_5", 7, 3, 63).maxpool, nn.Identity)
+    assert isinstance(build("torchvision:googlenet", 7, 3, 63).maxpool1, nn.Identity)
+    maps = nn.Sequential(small.conv1, small.bn1, small.relu, small.maxpool, small.layer1)
+    assert maps(torch.rand(1, 3, 63, 63)).shape == (1, 64, 63, 63)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_from_64_px_on_the_network_is_torchvisions_own(size: int) -> None:
+    ours = build("torchvision:resnet18", 7, 3, size)
+    theirs = torchvision.models.resnet18(weights=None, num_classes=7)
+    assert str(ours) == str(theirs)
+
+
+def test_grey_pictures_change_nothing_but_the_channels_of_the_first_convolution() -> None:
+    ours = build("torchvision:resnet18", 7, 1, 64)
+    stem = first_convolution(ours)
+    assert (stem.in_channels, stem.kernel_size, stem.stride, stem.padding) == (1, (7, 7), (2, 2), (3, 3))
+    assert stem.bias is None
+    assert isinstance(ours.maxpool, nn.MaxPool2d)
+
+
+def test_a_patch_embedding_is_no_stem_to_be_kept_from_shrinking() -> None:
+    stem = first_convolution(build("torchvision:vit_b_32", 7, 3, 32))
+    assert (stem.kernel_size, stem.stride) == ((32, 32), (32, 32))
+
+
+# Published weights
+
+
+def offer(
+    monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[], dict[str, torch.Tensor]]
+) -> list[dict[str, object]]:
+    """Let the weights of a torchvision model come from answer(); the list fills with the options of each call."""
+    asked: list[dict[str, object]] = []
+
+    def get_state_dict(weights: object, **options: object) -> dict[str, torch.Tensor]:
+        asked.append(options)
+        return answer()
+
+    weights = torchvision.models.get_model_weights(name)
+    monkeypatch.setattr(weights, "get_state_dict", get_state_dict)
+    return asked
+
+
+def test_published_weights_are_asked_for_without_code_and_with_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = offer(monkeypatch, "resnet18", lambda: {"fc.bias": torch.arange(3.0)})
+    state = published("resnet18")[0]
+    assert len(asked) == 1
+    assert asked[0]["weights_only"] is True
+    assert asked[0]["check_hash"] is True
+    assert torch.equal(state["fc.bias"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mean", "std"),
+    [
+        ("resnet18", 224, IMAGENET_MEAN, IMAGENET_STD),
+        ("efficientnet_v2_s", 384, IMAGENET_MEAN, IMAGENET_STD),
+        ("efficientnet_v2_l", 480, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_published_weights_come_with_the_preparation_they_were_trained_with(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    offer(monkeypatch, name, dict)
+    state, found_size, found_mean, found_std, classes = published(name)
+    assert state == {}
+    assert found_size == size
+    assert (tuple(found_mean), tuple(found_std)) == (mean, std)
+    assert (len(classes), classes[0], classes[-1]) == (1000, "tench", "toilet tissue")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "resnet18"])
+def test_a_published_teacher_says_what_torchvisions_own_says(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """GoogLeNet is the hard one: its file has two more outputs, and torchvision rescales its input inside."""
+    torch.manual_seed(0)
+    more = {"aux_logits": True, "transform_input": True, "init_weights": True} if name == "googlenet" else {}
+    theirs = torchvision.models.get_model(name, weights=None, **more).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)  # fresh as torchvision makes it, GoogLeNet hardly sees its input
+    offer(monkeypatch, name, theirs.state_dict)
+    state, size, mean, std, classes = published(name)
+    network = build(f"torchvision:{name}", len(classes), 3, size)
+    load_state(network, state, name)
+    ours = Prepared(network, Preparation(3, size, tuple(mean), tuple(std))).eval()
+    views = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
+    pictures = (views / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    with torch.no_grad():
+        expected = theirs(pictures)
+        assert float((theirs(1.01 * pictures) - expected).abs().max()) > 1e-3 * float(expected.abs().max())
+        torch.testing.assert_close(ours(views), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        URLError("no route to host"),
+        IncompleteRead(b"half"),
+        RuntimeError('invalid hash value (expected "f37072fd", got "00000000")'),
+        EOFError("Ran out of input\nand more lines"),
+    ],
+)
+def test_published_weights_that_cannot_be_had_are_refused_with_where_to_put_them(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails() -> dict[str, torch.Tensor]:
+        raise error
+
+    offer(monkeypatch, "resnet18", fails)
+    with pytest.raises(Refused) as refused:
+        published("resnet18")
+    assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(refused)
+    assert "resnet18-f37072fd.pth" in one_line(refused)
+
+
+@pytest.fixture
+def hub_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the published weights of resnet18 lie once they are downloaded."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+
+
+def test_published_weights_that_lie_in_the_hub_folder_are_not_downloaded(hub_file: Path) -> None:
+    torch.save({"fc.bias": torch.arange(3.0)}, hub_file)
+    assert torch.equal(published("resnet18")[0]["fc.bias"], torch.arange(3.0))
+
+
+class Trap:
+    """Loaded as a pickle, it would make a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_place_of_published_weights_is_refused_and_not_run(hub_file: Path, tmp_path: Path) -> None:
+    torch.save({"fc.bias": Trap(tmp_path / "sprung")}, hub_file)
+    with pytest.raises(Refused) as refused:
+        published("resnet18")
+    one_line(refused)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_there_are_no_published_weights_of_a_model_that_is_not() -> None:
+    with pytest.raises(WrongCommand, match="Did you mean 'resnet18'"):
+        published("resnet19")

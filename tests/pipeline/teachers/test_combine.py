@@ -1,0 +1,180 @@
+"""Several teachers as one: what each way to combine gives, and the blend that is fitted."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from softcache.base.errors import WrongCommand
+from softcache.pipeline.teachers.combine import Combine, fit_combine, parse_combine, trust
+
+Floats = NDArray[np.float64]
+
+
+def three(rows: int = 50, classes: int = 4, seed: int = 0) -> torch.Tensor:
+    """Logits [N, 3, K] of teachers that differ in scale."""
+    random = np.random.default_rng(seed)
+    return torch.from_numpy(random.normal(size=(rows, 3, classes)) * np.array([1.0, 3.0, 5.0])[:, None])
+
+
+def softmax(row: list[float]) -> list[float]:
+    whole = math.fsum(math.exp(x) for x in row)
+    return [math.exp(x) / whole for x in row]
+
+
+def by_hand(name: str, row: list[list[float]], weights: list[float]) -> list[float]:
+    """The distribution of one row, from its formula."""
+    K, M = len(row[0]), len(row)
+    p = [softmax(z) for z in row]
+    mean = [math.fsum(w * q[c] for w, q in zip(weights, p, strict=True)) for c in range(K)]
+    if name in ("mean_probability", "weighted", "per_teacher", "ca_mkd"):
+        return mean
+    if name == "mean_logit":
+        return softmax([math.fsum(z[c] for z in row) / M for c in range(K)])
+    if name == "geometric":
+        product = [math.prod(q[c] for q in p) ** (1 / M) for c in range(K)]
+        return [x / math.fsum(product) for x in product]
+    votes = [sum(z.index(max(z)) == c for z in row) / M for c in range(K)]
+    return [0.999 * v + 0.001 * m for v, m in zip(votes, mean, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "mean_probability",
+        "mean_logit",
+        "geometric",
+        "weighted:0.5,0.3,0.2",
+        "weighted:0,0,1",
+        "vote",
+        "per_teacher",
+        "ca_mkd",
+    ],
+)
+def test_every_way_is_its_formula(spec: str) -> None:
+    logits, combine = three(), parse_combine(spec, 3)
+    weights = [float(w) for w in spec.partition(":")[2].split(",")] if ":" in spec else [1 / 3] * 3
+    found = F.softmax(combine(logits), 1).tolist()
+    for row, p in zip(logits.tolist(), found, strict=True):
+        assert p == pytest.approx(by_hand(combine.name, row, weights), rel=1e-9, abs=1e-15)
+    again = Combine.from_json(combine.to_json())
+    assert again == combine
+
+
+def test_mean_logit_and_geometric_are_one_distribution_at_every_temperature() -> None:
+    logits = three()
+    for T in (1.0, 4.0):
+        one, other = (F.softmax(parse_combine(name, 3)(logits) / T, 1) for name in ("mean_logit", "geometric"))
+        torch.testing.assert_close(one, other)
+
+
+def test_a_tie_of_votes_goes_to_the_larger_mean_probability() -> None:
+    logits = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 5.0, 0.0]]])
+    assert parse_combine("vote", 2)(logits).argmax(1).tolist() == [1]
+
+
+def test_what_combines_in_float32_is_float32_and_finite() -> None:
+    logits = torch.tensor([[[1000.0, -1000.0], [-1000.0, 1000.0]]])
+    for name in ("mean_probability", "mean_logit", "geometric", "vote", "per_teacher"):
+        found = parse_combine(name, 2)(logits)
+        assert found.dtype == torch.float32
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        ("mean", "no way to combine 'mean'"),
+        ("weighted", "--combine weighted: it wants a weight for each cache, such as weighted:0.7,0.3"),
+        ("vote:0.5,0.5", "--combine vote:0.5,0.5: vote has no knobs"),
+        ("weighted:0.7,0.2", "weights are from 0 to 1 and add up to 1, these to 0.9"),
+        ("weighted:1.5,-0.5", "weights are from 0 to 1 and add up to 1, these to 1"),
+        ("weighted:0.5,0.25,0.25", "3 weights for 2 caches"),
+        ("weighted:a,b", "a,b are not numbers"),
+        ("weighted:nan,1", "add up to 1, these to nan"),
+    ],
+)
+def test_what_cannot_combine_is_refused(spec: str, wrong: str) -> None:
+    with pytest.raises(WrongCommand) as refusal:
+        parse_combine(spec, 2)
+    assert wrong in str(refusal.value)
+
+
+# The fitted blend
+
+
+def nll(logits: torch.Tensor, labels: NDArray[np.int64]) -> float:
+    return float(F.cross_entropy(logits.double(), torch.from_numpy(labels)))
+
+
+def teachers_and_labels(seed: int, scales: tuple[float, ...], rows: int = 3000) -> tuple[Floats, NDArray[np.int64]]:
+    """[N, M, K]: each sees the truth through noise of its own, and is over-confident by its scale."""
+    random = np.random.default_rng(seed)
+    truth = random.normal(size=(rows, 5)) * 2
+    labels = (truth - np.log(-np.log(random.random(truth.shape)))).argmax(1)
+    said = [scale * (truth + random.normal(size=truth.shape)) for scale in scales]
+    return np.stack(said, 1), labels
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (3.0, 0.5), (8.0, 1.0, 2.0), (0.2, 0.2, 0.2, 5.0)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_learned_blend_is_no_worse_than_any_member_and_any_mean(seed: int, scales: tuple[float, ...]) -> None:
+    logits, labels = teachers_and_labels(seed, scales)
+    learned = fit_combine(logits, labels)
+    z, M = torch.from_numpy(logits), len(scales)
+    mine = nll(learned(z), labels)
+    assert sum(learned.weights) == pytest.approx(1)
+    for k in range(M):
+        assert mine <= nll(z[:, k], labels)
+    assert mine <= nll(parse_combine("mean_probability", M)(z), labels)
+    for w in np.random.default_rng(seed).dirichlet(np.ones(M), 20):
+        assert mine <= nll(Combine("weighted", tuple(w.tolist()), (1.0,) * M)(z), labels)
+    fresh, there = teachers_and_labels(seed + 100, scales)
+    assert nll(learned(torch.from_numpy(fresh)), there) < nll(
+        parse_combine("mean_probability", M)(torch.from_numpy(fresh)), there
+    )
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.1, 0.2])
+def test_a_member_that_is_the_best_but_for_its_temperature_is_not_lost(scale: float) -> None:
+    logits, labels = teachers_and_labels(0, (1.0, 1.0), rows=1000)
+    logits[:, 1] += np.random.default_rng(7).normal(size=logits[:, 1].shape)
+    alone = min(nll(torch.from_numpy(logits[:, 0] / t), labels) for t in np.geomspace(0.3, 3, 50))
+    logits *= np.array([scale, 0.5])[:, None]
+    learned = fit_combine(logits, labels)
+    assert nll(learned(torch.from_numpy(logits)), labels) < alone
+    assert learned.weights[0] > 0.5
+
+
+def test_a_teacher_that_knows_nothing_gets_no_weight() -> None:
+    logits, labels = teachers_and_labels(0, (1.0, 1.0))
+    logits[:, 1] = np.random.default_rng(5).normal(size=logits[:, 1].shape) * 4
+    learned = fit_combine(logits, labels)
+    assert learned.weights[0] > 0.97
+
+
+def test_over_confidence_is_seen_in_the_temperatures() -> None:
+    logits, labels = teachers_and_labels(0, (4.0, 1.0), rows=20_000)
+    single = fit_combine(logits, labels)
+    assert single.temperatures[0] / single.temperatures[1] == pytest.approx(4, rel=0.15)
+
+
+def test_without_labels_nothing_is_learned() -> None:
+    with pytest.raises(WrongCommand, match="--combine learned is fitted to validation labels"):
+        fit_combine(np.zeros((3, 2, 4)), np.full(3, -1))
+
+
+def test_trust_is_what_the_paper_says_and_adds_up_to_one() -> None:
+    terms = torch.tensor([[0.1, 2.0, 0.5], [1.0, 1.0, 1.0], [0.3, 0.2, 9.0]], dtype=torch.float64)
+    found = trust(terms, torch.tensor([True, True, False])).tolist()
+    for row, weights in list(zip(terms.tolist(), found, strict=True))[:2]:
+        p = softmax(row)
+        assert weights == pytest.approx([(1 - x) / 2 for x in p], rel=1e-12)
+        assert sum(weights) == pytest.approx(1, rel=1e-12)
+    assert found[2] == pytest.approx([1 / 3] * 3)
+    order: Any = sorted(range(3), key=lambda k: -found[0][k])
+    assert order == [0, 2, 1], "who is more right about the row is trusted more"

@@ -1,0 +1,125 @@
+"""`check-cache --deep --weights` asks the teacher again: all but its own rounding is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.caches import ASKED, files, home_with_cache, save_teacher_with_a_volume
+from tests.helpers.commands import Stages
+from tests.helpers.damage import rewrite
+
+ASK = ("check-cache", "c", "--deep", "--weights", "teacher")
+SHARD = "draw-001/shard-00001.h5"
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the teacher and, as `c`, a cache of 2 draws and the tap flatten."""
+    return home_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2", "--taps", "flatten")
+
+
+@pytest.fixture
+def small(made: Path, tmp_path: Path, stages: Stages) -> Path:
+    """The cache `c` in the folder where a test is."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "c"
+
+
+def scale_logits(arrays: Arrays) -> None:
+    """As a head with other weights would: every first class stays what it was."""
+    arrays["logits"] *= np.float16(1.5)
+
+
+def exchange_two_rows(arrays: Arrays) -> None:
+    """The first row's logits and those of another picture of its class: as many labels are hit as before."""
+    logits, label = arrays["logits"], arrays["label"]
+    hit = logits.argmax(1) == label
+    like = np.flatnonzero((label == label[0]) & (hit == hit[0]))
+    other = like[np.abs(logits[like] - logits[0]).max(1).argmax()]
+    assert other != 0
+    logits[[0, other]] = logits[[other, 0]]
+
+
+def scale_features(arrays: Arrays) -> None:
+    arrays["features/flatten"] *= np.float16(1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(scale_logits, "logits"), (exchange_two_rows, "logits"), (scale_features, "flatten")]
+)
+def test_rows_that_the_teacher_did_not_say_are_found_where_no_checksum_tells(
+    small: Path, stages: Stages, change: Any, what: str
+) -> None:
+    rewrite(small, change, SHARD)
+    stages("check-cache", "c", "--deep")  # every checksum, label, hit and view is right
+    line = stages.fails(1, *ASK)
+    assert f"the teacher now says something else: {what} differ by " in line
+    code, out, _ = stages.call(*ASK, "--json")
+    asked = json.loads(out)["teacher"]
+    assert code == 1
+    assert (asked["share"] if what == "logits" else asked["features"][what]) > asked["most"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("more", "logits", "share"),
+    [
+        (("--codec", "float32"), 1e-4, 1e-5),
+        (("--codec", "float16"), 0.02, 1e-3),
+        (("--codec", "sqrt8"), 0.2, 5e-3),
+        (("--precision", "bfloat16"), 0.5, 0.05),
+    ],
+)
+def test_the_right_teacher_differs_by_its_rounding_and_the_figures_say_by_how_much(
+    small: Path, stages: Stages, more: tuple[str, ...], logits: float, share: float
+) -> None:
+    shutil.rmtree(small)
+    stages(*ASKED, *more, "--taps", "flatten", "--out", "c")
+    asked = stages(*ASK)["teacher"]
+    assert asked["rows"] >= 256
+    assert 0 <= asked["logits"] < logits
+    assert 0 <= asked["share"] < share
+    assert asked["features"].keys() == {"flatten"}
+    assert 0 <= asked["features"]["flatten"] < max(share, 1e-3)
+    assert f"asked again about {asked['rows']} rows: logits differ by {asked['logits']:.3g}" in stages.call(*ASK)[1]
+
+
+def test_other_weights_are_refused_before_a_word_is_compared(small: Path, stages: Stages) -> None:
+    state = torch.load("teacher/teacher.pt", weights_only=True)
+    state["linear.bias"][0] += 1e-6
+    torch.save(state, "other.pt")
+    assert "other weights: teacher.weights" in stages.fails(1, *ASK[:-1], "other.pt")
+    assert "there are no weights at 'nowhere.pt'" in stages.fails(2, *ASK[:-1], "nowhere.pt")
+    assert "the cache's teacher is 'cnn'" in stages.fails(2, *ASK, "--teacher", "mlp:8")
+
+
+def test_without_weights_nobody_is_asked(small: Path, stages: Stages) -> None:
+    assert stages("check-cache", "c", "--deep")["teacher"] is None
+
+
+def test_weights_are_for_deep_or_repair_alone(small: Path, stages: Stages) -> None:
+    assert "--weights is for --deep or --repair" in stages.fails(2, "check-cache", "c", "--weights", "teacher")
+
+
+def test_a_teacher_whose_code_changed_is_found_and_repairs_nothing(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, and another forward pass: only what it says can tell."""
+    save_teacher_with_a_volume(tmp_path, "loud")
+    named = ("--teacher", "loud:make", "--weights", "w.pt")
+    stages("teacher-cache", "--train-size", "50", *named, "--shard-rows", "30", "--out", "c")
+    import loud
+
+    monkeypatch.setattr(loud, "VOLUME", 1.1)
+    assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--deep", *named)
+    (tmp_path / "c/draw-000/shard-00001.h5").unlink()
+    before = files(tmp_path / "c")
+    assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--repair", *named)
+    assert files(tmp_path / "c") == before
+    monkeypatch.setattr(loud, "VOLUME", 1.0)
+    stages("check-cache", "c", "--repair", *named)

@@ -1,0 +1,284 @@
+"""Several processes under torchrun, on loopback: the same cache, the same student, and one end for all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from softcache.data.transfer_set import load
+from softcache.data.views import parse_views
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.loading.stream import Stream, part
+from softcache.stages.distributed.ranks import Ranks, read
+from tests.helpers.commands import Stages
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import assert_done, cache_command, files, lines, payloads
+
+PLAIN = """
+from collections import OrderedDict
+from torch import nn
+
+def net(classes, channels, size):
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(channels, 6, 3, padding=1), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(6, 8, 3, padding=1), relu2=nn.ReLU(), average=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(), linear=nn.Linear(8, classes),
+    ))
+"""
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+STUDENT = ("--arch", "mlp:16", "--batch-size", 53, "--learning-rate", 0.05)
+EVERYTHING = (
+    *STUDENT,
+    "--loss",
+    "kd",
+    "--loss",
+    "hint:teacher=flatten,student=hidden1,weight=1",
+    "--epochs",
+    3,
+    "--finetune-epochs",
+    2,
+    "--baseline",
+    "--ema",
+    0.9,
+    "--clip-norm",
+    1,
+    "--select",
+    "nll",
+    "--seeds",
+    2,
+)
+# Of those that read: logits alone; relations between rows; labels by class; hidden layers alone, so that the last
+# layer has no gradient at all; random contrasts; the student's own last layer.
+SOME = ("kd", "similarity", "soft_f1", "hint:teacher=relu2,student=relu2", "crd", "cat_kd")
+DYING_RANK = ROOT / "tests/helpers/dying_rank.py"
+
+
+def torchrun(count: int, *arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """python -m torch.distributed.run … in a folder; arguments: a script's, or those of `-m softcache`."""
+    program = [] if str(arguments[0]).endswith(".py") else ["-m", "softcache"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
+    environment = {**os.environ, "PYTHONPATH": f"{cwd}:{ROOT}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def succeeds(count: int, *arguments: object, cwd: Path) -> str:
+    """Its standard output."""
+    done = torchrun(count, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def error(done: "subprocess.CompletedProcess[str]") -> str:
+    """The one line with which all ranks ended. (torchrun adds a report of its own.)"""
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ") or line == "Stopped."]
+    assert len(said) == 1, done.stderr
+    assert "[rank" not in done.stderr  # the traceback of a rank
+    return said[0]
+
+
+def furthest(run: Path, expected: Path) -> float:
+    """How far the weights of two runs are apart, at most."""
+    one, other = torch.load(run, weights_only=True), torch.load(expected, weights_only=True)
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+# Stage one
+
+
+def test_a_cache_is_the_same_by_any_number_of_ranks_also_after_one_was_killed(
+    tiny: Path, stages: Stages, tmp_path: Path, dose: Callable[[int, int], int]
+) -> None:
+    """Killed under 2 ranks, finished under 3; under --torture grown under 2: the same payloads."""
+    smaller = ("--draws", 2, "--shard-rows", 60, "--taps", "pool1")
+    larger = ("--draws", 3, "--shard-rows", 60, "--taps", "pool1,flatten")
+    one, many = tmp_path / "one", tmp_path / "many"
+    stages(*cache_command(tiny, one, *smaller))
+    error(torchrun(2, DYING_RANK, 1, "add", 3, *cache_command(tiny, many, *smaller), cwd=tmp_path))
+    there = len(list(many.glob("*/shard-*.h5")))
+    assert 0 < there < len(payloads(one))
+    assert not (many / "manifest.json").exists()
+    said = succeeds(3, *cache_command(tiny, many, *smaller), cwd=tmp_path)
+    assert said.count("next:") == 1
+    assert f"went on from {there} of {len(payloads(one))} shards that were there, whole" in said
+    assert_same_rows(many, one)
+    if dose(0, 1):
+        stages(*cache_command(tiny, one, *larger))
+        succeeds(2, *cache_command(tiny, many, *larger), cwd=tmp_path)
+        assert_same_rows(many, one)
+        # What the growth added, which nothing interrupted, stands in the same order too.
+        assert list(payloads(many))[-12:] == list(payloads(one))[-12:]
+    stages("check-cache", many)
+
+
+def assert_same_rows(cache: Path, expected: Path) -> None:
+    """The same shards, hits and head, and no file more or less."""
+    one, other = (json.loads((folder / "manifest.json").read_text()) for folder in (cache, expected))
+    assert payloads(cache) == payloads(expected)
+    assert {s["path"]: s["correct"] for s in one["shards"]} == {s["path"]: s["correct"] for s in other["shards"]}
+    assert one["head"]["checksum"] == other["head"]["checksum"]
+    assert one["fidelity"] == pytest.approx(other["fidelity"], rel=1e-12)
+    assert files(cache) == files(expected)
+    assert_done(cache)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_teacher_that_is_wanting_is_trained_by_one_rank(
+    stages: Stages, tmp_path: Path, count: int, dose: Callable[[int, int], int]
+) -> None:
+    if count > dose(2, 3):
+        pytest.skip("under --torture")
+    asked = ("teacher-cache", "--train-size", 200, "--views", "crop:pad=1", "--shard-rows", 50, "--teacher", "mlp:8")
+    stages(*asked, "--out", "one")
+    succeeds(count, *asked, "--out", "many", cwd=tmp_path)
+    assert payloads(tmp_path / "many") == payloads(tmp_path / "one")
+    assert files(tmp_path / "many-teacher") == files(tmp_path / "one-teacher")
+
+
+# Stage two
+
+
+def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> None:
+    cache = Cache(tiny / "cache")
+    rows = load("digits", Path(), **cache.cut).splits["train"]
+    whole = Stream(
+        rows,
+        parse_views("crop:pad=1"),
+        cache.seed,
+        5,
+        53,
+        rows.labels,
+        np.arange(len(rows)),
+        draws=3,
+        cache=cache,
+        taps=("pool1",),
+    )
+    streams = [replace(whole, rank=rank, world=3).batches(4, 16) for rank in range(3)]
+    for batch, *parts in zip(whole.batches(4, 16), *streams, strict=True):
+        assert [len(p.views) for p in parts] == [b - a for a, b in (part(len(batch.index), r, 3) for r in range(3))]
+        assert torch.equal(torch.cat([p.views for p in parts]), batch.views)
+        for p in parts:
+            assert p.logits is not None
+            assert batch.logits is not None
+            assert torch.equal(p.index, batch.index)
+            assert torch.equal(p.logits, batch.logits)
+            assert torch.equal(p.features["pool1"], batch.features["pool1"])
+
+
+def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss(
+    stages: Stages, tmp_path: Path, dose: Callable[[int, int], int]
+) -> None:
+    """Batches of 20 rows: 7, 6 and 7 of 3 ranks. Under --torture by every method there is, and 2 and 4 ranks too."""
+    (tmp_path / "plain.py").write_text(PLAIN)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import plain  # type: ignore[import-not-found]
+
+        torch.manual_seed(1)
+        torch.save(plain.net(10, 1, 8).state_dict(), "plain.pt")
+        stages(
+            "teacher-cache",
+            "--train-size",
+            60,
+            "--views",
+            "crop:pad=1",
+            "--draws",
+            2,
+            "--taps",
+            "relu1,relu2",
+            "--teacher",
+            "plain:net",
+            "--weights",
+            "plain.pt",
+            "--out",
+            "c",
+        )
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("plain", None)
+    for count in (3, 2, 4)[: dose(1, 3)]:
+        methods = SOME if dose(0, 1) == 0 else ()
+        out = succeeds(count, ROOT / "tests/helpers/side_by_side.py", "c", "plain:net", 23, *methods, cwd=tmp_path)
+        found = json.loads(out)
+        found.pop("simkd", None)  # its projector has batch norm, which on a CPU is each rank's own
+        assert len(found) >= len(SOME)
+        assert {name: apart for name, (apart, _) in found.items() if apart > 1e-6} == {}
+        assert {name: moved for name, (_, moved) in found.items() if moved < 1e-3} == {}
+        for folder in tmp_path.glob("*-together"):
+            name = folder.name.removesuffix("-together")
+            for here, there in zip(
+                *(lines(tmp_path / f / "metrics.jsonl") for f in (folder, f"{name}-alone-0")), strict=True
+            ):
+                for key in (key for key in there if key.startswith("gradient") and name != "simkd"):
+                    assert here[key] == pytest.approx(there[key], rel=1e-3), (name, key)
+            (folder / "metrics.jsonl").unlink()
+            (folder / "student.pt").unlink()
+
+
+def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages: Stages, tmp_path: Path) -> None:
+    """With everything that a run may have: two seeds, fine-tuning, a baseline, averaged weights, a chosen epoch."""
+    command = ("student", "--cache", tiny / "cache", *EVERYTHING)
+    expected = stages(*command, "--out", "one")
+    died = error(torchrun(2, DYING_RANK, 1, "step", 10, *command, "--out", "many", cwd=tmp_path))
+    assert "another rank has ended" in died or "stopped" in died
+    assert len(lines(tmp_path / "many/seed-0/distilled/metrics.jsonl")) == 1
+    done = torchrun(3, "student", "--resume", "--tensorboard", "--out", "many", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    told = [line for line in done.stderr.splitlines() if ", epoch " in line]
+    assert told[-1].startswith("baseline, seed 1, epoch 5/5: loss ")
+    assert len(told) == len(set(told)) == 2 * (3 + 2 + 5) - 1  # by the first rank alone
+    for folder in list((tmp_path / "many").rglob("tensorboard")):
+        assert len(list(folder.iterdir())) == 1
+        shutil.rmtree(folder)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert_done(tmp_path / "many")
+    for name in files(tmp_path / "one"):
+        if name.endswith(".pt"):
+            assert furthest(tmp_path / "many" / name, tmp_path / "one" / name) < 1e-5, name
+        if name.endswith("metrics.jsonl"):
+            there, here = lines(tmp_path / "one" / name), lines(tmp_path / "many" / name)
+            assert [line["epoch"] for line in here] == [line["epoch"] for line in there], name
+            assert [line.keys() for line in here] == [line.keys() for line in there], name
+            for key in (key for key in here[0] if key.startswith(("loss", "gradient", "learning_rate"))):
+                assert [line[key] for line in here] == pytest.approx([line[key] for line in there], rel=1e-4), name
+    assert found["student"]["test"]["nll"] == pytest.approx(expected["student"]["test"]["nll"], rel=1e-4)
+    assert found["baseline"]["test"]["accuracy"] == expected["baseline"]["test"]["accuracy"]
+    assert [seed["student"]["epoch"] for seed in found["seeds"]] == [s["student"]["epoch"] for s in expected["seeds"]]
+
+
+# One end for all
+
+
+def test_an_error_of_all_ranks_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    asked = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--batch-size", 3, "--out", "r")
+    line = error(torchrun(2, *asked, cwd=tmp_path))
+    assert line == (
+        "Error: 2 ranks share batches of 3 rows, and each needs 2 of one: a larger --batch-size, or fewer ranks"
+    )
+
+
+def test_commands_for_one_process_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    line = "Error: torchrun is for teacher-cache and student: run `tune` without it, in one process"
+    for rank, said in (("0", line), ("1", "")):
+        environment = {**os.environ, **ONE_RANK, "RANK": rank, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "softcache", "tune"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr.strip(), done.stdout) == (2, said, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_is_a_rank_only_where_torchrun_says_everything() -> None:
+    assert read({}) == read({"RANK": "1", "WORLD_SIZE": "4"}) == Ranks()
+    assert read({**ONE_RANK, "LOCAL_WORLD_SIZE": "1"}) == Ranks(0, 2, 0, 1)

@@ -1,0 +1,262 @@
+"""`softcache predict` sees pictures as held-out ones are seen, and trusts nothing that a file says."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from softcache.data.transfer_set import TRANSFER_SETS, load
+from softcache.data.views import parse_views, render
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.models import build
+from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.stages.cli import extras
+from softcache.stages.export import onnx_model as onnx_file
+from softcache.stages.export.metadata import About
+from softcache.stages.export.predict import as_input
+from tests.helpers.commands import Stages
+from tests.helpers.paths import ROOT
+
+
+def about(channels: int, size: int, resize: int, K: int = 10) -> About:
+    return About(tuple(map(str, range(K))), channels, size, resize, "cnn", (), {})
+
+
+def digits() -> torch.Tensor:
+    images: torch.Tensor = TRANSFER_SETS["digits"].read(Path())[0]["test"][0].images  # type: ignore[union-attr]
+    return images
+
+
+def save_digit(path: Path, number: int, scale: int = 1) -> None:
+    image = Image.fromarray(digits()[number, 0].numpy())
+    image.resize((8 * scale, 8 * scale), Image.Resampling.NEAREST).save(path)
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("spec", ["none:size=16", "none:size=12,resize=20", "none:size=9,resize=4", "none:size=40"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_pictures_are_seen_as_the_held_out_ones_of_a_folder(
+    spec: str, mode: str, tmp_path: Path, save_picture: Callable[..., Any]
+) -> None:
+    """Of every shape; a grey one among coloured ones too."""
+    shapes = ((16, 16), (31, 20), (20, 33), (9, 50), (16, 17))
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            for k, (width, height) in enumerate(shapes):
+                save_picture(tmp_path / split / name / f"{k}.png", width, height, k, mode)
+    if mode != "L":
+        save_picture(tmp_path / "test/a/9.png", 18, 22, 9, "L")
+    transfer_set = load(f"folder:{tmp_path}", tmp_path, val_fraction=0.5)
+    split, policy = transfer_set.splits["test"], parse_views(spec)
+    views = render(split.pictures, policy, 0, np.arange(len(split)), 0).numpy()
+    how = about(transfer_set.channels, policy.size, max(policy.size, policy.resize))
+    for path, view in zip(split.pictures.names, views, strict=True):  # type: ignore[union-attr]
+        seen = as_input(tmp_path / path, how)
+        assert seen.dtype == np.float32
+        assert np.array_equal(seen[0], view.astype(np.float32) / 255)
+
+
+def test_a_grey_picture_of_a_data_set_in_memory_is_seen_as_it_is(tmp_path: Path) -> None:
+    for number in range(5):
+        save_digit(tmp_path / "d.png", number)
+        assert np.array_equal(as_input(tmp_path / "d.png", about(1, 8, 8))[0] * 255, digits()[number].numpy())
+
+
+# What is said
+
+
+def test_the_probabilities_are_the_students_own(exported: Path, tiny: Path, tmp_path: Path, stages: Stages) -> None:
+    names = [f"{number}.png" for number in range(6)]
+    for number, name in enumerate(names):
+        save_digit(tmp_path / name, number)
+    found = stages("predict", exported / "student.onnx", *names, "--top", 10)
+    seed = json.loads((exported / "export.json").read_text())["seed"]
+    network = build("cnn", 10, 1, 8)
+    load_state(network, read_state(exported / f"seed-{seed}/student.pt"), "")
+    with torch.inference_mode():
+        p = Prepared(network, Cache(tiny / "cache").preparation).eval()(digits()[:6]).softmax(1).numpy()
+    assert [one["picture"] for one in found["pictures"]] == names
+    for one, row in zip(found["pictures"], p, strict=True):
+        assert [best["class"] for best in one["top"]] == [str(c) for c in np.argsort(-row)]
+        for best in one["top"]:
+            assert best["probability"] == pytest.approx(row[int(best["class"])], abs=1e-5)
+        assert math.isclose(sum(best["probability"] for best in one["top"]), 1)
+    assert len(stages("predict", exported / "student.onnx", "0.png")["pictures"][0]["top"]) == 3
+    code, out, _ = stages.call("predict", exported / "student-int8.onnx", "0.png", "1.png", "--top", 2)
+    assert code == 0
+    assert [len(line.split()) for line in out.splitlines()] == [5, 5]
+
+
+def test_no_pytorch_is_loaded(exported: Path, tmp_path: Path) -> None:
+    save_digit(tmp_path / "d.png", 0)
+    arguments = ["-X", "importtime", "-m", "softcache", "predict", str(exported / "student.onnx"), "d.png"]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert {"onnxruntime", "PIL"} <= loaded
+    assert not loaded & {"torch", "torchvision", "h5py", "sklearn"}
+
+
+# What is refused
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    save_digit(tmp_path / "d.png", 0)
+    return "d.png"
+
+
+def test_what_is_not_there_or_cannot_be_read_is_named(exported: Path, picture: str, stages: Stages) -> None:
+    model = exported / "student.onnx"
+    assert stages.fails(2, "predict", "none.onnx", picture) == "Error: there is no model 'none.onnx'"
+    assert stages.fails(2, "predict", model, picture, "no.png") == "Error: there is no picture 'no.png'"
+    Path("text.png").write_text("no picture")
+    assert "the picture text.png cannot be decoded" in stages.fails(1, "predict", model, picture, "text.png")
+    Path("cut.png").write_bytes(Path(picture).read_bytes()[:60])
+    assert "the picture cut.png cannot be decoded" in stages.fails(1, "predict", model, "cut.png")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save("deep.png")
+    assert "deep.png has more than 8 bits" in stages.fails(1, "predict", model, "deep.png")
+
+
+def test_a_missing_library_is_named(picture: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    said = stages.fails(2, "predict", "m.onnx", picture)
+    assert said == "Error: predict needs onnxruntime, which is not installed: pip install 'softcache[export]'"
+
+
+def test_a_damaged_file_is_refused(exported: Path, picture: str, stages: Stages) -> None:
+    whole = (exported / "student.onnx").read_bytes()
+    for damaged in (b"", b"PK\x03\x04 no protobuf", whole[:1000], whole[: len(whole) // 2]):
+        Path("m.onnx").write_bytes(damaged)
+        assert "Error: 'm.onnx' " in stages.fails(1, "predict", "m.onnx", picture)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("form", None),
+        ("form", "another 2"),
+        ("classes", None),
+        ("classes", "["),
+        ("classes", "3"),
+        ("classes", "[]"),
+        ("classes", "[1, 2]"),
+        ("classes", '["a"]'),
+        ("classes", "[" * 100_000),
+        ("preprocessing", None),
+        ("preprocessing", "{}"),
+        ("preprocessing", "7"),
+        ("preprocessing", '{"channels": 2, "size": 8, "resize": 8}'),
+        ("preprocessing", '{"channels": 1, "size": 0, "resize": 8}'),
+        ("preprocessing", '{"channels": 1, "size": 8, "resize": 4}'),
+        ("preprocessing", '{"channels": 1, "size": 8, "resize": 1000000000}'),
+        ("preprocessing", '{"channels": 1, "size": 8.5, "resize": 9}'),
+        ("preprocessing", '{"channels": 1, "size": 9, "resize": 9}'),
+        ("preprocessing", '{"channels": 3, "size": 8, "resize": 8}'),
+        ("cache", "{"),
+    ],
+)
+def test_missing_and_malformed_metadata_get_one_line(
+    key: str, text: str | None, exported: Path, picture: str, stages: Stages
+) -> None:
+    model = onnx.load(exported / "student.onnx")
+    kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != key}
+    del model.metadata_props[:]
+    helper.set_model_props(model, kept if text is None else kept | {key: text})
+    onnx.save(model, "m.onnx")
+    said = stages.fails(1, "predict", "m.onnx", picture)
+    assert said.startswith("Error: 'm.onnx' ")
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("where", ["initializer", "constant", "subgraph", "function", "sparse"])
+def test_values_in_another_file_are_refused_before_anything_is_run(
+    where: str, exported: Path, picture: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in the file the tensor is hidden; not even where the other file exists."""
+    model = onnx.load(exported / "student.onnx")
+    Path("secret").write_bytes(bytes(4000))
+    tensor = numpy_helper.from_array(np.zeros(1000, np.float32), "far")
+    onnx.external_data_helper.set_external_data(tensor, "secret")
+    tensor.ClearField("raw_data")
+    constant = helper.make_node("Constant", [], ["far_value"], value=tensor)
+    if where == "initializer":
+        model.graph.initializer.append(tensor)
+    elif where == "constant":
+        model.graph.node.append(constant)
+    elif where == "subgraph":
+        inner = helper.make_graph([constant], "inner", [], [helper.make_tensor_value_info("far_value", 1, [1000])])
+        model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner))
+    elif where == "function":
+        imports = [helper.make_opsetid("", 18)]
+        model.functions.append(helper.make_function("own", "f", [], ["far_value"], [constant], imports))
+    else:
+        sparse = model.graph.sparse_initializer.add()
+        sparse.values.CopyFrom(tensor)
+    Path("m.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.setattr(onnx_file.Runner, "of", lambda *_: pytest.fail("the file was run"))
+    said = stages.fails(1, "predict", "m.onnx", picture)
+    assert said == "Error: 'm.onnx' keeps the tensor 'far' in another file, which is not followed"
+
+
+def made(K: int = 10, kind: int = TensorProto.FLOAT, takes: str = "pictures") -> onnx.ModelProto:
+    """A network that says 0 of everything, with the metadata of 10 classes of 1 x 8 x 8."""
+    shape = numpy_helper.from_array(np.array([1, K], np.int64), "shape")
+    zero = helper.make_tensor("value", kind, [1], [0])
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["shape"], ["logits"], value=zero)],
+        "g",
+        [helper.make_tensor_value_info(takes, TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", kind, [1, K])],
+        [shape],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    helper.set_model_props(model, about(1, 8, 8).to_metadata())
+    return model
+
+
+def test_a_network_that_is_not_what_its_metadata_say_is_refused(picture: str, stages: Stages) -> None:
+    sound = made()
+    onnx.save(sound, "m.onnx")
+    assert stages("predict", "m.onnx", picture)["pictures"][0]["top"][0]["probability"] == pytest.approx(0.1)
+    for model in (made(K=9), made(kind=TensorProto.INT64), made(takes="images")):
+        onnx.save(model, "m.onnx")
+        assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", picture)
+    sound.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(sound, "m.onnx")
+    assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", picture)
+
+
+def test_logits_that_are_no_numbers_are_refused(picture: str, stages: Stages) -> None:
+    model = made()
+    nan = helper.make_tensor("value", TensorProto.FLOAT, [1], [float("nan")])
+    model.graph.node[0].attribute[0].t.CopyFrom(nan)
+    onnx.save(model, "m.onnx")
+    assert "gives no logits of its 10 classes for 'd.png'" in stages.fails(1, "predict", "m.onnx", picture)
+
+
+def test_names_of_classes_reach_a_terminal_without_control_characters(picture: str, stages: Stages) -> None:
+    model = made()
+    evil = About(("\x1b[31mred\n", *"123456789"), 1, 8, 8, "cnn", (), {})
+    del model.metadata_props[:]
+    helper.set_model_props(model, evil.to_metadata())
+    onnx.save(model, "m.onnx")
+    code, out, _ = stages.call("predict", "m.onnx", picture)
+    assert code == 0
+    assert "?[31mred?" in out
+    assert "\x1b" not in out

@@ -1,0 +1,45 @@
+"""The bill: what stage one and the student took, and what a teacher in the loop would have added."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import Stages
+
+
+def test_the_bill_of_a_student_follows_from_the_manifest_and_its_seconds(tiny: Path, stages: Stages) -> None:
+    epochs, finetune = 4, 1
+    result = stages(
+        "student",
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:8",
+        "--epochs",
+        epochs,
+        "--finetune-epochs",
+        finetune,
+        "--out",
+        "r",
+    )
+    shards = json.loads((tiny / "cache/manifest.json").read_text())
+    bill, splits, draws = result["bill"], shards["splits"], shards["draws"]
+    assert bill == json.loads(Path("r/result.json").read_text())["bill"]
+    stage_one = result["cache"]["seconds"]
+    rows = splits["train"] * draws + sum(n for split, n in splits.items() if split != "train")
+    assert bill["stage_one"] == stage_one > 0
+    assert bill["teacher_epoch"] == pytest.approx(stage_one * splits["train"] / rows)
+    assert bill["epoch"] == pytest.approx(result["student"]["seconds"] / (epochs + finetune))
+    assert bill["live_epoch"] == pytest.approx(bill["epoch"] + bill["teacher_epoch"])
+    assert bill["saved"] == pytest.approx(epochs * bill["teacher_epoch"])
+    # Stage one asked about each training view of three draws, and the held-out ones: so many epochs of a live teacher.
+    assert bill["paid_after_epochs"] == pytest.approx(rows / splits["train"])
+    assert bill["paid_after_students"] == pytest.approx(rows / splits["train"] / epochs)
+
+
+def test_the_bill_is_said(tiny: Path, stages: Stages) -> None:
+    code, out, _ = stages.call("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2, "--out", "r")
+    assert code == 0
+    assert "bill:  stage one" in out
+    assert "the cache is paid for after" in out

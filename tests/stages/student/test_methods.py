@@ -1,0 +1,130 @@
+"""The table of methods: every loss is in it, what it says of costs is measured, and failures are rows, not ends."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softcache.pipeline.losses import LOSSES, parse_losses
+from softcache.stages.main import main
+from softcache.stages.student.methods import METHODS
+from tests.helpers.commands import Stages
+
+SHORT = ("--arch", "cnn", "--epochs", 1, "--draws", 1, "--time-steps", 1)
+
+
+def test_every_loss_is_in_a_method() -> None:
+    words = {"all": "a+b", "last": "b", "s_all": "c+d", "s_last": "d"}
+    used = {loss.name for specs in METHODS.values() for loss in parse_losses([s.format(**words) for s in specs])}
+    assert used == set(LOSSES)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished table of seven methods."""
+    out = tmp_path_factory.mktemp("compared") / "m"
+    only = ("--only", "kd,dkd,hint,srrl,concat_hint,crd", "--layers", "pool1")
+    main([str(word) for word in ("methods", "--cache", tiny / "cache", *only, *SHORT, "--out", out)])
+    return out
+
+
+@pytest.fixture
+def table(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "methods.json").read_text())
+    return found
+
+
+def test_the_table_has_hard_and_what_was_asked_for(table: dict[str, Any], folder: Path) -> None:
+    rows = {row["method"]: row for row in table["methods"]}
+    assert set(rows) == {"hard", "kd", "dkd", "hint", "srrl", "concat_hint", "crd"}
+    text = (folder / "methods.md").read_text()
+    assert all(f"| {name} |" in text for name in rows)
+    for name in ("kd", "crd"):
+        run = json.loads((folder / name / "result.json").read_text())
+        assert rows[name]["accuracy"]["test"] == run["student"]["test"]["accuracy"]
+
+
+def test_bytes_of_a_view_are_those_of_what_the_losses_read(table: dict[str, Any]) -> None:
+    """10 float16 logits; pool1 of the teacher is 64 x 4 x 4 in float16, from which a pooled value is had as well."""
+    found = {row["method"]: row.get("bytes_a_view") for row in table["methods"]}
+    assert found["hard"] == 0
+    assert found["kd"] == found["dkd"] == 20
+    assert found["hint"] == found["concat_hint"] == found["crd"] == 2 * 64 * 4 * 4
+
+
+def test_own_bytes_are_those_of_the_losses_own_parts(table: dict[str, Any]) -> None:
+    found = {row["method"]: row.get("own_bytes") for row in table["methods"]}
+    assert found["hard"] == found["kd"] == 0
+    assert found["concat_hint"] == 4 * (64 * 64 + 64)
+    assert found["crd"] > 300 * (2 * 64)  # two embeddings, and the bank of 300 rows
+
+
+def test_times_are_ratios_to_hard_of_the_same_round(table: dict[str, Any]) -> None:
+    for row in table["methods"]:
+        if "ratio" in row:
+            assert row["least"] <= row["ratio"] <= row["most"]
+    rows = {row["method"]: row for row in table["methods"]}
+    assert rows["hard"]["ratio"] == rows["kd"]["to_kd"] == 1.0
+
+
+def test_a_method_that_the_pair_does_not_allow_is_a_row_with_the_reason(table: dict[str, Any]) -> None:
+    """cnn's last layer reads a flattened map, not a mean: srrl has nothing to go through."""
+    row = next(row for row in table["methods"] if row["method"] == "srrl")
+    assert "last linear layer takes" in row["failed"]
+
+
+def test_a_method_that_diverges_is_a_row_too(tiny: Path, tmp_path: Path, stages: Stages) -> None:
+    wild = ("--only", "logit_mse", "--learning-rate", 1e9, "--layers", "pool1")
+    found = stages("methods", "--cache", tiny / "cache", *wild, *SHORT, "--out", tmp_path / "m")
+    assert any("diverged" in row.get("failed", "") for row in found["methods"])
+
+
+def test_the_same_command_goes_on_with_what_is_there(
+    table: dict[str, Any], folder: Path, tiny: Path, tmp_path: Path, stages: Stages
+) -> None:
+    out, seen = tmp_path / "m", (folder / "kd/metrics.jsonl").read_text()
+    shutil.copytree(folder, out)
+    only = ("--only", "kd,cc", "--layers", "pool1", *SHORT)
+    again = {
+        row["method"]: row for row in stages("methods", "--cache", tiny / "cache", *only, "--out", out)["methods"]
+    }
+    assert set(again) == {"hard", "kd", "cc"}
+    assert (out / "kd/metrics.jsonl").read_text() == seen
+    assert again["kd"]["accuracy"] == next(row["accuracy"] for row in table["methods"] if row["method"] == "kd")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--only", "kdd"), "Did you mean 'kd'"),
+        (("--seeds", 2), "takes no"),
+        (("--loss", "kd"), "takes no"),
+    ],
+)
+def test_what_the_table_cannot_do_is_one_line(tiny: Path, stages: Stages, more: Any, says: str) -> None:
+    assert says in stages.fails(2, "methods", "--cache", tiny / "cache", *SHORT, *more)
+
+
+def test_layers_go_from_shallow_to_deep_however_they_were_cached(tiny: Path, tmp_path: Path, stages: Stages) -> None:
+    """The cache was first made with a deep tap, then grew by a shallow one."""
+    made = ("teacher-cache", "--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", "grown")
+    stages(*made, "--taps", "pool2")
+    stages(*made, "--taps", "conv1:pool")
+    asked = ("methods", "--cache", "grown", "--only", "concat_hint", *SHORT, "--out", tmp_path / "m")
+    row = stages(*asked)["methods"][1]
+    assert row["losses"][1] == "concat_hint:teacher=conv1+pool2,student=conv1+pool2"
+    other = ("methods", "--cache", "grown", *SHORT, "--arch", "mlp:8")
+    assert "name them from shallow to deep with --layers" in stages.fails(2, *other)
+
+
+def test_without_taps_the_methods_of_layers_are_left_out_and_named(tiny: Path, tmp_path: Path, stages: Stages) -> None:
+    bare = ("--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", tmp_path / "bare")
+    stages("teacher-cache", *bare)
+    assert "is of layers" in stages.fails(2, "methods", "--cache", tmp_path / "bare", "--only", "hint", *SHORT)
+    code, out, _ = stages.call("methods", "--cache", tmp_path / "bare", *SHORT, "--out", tmp_path / "m")
+    assert code == 0
+    assert "the cache has no taps: without output + hint, hint, concat_hint" in out
+    assert "| dkd |" in out
+    assert "| hint |" not in out

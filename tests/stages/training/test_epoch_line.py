@@ -1,0 +1,190 @@
+"""A line of metrics.jsonl: the gradient of each term alone, the learning rate, and that measuring changes nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from softcache.stages.training import loop as training
+from tests.helpers.commands import Stages
+
+COMMON = ("--epochs", 2, "--batch-size", 60, "--learning-rate", 0.05)
+KD = ("--loss", "kd:temperature=4,weight=0.9", "--loss", "hard:weight=0.1")
+HINT = ("--loss", "hint:teacher=flatten,student=hidden1,weight=0.1")
+OWN_ARCHS = """
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+def dropping(*, classes, channels, size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 24), nn.Dropout(0.3), nn.Linear(24, classes))
+def frozen(*, classes, channels, size):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, 12), nn.ReLU(), nn.Linear(12, classes))
+    net[1].requires_grad_(False)
+    return net
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=True) if x.requires_grad else layer(x)
+        return x
+def checkpointed(*, classes, channels, size):
+    i = channels * size * size
+    return Checkpointed(nn.Flatten(), nn.Linear(i, 12), nn.ReLU(), nn.Linear(12, classes))
+"""
+
+
+@pytest.fixture
+def own_archs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owned.py").write_text(OWN_ARCHS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def lines_of(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+class Before:
+    """What each measured step of a student has begun with: its batch, weights and the losses' own, in float64."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.steps: list[tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor], float]] = []
+        step = training.step
+
+        def noting(job: Any, state: Any, batch: Any, losses: Any, kept: Any, norms: Any) -> torch.Tensor:
+            if norms is not None:
+                own = {name: p for module in state.modules.values() for name, p in module.named_parameters()}
+                rate = state.optimizer.param_groups[0]["lr"]
+                network = dict(job.model.network.named_parameters())
+                self.steps.append((batch, self._doubled(network), self._doubled(own), rate))
+            return step(job, state, batch, losses, kept, norms)
+
+        patch.setattr(training, "step", noting)
+
+    @staticmethod
+    def _doubled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: w.detach().double().requires_grad_() for name, w in weights.items()}
+
+
+def norm(term: torch.Tensor, weights: list[torch.Tensor]) -> float:
+    found = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+    return sum(float((g**2).sum()) for g in found if g is not None) ** 0.5
+
+
+def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the last step of each epoch, by all that is trained, the hint's regressor included, and before clipping."""
+    before = Before(monkeypatch)
+    stages(
+        "student",
+        *COMMON,
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:16",
+        *KD,
+        *HINT,
+        "--clip-norm",
+        0.01,
+        "--out",
+        "r",
+    )
+    lines = lines_of("r")
+    preparation = json.loads(Path("r/result.json").read_text())["student"]["preparation"]
+    mean, std = (torch.tensor(preparation[name], dtype=torch.float64).view(1, -1, 1, 1) for name in ("mean", "std"))
+    assert len(before.steps) == len(lines) == 2
+    for line, (batch, network, own, rate) in zip(lines, before.steps, strict=True):
+        first, last = ([network[f"{name}.{kind}"] for kind in ("weight", "bias")] for name in ("hidden1", "linear"))
+        x = ((batch.views.double() / 255 - mean) / std).flatten(1)
+        hidden = F.linear(x, *first)
+        logits = F.linear(hidden.relu(), *last)
+        said, heard = (logits / 4).log_softmax(1), (batch.logits.double() / 4).softmax(1)
+        regressed = F.linear(hidden, *own.values())
+        terms = {
+            "kd": 0.9 * 16 * F.kl_div(said, heard, reduction="batchmean"),
+            "hard": 0.1 * F.cross_entropy(logits, batch.labels),
+            "hint": 0.1 * F.mse_loss(regressed, batch.features["flatten"].double()),
+        }
+        weights = [*network.values(), *own.values()]
+        for name, term in terms.items():
+            assert line[f"gradient_{name}"] == pytest.approx(norm(term, weights), rel=1e-4), name
+        assert line["learning_rate"] == rate
+        assert all(line[f"gradient_{name}"] > 0.011 for name in terms)  # and what is clipped would be less
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ("--arch", "mlp:16", *KD, *HINT, "--baseline"),
+        ("--arch", "owned:dropping", *KD),
+        ("--arch", "cnn", *KD, "--loss", "crd:teacher=flatten,student=flatten,negatives=50", "--clip-norm", 1),
+        ("--arch", "cnn", "--loss", "ctkd", "--loss", "hard", "--optimizer", "adamw", "--ema", 0.9),
+        ("--arch", "resnet8", *KD, "--loss", "similarity:teacher=pool1,student=layer1", "--precision", "bfloat16"),
+        ("--arch", "mlp:16", "--seed", 0, "--seed", 1, "--losses", "kd hard:weight=0.1", "--vectorize"),
+    ],
+)
+def test_measuring_changes_no_bit_of_a_weight(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, own_archs: None, said: tuple[Any, ...]
+) -> None:
+    import softcache.stages.training.vectorized as stacked
+
+    command = ("student", *COMMON, "--cache", tiny / "cache", *said)
+    stages(*command, "--out", "measured")
+    for module, name in ((training, "step"), (stacked, "_step")):
+        step = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, step=step: step(*given[:-1]))
+    stages(*command, "--out", "plain")
+    weights = sorted(path.relative_to("plain") for path in Path("plain").rglob("*.pt"))
+    assert weights
+    for path in weights:
+        assert Path("measured", path).read_bytes() == Path("plain", path).read_bytes(), path
+
+
+def test_one_term_alone_costs_no_pass_of_its_own(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a second pass"))
+    taken, step = [], training.step
+
+    def noting(job: Any, state: Any, *rest: Any) -> torch.Tensor:
+        terms = step(job, state, *rest)
+        taken.append(sum(float((w.grad.double() ** 2).sum()) for w in state.weights) ** 0.5)
+        return terms
+
+    monkeypatch.setattr(training, "step", noting)
+    stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--loss", "kd", "--out", "r")
+    assert [line["gradient_kd"] for line in lines_of("r")] == pytest.approx([taken[4], taken[9]], rel=1e-5)
+
+
+def test_a_term_that_reaches_no_trained_weight_has_no_gradient(tiny: Path, stages: Stages, own_archs: None) -> None:
+    more = ("--loss", "kd", "--loss", "similarity:teacher=flatten,student=1,weight=1e-6")
+    stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "owned:frozen", *more, "--out", "r")
+    assert [line["gradient_similarity"] for line in lines_of("r")] == [0, 0]
+    assert all(line["gradient_kd"] > 0 for line in lines_of("r"))
+
+
+def test_a_network_that_cannot_be_gone_through_for_a_term_is_trained_all_the_same(
+    tiny: Path, stages: Stages, own_archs: None
+) -> None:
+    """Reentrant checkpoints of PyTorch refuse it."""
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "owned:checkpointed")
+    stages(*said, *KD, "--out", "r")
+    assert [line["epoch"] for line in lines_of("r")] == [1, 2]
+    assert not [name for line in lines_of("r") for name in line if name.startswith("gradient")]
+    stages(*said, "--loss", "kd", "--out", "one")
+    assert all(line["gradient_kd"] > 0 for line in lines_of("one"))
+
+
+def test_a_term_whose_weight_falls_to_nothing_has_none_left(tiny: Path, stages: Stages) -> None:
+    more = ("--loss", "kd", "--loss", "hard:weight=1->0")
+    stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", *more, "--out", "r")
+    first, last = lines_of("r")
+    assert first["gradient_hard"] > 0
+    assert last["gradient_hard"] == last["loss_hard"] == 0
+
+
+def test_the_learning_rate_is_the_last_steps_under_every_schedule(tiny: Path, stages: Stages) -> None:
+    more = ("--cache", tiny / "cache", "--arch", "mlp:8", "--loss", "kd", "--epochs", 4, "--warmup", 0)
+    for schedule in ("constant", "step"):
+        stages("student", *COMMON, *more, "--schedule", schedule, "--milestones", "0.4", "--out", schedule)
+    assert [line["learning_rate"] for line in lines_of("constant")] == [0.05] * 4
+    assert [line["learning_rate"] for line in lines_of("step")] == pytest.approx([0.05, 0.005, 0.005, 0.005])

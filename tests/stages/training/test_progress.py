@@ -1,0 +1,296 @@
+"""What a person sees of a training: on a terminal one line, drawn again and again; elsewhere a line an epoch."""
+
+import json
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fcntl import ioctl
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from softcache.stages.cli.console import Console, LongWork, clock
+from softcache.stages.training import progress as showing
+from tests.helpers.commands import Stages
+
+COMMON = ("--epochs", 3, "--batch-size", 60, "--learning-rate", 0.05)
+KD = ("--loss", "kd:weight=0.9", "--loss", "hard:weight=0.1")
+NUMBER = r"[\d.,e+-]+"
+
+
+def lines_of(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass
+class Terminal:
+    """What was written on it, and each state of its line."""
+
+    text: str = ""
+
+    def drawn(self) -> list[str]:
+        lines = (line.replace("\x1b[A", "").rstrip() for line in re.split(r"[\r\n]", self.text))
+        return [line for line in lines if line]
+
+
+@contextmanager
+def terminal(patch: pytest.MonkeyPatch, columns: int) -> Iterator[Terminal]:
+    """A pseudo-terminal as standard error, on which every step is drawn at once."""
+    patch.setattr(showing, "_DELAY", 0.0)
+    patch.setattr(showing, "_EVERY", 0.0)
+    ours, theirs = pty.openpty()
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    seen, pieces = Terminal(), []
+
+    def read() -> None:
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                return
+            if not piece:
+                return
+            pieces.append(piece)
+
+    reader = threading.Thread(target=read)
+    with patch.context() as here, open(theirs, "w", encoding="utf-8") as file:
+        here.setattr(sys, "stderr", file)
+        reader.start()
+        yield seen
+    reader.join()
+    os.close(ours)
+    seen.text = b"".join(pieces).decode()
+
+
+# A pipe
+
+
+def test_a_pipe_gets_a_line_of_each_epoch_with_the_figures_that_are_kept(tiny: Path, stages: Stages) -> None:
+    said = (
+        "student",
+        *COMMON,
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:8",
+        *KD,
+        "--seed",
+        3,
+        "--baseline",
+        "--out",
+        "r",
+    )
+    code, out, err = stages.call(*said, "--json")
+    assert code == 0
+    assert json.loads(out)["student"]
+    told = [line for line in err.splitlines() if ", epoch " in line]
+    assert len(told) == 6
+    for i, (line, kept) in enumerate(zip(told[:3], lines_of("r"), strict=True), 1):
+        found = re.fullmatch(
+            rf"student, seed 3, epoch {i}/3: loss ({NUMBER}) \(kd ({NUMBER}), hard ({NUMBER})\),"
+            rf" val accuracy ({NUMBER}), F1 ({NUMBER}), {NUMBER} pictures/s(, .* left)?",
+            line,
+        )
+        assert found, line
+        figures = [kept[name] for name in ("loss", "loss_kd", "loss_hard", "val_accuracy", "val_f1_macro")]
+        assert [float(x) for x in found.groups()[:5]] == pytest.approx(figures, rel=5e-3)
+        assert bool(found[6]) == (i < 3)
+    assert all(re.match(rf"baseline, seed 3, epoch {i}/3: loss {NUMBER}, val", told[2 + i]) for i in (1, 2, 3))
+    assert "it/s" not in err
+    assert "|" not in err  # no bar
+
+
+def test_several_students_are_one_line_that_names_the_best(tiny: Path, stages: Stages) -> None:
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--arch", "cnn", "--out", "all")
+    _, _, err = stages.call(*said)
+    told = [line for line in err.splitlines() if ", epoch " in line]
+    kept = {name: lines_of(f"all/{name}") for name in ("mlp-8", "cnn")}
+    assert len(told) == 3
+    for i, line in enumerate(told):
+        best = max(kept, key=lambda name: kept[name][i]["val_accuracy"])
+        assert line.startswith(f"2 students, best {best}, epoch {i + 1}/3: loss {kept[best][i]['loss']:.4g}, val")
+
+
+def test_students_as_one_model_are_one_line_too(tiny: Path, stages: Stages) -> None:
+    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--seed", 0, "--seed", 1)
+    _, _, err = stages.call(*said, "--vectorize", "--baseline", "--out", "all")
+    told = [line for line in err.splitlines() if ", epoch " in line]
+    assert [line.partition(",")[0] for line in told] == ["2 students"] * 3 + ["2 baselines"] * 3
+    assert all(re.search(r"best seed-[01], epoch \d/3: loss", line) for line in told)
+
+
+def test_commands_with_lines_of_their_own_leave_the_epochs_out(tiny: Path, stages: Stages) -> None:
+    common = (*COMMON, "--cache", tiny / "cache", "--arch", "mlp:8")
+    code, out, err = stages.call("tune", *common, "--search", "momentum=0.8|0.9", "--grid", "--out", "t")
+    assert (code, len(re.findall(r"^trial \d", out, re.MULTILINE))) == (0, 2), (out, err)
+    assert "epoch 1/3" not in out + err
+    common = (*common[:-1], "cnn")
+    code, out, err = stages.call("methods", *common, "--only", "kd", "--time-steps", 1, "--out", "m")
+    assert code == 0, err
+    assert "epoch 1/3" not in out + err
+
+
+# A terminal
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_gets_one_line_that_fits_and_goes_away(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    with terminal(monkeypatch, columns) as seen:
+        stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD, "--out", "r")
+    drawn = seen.drawn()
+    assert max(map(len, drawn)) < columns
+    assert not [line for line in drawn if ", epoch " in line]
+    words = ("/3 epochs", "val accuracy", " pictures/s") if columns == 120 else ("/3", "acc", "/s")
+    kept = lines_of("r")[1]
+    later = [line for line in drawn if f" % 2{words[0]}," in line]
+    assert later, drawn
+    for line in later:
+        assert re.fullmatch(
+            rf"student, seed 0: \d+ % 2{words[0]}, loss {NUMBER}, {words[1]} {kept['val_accuracy']:.3f},"
+            rf" F1 {kept['val_f1_macro']:.3f}, [\d,]+k?{words[2]}, 0:00 left",
+            line,
+        ), line
+    assert re.match(r"student, seed 0: 6 % 0/3", drawn[0]), drawn[0]
+    assert seen.text.rstrip("\r").endswith(" ")  # overwritten with blanks
+
+
+def test_the_loss_that_is_drawn_is_the_mean_of_the_epoch_so_far(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with terminal(monkeypatch, 120) as seen:
+        stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD, "--out", "r")
+    ends = [re.search(rf" (?:33|66|100) % ./3 epochs, loss ({NUMBER}),", line) for line in seen.drawn()]
+    losses = [float(found[1]) for found in ends if found]  # at the last step of each epoch
+    assert losses == pytest.approx([line["loss"] for line in lines_of("r")], rel=5e-3)
+
+
+def test_a_message_stands_above_the_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        terminal(monkeypatch, 80) as seen,
+        showing.showing([job()], 0, lambda _: torch.ones(1), "it", Console(True)) as s,
+    ):
+        s.step(10)
+        Console(True).say("a message")
+        s.step(10)
+    assert "a message" in seen.drawn()
+
+
+class LockInterrupted:
+    """Ctrl-C comes as it is about to be taken; what was never taken cannot be let go."""
+
+    def acquire(self) -> None:
+        raise KeyboardInterrupt
+
+    def release(self) -> None:
+        raise RuntimeError("cannot release un-acquired lock")
+
+    __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@pytest.mark.parametrize("print_it", [Console(True).say, Console(False).say, Console(True).note])
+def test_an_interrupt_while_a_line_is_printed_stays_one(print_it: Callable[[str], None]) -> None:
+    whole = tqdm.get_lock()
+    tqdm.set_lock(LockInterrupted())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            print_it("a line")
+    finally:
+        tqdm.set_lock(whole)
+
+
+# The line itself
+
+
+@dataclass
+class FakeJob:
+    name: str = "student"
+    epochs: int = 30
+    steps: int = 100
+    advice: str = ""
+    folder: Path = Path("runs/all/some-student")
+    settings: Any = field(default_factory=lambda: SimpleNamespace(seed=0))
+
+
+def job() -> Any:
+    return FakeJob()
+
+
+def shown(jobs: list[Any], sums: Any = lambda _: torch.tensor([10.0, 2.0])) -> showing.Showing:
+    return showing.Showing(jobs, 0, sums, LongWork(Console(True), "", 1, ""))
+
+
+@pytest.mark.parametrize("students", [1, 12])
+def test_it_fits_every_terminal_and_says_the_most_important_first(students: int) -> None:
+    here = shown([job()] * students)
+    line = {"epoch": 12, "loss": 0.2, "val_accuracy": 0.98123, "val_f1_macro": 0.97987}
+    for number in range(1, 1243):
+        here.step(64)
+        if number % 100 == 0:
+            here.epoch([line] + [None] * (students - 1))
+    widths = {columns: here.drawn(columns) for columns in range(20, 200)}
+    assert all(len(text) < columns for columns, text in widths.items())
+    assert re.search(
+        r": 41 % 12/30 epochs, loss 0.286, val accuracy 0.981, F1 0.980, [\d,]+ pictures/s, 0:0\d left$", widths[199]
+    ), widths[199]
+    assert "41 % 12/30, loss 0.286, acc 0.981, " in widths[80]
+    assert widths[80].endswith(" left")
+    assert students > 1 or "acc 0.981, F1 0.980, " in widths[80]
+    assert "41 % 12/30, loss 0.286" in widths[70]
+
+
+def test_the_loss_is_not_asked_for_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would have to stop for it."""
+    asked = []
+
+    def sums(_: int) -> torch.Tensor:
+        asked.append(1)
+        return torch.ones(1)
+
+    monkeypatch.setattr(showing, "_DELAY", 0.1)
+    monkeypatch.setattr(showing, "_EVERY", 0.1)
+    with terminal(monkeypatch, 80):
+        monkeypatch.setattr(showing, "_DELAY", 0.1)
+        monkeypatch.setattr(showing, "_EVERY", 0.1)
+        here = shown([job()], sums)
+        begun = showing.time.monotonic()
+        while showing.time.monotonic() - begun < 0.55:
+            here.step(64)
+        here.close()
+    assert here.done > 1000
+    assert 1 <= len(asked) <= 5
+
+
+def test_of_several_ranks_the_first_alone_shows_something(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"epoch": 1, "loss": 0.2}
+    for module in ("softcache.stages.training.progress", "softcache.stages.cli.console"):
+        monkeypatch.setattr(f"{module}.is_first", lambda: False)
+    shown([job()]).epoch([line])
+    assert capsys.readouterr() == ("", "")
+    with terminal(monkeypatch, 80) as seen:
+        here = shown([job()])
+        for _ in range(20):
+            here.step(1)
+        here.close()
+    assert seen.text == ""
+
+
+def test_hours_are_written_as_hours() -> None:
+    assert [clock(s) for s in (0, 12.4, 59.6, 725, 7800)] == ["0:00", "0:12", "1:00", "12:05", "2:10:00"]
