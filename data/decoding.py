@@ -8,22 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 
 GREY = {"1", "L"}
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture of 8 bits a channel. Raises Refused, with its path, for one that cannot be decoded."""
+    """A picture of 8 bits a channel. Raises CacheError, with its path, for one that cannot be decoded."""
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # converting would clip at 255: a 16-bit picture would come out white
-                raise Refused(f"the picture {path} has more than 8 bits a channel ({image.mode}): convert it first")
+                raise CacheError(f"the picture {path} has more than 8 bits a channel ({image.mode}): convert it first")
             yield image
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         why = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise Refused(f"the picture {path} cannot be decoded: {why}") from None
+        raise CacheError(f"the picture {path} cannot be decoded: {why}") from None
 
 
 def centred(image: Image.Image, size: int, resize: int) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import by_threads
 
 from .decoding import GREY, opened
@@ -70,7 +70,7 @@ class FolderPictures:
         path = self.root / self.names[i]
         with opened(path) as image:
             if self.mode == "L" and image.mode not in GREY:
-                raise Refused(f"the picture {path} is in colour ({image.mode}), those looked at first are grey")
+                raise CacheError(f"the picture {path} is in colour ({image.mode}), those looked at first are grey")
             return image.convert(self.mode)
 
 
@@ -78,10 +78,10 @@ def read_folder(root: Path) -> tuple[dict[str, tuple[FolderPictures, NDArray[np.
     """What lies in a folder: {split: (pictures, labels [N], -1 for none)} and the classes in order.
 
     Splits: train, and test, val where there are such folders; with val alone, val is the test split.
-    Raises WrongCommand when the folder is missing, empty, has one class or none, or classes that differ.
+    Raises UsageError when the folder is missing, empty, has one class or none, or classes that differ.
     """
     if not root.is_dir():
-        raise WrongCommand(f"there is no folder '{root}'")
+        raise UsageError(f"there is no folder '{root}'")
     train = root / "train" if (root / "train").is_dir() else root
     found = {"train": train}
     found |= {split: root / split for split in ("test", "val") if (root / split).is_dir()}
@@ -90,14 +90,14 @@ def read_folder(root: Path) -> tuple[dict[str, tuple[FolderPictures, NDArray[np.
 
     classes = _classes(found["train"])
     if train is root and classes:
-        raise WrongCommand(f"'{root}' has no train/ folder: expected train/<class>/… and test/<class>/…")
+        raise UsageError(f"'{root}' has no train/ folder: expected train/<class>/… and test/<class>/…")
     labelled_test = "test" in found and bool(_classes(found["test"]))
     if classes and "test" not in found:
-        raise WrongCommand(f"'{root}' has train/<class>/ but neither test/ nor val/")
+        raise UsageError(f"'{root}' has train/<class>/ but neither test/ nor val/")
     if not classes and labelled_test:
         classes = _classes(found["test"])
     if len(classes) == 1:
-        raise WrongCommand(f"'{found['train']}' has one class, '{classes[0]}': at least two are needed")
+        raise UsageError(f"'{found['train']}' has one class, '{classes[0]}': at least two are needed")
 
     read = {split: _read_split(root, folder, classes) for split, folder in found.items()}
     mode, native = _kind(root, [name for names, _ in read.values() for name in names[:: max(1, len(names) // 128)]])
@@ -116,14 +116,14 @@ def _read_split(root: Path, folder: Path, classes: tuple[str, ...]) -> tuple[lis
     own = _classes(folder)
     if own and own != classes:
         differ = sorted(set(own) ^ set(classes))
-        raise WrongCommand(f"the classes of '{folder}' are not those of the train folder: {', '.join(differ[:5])}")
+        raise UsageError(f"the classes of '{folder}' are not those of the train folder: {', '.join(differ[:5])}")
     names: list[str] = []
     labels: list[int] = []
     for label, part in enumerate(own) if own else [(-1, "")]:
         found = (p for p in (folder / part).rglob("*") if p.suffix.lower() in ENDINGS)
         pictures = sorted(p for p in found if not any(name.startswith(".") for name in p.relative_to(folder).parts))
         if not pictures:
-            raise WrongCommand(f"there is no picture in '{folder / part}' (looked for {' '.join(sorted(ENDINGS))})")
+            raise UsageError(f"there is no picture in '{folder / part}' (looked for {' '.join(sorted(ENDINGS))})")
         names += [p.relative_to(root).as_posix() for p in pictures]
         labels += [label] * len(pictures)
     return names, labels
@@ -147,7 +147,7 @@ def digest_files(pictures: FolderPictures, labels: NDArray[np.int64], progress: 
         try:
             return sha256((pictures.root / name).read_bytes()).digest()
         except OSError as error:
-            raise Refused(f"the picture {pictures.root / name} cannot be read: {error.strerror}") from None
+            raise CacheError(f"the picture {pictures.root / name} cannot be read: {error.strerror}") from None
 
     whole = sha256()
     with closing(by_threads(one, pictures.names, 8)) as found:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base import rng as counter
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 
 Rows = NDArray[np.int64]
 SAMPLERS = {"balanced": 0.0, "sqrt": 0.5}  # a class is shown in proportion to this power of its rows
@@ -40,10 +40,10 @@ class Imbalance:
 
 
 def parse_imbalance(text: str) -> Imbalance:
-    """`100`, `100:step` -> Imbalance. Raises WrongCommand."""
+    """`100`, `100:step` -> Imbalance. Raises UsageError."""
     found = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,6})?)(?::(exponential|step))?", text)
     if not found or float(found[1]) <= 1:
-        raise WrongCommand(f"--imbalance {text}: a factor above 1, and exponential or step: 100, 100:step")
+        raise UsageError(f"--imbalance {text}: a factor above 1, and exponential or step: 100, 100:step")
     return Imbalance(float(found[1]), found[2] or "exponential")
 
 
@@ -51,24 +51,24 @@ def long_tailed(labels: Rows, classes: int, text: str, head_size: int, key: tupl
     """The rows that stay, sorted, and how many of them the largest class has; the same rows for ever.
 
     labels [N]; head_size: rows of the largest class, 0 for as many as the data allow. The first class is the largest.
-    Raises WrongCommand where the data have too few rows of a class, or a class would keep none.
+    Raises UsageError where the data have too few rows of a class, or a class would keep none.
     """
     imbalance = parse_imbalance(text)
     there = np.bincount(labels[labels >= 0], minlength=classes)
     if classes < 2 or (labels < 0).any():
-        raise WrongCommand(f"--imbalance {text} needs pictures of two classes or more, all with labels")
+        raise UsageError(f"--imbalance {text} needs pictures of two classes or more, all with labels")
     most = int(np.floor((there + 1 - 1e-6) / imbalance.shares(classes)).min())
     while (imbalance.counts(classes, most) > there).any():  # rounding down leaves one or two to try
         most -= 1
     if not 0 <= head_size <= most:  # before it is multiplied: a manifest may say any number
         c = int((imbalance.counts(classes, most + 1) > there).argmax())
-        raise WrongCommand(
+        raise UsageError(
             f"--head-size {head_size} is not from 0 to {most}: class {c} with {there[c]} rows allows no more"
         )
     head = head_size or most
     wanted = imbalance.counts(classes, head)
     if not wanted.min():
-        raise WrongCommand(
+        raise UsageError(
             f"--imbalance {text} with a largest class of {head} rows leaves none of class {int(wanted.argmin())}"
         )
     order = counter.permutation(key, len(labels))

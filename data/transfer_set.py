@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base import rng as counter
-from softcache.base.errors import Refused, WrongCommand, unknown
+from softcache.base.errors import CacheError, UsageError, unknown
 
 from .image_arrays import MemoryPictures
 from .image_folder import FolderPictures, Progress, digest_files, read_folder
@@ -107,13 +107,13 @@ def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
             try:
                 found = kind(root, train=train, download=False)
             except (AssertionError, ValueError, TypeError, EOFError) as error:
-                raise Refused(f"the files of {name} in '{root / folder}' are damaged ({error})") from None
+                raise CacheError(f"the files of {name} in '{root / folder}' are damaged ({error})") from None
             except RuntimeError:  # not there, says torchvision
                 try:
                     found = kind(root, train=train, download=True)
                 except Exception as error:  # urllib, sockets, checksums: whatever a download can raise
                     why = " ".join(str(error).split())  # torchvision's own goes over several lines
-                    raise Refused(
+                    raise CacheError(
                         f"{name} is not under '{root}' and cannot be downloaded ({why}): put its files"
                         f" into '{root / folder}', or say where they are with --data-root"
                     ) from None
@@ -121,7 +121,7 @@ def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
             images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
             labels = np.asarray(found.targets, np.int64)
             if len(labels) != len(images):
-                raise Refused(
+                raise CacheError(
                     f"the files of {name} in '{root / folder}' hold {len(images)} pictures, {len(labels)} labels"
                 )
             splits[split] = (MemoryPictures(images), labels)
@@ -184,12 +184,12 @@ TRANSFER_SETS: dict[str, DataRow] = {
 
 
 def row_of(data: str) -> DataRow:
-    """The row of TRANSFER_SETS that `digits` or `folder:PATH` names, or WrongCommand."""
+    """The row of TRANSFER_SETS that `digits` or `folder:PATH` names, or UsageError."""
     name, _, path = data.partition(":")
     if name not in TRANSFER_SETS:
         raise unknown("data set", name, [*TRANSFER_SETS, "folder:PATH"])
     if (name == "folder") != bool(path):
-        raise WrongCommand("a folder of pictures is named with its path: --data folder:PATH")
+        raise UsageError("a folder of pictures is named with its path: --data folder:PATH")
     return TRANSFER_SETS[name]
 
 
@@ -209,20 +209,18 @@ def load(
     val_fraction: share of the training data, 0 < val_fraction < 1, drawn by class from seed; unused when
     the data come with a validation split. train_size: keep so many training rows, drawn by class; 0 keeps all.
     imbalance, head_size: keep a long-tailed part of the training rows, see long_tail; val and test stay as they are.
-    Raises WrongCommand or Refused where the data are not there or do not fit.
+    Raises UsageError or CacheError where the data are not there or do not fit.
     """
     row = row_of(data)
     name, _, path = data.partition(":")
     if not 0 < val_fraction < 1:
-        raise WrongCommand(f"--val-fraction {val_fraction:g} is outside 0 to 1")
+        raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
     read, classes = row.read(Path(path) if path else root)
     pictures, labels = read["train"]
     if "val" not in read:
         rows = max(1, round(len(labels) * val_fraction))
         if rows >= len(labels):
-            raise WrongCommand(
-                f"--val-fraction {val_fraction:g} of {len(labels)} training rows leaves none to train on"
-            )
+            raise UsageError(f"--val-fraction {val_fraction:g} of {len(labels)} training rows leaves none to train on")
         val = stratified(labels, rows, key=(seed, 10))
         read["val"] = (pictures.take(val), labels[val])
         keep = np.setdiff1d(np.arange(len(labels)), val)
@@ -250,14 +248,14 @@ def _kept(
 ) -> tuple[NDArray[np.int64], dict[str, Any]]:
     """The training rows that stay, sorted; and what the cut says of a long tail, nothing where there is none."""
     if not 0 <= train_size <= len(labels):
-        raise WrongCommand(f"--train-size {train_size} is not between 0 and the {len(labels)} training rows there are")
+        raise UsageError(f"--train-size {train_size} is not between 0 and the {len(labels)} training rows there are")
     if imbalance:
         if train_size:
-            raise WrongCommand("--train-size and --imbalance both say which training rows stay: leave out one")
+            raise UsageError("--train-size and --imbalance both say which training rows stay: leave out one")
         keep, head = long_tailed(labels, classes, imbalance, head_size, key=(seed, 12))
         return keep, {"imbalance": str(parse_imbalance(imbalance)), "head_size": head}
     if head_size:
-        raise WrongCommand(f"--head-size {head_size} is the largest class of a long tail: say --imbalance, too")
+        raise UsageError(f"--head-size {head_size} is the largest class of a long tail: say --imbalance, too")
     if train_size:
         return np.sort(stratified(labels, train_size, key=(seed, 11))), {}
     return np.arange(len(labels)), {}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from softcache.base import rng as counter
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 from softcache.base.spec import check_knobs, number, parse
 
 Draw = int | NDArray[np.int64]  # of all rows, or of each
@@ -86,7 +86,7 @@ def _knobs_of(policy: ViewPolicy) -> list[str]:
 
 
 def parse_views(spec: str) -> ViewPolicy:
-    """`crop-flip:pad=4,mixup=0.2` -> ViewPolicy. Raises WrongCommand for an unknown name or knob."""
+    """`crop-flip:pad=4,mixup=0.2` -> ViewPolicy. Raises UsageError for an unknown name or knob."""
     name, given = parse(spec, "views")
     if name not in VIEW_POLICIES:
         raise unknown("view policy", name, VIEW_POLICIES)
@@ -97,9 +97,9 @@ def parse_views(spec: str) -> ViewPolicy:
         value = number(spec, "views", knob, text)
         low, high = (0.001, 1.0) if knob == "min_scale" else (0.0, 4096.0)
         if not low <= value <= high:
-            raise WrongCommand(f"views '{spec}': {knob}={text} is outside {low:g} to {high:g}")
+            raise UsageError(f"views '{spec}': {knob}={text} is outside {low:g} to {high:g}")
         if knob in ("pad", "size", "resize") and value != int(value):
-            raise WrongCommand(f"views '{spec}': {knob}={text} is not a whole number")
+            raise UsageError(f"views '{spec}': {knob}={text} is not a whole number")
         values[knob] = int(value) if knob in ("pad", "size", "resize") else value
     return replace(policy, **values)  # type: ignore[arg-type]
 

@@ -262,13 +262,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to print and the exit code; code 0 for what is no slip of the user's."""
-    from softcache.base.errors import Interrupted, Refused, WrongCommand, of_an_interrupt
+    from softcache.base.errors import CacheError, Interrupted, UsageError, of_an_interrupt
 
     if isinstance(error, Interrupted):
         return str(error), 130
     if of_an_interrupt(error):
         return "stopped", 130
-    for kind, code in ((Refused, 1), (WrongCommand, 2)):
+    for kind, code in ((CacheError, 1), (UsageError, 2)):
         if isinstance(error, kind):
             return str(error), code
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):

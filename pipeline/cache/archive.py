@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.files import make_folder, open_plain, publish, remove_leftovers
 from softcache.base.lock import LOCK, held
 
@@ -24,7 +24,7 @@ Shown = Callable[[int], None]  # called with the bytes that are done
 
 
 def pack(folder: Path, manifest: Manifest, file: Path, shown: Shown) -> None:
-    """Publish a tar of a cache. Raises Refused when a file is not what the manifest says.
+    """Publish a tar of a cache. Raises CacheError when a file is not what the manifest says.
 
     Equal caches in folders of one name give equal tar files: no times, no owners.
     """
@@ -53,16 +53,16 @@ def _add(tar: tarfile.TarFile, folder: Path, member: str, name: str, size: int, 
         info = tarfile.TarInfo(member)
         info.size, info.mode = os.fstat(file.fileno()).st_size, 0o644
         if size >= 0 and info.size != size:
-            raise Refused(f"{folder / name}: {info.size} bytes instead of {size}: check-cache tells more")
+            raise CacheError(f"{folder / name}: {info.size} bytes instead of {size}: check-cache tells more")
         hashed = _Hashed(file, shown)
         try:
             tar.addfile(info, hashed)  # type: ignore[arg-type]
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise Refused(f"{folder / name}: cut while it was read ({error})") from None
+            raise CacheError(f"{folder / name}: cut while it was read ({error})") from None
     if checksum and hashed.digest.hexdigest() != checksum:
-        raise Refused(f"{folder / name}: damaged, its checksum is not the manifest's: check-cache tells more")
+        raise CacheError(f"{folder / name}: damaged, its checksum is not the manifest's: check-cache tells more")
 
 
 class _Hashed:
@@ -83,14 +83,14 @@ def unpack(file: Path, folder: Path, begun: Callable[[Manifest], Shown]) -> Mani
 
     Nothing in the tar is trusted: only regular members that its manifest names are taken, each under that name,
     and each is published when its size and checksum are right. begun: told the manifest, gives what to tell the
-    bytes that are done. Raises Refused.
+    bytes that are done. Raises CacheError.
     """
     with open(file, "rb") as tar:
         members = _members(tar, file)
         root, size = next(members, ("", 0))
         root, _, name = root.partition("/")
         if name != NAME or size > MANIFEST_MOST:
-            raise Refused(f"'{file}' is no packed cache: it does not begin with {NAME}")
+            raise CacheError(f"'{file}' is no packed cache: it does not begin with {NAME}")
         text = tar.read(size)
         manifest = parse_manifest(text, file)
         make_folder(folder)
@@ -101,7 +101,7 @@ def unpack(file: Path, folder: Path, begun: Callable[[Manifest], Shown]) -> Mani
             for member, size in members:
                 _take(tar, folder, member.removeprefix(f"{root}/"), size, wanted, shown, file)
             if wanted:
-                raise Refused(f"'{file}' ends without {next(iter(wanted))} ({len(wanted)} files): it was cut")
+                raise CacheError(f"'{file}' ends without {next(iter(wanted))} ({len(wanted)} files): it was cut")
             if not (folder / NAME).exists():
                 publish(folder / NAME, lambda path: _write(path, text))
     return read_manifest(folder)
@@ -115,21 +115,21 @@ def _members(tar: BinaryIO, file: Path) -> Iterator[tuple[str, int]]:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
-            raise Refused(f"'{file}' is no tar file, or is damaged ({str(error)[:80]})") from None
+            raise CacheError(f"'{file}' is no tar file, or is damaged ({str(error)[:80]})") from None
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise Refused(f"'{file}' holds {ascii(info.name)[:80]}, which is no plain file: not made by cache-pack")
+            raise CacheError(f"'{file}' holds {ascii(info.name)[:80]}, which is no plain file: not made by cache-pack")
         if info.size < 0:
-            raise Refused(f"'{file}' holds {ascii(info.name)[:80]} of {info.size} bytes: it is damaged")
+            raise CacheError(f"'{file}' holds {ascii(info.name)[:80]} of {info.size} bytes: it is damaged")
         begin = tar.tell()
         yield info.name, info.size
         tar.seek(begin + -(-info.size // _BLOCK) * _BLOCK)
-    raise Refused(f"'{file}' ends in the middle: it was cut")
+    raise CacheError(f"'{file}' ends in the middle: it was cut")
 
 
 def _begin(folder: Path, manifest: Manifest, file: Path) -> None:
     """The folder is empty, or holds the beginning of this very cache; there is space for it."""
     if (folder / NAME).exists() and read_manifest(folder).digest != manifest.digest:
-        raise Refused(f"'{folder}' holds another cache than '{file}': choose another folder")
+        raise CacheError(f"'{folder}' holds another cache than '{file}': choose another folder")
     names = {name for name, _, _ in _files(manifest)}
     places = {"": [NAME, CARD]}
     for name in names:
@@ -140,12 +140,12 @@ def _begin(folder: Path, manifest: Manifest, file: Path) -> None:
             remove_leftovers(folder / inner, last_names)
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     if strange := sorted(there - names - {NAME, CARD, LOCK}):
-        raise Refused(f"'{folder}' holds {strange[0]}, which is not of '{file}': choose another folder")
+        raise CacheError(f"'{folder}' holds {strange[0]}, which is not of '{file}': choose another folder")
     if links := [path for path in folder.rglob("*") if path.is_symlink()]:
-        raise Refused(f"'{links[0]}' is a link: remove it, or choose another folder")
+        raise CacheError(f"'{links[0]}' is a link: remove it, or choose another folder")
     need = sum(size for name, size, _ in _files(manifest) if not (folder / name).exists())
     if need > (free := shutil.disk_usage(folder).free):
-        raise Refused(f"'{file}' needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
+        raise CacheError(f"'{file}' needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
 
 
 def _take(
@@ -157,9 +157,11 @@ def _take(
             publish(folder / CARD, lambda path: _write(path, text))
         return
     if name not in wanted:
-        raise Refused(f"'{file}' holds {ascii(name)[:80]}, which its manifest does not name: nothing of it was taken")
+        raise CacheError(
+            f"'{file}' holds {ascii(name)[:80]}, which its manifest does not name: nothing of it was taken"
+        )
     if size != wanted[name][0]:
-        raise Refused(f"'{file}': {name} has {size} bytes instead of {wanted[name][0]}")
+        raise CacheError(f"'{file}': {name} has {size} bytes instead of {wanted[name][0]}")
     checksum = wanted.pop(name)[1]
     path = folder / name
     if path.exists() and _checksum(folder, name) == checksum:
@@ -174,13 +176,13 @@ def _copy(tar: BinaryIO, path: Path, name: str, size: int, checksum: str, shown:
         while size:
             block = tar.read(min(size, _PIECE))
             if not block:
-                raise Refused(f"'{file}' ends inside {name}: it was cut")
+                raise CacheError(f"'{file}' ends inside {name}: it was cut")
             digest.update(block)
             out.write(block)
             size -= len(block)
             shown(len(block))
     if digest.hexdigest() != checksum:
-        raise Refused(f"'{file}': {name} is damaged: its checksum is not the manifest's")
+        raise CacheError(f"'{file}': {name} is damaged: its checksum is not the manifest's")
 
 
 def _checksum(folder: Path, name: str) -> str:

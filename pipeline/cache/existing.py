@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 
 from .identity import Identity, fingerprint
 from .manifest import NAME, UNFINISHED
@@ -40,7 +40,7 @@ def begun(folder: Path, identity: Identity) -> Begun | None:
     for precision in PRECISIONS:
         try:
             lost = lost_pieces(folder, fingerprint({**identity, "precision": precision}), {})
-        except Refused:  # of the other precision, or of another cache, which the writer will refuse
+        except CacheError:  # of the other precision, or of another cache, which the writer will refuse
             continue
         if lost:
             there = next(piece.path for piece in lost if (folder / piece.path).exists())

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.files import read_plain
 from softcache.base.schema import check_form
 
@@ -37,39 +37,41 @@ _SEAL_BYTES = len(b',\n "sha256": ""\n}\n') + 64
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a cache, checked in itself. Raises Refused with the reason and the way out."""
+    """The manifest of a cache, checked in itself. Raises CacheError with the reason and the way out."""
     path = folder / NAME
     if folder.is_file():
-        raise Refused(f"'{folder}' is a file: a cache is a folder")
+        raise CacheError(f"'{folder}' is a file: a cache is a folder")
     if not folder.is_dir():
-        raise Refused(f"there is no cache at '{folder}': make one with teacher-cache --out {folder}")
+        raise CacheError(f"there is no cache at '{folder}': make one with teacher-cache --out {folder}")
     if not path.is_file():
         if (folder / UNFINISHED).is_file():
-            raise Refused(f"'{folder}' holds no finished cache: run the same teacher-cache command again to finish it")
-        raise Refused(f"'{folder}' is no cache: it has no {NAME}")
+            raise CacheError(
+                f"'{folder}' holds no finished cache: run the same teacher-cache command again to finish it"
+            )
+        raise CacheError(f"'{folder}' is no cache: it has no {NAME}")
     return parse_manifest(read_plain(folder, NAME, MANIFEST_MOST), path)
 
 
 def parse_manifest(text: bytes, path: Path) -> Manifest:
-    """A manifest from its bytes; path is where they are from, for messages. Raises Refused."""
+    """A manifest from its bytes; path is where they are from, for messages. Raises CacheError."""
     try:
         record = json.loads(text)
         if not isinstance(record, dict) or "format" not in record:
-            raise Refused(f"{path}: not a manifest: it has no format")
+            raise CacheError(f"{path}: not a manifest: it has no format")
         if record["format"] != FORMAT:
-            raise Refused(f"{path}: format {ascii(record['format'])[:40]}, this program reads {FORMAT}")
+            raise CacheError(f"{path}: format {ascii(record['format'])[:40]}, this program reads {FORMAT}")
         digest = _check_seal(text, path)
         del record["sha256"]
         more = {"arithmetic": ARITHMETIC_FORM} if "arithmetic" in record else {}
         check_form(record, {**_FORM, **more}, str(path))
         manifest = _from_json(record, digest)
         if record["fingerprint"] != manifest.fingerprint:
-            raise Refused(
+            raise CacheError(
                 f"{path}: its identity was edited: its fingerprint is {manifest.fingerprint[:12]},"
                 f" written down is {record['fingerprint'][:12]}"
             )
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{path}: not a manifest ({type(error).__name__}: {str(error)[:80]}){_WAY_OUT}") from None
+        raise CacheError(f"{path}: not a manifest ({type(error).__name__}: {str(error)[:80]}){_WAY_OUT}") from None
     _check(path, manifest)
     return manifest
 
@@ -85,7 +87,7 @@ def _check_seal(text: bytes, path: Path) -> str:
     digest = sha256(text[:-_SEAL_BYTES]).hexdigest()
     if found is None or found[1].decode() != digest:
         claim = found[1].decode()[:12] if found else "not there"
-        raise Refused(
+        raise CacheError(
             f"{path}: damaged or edited: its SHA-256 is {digest[:12]}, the one written in it {claim}{_WAY_OUT}"
         )
     return digest
@@ -159,21 +161,21 @@ def _check(path: Path, manifest: Manifest) -> None:
     """Sizes are in bounds; every dataset of every split and draw is tiled by shards, without gap or overlap."""
     for tap, shape in manifest.taps.items():
         if len(shape) > 8 or not tap or "/" in tap:
-            raise Refused(f"{path}: taps: {ascii(tap)[:40]} cannot have {len(shape)} dimensions")
+            raise CacheError(f"{path}: taps: {ascii(tap)[:40]} cannot have {len(shape)} dimensions")
     bounds = [("draws", manifest.draws, MOST_DRAWS), ("classes", manifest.classes, 1 << 24)]
     bounds += [(f"splits.{split}", rows, ROWS_MOST) for split, rows in manifest.splits.items()]
     bounds += [(f"taps.{tap}", math.prod(shape), 1 << 31) for tap, shape in manifest.taps.items()]
     for name, value, most in bounds:
         if not 1 <= value <= most:
-            raise Refused(f"{path}: {name}: {value} is not between 1 and {most}")
+            raise CacheError(f"{path}: {name}: {value} is not between 1 and {most}")
     if "train" not in manifest.splits or not set(manifest.splits) <= set(SPLITS):
-        raise Refused(f"{path}: its splits are {ascii(list(manifest.splits))[:80]}, not train and val or test")
+        raise CacheError(f"{path}: its splits are {ascii(list(manifest.splits))[:80]}, not train and val or test")
     if set(manifest.teacher) != set(manifest.splits):
-        raise Refused(f"{path}: the teacher's accuracy is not of its splits")
+        raise CacheError(f"{path}: the teacher's accuracy is not of its splits")
     if manifest.head and manifest.head.inputs > 1 << 24:
-        raise Refused(f"{path}: head.inputs: {manifest.head.inputs} is more than {1 << 24}")
+        raise CacheError(f"{path}: head.inputs: {manifest.head.inputs} is more than {1 << 24}")
     if len({shard.path for shard in manifest.shards}) != len(manifest.shards):
-        raise Refused(f"{path}: two shards have one path")
+        raise CacheError(f"{path}: two shards have one path")
     for shard in manifest.shards:
         _check_record(path, manifest, shard)
     _check_tiles(path, manifest)
@@ -183,35 +185,37 @@ def _check_record(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
     """One shard lies where its rows say, holds what a shard can hold, and is of a size that fits."""
     found = re.fullmatch(r"[a-z0-9-]+/shard-([0-9]{5,9})(?:-([1-9][0-9]{0,3}))?\.h5", shard.path)
     if not found or shard.path != shard_path(shard.split, shard.draw, int(found[1]), int(found[2] or 0)):
-        raise Refused(f"{path}: {ascii(shard.path)[:80]} is not the file of a shard of {shard.split}, {shard.draw}")
+        raise CacheError(f"{path}: {ascii(shard.path)[:80]} is not the file of a shard of {shard.split}, {shard.draw}")
     names = set(shard.datasets)
     if len(names) != len(shard.datasets) or not set(KEYS) < names or not names <= set(manifest.datasets):
-        raise Refused(f"{path}: {shard.path} cannot hold {ascii(shard.datasets)[:80]}")
+        raise CacheError(f"{path}: {shard.path} cannot hold {ascii(shard.datasets)[:80]}")
     if ("logits" in names) != (shard.correct is not None):
-        raise Refused(f"{path}: {shard.path}: correct is {shard.correct}")
+        raise CacheError(f"{path}: {shard.path}: correct is {shard.correct}")
     need = shard.rows * row_bytes({name: manifest.datasets[name] for name in names})
     if not need <= shard.bytes <= SHARD_MOST:
-        raise Refused(f"{path}: {shard.path} with {shard.rows} rows has {shard.bytes} bytes: they need {need}")
+        raise CacheError(f"{path}: {shard.path} with {shard.rows} rows has {shard.bytes} bytes: they need {need}")
 
 
 def _check_tiles(path: Path, manifest: Manifest) -> None:
     names = [name for name in manifest.datasets if name not in KEYS]
     kept = sum(manifest.draws if split == "train" else 1 for split in manifest.splits)
     if kept * len(names) > sum(len(shard.datasets) for shard in manifest.shards):  # before so many are listed
-        raise Refused(f"{path}: {len(manifest.shards)} shards are too few for {kept} draws of {len(names)} datasets")
+        raise CacheError(
+            f"{path}: {len(manifest.shards)} shards are too few for {kept} draws of {len(names)} datasets"
+        )
     filled = {(split, draw, name): 0 for split, draw in manifest.views() for name in names}
     for shard in sorted(manifest.shards, key=lambda s: s.start):
         for name in set(shard.datasets) - set(KEYS):
             key = (shard.split, shard.draw, name)
             if filled.get(key) != shard.start or shard.rows < 1:
-                raise Refused(
+                raise CacheError(
                     f"{path}: {shard.path} begins at row {shard.start} of {shard.split}, draw {shard.draw}:"
                     " it does not follow on"
                 )
             filled[key] += shard.rows
     for (split, draw, name), rows in filled.items():
         if rows != manifest.splits[split]:
-            raise Refused(f"{path}: {split}, draw {draw} has {rows} of {manifest.splits[split]} rows of {name}")
+            raise CacheError(f"{path}: {split}, draw {draw} has {rows} of {manifest.splits[split]} rows of {name}")
 
 
 def read_claim(folder: Path) -> Any:
@@ -221,4 +225,6 @@ def read_claim(folder: Path) -> Any:
             return begun
     except ValueError:
         pass
-    raise Refused(f"'{folder / UNFINISHED}' is damaged: choose another --out, or delete it when its shards are yours")
+    raise CacheError(
+        f"'{folder / UNFINISHED}' is damaged: choose another --out, or delete it when its shards are yours"
+    )

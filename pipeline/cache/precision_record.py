@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.schema import check_form
 
 FORM = {"folded": bool, "compiled": bool, "rows": int, "kl_1": float, "kl_4": float, "flips": float}
@@ -42,6 +42,6 @@ def arithmetic_of(record: Any) -> Arithmetic | None:
     """From plain JSON values; None, the teacher as it is, from None and from what is no such record."""
     try:
         check_form(record, FORM, "arithmetic")
-    except Refused:
+    except CacheError:
         return None
     return Arithmetic(**record)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import OtherCache, Refused, WrongCommand, printable
+from softcache.base.errors import CacheError, CacheMismatchError, UsageError, printable
 from softcache.base.files import shard_files
 from softcache.data.image_folder import Progress
 from softcache.data.long_tail import parse_imbalance
@@ -38,21 +38,23 @@ class Cache:
     """The targets of one teacher. Opening reads the manifest alone; shards are opened and checked on first use."""
 
     def __init__(self, folder: Path):
-        """Raises Refused when there is no finished cache, or its manifest does not hold together."""
+        """Raises CacheError when there is no finished cache, or its manifest does not hold together."""
         self.folder = folder
         # The order matters: what is seen first, with no addition under way, is in a manifest that is read later.
         files, growing = shard_files(folder), (folder / UNFINISHED).is_file()
         self.manifest: Manifest = read_manifest(folder)
         self.unlisted = sorted(files - {record.path for record in self.manifest.shards})
         if self.unlisted and not growing:
-            raise Refused(
+            raise CacheError(
                 f"'{folder}' holds {self.unlisted[0]}, which {NAME} does not know ({len(self.unlisted)} such files):"
                 f" an older {NAME}, or files of another cache. Put the newer one back, or move them away"
             )
         try:
             self._read_identity()
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, WrongCommand) as error:
-            raise Refused(f"'{folder}': the manifest's identity does not hold together ({printable(error)})") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, UsageError) as error:
+            raise CacheError(
+                f"'{folder}': the manifest's identity does not hold together ({printable(error)})"
+            ) from None
         self._index()
 
     def _index(self) -> None:
@@ -106,12 +108,12 @@ class Cache:
         """The data that the cache was made from, cut as they were then, from where they lie here; see bind.
 
         data: as on the command line, or empty for the name in the manifest. A manifest's word is never taken for
-        where a folder of pictures is. Raises WrongCommand, or Refused when these are other data.
+        where a folder of pictures is. Raises UsageError, or CacheError when these are other data.
         """
         if data and data.partition(":")[0] != self.data:
-            raise Refused(f"the cache '{self.folder}' is of {self.data}, not of {data}")
+            raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {data}")
         if self.data == "folder" and not data:
-            raise WrongCommand(
+            raise UsageError(
                 f"the cache '{self.folder}' is of a folder of pictures: say where it is with --data folder:PATH"
             )
         found = load(data or self.data, root, **self.cut, progress=progress)
@@ -133,7 +135,7 @@ class Cache:
                 path = self.folder / record.path
                 size = path.stat().st_size if path.is_file() else 0
                 if size != record.bytes and self.manifest.splits[split] > _ON_ITS_WORD:
-                    raise Refused(f"{path}: {size} bytes instead of {record.bytes}: cut, appended to or missing")
+                    raise CacheError(f"{path}: {size} bytes instead of {record.bytes}: cut, appended to or missing")
             self._orders[split] = row_order(self.seed, split, self.manifest.splits[split]).astype(np.uint32)
         return self._orders[split]
 
@@ -142,13 +144,13 @@ class Cache:
         mine, theirs = self.manifest.identity["transfer_set"], transfer_set.identity()
         if mine != theirs:
             fields = describe(theirs, mine, ("here", "in the cache"))
-            raise OtherCache(f"the cache '{self.folder}' was made from other data:{fields}")
+            raise CacheMismatchError(f"the cache '{self.folder}' was made from other data:{fields}")
         if transfer_set.classes and len(transfer_set.classes) != self.classes:
-            raise Refused(
+            raise CacheError(
                 f"the cache '{self.folder}' has {self.classes} classes, the data have {len(transfer_set.classes)}"
             )
         if self.manifest.splits != (here := {split: len(rows) for split, rows in transfer_set.splits.items()}):
-            raise Refused(f"the cache '{self.folder}' has rows {self.manifest.splits}, the data {here}")
+            raise CacheError(f"the cache '{self.folder}' has rows {self.manifest.splits}, the data {here}")
         self._labels = {split: rows.labels for split, rows in transfer_set.splits.items()}
 
     def targets(
@@ -258,14 +260,14 @@ class Cache:
     def verify(self, record: ShardRecord) -> NDArray[np.generic]:
         """Everything that can be known of one shard without its pictures; returns its view_crc32 [rows].
 
-        Raises Refused. May be called from several threads.
+        Raises CacheError. May be called from several threads.
         """
         with closing(self._opened(record)) as shard:
             if shard.checked_payload() != record.payload:
-                raise Refused(f"{shard.path}: its payload is not the one in the manifest")
+                raise CacheError(f"{shard.path}: its payload is not the one in the manifest")
             for name in record.datasets:
                 if name.startswith("features/") and not np.isfinite(shard.read(name)).all():
-                    raise Refused(f"{shard.path}: {name} has values that are not finite")
+                    raise CacheError(f"{shard.path}: {name} has values that are not finite")
             if record.correct is None:
                 self._check_views(shard, record)
             return shard.read("view_crc32")
@@ -281,17 +283,17 @@ class Cache:
                 try:
                     with closing(Shard(self.folder, other.path, layout, other.bytes, other.checksum)) as logits:
                         theirs = logits.read("view_crc32", first - other.start, stop - first)
-                except Refused:
+                except CacheError:
                     continue
                 if not np.array_equal(mine[first - record.start : stop - record.start], theirs):
-                    raise Refused(f"{shard.path}: its features are of other views than the logits of {other.path}")
+                    raise CacheError(f"{shard.path}: its features are of other views than the logits of {other.path}")
 
     def head(self) -> Head | None:
-        """The teacher's last linear layer, where it has one. Raises Refused when its file is not what it was."""
+        """The teacher's last linear layer, where it has one. Raises CacheError when its file is not what it was."""
         if not (head := self.manifest.head):
             return None
         with closing(Shard(self.folder, head.path, self.manifest.head_layout(), head.bytes, head.checksum)) as file:
             weight, bias = (torch.from_numpy(file.read(name)) for name in ("weight", "bias"))
         if not (weight.isfinite().all() and bias.isfinite().all()):
-            raise Refused(f"{self.folder / head.path}: the teacher's last layer is not finite")
+            raise CacheError(f"{self.folder / head.path}: the teacher's last layer is not finite")
         return Head(weight, bias)

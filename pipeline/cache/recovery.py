@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.files import shard_files
 
 from .manifest import KEYS, NAME, UNFINISHED, Piece, shard_path
@@ -14,7 +14,7 @@ from .shards import said_by
 def lost_pieces(folder: Path, fingerprint: str, splits: dict[str, int]) -> list[Piece]:
     """The shards of a cache whose manifest is gone, those that are missing between them included.
 
-    None where there is a manifest, or a cache was only begun. Raises Refused for a shard of another cache.
+    None where there is a manifest, or a cache was only begun. Raises CacheError for a shard of another cache.
     """
     if not folder.is_dir() or (folder / NAME).is_file() or (folder / UNFINISHED).is_file():
         return []
@@ -34,7 +34,7 @@ def _piece(folder: Path, name: str, fingerprint: str) -> tuple[Piece, int, int] 
         return None
     attributes, layout = said
     if attributes.get("fingerprint") != fingerprint:
-        raise Refused(f"{folder / name} is of another cache: choose another --out, or move it away")
+        raise CacheError(f"{folder / name} is of another cache: choose another --out, or move it away")
     split, draw, start = (attributes.get(key) for key in ("split", "draw", "start"))
     number, part = int(numbers[1]), int(numbers[2] or 0)
     if not isinstance(split, str) or not isinstance(draw, int) or not isinstance(start, int) or "index" not in layout:

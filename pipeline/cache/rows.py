@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base import rng as counter
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.data.transfer_set import Labels
 
 from .codecs import Codec
@@ -44,25 +44,27 @@ def check_rows(
     for key, claim in claims.items():
         if (found := shard.attributes.get(key)) != claim:
             said = f"its {key} is {printable(found)} instead of {claim}"
-            raise Refused(f"{shard.path}: {said}: a shard of another place")
+            raise CacheError(f"{shard.path}: {said}: a shard of another place")
     if not np.array_equal(shard.read("index"), expected):
-        raise Refused(f"{shard.path}: its rows are not in the order of this cache: targets would go to other pictures")
+        raise CacheError(
+            f"{shard.path}: its rows are not in the order of this cache: targets would go to other pictures"
+        )
     if labels is None:
         return
     wrong = np.flatnonzero(shard.read("label") != labels[expected])
     if len(wrong):
         first = expected[wrong[0]]
-        raise Refused(f"{shard.path}: {len(wrong)} labels are not those of the data, the first at index {first}")
+        raise CacheError(f"{shard.path}: {len(wrong)} labels are not those of the data, the first at index {first}")
 
 
 def check_logits(shard: Shard, record: ShardRecord, codec: Codec, classes: int) -> None:
     """Refuse logits that are not finite, or hit another number of labels than when they were written."""
     logits = codec.decode({name: shard.read(name) for name in codec.datasets(classes)})
     if not np.isfinite(logits).all():
-        raise Refused(f"{shard.path}: logits that are not finite")
+        raise CacheError(f"{shard.path}: logits that are not finite")
     hits = int((logits.argmax(1) == shard.read("label")).sum())
     if hits != record.correct:
-        raise Refused(
+        raise CacheError(
             f"{shard.path}: its logits hit {hits} labels instead of {record.correct}:"
             " rows and logits do not belong together"
         )

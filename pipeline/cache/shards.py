@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.base.files import open_plain, publish
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -102,7 +102,7 @@ class Shard:
 
         layout: every dataset with its whole shape and dtype; size and checksum: None where not yet known;
         known: the stamp of the file when its checksum was last found right, to save finding it again.
-        Raises Refused with the reason. HDF5 sees the file only after its checksum was right.
+        Raises CacheError with the reason. HDF5 sees the file only after its checksum was right.
         """
         self.path = path = folder / name
         self.layout = layout
@@ -113,17 +113,17 @@ class Shard:
         try:
             found_size = os.fstat(self._fd).st_size
             if size is not None and found_size != size:
-                raise Refused(f"{path}: {found_size} bytes instead of {size}: the file was cut or appended to")
+                raise CacheError(f"{path}: {found_size} bytes instead of {size}: the file was cut or appended to")
             self.is_known = known == self.stamp
             if not self.is_known and checksum is not None and (found := file_checksum(self._fd)) != checksum:
-                raise Refused(f"{path}: damaged, its checksum is {found} instead of {checksum}")
+                raise CacheError(f"{path}: damaged, its checksum is {found} instead of {checksum}")
             self._offsets, self.attributes = _inspect(path, self._fd, layout, found_size)
         except BaseException:
             self.close()
             raise
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> NDArray[np.generic]:
-        """Rows start to start + count of a dataset. Raises Refused when the file has become shorter."""
+        """Rows start to start + count of a dataset. Raises CacheError when the file has become shorter."""
         shape, dtype = self.layout[name]
         rows = np.empty((shape[0] - start if count is None else count, *shape[1:]), dtype)
         self.read_into(name, start, rows.reshape(-1).view(np.uint8).data)
@@ -135,7 +135,7 @@ class Shard:
         while room:
             got = os.preadv(self._fd, [room], offset)
             if got == 0:
-                raise Refused(f"{self.path}: the file ends inside {name}: it was cut after it was opened")
+                raise CacheError(f"{self.path}: the file ends inside {name}: it was cut after it was opened")
             room, offset = room[got:], offset + got
 
     def announce(self, name: str, start: int, count: int) -> None:
@@ -157,17 +157,17 @@ class Shard:
     def verified(self) -> Written:
         """What there is to know of the shard, after its datasets were found to be what they were when written.
 
-        Raises Refused when they are not: the shard vouches for itself, before any manifest does.
+        Raises CacheError when they are not: the shard vouches for itself, before any manifest does.
         """
         payload = self.checked_payload()
         return Written(os.fstat(self._fd).st_size, file_checksum(self._fd), payload)
 
     def checked_payload(self) -> str:
-        """The digest of the datasets. Raises Refused when it is not the one that was written into the shard."""
+        """The digest of the datasets. Raises CacheError when it is not the one that was written into the shard."""
         payload = payload_digest(self.read_all())
         if payload != self.attributes.get("payload"):
             written = printable(self.attributes.get("payload"))
-            raise Refused(f"{self.path}: damaged, its payload is {payload} instead of {written}")
+            raise CacheError(f"{self.path}: damaged, its payload is {payload} instead of {written}")
         return payload
 
     def close(self) -> None:
@@ -188,14 +188,14 @@ def said_by(folder: Path, name: str) -> tuple[dict[str, str | int], Layout] | No
             _small(path, file)
             layout = {key: (tuple(file[key].shape), file[key].dtype.str) for key in sorted(_names(path, file))}
             return _attributes(path, file), layout
-    except (Refused, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+    except (CacheError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
         return None
 
 
 def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, int], dict[str, str | int]]:
     """Offsets of the datasets, and the attributes, through HDF5 on the same descriptor; closed again."""
     if os.pread(fd, 9, 0)[:9] not in _SUPERBLOCKS:
-        raise Refused(f"{path}: not an HDF5 file with checksums in its metadata")
+        raise CacheError(f"{path}: not an HDF5 file with checksums in its metadata")
     with os.fdopen(os.dup(fd), "rb") as raw:
         try:
             with h5py.File(raw, "r") as file:
@@ -203,17 +203,17 @@ def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, 
                 found = _names(path, file)
                 if found != set(layout):
                     differ = printable(", ".join(sorted(found ^ set(layout))))
-                    raise Refused(f"{path}: the datasets are not those of the manifest: {differ}")
+                    raise CacheError(f"{path}: the datasets are not those of the manifest: {differ}")
                 offsets = {name: _offset(path, file, name, *layout[name], size) for name in layout}
                 return offsets, _attributes(path, file)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise Refused(f"{path}: not a readable HDF5 file ({printable(error, 120)})") from None
+            raise CacheError(f"{path}: not a readable HDF5 file ({printable(error, 120)})") from None
 
 
 def _small(path: Path, file: h5py.File) -> None:
     """Refuse a file that would be long to look through, before it is."""
     if len(file) > _MOST_LINKS or len(file.attrs) > _MOST_ATTRIBUTES:
-        raise Refused(f"{path}: {len(file)} names and {len(file.attrs)} attributes are no shard's")
+        raise CacheError(f"{path}: {len(file)} names and {len(file.attrs)} attributes are no shard's")
 
 
 def _names(path: Path, file: h5py.File) -> set[str]:
@@ -225,7 +225,7 @@ def _names(path: Path, file: h5py.File) -> set[str]:
             names.add(outer)
             continue
         if not isinstance(file[outer], h5py.Group) or len(file[outer]) > _MOST_LINKS:
-            raise Refused(f"{path}: {printable(outer)} is neither a dataset nor a small group")
+            raise CacheError(f"{path}: {printable(outer)} is neither a dataset nor a small group")
         for inner in file[outer]:
             _hard(path, file, f"{outer}/{inner}")
             names.add(f"{outer}/{inner}")
@@ -235,24 +235,24 @@ def _names(path: Path, file: h5py.File) -> set[str]:
 def _hard(path: Path, file: h5py.File, name: str) -> None:
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
-        raise Refused(f"{path}: {printable(name)} is a {type(link).__name__}, which may lead out of the file")
+        raise CacheError(f"{path}: {printable(name)} is a {type(link).__name__}, which may lead out of the file")
 
 
 def _offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, size: int) -> int:
     """Where the dataset's bytes begin, once it is known to be contiguous, raw and inside the file."""
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
-        raise Refused(f"{path}: {name} is no dataset")
+        raise CacheError(f"{path}: {name} is no dataset")
     if dataset.external is not None or dataset.is_virtual:
-        raise Refused(f"{path}: {name} keeps its data in other files")
+        raise CacheError(f"{path}: {name} keeps its data in other files")
     if dataset.shape != shape or dataset.dtype != np.dtype(dtype):
-        raise Refused(f"{path}: {name} is {dataset.dtype} {dataset.shape} instead of {np.dtype(dtype)} {shape}")
+        raise CacheError(f"{path}: {name} is {dataset.dtype} {dataset.shape} instead of {np.dtype(dtype)} {shape}")
     need = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     offset = dataset.id.get_offset()
     if dataset.chunks is not None or offset is None or dataset.id.get_storage_size() != need:
-        raise Refused(f"{path}: {name} is not stored whole in one piece")
+        raise CacheError(f"{path}: {name} is not stored whole in one piece")
     if offset + need > size:
-        raise Refused(f"{path}: {name} ends at byte {offset + need} of a file of {size}")
+        raise CacheError(f"{path}: {name} ends at byte {offset + need} of a file of {size}")
     return int(offset)
 
 
@@ -262,7 +262,7 @@ def _attributes(path: Path, file: h5py.File) -> dict[str, str | int]:
         attribute = file.attrs.get_id(key)
         kind = attribute.dtype
         if kind.kind not in "Si" or kind.itemsize > 1024 or attribute.shape != ():
-            raise Refused(f"{path}: attribute {printable(key)} is of type {kind}, shape {attribute.shape}")
+            raise CacheError(f"{path}: attribute {printable(key)} is of type {kind}, shape {attribute.shape}")
         value = file.attrs[key]
         found[key] = value.decode("ascii", "replace") if isinstance(value, bytes) else int(value)
     return found

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.files import remove_leftovers
 from softcache.base.lock import LOCK, held
 
@@ -17,7 +17,7 @@ def sweep(folder: Path) -> None:
 
     Nothing depends on it: where it cannot be done, on a read-only mount or beside a writer, it is left.
     """
-    with suppress(Refused, OSError):
+    with suppress(CacheError, OSError):
         if any(path.name == LOCK or path.suffix == ".tmp" for path in folder.rglob(".*")):
             with held(folder):
                 tidy(folder, [record.path for record in read_manifest(folder).shards])

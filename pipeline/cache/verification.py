@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import render
 
@@ -23,7 +23,7 @@ def probe(
     gaps: dict[int, NDArray[np.bool_]] | None = None,
     views: int = 256,
 ) -> None:
-    """Render so many views of the first draws and the held-out splits again. Raises Refused where one differs.
+    """Render so many views of the first draws and the held-out splits again. Raises CacheError where one differs.
 
     gaps: positions of the training split that are not asked for, by draw.
     """
@@ -48,7 +48,7 @@ def compare_views(
     positions: Positions,
     seen: NDArray[np.generic],
 ) -> None:
-    """Render the views at positions [n]; their checksums must be seen [n]. Raises Refused, naming the first."""
+    """Render the views at positions [n]; their checksums must be seen [n]. Raises CacheError, naming the first."""
     index = cache.index(split, positions)
     policy = cache.views if split == "train" else cache.views.plain()
     together = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
@@ -57,7 +57,7 @@ def compare_views(
         views = render(transfer_set.splits[split].pictures, policy, cache.seed, part, draw)
         wrong = np.flatnonzero(crc32(views) != seen[at : at + together])
         if len(wrong):
-            raise Refused(
+            raise CacheError(
                 f"{len(wrong)} of {len(part)} views of '{cache.folder}' come out differently here, the first is"
                 f" {split} index {part[wrong[0]]}, draw {draw}: a picture, the decoder or a library changed."
                 f" The cache was written with {_versions(cache.manifest.versions)}"

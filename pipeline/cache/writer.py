@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import OtherCache, Refused
+from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.base.files import make_folder, publish_json, sync
 from softcache.base.lock import LOCK
 from softcache.base.schema import check_form
@@ -97,7 +97,8 @@ class Writer:
 
     @staticmethod
     def look(folder: Path, plan: Plan) -> "Writer":
-        """What there is to do in a folder whose lock is held; nothing is written. Raises OtherCache or Refused."""
+        """What there is to do in a folder whose lock is held; nothing is written. Raises CacheMismatchError or
+        CacheError."""
         check_form(plan.identity, IDENTITY_FORM, "identity")  # what is written must be readable
         check_form(plan.settings, SETTINGS_FORM, "settings")
         if (folder / NAME).is_file():
@@ -115,18 +116,21 @@ class Writer:
         return self.grown is not None and not self.todo and not (self.folder / UNFINISHED).exists()
 
     def begin(self) -> None:
-        """Claim the folder. Raises OtherCache when another cache was begun there, Refused for too little space."""
+        """Claim the folder. Raises CacheMismatchError when another cache was begun there, CacheError for too little
+        space."""
         folder, there = self.folder, self.grown
         if links := [p for p in self.todo if (folder / p.path).parent.is_symlink()]:
-            raise Refused(f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it")
+            raise CacheError(
+                f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it"
+            )
         records = len(self.todo) + (len(there.shards) if there else 0)
         if records * _RECORD_BYTES > MANIFEST_MOST:
-            raise Refused(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
+            raise CacheError(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
         tidy(folder, [piece.path for piece in self.todo])
         self._claim()
         missing = sum(p.rows * row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
         if missing > (free := shutil.disk_usage(folder).free):
-            raise Refused(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
+            raise CacheError(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
 
     def _claim(self) -> None:
         """Write down what is begun, or see that it was this that was begun."""
@@ -142,16 +146,16 @@ class Writer:
             elif begun != claim and (self.todo or self.grown is None):
                 fields = describe(claim, begun, ("asked", "begun"))
                 begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
-                raise OtherCache(f"{begun_with}, to be finished first by its own command:{fields}")
+                raise CacheMismatchError(f"{begun_with}, to be finished first by its own command:{fields}")
         elif self.todo:
             if self.grown is None and (strange := _strange(self.folder)):
-                raise Refused(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
+                raise CacheError(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
             publish_json(path, claim)
 
     def have(self, piece: Piece) -> bool:
         """Whether that shard is there, whole and of this cache; then it is taken over. A damaged one is not.
 
-        Raises Refused for a whole shard of another cache, which would be lost.
+        Raises CacheError for a whole shard of another cache, which would be lost.
         """
         if not (self.folder / piece.path).exists():
             return False
@@ -160,15 +164,15 @@ class Writer:
             shard = Shard(self.folder, piece.path, layout_of(piece.rows, piece.datasets))
             written = shard.verified()
             facts = json.loads(str(shard.attributes["facts"]))
-        except (Refused, KeyError, ValueError):
+        except (CacheError, KeyError, ValueError):
             said = said_by(self.folder, piece.path)
             if said is None or said[0].get("fingerprint") == wanted["fingerprint"]:
                 return False
-            raise Refused(
+            raise CacheError(
                 f"{self.folder / piece.path} is of another cache: choose another --out, or move it away"
             ) from None
         if shard.attributes.get("fingerprint") != wanted["fingerprint"]:
-            raise Refused(f"{shard.path} is of another cache: choose another --out, or move it away")
+            raise CacheError(f"{shard.path} is of another cache: choose another --out, or move it away")
         if any(shard.attributes.get(key) != value for key, value in wanted.items()):
             return False
         self._note(piece, written, facts)
@@ -274,12 +278,12 @@ def accuracy(
 
 
 def refuse_another(folder: Path, identity: Identity, taps: dict[str, list[int]], there: Manifest) -> None:
-    """Raise OtherCache when the cache that is there is not of this identity, or its taps have other shapes."""
+    """Raise CacheMismatchError when the cache that is there is not of this identity, or its taps have other shapes."""
     common = [tap for tap in taps if tap in there.taps]
     asked = {**identity, "taps": {tap: taps[tap] for tap in common}}
     found = {**there.identity, "taps": {tap: there.taps[tap] for tap in common}}
     if asked != found:
-        raise OtherCache(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
+        raise CacheMismatchError(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
 
 
 def _strange(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.threads import Threads
 from softcache.data.views import Draw, Pictures, ViewPolicy, render
 
@@ -27,7 +27,7 @@ class Renderer(Dataset[torch.Tensor | str]):
     def __getitem__(self, item: Asked) -> torch.Tensor | str:
         try:
             return render(self.pictures, self.views, self.seed, *item)
-        except Refused as refusal:
+        except CacheError as refusal:
             return str(refusal)
 
 
@@ -45,7 +45,7 @@ def by_workers(
     )
     for views in loader:
         if isinstance(views, str):
-            raise Refused(views)
+            raise CacheError(views)
         yield views
 
 

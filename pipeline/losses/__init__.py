@@ -11,7 +11,7 @@ the file of its family and a row of LOSSES.
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 from softcache.base.spec import check_knobs, number, parse
 
 from .base import Loss, Ramp
@@ -65,16 +65,16 @@ LOSSES: dict[str, Loss] = {
 
 
 def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
-    """`("kd:temperature=4", "hard:weight=0.1")` -> losses. Raises WrongCommand for what does not exist."""
+    """`("kd:temperature=4", "hard:weight=0.1")` -> losses. Raises UsageError for what does not exist."""
     losses = tuple(_parse_one(spec) for spec in specs)
     names = [loss.name for loss in losses]
     for loss in losses:
         if names.count(loss.name) > 1 and not loss.several:
-            raise WrongCommand(f"loss '{loss.name}' is given twice: one --loss with one weight each")
+            raise UsageError(f"loss '{loss.name}' is given twice: one --loss with one weight each")
     if not losses:
-        raise WrongCommand("no loss: name at least one, such as --loss kd:temperature=4")
+        raise UsageError("no loss: name at least one, such as --loss kd:temperature=4")
     if "simkd" in names and len(names) > 1:
-        raise WrongCommand("loss 'simkd' goes alone: its student answers through the teacher's own last layer")
+        raise UsageError("loss 'simkd' goes alone: its student answers through the teacher's own last layer")
     if "output" in names:  # the two halves of one cost function, 0.5 each unless said
         unsaid = [spec.partition(":")[0] == "hint" and "weight" not in parse(spec, "loss")[1] for spec in specs]
         losses = tuple(
@@ -100,15 +100,15 @@ def _value(spec: str, knob: str, text: str, kind: object) -> str | bool | float 
         return text
     if kind is bool:
         if text not in ("true", "false"):
-            raise WrongCommand(f"loss '{spec}': {knob}={text} is neither true nor false")
+            raise UsageError(f"loss '{spec}': {knob}={text} is neither true nor false")
         return text == "true"
     value = _numeric(spec, knob, text)
     if kind is int:
         if not isinstance(value, float) or value != int(value) or value < 1:
-            raise WrongCommand(f"loss '{spec}': {knob}={text} is not a whole number from 1 on")
+            raise UsageError(f"loss '{spec}': {knob}={text} is not a whole number from 1 on")
         return int(value)
     if kind is float and isinstance(value, Ramp):
-        raise WrongCommand(f"loss '{spec}': {knob}={text}: {knob} cannot change during training")
+        raise UsageError(f"loss '{spec}': {knob}={text}: {knob} cannot change during training")
     return value
 
 
@@ -118,13 +118,13 @@ def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
     low = 1e-3 if knob in ("temperature", "power") else 0.0
     values = [number(spec, "loss", knob, part) for part in ((start, end) if arrow else (start,))]
     if min(values) < low:
-        raise WrongCommand(f"loss '{spec}': {knob}={text} is below {low:g}")
+        raise UsageError(f"loss '{spec}': {knob}={text} is below {low:g}")
     if knob in ("smoothing", "correct", "reversal") and max(values) > 1:
-        raise WrongCommand(f"loss '{spec}': {knob}={text} is above 1")
+        raise UsageError(f"loss '{spec}': {knob}={text} is above 1")
     if knob == "beta" and max(values) >= 1:
-        raise WrongCommand(f"loss '{spec}': {knob}={text} is not below 1")
+        raise UsageError(f"loss '{spec}': {knob}={text} is not below 1")
     if mark and not (epochs.isdecimal() and 0 < int(epochs) <= 1_000_000):
-        raise WrongCommand(f"loss '{spec}': {knob}={text}: after @ comes the epoch in which {end} is reached")
+        raise UsageError(f"loss '{spec}': {knob}={text}: after @ comes the epoch in which {end} is reached")
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
 
 

@@ -16,7 +16,7 @@ from .kd import teacher_logits
 
 
 def head_for(loss: LayerLoss, known: Known, width: int) -> Head:
-    """The teacher's head, if it takes features so wide. Raises WrongCommand."""
+    """The teacher's head, if it takes features so wide. Raises UsageError."""
     tap = loss.teacher_taps()[0]
     if known.head is None:
         raise loss.without_head()

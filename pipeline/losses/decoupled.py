@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Outputs, TargetBatch
 
 from .base import Loss, Ramp, fixed
@@ -135,7 +135,7 @@ class MultiTemperature(Loss):
         except ValueError:
             values = []
         if not values or not all(1e-3 <= t <= 1e30 for t in values):
-            raise WrongCommand(f"loss '{self.name}': temperatures={self.temperatures} is not such as 2+3+4")
+            raise UsageError(f"loss '{self.name}': temperatures={self.temperatures} is not such as 2+3+4")
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, target)

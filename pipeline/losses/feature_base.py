@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Outputs, TargetBatch
 from softcache.pipeline.taps.statistics import plain_tap, split_tap
 
@@ -33,10 +33,10 @@ class LayerLoss(Loss):
 
     def teacher_taps(self) -> tuple[str, ...]:
         if not self.teacher:
-            raise WrongCommand(f"loss '{self.name}' wants layers: --loss {self.name}:teacher=layer3,student=layer3")
+            raise UsageError(f"loss '{self.name}' wants layers: --loss {self.name}:teacher=layer3,student=layer3")
         taps = tuple(self._tap(tap, self.statistic) for tap in self.teacher.split("+"))
         if self.one_layer and len(taps) > 1:
-            raise WrongCommand(f"loss '{self.name}' is of one layer of the teacher, not of {len(taps)}")
+            raise UsageError(f"loss '{self.name}' is of one layer of the teacher, not of {len(taps)}")
         return taps
 
     def student_taps(self) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class LayerLoss(Loss):
             return teacher
         taps = self.student.split("+")
         if len(taps) != len(teacher):
-            raise WrongCommand(
+            raise UsageError(
                 f"loss '{self.name}' has {len(teacher)} layers of the teacher, {len(taps)} of the student"
             )
         kinds = [tap.partition(":")[2] for tap in teacher]
@@ -53,12 +53,10 @@ class LayerLoss(Loss):
 
     def _tap(self, tap: str, kind: str) -> str:
         if not tap:
-            raise WrongCommand(f"loss '{self.name}': a layer without a name in '{self.teacher}' or '{self.student}'")
+            raise UsageError(f"loss '{self.name}': a layer without a name in '{self.teacher}' or '{self.student}'")
         path, named = split_tap(tap)
         if self.no_other and ":" in tap and named != self.statistic:
-            raise WrongCommand(
-                f"loss '{self.name}' is of {self.statistic} and not of {named}: name the layer, '{path}'"
-            )
+            raise UsageError(f"loss '{self.name}' is of {self.statistic} and not of {named}: name the layer, '{path}'")
         return plain_tap(tap if ":" in tap or not kind else f"{tap}:{kind}")
 
     def pairs(self, student: Outputs, target: TargetBatch) -> list[Pair]:
@@ -76,18 +74,18 @@ class LayerLoss(Loss):
         return torch.stack([self.between(s, t) for s, t in self.pairs(student, target)]).sum()
 
     def refuse_one_row(self, x: torch.Tensor, module: nn.Module | None) -> None:
-        """Raise WrongCommand for batch norm in training over one vector: there is no spread to divide by."""
+        """Raise UsageError for batch norm in training over one vector: there is no spread to divide by."""
         if module is not None and module.training and len(x) == 1 and x[0, 0].numel() == 1:
-            raise WrongCommand(f"loss '{self.name}' normalises over the batch: a --batch-size of 1 leaves nothing")
+            raise UsageError(f"loss '{self.name}' normalises over the batch: a --batch-size of 1 leaves nothing")
 
-    def refuse(self, student: torch.Tensor, teacher: torch.Tensor, why: str) -> WrongCommand:
+    def refuse(self, student: torch.Tensor, teacher: torch.Tensor, why: str) -> UsageError:
         """What to raise when a pair of layers does not fit."""
         s, t = ("x".join(map(str, x.shape[1:])) for x in (student, teacher))
-        return WrongCommand(f"loss '{self.name}': the student's {s} and the teacher's {t}: {why}")
+        return UsageError(f"loss '{self.name}': the student's {s} and the teacher's {t}: {why}")
 
-    def without_head(self, why: str = "it has none", whose: str = "the cache") -> WrongCommand:
+    def without_head(self, why: str = "it has none", whose: str = "the cache") -> UsageError:
         """What to raise when a network has no last linear layer that fits."""
-        return WrongCommand(f"loss '{self.name}' needs the last linear layer of {whose}'s network: {why}")
+        return UsageError(f"loss '{self.name}' needs the last linear layer of {whose}'s network: {why}")
 
 
 def same_size(s: torch.Tensor, t: torch.Tensor) -> Pair:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Known, Outputs, TargetBatch
 from softcache.pipeline.taps.statistics import as_map, split_tap
 
@@ -62,7 +62,7 @@ def regressor(student: torch.Size, teacher: torch.Size) -> nn.Module | None:
         if (2 * s[1], 2 * s[2]) == (t[1], t[2]):
             grow = nn.ConvTranspose2d(s[0], t[0], 4, 2, 1, bias=False)
             return nn.Sequential(grow, nn.BatchNorm2d(t[0]))
-    raise WrongCommand(
+    raise UsageError(
         f"loss 'hint': no regressor from the student's {'x'.join(map(str, s))} to the teacher's"
         f" {'x'.join(map(str, t))}: choose a student layer at least as large, or with half the sides"
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Known, Outputs, TargetBatch
 
 from .base import Loss, Ramp, fixed
@@ -115,7 +115,7 @@ class Output(Loss):
 
     def __post_init__(self) -> None:
         if self.kind not in ("kl", "mse", "soft_ce"):
-            raise WrongCommand(f"loss 'output': kind={self.kind} is none of kl, mse, soft_ce")
+            raise UsageError(f"loss 'output': kind={self.kind} is none of kl, mse, soft_ce")
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, target), fixed(self.temperature)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Known, Outputs, TargetBatch
 
 from .base import Loss, Ramp, fixed
@@ -18,19 +18,19 @@ from .kd import soft_term, teacher_logits
 
 
 def counts_for(loss: Loss, counts: torch.Tensor | None, classes: Sequence[str] = ()) -> torch.Tensor:
-    """The counts [K], none of them 0. classes: their names, where known. Raises WrongCommand.
+    """The counts [K], none of them 0. classes: their names, where known. Raises UsageError.
 
     The logarithm of 0 would say that the class is impossible, and a weight of 1 / 0 that nothing else is.
     """
     if counts is None or not counts.any():
-        raise WrongCommand(
+        raise UsageError(
             f"loss '{loss.name}' counts the labels of each class, and these pictures have none: leave it out"
         )
     empty = (counts == 0).nonzero()[:, 0].tolist()
     if empty:
         which = f"'{classes[empty[0]]}'" if classes else str(empty[0])
         more = f" ({len(empty)} of {len(counts)} classes have none)" if len(empty) > 1 else ""
-        raise WrongCommand(
+        raise UsageError(
             f"loss '{loss.name}': class {which} has no labelled training row{more}:"
             " leave the loss out, or keep labels of every class"
         )
@@ -164,7 +164,7 @@ class SoftF1(Loss):
 
     def __post_init__(self) -> None:
         if self.average not in ("macro", "weighted", "micro"):
-            raise WrongCommand(f"loss 'soft_f1': average={self.average} is none of macro, weighted, micro")
+            raise UsageError(f"loss 'soft_f1': average={self.average} is none of macro, weighted, micro")
 
     def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
         z = student.logits

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
 from softcache.pipeline.models.archs.cnn import cnn
 from softcache.pipeline.models.archs.mlp import mlp
@@ -55,7 +55,7 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     """The network that arch names, with fresh weights. classes K, input [B, channels, size, size].
 
     A user's own `module:factory` is called as factory(classes=, channels=, size=).
-    Raises WrongCommand for a name that is in no table, or an argument that does not fit.
+    Raises UsageError for a name that is in no table, or an argument that does not fit.
     """
     if parts := parts_of(arch):
         return _through_teachers_head(*parts, classes, channels, size)
@@ -66,7 +66,7 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
         return _users_own(name, argument, classes, channels, size)
     own = [name for name in MODELS if name != "torchvision"]
     if is_known(arch):
-        raise WrongCommand(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(own)}")
+        raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(own)}")
     raise unknown("arch", arch, [*own, "torchvision:NAME", "my_package.module:factory"])
 
 
@@ -80,10 +80,10 @@ def _users_own(module: str, factory: str, classes: int, channels: int, size: int
         close = get_close_matches(module, MODELS, n=1)
         hint = f". Did you mean '{close[0]}:{factory}'?" if close else ""
         hint = f". Name the module without .py: '{module[:-3]}:{factory}'" if module.endswith(".py") else hint
-        raise WrongCommand(f"arch '{module}:{factory}' cannot be imported: {error}{hint}") from None
+        raise UsageError(f"arch '{module}:{factory}' cannot be imported: {error}{hint}") from None
     network = make(classes=classes, channels=channels, size=size)
     if not isinstance(network, nn.Module):
-        raise WrongCommand(f"arch '{module}:{factory}' gave a {type(network).__name__}, not a torch.nn.Module")
+        raise UsageError(f"arch '{module}:{factory}' gave a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
@@ -92,7 +92,7 @@ def _through_teachers_head(arch: str, layer: str, width: int, classes: int, chan
     own = head_of(backbone, classes)
     names = [name for name, module in backbone.named_modules() if module is own and name]
     if not names:
-        raise WrongCommand(f"arch '{arch}' has no last linear layer that a teacher's could take the place of")
+        raise UsageError(f"arch '{arch}' has no last linear layer that a teacher's could take the place of")
     return simkd(backbone, names[0], layer, width, classes, torch.zeros(1, channels, size, size))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 
 State = dict[str, torch.Tensor]
 
@@ -24,25 +24,27 @@ _OLD_NAMES = (
 def read_state(path: Path) -> State:
     """The state dict in a file, bare or nested under `state_dict` or `model`, with or without `module.` in front.
 
-    Raises WrongCommand when there is no such file, Refused when it is no state dict or would need to run code.
+    Raises UsageError when there is no such file, CacheError when it is no state dict or would need to run code.
     """
     try:
         check_zip(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise WrongCommand(f"there are no weights at '{path}'") from None
+        raise UsageError(f"there are no weights at '{path}'") from None
     except IsADirectoryError:
-        raise WrongCommand(f"'{path}' is a folder without teacher.pt or student.pt") from None
+        raise UsageError(f"'{path}' is a folder without teacher.pt or student.pt") from None
     except Exception as error:  # pickle, zip, struct, index …: whatever bytes that are no weights can raise
         if isinstance(error, OSError) and error.filename:
             raise
         why = "it would run code when loaded" if "GLOBAL" in str(error) else "it is damaged"
-        raise Refused(f"'{path}' is refused: {why} or is no file of weights; save model.state_dict() alone") from None
+        raise CacheError(
+            f"'{path}' is refused: {why} or is no file of weights; save model.state_dict() alone"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not found or not all(map(_is_weight, found.items())):
-        raise Refused(f"'{path}' holds a {type(found).__name__} and no state dict: save model.state_dict()")
+        raise CacheError(f"'{path}' holds a {type(found).__name__} and no state dict: save model.state_dict()")
     return {key.removeprefix("module."): value for key, value in found.items()}
 
 
@@ -62,7 +64,7 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
 
 
 def load_state(network: nn.Module, state: State, source: str) -> None:
-    """Put a state dict into a network. Raises WrongCommand that names the first keys that do not fit.
+    """Put a state dict into a network. Raises UsageError that names the first keys that do not fit.
 
     Batch counters (`num_batches_tracked`) may be missing: checkpoints from before PyTorch 0.4.1 have none.
     """
@@ -78,7 +80,7 @@ def load_state(network: nn.Module, state: State, source: str) -> None:
     problems = [f"{k} is missing" for k in missing] + [f"{k} is not in the arch" for k in extra] + shapes
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise WrongCommand(f"the weights of {source} do not fit the arch: {'; '.join(problems[:3])}{more}")
+        raise UsageError(f"the weights of {source} do not fit the arch: {'; '.join(problems[:3])}{more}")
     own.update(state)  # into the network's own record: it knows the version that some of torchvision's archs ask for
     network.load_state_dict(own)
 

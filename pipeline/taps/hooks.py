@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 
 from .statistics import split_tap, statistic
 
@@ -24,7 +24,7 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
 
     The output is cloned as the layer returns it: a later in-place activation (`ReLU(inplace=True)`) would
     otherwise overwrite it with its own result. Gradients flow through the clone.
-    Raises WrongCommand for a path that the model does not have, whose output is not one tensor, or that it never runs.
+    Raises UsageError for a path that the model does not have, whose output is not one tensor, or that it never runs.
     """
     modules = dict(model.named_modules())
     kept: dict[str, torch.Tensor] = {}
@@ -36,7 +36,7 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
 
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if not isinstance(output, torch.Tensor):
-                raise WrongCommand(f"tap '{tap}' gives a {type(output).__name__}, not one tensor")
+                raise UsageError(f"tap '{tap}' gives a {type(output).__name__}, not one tensor")
             if kind == "map":
                 kept[tap] = output.clone()
                 return
@@ -52,7 +52,7 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
     def end(module: nn.Module, inputs: object, output: object) -> None:
         for tap in taps:
             if tap not in kept:
-                raise WrongCommand(f"tap '{tap}' is a layer that the network does not run: choose another")
+                raise UsageError(f"tap '{tap}' is a layer that the network does not run: choose another")
 
     handles: list[RemovableHandle] = []
     try:

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 
 STATISTICS = ("map", "pool", "attention", "gram", "grid1", "grid2", "grid4")
 
 
 def split_tap(tap: str) -> tuple[str, str]:
-    """`layer3:pool` -> ("layer3", "pool"); `layer3` -> ("layer3", "map"). Raises WrongCommand for other statistics."""
+    """`layer3:pool` -> ("layer3", "pool"); `layer3` -> ("layer3", "map"). Raises UsageError for other statistics."""
     path, colon, kind = tap.partition(":")
     if colon and kind not in STATISTICS:
         raise unknown(f"statistic of tap '{tap}'", kind, STATISTICS)
@@ -37,7 +37,7 @@ def statistic(x: torch.Tensor, kind: str, tap: str = "") -> torch.Tensor:
     gram       [B, HW, HW], x' x / C with every channel of norm 1 over space (Huang and Wang 2017, section 4)
     gridN      [B, C, N, N], the mean over the cells of an N x N grid
 
-    Raises WrongCommand, naming tap, for a shape that has no such statistic.
+    Raises UsageError, naming tap, for a shape that has no such statistic.
     """
     if kind == "map":
         return x
@@ -45,7 +45,7 @@ def statistic(x: torch.Tensor, kind: str, tap: str = "") -> torch.Tensor:
         return x if x.ndim == 2 else x.mean(1)
     if x.ndim != 4:
         shape = "x".join(map(str, x.shape[1:]))
-        raise WrongCommand(f"tap '{tap}:{kind}': '{tap}' gives {shape}, and {kind} is of a map CxHxW")
+        raise UsageError(f"tap '{tap}:{kind}': '{tap}' gives {shape}, and {kind} is of a map CxHxW")
     if kind == "pool":
         return x.mean((2, 3))
     if kind == "attention":
@@ -57,10 +57,10 @@ def statistic(x: torch.Tensor, kind: str, tap: str = "") -> torch.Tensor:
 
 
 def as_map(x: torch.Tensor) -> torch.Tensor:
-    """A vector [B, C] as a map [B, C, 1, 1]; a map stays. Raises WrongCommand for what is neither."""
+    """A vector [B, C] as a map [B, C, 1, 1]; a map stays. Raises UsageError for what is neither."""
     if x.ndim not in (2, 4):
         shape = "x".join(map(str, x.shape[1:]))
-        raise WrongCommand(
+        raise UsageError(
             f"features of {shape} are neither a map CxHxW nor a vector: choose another layer, or its pool"
         )
     return x[:, :, None, None] if x.ndim == 2 else x

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 
 from .distribution_map import Floats, Stepped, minimize_convex
 
@@ -66,7 +66,7 @@ class Combine:
 
 
 def parse_combine(spec: str, members: int) -> Combine:
-    """`mean_probability`, `weighted:0.7,0.3` … for so many teachers. Raises WrongCommand.
+    """`mean_probability`, `weighted:0.7,0.3` … for so many teachers. Raises UsageError.
 
     mean_probability: the mean of their probabilities, as Hinton et al. 2015 (arXiv 1503.02531, section 3) and Stanton
     et al. 2021 reduce an ensemble; mean_logit; geometric: the normalised product, which at every temperature is the
@@ -79,23 +79,23 @@ def parse_combine(spec: str, members: int) -> Combine:
         raise unknown("way to combine", name, (*ALL, *EACH))
     weights = (1 / members,) * members
     if rest and name != "weighted":
-        raise WrongCommand(f"--combine {spec}: {name} has no knobs")
+        raise UsageError(f"--combine {spec}: {name} has no knobs")
     if name == "weighted" and not rest:
-        raise WrongCommand("--combine weighted: it wants a weight for each cache, such as weighted:0.7,0.3")
+        raise UsageError("--combine weighted: it wants a weight for each cache, such as weighted:0.7,0.3")
     if rest:
         try:
             weights = tuple(float(text) for text in rest.split(","))
         except ValueError:
-            raise WrongCommand(f"--combine {spec}: {rest} are not numbers") from None
+            raise UsageError(f"--combine {spec}: {rest} are not numbers") from None
         if len(weights) != members:
-            raise WrongCommand(f"--combine {spec}: {len(weights)} weights for {members} caches")
+            raise UsageError(f"--combine {spec}: {len(weights)} weights for {members} caches")
         _check_weights(f"--combine {spec}", weights)
     return Combine(name, weights, (1.0,) * members)
 
 
 def _check_weights(what: str, weights: tuple[float, ...]) -> None:
     if not all(0 <= w <= 1 for w in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise WrongCommand(f"{what}: weights are from 0 to 1 and add up to 1, these to {sum(weights):g}")
+        raise UsageError(f"{what}: weights are from 0 to 1 and add up to 1, these to {sum(weights):g}")
 
 
 def fit_combine(logits: NDArray[np.floating], labels: Rows, stepped: Stepped = lambda: None) -> Combine:
@@ -106,11 +106,11 @@ def fit_combine(logits: NDArray[np.floating], labels: Rows, stepped: Stepped = l
     member that is badly calibrated gets no weight at T = 1, and without weight its temperature would never be found.
     From both, weights and temperatures together, because teachers that are each right in their confidence are too
     careful when they are averaged. No member, with or without a temperature, and no mean of members is better.
-    Raises WrongCommand without labels.
+    Raises UsageError without labels.
     """
     known = labels >= 0
     if not known.any():
-        raise WrongCommand("--combine learned is fitted to validation labels, and these pictures have none")
+        raise UsageError("--combine learned is fitted to validation labels, and these pictures have none")
     z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
     M = z.shape[1]
 

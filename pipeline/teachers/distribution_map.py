@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 from softcache.base.spec import check_knobs, number, parse
 from softcache.pipeline.batch import Head
 
@@ -72,7 +72,7 @@ def fit_mapping(
     log of their shares (Menon et al. 2021, arXiv 2007.07314, section 4.1). What is fitted of W - I and b has a
     standard normal prior, which weighs as one row does: it holds many parameters where rows are few, and a
     temperature where the teacher is right on every row. stepped: called after each step of a fit.
-    Raises WrongCommand for a map there is none of, and for rows that cannot say what it is.
+    Raises UsageError for a map there is none of, and for rows that cannot say what it is.
     """
     name, knobs = parse(spec, "map")
     if name not in (*_FITTED, "prior"):
@@ -82,14 +82,14 @@ def fit_mapping(
     if name == "prior":
         tau = number(spec, "map", "tau", knobs.get("tau", "1"))
         if tau < 0:
-            raise WrongCommand(f"--map {spec}: tau={tau:g} would add the prior once more; it is from 0 on")
+            raise UsageError(f"--map {spec}: tau={tau:g} would add the prior once more; it is from 0 on")
         if (counts == 0).any():
-            raise WrongCommand(f"--map {spec}: class {int(counts.argmin())} has no training row with a label")
+            raise UsageError(f"--map {spec}: class {int(counts.argmin())} has no training row with a label")
         shares = torch.from_numpy(counts / counts.sum())
         return Mapping(spec, torch.ones(K, dtype=torch.float64), -tau * shares.log())
     known = labels >= 0
     if not known.any():
-        raise WrongCommand(f"--map {spec} is fitted to validation labels, and these pictures have none")
+        raise UsageError(f"--map {spec} is fitted to validation labels, and these pictures have none")
     z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
     return Mapping(spec, *_FITTED[name](z, y, stepped))
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.image_folder import Progress
 from softcache.pipeline.cache.identity import describe
 from softcache.pipeline.cache.reader import Cache
@@ -105,22 +105,22 @@ def _spread(rows: torch.Tensor, place: torch.Tensor, fill: float) -> torch.Tenso
 
 
 def check_same(caches: Sequence[Cache]) -> None:
-    """Raise WrongCommand or Refused, with the fields, when caches are not of the same transfer set and views."""
+    """Raise UsageError or CacheError, with the fields, when caches are not of the same transfer set and views."""
     first = caches[0]
     for one, other in combinations(caches, 2):
         if other.manifest.fingerprint == one.manifest.fingerprint:
-            raise WrongCommand(f"'{one.folder}' and '{other.folder}' are the same cache: one --cache is enough")
+            raise UsageError(f"'{one.folder}' and '{other.folder}' are the same cache: one --cache is enough")
     for other in caches[1:]:
         a, b = first.manifest.identity, other.manifest.identity
         mine, theirs = ({name: record[name] for name in ("transfer_set", "views")} for record in (a, b))
         if mine != theirs:
             names = (str(first.folder), str(other.folder))
-            raise Refused(
+            raise CacheError(
                 f"'{first.folder}' and '{other.folder}' are not of the same rows and views:"
                 f"{describe(mine, theirs, names)}\nMake the second with the first's --data, --views, --seed and cut"
             )
         if other.classes != first.classes:
-            raise Refused(
+            raise CacheError(
                 f"'{first.folder}' has {first.classes} classes, '{other.folder}' {other.classes}: blend teachers of"
                 " the same classes"
             )
@@ -142,7 +142,7 @@ def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress
     for cache, record in progress(shards, len(shards), "looking for missing rows"):
         try:
             cache.verify(record)
-        except Refused:
+        except CacheError:
             gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
             gone[record.start : record.start + record.rows] = True
     return gaps

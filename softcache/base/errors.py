@@ -4,27 +4,27 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class WrongCommand(Exception):
+class UsageError(Exception):
     """The command asks for something that does not exist or does not fit together. Exit code 2."""
 
 
-class Refused(Exception):
+class CacheError(Exception):
     """What lies on disk is damaged, half done, or not what it claims to be. Exit code 1."""
 
 
-class OtherCache(Refused):
+class CacheMismatchError(CacheError):
     """A cache is whole and not the one that is asked for. The message names the fields; a stage adds the command."""
 
 
-class Ended(Refused):
+class TrainingStopped(CacheError):
     """A training that is over before its last epoch."""
 
 
-class Diverged(Ended):
+class DivergedError(TrainingStopped):
     """Its loss or logits are no numbers any more."""
 
 
-class Held(Refused):
+class LockedError(CacheError):
     """Another process is writing there."""
 
 
@@ -44,9 +44,9 @@ def printable(text: object, most: int | None = 200) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> WrongCommand:
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is in no table: what was asked, what was probably meant, what there is."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1)
     meant = f" Did you mean '{close[0]}'?" if close else ""
-    return WrongCommand(f"no {kind} '{name}'.{meant} There are: {', '.join(names)}")
+    return UsageError(f"no {kind} '{name}'.{meant} There are: {', '.join(names)}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import Refused
+from .errors import CacheError
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
@@ -75,7 +75,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
 def open_plain(folder: Path, name: str) -> int:
     """A read-only descriptor of the regular file folder/name; folder itself is trusted, what is in it is not.
 
-    Raises Refused for a link anywhere below folder, a pipe (which would hang), a device, or nothing there.
+    Raises CacheError for a link anywhere below folder, a pipe (which would hang), a device, or nothing there.
     """
     path, *parts = folder, *PurePosixPath(name).parts
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -89,19 +89,19 @@ def open_plain(folder: Path, name: str) -> int:
             finally:
                 os.close(above)
     except OSError as error:
-        raise Refused(f"{folder / name}: cannot be opened as a plain file ({error.strerror})") from None
+        raise CacheError(f"{folder / name}: cannot be opened as a plain file ({error.strerror})") from None
     if not stat.S_ISREG(os.fstat(at).st_mode):
         os.close(at)
-        raise Refused(f"{folder / name}: not a plain file")
+        raise CacheError(f"{folder / name}: not a plain file")
     return at
 
 
 def read_plain(folder: Path, name: str, most: int) -> bytes:
-    """The bytes of the regular file folder/name. Raises Refused when there are more than most."""
+    """The bytes of the regular file folder/name. Raises CacheError when there are more than most."""
     with os.fdopen(open_plain(folder, name), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise Refused(f"{folder / name}: {size} bytes, more than the {most} that it may have")
+            raise CacheError(f"{folder / name}: {size} bytes, more than the {most} that it may have")
         return file.read(most)
 
 

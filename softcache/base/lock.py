@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from .errors import Held, Refused
+from .errors import CacheError, LockedError
 
 LOCK = ".lock"
 _WORDS = 1024  # bytes that a lock file may have
@@ -17,8 +17,8 @@ _WORDS = 1024  # bytes that a lock file may have
 
 @contextmanager
 def held(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a folder, or what name stands for in it, for writing. Raises Held, naming host, pid and time, when another
-    process does.
+    """Hold a folder, or what name stands for in it, for writing. Raises LockedError, naming host, pid and time, when
+    another process does.
 
     The lock is the kernel's (POSIX, by record): it is gone with the process that held it, however that ended, and
     workers that were forked do not inherit it. The file says who; it is removed at the end. The kernel does
@@ -47,10 +47,10 @@ def _taken(path: Path) -> int:
         except (BlockingIOError, PermissionError):
             holder = _holder(os.pread(fd, _WORDS, 0))
             os.close(fd)
-            raise Held(f"'{path.parent}' is being written by {holder}: wait for it, or stop it") from None
+            raise LockedError(f"'{path.parent}' is being written by {holder}: wait for it, or stop it") from None
         except OSError as error:
             os.close(fd)
-            raise Refused(
+            raise CacheError(
                 f"'{path.parent}' cannot be locked ({error.strerror}): write on another file system, then move it"
             ) from None
         os.close(fd)

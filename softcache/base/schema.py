@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .errors import Refused
+from .errors import CacheError
 
 _STRING, _ITEMS, _INT = 65_536, 1 << 20, 2**53
 
 
 def check_form(value: Any, form: Any, where: str) -> None:
-    """Raise Refused, naming the place, when a JSON value is not of a form.
+    """Raise CacheError, naming the place, when a JSON value is not of a form.
 
     A form is `int` (0 to 2**53), `float` (finite, or an int), `str` (printable), a compiled pattern that the whole
     string matches, `dict` (any object), None, a list [form] of any length, a dict {str: form} of any keys, a dict
@@ -50,7 +50,7 @@ def _object(value: Any, form: dict[Any, Any], where: str) -> None:
             check_form(item, form[str], f"{where}.{key[:40]}")
         return
     if differ := sorted(set(form) ^ set(value)):
-        raise Refused(f"{where}: {differ[0][:80]!r} is {'missing' if differ[0] in form else 'unknown'}")
+        raise CacheError(f"{where}: {differ[0][:80]!r} is {'missing' if differ[0] in form else 'unknown'}")
     for key, inner in form.items():
         check_form(value[key], inner, f"{where}.{key}")
 
@@ -59,11 +59,11 @@ def _any_of(value: Any, forms: tuple[Any, ...], where: str) -> None:
     for form in forms[:-1]:
         try:
             return check_form(value, form, where)
-        except Refused:
+        except CacheError:
             continue
     check_form(value, forms[-1], where)
 
 
 def _want(good: bool, value: Any, what: str, where: str) -> None:
     if not good:
-        raise Refused(f"{where}: {ascii(value)[:60]} is not {what}")
+        raise CacheError(f"{where}: {ascii(value)[:60]} is not {what}")

@@ -2,28 +2,28 @@
 
 from collections.abc import Iterable
 
-from .errors import WrongCommand, unknown
+from .errors import UsageError, unknown
 
 
 def parse(spec: str, what: str) -> tuple[str, dict[str, str]]:
     """Split `crop:pad=4,mixup=0.2` into `("crop", {"pad": "4", "mixup": "0.2"})`.
 
-    Raises WrongCommand for a knob without a value or named twice.
+    Raises UsageError for a knob without a value or named twice.
     """
     name, _, rest = spec.partition(":")
     knobs: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
         knob, equals, value = part.partition("=")
         if not equals or not value:
-            raise WrongCommand(f"{what} '{spec}': '{part}' is not knob=value")
+            raise UsageError(f"{what} '{spec}': '{part}' is not knob=value")
         if knob in knobs:
-            raise WrongCommand(f"{what} '{spec}': '{knob}' is given twice")
+            raise UsageError(f"{what} '{spec}': '{knob}' is given twice")
         knobs[knob] = value
     return name, knobs
 
 
 def check_knobs(spec: str, what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise WrongCommand, naming the knobs there are, when one is given that does not exist."""
+    """Raise UsageError, naming the knobs there are, when one is given that does not exist."""
     known = list(known)
     for knob in given:
         if knob not in known:
@@ -31,11 +31,11 @@ def check_knobs(spec: str, what: str, given: Iterable[str], known: Iterable[str]
 
 
 def number(spec: str, what: str, knob: str, text: str) -> float:
-    """A knob's value as a finite number, or WrongCommand."""
+    """A knob's value as a finite number, or UsageError."""
     try:
         value = float(text)
     except ValueError:
-        raise WrongCommand(f"{what} '{spec}': {knob}={text} is not a number") from None
+        raise UsageError(f"{what} '{spec}': {knob}={text} is not a number") from None
     if not -1e30 < value < 1e30:
-        raise WrongCommand(f"{what} '{spec}': {knob}={text} is not finite")
+        raise UsageError(f"{what} '{spec}': {knob}={text} is not finite")
     return value

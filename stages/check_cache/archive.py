@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache import archive as packing
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.pipeline.cache.reader import Cache
@@ -15,12 +15,12 @@ from softcache.stages.cli.copied_commands import this_program
 
 
 def pack(name: str, file: str, settings: PackSettings) -> None:
-    """CACHE into FILE. Raises WrongCommand when FILE exists, Refused when the cache is damaged."""
+    """CACHE into FILE. Raises UsageError when FILE exists, CacheError when the cache is damaged."""
     console, cache, out = Console(settings.json), Cache(Path(name)), Path(file)
     if out.exists():
-        raise WrongCommand(f"'{file}' exists: choose another name")
+        raise UsageError(f"'{file}' exists: choose another name")
     if not out.parent.is_dir():
-        raise WrongCommand(f"there is no folder '{out.parent}'")
+        raise UsageError(f"there is no folder '{out.parent}'")
     with bar(cache.manifest.bytes, "cache-pack", "B", scale=True) as shown:
         packing.pack(cache.folder, cache.manifest, out, shown.update)
     size = out.stat().st_size
@@ -33,12 +33,12 @@ def pack(name: str, file: str, settings: PackSettings) -> None:
 
 
 def unpack(file: str, name: str, settings: PackSettings) -> None:
-    """FILE into CACHE. Raises WrongCommand when there is no FILE, Refused when it is not a whole cache."""
+    """FILE into CACHE. Raises UsageError when there is no FILE, CacheError when it is not a whole cache."""
     console, source, folder = Console(settings.json), Path(file), Path(name)
     if not source.is_file():
-        raise WrongCommand(f"there is no file '{file}'")
+        raise UsageError(f"there is no file '{file}'")
     if folder.exists() and not folder.is_dir():
-        raise Refused(f"'{folder}' is a file: a cache is a folder")
+        raise CacheError(f"'{folder}' is a file: a cache is a folder")
     with ExitStack() as stack:
 
         def begun(manifest: Manifest) -> packing.Shown:

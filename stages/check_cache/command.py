@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.errors import CacheError, UsageError, printable
 from softcache.base.threads import by_threads
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.manifest import HEAD, ShardRecord
@@ -28,10 +28,10 @@ Verdicts = dict[str, str]  # {file: "good", or what is wrong with it}
 
 
 def run(name: str, settings: CheckSettings) -> None:
-    """A verdict per shard; Refused at the end when one is bad."""
+    """A verdict per shard; CacheError at the end when one is bad."""
     console = Console(settings.json)
     if settings.weights and not (settings.deep or settings.repair):
-        raise WrongCommand("--weights is for --deep or --repair")
+        raise UsageError("--weights is for --deep or --repair")
     cache = Cache(Path(name))
     transfer_set = None
     if settings.deep or settings.repair:
@@ -80,7 +80,7 @@ def _verdict(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None
 def _refusal(check: Callable[[], object]) -> str:
     try:
         check()
-    except Refused as refusal:
+    except CacheError as refusal:
         return str(refusal)
     return "good"
 
@@ -105,7 +105,9 @@ def _report(
             )
     if bad:
         first = next(iter(bad.values()))
-        raise Refused(f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_way_out(settings)}")
+        raise CacheError(
+            f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_way_out(settings)}"
+        )
     deep = ", every view rendered again and equal" if settings.deep else ""
     console.say(
         f"'{name}' is whole: {len(verdicts)} files, {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws{deep}"

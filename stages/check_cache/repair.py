@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.lock import held
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.manifest import HEAD, Manifest, Piece, ShardRecord
@@ -22,7 +22,7 @@ from softcache.stages.teacher_cache.targets import Ask
 def repair(
     cache: Cache, bad: dict[str, str], transfer_set: TransferSet, settings: CheckSettings, console: Console
 ) -> None:
-    """Put whole shards in the place of bad ones, if there are any. Raises Refused with the reason when it cannot.
+    """Put whole shards in the place of bad ones, if there are any. Raises CacheError with the reason when it cannot.
 
     The teacher must have the weights of the identity, and must say about good shards' rows what they hold.
     """
@@ -32,7 +32,7 @@ def repair(
     if not settings.weights and (beside / "result.json").is_file():
         settings = replace(settings, weights=str(beside))
     if not settings.weights:
-        raise Refused(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
+        raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
     with held(cache.folder):
         ask = ask_of(cache, transfer_set, settings)
         _prove(cache, bad, transfer_set, ask)
@@ -58,7 +58,7 @@ def _prove(cache: Cache, bad: dict[str, str], transfer_set: TransferSet, ask: As
 def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, console: Console) -> Manifest:
     """Publish one shard anew, then the manifest that knows it: stopped in between, the shard is as bad as before."""
     if (cache.folder / record.path).parent.is_symlink():
-        raise Refused(f"'{(cache.folder / record.path).parent}' is a link: remove it, then repair")
+        raise CacheError(f"'{(cache.folder / record.path).parent}' is a link: remove it, then repair")
     datasets = {name: manifest.datasets[name] for name in record.datasets}
     piece = Piece(record.path, record.split, record.draw, record.start, record.rows, datasets)
     writer = Writer(cache.folder, _plan(manifest), [piece])
@@ -78,7 +78,7 @@ def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, consol
 def _head(cache: Cache, manifest: Manifest, ask: Ask, console: Console) -> None:
     head = head_of(ask.teacher.network, ask.classes)
     if head is None:
-        raise Refused(f"{HEAD}: this teacher has no last linear layer of {ask.classes} outputs")
+        raise CacheError(f"{HEAD}: this teacher has no last linear layer of {ask.classes} outputs")
     record = Writer(cache.folder, _plan(manifest), []).add_head(*numbers_of(head, ask.classes))
     replace(manifest, head=record).write(cache.folder)
     console.say(f"{HEAD}: repaired")

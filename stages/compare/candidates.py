@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.identity import differences
 from softcache.stages.cli.configs import StudentSettings
@@ -53,7 +53,7 @@ class Said:
 
 def side_of(name: str, title: str, result: dict[str, Any], model: str) -> Side:
     """The student or the baseline of a run. Raises KeyError, TypeError, ValueError, OverflowError or AttributeError
-    for what is no result of a student, Refused for a cache.json that is none."""
+    for what is no result of a student, CacheError for a cache.json that is none."""
     folder, split = Path(name), "test" if "test" in result[model] else "val"
     seeds = tuple(int(one["seed"]) for one in result["seeds"])
     places = [folder] if len(seeds) == 1 else [folder / f"seed-{seed}" for seed in seeds]
@@ -103,12 +103,12 @@ def shown(value: Any) -> str:
 
 
 def said_by(side: Side) -> Said:
-    """What the seeds of a side say. Raises WrongCommand when a file is not there, Refused when it is damaged, or is
+    """What the seeds of a side say. Raises UsageError when a file is not there, CacheError when it is damaged, or is
     not what the figures of the result are of."""
     seeds = [_of_seed(path, side.split, known) for path, known in zip(side.files, side.accuracies, strict=True)]
     for path, one in zip(side.files, seeds, strict=True):
         if not one.same_rows(seeds[0]):
-            raise Refused(f"'{path}' is of other rows than '{side.files[0]}'")
+            raise CacheError(f"'{path}' is of other rows than '{side.files[0]}'")
     return replace(seeds[0], guesses=np.concatenate([one.guesses for one in seeds]))
 
 
@@ -116,13 +116,13 @@ def _of_seed(path: Path, split: str, accuracy: Any) -> Said:
     """accuracy: as the result has it."""
     splits = read_logits(path)
     if split not in splits:
-        raise Refused(f"'{path}' is damaged: it has no {split} split")
+        raise CacheError(f"'{path}' is damaged: it has no {split} split")
     kept = splits[split]
     known = kept.labels >= 0
     labels, guess = kept.labels[known], kept.logits.argmax(1)[known]
     right = float((guess == labels).mean()) if known.any() else None
     if not _same(right, accuracy):
-        raise Refused(f"'{path}' has an accuracy of {right}, its result.json says {printable(accuracy)}")
+        raise CacheError(f"'{path}' has an accuracy of {right}, its result.json says {printable(accuracy)}")
     return Said(kept.content, kept.classes, labels, guess[None])
 
 

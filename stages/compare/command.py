@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.pipeline.metrics.significance import RESAMPLES
 from softcache.stages.cli.configs import ListSettings
 from softcache.stages.cli.console import Console, bar
@@ -70,7 +70,7 @@ def _read(name: str) -> tuple[list[Row], dict[str, Side]]:
                 sides[model] = side_of(name, title, result, model)
         return rows, sides
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-        raise Refused(f"'{name}/result.json' is not of a student's run") from None
+        raise CacheError(f"'{name}/result.json' is not of a student's run") from None
 
 
 def _row(name: str, split: str, seeds: int, mean: dict[str, Any], spread: dict[str, Any]) -> Row:

@@ -6,7 +6,7 @@ from itertools import product
 from shlex import quote
 from typing import Any
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.metrics.significance import Difference, mcnemar, paired_bootstrap, right_alone
 from softcache.stages.cli.copied_commands import this_program
 
@@ -21,7 +21,7 @@ def judge(pairs: Sequence[tuple[Side, Side]], done: Callable[[int], object]) -> 
     """A record of each pair, see `_record`. done: told of every so many resamples.
 
     Intervals and p are held to CHANCE over the number of pairs (Bonferroni). Holm's steps would gain a little power,
-    and the interval that is printed would no longer be what decides. Raises Refused for damaged logits.
+    and the interval that is printed would no longer be what decides. Raises CacheError for damaged logits.
     """
     sides = {side.name: side for pair in pairs for side in pair}
     said = {name: _said(side) for name, side in sides.items()}
@@ -32,7 +32,7 @@ def _said(side: Side) -> Said | str:
     """What a side says, or why nothing is known of it."""
     try:
         said = said_by(side)
-    except WrongCommand as error:
+    except UsageError as error:
         again = f"{this_program()} student --resume --out {quote(str(side.folder))}"
         return f"{error}; of an older run it is written by  {again}"
     return said if len(said.labels) else f"the {side.split} rows of '{side.name}' have no labels"

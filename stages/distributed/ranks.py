@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 
 T = TypeVar("T")
 COMMANDS = ("teacher-cache", "student")  # those that know of ranks
@@ -68,9 +68,9 @@ def is_first() -> bool:
 
 
 def refuse(command: str | None) -> None:
-    """Raise WrongCommand under torchrun for a command that is for one process."""
+    """Raise UsageError under torchrun for a command that is for one process."""
     if STARTED.world > 1 and command not in COMMANDS:
-        raise WrongCommand(f"torchrun is for {' and '.join(COMMANDS)}: run `{command}` without it, in one process")
+        raise UsageError(f"torchrun is for {' and '.join(COMMANDS)}: run `{command}` without it, in one process")
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def joined(device: str) -> Iterator[None]:
 
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and STARTED.here > torch.cuda.device_count():  # so that all ranks of the host say the same
-        raise WrongCommand(
+        raise UsageError(
             f"{STARTED.here} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node,"
             " or --device cpu"
         )
@@ -166,9 +166,9 @@ def first_alone(load: Callable[[], T]) -> T:
 
 
 def agree(what: str, mine: str) -> None:
-    """Raise Refused where a rank has something else than rank 0."""
+    """Raise CacheError where a rank has something else than rank 0."""
     if (theirs := from_first(lambda: mine)) != mine:
-        raise Refused(
+        raise CacheError(
             f"rank {STARTED.rank} has another {what} than rank 0: {mine[:16]} and {theirs[:16]}."
             " Every host must see the same files, and have the same versions"
         )
@@ -244,7 +244,7 @@ class _Meeting:
                 if seen():
                     return
                 if self.store.check(["failed"]):
-                    raise Refused("another rank has ended with an error")
+                    raise CacheError("another rank has ended with an error")
                 if time.monotonic() - looked > _BEAT:
                     looked = time.monotonic()
                     self._listen()
@@ -257,14 +257,16 @@ class _Meeting:
                 self.store.add(f"beat-{self.who.rank}", 1)
 
     def _listen(self) -> None:
-        """Raise Refused when a rank has given no sign of life for too long, by this one's clock."""
+        """Raise CacheError when a rank has given no sign of life for too long, by this one's clock."""
         now = time.monotonic()
         for rank in range(self.who.world):
             beat = self.store.add(f"beat-{rank}", 0)
             if self._beats.get(rank, (-1, now))[0] != beat:
                 self._beats[rank] = beat, now
             elif now - self._beats[rank][1] > _SILENT:
-                raise Refused(f"rank {rank} has not been heard of for {_SILENT:.0f} s: start the same command again")
+                raise CacheError(
+                    f"rank {rank} has not been heard of for {_SILENT:.0f} s: start the same command again"
+                )
 
 
 @contextmanager
@@ -275,6 +277,6 @@ def _reaching() -> Iterator[None]:
         raise _lost(error) from None
 
 
-def _lost(error: RuntimeError) -> Refused:
+def _lost(error: RuntimeError) -> CacheError:
     why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    return Refused(f"another rank has ended, or cannot be reached ({why}): start the same command again")
+    return CacheError(f"another rank has ended, or cannot be reached ({why}): start the same command again")

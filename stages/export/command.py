@@ -69,7 +69,7 @@ def _withdraw(folder: Path) -> None:
 
 
 def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """export.json, but for the time it took, and the files. Raises Refused for one that fails its check."""
+    """export.json, but for the time it took, and the files. Raises CacheError for one that fails its check."""
     network, losses = material.network(chosen.settings, material.losses), material.losses
     path = chosen.own / "student.pt"
     load_state(network, read_state(path), str(path))

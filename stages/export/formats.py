@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.pipeline.models.prepared_model import Preparation
 
 from .metadata import INPUT, OUTPUT
@@ -47,7 +47,7 @@ class Portable(nn.Module):
 
 
 def capture(model: Portable, arch: str, channels: int, size: int) -> Program:
-    """The network as a graph of any batch size. channels: of the pictures. Raises Refused where it has no such
+    """The network as a graph of any batch size. channels: of the pictures. Raises CacheError where it has no such
     graph."""
     example = torch.zeros(2, channels, size, size)
     batch = torch.export.Dim("batch", min=1)
@@ -59,7 +59,7 @@ def capture(model: Portable, arch: str, channels: int, size: int) -> Program:
 
 
 def onnx_of(program: Program, arch: str, metadata: dict[str, str], version: str) -> bytes:
-    """The ONNX file of a captured network. Raises Refused where an operator of it has no counterpart there."""
+    """The ONNX file of a captured network. Raises CacheError where an operator of it has no counterpart there."""
     with _quiet(), _in_one_line(arch):
         made = torch.onnx.export(
             program,
@@ -91,12 +91,12 @@ def loaded_pt2(content: bytes) -> nn.Module:
 
 
 def safetensors_of(network: nn.Module, metadata: dict[str, str]) -> bytes:
-    """The weights, named as the arch names them. Raises Refused where they are not the same when read again."""
+    """The weights, named as the arch names them. Raises CacheError where they are not the same when read again."""
     state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
     content: bytes = save(state, metadata)
     read = load(content)
     if set(read) != set(state) or not all(torch.equal(read[name], value) for name, value in state.items()):
-        raise Refused("student.safetensors: the weights are not the same when they are read again")
+        raise CacheError("student.safetensors: the weights are not the same when they are read again")
     return content
 
 
@@ -114,4 +114,4 @@ def _in_one_line(arch: str) -> Iterator[None]:
         yield
     except Exception as error:  # a network is anyone's code, and the exporter's errors have no common class
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refused(f"arch '{arch}' cannot be exported: {why[:200]}") from None
+        raise CacheError(f"arch '{arch}' cannot be exported: {why[:200]}") from None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.errors import CacheError, UsageError, printable
 
 from .metadata import INPUT, OUTPUT, About
 
@@ -55,36 +55,36 @@ def lean(model: Any, metadata: Mapping[str, str], version: str) -> None:
 
 
 def serialised(model: Any) -> bytes:
-    """The bytes of a ModelProto. Raises Refused where a file cannot hold it."""
+    """The bytes of a ModelProto. Raises CacheError where a file cannot hold it."""
     if model.ByteSize() > MOST_BYTES:
         size = model.ByteSize() / 1e9
-        raise Refused(f"the network has {size:.1f} GB, and an ONNX file that is whole in itself at most 2.1 GB")
+        raise CacheError(f"the network has {size:.1f} GB, and an ONNX file that is whole in itself at most 2.1 GB")
     found: bytes = model.SerializeToString(deterministic=True)
     return found
 
 
 def open_student(path: Path) -> tuple[Runner, About]:
-    """A student in a file from anyone. Raises WrongCommand where there is none, Refused for any other file.
+    """A student in a file from anyone. Raises UsageError where there is none, CacheError for any other file.
 
     Paths in a file are not followed: a tensor that lies elsewhere is refused before the runtime sees it.
     """
     if not path.is_file():
-        raise WrongCommand(f"there is no model '{path}'")
+        raise UsageError(f"there is no model '{path}'")
     if (size := path.stat().st_size) > MOST_BYTES:
-        raise Refused(f"'{path}' has {size:,} bytes, more than the {MOST_BYTES:,} of an ONNX file")
+        raise CacheError(f"'{path}' has {size:,} bytes, more than the {MOST_BYTES:,} of an ONNX file")
     content = path.read_bytes()
     model = _parsed(path, content)
     if name := next(_elsewhere(model), None):
-        raise Refused(f"'{path}' keeps the tensor '{printable(name, 80)}' in another file, which is not followed")
+        raise CacheError(f"'{path}' keeps the tensor '{printable(name, 80)}' in another file, which is not followed")
     try:
         about = About.from_metadata({entry.key: entry.value for entry in model.metadata_props})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Refused(f"'{path}' has no metadata of a student, or damaged ones: {printable(error)}") from None
+        raise CacheError(f"'{path}' has no metadata of a student, or damaged ones: {printable(error)}") from None
     try:
         runner = Runner.of(content)
         _check_form(runner.session, about)
     except Exception as error:  # of ONNX Runtime: one of a dozen classes, all of its own
-        raise Refused(f"'{path}' cannot be run: {printable(str(error).strip())}") from None
+        raise CacheError(f"'{path}' cannot be run: {printable(str(error).strip())}") from None
     return runner, about
 
 
@@ -95,7 +95,7 @@ def _parsed(path: Path, content: bytes) -> Any:
     try:
         model.ParseFromString(content)
     except Exception:  # protobuf's DecodeError, which has no door of its own
-        raise Refused(f"'{path}' is no ONNX file, or is damaged") from None
+        raise CacheError(f"'{path}' is no ONNX file, or is damaged") from None
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.stages.cli.console import progress
 from softcache.stages.training.validation import HeldOut
 
@@ -46,11 +46,11 @@ def in_sizes(runner: Runner, rows: HeldOut, said: Logits) -> float:
 
 def compared(name: str, said: Logits, found: Logits, in_sizes: float, own: float, tolerance: float) -> dict[str, Any]:
     """How far ONNX Runtime is from PyTorch on a split. own: how far PyTorch is from itself, see own_difference. Raises
-    Refused over the tolerance."""
+    CacheError over the tolerance."""
     difference = float(np.max([np.abs(found - said).max(), in_sizes]))  # NaN where one is
     flips = int((found.argmax(1) != said.argmax(1)).sum())
     if not difference <= tolerance:  # as NaN is
-        raise Refused(
+        raise CacheError(
             f"a logit of {name} differs from PyTorch's by {difference:.2e}, more than --tolerance {tolerance:g}"
             f" ({flips} of {len(said):,} pictures change their first class): nothing was written. PyTorch's own differ"
             f" by {own:.2e} between two layouts of memory: so much is the rounding of float32 in this network"
@@ -74,12 +74,12 @@ def own_difference(model: nn.Module, rows: HeldOut, said: Logits) -> float:
 
 def check_again(name: str, loaded: nn.Module, model: nn.Module, rows: HeldOut, tolerance: float) -> float:
     """The largest difference between the logits of a network and of the same one loaded from its file, of the first
-    batch. Raises Refused over the tolerance."""
+    batch. Raises CacheError over the tolerance."""
     pictures = torch.from_numpy(plain(next(iter(rows.batches()))))
     with torch.inference_mode():
         difference = float((loaded(pictures) - model(pictures)).abs().max())
     if not difference <= tolerance:
-        raise Refused(
+        raise CacheError(
             f"a logit of {name}, loaded again, differs by {difference:.2e}, more than --tolerance {tolerance:g}:"
             " nothing was written"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.errors import CacheError, UsageError, printable
 from softcache.data.decoding import centred, opened
 from softcache.stages.cli.configs import PredictSettings
 from softcache.stages.cli.console import Console, progress
@@ -21,7 +21,7 @@ def run(model: str, pictures: tuple[str, ...], settings: PredictSettings) -> Non
     console = Console(settings.json)
     require("predict needs", "export", "onnx", "onnxruntime")
     if missing := [name for name in pictures if not Path(name).is_file()]:
-        raise WrongCommand(f"there is no picture '{missing[0]}'")
+        raise UsageError(f"there is no picture '{missing[0]}'")
     runner, about = open_student(Path(model))
     shown = progress(pictures, len(pictures), "pictures")
     found = [{"picture": name, "top": _top(runner, about, Path(name), settings.top)} for name in shown]
@@ -46,9 +46,9 @@ def _top(runner: Runner, about: About, path: Path, count: int) -> list[dict[str,
     try:
         logits = runner.logits(view)[0].astype(np.float64)
     except Exception as error:  # of ONNX Runtime, on a file from anyone
-        raise Refused(f"the model fails on '{path}': {printable(str(error).strip())}") from None
+        raise CacheError(f"the model fails on '{path}': {printable(str(error).strip())}") from None
     if logits.shape != (len(about.classes),) or not np.isfinite(logits).all():
-        raise Refused(f"the model gives no logits of its {len(about.classes)} classes for '{path}'")
+        raise CacheError(f"the model gives no logits of its {len(about.classes)} classes for '{path}'")
     odds = np.exp(logits - logits.max())
     probabilities = odds / odds.sum()
     best = np.argsort(-probabilities, kind="stable")[:count]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from softcache import __version__
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.data.views import render
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.stages.cli.console import progress
@@ -25,7 +25,7 @@ _LATENCY = (1, 64)  # sizes of batches that are timed
 def in_8_bits(
     material: Material, about: About, model: bytes, runner: Runner, split: str, said: Logits, most_drop: float
 ) -> tuple[bytes, dict[str, Any]]:
-    """The file in 8 bits, and what it costs and saves. Raises Refused where it costs too much."""
+    """The file in 8 bits, and what it costs and saves. Raises CacheError where it costs too much."""
     rows, calibration = material.held_out[split], _calibration(material)
     views = progress(calibration, -(-_CALIBRATION // _BLOCK), "calibrating")
     content = quantised(model, views, about.to_metadata(), __version__)
@@ -37,7 +37,7 @@ def in_8_bits(
     # Without labels, what changes its first class is the most that can have been lost.
     drop = before["accuracy"] - after["accuracy"] if "accuracy" in before else flips / len(said)
     if not drop <= most_drop:
-        raise Refused(
+        raise CacheError(
             f"{INT8} loses {100 * drop:.2f} points of accuracy on {split}, more than the"
             f" {100 * most_drop:g} of --most-drop {most_drop:g}: nothing was written. Raise it, or"
             " leave out --int8"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.cli.copied_commands import this_program
 from softcache.stages.runs.folder import read_json, read_settings
@@ -30,24 +30,24 @@ class Chosen:
 
 def choose(folder: Path, **here: Any) -> Chosen:
     """The one student of a run; of several seeds the best, or the one whose folder is named. here: settings that hold
-    in place of the run's. Raises WrongCommand or Refused for what is no finished run of a student."""
+    in place of the run's. Raises UsageError or CacheError for what is no finished run of a student."""
     named = re.fullmatch(r"seed-(\d+)", folder.name)
     root = folder.parent if named and not (folder / "settings.json").is_file() else folder
     kept = read_json(root / "settings.json")
     if "cache" not in kept:
-        raise WrongCommand(f"'{root}' is no run of a student, and a teacher's becomes a cache first (teacher-cache)")
+        raise UsageError(f"'{root}' is no run of a student, and a teacher's becomes a cache first (teacher-cache)")
     begun = read_settings(root, StudentSettings)
     result = root / "result.json"
     if not result.is_file():
-        raise Refused(f"'{root}' is not finished: go on with  {this_program()} student --resume --out {root}")
+        raise CacheError(f"'{root}' is not finished: go on with  {this_program()} student --resume --out {root}")
     seed, why = begun.seed, "the only one"
     if begun.seeds > 1:
         seed, why = (int(named[1]), "as named") if named and root != folder else _best(result, begun)
     if not begun.seed <= seed < begun.seed + begun.seeds:
-        raise WrongCommand(f"'{root}' has no seed {seed}: {begun.seed} to {begun.seed + begun.seeds - 1}")
+        raise UsageError(f"'{root}' has no seed {seed}: {begun.seed} to {begun.seed + begun.seeds - 1}")
     own = root if begun.seeds == 1 else root / f"seed-{seed}"
     if not (own / "student.pt").is_file():
-        raise Refused(f"'{own}' has no student.pt, though its run is finished: put it back from a copy")
+        raise CacheError(f"'{own}' has no student.pt, though its run is finished: put it back from a copy")
     return Chosen(folder, own, replace(begun, out=str(root), seed=seed, seeds=1, **here), begun, why)
 
 
@@ -59,8 +59,8 @@ def _best(path: Path, begun: StudentSettings) -> tuple[int, str]:
         by = "accuracy" if all("accuracy" in figures for figures in of_seeds.values()) else "agreement"
         found = {seed: float(figures[by]) for seed, figures in of_seeds.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise Refused(f"'{path}' is damaged: it has no validation figures of each seed") from None
+        raise CacheError(f"'{path}' is damaged: it has no validation figures of each seed") from None
     if set(found) != set(range(begun.seed, begun.seed + begun.seeds)):
-        raise Refused(f"'{path}' is damaged: it is of seeds {sorted(found)[:4]}, not of the run's {begun.seeds}")
+        raise CacheError(f"'{path}' is damaged: it is of seeds {sorted(found)[:4]}, not of the run's {begun.seeds}")
     best = max(sorted(found), key=lambda seed: found[seed])
     return best, f"the best of {len(found)} by {by} on validation ({found[best]:.4f})"

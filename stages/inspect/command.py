@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
@@ -62,12 +62,12 @@ def run(name: str, settings: InspectSettings) -> None:
 
 
 def _folder(settings: InspectSettings, cache: Cache) -> Path:
-    """Where the findings go: nowhere yet. Raises WrongCommand for a place that holds something."""
+    """Where the findings go: nowhere yet. Raises UsageError for a place that holds something."""
     if not settings.out:
         return free_run(f"inspect-{cache.folder.resolve().name}")
     folder = Path(settings.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WrongCommand(f"'{folder}' exists and is not empty: choose another --out")
+        raise UsageError(f"'{folder}' exists and is not empty: choose another --out")
     return folder
 
 
@@ -82,13 +82,13 @@ def _samples(cache: Cache, rows: int) -> tuple[Sample, list[Sample]]:
 
 
 def _sample(cache: Cache, split: str, rows: int) -> Sample:
-    """The first rows of a split, with their labels. Raises Refused for what is no class."""
+    """The first rows of a split, with their labels. Raises CacheError for what is no class."""
     of = cache.manifest.splits[split]
     positions = np.arange(min(rows, of))
     labels = cache.rows(split, 0, "label", positions).astype(np.int64)
     if len(labels) and not -1 <= labels.min() <= labels.max() < cache.classes:
         span = f"{labels.min()} to {labels.max()}"
-        raise Refused(f"'{cache.folder}': labels of {split} are {span}, and there are {cache.classes} classes")
+        raise CacheError(f"'{cache.folder}': labels of {split} are {span}, and there are {cache.classes} classes")
     return Sample(split, positions, labels, of)
 
 

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from softcache.base import rng as counter
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.manifest import row_bytes
 from softcache.pipeline.cache.reader import Cache
@@ -60,7 +60,7 @@ def form_of(tap: str, shape: list[int]) -> Form:
 
 
 def columns(cache: Cache, split: str, positions: Positions, tap: str, seed: int, counted: Counted) -> Floats:
-    """[n, D] of a tap of draw 0 at positions [n], read by blocks. Raises Refused for what is not finite."""
+    """[n, D] of a tap of draw 0 at positions [n], read by blocks. Raises CacheError for what is not finite."""
     name = f"features/{tap}"
     size = max(1, _BLOCK_BYTES // row_bytes({name: cache.manifest.datasets[name]}))
     parts = []
@@ -68,7 +68,7 @@ def columns(cache: Cache, split: str, positions: Positions, tap: str, seed: int,
         some = positions[at : at + size]
         x = torch.from_numpy(cache.rows(split, 0, name, some)).float()
         if not bool(x.isfinite().all()):
-            raise Refused(f"'{cache.folder}': tap '{tap}' of {split} has values that are not finite")
+            raise CacheError(f"'{cache.folder}': tap '{tap}' of {split} has values that are not finite")
         parts.append(_reduced(x, split_tap(tap)[1], seed))
         counted(len(some))
     return np.concatenate(parts)

@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from softcache.base.errors import WrongCommand, printable
+from softcache.base.errors import UsageError, printable
 from softcache.base.files import make_folder, publish_text
 from softcache.data.transfer_set import row_name
 from softcache.stages.cli.configs import ReportSettings
@@ -73,12 +73,12 @@ def run(names: tuple[str, ...], settings: ReportSettings) -> None:
 
 
 def _folder(settings: ReportSettings) -> Path:
-    """Where the report goes; one that lies there is replaced. Raises WrongCommand for a folder of something else."""
+    """Where the report goes; one that lies there is replaced. Raises UsageError for a folder of something else."""
     if not settings.out:
         return free_run("report")
     folder = Path(settings.out)
     if folder.exists() and (not folder.is_dir() or not all(_is_ours(path) for path in folder.iterdir())):
-        raise WrongCommand(f"'{folder}' exists and is no report: choose another --out")
+        raise UsageError(f"'{folder}' exists and is no report: choose another --out")
     return folder
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.special import softmax
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.stream import render_in_order
@@ -70,7 +70,7 @@ def _opened(run: Run, settings: ReportSettings, loaded: Loaded) -> tuple[Transfe
         try:
             caches = open_caches(here.cache)
             loaded[key] = (bound(caches, here), caches[0].views)
-        except (Refused, WrongCommand) as error:
+        except (CacheError, UsageError) as error:
             loaded[key] = str(error).splitlines()[0]
     return loaded[key]
 

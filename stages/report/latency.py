@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.models import MODELS, build, parameters
 from softcache.stages.cli.console import progress
 
@@ -61,7 +61,7 @@ def _built(network: Network) -> nn.Module | None:
         made = build(arch, network.classes, network.channels, network.size).eval()
         _turn(made, network.picture())  # warm, and known to take such a picture
         return made
-    except (WrongCommand, RuntimeError, ValueError):  # what no command could have asked for
+    except (UsageError, RuntimeError, ValueError):  # what no command could have asked for
         return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.prepared_model import Preparation
 from softcache.stages.cli.configs import StudentSettings
@@ -93,12 +93,12 @@ def read_runs(names: tuple[str, ...]) -> tuple[list[Run], dict[str, dict[str, An
     """The students' runs in these folders and what `inspect` found there; a folder of runs stands for all in it.
 
     Without names all under `runs`. {fingerprint: what `inspect` found}: in a folder that is named, else the latest
-    beside a run. Raises WrongCommand where there is no run, Refused for a damaged one.
+    beside a run. Raises UsageError where there is no run, CacheError for a damaged one.
     """
     folders = [folder for name in names or ("runs",) for folder in _unfolded(Path(name), bool(names))]
     runs = [_read(folder) for folder in dict.fromkeys(folders) if (folder / "settings.json").is_file()]
     if not runs:
-        raise WrongCommand(f"there is no run of a student in {', '.join(names) or 'runs'}: name folders of runs")
+        raise UsageError(f"there is no run of a student in {', '.join(names) or 'runs'}: name folders of runs")
     beside = {path.parent for run in runs for path in run.folder.parent.glob("*/inspect.json")}
     latest = sorted(beside, key=lambda folder: -(folder / "inspect.json").stat().st_mtime)
     named = [folder for folder in folders if (folder / "inspect.json").is_file()]
@@ -117,7 +117,7 @@ def _unfolded(folder: Path, asked: bool) -> Iterator[Path]:
             yield folder
         return
     if asked and not folder.is_dir():
-        raise WrongCommand(f"there is no folder '{folder}'")
+        raise UsageError(f"there is no folder '{folder}'")
     for path in sorted(folder.glob("*/*.json")):
         if path.name == "inspect.json" or (path.name == "settings.json" and _of_student(path.parent)):
             yield path.parent
@@ -129,7 +129,7 @@ def _of_student(folder: Path) -> bool:
 
 def _read(folder: Path) -> Run:
     if not _of_student(folder):
-        raise WrongCommand(f"'{folder}' is a teacher's run: a report is of students, and has their teacher in it")
+        raise UsageError(f"'{folder}' is a teacher's run: a report is of students, and has their teacher in it")
     settings = read_settings(folder, StudentSettings)
     result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
     if result is not None:
@@ -148,13 +148,13 @@ def _read(folder: Path) -> Run:
 
 
 def _lines(training: str, seeds: list[Path]) -> list[list[Line]]:
-    """Of each seed that was begun. Raises Refused for lines that are no record of epochs."""
+    """Of each seed that was begun. Raises CacheError for lines that are no record of epochs."""
     places = [one if training == "student" else one / training for one in seeds]
     found = [lines_of(place) for place in places if (place / LINES).is_file()]
     for place, lines in zip(places, found, strict=False):
         for line in lines:
             if not isinstance(line, dict) or "epoch" not in line or not all(map(_is_number, line.values())):
-                raise Refused(f"'{place / LINES}' is damaged: it is not a record of epochs")
+                raise CacheError(f"'{place / LINES}' is damaged: it is not a record of epochs")
     return [lines for lines in found if lines]
 
 
@@ -163,7 +163,7 @@ def _said(paths: list[Path]) -> list[dict[str, Kept]]:
 
 
 def _check_same_rows(said: dict[str, list[dict[str, Kept]]], folder: Path) -> None:
-    """Raise Refused where student, baseline and teacher do not speak of the same rows and classes."""
+    """Raise CacheError where student, baseline and teacher do not speak of the same rows and classes."""
     every = [seed for model in MODELS for seed in said[model]]
     for other in every[1:]:
         alike = other.keys() == every[0].keys() and all(
@@ -172,11 +172,12 @@ def _check_same_rows(said: dict[str, list[dict[str, Kept]]], folder: Path) -> No
             for one, kept in zip(every[0].values(), (other[split] for split in every[0]), strict=True)
         )
         if not alike:
-            raise Refused(f"'{folder}': its files of logits are not all of the same rows and classes")
+            raise CacheError(f"'{folder}': its files of logits are not all of the same rows and classes")
 
 
 def _check(result: dict[str, Any], name: str) -> None:
-    """Raise Refused for what is not a result.json of a student: everything that a report reads is looked at here."""
+    """Raise CacheError for what is not a result.json of a student: everything that a report reads is looked at
+    here."""
     try:
         for model in MODELS:
             if model == "baseline" and model not in result:
@@ -207,7 +208,7 @@ def _check(result: dict[str, Any], name: str) -> None:
         if not isinstance(result["seeds"], list):
             raise TypeError("no seeds")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-        raise Refused(f"{name} is not of a student's run") from None
+        raise CacheError(f"{name} is not of a student's run") from None
 
 
 def _check_inspection(record: dict[str, Any], name: str) -> None:
@@ -222,7 +223,7 @@ def _check_inspection(record: dict[str, Any], name: str) -> None:
         if not all(map(_is_number, numbers)) or not isinstance(record["fingerprint"], str) or None in numbers:
             raise TypeError("no numbers")
     except (KeyError, TypeError, AttributeError):
-        raise Refused(f"{name} is not what inspect found") from None
+        raise CacheError(f"{name} is not what inspect found") from None
 
 
 def _check_figures(figures: dict[str, Any]) -> None:

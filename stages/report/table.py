@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import Preparation
 
@@ -26,7 +26,7 @@ def networks_of(run: Run) -> dict[str, list[Network]]:
             found[model] = [Network(record["arch"], K, preparation.channels, preparation.size)]
     try:
         caches = [Cache(Path(path)) for path in run.settings.cache]
-    except Refused:
+    except CacheError:
         return found
     if [cache.manifest.fingerprint for cache in caches] == run.fingerprints:
         found["teacher"] = [

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.pipeline.metrics.significance import RESAMPLES
 from softcache.stages.cli.console import bar, duration
 from softcache.stages.compare.candidates import side_of
@@ -119,7 +119,7 @@ def _verdict(run: Run) -> str:
     try:
         sides = [side_of(run.name, model, run.result or {}, model) for model in ("baseline", "student")]
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-        raise Refused(f"'{run.name}/result.json' is not of a student's run") from None
+        raise CacheError(f"'{run.name}/result.json' is not of a student's run") from None
     with bar(RESAMPLES, "resamples", "", scale=True) as shown:
         (record,) = judge([(sides[0], sides[1])], shown.update)
     if record["verdict"] is None:

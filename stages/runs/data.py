@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from softcache.base.errors import OtherCache, Refused
+from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.console import progress
@@ -13,6 +13,6 @@ def data_of(cache: Cache, data: str, root: Path) -> TransferSet:
     """The cache's transfer set; when it is another one, the message ends with the command for a cache of that."""
     try:
         return cache.transfer_set(data, root, progress)
-    except OtherCache as error:
+    except CacheMismatchError as error:
         right = remake(cache, data=data or cache.data)
-        raise Refused(f"{error}\nMake a cache of these data with  {right}") from None
+        raise CacheError(f"{error}\nMake a cache of these data with  {right}") from None

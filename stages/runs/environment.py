@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.stages.distributed.ranks import who
 
 
@@ -32,7 +32,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` is a GPU when there is one, each rank's own. Raises WrongCommand for a device that is not there."""
+    """`auto` is a GPU when there is one, each rank's own. Raises UsageError for a device that is not there."""
     if name in ("auto", "cuda") and who().here > 1 and torch.cuda.is_available():
         return torch.device("cuda", who().local)
     if name == "auto":
@@ -41,5 +41,5 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise WrongCommand(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from None
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}") from None
     return device

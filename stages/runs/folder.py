@@ -8,7 +8,7 @@ from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.errors import CacheError, UsageError, printable
 from softcache.base.files import make_folder, publish_json, remove_leftovers
 from softcache.base.lock import LOCK, held
 from softcache.pipeline.cache.identity import differences
@@ -28,7 +28,7 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
 
     A new run gets a new folder (default-1, default-2 … when --out does not name one). With --resume the
     settings are those the run was begun with, and what the command says besides must agree with them.
-    Raises WrongCommand for a folder that holds something else. Of several ranks the first looks, for all.
+    Raises UsageError for a folder that holds something else. Of several ranks the first looks, for all.
     """
     record = from_first(lambda: asdict(_opened(settings, said, default)))
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
@@ -46,23 +46,23 @@ def _opened(settings: S, said: set[str], default: str) -> S:
     folder = Path(settings.out) if settings.out else free_run(default)
     if folder.exists() and (not folder.is_dir() or any(not _left_over(path) for path in folder.iterdir())):
         other = _others(folder, settings)
-        raise WrongCommand(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
+        raise UsageError(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
     return replace(settings, out=str(folder))
 
 
 def milestones_of(settings: TeacherSettings | StudentSettings) -> list[float]:
-    """The shares of the training at which the schedule goes down. Raises WrongCommand for what is none."""
+    """The shares of the training at which the schedule goes down. Raises UsageError for what is none."""
     try:
         shares = [float(text) for text in settings.milestones.split(",")]
     except ValueError:
         shares = [-1.0]
     if not all(0 < share < 1 for share in shares):
-        raise WrongCommand(f"--milestones {settings.milestones}: shares of the training, such as 0.5,0.75")
+        raise UsageError(f"--milestones {settings.milestones}: shares of the training, such as 0.5,0.75")
     return shares
 
 
 def check_installed(settings: TeacherSettings | StudentSettings) -> None:
-    """Raise WrongCommand for an optional part that is asked for and is not there, before anything is done."""
+    """Raise UsageError for an optional part that is asked for and is not there, before anything is done."""
     if settings.tensorboard:
         require("--tensorboard wants", "tensorboard", "tensorboard")
 
@@ -80,7 +80,7 @@ def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> lis
             continue
         try:
             kept = read_json(path)
-        except Refused:  # damaged: that is for those who go on with it
+        except CacheError:  # damaged: that is for those who go on with it
             continue
         if not _differing(kept, settings):
             found.append(path.parent)
@@ -91,7 +91,7 @@ def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> lis
 def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iterator[None]:
     """Make the folder of a run, hold it, and publish its settings.json, once all that can be refused has been checked.
 
-    Raises Refused when another process holds it. Of several ranks the first does all this; the others wait for it.
+    Raises CacheError when another process holds it. Of several ranks the first does all this; the others wait for it.
     """
     if not is_first():
         barrier()
@@ -102,17 +102,17 @@ def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iter
         remove_leftovers(folder, ("settings.json", "result.json", "cache.json", TEACHER_LOGITS))
         if not settings.resume:
             if (folder / "settings.json").exists():
-                raise WrongCommand(f"'{folder}' was begun by another process just now: choose another --out")
+                raise UsageError(f"'{folder}' was begun by another process just now: choose another --out")
             publish_json(folder / "settings.json", asdict(settings))
         barrier()
         yield
 
 
 def same_settings(folder: Path, settings: StudentSettings) -> None:
-    """Raise Refused, naming what differs, when a run was begun with other settings than these."""
+    """Raise CacheError, naming what differs, when a run was begun with other settings than these."""
     kept = asdict(read_settings(folder, type(settings)))
     if differ := _differing(json.loads(json.dumps(kept)), settings):
-        raise Refused(f"'{folder}' was begun with other settings ({'; '.join(differ[:4])}): choose another --out")
+        raise CacheError(f"'{folder}' was begun with other settings ({'; '.join(differ[:4])}): choose another --out")
 
 
 def free_run(default: str) -> Path:
@@ -123,7 +123,7 @@ def free_run(default: str) -> Path:
 
 def _resumed(settings: S, said: set[str]) -> S:
     if not settings.out:
-        raise WrongCommand("--resume wants the run's folder: --resume --out runs/…")
+        raise UsageError("--resume wants the run's folder: --resume --out runs/…")
     folder = Path(settings.out)
     kept = read_settings(folder, type(settings))
     own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data", "tensorboard"}
@@ -133,7 +133,7 @@ def _resumed(settings: S, said: set[str]) -> S:
         if _plain(getattr(settings, n)) != _plain(getattr(kept, n))
     ]
     if wrong:
-        raise WrongCommand(f"'{folder}' was begun with another {', '.join(wrong)}: leave out what is not to change")
+        raise UsageError(f"'{folder}' was begun with another {', '.join(wrong)}: leave out what is not to change")
     here = {n: getattr(settings, n) for n in own & {f.name for f in fields(settings)} if n in said}
     return replace(kept, **here)
 
@@ -161,11 +161,11 @@ def _differing(kept: Any, settings: TeacherSettings | StudentSettings) -> list[s
 
 
 def read_settings(folder: Path, kind: type[S]) -> S:
-    """The settings of a run. Raises WrongCommand when it is none, Refused for what no command could have given."""
+    """The settings of a run. Raises UsageError when it is none, CacheError for what no command could have given."""
     path = folder / "settings.json"
     record = read_json(path, {f.name for f in fields(kind)})
     if wrong := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _could_be_given(f, record[f.name])]:
-        raise Refused(f"'{path}' is damaged: {printable(', '.join(wrong))}")
+        raise CacheError(f"'{path}' is damaged: {printable(', '.join(wrong))}")
     return kind(**record)
 
 
@@ -180,24 +180,24 @@ def _could_be_given(field: Field[Any], value: Any) -> bool:
 
 
 def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:
-    """A record from a run's folder. Raises WrongCommand when it is not there, Refused when it is damaged."""
+    """A record from a run's folder. Raises UsageError when it is not there, CacheError when it is damaged."""
     if not path.is_file():
-        raise WrongCommand(f"'{path.parent}' is no run: it has no {path.name}")
+        raise UsageError(f"'{path.parent}' is no run: it has no {path.name}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise Refused(f"'{path}' is damaged: it is no JSON") from None
+        raise CacheError(f"'{path}' is damaged: it is no JSON") from None
     if not isinstance(record, dict):
-        raise Refused(f"'{path}' is damaged: it is no record")
+        raise CacheError(f"'{path}' is damaged: it is no record")
     if known is not None and set(record) != known:
-        raise Refused(f"'{path}' is not of this program's making: {sorted(set(record) ^ known)[:4]}")
+        raise CacheError(f"'{path}' is not of this program's making: {sorted(set(record) ^ known)[:4]}")
     return {k: tuple(v) if isinstance(v, list) and known else v for k, v in record.items()}
 
 
 def fingerprints_of(record: dict[str, Any], path: Path) -> list[str]:
-    """Of the caches that a run was trained from, in its order. record: cache.json, which lies at path. Raises Refused
-    where it names none."""
+    """Of the caches that a run was trained from, in its order. record: cache.json, which lies at path. Raises
+    CacheError where it names none."""
     try:
         return [str(one["fingerprint"]) for one in (record, *record.get("others", ()))]
     except (KeyError, TypeError):
-        raise Refused(f"'{path}' is damaged: it names no fingerprint") from None
+        raise CacheError(f"'{path}' is damaged: it names no fingerprint") from None

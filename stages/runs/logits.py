@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import publish_bytes
 from softcache.data.transfer_set import Labels, TransferSet
 
@@ -46,12 +46,12 @@ def publish_logits(path: Path, logits: dict[str, NDArray[np.float32]], transfer_
 
 
 def read_logits(path: Path) -> dict[str, Kept]:
-    """{split: what is kept of it}. Raises WrongCommand when there is no such file, Refused for what is damaged.
+    """{split: what is kept of it}. Raises UsageError when there is no such file, CacheError for what is damaged.
 
     The format has no code in it, and its reader checks every size against the file's before it reads.
     """
     if not path.is_file():
-        raise WrongCommand(f"'{path}' is not there: only a training that is over leaves its logits")
+        raise UsageError(f"'{path}' is not there: only a training that is over leaves its logits")
     try:
         with safe_open(path, "np") as file:
             record, names = file.metadata() or {}, set(file.keys())
@@ -69,7 +69,7 @@ def read_logits(path: Path) -> dict[str, Kept]:
         for kept in found.values():
             _check(kept)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Refused(f"'{path}' is damaged: {str(error)[:120]}") from None
+        raise CacheError(f"'{path}' is damaged: {str(error)[:120]}") from None
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.teachers.combine import ALL, EACH, Combine, parse_combine
@@ -24,16 +24,16 @@ def run(settings: BlendSettings) -> None:
     """Each cache alone and each way to combine them, by the figures of the held-out splits."""
     console = Console(settings.json)
     if len(settings.cache) < 2:
-        raise WrongCommand("blend compares several caches: --cache A --cache B")
+        raise UsageError("blend compares several caches: --cache A --cache B")
     if settings.combine in EACH:
-        raise WrongCommand(f"--combine {settings.combine} blends losses, not teachers: it has no row here")
+        raise UsageError(f"--combine {settings.combine} blends losses, not teachers: it has no row here")
     caches = open_caches(settings.cache)
     teachers = Teachers(caches)
     splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
     said = {split: teachers.said(split) for split in splits}
     labels = {split: _labels(caches[0], split) for split in splits}
     if "val" not in splits or not all((of_split >= 0).any() for of_split in labels.values()):
-        raise Refused(f"'{caches[0].folder}' has no labels to compare with")
+        raise CacheError(f"'{caches[0].folder}' has no labels to compare with")
     rows: list[dict[str, Any]] = [
         {"name": f"{cache.teacher} ({cache.folder})", **_figures({s: said[s][:, k] for s in splits}, labels)}
         for k, cache in enumerate(caches)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.base.errors import Interrupted, WrongCommand
+from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder, publish_json
 from softcache.pipeline.losses.base import teacher_taps
 from softcache.pipeline.losses.classifier import SimKD
@@ -37,7 +37,7 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
     """Student, cache, student, cache …; then the ensemble. The same command with --out goes on with what is there."""
     console = Console(settings.json)
     if settings.resume or settings.seeds > 1 or settings.labelled:
-        raise WrongCommand("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
+        raise UsageError("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
     folder = Path(settings.out) if settings.out else free_run("born-again")
     archs = _archs(settings)
     first = student_stage.with_recipe(fill_in(student_stage.without_more(settings), said))
@@ -79,20 +79,20 @@ def _archs(settings: BornAgainSettings) -> list[str]:
         return [""] * settings.generations
     archs = settings.archs.replace(" ", "+").split("+")
     if settings.arch or not all(archs):
-        raise WrongCommand(f"--archs {settings.archs} names an arch for each generation; leave out --arch")
+        raise UsageError(f"--archs {settings.archs} names an arch for each generation; leave out --arch")
     return archs
 
 
 def _check(archs: list[str], first: StudentSettings, material: Material) -> None:
-    """Find what would stop the chain later before anything is made. Raises WrongCommand."""
+    """Find what would stop the chain later before anything is made. Raises UsageError."""
     if any(isinstance(loss, SimKD) for loss in material.losses):
-        raise WrongCommand("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
+        raise UsageError("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
     layers = {split_tap(tap)[0] for tap in teacher_taps(material.losses)}
     for arch in dict.fromkeys(archs):
         network = material.network(replace(first, arch=arch or first.arch), material.losses)
         missing = sorted(layers - set(tap_names(network)))
         if missing and arch in archs[:-1]:
-            raise WrongCommand(
+            raise UsageError(
                 f"{arch or first.arch} is to teach and has no '{missing[0]}', which the losses ask of a teacher"
             )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from softcache.base.errors import Ended, Refused
+from softcache.base.errors import CacheError, TrainingStopped
 from softcache.base.files import publish_json, remove_leftovers
 from softcache.data.transfer_set import TRANSFER_SETS, row_name, row_of
 from softcache.pipeline.cache.reader import Cache
@@ -100,7 +100,7 @@ def train_or_go_on(settings: StudentSettings, material: Material, console: Conso
 
 
 def to_go_on(settings: StudentSettings) -> StudentSettings:
-    """The settings with --resume where settings.out was begun. Raises Refused for other settings there."""
+    """The settings with --resume where settings.out was begun. Raises CacheError for other settings there."""
     folder = Path(settings.out)
     if not (folder / "settings.json").exists():
         return settings
@@ -116,7 +116,7 @@ def train(settings: StudentSettings, material: Material, folder: Path, console: 
         for seed in seeds:
             own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
             (result,) = train_passes([Student(replace(settings, seed=seed), material, own)], console)
-            if isinstance(result, Ended):
+            if isinstance(result, TrainingStopped):
                 raise result
             results.append(result)
             if (
@@ -163,11 +163,11 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
         if not Path(cache).exists():
             data = f" --data {quote(settings.data)}" if settings.data else ""
             make = f"{this_program()} teacher-cache{data} --out {quote(cache)}"
-            raise Refused(f"there is no cache at '{cache}': make one with  {make}")
+            raise CacheError(f"there is no cache at '{cache}': make one with  {make}")
     opened = Cache(Path(caches[0]))
     name = opened.data
     if name not in TRANSFER_SETS:
-        raise Refused(f"the cache '{caches[0]}' is of '{name}', a data set that this program does not know")
+        raise CacheError(f"the cache '{caches[0]}' is of '{name}', a data set that this program does not know")
     recipe = TRANSFER_SETS[name].recipe
     return replace(
         settings,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.errors import CacheError, UsageError, printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import Prepared
 from softcache.pipeline.models.state_dicts import load_state, read_state
@@ -22,7 +22,7 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
     console, folder = Console(settings.json), Path(name)
     kept = read_json(folder / "settings.json")
     if "cache" not in kept:
-        raise WrongCommand(f"'{folder}' is no run of a student")
+        raise UsageError(f"'{folder}' is no run of a student")
     begun = read_settings(folder, StudentSettings)
     here = {name: getattr(settings, name) for name in said - {"json"}}
     begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
@@ -47,13 +47,15 @@ def same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
     begun = fingerprints_of(record, folder / "cache.json")
     if begun != (here := [cache.manifest.fingerprint for cache in caches]):
         theirs, mine = (", ".join(str(one)[:12] for one in names) for names in (begun, here))
-        raise Refused(f"'{folder}' was trained from the caches {printable(theirs)}, these are {mine}")
+        raise CacheError(f"'{folder}' was trained from the caches {printable(theirs)}, these are {mine}")
 
 
 def _figures(folder: Path, settings: StudentSettings, material: Material) -> dict[str, Any]:
     path = folder / "student.pt"
     if not path.is_file():
-        raise Refused(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}")
+        raise CacheError(
+            f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}"
+        )
     network = material.network(settings, material.losses)
     load_state(network, read_state(path), str(path))
     model = Prepared(network, material.preparation).to(material.device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import Diverged, Interrupted, WrongCommand, unknown
+from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.pipeline.cache.manifest import row_bytes
 from softcache.pipeline.losses import at
@@ -85,9 +85,7 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
     """Time all methods in turns, then train each; methods.json and methods.md. --out goes on with what is there."""
     console = Console(settings.json, epoch_lines=False)
     if settings.resume or settings.seeds > 1 or settings.baseline or settings.loss:
-        raise WrongCommand(
-            "methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss"
-        )
+        raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
     folder = Path(settings.out) if settings.out else free_run("methods")
     first = student_stage.with_recipe(replace(fill_in(student_stage.without_more(settings), said), loss=("hard",)))
     shared = Material.open(first)
@@ -135,7 +133,7 @@ def _cached_layers(material: Material, settings: StudentSettings) -> str:
     cached = dict.fromkeys(tap.partition(":")[0] for tap in material.cache.manifest.taps)
     names = [name for name, _ in material.network(settings, material.losses).named_modules() if name in cached]
     if len(names) != len(cached):
-        raise WrongCommand(
+        raise UsageError(
             f"{settings.arch} has not all of the cached layers {', '.join(cached)}: name them from shallow to deep"
             " with --layers, and the student's with --student-layers"
         )
@@ -151,7 +149,7 @@ def _chosen(settings: MethodsSettings, layers: str, console: Console) -> dict[st
     layered = [name for name in chosen or METHODS if any("{" in spec for spec in METHODS[name])]
     if layered and not layers:
         if chosen:
-            raise WrongCommand(f"'{layered[0]}' is of layers, and the cache has no taps: name them with --layers")
+            raise UsageError(f"'{layered[0]}' is of layers, and the cache has no taps: name them with --layers")
         console.say(f"the cache has no taps: without {', '.join(layered)} (--layers … would say which)")
     names = [name for name in chosen or METHODS if layers or name not in layered]
     student = settings.student_layers or layers
@@ -164,14 +162,14 @@ def _runners(
 ) -> tuple[dict[str, "_Runner"], dict[str, Material], dict[str, str]]:
     """Every method that this teacher and this student allow, its material, and why not for the others.
 
-    Raises Refused for what the cache has not kept.
+    Raises CacheError for what the cache has not kept.
     """
     runners, materials, impossible = {}, {}, {}
     for name in asked:
         try:
             materials[name] = Material.open(asked[name], shared)
             runners[name] = _Runner(asked[name], materials[name], steps)
-        except WrongCommand as error:
+        except UsageError as error:
             impossible[name] = str(error)
     return runners, materials, impossible
 
@@ -253,7 +251,7 @@ def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, c
     row: dict[str, Any] = {"method": name, "losses": list(settings.loss), **cost.__dict__}
     try:
         student = student_stage.train_or_go_on(settings, material, console)["student"]
-    except Diverged as diverged:
+    except DivergedError as diverged:
         return row | {"failed": str(diverged)}
     figures = {split: student[split]["accuracy"] for split in material.held_out}
     return row | {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from softcache.base.errors import Ended, WrongCommand
+from softcache.base.errors import TrainingStopped, UsageError
 from softcache.base.files import remove_leftovers
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.loading.stream import Stream
@@ -36,7 +36,7 @@ Result = dict[str, Any]
 @dataclass(frozen=True)
 class Student:
     """One seed of one student: its settings, what it is trained from, where it is kept. after_epoch: told each line of
-    its training from the cache; may raise Ended."""
+    its training from the cache; may raise TrainingStopped."""
 
     settings: StudentSettings
     material: Material
@@ -49,7 +49,9 @@ def first_training(settings: StudentSettings) -> str:
     return "distilled" if settings.finetune_epochs else "student"
 
 
-def train_passes(students: Sequence[Student], console: Console, vectorize: bool = False) -> list[Result | Ended]:
+def train_passes(
+    students: Sequence[Student], console: Console, vectorize: bool = False
+) -> list[Result | TrainingStopped]:
     """Of each student the figures of its `student`, and of its `baseline` when asked for.
 
     Several have as many epochs and read each batch once; where one ends early, that is in its place. vectorize: those
@@ -61,7 +63,7 @@ def train_passes(students: Sequence[Student], console: Console, vectorize: bool 
     if first != "student":
         results = _trained("student", students, results, console, vectorize)
         for result in results:
-            if not isinstance(result, Ended):
+            if not isinstance(result, TrainingStopped):
                 result["student"]["seconds"] += result.pop(first)["seconds"]
     if settings.baseline:
         results = _trained("baseline", students, results, console, vectorize)
@@ -69,7 +71,7 @@ def train_passes(students: Sequence[Student], console: Console, vectorize: bool 
 
 
 def check(students: Sequence[Student], vectorize: bool) -> None:
-    """Raise WrongCommand for several that cannot be trained together, before anything is written."""
+    """Raise UsageError for several that cannot be trained together, before anything is written."""
     jobs = _from_one_stream([_job(first_training(one.settings), one) for one in students])
     for places in _by_arch(students) if vectorize else []:
         check_stackable([jobs[i] for i in places])
@@ -78,15 +80,17 @@ def check(students: Sequence[Student], vectorize: bool) -> None:
 def _trained(
     name: str,
     students: Sequence[Student],
-    results: Sequence[Result | Ended],
+    results: Sequence[Result | TrainingStopped],
     console: Console,
     vectorize: bool,
-) -> list[Result | Ended]:
+) -> list[Result | TrainingStopped]:
     """The results with the figures of one more training, of those students that have not ended."""
-    left = [student for student, result in zip(students, results, strict=True) if not isinstance(result, Ended)]
+    left = [
+        student for student, result in zip(students, results, strict=True) if not isinstance(result, TrainingStopped)
+    ]
     jobs = [_job(name, student) for student in left]
     val = students[0].material.held_out["val"]
-    done: dict[int, Finished | Ended] = {}
+    done: dict[int, Finished | TrainingStopped] = {}
     if len(students) == 1 and left:
         done[0] = _alone(jobs[0], val, console)
     else:
@@ -95,17 +99,19 @@ def _trained(
             fitted = (fit_stacked if vectorize else fit_together)([shared[i] for i in places], val, console)
             done |= dict(zip(places, fitted, strict=True))
     ended = iter(zip(jobs, left, [done[i] for i in range(len(left))], strict=True))
-    return [result if isinstance(result, Ended) else _with(result, name, *next(ended)) for result in results]
+    return [result if isinstance(result, TrainingStopped) else _with(result, name, *next(ended)) for result in results]
 
 
-def _with(result: Result, name: str, job: Job, student: Student, done: Finished | Ended) -> Result | Ended:
-    return done if isinstance(done, Ended) else result | {name: _figures(job, student, done)}
+def _with(
+    result: Result, name: str, job: Job, student: Student, done: Finished | TrainingStopped
+) -> Result | TrainingStopped:
+    return done if isinstance(done, TrainingStopped) else result | {name: _figures(job, student, done)}
 
 
-def _alone(job: Job, val: HeldOut, console: Console) -> Finished | Ended:
+def _alone(job: Job, val: HeldOut, console: Console) -> Finished | TrainingStopped:
     try:
         return fit(job, val, console)
-    except Ended as ended:
+    except TrainingStopped as ended:
         return ended
 
 
@@ -197,13 +203,13 @@ def job_of(
 
 
 def _from_one_stream(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with one stream that has what each reads. Raises WrongCommand where their batches differ."""
+    """The jobs with one stream that has what each reads. Raises UsageError where their batches differ."""
     if not jobs:
         return []
     first = jobs[0].stream
     for job in jobs[1:]:
         if not _same_batches(first, job.stream) or (job.epochs, job.steps) != (jobs[0].epochs, jobs[0].steps):
-            raise WrongCommand(
+            raise UsageError(
                 f"'{jobs[0].folder}' and '{job.folder}' do not see the same batches, as students of one stream do:"
                 " other labels (--labelled goes by the seed), or a loss that wants labels beside one that does not."
                 " Train them one after the other"

@@ -94,7 +94,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def fill_in(settings: StudentSettings, said: set[str]) -> StudentSettings:
-    """The settings with those of its recipe that were not said. Raises WrongCommand for a recipe there is none of."""
+    """The settings with those of its recipe that were not said. Raises UsageError for a recipe there is none of."""
     if not settings.recipe:
         return settings
     if settings.recipe not in RECIPES:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import Labels, class_counts, stratified
 from softcache.pipeline.batch import Head, Known
 from softcache.pipeline.cache.reader import Cache
@@ -27,27 +27,28 @@ _MOST_GAP = 0.2
 
 
 def losses_of(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
-    """The losses of a run on this cache. Raises WrongCommand for those that it cannot serve, or that do not exist."""
+    """The losses of a run on this cache. Raises UsageError for those that it cannot serve, or that do not exist."""
     cached = tuple(cache.manifest.taps)
     losses = tuple(
         loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(settings.loss)
     )
     if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.one_label]):
-        raise WrongCommand(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
+        raise UsageError(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
     if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):
-        raise WrongCommand(f"loss '{wrong[0]}' needs the teacher's last linear layer, and this teacher has none")
+        raise UsageError(f"loss '{wrong[0]}' needs the teacher's last linear layer, and this teacher has none")
     return losses
 
 
 def cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
-    """The cached taps that the losses' own can be had from. Raises Refused with the command that adds the missing."""
+    """The cached taps that the losses' own can be had from. Raises CacheError with the command that adds the
+    missing."""
     asked = teacher_taps(losses)
     there = list(cache.manifest.taps)
     missing = [tap for tap in asked if source_of(tap, there) is None]
     if missing:
         have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
         more = _more(settings, cache, taps=",".join([*there, *missing]))
-        raise Refused(f"the cache '{cache.folder}' {have}. Add them with  {more}")
+        raise CacheError(f"the cache '{cache.folder}' {have}. Add them with  {more}")
     return tuple(dict.fromkeys(source for tap in asked if (source := source_of(tap, there))))
 
 
@@ -55,7 +56,7 @@ def check_draws(settings: StudentSettings, cache: Cache) -> None:
     if settings.draws > cache.manifest.draws:
         have = f"the cache '{cache.folder}' has {cache.manifest.draws}"
         more = _more(settings, cache, draws=settings.draws)
-        raise Refused(f"--draws {settings.draws}, but {have}. Add them with  {more}")
+        raise CacheError(f"--draws {settings.draws}, but {have}. Add them with  {more}")
 
 
 def check_draws_per_decode(settings: StudentSettings) -> None:
@@ -65,12 +66,10 @@ def check_draws_per_decode(settings: StudentSettings) -> None:
         divisors = [n for n in range(1, draws + 1) if draws % n == 0]
         near = " or ".join(str(n) for n in [*[n for n in divisors if n < k][-1:], *[n for n in divisors if n > k][:1]])
         fewer = f", or --draws {draws - draws % k}" if draws > k else ""
-        raise WrongCommand(
-            f"--draws-per-decode {k} does not divide the {draws} draws that are used: {near} does{fewer}"
-        )
+        raise UsageError(f"--draws-per-decode {k} does not divide the {draws} draws that are used: {near} does{fewer}")
     if batch % k:
         near = " or ".join(f"--batch-size {n}" for n in (batch - batch % k, batch - batch % k + k) if n)
-        raise WrongCommand(f"--batch-size {batch} is not a multiple of --draws-per-decode {k}: {near}")
+        raise UsageError(f"--batch-size {batch} is not a multiple of --draws-per-decode {k}: {near}")
 
 
 def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
@@ -80,21 +79,21 @@ def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
 
 
 def check_several(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels) -> None:
-    """Whether these losses can be led by several teachers, or by none in some rows. Raises WrongCommand."""
+    """Whether these losses can be led by several teachers, or by none in some rows. Raises UsageError."""
     several = len(settings.cache) > 1
     if settings.combine and not several:
-        raise WrongCommand(f"--combine {settings.combine} is of several caches: --cache A --cache B")
+        raise UsageError(f"--combine {settings.combine} is of several caches: --cache A --cache B")
     if several and (wrong := [loss.name for loss in losses if loss.needs_head]):
-        raise WrongCommand(f"loss '{wrong[0]}' goes through the last layer of one teacher, and there are several")
+        raise UsageError(f"loss '{wrong[0]}' goes through the last layer of one teacher, and there are several")
     unweighed = [loss.name for loss in losses if loss.needs_logits and not loss.by_row]
     if settings.combine == "ca_mkd" and unweighed:
-        raise WrongCommand(
+        raise UsageError(
             f"--combine ca_mkd weighs single rows, which loss '{unweighed[0]}' has not: kd, output and logit_mse have"
         )
     if settings.missing == "hard" and settings.labelled:
-        raise WrongCommand("--missing hard needs the labels of all rows, --labelled hides some: --missing skip")
+        raise UsageError("--missing hard needs the labels of all rows, --labelled hides some: --missing skip")
     if settings.missing == "hard" and (labels < 0).any():
-        raise WrongCommand("--missing hard needs labels, and some of these pictures have none: --missing skip")
+        raise UsageError("--missing hard needs labels, and some of these pictures have none: --missing skip")
 
 
 def visible(settings: StudentSettings, labels: Labels) -> Labels:
@@ -112,15 +111,15 @@ def check_labels(
     unlabelled = bool((labels < 0).any())
     wanting = [loss.name for loss in losses if loss.needs_labels]
     if unlabelled and wanting:
-        raise WrongCommand(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
+        raise UsageError(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
     needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(settings, name)]
     if unlabelled and needing:
         flag = needing[0].replace("_", "-")
-        raise WrongCommand(f"--{flag} needs labels, and these pictures have none: leave it out")
+        raise UsageError(f"--{flag} needs labels, and these pictures have none: leave it out")
     if settings.labelled and settings.sampler:
-        raise WrongCommand("--sampler needs the labels of all rows, --labelled hides some: leave out one")
+        raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
     if settings.labelled and not len(classes) <= settings.labelled <= len(labels):
-        raise WrongCommand(
+        raise UsageError(
             f"--labelled {settings.labelled} is not between {len(classes)} classes and {len(labels)} rows"
         )
     for loss in losses:
@@ -129,17 +128,17 @@ def check_labels(
 
 
 def answered(cache: Cache, gaps: Gaps) -> NDArray[np.int64]:
-    """The positions of the training split whose rows are there in the first draw. Raises Refused for none."""
+    """The positions of the training split whose rows are there in the first draw. Raises CacheError for none."""
     gone = gaps.get(0, np.zeros(cache.manifest.splits["train"], bool))
     if gone.all():
-        raise Refused(f"'{cache.folder}' has no row of the first draw, which these losses want: repair it")
+        raise CacheError(f"'{cache.folder}' has no row of the first draw, which these losses want: repair it")
     return np.flatnonzero(~gone)
 
 
 def check_head(cache: Cache, losses: tuple[Loss, ...], head: Head, gaps: Gaps) -> None:
     """The teacher's last layer must give the cached logits for the features that a loss leads through it.
 
-    Raises WrongCommand: another layer of the same width, before an activation say, would be taken without a word.
+    Raises UsageError: another layer of the same width, before an activation say, would be taken without a word.
     """
     for loss in losses:
         if not (isinstance(loss, LayerLoss) and loss.needs_head):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import Labels, TransferSet, class_counts
 from softcache.pipeline.batch import Bank, Head, Known
 from softcache.pipeline.cache.manifest import row_bytes
@@ -63,7 +63,7 @@ class Material:
 
     @staticmethod
     def open(settings: StudentSettings, like: "Material | None" = None) -> "Material":
-        """Read and check everything before the first step. Raises Refused or WrongCommand.
+        """Read and check everything before the first step. Raises CacheError or UsageError.
 
         like: of the same cache and data, opened before; then only what the losses ask is looked at again.
         """
@@ -196,7 +196,7 @@ class Material:
         if settings.missing == "skip":
             wanted &= ~self.without_answer
         if not wanted.any():
-            raise Refused("no row of the training split is left: each lacks an answer in some draw, or a label")
+            raise CacheError("no row of the training split is left: each lacks an answer in some draw, or a label")
         seed = settings.seed if settings.order_seed < 0 else settings.order_seed
         stream = Stream(
             self.transfer_set.splits["train"],
@@ -216,7 +216,7 @@ class Material:
             device=self.device,
         )
         if len(stream.rows) < settings.draws_per_decode * stream.steps_per_round:
-            raise WrongCommand(
+            raise UsageError(
                 f"--draws-per-decode {settings.draws_per_decode} leaves a batch of {settings.batch_size} without a"
                 f" picture: there are {len(stream.rows)} rows; choose fewer, or a larger --batch-size"
             )

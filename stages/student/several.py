@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from softcache.base.errors import Ended, Interrupted, WrongCommand
+from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import publish_json
 from softcache.data.transfer_set import row_name
 from softcache.stages.cli.configs import ListSettings, StudentSettings, StudentsSettings
@@ -32,13 +32,13 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
     said = (said - {"losses"}) | ({"loss"} if settings.losses else set())
     if len(asked) == 1:
         if settings.vectorize:
-            raise WrongCommand("--vectorize is for several students: name more than one --seed, or --losses")
+            raise UsageError("--vectorize is for several students: name more than one --seed, or --losses")
         return student_stage.run(next(iter(asked.values())), said)
     console = Console(settings.json)
     if who().world > 1:
-        raise WrongCommand(f"torchrun trains one student, here are {len(asked)}: one command for each, or no torchrun")
+        raise UsageError(f"torchrun trains one student, here are {len(asked)}: one command for each, or no torchrun")
     if settings.resume or settings.seeds > 1 or settings.missing:
-        raise WrongCommand(
+        raise UsageError(
             f"{len(asked)} students of one stream take no --resume (the same command with --out goes on), --seeds"
             " (say --seed for each) or --missing"
         )
@@ -47,7 +47,7 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
     milestones_of(first)
     folder = Path(settings.out) if settings.out else free_run(f"{row_name(first.data)}-students")
     if (folder / "settings.json").exists():
-        raise WrongCommand(f"'{folder}' is the run of one student: choose another --out")
+        raise UsageError(f"'{folder}' is the run of one student: choose another --out")
     students = _students(filled, folder)
     check(students, settings.vectorize)
     student_stage.say_notes(first, students[0].material, console)
@@ -55,25 +55,29 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
         results = train(students, settings.vectorize, console)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command with --out {quote(str(folder))} goes on") from None
-    ended = {name: result for name, result in zip(filled, results, strict=True) if not isinstance(result, Ended)}
+    ended = {
+        name: result for name, result in zip(filled, results, strict=True) if not isinstance(result, TrainingStopped)
+    }
     if settings.json:
         console.result(json.dumps({"out": str(folder), "students": ended}))
     elif ended:
         compare.run(tuple(str(folder / name) for name in ended), ListSettings())
         console.say(f"runs:  {folder}, each of them as any student's")
     for name, result in zip(filled, results, strict=True):
-        if isinstance(result, Ended):
-            raise Ended(f"{len(results) - len(ended)} of {len(results)} students, '{name}' the first: {result}")
+        if isinstance(result, TrainingStopped):
+            raise TrainingStopped(
+                f"{len(results) - len(ended)} of {len(results)} students, '{name}' the first: {result}"
+            )
 
 
 def _each(settings: StudentsSettings, said: set[str]) -> dict[str, StudentSettings]:
     """The settings of each student, by a name that says in what it differs from the others."""
     if settings.losses and settings.loss:
-        raise WrongCommand("--loss is a term and --losses a whole loss: say one of the two")
+        raise UsageError("--loss is a term and --losses a whole loss: say one of the two")
     common = {f.name: getattr(settings, f.name) for f in fields(StudentSettings) if f.name not in _REPEATED}
     losses = [tuple(text.split()) for text in settings.losses] or [settings.loss]
     if settings.losses and (not all(losses) or len(set(losses)) < len(losses)):
-        raise WrongCommand("--losses is a loss, such as 'kd hard:weight=0.1', and each is said once")
+        raise UsageError("--losses is a loss, such as 'kd hard:weight=0.1', and each is said once")
     found = {}
     archs, seeds = settings.arch or ("",), settings.seed or (0,)
     for (a, arch), seed, (k, terms) in product(enumerate(archs), seeds, enumerate(losses)):
@@ -83,7 +87,7 @@ def _each(settings: StudentsSettings, said: set[str]) -> dict[str, StudentSettin
         if len(seeds) > 1 and "order_seed" not in said:
             own = replace(own, order_seed=seeds[0])
         if name in found:
-            raise WrongCommand(f"two students are both '{name}': each arch, seed and loss once")
+            raise UsageError(f"two students are both '{name}': each arch, seed and loss once")
         found[name] = own
     return found
 
@@ -103,14 +107,14 @@ def _students(filled: dict[str, StudentSettings], folder: Path) -> list[Student]
     return students
 
 
-def train(students: Sequence[Student], vectorize: bool, console: Console) -> list[dict[str, Any] | Ended]:
+def train(students: Sequence[Student], vectorize: bool, console: Console) -> list[dict[str, Any] | TrainingStopped]:
     """Train them all; the result.json of each, as if it had been trained alone, or how it ended early."""
     with ExitStack() as held:
         for student in students:
             held.enter_context(student_stage.begun(student.settings, student.material, student.folder))
         results = train_passes(students, console, vectorize=vectorize)
         for i, (student, result) in enumerate(zip(students, results, strict=True)):
-            if not isinstance(result, Ended):
+            if not isinstance(result, TrainingStopped):
                 results[i] = whole = student_stage.whole(student.settings, student.material, [result])
                 publish_json(student.folder / "result.json", whole)
         return results

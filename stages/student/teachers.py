@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import Refused, WrongCommand, printable
+from softcache.base.errors import CacheError, UsageError, printable
 from softcache.base.files import publish_json
 from softcache.data.transfer_set import Labels, TransferSet, class_counts
 from softcache.pipeline.batch import Head
@@ -27,9 +27,9 @@ Said = dict[str, torch.Tensor]
 
 
 def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
-    """The caches, of the same rows and views. Raises Refused or WrongCommand."""
+    """The caches, of the same rows and views. Raises CacheError or UsageError."""
     if not folders:
-        raise Refused("the run's settings name no cache: say where it is with --cache")
+        raise CacheError("the run's settings name no cache: say where it is with --cache")
     caches = tuple(Cache(Path(folder)) for folder in folders)
     check_same(caches)
     return caches
@@ -92,8 +92,8 @@ def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
             raise ValueError(f"a map that is not --map {settings.map}")
         if any(len(one.bias) != plain.members[0].classes for one in maps):
             raise ValueError("a map of other classes")
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, Refused, WrongCommand) as error:
-        raise Refused(f"'{folder / KEPT}' is damaged: {printable(error, 80)}") from None
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
+        raise CacheError(f"'{folder / KEPT}' is damaged: {printable(error, 80)}") from None
     return Teachers(plain.members, combine, maps, plain.gaps)
 
 
@@ -126,7 +126,7 @@ def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, 
     if begun != used:
         fields = describe(used, begun, ("here", "begun with"))
         named = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
-        raise Refused(f"'{folder}' was begun with other shards than {named} now has:{fields}")
+        raise CacheError(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
 def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
 from softcache.data.transfer_set import TransferSet, class_counts, load, row_name, row_of
 from softcache.data.views import ViewPolicy, parse_views, render
@@ -81,7 +81,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     device = device_of(settings.device)
     transfer_set = load_cut(settings)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
-        raise WrongCommand(f"a teacher needs labels: '{settings.data}' has pictures without classes")
+        raise UsageError(f"a teacher needs labels: '{settings.data}' has pictures without classes")
     check_select(settings, transfer_set)
     views = with_size(parse_views(settings.views), transfer_set, console)
     preparation = preparation_of(settings.normalize, transfer_set, views)

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.base.files import publish_text, read_plain
 from softcache.pipeline.cache.manifest import CARD, Manifest
 
@@ -54,7 +54,7 @@ def _unedited(folder: Path, manifest: Manifest) -> bool:
     """Whether there is the card of that manifest, under whatever name the folder had."""
     try:
         text = read_plain(folder, CARD, 1 << 20)
-    except Refused:
+    except CacheError:
         return False
     found = re.search(r"^python -m softcache check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)
     try:

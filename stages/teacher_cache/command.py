@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import OtherCache, Refused, unknown
+from softcache.base.errors import CacheError, CacheMismatchError, unknown
 from softcache.base.files import make_folder
 from softcache.base.lock import held
 from softcache.data.transfer_set import TransferSet, row_name, row_of
@@ -76,10 +76,10 @@ def _other_named(settings: CacheSettings) -> Iterator[None]:
     """Where the cache that is there is another one, the command for the one that is asked for."""
     try:
         yield
-    except OtherCache as error:
+    except CacheMismatchError as error:
         settings = _checked(settings)[0]
         right = command("teacher-cache", settings, out=free_name(settings.out))
-        raise Refused(f"{error}\nMake the one that is asked for with  {right}") from None
+        raise CacheError(f"{error}\nMake the one that is asked for with  {right}") from None
 
 
 def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Identity, Ask, Chosen]:
@@ -134,7 +134,7 @@ def _decided(
 ) -> tuple[Chosen, tuple[str, ...]]:
     """How the teacher is asked, as rank 0 finds it, and all taps: those of a cache that is there, those asked for.
 
-    Raises OtherCache.
+    Raises CacheMismatchError.
     """
     found: list[Chosen] = []
 
@@ -181,7 +181,7 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen
             ranks.from_first(lambda: False)
             return writer.grown
         if set(writer.plan.taps) != set(ask.taps):
-            raise Refused(f"'{out}' was given other taps while this began: run the same command again")
+            raise CacheError(f"'{out}' was given other taps while this began: run the same command again")
         if chosen.begun and (chosen.arithmetic or settings.precision == "auto"):
             how = f", {chosen.arithmetic.in_words()}" if chosen.arithmetic else ""
             console.say(f"precision: {identity['precision']}{how}; as this cache was begun")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.pipeline.models.bn_folding import folded
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import Prepared
@@ -119,10 +119,10 @@ class Answering:
 
 
 def answering_as(teacher: Prepared, taps: tuple[str, ...], precision: str, fold: bool) -> Answering:
-    """What answers as a cache was begun. Raises Refused where its batch norm was folded and cannot be here."""
+    """What answers as a cache was begun. Raises CacheError where its batch norm was folded and cannot be here."""
     answering = Answering(teacher, taps, precision, fold)
     if answering.comes_out_differently:
-        raise Refused(
+        raise CacheError(
             "the cache was begun with batch norm folded, and that says something else than the teacher here: go on"
             " with the versions that it was begun with, or make a new one"
         )

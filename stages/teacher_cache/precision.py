@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, printable
+from softcache.base.errors import CacheError, printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, render
 from softcache.pipeline.cache.codecs import fidelity
@@ -142,7 +142,7 @@ def choose(
         best = (others or [plain])[0]
         if max(best.cost(plain)) == float("inf"):
             why = best.broken or "its logits are not finite"
-            raise Refused(f"--precision {settings.precision}: the teacher cannot be asked so ({printable(why)})")
+            raise CacheError(f"--precision {settings.precision}: the teacher cannot be asked so ({printable(why)})")
     if settings.compile:
         best = _compiled(best, plain, probe, batches, console)
     arithmetic = best.compared(plain) if best is not plain else None

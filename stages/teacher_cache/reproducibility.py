@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import CheckSettings
@@ -48,17 +48,17 @@ class Again:
         )
 
     def refuse_if_large(self) -> None:
-        """Raises Refused when this is not the teacher's rounding any more."""
+        """Raises CacheError when this is not the teacher's rounding any more."""
         for name, share in {"logits": self.share, **self.features}.items():
             if not share <= self.most:
-                raise Refused(
+                raise CacheError(
                     f"the teacher now says something else: {name} differ by {share:.2%}, more than {self.most:.0%}:"
                     " its code or a library changed"
                 )
 
 
 def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> Ask:
-    """The cache's teacher, ready to be asked what stage one asked it. Raises Refused for other weights."""
+    """The cache's teacher, ready to be asked what stage one asked it. Raises CacheError for other weights."""
     teacher = teacher_of_cache(cache, settings.weights, settings.teacher).to(device_of(settings.device))
     identity = cache.manifest.identity
     asked = replace(
@@ -73,7 +73,7 @@ def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> 
     answering = answering_as(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
     ask = Ask(transfer_set, cache.views, answering, asked)
     if (ask.classes, ask.shapes) != (cache.classes, cache.manifest.taps):
-        raise Refused(f"the teacher's outputs are {ask.classes}, {ask.shapes} here, others in the cache")
+        raise CacheError(f"the teacher's outputs are {ask.classes}, {ask.shapes} here, others in the cache")
     return ask
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.codecs import CODECS, fidelity
@@ -43,7 +43,7 @@ class Ask:
         self.classes = logits.shape[1]
         self.shapes = {tap: list(x.shape[1:]) for tap, x in features.items()}
         if self.transfer_set.classes and self.classes != len(self.transfer_set.classes):
-            raise WrongCommand(
+            raise UsageError(
                 f"the teacher knows {self.classes} classes, the data have {len(self.transfer_set.classes)}"
             )
 
@@ -96,7 +96,7 @@ class Ask:
             for views, crc in rendered:
                 said = answer(views.to(device, non_blocking=True))
                 if said[0].ndim != 2:
-                    raise WrongCommand(f"the teacher gives {list(said[0].shape)} for {len(views)} views, not [B, K]")
+                    raise UsageError(f"the teacher gives {list(said[0].shape)} for {len(views)} views, not [B, K]")
                 yield crc, *_fetched(said)
 
 
@@ -116,7 +116,7 @@ def _keep(
 ) -> None:
     """Write a batch [B, …] into the rows of a shard, in their dtype: the one copy that is made.
 
-    Raises Refused for a value that cannot be kept. What is looked at first is the extremes of what was written, one
+    Raises CacheError for a value that cannot be kept. What is looked at first is the extremes of what was written, one
     pass over half the bytes; only where they are at the end of the range are the values themselves.
     """
     kept = torch.from_numpy(rows)
@@ -128,7 +128,7 @@ def _keep(
     bad = np.flatnonzero(~(np.abs(exact) <= largest).all(1))
     if len(bad):
         worst = exact[bad[0]][~(np.abs(exact[bad[0]]) <= largest)][0]
-        raise Refused(
+        raise CacheError(
             f"the teacher's {what} for {piece.split} index {index[bad[0]]}, draw {piece.draw} is {worst}:"
             f" it cannot be kept (largest {largest:g})"
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.reader import Cache
@@ -23,7 +23,7 @@ from softcache.stages.teacher import command as teacher_stage
 def teacher_of(
     settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, console: Console
 ) -> tuple[Prepared, str]:
-    """The teacher with its weights, and its arch. Raises WrongCommand or Refused where they do not fit."""
+    """The teacher with its weights, and its arch. Raises UsageError or CacheError where they do not fit."""
     if not settings.weights:
         kept = from_first(lambda: _train_one(settings, console))  # of several ranks one trains it
         settings = replace(settings, weights=kept, teacher="", normalize="")
@@ -32,20 +32,20 @@ def teacher_of(
     path = Path(settings.weights)
     seeds = sorted(path.glob("seed-*"))
     if seeds and run_weights(path) == path:
-        raise WrongCommand(f"the run '{path}' is of several seeds: name one of them, such as --weights {seeds[0]}")
+        raise UsageError(f"the run '{path}' is of several seeds: name one of them, such as --weights {seeds[0]}")
     if not path.exists():
-        raise WrongCommand(f"there are no weights at '{path}'")
+        raise UsageError(f"there are no weights at '{path}'")
     arch, preparation = settings.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
         arch, preparation = _of_run(path, settings)
         _note_another_cut(path, settings, console)
     if not arch:
-        raise WrongCommand(f"--weights {path} does not say which arch it is: name it with --teacher")
+        raise UsageError(f"--weights {path} does not say which arch it is: name it with --teacher")
     state = read_state(run_weights(path))
     if preparation is None:
         preparation = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
     if preparation.channels < transfer_set.channels:
-        raise WrongCommand(
+        raise UsageError(
             f"the teacher takes {preparation.channels} channel, the pictures have {transfer_set.channels}"
         )
     classes = len(transfer_set.classes) or _classes_in(state, path)
@@ -55,13 +55,13 @@ def teacher_of(
 
 
 def teacher_of_cache(cache: Cache, weights: str, arch: str) -> Prepared:
-    """The teacher that a cache is of. Its weights must be those of the identity. Raises Refused with both digests.
+    """The teacher that a cache is of. Its weights must be those of the identity. Raises CacheError with both digests.
 
     arch: named by the user, where it is code of theirs: a manifest's word is not taken for what is imported.
     """
     recorded = cache.teacher
     if arch != recorded and (arch or (":" in recorded and not recorded.startswith(("mlp:", "torchvision:")))):
-        raise WrongCommand(f"the cache's teacher is {recorded!r}: name it with --teacher, if you trust that code")
+        raise UsageError(f"the cache's teacher is {recorded!r}: name it with --teacher, if you trust that code")
     preparation = cache.preparation
     network = build(recorded, cache.classes, preparation.channels, preparation.size)
     if weights == "DEFAULT":
@@ -71,7 +71,7 @@ def teacher_of_cache(cache: Cache, weights: str, arch: str) -> Prepared:
     load_state(network, state, weights)
     mine, theirs = weights_digest(network), cache.manifest.identity["teacher"]["weights"]
     if mine != theirs:
-        raise Refused(f"'{weights}' are other weights: teacher.weights {mine[:16]}…, in the cache {theirs[:16]}…")
+        raise CacheError(f"'{weights}' are other weights: teacher.weights {mine[:16]}…, in the cache {theirs[:16]}…")
     return Prepared(network, preparation).eval()
 
 
@@ -79,7 +79,7 @@ def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
     """The classes of a teacher for pictures that have none: the rows of its last matrix."""
     matrices = [weight for weight in state.values() if weight.ndim == 2]
     if not matrices:
-        raise WrongCommand(f"the weights of {source} do not show how many classes there are, nor do the pictures")
+        raise UsageError(f"the weights of {source} do not show how many classes there are, nor do the pictures")
     return int(matrices[-1].shape[0])
 
 
@@ -90,11 +90,11 @@ def _of_run(path: Path, settings: CacheSettings) -> tuple[str, Preparation]:
         record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
         arch, preparation = str(record["arch"]), Preparation.from_json(record["preparation"])
     except (KeyError, TypeError, ValueError):
-        raise Refused(f"'{path / 'result.json'}' does not say what its weights are") from None
+        raise CacheError(f"'{path / 'result.json'}' does not say what its weights are") from None
     if settings.teacher and settings.teacher != arch:
-        raise WrongCommand(f"--teacher {settings.teacher}, but the run '{path}' is of {arch}")
+        raise UsageError(f"--teacher {settings.teacher}, but the run '{path}' is of {arch}")
     if settings.normalize:
-        raise WrongCommand(
+        raise UsageError(
             f"--normalize {settings.normalize}, but the run '{path}' says itself how its input is normalised"
         )
     return arch, preparation
@@ -134,7 +134,7 @@ def _train_one(settings: CacheSettings, console: Console) -> str:
         same = ("data", "arch", "normalize", *teacher_stage.CUT)
         differ = [f"{k} {kept.get(k)} there, {v} asked" for k in same if kept.get(k) != (v := getattr(asked, k))]
         if differ:
-            raise Refused(
+            raise CacheError(
                 f"the teacher in '{folder}' is another one ({'; '.join(differ)}):"
                 " name it with --weights, or choose another --out"
             )
@@ -154,10 +154,10 @@ def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[Prep
     """torchvision's own weights: its picture size and normalisation, grey pictures repeated to three channels."""
     arch = settings.teacher
     if not arch.startswith("torchvision:"):
-        raise WrongCommand("--weights DEFAULT wants --teacher torchvision:NAME")
+        raise UsageError("--weights DEFAULT wants --teacher torchvision:NAME")
     state, size, mean, std, names = published(arch.partition(":")[2])
     if transfer_set.classes and len(transfer_set.classes) != len(names):
-        raise WrongCommand(
+        raise UsageError(
             f"the published weights of {arch} know {len(names)} classes, the data have {len(transfer_set.classes)}"
         )
     network = build(arch, len(names), 3, size)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from softcache.base.errors import Refused, of_an_interrupt
+from softcache.base.errors import CacheError, of_an_interrupt
 from softcache.base.files import publish, publish_text
 from softcache.pipeline.models.state_dicts import check_zip
 from softcache.stages.cli.configs import Training
@@ -97,7 +97,7 @@ class State:
             if isinstance(error, OSError) and error.filename:
                 raise
             why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-            raise Refused(
+            raise CacheError(
                 f"'{path}' is damaged ({why}): put it back from a copy, or delete it to train from the first epoch"
             ) from None
         if is_first():
@@ -185,19 +185,19 @@ def text_of(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the epochs that are done. Raises Refused when they are damaged."""
+    """The lines of the epochs that are done. Raises CacheError when they are damaged."""
     try:
         return [json.loads(line) for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError):
         raise _damaged(folder) from None
 
 
-def _damaged(folder: Path) -> Refused:
-    return Refused(f"'{folder / LINES}' is damaged: it is not a record of epochs")
+def _damaged(folder: Path) -> CacheError:
+    return CacheError(f"'{folder / LINES}' is damaged: it is not a record of epochs")
 
 
 def finished(folder: Path, select: str) -> Finished:
-    """What the lines of a training that is over say. Raises Refused when they are damaged."""
+    """What the lines of a training that is over say. Raises CacheError when they are damaged."""
     lines = lines_of(folder)
     try:
         seconds = float(sum(line["seconds"] for line in lines))

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from softcache.base import rng as counter
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Head, Outputs, TargetBatch
 from softcache.pipeline.loading.stream import Stream, part
 from softcache.pipeline.models.precision import autocast
@@ -40,16 +40,16 @@ def parted(stream: Stream) -> Stream:
 
 
 def check_shared(model: nn.Module, stream: Stream, device: torch.device, settings: Training) -> None:
-    """Raise WrongCommand for a training that several ranks cannot share, before anything is written."""
+    """Raise UsageError for a training that several ranks cannot share, before anything is written."""
     if (world := who().world) == 1:
         return
     if settings.compile:
-        raise WrongCommand("--compile is not for several ranks: leave it out, or train in one process")
+        raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
     k = stream.draws_per_decode
     rows = k * (len(stream.rows) // (k * stream.steps_per_round))  # of the smallest batch
     least = 2 if has_norm(model) and device.type == "cpu" else 1
     if rows // world < least:
-        raise WrongCommand(
+        raise UsageError(
             f"{world} ranks share batches of {rows} rows, and each needs {least} of one:"
             " a larger --batch-size, or fewer ranks"
         )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from softcache.base.errors import Diverged, Ended, Interrupted, Refused
+from softcache.base.errors import CacheError, DivergedError, Interrupted, TrainingStopped
 from softcache.base.files import make_folder, remove_leftovers
 from softcache.pipeline.batch import TargetBatch
 from softcache.pipeline.losses import Loss, at
@@ -59,7 +59,7 @@ class _Course:
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     norms: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
-    ended: Ended | None = None
+    ended: TrainingStopped | None = None
 
 
 def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
@@ -68,7 +68,7 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
     goes on from there and ends with the same weights. At the end the weights are published as NAME.pt.
     Under torchrun all ranks train it, see data_parallel; rank 0 reads and writes the folder.
-    Raises Ended, Diverged when a loss or the logits are no longer finite, and Interrupted on Ctrl-C.
+    Raises TrainingStopped, DivergedError when a loss or the logits are no longer finite, and Interrupted on Ctrl-C.
     """
     try:
         (done,) = fit_together([job], held_out, console)
@@ -76,16 +76,16 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
         stage = "teacher" if job.name == "teacher" else "student"
         go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
         raise Interrupted(f"stopped; go on with  {go_on}") from None
-    if isinstance(done, Ended):
+    if isinstance(done, TrainingStopped):
         raise done
     return done
 
 
-def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
+def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | TrainingStopped]:
     """As fit, of several trainings with as many epochs and steps, from the stream of the first one.
 
-    Each ends with the weights that it would have alone; one that diverges, or whose after_epoch raises Ended, does not
-    stop the others. Raises KeyboardInterrupt on Ctrl-C.
+    Each ends with the weights that it would have alone; one that diverges, or whose after_epoch raises
+    TrainingStopped, does not stop the others. Raises KeyboardInterrupt on Ctrl-C.
     """
     threads = torch.get_num_threads()
     with ExitStack() as opened:
@@ -141,7 +141,7 @@ def _tidied(job: Job, weights: Path) -> bool:
     """Whether the training was over before. Its folder is made, and what a killed process left there removed."""
     make_folder(job.folder)
     if (job.folder / STACK).is_dir():
-        raise Refused(f"'{job.folder}' was begun with --vectorize: go on with it, or choose another --out")
+        raise CacheError(f"'{job.folder}' was begun with --vectorize: go on with it, or choose another --out")
     remove_leftovers(
         job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
     )
@@ -156,7 +156,7 @@ def _abreast(job: Job, state: State, kept: Features) -> Abreast | None:
     return Abreast(job.model, kept, state.modules, head, job.device, job.settings.precision, job.settings.seed)
 
 
-def _end(job: Job, course: _Course | None) -> Finished | Ended:
+def _end(job: Job, course: _Course | None) -> Finished | TrainingStopped:
     """Publish the weights that are kept; what the lines say. A checkpoint that is left of a stop before goes too."""
     if course and course.ended:
         return course.ended
@@ -197,7 +197,7 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
                 _use_threads(course)
                 try:
                     _end_epoch(course, epoch, held_out, shared)
-                except Ended as ended:
+                except TrainingStopped as ended:
                     course.ended = ended
             shown.epoch([c.state.lines[-1] if c.first <= epoch and not c.ended else None for c in courses])
             if all(course.ended for course in courses):
@@ -271,8 +271,8 @@ def publish_weights(path: Path, model: nn.Module) -> None:
     publish_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
 
 
-def diverged(job: Job, how: str) -> Diverged:
-    return Diverged(
+def diverged(job: Job, how: str) -> DivergedError:
+    return DivergedError(
         f"training the {job.name} diverged: {how}."
         f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
     )

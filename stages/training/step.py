@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Head, Known, Outputs, TargetBatch
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import Loss
@@ -180,7 +180,7 @@ def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
         logits = job.model(batch.views)
         outputs = Outputs(logits, dict(kept), own_head(job, logits.shape[1]))
     if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[1]:
-        raise WrongCommand(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
+        raise UsageError(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
     batch = _with_taps(job, batch)
     named = zip(names(job.losses), job.losses, strict=True)
     made = {name: loss.module(outputs, batch, job.known) for name, loss in named}

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.stream import render_in_order
@@ -57,6 +57,6 @@ class HeldOut:
 
 def check_select(settings: TeacherSettings | StudentSettings, transfer_set: TransferSet) -> None:
     if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
-        raise WrongCommand(
+        raise UsageError(
             f"--select {settings.select} needs labels to validate on, and these pictures have none: leave it out"
         )

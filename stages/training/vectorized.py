@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from softcache.base.errors import Ended, Refused, WrongCommand
+from softcache.base.errors import CacheError, TrainingStopped, UsageError
 from softcache.base.files import make_folder, publish_text, remove_leftovers
 from softcache.pipeline.batch import Outputs, TargetBatch
 from softcache.pipeline.losses import Loss, at
@@ -79,26 +79,26 @@ class Stack(nn.Module):
 
 
 def check_stackable(jobs: Sequence[Job]) -> None:
-    """Raise WrongCommand for trainings that cannot be one vectorised model."""
+    """Raise UsageError for trainings that cannot be one vectorised model."""
     first = jobs[0]
     for job in jobs:
         settings = job.settings
         if any(_reads_more(loss) for loss in job.losses):
-            raise WrongCommand(
+            raise UsageError(
                 "--vectorize takes losses that read logits and labels alone and have no part of their own, not"
                 f" {', '.join(names(job.losses))}: leave it out"
             )
         if settings.select != "last" or settings.ema or settings.keep_every or settings.compile:
-            raise WrongCommand("--vectorize takes no --select, --ema, --keep-every or --compile: leave it out")
+            raise UsageError("--vectorize takes no --select, --ema, --keep-every or --compile: leave it out")
         if [_unweighted(loss) for loss in job.losses] != [_unweighted(loss) for loss in first.losses]:
-            raise WrongCommand(
+            raise UsageError(
                 f"--vectorize takes losses that differ in their weights alone, not in '{first.folder}' and"
                 f" '{job.folder}': leave it out"
             )
     network = first.model.network
     kept = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
     if kept != set(network.state_dict()):
-        raise WrongCommand(
+        raise UsageError(
             "--vectorize cannot take a network with tied weights or buffers that are not kept: leave it out"
         )
     try:
@@ -107,7 +107,7 @@ def check_stackable(jobs: Sequence[Job]) -> None:
             Stack([job.model for job in jobs[:2]]).to(first.device).eval()(views)
     except RuntimeError as error:
         why = str(error).splitlines()[0][:120]
-        raise WrongCommand(f"--vectorize cannot take this network ({why}): leave it out") from None
+        raise UsageError(f"--vectorize cannot take this network ({why}): leave it out") from None
 
 
 def _reads_more(loss: Loss) -> bool:
@@ -119,7 +119,7 @@ def _unweighted(loss: Loss) -> Loss:
     return replace(loss, weight=0.0)  # type: ignore[type-var]
 
 
-def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
+def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | TrainingStopped]:
     """As training.fit_together, as one model of those that are not finished.
 
     What it keeps while it runs lies in a folder of the first one's; with other students it starts over.
@@ -128,11 +128,13 @@ def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> lis
     for job in jobs:
         make_folder(job.folder)
         if (job.folder / CHECKPOINT).is_file():
-            raise Refused(f"'{job.folder}' was begun without --vectorize: go on without it, or choose another --out")
+            raise CacheError(
+                f"'{job.folder}' was begun without --vectorize: go on without it, or choose another --out"
+            )
         if (job.folder / STACK).is_dir() and (len(left) < 2 or job is not left[0] or _members(job) != _names(left)):
             console.say(f"'{job.folder / STACK}' is of other students together: these start over")
             shutil.rmtree(job.folder / STACK)
-    ended: dict[str, Finished | Ended] = {}
+    ended: dict[str, Finished | TrainingStopped] = {}
     if len(left) > 1:
         ended = dict(zip(_names(left), _as_one(left, held_out, console), strict=True))
     if rest := [job for job in jobs if str(job.folder) not in ended]:  # finished, or alone
@@ -159,7 +161,7 @@ def _members(job: Job) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _as_one(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | Ended]:
+def _as_one(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | TrainingStopped]:
     first, folder = jobs[0], jobs[0].folder / STACK
     for job in jobs:
         remove_leftovers(job.folder, (LINES, f"{job.name}.pt"))
@@ -277,7 +279,7 @@ def _measured(
     return {"epoch": epoch + 1, "students": lines}
 
 
-def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | Ended:
+def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | TrainingStopped:
     """Publish the weights and lines of one student, or say how it diverged."""
     lines = []
     for epoch in state.lines:

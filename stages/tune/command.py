@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import Ended, Interrupted, WrongCommand
+from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import make_folder
 from softcache.data.transfer_set import row_name
 from softcache.stages.cli.configs import SearchSettings, StudentSettings
@@ -37,9 +37,9 @@ def run(settings: SearchSettings, said: set[str]) -> None:
     """Everything is checked; then trial after trial, beside other processes; then the best. --out goes on."""
     console = Console(settings.json, epoch_lines=False)
     if settings.resume or settings.seeds > 1 or settings.baseline:
-        raise WrongCommand("tune takes no --resume (run it again with the same --out), --seeds or --baseline")
+        raise UsageError("tune takes no --resume (run it again with the same --out), --seeds or --baseline")
     if settings.grid and "trials" in said:
-        raise WrongCommand("--grid tries every combination once: leave out --trials")
+        raise UsageError("--grid tries every combination once: leave out --trials")
     # The recipe is in the settings by now; said again, it would fill in what a trial sets to a default.
     first = replace(student_stage.with_recipe(fill_in(student_stage.without_more(settings), said)), recipe="")
     milestones_of(first)
@@ -139,16 +139,16 @@ class Search:
         for run in runs:
             self._tell(run)
 
-    def _results(self, students: Sequence[Student]) -> list[dict[str, Any] | Ended]:
+    def _results(self, students: Sequence[Student]) -> list[dict[str, Any] | TrainingStopped]:
         """Of each its result, or how it ended. What does not fit, or not into memory, is tried one by one: then it is
         that trial's own."""
         if not students:
             return []
         try:
             return train_together(students, False, self.console)
-        except (WrongCommand, torch.OutOfMemoryError) as error:
+        except (UsageError, torch.OutOfMemoryError) as error:
             if len(students) == 1:
-                return [Ended(str(error))]
+                return [TrainingStopped(str(error))]
         alone = [replace(one, settings=student_stage.to_go_on(one.settings)) for one in students]
         return [result for one in alone for result in self._results([one])]
 
@@ -195,7 +195,7 @@ class _Run:
         try:
             material = Material.open(self.settings, like)
             material.network(self.settings, material.losses)
-        except (WrongCommand, torch.OutOfMemoryError) as error:
+        except (UsageError, torch.OutOfMemoryError) as error:
             self.ended = error
             return
         own = student_stage.to_go_on(self.settings)
@@ -218,11 +218,11 @@ class _Run:
         """The same while it trains."""
         self.told()
         if self.ended:
-            raise Ended(f"trial {self.slot} is over")
+            raise TrainingStopped(f"trial {self.slot} is over")
 
-    def finish(self, result: dict[str, Any] | Ended) -> None:
+    def finish(self, result: dict[str, Any] | TrainingStopped) -> None:
         """What its training has come to."""
-        if isinstance(result, Ended):
+        if isinstance(result, TrainingStopped):
             self.ended = self.ended or result
             return
         self.told()
@@ -253,13 +253,13 @@ def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
 
 
 def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:
-    """Every combination, the last name changing first. Raises WrongCommand where there is no end of them."""
+    """Every combination, the last name changing first. Raises UsageError where there is no end of them."""
     for one in space:
         if not one.choices and not one.step:
-            raise WrongCommand(f"search '{one.spec}' has no steps: --grid wants {one.name}=LOW..HIGH:step=S or a|b|c")
+            raise UsageError(f"search '{one.spec}' has no steps: --grid wants {one.name}=LOW..HIGH:step=S or a|b|c")
     count = prod(len(one.points()) for one in space)
     if count > _MOST_POINTS:
-        raise WrongCommand(f"--grid would be {count:,} trials, more than {_MOST_POINTS:,}: take wider steps")
+        raise UsageError(f"--grid would be {count:,} trials, more than {_MOST_POINTS:,}: take wider steps")
     return [
         dict(zip([one.name for one in space], values, strict=True))
         for values in product(*(one.points() for one in space))
@@ -269,9 +269,7 @@ def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:
 def _check(space: tuple[Searched, ...], first: StudentSettings, material: Material) -> None:
     """Find what would stop a trial before anything is made: labels; archs and losses at every end of the space."""
     if not (material.held_out["val"].labels >= 0).any():
-        raise WrongCommand(
-            "tune compares students on the labels of the validation split, and these pictures have none"
-        )
+        raise UsageError("tune compares students on the labels of the validation split, and these pictures have none")
     middle = {one.name: one.ends()[0] for one in space}
     for one in space:
         for value in one.ends():
@@ -279,5 +277,5 @@ def _check(space: tuple[Searched, ...], first: StudentSettings, material: Materi
             try:
                 material_of = Material.open(own, material)
                 material_of.network(own, material_of.losses)
-            except WrongCommand as error:
-                raise WrongCommand(f"search '{one.spec}': {error}") from None
+            except UsageError as error:
+                raise UsageError(f"search '{one.spec}': {error}") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from softcache.base.errors import Held, Refused, WrongCommand
+from softcache.base.errors import CacheError, LockedError, UsageError
 from softcache.base.files import make_folder, publish_json, remove_leftovers
 from softcache.base.lock import LOCK, held
 from softcache.pipeline.cache.identity import differences
@@ -18,20 +18,20 @@ _SEARCH = "search.json"
 
 
 def look_at(folder: Path, begun: dict[str, Any]) -> None:
-    """Raise WrongCommand for a folder that holds something else, Refused for one of another search."""
+    """Raise UsageError for a folder that holds something else, CacheError for one of another search."""
     if "?" in str(folder.resolve()):
-        raise WrongCommand(f"--out {folder}: the path of a database has no '?'")
+        raise UsageError(f"--out {folder}: the path of a database has no '?'")
     if (folder / _SEARCH).exists():
         return compare(read_json(folder / _SEARCH, {"mark", "begun"})["begun"], begun, f"'{folder}'")
     if folder.exists() and not (folder.is_dir() and all(_left_over(path) for path in folder.iterdir())):
-        raise WrongCommand(f"'{folder}' exists and is no search: choose another --out")
+        raise UsageError(f"'{folder}' exists and is no search: choose another --out")
 
 
 def unfinished(folder: Path, begun: dict[str, Any]) -> list[Path]:
     """The same search, stopped, in other folders beside one whose name was chosen for this one."""
     found = []
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{_SEARCH}")):
-        with suppress(Refused):  # damaged: that is for those who go on with it
+        with suppress(CacheError):  # damaged: that is for those who go on with it
             if read_json(path).get("begun") == begun and not (path.parent / "tune.json").exists():
                 found.append(path.parent)
     return found
@@ -43,7 +43,7 @@ def _left_over(path: Path) -> bool:
 
 
 def begin(folder: Path, begun: dict[str, Any]) -> str:
-    """Make the folder of a search, or go on in it; its mark. Raises Refused when it was begun otherwise."""
+    """Make the folder of a search, or go on in it; its mark. Raises CacheError when it was begun otherwise."""
     path = folder / _SEARCH
     make_folder(folder)
     with alone(folder):
@@ -63,15 +63,15 @@ def trial_lock(slot: int) -> str:
 def tidy(folder: Path) -> None:
     """Remove the locks that killed processes left, of trials that were over or had only to be pruned."""
     for path in [*folder.glob(".trial-*.lock"), *folder.glob(f"trial-*/{LOCK}")]:
-        with suppress(Held), held(path.parent, path.name):
+        with suppress(LockedError), held(path.parent, path.name):
             pass
 
 
 def compare(theirs: Any, mine: dict[str, Any], what: str) -> None:
-    """Raise Refused, naming what differs, when a search was begun otherwise than it is asked for now."""
+    """Raise CacheError, naming what differs, when a search was begun otherwise than it is asked for now."""
     if differ := [f"{n} {a} there, {b} asked" for n, a, b in differences(theirs, mine)]:
         other = "another --out" if what.startswith("'") else "another --study"
-        raise Refused(f"{what} was begun otherwise ({'; '.join(differ[:4])}): choose {other}")
+        raise CacheError(f"{what} was begun otherwise ({'; '.join(differ[:4])}): choose {other}")
 
 
 @contextmanager
@@ -82,6 +82,6 @@ def alone(folder: Path) -> Iterator[None]:
             try:
                 stack.enter_context(held(folder))
                 break
-            except Held:
+            except LockedError:
                 time.sleep(0.05)
         yield

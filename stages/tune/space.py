@@ -8,7 +8,7 @@ from dataclasses import Field, dataclass, fields, replace
 from decimal import Decimal
 from typing import Any
 
-from softcache.base.errors import WrongCommand, unknown
+from softcache.base.errors import UsageError, unknown
 from softcache.base.spec import number, parse
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.base import Ramp
@@ -70,18 +70,18 @@ class Searched:
 
 
 def parse_space(specs: Sequence[str], settings: StudentSettings, said: set[str]) -> tuple[Searched, ...]:
-    """What --search says, of the losses of these settings. Raises WrongCommand for what cannot be searched.
+    """What --search says, of the losses of these settings. Raises UsageError for what cannot be searched.
 
     said: the settings that the command fixes.
     """
     if not specs:
-        raise WrongCommand("nothing to search: --search kd.temperature=1..20:log, or --search batch_size=32|64")
+        raise UsageError("nothing to search: --search kd.temperature=1..20:log, or --search batch_size=32|64")
     space = tuple(_searched(spec, settings) for spec in specs)
     for one in space:
         if [other.name for other in space].count(one.name) > 1:
-            raise WrongCommand(f"'{one.name}' is searched twice: one --search for each name")
+            raise UsageError(f"'{one.name}' is searched twice: one --search for each name")
         if one.term < 0 and one.knob in said:
-            raise WrongCommand(f"'{one.name}' is searched: leave out {flag(one.knob)}")
+            raise UsageError(f"'{one.name}' is searched: leave out {flag(one.knob)}")
         for value in one.ends():
             _check_limits(one, value, settings)
     return space
@@ -111,12 +111,12 @@ def _searched(spec: str, settings: StudentSettings) -> Searched:
     if "|" in text:
         choices = tuple(_value(spec, name, part, kind) for part in text.split("|"))
         if len(set(choices)) < len(choices):
-            raise WrongCommand(f"search '{spec}': a choice is given twice")
+            raise UsageError(f"search '{spec}': a choice is given twice")
         return Searched(spec, name, term, knob, choices)
     if ".." not in text:
-        raise WrongCommand(f"search '{spec}' is not NAME=LOW..HIGH, with :log or :step=S, nor NAME=a|b|c")
+        raise UsageError(f"search '{spec}' is not NAME=LOW..HIGH, with :log or :step=S, nor NAME=a|b|c")
     if kind not in (int, float):
-        raise WrongCommand(f"search '{spec}': {name} is no number: give choices, {name}=a|b")
+        raise UsageError(f"search '{spec}': {name} is no number: give choices, {name}=a|b")
     return _range(Searched(spec, name, term, knob), text, kind)
 
 
@@ -126,16 +126,16 @@ def _range(one: Searched, text: str, kind: type) -> Searched:
     low_text, _, high_text = body.partition("..")
     low, high = (_number(spec, name, part, kind) for part in (low_text, high_text))
     if low >= high:
-        raise WrongCommand(f"search '{spec}': {low} is not below {high}, so there is nothing between them")
+        raise UsageError(f"search '{spec}': {low} is not below {high}, so there is nothing between them")
     log = "log" in more
     steps = [part.removeprefix("step=") for part in more if part.startswith("step=")]
     if len(more) != log + len(steps) or len(more) > 1:
-        raise WrongCommand(f"search '{spec}': after the range comes :log, or :step=S, or nothing")
+        raise UsageError(f"search '{spec}': after the range comes :log, or :step=S, or nothing")
     if log and low <= 0:
-        raise WrongCommand(f"search '{spec}': a logarithmic range begins above 0, not at {low}")
+        raise UsageError(f"search '{spec}': a logarithmic range begins above 0, not at {low}")
     step = _number(spec, "step", steps[0], kind) if steps else 1 if kind is int and not log else 0.0
     if steps and not 0 < step <= high - low:
-        raise WrongCommand(f"search '{spec}': a step of {step} does not fit between {low} and {high}")
+        raise UsageError(f"search '{spec}': a step of {step} does not fit between {low} and {high}")
     stepped = replace(one, low=low, high=high, log=log, step=step)
     return replace(stepped, high=kind(stepped.points()[-1])) if steps else stepped
 
@@ -158,7 +158,7 @@ def _target(spec: str, name: str, settings: StudentSettings) -> tuple[int, str, 
         raise unknown(f"knob of loss '{term}'", knob, kinds)
     if isinstance(getattr(loss, knob), Ramp):
         given = settings.loss[terms.index(term)]
-        raise WrongCommand(f"search '{spec}': {knob} is a ramp in --loss '{given}': take one or the other away")
+        raise UsageError(f"search '{spec}': {knob} is a ramp in --loss '{given}': take one or the other away")
     return terms.index(term), knob, kinds[knob] if kinds[knob] in (str, bool, int) else float
 
 
@@ -174,11 +174,11 @@ def _setting(name: str) -> Field[Any]:
 def _value(spec: str, name: str, text: str, kind: type) -> Value:
     if kind is str:
         if not text:
-            raise WrongCommand(f"search '{spec}': a choice is empty")
+            raise UsageError(f"search '{spec}': a choice is empty")
         return text
     if kind is bool:
         if text not in ("true", "false"):
-            raise WrongCommand(f"search '{spec}': {name}={text} is neither true nor false")
+            raise UsageError(f"search '{spec}': {name}={text} is neither true nor false")
         return text == "true"
     return _number(spec, name, text, kind)
 
@@ -186,22 +186,22 @@ def _value(spec: str, name: str, text: str, kind: type) -> Value:
 def _number(spec: str, name: str, text: str, kind: type) -> float:
     value = number(spec, "search", name, text)
     if kind is int and value != int(value):
-        raise WrongCommand(f"search '{spec}': {name}={text} is not a whole number")
+        raise UsageError(f"search '{spec}': {name}={text} is not a whole number")
     return int(value) if kind is int else value
 
 
 def _check_limits(one: Searched, value: Value, settings: StudentSettings) -> None:
-    """Raise WrongCommand for a value that the command line would not take."""
+    """Raise UsageError for a value that the command line would not take."""
     if one.term >= 0:
         try:
             parse_losses(with_values(settings, (one,), {one.name: value}).loss)
-        except WrongCommand as error:
-            raise WrongCommand(f"search '{one.spec}': {error}") from None
+        except UsageError as error:
+            raise UsageError(f"search '{one.spec}': {error}") from None
         return
     limits = _setting(one.knob).metadata
     if "choices" in limits and value not in limits["choices"]:
         raise unknown(one.knob, str(value), limits["choices"])
     if not isinstance(value, str) and "least" in limits and value < limits["least"]:
-        raise WrongCommand(f"search '{one.spec}': {one.knob} {value} is below {limits['least']}")
+        raise UsageError(f"search '{one.spec}': {one.knob} {value} is below {limits['least']}")
     if not isinstance(value, str) and "most" in limits and value > limits["most"]:
-        raise WrongCommand(f"search '{one.spec}': {one.knob} {value} is above {limits['most']}")
+        raise UsageError(f"search '{one.spec}': {one.knob} {value} is above {limits['most']}")

@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 from zlib import crc32
 
-from softcache.base.errors import Held, Refused, WrongCommand
+from softcache.base.errors import CacheError, LockedError, UsageError
 from softcache.base.lock import held
 
 from .folder import trial_lock
@@ -31,7 +31,7 @@ try:
     from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 except ImportError as error:
-    raise WrongCommand(f"tune needs Optuna 4.3 or later ({error}): pip install 'softcache[tune]'") from None
+    raise UsageError(f"tune needs Optuna 4.3 or later ({error}): pip install 'softcache[tune]'") from None
 
 __all__ = [
     "FrozenTrial",
@@ -65,11 +65,11 @@ class SharedStudy:
     beats: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     def holders(self) -> dict[int, FrozenTrial]:
-        """{slot: the trial that holds it}. Raises Refused for trials of another search."""
+        """{slot: the trial that holds it}. Raises CacheError for trials of another search."""
         found: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             if set(trial.params) != {one.name for one in self.space} or "slot" not in trial.user_attrs:
-                raise Refused(
+                raise CacheError(
                     f"the study '{self.study.study_name}' has trials of another search: name another --study"
                 )
             if trial.state != TrialState.FAIL:
@@ -97,7 +97,7 @@ class SharedStudy:
             with ExitStack() as own:
                 try:
                     own.enter_context(held(self.folder, trial_lock(slot)))
-                except Held:
+                except LockedError:
                     continue
                 if trial := self._taken(slot):
                     own.enter_context(self._beating(trial._trial_id))
@@ -207,7 +207,7 @@ def _slot(trial: Trial) -> int:
 def opened(url: str, name: str, maximize: bool, begun: dict[str, Any], warm: int) -> Iterator[tuple[Any, RDBStorage]]:
     """The study of that name, made where there is none, and its storage. begun: what it is of, kept as `begun`.
 
-    warm: epochs of a trial before which it is not pruned. Raises Refused when it was begun otherwise.
+    warm: epochs of a trial before which it is not pruned. Raises CacheError when it was begun otherwise.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = _storage(url)
@@ -223,26 +223,26 @@ def opened(url: str, name: str, maximize: bool, begun: dict[str, Any], warm: int
             study.set_user_attr("begun", begun)
         yield study, storage
     except StorageInternalError as error:
-        raise Refused(f"the storage failed: {str(error.__cause__ or error).splitlines()[0]}") from None
+        raise CacheError(f"the storage failed: {str(error.__cause__ or error).splitlines()[0]}") from None
     finally:
         storage.remove_session()
         storage.engine.dispose()
 
 
 def _storage(url: str) -> RDBStorage:
-    """Raises WrongCommand for what is no URL of a database, Refused for one that does not answer."""
+    """Raises UsageError for what is no URL of a database, CacheError for one that does not answer."""
     if url.startswith("sqlite") and (":memory:" in url or url.rstrip("/") == "sqlite:"):
-        raise WrongCommand(f"--storage {url}: a database in memory is gone with its process: name a file")
+        raise UsageError(f"--storage {url}: a database in memory is gone with its process: name a file")
     more = {"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite") else {}
     for attempt in range(10):
         try:
             return RDBStorage(url, engine_kwargs=more)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise WrongCommand(f"--storage: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"--storage: {str(error).splitlines()[0]}") from None
         except SQLAlchemyError as error:  # also of two processes that make the same tables at once
             why = str(error).splitlines()[0]
             time.sleep(0.1 * (attempt + 1))
-    raise Refused(f"the storage cannot be opened: {why}")
+    raise CacheError(f"the storage cannot be opened: {why}")
 
 
 def _distribution(one: Searched) -> BaseDistribution:

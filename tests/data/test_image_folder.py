@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.image_arrays import MemoryPictures
 from softcache.data.image_folder import FolderPictures
 from softcache.data.transfer_set import Split, TransferSet, load
@@ -249,7 +249,7 @@ def test_a_truncated_picture_is_named_when_it_is_decoded(pets: Path) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     split = load_folder(pets).splits["test"]
     assert pixels_of(Split(split.pictures.take(np.array([0, 3])), split.labels[[0, 3]], "")).shape == (2, 3, 8, 8)
-    with pytest.raises(Refused, match=r"the picture .*/test/dog/1\.png cannot be decoded: ") as refusal:
+    with pytest.raises(CacheError, match=r"the picture .*/test/dog/1\.png cannot be decoded: ") as refusal:
         pixels_of(split)
     assert "\n" not in str(refusal.value)
 
@@ -260,14 +260,14 @@ def test_a_picture_cut_in_half_never_becomes_a_view(tmp_path: Path, save_picture
         save_picture(tmp_path / f"{k}.{ending}", 24, 24, k)
     path = tmp_path / f"1.{ending}"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(Refused, match=rf"the picture .*1\.{ending} cannot be decoded: "):
+    with pytest.raises(CacheError, match=rf"the picture .*1\.{ending} cannot be decoded: "):
         [pixels_of(split) for split in load_folder(tmp_path).splits.values()]
 
 
 @pytest.mark.parametrize("content", [b"not a picture\n", b""])
 def test_a_file_that_is_no_picture_is_named(pets: Path, content: bytes) -> None:
     (pets / "train" / "cat" / "3.png").write_bytes(content)
-    with pytest.raises(Refused, match=r"the picture .*/train/cat/3\.png cannot be decoded: ") as refusal:
+    with pytest.raises(CacheError, match=r"the picture .*/train/cat/3\.png cannot be decoded: ") as refusal:
         load_folder(pets)
     assert "\n" not in str(refusal.value)
 
@@ -275,23 +275,23 @@ def test_a_file_that_is_no_picture_is_named(pets: Path, content: bytes) -> None:
 def test_a_file_that_vanishes_is_named(pets: Path) -> None:
     split = load_folder(pets).splits["test"]
     (pets / "test" / "cat" / "2.png").unlink()
-    with pytest.raises(Refused, match=r"the picture .*/test/cat/2\.png cannot be decoded: .*No such file"):
+    with pytest.raises(CacheError, match=r"the picture .*/test/cat/2\.png cannot be decoded: .*No such file"):
         pixels_of(split)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WrongCommand, match=r"there is no folder '.*/nowhere'"):
+    with pytest.raises(UsageError, match=r"there is no folder '.*/nowhere'"):
         load_folder(tmp_path / "nowhere")
 
 
 def test_a_file_is_no_folder(tmp_path: Path, save_picture: Save) -> None:
     save_picture(tmp_path / "one.png")
-    with pytest.raises(WrongCommand, match=r"there is no folder '.*one\.png'"):
+    with pytest.raises(UsageError, match=r"there is no folder '.*one\.png'"):
         load_folder(tmp_path / "one.png")
 
 
 def test_an_empty_folder_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(WrongCommand, match=r"there is no picture in '.*' \(looked for \.bmp \.jpeg \.jpg .*\.webp\)"):
+    with pytest.raises(UsageError, match=r"there is no picture in '.*' \(looked for \.bmp \.jpeg \.jpg .*\.webp\)"):
         load_folder(tmp_path)
 
 
@@ -299,21 +299,21 @@ def test_an_empty_train_folder_is_refused(pets: Path) -> None:
     shutil.rmtree(pets / "train")
     shutil.rmtree(pets / "test")
     (pets / "train").mkdir()
-    with pytest.raises(WrongCommand, match=r"there is no picture in '.*/train/?'"):
+    with pytest.raises(UsageError, match=r"there is no picture in '.*/train/?'"):
         load_folder(pets)
 
 
 def test_an_empty_class_is_named(pets: Path) -> None:
     for path in (pets / "train" / "dog").iterdir():
         path.unlink()
-    with pytest.raises(WrongCommand, match=r"there is no picture in '.*/train/dog'"):
+    with pytest.raises(UsageError, match=r"there is no picture in '.*/train/dog'"):
         load_folder(pets)
 
 
 def test_one_class_alone_is_refused_by_name(pets: Path) -> None:
     for split in ("train", "test"):
         shutil.rmtree(pets / split / "dog")
-    with pytest.raises(WrongCommand, match=r"'.*/train' has one class, 'cat': at least two are needed"):
+    with pytest.raises(UsageError, match=r"'.*/train' has one class, 'cat': at least two are needed"):
         load_folder(pets)
 
 
@@ -323,31 +323,31 @@ def test_class_sets_that_differ_are_refused_with_the_difference(pets: Path, save
         shutil.copytree(pets / "test", pets / "val")
     (pets / split / "dog").rename(pets / split / "hamster")
     with pytest.raises(
-        WrongCommand, match=rf"the classes of '.*/{split}' are not those of the train folder: dog, hamster"
+        UsageError, match=rf"the classes of '.*/{split}' are not those of the train folder: dog, hamster"
     ):
         load_folder(pets)
 
 
 def test_a_test_folder_that_lacks_a_class_is_refused(pets: Path) -> None:
     shutil.rmtree(pets / "test" / "cat")
-    with pytest.raises(WrongCommand, match=r"the classes of '.*/test' are not those of the train folder: cat"):
+    with pytest.raises(UsageError, match=r"the classes of '.*/test' are not those of the train folder: cat"):
         load_folder(pets)
 
 
 def test_class_folders_without_a_train_folder_are_refused(pets: Path) -> None:
-    with pytest.raises(WrongCommand, match=r"has no train/ folder: expected train/<class>/… and test/<class>/…"):
+    with pytest.raises(UsageError, match=r"has no train/ folder: expected train/<class>/… and test/<class>/…"):
         load_folder(pets / "train")
 
 
 def test_a_train_folder_without_test_or_val_is_refused(pets: Path) -> None:
     shutil.rmtree(pets / "test")
-    with pytest.raises(WrongCommand, match=r"has train/<class>/ but neither test/ nor val/"):
+    with pytest.raises(UsageError, match=r"has train/<class>/ but neither test/ nor val/"):
         load_folder(pets)
 
 
 def test_a_single_picture_cannot_be_cut_into_train_and_val(tmp_path: Path, save_picture: Save) -> None:
     save_picture(tmp_path / "only.png")
-    with pytest.raises(WrongCommand, match=r"--val-fraction 0\.25 of 1 training rows leaves none to train on"):
+    with pytest.raises(UsageError, match=r"--val-fraction 0\.25 of 1 training rows leaves none to train on"):
         load_folder(tmp_path)
 
 
@@ -415,7 +415,7 @@ def test_progress_is_told_of_every_picture_of_every_split(pets: Path) -> None:
 def test_a_picture_of_16_bits_is_refused_rather_than_clipped_to_white(pets: Path) -> None:
     name = next((pets / "train").rglob("*.png"))
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(name)
-    with pytest.raises(Refused, match="more than 8 bits a channel"):
+    with pytest.raises(CacheError, match="more than 8 bits a channel"):
         load_folder(pets)
 
 
@@ -426,5 +426,5 @@ def test_a_colour_picture_among_grey_ones_is_refused_rather_than_turned_grey(tmp
         grey.save(tmp_path / f"{name}.png")
     rows = load_folder(tmp_path).splits["test"]
     Image.new("RGB", (8, 8), (200, 3, 4)).save(tmp_path / "test/b/0.png")
-    with pytest.raises(Refused, match=r"test/b/0\.png is in colour \(RGB\)"):
+    with pytest.raises(CacheError, match=r"test/b/0\.png is in colour \(RGB\)"):
         pixels_of(rows)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.data.long_tail import long_tailed, parse_imbalance, resampled
 from softcache.data.transfer_set import load
 from softcache.pipeline.cache.reader import Cache
@@ -90,7 +90,7 @@ def test_without_a_head_size_the_largest_class_has_all_that_the_data_allow() -> 
     ],
 )
 def test_what_cannot_be_cut_is_refused(cut: dict[str, object], wrong: str) -> None:
-    with pytest.raises(WrongCommand) as refusal:
+    with pytest.raises(UsageError) as refusal:
         digits(**cut)
     assert wrong in str(refusal.value)
 

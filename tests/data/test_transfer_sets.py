@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.image_arrays import MemoryPictures
 from softcache.data.transfer_set import TRANSFER_SETS, Split, TransferSet, load, stratified
 
@@ -247,7 +247,7 @@ def test_class_names_are_those_of_the_data(write_and_load: Write) -> None:
 def test_files_that_are_absent_are_refused_in_one_line_with_the_way_out(
     tmp_path: Path, no_network: None, data: str
 ) -> None:
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(CacheError) as refusal:
         load(data, tmp_path, val_fraction=0.1)
     said = str(refusal.value)
     assert f"is not under '{tmp_path}' and cannot be downloaded (" in said
@@ -262,7 +262,7 @@ def test_the_folder_that_is_named_when_files_are_absent_is_where_they_are_read(
 ) -> None:
     write_and_load(data, formula(data, CIFAR.get(data, 10)))
     shutil.move(tmp_path / FOLDERS[data], tmp_path / "aside")
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(CacheError) as refusal:
         load(data, tmp_path, val_fraction=0.2)
     named = str(refusal.value).split("put its files into '")[1].split("'")[0]
     shutil.rmtree(named, ignore_errors=True)
@@ -276,7 +276,7 @@ def test_a_damaged_batch_is_refused(tmp_path: Path, no_network: None, write_and_
     content = bytearray(batch.read_bytes())
     content[-100] ^= 1
     batch.write_bytes(content)
-    with pytest.raises(Refused, match="CIFAR10 is not under"):
+    with pytest.raises(CacheError, match="CIFAR10 is not under"):
         load("cifar10", tmp_path, val_fraction=0.2)
 
 
@@ -304,18 +304,18 @@ def test_train_size_of_all_rows_keeps_all(digits: TransferSet) -> None:
 
 
 def test_train_size_above_the_training_rows_is_refused_with_both_numbers() -> None:
-    with pytest.raises(WrongCommand, match=r"--train-size 1258 is not between 0 and the 1257 training rows there are"):
+    with pytest.raises(UsageError, match=r"--train-size 1258 is not between 0 and the 1257 training rows there are"):
         load("digits", Path(), val_fraction=0.125, train_size=1258)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_a_val_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
-    with pytest.raises(WrongCommand, match=rf"--val-fraction {fraction:g} is outside 0 to 1"):
+    with pytest.raises(UsageError, match=rf"--val-fraction {fraction:g} is outside 0 to 1"):
         load("digits", Path(), val_fraction=fraction)
 
 
 def test_a_val_fraction_that_takes_every_training_row_is_refused() -> None:
-    with pytest.raises(WrongCommand, match=r"--val-fraction 0\.9999 of 1437 training rows leaves none to train on"):
+    with pytest.raises(UsageError, match=r"--val-fraction 0\.9999 of 1437 training rows leaves none to train on"):
         load("digits", Path(), val_fraction=0.9999)
 
 
@@ -336,7 +336,7 @@ def test_a_val_fraction_below_one_row_takes_one_row() -> None:
     ],
 )
 def test_a_data_set_that_does_not_exist_is_refused_with_what_there_is(data: str, message: str) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         load(data, Path(), val_fraction=0.1)
     assert message in str(error.value)
 
@@ -437,7 +437,7 @@ def test_labels_that_are_fewer_than_the_pictures_are_refused(tmp_path: Path) -> 
     written = formula("mnist", 10)
     written.labels["train"] = written.labels["train"][:-1]
     write_idx(tmp_path / "MNIST" / "raw", written)
-    with pytest.raises(Refused, match="hold 100 pictures, 99 labels"):
+    with pytest.raises(CacheError, match="hold 100 pictures, 99 labels"):
         load("mnist", tmp_path, val_fraction=0.5)
 
 
@@ -445,5 +445,5 @@ def test_a_file_that_is_no_idx_file_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "MNIST" / "raw"
     write_idx(folder, formula("mnist", 10))
     (folder / "train-images-idx3-ubyte").write_bytes(b"not an IDX file, but long enough to be one")
-    with pytest.raises(Refused, match="are damaged"):
+    with pytest.raises(CacheError, match="are damaged"):
         load("mnist", tmp_path, val_fraction=0.5)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softcache.base import rng as counter
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.image_arrays import MemoryPictures
 from softcache.data.image_folder import FolderPictures
 from softcache.data.transfer_set import Split, load
@@ -333,7 +333,7 @@ def test_a_picture_that_breaks_is_named_wherever_it_is_decoded(
     pictures = FolderPictures(tmp_path, tuple(f"{k}.png" for k in range(6)), "RGB", 8)
     rendered = render_in_order(pictures, parse_views("none"), 0, np.array_split(np.arange(6), 3), 0, workers)
     assert len(next(rendered)) == len(next(rendered)) == 2
-    with pytest.raises(Refused, match=r"the picture .*4\.png cannot be decoded: ") as refusal:
+    with pytest.raises(CacheError, match=r"the picture .*4\.png cannot be decoded: ") as refusal:
         next(rendered)
     assert "\n" not in str(refusal.value)
 
@@ -617,7 +617,7 @@ def test_every_spec_that_is_taken_has_the_knobs_it_was_given(data: st.DataObject
     ],
 )
 def test_a_bad_spec_says_what_is_wrong_in_one_line(spec: str, message: str) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         parse_views(spec)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -628,6 +628,6 @@ def test_a_bad_spec_says_what_is_wrong_in_one_line(spec: str, message: str) -> N
 def test_any_text_is_a_policy_or_a_wrong_command(spec: str) -> None:
     try:
         policy = parse_views(spec)
-    except WrongCommand:
+    except UsageError:
         return
     assert policy.name in VIEW_POLICIES

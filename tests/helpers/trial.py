@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache.reader import Cache
 
 SECONDS, MEMORY = 2.0, 200 << 20  # that a refusal may take
@@ -74,7 +74,7 @@ def _child(work: Callable[[], Any], write_end: int) -> None:
     before = _memory("VmRSS")
     try:
         value = work()
-    except (Refused, WrongCommand) as error:
+    except (CacheError, UsageError) as error:
         refused = str(error) or "(nothing said)"
     except BaseException:
         failed = traceback.format_exc()[-3000:]
@@ -108,7 +108,7 @@ def line_of(work: Callable[[], object]) -> str:
     """The line with which something is refused, "" when it is not."""
     try:
         work()
-    except (Refused, WrongCommand) as error:
+    except (CacheError, UsageError) as error:
         return str(error) or "(nothing said)"
     return ""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.pipeline.cache.reader import Cache
 from tests.helpers.commands import Stages
 from tests.helpers.damage import SHARD, flip_bit
@@ -175,7 +175,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(cache: Pat
     opened = Cache(cache)
     shard = opened._shard(next(r for r in opened.manifest.shards if r.path == SHARD))
     os.truncate(cache / SHARD, 500)
-    with pytest.raises(Refused, match="it was cut after it was opened"):
+    with pytest.raises(CacheError, match="it was cut after it was opened"):
         shard.read_all()
 
 

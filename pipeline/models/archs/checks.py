@@ -1,15 +1,15 @@
 """Refusals that rows of the table of archs share."""
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 
 
 def takes_no_argument(arch: str, argument: str) -> None:
-    """Raises WrongCommand where something follows the colon."""
+    """Raises UsageError where something follows the colon."""
     if argument:
-        raise WrongCommand(f"arch '{arch}:{argument}': {arch} takes no argument")
+        raise UsageError(f"arch '{arch}:{argument}': {arch} takes no argument")
 
 
 def takes_pictures_of(least: int, arch: str, size: int) -> None:
-    """Raises WrongCommand where pooling would leave nothing of a picture."""
+    """Raises UsageError where pooling would leave nothing of a picture."""
     if size < least:
-        raise WrongCommand(f"arch '{arch}' needs pictures of at least {least} px, these are {size} px")
+        raise UsageError(f"arch '{arch}' needs pictures of at least {least} px, these are {size} px")

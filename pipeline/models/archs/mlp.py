@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 
 
 def mlp(widths: str, classes: int, channels: int, size: int) -> nn.Sequential:
@@ -14,7 +14,7 @@ def mlp(widths: str, classes: int, channels: int, size: int) -> nn.Sequential:
     except ValueError:
         hidden = []
     if not hidden or min(hidden) < 1:
-        raise WrongCommand(f"arch 'mlp:{widths}': expected widths, such as mlp:64 or mlp:800,800")
+        raise UsageError(f"arch 'mlp:{widths}': expected widths, such as mlp:64 or mlp:800,800")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     incoming = channels * size * size
     for i, width in enumerate(hidden, 1):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Head
 from softcache.pipeline.taps.hooks import tapped
 from softcache.pipeline.taps.statistics import as_map
@@ -38,7 +38,7 @@ class SimKDStudent(nn.Module):
             self.backbone(x)
         found = as_map(kept[self.layer])
         if self.training and found[:, 0].numel() == 1:
-            raise WrongCommand("loss 'simkd' normalises over the batch: a --batch-size of 1 leaves nothing")
+            raise UsageError("loss 'simkd' normalises over the batch: a --batch-size of 1 leaves nothing")
         logits: torch.Tensor = self.linear(self.projector(found).mean((2, 3)))
         return logits
 
@@ -60,7 +60,7 @@ def parts_of(arch: str) -> tuple[str, str, int] | None:
         return None
     parts = arch[len("simkd(") : -1].rsplit(";", 2)
     if len(parts) != 3 or not parts[2].isdecimal() or not 1 <= int(parts[2]) <= 1 << 16 or "simkd(" in parts[0]:
-        raise WrongCommand(f"arch '{arch}' is not such as simkd(resnet8;layer3;256)")
+        raise UsageError(f"arch '{arch}' is not such as simkd(resnet8;layer3;256)")
     return parts[0], parts[1], int(parts[2])
 
 

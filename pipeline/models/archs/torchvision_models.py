@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import nn
 
-from softcache.base.errors import Refused, WrongCommand, unknown
+from softcache.base.errors import CacheError, UsageError, unknown
 
 SMALL = 64  # pictures under so many pixels get a stem that does not shrink them
 _SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
@@ -14,7 +14,7 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
     """`torchvision:resnet18` with fresh weights.
 
     Under 64 px the first convolution keeps the resolution (3 x 3, stride 1) and a pooling that follows it is
-    left out, as is usual for CIFAR. Raises WrongCommand for a model that cannot take such pictures.
+    left out, as is usual for CIFAR. Raises UsageError for a model that cannot take such pictures.
     """
     if not is_known(name):
         raise unknown("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
@@ -29,7 +29,7 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
         with torch.no_grad():
             network.eval()(torch.zeros(1, channels, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise WrongCommand(
+        raise UsageError(
             f"torchvision:{name} cannot take pictures of {size} px ({str(error)[:90]}): try another --views size"
         ) from None
     return network.train()
@@ -43,7 +43,7 @@ def is_known(name: str) -> bool:
 def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], list[float], list[str]]:
     """The DEFAULT weights of a torchvision model: state dict, picture size, mean, std, classes in order.
 
-    Downloads them when they are not at hand. Raises WrongCommand or Refused where there are none.
+    Downloads them when they are not at hand. Raises UsageError or CacheError where there are none.
     """
     if not is_known(name):
         raise unknown("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
@@ -52,7 +52,7 @@ def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], lis
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # urllib, http, a wrong hash, a damaged file: whatever a download can raise
         why = str(error).partition("\n")[0]
-        raise Refused(
+        raise CacheError(
             f"the published weights of torchvision:{name} cannot be downloaded ({why}):"
             f" put {weights.url} into torch's hub folder"
         ) from None

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache import shards
 from softcache.pipeline.cache.reader import Cache
@@ -135,7 +135,7 @@ def test_a_pickled_cache_reads_the_right_rows_and_verifies_its_own_shards(
     assert sorted(computed) == sorted(r.checksum for r in used.manifest.shards if r.split == "train")
     flip_bit(cache / "draw-000/shard-00000.h5", 80_000)
     late = pickle.loads(pickled)
-    with pytest.raises(Refused, match=r"draw-000/shard-00000\.h5: damaged"):
+    with pytest.raises(CacheError, match=r"draw-000/shard-00000\.h5: damaged"):
         late.targets("train", 0, np.arange(3))
 
 
@@ -289,5 +289,5 @@ def test_a_shard_that_changed_since_it_was_verified_is_verified_again(
     times = path.stat()
     flip_bit(path, 8 * len(whole) - 3)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(Refused, match="damaged, its checksum is"):
+    with pytest.raises(CacheError, match="damaged, its checksum is"):
         cache.rows("train", 0, "logits", first)

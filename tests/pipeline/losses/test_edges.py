@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Head, Known
 from softcache.pipeline.losses import LOSSES
 from tests.helpers.formulas import FORMULAS
@@ -76,7 +76,7 @@ def test_one_row_of_vectors_is_enough_where_nothing_is_normalised_over_the_batch
 )
 def test_batch_norm_over_one_vector_is_refused(spec: str, pairs: Pairs) -> None:
     made = case(spec, 1, 4, pairs)
-    with pytest.raises(WrongCommand, match="normalises over the batch: a --batch-size of 1 leaves nothing"):
+    with pytest.raises(UsageError, match="normalises over the batch: a --batch-size of 1 leaves nothing"):
         made.value()
     finite(case(spec, 2, 4, pairs))
 
@@ -278,21 +278,19 @@ def test_a_loss_of_one_statistic_takes_no_other(name: str, kind: str) -> None:
         agrees(case(spec, 4, 3, PAIRS))
         return
     for wrong in (spec, f"{name}:teacher=layer1,student=layer1:{kind}"):
-        with pytest.raises(WrongCommand, match=f"loss '{name}' is of .* and not of {kind}: name the layer, 'layer1'"):
+        with pytest.raises(UsageError, match=f"loss '{name}' is of .* and not of {kind}: name the layer, 'layer1'"):
             case(wrong)
 
 
 @pytest.mark.parametrize("spec", ["vid", "review_kd", "simkd"])
 @pytest.mark.parametrize("pairs", [(((7, 6), (7, 6)),) * 2, (((7, 6), (7, 4)),) * 2])
 def test_tokens_are_refused_where_a_map_is_wanted(spec: str, pairs: Pairs) -> None:
-    with pytest.raises(WrongCommand, match=r"features of 7x\d are neither a map CxHxW nor a vector"):
+    with pytest.raises(UsageError, match=r"features of 7x\d are neither a map CxHxW nor a vector"):
         case(spec, 4, 3, pairs).value()
 
 
 def test_maps_of_different_sizes_have_no_common_gram() -> None:
-    with pytest.raises(
-        WrongCommand, match="'nst': the student's 16x16 and the teacher's 4x4: choose layers whose maps"
-    ):
+    with pytest.raises(UsageError, match="'nst': the student's 16x16 and the teacher's 4x4: choose layers whose maps"):
         case("nst", 4, 3, (((3, 4, 4), (5, 2, 2)),) * 2).value()
 
 
@@ -301,9 +299,9 @@ def test_a_last_layer_that_does_not_read_that_layer_is_refused(spec: str) -> Non
     made = case(spec, 4, 3)
     narrow = Head(made.teacher_head.weight[:, :-1], made.teacher_head.bias)
     for known, why in ((Known(), "it has none"), (Known(narrow), "its last linear layer takes 4 values")):
-        with pytest.raises(WrongCommand, match=f"loss '{spec}' needs the last linear layer of the cache's.*{why}"):
+        with pytest.raises(UsageError, match=f"loss '{spec}' needs the last linear layer of the cache's.*{why}"):
             made.loss.module(made.outputs, made.target, known)
     if spec == "cat_kd":
         for head in (None, Head(made.head.weight[:, :-1], made.head.bias)):
-            with pytest.raises(WrongCommand, match="the student's last linear layer does not read that map"):
+            with pytest.raises(UsageError, match="the student's last linear layer does not read that map"):
                 made.loss.module(replace(made.outputs, head=head), made.target, made.known)

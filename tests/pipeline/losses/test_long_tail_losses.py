@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import f1_score
 
 import softcache.stages.training.loop as training
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.data.transfer_set import class_counts, load
 from softcache.pipeline.batch import Known
 from softcache.pipeline.losses import LOSSES
@@ -220,12 +220,12 @@ def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
         ([5, 0, 2, 0], (), "class 1 has no labelled training row (2 of 4 classes have none): leave the loss out"),
         ([5, 0, 2, 1], ("cat", "dog", "emu", "fox"), "class 'dog' has no labelled training row: leave"),
     ):
-        with pytest.raises(WrongCommand) as error:
+        with pytest.raises(UsageError) as error:
             counts_for(LOSSES[name], torch.tensor(counts), classes)
         assert f"loss '{name}': {says}" in str(error.value)
-        with pytest.raises(WrongCommand, match="has no labelled training row"):
+        with pytest.raises(UsageError, match="has no labelled training row"):
             made.loss.module(made.outputs, made.target, Known(counts=torch.tensor(counts)))
-    with pytest.raises(WrongCommand, match=f"loss '{name}' counts the labels of each class, and these pictures have"):
+    with pytest.raises(UsageError, match=f"loss '{name}' counts the labels of each class, and these pictures have"):
         made.loss.module(made.outputs, made.target, Known())
 
 

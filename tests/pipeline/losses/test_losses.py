@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Known, Outputs, TargetBatch
 from softcache.pipeline.losses import LOSSES, Loss, at, parse_losses
 from softcache.pipeline.losses.base import Ramp
@@ -413,7 +413,7 @@ def test_a_regressor_for_maps_is_a_valid_convolution_with_batch_norm_or_a_transp
 def test_shapes_that_no_regressor_joins_are_refused_with_both(
     student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         regressor(torch.Size((2, *student)), torch.Size((2, *teacher)))
     text = str(error.value)
     assert "x".join(map(str, student)) in text
@@ -425,7 +425,7 @@ def test_a_hint_asks_for_its_layers_and_takes_the_teachers_name_for_the_students
     assert (loss.teacher_taps(), loss.student_taps()) == (("layer3",), ("relu1",))
     assert Hint(teacher="layer3").student_taps() == ("layer3",)
     for half in (Hint(), Hint(student="relu1")):
-        with pytest.raises(WrongCommand, match="wants layers"):
+        with pytest.raises(UsageError, match="wants layers"):
             half.teacher_taps()
 
 
@@ -504,7 +504,7 @@ def test_losses_keep_the_order_they_were_named_in() -> None:
     ],
 )
 def test_a_slip_in_a_loss_is_refused_with_a_way_out(specs: tuple[str, ...], says: str) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         parse_losses(specs)
     assert says in str(error.value)
     assert "\n" not in str(error.value)

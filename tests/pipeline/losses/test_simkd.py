@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.data.transfer_set import load
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build, head_of, multiply_adds, parameters
@@ -224,7 +224,7 @@ def test_the_name_of_the_arch_is_read_as_it_is_written() -> None:
         assert parts_of(arch_of(backbone, layer, width)) == (backbone, layer, width)
     assert parts_of("resnet8") is None
     for wrong in ("simkd(resnet8)", "simkd(resnet8;layer3)", "simkd(a;b;0)", "simkd(a;b;-1)", "simkd(a;b;99999999)"):
-        with pytest.raises(WrongCommand, match=r"is not such as simkd\(resnet8;layer3;256\)"):
+        with pytest.raises(UsageError, match=r"is not such as simkd\(resnet8;layer3;256\)"):
             parts_of(wrong)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import resnet, shufflenetv2, vgg13_bn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.models import MODELS, build, head_of, parameters
 from softcache.pipeline.models.archs.cifar_resnet import Block as ResNetBlock
 from softcache.pipeline.models.archs.mobilenet import Block as MobileNetBlock
@@ -125,14 +125,14 @@ def test_no_relu_overwrites_what_a_tap_or_a_loss_holds(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_an_argument_is_refused(arch: str) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         build(f"{arch}:4", 10, 3, 32)
     assert one_line(error) == f"arch '{arch}:4': {arch} takes no argument"
 
 
 @pytest.mark.parametrize("arch", ["vgg8", "vgg13"])
 def test_vgg_refuses_pictures_that_three_poolings_leave_nothing_of(arch: str) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         build(arch, 10, 3, 7)
     assert one_line(error) == f"arch '{arch}' needs pictures of at least 8 px, these are 7 px"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.models import MODELS, build, head_of, multiply_adds, parameters
 from softcache.pipeline.models.archs.cifar_resnet import Block, CifarResNet
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
@@ -46,7 +46,7 @@ def test_cnn_and_mlp_take_pictures_of_any_size(size: int) -> None:
 
 
 def test_cnn_refuses_pictures_that_two_poolings_leave_nothing_of() -> None:
-    with pytest.raises(WrongCommand, match="at least 4 px, these are 3 px"):
+    with pytest.raises(UsageError, match="at least 4 px, these are 3 px"):
         build("cnn", 2, 1, 3)
 
 
@@ -73,7 +73,7 @@ def test_building_twice_from_one_seed_gives_the_same_weights() -> None:
     ],
 )
 def test_a_name_that_is_in_no_table_is_refused_with_a_way_out(arch: str, says: str) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         build(arch, 10, 3, 32)
     assert says in one_line(error)
 
@@ -83,7 +83,7 @@ def test_a_name_that_is_in_no_table_is_refused_with_a_way_out(arch: str, says: s
 
 @pytest.mark.parametrize("widths", ["", "0", "-3", "64,", ",64", "64;64", "wide", "6.5", "64,0"])
 def test_an_mlp_wants_whole_positive_widths(widths: str) -> None:
-    with pytest.raises(WrongCommand, match="expected widths, such as mlp:64 or mlp:800,800"):
+    with pytest.raises(UsageError, match="expected widths, such as mlp:64 or mlp:800,800"):
         build(f"mlp:{widths}", 10, 1, 8)
 
 
@@ -228,7 +228,7 @@ def test_a_users_factory_is_called_with_classes_channels_and_size(users_folder: 
 )
 def test_a_users_factory_that_is_none_is_refused_in_one_line(users_folder: Path, arch: str, says: str) -> None:
     (users_folder / "nets_in_a_file.py").write_text("def make(classes, channels, size):\n    return 3\n")
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         build(arch, 5, 1, 8)
     assert f"arch '{arch}' " in one_line(error)
     assert says in one_line(error)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.models import build
 from softcache.pipeline.models.state_dicts import load_state, read_state, run_weights, weights_digest
 
@@ -34,7 +34,7 @@ def saved(path: Path, what: Any, **options: Any) -> Path:
 
 def refused(path: Path) -> str:
     """The one line with which a file is refused."""
-    with pytest.raises(Refused) as error:
+    with pytest.raises(CacheError) as error:
         read_state(path)
     text = str(error.value)
     assert "\n" not in text
@@ -44,7 +44,7 @@ def refused(path: Path) -> str:
 
 def does_not_fit(target: nn.Module, state: dict[str, torch.Tensor]) -> str:
     """The one line with which a state is refused."""
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         load_state(target, state, "teacher.pt")
     text = str(error.value)
     assert "\n" not in text
@@ -257,9 +257,9 @@ def test_a_web_page_in_place_of_weights_is_called_damaged_and_not_dangerous(tmp_
 
 
 def test_weights_that_are_not_there_and_folders_without_any_are_wrong_commands(tmp_path: Path) -> None:
-    with pytest.raises(WrongCommand, match=r"there are no weights at '.*nowhere\.pt'"):
+    with pytest.raises(UsageError, match=r"there are no weights at '.*nowhere\.pt'"):
         read_state(tmp_path / "nowhere.pt")
-    with pytest.raises(WrongCommand, match=r"is a folder without teacher\.pt or student\.pt"):
+    with pytest.raises(UsageError, match=r"is a folder without teacher\.pt or student\.pt"):
         read_state(run_weights(tmp_path))
 
 

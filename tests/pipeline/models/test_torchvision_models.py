@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.torchvision_models import published
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
@@ -66,7 +66,7 @@ def test_every_other_family_of_torchvision_learns_from_small_pictures(name: str,
 
 @pytest.mark.parametrize(("name", "size"), [("maxvit_t", 32), ("vit_b_32", 28), ("squeezenet1_1", 2)])
 def test_a_torchvision_model_that_cannot_take_such_pictures_says_so(name: str, size: int) -> None:
-    with pytest.raises(WrongCommand) as error:
+    with pytest.raises(UsageError) as error:
         build(f"torchvision:{name}", 7, 3, size)
     assert f"torchvision:{name} cannot take pictures of {size} px" in one_line(error)
     assert "try another --views size" in one_line(error)
@@ -78,7 +78,7 @@ def test_a_torchvision_model_that_cannot_take_such_pictures_says_so(name: str, s
 def test_a_torchvision_model_takes_pictures_of_a_size_or_says_in_one_line_that_it_cannot(name: str, size: int) -> None:
     try:
         network = build(f"torchvision:{name}", 7, 1, size)
-    except WrongCommand as error:
+    except UsageError as error:
         refused = str(error)
     else:
         refused = ""
@@ -217,7 +217,7 @@ def test_published_weights_that_cannot_be_had_are_refused_with_where_to_put_them
         raise error
 
     offer(monkeypatch, "resnet18", fails)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(CacheError) as refused:
         published("resnet18")
     assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(refused)
     assert "resnet18-f37072fd.pth" in one_line(refused)
@@ -248,12 +248,12 @@ class Trap:
 
 def test_code_in_place_of_published_weights_is_refused_and_not_run(hub_file: Path, tmp_path: Path) -> None:
     torch.save({"fc.bias": Trap(tmp_path / "sprung")}, hub_file)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(CacheError) as refused:
         published("resnet18")
     one_line(refused)
     assert not (tmp_path / "sprung").exists()
 
 
 def test_there_are_no_published_weights_of_a_model_that_is_not() -> None:
-    with pytest.raises(WrongCommand, match="Did you mean 'resnet18'"):
+    with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
         published("resnet19")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.models import build
 from softcache.pipeline.taps.hooks import tap_names, tapped
 
@@ -135,7 +135,7 @@ def test_hooks_are_gone_after_an_error_in_the_model_or_around_it() -> None:
 
 def test_hooks_are_gone_after_an_unknown_tap_behind_a_known_one() -> None:
     model = in_place()
-    with pytest.raises(WrongCommand), tapped(model, ("bn", "nowhere")):
+    with pytest.raises(UsageError), tapped(model, ("bn", "nowhere")):
         pass
     assert hooks(model) == 0
 
@@ -152,7 +152,7 @@ def test_hooks_that_were_there_before_stay() -> None:
 
 @pytest.mark.parametrize("tap", ["rellu", "", "bn.weight"])
 def test_an_unknown_tap_is_refused_with_the_paths_there_are(tap: str) -> None:
-    with pytest.raises(WrongCommand) as error, tapped(in_place(), (tap,)):
+    with pytest.raises(UsageError) as error, tapped(in_place(), (tap,)):
         pass
     assert str(error.value).startswith(f"no tap '{tap}'.")
     assert str(error.value).endswith("There are: bn, conv, flat, out, relu")
@@ -167,7 +167,7 @@ def test_a_layer_that_gives_more_than_one_tensor_is_refused() -> None:
     model = nn.Sequential(OrderedDict(gru=nn.GRU(3, 4, batch_first=True), first=First()))
     with tapped(model, ("first",)) as kept:
         assert torch.equal(model(torch.rand(2, 5, 3)), kept["first"])
-    with pytest.raises(WrongCommand, match="tap 'gru' gives a tuple, not one tensor"), tapped(model, ("gru",)):
+    with pytest.raises(UsageError, match="tap 'gru' gives a tuple, not one tensor"), tapped(model, ("gru",)):
         model(torch.rand(2, 5, 3))
     assert hooks(model) == 0
 
@@ -187,7 +187,7 @@ class Sometimes(nn.Module):
 
 def test_a_layer_that_the_network_never_runs_is_refused_and_not_left_out() -> None:
     model = Sometimes()
-    with pytest.raises(WrongCommand, match="tap 'never' is a layer that the network does not run"):  # noqa: SIM117
+    with pytest.raises(UsageError, match="tap 'never' is a layer that the network does not run"):  # noqa: SIM117
         with tapped(model, ("always", "never")):
             model(torch.rand(1, 2))
     assert hooks(model) == 0
@@ -199,5 +199,5 @@ def test_an_output_of_an_earlier_pass_is_not_given_for_this_one() -> None:
         model(torch.rand(1, 2))
         assert set(kept) == {"sometimes"}
         model.told = False
-        with pytest.raises(WrongCommand, match="tap 'sometimes' is a layer that the network does not run"):
+        with pytest.raises(UsageError, match="tap 'sometimes' is a layer that the network does not run"):
             model(torch.rand(1, 2))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
 from softcache.pipeline.taps.hooks import tapped
@@ -77,11 +77,9 @@ def test_of_a_vector_and_of_tokens_there_is_the_map_and_the_mean() -> None:
     assert torch.equal(statistic(tokens, "pool"), torch.stack([t.sum(0) / 4 for t in tokens]))
     for kind in ("attention", "gram", "grid1", "grid2", "grid4"):
         for x, shape in ((vector, "5"), (tokens, "4x5")):
-            with pytest.raises(
-                WrongCommand, match=f"tap 'relu1:{kind}': 'relu1' gives {shape}, and {kind} is of a map"
-            ):
+            with pytest.raises(UsageError, match=f"tap 'relu1:{kind}': 'relu1' gives {shape}, and {kind} is of a map"):
                 statistic(x, kind, "relu1")
-    with pytest.raises(WrongCommand, match="gives 2x2x2x2, and pool is of a map CxHxW"):
+    with pytest.raises(UsageError, match="gives 2x2x2x2, and pool is of a map CxHxW"):
         statistic(numbers(1, 2, 2, 2, 2), "pool", "conv")
 
 
@@ -96,7 +94,7 @@ def test_the_one_name_of_a_tap() -> None:
     assert plain_tap("layer3:map") == plain_tap("layer3") == "layer3"
     assert plain_tap("layer3:pool") == "layer3:pool"
     for wrong, meant in (("layer3:pol", "pool"), ("layer3:", ""), ("layer3:grid3", "grid"), ("a:pool:pool", "pool")):
-        with pytest.raises(WrongCommand, match=f"no statistic of tap '{wrong}'.*{meant}.*There are: attention, gram"):
+        with pytest.raises(UsageError, match=f"no statistic of tap '{wrong}'.*{meant}.*There are: attention, gram"):
             split_tap(wrong)
 
 
@@ -128,7 +126,7 @@ def test_a_vector_is_a_map_of_one_place() -> None:
     x = numbers(2, 3)
     assert torch.equal(as_map(x), x.view(2, 3, 1, 1))
     assert as_map(x.view(2, 3, 1, 1)).shape == (2, 3, 1, 1)
-    with pytest.raises(WrongCommand, match="features of 3x4 are neither a map CxHxW nor a vector"):
+    with pytest.raises(UsageError, match="features of 3x4 are neither a map CxHxW nor a vector"):
         as_map(numbers(2, 3, 4))
 
 

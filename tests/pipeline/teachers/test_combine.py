@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.teachers.combine import Combine, fit_combine, parse_combine, trust
 
 Floats = NDArray[np.float64]
@@ -99,7 +99,7 @@ def test_what_combines_in_float32_is_float32_and_finite() -> None:
     ],
 )
 def test_what_cannot_combine_is_refused(spec: str, wrong: str) -> None:
-    with pytest.raises(WrongCommand) as refusal:
+    with pytest.raises(UsageError) as refusal:
         parse_combine(spec, 2)
     assert wrong in str(refusal.value)
 
@@ -164,7 +164,7 @@ def test_over_confidence_is_seen_in_the_temperatures() -> None:
 
 
 def test_without_labels_nothing_is_learned() -> None:
-    with pytest.raises(WrongCommand, match="--combine learned is fitted to validation labels"):
+    with pytest.raises(UsageError, match="--combine learned is fitted to validation labels"):
         fit_combine(np.zeros((3, 2, 4)), np.full(3, -1))
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from softcache.base.errors import WrongCommand
+from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Head
 from softcache.pipeline.teachers.distribution_map import Mapping, fit_mapping
 from tests.helpers.commands import Stages
@@ -131,7 +131,7 @@ def logits_of(logits: Floats) -> torch.Tensor:
     ],
 )
 def test_a_map_that_cannot_be_had_is_refused(spec: str, wrong: str) -> None:
-    with pytest.raises(WrongCommand) as refusal:
+    with pytest.raises(UsageError) as refusal:
         fit_mapping(spec, np.zeros((2, 3)), np.full(2, -1), np.array([3, 0, 1]))
     assert wrong in str(refusal.value)
 

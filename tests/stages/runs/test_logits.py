@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from softcache.base.errors import Refused, WrongCommand
+from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.stages.runs.logits import read_logits
 from tests.helpers.commands import Stages
@@ -46,11 +46,11 @@ def test_a_damaged_file_is_refused_by_name(tiny: Path, stages: Stages) -> None:
     stages("student", "--cache", tiny / "cache", *STUDENT, "--out", "r")
     path = Path("r/logits.safetensors")
     whole = path.read_bytes()
-    with pytest.raises(WrongCommand, match="is not there"):
+    with pytest.raises(UsageError, match="is not there"):
         read_logits(Path("r/none.safetensors"))
     for damaged in (whole[:-1], whole[:100], b"", whole + b"x", b"\xff" * 8 + whole[8:]):
         path.write_bytes(damaged)
-        with pytest.raises(Refused, match=r"'r/logits\.safetensors' is damaged"):
+        with pytest.raises(CacheError, match=r"'r/logits\.safetensors' is damaged"):
             read_logits(path)
     path.write_bytes(whole)
     arrays = load_file(path)
@@ -59,11 +59,11 @@ def test_a_damaged_file_is_refused_by_name(tiny: Path, stages: Stages) -> None:
     worse = {"test.labels": arrays["test.labels"] + 9}, {"more": arrays["test.labels"]}
     for change in (*wrong, *worse):
         save_file(arrays | change, path, record)
-        with pytest.raises(Refused, match="is damaged"):
+        with pytest.raises(CacheError, match="is damaged"):
             read_logits(path)
     for field, text in (("content", "["), ("content", "3"), ("form", "other"), ("classes", "2")):
         save_file(arrays, path, record | {field: text})
-        with pytest.raises(Refused, match="is damaged"):
+        with pytest.raises(CacheError, match="is damaged"):
             read_logits(path)
     save_file(arrays, path, record)
     assert set(read_logits(path)) == {"val", "test"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.base.errors import Refused
+from softcache.base.errors import CacheError
 from softcache.pipeline.cache.manifest import Piece
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.writer import Writer
@@ -123,5 +123,5 @@ def test_one_value_that_cannot_be_kept_is_found_and_said(bad: float) -> None:
     values = torch.zeros(4, 3)
     values[2, 1] = bad
     piece = Piece("p", "train", 5, 0, 4, {})
-    with pytest.raises(Refused, match=rf"train index 12, draw 5 is {bad}: it cannot be kept \(largest 65504\)"):
+    with pytest.raises(CacheError, match=rf"train index 12, draw 5 is {bad}: it cannot be kept \(largest 65504\)"):
         _keep(values, np.empty((4, 3), np.float16), 65504.0, piece, np.arange(10, 14), "output")
