@@ -63,7 +63,7 @@ define ensure
 endef
 
 .PHONY: help install teacher teacher-cache student students blend born-again methods tune compare long-tail \
-  check-cache inspect report pictures export predict lint bench test browser slow torture check clean
+  check-cache inspect report images export predict lint bench test browser slow torture check clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -164,7 +164,7 @@ report: ## runs as one page to look at: RUNS='runs/a runs/b', all when not said;
 	  $(call options,DATA_ROOT OUT SHOW PNG JSON) $(if $(filter 0,$(LATENCY)),--no-latency)
 
 # Each row: the name of a run, then its arch and losses.
-PICTURED := runs/pictures
+PICTURED := runs/images
 define PICTURED_ROWS
 mlp-8 mlp:8
 mlp-16 mlp:16
@@ -174,16 +174,16 @@ mlp-256 mlp:256
 cnn cnn --loss kd --loss hint:teacher=flatten,student=flatten,weight=0.1
 endef
 export PICTURED_ROWS
-pictures: ## the pictures of the README, docs/*.png, from six students of digits, 3 seeds each
+images: ## the images of the README, docs/*.png, from six students of digits, 3 seeds each
 	$(call ensure,$(RUNS_ON) matplotlib jinja2)
-	@test -f caches/pictures/manifest.json || $(STAGES) teacher-cache --taps flatten --out caches/pictures
+	@test -f caches/images/manifest.json || $(STAGES) teacher-cache --taps flatten --out caches/images
 	@echo "$$PICTURED_ROWS" | while read -r name arch losses; do test -f $(PICTURED)/$$name/result.json || \
-	  $(STAGES) student --cache caches/pictures --arch $$arch --seeds 3 --baseline $$losses \
+	  $(STAGES) student --cache caches/images --arch $$arch --seeds 3 --baseline $$losses \
 	  --out $(PICTURED)/$$name < /dev/null; done
 	$(STAGES) report $(foreach row,mlp-8 mlp-16 mlp-32 mlp-64 mlp-256 cnn,$(PICTURED)/$(row)) --png --out $(PICTURED)/report
 	mkdir -p docs
 	cp $(PICTURED)/report/digits-costs.png docs/costs.png
-	cp $(PICTURED)/report/runs-pictures-cnn-curves.png docs/curves.png
+	cp $(PICTURED)/report/runs-images-cnn-curves.png docs/curves.png
 	! command -v chromium > /dev/null || chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1100 \
 	  --screenshot=docs/report.png file://$(CURDIR)/$(PICTURED)/report/report.html 2> /dev/null
 
@@ -194,9 +194,9 @@ export: ## a finished student as ONNX, pt2 and safetensors, with a model card: R
 	  $(if $(call told,DATA),--data '$(DATA)') $(call options,DATA_ROOT) $(if $(call told,CACHE CACHES),$(FROM)) \
 	  $(call options,$(EXPORTING) JSON)
 
-predict: ## what an exported student says of pictures: MODEL=runs/r/student.onnx PICTURES='a.png b.png' TOP=
+predict: ## what an exported student says of images: MODEL=runs/r/student.onnx PICTURES='a.png b.png' TOP=
 	$(call ensure,$(RUNS_ON) onnx onnxscript onnxruntime)
-	$(QUIET)$(STAGES) predict '$(MODEL)' $(foreach picture,$(PICTURES),'$(picture)') $(call options,TOP JSON)
+	$(QUIET)$(STAGES) predict '$(MODEL)' $(foreach image,$(PICTURES),'$(image)') $(call options,TOP JSON)
 
 lint: ## format, lint and types
 	$(call ensure,$(RUNS_ON) $(PARTS) ruff mypy)

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows, also joined by commas; all when none is named")
     parser.add_argument("--data-root", default="", help="MNIST, as torchvision lays it out")
     parser.add_argument("--cifar", default="", help="a folder with train/<class>/*.jpg and test/<class>/*.jpg, 32 px")
-    parser.add_argument("--weights", default="", help="of a ResNet-56 for those pictures")
+    parser.add_argument("--weights", default="", help="of a ResNet-56 for those images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", default=str(RESULTS), help="where the results go")
     parser.add_argument("--quick", action="store_true", help="scaled down: shows that rows run, not what they say")

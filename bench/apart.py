@@ -1,7 +1,7 @@
 """A side in a process of its own: the loops of others as their users run them, with malloc and threads as they come.
 
 `stages` asks malloc to keep large blocks, which makes the plain loops of others up to 1.5 times as fast as well: a
-live ResNet-56 in float32 goes from 560 to 840 pictures a second. In their own process they have what they have.
+live ResNet-56 in float32 goes from 560 to 840 images a second. In their own process they have what they have.
 """
 
 import multiprocessing

@@ -70,7 +70,7 @@ def index_memory(given: Given) -> Found:
 
 
 def memory(given: Given, gigabytes: float) -> Found:
-    """Peak MiB of stage two over a cache that is read from disk, above the model and the pictures; its own process."""
+    """Peak MiB of stage two over a cache that is read from disk, above the model and the images; its own process."""
     rows = given.few(round(gigabytes * 1e9 / 8192), 1000)
     room = shutil.disk_usage(given.folder).free
     if room < 1.2e9 * gigabytes:
@@ -107,7 +107,7 @@ def _resident() -> tuple[int, int]:
 def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
     """An epoch of a small student that reads every row with its 8 kB; memory before the cache is opened, and at most.
 
-    Before: PyTorch, the pictures, the model and a step of it.
+    Before: PyTorch, the images, the model and a step of it.
     """
     data = material.in_memory(rows, channels=1, size=8)
     shown: object = material.transfer_set(data)
@@ -115,7 +115,7 @@ def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
 
     network = build("mlp:64", 10, 1, 8)
     network(torch.zeros(1024, 1, 8, 8)).sum().backward()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of making the pictures
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of making the images
     before = _resident()[0]
     del shown
     material.transfer_set.cache_clear()  # they are read again below

@@ -18,22 +18,22 @@ LIGHT = ("resnet8", "mlp:512", "mlp:64", "mlp:128")  # decoding counts: a step o
 
 
 class Together:
-    """Several trainings on one stream, as fit_together takes their steps; seconds of a picture."""
+    """Several trainings on one stream, as fit_together takes their steps; seconds of a image."""
 
     def __init__(self, alone: Sequence[Ours]):
         self.first, self.courses = alone[0], [one.course for one in alone]
 
     def __call__(self) -> float:
-        first, pictures, begun = self.first, 0, time.perf_counter()
+        first, images, begun = self.first, 0, time.perf_counter()
         for course in self.courses:
             _begin_epoch(course, 0)
         for batch in first.job.stream.batches(first.at, first.at + first.count):
             _step_of_each(self.courses, batch.to(first.job.device))
-            pictures += len(batch.views)
+            images += len(batch.views)
         for course in self.courses:
             course.sums.tolist()
         first.at += first.count
-        return (time.perf_counter() - begun) / pictures
+        return (time.perf_counter() - begun) / images
 
 
 def _trainings(
@@ -62,7 +62,7 @@ def one_stream(given: Given, from_files: bool, archs: Sequence[str] = FOUR) -> F
 
 
 class Stacked:
-    """Trainings as one vectorised model, as fit_stacked takes its steps; seconds of a picture."""
+    """Trainings as one vectorised model, as fit_stacked takes its steps; seconds of a image."""
 
     def __init__(self, alone: Sequence[Ours]):
         from softcache.stages.training.vectorized import Stack, _weights, check_stackable
@@ -77,15 +77,15 @@ class Stacked:
     def __call__(self) -> float:
         from softcache.stages.training.vectorized import _step
 
-        job, pictures, begun = self.jobs[0], 0, time.perf_counter()
+        job, images, begun = self.jobs[0], 0, time.perf_counter()
         self.stack.train()
         for batch in job.stream.batches(self.at, self.at + self.count):
             with job.chance:
                 terms = _step(job, self.stack, self.state, batch.to(job.device), list(job.losses), self.weights)
-            pictures += len(batch.views)
+            images += len(batch.views)
         terms.tolist()
         self.at += self.count
-        return (time.perf_counter() - begun) / pictures
+        return (time.perf_counter() - begun) / images
 
 
 def vectorised(given: Given, arch: str, students: int, on_digits: bool) -> Found:

@@ -1,4 +1,4 @@
-"""What is measured on: smooth random pictures in memory or as JPEGs, a teacher of random weights, and caches of what
+"""What is measured on: smooth random images in memory or as JPEGs, a teacher of random weights, and caches of what
 no teacher said, made by the project's own writer."""
 
 from dataclasses import replace
@@ -12,9 +12,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from softcache.base.lock import held
-from softcache.data.image_arrays import MemoryPictures
-from softcache.data.transfer_set import TRANSFER_SETS, DataRow, Read, Recipe, TransferSet, load
+from softcache.base.lock import hold_lock
+from softcache.data.image_arrays import ImageArrays
+from softcache.data.transfer_set import (
+    TRANSFER_SETS,
+    DataSource,
+    Recipe,
+    SplitsAndClasses,
+    TransferSet,
+    load_transfer_set,
+)
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.cache.codecs import CODECS, fidelity
 from softcache.pipeline.cache.identity import Identity, identity_of
@@ -48,20 +55,20 @@ def in_memory(n: int, channels: int = 3, size: int = 32, classes: int = 10) -> s
     """The name of a data set of n training rows (2 % of them validation) and 128 to test, as --data would have it."""
     name = f"smooth-{n}x{channels}x{size}x{size}-{classes}"
 
-    def read(root: Path) -> Read:
+    def read(root: Path) -> SplitsAndClasses:
         splits = {}
         for seed, (split, rows) in enumerate((("train", n), ("test", max(128, classes)))):
             labels = np.arange(rows, dtype=np.int64) % classes
-            splits[split] = (MemoryPictures(smooth(rows, channels, size, seed)), labels)
+            splits[split] = (ImageArrays(smooth(rows, channels, size, seed)), labels)
         return splits, tuple(f"c{i}" for i in range(classes))  # type: ignore[return-value]
 
     recipe = Recipe() if channels == 3 else Recipe(views="none", draws=1, learning_rate=0.05)
-    TRANSFER_SETS.setdefault(name, DataRow(read, recipe))
+    TRANSFER_SETS.setdefault(name, DataSource(read, recipe))
     return name
 
 
 def jpegs(folder: Path, n: int, size: int, classes: int = 10) -> str:
-    """`folder:PATH` with n training pictures of size x size as JPEGs of quality 90, and 64 to test."""
+    """`folder:PATH` with n training images of size x size as JPEGs of quality 90, and 64 to test."""
     if not folder.exists():
         for split, rows in (("train", n), ("test", 64)):
             for i, pixels in enumerate(smooth(rows, 3, size, seed=len(split))):
@@ -73,11 +80,11 @@ def jpegs(folder: Path, n: int, size: int, classes: int = 10) -> str:
 
 @lru_cache(maxsize=2)
 def transfer_set(data: str) -> TransferSet:
-    return load(data, Path("."), val_fraction=VAL_FRACTION)
+    return load_transfer_set(data, Path("."), val_fraction=VAL_FRACTION)
 
 
 def teacher(arch: str, size: int = 32) -> Prepared:
-    """A teacher of random weights in eval mode, whose batch norms have seen pictures: its logits are not huge."""
+    """A teacher of random weights in eval mode, whose batch norms have seen images: its logits are not huge."""
     torch.manual_seed(0)
     preparation = Preparation(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
     made = Prepared(build(arch, 10, 3, size), preparation)
@@ -114,7 +121,7 @@ def fake_cache(
     identity: Identity = identity_of(rows, policy, seed, known, codec, "float32")
     splits = {split: len(part) for split, part in rows.splits.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with hold_lock(folder):
         writer = Writer.look(folder, Plan(identity, classes, draws, splits, taps or {}))
         writer.begin()
         for piece in writer.todo:
@@ -130,10 +137,8 @@ def _made_up(
     """The rows of a shard, its logits and features out of the air."""
     part = rows.splits[piece.split]
     index = row_order(seed, piece.split, len(part))[piece.start : piece.start + piece.rows]
-    own = policy if piece.split == "train" else policy.plain()
-    seen = [
-        crc32(render(part.pictures, own, seed, index[a : a + 1024], piece.draw)) for a in range(0, len(index), 1024)
-    ]
+    own = policy if piece.split == "train" else policy.without_augmentation()
+    seen = [crc32(render(part.images, own, seed, index[a : a + 1024], piece.draw)) for a in range(0, len(index), 1024)]
     chance = np.random.default_rng(piece.draw + 1000 * piece.start)
     logits = chance.standard_normal((piece.rows, len(rows.classes)), np.float32) * 3
     stored = CODECS[codec].encode(logits)

@@ -95,7 +95,7 @@ def over(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(one, other, strict=True)]
 
 
-def parts(found: Mapping[str, Sequence[float]], scale: float = 1e6, unit: str = "us a picture") -> str:
+def parts(found: Mapping[str, Sequence[float]], scale: float = 1e6, unit: str = "us a image") -> str:
     """The medians of the sides, in words."""
     said = (f"{name} {statistics.median(seconds) * scale:.3g}" for name, seconds in found.items())
     return f"{', '.join(said)} {unit}"

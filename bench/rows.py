@@ -59,8 +59,8 @@ ROWS: tuple[Row, ...] = (
     least("to-target-cifar-1", None, lambda g: targets.cifar(g, 1), "seconds to the live student's accuracy: live / cached with stage one"),
     least("to-target-cifar-5", 3.0, lambda g: targets.cifar(g, 5), "the same, stage one shared by 5 students"),
     least("draws-of-a-decode", 1.15, student.many_views_of_a_decode, "224 px JPEGs: one view a decode, hard / 4 draws a decode, cached"),
-    least("stage-one-float32", 0.95, lambda g: teacher.over_bare_inference(g, "float32"), "stage one / bare inference, pictures per second"),
-    least("stage-one-bfloat16", 0.95, lambda g: teacher.over_bare_inference(g, "bfloat16"), "stage one / bare inference, pictures per second"),
+    least("stage-one-float32", 0.95, lambda g: teacher.over_bare_inference(g, "float32"), "stage one / bare inference, images per second"),
+    least("stage-one-bfloat16", 0.95, lambda g: teacher.over_bare_inference(g, "bfloat16"), "stage one / bare inference, images per second"),
     least("naive-stage-one-bfloat16", 5.0, lambda g: teacher.naive_over_ours(g, "bfloat16"), "naive float32 stage one / ours in bfloat16, seconds", "compiled it would be 1.2 times as fast, after 5 s of compiling"),
     least("naive-stage-one-float32", 1.25, lambda g: teacher.naive_over_ours(g, "float32"), "naive float32 stage one / ours in float32, seconds"),
     least("reads-warm", 0.45, lambda g: reads.against_raw(g, False), "rows of 2 kB in shuffled blocks / raw reads, per second"),
@@ -80,7 +80,7 @@ ROWS: tuple[Row, ...] = (
     ),
     most("vectorised-32", 0.15, lambda g: many.vectorised(g, "mlp:32", 32, True), "32 of mlp:32 on digits as one network / 32 runs"),
     most("vectorised-8", 0.6, lambda g: many.vectorised(g, "mlp:800,800", 8, False), "8 of mlp:800,800 as one network / 8 runs", "products of this size fill the processor by themselves"),
-    most("memory", 1024.0, lambda g: footprint.memory(g, 10 if g.named else 2), "MiB above model and pictures over 10 GB on disk (2 GB where all rows are run)"),
+    most("memory", 1024.0, lambda g: footprint.memory(g, 10 if g.named else 2), "MiB above model and images over 10 GB on disk (2 GB where all rows are run)"),
     least("two-ranks", None, teacher.two_ranks, "stage one in one process / in two ranks, seconds; the same payloads"),
 )
 # fmt: on

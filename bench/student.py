@@ -41,7 +41,7 @@ def job(given: Given, settings: StudentSettings, opened: Material, hard: bool, n
 
 
 class Ours:
-    """A training that takes so many steps in a turn; the seconds of a picture."""
+    """A training that takes so many steps in a turn; the seconds of a image."""
 
     def __init__(self, job: Job, steps: int, teacher: Prepared | None = None):
         """teacher: asked about every batch in place of the cache."""
@@ -52,15 +52,15 @@ class Ours:
         self.course = course
 
     def __call__(self) -> float:
-        pictures, begun = 0, time.perf_counter()
+        images, begun = 0, time.perf_counter()
         _begin_epoch(self.course, 0)
         for batch in self.job.stream.batches(self.at, self.at + self.count):
             here = batch.to(self.job.device)
             _step_of_each([self.course], here if self.teacher is None else self._asked(here))
-            pictures += len(batch.views)
+            images += len(batch.views)
         self.course.sums.tolist()  # waits for a GPU
         self.at += self.count
-        return (time.perf_counter() - begun) / pictures
+        return (time.perf_counter() - begun) / images
 
     def _asked(self, batch: TargetBatch) -> TargetBatch:
         assert self.teacher is not None
@@ -83,7 +83,7 @@ class Bare:
     def __call__(self) -> float:
         torch.set_num_threads(self.threads)
         job, state = self.job, self.state
-        pictures, begun = 0, time.perf_counter()
+        images, begun = 0, time.perf_counter()
         job.model.train()
         for views, labels in zip(self.views, self.labels, strict=True):
             with autocast(job.device, job.settings.precision):
@@ -92,9 +92,9 @@ class Bare:
             loss.backward()  # type: ignore[no-untyped-call]
             state.optimizer.step()
             state.schedule.step()
-            pictures += len(views)
+            images += len(views)
         loss.item()
-        return (time.perf_counter() - begun) / pictures
+        return (time.perf_counter() - begun) / images
 
 
 def asking(job: Job, teacher: Prepared, steps: int) -> Side:
@@ -113,14 +113,14 @@ def asking(job: Job, teacher: Prepared, steps: int) -> Side:
 
 
 def cifar(given: Given, taps: bool = False) -> tuple[str, Path]:
-    """Pictures as CIFAR-10's, and their cache."""
+    """Images as CIFAR-10's, and their cache."""
     data = material.in_memory(given.few(6400, 300))
     name = "cifar-8kB" if taps else "cifar"
     return data, material.fake_cache(given.folder / name, data, draws=2, taps=FEATURE if taps else None)
 
 
 def mnist(given: Given) -> tuple[str, Path]:
-    """Pictures as MNIST's, and their cache."""
+    """Images as MNIST's, and their cache."""
     data = material.in_memory(given.few(61_225, 400), channels=1, size=28)
     return data, material.fake_cache(given.folder / "mnist", data)
 

@@ -1,4 +1,4 @@
-"""Seconds to an accuracy, on real pictures: from measured parts, not from five trainings.
+"""Seconds to an accuracy, on real images: from measured parts, not from five trainings.
 
 Live is the usual loop with a live teacher, in float32; cached is ours in bfloat16, with stage one once for so many
 students. The epochs are those in which our student comes to its final accuracy on validation. The live student, who
@@ -72,15 +72,15 @@ def cifar(given: Given, students: int) -> Found:
 
 
 def _part(given: Given) -> Path:
-    """250 training pictures and 20 to test of each class, of links."""
+    """250 training images and 20 to test of each class, of links."""
     part = given.folder / "cifar-part"
     for split, count in (("train", given.few(250, 20)), ("test", 20)):
         for own in sorted(path for path in Path(given.cifar, split).iterdir() if path.is_dir()):
             (part / split / own.name).mkdir(parents=True, exist_ok=True)
-            for picture in sorted(own.glob("*.jpg"))[:count]:
-                target = part / split / own.name / picture.name
+            for image in sorted(own.glob("*.jpg"))[:count]:
+                target = part / split / own.name / image.name
                 if not target.exists():
-                    shutil.copyfile(picture, target)
+                    shutil.copyfile(image, target)
     return part
 
 
@@ -112,15 +112,15 @@ def _to_target(
     with apart(theirs) as sides:
         found = interleaved({**sides, "cached": Ours(ours, given.few(min(ours.steps, 40), 1))}, given.few(3, 1))
     live = fastest(*(found[name] for name in theirs))
-    pictures = len(ours.stream.rows) * reached
+    images = len(ours.stream.rows) * reached
     shutil.rmtree(cache)
     values = [
-        students * a * pictures / (one + students * b * pictures) for a, b in zip(live, found["cached"], strict=True)
+        students * a * images / (one + students * b * images) for a, b in zip(live, found["cached"], strict=True)
     ]
     return Found(
         values,
         f"computed: stage one {one:.1f} s, epochs until {final:.3f} {reached},"
-        f" of {len(ours.stream.rows):,} pictures; {parts(found)}",
+        f" of {len(ours.stream.rows):,} images; {parts(found)}",
     )
 
 

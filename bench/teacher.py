@@ -22,7 +22,7 @@ from . import material
 from .apart import apart
 from .rounds import Found, Given, Missing, Side, interleaved, over, parts, timed
 
-FULL = 50_000  # pictures, to which the seconds of a part are scaled
+FULL = 50_000  # images, to which the seconds of a part are scaled
 
 
 def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheSettings:
@@ -91,9 +91,9 @@ def in_words(once: list[float]) -> str:
     return f"; besides, once, {statistics.median(once):.2g} s"
 
 
-def naive_side(given: Given, pictures: int) -> Side:
+def naive_side(given: Given, count: int) -> Side:
     """What one writes first: a loop over tensors, float32, batches of 128, torch.save at the end."""
-    images = material.smooth(pictures, 3, 32).float() / 255
+    images = material.smooth(count, 3, 32).float() / 255
     network = material.usual_teacher(given.device)
     mean, std = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
 
@@ -109,7 +109,7 @@ def naive_side(given: Given, pictures: int) -> Side:
 
 
 def naive_over_ours(given: Given, precision: str) -> Found:
-    """Seconds of the naive loop over 50,000 pictures against all seconds of ours, from parts of 1,024 and 3,072."""
+    """Seconds of the naive loop over 50,000 images against all seconds of ours, from parts of 1,024 and 3,072."""
     data = material.in_memory(given.few(3072, 150))
     more: dict[str, Any] = {"precision": "auto", "tolerance": 1e-9}  # float32, its batch norm folded where that pays
     if precision == "bfloat16":
@@ -119,7 +119,7 @@ def naive_over_ours(given: Given, precision: str) -> Found:
         found = interleaved({**sides, "ours": stage_one(given, data, once, **more)}, given.few(4, 1))
     fixed = statistics.median(once)
     ours = [FULL * seconds + fixed for seconds in found["ours"]]
-    whole = f"scaled to 50,000 pictures, {FULL * statistics.median(found['naive']):.0f} s against"
+    whole = f"scaled to 50,000 images, {FULL * statistics.median(found['naive']):.0f} s against"
     said = f"{whole} {statistics.median(ours):.0f} s: {parts(found)}{in_words(once)}"
     return Found(over([FULL * s for s in found["naive"]], ours), said)
 

@@ -1,4 +1,4 @@
-"""The loops that others write, against the cached epoch: ImageFolder or pictures in memory, DataLoader, torchvision's
+"""The loops that others write, against the cached epoch: ImageFolder or images in memory, DataLoader, torchvision's
 transforms, a live teacher, float32, contiguous layout, batches of 128. The faster of 0 and 2 workers counts."""
 
 import logging
@@ -31,27 +31,27 @@ Step = Callable[..., object]
 def transforms(
     mean: Sequence[float] = (0.49, 0.48, 0.45), std: Sequence[float] = (0.25, 0.24, 0.26), crop: bool = True
 ) -> v2.Compose:
-    """PIL -> float32 [C, H, W], normalised; cropped and flipped as CIFAR's pictures usually are."""
+    """PIL -> float32 [C, H, W], normalised; cropped and flipped as CIFAR's images usually are."""
     first = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if crop else []
     return v2.Compose([*first, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 class InMemory(Dataset[tuple[torch.Tensor, int]]):
-    """Pictures as PIL images in memory, as torchvision's CIFAR10 gives them."""
+    """Images as PIL images in memory, as torchvision's CIFAR10 gives them."""
 
     def __init__(self, n: int) -> None:
-        self.images = [to_pil_image(picture) for picture in material.smooth(n, 3, 32)]
+        self.pixels = [to_pil_image(image) for image in material.smooth(n, 3, 32)]
         self.transform = transforms()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.pixels)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.images[i]), i % 10
+        return self.transform(self.pixels[i]), i % 10
 
 
 def files(given: Given) -> Dataset[Any]:
-    """The same pictures as JPEGs, read by ImageFolder."""
+    """The same images as JPEGs, read by ImageFolder."""
     data = material.jpegs(given.folder / "jpegs-32", given.few(2560, 300), 32)
     found: Dataset[Any] = ImageFolder(f"{data.partition(':')[2]}/train", transforms())
     return found
@@ -69,14 +69,14 @@ def over_loader(given: Given, loader: "DataLoader[Any]", step: Step, steps: int)
         batches: Iterator[Any] = chain.from_iterable(repeat(loader))
         for _ in range(given.few(_AHEAD, 1) if loader.num_workers else 1):
             step(*next(batches))
-        begun, pictures = time.perf_counter(), 0
+        begun, images = time.perf_counter(), 0
         for _ in range(steps):
             views, labels, *more = next(batches)
             step(views, labels, *more)
-            pictures += len(views)
+            images += len(views)
         if given.device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / pictures
+        return (time.perf_counter() - begun) / images
 
     return turn
 
@@ -151,13 +151,13 @@ def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int
 
 
 def usual_side(given: Given, teacher: bool, workers: int, steps: int) -> Side:
-    """A usual loop: files and a live teacher, or pictures in memory and hard targets alone."""
+    """A usual loop: files and a live teacher, or images in memory and hard targets alone."""
     step = kd_step(given, build("resnet8", 10, 3, 32), material.usual_teacher(given.device) if teacher else None)
     return loop(given, files(given) if teacher else InMemory(given.few(2560, 300)), workers, step, steps)
 
 
 def boxed_side(given: Given, workers: int, steps: int) -> Side:
-    """torchdistill's, over pictures in memory."""
+    """torchdistill's, over images in memory."""
     return torchdistill_side(given, InMemory(given.few(2560, 300)), workers, steps)
 
 
@@ -167,12 +167,12 @@ def usual_over_ours(given: Given, ours: str) -> Found:
 
 
 def torchdistill_over_ours(given: Given, ours: str) -> Found:
-    """torchdistill's loop over pictures in memory, against our cached epoch."""
+    """torchdistill's loop over images in memory, against our cached epoch."""
     return _of(_boxed_session(given), ours)
 
 
 def hard_over_ours(given: Given, ours: str) -> Found:
-    """Pictures in memory, DataLoader, transforms and hard targets alone, against our cached epoch."""
+    """Images in memory, DataLoader, transforms and hard targets alone, against our cached epoch."""
     return _of(_hard_session(given), ours)
 
 
@@ -198,7 +198,7 @@ def _boxed_session(given: Given) -> dict[str, list[float]]:
 def _session(
     given: Given, theirs: Mapping[str, tuple[Make, tuple[Any, ...]]], kinds: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Their loops and ours of each kind (bfloat16, compiled, float32) in turns: {side: seconds of a picture}."""
+    """Their loops and ours of each kind (bfloat16, compiled, float32) in turns: {side: seconds of a image}."""
     data, cache = cifar(given)
     ours: dict[str, Side] = {}
     for kind in kinds:

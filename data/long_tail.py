@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base import rng as counter
+from softcache.base import rng
 from softcache.base.errors import UsageError
 
 Rows = NDArray[np.int64]
@@ -47,7 +47,7 @@ def parse_imbalance(text: str) -> Imbalance:
     return Imbalance(float(found[1]), found[2] or "exponential")
 
 
-def long_tailed(labels: Rows, classes: int, text: str, head_size: int, key: tuple[int, ...]) -> tuple[Rows, int]:
+def select_long_tail(labels: Rows, classes: int, text: str, head_size: int, key: tuple[int, ...]) -> tuple[Rows, int]:
     """The rows that stay, sorted, and how many of them the largest class has; the same rows for ever.
 
     labels [N]; head_size: rows of the largest class, 0 for as many as the data allow. The first class is the largest.
@@ -56,7 +56,7 @@ def long_tailed(labels: Rows, classes: int, text: str, head_size: int, key: tupl
     imbalance = parse_imbalance(text)
     there = np.bincount(labels[labels >= 0], minlength=classes)
     if classes < 2 or (labels < 0).any():
-        raise UsageError(f"--imbalance {text} needs pictures of two classes or more, all with labels")
+        raise UsageError(f"--imbalance {text} needs images of two classes or more, all with labels")
     most = int(np.floor((there + 1 - 1e-6) / imbalance.shares(classes)).min())
     while (imbalance.counts(classes, most) > there).any():  # rounding down leaves one or two to try
         most -= 1
@@ -71,12 +71,12 @@ def long_tailed(labels: Rows, classes: int, text: str, head_size: int, key: tupl
         raise UsageError(
             f"--imbalance {text} with a largest class of {head} rows leaves none of class {int(wanted.argmin())}"
         )
-    order = counter.permutation(key, len(labels))
+    order = rng.permutation(key, len(labels))
     kept = [order[labels[order] == c][: wanted[c]] for c in range(classes)]
     return np.sort(np.concatenate(kept)), head
 
 
-def resampled(labels: Rows, power: float, key: tuple[int, ...]) -> Rows:
+def resample_rows(labels: Rows, power: float, key: tuple[int, ...]) -> Rows:
     """As many places as labels [N] has, each class in proportion to its rows to the power, in a random order.
 
     power 0: every class equally often; 1: as they are. Within a class every row comes once before one comes again, and
@@ -84,12 +84,12 @@ def resampled(labels: Rows, power: float, key: tuple[int, ...]) -> Rows:
     """
     classes, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
     share = counts**power
-    quota = largest_remainders(len(labels) * share / share.sum(), len(labels))
-    order = counter.permutation(key, len(labels))
+    quota = apportion(len(labels) * share / share.sum(), len(labels))
+    order = rng.permutation(key, len(labels))
     return np.concatenate([np.resize(order[position[order] == c], quota[c]) for c in range(len(classes))])
 
 
-def largest_remainders(share: NDArray[np.floating], n: int) -> Rows:
+def apportion(share: NDArray[np.floating], n: int) -> Rows:
     """Whole numbers that add up to n, each within one of its share; share adds up to n."""
     quota: Rows = np.floor(share).astype(np.int64)
     largest = np.argsort(-(share - quota), kind="stable")

@@ -10,22 +10,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base import rng as counter
-from softcache.base.errors import CacheError, UsageError, unknown
+from softcache.base import rng
+from softcache.base.errors import CacheError, UsageError, unknown_name_error
 
-from .image_arrays import MemoryPictures
-from .image_folder import FolderPictures, Progress, digest_files, read_folder
-from .long_tail import largest_remainders, long_tailed, parse_imbalance
+from .image_arrays import ImageArrays
+from .image_folder import ImageFolder, Progress, hash_files, read_folder
+from .long_tail import apportion, parse_imbalance, select_long_tail
 
 Labels = NDArray[np.int64]
-Read = tuple[dict[str, tuple[MemoryPictures | FolderPictures, Labels]], tuple[str, ...]]
+SplitsAndClasses = tuple[dict[str, tuple[ImageArrays | ImageFolder, Labels]], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Split:
     """Rows that belong together. labels int64 [N], -1 where there is none; content: digest of all of it."""
 
-    pictures: MemoryPictures | FolderPictures
+    images: ImageArrays | ImageFolder
     labels: Labels
     content: str
 
@@ -35,7 +35,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TransferSet:
-    """Splits of one data set. size: the pictures' one side in pixels, 0 where they differ."""
+    """Splits of one data set. size: the images' one side in pixels, 0 where they differ."""
 
     name: str
     classes: tuple[str, ...]
@@ -75,14 +75,14 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class DataRow:
+class DataSource:
     """read(root) gives the splits that the data set comes with, and its classes."""
 
-    read: Callable[[Path], Read]
+    read: Callable[[Path], SplitsAndClasses]
     recipe: Recipe
 
 
-def _digits(root: Path) -> Read:
+def _read_digits(root: Path) -> SplitsAndClasses:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -90,15 +90,15 @@ def _digits(root: Path) -> Read:
     images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = labels.astype(np.int64)
     rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    rest, test, whole = np.sort(rest), np.sort(test), MemoryPictures(images)
+    rest, test, whole = np.sort(rest), np.sort(test), ImageArrays(images)
     splits = {"train": (whole.take(rest), labels[rest]), "test": (whole.take(test), labels[test])}
     return splits, tuple(str(c) for c in range(10))  # type: ignore[return-value]
 
 
-def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
+def _torchvision_reader(name: str, folder: str) -> Callable[[Path], SplitsAndClasses]:
     """A data set that torchvision reads, and downloads when its files are absent."""
 
-    def read(root: Path) -> Read:
+    def read(root: Path) -> SplitsAndClasses:
         import torchvision
 
         kind = getattr(torchvision.datasets, name)
@@ -122,18 +122,18 @@ def _torchvision(name: str, folder: str) -> Callable[[Path], Read]:
             labels = np.asarray(found.targets, np.int64)
             if len(labels) != len(images):
                 raise CacheError(
-                    f"the files of {name} in '{root / folder}' hold {len(images)} pictures, {len(labels)} labels"
+                    f"the files of {name} in '{root / folder}' hold {len(images)} images, {len(labels)} labels"
                 )
-            splits[split] = (MemoryPictures(images), labels)
+            splits[split] = (ImageArrays(images), labels)
         return splits, tuple(found.classes)  # type: ignore[return-value]
 
     return read
 
 
 # Numbers of the recipes: see DESIGN.md, "Recipes".
-TRANSFER_SETS: dict[str, DataRow] = {
-    "digits": DataRow(
-        _digits,
+TRANSFER_SETS: dict[str, DataSource] = {
+    "digits": DataSource(
+        _read_digits,
         Recipe(
             views="none",
             draws=1,
@@ -149,8 +149,8 @@ TRANSFER_SETS: dict[str, DataRow] = {
             val_fraction=0.125,
         ),
     ),
-    "mnist": DataRow(
-        _torchvision("MNIST", "MNIST/raw"),
+    "mnist": DataSource(
+        _torchvision_reader("MNIST", "MNIST/raw"),
         Recipe(
             views="none",
             draws=1,
@@ -165,13 +165,13 @@ TRANSFER_SETS: dict[str, DataRow] = {
             learning_rate=0.05,
         ),
     ),
-    "fashion-mnist": DataRow(
-        _torchvision("FashionMNIST", "FashionMNIST/raw"),
+    "fashion-mnist": DataSource(
+        _torchvision_reader("FashionMNIST", "FashionMNIST/raw"),
         Recipe(teacher="resnet20", teacher_epochs=30, student="cnn", student_epochs=30),
     ),
-    "cifar10": DataRow(_torchvision("CIFAR10", "cifar-10-batches-py"), Recipe()),
-    "cifar100": DataRow(_torchvision("CIFAR100", "cifar-100-python"), Recipe()),
-    "folder": DataRow(
+    "cifar10": DataSource(_torchvision_reader("CIFAR10", "cifar-10-batches-py"), Recipe()),
+    "cifar100": DataSource(_torchvision_reader("CIFAR100", "cifar-100-python"), Recipe()),
+    "folder": DataSource(
         read_folder,  # type: ignore[arg-type]
         Recipe(
             views="resized-crop-flip",
@@ -183,17 +183,17 @@ TRANSFER_SETS: dict[str, DataRow] = {
 }
 
 
-def row_of(data: str) -> DataRow:
+def find_source(data: str) -> DataSource:
     """The row of TRANSFER_SETS that `digits` or `folder:PATH` names, or UsageError."""
     name, _, path = data.partition(":")
     if name not in TRANSFER_SETS:
-        raise unknown("data set", name, [*TRANSFER_SETS, "folder:PATH"])
+        raise unknown_name_error("data set", name, [*TRANSFER_SETS, "folder:PATH"])
     if (name == "folder") != bool(path):
-        raise UsageError("a folder of pictures is named with its path: --data folder:PATH")
+        raise UsageError("a folder of images is named with its path: --data folder:PATH")
     return TRANSFER_SETS[name]
 
 
-def load(
+def load_transfer_set(
     data: str,
     root: Path,
     *,
@@ -211,39 +211,39 @@ def load(
     imbalance, head_size: keep a long-tailed part of the training rows, see long_tail; val and test stay as they are.
     Raises UsageError or CacheError where the data are not there or do not fit.
     """
-    row = row_of(data)
+    row = find_source(data)
     name, _, path = data.partition(":")
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
     read, classes = row.read(Path(path) if path else root)
-    pictures, labels = read["train"]
+    images, labels = read["train"]
     if "val" not in read:
         rows = max(1, round(len(labels) * val_fraction))
         if rows >= len(labels):
             raise UsageError(f"--val-fraction {val_fraction:g} of {len(labels)} training rows leaves none to train on")
-        val = stratified(labels, rows, key=(seed, 10))
-        read["val"] = (pictures.take(val), labels[val])
+        val = draw_stratified(labels, rows, key=(seed, 10))
+        read["val"] = (images.take(val), labels[val])
         keep = np.setdiff1d(np.arange(len(labels)), val)
-        pictures, labels = pictures.take(keep), labels[keep]
-    keep, tail = _kept(labels, len(classes), train_size, imbalance, head_size, seed)
+        images, labels = images.take(keep), labels[keep]
+    keep, tail = _select_training_rows(labels, len(classes), train_size, imbalance, head_size, seed)
     if len(keep) < len(labels):
-        pictures, labels = pictures.take(keep), labels[keep]
-    read["train"] = (pictures, labels)
+        images, labels = images.take(keep), labels[keep]
+    read["train"] = (images, labels)
 
     splits: dict[str, Split] = {
-        split: Split(read[split][0], read[split][1], _digest(*read[split], progress))
+        split: Split(read[split][0], read[split][1], _hash_content(*read[split], progress))
         for split in ("train", "val", "test")
         if split in read
     }
-    if isinstance(pictures, FolderPictures):
-        channels, size = (1 if pictures.mode == "L" else 3), pictures.native
+    if isinstance(images, ImageFolder):
+        channels, size = (1 if images.mode == "L" else 3), images.native
     else:
-        channels, size = pictures.images.shape[1], pictures.images.shape[-1]
+        channels, size = images.pixels.shape[1], images.pixels.shape[-1]
     cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size, **tail}
     return TransferSet(name, classes, channels, size, splits, cut)
 
 
-def _kept(
+def _select_training_rows(
     labels: Labels, classes: int, train_size: int, imbalance: str, head_size: int, seed: int
 ) -> tuple[NDArray[np.int64], dict[str, Any]]:
     """The training rows that stay, sorted; and what the cut says of a long tail, nothing where there is none."""
@@ -252,43 +252,43 @@ def _kept(
     if imbalance:
         if train_size:
             raise UsageError("--train-size and --imbalance both say which training rows stay: leave out one")
-        keep, head = long_tailed(labels, classes, imbalance, head_size, key=(seed, 12))
+        keep, head = select_long_tail(labels, classes, imbalance, head_size, key=(seed, 12))
         return keep, {"imbalance": str(parse_imbalance(imbalance)), "head_size": head}
     if head_size:
         raise UsageError(f"--head-size {head_size} is the largest class of a long tail: say --imbalance, too")
     if train_size:
-        return np.sort(stratified(labels, train_size, key=(seed, 11))), {}
+        return np.sort(draw_stratified(labels, train_size, key=(seed, 11))), {}
     return np.arange(len(labels)), {}
 
 
-def stratified(labels: Labels, n: int, key: tuple[int, ...]) -> NDArray[np.int64]:
+def draw_stratified(labels: Labels, n: int, key: tuple[int, ...]) -> NDArray[np.int64]:
     """n rows, sorted, drawn so that each class keeps its share to within one row; the same rows for ever.
 
     Our own few lines because the rows are part of a cache's identity: scikit-learn's draw may change
     between releases, and it refuses a class with a single row.
     """
     classes, position, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    quota = largest_remainders(counts * (n / len(labels)), n)
-    order = counter.permutation(key, len(labels))
+    quota = apportion(counts * (n / len(labels)), n)
+    order = rng.permutation(key, len(labels))
     taken = [order[position[order] == c][: quota[c]] for c in range(len(classes))]
     return np.sort(np.concatenate(taken))
 
 
-def class_counts(labels: Labels, classes: int) -> NDArray[np.int64]:
+def count_classes(labels: Labels, classes: int) -> NDArray[np.int64]:
     """int64 [classes]: rows of each class; rows without a label count for nothing."""
     return np.bincount(labels[labels >= 0], minlength=classes)
 
 
-def _digest(pictures: MemoryPictures | FolderPictures, labels: Labels, progress: Progress) -> str:
-    if isinstance(pictures, FolderPictures):
-        return digest_files(pictures, labels, progress)
-    whole = sha256(repr(tuple(pictures.images.shape)).encode())
-    whole.update(pictures.images.contiguous().numpy().data)
+def _hash_content(images: ImageArrays | ImageFolder, labels: Labels, progress: Progress) -> str:
+    if isinstance(images, ImageFolder):
+        return hash_files(images, labels, progress)
+    whole = sha256(repr(tuple(images.pixels.shape)).encode())
+    whole.update(images.pixels.contiguous().numpy().data)
     whole.update(labels.astype("<i8").tobytes())
     return whole.hexdigest()
 
 
-def row_name(data: str) -> str:
+def short_name(data: str) -> str:
     """A data set's name as part of a folder's name: `digits`, or the last part of a folder's path."""
     name, _, path = data.partition(":")
     return Path(path).name or "folder" if path else name

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.data.device_views import sent
+from softcache.data.device_views import copy_to_device
 
 Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in TargetBatch
 
@@ -79,7 +79,7 @@ class TargetBatch:
               themselves; NaN in a row that the cache lacks
     features: {tap: [B, …]} of the teacher, float16 as cached, float32 in a loss
     partner:  int64 [B], hard target of the mixup partner, None without mixup
-    share:    float32 [B], the picture's own share in a mixup view, None without mixup
+    share:    float32 [B], the image's own share in a mixup view, None without mixup
     trust:    float32 [B], what the rows of a term weigh, None where all weigh 1
     """
 
@@ -103,7 +103,7 @@ class TargetBatch:
 
     def to(self, device: torch.device) -> "TargetBatch":
         """The same batch on a device, without waiting for it."""
-        return self if self.index.device.type == device.type else self._each(lambda x: sent(x, device))
+        return self if self.index.device.type == device.type else self._each(lambda x: copy_to_device(x, device))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TargetBatch":
         def maybe(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -151,14 +151,14 @@ def export(context: click.Context, /, run: str, **_: Any) -> None:
 
 @commands.command("predict")
 @click.argument("model")
-@click.argument("pictures", nargs=-1, required=True)
+@click.argument("images", nargs=-1, required=True)
 @options(PredictSettings)
 @click.pass_context
-def predict(context: click.Context, /, model: str, pictures: tuple[str, ...], **_: Any) -> None:
+def predict(context: click.Context, /, model: str, images: tuple[str, ...], **_: Any) -> None:
     """What the exported student in the file MODEL says of PICTURES."""
     from .export import predict as stage
 
-    stage.run(model, pictures, given(context, PredictSettings)[0])
+    stage.run(model, images, given(context, PredictSettings)[0])
 
 
 @commands.command("compare")
@@ -254,19 +254,19 @@ def main(arguments: list[str] | None = None) -> None:
         line, code = _in_one_line(error)
         if not code and speaks():
             raise
-        printable = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
         if speaks():
-            click.echo(f"Error: {printable}", err=True)
+            click.echo(f"Error: {text}", err=True)
         sys.exit(code or 1)
 
 
 def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to print and the exit code; code 0 for what is no slip of the user's."""
-    from softcache.base.errors import CacheError, Interrupted, UsageError, of_an_interrupt
+    from softcache.base.errors import CacheError, Interrupted, UsageError, is_interrupt
 
     if isinstance(error, Interrupted):
         return str(error), 130
-    if of_an_interrupt(error):
+    if is_interrupt(error):
         return "stopped", 130
     for kind, code in ((CacheError, 1), (UsageError, 2)):
         if isinstance(error, kind):

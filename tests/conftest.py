@@ -96,8 +96,8 @@ def cache(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def save_picture() -> Callable[..., Image.Image]:
-    """`save_picture(path, width, height, k, mode)` writes picture number k of a formula, and returns it."""
+def save_image() -> Callable[..., Image.Image]:
+    """`save_picture(path, width, height, k, mode)` writes image number k of a formula, and returns it."""
 
     def save(path: Path, width: int = 8, height: int = 8, k: int = 0, mode: str = "RGB") -> Image.Image:
         y, x, c = np.indices((height, width, 3))

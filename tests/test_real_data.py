@@ -1,4 +1,4 @@
-"""The real thing: public weights on real pictures. Long; run with `make slow`, skipped where the data are absent."""
+"""The real thing: public weights on real images. Long; run with `make slow`, skipped where the data are absent."""
 
 import json
 import shutil
@@ -13,13 +13,13 @@ from tests.helpers.commands import Stages
 
 pytestmark = pytest.mark.slow
 
-# Measured apart from this project, float32, on the 10,000 JPEG test pictures.
+# Measured apart from this project, float32, on the 10,000 JPEG test images.
 KNOWN = {"resnet56": ("resnet56-4bfd9763.th", 0.8320), "resnet20": ("resnet20-12fca82f.th", 0.8103)}
 
 
 @pytest.fixture(scope="session")
 def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10 as a folder of JPEG pictures."""
+    """CIFAR-10 as a folder of JPEG images."""
     folder = tmp_path_factory.mktemp("cifar")
     with tarfile.open(shared / "data/cifar10-jpeg/cifar10-jpeg.tar.gz") as archive:
         archive.extractall(folder, filter="data")
@@ -31,7 +31,7 @@ def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_public_weights_score_what_they_score(
     shared: Path, cifar: Path, stages: Stages, teacher: str, codec: str
 ) -> None:
-    """By the cache's own test split, to within 2 pictures of 10,000."""
+    """By the cache's own test split, to within 2 images of 10,000."""
     name, accuracy = KNOWN[teacher]
     made = stages(
         "teacher-cache",

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import xxhash
 
 from softcache.base.errors import CacheError
-from softcache.base.files import make_folder, open_plain, publish, remove_leftovers
-from softcache.base.lock import LOCK, held
+from softcache.base.files import make_folder, open_regular_file, publish, remove_stale_files
+from softcache.base.lock import LOCK, hold_lock
 
 from .manifest import CARD, HEAD, MANIFEST_MOST, NAME, Manifest
 from .manifest_reader import parse_manifest, read_manifest
@@ -49,7 +49,7 @@ def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
 
 
 def _add(tar: tarfile.TarFile, folder: Path, member: str, name: str, size: int, checksum: str, shown: Shown) -> None:
-    with os.fdopen(open_plain(folder, name), "rb") as file:
+    with os.fdopen(open_regular_file(folder, name), "rb") as file:
         info = tarfile.TarInfo(member)
         info.size, info.mode = os.fstat(file.fileno()).st_size, 0o644
         if size >= 0 and info.size != size:
@@ -94,7 +94,7 @@ def unpack(file: Path, folder: Path, begun: Callable[[Manifest], Shown]) -> Mani
         text = tar.read(size)
         manifest = parse_manifest(text, file)
         make_folder(folder)
-        with held(folder):
+        with hold_lock(folder):
             _begin(folder, manifest, file)
             shown = begun(manifest)
             wanted = {name: (size, checksum) for name, size, checksum in _files(manifest)}
@@ -137,7 +137,7 @@ def _begin(folder: Path, manifest: Manifest, file: Path) -> None:
         places.setdefault(inner, []).append(last)
     for inner, last_names in places.items():
         if (folder / inner).is_dir() and not (folder / inner).is_symlink():
-            remove_leftovers(folder / inner, last_names)
+            remove_stale_files(folder / inner, last_names)
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     if strange := sorted(there - names - {NAME, CARD, LOCK}):
         raise CacheError(f"'{folder}' holds {strange[0]}, which is not of '{file}': choose another folder")
@@ -186,7 +186,7 @@ def _copy(tar: BinaryIO, path: Path, name: str, size: int, checksum: str, shown:
 
 
 def _checksum(folder: Path, name: str) -> str:
-    fd = open_plain(folder, name)
+    fd = open_regular_file(folder, name)
     try:
         return file_checksum(fd)
     finally:

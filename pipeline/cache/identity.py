@@ -24,11 +24,11 @@ def identity_of(
     codec: str,
     precision: str,
 ) -> Identity:
-    """The identity of a cache. teacher: arch, digest of the weights, and how pictures reach it."""
+    """The identity of a cache. teacher: arch, digest of the weights, and how images reach it."""
     return {
         "format": FORMAT,
         "transfer_set": transfer_set.identity(),
-        "views": {"policy": views.name, **views.knobs(), "seed": seed},
+        "views": {"policy": views.name, **views.parameters(), "seed": seed},
         "teacher": teacher,
         "codec": codec,
         "precision": precision,

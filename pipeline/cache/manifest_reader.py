@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError
-from softcache.base.files import read_plain
-from softcache.base.schema import check_form
+from softcache.base.files import read_regular_file
+from softcache.base.schema import validate
 
 from .codecs import CODECS, TEMPERATURES
 from .identity import FORMAT
@@ -49,7 +49,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"'{folder}' holds no finished cache: run the same teacher-cache command again to finish it"
             )
         raise CacheError(f"'{folder}' is no cache: it has no {NAME}")
-    return parse_manifest(read_plain(folder, NAME, MANIFEST_MOST), path)
+    return parse_manifest(read_regular_file(folder, NAME, MANIFEST_MOST), path)
 
 
 def parse_manifest(text: bytes, path: Path) -> Manifest:
@@ -63,7 +63,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         digest = _check_seal(text, path)
         del record["sha256"]
         more = {"arithmetic": ARITHMETIC_FORM} if "arithmetic" in record else {}
-        check_form(record, {**_FORM, **more}, str(path))
+        validate(record, {**_FORM, **more}, str(path))
         manifest = _from_json(record, digest)
         if record["fingerprint"] != manifest.fingerprint:
             raise CacheError(
@@ -220,7 +220,7 @@ def _check_tiles(path: Path, manifest: Manifest) -> None:
 
 def read_claim(folder: Path) -> Any:
     try:
-        begun = json.loads(read_plain(folder, UNFINISHED, MANIFEST_MOST))
+        begun = json.loads(read_regular_file(folder, UNFINISHED, MANIFEST_MOST))
         if isinstance(begun, dict):
             return begun
     except ValueError:

@@ -4,14 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from softcache.base.errors import CacheError
-from softcache.base.schema import check_form
+from softcache.base.schema import validate
 
 FORM = {"folded": bool, "compiled": bool, "rows": int, "kl_1": float, "kl_4": float, "flips": float}
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """A faster way to the same function of a picture, and what it costs.
+    """A faster way to the same function of a image, and what it costs.
 
     folded: batch norm went into the convolutions before it; compiled: by torch.compile, where the cache was begun;
     rows: training views that were asked both ways; kl_1, kl_4: their mean KL(plain float32 || this) in nats at
@@ -41,7 +41,7 @@ class Arithmetic:
 def arithmetic_of(record: Any) -> Arithmetic | None:
     """From plain JSON values; None, the teacher as it is, from None and from what is no such record."""
     try:
-        check_form(record, FORM, "arithmetic")
+        validate(record, FORM, "arithmetic")
     except CacheError:
         return None
     return Arithmetic(**record)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, CacheMismatchError, UsageError, printable
-from softcache.base.files import shard_files
+from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
+from softcache.base.files import list_shard_files
 from softcache.data.image_folder import Progress
 from softcache.data.long_tail import parse_imbalance
-from softcache.data.transfer_set import Labels, TransferSet, load
+from softcache.data.transfer_set import Labels, TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.batch import Head
 from softcache.pipeline.models.prepared_model import Preparation
@@ -41,7 +41,7 @@ class Cache:
         """Raises CacheError when there is no finished cache, or its manifest does not hold together."""
         self.folder = folder
         # The order matters: what is seen first, with no addition under way, is in a manifest that is read later.
-        files, growing = shard_files(folder), (folder / UNFINISHED).is_file()
+        files, growing = list_shard_files(folder), (folder / UNFINISHED).is_file()
         self.manifest: Manifest = read_manifest(folder)
         self.unlisted = sorted(files - {record.path for record in self.manifest.shards})
         if self.unlisted and not growing:
@@ -53,7 +53,7 @@ class Cache:
             self._read_identity()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, UsageError) as error:
             raise CacheError(
-                f"'{folder}': the manifest's identity does not hold together ({printable(error)})"
+                f"'{folder}': the manifest's identity does not hold together ({make_printable(error)})"
             ) from None
         self._index()
 
@@ -108,15 +108,15 @@ class Cache:
         """The data that the cache was made from, cut as they were then, from where they lie here; see bind.
 
         data: as on the command line, or empty for the name in the manifest. A manifest's word is never taken for
-        where a folder of pictures is. Raises UsageError, or CacheError when these are other data.
+        where a folder of images is. Raises UsageError, or CacheError when these are other data.
         """
         if data and data.partition(":")[0] != self.data:
             raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {data}")
         if self.data == "folder" and not data:
             raise UsageError(
-                f"the cache '{self.folder}' is of a folder of pictures: say where it is with --data folder:PATH"
+                f"the cache '{self.folder}' is of a folder of images: say where it is with --data folder:PATH"
             )
-        found = load(data or self.data, root, **self.cut, progress=progress)
+        found = load_transfer_set(data or self.data, root, **self.cut, progress=progress)
         self.bind(found)
         return found
 
@@ -258,7 +258,7 @@ class Cache:
         return shard
 
     def verify(self, record: ShardRecord) -> NDArray[np.generic]:
-        """Everything that can be known of one shard without its pictures; returns its view_crc32 [rows].
+        """Everything that can be known of one shard without its images; returns its view_crc32 [rows].
 
         Raises CacheError. May be called from several threads.
         """

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from softcache.base.errors import CacheError
-from softcache.base.files import shard_files
+from softcache.base.files import list_shard_files
 
 from .manifest import KEYS, NAME, UNFINISHED, Piece, shard_path
 from .shards import said_by
@@ -19,7 +19,7 @@ def lost_pieces(folder: Path, fingerprint: str, splits: dict[str, int]) -> list[
     if not folder.is_dir() or (folder / NAME).is_file() or (folder / UNFINISHED).is_file():
         return []
     parts: dict[tuple[str, int, int], dict[int, Piece]] = {}
-    for name in sorted(shard_files(folder)):
+    for name in sorted(list_shard_files(folder)):
         if found := _piece(folder, name, fingerprint):
             piece, number, part = found
             parts.setdefault((piece.split, piece.draw, part), {})[number] = piece

@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base import rng as counter
-from softcache.base.errors import CacheError, printable
+from softcache.base import rng
+from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import Labels
 
 from .codecs import Codec
@@ -22,7 +22,7 @@ def row_order(seed: int, split: str, rows: int) -> Positions:
     Random, because blocks of rows of a set that is sorted by class make poor batches: chi-squared of
     class counts 168 instead of 9 at 16 blocks of 256 rows.
     """
-    return counter.permutation((seed, 30 + SPLITS.index(split)), rows)
+    return rng.permutation((seed, 30 + SPLITS.index(split)), rows)
 
 
 def runs_of(records: list[ShardRecord], wanted: Positions) -> list[tuple[ShardRecord, int, int, int]]:
@@ -43,11 +43,11 @@ def check_rows(
     claims = {"fingerprint": fingerprint, "split": record.split, "draw": record.draw, "start": record.start}
     for key, claim in claims.items():
         if (found := shard.attributes.get(key)) != claim:
-            said = f"its {key} is {printable(found)} instead of {claim}"
+            said = f"its {key} is {make_printable(found)} instead of {claim}"
             raise CacheError(f"{shard.path}: {said}: a shard of another place")
     if not np.array_equal(shard.read("index"), expected):
         raise CacheError(
-            f"{shard.path}: its rows are not in the order of this cache: targets would go to other pictures"
+            f"{shard.path}: its rows are not in the order of this cache: targets would go to other images"
         )
     if labels is None:
         return

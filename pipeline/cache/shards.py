@@ -17,8 +17,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, printable
-from softcache.base.files import open_plain, publish
+from softcache.base.errors import CacheError, make_printable
+from softcache.base.files import open_regular_file, publish
 
 Arrays = dict[str, NDArray[np.generic]]
 Layout = dict[str, tuple[tuple[int, ...], str]]  # {dataset: (shape, dtype)}
@@ -109,7 +109,7 @@ class Shard:
         self._row_bytes = {
             name: math.prod(shape[1:]) * np.dtype(dtype).itemsize for name, (shape, dtype) in layout.items()
         }
-        self._fd = open_plain(folder, name)
+        self._fd = open_regular_file(folder, name)
         try:
             found_size = os.fstat(self._fd).st_size
             if size is not None and found_size != size:
@@ -166,7 +166,7 @@ class Shard:
         """The digest of the datasets. Raises CacheError when it is not the one that was written into the shard."""
         payload = payload_digest(self.read_all())
         if payload != self.attributes.get("payload"):
-            written = printable(self.attributes.get("payload"))
+            written = make_printable(self.attributes.get("payload"))
             raise CacheError(f"{self.path}: damaged, its payload is {payload} instead of {written}")
         return payload
 
@@ -184,7 +184,7 @@ def said_by(folder: Path, name: str) -> tuple[dict[str, str | int], Layout] | No
     """What a file says that it is: its attributes and the layout of its datasets; None where it is no shard."""
     path = folder / name
     try:
-        with os.fdopen(open_plain(folder, name), "rb") as raw, h5py.File(raw, "r") as file:
+        with os.fdopen(open_regular_file(folder, name), "rb") as raw, h5py.File(raw, "r") as file:
             _small(path, file)
             layout = {key: (tuple(file[key].shape), file[key].dtype.str) for key in sorted(_names(path, file))}
             return _attributes(path, file), layout
@@ -202,12 +202,12 @@ def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, 
                 _small(path, file)
                 found = _names(path, file)
                 if found != set(layout):
-                    differ = printable(", ".join(sorted(found ^ set(layout))))
+                    differ = make_printable(", ".join(sorted(found ^ set(layout))))
                     raise CacheError(f"{path}: the datasets are not those of the manifest: {differ}")
                 offsets = {name: _offset(path, file, name, *layout[name], size) for name in layout}
                 return offsets, _attributes(path, file)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise CacheError(f"{path}: not a readable HDF5 file ({printable(error, 120)})") from None
+            raise CacheError(f"{path}: not a readable HDF5 file ({make_printable(error, 120)})") from None
 
 
 def _small(path: Path, file: h5py.File) -> None:
@@ -225,7 +225,7 @@ def _names(path: Path, file: h5py.File) -> set[str]:
             names.add(outer)
             continue
         if not isinstance(file[outer], h5py.Group) or len(file[outer]) > _MOST_LINKS:
-            raise CacheError(f"{path}: {printable(outer)} is neither a dataset nor a small group")
+            raise CacheError(f"{path}: {make_printable(outer)} is neither a dataset nor a small group")
         for inner in file[outer]:
             _hard(path, file, f"{outer}/{inner}")
             names.add(f"{outer}/{inner}")
@@ -235,7 +235,7 @@ def _names(path: Path, file: h5py.File) -> set[str]:
 def _hard(path: Path, file: h5py.File, name: str) -> None:
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
-        raise CacheError(f"{path}: {printable(name)} is a {type(link).__name__}, which may lead out of the file")
+        raise CacheError(f"{path}: {make_printable(name)} is a {type(link).__name__}, which may lead out of the file")
 
 
 def _offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, size: int) -> int:
@@ -262,7 +262,7 @@ def _attributes(path: Path, file: h5py.File) -> dict[str, str | int]:
         attribute = file.attrs.get_id(key)
         kind = attribute.dtype
         if kind.kind not in "Si" or kind.itemsize > 1024 or attribute.shape != ():
-            raise CacheError(f"{path}: attribute {printable(key)} is of type {kind}, shape {attribute.shape}")
+            raise CacheError(f"{path}: attribute {make_printable(key)} is of type {kind}, shape {attribute.shape}")
         value = file.attrs[key]
         found[key] = value.decode("ascii", "replace") if isinstance(value, bytes) else int(value)
     return found

@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from softcache.base.errors import CacheError
-from softcache.base.files import remove_leftovers
-from softcache.base.lock import LOCK, held
+from softcache.base.files import remove_stale_files
+from softcache.base.lock import LOCK, hold_lock
 
 from .manifest import CARD, HEAD, NAME, UNFINISHED
 from .manifest_reader import read_manifest
@@ -19,17 +19,17 @@ def sweep(folder: Path) -> None:
     """
     with suppress(CacheError, OSError):
         if any(path.name == LOCK or path.suffix == ".tmp" for path in folder.rglob(".*")):
-            with held(folder):
+            with hold_lock(folder):
                 tidy(folder, [record.path for record in read_manifest(folder).shards])
 
 
 def tidy(folder: Path, paths: Iterable[str]) -> None:
     """Remove the temporary files that a killed writer of this cache left; see files.remove_leftovers."""
-    remove_leftovers(folder, (NAME, UNFINISHED, CARD, HEAD))
+    remove_stale_files(folder, (NAME, UNFINISHED, CARD, HEAD))
     by_folder: dict[str, list[str]] = {}
     for path in paths:
         inner, _, name = path.partition("/")
         by_folder.setdefault(inner, []).append(name)
     for inner, names in by_folder.items():
         if (folder / inner).is_dir():
-            remove_leftovers(folder / inner, names)
+            remove_stale_files(folder / inner, names)

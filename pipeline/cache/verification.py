@@ -1,4 +1,4 @@
-"""What proves that a cache is of these pictures and of this teacher: views rendered again, rows asked again."""
+"""What proves that a cache is of these images and of this teacher: views rendered again, rows asked again."""
 
 import zlib
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, printable
+from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import render
 
@@ -50,16 +50,16 @@ def compare_views(
 ) -> None:
     """Render the views at positions [n]; their checksums must be seen [n]. Raises CacheError, naming the first."""
     index = cache.index(split, positions)
-    policy = cache.views if split == "train" else cache.views.plain()
+    policy = cache.views if split == "train" else cache.views.without_augmentation()
     together = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
     for at in range(0, len(index), together):
         part = index[at : at + together]
-        views = render(transfer_set.splits[split].pictures, policy, cache.seed, part, draw)
+        views = render(transfer_set.splits[split].images, policy, cache.seed, part, draw)
         wrong = np.flatnonzero(crc32(views) != seen[at : at + together])
         if len(wrong):
             raise CacheError(
                 f"{len(wrong)} of {len(part)} views of '{cache.folder}' come out differently here, the first is"
-                f" {split} index {part[wrong[0]]}, draw {draw}: a picture, the decoder or a library changed."
+                f" {split} index {part[wrong[0]]}, draw {draw}: a image, the decoder or a library changed."
                 f" The cache was written with {_versions(cache.manifest.versions)}"
             )
 
@@ -70,4 +70,4 @@ def crc32(views: torch.Tensor) -> NDArray[np.uint32]:
 
 
 def _versions(versions: dict[str, str]) -> str:
-    return printable(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return make_printable(", ".join(f"{name} {version}" for name, version in versions.items()))

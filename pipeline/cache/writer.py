@@ -13,7 +13,7 @@ import numpy as np
 from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.base.files import make_folder, publish_json, sync
 from softcache.base.lock import LOCK
-from softcache.base.schema import check_form
+from softcache.base.schema import validate
 
 from .codecs import TEMPERATURES
 from .identity import Identity, describe, fingerprint
@@ -99,8 +99,8 @@ class Writer:
     def look(folder: Path, plan: Plan) -> "Writer":
         """What there is to do in a folder whose lock is held; nothing is written. Raises CacheMismatchError or
         CacheError."""
-        check_form(plan.identity, IDENTITY_FORM, "identity")  # what is written must be readable
-        check_form(plan.settings, SETTINGS_FORM, "settings")
+        validate(plan.identity, IDENTITY_FORM, "identity")  # what is written must be readable
+        validate(plan.settings, SETTINGS_FORM, "settings")
         if (folder / NAME).is_file():
             there = read_manifest(folder)
             refuse_another(folder, plan.identity, plan.taps, there)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from softcache.data.views import Pictures, ViewPolicy, render
+from softcache.data.views import ImageSource, ViewPolicy, render
 from softcache.pipeline.cache.verification import crc32
 
 from .prefetch import Asked, Renderer, Rows, by_thread, by_workers
@@ -28,7 +28,7 @@ class _Checked(Dataset[Any]):
 
 
 def checked_in_order(
-    pictures: Pictures,
+    images: ImageSource,
     views: ViewPolicy,
     seed: int,
     batches: list[Rows],
@@ -42,14 +42,14 @@ def checked_in_order(
     pinned: in memory that a GPU reads while this thread goes on; by the thread alone.
     """
     if workers:
-        checked: Any = _Checked(Renderer(pictures, views, seed))
+        checked: Any = _Checked(Renderer(images, views, seed))
         made: Any = by_workers(checked, ((batch, draw) for batch in batches), workers)
         for seen, crc in made:
             yield seen, crc.numpy()
         return
 
     def here(index: Rows) -> Checked:
-        seen = render(pictures, views, seed, index, draw)
+        seen = render(images, views, seed, index, draw)
         return seen.pin_memory() if pinned else seen, crc32(seen)
 
     yield from by_thread(here(batch) for batch in batches)

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.data.device_views import can_be_rendered_there, render_there, sent
-from softcache.data.image_arrays import MemoryPictures
-from softcache.data.views import Draw, Pictures, ViewPolicy
+from softcache.data.device_views import can_render_on_device, copy_to_device, render_on_device
+from softcache.data.image_arrays import ImageArrays
+from softcache.data.views import Draw, ImageSource, ViewPolicy
 from softcache.pipeline.batch import Source, Targets
 
 Rows = NDArray[np.int64]
@@ -15,24 +15,24 @@ _READ = 65_536  # rows of a draw that are read at once
 
 
 class Resident:
-    """Pictures that are in memory, and what the first draws of the cache say of them, once a draw is asked for.
+    """Images that are in memory, and what the first draws of the cache say of them, once a draw is asked for.
 
     cache: None where no targets are wanted; draws: so many are used. Raises ValueError where Pillow would resize.
     """
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: ImageSource,
         policy: ViewPolicy,
         cache: Source | None,
         draws: int,
         taps: tuple[str, ...],
         device: torch.device,
     ):
-        if not (isinstance(pictures, MemoryPictures) and can_be_rendered_there(pictures, policy)):
-            raise ValueError("only pictures in memory, at their own size, are rendered on a device")
+        if not (isinstance(images, ImageArrays) and can_render_on_device(images, policy)):
+            raise ValueError("only images in memory, at their own size, are rendered on a device")
         self.device, self._policy, self._cache, self._taps = device, policy, cache, taps
-        self._images = pictures.images.to(device)  # uint8 [N, C, H, W]; waits, but pins no second copy of the set
+        self._images = images.pixels.to(device)  # uint8 [N, C, H, W]; waits, but pins no second copy of the set
         self._filled: set[int] = set()
         if cache is not None:
             self._rows, (logits, features) = len(cache.order("train")), _row(cache, taps)
@@ -45,7 +45,7 @@ class Resident:
 
     def views(self, seed: int, index: Rows, draw: Draw) -> torch.Tensor:
         """As data.views.render."""
-        return render_there(self._images, self._policy, seed, index, draw)
+        return render_on_device(self._images, self._policy, seed, index, draw)
 
     def targets(self, positions: Rows, draws: tuple[int, ...]) -> Targets:
         """Of rows at positions [n] in k draws, row by row: logits float32 [n * k, …], features {tap: [n * k, …]}."""
@@ -54,7 +54,7 @@ class Resident:
         for draw in draws:
             self._fill(draw)
         places = (positions[:, None] + self._rows * np.array(draws)).ravel()
-        at = sent(torch.from_numpy(places), self.device)
+        at = copy_to_device(torch.from_numpy(places), self.device)
         return self._logits.index_select(0, at), {tap: x.index_select(0, at) for tap, x in self._features.items()}
 
     def _fill(self, draw: int) -> None:
@@ -66,24 +66,24 @@ class Resident:
             logits, features = self._cache.targets("train", draw, positions, self._taps)
             first = draw * self._rows + start
             rows = slice(first, first + len(positions))
-            self._logits[rows] = sent(logits, self.device)
+            self._logits[rows] = copy_to_device(logits, self.device)
             for tap, x in features.items():
-                self._features[tap][rows] = sent(x, self.device)
+                self._features[tap][rows] = copy_to_device(x, self.device)
         self._filled.add(draw)
 
 
 def fits(
-    pictures: Pictures,
+    images: ImageSource,
     policy: ViewPolicy,
     cache: Source | None,
     draws: int,
     taps: tuple[str, ...],
     device: torch.device,
 ) -> bool:
-    """Whether pictures and the targets of all draws take up no more than a third of what is free on a GPU."""
-    if device.type != "cuda" or not can_be_rendered_there(pictures, policy):
+    """Whether images and the targets of all draws take up no more than a third of what is free on a GPU."""
+    if device.type != "cuda" or not can_render_on_device(images, policy):
         return False
-    size = pictures.plain(np.zeros(1, np.int64), 0, 0).nbytes * len(pictures)
+    size = images.load_plain(np.zeros(1, np.int64), 0, 0).nbytes * len(images)
     if cache is not None:
         logits, features = _row(cache, taps)
         size += draws * len(cache.order("train")) * (logits.nbytes + sum(x.nbytes for x in features.values()))

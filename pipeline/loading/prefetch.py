@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softcache.base.errors import CacheError
-from softcache.base.threads import Threads
-from softcache.data.views import Draw, Pictures, ViewPolicy, render
+from softcache.base.threads import ThreadPool
+from softcache.data.views import Draw, ImageSource, ViewPolicy, render
 
 Rows = NDArray[np.int64]
 Asked = tuple[Rows, Draw]  # index [B], and their draw or draws [B]
@@ -21,12 +21,12 @@ T = TypeVar("T")
 class Renderer(Dataset[torch.Tensor | str]):
     """What a worker process does: (index, draw) -> views; what it refuses travels as text, not as a traceback."""
 
-    def __init__(self, pictures: Pictures, views: ViewPolicy, seed: int):
-        self.pictures, self.views, self.seed = pictures, views, seed
+    def __init__(self, images: ImageSource, views: ViewPolicy, seed: int):
+        self.images, self.views, self.seed = images, views, seed
 
     def __getitem__(self, item: Asked) -> torch.Tensor | str:
         try:
-            return render(self.pictures, self.views, self.seed, *item)
+            return render(self.images, self.views, self.seed, *item)
         except CacheError as refusal:
             return str(refusal)
 
@@ -62,16 +62,16 @@ class _Once(Sampler[Asked]):
 def by_thread(items: Iterator[T], ahead: int = 3) -> Generator[T, None, None]:
     """The same items, made by a thread, at most so many ahead. What it raises is raised here.
 
-    Handing them over is cheap: an epoch of 469 batches of 28 x 28 pictures and cached logits takes 27 ms to consume
+    Handing them over is cheap: an epoch of 469 batches of 28 x 28 images and cached logits takes 27 ms to consume
     with a thread and 26 without; with the steps of `mlp:64` between them 436 and 434 ms (crop-flip), on 2 cores. So
     everything that is rendered here is rendered ahead, by the one rule, and files and draws on disk gain by it.
     """
-    with Threads(1) as thread:
-        asked = deque(thread.do(next, items) for _ in range(ahead))
+    with ThreadPool(1) as thread:
+        asked = deque(thread.submit(next, items) for _ in range(ahead))
         while True:
             try:
                 item = asked.popleft().result()
             except StopIteration:
                 return
-            asked.append(thread.do(next, items))
+            asked.append(thread.submit(next, items))
             yield item

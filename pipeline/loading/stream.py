@@ -1,7 +1,7 @@
 """Transfer set (+ cache) -> TargetBatch, in a seeded order, prepared ahead of time.
 
 Round r shows every row once, in one draw. With k draws per decode, k rounds are one lap: every row once, in k draws at
-once, so that a picture is decoded once for k views ("Augment your batch", Hoffer et al. 2020, arXiv 1901.09335). Which
+once, so that a image is decoded once for k views ("Augment your batch", Hoffer et al. 2020, arXiv 1901.09335). Which
 rows make up step s depends on (seed, s) alone, so that a training can begin at any step: that is how it resumes to the
 same weights.
 """
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base import rng as counter
-from softcache.data.long_tail import SAMPLERS, resampled
+from softcache.base import rng
+from softcache.data.long_tail import SAMPLERS, resample_rows
 from softcache.data.transfer_set import Labels, Split
-from softcache.data.views import Draw, Pictures, ViewPolicy, mixup_of, render
+from softcache.data.views import Draw, ImageSource, ViewPolicy, draw_mixup, render
 from softcache.pipeline.batch import Source, TargetBatch, Targets
 
 from .device_cache import Resident, fits
@@ -27,19 +27,19 @@ from .prefetch import Renderer, by_thread, by_workers
 
 Rows = NDArray[np.int64]
 _BLOCK, _BLOCKS = 64, 64  # rows read together, and how many such blocks are mixed, when a draw is on disk
-_GROUP_BYTES = 8 << 20  # of pixels rendered at once: fewer, larger calls for small pictures
+_GROUP_BYTES = 8 << 20  # of pixels rendered at once: fewer, larger calls for small images
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What a training reads. split: pictures and labels; views with seed: what is seen of them.
+    """What a training reads. split: images and labels; views with seed: what is seen of them.
 
     order_seed: of the order, not of the views. labels [N]: hard targets, -1 where hidden. rows: positions that
     are used, in any order. draws: how many views there are, 0 for a new one each round (no cache).
     cache, taps: where targets come from, unless targets is false: then only its order is used.
     workers: processes that decode a folder; 0 decodes in this one, in a thread. sampler: of SAMPLERS; a round then
     shows as many rows, some more than once; every row has a label. draws_per_decode: k, which divides draws and
-    batch_size. device: where batches are wanted; resident_on: where pictures in memory and targets are to lie; None is
+    batch_size. device: where batches are wanted; resident_on: where images in memory and targets are to lie; None is
     for a GPU, where it is the device and they fit. rank, world: of every batch only the views of this rank's rows are
     rendered, those of `part`; all else is of the whole batch.
     """
@@ -95,19 +95,19 @@ class Stream:
         if self.draws == 0:
             return round_
         cycle, place = divmod(round_, self.draws)
-        return int(counter.permutation((self.order_seed, 41, cycle), self.draws)[place])
+        return int(rng.permutation((self.order_seed, 41, cycle), self.draws)[place])
 
     @cached_property
     def _resident(self) -> Resident | None:
         """What lies on a device, where it does. It stays there from one call of batches to the next."""
         cache = self.cache if self.targets else None
-        of = (self.split.pictures, self.views, cache, self.draws, self.taps)
+        of = (self.split.images, self.views, cache, self.draws, self.taps)
         place = self.resident_on or (self.device if fits(*of, self.device) else None)
         return None if place is None else Resident(*of, place)
 
     def _here(self, start: int, stop: int) -> Iterator[tuple[TargetBatch, list[int]]]:
         for group in self._groups(start, stop):
-            views = render(self.split.pictures, self.views, self.view_seed, *group.shown)
+            views = render(self.split.images, self.views, self.view_seed, *group.shown)
             yield self._join(group, views, group.targets()).to(self.device), group.cuts
 
     def _by_processes(self, start: int, stop: int) -> Generator[tuple[TargetBatch, list[int]], None, None]:
@@ -119,7 +119,7 @@ class Stream:
                 under_way.append(group)
                 yield group.shown
 
-        renderer = Renderer(self.split.pictures, self.views, self.view_seed)
+        renderer = Renderer(self.split.images, self.views, self.view_seed)
         for views in by_workers(renderer, noted(), self.workers, self.start_method):
             group = under_way.popleft()
             yield self._join(group, views, group.targets()).to(self.device), group.cuts
@@ -165,26 +165,26 @@ class Stream:
         """Positions of a lap in the order in which they are shown."""
         key, rows, draws = (self.order_seed, 40, lap), self._sampled(lap), self._draws_of(lap)
         if self._in_memory(draws):
-            return rows[counter.permutation(key, len(rows))]
+            return rows[rng.permutation(key, len(rows))]
         # Shuffled blocks, then shuffled inside windows of 64 of them: bounded memory, long reads.
         blocks = np.array_split(np.sort(rows), -(-len(rows) // _BLOCK))
-        shuffled = [blocks[b] for b in counter.permutation(key, len(blocks))]
+        shuffled = [blocks[b] for b in rng.permutation(key, len(blocks))]
         width = max(1, _BLOCKS // len(draws))
         windows = [np.concatenate(shuffled[w : w + width]) for w in range(0, len(shuffled), width)]
-        return np.concatenate([w[counter.permutation((*key, i), len(w))] for i, w in enumerate(windows)])
+        return np.concatenate([w[rng.permutation((*key, i), len(w))] for i, w in enumerate(windows)])
 
     def _sampled(self, lap: int) -> Rows:
         """The positions of a lap, in no order yet."""
         if not self.sampler:
             return self.rows
         index = self.rows if self.cache is None else self.cache.index("train", self.rows)
-        return self.rows[resampled(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, lap))]
+        return self.rows[resample_rows(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, lap))]
 
     def _join(self, group: "_Group", views: torch.Tensor, targets: Targets) -> TargetBatch:
         index, draw = group.index, group.draw
         partner = share = None
         if self.views.mixup > 0:
-            other, w = mixup_of(self.views, self.view_seed, index, draw, len(self.split))
+            other, w = draw_mixup(self.views, self.view_seed, index, draw, len(self.split))
             partner, share = torch.from_numpy(self.labels[other]), torch.from_numpy(w / 256).float()
         return TargetBatch(
             torch.from_numpy(index),
@@ -233,19 +233,19 @@ def _side_by_side(draws: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _Group:
-    """Some whole batches of a window, rendered in one call: of each picture its k draws, then of the next.
+    """Some whole batches of a window, rendered in one call: of each image its k draws, then of the next.
 
     index [n * k]; draw: theirs, one number where k is 1; positions [n]. cuts: where in it batches begin and end.
     """
 
-    def __init__(self, window: _Window, at: int, pictures: list[int]):
-        """pictures: where batches begin and end, counted in pictures from at."""
-        k, n = len(window.draws), pictures[-1]
+    def __init__(self, window: _Window, at: int, images: list[int]):
+        """pictures: where batches begin and end, counted in images from at."""
+        k, n = len(window.draws), images[-1]
         self.window, self.draws = window, window.draws
         self.positions = window.positions[at : at + n]
         self.index = np.repeat(window.index[at : at + n], k)
         self.draw: Draw = window.draws[0] if k == 1 else np.tile(np.array(window.draws), n)
-        self.cuts = [k * cut for cut in pictures]
+        self.cuts = [k * cut for cut in images]
         self._rows = slice(k * at, k * (at + n))
 
     @property
@@ -265,10 +265,10 @@ class _Group:
 
 
 def render_in_order(
-    pictures: Pictures, views: ViewPolicy, seed: int, batches: list[Rows], draw: int, workers: int = 0
+    images: ImageSource, views: ViewPolicy, seed: int, batches: list[Rows], draw: int, workers: int = 0
 ) -> Iterator[torch.Tensor]:
     """The views of each batch of indices, in order, rendered ahead by a thread or by worker processes."""
     if workers:
-        yield from by_workers(Renderer(pictures, views, seed), ((b, draw) for b in batches), workers)
+        yield from by_workers(Renderer(images, views, seed), ((b, draw) for b in batches), workers)
     else:
-        yield from by_thread(render(pictures, views, seed, batch, draw) for batch in batches)
+        yield from by_thread(render(images, views, seed, batch, draw) for batch in batches)

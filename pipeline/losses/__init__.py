@@ -11,8 +11,8 @@ the file of its family and a row of LOSSES.
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from softcache.base.errors import UsageError, unknown
-from softcache.base.spec import check_knobs, number, parse
+from softcache.base.errors import UsageError, unknown_name_error
+from softcache.base.spec import check_parameters, parse_number, parse_spec
 
 from .base import Loss, Ramp
 from .classifier import SRRL, CatKD, SimKD
@@ -76,7 +76,7 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
     if "simkd" in names and len(names) > 1:
         raise UsageError("loss 'simkd' goes alone: its student answers through the teacher's own last layer")
     if "output" in names:  # the two halves of one cost function, 0.5 each unless said
-        unsaid = [spec.partition(":")[0] == "hint" and "weight" not in parse(spec, "loss")[1] for spec in specs]
+        unsaid = [spec.partition(":")[0] == "hint" and "weight" not in parse_spec(spec, "loss")[1] for spec in specs]
         losses = tuple(
             replace(loss, weight=0.5) if half else loss  # type: ignore[type-var]
             for loss, half in zip(losses, unsaid, strict=True)
@@ -85,12 +85,12 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
 
 
 def _parse_one(spec: str) -> Loss:
-    name, given = parse(spec, "loss")
+    name, given = parse_spec(spec, "loss")
     if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
+        raise unknown_name_error("loss", name, LOSSES)
     loss = LOSSES[name]
     kinds = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
-    check_knobs(spec, "loss", given, kinds)
+    check_parameters(spec, "loss", given, kinds)
     values = {k: _value(spec, k, text, kinds[k]) for k, text in given.items()}
     return replace(loss, **values)  # type: ignore[type-var]
 
@@ -116,7 +116,7 @@ def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
     start, arrow, rest = text.partition("->")
     end, mark, epochs = rest.partition("@")
     low = 1e-3 if knob in ("temperature", "power") else 0.0
-    values = [number(spec, "loss", knob, part) for part in ((start, end) if arrow else (start,))]
+    values = [parse_number(spec, "loss", knob, part) for part in ((start, end) if arrow else (start,))]
     if min(values) < low:
         raise UsageError(f"loss '{spec}': {knob}={text} is below {low:g}")
     if knob in ("smoothing", "correct", "reversal") and max(values) > 1:

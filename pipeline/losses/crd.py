@@ -22,7 +22,7 @@ class CRD(LayerLoss):
     e(s, t) / (e(s, t) + N Z), e = exp(g_s(f_s)' g_t(f_t) / T), g linear to `width` dimensions and then of norm 1,
     both trained; Z the mean of e over the negatives of the first batch, kept. `negatives` rows are drawn for each
     batch from the teacher's rows in the cache (the first draw); for a row those N count that are of another class, or
-    where a label is hidden of another picture. The paper's second half, the teacher's row against a memory of what the
+    where a label is hidden of another image. The paper's second half, the teacher's row against a memory of what the
     student said epochs ago, is left out: the cache has nothing stale.
     """
 

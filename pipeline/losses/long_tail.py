@@ -24,7 +24,7 @@ def counts_for(loss: Loss, counts: torch.Tensor | None, classes: Sequence[str] =
     """
     if counts is None or not counts.any():
         raise UsageError(
-            f"loss '{loss.name}' counts the labels of each class, and these pictures have none: leave it out"
+            f"loss '{loss.name}' counts the labels of each class, and these images have none: leave it out"
         )
     empty = (counts == 0).nonzero()[:, 0].tolist()
     if empty:

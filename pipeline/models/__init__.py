@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softcache.base.errors import UsageError, unknown
+from softcache.base.errors import UsageError, unknown_name_error
 from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
 from softcache.pipeline.models.archs.cnn import cnn
 from softcache.pipeline.models.archs.mlp import mlp
@@ -67,7 +67,7 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     own = [name for name in MODELS if name != "torchvision"]
     if is_known(arch):
         raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(own)}")
-    raise unknown("arch", arch, [*own, "torchvision:NAME", "my_package.module:factory"])
+    raise unknown_name_error("arch", arch, [*own, "torchvision:NAME", "my_package.module:factory"])
 
 
 def _users_own(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
@@ -108,7 +108,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def multiply_adds(network: nn.Module, channels: int, size: int) -> int:
-    """Multiply-adds of one picture, counted by PyTorch over matrix products and convolutions."""
+    """Multiply-adds of one image, counted by PyTorch over matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
     was_training, device = network.training, next(network.parameters()).device

@@ -1,6 +1,6 @@
-"""Batch norm folded into the convolution before it: the same function of a picture, with fewer passes over memory.
+"""Batch norm folded into the convolution before it: the same function of a image, with fewer passes over memory.
 
-ResNet-56 on 2 cores: 996 instead of 909 pictures a second in float32, 3,030 instead of 2,289 in bfloat16.
+ResNet-56 on 2 cores: 996 instead of 909 images a second in float32, 3,030 instead of 2,289 in bfloat16.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""A network with what happens to a picture before it: the same for teacher and student, part of the identity."""
+"""A network with what happens to a image before it: the same for teacher and student, part of the identity."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a uint8 view becomes an input. channels: of the input, 3 repeats a grey picture; size: of the input in
+    """How a uint8 view becomes an input. channels: of the input, 3 repeats a grey image; size: of the input in
     pixels, bilinear with antialiasing where the view has another; mean, std: per channel, of values 0 … 1."""
 
     channels: int
@@ -26,7 +26,7 @@ class Preparation:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "Preparation":
-        """The inverse of identity. Raises ValueError, TypeError or KeyError for what no picture can be prepared by."""
+        """The inverse of identity. Raises ValueError, TypeError or KeyError for what no image can be prepared by."""
         mean, std = tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
         channels, size = int(record["channels"]), int(record["size"])
         if not (1 <= channels <= 4 and 1 <= size <= 4096 and len(mean) == len(std) == channels):
@@ -73,7 +73,7 @@ class Prepared(nn.Module):
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         """shift + x scale by channel, in the network's layout. On a CPU each channel by itself, straight into its
-        place: equal to the bit, and 18 us instead of 54 for 128 pictures of 28 x 28, of the 640 us of a step of
+        place: equal to the bit, and 18 us instead of 54 for 128 images of 28 x 28, of the 640 us of a step of
         `mlp:64`; 125 us instead of 205 for 3 x 32 x 32 on two threads."""
         layout = torch.channels_last if self._convolves else torch.contiguous_format
         if x.device.type != "cpu" or torch.compiler.is_compiling():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from softcache.base.errors import UsageError, unknown
+from softcache.base.errors import UsageError, unknown_name_error
 
 from .statistics import split_tap, statistic
 
@@ -32,7 +32,7 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
     def keep(tap: str) -> RemovableHandle:
         path, kind = split_tap(tap)
         if path not in modules or not path:
-            raise unknown("tap", path, tap_names(model))
+            raise unknown_name_error("tap", path, tap_names(model))
 
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if not isinstance(output, torch.Tensor):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from softcache.base.errors import UsageError, unknown
+from softcache.base.errors import UsageError, unknown_name_error
 
 STATISTICS = ("map", "pool", "attention", "gram", "grid1", "grid2", "grid4")
 
@@ -18,7 +18,7 @@ def split_tap(tap: str) -> tuple[str, str]:
     """`layer3:pool` -> ("layer3", "pool"); `layer3` -> ("layer3", "map"). Raises UsageError for other statistics."""
     path, colon, kind = tap.partition(":")
     if colon and kind not in STATISTICS:
-        raise unknown(f"statistic of tap '{tap}'", kind, STATISTICS)
+        raise unknown_name_error(f"statistic of tap '{tap}'", kind, STATISTICS)
     return path, kind or "map"
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from softcache.base.errors import UsageError, unknown
+from softcache.base.errors import UsageError, unknown_name_error
 
 from .distribution_map import Floats, Stepped, minimize_convex
 
@@ -76,7 +76,7 @@ def parse_combine(spec: str, members: int) -> Combine:
     """
     name, _, rest = spec.partition(":")
     if name not in (*ALL, *EACH):
-        raise unknown("way to combine", name, (*ALL, *EACH))
+        raise unknown_name_error("way to combine", name, (*ALL, *EACH))
     weights = (1 / members,) * members
     if rest and name != "weighted":
         raise UsageError(f"--combine {spec}: {name} has no knobs")
@@ -110,7 +110,7 @@ def fit_combine(logits: NDArray[np.floating], labels: Rows, stepped: Stepped = l
     """
     known = labels >= 0
     if not known.any():
-        raise UsageError("--combine learned is fitted to validation labels, and these pictures have none")
+        raise UsageError("--combine learned is fitted to validation labels, and these images have none")
     z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
     M = z.shape[1]
 

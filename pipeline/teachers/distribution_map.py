@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from softcache.base.errors import UsageError, unknown
-from softcache.base.spec import check_knobs, number, parse
+from softcache.base.errors import UsageError, unknown_name_error
+from softcache.base.spec import check_parameters, parse_number, parse_spec
 from softcache.pipeline.batch import Head
 
 Floats = NDArray[np.float64]
@@ -74,13 +74,13 @@ def fit_mapping(
     temperature where the teacher is right on every row. stepped: called after each step of a fit.
     Raises UsageError for a map there is none of, and for rows that cannot say what it is.
     """
-    name, knobs = parse(spec, "map")
+    name, knobs = parse_spec(spec, "map")
     if name not in (*_FITTED, "prior"):
-        raise unknown("map", name, [*_FITTED, "prior"])
-    check_knobs(spec, "map", knobs, ("tau",) if name == "prior" else ())
+        raise unknown_name_error("map", name, [*_FITTED, "prior"])
+    check_parameters(spec, "map", knobs, ("tau",) if name == "prior" else ())
     K = logits.shape[1]
     if name == "prior":
-        tau = number(spec, "map", "tau", knobs.get("tau", "1"))
+        tau = parse_number(spec, "map", "tau", knobs.get("tau", "1"))
         if tau < 0:
             raise UsageError(f"--map {spec}: tau={tau:g} would add the prior once more; it is from 0 on")
         if (counts == 0).any():
@@ -89,7 +89,7 @@ def fit_mapping(
         return Mapping(spec, torch.ones(K, dtype=torch.float64), -tau * shares.log())
     known = labels >= 0
     if not known.any():
-        raise UsageError(f"--map {spec} is fitted to validation labels, and these pictures have none")
+        raise UsageError(f"--map {spec} is fitted to validation labels, and these images have none")
     z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
     return Mapping(spec, *_FITTED[name](z, y, stepped))
 

@@ -32,19 +32,19 @@ class Interrupted(Exception):
     """Ctrl-C, with how to go on. Exit code 130."""
 
 
-def of_an_interrupt(error: BaseException | None) -> bool:
+def is_interrupt(error: BaseException | None) -> bool:
     """Whether it is what a library, or we, made of a Ctrl-C that came in the middle."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
-def printable(text: object, most: int | None = 200) -> str:
+def make_printable(text: object, most: int | None = 200) -> str:
     """Text from a file nobody vouches for, as it may reach a terminal: on one line, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is in no table: what was asked, what was probably meant, what there is."""
     names = sorted(known)
     close = get_close_matches(name, names, n=1)

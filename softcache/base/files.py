@@ -59,7 +59,7 @@ def make_folder(path: Path) -> None:
     sync(path.parent)
 
 
-def remove_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
+def remove_stale_files(folder: Path, names: Iterable[str]) -> list[Path]:
     """Delete the temporary files of these names that a killed process left in a folder; return them.
 
     Only files that publish would have made under these very names. The caller holds the folder's lock: the
@@ -72,7 +72,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
     return found
 
 
-def open_plain(folder: Path, name: str) -> int:
+def open_regular_file(folder: Path, name: str) -> int:
     """A read-only descriptor of the regular file folder/name; folder itself is trusted, what is in it is not.
 
     Raises CacheError for a link anywhere below folder, a pipe (which would hang), a device, or nothing there.
@@ -96,16 +96,16 @@ def open_plain(folder: Path, name: str) -> int:
     return at
 
 
-def read_plain(folder: Path, name: str, most: int) -> bytes:
+def read_regular_file(folder: Path, name: str, most: int) -> bytes:
     """The bytes of the regular file folder/name. Raises CacheError when there are more than most."""
-    with os.fdopen(open_plain(folder, name), "rb") as file:
+    with os.fdopen(open_regular_file(folder, name), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise CacheError(f"{folder / name}: {size} bytes, more than the {most} that it may have")
         return file.read(most)
 
 
-def shard_files(folder: Path) -> set[str]:
+def list_shard_files(folder: Path) -> set[str]:
     """The names of all HDF5 files in a cache's folder, as a manifest would call them."""
     found = set()
     for inner in os.scandir(folder) if folder.is_dir() else ():

@@ -12,11 +12,11 @@ from pathlib import Path
 from .errors import CacheError, LockedError
 
 LOCK = ".lock"
-_WORDS = 1024  # bytes that a lock file may have
+_MAX_BYTES = 1024  # bytes that a lock file may have
 
 
 @contextmanager
-def held(folder: Path, name: str = LOCK) -> Iterator[None]:
+def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Hold a folder, or what name stands for in it, for writing. Raises LockedError, naming host, pid and time, when
     another process does.
 
@@ -25,7 +25,7 @@ def held(folder: Path, name: str = LOCK) -> Iterator[None]:
     not keep a process from locking twice what it holds already.
     """
     path = folder / name
-    fd = _taken(path)
+    fd = _acquire(path)
     try:
         os.ftruncate(fd, 0)
         words = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().astimezone().isoformat()}
@@ -36,7 +36,7 @@ def held(folder: Path, name: str = LOCK) -> Iterator[None]:
         os.close(fd)
 
 
-def _taken(path: Path) -> int:
+def _acquire(path: Path) -> int:
     """The locked file. Another holder may have removed it while we waited for the call: then once more."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -45,7 +45,7 @@ def _taken(path: Path) -> int:
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
         except (BlockingIOError, PermissionError):
-            holder = _holder(os.pread(fd, _WORDS, 0))
+            holder = _describe_holder(os.pread(fd, _MAX_BYTES, 0))
             os.close(fd)
             raise LockedError(f"'{path.parent}' is being written by {holder}: wait for it, or stop it") from None
         except OSError as error:
@@ -56,7 +56,7 @@ def _taken(path: Path) -> int:
         os.close(fd)
 
 
-def _holder(words: bytes) -> str:
+def _describe_holder(words: bytes) -> str:
     try:
         said = json.loads(words)
         return f"process {int(said['pid'])} on {str(said['host'])[:80]!r} since {str(said['since'])[:19]}"

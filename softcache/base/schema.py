@@ -9,7 +9,7 @@ from .errors import CacheError
 _STRING, _ITEMS, _INT = 65_536, 1 << 20, 2**53
 
 
-def check_form(value: Any, form: Any, where: str) -> None:
+def validate(value: Any, form: Any, where: str) -> None:
     """Raise CacheError, naming the place, when a JSON value is not of a form.
 
     A form is `int` (0 to 2**53), `float` (finite, or an int), `str` (printable), a compiled pattern that the whole
@@ -23,7 +23,7 @@ def check_form(value: Any, form: Any, where: str) -> None:
     if isinstance(form, list):
         _want(isinstance(value, list) and len(value) <= _ITEMS, value, "a list", where)
         for i, item in enumerate(value):
-            check_form(item, form[0], f"{where}[{i}]")
+            validate(item, form[0], f"{where}[{i}]")
         return
     if isinstance(form, re.Pattern):
         fits = isinstance(value, str) and form.fullmatch(value) is not None
@@ -46,22 +46,22 @@ def _object(value: Any, form: dict[Any, Any], where: str) -> None:
     _want(isinstance(value, dict) and len(value) <= _ITEMS, value, "an object", where)
     if str in form:  # any keys
         for key, item in value.items():
-            check_form(key, str, f"{where}: a name")
-            check_form(item, form[str], f"{where}.{key[:40]}")
+            validate(key, str, f"{where}: a name")
+            validate(item, form[str], f"{where}.{key[:40]}")
         return
     if differ := sorted(set(form) ^ set(value)):
         raise CacheError(f"{where}: {differ[0][:80]!r} is {'missing' if differ[0] in form else 'unknown'}")
     for key, inner in form.items():
-        check_form(value[key], inner, f"{where}.{key}")
+        validate(value[key], inner, f"{where}.{key}")
 
 
 def _any_of(value: Any, forms: tuple[Any, ...], where: str) -> None:
     for form in forms[:-1]:
         try:
-            return check_form(value, form, where)
+            return validate(value, form, where)
         except CacheError:
             continue
-    check_form(value, forms[-1], where)
+    validate(value, forms[-1], where)
 
 
 def _want(good: bool, value: Any, what: str, where: str) -> None:

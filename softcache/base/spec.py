@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from .errors import UsageError, unknown
+from .errors import UsageError, unknown_name_error
 
 
-def parse(spec: str, what: str) -> tuple[str, dict[str, str]]:
+def parse_spec(spec: str, what: str) -> tuple[str, dict[str, str]]:
     """Split `crop:pad=4,mixup=0.2` into `("crop", {"pad": "4", "mixup": "0.2"})`.
 
     Raises UsageError for a knob without a value or named twice.
@@ -22,15 +22,15 @@ def parse(spec: str, what: str) -> tuple[str, dict[str, str]]:
     return name, knobs
 
 
-def check_knobs(spec: str, what: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_parameters(spec: str, what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise UsageError, naming the knobs there are, when one is given that does not exist."""
     known = list(known)
     for knob in given:
         if knob not in known:
-            raise unknown(f"knob of {what} '{spec.partition(':')[0]}'", knob, known)
+            raise unknown_name_error(f"knob of {what} '{spec.partition(':')[0]}'", knob, known)
 
 
-def number(spec: str, what: str, knob: str, text: str) -> float:
+def parse_number(spec: str, what: str, knob: str, text: str) -> float:
     """A knob's value as a finite number, or UsageError."""
     try:
         value = float(text)

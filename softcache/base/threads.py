@@ -11,13 +11,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Answer(Generic[R]):
+class Future(Generic[R]):
     """What a thread will have found."""
 
     def __init__(self) -> None:
         self._slot: queue.SimpleQueue[tuple[R | None, BaseException | None]] = queue.SimpleQueue()
 
-    def find(self, work: Callable[[], R]) -> None:
+    def run(self, work: Callable[[], R]) -> None:
         try:
             self._slot.put((work(), None))
         except BaseException as error:  # handed to the thread that asks
@@ -34,7 +34,7 @@ class Answer(Generic[R]):
         return cast(R, found)
 
 
-class Threads:
+class ThreadPool:
     """`with Threads(8) as threads: answer = threads.do(work, …)`, begun in the order in which it is asked. At the end
     what is under way is waited for; what has not begun never does.
 
@@ -47,12 +47,12 @@ class Threads:
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
 
-    def do(self, work: Callable[..., R], *arguments: Any) -> Answer[R]:
+    def submit(self, work: Callable[..., R], *arguments: Any) -> Future[R]:
         if self._begun < self._most:
             start_new_thread(self._serve, ())
             self._begun += 1
-        answer: Answer[R] = Answer()
-        self._asked.put(partial(answer.find, partial(work, *arguments)))
+        answer: Future[R] = Future()
+        self._asked.put(partial(answer.run, partial(work, *arguments)))
         return answer
 
     def _serve(self) -> None:
@@ -61,7 +61,7 @@ class Threads:
             del work  # and with it, say, the rows of a shard
         self._ended.put(None)
 
-    def __enter__(self) -> "Threads":
+    def __enter__(self) -> "ThreadPool":
         return self
 
     def __exit__(self, *reason: object) -> None:
@@ -72,13 +72,13 @@ class Threads:
             self._ended.get()
 
 
-def by_threads(work: Callable[[T], R], items: Iterable[T], most: int) -> Generator[R, None, None]:
+def map_in_threads(work: Callable[[T], R], items: Iterable[T], most: int) -> Generator[R, None, None]:
     """work(item) of each item, in order, so many at a time. What the work raises is raised here. To be closed."""
-    asked: deque[Answer[R]] = deque()
-    with Threads(most) as threads:
+    asked: deque[Future[R]] = deque()
+    with ThreadPool(most) as threads:
         for item in items:
             if len(asked) == 4 * most:
                 yield asked.popleft().result()
-            asked.append(threads.do(work, item))
+            asked.append(threads.submit(work, item))
         while asked:
             yield asked.popleft().result()

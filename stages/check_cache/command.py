@@ -1,4 +1,4 @@
-"""`softcache check-cache`: is every byte what it was? --deep: every picture, and the teacher too."""
+"""`softcache check-cache`: is every byte what it was? --deep: every image, and the teacher too."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import CacheError, UsageError, printable
-from softcache.base.threads import by_threads
+from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.threads import map_in_threads
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.manifest import HEAD, ShardRecord
 from softcache.pipeline.cache.reader import Cache
@@ -54,7 +54,7 @@ def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
     verdicts: Verdicts = {}
     with (
         bar(sum(record.rows for record in records), "check-cache", "row") as counted,
-        closing(by_threads(lambda r: _verdict(cache, r, transfer_set), records, os.cpu_count() or 1)) as found,
+        closing(map_in_threads(lambda r: _verdict(cache, r, transfer_set), records, os.cpu_count() or 1)) as found,
     ):
         for record, verdict in zip(records, found, strict=True):
             verdicts[record.path] = verdict
@@ -98,11 +98,10 @@ def _report(
         console.result(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.record()}))
     else:
         for path, verdict in verdicts.items():
-            console.say(f"{path}: {printable(verdict, 2000)}")
+            console.say(f"{path}: {make_printable(verdict, 2000)}")
         for path in cache.unlisted:
-            console.say(
-                f"{printable(path)}: of an addition that is not finished: run the same teacher-cache command again"
-            )
+            unfinished = "of an addition that is not finished: run the same teacher-cache command again"
+            console.say(f"{make_printable(path)}: {unfinished}")
     if bad:
         first = next(iter(bad.values()))
         raise CacheError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from softcache.base.errors import CacheError
-from softcache.base.lock import held
+from softcache.base.lock import hold_lock
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.manifest import HEAD, Manifest, Piece, ShardRecord
 from softcache.pipeline.cache.reader import Cache
@@ -33,7 +33,7 @@ def repair(
         settings = replace(settings, weights=str(beside))
     if not settings.weights:
         raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
-    with held(cache.folder):
+    with hold_lock(cache.folder):
         ask = ask_of(cache, transfer_set, settings)
         _prove(cache, bad, transfer_set, ask)
         manifest = cache.manifest

@@ -47,7 +47,7 @@ class Machine:
     """Where the work is done."""
 
     device: str = knob("auto", "auto, cpu, cuda or cuda:N.")
-    workers: int = knob(0, "Processes that decode a folder of pictures; 0: a thread does.", least=0, most=256)
+    workers: int = knob(0, "Processes that decode a folder of images; 0: a thread does.", least=0, most=256)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
     precision: str = knob(
         "float32", "Arithmetic of the teacher; auto: the fastest within --tolerance.", choices=PRECISIONS
     )
-    # ResNet-56 in bfloat16 costs 4e-4 nats at T = 1 and 1e-4 at T = 4, and 7 flips in 2,000 test pictures, with no
+    # ResNet-56 in bfloat16 costs 4e-4 nats at T = 1 and 1e-4 at T = 4, and 7 flips in 2,000 test images, with no
     # change of its accuracy beyond noise: a thousandth lets it pass, and stops what is several times as coarse.
     tolerance: float = knob(1e-3, "Most KL of auto, in nats, to the float32 teacher at T=1 and at T=4.", least=0)
     compile: bool = knob(False, "Compile the teacher first, 5 to 25 s: for large sets. Wants a C++ compiler.")
@@ -116,7 +116,7 @@ class CacheSettings(Data, Cut, Machine, Arithmetic, Output):
     weights: str = knob("", "State dict, folder of a run, or DEFAULT for torchvision's own; without: train one.")
     normalize: str = knob("", "Input of the teacher: as its run says, else data.", choices=_NORMALIZE)
     views: str = knob("", _VIEWS)
-    draws: int = knob(0, "Views of each picture; by recipe.", least=1, most=100_000)
+    draws: int = knob(0, "Views of each image; by recipe.", least=1, most=100_000)
     taps: str = knob("", "Layers whose outputs are kept, whole or a statistic: layer3,layer3:pool,layer2:attention.")
     codec: str = knob("float16", "How logits become bytes: float16, float32 or sqrt8.")
     batch_size: int = knob(256, "Views that the teacher is asked about together.", least=1)
@@ -136,7 +136,7 @@ class StudentSettings(Data, Machine, Arithmetic, Output, Training):
     missing: str = knob("", "Rows without an answer: skip, learn from labels; or an error.", choices=("skip", "hard"))
     recipe: str = knob("", "A published recipe fills in what is not said: see `softcache recipes`.")
     draws: int = knob(0, "Use so many draws of the cache, from the first on; 0: all there are.", least=0)
-    draws_per_decode: int = knob(1, "Views of a picture in a batch, each of its own draw, from one decoding.", least=1)
+    draws_per_decode: int = knob(1, "Views of a image in a batch, each of its own draw, from one decoding.", least=1)
     arch: str = knob("", _ARCHS)
     loss: tuple[str, ...] = knob((), "A term, repeatable: kd:temperature=4,weight=0.9; all: stages losses; by recipe.")
     finetune_epochs: int = knob(0, "After distillation, so many from hard targets alone.", least=0)
@@ -217,14 +217,14 @@ class ExportSettings(Data, Output):
     cache: tuple[str, ...] = knob((), "Folder of the cache, or of each, where no longer where the run says.")
     int8: bool = knob(False, "A file in 8 bits as well, calibrated on views of the cache.")
     tolerance: float = knob(1e-4, "Most that a logit may differ from PyTorch's.", least=0)
-    most_drop: float = knob(0.01, "Most accuracy that --int8 may cost, as a share of the pictures.", least=0, most=1)
+    most_drop: float = knob(0.01, "Most accuracy that --int8 may cost, as a share of the images.", least=0, most=1)
 
 
 @dataclass(frozen=True)
 class PredictSettings(Output):
-    """`softcache predict MODEL PICTURES`: what an exported student says of pictures."""
+    """`softcache predict MODEL PICTURES`: what an exported student says of images."""
 
-    top: int = knob(3, "So many classes of each picture, the likeliest first.", least=1)
+    top: int = knob(3, "So many classes of each image, the likeliest first.", least=1)
 
 
 @dataclass(frozen=True)
@@ -258,8 +258,8 @@ class ReportSettings(Output):
     """`softcache report RUNS`: runs as one page."""
 
     out: str = knob("", "Folder of report.html and report.md; a new one under runs/ when not given.")
-    data: str = knob("", "Where the runs' data are now, for the pictures: folder:PATH.")
+    data: str = knob("", "Where the runs' data are now, for the images: folder:PATH.")
     data_root: str = knob("", "Folder of the data sets that torchvision reads, where not as the runs say.")
-    show: int = knob(12, "Pictures of each run on which teacher and student differ most.", least=0, most=200)
-    png: bool = knob(False, "Each picture as a PNG beside the page as well, for papers and slides.")
-    latency: bool = knob(True, "Measure the time that a picture takes here, of every network.", switch=True)
+    show: int = knob(12, "Images of each run on which teacher and student differ most.", least=0, most=200)
+    png: bool = knob(False, "Each image as a PNG beside the page as well, for papers and slides.")
+    latency: bool = knob(True, "Measure the time that a image takes here, of every network.", switch=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from softcache.base.errors import printable
+from softcache.base.errors import make_printable
 from softcache.pipeline.cache.reader import Cache
 
 from .configs import CacheSettings
@@ -42,7 +42,7 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag(name) if value else f"--no-{flag(name)[2:]}"]
     values = value if isinstance(value, tuple) else (value,)
-    return [f"{flag(name)} {quote(printable(one, None))}" for one in values]
+    return [f"{flag(name)} {quote(make_printable(one, None))}" for one in values]
 
 
 def settings_of(cache: Cache) -> CacheSettings:

@@ -11,7 +11,7 @@ def keep_large_blocks() -> None:
     """Ask glibc's malloc to keep what was freed; elsewhere nothing is done.
 
     By default each batch's activations come from fresh pages, which the kernel clears first. ResNet-56 in batches of
-    256 on 2 cores, with and without: 1,005 and 835 pictures a second in float32, 3,450 and 2,740 in bfloat16;
+    256 on 2 cores, with and without: 1,005 and 835 images a second in float32, 3,450 and 2,740 in bfloat16;
     training `resnet8` gains 5 % in float32 and nothing in bfloat16.
     """
     with suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""How every picture looks: colours that colour-blind eyes tell apart, no window, no state that outlives a figure."""
+"""How every image looks: colours that colour-blind eyes tell apart, no window, no state that outlives a figure."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from softcache.base.errors import printable
+from softcache.base.errors import make_printable
 from softcache.base.files import publish
 
 # Okabe and Ito 2008, "Color universal design"; each at least 3 to 1 against white and against _DARK_PAPER.
@@ -43,7 +43,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-class Picture(NamedTuple):
+class Plot(NamedTuple):
     """What is drawn, and on how many inches."""
 
     size: tuple[float, float]
@@ -52,7 +52,7 @@ class Picture(NamedTuple):
 
 def text(name: object, most: int = 28) -> str:
     """A name as it may stand in a figure: on one line, cut in the middle, and no formula."""
-    name = printable(name)
+    name = make_printable(name)
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
     return short.replace("$", r"\$")
 
@@ -66,19 +66,19 @@ def name_sides(axes: Axes, names: Sequence[str], most: int) -> None:
     axes.set_yticks(places, labels)
 
 
-def publish_png(path: Path, picture: Picture) -> None:
-    """Publish a picture as a PNG on white."""
-    with _styled(picture) as figure:
+def publish_png(path: Path, image: Plot) -> None:
+    """Publish a image as a PNG on white."""
+    with _styled(image) as figure:
         FigureCanvasAgg(figure)
         publish(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def svg(picture: Picture) -> str:
-    """A picture as SVG with a paper that is transparent and an ink that is light on a dark page.
+def svg(image: Plot) -> str:
+    """A image as SVG with a paper that is transparent and an ink that is light on a dark page.
 
-    Equal pictures give equal text.
+    Equal images give equal text.
     """
-    with _styled(picture) as figure:
+    with _styled(image) as figure:
         FigureCanvasSVG(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -86,20 +86,20 @@ def svg(picture: Picture) -> str:
 
 
 @contextmanager
-def _styled(picture: Picture) -> Iterator[Figure]:
+def _styled(image: Plot) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script the font lacks
-        figure = Figure(picture.size, dpi=120, layout="constrained")
-        picture.draw(figure)
+        figure = Figure(image.size, dpi=120, layout="constrained")
+        image.draw(figure)
         yield figure
 
 
-def _with_dark(picture: str) -> str:
-    """The picture with other colours for ink and grid where the page around it is dark; never on paper."""
+def _with_dark(image: str) -> str:
+    """The image with other colours for ink and grid where the page around it is dark; never on paper."""
     rules = "".join(
         f'[style*="{what}: {light.lower()}"]{{{what}:{dark}!important}}'
         for light, dark in _DARK.items()
         for what in ("fill", "stroke")
     )
     style = f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"
-    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + style, picture, count=1)
+    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + style, image, count=1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, printable
+from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.identity import differences
 from softcache.stages.cli.configs import StudentSettings
@@ -46,7 +46,7 @@ class Said:
     guesses: NDArray[np.int64]
 
     def same_rows(self, other: "Said") -> bool:
-        """Whether these are the same pictures with the same labels."""
+        """Whether these are the same images with the same labels."""
         same = self.content == other.content and self.classes == other.classes
         return same and np.array_equal(self.labels, other.labels)
 
@@ -99,7 +99,7 @@ def seeds_alone(apart: Sequence[Apart]) -> bool:
 
 def shown(value: Any) -> str:
     """A setting as people write it."""
-    return printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else value) or "-"
+    return make_printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else value) or "-"
 
 
 def said_by(side: Side) -> Said:
@@ -122,7 +122,7 @@ def _of_seed(path: Path, split: str, accuracy: Any) -> Said:
     labels, guess = kept.labels[known], kept.logits.argmax(1)[known]
     right = float((guess == labels).mean()) if known.any() else None
     if not _same(right, accuracy):
-        raise CacheError(f"'{path}' has an accuracy of {right}, its result.json says {printable(accuracy)}")
+        raise CacheError(f"'{path}' has an accuracy of {right}, its result.json says {make_printable(accuracy)}")
     return Said(kept.content, kept.classes, labels, guess[None])
 
 

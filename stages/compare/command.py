@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import CacheError, printable
+from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.metrics.significance import RESAMPLES
 from softcache.stages.cli.configs import ListSettings
 from softcache.stages.cli.console import Console, bar
@@ -60,7 +60,7 @@ def _read(name: str) -> tuple[list[Row], dict[str, Side]]:
     try:
         split, seeds = "test" if "test" in result["student"] else "val", len(result["seeds"])
         mapped = (result["settings"]["combine"], result["settings"]["map"])
-        teacher = printable(f"teacher {result['teacher']['arch']}" + "".join(f", {how}" for how in mapped if how))
+        teacher = make_printable(f"teacher {result['teacher']['arch']}" + "".join(f", {how}" for how in mapped if how))
         rows = [_row(teacher, split, 0, result["teacher"][split], {})]
         sides: dict[str, Side] = {}
         for model in ("baseline", "student"):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from softcache import __version__
-from softcache.base.errors import printable
-from softcache.base.files import publish_bytes, publish_json, publish_text, remove_leftovers
-from softcache.base.lock import held
+from softcache.base.errors import make_printable
+from softcache.base.files import publish_bytes, publish_json, publish_text, remove_stale_files
+from softcache.base.lock import hold_lock
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import multiply_adds, parameters
 from softcache.pipeline.models.prepared_model import Prepared
@@ -45,8 +45,8 @@ def run(name: str, settings: ExportSettings, said: set[str]) -> None:
     chosen = choose(Path(name), device="cpu", precision="float32", **here)
     same_teachers(Path(chosen.settings.out), open_caches(chosen.settings.cache))
     material = Material.open(chosen.settings)
-    console.say(f"exporting {printable(chosen.settings.arch)}, seed {chosen.settings.seed} ({chosen.why})")
-    with held(chosen.folder):
+    console.say(f"exporting {make_printable(chosen.settings.arch)}, seed {chosen.settings.seed} ({chosen.why})")
+    with hold_lock(chosen.folder):
         _withdraw(chosen.folder)
         record, files = _made(chosen, material, settings)
         record["seconds"] = time.monotonic() - begun
@@ -63,7 +63,7 @@ def run(name: str, settings: ExportSettings, said: set[str]) -> None:
 
 def _withdraw(folder: Path) -> None:
     """Take away what an older export left: whatever lies there is of the last command, or nothing does."""
-    remove_leftovers(folder, _FILES)
+    remove_stale_files(folder, _FILES)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
@@ -162,7 +162,7 @@ def _in_words(record: dict[str, Any]) -> Iterator[str]:
     check, eight = record["check"], record["int8"]
     size = {name: f"{file['bytes']:,} bytes" for name, file in record["files"].items()}
     yield (
-        f"{ONNX}: {size[ONNX]}, opset {record['opset']}; of {check['rows']:,} pictures of {check['split']}"
+        f"{ONNX}: {size[ONNX]}, opset {record['opset']}; of {check['rows']:,} images of {check['split']}"
         f" {check['flips']} change their first class, logits differ from PyTorch's by"
         f" {check['largest_difference']:.1e} at most (--tolerance {check['tolerance']:g})"
     )

@@ -1,4 +1,4 @@
-"""A student as one network from plain pictures to logits, and the files that hold it: ONNX, pt2, safetensors."""
+"""A student as one network from plain images to logits, and the files that hold it: ONNX, pt2, safetensors."""
 
 import io
 import json
@@ -23,7 +23,7 @@ Program = torch.export.ExportedProgram
 
 
 class Portable(nn.Module):
-    """float32 pictures [B, C, S, S] of values 0 … 1 -> float32 logits [B, K]: normalisation, and the repetition of a
+    """float32 images [B, C, S, S] of values 0 … 1 -> float32 logits [B, K]: normalisation, and the repetition of a
     grey channel where the network was made for three, are inside."""
 
     def __init__(self, network: nn.Module, preparation: Preparation):
@@ -38,8 +38,8 @@ class Portable(nn.Module):
         self.to(memory_format=torch.contiguous_format)
         self.eval()
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        x = pictures
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images
         if x.shape[1] != self.channels:
             x = x.expand(-1, self.channels, -1, -1)
         logits: torch.Tensor = self.network(torch.addcmul(self.shift, x, self.scale))
@@ -47,7 +47,7 @@ class Portable(nn.Module):
 
 
 def capture(model: Portable, arch: str, channels: int, size: int) -> Program:
-    """The network as a graph of any batch size. channels: of the pictures. Raises CacheError where it has no such
+    """The network as a graph of any batch size. channels: of the images. Raises CacheError where it has no such
     graph."""
     example = torch.zeros(2, channels, size, size)
     batch = torch.export.Dim("batch", min=1)

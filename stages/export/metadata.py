@@ -14,7 +14,7 @@ _MOST_CLASSES, _LARGEST = 1_000_000, 4096
 @dataclass(frozen=True)
 class About:
     """classes: names in the order of the logits; channels: of the input, 1 grey, 3 RGB; size: its side in pixels;
-    resize: what the picture's shorter side is made first; fingerprints: of the caches it learned from; versions: of
+    resize: what the image's shorter side is made first; fingerprints: of the caches it learned from; versions: of
     softcache and PyTorch."""
 
     classes: tuple[str, ...]
@@ -27,11 +27,11 @@ class About:
 
     @property
     def mode(self) -> str:
-        """Pillow's name for pictures of so many channels."""
+        """Pillow's name for images of so many channels."""
         return "L" if self.channels == 1 else "RGB"
 
     def preprocessing(self) -> dict[str, Any]:
-        """How a picture becomes the input, as plain JSON values."""
+        """How a image becomes the input, as plain JSON values."""
         return {
             "mode": self.mode,
             "channels": self.channels,
@@ -46,7 +46,7 @@ class About:
         """The same for a reader."""
         kind = "grey" if self.channels == 1 else "RGB"
         return (
-            f"Decode the picture as {kind} (8 bits a channel); make its shorter side {self.resize} px with Pillow's"
+            f"Decode the image as {kind} (8 bits a channel); make its shorter side {self.resize} px with Pillow's"
             f" bilinear filter, unless it is; cut out the middle {self.size} x {self.size} px; divide by 255."
             " Normalisation is inside the network."
         )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import printable
+from softcache.base.errors import make_printable
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.cli.copied_commands import command, this_program
@@ -47,7 +47,7 @@ Made by softcache {version}: a network that was trained from what a teacher had 
 
 | | |
 |---|---|
-| arch | `{arch}`, {parameters:,} parameters, {multiply_adds:,} multiply-adds a picture |
+| arch | `{arch}`, {parameters:,} parameters, {multiply_adds:,} multiply-adds a image |
 | says | which of {K} classes: {classes} |
 | input | `{input}`, float32 [B, {channels}, {size}, {size}], values 0 … 1. {preprocessing} |
 | output | {outputs} |
@@ -85,15 +85,15 @@ The run again, where data and cache lie as named:
 ```python
 {example}```
 
-Or `python -m softcache predict {file} picture.png`, which gives probabilities.
+Or `python -m softcache predict {file} image.png`, which gives probabilities.
 
 ## Limits
 
-- The figures are of one held-out split of {data}. They say nothing of other pictures: of another camera, place or
+- The figures are of one held-out split of {data}. They say nothing of other images: of another camera, place or
   time, or of things that are none of the {K} classes, for which it names one of them all the same.
 - It learned from a teacher's soft targets, and with them the teacher's mistakes.
 - Probabilities are as well calibrated as ECE says, on that split.
-- Pictures must come as described under input: another filter, size or range of values gives other answers.
+- Images must come as described under input: another filter, size or range of values gives other answers.
 """
 
 
@@ -131,7 +131,7 @@ def model_card(record: dict[str, Any], chosen: Chosen, manifests: list[Manifest]
 
 
 def example(file: str, how: dict[str, Any]) -> str:
-    """Five lines that name the class of a picture. how: the preprocessing of the file."""
+    """Five lines that name the class of a image. how: the preprocessing of the file."""
     shape = {name: how[name] for name in ("mode", "channels", "size", "resize")}
     return _EXAMPLE.format(file=file, input=INPUT, **shape)
 
@@ -139,7 +139,7 @@ def example(file: str, how: dict[str, Any]) -> str:
 def quoted(text: object) -> str:
     """Text from a file nobody vouches for, as it may stand in a table of Markdown."""
     marks = {"|": "\\|", "`": "'", "<": "&lt;", "[": "\\[", "*": "\\*"}
-    return "".join(marks.get(c, c) for c in printable(text, 80))
+    return "".join(marks.get(c, c) for c in make_printable(text, 80))
 
 
 def _some(names: list[str], most: int = 20) -> str:
@@ -150,7 +150,7 @@ def _some(names: list[str], most: int = 20) -> str:
 def _about_input(how: dict[str, Any]) -> str:
     kind = "grey" if how["channels"] == 1 else "RGB"
     return (
-        f"A picture as {kind}, its shorter side made {how['resize']} px with Pillow's bilinear filter, the middle"
+        f"A image as {kind}, its shorter side made {how['resize']} px with Pillow's bilinear filter, the middle"
         f" {how['size']} × {how['size']} cut out, divided by 255; normalisation is inside"
     )
 
@@ -164,7 +164,7 @@ def _figures(record: dict[str, Any]) -> Iterator[str]:
         if eight and eight["split"] == split:
             columns["student in 8 bits"] = eight["figures"]
         titles = {"baseline": "same arch, hard targets only"}
-        yield f"{split} split, {student[split]['rows']:,} pictures, plain views, float32 arithmetic:\n"
+        yield f"{split} split, {student[split]['rows']:,} images, plain views, float32 arithmetic:\n"
         yield f"| | {' | '.join(titles.get(name, name) for name in columns)} |"
         yield "|---|" + "---|" * len(columns)
         for key, title in _FIGURES.items():
@@ -188,7 +188,7 @@ def _recalls(found: dict[str, Any], classes: list[str], split: str) -> Iterator[
     left = f" ({len(rows) - _WEAKEST} stronger ones are left out)" if len(rows) > _WEAKEST else ""
     order = ", the weakest first" if len(rows) > _WEAKEST // 2 else ""
     yield f"Recall of the student by class, {split}{order}{left}:\n"
-    yield "| class | recall | pictures |\n|---|---|---|"
+    yield "| class | recall | images |\n|---|---|---|"
     for recall, name, support in rows[:_WEAKEST]:
         yield f"| {quoted(name)} | {recall:.4f} | {int(support):,} |"
     yield ""
@@ -201,7 +201,7 @@ def _sources(chosen: Chosen, manifests: list[Manifest]) -> str:
     knobs = ", ".join(f"{k} {v:g}" for k, v in views.items() if k != "policy")
     rows, draws = first.splits["train"], settings.draws or first.draws
     lines = [
-        f"- {rows:,} pictures of {quoted(first.identity['transfer_set']['name'])}, each in"
+        f"- {rows:,} images of {quoted(first.identity['transfer_set']['name'])}, each in"
         f" {draws} view{'s' * (draws > 1)} `{quoted(views['policy'])}` ({knobs})"
     ]
     if settings.labelled:
@@ -247,8 +247,8 @@ def _checks(record: dict[str, Any], check: dict[str, Any]) -> str:
     """What was measured of the files."""
     lines = [
         f"`{ONNX}` in ONNX Runtime {record['versions']['onnxruntime']} against PyTorch {record['versions']['torch']}"
-        f" on {check['rows']:,} pictures of {check['split']}: logits differ by {check['largest_difference']:.1e} at"
-        f" most, {check['flips']} pictures change their first class. Batches of"
+        f" on {check['rows']:,} images of {check['split']}: logits differ by {check['largest_difference']:.1e} at"
+        f" most, {check['flips']} images change their first class. Batches of"
         f" {', '.join(map(str, check['batch_sizes']))} were run."
     ]
     if eight := record["int8"]:
@@ -260,7 +260,7 @@ def _checks(record: dict[str, Any], check: dict[str, Any]) -> str:
         )
         lines.append(
             f"`{INT8}`, calibrated on {eight['calibration_rows']:,} cached training views: {accuracy}"
-            f"{eight['flips']} of {eight['rows']:,} pictures change their first class; {eight['size_ratio']:.3f} of"
+            f"{eight['flips']} of {eight['rows']:,} images change their first class; {eight['size_ratio']:.3f} of"
             f" the size. Medians of one machine's CPU, {eight['threads']} threads: {times}."
         )
     return "\n\n".join(lines)

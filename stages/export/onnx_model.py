@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, UsageError, printable
+from softcache.base.errors import CacheError, UsageError, make_printable
 
 from .metadata import INPUT, OUTPUT, About
 
-Pictures = NDArray[np.float32]
+Images = NDArray[np.float32]
 MOST_BYTES = (2 << 30) - 1  # of a protobuf message, and so of an ONNX file without other files beside it
 
 
@@ -32,9 +32,9 @@ class Runner:
         options.log_severity_level = 3  # errors, which are raised as well
         return Runner(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
 
-    def logits(self, pictures: Pictures) -> NDArray[np.float32]:
-        """float32 [B, K] of pictures [B, C, S, S] of values 0 … 1."""
-        found: NDArray[np.float32] = self.session.run([OUTPUT], {INPUT: pictures})[0]
+    def logits(self, images: Images) -> NDArray[np.float32]:
+        """float32 [B, K] of images [B, C, S, S] of values 0 … 1."""
+        found: NDArray[np.float32] = self.session.run([OUTPUT], {INPUT: images})[0]
         return found
 
 
@@ -75,16 +75,18 @@ def open_student(path: Path) -> tuple[Runner, About]:
     content = path.read_bytes()
     model = _parsed(path, content)
     if name := next(_elsewhere(model), None):
-        raise CacheError(f"'{path}' keeps the tensor '{printable(name, 80)}' in another file, which is not followed")
+        raise CacheError(
+            f"'{path}' keeps the tensor '{make_printable(name, 80)}' in another file, which is not followed"
+        )
     try:
         about = About.from_metadata({entry.key: entry.value for entry in model.metadata_props})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CacheError(f"'{path}' has no metadata of a student, or damaged ones: {printable(error)}") from None
+        raise CacheError(f"'{path}' has no metadata of a student, or damaged ones: {make_printable(error)}") from None
     try:
         runner = Runner.of(content)
         _check_form(runner.session, about)
     except Exception as error:  # of ONNX Runtime: one of a dozen classes, all of its own
-        raise CacheError(f"'{path}' cannot be run: {printable(str(error).strip())}") from None
+        raise CacheError(f"'{path}' cannot be run: {make_printable(str(error).strip())}") from None
     return runner, about
 
 

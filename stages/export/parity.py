@@ -1,4 +1,4 @@
-"""Whether a file says what PyTorch says: of every picture of a held-out split, in batches of several sizes."""
+"""Whether a file says what PyTorch says: of every image of a held-out split, in batches of several sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from softcache.base.errors import CacheError
 from softcache.stages.cli.console import progress
 from softcache.stages.training.validation import HeldOut
 
-from .onnx_model import Pictures, Runner
+from .onnx_model import Images, Runner
 
 BATCHES = (1, 7, 512)  # sizes that must work
 Logits = NDArray[np.float32]
@@ -24,23 +24,23 @@ def answers(rows: HeldOut, ask: Callable[[torch.Tensor], Logits], what: str) -> 
     return np.concatenate([ask(views) for views in progress(rows.batches(), batches, what)])
 
 
-def plain(views: torch.Tensor) -> Pictures:
+def plain(views: torch.Tensor) -> Images:
     """The input float32 [B, C, S, S], 0 … 1, of views uint8."""
-    pixels: Pictures = views.numpy().astype(np.float32)
+    pixels: Images = views.numpy().astype(np.float32)
     return pixels / np.float32(255)
 
 
-def first(rows: HeldOut, count: int) -> Pictures:
-    """So many pictures of a split, the first ones over and over where it has fewer."""
+def first(rows: HeldOut, count: int) -> Images:
+    """So many images of a split, the first ones over and over where it has fewer."""
     views = plain(next(iter(rows.batches())))
     return np.resize(views, (count, *views.shape[1:]))
 
 
 def in_sizes(runner: Runner, rows: HeldOut, said: Logits) -> float:
     """The largest difference from PyTorch's logits in batches of every size that must work."""
-    pictures = first(rows, max(BATCHES))
+    images = first(rows, max(BATCHES))
     wanted = np.resize(said[: rows.batch_size], (max(BATCHES), said.shape[1]))
-    differences = [np.abs(runner.logits(pictures[:size]) - wanted[:size]).max() for size in BATCHES]
+    differences = [np.abs(runner.logits(images[:size]) - wanted[:size]).max() for size in BATCHES]
     return float(np.max(differences))  # NaN where one is
 
 
@@ -52,7 +52,7 @@ def compared(name: str, said: Logits, found: Logits, in_sizes: float, own: float
     if not difference <= tolerance:  # as NaN is
         raise CacheError(
             f"a logit of {name} differs from PyTorch's by {difference:.2e}, more than --tolerance {tolerance:g}"
-            f" ({flips} of {len(said):,} pictures change their first class): nothing was written. PyTorch's own differ"
+            f" ({flips} of {len(said):,} images change their first class): nothing was written. PyTorch's own differ"
             f" by {own:.2e} between two layouts of memory: so much is the rounding of float32 in this network"
         )
     return {
@@ -67,17 +67,17 @@ def compared(name: str, said: Logits, found: Logits, in_sizes: float, own: float
 def own_difference(model: nn.Module, rows: HeldOut, said: Logits) -> float:
     """How far the logits of the first batch lie from PyTorch's own in another layout of memory: what the rounding of
     float32 amounts to, against which any other runtime's difference is to be judged."""
-    pictures = torch.from_numpy(plain(next(iter(rows.batches()))))
+    images = torch.from_numpy(plain(next(iter(rows.batches()))))
     with torch.inference_mode():
-        return float(np.abs(model(pictures).numpy() - said[: len(pictures)]).max())
+        return float(np.abs(model(images).numpy() - said[: len(images)]).max())
 
 
 def check_again(name: str, loaded: nn.Module, model: nn.Module, rows: HeldOut, tolerance: float) -> float:
     """The largest difference between the logits of a network and of the same one loaded from its file, of the first
     batch. Raises CacheError over the tolerance."""
-    pictures = torch.from_numpy(plain(next(iter(rows.batches()))))
+    images = torch.from_numpy(plain(next(iter(rows.batches()))))
     with torch.inference_mode():
-        difference = float((loaded(pictures) - model(pictures)).abs().max())
+        difference = float((loaded(images) - model(images)).abs().max())
     if not difference <= tolerance:
         raise CacheError(
             f"a logit of {name}, loaded again, differs by {difference:.2e}, more than --tolerance {tolerance:g}:"

@@ -1,4 +1,4 @@
-"""`softcache predict`: what an exported student says of pictures. Needs neither cache nor data, and no PyTorch."""
+"""`softcache predict`: what an exported student says of images. Needs neither cache nor data, and no PyTorch."""
 
 import json
 from pathlib import Path
@@ -6,47 +6,47 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import CacheError, UsageError, printable
-from softcache.data.decoding import centred, opened
+from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.data.decoding import center_crop, open_image
 from softcache.stages.cli.configs import PredictSettings
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.extras import require
 
 from .metadata import About
-from .onnx_model import Pictures, Runner, open_student
+from .onnx_model import Images, Runner, open_student
 
 
-def run(model: str, pictures: tuple[str, ...], settings: PredictSettings) -> None:
-    """The likeliest classes of each picture. Every picture is looked for before the first is asked about."""
+def run(model: str, images: tuple[str, ...], settings: PredictSettings) -> None:
+    """The likeliest classes of each image. Every image is looked for before the first is asked about."""
     console = Console(settings.json)
     require("predict needs", "export", "onnx", "onnxruntime")
-    if missing := [name for name in pictures if not Path(name).is_file()]:
-        raise UsageError(f"there is no picture '{missing[0]}'")
+    if missing := [name for name in images if not Path(name).is_file()]:
+        raise UsageError(f"there is no image '{missing[0]}'")
     runner, about = open_student(Path(model))
-    shown = progress(pictures, len(pictures), "pictures")
+    shown = progress(images, len(images), "pictures")
     found = [{"picture": name, "top": _top(runner, about, Path(name), settings.top)} for name in shown]
     if settings.json:
         return console.result(json.dumps({"model": model, "pictures": found}))
-    width = max(len(name) for name in pictures)
+    width = max(len(name) for name in images)
     for one in found:
-        said = ", ".join(f"{printable(best['class'], 60)} {best['probability']:.4f}" for best in one["top"])
+        said = ", ".join(f"{make_printable(best['class'], 60)} {best['probability']:.4f}" for best in one["top"])
         console.say(f"{one['picture']:<{width}}  {said}")
 
 
-def as_input(path: Path, about: About) -> Pictures:
-    """float32 [1, C, S, S], 0 … 1: the plain view of a picture, as held-out pictures are seen."""
-    with opened(path) as image:
-        pixels = centred(image.convert(about.mode), about.size, about.resize)
+def as_input(path: Path, about: About) -> Images:
+    """float32 [1, C, S, S], 0 … 1: the plain view of a image, as held-out images are seen."""
+    with open_image(path) as image:
+        pixels = center_crop(image.convert(about.mode), about.size, about.resize)
     return pixels[None].astype(np.float32) / np.float32(255)
 
 
 def _top(runner: Runner, about: About, path: Path, count: int) -> list[dict[str, Any]]:
-    """The likeliest classes of a picture and their probabilities."""
+    """The likeliest classes of a image and their probabilities."""
     view = as_input(path, about)
     try:
         logits = runner.logits(view)[0].astype(np.float64)
     except Exception as error:  # of ONNX Runtime, on a file from anyone
-        raise CacheError(f"the model fails on '{path}': {printable(str(error).strip())}") from None
+        raise CacheError(f"the model fails on '{path}': {make_printable(str(error).strip())}") from None
     if logits.shape != (len(about.classes),) or not np.isfinite(logits).all():
         raise CacheError(f"the model gives no logits of its {len(about.classes)} classes for '{path}'")
     odds = np.exp(logits - logits.max())

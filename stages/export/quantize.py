@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-from .onnx_model import Pictures, Runner, lean, serialised
+from .onnx_model import Images, Runner, lean, serialised
 
 _HEAVY = ("Conv", "Gemm", "MatMul")
 _QUANTISED = [*_HEAVY, "Add", "Relu", "MaxPool", "AveragePool"]
@@ -25,16 +25,16 @@ _QUANTISED = [*_HEAVY, "Add", "Relu", "MaxPool", "AveragePool"]
 class _Reader:
     """Calibration batches, as ONNX Runtime asks for them."""
 
-    def __init__(self, name: str, batches: Iterator[Pictures]):
+    def __init__(self, name: str, batches: Iterator[Images]):
         self.name, self.batches = name, batches
 
-    def get_next(self) -> dict[str, Pictures] | None:
+    def get_next(self) -> dict[str, Images] | None:
         """The next batch, None after the last."""
         batch = next(self.batches, None)
         return None if batch is None else {self.name: batch}
 
 
-def quantised(model: bytes, calibration: Iterator[Pictures], metadata: dict[str, str], version: str) -> bytes:
+def quantised(model: bytes, calibration: Iterator[Images], metadata: dict[str, str], version: str) -> bytes:
     """The ONNX file in 8 bits. calibration: batches float32 [B, C, S, S] of values 0 … 1.
 
     Weights take 7 of the 8 bits: processors with AVX2 or AVX-512 but without VNNI add two products of 8 x 8 bits in
@@ -66,7 +66,7 @@ def quantised(model: bytes, calibration: Iterator[Pictures], metadata: dict[str,
 
 
 def _normalisation(model: Any) -> list[str]:
-    """The names of the nodes before the first with weights: in 8 bits they would round the picture twice."""
+    """The names of the nodes before the first with weights: in 8 bits they would round the image twice."""
     names = []
     for node in model.graph.node:
         if node.op_type in _HEAVY:
@@ -104,16 +104,16 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def latencies(runners: dict[str, Runner], pictures: Pictures, seconds: float = 1.0) -> dict[str, float]:
+def latencies(runners: dict[str, Runner], images: Images, seconds: float = 1.0) -> dict[str, float]:
     """{name: median milliseconds of a call}, measured in turns; at least 5 each, then until seconds have passed."""
     for runner in runners.values():
-        runner.logits(pictures)
+        runner.logits(images)
     took: dict[str, list[float]] = {name: [] for name in runners}
     begun, turns = time.perf_counter(), 0
     while turns < 5 or (turns < 1000 and time.perf_counter() - begun < seconds):
         for name, runner in runners.items():
             start = time.perf_counter()
-            runner.logits(pictures)
+            runner.logits(images)
             took[name].append(1000 * (time.perf_counter() - start))
         turns += 1
     return {name: statistics.median(values) for name, values in took.items()}

@@ -14,7 +14,7 @@ from softcache.stages.cli.console import progress
 from softcache.stages.student.setup import Material
 
 from .metadata import INT8, ONNX, About
-from .onnx_model import Pictures, Runner
+from .onnx_model import Images, Runner
 from .parity import Logits, answers, first, plain
 from .quantize import latencies, quantised
 
@@ -65,12 +65,12 @@ def _rows_of(material: Material) -> int:
     return min(_CALIBRATION, len(material.cache.order("train")) * material.cache.manifest.draws)
 
 
-def _calibration(material: Material) -> Iterator[Pictures]:
-    """Views that the teacher was asked about, of as many pictures and draws as may be: rows lie in a mixed order."""
+def _calibration(material: Material) -> Iterator[Images]:
+    """Views that the teacher was asked about, of as many images and draws as may be: rows lie in a mixed order."""
     cache, order = material.cache, material.cache.order("train")
-    pictures, N = material.transfer_set.splits["train"].pictures, len(order)
+    images, N = material.transfer_set.splits["train"].images, len(order)
     at = np.arange(_rows_of(material))
     index, draw = order[at % N], (at // N + at % N) % cache.manifest.draws
     for block in range(0, len(at), _BLOCK):
         some = slice(block, block + _BLOCK)
-        yield plain(render(pictures, cache.views, cache.seed, index[some], draw[some]))
+        yield plain(render(images, cache.views, cache.seed, index[some], draw[some]))

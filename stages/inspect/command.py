@@ -74,7 +74,7 @@ def _folder(settings: InspectSettings, cache: Cache) -> Path:
 def _samples(cache: Cache, rows: int) -> tuple[Sample, list[Sample]]:
     """The first rows of training, and all rows of val and test that have a label, where there are any."""
     train = _sample(cache, "train", rows)
-    if cache.views.mixup:  # a view of two pictures has no one label
+    if cache.views.mixup:  # a view of two images has no one label
         train = replace(train, labels=np.full_like(train.labels, -1))
     splits = [split for split in ("val", "test") if split in cache.manifest.splits]
     held_out = [_sample(cache, split, cache.manifest.splits[split]).labelled() for split in splits]
@@ -138,7 +138,7 @@ def _taps(cache: Cache, train: Sample, held_out: list[Sample], settings: Inspect
     if not cache.manifest.taps:
         why = "the cache has no taps: the same teacher-cache command with --taps adds them"
     elif cache.views.mixup:
-        why = "the cached training views are mixed of two pictures, and a probe is of one label: no probe of the taps"
+        why = "the cached training views are mixed of two images, and a probe is of one label: no probe of the taps"
     elif not len(train.labels) or not held_out:
         why = f"the {'held-out' if len(train.labels) else 'training'} rows have no labels: no probe of the taps"
     elif len(np.unique(train.labels)) < 2:
@@ -163,8 +163,8 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> list[str]:
-    """Tables and pictures; returns their names."""
-    from softcache.stages.cli.plot_style import Picture, publish_png
+    """Tables and images; returns their names."""
+    from softcache.stages.cli.plot_style import Plot, publish_png
 
     from . import plots as drawing
 
@@ -174,7 +174,7 @@ def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> 
         publish_text(folder / name, _csv(head, rows))
         files.append(name)
 
-    def picture(name: str, draw: Callable[..., Picture], *what: Any) -> None:
+    def image(name: str, draw: Callable[..., Plot], *what: Any) -> None:
         publish_png(folder / name, draw(*what))
         files.append(name)
 
@@ -183,24 +183,24 @@ def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> 
         head = ("tap", *keys, "importance_mean", "importance_sd")
         table("taps.csv", head, ([t, *(r[k] for k in keys), *r["importance"].values()] for t, r in taps.items()))
         joint = found["joint"]
-        picture("taps.png", drawing.of_taps, taps, joint["teacher"], joint["majority"], joint["split"])
+        image("taps.png", drawing.of_taps, taps, joint["teacher"], joint["majority"], joint["split"])
     if channels := found["channels"]:
         rows = ([tap, *row.values()] for tap, of_tap in channels.items() for row in of_tap)
         table("channels.csv", ("tap", "channel", "importance_mean", "importance_sd"), rows)
-        picture("channels.png", drawing.of_channels, channels, _SHOWN)
+        image("channels.png", drawing.of_channels, channels, _SHOWN)
     if splits := found["calibration"]:
         bins = [(split, b) for split, figures in splits.items() for b in figures["bins"]]
         table("reliability.csv", ("split", *bins[0][1]), ([split, *b.values()] for split, b in bins))
-        picture("reliability.png", drawing.of_reliability, splits)
+        image("reliability.png", drawing.of_reliability, splits)
         names, matrix = found["classes"], found["similarity"]
         rows = ([name, *(None if np.isnan(p) else p for p in row)] for name, row in zip(names, matrix, strict=True))
         table("similarity.csv", ("true class", *names), rows)
         what = f"mean probability at temperature {settings.temperature:g}, {found['similarity_split']}"
-        picture("similarity.png", drawing.of_similarity, matrix, names, what)
+        image("similarity.png", drawing.of_similarity, matrix, names, what)
     soft = found["soft_targets"]
     records = soft["temperatures"]
     table("temperatures.csv", records[0], (record.values() for record in records))
-    picture("temperatures.png", drawing.of_temperatures, records, soft["most_information_at"])
+    image("temperatures.png", drawing.of_temperatures, records, soft["most_information_at"])
     return files
 
 

@@ -15,7 +15,7 @@ from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from softcache.base import rng as counter
+from softcache.base import rng
 from softcache.base.errors import CacheError
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.manifest import row_bytes
@@ -90,8 +90,8 @@ def _projection(wide: int, seed: int) -> csr_array:
     has one entry a row, where a Gaussian one for a map of 100,000 values would take 1.6 GB.
     """
     places = np.arange(wide)
-    sign = 2.0 * counter.integers((seed, 41), places, 2) - 1
-    return csr_array((sign, (places, counter.integers((seed, 42), places, WIDEST))), shape=(wide, WIDEST))
+    sign = 2.0 * rng.integers((seed, 41), places, 2) - 1
+    return csr_array((sign, (places, rng.integers((seed, 42), places, WIDEST))), shape=(wide, WIDEST))
 
 
 def standardized(train: Floats, held_out: Floats) -> tuple[Floats, Floats]:

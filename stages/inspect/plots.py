@@ -1,4 +1,4 @@
-"""Pictures of what `softcache inspect` found. Needs matplotlib."""
+"""Images of what `softcache inspect` found. Needs matplotlib."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, Picture, name_sides, text
+from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, Plot, name_sides, text
 
 _ACROSS = 3  # panels of channels beside each other
 
@@ -22,7 +22,7 @@ def _bars(axes: Axes, names: list[str], values: list[float], spread: list[float]
     axes.set_axisbelow(True)
 
 
-def of_taps(taps: dict[str, dict[str, Any]], teacher: float, majority: float, split: str) -> Picture:
+def of_taps(taps: dict[str, dict[str, Any]], teacher: float, majority: float, split: str) -> Plot:
     """Probe accuracy and permutation importance of each tap, side by side."""
     names = [text(tap) for tap in taps]
 
@@ -38,10 +38,10 @@ def of_taps(taps: dict[str, dict[str, Any]], teacher: float, majority: float, sp
         _bars(right, names, [found["mean"] for found in importance], [found["sd"] for found in importance])
         right.set_xlabel("accuracy that the joint probe loses\nwhen the tap is permuted (mean ± sd)")
 
-    return Picture((10, 1.8 + 0.35 * len(names)), draw)
+    return Plot((10, 1.8 + 0.35 * len(names)), draw)
 
 
-def of_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Picture:
+def of_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Plot:
     """The first channels of each tap, in a panel of its own. channels: by tap, the most important first."""
 
     def draw(figure: Figure) -> None:
@@ -59,10 +59,10 @@ def of_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Picture
         figure.supxlabel("accuracy that the tap's probe loses when the channel is permuted (mean ± sd)", fontsize=10)
 
     across = min(_ACROSS, len(channels))
-    return Picture((max(6.5, 3.6 * across), 0.8 + 3.4 * -(-len(channels) // across)), draw)
+    return Plot((max(6.5, 3.6 * across), 0.8 + 3.4 * -(-len(channels) // across)), draw)
 
 
-def of_reliability(splits: dict[str, dict[str, Any]]) -> Picture:
+def of_reliability(splits: dict[str, dict[str, Any]]) -> Plot:
     """Accuracy over mean confidence of each bin, and how many rows each has, for each split."""
 
     def draw(figure: Figure) -> None:
@@ -82,10 +82,10 @@ def of_reliability(splits: dict[str, dict[str, Any]]) -> Picture:
             axes.set_title(f"{split}: ECE {found['ece']:.4f}, {found['rows']:,} rows", fontsize=10)
             axes.legend(loc="upper left", fontsize=8)
 
-    return Picture((max(5.0, 4.6 * len(splits)), 4.4), draw)
+    return Plot((max(5.0, 4.6 * len(splits)), 4.4), draw)
 
 
-def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> Picture:
+def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> Plot:
     """The matrix off its diagonal, which would leave no colours for the rest; grey where there is nothing to show."""
     K = len(matrix)
     shown = np.where(np.eye(K, dtype=bool), np.nan, matrix)
@@ -100,10 +100,10 @@ def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> P
         axes.set_title(what, fontsize=10)
 
     side = min(12.0, 3.2 + 0.28 * K)
-    return Picture((side + 1.8, side), draw)
+    return Plot((side + 1.8, side), draw)
 
 
-def of_temperatures(records: list[dict[str, Any]], best: float) -> Picture:
+def of_temperatures(records: list[dict[str, Any]], best: float) -> Plot:
     """How flat the targets are, and what they say beside the class, by temperature."""
     T = [record["temperature"] for record in records]
 
@@ -124,4 +124,4 @@ def of_temperatures(records: list[dict[str, Any]], best: float) -> Picture:
             axes.set_xticks(T)
             axes.grid(alpha=0.3)
 
-    return Picture((10, 4), draw)
+    return Plot((10, 4), draw)

@@ -3,7 +3,7 @@
 import re
 from shlex import quote
 
-from softcache.base.errors import printable
+from softcache.base.errors import make_printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.taps.statistics import split_tap
 from softcache.stages.cli.configs import StudentSettings
@@ -16,14 +16,14 @@ def hint_command(cache: Cache, tap: str) -> str:
     """`student` with kd beside the loss that a tap is for: `hint` of a map, a vector or a grid.
 
     The arch is one that has a layer of that name: resnet8 for the stages of a CIFAR ResNet, else the teacher's own.
-    Code of a user's own, and folders of pictures, are left for them to name.
+    Code of a user's own, and folders of images, are left for them to name.
     """
     path, kind = split_tap(tap)
     loss = f"{_LOSS[kind]}:teacher={path}" if kind in _LOSS else f"hint:teacher={tap}"
     where = " --data folder:PATH" if cache.data == "folder" else ""
     arch = f" --arch {_arch(cache.teacher, path)}"
     said = command("student", StudentSettings(cache=(str(cache.folder),)))
-    return f"{said}{where}{arch} --loss kd --loss {quote(printable(loss, None))}"
+    return f"{said}{where}{arch} --loss kd --loss {quote(make_printable(loss, None))}"
 
 
 def _arch(teacher: str, path: str) -> str:
@@ -31,4 +31,4 @@ def _arch(teacher: str, path: str) -> str:
         return "resnet8"
     if ":" in teacher and not teacher.startswith(("mlp:", "torchvision:")):
         return "my_package.module:factory"  # a manifest's word is not taken for what is imported
-    return quote(printable(teacher))
+    return quote(make_printable(teacher))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from softcache.base.errors import printable
+from softcache.base.errors import make_printable
 from softcache.stages.cli.console import Console
 
 _WORDS = 5  # pairs of classes and channels of a tap that are named
@@ -34,12 +34,12 @@ def _taps(record: dict[str, Any], console: Console) -> None:
     console.say(f"Linear probes, trained on {train} of draw 0, measured on {held_out}:")
     if missing := joint["classes_without_rows"]:
         console.say(f"({len(missing)} classes have no row there: n/a, and not in macro F1)")
-    width = max(len("all taps together"), *(len(printable(tap)) for tap in taps))
+    width = max(len("all taps together"), *(len(make_printable(tap)) for tap in taps))
     console.say(f"{'tap':<{width}}  accuracy  macro F1  importance (mean ± sd)  columns")
     for tap, found in taps.items():
         importance = f"{found['importance']['mean']:.4f} ± {found['importance']['sd']:.4f}"
         console.say(
-            f"{printable(tap):<{width}}{_figures(found)}  {importance:<22}  {found['columns']:,}, {found['form']}"
+            f"{make_printable(tap):<{width}}{_figures(found)}  {importance:<22}  {found['columns']:,}, {found['form']}"
         )
     console.say(f"{'all taps together':<{width}}{_figures(joint)}")
     console.say(f"{'teacher':<{width}}{joint['teacher']:>10.4f}")
@@ -48,11 +48,11 @@ def _taps(record: dict[str, Any], console: Console) -> None:
         "(importance: accuracy that the probe of all taps loses when one is permuted; taps that say the same share)"
     )
     if slow := [tap for tap, found in {**taps, "all taps together": joint}.items() if not found["converged"]]:
-        console.say(f"(not converged: {printable(', '.join(slow))}; a linear probe can do a little better)")
+        console.say(f"(not converged: {make_printable(', '.join(slow))}; a linear probe can do a little better)")
     for tap, rows in record["channels"].items():
         first = ", ".join(f"{row['channel']} ({row['mean']:.4f})" for row in rows[:_WORDS] if row["mean"] > 0)
         first = first or "none, any one of them can be missed"
-        console.say(f"channels of {printable(tap)} that its own probe needs most: {first}")
+        console.say(f"channels of {make_printable(tap)} that its own probe needs most: {first}")
 
 
 def _figures(found: dict[str, Any]) -> str:
@@ -70,7 +70,9 @@ def _calibration(record: dict[str, Any], console: Console) -> None:
     split, T = record["similarity_split"], record["settings"]["temperature"]
     pairs = record["most_confused"][:_WORDS]
     if pairs:
-        said = "; ".join(f"{printable(p['true'])} for {printable(p['other'])} ({p['probability']:.4f})" for p in pairs)
+        said = "; ".join(
+            f"{make_printable(p['true'])} for {make_printable(p['other'])} ({p['probability']:.4f})" for p in pairs
+        )
         console.say(f"taken most for another class, at temperature {T:g} on {split}: {said}")
 
 

@@ -1,4 +1,4 @@
-"""`softcache report`: read the runs, measure what a picture takes, draw, write one page and one text."""
+"""`softcache report`: read the runs, measure what a image takes, draw, write one page and one text."""
 
 import json
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from softcache.base.errors import UsageError, printable
+from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import make_folder, publish_text
-from softcache.data.transfer_set import row_name
+from softcache.data.transfer_set import short_name
 from softcache.stages.cli.configs import ReportSettings
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import command, this_program
@@ -21,7 +21,7 @@ from .load import Run, read_runs
 from .text import Group, markdown, summary
 
 if TYPE_CHECKING:
-    from softcache.stages.cli.plot_style import Picture
+    from softcache.stages.cli.plot_style import Plot
 
     from .page import GroupPart
 
@@ -55,20 +55,20 @@ def run(names: tuple[str, ...], settings: ReportSettings) -> None:
         parts.append(GroupPart(group.title, group.split, group.rows, words, rows, costs_of(rows), each))
     again = _again(names, settings)
     title = f"Students of {', '.join(dict.fromkeys(group.title for group in groups))}"
-    pictures = _named(parts) if settings.png else {}
+    images = _named(parts) if settings.png else {}
     files = {"report.html": page(title, parts, again), "report.md": markdown(texts, _bills(runs), again)}
     make_folder(folder)
     for name, text in files.items():
         publish_text(folder / name, text)
-    for name, one in progress(pictures.items(), len(pictures), "PNGs"):
+    for name, one in progress(images.items(), len(images), "PNGs"):
         publish_png(folder / name, one)
     if settings.json:
-        record = {"out": str(folder), "runs": [one.name for one in runs], "files": [*files, *pictures]}
+        record = {"out": str(folder), "runs": [one.name for one in runs], "files": [*files, *images]}
         return console.result(json.dumps(record))
     for _, _, words in texts:
         for line in words:
             console.say(line)
-    more = f", {len(pictures)} PNGs" if pictures else ""
+    more = f", {len(images)} PNGs" if images else ""
     console.say(f"files: {folder}/report.html ({len(files['report.html']) / 1e6:.1f} MB), {folder}/report.md{more}")
 
 
@@ -86,14 +86,14 @@ def _is_ours(path: Path) -> bool:
     return path.name in ("report.html", "report.md") or path.suffix == ".png"
 
 
-def _named(groups: "Sequence[GroupPart]") -> "dict[str, Picture]":
-    """{file: picture} of all that are drawn."""
-    found: dict[str, Picture] = {}
+def _named(groups: "Sequence[GroupPart]") -> "dict[str, Plot]":
+    """{file: image} of all that are drawn."""
+    found: dict[str, Plot] = {}
     for group in groups:
-        each = [(group.title, [group.costs] if group.costs else [])] + [(run.name, run.pictures) for run in group.runs]
-        for name, pictures in each:
+        each = [(group.title, [group.costs] if group.costs else [])] + [(run.name, run.images) for run in group.runs]
+        for name, images in each:
             stem = "".join(c if c.isalnum() or c in "._" else "-" for c in name).strip("-.")
-            found |= {f"{stem}-{one.name}.png": one.picture for one in pictures}
+            found |= {f"{stem}-{one.name}.png": one.image for one in images}
     return found
 
 
@@ -111,8 +111,8 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
         teacher = first.said["teacher"][0] if first.said["teacher"] else {}
         figures = first.figures("teacher", split) or {}
         rows = len(teacher[split].labels) if split in teacher else int(figures.get("rows", 0))
-        data = row_name(first.settings.data) if first.settings.data else Path(first.settings.cache[0]).name
-        groups.append(Group(printable(data), split, rows, some))
+        data = short_name(first.settings.data) if first.settings.data else Path(first.settings.cache[0]).name
+        groups.append(Group(make_printable(data), split, rows, some))
     return groups
 
 
@@ -123,4 +123,4 @@ def _bills(runs: Sequence[Run]) -> dict[str, str]:
 def _again(names: tuple[str, ...], settings: ReportSettings) -> str:
     program = f"{this_program()} report"
     options = command("report", settings, json=False).removeprefix(program)
-    return " ".join([program, *(quote(printable(name, None)) for name in names)]) + options
+    return " ".join([program, *(quote(make_printable(name, None)) for name in names)]) + options

@@ -1,4 +1,4 @@
-"""The pictures on which student and teacher differ most, where data and caches are at hand."""
+"""The images on which student and teacher differ most, where data and caches are at hand."""
 
 import base64
 import io
@@ -19,14 +19,14 @@ from softcache.stages.student.teachers import bound, open_caches
 from .load import Run
 from .summary import apart
 
-_SIDE = 96  # pixels at which a picture is kept in the page
+_SIDE = 96  # pixels at which a image is kept in the page
 _BARS, _LEAST = 3, 0.005  # classes of each distribution that have a bar, and what one has at least
 Loaded = dict[tuple[object, ...], tuple[TransferSet, ViewPolicy] | str]
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A picture as a data URL, its row and true class (None where it has no label), the divergence of the two
+    """A image as a data URL, its row and true class (None where it has no label), the divergence of the two
     distributions in bits, and of some classes (name, teacher's, student's probability)."""
 
     url: str
@@ -47,10 +47,10 @@ def disagreements(run: Run, split: str, settings: ReportSettings, loaded: Loaded
     kept, teacher = run.said["student"][0][split], run.said["teacher"][0][split]
     rows = transfer_set.splits[split]
     if rows.content != kept.content:
-        return f"the {split} split has other pictures now than the run was measured on"
+        return f"the {split} split has other images now than the run was measured on"
     chosen = apart(kept.logits, teacher.logits, settings.show)
     batch = np.array([row for row, _ in chosen])
-    seen = next(iter(render_in_order(rows.pictures, views.plain(), 0, [batch], 0, 0)))
+    seen = next(iter(render_in_order(rows.images, views.without_augmentation(), 0, [batch], 0, 0)))
     found = []
     for view, (row, divergence) in zip(seen, chosen, strict=True):
         p, q = softmax(teacher.logits[row]), softmax(kept.logits[row])

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: no script, style, font or picture is fetched from anywhere."""
+"""One HTML file with everything in it: no script, style, font or image is fetched from anywhere."""
 
 import base64
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from softcache import __version__
-from softcache.stages.cli.plot_style import Picture, svg
+from softcache.stages.cli.plot_style import Plot, svg
 
 from .disagreements import Disagreement
 from .text import COLUMNS, Cell, Row, better, title_of
@@ -20,11 +20,11 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture in the page: as a file without its ending, as a data URL, what it shows for those who do not see it,
+    """A image in the page: as a file without its ending, as a data URL, what it shows for those who do not see it,
     and what stands below it."""
 
     name: str
-    picture: Picture
+    image: Plot
     url: str
     alt: str
     caption: str
@@ -40,13 +40,13 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class RunPart:
-    """What the page has of one run. not_apart: why there are no pictures; open: whether it is unfolded."""
+    """What the page has of one run. not_apart: why there are no images; open: whether it is unfolded."""
 
     name: str
     state: str
     open: bool
     split: str
-    pictures: list[Shown]
+    images: list[Shown]
     notes: list[str]
     classes: list[ClassRow]
     apart: list[Disagreement]
@@ -69,10 +69,10 @@ class GroupPart:
     runs: list[RunPart]
 
 
-def shown(name: str, picture: Picture, alt: str, caption: str) -> Shown:
-    """A picture as it stands in the page."""
-    url = "data:image/svg+xml;base64," + base64.b64encode(svg(picture).encode()).decode()
-    return Shown(name, picture, url, alt, caption)
+def shown(name: str, image: Plot, alt: str, caption: str) -> Shown:
+    """A image as it stands in the page."""
+    url = "data:image/svg+xml;base64," + base64.b64encode(svg(image).encode()).decode()
+    return Shown(name, image, url, alt, caption)
 
 
 def page(title: str, groups: list[GroupPart], again: str) -> str:

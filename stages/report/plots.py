@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""The images of a report."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from softcache.stages.cli.plot_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Picture, name_sides, text
+from softcache.stages.cli.plot_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Plot, name_sides, text
 
 from .load import Line
 from .summary import Agreement, pareto
@@ -22,7 +22,7 @@ _KINDS = {"student": (BLUE, "o"), "baseline": (ORANGE, "s"), "teacher": (GREEN, 
 @dataclass(frozen=True)
 class Point:
     """A network in the plot of what it costs and what it is worth. accuracy: 0 … 1; sd: over seeds; parameters and
-    milliseconds (of one picture) None where they are not known."""
+    milliseconds (of one image) None where they are not known."""
 
     name: str
     kind: str
@@ -32,13 +32,13 @@ class Point:
     milliseconds: float | None
 
 
-def of_costs(points: Sequence[Point]) -> Picture:
+def of_costs(points: Sequence[Point]) -> Plot:
     """Accuracy over size and over latency, with those that no cheaper one equals joined by a line."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, what, key in zip(
-            panels, ("parameters", "ms a picture, one thread"), ("parameters", "milliseconds"), strict=True
+            panels, ("parameters", "ms a image, one thread"), ("parameters", "milliseconds"), strict=True
         ):
             some = [point for point in points if getattr(point, key)]
             _cloud(axes, some, [getattr(point, key) for point in some])
@@ -51,7 +51,7 @@ def of_costs(points: Sequence[Point]) -> Picture:
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(names))
 
-    return Picture((9, 4.4), draw)
+    return Plot((9, 4.4), draw)
 
 
 def _cloud(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
@@ -81,7 +81,7 @@ def _cloud(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
             axes.annotate(text(point.name, 20), where, offset, ha=ha, va=va, textcoords="offset points", fontsize=8)
 
 
-def of_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Picture:
+def of_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Plot:
     """By epoch: the terms of the student's loss, their gradients, and accuracy and macro F1 of validation.
 
     trainings: {student or baseline: of each seed its lines}; a line is the mean over seeds, the shade from the least
@@ -109,7 +109,7 @@ def of_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Pi
             if panel.get_legend_handles_labels()[0]:
                 panel.legend()
 
-    return Picture((4.2 * (len(shown) + 1), 3.4), draw)
+    return Plot((4.2 * (len(shown) + 1), 3.4), draw)
 
 
 def _validation(axes: Axes, trainings: dict[str, list[list[Line]]]) -> None:
@@ -148,7 +148,7 @@ def _positive(seeds: list[list[Line]], keys: list[str]) -> bool:
     return all(line[key] > 0 for seed in seeds for line in seed for key in keys if key in line)
 
 
-def of_confusion(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]], names: list[str]) -> Picture:
+def of_confusion(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]], names: list[str]) -> Plot:
     """Shares of each true class, and by how many points the student's differ from the teacher's."""
     own, theirs = _shares(student), _shares(teacher)
     side = min(7.0, 2.6 + 0.28 * len(names))
@@ -160,7 +160,7 @@ def of_confusion(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[
         most = float(max(np.nanmax(np.abs(change)), 1.0))
         _matrix(figure, right, change, names, "student − teacher, points", "PuOr", (-most, most))
 
-    return Picture((2 * side + 1.4, side), draw)
+    return Plot((2 * side + 1.4, side), draw)
 
 
 def _shares(confusion: Sequence[Sequence[float]]) -> NDArray[np.float64]:
@@ -200,7 +200,7 @@ def _legible(paper: Iterable[float]) -> str:
     return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#FFFFFF"
 
 
-def of_reliability(models: dict[str, dict[str, Any]]) -> Picture:
+def of_reliability(models: dict[str, dict[str, Any]]) -> Plot:
     """Accuracy over mean confidence of each bin. models: {name: soft_targets.calibration of it}."""
 
     def draw(figure: Figure) -> None:
@@ -224,10 +224,10 @@ def of_reliability(models: dict[str, dict[str, Any]]) -> Picture:
             axes.grid(alpha=0.6)
             axes.set_axisbelow(True)
 
-    return Picture((5.4, 4.8), draw)
+    return Plot((5.4, 4.8), draw)
 
 
-def of_agreement(found: Agreement) -> Picture:
+def of_agreement(found: Agreement) -> Plot:
     """Where the student follows its teacher, and where it should not have."""
     names = [f"teacher right\n({found.rows[0]:,} rows)", f"teacher wrong\n({found.rows[1]:,} rows)"]
     parts = ("says the same", "right, against the teacher", "wrong in its own way")
@@ -245,4 +245,4 @@ def of_agreement(found: Agreement) -> Picture:
         axes.set(xlim=(0, 100), xlabel="% of the rows")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(parts))
 
-    return Picture((7.2, 2.3), draw)
+    return Plot((7.2, 2.3), draw)

@@ -1,11 +1,11 @@
-"""The part of a report that is about one run: pictures, classes, rows that stand apart, bill, provenance."""
+"""The part of a report that is about one run: images, classes, rows that stand apart, bill, provenance."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import printable
+from softcache.base.errors import make_printable
 from softcache.pipeline.metrics.soft_targets import calibration
 from softcache.stages.cli.configs import ReportSettings
 from softcache.stages.cli.copied_commands import command
@@ -41,7 +41,7 @@ def costs_of(rows: Sequence[Row]) -> Shown | None:
         return None
     alt = "Accuracy of " + "; ".join(f"{point.name} {100 * point.accuracy:.2f} %" for point in points)
     return shown(
-        "costs", drawing.of_costs(points), alt, "Accuracy over size and over the time of one picture on this machine."
+        "costs", drawing.of_costs(points), alt, "Accuracy over size and over the time of one image on this machine."
     )
 
 
@@ -55,21 +55,21 @@ def part_of(
 ) -> RunPart:
     """All that the page has of a run."""
     notes: list[str] = []
-    pictures = [*_curves(run, notes), *_of_figures(run, split, notes), *_of_logits(run, split, notes)]
+    images = [*_curves(run, notes), *_of_figures(run, split, notes), *_of_logits(run, split, notes)]
     for fingerprint in run.fingerprints:
         if fingerprint in inspections:
-            pictures += _of_inspection(inspections[fingerprint])
+            images += _of_inspection(inspections[fingerprint])
     apart = disagreements(run, split, settings, loaded) if settings.show else []
     return RunPart(
-        name=printable(run.name),
+        name=make_printable(run.name),
         state=run.state,
         open=unfolded,
         split=split,
-        pictures=pictures,
+        images=images,
         notes=notes,
         classes=_classes(run, split),
         apart=[] if isinstance(apart, str) else apart,
-        not_apart=printable(apart, None) if isinstance(apart, str) else "",
+        not_apart=make_printable(apart, None) if isinstance(apart, str) else "",
         bill=in_one_line(run.result["bill"]) if run.result else "",
         provenance=_provenance(run),
         command=command("student", run.settings, resume=False, json=False),
@@ -77,7 +77,7 @@ def part_of(
 
 
 def _curves(run: Run, notes: list[str]) -> list[Shown]:
-    """Of the student from its first epoch, fine-tuning after distillation in the same picture, and of its baseline."""
+    """Of the student from its first epoch, fine-tuning after distillation in the same image, and of its baseline."""
     before = run.lines["distilled"]
     own = run.lines["student"]
     student: list[list[Line]] = [
@@ -89,12 +89,12 @@ def _curves(run: Run, notes: list[str]) -> list[Shown]:
     trainings = {"student": student, "baseline": run.lines["baseline"]}
     if not any(key.startswith("gradient_") for seed in student for line in seed for key in line):
         notes.append("The gradients of the terms were not measured in this run.")
-    picture = drawing.of_curves(trainings, run.settings.epochs if run.settings.finetune_epochs else 0)
+    image = drawing.of_curves(trainings, run.settings.epochs if run.settings.finetune_epochs else 0)
     last = student[-1][-1]
     alt = f"Curves over {max(map(len, student))} epochs; at the last one the loss is {last.get('loss', 0):.4g}"
     return [
         shown(
-            "curves", picture, alt, "Training: terms of the loss as they are weighed, their gradients, and validation."
+            "curves", image, alt, "Training: terms of the loss as they are weighed, their gradients, and validation."
         )
     ]
 
@@ -178,7 +178,7 @@ def _names(run: Run, classes: int) -> list[str]:
     """Of the classes, as the run's teacher has kept them; else their numbers."""
     kept = [one for seed in run.said["teacher"] for one in seed.values()]
     names = kept[0].names if kept else ()
-    return [printable(name, 60) for name in names] if len(names) == classes else [str(c) for c in range(classes)]
+    return [make_printable(name, 60) for name in names] if len(names) == classes else [str(c) for c in range(classes)]
 
 
 def _classes(run: Run, split: str) -> list[ClassRow]:
@@ -215,4 +215,4 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
             ("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())),
             ("machine", ", ".join(str(value) for value in result["machine"].values())),
         ]
-    return [(name, printable(value, 300)) for name, value in found]
+    return [(name, make_printable(value, 300)) for name, value in found]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import CacheError, printable
+from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import Preparation
 
@@ -66,7 +66,7 @@ def _members(run: Run, split: str, networks: Sequence[Network], found: Found) ->
     for i, member in enumerate((run.result or {}).get("members", ())):
         cells = {name: cell_of(name, member.get(split, {}).get(name)) for name in COLUMNS}
         parameters, milliseconds = _costs(networks[i : i + 1], found) or (None, None)
-        arch = printable(member["arch"])
+        arch = make_printable(member["arch"])
         rows.append(Row(f"{arch}, as cached", "teacher", arch, "", cells, parameters, milliseconds, None))
     return rows
 
@@ -83,9 +83,9 @@ def _student(run: Run, model: str, split: str, costs: tuple[int, float] | None) 
     cells = {name: cell_of(name, figures.get(name), spread.get(name)) for name in COLUMNS}
     milliseconds = costs[1] if costs else None
     return Row(
-        printable(run.name),
+        make_printable(run.name),
         model,
-        printable(record["arch"]),
+        make_printable(record["arch"]),
         "",
         cells,
         int(record["parameters"]),
@@ -99,11 +99,11 @@ def _teacher(run: Run, split: str, networks: Sequence[Network], found: Found) ->
     figures = run.figures("teacher", split) or {}
     cells = {name: cell_of(name, figures.get(name)) for name in COLUMNS}
     named = " + ".join(network.arch for network in networks) or "teacher"
-    arch = printable(run.result["teacher"]["arch"] if run.result else named)
+    arch = make_printable(run.result["teacher"]["arch"] if run.result else named)
     how = [one for one in (run.settings.combine, run.settings.map) if one]
     parameters, milliseconds = _costs(networks, found) or (None, None)
     seconds = run.result["cache"]["seconds"] if run.result else None
-    return Row(printable(", ".join([arch, *how])), "teacher", arch, "", cells, parameters, milliseconds, seconds)
+    return Row(make_printable(", ".join([arch, *how])), "teacher", arch, "", cells, parameters, milliseconds, seconds)
 
 
 def _unfinished(run: Run) -> Row:
@@ -113,4 +113,4 @@ def _unfinished(run: Run) -> Row:
     )
     cells: dict[str, Cell] = {name: cell_of(name, last.get(f"val_{name}")) for name in COLUMNS}
     note = f"{run.state}; figures of validation" if last else run.state
-    return Row(printable(run.name), "student", printable(run.settings.arch), note, cells, None, None, None)
+    return Row(make_printable(run.name), "student", make_printable(run.settings.arch), note, cells, None, None, None)

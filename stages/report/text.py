@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from softcache.base.errors import CacheError, printable
+from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.metrics.significance import RESAMPLES
 from softcache.stages.cli.console import bar, duration
 from softcache.stages.compare.candidates import side_of
@@ -84,9 +84,7 @@ def summary(group: Group, rows: Sequence[Row]) -> list[str]:
     students = [row for row in rows if row.kind == "student" and row.figures["accuracy"].value is not None]
     finished = [row for row in students if not row.note]
     count = len(group.runs)
-    lines = [
-        f"{count} run{'s' * (count != 1)} on {group.title}, measured on the {group.rows:,} {group.split} pictures."
-    ]
+    lines = [f"{count} run{'s' * (count != 1)} on {group.title}, measured on the {group.rows:,} {group.split} images."]
     if finished:
         best = max(finished, key=lambda row: row.figures["accuracy"].value or 0)
         lines.append(f"The best student is {best.name} ({best.arch}): {best.figures['accuracy'].shown} % accuracy.")
@@ -106,7 +104,9 @@ def _against(best: Row, group: Group) -> list[str]:
     if not own or not teacher or own.get("accuracy") is None or teacher.get("accuracy") is None:
         return []
     gap = 100 * (own["accuracy"] - teacher["accuracy"])
-    lines = [f"That is {_points(gap)} its teacher {printable(run.result['teacher']['arch'])}."] if run.result else []
+    lines = (
+        [f"That is {_points(gap)} its teacher {make_printable(run.result['teacher']['arch'])}."] if run.result else []
+    )
     base = run.figures("baseline", group.split)
     if base and base.get("accuracy") is not None:
         gain = 100 * (own["accuracy"] - base["accuracy"])
@@ -153,7 +153,7 @@ def markdown(groups: Sequence[tuple[Group, list[Row], list[str]]], bills: dict[s
     lines = ["# Report", ""]
     for group, rows, words in groups:
         lines += [f"## {_plain(group.title)}", "", *(f"{_plain(line)}  " for line in words), ""]
-        titles = ["", "network", *map(title_of, _FEW), "parameters", "ms a picture"]
+        titles = ["", "network", *map(title_of, _FEW), "parameters", "ms a image"]
         lines += [_line(titles), _line(["---", "---", *["---:"] * (len(titles) - 2)])]
         for row in rows:
             kind = f"{row.name}, {row.kind}" if row.kind != "student" else row.name
@@ -185,4 +185,4 @@ def _line(cells: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     """Without what Markdown or HTML would take for markup."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in printable(text, None))
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in make_printable(text, None))

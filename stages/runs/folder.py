@@ -8,9 +8,9 @@ from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from softcache.base.errors import CacheError, UsageError, printable
-from softcache.base.files import make_folder, publish_json, remove_leftovers
-from softcache.base.lock import LOCK, held
+from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.files import make_folder, publish_json, remove_stale_files
+from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import differences
 from softcache.stages.cli.configs import StudentSettings, TeacherSettings
 from softcache.stages.cli.extras import require
@@ -98,8 +98,8 @@ def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iter
         yield
         return
     make_folder(folder)
-    with held(folder):
-        remove_leftovers(folder, ("settings.json", "result.json", "cache.json", TEACHER_LOGITS))
+    with hold_lock(folder):
+        remove_stale_files(folder, ("settings.json", "result.json", "cache.json", TEACHER_LOGITS))
         if not settings.resume:
             if (folder / "settings.json").exists():
                 raise UsageError(f"'{folder}' was begun by another process just now: choose another --out")
@@ -165,7 +165,7 @@ def read_settings(folder: Path, kind: type[S]) -> S:
     path = folder / "settings.json"
     record = read_json(path, {f.name for f in fields(kind)})
     if wrong := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _could_be_given(f, record[f.name])]:
-        raise CacheError(f"'{path}' is damaged: {printable(', '.join(wrong))}")
+        raise CacheError(f"'{path}' is damaged: {make_printable(', '.join(wrong))}")
     return kind(**record)
 
 

@@ -1,4 +1,4 @@
-"""What a model says of the held-out splits, kept with its run: its pictures and tests need neither model nor data."""
+"""What a model says of the held-out splits, kept with its run: its images and tests need neither model nor data."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _FORM = "softcache logits 1"
 @dataclass(frozen=True)
 class Kept:
     """Of one split: logits float32 [N, K], labels int64 [N] (-1 where there is none), both in row order; content:
-    digest of its pictures and labels, equal for equal rows; classes: names, in the order of the logits."""
+    digest of its images and labels, equal for equal rows; classes: names, in the order of the logits."""
 
     logits: NDArray[np.float32]
     labels: Labels

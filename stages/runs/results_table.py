@@ -53,12 +53,10 @@ def _meaning(result: dict[str, Any], split: str) -> list[str]:
     labelled, rows = result["settings"]["labelled"], result["cache"]["rows"]
     gain = f"The cache {'gained' if points >= 0 else 'cost'} {abs(points):.2f} points."
     if not labelled:
-        return [
-            f"{gain} Both students saw the same {rows:,} pictures, in the same order, for the same number of steps."
-        ]
+        return [f"{gain} Both students saw the same {rows:,} images, in the same order, for the same number of steps."]
     return [
         f"{gain} The baseline learned from {labelled} labels; the student from the teacher's logits on all {rows:,}"
-        " pictures.",
-        f"The gain is the other {rows - labelled:,} pictures, whose labels the teacher had seen: on the same"
+        " images.",
+        f"The gain is the other {rows - labelled:,} images, whose labels the teacher had seen: on the same"
         f" {labelled} rows alone distillation gains next to nothing.",
     ]

@@ -50,7 +50,7 @@ def run(settings: BlendSettings) -> None:
 
 
 def _labels(cache: Cache, split: str) -> Any:
-    """int64 [N] by index, from the cache: no picture is read."""
+    """int64 [N] by index, from the cache: no image is read."""
     labels = np.empty(cache.manifest.splits[split], np.int64)
     labels[cache.order(split)] = cache.column(split, 0, "label")
     return labels

@@ -9,8 +9,8 @@ from shlex import quote
 from typing import Any
 
 from softcache.base.errors import CacheError, TrainingStopped
-from softcache.base.files import publish_json, remove_leftovers
-from softcache.data.transfer_set import TRANSFER_SETS, row_name, row_of
+from softcache.base.files import publish_json, remove_stale_files
+from softcache.data.transfer_set import TRANSFER_SETS, find_source, short_name
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import mean_and_spread
 from softcache.stages.cli.configs import StudentSettings
@@ -45,7 +45,7 @@ def run(settings: StudentSettings, said: set[str]) -> None:
 def _run(settings: StudentSettings, said: set[str], console: Console) -> None:
     if not settings.resume:
         settings = with_recipe(fill_in(settings, said))
-    settings, folder = open_run(settings, said, f"{row_name(settings.data)}-{settings.arch.replace(':', '-')}")
+    settings, folder = open_run(settings, said, f"{short_name(settings.data)}-{settings.arch.replace(':', '-')}")
     if "out" not in said:
         for stopped in unfinished(settings, folder):
             console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
@@ -88,7 +88,7 @@ def say_notes(settings: StudentSettings, material: Material, console: Console) -
         how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
         console.say(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
     if settings.epochs % (k := settings.draws_per_decode):
-        some = "some pictures are shown in fewer draws than others"
+        some = "some images are shown in fewer draws than others"
         console.say(f"--epochs {settings.epochs} is no multiple of --draws-per-decode {k}: {some}")
     if len(material.losses) == 1 and (why := _NOT_ALONE.get(material.losses[0].name)):
         console.say(why)
@@ -122,7 +122,7 @@ def train(settings: StudentSettings, material: Material, folder: Path, console: 
             if (
                 settings.seeds > 1 and is_first()
             ):  # so that each seed's folder is a run: a teacher for the next generation
-                remove_leftovers(own, ("result.json",))
+                remove_stale_files(own, ("result.json",))
                 publish_json(own / "result.json", result)
         result = whole(settings, material, results)
         if is_first():
@@ -157,8 +157,8 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
     """Every setting that was left open, from the recipe of the cache's data set. What is asked for can be had."""
     check_installed(settings)
     if settings.data:
-        row_of(settings.data)
-    caches = settings.cache or (f"caches/{row_name(settings.data or 'digits')}",)
+        find_source(settings.data)
+    caches = settings.cache or (f"caches/{short_name(settings.data or 'digits')}",)
     for cache in caches:
         if not Path(cache).exists():
             data = f" --data {quote(settings.data)}" if settings.data else ""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import CacheError, UsageError, printable
+from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import Prepared
 from softcache.pipeline.models.state_dicts import load_state, read_state
@@ -47,7 +47,7 @@ def same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
     begun = fingerprints_of(record, folder / "cache.json")
     if begun != (here := [cache.manifest.fingerprint for cache in caches]):
         theirs, mine = (", ".join(str(one)[:12] for one in names) for names in (begun, here))
-        raise CacheError(f"'{folder}' was trained from the caches {printable(theirs)}, these are {mine}")
+        raise CacheError(f"'{folder}' was trained from the caches {make_printable(theirs)}, these are {mine}")
 
 
 def _figures(folder: Path, settings: StudentSettings, material: Material) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown
+from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.pipeline.cache.manifest import row_bytes
 from softcache.pipeline.losses import at
@@ -145,7 +145,7 @@ def _chosen(settings: MethodsSettings, layers: str, console: Console) -> dict[st
     chosen = [name.strip() for name in settings.only.split(",") if name.strip()]
     for name in chosen:
         if name not in METHODS:
-            raise unknown("method", name, METHODS)
+            raise unknown_name_error("method", name, METHODS)
     layered = [name for name in chosen or METHODS if any("{" in spec for spec in METHODS[name])]
     if layered and not layers:
         if chosen:

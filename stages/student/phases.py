@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from softcache.base.errors import TrainingStopped, UsageError
-from softcache.base.files import remove_leftovers
+from softcache.base.files import remove_stale_files
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import Loss
@@ -164,7 +164,7 @@ def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
 def _measured(job: Job, material: Material) -> dict[str, Any]:
     """The figures of the held-out splits; what they are made of is kept beside the weights."""
     logits = material.logits(job.model)
-    remove_leftovers(job.folder, (LOGITS,))
+    remove_stale_files(job.folder, (LOGITS,))
     publish_logits(job.folder / LOGITS, logits, material.transfer_set)
     return material.measure(logits)
 
@@ -220,7 +220,7 @@ def _from_one_stream(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _same_batches(one: Stream, other: Stream) -> bool:
-    """Whether two streams of the same caches and pictures differ in what is read of a row alone."""
+    """Whether two streams of the same caches and images differ in what is read of a row alone."""
     alike = replace(
         other, split=one.split, labels=one.labels, rows=one.rows, cache=one.cache, taps=one.taps, targets=one.targets
     )

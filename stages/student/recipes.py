@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from softcache.base.errors import unknown
+from softcache.base.errors import unknown_name_error
 from softcache.stages.cli.configs import ListSettings, StudentSettings
 from softcache.stages.cli.console import Console
 
@@ -98,7 +98,7 @@ def fill_in(settings: StudentSettings, said: set[str]) -> StudentSettings:
     if not settings.recipe:
         return settings
     if settings.recipe not in RECIPES:
-        raise unknown("recipe", settings.recipe, RECIPES)
+        raise unknown_name_error("recipe", settings.recipe, RECIPES)
     return replace(settings, **{k: v for k, v in RECIPES[settings.recipe].settings.items() if k not in said})
 
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.transfer_set import Labels, class_counts, stratified
+from softcache.data.transfer_set import Labels, count_classes, draw_stratified
 from softcache.pipeline.batch import Head, Known
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import Loss, parse_losses
@@ -60,7 +60,7 @@ def check_draws(settings: StudentSettings, cache: Cache) -> None:
 
 
 def check_draws_per_decode(settings: StudentSettings) -> None:
-    """Every draw is to come once before one comes again, and a batch to hold all draws of its pictures."""
+    """Every draw is to come once before one comes again, and a batch to hold all draws of its images."""
     k, draws, batch = settings.draws_per_decode, settings.draws, settings.batch_size
     if draws % k:
         divisors = [n for n in range(1, draws + 1) if draws % n == 0]
@@ -93,7 +93,7 @@ def check_several(settings: StudentSettings, losses: tuple[Loss, ...], labels: L
     if settings.missing == "hard" and settings.labelled:
         raise UsageError("--missing hard needs the labels of all rows, --labelled hides some: --missing skip")
     if settings.missing == "hard" and (labels < 0).any():
-        raise UsageError("--missing hard needs labels, and some of these pictures have none: --missing skip")
+        raise UsageError("--missing hard needs labels, and some of these images have none: --missing skip")
 
 
 def visible(settings: StudentSettings, labels: Labels) -> Labels:
@@ -101,7 +101,7 @@ def visible(settings: StudentSettings, labels: Labels) -> Labels:
     how many of each class does not."""
     if not settings.labelled:
         return labels
-    kept = stratified(labels, settings.labelled, key=(settings.seed, 50))
+    kept = draw_stratified(labels, settings.labelled, key=(settings.seed, 50))
     return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
 
 
@@ -111,11 +111,11 @@ def check_labels(
     unlabelled = bool((labels < 0).any())
     wanting = [loss.name for loss in losses if loss.needs_labels]
     if unlabelled and wanting:
-        raise UsageError(f"loss '{wanting[0]}' needs labels, and these pictures have none: leave it out")
+        raise UsageError(f"loss '{wanting[0]}' needs labels, and these images have none: leave it out")
     needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(settings, name)]
     if unlabelled and needing:
         flag = needing[0].replace("_", "-")
-        raise UsageError(f"--{flag} needs labels, and these pictures have none: leave it out")
+        raise UsageError(f"--{flag} needs labels, and these images have none: leave it out")
     if settings.labelled and settings.sampler:
         raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
     if settings.labelled and not len(classes) <= settings.labelled <= len(labels):
@@ -124,7 +124,7 @@ def check_labels(
         )
     for loss in losses:
         if loss.needs_counts:
-            counts_for(loss, torch.from_numpy(class_counts(visible(settings, labels), len(classes))), classes)
+            counts_for(loss, torch.from_numpy(count_classes(visible(settings, labels), len(classes))), classes)
 
 
 def answered(cache: Cache, gaps: Gaps) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.transfer_set import Labels, TransferSet, class_counts
+from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import Bank, Head, Known
 from softcache.pipeline.cache.manifest import row_bytes
 from softcache.pipeline.cache.reader import Cache
@@ -154,7 +154,7 @@ class Material:
             index = cache.index("train", positions)
             return Bank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
 
-        return Known(self.head, bank, torch.from_numpy(class_counts(labels, cache.classes)))
+        return Known(self.head, bank, torch.from_numpy(count_classes(labels, cache.classes)))
 
     def logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
         """{split: float32 [N, K]}: what a student says of each held-out split."""
@@ -187,7 +187,7 @@ class Material:
     @cached_property
     def counts(self) -> Labels:
         """int64 [K]: rows of each class in the training split, where they have labels."""
-        return class_counts(self.transfer_set.splits["train"].labels, self.cache.classes)
+        return count_classes(self.transfer_set.splits["train"].labels, self.cache.classes)
 
     def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
@@ -218,7 +218,7 @@ class Material:
         if len(stream.rows) < settings.draws_per_decode * stream.steps_per_round:
             raise UsageError(
                 f"--draws-per-decode {settings.draws_per_decode} leaves a batch of {settings.batch_size} without a"
-                f" picture: there are {len(stream.rows)} rows; choose fewer, or a larger --batch-size"
+                f" image: there are {len(stream.rows)} rows; choose fewer, or a larger --batch-size"
             )
         return stream
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import publish_json
-from softcache.data.transfer_set import row_name
+from softcache.data.transfer_set import short_name
 from softcache.stages.cli.configs import ListSettings, StudentSettings, StudentsSettings
 from softcache.stages.cli.console import Console
 from softcache.stages.compare import command as compare
@@ -45,7 +45,7 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
     filled = {name: student_stage.with_recipe(fill_in(own, said)) for name, own in asked.items()}
     first = next(iter(filled.values()))
     milestones_of(first)
-    folder = Path(settings.out) if settings.out else free_run(f"{row_name(first.data)}-students")
+    folder = Path(settings.out) if settings.out else free_run(f"{short_name(first.data)}-students")
     if (folder / "settings.json").exists():
         raise UsageError(f"'{folder}' is the run of one student: choose another --out")
     students = _students(filled, folder)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import CacheError, UsageError, printable
+from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import publish_json
-from softcache.data.transfer_set import Labels, TransferSet, class_counts
+from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import Head
 from softcache.pipeline.cache.identity import describe
 from softcache.pipeline.cache.reader import Cache
@@ -55,7 +55,7 @@ def taught(
     combine = blended(_spec(settings), val, labels) if len(caches) > 1 else None
     maps: tuple[Mapping, ...] = ()
     if settings.map:
-        counts = class_counts(transfer_set.splits["train"].labels, caches[0].classes)
+        counts = count_classes(transfer_set.splits["train"].labels, caches[0].classes)
         heard = Teachers(caches, combine).as_heard(val)
         each = heard.unbind(1) if heard.ndim == 3 else (heard,)
         with bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
@@ -93,7 +93,7 @@ def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
         if any(len(one.bias) != plain.members[0].classes for one in maps):
             raise ValueError("a map of other classes")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
-        raise CacheError(f"'{folder / KEPT}' is damaged: {printable(error, 80)}") from None
+        raise CacheError(f"'{folder / KEPT}' is damaged: {make_printable(error, 80)}") from None
     return Teachers(plain.members, combine, maps, plain.gaps)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
-from softcache.data.transfer_set import TransferSet, class_counts, load, row_name, row_of
+from softcache.data.transfer_set import TransferSet, count_classes, find_source, load_transfer_set, short_name
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.batch import Known
 from softcache.pipeline.loading.stream import Stream
@@ -28,14 +28,14 @@ from softcache.stages.training.step import Job
 from softcache.stages.training.validation import HeldOut, check_select
 
 CUT = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
-FOLDER_SIZE = 224  # of views of a folder whose pictures differ in size
+FOLDER_SIZE = 224  # of views of a folder whose images differ in size
 
 
 def run(settings: TeacherSettings, said: set[str]) -> None:
     """Train, report, and say what to do next."""
     console = Console(settings.json)
     settings = with_recipe(settings)
-    settings, folder = open_run(settings, said, f"{row_name(settings.data)}-teacher")
+    settings, folder = open_run(settings, said, f"{short_name(settings.data)}-teacher")
     result = train(settings, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
@@ -47,8 +47,10 @@ def run(settings: TeacherSettings, said: set[str]) -> None:
 
 def _cache_command(settings: TeacherSettings, folder: Path) -> str:
     """Stage one with these weights and this cut: of another one, validation may hold rows that the teacher learned."""
-    usual = f"caches/{row_name(settings.data)}"
-    fraction = settings.val_fraction if settings.val_fraction != row_of(settings.data).recipe.val_fraction else 0.0
+    usual = f"caches/{short_name(settings.data)}"
+    fraction = (
+        settings.val_fraction if settings.val_fraction != find_source(settings.data).recipe.val_fraction else 0.0
+    )
     asked = CacheSettings(
         data=settings.data,
         data_root=settings.data_root,
@@ -62,7 +64,7 @@ def _cache_command(settings: TeacherSettings, folder: Path) -> str:
 def with_recipe(settings: TeacherSettings) -> TeacherSettings:
     """Every None filled in from the data set's recipe."""
     data = settings.data or "digits"
-    recipe = row_of(data).recipe
+    recipe = find_source(data).recipe
     return replace(
         settings,
         data=data,
@@ -81,7 +83,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     device = device_of(settings.device)
     transfer_set = load_cut(settings)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
-        raise UsageError(f"a teacher needs labels: '{settings.data}' has pictures without classes")
+        raise UsageError(f"a teacher needs labels: '{settings.data}' has images without classes")
     check_select(settings, transfer_set)
     views = with_size(parse_views(settings.views), transfer_set, console)
     preparation = preparation_of(settings.normalize, transfer_set, views)
@@ -107,7 +109,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             for split in ("val", "test")
             if split in transfer_set.splits
         }
-        counts = class_counts(rows.labels, len(transfer_set.classes))
+        counts = count_classes(rows.labels, len(transfer_set.classes))
         job = Job(
             "teacher",
             model,
@@ -147,14 +149,14 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
 def load_cut(settings: TeacherSettings | CacheSettings) -> TransferSet:
     """The data, cut as the settings say."""
     cut = {name: getattr(settings, name) for name in CUT}
-    return load(settings.data, Path(settings.data_root), **cut, progress=progress)
+    return load_transfer_set(settings.data, Path(settings.data_root), **cut, progress=progress)
 
 
 def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
-    """The policy with its size in pixels: as asked, as the pictures are, or 224 where they differ."""
+    """The policy with its size in pixels: as asked, as the images are, or 224 where they differ."""
     if not views.size and not transfer_set.size:
         console.say(
-            f"the pictures differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
+            f"the images differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
         )
     return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
 
@@ -168,6 +170,6 @@ def preparation_of(normalize: str, transfer_set: TransferSet, views: ViewPolicy)
         return Preparation(channels, size, (0.0,) * channels, (1.0,) * channels)
     rows = transfer_set.splits["train"]
     sample = np.arange(min(len(rows), 4096)) * len(rows) // min(len(rows), 4096)
-    pixels = render(rows.pictures, views.plain(), 0, sample, 0).double() / 255
+    pixels = render(rows.images, views.without_augmentation(), 0, sample, 0).double() / 255
     mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
     return Preparation(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from softcache.base.threads import Answer, Threads
+from softcache.base.threads import Future, ThreadPool
 
 
 class Behind:
@@ -16,13 +16,13 @@ class Behind:
     """
 
     def __init__(self) -> None:
-        self._thread = Threads(1)
-        self._last: Answer[object] | None = None
+        self._thread = ThreadPool(1)
+        self._last: Future[object] | None = None
 
-    def do(self, work: Callable[..., object], *arguments: Any) -> None:
+    def submit(self, work: Callable[..., object], *arguments: Any) -> None:
         """Begin a work, once the one before is done."""
         self.wait()
-        self._last = self._thread.do(work, *arguments)
+        self._last = self._thread.submit(work, *arguments)
 
     def wait(self) -> None:
         """Until nothing is under way. Raises what the last work raised."""

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError
-from softcache.base.files import publish_text, read_plain
+from softcache.base.files import publish_text, read_regular_file
 from softcache.pipeline.cache.manifest import CARD, Manifest
 
 _TEXT = """\
 # A cache of what a teacher said
 
 Made by softcache, format {format}. It holds the logits{and_features} of a teacher network for every view of a transfer
-set, so that any number of students can be trained without the teacher. It holds no pictures.
+set, so that any number of students can be trained without the teacher. It holds no images.
 
 | | |
 |---|---|
 | teacher | `{arch}`, weights SHA-256 `{weights}`, {precision} arithmetic{faster} |
 | input | {input} |
 | data | {data}: {rows}; {classes} classes |
-| views | {views}; {draws} of each training picture, one plain view of each held-out one |
+| views | {views}; {draws} of each training image, one plain view of each held-out one |
 | teacher's accuracy | {accuracy} |
 | kept | {kept} |
 | codec | {codec}: KL {kl} nats at temperature 4, {flips:.4%} of rows change their first class |
@@ -53,7 +53,7 @@ def write_card(folder: Path, before: Manifest | None, manifest: Manifest) -> Non
 def _unedited(folder: Path, manifest: Manifest) -> bool:
     """Whether there is the card of that manifest, under whatever name the folder had."""
     try:
-        text = read_plain(folder, CARD, 1 << 20)
+        text = read_regular_file(folder, CARD, 1 << 20)
     except CacheError:
         return False
     found = re.search(r"^python -m softcache check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)

@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import CacheError, CacheMismatchError, unknown
+from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
 from softcache.base.files import make_folder
-from softcache.base.lock import held
-from softcache.data.transfer_set import TransferSet, row_name, row_of
+from softcache.base.lock import hold_lock
+from softcache.data.transfer_set import TransferSet, find_source, short_name
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.existing import begun
@@ -99,17 +99,17 @@ def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Id
 def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[str, ...]]:
     """The settings with the recipe filled in, before anything slow is done."""
     data = settings.data or "digits"
-    recipe = row_of(data).recipe
+    recipe = find_source(data).recipe
     settings = replace(
         settings,
         data=data,
         views=settings.views or recipe.views,
         draws=settings.draws or recipe.draws,
         val_fraction=settings.val_fraction or recipe.val_fraction,
-        out=settings.out or f"caches/{row_name(data)}",
+        out=settings.out or f"caches/{short_name(data)}",
     )
     if settings.codec not in CODECS:
-        raise unknown("codec", settings.codec, CODECS)
+        raise unknown_name_error("codec", settings.codec, CODECS)
     taps = tuple(dict.fromkeys(plain_tap(tap) for tap in settings.taps.split(",") if tap))
     return settings, parse_views(settings.views), taps
 
@@ -169,7 +169,7 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen
         ranks.from_first(lambda: False)
         return whole.grown or read_manifest(out)
     make_folder(out)
-    with held(out):
+    with hold_lock(out):
         writer = Writer.look(out, plan)
         if writer.grown and writer.todo:
             console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
@@ -232,7 +232,7 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
         f"cache:   {settings.out} ({manifest.fingerprint[:12]}),"
         f" {manifest.draws} draw{'s' if manifest.draws > 1 else ''} of {manifest.splits['train']:,} views"
     )
-    pace = f", {rows / manifest.seconds:,.0f} pictures a second" if manifest.seconds else ""
+    pace = f", {rows / manifest.seconds:,.0f} images a second" if manifest.seconds else ""
     size = f"{manifest.bytes / rows:.1f} bytes a view"
     console.say(f"wrote:   {rows:,} rows, {size}, in {duration(manifest.seconds)}{pace}")
     mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, printable
+from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, render
 from softcache.pipeline.cache.codecs import fidelity
@@ -63,7 +63,7 @@ class Probe:
         index = row_order(self.settings.seed, "train", len(rows))[:_VIEWS]
         size = min(self.rows_together, -(-len(index) // _BATCHES))
         parts = [index[i : i + size] for i in range(0, len(index), size)]
-        return [render(rows.pictures, self.views, self.settings.seed, part, 0) for part in parts]
+        return [render(rows.images, self.views, self.settings.seed, part, 0) for part in parts]
 
 
 @dataclass
@@ -142,7 +142,9 @@ def choose(
         best = (others or [plain])[0]
         if max(best.cost(plain)) == float("inf"):
             why = best.broken or "its logits are not finite"
-            raise CacheError(f"--precision {settings.precision}: the teacher cannot be asked so ({printable(why)})")
+            raise CacheError(
+                f"--precision {settings.precision}: the teacher cannot be asked so ({make_printable(why)})"
+            )
     if settings.compile:
         best = _compiled(best, plain, probe, batches, console)
     arithmetic = best.compared(plain) if best is not plain else None
@@ -168,7 +170,7 @@ def compiled_now(answering: Answering, probe: Probe, console: Console) -> bool:
         answering.compile(probe.batches()[0], probe.rows_together)
     except Exception as error:  # no compiler, or a network that it cannot take: whatever it raises, there is a way
         why = str(error).strip().splitlines() or [""]
-        console.say(f"not compiled, it goes on as it is: {type(error).__name__}: {printable(why[0], 120)}")
+        console.say(f"not compiled, it goes on as it is: {type(error).__name__}: {make_printable(why[0], 120)}")
         return False
     return True
 
@@ -211,13 +213,13 @@ def _compiled(best: _Trial, plain: _Trial, probe: Probe, batches: list[torch.Ten
     again = _Trial(a)  # in turns with the other: what it took before, it took on a machine that was less busy
     _race([trial, again], batches)
     if max(trial.cost(plain)) == float("inf"):
-        console.say(f"not compiled: {printable(trial.broken or 'its logits are not finite')}")
+        console.say(f"not compiled: {make_printable(trial.broken or 'its logits are not finite')}")
         return best
     found = trial.compared(plain)
     if settings.precision == "auto" and max(found.kl_1, found.kl_4) > settings.tolerance:
         console.say(f"not compiled: {found.in_words()}, more than --tolerance {settings.tolerance:g}")
     elif trial.pace() >= again.pace():
-        console.say(f"not compiled: {1 / trial.pace():,.0f} pictures a second, {1 / again.pace():,.0f} as it was")
+        console.say(f"not compiled: {1 / trial.pace():,.0f} images a second, {1 / again.pace():,.0f} as it was")
     else:
         return trial
     return best
@@ -225,10 +227,10 @@ def _compiled(best: _Trial, plain: _Trial, probe: Probe, batches: list[torch.Ten
 
 def _say(best: _Trial, plain: _Trial, others: list[_Trial], settings: CacheSettings, console: Console) -> None:
     """One line: what was chosen, what it costs, and what it brings."""
-    pace = f"{1 / best.pace():,.0f} pictures a second"
+    pace = f"{1 / best.pace():,.0f} images a second"
     if best is plain:
         tried = "; ".join(
-            f"{t.answering.precision}: {printable(t.broken)}"
+            f"{t.answering.precision}: {make_printable(t.broken)}"
             if t.broken
             else f"{t.answering.precision} {1 / t.pace():,.0f} a second, KL {max(t.cost(plain)[:2]):.1e}"
             for t in others

@@ -20,7 +20,7 @@ from .teacher_source import teacher_of_cache
 
 _ROWS, _SHARDS = 256, 16
 # Of a row's range. float16 and sqrt8 cost 0.4 % at most, another processor's arithmetic less; rows of two other
-# pictures differ by 40 % and more.
+# images differ by 40 % and more.
 _MOST = {"float32": 0.02, "bfloat16": 0.1}
 
 

@@ -87,11 +87,11 @@ class Ask:
     def _answers(self, split: str, draw: int, index: NDArray[np.int64]) -> Iterator[Batch]:
         """CRC-32 [B] of batches of views, and what the teacher says about them: logits float32 [B, K] and features
         {tap: [B, …]} in the dtype that they were computed in, on the CPU."""
-        policy = self.views if split == "train" else self.views.plain()
+        policy = self.views if split == "train" else self.views.without_augmentation()
         size, s, device = self.settings.batch_size, self.settings, self.answering.device
         batches = [index[i : i + size] for i in range(0, len(index), size)]
-        pictures = self.transfer_set.splits[split].pictures
-        rendered = checked_in_order(pictures, policy, s.seed, batches, draw, s.workers, pinned=device.type == "cuda")
+        images = self.transfer_set.splits[split].images
+        rendered = checked_in_order(images, policy, s.seed, batches, draw, s.workers, pinned=device.type == "cuda")
         with self.answering.ready() as answer, closing(rendered):
             for views, crc in rendered:
                 said = answer(views.to(device, non_blocking=True))

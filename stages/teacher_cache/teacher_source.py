@@ -45,9 +45,7 @@ def teacher_of(
     if preparation is None:
         preparation = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
     if preparation.channels < transfer_set.channels:
-        raise UsageError(
-            f"the teacher takes {preparation.channels} channel, the pictures have {transfer_set.channels}"
-        )
+        raise UsageError(f"the teacher takes {preparation.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _classes_in(state, path)
     network = build(arch, classes, preparation.channels, preparation.size)
     load_state(network, state, str(path))
@@ -76,10 +74,10 @@ def teacher_of_cache(cache: Cache, weights: str, arch: str) -> Prepared:
 
 
 def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
-    """The classes of a teacher for pictures that have none: the rows of its last matrix."""
+    """The classes of a teacher for images that have none: the rows of its last matrix."""
     matrices = [weight for weight in state.values() if weight.ndim == 2]
     if not matrices:
-        raise UsageError(f"the weights of {source} do not show how many classes there are, nor do the pictures")
+        raise UsageError(f"the weights of {source} do not show how many classes there are, nor do the images")
     return int(matrices[-1].shape[0])
 
 
@@ -151,7 +149,7 @@ def _train_one(settings: CacheSettings, console: Console) -> str:
 
 
 def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[Prepared, str]:
-    """torchvision's own weights: its picture size and normalisation, grey pictures repeated to three channels."""
+    """torchvision's own weights: its image size and normalisation, grey images repeated to three channels."""
     arch = settings.teacher
     if not arch.startswith("torchvision:"):
         raise UsageError("--weights DEFAULT wants --teacher torchvision:NAME")

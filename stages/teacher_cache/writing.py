@@ -62,7 +62,7 @@ def _write(writer: Writer, pieces: list[Piece], ask: Ask, console: Console) -> i
                 arrays, facts = ask.piece(piece, count)
                 writing.wait()
                 now = time.monotonic()
-                writing.do(writer.add, piece, arrays, {**facts, "seconds": round(now - begun, 4)})
+                writing.submit(writer.add, piece, arrays, {**facts, "seconds": round(now - begun, 4)})
                 begun = now
     except KeyboardInterrupt:
         raise Interrupted(

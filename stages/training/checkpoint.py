@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from softcache.base.errors import CacheError, of_an_interrupt
+from softcache.base.errors import CacheError, is_interrupt
 from softcache.base.files import publish, publish_text
 from softcache.pipeline.models.state_dicts import check_zip
 from softcache.stages.cli.configs import Training
@@ -156,7 +156,7 @@ def publish_tensors(path: Path, record: dict[str, Any]) -> None:
             with open(temporary, "wb") as file:
                 torch.save(record, file)
         except RuntimeError as error:  # what PyTorch makes of an interrupt in the middle of its zip file
-            if of_an_interrupt(error):
+            if is_interrupt(error):
                 raise KeyboardInterrupt from None
             raise
 

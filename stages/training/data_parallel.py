@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from softcache.base import rng as counter
+from softcache.base import rng
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Head, Outputs, TargetBatch
 from softcache.pipeline.loading.stream import Stream, part
@@ -178,7 +178,7 @@ class Abreast:
         """Dropout of this rank and step; losses go on drawing what every rank draws."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(int(counter.integers((self.seed, 43, step), np.array([who().rank]), 2**31 - 1)[0]))
+            torch.manual_seed(int(rng.integers((self.seed, 43, step), np.array([who().rank]), 2**31 - 1)[0]))
             yield
 
 

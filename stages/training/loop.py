@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import CacheError, DivergedError, Interrupted, TrainingStopped
-from softcache.base.files import make_folder, remove_leftovers
+from softcache.base.files import make_folder, remove_stale_files
 from softcache.pipeline.batch import TargetBatch
 from softcache.pipeline.losses import Loss, at
 from softcache.pipeline.losses.base import student_taps
@@ -142,7 +142,7 @@ def _tidied(job: Job, weights: Path) -> bool:
     make_folder(job.folder)
     if (job.folder / STACK).is_dir():
         raise CacheError(f"'{job.folder}' was begun with --vectorize: go on with it, or choose another --out")
-    remove_leftovers(
+    remove_stale_files(
         job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
     )
     return weights.is_file()

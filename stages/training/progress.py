@@ -45,19 +45,19 @@ class Showing:
         self.done, self.taken, self.kept = first * self.steps, 0, first  # steps; those of this epoch; epochs
         self.shown, self.line = 0, Line()  # whose figures, and those of the last epoch
         # The pace is that since the end of the first step, which also compiles, allocates and warms up.
-        self.begun, self.since, self.pictures = 0.0, 0, 0
+        self.begun, self.since, self.images = 0.0, 0, 0
         self.terminal = is_first() and sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
         self.next_drawing = time.monotonic() + _DELAY
 
-    def step(self, pictures: int) -> None:
-        """A step of all has been taken, on so many pictures."""
+    def step(self, images: int) -> None:
+        """A step of all has been taken, on so many images."""
         now = time.monotonic()
         self.done, self.taken = self.done + 1, self.taken + 1
         if not self.since:
             self.begun, self.since = now, self.done
         else:
-            self.pictures += pictures
+            self.images += images
         if self.terminal and now > self.next_drawing:
             self._draw()
             self.next_drawing = time.monotonic() + _EVERY
@@ -85,7 +85,7 @@ class Showing:
         self.bar.set_description_str(self.drawn(self.bar.format_dict["ncols"] or 80))
 
     def drawn(self, columns: int) -> str:
-        """`student, seed 0: 43 % 12/30 epochs, loss 0.213, val accuracy 0.981, F1 0.980, 41,200 pictures/s, 0:12
+        """`student, seed 0: 43 % 12/30 epochs, loss 0.213, val accuracy 0.981, F1 0.980, 41,200 images/s, 0:12
         left`, in shorter words, or with less, where that would not fit."""
         sums, (pace, left) = self.sums(self.shown), self._pace()
         at, accuracy = f"{self.kept}/{self.epochs}", self.line.get("val_accuracy")
@@ -98,7 +98,7 @@ class Showing:
             loss,
             _word("val accuracy {:.3f}", accuracy),
             f1,
-            _word("{:,.0f} pictures/s", pace),
+            _word("{:,.0f} images/s", pace),
             rest,
         ]
         quick = f"{pace / 1000:.0f}k/s" if pace and pace >= 10_000 else _word("{:.0f}/s", pace)
@@ -109,7 +109,7 @@ class Showing:
 
     def _sentence(self) -> str:
         """`student, seed 0, epoch 12/30: loss 0.2131 (kd 0.18, hard 0.03), val accuracy 0.9812, F1 0.9805,
-        41,200 pictures/s, 12 s left`, on one line."""
+        41,200 images/s, 12 s left`, on one line."""
         line, (pace, left) = self.line, self._pace()
         terms = {name[5:]: value for name, value in line.items() if name.startswith("loss_")}
         each = f" ({', '.join(f'{name} {value:.3g}' for name, value in terms.items())})" if len(terms) > 1 else ""
@@ -117,7 +117,7 @@ class Showing:
             f"loss {line['loss']:.4g}{each}",
             _word("val accuracy {:.4f}", line.get("val_accuracy")),
             _word("F1 {:.4f}", line.get("val_f1_macro")),
-            _word("{:,.0f} pictures/s", pace),
+            _word("{:,.0f} images/s", pace),
             f"{duration(left)} left" if left else "",
         ]
         return f"{self._who()}, epoch {line['epoch']}/{self.epochs}: {', '.join(filter(None, parts))}"
@@ -131,11 +131,11 @@ class Showing:
         return f"{len(self.jobs)} {several}, {'best' if 'val_accuracy' in self.line else 'first'} {folder.name}"
 
     def _pace(self) -> tuple[float | None, float | None]:
-        """Pictures a second, and the seconds that are left; None while only one step has been taken."""
+        """Images a second, and the seconds that are left; None while only one step has been taken."""
         seconds, steps = time.monotonic() - self.begun, self.done - self.since
         if not self.since or not steps or not seconds:
             return None, None
-        return self.pictures / seconds, (self.epochs * self.steps - self.done) * seconds / steps
+        return self.images / seconds, (self.epochs * self.steps - self.done) * seconds / steps
 
 
 def _word(form: str, value: float | None) -> str:

@@ -23,7 +23,7 @@ class HeldOut:
     _KEEP_BYTES = 256 << 20
 
     def __init__(self, split: Split, views: ViewPolicy, device: torch.device, settings: Trained):
-        self.split, self.views, self.device = split, views.plain(), device
+        self.split, self.views, self.device = split, views.without_augmentation(), device
         self.precision, self.workers = settings.precision, settings.workers
         self.labels, self.batch_size = split.labels, 512
         self._kept: list[torch.Tensor] = []
@@ -46,7 +46,7 @@ class HeldOut:
         rows = np.arange(len(self.split))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         kept, size = [], 0
-        for views in render_in_order(self.split.pictures, self.views, 0, batches, 0, self.workers):
+        for views in render_in_order(self.split.images, self.views, 0, batches, 0, self.workers):
             size += views.numel()
             if size <= self._KEEP_BYTES:
                 kept.append(views)
@@ -58,5 +58,5 @@ class HeldOut:
 def check_select(settings: TeacherSettings | StudentSettings, transfer_set: TransferSet) -> None:
     if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
         raise UsageError(
-            f"--select {settings.select} needs labels to validate on, and these pictures have none: leave it out"
+            f"--select {settings.select} needs labels to validate on, and these images have none: leave it out"
         )

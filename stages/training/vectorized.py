@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state
 
 from softcache.base.errors import CacheError, TrainingStopped, UsageError
-from softcache.base.files import make_folder, publish_text, remove_leftovers
+from softcache.base.files import make_folder, publish_text, remove_stale_files
 from softcache.pipeline.batch import Outputs, TargetBatch
 from softcache.pipeline.losses import Loss, at
 from softcache.pipeline.losses.base import fixed
@@ -164,7 +164,7 @@ def _members(job: Job) -> list[str]:
 def _as_one(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | TrainingStopped]:
     first, folder = jobs[0], jobs[0].folder / STACK
     for job in jobs:
-        remove_leftovers(job.folder, (LINES, f"{job.name}.pt"))
+        remove_stale_files(job.folder, (LINES, f"{job.name}.pt"))
     make_folder(folder)
     publish_text(folder / _MEMBERS, "".join(f"{name}\n" for name in _names(jobs)))
     stack = Stack([job.model for job in jobs]).to(first.device)

@@ -13,7 +13,7 @@ import torch
 
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import make_folder
-from softcache.data.transfer_set import row_name
+from softcache.data.transfer_set import short_name
 from softcache.stages.cli.configs import SearchSettings, StudentSettings
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import ASIDE, free_run, milestones_of
@@ -49,7 +49,7 @@ def run(settings: SearchSettings, said: set[str]) -> None:
     _check(space, first, material)
     student_stage.say_notes(first, material, console)
     begun = _begun_with(settings, first, material)
-    default = f"{row_name(first.data)}-{first.arch.replace(':', '-')}"
+    default = f"{short_name(first.data)}-{first.arch.replace(':', '-')}"
     folder = Path(settings.out) if settings.out else free_run(f"tune-{default}")
     look_at(folder, begun)
     if not settings.out:
@@ -269,7 +269,7 @@ def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:
 def _check(space: tuple[Searched, ...], first: StudentSettings, material: Material) -> None:
     """Find what would stop a trial before anything is made: labels; archs and losses at every end of the space."""
     if not (material.held_out["val"].labels >= 0).any():
-        raise UsageError("tune compares students on the labels of the validation split, and these pictures have none")
+        raise UsageError("tune compares students on the labels of the validation split, and these images have none")
     middle = {one.name: one.ends()[0] for one in space}
     for one in space:
         for value in one.ends():

@@ -8,8 +8,8 @@ from typing import Any
 from uuid import uuid4
 
 from softcache.base.errors import CacheError, LockedError, UsageError
-from softcache.base.files import make_folder, publish_json, remove_leftovers
-from softcache.base.lock import LOCK, held
+from softcache.base.files import make_folder, publish_json, remove_stale_files
+from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import differences
 from softcache.stages.runs.folder import read_json
 
@@ -47,7 +47,7 @@ def begin(folder: Path, begun: dict[str, Any]) -> str:
     path = folder / _SEARCH
     make_folder(folder)
     with alone(folder):
-        remove_leftovers(folder, (_SEARCH, "tune.json", "tune.png"))
+        remove_stale_files(folder, (_SEARCH, "tune.json", "tune.png"))
         if not path.exists():
             publish_json(path, {"mark": uuid4().hex, "begun": begun})
         record = read_json(path, {"mark", "begun"})
@@ -63,7 +63,7 @@ def trial_lock(slot: int) -> str:
 def tidy(folder: Path) -> None:
     """Remove the locks that killed processes left, of trials that were over or had only to be pruned."""
     for path in [*folder.glob(".trial-*.lock"), *folder.glob(f"trial-*/{LOCK}")]:
-        with suppress(LockedError), held(path.parent, path.name):
+        with suppress(LockedError), hold_lock(path.parent, path.name):
             pass
 
 
@@ -80,7 +80,7 @@ def alone(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(held(folder))
+                stack.enter_context(hold_lock(folder))
                 break
             except LockedError:
                 time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The picture of a search: the figure of each trial in turn, and against each name that was searched."""
+"""The image of a search: the figure of each trial in turn, and against each name that was searched."""
 
 from collections.abc import Sequence
 from math import ceil, sqrt
@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, PURPLE, Picture
+from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, PURPLE, Plot
 
 from .space import Searched
 
@@ -17,16 +17,16 @@ Row = dict[str, Any]
 _STATES = {"complete": (BLUE, True), "pruned": (GREY, False)}
 
 
-def of_search(rows: Sequence[Row], space: Sequence[Searched], figure: str) -> Picture:
-    """The picture of rows, as search_report.rows_of makes them. A pruned trial is where it was when it was stopped.
+def of_search(rows: Sequence[Row], space: Sequence[Searched], figure: str) -> Plot:
+    """The image of rows, as search_report.rows_of makes them. A pruned trial is where it was when it was stopped.
 
     A trial that is far worse than most stands at the edge, as a triangle: else it alone would set the scale.
     """
     columns = ceil(sqrt(1 + len(space)))
     height = ceil((1 + len(space)) / columns)
 
-    def draw(picture: Figure) -> None:
-        panels = picture.subplots(height, columns, squeeze=False, sharey=True).ravel()
+    def draw(image: Figure) -> None:
+        panels = image.subplots(height, columns, squeeze=False, sharey=True).ravel()
         low, high = _edges(rows, figure)
         _points(panels[0], rows, [row["trial"] for row in rows], low, high)
         _in_turn(panels[0], rows, figure)
@@ -38,9 +38,9 @@ def of_search(rows: Sequence[Row], space: Sequence[Searched], figure: str) -> Pi
             panel.set_visible(False)
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:
-            picture.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+            image.legend(handles, labels, loc="outside lower center", ncols=len(handles))
 
-    return Picture((4.4 * columns, 3.4 * height + 0.4), draw)
+    return Plot((4.4 * columns, 3.4 * height + 0.4), draw)
 
 
 def _figure(row: Row) -> float | None:

@@ -8,8 +8,8 @@ from dataclasses import Field, dataclass, fields, replace
 from decimal import Decimal
 from typing import Any
 
-from softcache.base.errors import UsageError, unknown
-from softcache.base.spec import number, parse
+from softcache.base.errors import UsageError, unknown_name_error
+from softcache.base.spec import parse_number, parse_spec
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.base import Ramp
 from softcache.stages.cli.configs import StudentSettings
@@ -99,7 +99,7 @@ def with_values(settings: StudentSettings, space: Sequence[Searched], values: di
 
 
 def _with_knob(spec: str, knob: str, value: Value) -> str:
-    name, given = parse(spec, "loss")
+    name, given = parse_spec(spec, "loss")
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"{name}:" + ",".join(f"{k}={v}" for k, v in {**given, knob: text}.items())
 
@@ -148,14 +148,14 @@ def _target(spec: str, name: str, settings: StudentSettings) -> tuple[int, str, 
     if not dot:
         setting = name.replace("-", "_")
         if setting not in SETTINGS:
-            raise unknown("setting to search", name, [*SETTINGS, *_knobs_of(losses)])
+            raise unknown_name_error("setting to search", name, [*SETTINGS, *_knobs_of(losses)])
         return -1, setting, type(_setting(setting).default)
     if term not in terms:
-        raise unknown("loss to search", term, terms)
+        raise unknown_name_error("loss to search", term, terms)
     loss = losses[terms.index(term)]
     kinds: dict[str, Any] = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
     if knob not in kinds:
-        raise unknown(f"knob of loss '{term}'", knob, kinds)
+        raise unknown_name_error(f"knob of loss '{term}'", knob, kinds)
     if isinstance(getattr(loss, knob), Ramp):
         given = settings.loss[terms.index(term)]
         raise UsageError(f"search '{spec}': {knob} is a ramp in --loss '{given}': take one or the other away")
@@ -184,7 +184,7 @@ def _value(spec: str, name: str, text: str, kind: type) -> Value:
 
 
 def _number(spec: str, name: str, text: str, kind: type) -> float:
-    value = number(spec, "search", name, text)
+    value = parse_number(spec, "search", name, text)
     if kind is int and value != int(value):
         raise UsageError(f"search '{spec}': {name}={text} is not a whole number")
     return int(value) if kind is int else value
@@ -200,7 +200,7 @@ def _check_limits(one: Searched, value: Value, settings: StudentSettings) -> Non
         return
     limits = _setting(one.knob).metadata
     if "choices" in limits and value not in limits["choices"]:
-        raise unknown(one.knob, str(value), limits["choices"])
+        raise unknown_name_error(one.knob, str(value), limits["choices"])
     if not isinstance(value, str) and "least" in limits and value < limits["least"]:
         raise UsageError(f"search '{one.spec}': {one.knob} {value} is below {limits['least']}")
     if not isinstance(value, str) and "most" in limits and value > limits["most"]:

@@ -18,7 +18,7 @@ from uuid import uuid4
 from zlib import crc32
 
 from softcache.base.errors import CacheError, LockedError, UsageError
-from softcache.base.lock import held
+from softcache.base.lock import hold_lock
 
 from .folder import trial_lock
 from .space import Searched
@@ -96,7 +96,7 @@ class SharedStudy:
                 continue
             with ExitStack() as own:
                 try:
-                    own.enter_context(held(self.folder, trial_lock(slot)))
+                    own.enter_context(hold_lock(self.folder, trial_lock(slot)))
                 except LockedError:
                     continue
                 if trial := self._taken(slot):

@@ -74,7 +74,7 @@ def _short(value: Any) -> str:
 def write_report(
     folder: Path, rows: list[Row], first: StudentSettings, space: Sequence[Searched], begun: dict[str, Any]
 ) -> dict[str, Any]:
-    """tune.json and the picture; the record. (The storage's URL, which may hold a password, is in neither.)"""
+    """tune.json and the image; the record. (The storage's URL, which may hold a password, is in neither.)"""
     figure = figure_of(first)
     best = best_of(rows, figure)
     record: dict[str, Any] = {
@@ -82,7 +82,7 @@ def write_report(
         "figure": f"val {figure}",
         "best": None,
         "trials": rows,
-        "picture": _picture(folder / "tune.png", rows, space, figure),
+        "picture": _draw_plot(folder / "tune.png", rows, space, figure),
         "versions": versions(),
         "machine": machine(device_of(first.device)),
     }
@@ -93,7 +93,7 @@ def write_report(
     return record
 
 
-def _picture(path: Path, rows: list[Row], space: Sequence[Searched], figure: str) -> str | None:
+def _draw_plot(path: Path, rows: list[Row], space: Sequence[Searched], figure: str) -> str | None:
     try:
         from softcache.stages.cli.plot_style import publish_png
 
@@ -127,7 +127,7 @@ def say_rows(record: dict[str, Any], figure: str, space: Sequence[Searched], fol
         if row["state"] == "failed":
             console.say(f"trial {row['trial']} failed: {row['failed']}")
     if not record["picture"]:
-        console.say("no picture without matplotlib: pip install 'softcache[report]', and the same command draws it")
+        console.say("no image without matplotlib: pip install 'softcache[report]', and the same command draws it")
     console.say(f"run:   {folder}/tune.json{', tune.png' if record['picture'] else ''}")
     if best is None:
         return console.say("No trial came to its end: search elsewhere, such as a lower learning_rate")

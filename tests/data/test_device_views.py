@@ -1,4 +1,4 @@
-"""A stream whose pictures and targets lie on a device gives, to the bit, the batches of one that renders them here.
+"""A stream whose images and targets lie on a device gives, to the bit, the batches of one that renders them here.
 
 The device is the processor: what is different on a GPU is where the tensors are.
 """
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data.device_views import can_be_rendered_there, render_there
-from softcache.data.image_arrays import MemoryPictures
+from softcache.data.device_views import can_render_on_device, render_on_device
+from softcache.data.image_arrays import ImageArrays
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 POLICIES = ["none", "crop:pad=2", "crop:pad=0", "crop-flip", "crop-flip:pad=0", "crop-flip:pad=1,size=8,resize=8"]
 
 
-def pictures_of(channels: int, n: int = 50, side: int = 8) -> MemoryPictures:
+def images_of(channels: int, n: int = 50, side: int = 8) -> ImageArrays:
     grid = np.arange(n * channels * side * side).reshape(n, channels, side, side)
-    return MemoryPictures(torch.from_numpy(((grid * grid * 31 + 7 * grid) % 251).astype(np.uint8)))
+    return ImageArrays(torch.from_numpy(((grid * grid * 31 + 7 * grid) % 251).astype(np.uint8)))
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.3])
@@ -34,22 +34,22 @@ def pictures_of(channels: int, n: int = 50, side: int = 8) -> MemoryPictures:
 @pytest.mark.parametrize("spec", POLICIES)
 def test_views_on_a_device_are_those_of_render(spec: str, channels: int, mixup: float) -> None:
     policy = parse_views(spec + (f"{',' if ':' in spec else ':'}mixup={mixup}" if mixup else ""))
-    pictures = pictures_of(channels)
-    assert can_be_rendered_there(pictures, policy)
+    images = images_of(channels)
+    assert can_render_on_device(images, policy)
     index = np.array([7, 7, 0, 49, 21, 7])
     for draw in (3, np.array([0, 1, 2, 0, 1, 2])):
-        there = render_there(pictures.images, policy, 11, index, draw)
+        there = render_on_device(images.pixels, policy, 11, index, draw)
         assert there.dtype == torch.uint8
-        assert torch.equal(there, render(pictures, policy, 11, index, draw))
-    assert torch.equal(pictures.images, pictures_of(channels).images)  # nothing was turned in place
+        assert torch.equal(there, render(images, policy, 11, index, draw))
+    assert torch.equal(images.pixels, images_of(channels).pixels)  # nothing was turned in place
 
 
 @pytest.mark.parametrize("spec", ["resized-crop-flip", "none:size=6", "crop:resize=9", "none:size=8,resize=10"])
 def test_what_pillow_resizes_is_not_rendered_on_a_device(spec: str) -> None:
-    pictures, views = pictures_of(1), parse_views(spec)
-    assert not can_be_rendered_there(pictures, views)
+    images, views = images_of(1), parse_views(spec)
+    assert not can_render_on_device(images, views)
     stream = Stream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_on=CPU)
-    object.__setattr__(stream, "split", type("Split", (), {"pictures": pictures}))
+    object.__setattr__(stream, "split", type("Split", (), {"images": images}))
     with pytest.raises(ValueError, match="at their own size"):
         next(stream.batches(0, 1))
 
@@ -160,7 +160,7 @@ def test_a_student_trains_from_what_lies_on_a_device_to_the_same_weights(
 def test_a_processor_is_no_device_to_send_anything_to(tiny: Path) -> None:
     """Nothing is chosen by itself but for a GPU; there, what is too large stays here."""
     stream = stream_of(tiny / "cache", taps=())
-    of = (stream.split.pictures, stream.views, stream.cache, 3, ())
+    of = (stream.split.images, stream.views, stream.cache, 3, ())
     assert not resident.fits(*of, CPU)
     gpu = torch.device("cuda")
     size = 300 * 64 + 3 * 300 * 10 * 4
@@ -168,4 +168,4 @@ def test_a_processor_is_no_device_to_send_anything_to(tiny: Path) -> None:
         for free, expected in ((3 * size, True), (3 * size - 1, False)):
             patch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
             assert resident.fits(*of, gpu) == expected
-        assert not resident.fits(stream.split.pictures, parse_views("resized-crop-flip:size=8"), None, 0, (), gpu)
+        assert not resident.fits(stream.split.images, parse_views("resized-crop-flip:size=8"), None, 0, (), gpu)

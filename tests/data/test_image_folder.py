@@ -1,4 +1,4 @@
-"""A folder of pictures: what is found in it, what is decoded, and what is refused by name."""
+"""A folder of images: what is found in it, what is decoded, and what is refused by name."""
 
 import shutil
 from collections.abc import Callable
@@ -10,42 +10,42 @@ import torch
 from PIL import Image
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_arrays import MemoryPictures
-from softcache.data.image_folder import FolderPictures
-from softcache.data.transfer_set import Split, TransferSet, load
+from softcache.data.image_arrays import ImageArrays
+from softcache.data.image_folder import ImageFolder
+from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
 from softcache.data.views import parse_views, render
 
 Save = Callable[..., Image.Image]
 
 
 def load_folder(root: Path, val_fraction: float = 0.25, **cut: int) -> TransferSet:
-    return load(f"folder:{root}", Path("unused"), val_fraction=val_fraction, **cut)
+    return load_transfer_set(f"folder:{root}", Path("unused"), val_fraction=val_fraction, **cut)
 
 
 def files_of(split: Split) -> list[str]:
-    assert isinstance(split.pictures, FolderPictures)
-    return list(split.pictures.names)
+    assert isinstance(split.images, ImageFolder)
+    return list(split.images.names)
 
 
 def pixels_of(split: Split, spec: str = "none") -> torch.Tensor:
-    return render(split.pictures, parse_views(spec), 0, np.arange(len(split)), 0)
+    return render(split.images, parse_views(spec), 0, np.arange(len(split)), 0)
 
 
 def decoded(path: Path, mode: str = "RGB") -> torch.Tensor:
-    """The picture as Pillow decodes it, uint8 [C, H, W]."""
+    """The image as Pillow decodes it, uint8 [C, H, W]."""
     with Image.open(path) as image:
         pixels = np.array(image.convert(mode))
     return torch.from_numpy(pixels[None] if mode == "L" else pixels.transpose(2, 0, 1).copy())
 
 
 @pytest.fixture
-def pets(tmp_path: Path, save_picture: Save) -> Path:
-    """train/ and test/ with the classes cat and dog, square RGB pictures of 8 pixels."""
+def pets(tmp_path: Path, save_image: Save) -> Path:
+    """train/ and test/ with the classes cat and dog, square RGB images of 8 pixels."""
     root = tmp_path / "pets"
     for split, n in (("train", 8), ("test", 3)):
         for c, name in enumerate(("cat", "dog")):
             for k in range(n):
-                save_picture(root / split / name / f"{k}.png", k=10 * n + 5 * k + c)
+                save_image(root / split / name / f"{k}.png", k=10 * n + 5 * k + c)
     return root
 
 
@@ -78,47 +78,47 @@ def test_a_val_folder_alone_is_the_test_split(pets: Path) -> None:
     assert all(name.startswith("train/") for name in files_of(found.splits["val"]))
 
 
-def test_val_and_test_folders_are_both_used_and_nothing_is_cut_off(pets: Path, save_picture: Save) -> None:
+def test_val_and_test_folders_are_both_used_and_nothing_is_cut_off(pets: Path, save_image: Save) -> None:
     for name in ("cat", "dog"):
-        save_picture(pets / "val" / name / "one.png", k=99)
+        save_image(pets / "val" / name / "one.png", k=99)
     found = load_folder(pets, val_fraction=0.5)
     assert {split: len(rows) for split, rows in found.splits.items()} == {"train": 16, "val": 2, "test": 6}
     assert files_of(found.splits["val"]) == ["val/cat/one.png", "val/dog/one.png"]
 
 
 @pytest.mark.parametrize("split", ["train", ""])
-def test_pictures_without_class_folders_are_unlabelled(tmp_path: Path, save_picture: Save, split: str) -> None:
+def test_pictures_without_class_folders_are_unlabelled(tmp_path: Path, save_image: Save, split: str) -> None:
     for k in range(8):
-        save_picture(tmp_path / split / f"{k}.png", k=k)
+        save_image(tmp_path / split / f"{k}.png", k=k)
     found = load_folder(tmp_path)
     assert found.classes == ()
     assert {split: len(rows) for split, rows in found.splits.items()} == {"train": 6, "val": 2}
     assert all((rows.labels == -1).all() for rows in found.splits.values())
 
 
-def test_unlabelled_training_pictures_beside_a_labelled_test_split(pets: Path, save_picture: Save) -> None:
+def test_unlabelled_training_pictures_beside_a_labelled_test_split(pets: Path, save_image: Save) -> None:
     shutil.rmtree(pets / "train")
     for k in range(4):
-        save_picture(pets / "train" / f"{k}.png", k=k)
+        save_image(pets / "train" / f"{k}.png", k=k)
     found = load_folder(pets)
     assert found.classes == ("cat", "dog")
     assert found.splits["train"].labels.tolist() == [-1, -1, -1]
     assert found.splits["test"].labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_pictures_below_a_class_folder_belong_to_the_class(pets: Path, save_picture: Save) -> None:
-    save_picture(pets / "test" / "dog" / "big" / "old" / "rex.png")
+def test_pictures_below_a_class_folder_belong_to_the_class(pets: Path, save_image: Save) -> None:
+    save_image(pets / "test" / "dog" / "big" / "old" / "rex.png")
     found = load_folder(pets).splits["test"]
     assert files_of(found)[-1] == "test/dog/big/old/rex.png"
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
 
 
-def test_names_with_spaces_and_unicode(tmp_path: Path, save_picture: Save) -> None:
+def test_names_with_spaces_and_unicode(tmp_path: Path, save_image: Save) -> None:
     classes = ("Große Katze", "mon chien", "犬 №5")
     for c, name in enumerate(classes):
         for split, n in (("train", 4), ("test", 1)):
             for k in range(n):
-                save_picture(tmp_path / "a b" / split / name / f"bild ä {k}.png", k=10 * c + k)
+                save_image(tmp_path / "a b" / split / name / f"bild ä {k}.png", k=10 * c + k)
     found = load_folder(tmp_path / "a b")
     assert found.classes == classes
     assert files_of(found.splits["test"]) == [f"test/{name}/bild ä 0.png" for name in classes]
@@ -127,15 +127,15 @@ def test_names_with_spaces_and_unicode(tmp_path: Path, save_picture: Save) -> No
     )
 
 
-def test_hidden_files_and_folders_and_other_files_are_ignored(pets: Path, save_picture: Save) -> None:
+def test_hidden_files_and_folders_and_other_files_are_ignored(pets: Path, save_image: Save) -> None:
     before = load_folder(pets).identity()
     # What file managers, notebooks and archives of other systems leave behind.
     (pets / "train" / ".DS_Store").write_bytes(b"\0")
     (pets / "train" / "cat" / "Thumbs.db").write_bytes(b"\0")
     (pets / "train" / "cat" / "readme.txt").write_text("cats")
     (pets / "train" / "cat" / "._0.png").write_bytes(b"\0\5\x16\7")
-    save_picture(pets / "train" / ".ipynb_checkpoints" / "0.png")
-    save_picture(pets / "test" / "dog" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    save_image(pets / "train" / ".ipynb_checkpoints" / "0.png")
+    save_image(pets / "test" / "dog" / ".ipynb_checkpoints" / "0-checkpoint.png")
     assert load_folder(pets).identity() == before
 
 
@@ -146,9 +146,9 @@ def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path, pets: Path) -> None
 
 
 @pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "bmp", "webp", "tif", "TIFF", "ppm"])
-def test_every_usual_kind_of_picture_is_found_and_decoded(pets: Path, save_picture: Save, ending: str) -> None:
+def test_every_usual_kind_of_picture_is_found_and_decoded(pets: Path, save_image: Save, ending: str) -> None:
     path = pets / "test" / "dog" / f"z.{ending}"
-    save_picture(path, k=77)
+    save_image(path, k=77)
     found = load_folder(pets).splits["test"]
     assert files_of(found)[-1] == f"test/dog/z.{ending}"
     assert torch.equal(pixels_of(found)[-1], decoded(path))
@@ -173,9 +173,9 @@ def test_pixels_are_those_that_pillow_decodes(pets: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
-def test_a_grey_folder_has_one_channel(tmp_path: Path, save_picture: Save, mode: str) -> None:
+def test_a_grey_folder_has_one_channel(tmp_path: Path, save_image: Save, mode: str) -> None:
     for k in range(8):
-        save_picture(tmp_path / f"{k}.png", k=k, mode=mode)
+        save_image(tmp_path / f"{k}.png", k=k, mode=mode)
     found = load_folder(tmp_path)
     assert found.channels == 1
     for view, name in zip(pixels_of(found.splits["train"]), files_of(found.splits["train"]), strict=True):
@@ -183,9 +183,9 @@ def test_a_grey_folder_has_one_channel(tmp_path: Path, save_picture: Save, mode:
         assert torch.equal(view, decoded(tmp_path / name, "L"))
 
 
-def test_one_picture_in_colour_makes_the_folder_rgb(tmp_path: Path, save_picture: Save) -> None:
+def test_one_picture_in_colour_makes_the_folder_rgb(tmp_path: Path, save_image: Save) -> None:
     for k in range(8):
-        save_picture(tmp_path / f"{k}.png", k=k, mode="RGB" if k == 5 else "L")
+        save_image(tmp_path / f"{k}.png", k=k, mode="RGB" if k == 5 else "L")
     found = load_folder(tmp_path)
     assert found.channels == 3
     for split in found.splits.values():
@@ -194,9 +194,9 @@ def test_one_picture_in_colour_makes_the_folder_rgb(tmp_path: Path, save_picture
             assert (view[0] == view[1]).all() == (name != "5.png")
 
 
-def test_palettes_and_transparency_are_read_as_rgb(tmp_path: Path, save_picture: Save) -> None:
+def test_palettes_and_transparency_are_read_as_rgb(tmp_path: Path, save_image: Save) -> None:
     for k, mode in enumerate(("P", "RGBA", "LA", "RGB")):
-        save_picture(tmp_path / f"{k}.png", k=k, mode=mode)
+        save_image(tmp_path / f"{k}.png", k=k, mode=mode)
     found = load_folder(tmp_path)
     assert found.channels == 3
     assert torch.equal(
@@ -205,39 +205,39 @@ def test_palettes_and_transparency_are_read_as_rgb(tmp_path: Path, save_picture:
     )
 
 
-def test_mixed_sizes_have_no_size_of_their_own_and_take_the_one_asked_for(tmp_path: Path, save_picture: Save) -> None:
+def test_mixed_sizes_have_no_size_of_their_own_and_take_the_one_asked_for(tmp_path: Path, save_image: Save) -> None:
     sizes = [(8, 8), (20, 10), (10, 30), (7, 40), (100, 9), (64, 64)]
     for k, (width, height) in enumerate(sizes):
-        save_picture(tmp_path / f"{k}.png", width, height, k)
+        save_image(tmp_path / f"{k}.png", width, height, k)
     found = load_folder(tmp_path)
     assert found.size == 0
     for spec in ("none:size=12", "none:size=12,resize=16", "crop-flip:size=12", "resized-crop-flip:size=12"):
         assert pixels_of(found.splits["train"], spec).shape == (len(found.splits["train"]), 3, 12, 12)
 
 
-def test_a_picture_of_the_size_asked_for_is_not_resampled(tmp_path: Path, save_picture: Save) -> None:
+def test_a_picture_of_the_size_asked_for_is_not_resampled(tmp_path: Path, save_image: Save) -> None:
     for k, (width, height) in enumerate([(12, 12), (12, 20), (31, 12), (9, 9)]):
-        save_picture(tmp_path / f"{k}.png", width, height, k)
-    pictures = FolderPictures(tmp_path, ("0.png", "1.png", "2.png"), "RGB", 0)
-    square, tall, wide = render(pictures, parse_views("none:size=12"), 0, np.arange(3), 0)
+        save_image(tmp_path / f"{k}.png", width, height, k)
+    images = ImageFolder(tmp_path, ("0.png", "1.png", "2.png"), "RGB", 0)
+    square, tall, wide = render(images, parse_views("none:size=12"), 0, np.arange(3), 0)
     assert torch.equal(square, decoded(tmp_path / "0.png"))
     assert torch.equal(tall, decoded(tmp_path / "1.png")[:, 4:16])
     assert torch.equal(wide, decoded(tmp_path / "2.png")[:, :, 9:21])
 
 
-def test_a_picture_that_is_no_square_has_no_size(tmp_path: Path, save_picture: Save) -> None:
+def test_a_picture_that_is_no_square_has_no_size(tmp_path: Path, save_image: Save) -> None:
     for k in range(4):
-        save_picture(tmp_path / f"{k}.png", 8, 6, k)
+        save_image(tmp_path / f"{k}.png", 8, 6, k)
     assert load_folder(tmp_path).size == 0
 
 
 def test_views_of_a_folder_are_those_of_the_same_pictures_in_memory(pets: Path) -> None:
     train = load_folder(pets).splits["train"]
-    memory = MemoryPictures(torch.stack([decoded(pets / name) for name in files_of(train)]))
+    memory = ImageArrays(torch.stack([decoded(pets / name) for name in files_of(train)]))
     for spec in ("crop-flip:pad=2,mixup=0.2", "resized-crop-flip", "none:size=6,resize=9"):
         index = np.array([5, 0, 11, 5])
         assert torch.equal(
-            render(train.pictures, parse_views(spec), 3, index, 2), render(memory, parse_views(spec), 3, index, 2)
+            render(train.images, parse_views(spec), 3, index, 2), render(memory, parse_views(spec), 3, index, 2)
         )
 
 
@@ -248,26 +248,26 @@ def test_a_truncated_picture_is_named_when_it_is_decoded(pets: Path) -> None:
     path = pets / "test" / "dog" / "1.png"
     path.write_bytes(path.read_bytes()[:-60])
     split = load_folder(pets).splits["test"]
-    assert pixels_of(Split(split.pictures.take(np.array([0, 3])), split.labels[[0, 3]], "")).shape == (2, 3, 8, 8)
-    with pytest.raises(CacheError, match=r"the picture .*/test/dog/1\.png cannot be decoded: ") as refusal:
+    assert pixels_of(Split(split.images.take(np.array([0, 3])), split.labels[[0, 3]], "")).shape == (2, 3, 8, 8)
+    with pytest.raises(CacheError, match=r"the image .*/test/dog/1\.png cannot be decoded: ") as refusal:
         pixels_of(split)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm"])
-def test_a_picture_cut_in_half_never_becomes_a_view(tmp_path: Path, save_picture: Save, ending: str) -> None:
+def test_a_picture_cut_in_half_never_becomes_a_view(tmp_path: Path, save_image: Save, ending: str) -> None:
     for k in range(3):
-        save_picture(tmp_path / f"{k}.{ending}", 24, 24, k)
+        save_image(tmp_path / f"{k}.{ending}", 24, 24, k)
     path = tmp_path / f"1.{ending}"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CacheError, match=rf"the picture .*1\.{ending} cannot be decoded: "):
+    with pytest.raises(CacheError, match=rf"the image .*1\.{ending} cannot be decoded: "):
         [pixels_of(split) for split in load_folder(tmp_path).splits.values()]
 
 
-@pytest.mark.parametrize("content", [b"not a picture\n", b""])
+@pytest.mark.parametrize("content", [b"not a image\n", b""])
 def test_a_file_that_is_no_picture_is_named(pets: Path, content: bytes) -> None:
     (pets / "train" / "cat" / "3.png").write_bytes(content)
-    with pytest.raises(CacheError, match=r"the picture .*/train/cat/3\.png cannot be decoded: ") as refusal:
+    with pytest.raises(CacheError, match=r"the image .*/train/cat/3\.png cannot be decoded: ") as refusal:
         load_folder(pets)
     assert "\n" not in str(refusal.value)
 
@@ -275,7 +275,7 @@ def test_a_file_that_is_no_picture_is_named(pets: Path, content: bytes) -> None:
 def test_a_file_that_vanishes_is_named(pets: Path) -> None:
     split = load_folder(pets).splits["test"]
     (pets / "test" / "cat" / "2.png").unlink()
-    with pytest.raises(CacheError, match=r"the picture .*/test/cat/2\.png cannot be decoded: .*No such file"):
+    with pytest.raises(CacheError, match=r"the image .*/test/cat/2\.png cannot be decoded: .*No such file"):
         pixels_of(split)
 
 
@@ -284,14 +284,14 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_folder(tmp_path / "nowhere")
 
 
-def test_a_file_is_no_folder(tmp_path: Path, save_picture: Save) -> None:
-    save_picture(tmp_path / "one.png")
+def test_a_file_is_no_folder(tmp_path: Path, save_image: Save) -> None:
+    save_image(tmp_path / "one.png")
     with pytest.raises(UsageError, match=r"there is no folder '.*one\.png'"):
         load_folder(tmp_path / "one.png")
 
 
 def test_an_empty_folder_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"there is no picture in '.*' \(looked for \.bmp \.jpeg \.jpg .*\.webp\)"):
+    with pytest.raises(UsageError, match=r"there is no image in '.*' \(looked for \.bmp \.jpeg \.jpg .*\.webp\)"):
         load_folder(tmp_path)
 
 
@@ -299,14 +299,14 @@ def test_an_empty_train_folder_is_refused(pets: Path) -> None:
     shutil.rmtree(pets / "train")
     shutil.rmtree(pets / "test")
     (pets / "train").mkdir()
-    with pytest.raises(UsageError, match=r"there is no picture in '.*/train/?'"):
+    with pytest.raises(UsageError, match=r"there is no image in '.*/train/?'"):
         load_folder(pets)
 
 
 def test_an_empty_class_is_named(pets: Path) -> None:
     for path in (pets / "train" / "dog").iterdir():
         path.unlink()
-    with pytest.raises(UsageError, match=r"there is no picture in '.*/train/dog'"):
+    with pytest.raises(UsageError, match=r"there is no image in '.*/train/dog'"):
         load_folder(pets)
 
 
@@ -318,7 +318,7 @@ def test_one_class_alone_is_refused_by_name(pets: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_class_sets_that_differ_are_refused_with_the_difference(pets: Path, save_picture: Save, split: str) -> None:
+def test_class_sets_that_differ_are_refused_with_the_difference(pets: Path, save_image: Save, split: str) -> None:
     if split == "val":
         shutil.copytree(pets / "test", pets / "val")
     (pets / split / "dog").rename(pets / split / "hamster")
@@ -345,8 +345,8 @@ def test_a_train_folder_without_test_or_val_is_refused(pets: Path) -> None:
         load_folder(pets)
 
 
-def test_a_single_picture_cannot_be_cut_into_train_and_val(tmp_path: Path, save_picture: Save) -> None:
-    save_picture(tmp_path / "only.png")
+def test_a_single_picture_cannot_be_cut_into_train_and_val(tmp_path: Path, save_image: Save) -> None:
+    save_image(tmp_path / "only.png")
     with pytest.raises(UsageError, match=r"--val-fraction 0\.25 of 1 training rows leaves none to train on"):
         load_folder(tmp_path)
 
@@ -408,8 +408,8 @@ def test_progress_is_told_of_every_picture_of_every_split(pets: Path) -> None:
         told.append((total, what))
         return items
 
-    load(f"folder:{pets}", Path(), val_fraction=0.25, progress=progress)
-    assert told == [(12, "reading pictures"), (4, "reading pictures"), (6, "reading pictures")]
+    load_transfer_set(f"folder:{pets}", Path(), val_fraction=0.25, progress=progress)
+    assert told == [(12, "reading images"), (4, "reading images"), (6, "reading images")]
 
 
 def test_a_picture_of_16_bits_is_refused_rather_than_clipped_to_white(pets: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softcache.base.errors import UsageError
-from softcache.data.long_tail import long_tailed, parse_imbalance, resampled
-from softcache.data.transfer_set import load
+from softcache.data.long_tail import parse_imbalance, resample_rows, select_long_tail
+from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from tests.helpers.commands import Stages
 
@@ -20,7 +20,7 @@ SMALL = ("--arch", "mlp:8", "--epochs", 2)
 
 
 def digits(**cut: object) -> list[int]:
-    rows = load("digits", Path(), val_fraction=0.125, **cut).splits["train"]  # type: ignore[arg-type]
+    rows = load_transfer_set("digits", Path(), val_fraction=0.125, **cut).splits["train"]  # type: ignore[arg-type]
     return np.bincount(rows.labels, minlength=10).tolist()
 
 
@@ -48,20 +48,20 @@ def test_counts_are_those_of_the_literature(text: str, classes: int, head: int, 
 
 
 def test_the_rows_that_stay_are_of_the_training_split_alone_and_the_same_for_ever() -> None:
-    whole = load("digits", Path(), val_fraction=0.125)
-    cut = load("digits", Path(), val_fraction=0.125, imbalance="20", head_size=100)
+    whole = load_transfer_set("digits", Path(), val_fraction=0.125)
+    cut = load_transfer_set("digits", Path(), val_fraction=0.125, imbalance="20", head_size=100)
     labels = cut.splits["train"].labels
     assert np.bincount(labels).tolist() == [100, 71, 51, 36, 26, 18, 13, 9, 6, 5]
     for split in ("val", "test"):
         assert cut.splits[split].content == whole.splits[split].content
-    pixels = {row.tobytes() for row in whole.splits["train"].pictures.images.numpy()}  # type: ignore[union-attr]
-    assert {row.tobytes() for row in cut.splits["train"].pictures.images.numpy()} <= pixels  # type: ignore[union-attr]
-    again = load("digits", Path(), val_fraction=0.125, imbalance="20:exponential", head_size=100)
+    pixels = {row.tobytes() for row in whole.splits["train"].images.pixels.numpy()}  # type: ignore[union-attr]
+    assert {row.tobytes() for row in cut.splits["train"].images.pixels.numpy()} <= pixels  # type: ignore[union-attr]
+    again = load_transfer_set("digits", Path(), val_fraction=0.125, imbalance="20:exponential", head_size=100)
     assert again.identity() == cut.identity()
     assert cut.cut == {**whole.cut, "imbalance": "20:exponential", "head_size": 100}
-    other = load("digits", Path(), val_fraction=0.125, imbalance="20", head_size=100, seed=1)
+    other = load_transfer_set("digits", Path(), val_fraction=0.125, imbalance="20", head_size=100, seed=1)
     assert other.splits["train"].content != cut.splits["train"].content
-    golden = long_tailed(np.arange(40) % 2, 2, "4", 8, (0, 12))[0].tolist()
+    golden = select_long_tail(np.arange(40) % 2, 2, "4", 8, (0, 12))[0].tolist()
     assert golden == GOLDEN
 
 
@@ -135,7 +135,7 @@ def test_a_teacher_of_another_cut_is_remarked_on(stages: Stages) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99))
 def test_each_class_is_shown_in_proportion_to_a_power_of_its_rows(labels: list[int], power: float, key: int) -> None:
-    chosen = resampled(np.array(labels), power, (key,))
+    chosen = resample_rows(np.array(labels), power, (key,))
     shown, there = Counter(np.array(labels)[chosen].tolist()), Counter(labels)
     whole = sum(n**power for n in there.values())
     assert len(chosen) == len(labels)
@@ -146,7 +146,7 @@ def test_each_class_is_shown_in_proportion_to_a_power_of_its_rows(labels: list[i
 
 
 def test_at_power_one_every_row_comes_once() -> None:
-    assert sorted(resampled(np.arange(30) % 4, 1.0, (0,)).tolist()) == list(range(30))
+    assert sorted(resample_rows(np.arange(30) % 4, 1.0, (0,)).tolist()) == list(range(30))
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -189,12 +189,12 @@ def test_a_sampler_needs_all_labels(tiny: Path, stages: Stages) -> None:
 
 
 def test_figures_of_a_class_that_validation_lacks_are_not_known(
-    stages: Stages, tmp_path: Path, save_picture: Callable[..., object]
+    stages: Stages, tmp_path: Path, save_image: Callable[..., object]
 ) -> None:
     for c, (name, rows) in enumerate((("ant", 20), ("bee", 10), ("cow", 2))):
         for split, count in (("train", rows), ("test", 3)):
             for k in range(count):
-                save_picture(tmp_path / "pets" / split / name / f"{k}.png", k=50 * c + k)
+                save_image(tmp_path / "pets" / split / name / f"{k}.png", k=50 * c + k)
     data = ("--data", "folder:pets", "--views", "none")
     teacher = stages("teacher", *data, "--arch", "mlp:4", "--epochs", 2, "--select", "f1_macro", "--out", "t")
     stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
@@ -238,7 +238,7 @@ def test_the_command_that_a_teacher_ends_with_makes_a_cache_of_its_own_cut(stage
     (said,) = (line.split(" teacher-cache ")[1] for line in out.splitlines() if line.startswith("next: "))
     stages("teacher-cache", *said.split())
     rows = Cache(Path("caches/digits")).manifest.identity["transfer_set"]
-    own = load("digits", Path(), val_fraction=0.2, imbalance="20", head_size=60, seed=3)
+    own = load_transfer_set("digits", Path(), val_fraction=0.2, imbalance="20", head_size=60, seed=3)
     assert rows == own.identity()
     _, out, _ = stages.call("teacher", *SMALL, "--out", "other")
     assert "--weights other --out caches/digits-2" in out  # the usual folder is taken

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_arrays import MemoryPictures
-from softcache.data.transfer_set import TRANSFER_SETS, Split, TransferSet, load, stratified
+from softcache.data.image_arrays import ImageArrays
+from softcache.data.transfer_set import TRANSFER_SETS, Split, TransferSet, draw_stratified, load_transfer_set
 
 Pixels = NDArray[np.uint8]
 IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
@@ -45,8 +45,8 @@ FASHION = (
 
 
 def images_of(split: Split) -> Pixels:
-    assert isinstance(split.pictures, MemoryPictures)
-    return split.pictures.images.numpy()
+    assert isinstance(split.images, ImageArrays)
+    return split.images.pixels.numpy()
 
 
 # --- digits -------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def images_of(split: Split) -> Pixels:
 
 @pytest.fixture(scope="module")
 def digits() -> TransferSet:
-    return load("digits", Path(), val_fraction=0.125)
+    return load_transfer_set("digits", Path(), val_fraction=0.125)
 
 
 def test_digits_have_1797_rows_in_three_splits(digits: TransferSet) -> None:
@@ -102,11 +102,11 @@ def test_digits_are_pinned_so_that_a_cache_stays_valid(digits: TransferSet) -> N
 
 
 def test_loading_twice_gives_the_same_identity(digits: TransferSet) -> None:
-    assert load("digits", Path("elsewhere"), val_fraction=0.125).identity() == digits.identity()
+    assert load_transfer_set("digits", Path("elsewhere"), val_fraction=0.125).identity() == digits.identity()
 
 
 def test_another_seed_cuts_another_val_split_and_leaves_the_test_split(digits: TransferSet) -> None:
-    other = load("digits", Path(), val_fraction=0.125, seed=1)
+    other = load_transfer_set("digits", Path(), val_fraction=0.125, seed=1)
     assert other.splits["test"].content == digits.splits["test"].content
     assert other.splits["val"].content != digits.splits["val"].content
     shared = {x.tobytes() for x in images_of(other.splits["val"])} & {
@@ -186,7 +186,7 @@ def write_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             write_idx(folder, written)
         else:
             write_cifar(folder, written, monkeypatch)
-        return load(data, tmp_path, val_fraction=0.2)
+        return load_transfer_set(data, tmp_path, val_fraction=0.2)
 
     return call
 
@@ -248,7 +248,7 @@ def test_files_that_are_absent_are_refused_in_one_line_with_the_way_out(
     tmp_path: Path, no_network: None, data: str
 ) -> None:
     with pytest.raises(CacheError) as refusal:
-        load(data, tmp_path, val_fraction=0.1)
+        load_transfer_set(data, tmp_path, val_fraction=0.1)
     said = str(refusal.value)
     assert f"is not under '{tmp_path}' and cannot be downloaded (" in said
     assert "no route to host" in said
@@ -263,11 +263,11 @@ def test_the_folder_that_is_named_when_files_are_absent_is_where_they_are_read(
     write_and_load(data, formula(data, CIFAR.get(data, 10)))
     shutil.move(tmp_path / FOLDERS[data], tmp_path / "aside")
     with pytest.raises(CacheError) as refusal:
-        load(data, tmp_path, val_fraction=0.2)
+        load_transfer_set(data, tmp_path, val_fraction=0.2)
     named = str(refusal.value).split("put its files into '")[1].split("'")[0]
     shutil.rmtree(named, ignore_errors=True)
     shutil.move(tmp_path / "aside", named)
-    assert load(data, tmp_path, val_fraction=0.2).name == data
+    assert load_transfer_set(data, tmp_path, val_fraction=0.2).name == data
 
 
 def test_a_damaged_batch_is_refused(tmp_path: Path, no_network: None, write_and_load: Write) -> None:
@@ -277,14 +277,14 @@ def test_a_damaged_batch_is_refused(tmp_path: Path, no_network: None, write_and_
     content[-100] ^= 1
     batch.write_bytes(content)
     with pytest.raises(CacheError, match="CIFAR10 is not under"):
-        load("cifar10", tmp_path, val_fraction=0.2)
+        load_transfer_set("cifar10", tmp_path, val_fraction=0.2)
 
 
 # --- train_size, val_fraction, names --------------------------------------------------------------------------------
 
 
 def test_train_size_keeps_a_stratified_part_of_the_training_rows(digits: TransferSet) -> None:
-    part = load("digits", Path(), val_fraction=0.125, train_size=200)
+    part = load_transfer_set("digits", Path(), val_fraction=0.125, train_size=200)
     train, whole = part.splits["train"], digits.splits["train"]
     assert len(train) == 200
     for c in range(10):
@@ -299,28 +299,28 @@ def test_train_size_keeps_a_stratified_part_of_the_training_rows(digits: Transfe
 
 
 def test_train_size_of_all_rows_keeps_all(digits: TransferSet) -> None:
-    whole = load("digits", Path(), val_fraction=0.125, train_size=1257)
+    whole = load_transfer_set("digits", Path(), val_fraction=0.125, train_size=1257)
     assert whole.splits["train"].content == digits.splits["train"].content
 
 
 def test_train_size_above_the_training_rows_is_refused_with_both_numbers() -> None:
     with pytest.raises(UsageError, match=r"--train-size 1258 is not between 0 and the 1257 training rows there are"):
-        load("digits", Path(), val_fraction=0.125, train_size=1258)
+        load_transfer_set("digits", Path(), val_fraction=0.125, train_size=1258)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_a_val_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
     with pytest.raises(UsageError, match=rf"--val-fraction {fraction:g} is outside 0 to 1"):
-        load("digits", Path(), val_fraction=fraction)
+        load_transfer_set("digits", Path(), val_fraction=fraction)
 
 
 def test_a_val_fraction_that_takes_every_training_row_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--val-fraction 0\.9999 of 1437 training rows leaves none to train on"):
-        load("digits", Path(), val_fraction=0.9999)
+        load_transfer_set("digits", Path(), val_fraction=0.9999)
 
 
 def test_a_val_fraction_below_one_row_takes_one_row() -> None:
-    assert len(load("digits", Path(), val_fraction=1e-6).splits["val"]) == 1
+    assert len(load_transfer_set("digits", Path(), val_fraction=1e-6).splits["val"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -330,14 +330,14 @@ def test_a_val_fraction_below_one_row_takes_one_row() -> None:
         ("cifar-10", "Did you mean 'cifar10'?"),
         ("folders:x", "no data set 'folders'. Did you mean 'folder"),
         ("", "no data set ''. There are: "),
-        ("folder", "a folder of pictures is named with its path: --data folder:PATH"),
-        ("folder:", "a folder of pictures is named with its path: --data folder:PATH"),
-        ("digits:x", "a folder of pictures is named with its path: --data folder:PATH"),
+        ("folder", "a folder of images is named with its path: --data folder:PATH"),
+        ("folder:", "a folder of images is named with its path: --data folder:PATH"),
+        ("digits:x", "a folder of images is named with its path: --data folder:PATH"),
     ],
 )
 def test_a_data_set_that_does_not_exist_is_refused_with_what_there_is(data: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
-        load(data, Path(), val_fraction=0.1)
+        load_transfer_set(data, Path(), val_fraction=0.1)
     assert message in str(error.value)
 
 
@@ -354,36 +354,36 @@ LABELS = st.lists(st.integers(-1, 6), min_size=1, max_size=200)
 @given(labels=LABELS, part=st.fractions(0, 1), key=st.tuples(st.integers(0, 2**32), st.integers(0, 99)))
 def test_stratified_rows_keep_their_promises(labels: list[int], part: Fraction, key: tuple[int, int]) -> None:
     n, each = round(part * len(labels)), np.array(labels, np.int64)
-    rows = stratified(each, n, key)
+    rows = draw_stratified(each, n, key)
     assert len(rows) == n
     assert rows.tolist() == sorted(set(rows.tolist()))
     assert set(rows.tolist()) <= set(range(len(labels)))
     for label, count in Counter(labels).items():
         share = Fraction(count * n, len(labels))
         assert abs(int((each[rows] == label).sum()) - share) < 1
-    assert np.array_equal(stratified(each, n, key), rows)
+    assert np.array_equal(draw_stratified(each, n, key), rows)
 
 
 @settings(deadline=None)
 @given(half=LABELS, key=st.tuples(st.integers(0, 2**32)))
 def test_stratified_rows_do_not_depend_on_how_classes_are_numbered(half: list[int], key: tuple[int]) -> None:
     labels = np.array(half + half, np.int64)  # half of every class is a whole number: no tie that goes by number
-    assert np.array_equal(stratified(labels, len(half), key), stratified(5 - labels, len(half), key))
+    assert np.array_equal(draw_stratified(labels, len(half), key), draw_stratified(5 - labels, len(half), key))
 
 
 def test_stratified_draws_are_fair_and_depend_on_the_key() -> None:
     labels = np.repeat([0, 1], [300, 100])
     chosen = np.zeros(400, int)
     for seed in range(200):
-        chosen[stratified(labels, 40, (seed, 10))] += 1
+        chosen[draw_stratified(labels, 40, (seed, 10))] += 1
     # Each row is drawn with probability 1/10: mean 20 of 200, standard deviation 4.2; five of them.
     assert chosen.min() >= 1
     assert chosen.max() <= 42
-    assert not np.array_equal(stratified(labels, 40, (0, 10)), stratified(labels, 40, (0, 11)))
+    assert not np.array_equal(draw_stratified(labels, 40, (0, 10)), draw_stratified(labels, 40, (0, 11)))
 
 
 def test_stratified_rows_are_pinned() -> None:
-    assert stratified(np.arange(20) % 3, 6, (0, 10)).tolist() == [7, 9, 12, 14, 16, 17]
+    assert draw_stratified(np.arange(20) % 3, 6, (0, 10)).tolist() == [7, 9, 12, 14, 16, 17]
 
 
 # --- identity -----------------------------------------------------------------------------------------------------
@@ -430,15 +430,15 @@ def test_the_identity_names_data_classes_content_and_cut(digits: TransferSet) ->
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"val_fraction": 0.2}, {"train_size": 100}])
 def test_another_cut_is_another_identity(digits: TransferSet, other: dict[str, float]) -> None:
-    assert load("digits", Path(), **{"val_fraction": 0.125, **other}).identity() != digits.identity()
+    assert load_transfer_set("digits", Path(), **{"val_fraction": 0.125, **other}).identity() != digits.identity()
 
 
 def test_labels_that_are_fewer_than_the_pictures_are_refused(tmp_path: Path) -> None:
     written = formula("mnist", 10)
     written.labels["train"] = written.labels["train"][:-1]
     write_idx(tmp_path / "MNIST" / "raw", written)
-    with pytest.raises(CacheError, match="hold 100 pictures, 99 labels"):
-        load("mnist", tmp_path, val_fraction=0.5)
+    with pytest.raises(CacheError, match="hold 100 images, 99 labels"):
+        load_transfer_set("mnist", tmp_path, val_fraction=0.5)
 
 
 def test_a_file_that_is_no_idx_file_is_refused(tmp_path: Path) -> None:
@@ -446,4 +446,4 @@ def test_a_file_that_is_no_idx_file_is_refused(tmp_path: Path) -> None:
     write_idx(folder, formula("mnist", 10))
     (folder / "train-images-idx3-ubyte").write_bytes(b"not an IDX file, but long enough to be one")
     with pytest.raises(CacheError, match="are damaged"):
-        load("mnist", tmp_path, val_fraction=0.5)
+        load_transfer_set("mnist", tmp_path, val_fraction=0.5)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from softcache.base import rng as counter
+from softcache.base import rng
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_arrays import MemoryPictures
-from softcache.data.image_folder import FolderPictures
-from softcache.data.transfer_set import Split, load
-from softcache.data.views import VIEW_POLICIES, Box, mixup_of, parse_views, render
+from softcache.data.image_arrays import ImageArrays
+from softcache.data.image_folder import ImageFolder
+from softcache.data.transfer_set import Split, load_transfer_set
+from softcache.data.views import VIEW_POLICIES, Box, draw_mixup, parse_views, render
 from softcache.pipeline.loading.stream import Stream, render_in_order
 
 # What each random number is for. A number that changes its meaning makes every cache on disk a liar.
@@ -40,11 +40,11 @@ SPECS = [
 ]
 
 
-def synthetic(n: int, channels: int = 3, size: int = 9) -> MemoryPictures:
-    """Pictures from a formula: no generator, so that a pin is about views alone."""
+def synthetic(n: int, channels: int = 3, size: int = 9) -> ImageArrays:
+    """Images from a formula: no generator, so that a pin is about views alone."""
     i, c, y, x = np.indices((n, channels, size, size))
     values = 37 * i + 91 * c + 5 * y * y + 11 * x + 3 * x * y + 7 * i * x
-    return MemoryPictures(torch.from_numpy((values % 256).astype(np.uint8)))
+    return ImageArrays(torch.from_numpy((values % 256).astype(np.uint8)))
 
 
 def rows(*index: int) -> NDArray[np.int64]:
@@ -52,26 +52,26 @@ def rows(*index: int) -> NDArray[np.int64]:
 
 
 @pytest.fixture(scope="module")
-def mixed_folder(tmp_path_factory: pytest.TempPathFactory, save_picture: Callable[..., Image.Image]) -> Path:
-    """64 training pictures in two classes, no two neighbours of one size; some are wide, some tall, some tiny."""
+def mixed_folder(tmp_path_factory: pytest.TempPathFactory, save_image: Callable[..., Image.Image]) -> Path:
+    """64 training images in two classes, no two neighbours of one size; some are wide, some tall, some tiny."""
     root = tmp_path_factory.mktemp("mixed")
     for k in range(64):
         width, height = 5 + (7 * k) % 16, 6 + (5 * k) % 13
-        save_picture(root / "train" / f"class{k % 2}" / f"{k:02}.png", width, height, k)
+        save_image(root / "train" / f"class{k % 2}" / f"{k:02}.png", width, height, k)
     for k in range(2):
-        save_picture(root / "test" / f"class{k}" / "a.png", 9, 9, k)
+        save_image(root / "test" / f"class{k}" / "a.png", 9, 9, k)
     return root
 
 
 @pytest.fixture(scope="module")
-def mixed_pictures(mixed_folder: Path) -> FolderPictures:
+def mixed_images(mixed_folder: Path) -> ImageFolder:
     names = tuple(sorted(p.relative_to(mixed_folder).as_posix() for p in mixed_folder.glob("train/*/*.png")))
-    return FolderPictures(mixed_folder, names, "RGB", 0)
+    return ImageFolder(mixed_folder, names, "RGB", 0)
 
 
 @pytest.fixture
 def mixed_train(mixed_folder: Path) -> Split:
-    return load(f"folder:{mixed_folder}", Path(), val_fraction=0.25).splits["train"]
+    return load_transfer_set(f"folder:{mixed_folder}", Path(), val_fraction=0.25).splits["train"]
 
 
 # --- pinned to the bit --------------------------------------------------------------------------------------------
@@ -96,13 +96,13 @@ def test_views_are_pinned_to_the_bit(spec: str, seed: int, index: int, draw: int
 
 def test_the_pins_cover_every_policy_and_a_view_that_is_flipped() -> None:
     assert {spec.partition(":")[0] for spec, *_ in GOLDEN} == set(VIEW_POLICIES)
-    turned = {int(counter.integers((seed, draw, FLIP), rows(i), 2)[0]) for s, seed, i, draw in GOLDEN if "flip" in s}
+    turned = {int(rng.integers((seed, draw, FLIP), rows(i), 2)[0]) for s, seed, i, draw in GOLDEN if "flip" in s}
     assert turned == {0, 1}
 
 
 def test_a_crop_is_pinned_pixel_by_pixel() -> None:
-    picture = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
-    view = render(MemoryPictures(picture.expand(4, 1, 5, 5)), parse_views("crop:pad=2"), 0, rows(2), 2)
+    image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
+    view = render(ImageArrays(image.expand(4, 1, 5, 5)), parse_views("crop:pad=2"), 0, rows(2), 2)
     assert view[0, 0].tolist() == [
         [0, 0, 0, 0, 0],
         [3, 4, 5, 0, 0],
@@ -115,25 +115,23 @@ def test_a_crop_is_pinned_pixel_by_pixel() -> None:
 def test_the_hash_is_splitmix64() -> None:
     # The published sequence of SplitMix64 from seed 0, which an empty key leaves untouched.
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B]
-    assert counter.bits((), np.arange(5)).tolist() == published
+    assert rng.bits((), np.arange(5)).tolist() == published
 
 
 def test_counter_numbers_are_pinned() -> None:
-    assert counter.bits((1, 2, 3), rows(0, 1, 2**40)).tolist() == [
+    assert rng.bits((1, 2, 3), rows(0, 1, 2**40)).tolist() == [
         0x214D4C07ECFEAAC5,
         0x6FF419CB83DFE1E6,
         0x8B20A75BB0E65277,
     ]
-    assert (
-        counter.bits((-1,), rows(5)).tolist() == counter.bits((2**64 - 1,), rows(5)).tolist() == [0x276EBC0E52F41C24]
-    )
-    assert counter.integers((7,), np.arange(12), 9).tolist() == [6, 5, 4, 5, 3, 1, 8, 8, 7, 1, 8, 3]
-    assert counter.uniform((0, 5), np.arange(3)).tolist() == [
+    assert rng.bits((-1,), rows(5)).tolist() == rng.bits((2**64 - 1,), rows(5)).tolist() == [0x276EBC0E52F41C24]
+    assert rng.integers((7,), np.arange(12), 9).tolist() == [6, 5, 4, 5, 3, 1, 8, 8, 7, 1, 8, 3]
+    assert rng.uniform((0, 5), np.arange(3)).tolist() == [
         0.05805669817305514,
         0.7108318915884554,
         0.34717590356492045,
     ]
-    assert counter.permutation((4, 1), 10).tolist() == [1, 0, 6, 7, 9, 4, 2, 8, 5, 3]
+    assert rng.permutation((4, 1), 10).tolist() == [1, 0, 6, 7, 9, 4, 2, 8, 5, 3]
 
 
 def plain_bits(key: tuple[int, ...], count: int) -> int:
@@ -157,15 +155,15 @@ KEYS = st.lists(st.integers(-(2**63), 2**64 - 1), max_size=4).map(tuple)
 @given(KEYS, st.lists(st.integers(0, 2**62), min_size=1, max_size=5), st.integers(1, 2**31 - 1))
 def test_counter_agrees_with_plain_integers(key: tuple[int, ...], counts: list[int], below: int) -> None:
     expected = [plain_bits(key, count) for count in counts]
-    assert counter.bits(key, rows(*counts)).tolist() == expected
-    assert counter.integers(key, rows(*counts), below).tolist() == [(x >> 32) * below >> 32 for x in expected]
-    assert counter.uniform(key, rows(*counts)).tolist() == [(x >> 11) / 2**53 for x in expected]
+    assert rng.bits(key, rows(*counts)).tolist() == expected
+    assert rng.integers(key, rows(*counts), below).tolist() == [(x >> 32) * below >> 32 for x in expected]
+    assert rng.uniform(key, rows(*counts)).tolist() == [(x >> 11) / 2**53 for x in expected]
 
 
 @settings(deadline=None)
 @given(KEYS, st.integers(0, 300))
 def test_a_permutation_holds_every_number_once(key: tuple[int, ...], n: int) -> None:
-    assert sorted(counter.permutation(key, n).tolist()) == list(range(n))
+    assert sorted(rng.permutation(key, n).tolist()) == list(range(n))
 
 
 # --- a view depends on nothing else -------------------------------------------------------------------------------
@@ -189,15 +187,13 @@ def test_a_view_does_not_depend_on_its_batch(spec: str, seed: int, draw: int, in
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("where", ["memory", "folder"])
-def test_64_at_once_or_one_by_one_or_backwards_are_equal(
-    where: str, spec: str, mixed_pictures: FolderPictures
-) -> None:
-    pictures = MANY if where == "memory" else mixed_pictures
+def test_64_at_once_or_one_by_one_or_backwards_are_equal(where: str, spec: str, mixed_images: ImageFolder) -> None:
+    images = MANY if where == "memory" else mixed_images
     policy = parse_views(spec if "size=" in spec else f"{spec}{',' if ':' in spec else ':'}size=9")
     every = np.arange(64)
-    whole = render(pictures, policy, 5, every, 2)
+    whole = render(images, policy, 5, every, 2)
     for order, size in ((every, 1), (every, 7), (every[::-1].copy(), 10)):
-        parts = [render(pictures, policy, 5, part, 2) for part in np.array_split(order, -(-64 // size))]
+        parts = [render(images, policy, 5, part, 2) for part in np.array_split(order, -(-64 // size))]
         assert torch.equal(torch.cat(parts), whole[torch.from_numpy(order)])
 
 
@@ -205,10 +201,10 @@ def test_64_at_once_or_one_by_one_or_backwards_are_equal(
 def test_pictures_in_files_and_in_memory_give_equal_views(spec: str, tmp_path: Path) -> None:
     stored = synthetic(12)
     names = []
-    for i, image in enumerate(stored.images):
+    for i, image in enumerate(stored.pixels):
         names.append(f"{i:02}.png")
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / names[-1])
-    filed = FolderPictures(tmp_path, tuple(names), "RGB", 9)
+    filed = ImageFolder(tmp_path, tuple(names), "RGB", 9)
     index, policy = np.arange(12), parse_views(spec)
     assert torch.equal(render(filed, policy, 1, index, 3), render(stored, policy, 1, index, 3))
 
@@ -229,10 +225,10 @@ def test_global_generators_are_neither_used_nor_moved(spec: str) -> None:
 
 
 def test_rendering_leaves_the_pictures_as_they_were() -> None:
-    pictures = synthetic(12)
+    images = synthetic(12)
     for spec in SPECS:
-        render(pictures, parse_views(spec), 0, np.arange(12), 0).zero_()
-    assert torch.equal(pictures.images, synthetic(12).images)
+        render(images, parse_views(spec), 0, np.arange(12), 0).zero_()
+    assert torch.equal(images.pixels, synthetic(12).pixels)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -252,7 +248,7 @@ def seen_by_teacher(split: Split, spec: str, draws: int, workers: int = 0) -> di
     batches = np.array_split(np.arange(len(split)), 5)
     seen = {}
     for draw in range(draws):
-        rendered = list(render_in_order(split.pictures, parse_views(spec), 9, batches, draw, workers))
+        rendered = list(render_in_order(split.images, parse_views(spec), 9, batches, draw, workers))
         assert [len(views) for views in rendered] == [len(batch) for batch in batches]
         for batch, views in zip(batches, rendered, strict=True):
             seen |= {(int(i), draw): view for i, view in zip(batch, views, strict=True)}
@@ -324,16 +320,16 @@ def test_stage_one_renders_the_same_pixels_with_and_without_workers(mixed_train:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning", "ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_breaks_is_named_wherever_it_is_decoded(
-    tmp_path: Path, save_picture: Callable[..., Image.Image], workers: int
+    tmp_path: Path, save_image: Callable[..., Image.Image], workers: int
 ) -> None:
     for k in range(6):
-        save_picture(tmp_path / f"{k}.png", k=k)
+        save_image(tmp_path / f"{k}.png", k=k)
     whole = (tmp_path / "4.png").read_bytes()
     (tmp_path / "4.png").write_bytes(whole[: len(whole) // 2])
-    pictures = FolderPictures(tmp_path, tuple(f"{k}.png" for k in range(6)), "RGB", 8)
-    rendered = render_in_order(pictures, parse_views("none"), 0, np.array_split(np.arange(6), 3), 0, workers)
+    images = ImageFolder(tmp_path, tuple(f"{k}.png" for k in range(6)), "RGB", 8)
+    rendered = render_in_order(images, parse_views("none"), 0, np.array_split(np.arange(6), 3), 0, workers)
     assert len(next(rendered)) == len(next(rendered)) == 2
-    with pytest.raises(CacheError, match=r"the picture .*4\.png cannot be decoded: ") as refusal:
+    with pytest.raises(CacheError, match=r"the image .*4\.png cannot be decoded: ") as refusal:
         next(rendered)
     assert "\n" not in str(refusal.value)
 
@@ -343,17 +339,17 @@ def test_a_picture_that_breaks_is_named_wherever_it_is_decoded(
 
 @pytest.mark.parametrize(("pad", "draw"), [(1, 0), (4, 0), (4, 7), (12, 2)])
 def test_a_crop_is_zero_padding_and_a_slice(pad: int, draw: int) -> None:
-    pictures, index = synthetic(40), np.arange(40)
-    views = render(pictures, parse_views(f"crop:pad={pad}"), 6, index, draw).numpy()
-    tops = counter.integers((6, draw, TOP), index, 2 * pad + 1)
-    lefts = counter.integers((6, draw, LEFT), index, 2 * pad + 1)
-    padded = np.pad(pictures.images.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    images, index = synthetic(40), np.arange(40)
+    views = render(images, parse_views(f"crop:pad={pad}"), 6, index, draw).numpy()
+    tops = rng.integers((6, draw, TOP), index, 2 * pad + 1)
+    lefts = rng.integers((6, draw, LEFT), index, 2 * pad + 1)
+    padded = np.pad(images.pixels.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     for i, top, left in zip(index, tops, lefts, strict=True):
         assert np.array_equal(views[i], padded[i, :, top : top + 9, left : left + 9])
 
 
 def test_a_crop_without_padding_is_the_picture() -> None:
-    assert torch.equal(render(MANY, parse_views("crop:pad=0"), 0, np.arange(64), 0), MANY.images)
+    assert torch.equal(render(MANY, parse_views("crop:pad=0"), 0, np.arange(64), 0), MANY.pixels)
 
 
 @pytest.mark.parametrize(("flipping", "still"), [("crop-flip:pad=0", "none"), ("crop-flip:pad=4", "crop:pad=4")])
@@ -361,7 +357,7 @@ def test_a_flip_mirrors_left_and_right_and_nothing_else(flipping: str, still: st
     index = np.arange(64)
     views = render(MANY, parse_views(flipping), 2, index, 5).numpy()
     unturned = render(MANY, parse_views(still), 2, index, 5).numpy()
-    turned = counter.integers((2, 5, FLIP), index, 2)
+    turned = rng.integers((2, 5, FLIP), index, 2)
     assert 0 < turned.sum() < 64
     for i in index:
         assert np.array_equal(views[i], unturned[i, :, :, ::-1] if turned[i] else unturned[i])
@@ -371,7 +367,7 @@ def test_a_flip_mirrors_left_and_right_and_nothing_else(flipping: str, still: st
 @pytest.mark.parametrize("alpha", [0.2, 1, 50])
 def test_mixup_is_one_rounded_sum_of_two_views(spec: str, alpha: float) -> None:
     policy, index = parse_views(f"{spec}:mixup={alpha}"), np.arange(64)
-    partner, share = mixup_of(policy, 8, index, 4, 64)
+    partner, share = draw_mixup(policy, 8, index, 4, 64)
     own = render(MANY, parse_views(spec), 8, index, 4).numpy().astype(int)
     other = render(MANY, parse_views(spec), 8, partner, 4).numpy().astype(int)
     w = share[:, None, None, None]
@@ -381,20 +377,20 @@ def test_mixup_is_one_rounded_sum_of_two_views(spec: str, alpha: float) -> None:
 
 def test_a_mixup_partner_is_any_picture_but_the_view_s_own() -> None:
     policy, index = parse_views("none:mixup=1"), np.arange(500)
-    partner, _ = mixup_of(policy, 0, index, 3, 500)
-    assert np.array_equal(partner, (index + 1 + counter.integers((0, 3, PARTNER), index, 499)) % 500)
-    pairs = {(i, int(mixup_of(policy, 0, rows(i), draw, 5)[0][0])) for i in range(5) for draw in range(60)}
+    partner, _ = draw_mixup(policy, 0, index, 3, 500)
+    assert np.array_equal(partner, (index + 1 + rng.integers((0, 3, PARTNER), index, 499)) % 500)
+    pairs = {(i, int(draw_mixup(policy, 0, rows(i), draw, 5)[0][0])) for i in range(5) for draw in range(60)}
     assert pairs == {(i, j) for i in range(5) for j in range(5) if i != j}
 
 
 def test_a_picture_that_is_alone_is_mixed_with_itself() -> None:
     alone = synthetic(1)
-    assert torch.equal(render(alone, parse_views("none:mixup=1"), 0, rows(0), 0), alone.images)
+    assert torch.equal(render(alone, parse_views("none:mixup=1"), 0, rows(0), 0), alone.pixels)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 1, 4])
 def test_mixup_shares_follow_the_beta_distribution(alpha: float) -> None:
-    _, share = mixup_of(parse_views(f"none:mixup={alpha}"), 0, np.arange(40_000), 0, 40_000)
+    _, share = draw_mixup(parse_views(f"none:mixup={alpha}"), 0, np.arange(40_000), 0, 40_000)
     assert share.min() >= 0
     assert share.max() <= 256
     # Mean 1/2, variance 1 / (4 (2 alpha + 1)); four standard errors.
@@ -404,7 +400,7 @@ def test_mixup_shares_follow_the_beta_distribution(alpha: float) -> None:
 
 
 class Boxes:
-    """Pictures of given sizes that note which boxes are asked for and hold no pixels."""
+    """Images of given sizes that note which boxes are asked for and hold no pixels."""
 
     def __init__(self, *sizes: tuple[int, int]):
         self.sizes = sizes
@@ -413,10 +409,10 @@ class Boxes:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+    def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
         raise AssertionError("a resized crop asks for boxes")
 
-    def boxed(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+    def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
         self.asked += [box(row, *self.sizes[i]) for row, i in enumerate(index)]
         return torch.zeros(len(index), 3, size, size, dtype=torch.uint8)
 
@@ -429,7 +425,7 @@ class Boxes:
     seed=st.integers(0, 2**63),
     draw=st.integers(0, 999),
 )
-def test_a_resized_crop_keeps_its_promises_for_pictures_of_any_form(
+def test_a_resized_crop_keeps_its_promises_for_images_of_any_form(
     min_scale: float, width: int, height: int, seed: int, draw: int
 ) -> None:
     probe = Boxes(*[(width, height)] * 8)
@@ -443,7 +439,7 @@ def test_a_resized_crop_keeps_its_promises_for_pictures_of_any_form(
         w, h = right - left, bottom - top
         assert (w + 0.5) / (h - 0.5) >= 3 / 4
         assert (w - 0.5) / (h + 0.5) <= 4 / 3
-        # A picture more elongated than 4/3 has no such box of its whole area: then as much as there is.
+        # A image more elongated than 4/3 has no such box of its whole area: then as much as there is.
         most = min(width * height, 4 / 3 * min(width, height) ** 2)
         assert (w + 0.5) * (h + 0.5) >= min(min_scale * width * height, most)
 
@@ -471,29 +467,29 @@ def test_resized_crops_spread_over_area_ratio_and_place() -> None:
 def test_a_resized_crop_of_the_whole_area_of_a_square_is_the_picture() -> None:
     index = np.arange(64)
     views = render(MANY, parse_views("resized-crop-flip:min_scale=1"), 0, index, 0).numpy()
-    turned = counter.integers((0, 0, FLIP), index, 2)
+    turned = rng.integers((0, 0, FLIP), index, 2)
     for i in index:
-        whole = MANY.images[i].numpy()
+        whole = MANY.pixels[i].numpy()
         assert np.array_equal(views[i], whole[:, :, ::-1] if turned[i] else whole)
 
 
-def test_a_resized_crop_is_what_pillow_makes_of_its_box(mixed_pictures: FolderPictures) -> None:
+def test_a_resized_crop_is_what_pillow_makes_of_its_box(mixed_images: ImageFolder) -> None:
     index, policy = np.arange(64), parse_views("resized-crop-flip:size=7")
-    images = [Image.open(mixed_pictures.root / name) for name in mixed_pictures.names]
+    images = [Image.open(mixed_images.root / name) for name in mixed_images.names]
     probe = Boxes(*[image.size for image in images])
     render(probe, policy, 1, index, 6)
-    turned = counter.integers((1, 6, FLIP), index, 2)
-    views = render(mixed_pictures, policy, 1, index, 6).numpy()
+    turned = rng.integers((1, 6, FLIP), index, 2)
+    views = render(mixed_images, policy, 1, index, 6).numpy()
     for view, image, box, turn in zip(views, images, probe.asked, turned, strict=True):
         expected = np.asarray(image.resize((7, 7), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)
         assert np.array_equal(view, expected[:, :, ::-1] if turn else expected)
         image.close()
 
 
-def test_a_plain_view_of_another_size_is_a_scaled_centre(mixed_pictures: FolderPictures) -> None:
-    views = render(mixed_pictures, parse_views("none:size=8,resize=12"), 0, np.arange(64), 0).numpy()
-    for view, name in zip(views, mixed_pictures.names, strict=True):
-        with Image.open(mixed_pictures.root / name) as image:
+def test_a_plain_view_of_another_size_is_a_scaled_centre(mixed_images: ImageFolder) -> None:
+    views = render(mixed_images, parse_views("none:size=8,resize=12"), 0, np.arange(64), 0).numpy()
+    for view, name in zip(views, mixed_images.names, strict=True):
+        with Image.open(mixed_images.root / name) as image:
             scale = 12 / min(image.size)
             width, height = round(image.width * scale), round(image.height * scale)
             scaled = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
@@ -503,7 +499,7 @@ def test_a_plain_view_of_another_size_is_a_scaled_centre(mixed_pictures: FolderP
 
 
 def test_held_out_views_have_the_size_of_the_training_views_and_nothing_random() -> None:
-    policy = parse_views("resized-crop-flip:size=8,resize=10,mixup=1").plain()
+    policy = parse_views("resized-crop-flip:size=8,resize=10,mixup=1").without_augmentation()
     assert policy == parse_views("none:size=8,resize=10")
     assert torch.equal(render(MANY, policy, 0, np.arange(64), 0), render(MANY, policy, 1, np.arange(64), 5))
 
@@ -512,10 +508,10 @@ def test_held_out_views_have_the_size_of_the_training_views_and_nothing_random()
 
 
 def offsets(n: int, seed: int, draw: int) -> list[tuple[int, int]]:
-    """Where crops of pad 4 put the one bright pixel in the middle of a 9 x 9 picture."""
-    picture = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
-    picture[0, 0, 4, 4] = 255
-    views = render(MemoryPictures(picture.expand(n, 1, 9, 9)), parse_views("crop"), seed, np.arange(n), draw)
+    """Where crops of pad 4 put the one bright pixel in the middle of a 9 x 9 image."""
+    image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    image[0, 0, 4, 4] = 255
+    views = render(ImageArrays(image.expand(n, 1, 9, 9)), parse_views("crop"), seed, np.arange(n), draw)
     places = views.view(n, 81).argmax(1).tolist()
     assert int((views == 255).sum()) == n
     return [divmod(place, 9) for place in places]
@@ -543,7 +539,7 @@ def test_draws_and_seeds_are_independent_of_each_other() -> None:
 def test_about_half_of_the_views_are_flipped(spec: str) -> None:
     n = 4096
     ramp = torch.arange(0, 250, 10, dtype=torch.uint8).expand(n, 1, 25, 25)
-    views = render(MemoryPictures(ramp), parse_views(spec), 0, np.arange(n), 0).int()
+    views = render(ImageArrays(ramp), parse_views(spec), 0, np.arange(n), 0).int()
     turned = views[:, 0, 12, 10] > views[:, 0, 12, 14]  # the ramp rises from left to right
     assert abs(int(turned.sum()) - n / 2) < 4 * (n / 4) ** 0.5
 
@@ -557,7 +553,7 @@ def test_different_draws_show_different_views(spec: str) -> None:
 
 def test_the_plain_view_is_the_same_in_every_draw() -> None:
     for draw in range(3):
-        assert torch.equal(render(MANY, parse_views("none"), draw, np.arange(64), draw), MANY.images)
+        assert torch.equal(render(MANY, parse_views("none"), draw, np.arange(64), draw), MANY.pixels)
 
 
 # --- what a user writes -------------------------------------------------------------------------------------------
@@ -566,10 +562,10 @@ def test_the_plain_view_is_the_same_in_every_draw() -> None:
 def test_a_spec_sets_the_knobs_and_keeps_the_rest() -> None:
     policy = parse_views("crop-flip:pad=2,mixup=0.2,size=32")
     assert (policy.name, policy.crop, policy.flip, policy.pad) == ("crop-flip", True, True, 2)
-    assert policy.knobs() == {"pad": 2, "mixup": 0.2, "size": 32, "resize": 0}
-    assert parse_views("resized-crop-flip").knobs() == {"min_scale": 0.08, "mixup": 0, "size": 0, "resize": 0}
-    assert parse_views("crop").knobs()["pad"] == 4
-    assert [isinstance(policy.knobs()[knob], int) for knob in ("pad", "size")] == [True, True]
+    assert policy.parameters() == {"pad": 2, "mixup": 0.2, "size": 32, "resize": 0}
+    assert parse_views("resized-crop-flip").parameters() == {"min_scale": 0.08, "mixup": 0, "size": 0, "resize": 0}
+    assert parse_views("crop").parameters()["pad"] == 4
+    assert [isinstance(policy.parameters()[knob], int) for knob in ("pad", "size")] == [True, True]
 
 
 @settings(deadline=None)
@@ -583,10 +579,10 @@ def test_every_spec_that_is_taken_has_the_knobs_it_was_given(data: st.DataObject
         "min_scale": st.floats(0.001, 1),
         "mixup": st.floats(0, 4096),
     }
-    knobs = {knob: ranges[knob] for knob in VIEW_POLICIES[name].knobs()}
+    knobs = {knob: ranges[knob] for knob in VIEW_POLICIES[name].parameters()}
     given_ = data.draw(st.fixed_dictionaries({}, optional=knobs))
     spec = name + ":" * bool(given_) + ",".join(f"{knob}={value!r}" for knob, value in given_.items())
-    assert parse_views(spec).knobs() == {**VIEW_POLICIES[name].knobs(), **given_}
+    assert parse_views(spec).parameters() == {**VIEW_POLICIES[name].parameters(), **given_}
 
 
 @pytest.mark.parametrize(

@@ -59,16 +59,16 @@ def home_with_cache(tiny: Path, folder: Path, *more: str) -> Path:
     return folder
 
 
-def save_pets(root: Path, save_picture: Callable[..., Any]) -> None:
-    """A folder of RGB pictures of 8 x 8: the classes cat and dog, 12 of each to train on, 3 to test."""
+def save_pets(root: Path, save_image: Callable[..., Any]) -> None:
+    """A folder of RGB images of 8 x 8: the classes cat and dog, 12 of each to train on, 3 to test."""
     for split, count in (("train", 12), ("test", 3)):
         for c, name in enumerate(("cat", "dog")):
             for k in range(count):
-                save_picture(root / split / name / f"{k}.png", k=10 * count + 5 * k + c)
+                save_image(root / split / name / f"{k}.png", k=10 * count + 5 * k + c)
 
 
 def save_pets_teacher(path: Path, seed: int = 0) -> None:
-    """Weights of an `mlp:4` for two classes of pictures, 3 x 8 x 8."""
+    """Weights of an `mlp:4` for two classes of images, 3 x 8 x 8."""
     torch.manual_seed(seed)
     torch.save(build("mlp:4", 2, 3, 8).state_dict(), path)
 

@@ -101,7 +101,7 @@ class Trap:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def _fork(self) -> None:
-        """A child that outlives its parent, as a worker that decodes pictures may; it prints its number."""
+        """A child that outlives its parent, as a worker that decodes images may; it prints its number."""
         pid = os.fork()
         while pid == 0:
             signal.pause()

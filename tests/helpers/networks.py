@@ -6,7 +6,7 @@ from torch import nn
 
 
 def logits_of(network: nn.Module, channels: int, size: int, B: int = 3) -> torch.Tensor:
-    """What a network in eval mode says about B random pictures."""
+    """What a network in eval mode says about B random images."""
     with torch.no_grad():
         logits: torch.Tensor = network.eval()(torch.rand(B, channels, size, size))
     return logits

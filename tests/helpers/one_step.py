@@ -28,7 +28,7 @@ TEACHER = "resnet8x4"
 
 @cache
 def taught(B: int, K: int) -> tuple[TargetBatch, Head, dict[str, torch.Tensor]]:
-    """What a teacher says of B pictures of noise, as a cache gives it; its last layer; 40 rows of each tap."""
+    """What a teacher says of B images of noise, as a cache gives it; its last layer; 40 rows of each tap."""
     torch.manual_seed(0)
     network = build(TEACHER, K, 1, 8)
     teacher = Prepared(network, PREPARATION).eval()

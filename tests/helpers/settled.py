@@ -1,4 +1,4 @@
-"""Networks whose logits differ from picture to picture, after a short training."""
+"""Networks whose logits differ from image to image, after a short training."""
 
 import torch
 import torch.nn.functional as F

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcache.base.threads import by_threads
+from softcache.base.threads import map_in_threads
 from softcache.pipeline.loading.prefetch import by_thread
 from softcache.stages.teacher_cache.background import Behind
 from tests.helpers.commands import Stages, tiny_cache_command
@@ -29,12 +29,12 @@ def ahead() -> None:
 def behind() -> None:
     with Behind() as writing:
         while True:
-            writing.do(int)
+            writing.submit(int)
             writing.look()
 
 
 def at_once() -> None:
-    for _ in by_threads(str, range(1 << 40), 2):
+    for _ in map_in_threads(str, range(1 << 40), 2):
         pass
 
 
@@ -81,13 +81,13 @@ def test_answers_of_threads_come_in_order_and_errors_where_they_belong() -> None
 
     found: list[int] = []
     with pytest.raises(OSError, match="unreadable"):
-        found.extend(by_threads(work, range(100), 4))
+        found.extend(map_in_threads(work, range(100), 4))
     assert found == [number * number for number in range(70)]
 
 
 def test_no_more_is_asked_of_threads_than_they_can_soon_do() -> None:
     taken: list[int] = []
-    answers = by_threads(str, (taken.append(i) or i for i in range(1000)), 2)  # type: ignore[func-returns-value]
+    answers = map_in_threads(str, (taken.append(i) or i for i in range(1000)), 2)  # type: ignore[func-returns-value]
     assert [next(answers) for _ in range(3)] == ["0", "1", "2"]
     assert len(taken) < 20
     answers.close()

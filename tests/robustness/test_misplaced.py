@@ -37,7 +37,7 @@ def swap(cache: Path) -> None:
 
 
 def test_two_shards_of_one_size_that_were_exchanged_are_both_named(cache: Path, stages: Stages) -> None:
-    """The same rows of the same pictures in two draws: nothing but the checksum tells them apart."""
+    """The same rows of the same images in two draws: nothing but the checksum tells them apart."""
     make_of_one_size(cache)
     stages("check-cache", cache)
     swap(cache)

@@ -3,13 +3,13 @@
 from softcache.base.errors import UsageError
 
 
-def takes_no_argument(arch: str, argument: str) -> None:
+def check_no_argument(arch: str, argument: str) -> None:
     """Raises UsageError where something follows the colon."""
     if argument:
         raise UsageError(f"arch '{arch}:{argument}': {arch} takes no argument")
 
 
-def takes_pictures_of(least: int, arch: str, size: int) -> None:
-    """Raises UsageError where pooling would leave nothing of a picture."""
+def check_image_size(least: int, arch: str, size: int) -> None:
+    """Raises UsageError where pooling would leave nothing of a image."""
     if size < least:
-        raise UsageError(f"arch '{arch}' needs pictures of at least {least} px, these are {size} px")
+        raise UsageError(f"arch '{arch}' needs images of at least {least} px, these are {size} px")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import takes_no_argument
+from .checks import check_no_argument
 
 
 class Block(nn.Module):
@@ -69,7 +69,7 @@ class CifarResNet(nn.Module):
     @staticmethod
     def build(depth: int, wide: bool, argument: str, classes: int, channels: int, size: int) -> "CifarResNet":
         """The row of the table of archs."""
-        takes_no_argument(f"resnet{depth}x4" if wide else f"resnet{depth}", argument)
+        check_no_argument(f"resnet{depth}x4" if wide else f"resnet{depth}", argument)
         return CifarResNet(depth, classes, channels, wide)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .checks import takes_no_argument, takes_pictures_of
+from .checks import check_image_size, check_no_argument
 
 
 def cnn(argument: str, classes: int, channels: int, size: int) -> nn.Sequential:
@@ -12,8 +12,8 @@ def cnn(argument: str, classes: int, channels: int, size: int) -> nn.Sequential:
 
     The last map is averaged down to 4 x 4 where it is larger, so that the linear layer does not outgrow the rest.
     """
-    takes_no_argument("cnn", argument)
-    takes_pictures_of(4, "cnn", size)
+    check_no_argument("cnn", argument)
+    check_image_size(4, "cnn", size)
     side = min(4, size // 4)
     return nn.Sequential(
         OrderedDict(

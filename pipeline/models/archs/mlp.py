@@ -8,7 +8,7 @@ from softcache.base.errors import UsageError
 
 
 def mlp(widths: str, classes: int, channels: int, size: int) -> nn.Sequential:
-    """`mlp:800,800`: hidden layers `hidden1`, `relu1`, … and `linear` on the flattened picture."""
+    """`mlp:800,800`: hidden layers `hidden1`, `relu1`, … and `linear` on the flattened image."""
     try:
         hidden = [int(w) for w in widths.split(",")]
     except ValueError:

@@ -8,7 +8,7 @@ convolution too, at expansion 1. The last convolution keeps 1,280 channels at ha
 import torch
 from torch import nn
 
-from .checks import takes_no_argument
+from .checks import check_no_argument
 
 
 class Block(nn.Module):
@@ -55,7 +55,7 @@ class MobileNetV2(nn.Module):
     @staticmethod
     def build(argument: str, classes: int, channels: int, size: int) -> "MobileNetV2":
         """The row of the table of archs."""
-        takes_no_argument("mobilenet_v2", argument)
+        check_no_argument("mobilenet_v2", argument)
         return MobileNetV2(classes, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import takes_no_argument
+from .checks import check_no_argument
 
 
 def shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ class ShuffleNetV1(nn.Module):
     @staticmethod
     def build(argument: str, classes: int, channels: int, size: int) -> "ShuffleNetV1":
         """The row of the table of archs."""
-        takes_no_argument("shufflenet_v1", argument)
+        check_no_argument("shufflenet_v1", argument)
         return ShuffleNetV1(classes, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class ShuffleNetV2(nn.Module):
     @staticmethod
     def build(argument: str, classes: int, channels: int, size: int) -> "ShuffleNetV2":
         """The row of the table of archs."""
-        takes_no_argument("shufflenet_v2", argument)
+        check_no_argument("shufflenet_v2", argument)
         return ShuffleNetV2(classes, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""Any classification model of torchvision, fitted to the data's classes, channels and picture size."""
+"""Any classification model of torchvision, fitted to the data's classes, channels and image size."""
 
 import torch
 import torchvision
 from torch import nn
 
-from softcache.base.errors import CacheError, UsageError, unknown
+from softcache.base.errors import CacheError, UsageError, unknown_name_error
 
-SMALL = 64  # pictures under so many pixels get a stem that does not shrink them
+SMALL = 64  # images under so many pixels get a stem that does not shrink them
 _SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 
 
@@ -14,10 +14,10 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
     """`torchvision:resnet18` with fresh weights.
 
     Under 64 px the first convolution keeps the resolution (3 x 3, stride 1) and a pooling that follows it is
-    left out, as is usual for CIFAR. Raises UsageError for a model that cannot take such pictures.
+    left out, as is usual for CIFAR. Raises UsageError for a model that cannot take such images.
     """
     if not is_known(name):
-        raise unknown("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
+        raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     options: dict[str, object] = {"weights": None, "num_classes": classes}
     if name in _SEVERAL_OUTPUTS:
         options |= {"aux_logits": False, "init_weights": True}  # one output; and no FutureWarning
@@ -30,7 +30,7 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
             network.eval()(torch.zeros(1, channels, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UsageError(
-            f"torchvision:{name} cannot take pictures of {size} px ({str(error)[:90]}): try another --views size"
+            f"torchvision:{name} cannot take images of {size} px ({str(error)[:90]}): try another --views size"
         ) from None
     return network.train()
 
@@ -41,12 +41,12 @@ def is_known(name: str) -> bool:
 
 
 def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], list[float], list[str]]:
-    """The DEFAULT weights of a torchvision model: state dict, picture size, mean, std, classes in order.
+    """The DEFAULT weights of a torchvision model: state dict, image size, mean, std, classes in order.
 
     Downloads them when they are not at hand. Raises UsageError or CacheError where there are none.
     """
     if not is_known(name):
-        raise unknown("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
+        raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
@@ -65,7 +65,7 @@ def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], lis
 
 
 def _fit_stem(network: nn.Module, channels: int, size: int) -> None:
-    """Replace the first convolution where channels or small pictures ask for it, keeping its kind."""
+    """Replace the first convolution where channels or small images ask for it, keeping its kind."""
     path, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
     small = size < SMALL and max(first.stride) > 1 and first.kernel_size != first.stride
     if first.in_channels == channels and not small:

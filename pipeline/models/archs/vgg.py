@@ -7,7 +7,7 @@ place of two. One linear layer takes the place of three, and nothing is pooled b
 import torch
 from torch import nn
 
-from .checks import takes_no_argument, takes_pictures_of
+from .checks import check_image_size, check_no_argument
 
 
 class VGG(nn.Module):
@@ -37,8 +37,8 @@ class VGG(nn.Module):
     @staticmethod
     def build(depth: int, argument: str, classes: int, channels: int, size: int) -> "VGG":
         """The row of the table of archs."""
-        takes_no_argument(f"vgg{depth}", argument)
-        takes_pictures_of(8, f"vgg{depth}", size)
+        check_no_argument(f"vgg{depth}", argument)
+        check_image_size(8, f"vgg{depth}", size)
         return VGG(depth, classes, channels, size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import takes_no_argument
+from .checks import check_no_argument
 
 
 class Block(nn.Module):
@@ -55,7 +55,7 @@ class WideResNet(nn.Module):
     @staticmethod
     def build(depth: int, times: int, argument: str, classes: int, channels: int, size: int) -> "WideResNet":
         """The row of the table of archs."""
-        takes_no_argument(f"wrn_{depth}_{times}", argument)
+        check_no_argument(f"wrn_{depth}_{times}", argument)
         return WideResNet(depth, times, classes, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A cache whose rows went to other pictures, or that was damaged, is refused: never trained on.
+"""A cache whose rows went to other images, or that was damaged, is refused: never trained on.
 
 Each test changes the files and then mends every checksum that a thorough vandal could mend, so that the
 check under test is the one that has to find it.
@@ -38,7 +38,7 @@ def test_permuted_rows_are_refused(cache: Path, stages: Stages) -> None:
 
 
 def test_permuted_logits_are_refused(cache: Path, stages: Stages) -> None:
-    """The logits alone permuted: row i now belongs to another picture."""
+    """The logits alone permuted: row i now belongs to another image."""
 
     def permute(arrays: dict[str, np.ndarray]) -> None:
         arrays["logits"] = np.roll(arrays["logits"], 1, axis=0)
@@ -87,17 +87,17 @@ def test_a_renderer_that_moves_one_pixel_is_found_without_the_teacher(
 def test_other_data_are_refused_and_the_field_named(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One level of one pixel of one picture."""
+    """One level of one pixel of one image."""
     import softcache.data.transfer_set as module
 
     row = module.TRANSFER_SETS["digits"]
 
     def one_pixel_off(root: Path) -> object:
         splits, classes = row.read(root)
-        splits["test"][0].images[7, 0, 4, 4] ^= 1
+        splits["test"][0].pixels[7, 0, 4, 4] ^= 1
         return splits, classes
 
-    monkeypatch.setitem(module.TRANSFER_SETS, "digits", module.DataRow(one_pixel_off, row.recipe))
+    monkeypatch.setitem(module.TRANSFER_SETS, "digits", module.DataSource(one_pixel_off, row.recipe))
     error = stages.fails(1, "student", "--cache", cache, *MORE)
     assert "was made from other data" in error
     assert [line.split()[0] for line in error.splitlines()[2:-1]] == ["content.test"]

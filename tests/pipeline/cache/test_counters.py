@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import softcache.pipeline.cache.reader as cache_module
-from softcache.data.transfer_set import TransferSet, load
+from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache.manifest import Piece
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream
@@ -62,7 +62,7 @@ def bytes_read(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.fixture
 def data() -> TransferSet:
-    return load("digits", Path("."), val_fraction=0.125, train_size=300)
+    return load_transfer_set("digits", Path("."), val_fraction=0.125, train_size=300)
 
 
 def stream_of(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> Stream:

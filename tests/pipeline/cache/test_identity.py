@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from softcache.data.image_arrays import MemoryPictures
+from softcache.data.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.identity import FORMAT, describe, differences, fingerprint, identity_of
@@ -52,8 +52,8 @@ def changed(record: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
 
 
 def set_of(**more: Any) -> TransferSet:
-    pictures = MemoryPictures(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
-    splits = {name: Split(pictures, np.zeros(2, np.int64), f"content of {name}") for name in ("train", "val")}
+    images = ImageArrays(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    splits = {name: Split(images, np.zeros(2, np.int64), f"content of {name}") for name in ("train", "val")}
     whole = TransferSet("digits", ("0", "1"), 1, 4, splits, {"val_fraction": 0.1, "seed": 0, "train_size": 0})
     return replace(whole, **more)
 

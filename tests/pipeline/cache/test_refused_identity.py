@@ -1,7 +1,7 @@
-"""Another teacher, picture, class, crop, normalisation, tap, precision, codec or split is refused, in both stages.
+"""Another teacher, image, class, crop, normalisation, tap, precision, codec or split is refused, in both stages.
 
 Each time the fields are named, what is asked beside what is there, and the last line is the command that makes the
-right cache. Pictures are a folder's, so that everything about them can be changed.
+right cache. Images are a folder's, so that everything about them can be changed.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from tests.helpers.caches import PETS, files, printed_command, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
@@ -24,14 +24,14 @@ Change = Callable[[], None]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, save_picture: Any) -> Path:
-    """A folder with pictures (pets), a teacher's weights (pets.pt) and their cache `p`: 2 draws, the tap hidden1."""
+def made(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> Path:
+    """A folder with images (pets), a teacher's weights (pets.pt) and their cache `p`: 2 draws, the tap hidden1."""
     import contextlib
 
     from softcache.stages.main import main
 
     folder = tmp_path_factory.mktemp("made")
-    save_pets(folder / "pets", save_picture)
+    save_pets(folder / "pets", save_image)
     save_pets_teacher(folder / "pets.pt")
     with contextlib.chdir(folder):
         main([*PETS, "--out", "p"])
@@ -79,7 +79,7 @@ def one_changed_picture() -> None:
 
 
 def swapped_classes() -> None:
-    """The cats are now in the dogs' folder: the same pictures, the same names of classes."""
+    """The cats are now in the dogs' folder: the same images, the same names of classes."""
     for split in ("train", "test"):
         Path("pets", split, "cat").rename("aside")
         Path("pets", split, "dog").rename(f"pets/{split}/cat")
@@ -99,8 +99,8 @@ CONTENT = tuple(f"transfer_set.content.{split}" for split in ("train", "val", "t
 ASKED: dict[str, tuple[Change, tuple[str, ...], tuple[str, ...]]] = {
     "other weights": (other_weights, (), ("teacher.weights",)),
     "another arch": (another_arch, ("--teacher", "my_mlp:make"), ("teacher.arch",)),
-    "one changed picture": (one_changed_picture, (), CONTENT[2:]),
-    "one picture less": (one_picture_less, (), CONTENT[:1]),
+    "one changed image": (one_changed_picture, (), CONTENT[2:]),
+    "one image less": (one_picture_less, (), CONTENT[:1]),
     "swapped classes": (swapped_classes, (), CONTENT),
     "a renamed class": (renamed_class, (), ("transfer_set.classes", *CONTENT)),
     "another crop padding": (unchanged, ("--views", "crop:pad=2"), ("views.pad",)),
@@ -160,7 +160,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-@pytest.mark.parametrize("case", ["one changed picture", "one picture less", "swapped classes", "a renamed class"])
+@pytest.mark.parametrize("case", ["one changed image", "one image less", "swapped classes", "a renamed class"])
 @pytest.mark.parametrize("command", ["student", "evaluate", "check-cache"])
 def test_stage_two_refuses_other_pictures_and_prints_the_command_for_a_cache_of_them(
     home: Path, stages: Stages, case: str, command: str
@@ -178,7 +178,10 @@ def test_stage_two_refuses_other_pictures_and_prints_the_command_for_a_cache_of_
     assert "the cache 'p' was made from other data:" in error
     found = side_by_side(error, "here", "in the cache")
     assert set(found) == {field.removeprefix("transfer_set.") for field in fields}
-    here, there = load("folder:pets", Path(), val_fraction=0.1).identity(), Cache(Path("p")).manifest.identity
+    here, there = (
+        load_transfer_set("folder:pets", Path(), val_fraction=0.1).identity(),
+        Cache(Path("p")).manifest.identity,
+    )
     for field, values in found.items():
         assert [shown(value_of(it, field)) for it in (here, there["transfer_set"])] == list(values)
     assert not Path("new").exists()

@@ -1,4 +1,4 @@
-"""Several draws of a picture from one decoding: the same views, the same targets, each once before one comes again."""
+"""Several draws of a image from one decoding: the same views, the same targets, each once before one comes again."""
 
 import json
 from collections import Counter
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import softcache.stages.training.loop as training
-from softcache.data.image_folder import FolderPictures
-from softcache.data.transfer_set import load
+from softcache.data.image_folder import ImageFolder
+from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import VIEW_POLICIES, parse_views, render
 from softcache.pipeline.batch import TargetBatch
 from softcache.pipeline.cache import reader as cache_module
@@ -24,7 +24,9 @@ from tests.helpers.stopping import stop_at
 
 
 def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more: Any) -> Stream:
-    found = load(data, Path("none"), val_fraction=0.125 if data == "digits" else 0.1, train_size=train_size)
+    found = load_transfer_set(
+        data, Path("none"), val_fraction=0.125 if data == "digits" else 0.1, train_size=train_size
+    )
     cache = Cache(folder)
     cache.bind(found)
     rows = found.splits["train"]
@@ -46,13 +48,13 @@ def twelve(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, save_picture: Any) -> FolderPictures:
+def images(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> ImageFolder:
     """Twenty files of several forms."""
     root = tmp_path_factory.mktemp("pictures")
     names = tuple(f"{k}.png" for k in range(20))
     for k, name in enumerate(names):
-        save_picture(root / name, width=9 + k % 7, height=8 + k % 5, k=k)
-    return FolderPictures(root, names, "RGB", 8)
+        save_image(root / name, width=9 + k % 7, height=8 + k % 5, k=k)
+    return ImageFolder(root, names, "RGB", 8)
 
 
 def of_draws(batch: TargetBatch) -> list[tuple[int, int]]:
@@ -64,15 +66,15 @@ def of_draws(batch: TargetBatch) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("mixup", ["", ",mixup=0.4"])
 @pytest.mark.parametrize("policy", sorted(VIEW_POLICIES))
 def test_draws_of_one_decoding_are_those_of_a_decoding_each(
-    pictures: FolderPictures, monkeypatch: pytest.MonkeyPatch, policy: str, mixup: str
+    images: ImageFolder, monkeypatch: pytest.MonkeyPatch, policy: str, mixup: str
 ) -> None:
     views = parse_views(f"{policy}:size=8{mixup}")
     index, draws = np.array([3, 0, 17, 4, 4]), np.array([7, 0, 2])
-    each = [render(pictures, views, 9, index, int(draw)) for draw in draws]
+    each = [render(images, views, 9, index, int(draw)) for draw in draws]
     decoded: list[int] = []
-    decode = FolderPictures._decode
-    monkeypatch.setattr(FolderPictures, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
-    together = render(pictures, views, 9, np.repeat(index, 3), np.tile(draws, 5))
+    decode = ImageFolder._decode
+    monkeypatch.setattr(ImageFolder, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
+    together = render(images, views, 9, np.repeat(index, 3), np.tile(draws, 5))
     for place, expected in enumerate(each):
         assert torch.equal(together[place::3], expected)
     if not mixup:
@@ -84,7 +86,7 @@ def test_draws_of_one_decoding_are_those_of_a_decoding_each(
 def test_every_view_comes_once_before_any_repeats_with_its_own_targets(
     twelve: Path, monkeypatch: pytest.MonkeyPatch, k: int, resident: bool
 ) -> None:
-    """Two cycles of 12 draws. A lap shows every row once, in k draws; a batch holds all k of each of its pictures."""
+    """Two cycles of 12 draws. A lap shows every row once, in k draws; a batch holds all k of each of its images."""
     if not resident:
         monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
     stream = stream_of(twelve, draws=12, draws_per_decode=k, batch_size=24, taps=("flatten",))
@@ -101,7 +103,7 @@ def test_every_view_comes_once_before_any_repeats_with_its_own_targets(
                 of = torch.tensor([d == draw for _, d in rows])
                 index = batch.index[of].numpy()
                 logits, features = stream.cache.stored("train", draw, position_of[index], ("flatten",))
-                views = render(stream.split.pictures, stream.views, stream.view_seed, index, draw)
+                views = render(stream.split.images, stream.views, stream.view_seed, index, draw)
                 assert torch.equal(batch.logits[of], logits)
                 assert torch.equal(batch.features["flatten"][of], features["flatten"])
                 assert torch.equal(batch.views[of], views)
@@ -146,9 +148,9 @@ def test_a_draw_that_is_used_with_others_is_read_once(twelve: Path, monkeypatch:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_folder_by_processes_gives_the_same_batches_as_by_a_thread(
-    stages: Stages, tmp_path: Path, save_picture: Any, workers: int
+    stages: Stages, tmp_path: Path, save_image: Any, workers: int
 ) -> None:
-    save_pets(tmp_path / "pets", save_picture)
+    save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
     asked = [*PETS]
     asked[asked.index("--views") + 1], asked[asked.index("--draws") + 1] = "resized-crop-flip:mixup=1", "4"
@@ -164,7 +166,7 @@ def test_a_folder_by_processes_gives_the_same_batches_as_by_a_thread(
         for row, (index, draw) in enumerate(of_draws(batch)):
             at = int(np.flatnonzero(stream.cache.order("train") == index)[0])
             assert torch.equal(batch.logits[row : row + 1], stream.cache.stored("train", draw, np.array([at]))[0])
-            view = render(stream.split.pictures, stream.views, stream.view_seed, np.array([index]), draw)
+            view = render(stream.split.images, stream.views, stream.view_seed, np.array([index]), draw)
             assert torch.equal(batch.views[row : row + 1], view)
     assert set(seen.values()) == {1}
     assert len(seen) == 4 * len(stream.rows)
@@ -258,9 +260,9 @@ def test_what_does_not_divide_is_refused_with_both_numbers_and_the_way_out(twelv
     assert "does not divide the 2 draws that are used: 2 does" in stages.fails(2, *asked, 4, "--draws", 2)
     code, out, _ = stages.call(*asked[:-3], "--draws-per-decode", 4, "--epochs", 3, "--out", "three")
     assert code == 0
-    assert "--epochs 3 is no multiple of --draws-per-decode 4: some pictures are shown in fewer draws" in out
+    assert "--epochs 3 is no multiple of --draws-per-decode 4: some images are shown in fewer draws" in out
     line = stages.fails(2, *asked, 12)
     assert "--batch-size 32 is not a multiple of --draws-per-decode 12: --batch-size 24 or --batch-size 36" in line
     few = ("--loss", "hard", "--labelled", 13, "--batch-size", 12)
     line = stages.fails(2, *asked, 12, *few)
-    assert "--draws-per-decode 12 leaves a batch of 12 without a picture: there are 13 rows; choose fewer" in line
+    assert "--draws-per-decode 12 leaves a batch of 12 without a image: there are 13 rows; choose fewer" in line

@@ -1,4 +1,4 @@
-"""Worker processes decode pictures; what the teacher said about each comes with it, whoever decoded it."""
+"""Worker processes decode images; what the teacher said about each comes with it, whoever decoded it."""
 
 import multiprocessing
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import crc32
 from softcache.pipeline.loading.stream import Stream
@@ -23,13 +23,13 @@ MANY = {"fork": 2, "spawn": 1}  # workers: each that is spawned takes seconds to
 
 @pytest.mark.parametrize("method", [None, *METHODS])
 def test_pixels_that_workers_decode_come_with_their_own_targets(
-    stages: Stages, tmp_path: Path, save_picture: Any, method: str | None
+    stages: Stages, tmp_path: Path, save_image: Any, method: str | None
 ) -> None:
-    """A folder of pictures: the checksum of each view is the one that is stored with its logits."""
-    save_pets(tmp_path / "pets", save_picture)
+    """A folder of images: the checksum of each view is the one that is stored with its logits."""
+    save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
     stages(*PETS, "--out", "p")
-    found, cache = load("folder:pets", Path(), val_fraction=0.1), Cache(Path("p"))
+    found, cache = load_transfer_set("folder:pets", Path(), val_fraction=0.1), Cache(Path("p"))
     cache.bind(found)
     rows, n = found.splits["train"], len(found.splits["train"])
     position_of = np.argsort(cache.order("train"))

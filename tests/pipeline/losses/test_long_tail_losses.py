@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score
 
 import softcache.stages.training.loop as training
 from softcache.base.errors import UsageError
-from softcache.data.transfer_set import class_counts, load
+from softcache.data.transfer_set import count_classes, load_transfer_set
 from softcache.pipeline.batch import Known
 from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.losses.long_tail import counts_for
@@ -208,7 +208,7 @@ def test_counts_from_one_to_a_hundred_million_are_as_right_as_the_logits(
 
 
 def test_counts_are_of_visible_labels() -> None:
-    counts = class_counts(np.array([2, -1, 0, 2, -1]), 4)
+    counts = count_classes(np.array([2, -1, 0, 2, -1]), 4)
     assert (counts.dtype, counts.tolist()) == (np.int64, [1, 0, 2, 0])
 
 
@@ -225,7 +225,7 @@ def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
         assert f"loss '{name}': {says}" in str(error.value)
         with pytest.raises(UsageError, match="has no labelled training row"):
             made.loss.module(made.outputs, made.target, Known(counts=torch.tensor(counts)))
-    with pytest.raises(UsageError, match=f"loss '{name}' counts the labels of each class, and these pictures have"):
+    with pytest.raises(UsageError, match=f"loss '{name}' counts the labels of each class, and these images have"):
         made.loss.module(made.outputs, made.target, Known())
 
 
@@ -265,21 +265,21 @@ def test_a_student_with_few_labels_counts_those_alone(
     stages(*student, "--labelled", 20)
     assert seen == dict.fromkeys(("balanced_kd", "balanced_softmax"), [2] * 10)
     stages(*student)
-    digits = load("digits", Path("none"), val_fraction=0.125, train_size=300).splits["train"]
+    digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300).splits["train"]
     assert seen["balanced_kd"] == np.bincount(digits.labels).tolist()
 
 
 def test_a_class_whose_labels_are_all_hidden_is_refused_before_a_folder_is_made(
     tmp_path: Path, stages: Stages
 ) -> None:
-    """40 pictures of one digit and 3 of another: of 4 labels by class none is of the second."""
-    digits = load("digits", Path("none"), val_fraction=0.125).splits["train"]
+    """40 images of one digit and 3 of another: of 4 labels by class none is of the second."""
+    digits = load_transfer_set("digits", Path("none"), val_fraction=0.125).splits["train"]
     for name, digit, n in (("common", 0, 40), ("rare", 1, 3)):
         for split, some in (("train", n), ("val", 2)):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for i in np.flatnonzero(digits.labels == digit)[:some]:
                 path = tmp_path / "data" / split / name / f"{i}.png"
-                Image.fromarray(digits.pictures.images[i, 0].numpy()).save(path)  # type: ignore[attr-defined]
+                Image.fromarray(digits.images.pixels[i, 0].numpy()).save(path)  # type: ignore[attr-defined]
     data = ("--data", f"folder:{tmp_path / 'data'}")
     stages("teacher", *data, "--arch", "mlp:8", "--epochs", 1, "--out", "t")
     stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
@@ -294,16 +294,16 @@ def test_a_class_whose_labels_are_all_hidden_is_refused_before_a_folder_is_made(
 
 @pytest.mark.parametrize("name", [*COUNTING, "soft_f1"])
 def test_pictures_without_labels_are_refused(name: str, tmp_path: Path, stages: Stages) -> None:
-    digits = load("digits", Path("none"), val_fraction=0.125, train_size=30).splits["train"]
+    digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=30).splits["train"]
     (tmp_path / "pictures").mkdir()
     for i in range(30):
-        Image.fromarray(digits.pictures.images[i, 0].numpy()).save(  # type: ignore[attr-defined]
+        Image.fromarray(digits.images.pixels[i, 0].numpy()).save(  # type: ignore[attr-defined]
             tmp_path / f"pictures/{i:02d}.png"
         )
     stages("teacher", "--train-size", 100, "--arch", "mlp:8", "--epochs", 1, "--out", "t")
-    data = ("--data", f"folder:{tmp_path / 'pictures'}")
+    data = ("--data", f"folder:{tmp_path / 'images'}")
     stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
     line = stages.fails(2, "student", *data, "--cache", "c", *STUDENT, "--loss", "kd", "--loss", name, "--out", "r")
     assert f"loss '{name}'" in line
-    assert "and these pictures have none: leave it out" in line
+    assert "and these images have none: leave it out" in line
     assert not Path("r").exists()

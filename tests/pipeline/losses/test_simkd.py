@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build, head_of, multiply_adds, parameters
 from softcache.pipeline.models.archs.simkd import SimKDStudent, arch_of, parts_of
@@ -100,8 +100,8 @@ def test_a_student_is_measured_through_its_projector_and_the_teachers_last_layer
     for name in ("linear.weight", "linear.bias"):
         assert torch.equal(state[name], teacher[name]), "the teacher's own, to the last bit"
     preparation = result["preparation"]
-    split = load("digits", Path("none"), val_fraction=0.125, train_size=200).splits["test"]
-    x = split.pictures.images.float() / 255
+    split = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=200).splits["test"]
+    x = split.images.pixels.float() / 255
     x = (x - preparation["mean"][0]) / preparation["std"][0]
     logits = a_student(simkd_run / "r")(x)
     hits = (logits.argmax(1).numpy() == split.labels).mean()

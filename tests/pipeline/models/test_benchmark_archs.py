@@ -34,7 +34,7 @@ RESNET_X4 = {"layer1": (64, 32), "layer2": (128, 16), "layer3": (256, 8)}
 WRN_1 = {"layer1": (16, 32), "layer2": (32, 16), "layer3": (64, 8), "last": (64, 8)}
 WRN_2 = {"layer1": (32, 32), "layer2": (64, 16), "layer3": (128, 8), "last": (128, 8)}
 VGG = {"layer1": (64, 32), "layer2": (128, 16), "layer3": (256, 8), "layer4": (512, 4), "layer5": (512, 4)}
-STAGES = {  # channels and side of each tap's map, for pictures of 32 px; the last is pooled
+STAGES = {  # channels and side of each tap's map, for images of 32 px; the last is pooled
     "resnet8x4": RESNET_X4,
     "resnet32x4": RESNET_X4,
     "wrn_16_1": WRN_1,
@@ -134,11 +134,11 @@ def test_an_argument_is_refused(arch: str) -> None:
 def test_vgg_refuses_pictures_that_three_poolings_leave_nothing_of(arch: str) -> None:
     with pytest.raises(UsageError) as error:
         build(arch, 10, 3, 7)
-    assert one_line(error) == f"arch '{arch}' needs pictures of at least 8 px, these are 7 px"
+    assert one_line(error) == f"arch '{arch}' needs images of at least 8 px, these are 7 px"
 
 
 @pytest.mark.parametrize("arch", sorted(set(ARCHS) - {"vgg8", "vgg13"}))
-def test_the_others_shrink_by_padded_strides_and_take_pictures_of_any_size(arch: str) -> None:
+def test_the_others_shrink_by_padded_strides_and_take_images_of_any_size(arch: str) -> None:
     assert logits_of(build(arch, 2, 1, 1), 1, 1).shape == (3, 2)
 
 

@@ -1,4 +1,4 @@
-"""Archs: every row of the table builds, is what its paper says, and fits pictures of every kind."""
+"""Archs: every row of the table builds, is what its paper says, and fits images of every kind."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_the_other_rows_of_the_table_build_and_answer_too(arch: str) -> None:
 
 
 @pytest.mark.parametrize("size", [4, 5, 7, 15])
-def test_cnn_and_mlp_take_pictures_of_any_size(size: int) -> None:
+def test_cnn_and_mlp_take_images_of_any_size(size: int) -> None:
     for arch in ("cnn", "mlp:5"):
         assert logits_of(build(arch, 2, 1, size), 1, size).shape == (3, 2)
 
@@ -178,16 +178,16 @@ def test_a_public_checkpoint_is_as_good_as_was_measured_on_these_pictures(shared
     network = CifarResNet(20, 10)
     load_state(network, read_state(shared / "weights" / "resnet20-12fca82f.th"), "resnet20")
     model = Prepared(network, Preparation(3, 32, IMAGENET_MEAN, IMAGENET_STD)).eval()
-    pictures, classes = [], []
+    images, classes = [], []
     with tarfile.open(shared / "data" / "cifar10-jpeg" / "cifar10-jpeg.tar.gz") as archive:
         for member in archive:
             parts = member.name.removeprefix("./").split("/")
             if "test" in parts and member.isfile() and parts[-1].endswith(".jpg"):
-                pictures.append(np.asarray(Image.open(archive.extractfile(member)).convert("RGB")))  # type: ignore[arg-type]
+                images.append(np.asarray(Image.open(archive.extractfile(member)).convert("RGB")))  # type: ignore[arg-type]
                 classes.append(parts[-2])
     names = sorted(set(classes))
     labels = torch.tensor([names.index(c) for c in classes])
-    views = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    views = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         guess = torch.cat([model(part).argmax(1) for part in views.split(500)])
     assert len(labels) == 10_000
@@ -263,7 +263,7 @@ def test_counting_multiply_adds_leaves_the_network_as_it_was(training: bool) -> 
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-# What happens to a picture before the network
+# What happens to a image before the network
 
 
 class Input(nn.Module):

@@ -1,4 +1,4 @@
-"""torchvision's models by name: fitted to small and grey pictures, and their published weights, without a download."""
+"""torchvision's models by name: fitted to small and grey images, and their published weights, without a download."""
 
 import os
 from collections.abc import Callable
@@ -38,7 +38,7 @@ LONG = (
 )
 
 
-# Small and grey pictures
+# Small and grey images
 
 
 def torchvision_answers(name: str, channels: int, size: int) -> None:
@@ -68,14 +68,14 @@ def test_every_other_family_of_torchvision_learns_from_small_pictures(name: str,
 def test_a_torchvision_model_that_cannot_take_such_pictures_says_so(name: str, size: int) -> None:
     with pytest.raises(UsageError) as error:
         build(f"torchvision:{name}", 7, 3, size)
-    assert f"torchvision:{name} cannot take pictures of {size} px" in one_line(error)
+    assert f"torchvision:{name} cannot take images of {size} px" in one_line(error)
     assert "try another --views size" in one_line(error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*QUICK, *LONG, "maxvit_t", "vit_b_32"])
 @pytest.mark.parametrize("size", [8, 28, 64, 224])
-def test_a_torchvision_model_takes_pictures_of_a_size_or_says_in_one_line_that_it_cannot(name: str, size: int) -> None:
+def test_a_torchvision_model_takes_images_of_a_size_or_says_in_one_line_that_it_cannot(name: str, size: int) -> None:
     try:
         network = build(f"torchvision:{name}", 7, 1, size)
     except UsageError as error:
@@ -194,10 +194,10 @@ def test_a_published_teacher_says_what_torchvisions_own_says(monkeypatch: pytest
     load_state(network, state, name)
     ours = Prepared(network, Preparation(3, size, tuple(mean), tuple(std))).eval()
     views = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
-    pictures = (views / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    images = (views / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
     with torch.no_grad():
-        expected = theirs(pictures)
-        assert float((theirs(1.01 * pictures) - expected).abs().max()) > 1e-3 * float(expected.abs().max())
+        expected = theirs(images)
+        assert float((theirs(1.01 * images) - expected).abs().max()) > 1e-3 * float(expected.abs().max())
         torch.testing.assert_close(ours(views), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 

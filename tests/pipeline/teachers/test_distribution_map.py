@@ -127,7 +127,7 @@ def logits_of(logits: Floats) -> torch.Tensor:
         ("prior:tau=x", "tau=x is not a number"),
         ("prior:tau=-1", "--map prior:tau=-1: tau=-1 would add the prior once more; it is from 0 on"),
         ("prior", "--map prior: class 1 has no training row with a label"),
-        ("matrix", "--map matrix is fitted to validation labels, and these pictures have none"),
+        ("matrix", "--map matrix is fitted to validation labels, and these images have none"),
     ],
 )
 def test_a_map_that_cannot_be_had_is_refused(spec: str, wrong: str) -> None:

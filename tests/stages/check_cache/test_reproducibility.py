@@ -37,7 +37,7 @@ def scale_logits(arrays: Arrays) -> None:
 
 
 def exchange_two_rows(arrays: Arrays) -> None:
-    """The first row's logits and those of another picture of its class: as many labels are hit as before."""
+    """The first row's logits and those of another image of its class: as many labels are hit as before."""
     logits, label = arrays["logits"], arrays["label"]
     hit = logits.argmax(1) == label
     like = np.flatnonzero((label == label[0]) & (hit == hit[0]))

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_shape_names_the_first_keys(tiny: Path, stages: 
 
 
 def test_class_counts_that_differ_are_refused(stages: Stages, tmp_path: Path) -> None:
-    """A teacher of three classes for pictures of ten."""
+    """A teacher of three classes for images of ten."""
     state = {"hidden1.weight": torch.zeros(4, 64), "hidden1.bias": torch.zeros(4)}
     torch.save(state | {"linear.weight": torch.zeros(3, 4), "linear.bias": torch.zeros(3)}, tmp_path / "w.pt")
     line = stages.fails(2, "teacher-cache", "--teacher", "mlp:4", "--weights", tmp_path / "w.pt")

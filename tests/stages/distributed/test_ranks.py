@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream, part
@@ -151,7 +151,7 @@ def test_a_teacher_that_is_wanting_is_trained_by_one_rank(
 
 def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> None:
     cache = Cache(tiny / "cache")
-    rows = load("digits", Path(), **cache.cut).splits["train"]
+    rows = load_transfer_set("digits", Path(), **cache.cut).splits["train"]
     whole = Stream(
         rows,
         parse_views("crop:pad=1"),

@@ -44,8 +44,8 @@ FILES = ("student.onnx", "student-int8.onnx", "student.pt2", "student.safetensor
 
 def pixels() -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     """The digits' test split: uint8 [360, 1, 8, 8], labels."""
-    pictures, labels = TRANSFER_SETS["digits"].read(Path())[0]["test"]
-    return pictures.images, labels  # type: ignore[union-attr]
+    images, labels = TRANSFER_SETS["digits"].read(Path())[0]["test"]
+    return images.pixels, labels  # type: ignore[union-attr]
 
 
 def by_pytorch(run: Path, cache: Path, seed: int, what: str = "student.pt") -> np.ndarray[Any, Any]:
@@ -60,7 +60,7 @@ def by_pytorch(run: Path, cache: Path, seed: int, what: str = "student.pt") -> n
 
 def by_onnx(file: Path) -> Callable[[Any], Any]:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda pictures: session.run(["logits"], {"pictures": pictures})[0]
+    return lambda images: session.run(["logits"], {"pictures": images})[0]
 
 
 def record_of(run: Path) -> dict[str, Any]:
@@ -81,13 +81,13 @@ def run(exported: Path, tmp_path: Path) -> Path:
 def test_onnx_runtime_says_what_pytorch_says_in_batches_of_any_size(exported: Path, tiny: Path) -> None:
     record = record_of(exported)
     said, ask = by_pytorch(exported, tiny / "cache", record["seed"]), by_onnx(exported / "student.onnx")
-    pictures = pixels()[0].numpy().astype(np.float32) / 255
-    found = ask(pictures)
+    images = pixels()[0].numpy().astype(np.float32) / 255
+    found = ask(images)
     assert np.abs(found - said).max() <= 1e-4
     assert (found.argmax(1) == said.argmax(1)).all()
     assert said.std(0).min() > 0.5
     for size in (1, 7, 512):
-        some = np.resize(pictures, (size, 1, 8, 8))
+        some = np.resize(images, (size, 1, 8, 8))
         assert np.abs(ask(some) - np.resize(said, (size, 10))).max() <= 1e-4
     check = record["check"]
     assert (check["rows"], check["flips"], check["split"]) == (360, 0, "test")
@@ -103,11 +103,11 @@ def test_pt2_and_safetensors_hold_the_same_student(exported: Path, tiny: Path) -
     assert all(torch.equal(state[name], kept[name]) for name in kept)
     assert json.loads(about["classes"]) == list("0123456789")
     model = torch.export.load(exported / "student.pt2").module()
-    pictures = pixels()[0].float() / 255
+    images = pixels()[0].float() / 255
     with torch.inference_mode():
         for size in (1, 7, 360):
             said = by_pytorch(exported, tiny / "cache", seed)[:size]
-            assert np.abs(model(pictures[:size]).numpy() - said).max() <= 1e-4
+            assert np.abs(model(images[:size]).numpy() - said).max() <= 1e-4
     assert record_of(exported)["check"]["pt2_difference"] == 0
 
 
@@ -218,24 +218,24 @@ def test_over_the_tolerance_nothing_is_left(run: Path, stages: Stages) -> None:
     stages("export", run)
     assert (run / "student.onnx").is_file()
     said = stages.fails(1, "export", run, "--tolerance", 0)
-    assert "more than --tolerance 0 (0 of 360 pictures change their first class): nothing was written" in said
+    assert "more than --tolerance 0 (0 of 360 images change their first class): nothing was written" in said
     assert "between two layouts of memory" in said
     assert not [name for name in FILES if (run / name).exists()]
     assert not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("wrong", ["a picture", "batches"])
+@pytest.mark.parametrize("wrong", ["a image", "batches"])
 def test_a_file_that_says_something_else_is_not_published(
     wrong: str, run: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ONNX Runtime is off for one picture, or where there are exactly 7 of them."""
+    """ONNX Runtime is off for one image, or where there are exactly 7 of them."""
     ask = Runner.logits
 
-    def off(self: Any, pictures: Any) -> Any:
-        logits = ask(self, pictures).copy()
-        if wrong == "a picture" and len(pictures) == 360:
+    def off(self: Any, images: Any) -> Any:
+        logits = ask(self, images).copy()
+        if wrong == "a image" and len(images) == 360:
             logits[211] += 1e-3
-        if wrong == "batches" and len(pictures) == 7:
+        if wrong == "batches" and len(images) == 7:
             logits[0, 0] = np.nan
         return logits
 
@@ -264,8 +264,8 @@ def test_an_arch_that_cannot_be_captured_gets_one_line(
 def test_8_bits_cost_and_save_what_the_record_says(exported: Path, tiny: Path) -> None:
     record = record_of(exported)
     eight = record["int8"]
-    labels, pictures = pixels()[1], pixels()[0].numpy().astype(np.float32) / 255
-    said, found = (by_onnx(exported / name)(pictures) for name in FILES[:2])
+    labels, images = pixels()[1], pixels()[0].numpy().astype(np.float32) / 255
+    said, found = (by_onnx(exported / name)(images) for name in FILES[:2])
     assert eight["accuracy_before"] == (said.argmax(1) == labels).mean()
     assert eight["accuracy_after"] == (found.argmax(1) == labels).mean()
     assert eight["flips"] == (said.argmax(1) != found.argmax(1)).sum()
@@ -304,7 +304,7 @@ def test_8_bits_are_calibrated_on_the_views_of_the_cache(
     known = [cache.rows("train", draw, "view_crc32", np.arange(300)).tolist() for draw in range(3)]
     assert all(len(set(seen) & set(of_draw)) > 100 for of_draw in known)
     assert set(seen) <= {crc for of_draw in known for crc in of_draw}
-    assert len(set(seen)) > 450  # a crop may leave a picture as it is in two draws
+    assert len(set(seen)) > 450  # a crop may leave a image as it is in two draws
 
 
 def test_8_bits_that_cost_too_much_are_refused(run: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +322,7 @@ def test_8_bits_that_cost_too_much_are_refused(run: Path, stages: Stages, monkey
     assert not [name for name in FILES if (run / name).exists()]
 
 
-# Grey pictures for a network that wants three channels
+# Grey images for a network that wants three channels
 
 
 def test_a_grey_channel_is_repeated_inside_the_graph(stages: Stages) -> None:
@@ -354,7 +354,7 @@ def test_the_card_gives_the_figures_of_the_files(exported: Path, tiny: Path) -> 
         for name, file in models.items()
     }
     accuracy["teacher"] = Cache(tiny / "cache").manifest.teacher["test"]["accuracy"]
-    after = card.partition("test split, 360 pictures")[2].partition("val split")[0]
+    after = card.partition("test split, 360 images")[2].partition("val split")[0]
     rows = dict(re.findall(r"^\| ([^|]+?) \| (.+) \|$", after, re.MULTILINE))
     shown = [accuracy["teacher"], accuracy["baseline"], accuracy["student"], record["int8"]["accuracy_after"]]
     assert rows["accuracy"] == " | ".join(f"{value:.4f}" for value in shown)
@@ -382,13 +382,13 @@ def example_of(run: Path) -> str:
 
 
 def test_the_five_lines_of_the_card_work_as_they_are(exported: Path, tmp_path: Path, stages: Stages) -> None:
-    """On pictures of another shape, size and mode too, with what `predict` says."""
+    """On images of another shape, size and mode too, with what `predict` says."""
     code = example_of(exported)
     assert len([line for line in code.splitlines() if line]) == 2 + 5
     shutil.copy(exported / "student.onnx", tmp_path)
     digit = Image.fromarray(pixels()[0][3, 0].numpy())
-    for picture in (digit, digit.resize((31, 40)), digit.resize((8, 13)).convert("RGB"), digit.resize((77, 30))):
-        picture.save(tmp_path / "picture.png")
+    for image in (digit, digit.resize((31, 40)), digit.resize((8, 13)).convert("RGB"), digit.resize((77, 30))):
+        image.save(tmp_path / "picture.png")
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
@@ -409,17 +409,17 @@ def test_text_of_others_cannot_change_the_card() -> None:
     assert "\\|" in said
 
 
-# Folders of pictures
+# Folders of images
 
 
 def test_a_student_of_a_folder_of_pictures_is_exported_and_asked_about_its_files(
-    stages: Stages, tmp_path: Path, save_picture: Callable[..., Any]
+    stages: Stages, tmp_path: Path, save_image: Callable[..., Any]
 ) -> None:
-    """`predict` of the test pictures' files says what the run kept of its test split."""
+    """`predict` of the test images' files says what the run kept of its test split."""
     for split, count in (("train", 12), ("test", 5)):
         for c, name in enumerate(("cat", "dog|`x`")):
             for k in range(count):
-                save_picture(tmp_path / "pets" / split / name / f"{k}.png", 9 + k, 14 - k % 3, 20 * c + k)
+                save_image(tmp_path / "pets" / split / name / f"{k}.png", 9 + k, 14 - k % 3, 20 * c + k)
     torch.manual_seed(0)
     torch.save(build("mlp:4", 2, 3, 8).state_dict(), "pets.pt")
     views = ("--views", "crop:pad=1,size=8,resize=9", "--draws", 2)
@@ -446,11 +446,11 @@ def test_a_student_of_a_folder_of_pictures_is_exported_and_asked_about_its_files
 
 
 def test_without_labels_8_bits_are_judged_by_what_changes_its_class(
-    stages: Stages, tmp_path: Path, save_picture: Callable[..., Any]
+    stages: Stages, tmp_path: Path, save_image: Callable[..., Any]
 ) -> None:
     """And validation stands in for the test split that is not there."""
     for k in range(20):
-        save_picture(tmp_path / "pets" / f"{k}.png", 8, 8, k)
+        save_image(tmp_path / "pets" / f"{k}.png", 8, 8, k)
     torch.manual_seed(0)
     torch.save(build("mlp:4", 3, 3, 8).state_dict(), "pets.pt")
     teacher = ("--teacher", "mlp:4", "--weights", "pets.pt", "--normalize", "none", "--draws", 1)

@@ -1,4 +1,4 @@
-"""Every arch of the table, as a file: ONNX Runtime says what PyTorch says, of real pictures, in any batch size."""
+"""Every arch of the table, as a file: ONNX Runtime says what PyTorch says, of real images, in any batch size."""
 
 from pathlib import Path
 
@@ -45,17 +45,17 @@ Shown = tuple[torch.Tensor, torch.Tensor]  # views uint8 [N, C, S, S], labels [N
 
 @pytest.fixture(scope="module")
 def digits() -> Shown:
-    """128 digits as RGB pictures of 16 x 16, each in a colour of its own."""
+    """128 digits as RGB images of 16 x 16, each in a colour of its own."""
     splits, _ = TRANSFER_SETS["digits"].read(Path())
-    pictures, labels = splits["test"]
-    views = render(pictures, parse_views("none:size=16"), 0, np.arange(128), 0).numpy()
+    images, labels = splits["test"]
+    views = render(images, parse_views("none:size=16"), 0, np.arange(128), 0).numpy()
     colours = np.random.default_rng(0).integers(64, 256, (len(views), 3, 1, 1))
     return torch.from_numpy((views * colours // 255).astype(np.uint8)), torch.from_numpy(labels[:128])
 
 
 @pytest.fixture(scope="module")
 def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """1,000 test pictures of CIFAR-10, as JPEG decoded."""
+    """1,000 test images of CIFAR-10, as JPEG decoded."""
     import tarfile
 
     folder = tmp_path_factory.mktemp("cifar")
@@ -78,10 +78,10 @@ def compared(arch: str, shown: Shown, rows: int, steps: int) -> tuple[float, int
     program = capture(Portable(network, preparation(channels, size)), arch, channels, size)
     content = onnx_of(program, arch, {}, "0")
     runner = Runner.of(content, 1)
-    pictures = views[:rows].numpy().astype(np.float32) / 255
-    found = np.concatenate([runner.logits(pictures[i : i + 100]) for i in range(0, rows, 100)])
+    images = views[:rows].numpy().astype(np.float32) / 255
+    found = np.concatenate([runner.logits(images[i : i + 100]) for i in range(0, rows, 100)])
     for batch in (1, 7):
-        assert np.abs(runner.logits(pictures[:batch]) - said[:batch].numpy()).max() <= TOLERANCE
+        assert np.abs(runner.logits(images[:batch]) - said[:batch].numpy()).max() <= TOLERANCE
     difference = float(np.abs(found - said.numpy()).max())
     return difference, int((found.argmax(1) != said.numpy().argmax(1)).sum()), said, len(content)
 
@@ -91,7 +91,7 @@ def check(arch: str, shown: Shown, rows: int, steps: int, least: float) -> str:
     difference, flips, said, size = compared(arch, shown, rows, steps)
     spread, largest = float(said.std(0).mean()), float(said.abs().max())
     row = f"| {arch} | {difference:.1e} | {flips} | {spread:.2f} | {largest:.1f} | {size:,} |"
-    assert spread > least, f"the logits hardly differ from picture to picture: {row}"
+    assert spread > least, f"the logits hardly differ from image to image: {row}"
     assert len(said.argmax(1).unique()) >= 4, f"few classes are ever the first: {row}"
     assert difference <= TOLERANCE, row
     assert flips == 0, row

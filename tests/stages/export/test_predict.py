@@ -1,4 +1,4 @@
-"""`softcache predict` sees pictures as held-out ones are seen, and trusts nothing that a file says."""
+"""`softcache predict` sees images as held-out ones are seen, and trusts nothing that a file says."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from softcache.data.transfer_set import TRANSFER_SETS, load
+from softcache.data.transfer_set import TRANSFER_SETS, load_transfer_set
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
@@ -34,7 +34,7 @@ def about(channels: int, size: int, resize: int, K: int = 10) -> About:
 
 
 def digits() -> torch.Tensor:
-    images: torch.Tensor = TRANSFER_SETS["digits"].read(Path())[0]["test"][0].images  # type: ignore[union-attr]
+    images: torch.Tensor = TRANSFER_SETS["digits"].read(Path())[0]["test"][0].pixels  # type: ignore[union-attr]
     return images
 
 
@@ -49,21 +49,21 @@ def save_digit(path: Path, number: int, scale: int = 1) -> None:
 @pytest.mark.parametrize("spec", ["none:size=16", "none:size=12,resize=20", "none:size=9,resize=4", "none:size=40"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_pictures_are_seen_as_the_held_out_ones_of_a_folder(
-    spec: str, mode: str, tmp_path: Path, save_picture: Callable[..., Any]
+    spec: str, mode: str, tmp_path: Path, save_image: Callable[..., Any]
 ) -> None:
     """Of every shape; a grey one among coloured ones too."""
     shapes = ((16, 16), (31, 20), (20, 33), (9, 50), (16, 17))
     for split in ("train", "test"):
         for name in ("a", "b"):
             for k, (width, height) in enumerate(shapes):
-                save_picture(tmp_path / split / name / f"{k}.png", width, height, k, mode)
+                save_image(tmp_path / split / name / f"{k}.png", width, height, k, mode)
     if mode != "L":
-        save_picture(tmp_path / "test/a/9.png", 18, 22, 9, "L")
-    transfer_set = load(f"folder:{tmp_path}", tmp_path, val_fraction=0.5)
+        save_image(tmp_path / "test/a/9.png", 18, 22, 9, "L")
+    transfer_set = load_transfer_set(f"folder:{tmp_path}", tmp_path, val_fraction=0.5)
     split, policy = transfer_set.splits["test"], parse_views(spec)
-    views = render(split.pictures, policy, 0, np.arange(len(split)), 0).numpy()
+    views = render(split.images, policy, 0, np.arange(len(split)), 0).numpy()
     how = about(transfer_set.channels, policy.size, max(policy.size, policy.resize))
-    for path, view in zip(split.pictures.names, views, strict=True):  # type: ignore[union-attr]
+    for path, view in zip(split.images.names, views, strict=True):  # type: ignore[union-attr]
         seen = as_input(tmp_path / path, how)
         assert seen.dtype == np.float32
         assert np.array_equal(seen[0], view.astype(np.float32) / 255)
@@ -116,34 +116,34 @@ def test_no_pytorch_is_loaded(exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     save_digit(tmp_path / "d.png", 0)
     return "d.png"
 
 
-def test_what_is_not_there_or_cannot_be_read_is_named(exported: Path, picture: str, stages: Stages) -> None:
+def test_what_is_not_there_or_cannot_be_read_is_named(exported: Path, image: str, stages: Stages) -> None:
     model = exported / "student.onnx"
-    assert stages.fails(2, "predict", "none.onnx", picture) == "Error: there is no model 'none.onnx'"
-    assert stages.fails(2, "predict", model, picture, "no.png") == "Error: there is no picture 'no.png'"
-    Path("text.png").write_text("no picture")
-    assert "the picture text.png cannot be decoded" in stages.fails(1, "predict", model, picture, "text.png")
-    Path("cut.png").write_bytes(Path(picture).read_bytes()[:60])
-    assert "the picture cut.png cannot be decoded" in stages.fails(1, "predict", model, "cut.png")
+    assert stages.fails(2, "predict", "none.onnx", image) == "Error: there is no model 'none.onnx'"
+    assert stages.fails(2, "predict", model, image, "no.png") == "Error: there is no image 'no.png'"
+    Path("text.png").write_text("no image")
+    assert "the image text.png cannot be decoded" in stages.fails(1, "predict", model, image, "text.png")
+    Path("cut.png").write_bytes(Path(image).read_bytes()[:60])
+    assert "the image cut.png cannot be decoded" in stages.fails(1, "predict", model, "cut.png")
     Image.fromarray(np.zeros((8, 8), np.uint16)).save("deep.png")
     assert "deep.png has more than 8 bits" in stages.fails(1, "predict", model, "deep.png")
 
 
-def test_a_missing_library_is_named(picture: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(image: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    said = stages.fails(2, "predict", "m.onnx", picture)
+    said = stages.fails(2, "predict", "m.onnx", image)
     assert said == "Error: predict needs onnxruntime, which is not installed: pip install 'softcache[export]'"
 
 
-def test_a_damaged_file_is_refused(exported: Path, picture: str, stages: Stages) -> None:
+def test_a_damaged_file_is_refused(exported: Path, image: str, stages: Stages) -> None:
     whole = (exported / "student.onnx").read_bytes()
     for damaged in (b"", b"PK\x03\x04 no protobuf", whole[:1000], whole[: len(whole) // 2]):
         Path("m.onnx").write_bytes(damaged)
-        assert "Error: 'm.onnx' " in stages.fails(1, "predict", "m.onnx", picture)
+        assert "Error: 'm.onnx' " in stages.fails(1, "predict", "m.onnx", image)
 
 
 @pytest.mark.parametrize(
@@ -172,21 +172,21 @@ def test_a_damaged_file_is_refused(exported: Path, picture: str, stages: Stages)
     ],
 )
 def test_missing_and_malformed_metadata_get_one_line(
-    key: str, text: str | None, exported: Path, picture: str, stages: Stages
+    key: str, text: str | None, exported: Path, image: str, stages: Stages
 ) -> None:
     model = onnx.load(exported / "student.onnx")
     kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != key}
     del model.metadata_props[:]
     helper.set_model_props(model, kept if text is None else kept | {key: text})
     onnx.save(model, "m.onnx")
-    said = stages.fails(1, "predict", "m.onnx", picture)
+    said = stages.fails(1, "predict", "m.onnx", image)
     assert said.startswith("Error: 'm.onnx' ")
     assert len(said) < 500
 
 
 @pytest.mark.parametrize("where", ["initializer", "constant", "subgraph", "function", "sparse"])
 def test_values_in_another_file_are_refused_before_anything_is_run(
-    where: str, exported: Path, picture: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
+    where: str, exported: Path, image: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever in the file the tensor is hidden; not even where the other file exists."""
     model = onnx.load(exported / "student.onnx")
@@ -210,7 +210,7 @@ def test_values_in_another_file_are_refused_before_anything_is_run(
         sparse.values.CopyFrom(tensor)
     Path("m.onnx").write_bytes(model.SerializeToString())
     monkeypatch.setattr(onnx_file.Runner, "of", lambda *_: pytest.fail("the file was run"))
-    said = stages.fails(1, "predict", "m.onnx", picture)
+    said = stages.fails(1, "predict", "m.onnx", image)
     assert said == "Error: 'm.onnx' keeps the tensor 'far' in another file, which is not followed"
 
 
@@ -230,33 +230,33 @@ def made(K: int = 10, kind: int = TensorProto.FLOAT, takes: str = "pictures") ->
     return model
 
 
-def test_a_network_that_is_not_what_its_metadata_say_is_refused(picture: str, stages: Stages) -> None:
+def test_a_network_that_is_not_what_its_metadata_say_is_refused(image: str, stages: Stages) -> None:
     sound = made()
     onnx.save(sound, "m.onnx")
-    assert stages("predict", "m.onnx", picture)["pictures"][0]["top"][0]["probability"] == pytest.approx(0.1)
+    assert stages("predict", "m.onnx", image)["pictures"][0]["top"][0]["probability"] == pytest.approx(0.1)
     for model in (made(K=9), made(kind=TensorProto.INT64), made(takes="images")):
         onnx.save(model, "m.onnx")
-        assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", picture)
+        assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", image)
     sound.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(sound, "m.onnx")
-    assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", picture)
+    assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", image)
 
 
-def test_logits_that_are_no_numbers_are_refused(picture: str, stages: Stages) -> None:
+def test_logits_that_are_no_numbers_are_refused(image: str, stages: Stages) -> None:
     model = made()
     nan = helper.make_tensor("value", TensorProto.FLOAT, [1], [float("nan")])
     model.graph.node[0].attribute[0].t.CopyFrom(nan)
     onnx.save(model, "m.onnx")
-    assert "gives no logits of its 10 classes for 'd.png'" in stages.fails(1, "predict", "m.onnx", picture)
+    assert "gives no logits of its 10 classes for 'd.png'" in stages.fails(1, "predict", "m.onnx", image)
 
 
-def test_names_of_classes_reach_a_terminal_without_control_characters(picture: str, stages: Stages) -> None:
+def test_names_of_classes_reach_a_terminal_without_control_characters(image: str, stages: Stages) -> None:
     model = made()
     evil = About(("\x1b[31mred\n", *"123456789"), 1, 8, 8, "cnn", (), {})
     del model.metadata_props[:]
     helper.set_model_props(model, evil.to_metadata())
     onnx.save(model, "m.onnx")
-    code, out, _ = stages.call("predict", "m.onnx", picture)
+    code, out, _ = stages.call("predict", "m.onnx", image)
     assert code == 0
     assert "?[31mred?" in out
     assert "\x1b" not in out

@@ -28,18 +28,18 @@ Floats = NDArray[np.float64]
 TEACHER = """
 import torch
 class Noise(torch.nn.Module):
-    "Six numbers that follow from the picture and say nothing about it."
+    "Six numbers that follow from the image and say nothing about it."
     def forward(self, x):
         waves = torch.arange(1, 65) * torch.arange(1, 7)[:, None] % 61 + 0.5
         return torch.sin(x.flatten(1) @ waves.T * 1e4)
 class Net(torch.nn.Module):
-    "The class whose mean picture is nearest."
+    "The class whose mean image is nearest."
     def __init__(self):
         super().__init__()
-        self.pictures, self.noise = torch.nn.Identity(), Noise()
+        self.images, self.noise = torch.nn.Identity(), Noise()
         self.columns, self.linear = torch.nn.Flatten(), torch.nn.Linear(64, 10)
     def forward(self, x):
-        return self.linear(self.columns(self.pictures(x))) + 0 * self.noise(x).sum(1, keepdim=True)
+        return self.linear(self.columns(self.images(x))) + 0 * self.noise(x).sum(1, keepdim=True)
 def make(classes, channels, size): return Net()
 """
 
@@ -128,9 +128,9 @@ def test_the_tables_say_what_the_record_says_and_the_pictures_are_whole(found: P
         == (record["channels"]["columns"][0]["channel"])
     )
     assert {path.name for path in found.iterdir()} == {"inspect.json", *record["files"]}
-    pictures = [name for name in record["files"] if name.endswith(".png")]
-    assert len(pictures) == 5
-    for name in pictures:
+    images = [name for name in record["files"] if name.endswith(".png")]
+    assert len(images) == 5
+    for name in images:
         content = (found / name).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert content.endswith(b"IEND\xaeB`\x82")
@@ -200,11 +200,11 @@ def test_how_a_tap_becomes_columns(tap: str, shape: list[int], wide: int, channe
 def test_maps_are_read_as_the_mean_of_each_channel_and_wide_taps_projected_by_their_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = make_cache(tmp_path, "teacher_with_maps", "--train-size", 50, "--taps", "pictures,columns")
+    name = make_cache(tmp_path, "teacher_with_maps", "--train-size", 50, "--taps", "images,columns")
     cache, rows = Cache(name), np.arange(50)
-    maps = cache.targets("train", 0, rows, ("pictures",))[1]["pictures"].double().numpy()
+    maps = cache.targets("train", 0, rows, ("images",))[1]["images"].double().numpy()
     steps: list[int] = []
-    mine = columns(cache, "train", rows, "pictures", 0, steps.append)
+    mine = columns(cache, "train", rows, "images", 0, steps.append)
     np.testing.assert_allclose(mine, maps.mean((2, 3)), rtol=1e-6)
     assert sum(steps) == 50
     monkeypatch.setattr("softcache.stages.inspect.linear_probe.WIDEST", 16)
@@ -364,11 +364,9 @@ def test_without_taps_the_teacher_is_inspected_and_the_way_to_taps_is_said(stage
     assert Path("o/similarity.png").exists()
 
 
-def test_without_labels_the_soft_targets_alone_are_inspected(
-    stages: Stages, tmp_path: Path, save_picture: Any
-) -> None:
+def test_without_labels_the_soft_targets_alone_are_inspected(stages: Stages, tmp_path: Path, save_image: Any) -> None:
     for k in range(12):
-        save_picture(tmp_path / "pets" / f"{k}.png", k=k)
+        save_image(tmp_path / "pets" / f"{k}.png", k=k)
     save_pets_teacher(tmp_path / "pets.pt")
     stages(
         "teacher-cache",
@@ -403,15 +401,15 @@ def test_of_mixed_views_there_is_no_probe(stages: Stages, tmp_path: Path) -> Non
     )
     code, out, _ = stages.call("inspect", cache, "--out", "o")
     assert code == 0
-    assert "mixed of two pictures, and a probe is of one label: no probe" in out
+    assert "mixed of two images, and a probe is of one label: no probe" in out
     assert json.loads(Path("o/inspect.json").read_text())["soft_targets"]["by_own_class"] == 100
 
 
 @pytest.mark.parametrize("loss", ["hint:teacher=hidden1", "concat_hint:teacher=hidden1"])
 def test_two_classes_and_the_command_of_the_best_tap_runs(
-    stages: Stages, tmp_path: Path, save_picture: Any, loss: str
+    stages: Stages, tmp_path: Path, save_image: Any, loss: str
 ) -> None:
-    save_pets(tmp_path / "pets", save_picture)
+    save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
     tap = "hidden1" if loss.startswith("hint") else "hidden1:pool"
     stages(

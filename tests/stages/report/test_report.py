@@ -116,7 +116,7 @@ def test_every_picture_of_a_finished_run_is_there_and_says_what_it_shows(home: P
 
 
 def decoded(part: str, alt: str) -> str:
-    """The SVG of a picture."""
+    """The SVG of a image."""
     found = re.search(rf'src="data:image/svg\+xml;base64,([^"]*)" alt="{alt}', part)
     assert found
     return base64.b64decode(found[1]).decode()

@@ -26,7 +26,7 @@ LOOKS: dict[str, dict[str, Any]] = {
         "has_touch": True,
     },
 }
-PER_CLASS = {"train": 40, "test": 20}  # pictures of CIFAR-10 that the teachers are asked about
+PER_CLASS = {"train": 40, "test": 20}  # images of CIFAR-10 that the teachers are asked about
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def digits(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a student of the public ResNet-56 and ResNet-20, on some JPEG pictures of CIFAR-10."""
+    """The report of a student of the public ResNet-56 and ResNet-20, on some JPEG images of CIFAR-10."""
     from softcache.stages.main import main
 
     folder = tmp_path_factory.mktemp("cifar")
@@ -94,7 +94,7 @@ def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _some(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-    """The first pictures of each class alone."""
+    """The first images of each class alone."""
     place = Path(member.name)
     if member.isfile() and int(place.stem) >= PER_CLASS[place.parts[0]]:
         return None
@@ -235,7 +235,7 @@ def test_a_picture_of_a_dark_page_has_light_ink(browser: Browser, digits: Path) 
 
 
 def _grey(shot: bytes) -> tuple[float, float, float]:
-    """Darkest, lightest and most frequent grey of a picture."""
+    """Darkest, lightest and most frequent grey of a image."""
     import io
 
     import numpy as np

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import softcache.stages.training.loop as training
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.batch import Outputs, TargetBatch
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import LOSSES
@@ -71,7 +71,9 @@ def logits_of(folder: str, split: str = "test") -> torch.Tensor:
 
 
 def labels_of(split: str) -> torch.Tensor:
-    return torch.from_numpy(load("digits", Path(), val_fraction=0.125, train_size=300).splits[split].labels)
+    return torch.from_numpy(
+        load_transfer_set("digits", Path(), val_fraction=0.125, train_size=300).splits[split].labels
+    )
 
 
 def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[TargetBatch]:
@@ -310,14 +312,14 @@ def test_caches_of_other_views_order_or_rows_are_refused(
 
 
 def test_caches_whose_classes_are_in_another_order_are_refused(
-    tmp_path: Path, stages: Stages, save_picture: Any
+    tmp_path: Path, stages: Stages, save_image: Any
 ) -> None:
     from tests.helpers.caches import PETS, save_pets, save_pets_teacher
 
     save_pets_teacher(tmp_path / "pets.pt")
-    save_pets(tmp_path / "pets", save_picture)
+    save_pets(tmp_path / "pets", save_image)
     stages(*PETS, "--out", "a")
-    for split in ("train", "test"):  # dog becomes first: the pictures are the same
+    for split in ("train", "test"):  # dog becomes first: the images are the same
         (tmp_path / "pets" / split / "dog").rename(tmp_path / "pets" / split / "ant")
     stages(*PETS, "--out", "b")
     refused = stages.fails(1, "blend", "--cache", "a", "--cache", "b")

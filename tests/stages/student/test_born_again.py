@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import Prepared
@@ -20,12 +20,12 @@ SHORT = ("--epochs", 2, "--batch-size", 64, "--draws", 2)
 
 def held_out_probabilities(cache: Cache, arch: str, weights: Path) -> np.ndarray[Any, Any]:
     """softmax of a student's logits on the test split, float64, without the commands."""
-    test = load("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
+    test = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
     network = build(arch, 10, cache.preparation.channels, cache.preparation.size)
     network.load_state_dict(torch.load(weights, weights_only=True))
     model = Prepared(network, cache.preparation).eval()
     with torch.inference_mode():
-        logits = model(test.pictures.take(np.arange(len(test))).images)  # type: ignore[union-attr]
+        logits = model(test.images.take(np.arange(len(test))).pixels)  # type: ignore[union-attr]
     return logits.double().softmax(1).numpy()
 
 
@@ -55,10 +55,10 @@ def test_each_generation_is_taught_by_a_cache_of_the_one_before(chain: dict[str,
         state = torch.load(folder / f"generation-{number}/student.pt", weights_only=True)
         network = build("mlp:16", 10, 1, 8)
         network.load_state_dict(state)
-        test = load("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
+        test = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
         with torch.inference_mode():
             said = Prepared(network, cache.preparation).eval()(
-                test.pictures.take(cache.order("test")).images  # type: ignore[union-attr]
+                test.images.take(cache.order("test")).pixels  # type: ignore[union-attr]
             )
         kept = cache.targets("test", 0, np.arange(len(test)))[0]
         assert torch.allclose(said, kept, rtol=2e-3, atol=2e-3)
@@ -80,7 +80,7 @@ def test_the_ensemble_is_the_mean_of_the_students_probabilities(
 ) -> None:
     cache = Cache(tiny / "cache")
     p = [held_out_probabilities(cache, "mlp:16", folder / f"generation-{g}/student.pt") for g in (1, 2, 3)]
-    labels = load("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"].labels
+    labels = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"].labels
     mean = np.mean(p, axis=0)
     assert chain["ensemble"]["test"]["accuracy"] == pytest.approx((mean.argmax(1) == labels).mean())
     assert chain["ensemble"]["test"]["nll"] == pytest.approx(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import softcache.stages.training.loop as training
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from tests.helpers.commands import Stages
 
 FIRST, SECOND = 3, 2
@@ -137,15 +137,15 @@ def test_every_seed_has_both_parts(tiny: Path, stages: Stages) -> None:
 
 
 def test_it_needs_labels(stages: Stages, tmp_path: Path) -> None:
-    digits = load("digits", Path("none"), val_fraction=0.125, train_size=30).splits["train"]
+    digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=30).splits["train"]
     (tmp_path / "pictures").mkdir()
     for i in range(30):
-        Image.fromarray(digits.pictures.images[i, 0].numpy()).save(tmp_path / f"pictures/{i:02d}.png")
+        Image.fromarray(digits.images.pixels[i, 0].numpy()).save(tmp_path / f"pictures/{i:02d}.png")
     stages("teacher", "--train-size", 100, "--arch", "mlp:8", "--epochs", 1, "--out", "t")
-    data = ("--data", f"folder:{tmp_path / 'pictures'}")
+    data = ("--data", f"folder:{tmp_path / 'images'}")
     stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")
     line = stages.fails(2, "student", *data, "--cache", "c", *STUDENT, *FINETUNE, "--out", "r")
-    assert "--finetune-epochs needs labels, and these pictures have none: leave it out" in line
+    assert "--finetune-epochs needs labels, and these images have none: leave it out" in line
     assert not Path("r").exists()
 
 

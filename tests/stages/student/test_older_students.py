@@ -127,10 +127,10 @@ def test_a_loss_that_wants_a_missing_tap_is_refused_with_the_command_that_adds_i
 
 
 def test_the_command_that_adds_says_where_the_pictures_are_as_the_student_did(
-    stages: Stages, tmp_path: Path, save_picture: Any
+    stages: Stages, tmp_path: Path, save_image: Any
 ) -> None:
     """A manifest does not know; who trains has just said it."""
-    save_pets(tmp_path / "pets", save_picture)
+    save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
     stages(*PETS, "--out", "p")
     asked = ("student", "--data", "folder:pets", "--cache", "p", "--arch", "mlp:4", "--epochs", "1")

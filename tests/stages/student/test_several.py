@@ -86,9 +86,9 @@ def test_seeds_and_losses_share_the_first_seeds_order(tiny: Path, stages: Stages
 def test_each_view_is_rendered_once_for_all(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered, render = [0], stream.render
 
-    def counted(pictures: Any, policy: Any, seed: Any, index: Any, draw: Any) -> torch.Tensor:
+    def counted(images: Any, policy: Any, seed: Any, index: Any, draw: Any) -> torch.Tensor:
         rendered[0] += len(index)
-        return render(pictures, policy, seed, index, draw)
+        return render(images, policy, seed, index, draw)
 
     more = (*COMMON, "--cache", tiny / "cache", "--loss", "kd")
     monkeypatch.setattr(stream, "render", counted)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import softcache.stages.training.loop as training
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.batch import Outputs, TargetBatch
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
@@ -41,7 +41,7 @@ def flat(record: dict[str, Any]) -> list[float]:
 
 
 def stream_of(folder: Path, **more: Any) -> Stream:
-    cache, transfer_set = Cache(folder), load("digits", Path("none"), val_fraction=0.125, train_size=300)
+    cache, transfer_set = Cache(folder), load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300)
     cache.bind(transfer_set)
     rows = transfer_set.splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
@@ -276,7 +276,7 @@ def test_mixup_views_carry_both_labels_and_their_shares(tiny: Path, stages: Stag
     batch = next(stream.batches(0, 1))
     assert batch.partner is not None
     assert batch.share is not None
-    plain = stream.split.pictures.images
+    plain = stream.split.images.pixels
     teacher = the_teacher(tiny)
     with torch.no_grad():
         torch.testing.assert_close(batch.logits, teacher(batch.views), rtol=1e-3, atol=1e-3)
@@ -360,12 +360,12 @@ def test_bfloat16_trains_nearly_as_float32_does(tiny: Path, stages: Stages) -> N
 
 def test_pictures_without_classes_give_soft_targets_only(stages: Stages, tmp_path: Path) -> None:
     """A folder without class folders: kd trains, losses that want labels refuse."""
-    digits = load("digits", Path("none"), val_fraction=0.125, train_size=60).splits["train"]
+    digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=60).splits["train"]
     (tmp_path / "pictures").mkdir()
     for i in range(60):
-        Image.fromarray(digits.pictures.images[i, 0].numpy()).save(tmp_path / f"pictures/{i:02d}.png")
+        Image.fromarray(digits.images.pixels[i, 0].numpy()).save(tmp_path / f"pictures/{i:02d}.png")
     stages("teacher", "--train-size", 100, "--arch", "mlp:16", "--epochs", 3, "--out", "t")
-    data = ("--data", f"folder:{tmp_path / 'pictures'}")
+    data = ("--data", f"folder:{tmp_path / 'images'}")
     made = stages("teacher-cache", *data, "--weights", "t", "--views", "crop:pad=1", "--draws", 2, "--out", "c")
     assert made["teacher"]["train"]["accuracy"] is None
     asked = ("student", *data, "--cache", "c", "--arch", "mlp:8", "--epochs", 2)

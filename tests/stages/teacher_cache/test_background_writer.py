@@ -34,7 +34,7 @@ def test_one_work_at_a_time_in_order_and_what_it_raises_is_raised_by_the_next_ca
     def all_of_them() -> None:
         with Behind() as behind:
             for number in range(10):
-                behind.do(work, number)
+                behind.submit(work, number)
 
     with pytest.raises(OSError, match="full"):
         all_of_them()
@@ -52,7 +52,7 @@ def test_left_by_ctrl_c_it_ends_when_the_work_is_done() -> None:
 
     def interrupted() -> None:
         with Behind() as behind:
-            behind.do(work)
+            behind.submit(work)
             begun.wait()
             raise KeyboardInterrupt
 

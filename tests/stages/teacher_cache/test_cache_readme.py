@@ -51,7 +51,7 @@ def test_the_card_says_what_the_manifest_says(small: Path) -> None:
     assert "1 × 8 × 8" in rows["input"]
     assert rows["data"] == "digits: train 200, val 180, test 360; 10 classes"
     assert rows["views"].startswith("`crop` (pad 1, ")
-    assert "seed 0); 2 of each training picture" in rows["views"]
+    assert "seed 0); 2 of each training image" in rows["views"]
     for split, found in record["teacher"].items():
         assert f"{split} {found['accuracy']:.4f}" in rows["teacher's accuracy"]
     assert rows["kept"] == "logits; features `flatten` [512]"
@@ -61,7 +61,7 @@ def test_the_card_says_what_the_manifest_says(small: Path) -> None:
     assert record["fingerprint"] in rows["fingerprint"]
     assert all(f"{name} {version}" in rows["made with"] for name, version in record["versions"].items())
     assert rows["licence"].startswith("not stated")
-    assert "It holds no pictures." in card
+    assert "It holds no images." in card
 
 
 def test_a_licence_is_stated_where_it_was_given(small: Path, stages: Stages) -> None:
@@ -82,9 +82,9 @@ def test_the_commands_that_the_card_names_work_where_the_cache_lies(small: Path,
 
 
 def test_the_card_of_a_folder_of_pictures_says_where_to_put_their_path(
-    stages: Stages, tmp_path: Path, save_picture: Any
+    stages: Stages, tmp_path: Path, save_image: Any
 ) -> None:
-    save_pets(tmp_path / "pets", save_picture)
+    save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
     stages(*PETS, "--out", "p")
     for command in commands((tmp_path / "p/README.md").read_text()):
@@ -101,7 +101,7 @@ def test_the_card_grows_with_the_cache(small: Path, stages: Stages, moved: bool)
         small.rename(out := "moved")
     stages(*ASKED, "--draws", "3", "--taps", "pool2", "--out", out)
     card = Path(out, "README.md").read_text()
-    assert "; 3 of each training picture" in table(card)["views"]
+    assert "; 3 of each training image" in table(card)["views"]
     assert "`pool2`" in table(card)["kept"]
     assert [command[2 if command[0] == "student" else 1] for command in commands(card)] == [out, out]
 
@@ -113,10 +113,10 @@ def test_a_card_that_someone_edited_is_theirs(small: Path, stages: Stages) -> No
     assert (small / "README.md").read_text() == mine
 
 
-def test_no_path_of_this_machine_is_in_a_cache(stages: Stages, tmp_path: Path, save_picture: Any) -> None:
+def test_no_path_of_this_machine_is_in_a_cache(stages: Stages, tmp_path: Path, save_image: Any) -> None:
     """With every path given whole: data, weights, the cache itself."""
     here = tmp_path / "private-place"
-    save_pets(here / "pets", save_picture)
+    save_pets(here / "pets", save_image)
     save_pets_teacher(here / "pets.pt")
     absolute = [word.replace("folder:pets", f"folder:{here}/pets") for word in PETS]
     absolute[absolute.index("pets.pt")] = f"{here}/pets.pt"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data.transfer_set import load
+from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.writer import Writer
@@ -32,7 +32,7 @@ def the_teacher(tiny: Path) -> Prepared:
 
 def test_every_row_is_what_the_teacher_says_about_that_view(tiny: Path) -> None:
     """Read with h5py alone and compared with a teacher run here, for every split and draw."""
-    transfer_set = load("digits", Path("none"), val_fraction=0.125, train_size=300)
+    transfer_set = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300)
     teacher, policy = the_teacher(tiny), parse_views("crop:pad=1,size=8")
     manifest = json.loads((tiny / "cache/manifest.json").read_text())
     seen = {"train": 0, "val": 0, "test": 0}
@@ -40,8 +40,8 @@ def test_every_row_is_what_the_teacher_says_about_that_view(tiny: Path) -> None:
         with h5py.File(tiny / "cache" / shard["path"]) as file:
             index = file["index"][:].astype(np.int64)
             rows = transfer_set.splits[shard["split"]]
-            seen_policy = policy if shard["split"] == "train" else policy.plain()
-            views = render(rows.pictures, seen_policy, 0, index, shard["draw"])
+            seen_policy = policy if shard["split"] == "train" else policy.without_augmentation()
+            views = render(rows.images, seen_policy, 0, index, shard["draw"])
             with torch.no_grad():
                 logits = teacher(views).numpy()
                 x = torch.addcmul(teacher.shift, views.float(), teacher.scale)
@@ -218,7 +218,7 @@ def test_a_student_is_the_next_generations_teacher(tiny: Path, stages: Stages, t
 
 
 def test_a_row_that_is_not_finite_is_named(stages: Stages, tmp_path: Path) -> None:
-    """A teacher that says NaN about one picture: the brightest of the training split."""
+    """A teacher that says NaN about one image: the brightest of the training split."""
     (tmp_path / "spoiled.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
@@ -227,8 +227,8 @@ def test_a_row_that_is_not_finite_is_named(stages: Stages, tmp_path: Path) -> No
         "        z = self.linear(x.flatten(1)); z[x.flatten(1).sum(1) == WORST] = float('nan'); return z\n"
         "def make(classes, channels, size): return Net()\n"
     )
-    rows = load("digits", Path("none"), val_fraction=0.125, train_size=50).splits["train"]
-    pixels = rows.pictures.plain(np.arange(50), 8, 0).float() / 255
+    rows = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=50).splits["train"]
+    pixels = rows.images.load_plain(np.arange(50), 8, 0).float() / 255
     worst = int(pixels.flatten(1).sum(1).argmax())
     value = float(torch.addcmul(torch.zeros(1), pixels * 255, torch.tensor(1 / 255.0))[worst].flatten().sum())
     source = (tmp_path / "spoiled.py").read_text().replace("== WORST", f"> {value - 1e-3}")

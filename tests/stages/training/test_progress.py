@@ -99,7 +99,7 @@ def test_a_pipe_gets_a_line_of_each_epoch_with_the_figures_that_are_kept(tiny: P
     for i, (line, kept) in enumerate(zip(told[:3], lines_of("r"), strict=True), 1):
         found = re.fullmatch(
             rf"student, seed 3, epoch {i}/3: loss ({NUMBER}) \(kd ({NUMBER}), hard ({NUMBER})\),"
-            rf" val accuracy ({NUMBER}), F1 ({NUMBER}), {NUMBER} pictures/s(, .* left)?",
+            rf" val accuracy ({NUMBER}), F1 ({NUMBER}), {NUMBER} images/s(, .* left)?",
             line,
         )
         assert found, line
@@ -153,7 +153,7 @@ def test_a_terminal_gets_one_line_that_fits_and_goes_away(
     drawn = seen.drawn()
     assert max(map(len, drawn)) < columns
     assert not [line for line in drawn if ", epoch " in line]
-    words = ("/3 epochs", "val accuracy", " pictures/s") if columns == 120 else ("/3", "acc", "/s")
+    words = ("/3 epochs", "val accuracy", " images/s") if columns == 120 else ("/3", "acc", "/s")
     kept = lines_of("r")[1]
     later = [line for line in drawn if f" % 2{words[0]}," in line]
     assert later, drawn
@@ -246,7 +246,7 @@ def test_it_fits_every_terminal_and_says_the_most_important_first(students: int)
     widths = {columns: here.drawn(columns) for columns in range(20, 200)}
     assert all(len(text) < columns for columns, text in widths.items())
     assert re.search(
-        r": 41 % 12/30 epochs, loss 0.286, val accuracy 0.981, F1 0.980, [\d,]+ pictures/s, 0:0\d left$", widths[199]
+        r": 41 % 12/30 epochs, loss 0.286, val accuracy 0.981, F1 0.980, [\d,]+ images/s, 0:0\d left$", widths[199]
     ), widths[199]
     assert "41 % 12/30, loss 0.286, acc 0.981, " in widths[80]
     assert widths[80].endswith(" left")

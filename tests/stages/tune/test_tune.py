@@ -112,9 +112,9 @@ def test_a_trial_is_a_students_run_and_its_figure_that_of_the_validation_split(w
     assert record["best"]["trial"] == best["trial"]
     limits = {"kd.temperature": (1, 20), "hard.weight": (0.1, 10), "learning_rate": (0.001, 0.3)}
     assert all(limits[n][0] <= v <= limits[n][1] for row in done for n, v in row["parameters"].items())
-    with Image.open(whole / "tune.png") as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 500
+    with Image.open(whole / "tune.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 500
 
 
 @pytest.mark.parametrize(
@@ -517,6 +517,6 @@ def test_without_matplotlib_the_picture_alone_is_missing(
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     code, out, err = stages.call(*search(tiny, "s", "--search", "kd.weight=0.1|1", "--grid"))
     assert code == 0, err
-    assert "no picture without matplotlib: pip install 'softcache[report]'" in out
+    assert "no image without matplotlib: pip install 'softcache[report]'" in out
     assert not Path("s/tune.png").exists()
     assert len(record_of(Path("s"))["trials"]) == 2
