@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from softcache.pipeline.cache.manifest import row_bytes
+from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.student.phases import job_of
@@ -41,13 +41,15 @@ def bytes_per_view(given: Given, classes: int, codec: str = "float16") -> Found:
     """Every file of a cache of some 100,000 rows, by the views in it."""
     cache = made(given, 100_000, classes, codec)
     size, views = _on_disk(cache.folder), _views(cache)
-    return Found([size / views], f"{size:,} bytes of {views:,} views, {row_bytes(cache.manifest.datasets)} a row")
+    return Found(
+        [size / views], f"{size:,} bytes of {views:,} views, {count_row_bytes(cache.manifest.datasets)} a row"
+    )
 
 
 def overhead(given: Given) -> Found:
     """What is not rows, as a share of the rows, with 10 classes, where it is largest."""
     cache = made(given, 100_000, 10)
-    payload = _views(cache) * row_bytes(cache.manifest.datasets)
+    payload = _views(cache) * count_row_bytes(cache.manifest.datasets)
     size = _on_disk(cache.folder)
     return Found([100 * (size - payload) / payload], f"{size - payload:,} bytes beside {payload:,}")
 

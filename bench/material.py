@@ -23,15 +23,15 @@ from softcache.data.transfer_set import (
     load_transfer_set,
 )
 from softcache.data.views import ViewPolicy, parse_views, render
-from softcache.pipeline.cache.codecs import CODECS, fidelity
-from softcache.pipeline.cache.identity import Identity, identity_of
-from softcache.pipeline.cache.manifest import Piece
-from softcache.pipeline.cache.rows import row_order
+from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
+from softcache.pipeline.cache.identity import Identity, make_identity
+from softcache.pipeline.cache.manifest import ShardSpec
+from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
-from softcache.pipeline.cache.verification import crc32
-from softcache.pipeline.cache.writer import Plan, Writer
+from softcache.pipeline.cache.verification import compute_crc32
+from softcache.pipeline.cache.writer import CachePlan, CacheWriter
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Preparation, Prepared
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.student.command import with_recipe
 from softcache.stages.student.setup import Material
@@ -83,11 +83,11 @@ def transfer_set(data: str) -> TransferSet:
     return load_transfer_set(data, Path("."), val_fraction=VAL_FRACTION)
 
 
-def teacher(arch: str, size: int = 32) -> Prepared:
+def teacher(arch: str, size: int = 32) -> PreparedModel:
     """A teacher of random weights in eval mode, whose batch norms have seen images: its logits are not huge."""
     torch.manual_seed(0)
-    preparation = Preparation(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
-    made = Prepared(build(arch, 10, 3, size), preparation)
+    preparation = InputSpec(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+    made = PreparedModel(build(arch, 10, 3, size), preparation)
     views = smooth(256, 3, size)
     with torch.no_grad():
         for _ in range(8):
@@ -116,13 +116,13 @@ def fake_cache(
     policy = parse_views(views)
     policy = replace(policy, size=policy.size or rows.size)
     classes, seed = len(rows.classes), 0
-    preparation = Preparation(rows.channels, policy.size, (0.5,) * rows.channels, (0.25,) * rows.channels)
+    preparation = InputSpec(rows.channels, policy.size, (0.5,) * rows.channels, (0.25,) * rows.channels)
     known = {"arch": "resnet56", "weights": "0" * 64, **preparation.identity()}
-    identity: Identity = identity_of(rows, policy, seed, known, codec, "float32")
+    identity: Identity = make_identity(rows, policy, seed, known, codec, "float32")
     splits = {split: len(part) for split, part in rows.splits.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder):
-        writer = Writer.look(folder, Plan(identity, classes, draws, splits, taps or {}))
+        writer = CacheWriter.look(folder, CachePlan(identity, classes, draws, splits, taps or {}))
         writer.begin()
         for piece in writer.todo:
             arrays, facts = _made_up(piece, rows, policy, seed, codec)
@@ -132,13 +132,16 @@ def fake_cache(
 
 
 def _made_up(
-    piece: Piece, rows: TransferSet, policy: ViewPolicy, seed: int, codec: str
+    piece: ShardSpec, rows: TransferSet, policy: ViewPolicy, seed: int, codec: str
 ) -> tuple[Arrays, dict[str, float]]:
     """The rows of a shard, its logits and features out of the air."""
     part = rows.splits[piece.split]
-    index = row_order(seed, piece.split, len(part))[piece.start : piece.start + piece.rows]
+    index = make_row_order(seed, piece.split, len(part))[piece.start : piece.start + piece.rows]
     own = policy if piece.split == "train" else policy.without_augmentation()
-    seen = [crc32(render(part.images, own, seed, index[a : a + 1024], piece.draw)) for a in range(0, len(index), 1024)]
+    seen = [
+        compute_crc32(render(part.images, own, seed, index[a : a + 1024], piece.draw))
+        for a in range(0, len(index), 1024)
+    ]
     chance = np.random.default_rng(piece.draw + 1000 * piece.start)
     logits = chance.standard_normal((piece.rows, len(rows.classes)), np.float32) * 3
     stored = CODECS[codec].encode(logits)
@@ -150,7 +153,7 @@ def _made_up(
         "view_crc32": np.concatenate(seen),
     }
     hits = int((decoded.argmax(1) == part.labels[index]).sum())
-    return {**stored, **features, **keys}, {"correct": hits, **fidelity(logits[:_BLOCK], decoded[:_BLOCK])}
+    return {**stored, **features, **keys}, {"correct": hits, **measure_fidelity(logits[:_BLOCK], decoded[:_BLOCK])}
 
 
 def _feature(rows: int, shape: tuple[int, ...]) -> NDArray[np.float16]:

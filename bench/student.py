@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from softcache.pipeline.batch import TargetBatch
+from softcache.pipeline.batch import Batch
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models.precision import autocast
-from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.student.phases import job_of
 from softcache.stages.student.setup import Material
@@ -43,7 +43,7 @@ def job(given: Given, settings: StudentSettings, opened: Material, hard: bool, n
 class Ours:
     """A training that takes so many steps in a turn; the seconds of a image."""
 
-    def __init__(self, job: Job, steps: int, teacher: Prepared | None = None):
+    def __init__(self, job: Job, steps: int, teacher: PreparedModel | None = None):
         """teacher: asked about every batch in place of the cache."""
         self.job, self.count, self.teacher, self.at = job, steps, teacher, 0
         self.opened = ExitStack()  # of the hooks on the tapped layers: gone with it
@@ -62,7 +62,7 @@ class Ours:
         self.at += self.count
         return (time.perf_counter() - begun) / images
 
-    def _asked(self, batch: TargetBatch) -> TargetBatch:
+    def _asked(self, batch: Batch) -> Batch:
         assert self.teacher is not None
         with torch.no_grad(), autocast(self.job.device, self.job.settings.precision):
             return replace(batch, logits=self.teacher(batch.views))
@@ -97,7 +97,7 @@ class Bare:
         return (time.perf_counter() - begun) / images
 
 
-def asking(job: Job, teacher: Prepared, steps: int) -> Side:
+def asking(job: Job, teacher: PreparedModel, steps: int) -> Side:
     """The teacher alone, over views that are there."""
     views = [b.views.to(job.device) for b in job.stream.batches(0, steps)]
 

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import MNIST, ImageFolder
 
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state, run_weights
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import find_weights_file, load_weights, read_state_dict
 from softcache.stages.cli.configs import CacheSettings, StudentSettings, TeacherSettings
 from softcache.stages.cli.console import Console
 from softcache.stages.student.command import with_recipe
@@ -145,9 +145,9 @@ def _epoch_of_final(given: Given, settings: StudentSettings, opened: Material) -
     return accuracies[-1], 1 + next(i for i, a in enumerate(accuracies) if a >= accuracies[-1])
 
 
-def _teacher(given: Given, asked: CacheSettings, opened: Material) -> Prepared:
+def _teacher(given: Given, asked: CacheSettings, opened: Material) -> PreparedModel:
     """The teacher of the cache, in eval mode."""
     preparation = opened.cache.preparation
     network = build(asked.teacher, opened.cache.classes, preparation.channels, preparation.size)
-    load_state(network, read_state(run_weights(Path(asked.weights))), asked.weights)
-    return Prepared(network, preparation).to(given.device).eval()
+    load_weights(network, read_state_dict(find_weights_file(Path(asked.weights))), asked.weights)
+    return PreparedModel(network, preparation).to(given.device).eval()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from softcache.pipeline.cache.manifest_reader import read_manifest
-from softcache.pipeline.models.bn_folding import folded
+from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import CacheSettings
 from softcache.stages.cli.console import Console
@@ -71,7 +71,7 @@ def over_bare_inference(given: Given, precision: str) -> Found:
     settings = settings_of(given, data, saved_teacher(given), precision=precision)
     teacher = material.teacher("resnet56").to(given.device).eval()
     if precision == "bfloat16":
-        teacher = folded(teacher)
+        teacher = fold_batch_norm(teacher)
     batches = torch.split(material.smooth(len(rows.splits["train"]), 3, 32), settings.batch_size)
 
     def bare() -> int:

@@ -13,7 +13,7 @@ from softcache.data.device_views import copy_to_device
 Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in TargetBatch
 
 
-class Source(Protocol):
+class TargetSource(Protocol):
     """Where targets come from: a cache, or several as one teacher. together: draws that are read side by side."""
 
     def order(self, split: str) -> NDArray[np.int64]: ...
@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """The last linear layer of a network: logits = pooled @ weight.T + bias. weight: [K, D]; bias: [K]."""
 
     weight: torch.Tensor
@@ -36,7 +36,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Bank:
+class MemoryBank:
     """Rows of a tap to contrast with. features: float16 [M, D]; index, labels: int64 [M], labels -1 where hidden."""
 
     features: torch.Tensor
@@ -45,30 +45,30 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Known:
+class LossContext:
     """What is known beside the rows of a batch. Of the teacher: its head, where it has one, and banks by tap; of the
     training rows: counts, int64 [K], those of each class whose labels are visible."""
 
-    head: Head | None = None
-    bank: Callable[[str], Bank] | None = None
+    head: LinearHead | None = None
+    bank: Callable[[str], MemoryBank] | None = None
     counts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Outputs:
+class ModelOutputs:
     """What a model said about B views. logits: float32 [B, K]; features: {tap: [B, …]}; head: its own, live."""
 
     logits: torch.Tensor
     features: dict[str, torch.Tensor] = field(default_factory=dict)
-    head: Head | None = None
+    head: LinearHead | None = None
 
-    def chosen(self, rows: torch.Tensor) -> "Outputs":
+    def chosen(self, rows: torch.Tensor) -> "ModelOutputs":
         """Rows int64 [n] of the batch."""
-        return Outputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
+        return ModelOutputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
 
 
 @dataclass(frozen=True)
-class TargetBatch:
+class Batch:
     """B views and everything that is known about them.
 
     index:    int64 [B], position in the split
@@ -93,24 +93,24 @@ class TargetBatch:
     share: torch.Tensor | None = None
     trust: torch.Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> "TargetBatch":
+    def rows(self, start: int, stop: int) -> "Batch":
         """Rows start to stop, without a copy."""
         return self._each(lambda x: x[start:stop])
 
-    def chosen(self, rows: torch.Tensor) -> "TargetBatch":
+    def chosen(self, rows: torch.Tensor) -> "Batch":
         """Rows int64 [n] of the batch, copied."""
         return self._each(lambda x: x[rows])
 
-    def to(self, device: torch.device) -> "TargetBatch":
+    def to(self, device: torch.device) -> "Batch":
         """The same batch on a device, without waiting for it."""
         return self if self.index.device.type == device.type else self._each(lambda x: copy_to_device(x, device))
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TargetBatch":
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         def maybe(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else change(x)
 
         draw = self.draw if isinstance(self.draw, int) else change(self.draw)
-        return TargetBatch(
+        return Batch(
             change(self.index),
             draw,
             change(self.views),

@@ -13,17 +13,17 @@ from softcache.base.errors import CacheError
 from softcache.base.files import make_folder, open_regular_file, publish, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 
-from .manifest import CARD, HEAD, MANIFEST_MOST, NAME, Manifest
+from .manifest import HEAD_FILE, MANIFEST_FILE, MAX_MANIFEST_BYTES, README_FILE, Manifest
 from .manifest_reader import parse_manifest, read_manifest
 from .shards import file_checksum
 
 _CARD_MOST = 1 << 20
 _ROOT_MOST = 60  # bytes: with the rest of a shard's name they fit a tar header
 _BLOCK, _PIECE = 512, 1 << 22
-Shown = Callable[[int], None]  # called with the bytes that are done
+OnProgress = Callable[[int], None]  # called with the bytes that are done
 
 
-def pack(folder: Path, manifest: Manifest, file: Path, shown: Shown) -> None:
+def pack_cache(folder: Path, manifest: Manifest, file: Path, shown: OnProgress) -> None:
     """Publish a tar of a cache. Raises CacheError when a file is not what the manifest says.
 
     Equal caches in folders of one name give equal tar files: no times, no owners.
@@ -34,8 +34,8 @@ def pack(folder: Path, manifest: Manifest, file: Path, shown: Shown) -> None:
 
     def write(temporary: Path) -> None:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for name, size, checksum in [(NAME, -1, ""), (CARD, -1, ""), *_files(manifest)]:
-                if name == CARD and not (folder / CARD).exists():
+            for name, size, checksum in [(MANIFEST_FILE, -1, ""), (README_FILE, -1, ""), *_files(manifest)]:
+                if name == README_FILE and not (folder / README_FILE).exists():
                     continue
                 _add(tar, folder, f"{root}/{name}", name, size, checksum, shown)
 
@@ -44,11 +44,13 @@ def pack(folder: Path, manifest: Manifest, file: Path, shown: Shown) -> None:
 
 def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
     """(name, bytes, checksum) of every file that the manifest vouches for."""
-    head = [(HEAD, manifest.head.bytes, manifest.head.checksum)] if manifest.head else []
+    head = [(HEAD_FILE, manifest.head.bytes, manifest.head.checksum)] if manifest.head else []
     return head + [(record.path, record.bytes, record.checksum) for record in manifest.shards]
 
 
-def _add(tar: tarfile.TarFile, folder: Path, member: str, name: str, size: int, checksum: str, shown: Shown) -> None:
+def _add(
+    tar: tarfile.TarFile, folder: Path, member: str, name: str, size: int, checksum: str, shown: OnProgress
+) -> None:
     with os.fdopen(open_regular_file(folder, name), "rb") as file:
         info = tarfile.TarInfo(member)
         info.size, info.mode = os.fstat(file.fileno()).st_size, 0o644
@@ -68,7 +70,7 @@ def _add(tar: tarfile.TarFile, folder: Path, member: str, name: str, size: int, 
 class _Hashed:
     """A file that hashes what is read from it."""
 
-    def __init__(self, file: BinaryIO, shown: Shown):
+    def __init__(self, file: BinaryIO, shown: OnProgress):
         self.file, self.shown, self.digest = file, shown, xxhash.xxh3_128()
 
     def read(self, count: int) -> bytes:
@@ -78,7 +80,7 @@ class _Hashed:
         return block
 
 
-def unpack(file: Path, folder: Path, begun: Callable[[Manifest], Shown]) -> Manifest:
+def unpack_cache(file: Path, folder: Path, begun: Callable[[Manifest], OnProgress]) -> Manifest:
     """Take a cache out of a tar that pack has made, its manifest last. Stopped, the same call goes on.
 
     Nothing in the tar is trusted: only regular members that its manifest names are taken, each under that name,
@@ -89,21 +91,21 @@ def unpack(file: Path, folder: Path, begun: Callable[[Manifest], Shown]) -> Mani
         members = _members(tar, file)
         root, size = next(members, ("", 0))
         root, _, name = root.partition("/")
-        if name != NAME or size > MANIFEST_MOST:
-            raise CacheError(f"'{file}' is no packed cache: it does not begin with {NAME}")
+        if name != MANIFEST_FILE or size > MAX_MANIFEST_BYTES:
+            raise CacheError(f"'{file}' is no packed cache: it does not begin with {MANIFEST_FILE}")
         text = tar.read(size)
         manifest = parse_manifest(text, file)
         make_folder(folder)
         with hold_lock(folder):
-            _begin(folder, manifest, file)
+            _check_destination(folder, manifest, file)
             shown = begun(manifest)
             wanted = {name: (size, checksum) for name, size, checksum in _files(manifest)}
             for member, size in members:
-                _take(tar, folder, member.removeprefix(f"{root}/"), size, wanted, shown, file)
+                _extract_member(tar, folder, member.removeprefix(f"{root}/"), size, wanted, shown, file)
             if wanted:
                 raise CacheError(f"'{file}' ends without {next(iter(wanted))} ({len(wanted)} files): it was cut")
-            if not (folder / NAME).exists():
-                publish(folder / NAME, lambda path: _write(path, text))
+            if not (folder / MANIFEST_FILE).exists():
+                publish(folder / MANIFEST_FILE, lambda path: _write(path, text))
     return read_manifest(folder)
 
 
@@ -126,12 +128,12 @@ def _members(tar: BinaryIO, file: Path) -> Iterator[tuple[str, int]]:
     raise CacheError(f"'{file}' ends in the middle: it was cut")
 
 
-def _begin(folder: Path, manifest: Manifest, file: Path) -> None:
+def _check_destination(folder: Path, manifest: Manifest, file: Path) -> None:
     """The folder is empty, or holds the beginning of this very cache; there is space for it."""
-    if (folder / NAME).exists() and read_manifest(folder).digest != manifest.digest:
+    if (folder / MANIFEST_FILE).exists() and read_manifest(folder).digest != manifest.digest:
         raise CacheError(f"'{folder}' holds another cache than '{file}': choose another folder")
     names = {name for name, _, _ in _files(manifest)}
-    places = {"": [NAME, CARD]}
+    places = {"": [MANIFEST_FILE, README_FILE]}
     for name in names:
         inner, _, last = name.rpartition("/")
         places.setdefault(inner, []).append(last)
@@ -139,7 +141,7 @@ def _begin(folder: Path, manifest: Manifest, file: Path) -> None:
         if (folder / inner).is_dir() and not (folder / inner).is_symlink():
             remove_stale_files(folder / inner, last_names)
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    if strange := sorted(there - names - {NAME, CARD, LOCK}):
+    if strange := sorted(there - names - {MANIFEST_FILE, README_FILE, LOCK}):
         raise CacheError(f"'{folder}' holds {strange[0]}, which is not of '{file}': choose another folder")
     if links := [path for path in folder.rglob("*") if path.is_symlink()]:
         raise CacheError(f"'{links[0]}' is a link: remove it, or choose another folder")
@@ -148,13 +150,19 @@ def _begin(folder: Path, manifest: Manifest, file: Path) -> None:
         raise CacheError(f"'{file}' needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
 
 
-def _take(
-    tar: BinaryIO, folder: Path, name: str, size: int, wanted: dict[str, tuple[int, str]], shown: Shown, file: Path
+def _extract_member(
+    tar: BinaryIO,
+    folder: Path,
+    name: str,
+    size: int,
+    wanted: dict[str, tuple[int, str]],
+    shown: OnProgress,
+    file: Path,
 ) -> None:
     """Publish the member that the tar stands at."""
-    if name == CARD and size <= _CARD_MOST:
-        if (text := tar.read(size)) and not (folder / CARD).exists():  # one that is there may have been edited
-            publish(folder / CARD, lambda path: _write(path, text))
+    if name == README_FILE and size <= _CARD_MOST:
+        if (text := tar.read(size)) and not (folder / README_FILE).exists():  # one that is there may have been edited
+            publish(folder / README_FILE, lambda path: _write(path, text))
         return
     if name not in wanted:
         raise CacheError(
@@ -170,7 +178,7 @@ def _take(
     publish(path, lambda temporary: _copy(tar, temporary, name, size, checksum, shown, file))
 
 
-def _copy(tar: BinaryIO, path: Path, name: str, size: int, checksum: str, shown: Shown, file: Path) -> None:
+def _copy(tar: BinaryIO, path: Path, name: str, size: int, checksum: str, shown: OnProgress, file: Path) -> None:
     digest = xxhash.xxh3_128()
     with open(path, "wb") as out:
         while size:

@@ -81,7 +81,7 @@ CODECS: dict[str, Codec] = {
 }
 
 
-def fidelity(logits: Floats, decoded: Floats) -> dict[str, float]:
+def measure_fidelity(logits: Floats, decoded: Floats) -> dict[str, float]:
     """What a codec cost on these rows, as sums: rows, flips of the first class, KL(true || stored) in nats.
 
     logits, decoded: float32 [n, K]. The KL is summed over the rows at each temperature of TEMPERATURES.

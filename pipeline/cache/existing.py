@@ -7,57 +7,59 @@ from typing import Any
 
 from softcache.base.errors import CacheError
 
-from .identity import Identity, fingerprint
-from .manifest import NAME, UNFINISHED
-from .manifest_reader import read_claim, read_manifest
-from .precision_record import Arithmetic, arithmetic_of
-from .recovery import extent_of, lost_pieces
-from .shards import said_by
+from .identity import Identity, compute_fingerprint
+from .manifest import IN_PROGRESS_FILE, MANIFEST_FILE
+from .manifest_reader import read_in_progress_file, read_manifest
+from .precision_record import PrecisionRecord, parse_precision_record
+from .recovery import find_lost_shards, measure_extent
+from .shards import read_claims
 
 PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Begun:
+class ExistingCache:
     """precision: of its identity; arithmetic: None where the teacher is asked as it is; taps: those that are there."""
 
     precision: str
-    arithmetic: Arithmetic | None
+    arithmetic: PrecisionRecord | None
     taps: tuple[str, ...] = ()
 
 
-def begun(folder: Path, identity: Identity) -> Begun | None:
+def read_existing(folder: Path, identity: Identity) -> ExistingCache | None:
     """What a cache in a folder was begun with, if there is one; identity: with any precision.
 
     The manifest says it, or the claim of an unfinished cache, or, where both are lost, its shards. Nothing is
     compared but fingerprints of shards: whether it is the cache that is asked for is for others to find.
     """
-    if (folder / NAME).is_file():
+    if (folder / MANIFEST_FILE).is_file():
         manifest = read_manifest(folder)
-        return Begun(manifest.identity["precision"], manifest.arithmetic, tuple(manifest.taps))
-    if (folder / UNFINISHED).is_file():
-        return _claimed(read_claim(folder))
+        return ExistingCache(manifest.identity["precision"], manifest.arithmetic, tuple(manifest.taps))
+    if (folder / IN_PROGRESS_FILE).is_file():
+        return _claimed(read_in_progress_file(folder))
     for precision in PRECISIONS:
         try:
-            lost = lost_pieces(folder, fingerprint({**identity, "precision": precision}), {})
+            lost = find_lost_shards(folder, compute_fingerprint({**identity, "precision": precision}), {})
         except CacheError:  # of the other precision, or of another cache, which the writer will refuse
             continue
         if lost:
             there = next(piece.path for piece in lost if (folder / piece.path).exists())
-            return Begun(precision, _said(folder, there), tuple(extent_of(lost)[1]))
+            return ExistingCache(precision, _said(folder, there), tuple(measure_extent(lost)[1]))
     return None
 
 
-def _claimed(claim: dict[str, Any]) -> Begun | None:
+def _claimed(claim: dict[str, Any]) -> ExistingCache | None:
     identity = claim.get("identity")
     precision = identity.get("precision") if isinstance(identity, dict) else None
-    return Begun(precision, arithmetic_of(claim.get("arithmetic"))) if precision in PRECISIONS else None
+    return (
+        ExistingCache(precision, parse_precision_record(claim.get("arithmetic"))) if precision in PRECISIONS else None
+    )
 
 
-def _said(folder: Path, name: str) -> Arithmetic | None:
+def _said(folder: Path, name: str) -> PrecisionRecord | None:
     """By the facts in a shard."""
-    said = said_by(folder, name)
+    said = read_claims(folder, name)
     try:
-        return arithmetic_of(json.loads(str(said[0]["facts"]))["arithmetic"]) if said else None
+        return parse_precision_record(json.loads(str(said[0]["facts"]))["arithmetic"]) if said else None
     except (KeyError, ValueError, TypeError):
         return None

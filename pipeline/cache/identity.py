@@ -16,7 +16,7 @@ FORMAT = 1
 Identity = dict[str, Any]
 
 
-def identity_of(
+def make_identity(
     transfer_set: TransferSet,
     views: ViewPolicy,
     seed: int,
@@ -35,7 +35,7 @@ def identity_of(
     }
 
 
-def fingerprint(identity: Identity) -> str:
+def compute_fingerprint(identity: Identity) -> str:
     """SHA-256 of the identity as canonical JSON, 64 hexadecimal digits."""
     return sha256(_canonical(identity).encode()).hexdigest()
 
@@ -44,7 +44,7 @@ def _canonical(record: Any) -> str:
     return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
 
-def differences(one: Any, other: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+def find_differences(one: Any, other: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The fields in which two nested records differ, as (dotted name, value in one, value in other).
 
     Compared as JSON, as fingerprint does: 1 and 1.0 differ, a tuple and a list do not. A field that is in one of
@@ -54,21 +54,21 @@ def differences(one: Any, other: Any, field: str = "") -> Iterator[tuple[str, An
         for key in [*one, *(k for k in other if k not in one)]:
             inner = f"{field}.{key}" if field else str(key)
             if key in one and key in other:
-                yield from differences(one[key], other[key], inner)
+                yield from find_differences(one[key], other[key], inner)
             else:
                 yield inner, one.get(key), other.get(key)
     elif _canonical(one) != _canonical(other):
         yield field, one, other
 
 
-def describe(one: Identity, other: Identity, names: tuple[str, str]) -> str:
+def format_differences(one: Identity, other: Identity, names: tuple[str, str]) -> str:
     """The differing fields side by side, a line each below a line of the two names."""
-    found = [(field, _short(a), _short(b)) for field, a, b in differences(one, other)]
+    found = [(field, _shorten(a), _shorten(b)) for field, a, b in find_differences(one, other)]
     rows = [("", *names), *found] if found else []
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return "".join(f"\n  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in rows)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "…"

@@ -14,45 +14,45 @@ import numpy as np
 from softcache.base.files import publish_text
 
 from .codecs import CODECS
-from .identity import FORMAT, Identity, fingerprint
-from .precision_record import Arithmetic
+from .identity import FORMAT, Identity, compute_fingerprint
+from .precision_record import PrecisionRecord
 from .shards import Layout
 
-NAME, UNFINISHED, CARD, HEAD = "manifest.json", "unfinished.json", "README.md", "head.h5"
+MANIFEST_FILE, IN_PROGRESS_FILE, README_FILE, HEAD_FILE = "manifest.json", "unfinished.json", "README.md", "head.h5"
 SPLITS = ("train", "val", "test")
-KEYS = {"index": ((), "<u4"), "label": ((), "<i4"), "view_crc32": ((), "<u4")}  # of every shard
-MOST_DRAWS = 100_000
-SHARD_MOST = 4 << 30  # bytes of a shard; at 12 GB/s its checksum takes a third of a second
-MANIFEST_MOST = 16 << 20  # bytes of a manifest: some 40,000 shards; JSON takes up to 20 times as much memory
-ROWS_MOST = 2**32 - 1  # index is uint32
+ROW_KEYS = {"index": ((), "<u4"), "label": ((), "<i4"), "view_crc32": ((), "<u4")}  # of every shard
+MAX_DRAWS = 100_000
+MAX_SHARD_BYTES = 4 << 30  # bytes of a shard; at 12 GB/s its checksum takes a third of a second
+MAX_MANIFEST_BYTES = 16 << 20  # bytes of a manifest: some 40,000 shards; JSON takes up to 20 times as much memory
+MAX_ROWS = 2**32 - 1  # index is uint32
 
 Datasets = dict[str, tuple[tuple[int, ...], str]]  # {name: (row shape, dtype)}
 
 
-def datasets_of(classes: int, codec: str, taps: dict[str, list[int]]) -> Datasets:
+def list_datasets(classes: int, codec: str, taps: dict[str, list[int]]) -> Datasets:
     """Everything that is kept of a row. Features are float16, whatever the codec of the logits."""
     features = {f"features/{tap}": (tuple(shape), "<f2") for tap, shape in taps.items()}
-    return {**CODECS[codec].datasets(classes), **features, **KEYS}
+    return {**CODECS[codec].datasets(classes), **features, **ROW_KEYS}
 
 
-def row_bytes(datasets: Datasets) -> int:
+def count_row_bytes(datasets: Datasets) -> int:
     """Of one row, without what HDF5 adds."""
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in datasets.values())
 
 
-def layout_of(rows: int, datasets: Datasets) -> Layout:
+def make_layout(rows: int, datasets: Datasets) -> Layout:
     """{dataset: (whole shape, dtype)} of so many rows."""
     return {name: ((rows, *shape), dtype) for name, (shape, dtype) in datasets.items()}
 
 
-def shard_path(split: str, draw: int, number: int, part: int) -> str:
+def make_shard_path(split: str, draw: int, number: int, part: int) -> str:
     """The name of a shard in the cache's folder. part: 0 for the first, 1 … for taps that were added later."""
     folder = f"draw-{draw:03d}" if split == "train" else split
     return f"{folder}/shard-{number:05d}{f'-{part}' if part else ''}.h5"
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSpec:
     """A shard to be: rows start to start + rows of a split, in the row order, in one draw; the datasets it holds."""
 
     path: str
@@ -115,13 +115,13 @@ class Manifest:
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    arithmetic: Arithmetic | None = None
+    arithmetic: PrecisionRecord | None = None
     digest: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the identity; every shard carries it too."""
-        return fingerprint(self.identity)
+        return compute_fingerprint(self.identity)
 
     @property
     def bytes(self) -> int:
@@ -131,11 +131,11 @@ class Manifest:
     @cached_property
     def datasets(self) -> Datasets:
         """Everything that is kept of a row."""
-        return datasets_of(self.classes, self.identity["codec"], self.taps)
+        return list_datasets(self.classes, self.identity["codec"], self.taps)
 
     def layout(self, record: ShardRecord) -> Layout:
         """What a shard must hold: {dataset: (whole shape, dtype)}."""
-        return layout_of(record.rows, {name: self.datasets[name] for name in record.datasets})
+        return make_layout(record.rows, {name: self.datasets[name] for name in record.datasets})
 
     def head_layout(self) -> Layout:
         """What the head's file must hold."""
@@ -152,7 +152,7 @@ class Manifest:
         del record["digest"]
         if self.arithmetic is None:  # so that such a cache is still read by programs that know no other
             del record["arithmetic"]
-        publish_text(folder / NAME, seal(record))
+        publish_text(folder / MANIFEST_FILE, seal(record))
 
 
 def seal(record: dict[str, Any]) -> str:

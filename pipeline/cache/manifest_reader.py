@@ -14,23 +14,23 @@ from softcache.base.schema import validate
 from .codecs import CODECS, TEMPERATURES
 from .identity import FORMAT
 from .manifest import (
-    HEAD,
-    KEYS,
-    MANIFEST_MOST,
-    MOST_DRAWS,
-    NAME,
-    ROWS_MOST,
-    SHARD_MOST,
+    HEAD_FILE,
+    IN_PROGRESS_FILE,
+    MANIFEST_FILE,
+    MAX_DRAWS,
+    MAX_MANIFEST_BYTES,
+    MAX_ROWS,
+    MAX_SHARD_BYTES,
+    ROW_KEYS,
     SPLITS,
-    UNFINISHED,
     HeadRecord,
     Manifest,
     ShardRecord,
-    row_bytes,
-    shard_path,
+    count_row_bytes,
+    make_shard_path,
 )
-from .precision_record import FORM as ARITHMETIC_FORM
-from .precision_record import arithmetic_of
+from .precision_record import SCHEMA as ARITHMETIC_FORM
+from .precision_record import parse_precision_record
 
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\n')
 _SEAL_BYTES = len(b',\n "sha256": ""\n}\n') + 64
@@ -38,18 +38,18 @@ _SEAL_BYTES = len(b',\n "sha256": ""\n}\n') + 64
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a cache, checked in itself. Raises CacheError with the reason and the way out."""
-    path = folder / NAME
+    path = folder / MANIFEST_FILE
     if folder.is_file():
         raise CacheError(f"'{folder}' is a file: a cache is a folder")
     if not folder.is_dir():
         raise CacheError(f"there is no cache at '{folder}': make one with teacher-cache --out {folder}")
     if not path.is_file():
-        if (folder / UNFINISHED).is_file():
+        if (folder / IN_PROGRESS_FILE).is_file():
             raise CacheError(
                 f"'{folder}' holds no finished cache: run the same teacher-cache command again to finish it"
             )
-        raise CacheError(f"'{folder}' is no cache: it has no {NAME}")
-    return parse_manifest(read_regular_file(folder, NAME, MANIFEST_MOST), path)
+        raise CacheError(f"'{folder}' is no cache: it has no {MANIFEST_FILE}")
+    return parse_manifest(read_regular_file(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES), path)
 
 
 def parse_manifest(text: bytes, path: Path) -> Manifest:
@@ -63,8 +63,8 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         digest = _check_seal(text, path)
         del record["sha256"]
         more = {"arithmetic": ARITHMETIC_FORM} if "arithmetic" in record else {}
-        validate(record, {**_FORM, **more}, str(path))
-        manifest = _from_json(record, digest)
+        validate(record, {**_SCHEMA, **more}, str(path))
+        manifest = _build_manifest(record, digest)
         if record["fingerprint"] != manifest.fingerprint:
             raise CacheError(
                 f"{path}: its identity was edited: its fingerprint is {manifest.fingerprint[:12]},"
@@ -72,7 +72,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
             )
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{path}: not a manifest ({type(error).__name__}: {str(error)[:80]}){_WAY_OUT}") from None
-    _check(path, manifest)
+    _check_bounds(path, manifest)
     return manifest
 
 
@@ -94,7 +94,7 @@ def _check_seal(text: bytes, path: Path) -> str:
 
 
 _CUT = {"val_fraction": float, "seed": int, "train_size": int}
-IDENTITY_FORM: dict[str, Any] = {
+IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
     "transfer_set": {
         "name": re.compile("[a-z0-9-]{1,64}"),
@@ -114,13 +114,13 @@ IDENTITY_FORM: dict[str, Any] = {
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("float32|bfloat16"),
 }
-SETTINGS_FORM = {str: (None, bool, float, str)}
+SETTINGS_SCHEMA = {str: (None, bool, float, str)}
 _ANY = re.compile(r"[\s\S]{0,65536}")  # a path is compared with the only one that it may be
 _HEX = re.compile("[0-9a-f]{32}")
-_FORM: dict[str, Any] = {
+_SCHEMA: dict[str, Any] = {
     "format": int,
     "fingerprint": re.compile("[0-9a-f]{64}"),
-    "identity": IDENTITY_FORM,
+    "identity": IDENTITY_SCHEMA,
     "classes": int,
     "draws": int,
     "splits": {str: int},
@@ -139,31 +139,31 @@ _FORM: dict[str, Any] = {
             "datasets": [str],
         }
     ],
-    "head": (None, {"path": re.compile(re.escape(HEAD)), "bytes": int, "checksum": _HEX, "inputs": int}),
+    "head": (None, {"path": re.compile(re.escape(HEAD_FILE)), "bytes": int, "checksum": _HEX, "inputs": int}),
     "teacher": {str: {"accuracy": (None, float)}},
     "fidelity": dict.fromkeys(("rows", "flips", *(f"kl_{T:g}" for T in TEMPERATURES)), float),
     "seconds": float,
-    "settings": SETTINGS_FORM,
+    "settings": SETTINGS_SCHEMA,
     "versions": {str: str},
 }
 
 
-def _from_json(record: dict[str, Any], digest: str) -> Manifest:
+def _build_manifest(record: dict[str, Any], digest: str) -> Manifest:
     apart = ("format", "fingerprint", "shards", "head", "arithmetic")
     more = {k: v for k, v in record.items() if k not in apart}
     head = HeadRecord(**record["head"]) if record["head"] else None
     shards = tuple(ShardRecord(**shard) for shard in record["shards"])
-    arithmetic = arithmetic_of(record.get("arithmetic"))
+    arithmetic = parse_precision_record(record.get("arithmetic"))
     return Manifest(**more, shards=shards, head=head, arithmetic=arithmetic, digest=digest)
 
 
-def _check(path: Path, manifest: Manifest) -> None:
+def _check_bounds(path: Path, manifest: Manifest) -> None:
     """Sizes are in bounds; every dataset of every split and draw is tiled by shards, without gap or overlap."""
     for tap, shape in manifest.taps.items():
         if len(shape) > 8 or not tap or "/" in tap:
             raise CacheError(f"{path}: taps: {ascii(tap)[:40]} cannot have {len(shape)} dimensions")
-    bounds = [("draws", manifest.draws, MOST_DRAWS), ("classes", manifest.classes, 1 << 24)]
-    bounds += [(f"splits.{split}", rows, ROWS_MOST) for split, rows in manifest.splits.items()]
+    bounds = [("draws", manifest.draws, MAX_DRAWS), ("classes", manifest.classes, 1 << 24)]
+    bounds += [(f"splits.{split}", rows, MAX_ROWS) for split, rows in manifest.splits.items()]
     bounds += [(f"taps.{tap}", math.prod(shape), 1 << 31) for tap, shape in manifest.taps.items()]
     for name, value, most in bounds:
         if not 1 <= value <= most:
@@ -184,20 +184,20 @@ def _check(path: Path, manifest: Manifest) -> None:
 def _check_record(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
     """One shard lies where its rows say, holds what a shard can hold, and is of a size that fits."""
     found = re.fullmatch(r"[a-z0-9-]+/shard-([0-9]{5,9})(?:-([1-9][0-9]{0,3}))?\.h5", shard.path)
-    if not found or shard.path != shard_path(shard.split, shard.draw, int(found[1]), int(found[2] or 0)):
+    if not found or shard.path != make_shard_path(shard.split, shard.draw, int(found[1]), int(found[2] or 0)):
         raise CacheError(f"{path}: {ascii(shard.path)[:80]} is not the file of a shard of {shard.split}, {shard.draw}")
     names = set(shard.datasets)
-    if len(names) != len(shard.datasets) or not set(KEYS) < names or not names <= set(manifest.datasets):
+    if len(names) != len(shard.datasets) or not set(ROW_KEYS) < names or not names <= set(manifest.datasets):
         raise CacheError(f"{path}: {shard.path} cannot hold {ascii(shard.datasets)[:80]}")
     if ("logits" in names) != (shard.correct is not None):
         raise CacheError(f"{path}: {shard.path}: correct is {shard.correct}")
-    need = shard.rows * row_bytes({name: manifest.datasets[name] for name in names})
-    if not need <= shard.bytes <= SHARD_MOST:
+    need = shard.rows * count_row_bytes({name: manifest.datasets[name] for name in names})
+    if not need <= shard.bytes <= MAX_SHARD_BYTES:
         raise CacheError(f"{path}: {shard.path} with {shard.rows} rows has {shard.bytes} bytes: they need {need}")
 
 
 def _check_tiles(path: Path, manifest: Manifest) -> None:
-    names = [name for name in manifest.datasets if name not in KEYS]
+    names = [name for name in manifest.datasets if name not in ROW_KEYS]
     kept = sum(manifest.draws if split == "train" else 1 for split in manifest.splits)
     if kept * len(names) > sum(len(shard.datasets) for shard in manifest.shards):  # before so many are listed
         raise CacheError(
@@ -205,7 +205,7 @@ def _check_tiles(path: Path, manifest: Manifest) -> None:
         )
     filled = {(split, draw, name): 0 for split, draw in manifest.views() for name in names}
     for shard in sorted(manifest.shards, key=lambda s: s.start):
-        for name in set(shard.datasets) - set(KEYS):
+        for name in set(shard.datasets) - set(ROW_KEYS):
             key = (shard.split, shard.draw, name)
             if filled.get(key) != shard.start or shard.rows < 1:
                 raise CacheError(
@@ -218,13 +218,13 @@ def _check_tiles(path: Path, manifest: Manifest) -> None:
             raise CacheError(f"{path}: {split}, draw {draw} has {rows} of {manifest.splits[split]} rows of {name}")
 
 
-def read_claim(folder: Path) -> Any:
+def read_in_progress_file(folder: Path) -> Any:
     try:
-        begun = json.loads(read_regular_file(folder, UNFINISHED, MANIFEST_MOST))
+        begun = json.loads(read_regular_file(folder, IN_PROGRESS_FILE, MAX_MANIFEST_BYTES))
         if isinstance(begun, dict):
             return begun
     except ValueError:
         pass
     raise CacheError(
-        f"'{folder / UNFINISHED}' is damaged: choose another --out, or delete it when its shards are yours"
+        f"'{folder / IN_PROGRESS_FILE}' is damaged: choose another --out, or delete it when its shards are yours"
     )

@@ -6,11 +6,11 @@ from typing import Any
 from softcache.base.errors import CacheError
 from softcache.base.schema import validate
 
-FORM = {"folded": bool, "compiled": bool, "rows": int, "kl_1": float, "kl_4": float, "flips": float}
+SCHEMA = {"folded": bool, "compiled": bool, "rows": int, "kl_1": float, "kl_4": float, "flips": float}
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class PrecisionRecord:
     """A faster way to the same function of a image, and what it costs.
 
     folded: batch norm went into the convolutions before it; compiled: by torch.compile, where the cache was begun;
@@ -38,10 +38,10 @@ class Arithmetic:
         )
 
 
-def arithmetic_of(record: Any) -> Arithmetic | None:
+def parse_precision_record(record: Any) -> PrecisionRecord | None:
     """From plain JSON values; None, the teacher as it is, from None and from what is no such record."""
     try:
-        validate(record, FORM, "arithmetic")
+        validate(record, SCHEMA, "arithmetic")
     except CacheError:
         return None
-    return Arithmetic(**record)
+    return PrecisionRecord(**record)

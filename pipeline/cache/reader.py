@@ -16,14 +16,14 @@ from softcache.data.image_folder import Progress
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.transfer_set import Labels, TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views
-from softcache.pipeline.batch import Head
-from softcache.pipeline.models.prepared_model import Preparation
+from softcache.pipeline.batch import LinearHead
+from softcache.pipeline.models.prepared_model import InputSpec
 
 from .codecs import CODECS
-from .identity import FORMAT, describe
-from .manifest import KEYS, NAME, UNFINISHED, Manifest, ShardRecord, row_bytes
+from .identity import FORMAT, format_differences
+from .manifest import IN_PROGRESS_FILE, MANIFEST_FILE, ROW_KEYS, Manifest, ShardRecord, count_row_bytes
 from .manifest_reader import read_manifest
-from .rows import Positions, check_logits, check_rows, row_order, runs_of
+from .rows import Positions, check_logits, check_rows, find_runs, make_row_order
 from .shards import Shard, Stamp
 
 RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger one is read by blocks
@@ -41,13 +41,14 @@ class Cache:
         """Raises CacheError when there is no finished cache, or its manifest does not hold together."""
         self.folder = folder
         # The order matters: what is seen first, with no addition under way, is in a manifest that is read later.
-        files, growing = list_shard_files(folder), (folder / UNFINISHED).is_file()
+        files, growing = list_shard_files(folder), (folder / IN_PROGRESS_FILE).is_file()
         self.manifest: Manifest = read_manifest(folder)
         self.unlisted = sorted(files - {record.path for record in self.manifest.shards})
         if self.unlisted and not growing:
             raise CacheError(
-                f"'{folder}' holds {self.unlisted[0]}, which {NAME} does not know ({len(self.unlisted)} such files):"
-                f" an older {NAME}, or files of another cache. Put the newer one back, or move them away"
+                f"'{folder}' holds {self.unlisted[0]}, which {MANIFEST_FILE} does not know"
+                f" ({len(self.unlisted)} such files):"
+                f" an older {MANIFEST_FILE}, or files of another cache. Put the newer one back, or move them away"
             )
         try:
             self._read_identity()
@@ -62,7 +63,7 @@ class Cache:
         self._by_draw: dict[tuple[str, int, str], list[ShardRecord]] = {}  # {(split, draw, dataset): in row order}
         for record in sorted(self.manifest.shards, key=lambda s: s.start):
             for name in record.datasets:
-                if name not in KEYS or record.correct is not None:  # keys are taken from where the logits are
+                if name not in ROW_KEYS or record.correct is not None:  # keys are taken from where the logits are
                     self._by_draw.setdefault((record.split, record.draw, name), []).append(record)
         self._labels: dict[str, Labels] = {}
         self._orders: dict[str, NDArray[np.uint32]] = {}
@@ -102,7 +103,7 @@ class Cache:
         if "imbalance" in cut:
             parse_imbalance(cut["imbalance"])
         self.teacher = str(identity["teacher"]["arch"])
-        self.preparation = Preparation.from_json(identity["teacher"])
+        self.preparation = InputSpec.from_json(identity["teacher"])
 
     def transfer_set(self, data: str, root: Path, progress: Progress) -> TransferSet:
         """The data that the cache was made from, cut as they were then, from where they lie here; see bind.
@@ -136,14 +137,14 @@ class Cache:
                 size = path.stat().st_size if path.is_file() else 0
                 if size != record.bytes and self.manifest.splits[split] > _ON_ITS_WORD:
                     raise CacheError(f"{path}: {size} bytes instead of {record.bytes}: cut, appended to or missing")
-            self._orders[split] = row_order(self.seed, split, self.manifest.splits[split]).astype(np.uint32)
+            self._orders[split] = make_row_order(self.seed, split, self.manifest.splits[split]).astype(np.uint32)
         return self._orders[split]
 
     def bind(self, transfer_set: TransferSet) -> None:
         """Refuse a transfer set that is not the one the teacher saw; from now on labels are compared too."""
         mine, theirs = self.manifest.identity["transfer_set"], transfer_set.identity()
         if mine != theirs:
-            fields = describe(theirs, mine, ("here", "in the cache"))
+            fields = format_differences(theirs, mine, ("here", "in the cache"))
             raise CacheMismatchError(f"the cache '{self.folder}' was made from other data:{fields}")
         if transfer_set.classes and len(transfer_set.classes) != self.classes:
             raise CacheError(
@@ -183,8 +184,8 @@ class Cache:
 
         It does not depend on what else the cache holds: a student's order of rows must not change when taps are added.
         """
-        names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps), *KEYS]
-        size = row_bytes({name: self.manifest.datasets[name] for name in names})
+        names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps), *ROW_KEYS]
+        size = count_row_bytes({name: self.manifest.datasets[name] for name in names})
         return together * size * self.manifest.splits[split] <= RESIDENT_BYTES
 
     def column(self, split: str, draw: int, name: str) -> NDArray[np.generic]:
@@ -220,9 +221,9 @@ class Cache:
         are read and then gathered. A disk that is told of all of them beforehand is 1.6 times as fast.
         """
         shape, dtype = self.manifest.datasets[name]
-        size = row_bytes({name: (shape, dtype)})
+        size = count_row_bytes({name: (shape, dtype)})
         order = np.argsort(positions, kind="stable")
-        runs = runs_of(self._records(split, draw, name), positions[order])
+        runs = find_runs(self._records(split, draw, name), positions[order])
         for record, first, a, b in runs:
             self._shard(record).announce(name, first, b - a)
         found = np.empty((len(positions), *shape), dtype)
@@ -288,7 +289,7 @@ class Cache:
                 if not np.array_equal(mine[first - record.start : stop - record.start], theirs):
                     raise CacheError(f"{shard.path}: its features are of other views than the logits of {other.path}")
 
-    def head(self) -> Head | None:
+    def head(self) -> LinearHead | None:
         """The teacher's last linear layer, where it has one. Raises CacheError when its file is not what it was."""
         if not (head := self.manifest.head):
             return None
@@ -296,4 +297,4 @@ class Cache:
             weight, bias = (torch.from_numpy(file.read(name)) for name in ("weight", "bias"))
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise CacheError(f"{self.folder / head.path}: the teacher's last layer is not finite")
-        return Head(weight, bias)
+        return LinearHead(weight, bias)

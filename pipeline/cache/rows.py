@@ -16,7 +16,7 @@ from .shards import Shard
 Positions = NDArray[np.int64]
 
 
-def row_order(seed: int, split: str, rows: int) -> Positions:
+def make_row_order(seed: int, split: str, rows: int) -> Positions:
     """index [rows] of each position: the order in which rows are stored.
 
     Random, because blocks of rows of a set that is sorted by class make poor batches: chi-squared of
@@ -25,7 +25,7 @@ def row_order(seed: int, split: str, rows: int) -> Positions:
     return rng.permutation((seed, 30 + SPLITS.index(split)), rows)
 
 
-def runs_of(records: list[ShardRecord], wanted: Positions) -> list[tuple[ShardRecord, int, int, int]]:
+def find_runs(records: list[ShardRecord], wanted: Positions) -> list[tuple[ShardRecord, int, int, int]]:
     """(shard, its first row, a, b) for the neighbours wanted[a:b] in it. wanted [n]: sorted."""
     if not len(wanted):
         return []

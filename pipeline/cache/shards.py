@@ -33,7 +33,7 @@ _MOST_LINKS, _MOST_ATTRIBUTES = 4096, 16
 
 
 @dataclass(frozen=True)
-class Written:
+class ShardDigest:
     """What there is to know of a closed shard. bytes: file size; checksum of the file, payload of the datasets."""
 
     bytes: int
@@ -41,15 +41,15 @@ class Written:
     payload: str
 
 
-def write_shard(path: Path, arrays: Arrays, attributes: Mapping[str, str | int]) -> Written:
+def write_shard(path: Path, arrays: Arrays, attributes: Mapping[str, str | int]) -> ShardDigest:
     """Publish a shard: whole under its name, or not there. attributes: short facts kept in the file itself."""
     payload = payload_digest(arrays)
-    image = _image(arrays, {**attributes, "payload": payload})
+    image = _build_file(arrays, {**attributes, "payload": payload})
     publish(path, lambda temporary: _write_bytes(temporary, image))
-    return Written(len(image), xxhash.xxh3_128_hexdigest(image), payload)
+    return ShardDigest(len(image), xxhash.xxh3_128_hexdigest(image), payload)
 
 
-def _image(arrays: Arrays, attributes: Mapping[str, str | int]) -> bytes:
+def _build_file(arrays: Arrays, attributes: Mapping[str, str | int]) -> bytes:
     """The bytes of the file, made in memory: a full disk is then an ordinary OSError of ours, not one inside HDF5."""
     with h5py.File("shard", "w", driver="core", backing_store=False, libver=_LIBVER) as file:
         for name in sorted(arrays):
@@ -154,13 +154,13 @@ class Shard:
         """Every dataset, whole."""
         return {name: self.read(name) for name in self.layout}
 
-    def verified(self) -> Written:
+    def verified(self) -> ShardDigest:
         """What there is to know of the shard, after its datasets were found to be what they were when written.
 
         Raises CacheError when they are not: the shard vouches for itself, before any manifest does.
         """
         payload = self.checked_payload()
-        return Written(os.fstat(self._fd).st_size, file_checksum(self._fd), payload)
+        return ShardDigest(os.fstat(self._fd).st_size, file_checksum(self._fd), payload)
 
     def checked_payload(self) -> str:
         """The digest of the datasets. Raises CacheError when it is not the one that was written into the shard."""
@@ -180,14 +180,14 @@ class Shard:
         self.close()
 
 
-def said_by(folder: Path, name: str) -> tuple[dict[str, str | int], Layout] | None:
+def read_claims(folder: Path, name: str) -> tuple[dict[str, str | int], Layout] | None:
     """What a file says that it is: its attributes and the layout of its datasets; None where it is no shard."""
     path = folder / name
     try:
         with os.fdopen(open_regular_file(folder, name), "rb") as raw, h5py.File(raw, "r") as file:
-            _small(path, file)
-            layout = {key: (tuple(file[key].shape), file[key].dtype.str) for key in sorted(_names(path, file))}
-            return _attributes(path, file), layout
+            _check_small(path, file)
+            layout = {key: (tuple(file[key].shape), file[key].dtype.str) for key in sorted(_list_datasets(path, file))}
+            return _read_attributes(path, file), layout
     except (CacheError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
         return None
 
@@ -199,46 +199,46 @@ def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, 
     with os.fdopen(os.dup(fd), "rb") as raw:
         try:
             with h5py.File(raw, "r") as file:
-                _small(path, file)
-                found = _names(path, file)
+                _check_small(path, file)
+                found = _list_datasets(path, file)
                 if found != set(layout):
                     differ = make_printable(", ".join(sorted(found ^ set(layout))))
                     raise CacheError(f"{path}: the datasets are not those of the manifest: {differ}")
-                offsets = {name: _offset(path, file, name, *layout[name], size) for name in layout}
-                return offsets, _attributes(path, file)
+                offsets = {name: _find_offset(path, file, name, *layout[name], size) for name in layout}
+                return offsets, _read_attributes(path, file)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise CacheError(f"{path}: not a readable HDF5 file ({make_printable(error, 120)})") from None
 
 
-def _small(path: Path, file: h5py.File) -> None:
+def _check_small(path: Path, file: h5py.File) -> None:
     """Refuse a file that would be long to look through, before it is."""
     if len(file) > _MOST_LINKS or len(file.attrs) > _MOST_ATTRIBUTES:
         raise CacheError(f"{path}: {len(file)} names and {len(file.attrs)} attributes are no shard's")
 
 
-def _names(path: Path, file: h5py.File) -> set[str]:
+def _list_datasets(path: Path, file: h5py.File) -> set[str]:
     """Datasets by full name, one group deep. Only hard links: a soft or external one can lead out of the file."""
     names = set()
     for outer in file:
-        _hard(path, file, outer)
+        _check_hard_link(path, file, outer)
         if isinstance(file[outer], h5py.Dataset):
             names.add(outer)
             continue
         if not isinstance(file[outer], h5py.Group) or len(file[outer]) > _MOST_LINKS:
             raise CacheError(f"{path}: {make_printable(outer)} is neither a dataset nor a small group")
         for inner in file[outer]:
-            _hard(path, file, f"{outer}/{inner}")
+            _check_hard_link(path, file, f"{outer}/{inner}")
             names.add(f"{outer}/{inner}")
     return names
 
 
-def _hard(path: Path, file: h5py.File, name: str) -> None:
+def _check_hard_link(path: Path, file: h5py.File, name: str) -> None:
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
         raise CacheError(f"{path}: {make_printable(name)} is a {type(link).__name__}, which may lead out of the file")
 
 
-def _offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, size: int) -> int:
+def _find_offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, size: int) -> int:
     """Where the dataset's bytes begin, once it is known to be contiguous, raw and inside the file."""
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
@@ -256,7 +256,7 @@ def _offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...], dtyp
     return int(offset)
 
 
-def _attributes(path: Path, file: h5py.File) -> dict[str, str | int]:
+def _read_attributes(path: Path, file: h5py.File) -> dict[str, str | int]:
     found: dict[str, str | int] = {}
     for key in file.attrs:
         attribute = file.attrs.get_id(key)

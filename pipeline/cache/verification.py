@@ -16,7 +16,7 @@ from .rows import Positions
 _PIXEL_BYTES = 8 << 20  # of views that are rendered together
 
 
-def probe(
+def verify_views(
     cache: Cache,
     transfer_set: TransferSet,
     draws: int,
@@ -55,19 +55,19 @@ def compare_views(
     for at in range(0, len(index), together):
         part = index[at : at + together]
         views = render(transfer_set.splits[split].images, policy, cache.seed, part, draw)
-        wrong = np.flatnonzero(crc32(views) != seen[at : at + together])
+        wrong = np.flatnonzero(compute_crc32(views) != seen[at : at + together])
         if len(wrong):
             raise CacheError(
                 f"{len(wrong)} of {len(part)} views of '{cache.folder}' come out differently here, the first is"
                 f" {split} index {part[wrong[0]]}, draw {draw}: a image, the decoder or a library changed."
-                f" The cache was written with {_versions(cache.manifest.versions)}"
+                f" The cache was written with {_format_versions(cache.manifest.versions)}"
             )
 
 
-def crc32(views: torch.Tensor) -> NDArray[np.uint32]:
+def compute_crc32(views: torch.Tensor) -> NDArray[np.uint32]:
     """CRC-32 [B] of the bytes of uint8 views [B, C, H, W]."""
     return np.array([zlib.crc32(view) for view in views.contiguous().numpy()], np.uint32)
 
 
-def _versions(versions: dict[str, str]) -> str:
+def _format_versions(versions: dict[str, str]) -> str:
     return make_printable(", ".join(f"{name} {version}" for name, version in versions.items()))

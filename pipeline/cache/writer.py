@@ -16,29 +16,29 @@ from softcache.base.lock import LOCK
 from softcache.base.schema import validate
 
 from .codecs import TEMPERATURES
-from .identity import Identity, describe, fingerprint
+from .identity import Identity, compute_fingerprint, format_differences
 from .manifest import (
-    CARD,
-    HEAD,
-    KEYS,
-    MANIFEST_MOST,
-    NAME,
-    SHARD_MOST,
-    UNFINISHED,
+    HEAD_FILE,
+    IN_PROGRESS_FILE,
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    MAX_SHARD_BYTES,
+    README_FILE,
+    ROW_KEYS,
     HeadRecord,
     Manifest,
-    Piece,
     ShardRecord,
-    datasets_of,
-    layout_of,
-    row_bytes,
-    shard_path,
+    ShardSpec,
+    count_row_bytes,
+    list_datasets,
+    make_layout,
+    make_shard_path,
 )
-from .manifest_reader import IDENTITY_FORM, SETTINGS_FORM, read_claim, read_manifest
-from .precision_record import Arithmetic
-from .recovery import extent_of, lost_pieces
-from .shards import Arrays, Shard, Written, said_by, write_shard
-from .stale_files import tidy
+from .manifest_reader import IDENTITY_SCHEMA, SETTINGS_SCHEMA, read_in_progress_file, read_manifest
+from .precision_record import PrecisionRecord
+from .recovery import find_lost_shards, measure_extent
+from .shards import Arrays, Shard, ShardDigest, read_claims, write_shard
+from .stale_files import remove_stale_shard_files
 
 _SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
 _RECORD_BYTES = 400  # of a shard in the manifest, about
@@ -46,7 +46,7 @@ Facts = dict[str, Any]  # what was measured while a shard was written
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings, arithmetic: see
     Manifest."""
 
@@ -57,63 +57,63 @@ class Plan:
     taps: dict[str, list[int]]
     shard_rows: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
-    arithmetic: Arithmetic | None = None
+    arithmetic: PrecisionRecord | None = None
 
-    def pieces(self, there: Iterable[ShardRecord | Piece] = ()) -> Iterator[Piece]:
+    def pieces(self, there: Iterable[ShardRecord | ShardSpec] = ()) -> Iterator[ShardSpec]:
         """Every shard that is not there, in the order in which they are written."""
-        everything = datasets_of(self.classes, self.identity["codec"], self.taps)
+        everything = list_datasets(self.classes, self.identity["codec"], self.taps)
         parts: dict[tuple[str, int], list[set[str]]] = {}
         for record in there:
             if record.start == 0:
-                parts.setdefault((record.split, record.draw), []).append(set(record.datasets) - set(KEYS))
+                parts.setdefault((record.split, record.draw), []).append(set(record.datasets) - set(ROW_KEYS))
         for split, n in self.splits.items():
             for draw in range(self.draws if split == "train" else 1):
                 have = parts.get((split, draw), [])
                 missing = {name: kind for name, kind in everything.items() if name not in set().union(*have)}
-                if set(missing) == set(KEYS):
+                if set(missing) == set(ROW_KEYS):
                     continue
-                most = self.shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // row_bytes(missing))
-                most = max(1, min(most, (SHARD_MOST - (1 << 20)) // row_bytes(missing)))
+                most = self.shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // count_row_bytes(missing))
+                most = max(1, min(most, (MAX_SHARD_BYTES - (1 << 20)) // count_row_bytes(missing)))
                 cuts = np.linspace(0, n, -(-n // most) + 1).astype(int)
                 for i, (a, b) in enumerate(pairwise(cuts)):
-                    path = shard_path(split, draw, i, len(have))
-                    yield Piece(path, split, draw, int(a), int(b - a), missing)
+                    path = make_shard_path(split, draw, i, len(have))
+                    yield ShardSpec(path, split, draw, int(a), int(b - a), missing)
 
-    def with_all_of(self, draws: int, taps: dict[str, list[int]]) -> "Plan":
+    def with_all_of(self, draws: int, taps: dict[str, list[int]]) -> "CachePlan":
         """The same, and what is there already: a cache grows, it never shrinks."""
         return replace(self, draws=max(self.draws, draws), taps={**taps, **self.taps})
 
 
 @dataclass
-class Writer:
+class CacheWriter:
     """A cache that is being written. todo: the shards that are not in the manifest; grown: what there was before."""
 
     folder: Path
-    plan: Plan
-    todo: list[Piece]
+    plan: CachePlan
+    todo: list[ShardSpec]
     grown: Manifest | None = None
     records: list[ShardRecord] = field(default_factory=list)
     costs: list[Facts] = field(default_factory=list)
 
     @staticmethod
-    def look(folder: Path, plan: Plan) -> "Writer":
+    def look(folder: Path, plan: CachePlan) -> "CacheWriter":
         """What there is to do in a folder whose lock is held; nothing is written. Raises CacheMismatchError or
         CacheError."""
-        validate(plan.identity, IDENTITY_FORM, "identity")  # what is written must be readable
-        validate(plan.settings, SETTINGS_FORM, "settings")
-        if (folder / NAME).is_file():
+        validate(plan.identity, IDENTITY_SCHEMA, "identity")  # what is written must be readable
+        validate(plan.settings, SETTINGS_SCHEMA, "settings")
+        if (folder / MANIFEST_FILE).is_file():
             there = read_manifest(folder)
-            refuse_another(folder, plan.identity, plan.taps, there)
+            check_same_identity(folder, plan.identity, plan.taps, there)
             plan = plan.with_all_of(there.draws, there.taps)
-            return Writer(folder, plan, list(plan.pieces(there.shards)), there)
-        lost = lost_pieces(folder, fingerprint(plan.identity), plan.splits)
-        plan = plan.with_all_of(*extent_of(lost))
-        return Writer(folder, plan, [*lost, *plan.pieces(lost)])
+            return CacheWriter(folder, plan, list(plan.pieces(there.shards)), there)
+        lost = find_lost_shards(folder, compute_fingerprint(plan.identity), plan.splits)
+        plan = plan.with_all_of(*measure_extent(lost))
+        return CacheWriter(folder, plan, [*lost, *plan.pieces(lost)])
 
     @property
     def nothing_to_do(self) -> bool:
         """Whether the cache is whole, holds all that is planned, and nothing was left behind."""
-        return self.grown is not None and not self.todo and not (self.folder / UNFINISHED).exists()
+        return self.grown is not None and not self.todo and not (self.folder / IN_PROGRESS_FILE).exists()
 
     def begin(self) -> None:
         """Claim the folder. Raises CacheMismatchError when another cache was begun there, CacheError for too little
@@ -124,35 +124,35 @@ class Writer:
                 f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it"
             )
         records = len(self.todo) + (len(there.shards) if there else 0)
-        if records * _RECORD_BYTES > MANIFEST_MOST:
+        if records * _RECORD_BYTES > MAX_MANIFEST_BYTES:
             raise CacheError(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
-        tidy(folder, [piece.path for piece in self.todo])
+        remove_stale_shard_files(folder, [piece.path for piece in self.todo])
         self._claim()
-        missing = sum(p.rows * row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
+        missing = sum(p.rows * count_row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
         if missing > (free := shutil.disk_usage(folder).free):
             raise CacheError(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
 
     def _claim(self) -> None:
         """Write down what is begun, or see that it was this that was begun."""
-        plan, path = self.plan, self.folder / UNFINISHED
+        plan, path = self.plan, self.folder / IN_PROGRESS_FILE
         claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
         if plan.arithmetic:
             claim["arithmetic"] = plan.arithmetic.record()
         if path.is_file():
-            begun = read_claim(self.folder)
+            begun = read_in_progress_file(self.folder)
             if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
                 sync(self.folder)  # stopped between the manifest and this
                 path.unlink()
             elif begun != claim and (self.todo or self.grown is None):
-                fields = describe(claim, begun, ("asked", "begun"))
+                fields = format_differences(claim, begun, ("asked", "begun"))
                 begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
                 raise CacheMismatchError(f"{begun_with}, to be finished first by its own command:{fields}")
         elif self.todo:
-            if self.grown is None and (strange := _strange(self.folder)):
+            if self.grown is None and (strange := _find_foreign_files(self.folder)):
                 raise CacheError(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
             publish_json(path, claim)
 
-    def have(self, piece: Piece) -> bool:
+    def have(self, piece: ShardSpec) -> bool:
         """Whether that shard is there, whole and of this cache; then it is taken over. A damaged one is not.
 
         Raises CacheError for a whole shard of another cache, which would be lost.
@@ -161,11 +161,11 @@ class Writer:
             return False
         wanted = self._attributes(piece)
         try:
-            shard = Shard(self.folder, piece.path, layout_of(piece.rows, piece.datasets))
+            shard = Shard(self.folder, piece.path, make_layout(piece.rows, piece.datasets))
             written = shard.verified()
             facts = json.loads(str(shard.attributes["facts"]))
         except (CacheError, KeyError, ValueError):
-            said = said_by(self.folder, piece.path)
+            said = read_claims(self.folder, piece.path)
             if said is None or said[0].get("fingerprint") == wanted["fingerprint"]:
                 return False
             raise CacheError(
@@ -178,7 +178,7 @@ class Writer:
         self._note(piece, written, facts)
         return True
 
-    def add(self, piece: Piece, arrays: Arrays, facts: Facts) -> None:
+    def add(self, piece: ShardSpec, arrays: Arrays, facts: Facts) -> None:
         """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity, where it has logits."""
         path = self.folder / piece.path
         if self.plan.arithmetic:
@@ -187,11 +187,11 @@ class Writer:
         attributes = {**self._attributes(piece), "facts": json.dumps(facts)}
         self._note(piece, write_shard(path, arrays, attributes), facts)
 
-    def _attributes(self, piece: Piece) -> dict[str, str | int]:
-        name = fingerprint(self.plan.identity)
+    def _attributes(self, piece: ShardSpec) -> dict[str, str | int]:
+        name = compute_fingerprint(self.plan.identity)
         return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
 
-    def _note(self, piece: Piece, written: Written, facts: Facts) -> None:
+    def _note(self, piece: ShardSpec, written: ShardDigest, facts: Facts) -> None:
         correct = int(facts["correct"]) if "correct" in facts else None
         self.records.append(
             ShardRecord(
@@ -218,9 +218,9 @@ class Writer:
     def add_head(self, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> HeadRecord:
         """Publish the teacher's last linear layer."""
         arrays: Arrays = {"weight": weight.astype("<f4"), "bias": bias.astype("<f4")}
-        attributes: dict[str, str | int] = {"fingerprint": fingerprint(self.plan.identity)}
-        written = write_shard(self.folder / HEAD, arrays, attributes)
-        return HeadRecord(HEAD, written.bytes, written.checksum, weight.shape[1])
+        attributes: dict[str, str | int] = {"fingerprint": compute_fingerprint(self.plan.identity)}
+        written = write_shard(self.folder / HEAD_FILE, arrays, attributes)
+        return HeadRecord(HEAD_FILE, written.bytes, written.checksum, weight.shape[1])
 
     def manifest(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
         """What the cache now is. labelled: rows with a label, per split; versions: of what wrote the first part."""
@@ -234,7 +234,7 @@ class Writer:
             plan.taps,
             shards,
             old.head if old else head,
-            accuracy(shards, plan.splits, plan.draws, labelled),
+            label_accuracy(shards, plan.splits, plan.draws, labelled),
             self._fidelity(),
             sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
             old.settings if old else plan.settings,
@@ -252,7 +252,7 @@ class Writer:
         sync(self.folder)
         sync(self.folder.absolute().parent)
         manifest.write(self.folder)
-        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        (self.folder / IN_PROGRESS_FILE).unlink(missing_ok=True)
 
     def _fidelity(self) -> dict[str, float]:
         """Means over all rows, those that were there before included."""
@@ -265,7 +265,7 @@ class Writer:
         return {"rows": rows, **{name: sum(c[name] for c in sums) / rows for name in names}}
 
 
-def accuracy(
+def label_accuracy(
     shards: Iterable[ShardRecord], splits: Iterable[str], draws: int, labelled: dict[str, int]
 ) -> dict[str, Any]:
     """{split: {"accuracy": share of the rows with a label that the logits hit, or None}}."""
@@ -277,17 +277,19 @@ def accuracy(
     return found
 
 
-def refuse_another(folder: Path, identity: Identity, taps: dict[str, list[int]], there: Manifest) -> None:
+def check_same_identity(folder: Path, identity: Identity, taps: dict[str, list[int]], there: Manifest) -> None:
     """Raise CacheMismatchError when the cache that is there is not of this identity, or its taps have other shapes."""
     common = [tap for tap in taps if tap in there.taps]
     asked = {**identity, "taps": {tap: taps[tap] for tap in common}}
     found = {**there.identity, "taps": {tap: there.taps[tap] for tap in common}}
     if asked != found:
-        raise CacheMismatchError(f"'{folder}' holds another cache:{describe(asked, found, ('asked', 'there'))}")
+        raise CacheMismatchError(
+            f"'{folder}' holds another cache:{format_differences(asked, found, ('asked', 'there'))}"
+        )
 
 
-def _strange(folder: Path) -> list[str]:
+def _find_foreign_files(folder: Path) -> list[str]:
     """What lies in a folder and is not of a cache. Shards that lost their manifest are taken over, see have."""
-    ours = {NAME, UNFINISHED, CARD, HEAD, LOCK}
+    ours = {MANIFEST_FILE, IN_PROGRESS_FILE, README_FILE, HEAD_FILE, LOCK}
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     return sorted(n for n in names - ours if not n.endswith((".h5", ".tmp")) or n.count("/") != 1)

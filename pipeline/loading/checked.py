@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from softcache.data.views import ImageSource, ViewPolicy, render
-from softcache.pipeline.cache.verification import crc32
+from softcache.pipeline.cache.verification import compute_crc32
 
-from .prefetch import Asked, Renderer, Rows, by_thread, by_workers
+from .prefetch import Renderer, Rows, ViewRequest, map_in_workers, prefetch
 
-Checked = tuple[torch.Tensor, NDArray[np.uint32]]
+ViewsAndChecksums = tuple[torch.Tensor, NDArray[np.uint32]]
 
 
 class _Checked(Dataset[Any]):
@@ -22,12 +22,12 @@ class _Checked(Dataset[Any]):
     def __init__(self, renderer: Renderer):
         self.renderer = renderer
 
-    def __getitem__(self, item: Asked) -> Any:
+    def __getitem__(self, item: ViewRequest) -> Any:
         views = self.renderer[item]
-        return views if isinstance(views, str) else (views, crc32(views))
+        return views if isinstance(views, str) else (views, compute_crc32(views))
 
 
-def checked_in_order(
+def render_with_checksums(
     images: ImageSource,
     views: ViewPolicy,
     seed: int,
@@ -35,7 +35,7 @@ def checked_in_order(
     draw: int,
     workers: int = 0,
     pinned: bool = False,
-) -> Generator[Checked, None, None]:
+) -> Generator[ViewsAndChecksums, None, None]:
     """The views of each batch of indices, in order, and the CRC-32 [B] of each, computed where they are rendered: by
     a thread or by worker processes, ahead of the teacher. It takes 1 µs for 3 KB.
 
@@ -43,13 +43,13 @@ def checked_in_order(
     """
     if workers:
         checked: Any = _Checked(Renderer(images, views, seed))
-        made: Any = by_workers(checked, ((batch, draw) for batch in batches), workers)
+        made: Any = map_in_workers(checked, ((batch, draw) for batch in batches), workers)
         for seen, crc in made:
             yield seen, crc.numpy()
         return
 
-    def here(index: Rows) -> Checked:
+    def here(index: Rows) -> ViewsAndChecksums:
         seen = render(images, views, seed, index, draw)
-        return seen.pin_memory() if pinned else seen, crc32(seen)
+        return seen.pin_memory() if pinned else seen, compute_crc32(seen)
 
-    yield from by_thread(here(batch) for batch in batches)
+    yield from prefetch(here(batch) for batch in batches)

@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 from softcache.data.device_views import can_render_on_device, copy_to_device, render_on_device
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.views import Draw, ImageSource, ViewPolicy
-from softcache.pipeline.batch import Source, Targets
+from softcache.pipeline.batch import Targets, TargetSource
 
 Rows = NDArray[np.int64]
 _SHARE = 3  # a third of what is free on a GPU: the rest is for the network and what it keeps for the gradient
 _READ = 65_536  # rows of a draw that are read at once
 
 
-class Resident:
+class DeviceCache:
     """Images that are in memory, and what the first draws of the cache say of them, once a draw is asked for.
 
     cache: None where no targets are wanted; draws: so many are used. Raises ValueError where Pillow would resize.
@@ -24,7 +24,7 @@ class Resident:
         self,
         images: ImageSource,
         policy: ViewPolicy,
-        cache: Source | None,
+        cache: TargetSource | None,
         draws: int,
         taps: tuple[str, ...],
         device: torch.device,
@@ -72,10 +72,10 @@ class Resident:
         self._filled.add(draw)
 
 
-def fits(
+def fits_on_device(
     images: ImageSource,
     policy: ViewPolicy,
-    cache: Source | None,
+    cache: TargetSource | None,
     draws: int,
     taps: tuple[str, ...],
     device: torch.device,
@@ -91,6 +91,6 @@ def fits(
     return size * _SHARE <= free
 
 
-def _row(cache: Source, taps: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _row(cache: TargetSource, taps: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The targets of one row, for their shapes and sizes."""
     return cache.targets("train", 0, np.zeros(1, np.int64), taps)

@@ -14,7 +14,7 @@ from softcache.base.threads import ThreadPool
 from softcache.data.views import Draw, ImageSource, ViewPolicy, render
 
 Rows = NDArray[np.int64]
-Asked = tuple[Rows, Draw]  # index [B], and their draw or draws [B]
+ViewRequest = tuple[Rows, Draw]  # index [B], and their draw or draws [B]
 T = TypeVar("T")
 
 
@@ -24,15 +24,15 @@ class Renderer(Dataset[torch.Tensor | str]):
     def __init__(self, images: ImageSource, views: ViewPolicy, seed: int):
         self.images, self.views, self.seed = images, views, seed
 
-    def __getitem__(self, item: Asked) -> torch.Tensor | str:
+    def __getitem__(self, item: ViewRequest) -> torch.Tensor | str:
         try:
             return render(self.images, self.views, self.seed, *item)
         except CacheError as refusal:
             return str(refusal)
 
 
-def by_workers(
-    renderer: Renderer, items: Iterator[Asked], workers: int, start_method: str | None = None
+def map_in_workers(
+    renderer: Renderer, items: Iterator[ViewRequest], workers: int, start_method: str | None = None
 ) -> Iterator[torch.Tensor]:
     """renderer[item] for each item, in order, by processes that live until the last one."""
     loader: DataLoader[Any] = DataLoader(
@@ -49,17 +49,17 @@ def by_workers(
         yield views
 
 
-class _Once(Sampler[Asked]):
+class _Once(Sampler[ViewRequest]):
     """A sampler over an iterator that is made as it goes."""
 
-    def __init__(self, items: Iterator[Asked]):
+    def __init__(self, items: Iterator[ViewRequest]):
         self.items = items
 
-    def __iter__(self) -> Iterator[Asked]:
+    def __iter__(self) -> Iterator[ViewRequest]:
         return self.items
 
 
-def by_thread(items: Iterator[T], ahead: int = 3) -> Generator[T, None, None]:
+def prefetch(items: Iterator[T], ahead: int = 3) -> Generator[T, None, None]:
     """The same items, made by a thread, at most so many ahead. What it raises is raised here.
 
     Handing them over is cheap: an epoch of 469 batches of 28 x 28 images and cached logits takes 27 ms to consume

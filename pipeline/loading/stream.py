@@ -20,10 +20,10 @@ from softcache.base import rng
 from softcache.data.long_tail import SAMPLERS, resample_rows
 from softcache.data.transfer_set import Labels, Split
 from softcache.data.views import Draw, ImageSource, ViewPolicy, draw_mixup, render
-from softcache.pipeline.batch import Source, TargetBatch, Targets
+from softcache.pipeline.batch import Batch, Targets, TargetSource
 
-from .device_cache import Resident, fits
-from .prefetch import Renderer, by_thread, by_workers
+from .device_cache import DeviceCache, fits_on_device
+from .prefetch import Renderer, map_in_workers, prefetch
 
 Rows = NDArray[np.int64]
 _BLOCK, _BLOCKS = 64, 64  # rows read together, and how many such blocks are mixed, when a draw is on disk
@@ -52,7 +52,7 @@ class Stream:
     labels: Labels
     rows: Rows
     draws: int = 0
-    cache: Source | None = None
+    cache: TargetSource | None = None
     taps: tuple[str, ...] = ()
     targets: bool = True
     workers: int = 0
@@ -70,21 +70,21 @@ class Stream:
         a leftover of 1."""
         return -(-len(self.rows) // self.batch_size)
 
-    def batches(self, start: int, stop: int) -> Iterator[TargetBatch]:
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start to stop, on the device. A thread prepares them ahead or, for a folder, processes
         do; where all of it lies on the device nobody needs to.
         """
         if self._resident is not None:
             groups = self._gathered(self._resident, start, stop)
         else:
-            groups = self._by_processes(start, stop) if self.workers else by_thread(self._here(start, stop))
+            groups = self._by_processes(start, stop) if self.workers else prefetch(self._here(start, stop))
         try:
             for group, cuts in groups:
                 seen = 0
                 for a, b in pairwise(cuts):
                     batch = group.rows(a, b)
                     if self.world > 1:
-                        first, last = part(b - a, self.rank, self.world)
+                        first, last = rank_rows(b - a, self.rank, self.world)
                         batch = replace(batch, views=group.views[seen : (seen := seen + last - first)])
                     yield batch
         finally:
@@ -98,19 +98,19 @@ class Stream:
         return int(rng.permutation((self.order_seed, 41, cycle), self.draws)[place])
 
     @cached_property
-    def _resident(self) -> Resident | None:
+    def _resident(self) -> DeviceCache | None:
         """What lies on a device, where it does. It stays there from one call of batches to the next."""
         cache = self.cache if self.targets else None
         of = (self.split.images, self.views, cache, self.draws, self.taps)
-        place = self.resident_on or (self.device if fits(*of, self.device) else None)
-        return None if place is None else Resident(*of, place)
+        place = self.resident_on or (self.device if fits_on_device(*of, self.device) else None)
+        return None if place is None else DeviceCache(*of, place)
 
-    def _here(self, start: int, stop: int) -> Iterator[tuple[TargetBatch, list[int]]]:
+    def _here(self, start: int, stop: int) -> Iterator[tuple[Batch, list[int]]]:
         for group in self._groups(start, stop):
             views = render(self.split.images, self.views, self.view_seed, *group.shown)
             yield self._join(group, views, group.targets()).to(self.device), group.cuts
 
-    def _by_processes(self, start: int, stop: int) -> Generator[tuple[TargetBatch, list[int]], None, None]:
+    def _by_processes(self, start: int, stop: int) -> Generator[tuple[Batch, list[int]], None, None]:
         """Only pixels come from the processes; targets are read in this one."""
         under_way: deque[_Group] = deque()
 
@@ -120,13 +120,11 @@ class Stream:
                 yield group.shown
 
         renderer = Renderer(self.split.images, self.views, self.view_seed)
-        for views in by_workers(renderer, noted(), self.workers, self.start_method):
+        for views in map_in_workers(renderer, noted(), self.workers, self.start_method):
             group = under_way.popleft()
             yield self._join(group, views, group.targets()).to(self.device), group.cuts
 
-    def _gathered(
-        self, there: Resident, start: int, stop: int
-    ) -> Generator[tuple[TargetBatch, list[int]], None, None]:
+    def _gathered(self, there: DeviceCache, start: int, stop: int) -> Generator[tuple[Batch, list[int]], None, None]:
         """Pixels and targets from where they lie on a device."""
         for group in self._groups(start, stop):
             views = there.views(self.view_seed, *group.shown)
@@ -180,13 +178,13 @@ class Stream:
         index = self.rows if self.cache is None else self.cache.index("train", self.rows)
         return self.rows[resample_rows(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, lap))]
 
-    def _join(self, group: "_Group", views: torch.Tensor, targets: Targets) -> TargetBatch:
+    def _join(self, group: "_Group", views: torch.Tensor, targets: Targets) -> Batch:
         index, draw = group.index, group.draw
         partner = share = None
         if self.views.mixup > 0:
             other, w = draw_mixup(self.views, self.view_seed, index, draw, len(self.split))
             partner, share = torch.from_numpy(self.labels[other]), torch.from_numpy(w / 256).float()
-        return TargetBatch(
+        return Batch(
             torch.from_numpy(index),
             draw if isinstance(draw, int) else torch.from_numpy(draw),
             views,
@@ -197,7 +195,7 @@ class Stream:
         )
 
 
-def part(rows: int, rank: int, world: int) -> tuple[int, int]:
+def rank_rows(rows: int, rank: int, world: int) -> tuple[int, int]:
     """Where a rank's rows of a batch begin and end; the parts of two ranks differ by one row at most."""
     return rows * rank // world, rows * (rank + 1) // world
 
@@ -254,21 +252,21 @@ class _Group:
         stream = self.window.stream
         if stream.world == 1:
             return self.index, self.draw
-        parts = [(a, part(b - a, stream.rank, stream.world)) for a, b in pairwise(self.cuts)]
+        parts = [(a, rank_rows(b - a, stream.rank, stream.world)) for a, b in pairwise(self.cuts)]
         rows = np.concatenate([np.arange(a + first, a + stop) for a, (first, stop) in parts])
         return self.index[rows], self.draw if isinstance(self.draw, int) else self.draw[rows]
 
     def targets(self) -> Targets:
         logits, features = self.window.targets()
-        part = None if logits is None else logits[self._rows]
-        return part, {tap: x[self._rows] for tap, x in features.items()}
+        rank_rows = None if logits is None else logits[self._rows]
+        return rank_rows, {tap: x[self._rows] for tap, x in features.items()}
 
 
-def render_in_order(
+def render_batches(
     images: ImageSource, views: ViewPolicy, seed: int, batches: list[Rows], draw: int, workers: int = 0
 ) -> Iterator[torch.Tensor]:
     """The views of each batch of indices, in order, rendered ahead by a thread or by worker processes."""
     if workers:
-        yield from by_workers(Renderer(images, views, seed), ((b, draw) for b in batches), workers)
+        yield from map_in_workers(Renderer(images, views, seed), ((b, draw) for b in batches), workers)
     else:
-        yield from by_thread(render(images, views, seed, batch, draw) for batch in batches)
+        yield from prefetch(render(images, views, seed, batch, draw) for batch in batches)

@@ -128,7 +128,7 @@ def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
 
 
-def at(loss: Loss, epoch: int, epochs: int) -> Loss:
+def at_epoch(loss: Loss, epoch: int, epochs: int) -> Loss:
     """The loss with every ramp at its value for an epoch, 0 … epochs - 1, of the training."""
     ramps = {f.name: getattr(loss, f.name) for f in fields(loss)}  # type: ignore[arg-type]
     now = {k: v.at(epoch, epochs) for k, v in ramps.items() if isinstance(v, Ramp)}

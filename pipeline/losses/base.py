@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import nn
 
-from softcache.pipeline.batch import Known, Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Ramp:
         return self.start + (self.end - self.start) * progress
 
 
-def fixed(knob: float | Ramp) -> float:
+def resolved(knob: float | Ramp) -> float:
     """The value of a knob whose ramps have been resolved; a ramp left in is a mistake of ours."""
     if isinstance(knob, Ramp):
         raise TypeError(f"ramp {knob} was not resolved for this epoch")
@@ -63,20 +63,20 @@ class Loss(Protocol):
         """Layers of the student that the loss reads."""
         return ()
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         """The loss's own part, made from one example of each; None where it has none."""
         return None
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         """The unweighted term, a scalar in the dtype of the student's outputs."""
         ...
 
 
-def teacher_taps(losses: Sequence[Loss]) -> tuple[str, ...]:
+def list_teacher_taps(losses: Sequence[Loss]) -> tuple[str, ...]:
     """The cached features that losses read, each once."""
     return tuple(dict.fromkeys(tap for loss in losses for tap in loss.teacher_taps()))
 
 
-def student_taps(losses: Sequence[Loss]) -> tuple[str, ...]:
+def list_student_taps(losses: Sequence[Loss]) -> tuple[str, ...]:
     """The layers of the student that losses read, each once."""
     return tuple(dict.fromkeys(tap for loss in losses for tap in loss.student_taps()))

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.pipeline.batch import Head, Known, Outputs, TargetBatch
-from softcache.pipeline.taps.statistics import as_map
+from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
+from softcache.pipeline.taps.statistics import to_feature_map
 
-from .base import Ramp, fixed
-from .feature_base import LayerLoss, same_size
+from .base import Ramp, resolved
+from .feature_base import FeatureLoss, match_size
 from .kd import teacher_logits
 
 
-def head_for(loss: LayerLoss, known: Known, width: int) -> Head:
+def require_head(loss: FeatureLoss, known: LossContext, width: int) -> LinearHead:
     """The teacher's head, if it takes features so wide. Raises UsageError."""
     tap = loss.teacher_taps()[0]
     if known.head is None:
@@ -30,7 +30,7 @@ def head_for(loss: LayerLoss, known: Known, width: int) -> Head:
 class Connector(nn.Module):
     """A trained map between vectors, and the teacher's head as it is."""
 
-    def __init__(self, inside: int, head: Head):
+    def __init__(self, inside: int, head: LinearHead):
         super().__init__()
         self.map = nn.Linear(inside, head.weight.shape[1])
         self.weight: torch.Tensor
@@ -45,7 +45,7 @@ class Connector(nn.Module):
 
 
 @dataclass(frozen=True)
-class SRRL(LayerLoss):
+class SRRL(FeatureLoss):
     """Softmax regression representation learning, Yang et al. 2021 (ICLR, equations 3 and 5).
 
     loss = features mean (A f_s - f_t)² + outputs mean (W A f_s + b - z_t)², f the pooled features before the last
@@ -62,31 +62,31 @@ class SRRL(LayerLoss):
     needs_head: ClassVar[bool] = True
     one_layer: ClassVar[bool] = True
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         s, t = self.pairs(student, target)[0]
-        return Connector(s.flatten(1).shape[1], head_for(self, known, t.flatten(1).shape[1]))
+        return Connector(s.flatten(1).shape[1], require_head(self, known, t.flatten(1).shape[1]))
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
         s, t = self.pairs(student, target)[0]
         guess, logits = module(s.flatten(1))
         by_features = F.mse_loss(guess, t.flatten(1))
-        return fixed(self.features) * by_features + fixed(self.outputs) * F.mse_loss(
+        return resolved(self.features) * by_features + resolved(self.outputs) * F.mse_loss(
             logits, teacher_logits(student, target)
         )
 
 
-class Weights(nn.Module):
+class HeadWeights(nn.Module):
     """The weights of the teacher's head, not trained."""
 
-    def __init__(self, head: Head):
+    def __init__(self, head: LinearHead):
         super().__init__()
         self.weight: torch.Tensor
         self.register_buffer("weight", head.weight.clone(), persistent=False)
 
 
 @dataclass(frozen=True)
-class CatKD(LayerLoss):
+class CatKD(FeatureLoss):
     """Class attention transfer, Guo et al. 2023 (arXiv 2304.12777, equation 4).
 
     loss = mean over all values of (C_s - C_t)², C = W F the class activation maps [B, K, 2, 2]: the last linear layer
@@ -103,14 +103,14 @@ class CatKD(LayerLoss):
     needs_head: ClassVar[bool] = True
     one_layer: ClassVar[bool] = True
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         s, t = self.pairs(student, target)[0]
         if student.head is None or student.head.weight.shape[1] != s.shape[1]:
             raise self.without_head("the student's last linear layer does not read that map", whose="the student")
-        return Weights(head_for(self, known, t.shape[1]))
+        return HeadWeights(require_head(self, known, t.shape[1]))
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        assert isinstance(module, Weights)
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+        assert isinstance(module, HeadWeights)
         assert student.head is not None
         s, t = self.pairs(student, target)[0]
         mine = torch.einsum("kc,bchw->bkhw", student.head.weight.to(s.dtype), s)
@@ -119,7 +119,7 @@ class CatKD(LayerLoss):
 
 
 @dataclass(frozen=True)
-class SimKD(LayerLoss):
+class SimKD(FeatureLoss):
     """The teacher's classifier reused, Chen et al. 2022 (arXiv 2203.14001, equation 2).
 
     loss = mean over all values of (m(F_s) - F_t)², F_t the teacher's last map, m a projector that is part of the
@@ -139,6 +139,6 @@ class SimKD(LayerLoss):
     def student_taps(self) -> tuple[str, ...]:
         return ("projector",)
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         s, t = student.features["projector"], target.features[self.teacher_taps()[0]].to(student.logits.dtype)
-        return F.mse_loss(*same_size(as_map(s), as_map(t)))
+        return F.mse_loss(*match_size(to_feature_map(s), to_feature_map(t)))

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.pipeline.batch import Bank, Known, Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, LossContext, MemoryBank, ModelOutputs
 
-from .base import Ramp, fixed
-from .feature_base import LayerLoss
+from .base import Ramp, resolved
+from .feature_base import FeatureLoss
 
 
 @dataclass(frozen=True)
-class CRD(LayerLoss):
+class CRD(FeatureLoss):
     """Contrastive representation distillation, Tian et al. 2020 (arXiv 1910.10699, equations 9, 10 and 18).
 
     loss = mean over the rows of -log h(s, t) - sum over N negatives t' of log(1 - h(s, t')), h(s, t) =
@@ -35,23 +35,25 @@ class CRD(LayerLoss):
     one_layer: ClassVar[bool] = True
     one_label: ClassVar[bool] = True
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         s, t = self.pairs(student, target)[0]
         assert known.bank is not None
-        return Contrast(s.flatten(1).shape[1], t.flatten(1).shape[1], self.width, known.bank(self.teacher_taps()[0]))
+        return ContrastiveModule(
+            s.flatten(1).shape[1], t.flatten(1).shape[1], self.width, known.bank(self.teacher_taps()[0])
+        )
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        assert isinstance(module, Contrast)
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+        assert isinstance(module, ContrastiveModule)
         s, t = (x.flatten(1) for x in self.pairs(student, target)[0])
         chosen = torch.randint(len(module.index), (self.negatives,), device=s.device)
-        term: torch.Tensor = module(s, t, target.labels, target.index, chosen, fixed(self.temperature))
+        term: torch.Tensor = module(s, t, target.labels, target.index, chosen, resolved(self.temperature))
         return term
 
 
-class Contrast(nn.Module):
+class ContrastiveModule(nn.Module):
     """Both embeddings, the bank of rows, and the constant Z of the first batch (log_z, not a number before)."""
 
-    def __init__(self, student: int, teacher: int, width: int, bank: Bank):
+    def __init__(self, student: int, teacher: int, width: int, bank: MemoryBank):
         super().__init__()
         self.student, self.teacher = nn.Linear(student, width), nn.Linear(teacher, width)
         self.features: torch.Tensor

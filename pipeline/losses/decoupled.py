@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, ModelOutputs
 
-from .base import Loss, Ramp, fixed
-from .kd import soft_term, teacher_logits, z_score
+from .base import Loss, Ramp, resolved
+from .kd import kd_mean, standardize_logits, teacher_logits
 
 
-def target_class(target: TargetBatch, z_t: torch.Tensor) -> torch.Tensor:
+def target_class(target: Batch, z_t: torch.Tensor) -> torch.Tensor:
     """int64 [B]: the label, or where it is hidden the class that the teacher chose."""
     return torch.where(target.labels >= 0, target.labels, z_t.argmax(1))
 
 
-def take_apart(z: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def decouple(z: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """log (p_y, 1 - p_y) [B, 2], and log softmax over the other classes [B, K - 1], y the chosen class.
 
     Through logsumexp: 1 - p_y of a teacher that is sure would round to 0.
@@ -51,13 +51,13 @@ class DKD(Loss):
     name: ClassVar[str] = "dkd"
     one_label: ClassVar[bool] = True
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, target), fixed(self.temperature)
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+        z_s, z_t, t = student.logits, teacher_logits(student, target), resolved(self.temperature)
         chosen = target_class(target, z_t)
         if self.standardize:
-            z_s, z_t = z_score(z_s), z_score(z_t)
-        (both_s, others_s), (both_t, others_t) = take_apart(z_s / t, chosen), take_apart(z_t / t, chosen)
-        parts = fixed(self.target) * _kl(both_t, both_s) + fixed(self.nontarget) * _kl(others_t, others_s)
+            z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
+        (both_s, others_s), (both_t, others_t) = decouple(z_s / t, chosen), decouple(z_t / t, chosen)
+        parts = resolved(self.target) * _kl(both_t, both_s) + resolved(self.nontarget) * _kl(others_t, others_s)
         return parts * t**2
 
 
@@ -76,13 +76,13 @@ class NKD(Loss):
     name: ClassVar[str] = "nkd"
     one_label: ClassVar[bool] = True
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, target), fixed(self.temperature)
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+        z_s, z_t, t = student.logits, teacher_logits(student, target), resolved(self.temperature)
         chosen = target_class(target, z_t)
-        first = -(take_apart(z_t, chosen)[0][:, 0].exp() * take_apart(z_s, chosen)[0][:, 0])
-        others_t, others_s = take_apart(z_t / t, chosen)[1], take_apart(z_s / t, chosen)[1]
+        first = -(decouple(z_t, chosen)[0][:, 0].exp() * decouple(z_s, chosen)[0][:, 0])
+        others_t, others_s = decouple(z_t / t, chosen)[1], decouple(z_s / t, chosen)[1]
         rest = -(others_t.exp() * others_s).sum(1) * t**2
-        return (fixed(self.target) * first + fixed(self.nontarget) * rest).mean()
+        return (resolved(self.target) * first + resolved(self.nontarget) * rest).mean()
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class DIST(Loss):
     within: float | Ramp = 1.0
     name: ClassVar[str] = "dist"
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        t = fixed(self.temperature)
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+        t = resolved(self.temperature)
         p_s, p_t = F.softmax(student.logits / t, dim=1), F.softmax(teacher_logits(student, target) / t, dim=1)
-        rows, classes = 1 - _pearson(p_s, p_t).mean(), 1 - _pearson(p_s.T, p_t.T).mean()
-        return (fixed(self.between) * rows + fixed(self.within) * classes) * t**2
+        rows, classes = 1 - _pearson_correlation(p_s, p_t).mean(), 1 - _pearson_correlation(p_s.T, p_t.T).mean()
+        return (resolved(self.between) * rows + resolved(self.within) * classes) * t**2
 
 
-def _pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _pearson_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Correlation [N] of the rows of a and b [N, M]."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return F.cosine_similarity(a, b, dim=1, eps=1e-8)
@@ -137,10 +137,10 @@ class MultiTemperature(Loss):
         if not values or not all(1e-3 <= t <= 1e30 for t in values):
             raise UsageError(f"loss '{self.name}': temperatures={self.temperatures} is not such as 2+3+4")
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, target)
         if self.standardize:
-            z_s, z_t = z_score(z_s), z_score(z_t)
+            z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
         terms = [self._at(z_s, z_t, float(t)) for t in self.temperatures.split("+")]
         return torch.stack(terms).sum()
 
@@ -148,4 +148,4 @@ class MultiTemperature(Loss):
         p_s, p_t = F.softmax(z_s / t, dim=1), F.softmax(z_t / t, dim=1)
         rows = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / p_s.shape[0]
         columns = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / p_s.shape[1]
-        return soft_term(z_s, z_t, t) + fixed(self.batch) * rows + fixed(self.classes) * columns
+        return kd_mean(z_s, z_t, t) + resolved(self.batch) * rows + resolved(self.classes) * columns

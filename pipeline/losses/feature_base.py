@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Outputs, TargetBatch
-from softcache.pipeline.taps.statistics import plain_tap, split_tap
+from softcache.pipeline.batch import Batch, ModelOutputs
+from softcache.pipeline.taps.statistics import normalize_tap, parse_tap
 
 from .base import Loss
 
@@ -17,7 +17,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class LayerLoss(Loss):
+class FeatureLoss(Loss):
     """A loss on pairs of layers, joined by +: `teacher=layer1+layer2,student=layer1+layer2`.
 
     statistic: what it needs of each, where the tap names none; no_other: it can do with that alone. Without
@@ -54,12 +54,12 @@ class LayerLoss(Loss):
     def _tap(self, tap: str, kind: str) -> str:
         if not tap:
             raise UsageError(f"loss '{self.name}': a layer without a name in '{self.teacher}' or '{self.student}'")
-        path, named = split_tap(tap)
+        path, named = parse_tap(tap)
         if self.no_other and ":" in tap and named != self.statistic:
             raise UsageError(f"loss '{self.name}' is of {self.statistic} and not of {named}: name the layer, '{path}'")
-        return plain_tap(tap if ":" in tap or not kind else f"{tap}:{kind}")
+        return normalize_tap(tap if ":" in tap or not kind else f"{tap}:{kind}")
 
-    def pairs(self, student: Outputs, target: TargetBatch) -> list[Pair]:
+    def pairs(self, student: ModelOutputs, target: Batch) -> list[Pair]:
         """(student's, teacher's) features of each pair of layers, in the student's dtype."""
         mine = [student.features[tap] for tap in self.student_taps()]
         theirs = [target.features[tap] for tap in self.teacher_taps()]
@@ -69,7 +69,7 @@ class LayerLoss(Loss):
         """The term of one pair, of a loss that has no trainable part."""
         raise NotImplementedError(f"{self.name} is no sum over its pairs")
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         """The sum over the pairs."""
         return torch.stack([self.between(s, t) for s, t in self.pairs(student, target)]).sum()
 
@@ -88,11 +88,11 @@ class LayerLoss(Loss):
         return UsageError(f"loss '{self.name}' needs the last linear layer of {whose}'s network: {why}")
 
 
-def same_size(s: torch.Tensor, t: torch.Tensor) -> Pair:
+def match_size(s: torch.Tensor, t: torch.Tensor) -> Pair:
     """Two maps [B, C, H, W], the larger averaged down to the smaller's height and width."""
     size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
-    return _to(s, size), _to(t, size)
+    return _pool_to(s, size), _pool_to(t, size)
 
 
-def _to(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _pool_to(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size)

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.pipeline.batch import Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, ModelOutputs
 
-from .base import Loss, Ramp, fixed
+from .base import Loss, Ramp, resolved
 
 
-def label_terms(
-    logits: torch.Tensor, target: TargetBatch, smoothing: float = 0.0
+def cross_entropy_rows(
+    logits: torch.Tensor, target: Batch, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy [B] of each row with its label, or its two labels by their shares; and which rows have one [B]."""
 
@@ -28,7 +28,7 @@ def label_terms(
     return terms, known
 
 
-def mean_of(terms: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+def masked_mean(terms: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Mean of the terms [B] of known rows; 0 when there are none."""
     return (terms * known).sum() / known.sum().clamp(min=1)
 
@@ -48,8 +48,8 @@ class Hard(Loss):
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        return mean_of(*label_terms(student.logits, target, fixed(self.smoothing)))
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+        return masked_mean(*cross_entropy_rows(student.logits, target, resolved(self.smoothing)))
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class TfKD(Loss):
     needs_logits: ClassVar[bool] = False
     one_label: ClassVar[bool] = True
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
-        z, known, t = student.logits, target.labels >= 0, fixed(self.temperature)
-        classes, correct = z.shape[1], fixed(self.correct)
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+        z, known, t = student.logits, target.labels >= 0, resolved(self.temperature)
+        classes, correct = z.shape[1], resolved(self.correct)
         p = torch.full_like(z, (1 - correct) / (classes - 1))
         p.scatter_(1, target.labels.clamp(min=0)[:, None], correct)
         log_p = F.log_softmax(p.clamp(min=1e-12).log() / t, dim=1)
         log_q = F.log_softmax(z / t, dim=1)
-        return mean_of((log_p.exp() * (log_p - log_q)).sum(1) * t**2, known)
+        return masked_mean((log_p.exp() * (log_p - log_q)).sum(1) * t**2, known)

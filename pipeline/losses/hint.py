@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Known, Outputs, TargetBatch
-from softcache.pipeline.taps.statistics import as_map, split_tap
+from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
+from softcache.pipeline.taps.statistics import parse_tap, to_feature_map
 
 from .base import Ramp
-from .feature_base import LayerLoss, same_size
+from .feature_base import FeatureLoss, match_size
 
 
 @dataclass(frozen=True)
-class Hint(LayerLoss):
+class Hint(FeatureLoss):
     """FitNets, Romero et al. 2015 (arXiv 1412.6550, equation 3).
 
     loss = sum over the pairs of the mean over all values of (r(F_s) - F_t)², F_t the cached features of the tap
@@ -30,11 +30,11 @@ class Hint(LayerLoss):
     name: ClassVar[str] = "hint"
     several: ClassVar[bool] = True
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         made = [regressor(s.shape, t.shape) for s, t in self.pairs(student, target)]
         return nn.ModuleList(r or nn.Identity() for r in made) if any(made) else None
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         pairs = self.pairs(student, target)
         if isinstance(module, nn.ModuleList):
             for r, (_, t) in zip(module, pairs, strict=True):
@@ -69,7 +69,7 @@ def regressor(student: torch.Size, teacher: torch.Size) -> nn.Module | None:
 
 
 @dataclass(frozen=True)
-class ConcatHint(LayerLoss):
+class ConcatHint(FeatureLoss):
     """Hints from concatenated layers, for tiny students: every layer of the teacher at once.
 
     loss = mean over all values of (A f_s + b - f_t)², f_t the pooled features of all taps of `teacher` one after
@@ -83,7 +83,7 @@ class ConcatHint(LayerLoss):
 
     def of_all(self, cached: tuple[str, ...]) -> "ConcatHint":
         """The same loss with the taps that are cached for its teacher, where it names none."""
-        layers = dict.fromkeys(path for path, kind in map(split_tap, cached) if kind in ("map", "pool"))
+        layers = dict.fromkeys(path for path, kind in map(parse_tap, cached) if kind in ("map", "pool"))
         return self if self.teacher or not layers else replace(self, teacher="+".join(layers))
 
     def student_taps(self) -> tuple[str, ...]:
@@ -91,23 +91,23 @@ class ConcatHint(LayerLoss):
             return super().student_taps()
         return tuple(self._tap(tap, "pool") for tap in self.student.split("+"))
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         s, t = self._both(student, target)
         return nn.Linear(s.shape[1], t.shape[1])
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
         s, t = self._both(student, target)
         return F.mse_loss(module(s), t)
 
-    def _both(self, student: Outputs, target: TargetBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _both(self, student: ModelOutputs, target: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         mine = torch.cat([student.features[tap].flatten(1) for tap in self.student_taps()], dim=1)
         theirs = torch.cat([target.features[tap].flatten(1) for tap in self.teacher_taps()], dim=1)
         return mine, theirs.to(mine.dtype)
 
 
 @dataclass(frozen=True)
-class VID(LayerLoss):
+class VID(FeatureLoss):
     """Variational information distillation, Ahn et al. 2019 (arXiv 1904.05835, equations 5 and 6).
 
     loss = sum over the pairs of the mean over all values of [(m(F_s) - F_t)² / v + log v] / 2, m three 1 x 1
@@ -118,14 +118,14 @@ class VID(LayerLoss):
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "vid"
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         return nn.ModuleList(_Gaussian(s.shape[1], t.shape[1]) for s, t in self.pairs(student, target))
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert isinstance(module, nn.ModuleList)
         terms = []
         for gaussian, (s, t) in zip(module, self.pairs(student, target), strict=True):
-            s, t = same_size(as_map(s), as_map(t))
+            s, t = match_size(to_feature_map(s), to_feature_map(t))
             mean, variance = gaussian(s)
             terms.append(0.5 * ((mean - t).square() / variance + variance.log()).mean())
         return torch.stack(terms).sum()

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Known, Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
-from .base import Loss, Ramp, fixed
-from .hard import label_terms, mean_of
-from .kd import soft_term, teacher_logits
+from .base import Loss, Ramp, resolved
+from .hard import cross_entropy_rows, masked_mean
+from .kd import kd_mean, teacher_logits
 
 
-def counts_for(loss: Loss, counts: torch.Tensor | None, classes: Sequence[str] = ()) -> torch.Tensor:
+def require_counts(loss: Loss, counts: torch.Tensor | None, classes: Sequence[str] = ()) -> torch.Tensor:
     """The counts [K], none of them 0. classes: their names, where known. Raises UsageError.
 
     The logarithm of 0 would say that the class is impossible, and a weight of 1 / 0 that nothing else is.
@@ -37,7 +37,7 @@ def counts_for(loss: Loss, counts: torch.Tensor | None, classes: Sequence[str] =
     return counts
 
 
-class Counts(nn.Module):
+class ClassCounts(nn.Module):
     """Training rows of each class, int64 [K], where the student is."""
 
     def __init__(self, counts: torch.Tensor):
@@ -55,8 +55,8 @@ class CountingLoss(Loss):
 
     needs_counts: ClassVar[bool] = True
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
-        return Counts(counts_for(self, known.counts))
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+        return ClassCounts(require_counts(self, known.counts))
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class LogitAdjusted(CountingLoss):
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
         counts = module(student.logits)
         log_share = counts.log() - counts.sum().log()
-        return mean_of(*label_terms(student.logits + fixed(self.tau) * log_share, target))
+        return masked_mean(*cross_entropy_rows(student.logits + resolved(self.tau) * log_share, target))
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class BalancedSoftmax(CountingLoss):
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
-        return mean_of(*label_terms(student.logits + module(student.logits).log(), target))
+        return masked_mean(*cross_entropy_rows(student.logits + module(student.logits).log(), target))
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ class BalancedKD(CountingLoss):
     beta: float | Ramp = 0.9999
     name: ClassVar[str] = "balanced_kd"
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
-        z_t, t, beta = teacher_logits(student, target), fixed(self.temperature), fixed(self.beta)
+        z_t, t, beta = teacher_logits(student, target), resolved(self.temperature), resolved(self.beta)
         # N(w softmax(z / T)) = softmax(z / T + log w). N takes 1 - beta out of w; 1 - beta^n would round to 0.
         log_beta = math.log(beta) if beta else -math.inf
         log_w = -(-torch.expm1(module(z_t) * log_beta)).log()
-        return soft_term(student.logits, z_t + t * log_w, t)
+        return kd_mean(student.logits, z_t + t * log_w, t)
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ class DiVE(Loss):
     power: float | Ramp = 0.5
     name: ClassVar[str] = "dive"
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         # N(softmax(z / T)^power) = softmax(power z / T)
-        z_t = fixed(self.power) * teacher_logits(student, target)
-        return soft_term(student.logits, z_t, fixed(self.temperature))
+        z_t = resolved(self.power) * teacher_logits(student, target)
+        return kd_mean(student.logits, z_t, resolved(self.temperature))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class SoftF1(Loss):
         if self.average not in ("macro", "weighted", "micro"):
             raise UsageError(f"loss 'soft_f1': average={self.average} is none of macro, weighted, micro")
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         z = student.logits
         p = F.softmax(z, dim=1, dtype=torch.promote_types(z.dtype, torch.float32))
         y, known = label_shares(target, p)
@@ -178,7 +178,7 @@ class SoftF1(Loss):
         return (share * (1 - f1)).sum() / share.sum().clamp(min=1)
 
 
-def label_shares(target: TargetBatch, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def label_shares(target: Batch, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What each row [B, K] has of each class by its labels, 0 for rows without; and which rows have one [B]."""
 
     def one_hot(labels: torch.Tensor) -> torch.Tensor:

@@ -6,34 +6,34 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from softcache.pipeline.batch import Outputs, TargetBatch
-from softcache.pipeline.teachers.combine import trust
+from softcache.pipeline.batch import Batch, ModelOutputs
+from softcache.pipeline.teachers.combine import confidence_weights
 
 from .base import Loss
-from .hard import label_terms, mean_of
+from .hard import cross_entropy_rows, masked_mean
 
-Term = Callable[[Loss, Outputs, TargetBatch, nn.Module | None], torch.Tensor]
+Term = Callable[[Loss, ModelOutputs, Batch, nn.Module | None], torch.Tensor]
 
 
-def by_one(loss: Loss, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+def by_one(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
     """The term as it is."""
     return loss(student, target, module)
 
 
-def by_each(loss: Loss, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+def by_each(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
     """The mean of the terms by each teacher. target.logits: [B, M, K]."""
     if not loss.needs_logits or target.logits is None:
         return loss(student, target, module)
     return torch.stack([loss(student, replace(target, logits=z), module) for z in target.logits.unbind(1)]).mean()
 
 
-def by_trust(loss: Loss, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+def by_trust(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
     """The sum of the terms by each teacher, each row weighed by how right that teacher is about it; see trust."""
     if not loss.needs_logits or target.logits is None:
         return loss(student, target, module)
     each = target.logits.unbind(1)
-    said = [label_terms(z.float(), target) for z in each]
-    weights = trust(torch.stack([terms for terms, _ in said], 1), said[0][1])
+    said = [cross_entropy_rows(z.float(), target) for z in each]
+    weights = confidence_weights(torch.stack([terms for terms, _ in said], 1), said[0][1])
     terms = [
         loss(student, replace(target, logits=z, trust=w), module) for z, w in zip(each, weights.unbind(1), strict=True)
     ]
@@ -43,14 +43,14 @@ def by_trust(loss: Loss, student: Outputs, target: TargetBatch, module: nn.Modul
 def or_hard(term: Term) -> Term:
     """The term over the rows that have an answer, and the cross entropy with the label over those that have none."""
 
-    def heard(loss: Loss, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def heard(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         if target.logits is None or not (loss.needs_logits or loss.teacher_taps()):
             return term(loss, student, target, module)
         gone = target.logits.flatten(1).isnan().any(1)
         if not gone.any():
             return term(loss, student, target, module)
         lost, kept = gone.nonzero()[:, 0], (~gone).nonzero()[:, 0]
-        hard = mean_of(*label_terms(student.logits[lost], target.chosen(lost)))
+        hard = masked_mean(*cross_entropy_rows(student.logits[lost], target.chosen(lost)))
         if not len(kept):
             return hard
         soft = term(loss, student.chosen(kept), target.chosen(kept), module)

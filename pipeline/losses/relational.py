@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Ramp, fixed
-from .feature_base import LayerLoss
+from .base import Ramp, resolved
+from .feature_base import FeatureLoss
 
 # Norms that rows are divided by. A row of zeros, such as of a dead layer, has a gradient of at most 1e6 so; with the
 # usual 1e-12 it was 1e11, enough to end a training.
@@ -16,7 +16,7 @@ _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
-class Attention(LayerLoss):
+class Attention(FeatureLoss):
     """Attention transfer, Zagoruyko and Komodakis 2017 (arXiv 1612.03928, section 3.1).
 
     loss = sum over the pairs of the mean over rows and places of (q_s - q_t)², q the mean over the channels of F²,
@@ -39,7 +39,7 @@ class Attention(LayerLoss):
 
 
 @dataclass(frozen=True)
-class NST(LayerLoss):
+class NST(FeatureLoss):
     """Neuron selectivity transfer, Huang and Wang 2017 (arXiv 1707.01219, equation 7, the kernel (x'y)²).
 
     loss = sum over the pairs of the mean over rows of |G_s - G_t|², G = F'F / C [HW, HW] with every channel of norm
@@ -58,7 +58,7 @@ class NST(LayerLoss):
 
 
 @dataclass(frozen=True)
-class Similarity(LayerLoss):
+class Similarity(FeatureLoss):
     """Similarity-preserving KD, Tung and Mori 2019 (arXiv 1907.09682, equation 4).
 
     loss = sum over the pairs of |N(A_s A_s') - N(A_t A_t')|² / B², A the flattened features [B, D], N divides every
@@ -74,7 +74,7 @@ class Similarity(LayerLoss):
 
 
 @dataclass(frozen=True)
-class RKD(LayerLoss):
+class RKD(FeatureLoss):
     """Relational KD, Park et al. 2019 (arXiv 1904.05068, equations 5 to 10).
 
     loss = distance l(d_s / m_s, d_t / m_t) + angle l(a_s, a_t), d the Euclidean distances of all pairs of rows, m
@@ -92,7 +92,7 @@ class RKD(LayerLoss):
         s, t = s.flatten(1), t.flatten(1)
         by_distance = F.smooth_l1_loss(_distances(s), _distances(t))
         by_angle = F.smooth_l1_loss(_angles(s), _angles(t))
-        return fixed(self.distance) * by_distance + fixed(self.angle) * by_angle
+        return resolved(self.distance) * by_distance + resolved(self.angle) * by_angle
 
 
 def _distances(x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def _angles(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PKT(LayerLoss):
+class PKT(FeatureLoss):
     """Probabilistic knowledge transfer, Passalis and Tefas 2018 (arXiv 1803.10837, equations 3 to 6).
 
     loss = sum over the pairs of the mean over all B² entries of p_t log(p_t / p_s), p the rows of (1 + cosine) / 2
@@ -135,7 +135,7 @@ def _affinity(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class CC(LayerLoss):
+class CC(FeatureLoss):
     """Correlation congruence, Peng et al. 2019 (arXiv 1904.01802, equations 6 and 9).
 
     loss = sum over the pairs of |K_s - K_t|² / B², K = exp(-2 g) sum over p = 0 … 2 of (2 g)^p / p! (f_i'f_j)^p, the
@@ -151,7 +151,7 @@ class CC(LayerLoss):
         return (self._kernel(s) - self._kernel(t)).square().mean()
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
-        unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST), 2 * fixed(self.gamma)
+        unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST), 2 * resolved(self.gamma)
         cosine = unit @ unit.T
         kernel: torch.Tensor = math.exp(-g) * (1 + g * cosine + g**2 / 2 * cosine.square())
         return kernel

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.pipeline.batch import Known, Outputs, TargetBatch
-from softcache.pipeline.taps.statistics import as_map
+from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
+from softcache.pipeline.taps.statistics import to_feature_map
 
 from .base import Ramp
-from .feature_base import LayerLoss
+from .feature_base import FeatureLoss
 
 
 @dataclass(frozen=True)
-class ReviewKD(LayerLoss):
+class ReviewKD(FeatureLoss):
     """Knowledge review, Chen et al. 2021 (arXiv 2104.09044, section 3.3).
 
     loss = sum over the layers of H(R_l, F_t,l): R_l fuses the student's layer l with what came from the deeper ones
@@ -27,22 +27,22 @@ class ReviewKD(LayerLoss):
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "review_kd"
 
-    def module(self, student: Outputs, target: TargetBatch, known: Known) -> nn.Module | None:
-        pairs = [(as_map(s), as_map(t)) for s, t in self.pairs(student, target)]
+    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+        pairs = [(to_feature_map(s), to_feature_map(t)) for s, t in self.pairs(student, target)]
         middle = min(512, max(s.shape[1] for s, _ in pairs))
-        return Review([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], middle)
+        return ReviewModule([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], middle)
 
-    def __call__(self, student: Outputs, target: TargetBatch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
-        pairs = [(as_map(s), as_map(t)) for s, t in self.pairs(student, target)]
+        pairs = [(to_feature_map(s), to_feature_map(t)) for s, t in self.pairs(student, target)]
         for pair in pairs:
             for x in pair:
                 self.refuse_one_row(x, module)
         found = module([s for s, _ in pairs], [t.shape[2] for _, t in pairs])
-        return torch.stack([hcl(r, t) for r, (_, t) in zip(found, pairs, strict=True)]).sum()
+        return torch.stack([hierarchical_context_loss(r, t) for r, (_, t) in zip(found, pairs, strict=True)]).sum()
 
 
-class Review(nn.Module):
+class ReviewModule(nn.Module):
     """Student's maps, shallow to deep, to the teacher's shapes, each fused with what came from the deeper ones."""
 
     def __init__(self, student: Sequence[int], teacher: Sequence[int], middle: int):
@@ -80,7 +80,7 @@ class _Fuse(nn.Module):
         return self.leave(out), x
 
 
-def hcl(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def hierarchical_context_loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Hierarchical context loss of maps [B, C, H, W]: the weighed mean of the mean square differences as they are
     (1) and averaged down to 4 x 4 (1/2), 2 x 2 (1/4) and 1 x 1 (1/8), those sizes that are smaller than H."""
     total, weights = F.mse_loss(s, t), 1.0

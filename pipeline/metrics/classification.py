@@ -38,12 +38,12 @@ def evaluate(
         result["agreement"] = float((log_p.argmax(1) == log_t.argmax(1)).mean())
         result["kl_to_teacher"] = float((np.exp(log_t) * (log_t - log_p)).sum(1).mean())
     if known.any():
-        result |= _against_labels(log_p[known], labels[known])
-        result |= _by_group(result["per_class"]["recall"], counts)
+        result |= _label_metrics(log_p[known], labels[known])
+        result |= _recall_by_group(result["per_class"]["recall"], counts)
     return result
 
 
-def summary(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
+def summarize(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
     """The figures that are watched during training: accuracy, macro F1 and NLL, nothing without labels."""
     known = labels >= 0
     if not known.any():
@@ -64,7 +64,7 @@ def _f1_macro(labels: Labels, guess: Labels) -> float:
     return float((2 * right / np.maximum(rows + guessed, 1))[rows > 0].mean())
 
 
-def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
+def _label_metrics(log_p: Floats, labels: Labels) -> dict[str, Any]:
     p, guess, K = np.exp(log_p), log_p.argmax(1), log_p.shape[1]
     one_hot = np.eye(K)[labels]
     present = np.unique(labels)
@@ -83,21 +83,21 @@ def _against_labels(log_p: Floats, labels: Labels) -> dict[str, Any]:
         "f1_weighted": float(sk.f1_score(labels, guess, average="weighted", zero_division=0)),
         "auroc_macro": _auroc(p, one_hot) if len(present) == K > 1 else None,
         "per_class": {
-            "precision": _where(support, precision),
-            "recall": _where(support, recall),
-            "f1": _where(support, f1),
+            "precision": _where_present(support, precision),
+            "recall": _where_present(support, recall),
+            "f1": _where_present(support, f1),
             "support": support.tolist(),
         },
         "confusion": np.bincount(K * labels + guess, minlength=K * K).reshape(K, K).tolist() if K <= _MATRIX else None,
     }
 
 
-def _where(support: Labels, values: Floats) -> list[float | None]:
+def _where_present(support: Labels, values: Floats) -> list[float | None]:
     """The values of classes that occur; nothing, not 0, is known of the others."""
     return [value if rows else None for rows, value in zip(support.tolist(), values.tolist(), strict=True)]
 
 
-def groups_of(counts: Labels) -> dict[str, list[int]]:
+def group_classes(counts: Labels) -> dict[str, list[int]]:
     """{head, medium, tail: classes}: the third with the most training rows, the rest, the third with the fewest.
 
     counts [K]; of equals the first comes first. Nothing when the largest class has under twice the smallest's rows.
@@ -108,10 +108,10 @@ def groups_of(counts: Labels) -> dict[str, list[int]]:
     return {"head": order[:third], "medium": order[third:-third], "tail": order[-third:]}
 
 
-def _by_group(recall: list[float | None], counts: Labels | None) -> dict[str, float | None]:
+def _recall_by_group(recall: list[float | None], counts: Labels | None) -> dict[str, float | None]:
     """Mean recall of the classes of each group that occur; None where there is none."""
     found: dict[str, float | None] = {}
-    for name, classes in groups_of(np.zeros(0, np.int64) if counts is None else counts).items():
+    for name, classes in group_classes(np.zeros(0, np.int64) if counts is None else counts).items():
         some = [r for c in classes if (r := recall[c]) is not None]
         found[f"recall_{name}"] = float(np.mean(some)) if some else None
     return found
@@ -123,11 +123,11 @@ def _auroc(p: Floats, one_hot: Floats) -> float:
 
 def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
     """Expected calibration error: mean over rows of |accuracy - confidence| of the row's bin."""
-    gap = np.bincount(bins_of(confidence), right - confidence, minlength=ECE_BINS)
+    gap = np.bincount(assign_bins(confidence), right - confidence, minlength=ECE_BINS)
     return float(np.abs(gap).sum() / len(right))
 
 
-def bins_of(confidence: Floats) -> NDArray[np.int64]:
+def assign_bins(confidence: Floats) -> NDArray[np.int64]:
     """The bin of each confidence, 0 … ECE_BINS - 1, of equal width; an edge belongs to the bin below it."""
     return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
@@ -155,20 +155,20 @@ def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
             mean[key], spread[key] = mean_and_spread(values)
         elif isinstance(first, list):
             places = np.array(values, float)
-            mean[key], spread[key] = _listed(places.mean(0)), _listed(_sd(places))
+            mean[key], spread[key] = _to_list(places.mean(0)), _to_list(_standard_deviation(places))
         elif first is None or isinstance(first, str):
             mean[key] = spread[key] = first
         else:
-            mean[key], spread[key] = float(np.mean(values)), float(_sd(np.array(values, float)))
+            mean[key], spread[key] = float(np.mean(values)), float(_standard_deviation(np.array(values, float)))
     return mean, spread
 
 
-def _listed(places: Floats) -> list[Any]:
+def _to_list(places: Floats) -> list[Any]:
     """As a list, with None for NaN, which is what a None becomes."""
     listed = places.astype(object)
     listed[np.isnan(places)] = None
     return list(listed.tolist())
 
 
-def _sd(values: Floats) -> Floats:
+def _standard_deviation(values: Floats) -> Floats:
     return np.asarray(np.std(values, axis=0, ddof=1) if len(values) > 1 else 0 * values[0])

@@ -39,7 +39,7 @@ def mcnemar(first_alone: int, second_alone: int) -> float:
     return float(stats.binomtest(first_alone, rows).pvalue) if rows else 1.0
 
 
-def right_alone(labels: Ints, first: Ints, second: Ints) -> tuple[int, int]:
+def count_right_alone(labels: Ints, first: Ints, second: Ints) -> tuple[int, int]:
     """Rows that the first alone has right, and the second alone. All [N]."""
     one, other = first == labels, second == labels
     return int((one & ~other).sum()), int((other & ~one).sum())
@@ -73,11 +73,11 @@ def paired_bootstrap(
         return {name: Difference(-one.value, -one.high, -one.low) for name, one in turned.items()}
     groups, counts = np.unique(np.stack([labels, *first, *second]), axis=1, return_counts=True)
     n, rng = len(first), np.random.default_rng(seed)
-    measured = {name: values[0] for name, values in _figures(groups, counts[None].astype(float)).items()}
+    measured = {name: values[0] for name, values in _compute_figures(groups, counts[None].astype(float)).items()}
     drawn: dict[str, list[Floats]] = {name: [] for name in measured}
-    for rows in _resampled_rows(counts, resamples, rng):
-        weights = np.hstack([-_resampled_seeds(n, len(rows), rng), _resampled_seeds(len(second), len(rows), rng)])
-        for name, values in _figures(groups, rows).items():
+    for rows in _resample_rows(counts, resamples, rng):
+        weights = np.hstack([-_resample_seeds(n, len(rows), rng), _resample_seeds(len(second), len(rows), rng)])
+        for name, values in _compute_figures(groups, rows).items():
             drawn[name].append((weights * values).sum(1))
         done(len(rows))
     return {
@@ -86,7 +86,7 @@ def paired_bootstrap(
     }
 
 
-def _resampled_rows(counts: Ints, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
+def _resample_rows(counts: Ints, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
     """Blocks [R, G] of how often each group of rows is drawn."""
     block = max(1, _BLOCK // len(counts))
     for begin in range(0, resamples, block):
@@ -94,12 +94,12 @@ def _resampled_rows(counts: Ints, resamples: int, rng: np.random.Generator) -> I
         yield rng.multinomial(counts.sum(), counts / counts.sum(), size).astype(np.float64)
 
 
-def _resampled_seeds(n: int, resamples: int, rng: np.random.Generator) -> Floats:
+def _resample_seeds(n: int, resamples: int, rng: np.random.Generator) -> Floats:
     """[R, n]: what each seed weighs in each resample; one seed weighs 1."""
     return rng.multinomial(n - 1, [1 / n] * n, resamples) / (n - 1) if n > 1 else np.ones((resamples, 1))
 
 
-def _figures(groups: Ints, counts: Floats) -> dict[str, Floats]:
+def _compute_figures(groups: Ints, counts: Floats) -> dict[str, Floats]:
     """Each figure [R, seeds]. groups [1 + seeds, G]: label and guesses; counts [R, G]: rows of each group.
 
     As `metrics.summary` has them: macro F1 is over the classes that occur among the labels.

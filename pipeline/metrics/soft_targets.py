@@ -8,7 +8,7 @@ from scipy.special import xlogy
 
 from softcache.data.transfer_set import Labels
 
-from .classification import ECE_BINS, bins_of, calibration_error, log_softmax, mean_nll
+from .classification import ECE_BINS, assign_bins, calibration_error, log_softmax, mean_nll
 
 TEMPERATURES = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20)
 Floats = NDArray[np.float64]
@@ -23,7 +23,7 @@ def calibration(logits: NDArray[np.floating], labels: Labels) -> dict[str, Any]:
     known = labels >= 0
     log_p, labels = log_softmax(logits[known]), labels[known]
     confidence, right = np.exp(log_p.max(1)), log_p.argmax(1) == labels
-    bin_of = bins_of(confidence)
+    bin_of = assign_bins(confidence)
     edges = np.linspace(0, 1, ECE_BINS + 1)
     return {
         "rows": len(labels),
@@ -62,7 +62,7 @@ def similarity(logits: NDArray[np.floating], labels: Labels, temperature: float)
     return found
 
 
-def confused(matrix: Floats, most: int) -> list[tuple[int, int, float]]:
+def most_confused(matrix: Floats, most: int) -> list[tuple[int, int, float]]:
     """The pairs (true class, other class, mean probability) off the diagonal, the largest first."""
     off = np.where(np.eye(len(matrix), dtype=bool) | np.isnan(matrix), -1.0, matrix)
     order = np.argsort(-off, axis=None, kind="stable")[:most]
@@ -70,7 +70,7 @@ def confused(matrix: Floats, most: int) -> list[tuple[int, int, float]]:
     return [(i, j, float(off[i, j])) for i, j in pairs if off[i, j] >= 0]
 
 
-def at_temperature(logits: NDArray[np.floating], target: Labels, temperature: float) -> dict[str, Any]:
+def soft_target_statistics(logits: NDArray[np.floating], target: Labels, temperature: float) -> dict[str, Any]:
     """The soft targets of a temperature. logits [N, K]; target [N], the class of each row.
 
     entropy: mean over the rows, in nats; share: of log K, None for one class; others: mean total probability of the
@@ -86,11 +86,11 @@ def at_temperature(logits: NDArray[np.floating], target: Labels, temperature: fl
         "entropy": entropy,
         "share": entropy / float(np.log(K)) if K > 1 else None,
         "others": float(beside.sum(1).mean()),
-        "information": information(p),
+        "information": mutual_information(p),
     }
 
 
-def information(p: Floats) -> float:
+def mutual_information(p: Floats) -> float:
     """What the probabilities beside the teacher's first class say about a row that this class does not, in nats.
 
     p [N, K]: soft targets. Without its first class, a row n has the mass m_n and the distribution q_n over the others.

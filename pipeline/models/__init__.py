@@ -28,8 +28,8 @@ from softcache.pipeline.models.archs.cnn import cnn
 from softcache.pipeline.models.archs.mlp import mlp
 from softcache.pipeline.models.archs.mobilenet import MobileNetV2
 from softcache.pipeline.models.archs.shufflenet import ShuffleNetV1, ShuffleNetV2
-from softcache.pipeline.models.archs.simkd import parts_of, simkd
-from softcache.pipeline.models.archs.torchvision_models import from_torchvision, is_known
+from softcache.pipeline.models.archs.simkd import build_simkd, parse_simkd_arch
+from softcache.pipeline.models.archs.torchvision_models import build_torchvision, is_torchvision_model
 from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
 
@@ -47,7 +47,7 @@ MODELS: dict[str, Build] = {
     "mobilenet_v2": MobileNetV2.build,
     "shufflenet_v1": ShuffleNetV1.build,
     "shufflenet_v2": ShuffleNetV2.build,
-    "torchvision": from_torchvision,
+    "torchvision": build_torchvision,
 }
 
 
@@ -57,20 +57,20 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     A user's own `module:factory` is called as factory(classes=, channels=, size=).
     Raises UsageError for a name that is in no table, or an argument that does not fit.
     """
-    if parts := parts_of(arch):
-        return _through_teachers_head(*parts, classes, channels, size)
+    if parts := parse_simkd_arch(arch):
+        return _build_simkd(*parts, classes, channels, size)
     name, colon, argument = arch.partition(":")
     if name in MODELS:
         return MODELS[name](argument, classes, channels, size)
     if colon and all(part.isidentifier() for part in name.split(".")):
-        return _users_own(name, argument, classes, channels, size)
+        return _build_users_arch(name, argument, classes, channels, size)
     own = [name for name in MODELS if name != "torchvision"]
-    if is_known(arch):
+    if is_torchvision_model(arch):
         raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(own)}")
     raise unknown_name_error("arch", arch, [*own, "torchvision:NAME", "my_package.module:factory"])
 
 
-def _users_own(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
+def _build_users_arch(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
     here = str(Path.cwd())
     if here not in sys.path:  # a console script does not see the folder it is called in; `python -m` does
         sys.path.insert(0, here)
@@ -87,27 +87,27 @@ def _users_own(module: str, factory: str, classes: int, channels: int, size: int
     return network
 
 
-def _through_teachers_head(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
+def _build_simkd(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
     backbone = build(arch, classes, channels, size)
-    own = head_of(backbone, classes)
+    own = find_head(backbone, classes)
     names = [name for name, module in backbone.named_modules() if module is own and name]
     if not names:
         raise UsageError(f"arch '{arch}' has no last linear layer that a teacher's could take the place of")
-    return simkd(backbone, names[0], layer, width, classes, torch.zeros(1, channels, size, size))
+    return build_simkd(backbone, names[0], layer, width, classes, torch.zeros(1, channels, size, size))
 
 
-def head_of(network: nn.Module, classes: int) -> nn.Linear | None:
+def find_head(network: nn.Module, classes: int) -> nn.Linear | None:
     """The last linear layer that gives one number per class, where there is one."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     return layers[-1] if layers else None
 
 
-def parameters(network: nn.Module) -> int:
+def count_parameters(network: nn.Module) -> int:
     """The number of trainable numbers."""
     return sum(p.numel() for p in network.parameters())
 
 
-def multiply_adds(network: nn.Module, channels: int, size: int) -> int:
+def count_multiply_adds(network: nn.Module, channels: int, size: int) -> int:
     """Multiply-adds of one image, counted by PyTorch over matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -119,7 +119,7 @@ def multiply_adds(network: nn.Module, channels: int, size: int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def numbers_of(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def get_head_arrays(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weight [K, D] and bias [K] of a linear layer, zeros where it has none."""
     bias = torch.zeros(classes) if head.bias is None else head.bias.detach()
     return head.weight.detach().float().cpu().numpy(), bias.float().cpu().numpy()

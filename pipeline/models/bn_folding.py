@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .prepared_model import Prepared
+from .prepared_model import PreparedModel
 
 
-def folded(teacher: Prepared, layers: Collection[str] = ()) -> Prepared:
+def fold_batch_norm(teacher: PreparedModel, layers: Collection[str] = ()) -> PreparedModel:
     """A copy of a teacher in eval mode with its batch norms folded; itself where there is none that can be.
 
     layers: module paths of the network whose outputs are read, and must stay what they are. Every path still names
@@ -32,7 +32,7 @@ def folded(teacher: Prepared, layers: Collection[str] = ()) -> Prepared:
         fused: nn.Module = fuse_conv_bn_eval(network.get_submodule(conv), network.get_submodule(norm))  # type: ignore[type-var, arg-type]
         network.set_submodule(conv, fused)
         network.set_submodule(norm, nn.Identity())
-    return Prepared(network, teacher.preparation).to(teacher.scale.device).eval() if pairs else teacher
+    return PreparedModel(network, teacher.preparation).to(teacher.scale.device).eval() if pairs else teacher
 
 
 def _pairs(network: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -58,12 +58,12 @@ def _pairs(network: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, s
         if not isinstance(before, fx.Node) or before.op != "call_module" or not alone(before.target, nn.Conv2d):
             continue
         conv = network.get_submodule(str(before.target))
-        inside = [path for path in layers if _holds(path, str(before.target)) and not _holds(path, node.target)]
+        inside = [path for path in layers if _contains(path, str(before.target)) and not _contains(path, node.target)]
         kept = isinstance(norm.running_mean, torch.Tensor) and isinstance(norm.running_var, torch.Tensor)
         if len(before.users) == 1 and not inside and kept and conv.weight.dtype == torch.float32:
             yield str(before.target), node.target
 
 
-def _holds(outer: str, path: str) -> bool:
+def _contains(outer: str, path: str) -> bool:
     """Whether a module path is another one or inside it."""
     return path == outer or path.startswith(f"{outer}.")

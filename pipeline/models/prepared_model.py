@@ -11,7 +11,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Preparation:
+class InputSpec:
     """How a uint8 view becomes an input. channels: of the input, 3 repeats a grey image; size: of the input in
     pixels, bilinear with antialiasing where the view has another; mean, std: per channel, of values 0 … 1."""
 
@@ -25,7 +25,7 @@ class Preparation:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> "Preparation":
+    def from_json(record: dict[str, Any]) -> "InputSpec":
         """The inverse of identity. Raises ValueError, TypeError or KeyError for what no image can be prepared by."""
         mean, std = tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
         channels, size = int(record["channels"]), int(record["size"])
@@ -35,13 +35,13 @@ class Preparation:
             )
         if not all(abs(m) <= 1e6 for m in mean) or not all(1e-6 <= s <= 1e6 for s in std):
             raise ValueError(f"an input of mean {list(mean)} and standard deviation {list(std)}")
-        return Preparation(channels, size, mean, std)
+        return InputSpec(channels, size, mean, std)
 
 
-class Prepared(nn.Module):
+class PreparedModel(nn.Module):
     """uint8 views [B, C, S, S] -> float32 logits [B, K]. `network` is the arch itself: its names are the taps."""
 
-    def __init__(self, network: nn.Module, preparation: Preparation):
+    def __init__(self, network: nn.Module, preparation: InputSpec):
         super().__init__()
         self.network = network
         self.preparation = preparation

@@ -12,7 +12,7 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 
-State = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
 _OLD_NAMES = (
     (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
@@ -21,13 +21,13 @@ _OLD_NAMES = (
 )
 
 
-def read_state(path: Path) -> State:
+def read_state_dict(path: Path) -> StateDict:
     """The state dict in a file, bare or nested under `state_dict` or `model`, with or without `module.` in front.
 
     Raises UsageError when there is no such file, CacheError when it is no state dict or would need to run code.
     """
     try:
-        check_zip(path)
+        verify_zip(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there are no weights at '{path}'") from None
@@ -48,7 +48,7 @@ def read_state(path: Path) -> State:
     return {key.removeprefix("module."): value for key, value in found.items()}
 
 
-def check_zip(path: Path) -> None:
+def verify_zip(path: Path) -> None:
     """Raises zipfile.BadZipFile when a part of a file that torch.save wrote is not what its CRC-32 says.
 
     torch.load does not look: a flipped bit of a weight would pass. A file of before 2020, which is no zip, has none.
@@ -63,17 +63,17 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
-def load_state(network: nn.Module, state: State, source: str) -> None:
+def load_weights(network: nn.Module, state: StateDict, source: str) -> None:
     """Put a state dict into a network. Raises UsageError that names the first keys that do not fit.
 
     Batch counters (`num_batches_tracked`) may be missing: checkpoints from before PyTorch 0.4.1 have none.
     """
     own = network.state_dict()
-    state = {_own_name(key, own): value for key, value in state.items()}
+    state = {_match_name(key, own): value for key, value in state.items()}
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in own]
     shapes = [
-        f"{k} is {_shape(state[k])} in the file, {_shape(own[k])} in the arch"
+        f"{k} is {_format_shape(state[k])} in the file, {_format_shape(own[k])} in the arch"
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
@@ -85,7 +85,7 @@ def load_state(network: nn.Module, state: State, source: str) -> None:
     network.load_state_dict(own)
 
 
-def _own_name(key: str, own: Mapping[str, torch.Tensor]) -> str:
+def _match_name(key: str, own: Mapping[str, torch.Tensor]) -> str:
     """The arch's name of a weight, where the file has a prefix less or one of torchvision's older names."""
     if key in own:
         return key
@@ -96,11 +96,11 @@ def _own_name(key: str, own: Mapping[str, torch.Tensor]) -> str:
     return key
 
 
-def _shape(x: torch.Tensor) -> str:
+def _format_shape(x: torch.Tensor) -> str:
     return "x".join(map(str, x.shape)) or "a single number"
 
 
-def weights_digest(network: nn.Module) -> str:
+def hash_weights(network: nn.Module) -> str:
     """SHA-256 of every weight's name, dtype, shape and bytes: equal for equal weights, however they were saved."""
     whole = sha256()
     for name, value in sorted(network.state_dict().items()):
@@ -110,7 +110,7 @@ def weights_digest(network: nn.Module) -> str:
     return whole.hexdigest()
 
 
-def run_weights(path: Path) -> Path:
+def find_weights_file(path: Path) -> Path:
     """The file of weights that `--weights` names: the file itself, or the one in a run's folder."""
     for name in ("teacher.pt", "student.pt"):
         if (path / name).is_file():

@@ -9,16 +9,16 @@ from torch.utils.hooks import RemovableHandle
 
 from softcache.base.errors import UsageError, unknown_name_error
 
-from .statistics import split_tap, statistic
+from .statistics import compute_statistic, parse_tap
 
 
-def tap_names(model: nn.Module) -> list[str]:
+def list_layers(model: nn.Module) -> list[str]:
     """The module paths that can be tapped."""
     return [name for name, _ in model.named_modules() if name]
 
 
 @contextmanager
-def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+def capture_features(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
     """A dict that holds, after each forward pass, the output of every named layer: `layer3`, or of `layer3:pool`
     its statistic, computed in float32.
 
@@ -30,9 +30,9 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
     kept: dict[str, torch.Tensor] = {}
 
     def keep(tap: str) -> RemovableHandle:
-        path, kind = split_tap(tap)
+        path, kind = parse_tap(tap)
         if path not in modules or not path:
-            raise unknown_name_error("tap", path, tap_names(model))
+            raise unknown_name_error("tap", path, list_layers(model))
 
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if not isinstance(output, torch.Tensor):
@@ -41,7 +41,7 @@ def tapped(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.
                 kept[tap] = output.clone()
                 return
             with torch.autocast(output.device.type, enabled=False):  # a product of matrices would be rounded again
-                kept[tap] = statistic(output.float(), kind, path)
+                kept[tap] = compute_statistic(output.float(), kind, path)
 
         handle: RemovableHandle = modules[path].register_forward_hook(hook)
         return handle

@@ -14,7 +14,7 @@ from softcache.base.errors import UsageError, unknown_name_error
 STATISTICS = ("map", "pool", "attention", "gram", "grid1", "grid2", "grid4")
 
 
-def split_tap(tap: str) -> tuple[str, str]:
+def parse_tap(tap: str) -> tuple[str, str]:
     """`layer3:pool` -> ("layer3", "pool"); `layer3` -> ("layer3", "map"). Raises UsageError for other statistics."""
     path, colon, kind = tap.partition(":")
     if colon and kind not in STATISTICS:
@@ -22,13 +22,13 @@ def split_tap(tap: str) -> tuple[str, str]:
     return path, kind or "map"
 
 
-def plain_tap(tap: str) -> str:
+def normalize_tap(tap: str) -> str:
     """The one name of a tap: `layer3:map` is `layer3`."""
-    path, kind = split_tap(tap)
+    path, kind = parse_tap(tap)
     return path if kind == "map" else f"{path}:{kind}"
 
 
-def statistic(x: torch.Tensor, kind: str, tap: str = "") -> torch.Tensor:
+def compute_statistic(x: torch.Tensor, kind: str, tap: str = "") -> torch.Tensor:
     """A statistic of a layer's output x, a map [B, C, H, W] but for `map` and `pool`. Computed in x's dtype.
 
     map        x itself, of any shape
@@ -56,7 +56,7 @@ def statistic(x: torch.Tensor, kind: str, tap: str = "") -> torch.Tensor:
     return F.adaptive_avg_pool2d(x, int(kind.removeprefix("grid")))
 
 
-def as_map(x: torch.Tensor) -> torch.Tensor:
+def to_feature_map(x: torch.Tensor) -> torch.Tensor:
     """A vector [B, C] as a map [B, C, 1, 1]; a map stays. Raises UsageError for what is neither."""
     if x.ndim not in (2, 4):
         shape = "x".join(map(str, x.shape[1:]))
@@ -66,21 +66,21 @@ def as_map(x: torch.Tensor) -> torch.Tensor:
     return x[:, :, None, None] if x.ndim == 2 else x
 
 
-def source_of(tap: str, there: Iterable[str]) -> str | None:
+def find_source_tap(tap: str, there: Iterable[str]) -> str | None:
     """Which of the cached taps a tap can be had from: itself, or the whole map of its layer; None from none."""
-    found = {plain_tap(name): name for name in there}
-    path, _ = split_tap(tap)
-    return found.get(plain_tap(tap)) or found.get(path)
+    found = {normalize_tap(name): name for name in there}
+    path, _ = parse_tap(tap)
+    return found.get(normalize_tap(tap)) or found.get(path)
 
 
-def derived(features: dict[str, torch.Tensor], taps: Iterable[str]) -> dict[str, torch.Tensor]:
+def derive_features(features: dict[str, torch.Tensor], taps: Iterable[str]) -> dict[str, torch.Tensor]:
     """{tap: float32 [B, …]} from cached features: as they are where they were cached, else from the layer's map."""
     made = {}
     for tap in taps:
-        source = source_of(tap, features)
+        source = find_source_tap(tap, features)
         if source is None:
             raise KeyError(tap)
         x = features[source].float()
-        path, kind = split_tap(tap)
-        made[tap] = x if plain_tap(source) == plain_tap(tap) else statistic(x, kind, path)
+        path, kind = parse_tap(tap)
+        made[tap] = x if normalize_tap(source) == normalize_tap(tap) else compute_statistic(x, kind, path)
     return made

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError, unknown_name_error
 
-from .distribution_map import Floats, Stepped, minimize_convex
+from .distribution_map import Floats, OnStep, minimize_convex
 
 Rows = NDArray[np.int64]
 # Rows of ALL give one distribution; with those of EACH a student hears every teacher by itself.
-ALL = ("mean_probability", "mean_logit", "geometric", "weighted", "vote", "learned")
-EACH = ("per_teacher", "ca_mkd")
+SINGLE_OUTPUT = ("mean_probability", "mean_logit", "geometric", "weighted", "vote", "learned")
+PER_TEACHER = ("per_teacher", "ca_mkd")
 _LOG_T = (-3, 3)  # bounds of the logarithms of learned temperatures
 _TIE = 1e-3  # of a vote: what the mean probability weighs beside it, so that it decides ties and nothing is impossible
 
 
 @dataclass(frozen=True)
-class Combine:
+class Combination:
     """How M teachers become one. weights [M] add up to 1; temperatures [M] divide each one's logits."""
 
     name: str
@@ -33,7 +33,7 @@ class Combine:
     @property
     def each(self) -> bool:
         """Whether losses are led by every teacher by itself."""
-        return self.name in EACH
+        return self.name in PER_TEACHER
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [N, M, K] -> log-probabilities, or mean logits, [N, K]; the mean probability for those of EACH."""
@@ -54,18 +54,18 @@ class Combine:
         return {"combine": self.name, "weights": list(self.weights), "temperatures": list(self.temperatures)}
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> "Combine":
+    def from_json(record: dict[str, Any]) -> "Combination":
         """Raises ValueError, TypeError or KeyError for what is none."""
         weights, temperatures = (tuple(float(x) for x in record[name]) for name in ("weights", "temperatures"))
-        if record["combine"] not in (*ALL, *EACH) or len(weights) != len(temperatures) or not weights:
+        if record["combine"] not in (*SINGLE_OUTPUT, *PER_TEACHER) or len(weights) != len(temperatures) or not weights:
             raise ValueError("no way to combine")
         _check_weights("weights", weights)
         if not all(0 < t < math.inf for t in temperatures):
             raise ValueError("temperatures that are not positive")
-        return Combine(record["combine"], weights, temperatures)
+        return Combination(record["combine"], weights, temperatures)
 
 
-def parse_combine(spec: str, members: int) -> Combine:
+def parse_combination(spec: str, members: int) -> Combination:
     """`mean_probability`, `weighted:0.7,0.3` … for so many teachers. Raises UsageError.
 
     mean_probability: the mean of their probabilities, as Hinton et al. 2015 (arXiv 1503.02531, section 3) and Stanton
@@ -75,8 +75,8 @@ def parse_combine(spec: str, members: int) -> Combine:
     per_teacher: the mean of the losses by each; ca_mkd: see trust.
     """
     name, _, rest = spec.partition(":")
-    if name not in (*ALL, *EACH):
-        raise unknown_name_error("way to combine", name, (*ALL, *EACH))
+    if name not in (*SINGLE_OUTPUT, *PER_TEACHER):
+        raise unknown_name_error("way to combine", name, (*SINGLE_OUTPUT, *PER_TEACHER))
     weights = (1 / members,) * members
     if rest and name != "weighted":
         raise UsageError(f"--combine {spec}: {name} has no knobs")
@@ -90,7 +90,7 @@ def parse_combine(spec: str, members: int) -> Combine:
         if len(weights) != members:
             raise UsageError(f"--combine {spec}: {len(weights)} weights for {members} caches")
         _check_weights(f"--combine {spec}", weights)
-    return Combine(name, weights, (1.0,) * members)
+    return Combination(name, weights, (1.0,) * members)
 
 
 def _check_weights(what: str, weights: tuple[float, ...]) -> None:
@@ -98,7 +98,7 @@ def _check_weights(what: str, weights: tuple[float, ...]) -> None:
         raise UsageError(f"{what}: weights are from 0 to 1 and add up to 1, these to {sum(weights):g}")
 
 
-def fit_combine(logits: NDArray[np.floating], labels: Rows, stepped: Stepped = lambda: None) -> Combine:
+def fit_combination(logits: NDArray[np.floating], labels: Rows, stepped: OnStep = lambda: None) -> Combination:
     """The blend sum_k w_k softmax(z_k / T_k) with the least NLL on validation. logits [N, M, K]; labels [N]; stepped:
     called after each step of the fit.
 
@@ -125,15 +125,15 @@ def fit_combine(logits: NDArray[np.floating], labels: Rows, stepped: Stepped = l
     ends = [minimize_convex(nll, start, stepped, bounds=bounds, **_simplex(M)) for start in starts]
     best = min([*ends, *starts], key=lambda x: float(nll(torch.from_numpy(x))))
     weights = np.clip(best[:M], 0, 1) / np.clip(best[:M], 0, 1).sum()
-    return Combine("learned", tuple(weights.tolist()), tuple(np.exp(best[M:]).tolist()))
+    return Combination("learned", tuple(weights.tolist()), tuple(np.exp(best[M:]).tolist()))
 
 
-def _own_temperature(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Floats:
+def _own_temperature(z: torch.Tensor, y: torch.Tensor, stepped: OnStep) -> Floats:
     """float64 [1]: the logarithm of one member's best temperature. z [N, K]; y [N]."""
     return minimize_convex(lambda x: F.cross_entropy(z / x.exp(), y), np.zeros(1), stepped, bounds=[_LOG_T])
 
 
-def _best_weights(nll: Callable[[torch.Tensor], torch.Tensor], log_t: Floats, stepped: Stepped) -> Floats:
+def _best_weights(nll: Callable[[torch.Tensor], torch.Tensor], log_t: Floats, stepped: OnStep) -> Floats:
     """float64 [2 M]: the best weights at these logarithms of temperatures [M], and these."""
     M = len(log_t)
     fixed, mean = torch.from_numpy(log_t), np.full(M, 1 / M)
@@ -152,7 +152,7 @@ def _simplex(M: int) -> dict[str, Any]:
     return {"method": "SLSQP", "constraints": [sums]}
 
 
-def trust(terms: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+def confidence_weights(terms: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """How much a row trusts each teacher [B, M]; 1 / M each where a row has no label. Each row adds up to 1.
 
     w_k = (1 - softmax_k(CE_k)) / (M - 1), CE_k the cross entropy of teacher k with the label: confidence-aware

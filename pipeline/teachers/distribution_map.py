@@ -16,16 +16,16 @@ from scipy.optimize import minimize
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
-from softcache.pipeline.batch import Head
+from softcache.pipeline.batch import LinearHead
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Affine = tuple[torch.Tensor, torch.Tensor]
-Stepped = Callable[[], None]
+OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Mapping:
+class DistributionMap:
     """z -> W z + b. spec: as on the command line; weight: float64 [K], a diagonal, or [K, K]; bias: float64 [K]."""
 
     spec: str
@@ -36,17 +36,17 @@ class Mapping:
         """Logits [..., K] of the student's teacher, in the dtype of those given."""
         return _apply(logits, self.weight.to(logits.dtype), self.bias.to(logits.dtype))
 
-    def of_head(self, head: Head) -> Head:
+    def of_head(self, head: LinearHead) -> LinearHead:
         """The last linear layer that gives mapped logits."""
         weight, bias = self.weight.to(head.weight.dtype), self.bias.to(head.bias.dtype)
         rows = weight[:, None] * head.weight if weight.ndim == 1 else weight @ head.weight
-        return Head(rows, _apply(head.bias, weight, bias))
+        return LinearHead(rows, _apply(head.bias, weight, bias))
 
     def to_json(self) -> dict[str, Any]:
         return {"map": self.spec, "weight": self.weight.tolist(), "bias": self.bias.tolist()}
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> "Mapping":
+    def from_json(record: dict[str, Any]) -> "DistributionMap":
         """Raises ValueError, TypeError or KeyError for what is no map."""
         weight, bias = (torch.tensor(record[name], dtype=torch.float64) for name in ("weight", "bias"))
         if bias.ndim != 1 or weight.shape not in ((len(bias),), (len(bias), len(bias))):
@@ -55,16 +55,16 @@ class Mapping:
             raise ValueError("a map that is not finite")
         if record["map"] == "temperature" and not (weight > 0).all():
             raise ValueError("a temperature that is not positive")
-        return Mapping(str(record["map"]), weight, bias)
+        return DistributionMap(str(record["map"]), weight, bias)
 
 
 def _apply(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return (z * weight if weight.ndim == 1 else z @ weight.T) + bias
 
 
-def fit_mapping(
-    spec: str, logits: NDArray[np.floating], labels: Rows, counts: Rows, stepped: Stepped = lambda: None
-) -> Mapping:
+def fit_map(
+    spec: str, logits: NDArray[np.floating], labels: Rows, counts: Rows, stepped: OnStep = lambda: None
+) -> DistributionMap:
     """The map `temperature`, `vector`, `matrix` or `prior:tau=1` of a teacher.
 
     logits [N, K] and labels [N] of the validation split, to which the first three are fitted by their NLL (Guo et al.
@@ -86,55 +86,55 @@ def fit_mapping(
         if (counts == 0).any():
             raise UsageError(f"--map {spec}: class {int(counts.argmin())} has no training row with a label")
         shares = torch.from_numpy(counts / counts.sum())
-        return Mapping(spec, torch.ones(K, dtype=torch.float64), -tau * shares.log())
+        return DistributionMap(spec, torch.ones(K, dtype=torch.float64), -tau * shares.log())
     known = labels >= 0
     if not known.any():
         raise UsageError(f"--map {spec} is fitted to validation labels, and these images have none")
     z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
-    return Mapping(spec, *_FITTED[name](z, y, stepped))
+    return DistributionMap(spec, *_FITTED[name](z, y, stepped))
 
 
-def _temperature(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Affine:
+def _fit_temperature(z: torch.Tensor, y: torch.Tensor, stepped: OnStep) -> Affine:
     """One number for all logits; the NLL is convex in its inverse."""
     K = z.shape[1]
 
     def affine(x: torch.Tensor) -> Affine:
         return x.expand(K), x.new_zeros(K)
 
-    return affine(_least(z, y, affine, np.ones(1), stepped, bounds=[(1e-3, 1e3)]))
+    return affine(_minimize_nll(z, y, affine, np.ones(1), stepped, bounds=[(1e-3, 1e3)]))
 
 
-def _vector(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Affine:
+def _fit_vector(z: torch.Tensor, y: torch.Tensor, stepped: OnStep) -> Affine:
     K = z.shape[1]
 
     def affine(x: torch.Tensor) -> Affine:
         return x[:K], x[K:]
 
-    return affine(_least(z, y, affine, np.concatenate([np.ones(K), np.zeros(K)]), stepped))
+    return affine(_minimize_nll(z, y, affine, np.concatenate([np.ones(K), np.zeros(K)]), stepped))
 
 
-def _matrix(z: torch.Tensor, y: torch.Tensor, stepped: Stepped) -> Affine:
+def _fit_matrix(z: torch.Tensor, y: torch.Tensor, stepped: OnStep) -> Affine:
     K = z.shape[1]
 
     def affine(x: torch.Tensor) -> Affine:
         return x[: K * K].reshape(K, K), x[K * K :]
 
-    return affine(_least(z, y, affine, np.concatenate([np.eye(K).ravel(), np.zeros(K)]), stepped))
+    return affine(_minimize_nll(z, y, affine, np.concatenate([np.eye(K).ravel(), np.zeros(K)]), stepped))
 
 
-_FITTED: dict[str, Callable[[torch.Tensor, torch.Tensor, Stepped], Affine]] = {
-    "temperature": _temperature,
-    "vector": _vector,
-    "matrix": _matrix,
+_FITTED: dict[str, Callable[[torch.Tensor, torch.Tensor, OnStep], Affine]] = {
+    "temperature": _fit_temperature,
+    "vector": _fit_vector,
+    "matrix": _fit_matrix,
 }
 
 
-def _least(
+def _minimize_nll(
     z: torch.Tensor,
     y: torch.Tensor,
     affine: Callable[[torch.Tensor], Affine],
     start: Floats,
-    stepped: Stepped,
+    stepped: OnStep,
     bounds: Any = None,
 ) -> torch.Tensor:
     """The most probable parameters of softmax(W z + b), given the rows and a standard normal prior about start."""
@@ -147,7 +147,7 @@ def _least(
 
 
 def minimize_convex(
-    value: Callable[[torch.Tensor], torch.Tensor], start: Floats, stepped: Stepped, **more: Any
+    value: Callable[[torch.Tensor], torch.Tensor], start: Floats, stepped: OnStep, **more: Any
 ) -> Floats:
     """Where a differentiable function of float64 [n] is least, by SciPy, from start. stepped: called at each step."""
 

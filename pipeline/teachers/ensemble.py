@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.image_folder import Progress
-from softcache.pipeline.cache.identity import describe
+from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
 
-from .combine import Combine
-from .distribution_map import Mapping
+from .combine import Combination
+from .distribution_map import DistributionMap
 
-Gaps = dict[int, NDArray[np.bool_]]  # {draw: which positions of the training split have no answer}
+MissingTargets = dict[int, NDArray[np.bool_]]  # {draw: which positions of the training split have no answer}
 
 
 @dataclass(frozen=True)
-class Teachers:
+class TeacherEnsemble:
     """members: caches of the same views, see check_same; the first one's layers and last linear layer are read.
 
     combine: None for one. maps: none, one for what comes out, or one for each member where each is heard by itself.
@@ -30,9 +30,9 @@ class Teachers:
     """
 
     members: tuple[Cache, ...]
-    combine: Combine | None = None
-    maps: tuple[Mapping, ...] = ()
-    gaps: Gaps = field(default_factory=dict)
+    combine: Combination | None = None
+    maps: tuple[DistributionMap, ...] = ()
+    gaps: MissingTargets = field(default_factory=dict)
 
     @property
     def as_cached(self) -> bool:
@@ -62,7 +62,9 @@ class Teachers:
             return self._answers(split, draw, positions, taps, together)
         logits, features = self._answers(split, draw, positions[~gone], taps, together)
         place = torch.from_numpy(~gone)
-        return _spread(logits, place, torch.nan), {tap: _spread(x, place, 0) for tap, x in features.items()}
+        return _scatter_rows(logits, place, torch.nan), {
+            tap: _scatter_rows(x, place, 0) for tap, x in features.items()
+        }
 
     def _answers(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...], together: int
@@ -97,14 +99,14 @@ class Teachers:
         return by_index
 
 
-def _spread(rows: torch.Tensor, place: torch.Tensor, fill: float) -> torch.Tensor:
+def _scatter_rows(rows: torch.Tensor, place: torch.Tensor, fill: float) -> torch.Tensor:
     """Rows put where place is true, fill elsewhere."""
     whole = rows.new_full((len(place), *rows.shape[1:]), fill)
     whole[place] = rows
     return whole
 
 
-def check_same(caches: Sequence[Cache]) -> None:
+def check_same_views(caches: Sequence[Cache]) -> None:
     """Raise UsageError or CacheError, with the fields, when caches are not of the same transfer set and views."""
     first = caches[0]
     for one, other in combinations(caches, 2):
@@ -117,7 +119,8 @@ def check_same(caches: Sequence[Cache]) -> None:
             names = (str(first.folder), str(other.folder))
             raise CacheError(
                 f"'{first.folder}' and '{other.folder}' are not of the same rows and views:"
-                f"{describe(mine, theirs, names)}\nMake the second with the first's --data, --views, --seed and cut"
+                f"{format_differences(mine, theirs, names)}"
+                "\nMake the second with the first's --data, --views, --seed and cut"
             )
         if other.classes != first.classes:
             raise CacheError(
@@ -126,7 +129,9 @@ def check_same(caches: Sequence[Cache]) -> None:
             )
 
 
-def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress: Progress) -> Gaps:
+def find_missing_targets(
+    caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress: Progress
+) -> MissingTargets:
     """Rows of the first draws that some cache lacks: of shards that are gone or damaged. Every shard is read.
 
     taps: those that are read of the first cache.
@@ -138,7 +143,7 @@ def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress
         for record in cache.manifest.shards
         if record.split == "train" and record.draw < draws and names & set(record.datasets)
     ]
-    gaps: Gaps = {}
+    gaps: MissingTargets = {}
     for cache, record in progress(shards, len(shards), "looking for missing rows"):
         try:
             cache.verify(record)
@@ -148,7 +153,7 @@ def gaps_of(caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress
     return gaps
 
 
-def runs_of(gaps: Gaps) -> dict[str, list[list[int]]]:
+def list_missing_runs(gaps: MissingTargets) -> dict[str, list[list[int]]]:
     """{draw: [[start, stop], …]} of the positions that are missing, as a run writes them down."""
     edges = {draw: np.flatnonzero(np.diff(gone, prepend=False, append=False)) for draw, gone in sorted(gaps.items())}
     return {str(draw): found.reshape(-1, 2).tolist() for draw, found in edges.items()}

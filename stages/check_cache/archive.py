@@ -22,7 +22,7 @@ def pack(name: str, file: str, settings: PackSettings) -> None:
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder '{out.parent}'")
     with bar(cache.manifest.bytes, "cache-pack", "B", scale=True) as shown:
-        packing.pack(cache.folder, cache.manifest, out, shown.update)
+        packing.pack_cache(cache.folder, cache.manifest, out, shown.update)
     size = out.stat().st_size
     if settings.json:
         return console.result(json.dumps({"file": file, "bytes": size, "manifest": cache.manifest.digest}))
@@ -41,11 +41,11 @@ def unpack(file: str, name: str, settings: PackSettings) -> None:
         raise CacheError(f"'{folder}' is a file: a cache is a folder")
     with ExitStack() as stack:
 
-        def begun(manifest: Manifest) -> packing.Shown:
+        def begun(manifest: Manifest) -> packing.OnProgress:
             shown = stack.enter_context(bar(manifest.bytes, "cache-unpack", "B", scale=True))
             return lambda count: shown.update(count) and None
 
-        manifest = packing.unpack(source, folder, begun)
+        manifest = packing.unpack_cache(source, folder, begun)
     if settings.json:
         return console.result(json.dumps({"cache": name, "bytes": manifest.bytes, "manifest": manifest.digest}))
     console.say(f"'{name}': {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws, every byte checked")

@@ -12,9 +12,9 @@ import numpy as np
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.threads import map_in_threads
 from softcache.data.transfer_set import TransferSet
-from softcache.pipeline.cache.manifest import HEAD, ShardRecord
+from softcache.pipeline.cache.manifest import HEAD_FILE, ShardRecord
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.stale_files import sweep
+from softcache.pipeline.cache.stale_files import clean_up
 from softcache.pipeline.cache.verification import compare_views
 from softcache.stages.cli.configs import CheckSettings
 from softcache.stages.cli.console import Console, bar
@@ -38,7 +38,7 @@ def run(name: str, settings: CheckSettings) -> None:
         transfer_set = data_of(cache, settings.data, Path(settings.data_root))
     if settings.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
         repair(cache, _bad(_verdicts(cache, None)), transfer_set, settings, console)
-        sweep(cache.folder)
+        clean_up(cache.folder)
         cache = Cache(Path(name))
         cache.bind(transfer_set)
     verdicts = _verdicts(cache, transfer_set if settings.deep else None)
@@ -60,7 +60,7 @@ def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
             verdicts[record.path] = verdict
             counted.update(record.rows)
     if cache.manifest.head:
-        verdicts[HEAD] = _refusal(cache.head)
+        verdicts[HEAD_FILE] = _refusal(cache.head)
     return verdicts
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from softcache.base.errors import CacheError
 from softcache.base.lock import hold_lock
 from softcache.data.transfer_set import TransferSet
-from softcache.pipeline.cache.manifest import HEAD, Manifest, Piece, ShardRecord
+from softcache.pipeline.cache.manifest import HEAD_FILE, Manifest, ShardRecord, ShardSpec
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import compare_views
-from softcache.pipeline.cache.writer import Plan, Writer, accuracy
-from softcache.pipeline.models import head_of, numbers_of
+from softcache.pipeline.cache.writer import CachePlan, CacheWriter, label_accuracy
+from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.stages.cli.configs import CheckSettings
 from softcache.stages.cli.console import Console, bar
 from softcache.stages.teacher_cache.reproducibility import again, ask_of
@@ -41,7 +41,7 @@ def repair(
             for record in [r for r in manifest.shards if r.path in bad]:
                 manifest = _one(cache, manifest, record, ask, console)
                 shown.update()
-        if HEAD in bad:
+        if HEAD_FILE in bad:
             _head(cache, manifest, ask, console)
 
 
@@ -60,14 +60,14 @@ def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, consol
     if (cache.folder / record.path).parent.is_symlink():
         raise CacheError(f"'{(cache.folder / record.path).parent}' is a link: remove it, then repair")
     datasets = {name: manifest.datasets[name] for name in record.datasets}
-    piece = Piece(record.path, record.split, record.draw, record.start, record.rows, datasets)
-    writer = Writer(cache.folder, _plan(manifest), [piece])
+    piece = ShardSpec(record.path, record.split, record.draw, record.start, record.rows, datasets)
+    writer = CacheWriter(cache.folder, _plan(manifest), [piece])
     arrays, facts = ask.piece(piece, lambda rows: None)
     writer.add(piece, arrays, {**facts, "seconds": 0.0})
     new = writer.records[0]
     shards = tuple(new if r.path == record.path else r for r in manifest.shards)
     labelled = {split: int((rows.labels >= 0).sum()) for split, rows in ask.transfer_set.splits.items()}
-    teacher = accuracy(shards, manifest.splits, manifest.draws, labelled)
+    teacher = label_accuracy(shards, manifest.splits, manifest.draws, labelled)
     manifest = replace(manifest, shards=shards, teacher=teacher)
     manifest.write(cache.folder)
     same = "the same rows as before" if new.payload == record.payload else "asked anew, not the bits of before"
@@ -76,14 +76,14 @@ def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, consol
 
 
 def _head(cache: Cache, manifest: Manifest, ask: Ask, console: Console) -> None:
-    head = head_of(ask.teacher.network, ask.classes)
+    head = find_head(ask.teacher.network, ask.classes)
     if head is None:
-        raise CacheError(f"{HEAD}: this teacher has no last linear layer of {ask.classes} outputs")
-    record = Writer(cache.folder, _plan(manifest), []).add_head(*numbers_of(head, ask.classes))
+        raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {ask.classes} outputs")
+    record = CacheWriter(cache.folder, _plan(manifest), []).add_head(*get_head_arrays(head, ask.classes))
     replace(manifest, head=record).write(cache.folder)
-    console.say(f"{HEAD}: repaired")
+    console.say(f"{HEAD_FILE}: repaired")
 
 
-def _plan(manifest: Manifest) -> Plan:
+def _plan(manifest: Manifest) -> CachePlan:
     kept = (manifest.identity, manifest.classes, manifest.draws, manifest.splits, manifest.taps)
-    return Plan(*kept, arithmetic=manifest.arithmetic)
+    return CachePlan(*kept, arithmetic=manifest.arithmetic)

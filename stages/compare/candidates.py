@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import Labels
-from softcache.pipeline.cache.identity import differences
+from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.runs.folder import ASIDE, fingerprints_of, read_json
 from softcache.stages.runs.logits import LOGITS, read_logits
@@ -89,7 +89,7 @@ def _cache(folder: Path, result: dict[str, Any]) -> str:
 
 def settings_apart(first: Side, second: Side) -> list[Apart]:
     """The settings in which two differ."""
-    return [one for one in differences(first.settings, second.settings) if one[0] not in _ASIDE]
+    return [one for one in find_differences(first.settings, second.settings) if one[0] not in _ASIDE]
 
 
 def seeds_alone(apart: Sequence[Apart]) -> bool:

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.metrics.significance import Difference, mcnemar, paired_bootstrap, right_alone
+from softcache.pipeline.metrics.significance import Difference, count_right_alone, mcnemar, paired_bootstrap
 from softcache.stages.cli.copied_commands import this_program
 
 from .candidates import Said, Side, said_by, seeds_alone, settings_apart
@@ -83,7 +83,7 @@ def _tests(first: Side, second: Side, a: Said, b: Said, several: bool) -> list[R
     ones, others = list(zip(first.seeds, a.guesses, strict=True)), list(zip(second.seeds, b.guesses, strict=True))
     tests = []
     for (one, guess), (other, against) in zip(ones, others, strict=False) if several else product(ones, others):
-        alone = right_alone(a.labels, guess, against)
+        alone = count_right_alone(a.labels, guess, against)
         tests.append({"seeds": [one, other], "first_alone": alone[0], "second_alone": alone[1], "p": mcnemar(*alone)})
     return tests
 

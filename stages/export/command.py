@@ -15,9 +15,9 @@ from softcache.base.errors import make_printable
 from softcache.base.files import publish_bytes, publish_json, publish_text, remove_stale_files
 from softcache.base.lock import hold_lock
 from softcache.pipeline.losses.hard import Hard
-from softcache.pipeline.models import multiply_adds, parameters
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.pipeline.models import count_multiply_adds, count_parameters
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import ExportSettings
 from softcache.stages.cli.console import Console, bar, duration
 from softcache.stages.cli.extras import require
@@ -72,7 +72,7 @@ def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple
     """export.json, but for the time it took, and the files. Raises CacheError for one that fails its check."""
     network, losses = material.network(chosen.settings, material.losses), material.losses
     path = chosen.own / "student.pt"
-    load_state(network, read_state(path), str(path))
+    load_weights(network, read_state_dict(path), str(path))
     arch, about = material.arch(chosen.settings, losses), _about(chosen, material)
     split = "test" if "test" in material.held_out else "val"
     rows = material.held_out[split]
@@ -99,8 +99,8 @@ def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple
         "seed": chosen.settings.seed,
         "chosen": chosen.why,
         "arch": arch,
-        "parameters": parameters(network),
-        "multiply_adds": multiply_adds(network, material.preparation.channels, about.size),
+        "parameters": count_parameters(network),
+        "multiply_adds": count_multiply_adds(network, material.preparation.channels, about.size),
         "classes": list(about.classes),
         "preprocessing": about.preprocessing(),
         "outputs": about.outputs(),
@@ -137,7 +137,7 @@ def _about(chosen: Chosen, material: Material) -> About:
 
 def _said(network: nn.Module, material: Material, what: str) -> dict[str, Logits]:
     """{split: logits} by PyTorch, in float32 and eval mode, as the student was validated."""
-    model = Prepared(network, material.preparation).eval()
+    model = PreparedModel(network, material.preparation).eval()
 
     def ask(views: torch.Tensor) -> Logits:
         with torch.inference_mode():
@@ -153,7 +153,7 @@ def _baseline(chosen: Chosen, material: Material) -> dict[str, Any]:
     if not chosen.settings.baseline or not path.is_file():
         return {}
     network = material.network(chosen.settings, (Hard(),))
-    load_state(network, read_state(path), str(path))
+    load_weights(network, read_state_dict(path), str(path))
     return {"baseline": material.measure(_said(network, material, "baseline"))}
 
 

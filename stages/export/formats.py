@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from softcache.base.errors import CacheError
-from softcache.pipeline.models.prepared_model import Preparation
+from softcache.pipeline.models.prepared_model import InputSpec
 
 from .metadata import INPUT, OUTPUT
 from .onnx_model import lean, serialised
@@ -26,7 +26,7 @@ class Portable(nn.Module):
     """float32 images [B, C, S, S] of values 0 … 1 -> float32 logits [B, K]: normalisation, and the repetition of a
     grey channel where the network was made for three, are inside."""
 
-    def __init__(self, network: nn.Module, preparation: Preparation):
+    def __init__(self, network: nn.Module, preparation: InputSpec):
         super().__init__()
         self.network = network
         self.channels = preparation.channels

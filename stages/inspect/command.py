@@ -15,7 +15,13 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
-from softcache.pipeline.metrics.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
+from softcache.pipeline.metrics.soft_targets import (
+    TEMPERATURES,
+    calibration,
+    most_confused,
+    similarity,
+    soft_target_statistics,
+)
 from softcache.stages.cli.configs import InspectSettings
 from softcache.stages.cli.console import Console, bar, duration, progress
 from softcache.stages.cli.extras import require
@@ -115,7 +121,7 @@ def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: Insp
     logits = _logits(cache, "train", train.positions)
     target = np.where(train.labels < 0, logits.argmax(1), train.labels)
     counted = progress(TEMPERATURES, len(TEMPERATURES), "temperatures")
-    records = [at_temperature(logits, target, temperature) for temperature in counted]
+    records = [soft_target_statistics(logits, target, temperature) for temperature in counted]
     return {
         "classes": _names(cache),
         "calibration": {name: calibration(*both) for name, both in said.items()},
@@ -154,7 +160,7 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     pairs = []
     if found["similarity"] is not None:
         names = found["classes"]
-        pairs = [(names[i], names[j], p) for i, j, p in confused(found["similarity"], _PAIRS)]
+        pairs = [(names[i], names[j], p) for i, j, p in most_confused(found["similarity"], _PAIRS)]
     first = {tap: rows[:_SHOWN] for tap, rows in found["channels"].items()}
     return {key: value for key, value in found.items() if key != "similarity"} | {
         "channels": first,

@@ -18,10 +18,10 @@ from sklearn.preprocessing import StandardScaler
 from softcache.base import rng
 from softcache.base.errors import CacheError
 from softcache.data.transfer_set import Labels
-from softcache.pipeline.cache.manifest import row_bytes
+from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
-from softcache.pipeline.taps.statistics import split_tap, statistic
+from softcache.pipeline.taps.statistics import compute_statistic, parse_tap
 
 WIDEST = 2048  # columns of a tap; a wider one is projected
 _BLOCK_BYTES = 64 << 20  # of a tap that are in memory before they are reduced
@@ -47,7 +47,7 @@ def form_of(tap: str, shape: list[int]) -> Form:
     statistics are flattened; the cells of a grid [C, N, N] stay together as a channel. What is wider than WIDEST is
     projected onto so many columns (see `_projection`) and has no channels any more.
     """
-    kind = split_tap(tap)[1]
+    kind = parse_tap(tap)[1]
     if kind == "map" and len(shape) in (2, 3):
         shape, words = [shape[0] if len(shape) == 3 else shape[1]], "mean per channel"
     else:
@@ -62,21 +62,21 @@ def form_of(tap: str, shape: list[int]) -> Form:
 def columns(cache: Cache, split: str, positions: Positions, tap: str, seed: int, counted: Counted) -> Floats:
     """[n, D] of a tap of draw 0 at positions [n], read by blocks. Raises CacheError for what is not finite."""
     name = f"features/{tap}"
-    size = max(1, _BLOCK_BYTES // row_bytes({name: cache.manifest.datasets[name]}))
+    size = max(1, _BLOCK_BYTES // count_row_bytes({name: cache.manifest.datasets[name]}))
     parts = []
     for at in range(0, len(positions), size):
         some = positions[at : at + size]
         x = torch.from_numpy(cache.rows(split, 0, name, some)).float()
         if not bool(x.isfinite().all()):
             raise CacheError(f"'{cache.folder}': tap '{tap}' of {split} has values that are not finite")
-        parts.append(_reduced(x, split_tap(tap)[1], seed))
+        parts.append(_reduced(x, parse_tap(tap)[1], seed))
         counted(len(some))
     return np.concatenate(parts)
 
 
 def _reduced(x: torch.Tensor, kind: str, seed: int) -> Floats:
     if kind == "map" and x.ndim in (3, 4):
-        x = statistic(x, "pool")
+        x = compute_statistic(x, "pool")
     flat = x.flatten(1).double().numpy()
     if flat.shape[1] > WIDEST:
         flat = flat @ _projection(flat.shape[1], seed)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
-from softcache.pipeline.metrics.classification import summary
+from softcache.pipeline.metrics.classification import summarize
 from softcache.stages.cli.configs import InspectSettings
 from softcache.stages.cli.console import bar
 
@@ -51,7 +51,7 @@ def probe_taps(
     held_out = {tap: both[1] for tap, both in x.items()} | {_ALL: np.concatenate([both[1] for both in x.values()], 1)}
     found = _importance(forms, probes, held_out, test.labels, settings)
     figures = {
-        name: summary(probe.logits(held_out[name], cache.classes), test.labels) | {"converged": probe.converged}
+        name: summarize(probe.logits(held_out[name], cache.classes), test.labels) | {"converged": probe.converged}
         for name, probe in probes.items()
     }
     taps: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def probe_taps(
             "of": test.of,
             "train_rows": len(train.labels),
             "train_of": train.of,
-            "teacher": summary(teacher, test.labels)["accuracy"],
+            "teacher": summarize(teacher, test.labels)["accuracy"],
             "majority": float(np.bincount(test.labels).max() / len(test.labels)),
             "classes_without_rows": sorted(set(range(cache.classes)) - set(test.labels.tolist())),
         },

@@ -5,7 +5,7 @@ from shlex import quote
 
 from softcache.base.errors import make_printable
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.taps.statistics import split_tap
+from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.cli.copied_commands import command
 
@@ -18,7 +18,7 @@ def hint_command(cache: Cache, tap: str) -> str:
     The arch is one that has a layer of that name: resnet8 for the stages of a CIFAR ResNet, else the teacher's own.
     Code of a user's own, and folders of images, are left for them to name.
     """
-    path, kind = split_tap(tap)
+    path, kind = parse_tap(tap)
     loss = f"{_LOSS[kind]}:teacher={path}" if kind in _LOSS else f"hint:teacher={tap}"
     where = " --data folder:PATH" if cache.data == "folder" else ""
     arch = f" --arch {_arch(cache.teacher, path)}"

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
-from softcache.pipeline.loading.stream import render_in_order
+from softcache.pipeline.loading.stream import render_batches
 from softcache.stages.cli.configs import ReportSettings
 from softcache.stages.student.teachers import bound, open_caches
 
@@ -50,7 +50,7 @@ def disagreements(run: Run, split: str, settings: ReportSettings, loaded: Loaded
         return f"the {split} split has other images now than the run was measured on"
     chosen = apart(kept.logits, teacher.logits, settings.show)
     batch = np.array([row for row, _ in chosen])
-    seen = next(iter(render_in_order(rows.images, views.without_augmentation(), 0, [batch], 0, 0)))
+    seen = next(iter(render_batches(rows.images, views.without_augmentation(), 0, [batch], 0, 0)))
     found = []
     for view, (row, divergence) in zip(seen, chosen, strict=True):
         p, q = softmax(teacher.logits[row]), softmax(kept.logits[row])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.models import MODELS, build, parameters
+from softcache.pipeline.models import MODELS, build, count_parameters
 from softcache.stages.cli.console import progress
 
 _ROUNDS, _TIMES = 7, 10
@@ -47,7 +47,7 @@ def latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
                     found[network].append(_turn(made, network.image()))
     finally:
         torch.set_num_threads(threads)
-    return {network: (parameters(built[network]), median(times)) for network, times in found.items()}
+    return {network: (count_parameters(built[network]), median(times)) for network, times in found.items()}
 
 
 def _built(network: Network) -> nn.Module | None:
@@ -56,7 +56,7 @@ def _built(network: Network) -> nn.Module | None:
         return None
     try:
         with torch.device("meta"):
-            if parameters(build(arch, network.classes, network.channels, network.size)) > _MOST:
+            if count_parameters(build(arch, network.classes, network.channels, network.size)) > _MOST:
                 return None
         made = build(arch, network.classes, network.channels, network.size).eval()
         _turn(made, network.image())  # warm, and known to take such a image

@@ -11,7 +11,7 @@ import numpy as np
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models.prepared_model import Preparation
+from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.runs.folder import fingerprints_of, read_json, read_settings
 from softcache.stages.runs.logits import LOGITS, TEACHER_LOGITS, Kept, read_logits
@@ -194,7 +194,7 @@ def _check(result: dict[str, Any], name: str) -> None:
         one = result["student"]
         for model in ("baseline", "student"):
             if model in result:
-                Preparation.from_json(result[model]["preparation"])
+                InputSpec.from_json(result[model]["preparation"])
         numbers = [one[key] for key in ("parameters", "multiply_adds", "seconds")]
         numbers += [result["cache"][key] for key in ("rows", "draws", "seconds")]
         bill = result["bill"]

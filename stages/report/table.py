@@ -6,7 +6,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.models.prepared_model import Preparation
+from softcache.pipeline.models.prepared_model import InputSpec
 
 from .latency import Network
 from .load import Run
@@ -22,7 +22,7 @@ def networks_of(run: Run) -> dict[str, list[Network]]:
     K = next((one.logits.shape[1] for seed in run.said["student"] for one in seed.values()), 0)
     for model in ("baseline", "student") if run.result and K else ():
         if record := (run.result or {}).get(model):
-            preparation = Preparation.from_json(record["preparation"])
+            preparation = InputSpec.from_json(record["preparation"])
             found[model] = [Network(record["arch"], K, preparation.channels, preparation.size)]
     try:
         caches = [Cache(Path(path)) for path in run.settings.cache]

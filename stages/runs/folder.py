@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import make_folder, publish_json, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
-from softcache.pipeline.cache.identity import differences
+from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentSettings, TeacherSettings
 from softcache.stages.cli.extras import require
 from softcache.stages.distributed.ranks import barrier, from_first, is_first
@@ -157,7 +157,7 @@ def _others(folder: Path, settings: S) -> str:
 def _differing(kept: Any, settings: TeacherSettings | StudentSettings) -> list[str]:
     """The settings in which a run differs from what is asked, in words; where it lies and what it prints aside."""
     asked = json.loads(json.dumps(asdict(settings)))
-    return [f"{n} {a} there, {b} asked" for n, a, b in differences(kept, asked) if n not in ASIDE]
+    return [f"{n} {a} there, {b} asked" for n, a, b in find_differences(kept, asked) if n not in ASIDE]
 
 
 def read_settings(folder: Path, kind: type[S]) -> S:

@@ -9,8 +9,8 @@ import torch
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.teachers.combine import ALL, EACH, Combine, parse_combine
-from softcache.pipeline.teachers.ensemble import Teachers
+from softcache.pipeline.teachers.combine import PER_TEACHER, SINGLE_OUTPUT, Combination, parse_combination
+from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.cli.configs import BlendSettings, StudentSettings
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import command
@@ -25,10 +25,10 @@ def run(settings: BlendSettings) -> None:
     console = Console(settings.json)
     if len(settings.cache) < 2:
         raise UsageError("blend compares several caches: --cache A --cache B")
-    if settings.combine in EACH:
+    if settings.combine in PER_TEACHER:
         raise UsageError(f"--combine {settings.combine} blends losses, not teachers: it has no row here")
     caches = open_caches(settings.cache)
-    teachers = Teachers(caches)
+    teachers = TeacherEnsemble(caches)
     splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
     said = {split: teachers.said(split) for split in splits}
     labels = {split: _labels(caches[0], split) for split in splits}
@@ -56,12 +56,12 @@ def _labels(cache: Cache, split: str) -> Any:
     return labels
 
 
-def _ways(settings: BlendSettings, val: torch.Tensor, labels: Any) -> list[Combine]:
+def _ways(settings: BlendSettings, val: torch.Tensor, labels: Any) -> list[Combination]:
     """Every way to combine that has no knobs, and the one that is asked for."""
-    plain = [name for name in ALL if name not in ("weighted", "learned")]
+    plain = [name for name in SINGLE_OUTPUT if name not in ("weighted", "learned")]
     names = plain if settings.combine in ("", "learned", *plain) else [*plain, settings.combine]
     members = val.shape[1]
-    return [*(parse_combine(name, members) for name in names), blended("learned", val, labels)]
+    return [*(parse_combination(name, members) for name in names), blended("learned", val, labels)]
 
 
 def _figures(logits: dict[str, torch.Tensor], labels: dict[str, Any]) -> dict[str, Any]:

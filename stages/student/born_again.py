@@ -15,13 +15,13 @@ import torch
 
 from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder, publish_json
-from softcache.pipeline.losses.base import teacher_taps
+from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state
-from softcache.pipeline.taps.hooks import tap_names
-from softcache.pipeline.taps.statistics import split_tap
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
+from softcache.pipeline.taps.hooks import list_layers
+from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import BornAgainSettings, StudentSettings
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import settings_of, this_program
@@ -87,10 +87,10 @@ def _check(archs: list[str], first: StudentSettings, material: Material) -> None
     """Find what would stop the chain later before anything is made. Raises UsageError."""
     if any(isinstance(loss, SimKD) for loss in material.losses):
         raise UsageError("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
-    layers = {split_tap(tap)[0] for tap in teacher_taps(material.losses)}
+    layers = {parse_tap(tap)[0] for tap in list_teacher_taps(material.losses)}
     for arch in dict.fromkeys(archs):
         network = material.network(replace(first, arch=arch or first.arch), material.losses)
-        missing = sorted(layers - set(tap_names(network)))
+        missing = sorted(layers - set(list_layers(network)))
         if missing and arch in archs[:-1]:
             raise UsageError(
                 f"{arch or first.arch} is to teach and has no '{missing[0]}', which the losses ask of a teacher"
@@ -107,7 +107,7 @@ def _next_cache(settings: StudentSettings, material: Material, out: Path, consol
         teacher="",
         weights=settings.out,
         normalize="",
-        taps=",".join(teacher_taps(material.losses)),
+        taps=",".join(list_teacher_taps(material.losses)),
         device=settings.device,
         workers=settings.workers,
         out=str(out),
@@ -148,8 +148,8 @@ def _probabilities(material: Material, folder: Path, results: list[dict[str, Any
     for generation, result in enumerate(results, 1):
         path = folder / f"generation-{generation}" / "student.pt"
         network = material.build(result["student"]["arch"])
-        load_state(network, read_state(path), str(path))
-        model = Prepared(network, material.preparation).to(material.device)
+        load_weights(network, read_state_dict(path), str(path))
+        model = PreparedModel(network, material.preparation).to(material.device)
         yield {
             split: torch.from_numpy(rows.logits(model)).double().softmax(1).numpy()
             for split, rows in material.held_out.items()

@@ -7,8 +7,8 @@ from typing import Any
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import EvaluateSettings, StudentSettings
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import fingerprints_of, read_json, read_settings
@@ -57,6 +57,6 @@ def _figures(folder: Path, settings: StudentSettings, material: Material) -> dic
             f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}"
         )
     network = material.network(settings, material.losses)
-    load_state(network, read_state(path), str(path))
-    model = Prepared(network, material.preparation).to(material.device)
+    load_weights(network, read_state_dict(path), str(path))
+    model = PreparedModel(network, material.preparation).to(material.device)
     return material.measure(material.logits(model))

@@ -6,7 +6,7 @@ from typing import Any
 
 from softcache.pipeline.losses import LOSSES, Loss
 from softcache.pipeline.losses.base import Ramp
-from softcache.pipeline.losses.feature_base import LayerLoss
+from softcache.pipeline.losses.feature_base import FeatureLoss
 from softcache.stages.cli.configs import ListSettings
 from softcache.stages.cli.console import Console
 
@@ -26,7 +26,7 @@ def run(settings: ListSettings) -> None:
 def _record(loss: Loss) -> dict[str, Any]:
     knobs = {f.name: _plain(getattr(loss, f.name)) for f in fields(loss)}  # type: ignore[arg-type]
     reads = ["labels"] * loss.needs_labels + ["logits"] * loss.needs_logits
-    if isinstance(loss, LayerLoss):
+    if isinstance(loss, FeatureLoss):
         reads.append(f"taps ({loss.statistic})")
     reads += ["the teacher's last layer"] * loss.needs_head + ["counts of the classes"] * loss.needs_counts
     return {"what": (loss.__doc__ or "").splitlines()[0], "knobs": knobs, "reads": reads}

@@ -11,10 +11,10 @@ import torch
 
 from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
-from softcache.pipeline.cache.manifest import row_bytes
-from softcache.pipeline.losses import at
-from softcache.pipeline.losses.base import student_taps
-from softcache.pipeline.taps.hooks import tapped
+from softcache.pipeline.cache.manifest import count_row_bytes
+from softcache.pipeline.losses import at_epoch
+from softcache.pipeline.losses.base import list_student_taps
+from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.cli.configs import MethodsSettings, StudentSettings
 from softcache.stages.cli.console import Console, bar
 from softcache.stages.runs.environment import machine, versions
@@ -201,9 +201,9 @@ class _Runner:
         labels = material.transfer_set.splits["train"].labels
         network = material.network(settings, material.losses)
         self.job = job = job_of("student", settings, material, network, material.losses, labels, Path())
-        self.taps = student_taps(job.losses)
+        self.taps = list_student_taps(job.losses)
         self.state = State.begin(job.model, loss_modules(job, self.taps), settings, lambda _: 1e-6)
-        self.losses = [at(loss, 0, 2) for loss in job.losses]
+        self.losses = [at_epoch(loss, 0, 2) for loss in job.losses]
         self.batches = [batch.to(job.device) for batch in job.stream.batches(0, steps)]
         self.read = _bytes_a_view(job, material)
         self._steps(self.batches[:2])
@@ -229,7 +229,7 @@ class _Runner:
 
     def _steps(self, batches: list[Any]) -> None:
         self.job.model.train()
-        with tapped(self.job.model.network, self.taps) as kept:
+        with capture_features(self.job.model.network, self.taps) as kept:
             for batch in batches:
                 step(self.job, self.state, batch, self.losses, kept)
 
@@ -238,10 +238,12 @@ def _bytes_a_view(job: Job, material: Material) -> int:
     """What the cache holds of a view for these losses."""
     manifest = material.cache.manifest
     read = [f"features/{tap}" for tap in material.taps]
-    size = row_bytes({name: manifest.datasets[name] for name in read})
+    size = count_row_bytes({name: manifest.datasets[name] for name in read})
     if any(loss.needs_logits for loss in job.losses):
         for cache in material.teachers.members:
-            size += row_bytes({name: cache.manifest.datasets[name] for name in cache.codec.datasets(cache.classes)})
+            size += count_row_bytes(
+                {name: cache.manifest.datasets[name] for name in cache.codec.datasets(cache.classes)}
+            )
     return size
 
 

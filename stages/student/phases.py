@@ -14,9 +14,9 @@ from softcache.data.transfer_set import Labels
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard
-from softcache.pipeline.models import multiply_adds, parameters
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.pipeline.models import count_multiply_adds, count_parameters
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.cli.console import Console
 from softcache.stages.distributed.ranks import from_first, wait_for
@@ -134,7 +134,7 @@ def _job(name: str, student: Student) -> Job:
     elif name == "student" and settings.finetune_epochs:
         start = student.folder / "distilled/distilled.pt"
         wait_for(start)
-        load_state(network, read_state(start), str(start))
+        load_weights(network, read_state_dict(start), str(start))
         settings = _finetuning(settings)
     labels = visible(settings, material.transfer_set.splits["train"].labels)
     job = job_of(name, settings, material, network, losses, labels, folder)
@@ -152,7 +152,7 @@ def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "arch": material.arch(student.settings, material.losses if job.name != "baseline" else job.losses),
         "preparation": material.preparation.identity(),
-        "parameters": parameters(job.model.network),
+        "parameters": count_parameters(job.model.network),
         "multiply_adds": job.multiply_adds,
         "seconds": done.seconds,
         "epoch": done.epoch,
@@ -180,8 +180,8 @@ def job_of(
 ) -> Job:
     """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
     preparation = material.preparation
-    model = Prepared(network, preparation).to(material.device)
-    cost = multiply_adds(network, preparation.channels, preparation.size)
+    model = PreparedModel(network, preparation).to(material.device)
+    cost = count_multiply_adds(network, preparation.channels, preparation.size)
     only_labelled = all(loss.needs_labels for loss in losses)
     targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
     stream = material.stream(settings, labels, only_labelled, targets)

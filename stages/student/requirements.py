@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import Labels, count_classes, draw_stratified
-from softcache.pipeline.batch import Head, Known
+from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import Loss, parse_losses
-from softcache.pipeline.losses.base import teacher_taps
-from softcache.pipeline.losses.classifier import head_for
-from softcache.pipeline.losses.feature_base import LayerLoss
+from softcache.pipeline.losses.base import list_teacher_taps
+from softcache.pipeline.losses.classifier import require_head
+from softcache.pipeline.losses.feature_base import FeatureLoss
 from softcache.pipeline.losses.hint import ConcatHint
-from softcache.pipeline.losses.long_tail import counts_for
-from softcache.pipeline.taps.statistics import derived, source_of, statistic
-from softcache.pipeline.teachers.ensemble import Gaps
+from softcache.pipeline.losses.long_tail import require_counts
+from softcache.pipeline.taps.statistics import compute_statistic, derive_features, find_source_tap
+from softcache.pipeline.teachers.ensemble import MissingTargets
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.cli.copied_commands import remake
 
@@ -42,14 +42,14 @@ def losses_of(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
 def cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
     """The cached taps that the losses' own can be had from. Raises CacheError with the command that adds the
     missing."""
-    asked = teacher_taps(losses)
+    asked = list_teacher_taps(losses)
     there = list(cache.manifest.taps)
-    missing = [tap for tap in asked if source_of(tap, there) is None]
+    missing = [tap for tap in asked if find_source_tap(tap, there) is None]
     if missing:
         have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
         more = _more(settings, cache, taps=",".join([*there, *missing]))
         raise CacheError(f"the cache '{cache.folder}' {have}. Add them with  {more}")
-    return tuple(dict.fromkeys(source for tap in asked if (source := source_of(tap, there))))
+    return tuple(dict.fromkeys(source for tap in asked if (source := find_source_tap(tap, there))))
 
 
 def check_draws(settings: StudentSettings, cache: Cache) -> None:
@@ -124,10 +124,10 @@ def check_labels(
         )
     for loss in losses:
         if loss.needs_counts:
-            counts_for(loss, torch.from_numpy(count_classes(visible(settings, labels), len(classes))), classes)
+            require_counts(loss, torch.from_numpy(count_classes(visible(settings, labels), len(classes))), classes)
 
 
-def answered(cache: Cache, gaps: Gaps) -> NDArray[np.int64]:
+def answered(cache: Cache, gaps: MissingTargets) -> NDArray[np.int64]:
     """The positions of the training split whose rows are there in the first draw. Raises CacheError for none."""
     gone = gaps.get(0, np.zeros(cache.manifest.splits["train"], bool))
     if gone.all():
@@ -135,21 +135,21 @@ def answered(cache: Cache, gaps: Gaps) -> NDArray[np.int64]:
     return np.flatnonzero(~gone)
 
 
-def check_head(cache: Cache, losses: tuple[Loss, ...], head: Head, gaps: Gaps) -> None:
+def check_head(cache: Cache, losses: tuple[Loss, ...], head: LinearHead, gaps: MissingTargets) -> None:
     """The teacher's last layer must give the cached logits for the features that a loss leads through it.
 
     Raises UsageError: another layer of the same width, before an activation say, would be taken without a word.
     """
     for loss in losses:
-        if not (isinstance(loss, LayerLoss) and loss.needs_head):
+        if not (isinstance(loss, FeatureLoss) and loss.needs_head):
             continue
         tap = loss.teacher_taps()[0]
-        source = source_of(tap, cache.manifest.taps)
+        source = find_source_tap(tap, cache.manifest.taps)
         assert source is not None
         logits, features = cache.stored("train", 0, answered(cache, gaps)[:64], (source,))
-        x = derived(features, (tap,))[tap]
-        pooled = statistic(x, "pool", tap)
-        head_for(loss, Known(head), pooled.shape[1])
+        x = derive_features(features, (tap,))[tap]
+        pooled = compute_statistic(x, "pool", tap)
+        require_head(loss, LossContext(head), pooled.shape[1])
         span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
         gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
         if gap > _MOST_GAP:

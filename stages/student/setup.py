@@ -11,20 +11,20 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
-from softcache.pipeline.batch import Bank, Head, Known
-from softcache.pipeline.cache.manifest import row_bytes
+from softcache.pipeline.batch import LinearHead, LossContext, MemoryBank
+from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.verification import probe
+from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.losses.multi_teacher import Term, by_each, by_one, by_trust, or_hard
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build
-from softcache.pipeline.models.archs.simkd import SimKDStudent, arch_of
-from softcache.pipeline.models.prepared_model import Preparation
-from softcache.pipeline.taps.statistics import derived, source_of
-from softcache.pipeline.teachers.ensemble import Teachers, gaps_of
+from softcache.pipeline.models.archs.simkd import SimKDStudent, format_simkd_arch
+from softcache.pipeline.models.prepared_model import InputSpec
+from softcache.pipeline.taps.statistics import derive_features, find_source_tap
+from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.cli.console import progress
 from softcache.stages.runs.environment import device_of
@@ -51,15 +51,15 @@ class Material:
     layers are; taps: those that are read of it; said: {split: logits of each teacher [N, K], or [N, M, K]} in index
     order; head: the teacher's last layer, where a loss asks for it."""
 
-    teachers: Teachers
+    teachers: TeacherEnsemble
     transfer_set: TransferSet
     losses: tuple[Loss, ...]
     taps: tuple[str, ...]
-    preparation: Preparation
+    preparation: InputSpec
     device: torch.device
     held_out: dict[str, HeldOut]
     said: dict[str, torch.Tensor]
-    head: Head | None
+    head: LinearHead | None
 
     @staticmethod
     def open(settings: StudentSettings, like: "Material | None" = None) -> "Material":
@@ -82,14 +82,14 @@ class Material:
         check_select(settings, transfer_set)
         gaps = like.teachers.gaps if like else {}
         if settings.missing and not (like and like.taps == taps):
-            gaps = gaps_of(caches, settings.draws, taps, progress)
+            gaps = find_missing_targets(caches, settings.draws, taps, progress)
         if head:  # once the cache is bound: of rows that it reads before, labels would not be compared
             check_head(cache, losses, head, gaps)
         if like:
             teachers = replace(like.teachers, gaps=gaps)
             return replace(like, teachers=teachers, losses=losses, taps=taps, head=mapped_head(teachers, head))
         for one in caches:
-            probe(one, transfer_set, settings.draws, gaps)
+            verify_views(one, transfer_set, settings.draws, gaps)
         teachers, said = taught(caches, settings, transfer_set, gaps)
         device = device_of(settings.device)
         return Material(
@@ -121,7 +121,7 @@ class Material:
         if simkd is None:
             return settings.arch
         width = self.cache.manifest.taps[self.taps[0]][0]
-        return arch_of(settings.arch, simkd.through(), width)
+        return format_simkd_arch(settings.arch, simkd.through(), width)
 
     def network(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> nn.Module:
         """The network that these losses train, with the initial weights of its seed."""
@@ -135,26 +135,26 @@ class Material:
         """A network for these data, with fresh weights."""
         return build(arch, self.cache.classes, self.preparation.channels, self.preparation.size)
 
-    def known(self, labels: Labels) -> Known:
+    def known(self, labels: Labels) -> LossContext:
         """What losses may ask of the teacher beside its rows. labels [N]: of the training split, -1 where hidden."""
         cache = self.cache
 
-        def bank(tap: str) -> Bank:
+        def bank(tap: str) -> MemoryBank:
             """Rows of the first draw: all there are, or so many as 1 GiB holds. (They are stored in a mixed order.)"""
-            source = source_of(tap, cache.manifest.taps)
+            source = find_source_tap(tap, cache.manifest.taps)
             assert source is not None
             name = f"features/{source}"
-            size = row_bytes({name: cache.manifest.datasets[name]})
+            size = count_row_bytes({name: cache.manifest.datasets[name]})
             positions = answered(cache, self.teachers.gaps)[: max(1, _BANK_BYTES // size)]
             parts = (
                 cache.stored("train", 0, some, (source,))[1]
                 for some in np.array_split(positions, -(-len(positions) // 4096))
             )
-            features = torch.cat([derived(part, (tap,))[tap].half() for part in parts])
+            features = torch.cat([derive_features(part, (tap,))[tap].half() for part in parts])
             index = cache.index("train", positions)
-            return Bank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
+            return MemoryBank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
 
-        return Known(self.head, bank, torch.from_numpy(count_classes(labels, cache.classes)))
+        return LossContext(self.head, bank, torch.from_numpy(count_classes(labels, cache.classes)))
 
     def logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
         """{split: float32 [N, K]}: what a student says of each held-out split."""

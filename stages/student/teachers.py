@@ -9,12 +9,12 @@ import torch
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import publish_json
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
-from softcache.pipeline.batch import Head
-from softcache.pipeline.cache.identity import describe
+from softcache.pipeline.batch import LinearHead
+from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.teachers.combine import Combine, fit_combine, parse_combine
-from softcache.pipeline.teachers.distribution_map import Mapping, fit_mapping
-from softcache.pipeline.teachers.ensemble import Gaps, Teachers, check_same, runs_of
+from softcache.pipeline.teachers.combine import Combination, fit_combination, parse_combination
+from softcache.pipeline.teachers.distribution_map import DistributionMap, fit_map
+from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble, check_same_views, list_missing_runs
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.cli.console import bar
 from softcache.stages.distributed.ranks import first_alone
@@ -31,7 +31,7 @@ def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
     if not folders:
         raise CacheError("the run's settings name no cache: say where it is with --cache")
     caches = tuple(Cache(Path(folder)) for folder in folders)
-    check_same(caches)
+    check_same_views(caches)
     return caches
 
 
@@ -44,47 +44,47 @@ def bound(caches: tuple[Cache, ...], settings: StudentSettings) -> TransferSet:
 
 
 def taught(
-    caches: tuple[Cache, ...], settings: StudentSettings, transfer_set: TransferSet, gaps: Gaps
-) -> tuple[Teachers, Said]:
+    caches: tuple[Cache, ...], settings: StudentSettings, transfer_set: TransferSet, gaps: MissingTargets
+) -> tuple[TeacherEnsemble, Said]:
     """The caches as one teacher, as a run has kept it or fitted to validation; and {split: what each said}."""
-    plain = Teachers(caches, gaps=gaps)
+    plain = TeacherEnsemble(caches, gaps=gaps)
     said: Said = {split: plain.said(split) for split in ("val", "test") if split in transfer_set.splits}
     if settings.out and (Path(settings.out) / KEPT).is_file():
         return _kept(Path(settings.out), plain, settings), said
     labels, val = transfer_set.splits["val"].labels, said["val"]
     combine = blended(_spec(settings), val, labels) if len(caches) > 1 else None
-    maps: tuple[Mapping, ...] = ()
+    maps: tuple[DistributionMap, ...] = ()
     if settings.map:
         counts = count_classes(transfer_set.splits["train"].labels, caches[0].classes)
-        heard = Teachers(caches, combine).as_heard(val)
+        heard = TeacherEnsemble(caches, combine).as_heard(val)
         each = heard.unbind(1) if heard.ndim == 3 else (heard,)
         with bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
-            maps = tuple(fit_mapping(settings.map, z.numpy(), labels, counts, shown.update) for z in each)
-    return Teachers(caches, combine, maps, gaps), said
+            maps = tuple(fit_map(settings.map, z.numpy(), labels, counts, shown.update) for z in each)
+    return TeacherEnsemble(caches, combine, maps, gaps), said
 
 
-def blended(spec: str, val: torch.Tensor, labels: Labels) -> Combine:
+def blended(spec: str, val: torch.Tensor, labels: Labels) -> Combination:
     """The way to combine that is asked for; `learned` is fitted to validation. val: logits [N, M, K]; labels [N]."""
     if spec != "learned":
-        return parse_combine(spec, val.shape[1])
+        return parse_combination(spec, val.shape[1])
     with bar(_STEPS, "fitting --combine learned", "step") as shown:
-        return fit_combine(val.numpy(), labels, shown.update)
+        return fit_combination(val.numpy(), labels, shown.update)
 
 
 def _spec(settings: StudentSettings) -> str:
     return settings.combine or "mean_probability"
 
 
-def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
+def _kept(folder: Path, plain: TeacherEnsemble, settings: StudentSettings) -> TeacherEnsemble:
     """As the run has it: a fit on another machine may differ in the last bit."""
     record = read_json(folder / KEPT)
     members, spec = len(plain.members), _spec(settings)
     try:
-        combine = Combine.from_json(record["combine"]) if record["combine"] is not None else None
-        maps = tuple(Mapping.from_json(one) for one in record["maps"])
+        combine = Combination.from_json(record["combine"]) if record["combine"] is not None else None
+        maps = tuple(DistributionMap.from_json(one) for one in record["maps"])
         if (combine is not None) != (members > 1) or (combine and len(combine.weights) != members):
             raise ValueError(f"it is not of {members} caches")
-        if combine and (combine.name != spec if spec == "learned" else combine != parse_combine(spec, members)):
+        if combine and (combine.name != spec if spec == "learned" else combine != parse_combination(spec, members)):
             raise ValueError(f"it is not of --combine {spec}")
         if len(maps) != (bool(settings.map) * (members if combine and combine.each else 1)):
             raise ValueError(f"{len(maps)} maps")
@@ -94,10 +94,10 @@ def _kept(folder: Path, plain: Teachers, settings: StudentSettings) -> Teachers:
             raise ValueError("a map of other classes")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
         raise CacheError(f"'{folder / KEPT}' is damaged: {make_printable(error, 80)}") from None
-    return Teachers(plain.members, combine, maps, plain.gaps)
+    return TeacherEnsemble(plain.members, combine, maps, plain.gaps)
 
 
-def keep(teachers: Teachers, folder: Path) -> None:
+def keep(teachers: TeacherEnsemble, folder: Path) -> None:
     """Publish targets.json, where there is more to say than one cache's logits."""
     if teachers.as_cached or (folder / KEPT).is_file():
         return
@@ -105,7 +105,7 @@ def keep(teachers: Teachers, folder: Path) -> None:
     publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
 
 
-def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, ...], folder: Path) -> None:
+def same_shards(teachers: TeacherEnsemble, settings: StudentSettings, taps: tuple[str, ...], folder: Path) -> None:
     """Write down which shards the run is trained from; a run that goes on must find the same ones."""
     first, *others = teachers.members
     used: dict[str, Any] = {
@@ -119,22 +119,22 @@ def same_shards(teachers: Teachers, settings: StudentSettings, taps: tuple[str, 
             {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
         ]
     if gaps := teachers.gaps:
-        used["missing"] = runs_of(gaps)
+        used["missing"] = list_missing_runs(gaps)
     if not (folder / "cache.json").is_file():
         return publish_json(folder / "cache.json", used)
     begun = read_json(folder / "cache.json")
     if begun != used:
-        fields = describe(used, begun, ("here", "begun with"))
+        fields = format_differences(used, begun, ("here", "begun with"))
         named = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
         raise CacheError(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
-def mapped_head(teachers: Teachers, head: Head | None) -> Head | None:
+def mapped_head(teachers: TeacherEnsemble, head: LinearHead | None) -> LinearHead | None:
     """The teacher's last linear layer with the map behind it."""
     return teachers.maps[0].of_head(head) if head and teachers.maps else head
 
 
-def in_words(teachers: Teachers, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
+def in_words(teachers: TeacherEnsemble, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
     """Each member and what becomes of them, by the figures of each held-out split."""
     lines = [f"teacher {m['arch']} as cached: {_figures(m)}" for m in members]
     how = []

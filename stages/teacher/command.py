@@ -12,12 +12,12 @@ from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
 from softcache.data.transfer_set import TransferSet, count_classes, find_source, load_transfer_set, short_name
 from softcache.data.views import ViewPolicy, parse_views, render
-from softcache.pipeline.batch import Known
+from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models import build, multiply_adds, parameters
-from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
+from softcache.pipeline.models import build, count_multiply_adds, count_parameters
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
 from softcache.stages.cli.configs import CacheSettings, TeacherSettings
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import command, free_name
@@ -90,7 +90,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
     torch.manual_seed(settings.seed)
     network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
     with begin_run(settings, folder):
-        model = Prepared(network, preparation).to(device)
+        model = PreparedModel(network, preparation).to(device)
         rows = transfer_set.splits["train"]
         stream = Stream(
             rows,
@@ -120,9 +120,9 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             settings,
             device,
             folder,
-            multiply_adds(network, preparation.channels, views.size),
+            count_multiply_adds(network, preparation.channels, views.size),
             advice,
-            Known(counts=torch.from_numpy(counts)),
+            LossContext(counts=torch.from_numpy(counts)),
         )
         done = fit(job, held_out["val"], console)
         measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
@@ -131,7 +131,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             "teacher": {
                 "arch": settings.arch,
                 "preparation": preparation.identity(),
-                "parameters": parameters(network),
+                "parameters": count_parameters(network),
                 "multiply_adds": job.multiply_adds,
                 "epoch": done.epoch,
                 "val": measured["val"],
@@ -161,15 +161,15 @@ def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) ->
     return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
 
 
-def preparation_of(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> Preparation:
+def preparation_of(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> InputSpec:
     """Mean and standard deviation per channel: ImageNet's, the training views' own, or none."""
     channels, size = transfer_set.channels, views.size
     if normalize == "imagenet":
-        return Preparation(3, size, IMAGENET_MEAN, IMAGENET_STD)
+        return InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
     if normalize == "none":
-        return Preparation(channels, size, (0.0,) * channels, (1.0,) * channels)
+        return InputSpec(channels, size, (0.0,) * channels, (1.0,) * channels)
     rows = transfer_set.splits["train"]
     sample = np.arange(min(len(rows), 4096)) * len(rows) // min(len(rows), 4096)
     pixels = render(rows.images, views.without_augmentation(), 0, sample, 0).double() / 255
     mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
-    return Preparation(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))
+    return InputSpec(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))

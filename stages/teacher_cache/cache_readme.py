@@ -8,7 +8,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError
 from softcache.base.files import publish_text, read_regular_file
-from softcache.pipeline.cache.manifest import CARD, Manifest
+from softcache.pipeline.cache.manifest import README_FILE, Manifest
 
 _TEXT = """\
 # A cache of what a teacher said
@@ -44,7 +44,7 @@ same for programs, with a checksum of every file.
 
 def write_card(folder: Path, before: Manifest | None, manifest: Manifest) -> None:
     """Publish the card, unless someone has edited the one that is there: then it is theirs."""
-    path = folder / CARD
+    path = folder / README_FILE
     if os.path.lexists(path) and not (before and _unedited(folder, before)):
         return
     publish_text(path, card(folder.resolve().name, manifest))
@@ -53,7 +53,7 @@ def write_card(folder: Path, before: Manifest | None, manifest: Manifest) -> Non
 def _unedited(folder: Path, manifest: Manifest) -> bool:
     """Whether there is the card of that manifest, under whatever name the folder had."""
     try:
-        text = read_regular_file(folder, CARD, 1 << 20)
+        text = read_regular_file(folder, README_FILE, 1 << 20)
     except CacheError:
         return False
     found = re.search(r"^python -m softcache check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)

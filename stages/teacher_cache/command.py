@@ -20,18 +20,18 @@ from softcache.base.lock import hold_lock
 from softcache.data.transfer_set import TransferSet, find_source, short_name
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
-from softcache.pipeline.cache.existing import begun
-from softcache.pipeline.cache.identity import Identity, fingerprint, identity_of
-from softcache.pipeline.cache.manifest import NAME, Manifest
+from softcache.pipeline.cache.existing import read_existing
+from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
+from softcache.pipeline.cache.manifest import MANIFEST_FILE, Manifest
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.stale_files import sweep
-from softcache.pipeline.cache.verification import probe
-from softcache.pipeline.cache.writer import Plan, Writer, refuse_another
-from softcache.pipeline.models import head_of, numbers_of
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import weights_digest
-from softcache.pipeline.taps.statistics import plain_tap
+from softcache.pipeline.cache.stale_files import clean_up
+from softcache.pipeline.cache.verification import verify_views
+from softcache.pipeline.cache.writer import CachePlan, CacheWriter, check_same_identity
+from softcache.pipeline.models import find_head, get_head_arrays
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import hash_weights
+from softcache.pipeline.taps.statistics import normalize_tap
 from softcache.stages.cli.configs import CacheSettings, StudentSettings
 from softcache.stages.cli.console import Console, duration
 from softcache.stages.cli.copied_commands import command, free_name
@@ -68,7 +68,9 @@ def assist(settings: CacheSettings, console: Console) -> None:
     """What another rank than the first does: its share of the shards, once the first has claimed the folder."""
     settings, identity, ask, chosen = _asked(settings, console)
     if ranks.from_first(lambda: True):
-        write_shards(Writer.look(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console)
+        write_shards(
+            CacheWriter.look(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console
+        )
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Id
     identity = _identity(settings, transfer_set, views, teacher, arch)
     chosen, taps = _decided(settings, identity, Probe(transfer_set, views, settings), teacher, taps, console)
     identity = {**identity, "precision": chosen.answering.precision}
-    ranks.agree("cache in mind", fingerprint(identity))
+    ranks.agree("cache in mind", compute_fingerprint(identity))
     return settings, identity, Ask(transfer_set, views, chosen.answering, settings), chosen
 
 
@@ -110,16 +112,16 @@ def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[
     )
     if settings.codec not in CODECS:
         raise unknown_name_error("codec", settings.codec, CODECS)
-    taps = tuple(dict.fromkeys(plain_tap(tap) for tap in settings.taps.split(",") if tap))
+    taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in settings.taps.split(",") if tap))
     return settings, parse_views(settings.views), taps
 
 
 def _identity(
-    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: Prepared, arch: str
+    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: PreparedModel, arch: str
 ) -> Identity:
     """What the rows of the cache to be are, but for the precision where it is still to be chosen."""
-    known = {"arch": arch, "weights": weights_digest(teacher.network), **teacher.preparation.identity()}
-    identity = identity_of(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
+    known = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.preparation.identity()}
+    identity = make_identity(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
     plain: Identity = json.loads(json.dumps(identity))
     return plain
 
@@ -127,8 +129,8 @@ def _identity(
 def _decided(
     settings: CacheSettings,
     identity: Identity,
-    probe: Probe,
-    teacher: Prepared,
+    verify_views: Probe,
+    teacher: PreparedModel,
     taps: tuple[str, ...],
     console: Console,
 ) -> tuple[Chosen, tuple[str, ...]]:
@@ -139,41 +141,41 @@ def _decided(
     found: list[Chosen] = []
 
     def decide() -> dict[str, Any]:
-        there, out = begun(Path(settings.out), identity), Path(settings.out)
-        if there and (out / NAME).is_file():  # before the teacher is asked for the layers of another one
+        there, out = read_existing(Path(settings.out), identity), Path(settings.out)
+        if there and (out / MANIFEST_FILE).is_file():  # before the teacher is asked for the layers of another one
             precision = there.precision if settings.precision == "auto" else settings.precision
-            refuse_another(out, {**identity, "precision": precision}, {}, read_manifest(out))
+            check_same_identity(out, {**identity, "precision": precision}, {}, read_manifest(out))
         every = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
-        chosen = going_on(settings, there, teacher, every) or choose(settings, probe, teacher, every, console)
+        chosen = going_on(settings, there, teacher, every) or choose(settings, verify_views, teacher, every, console)
         found.append(chosen)
         return {"taps": list(every), **chosen.record()}
 
     told = ranks.from_first(decide)
     every = tuple(told["taps"])
-    return (found[0] if found else chosen_as(told, teacher, every, probe, console)), every
+    return (found[0] if found else chosen_as(told, teacher, every, verify_views, console)), every
 
 
-def _plan(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen) -> Plan:
+def _plan(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen) -> CachePlan:
     splits = {split: len(rows) for split, rows in ask.transfer_set.splits.items()}
     kept = (settings.shard_rows, _to_keep(settings), chosen.arithmetic)
-    return Plan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
+    return CachePlan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
 
 
 def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen, console: Console) -> Manifest:
     """Write what is not there yet; the manifest of it all."""
     out, transfer_set = Path(settings.out), ask.transfer_set
     plan = _plan(settings, identity, ask, chosen)
-    if (whole := Writer.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
-        sweep(out)
+    if (whole := CacheWriter.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
+        clean_up(out)
         console.say(f"the cache '{out}' is whole already, with all that is asked for")
         ranks.from_first(lambda: False)
         return whole.grown or read_manifest(out)
     make_folder(out)
     with hold_lock(out):
-        writer = Writer.look(out, plan)
+        writer = CacheWriter.look(out, plan)
         if writer.grown and writer.todo:
             console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
-            probe(Cache(out), transfer_set, writer.grown.draws)
+            verify_views(Cache(out), transfer_set, writer.grown.draws)
             again(Cache(out), ask).refuse_if_large()
         writer.begin()
         if writer.grown and not writer.todo:
@@ -187,8 +189,8 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen
             console.say(f"precision: {identity['precision']}{how}; as this cache was begun")
         ranks.from_first(lambda: True)
         write_shards(writer, ask, chosen, console)
-        head = head_of(ask.teacher.network, ask.classes)
-        record = None if head is None or writer.grown else writer.add_head(*numbers_of(head, ask.classes))
+        head = find_head(ask.teacher.network, ask.classes)
+        record = None if head is None or writer.grown else writer.add_head(*get_head_arrays(head, ask.classes))
         labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
         manifest = writer.manifest(record, labelled, versions())
         write_card(out, writer.grown, manifest)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from softcache.base.errors import CacheError
-from softcache.pipeline.models.bn_folding import folded
+from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.precision import autocast
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.taps.hooks import tapped
-from softcache.pipeline.taps.statistics import split_tap
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.taps.hooks import capture_features
+from softcache.pipeline.taps.statistics import parse_tap
 
 Said = tuple[torch.Tensor, dict[str, torch.Tensor]]
 Answer = Callable[[torch.Tensor], Said]
@@ -27,9 +27,9 @@ class Answering:
     own to the last bit. folded: whether something was folded.
     """
 
-    def __init__(self, teacher: Prepared, taps: tuple[str, ...], precision: str = "float32", fold: bool = False):
+    def __init__(self, teacher: PreparedModel, taps: tuple[str, ...], precision: str = "float32", fold: bool = False):
         self.teacher, self.taps, self.precision = teacher, taps, precision
-        self._asked = folded(teacher, [split_tap(tap)[0] for tap in taps]) if fold else teacher
+        self._asked = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
         self._compiled: Answer | None = None
         self.comes_out_differently = self.folded and not self._folded_says_the_same()
         if self.comes_out_differently:
@@ -64,7 +64,11 @@ class Answering:
             return
         asked = self._asked
         # autocast once and not for each batch: it keeps the weights that it has cast
-        with torch.inference_mode(), autocast(self.device, self.precision), tapped(asked.network, self.taps) as kept:
+        with (
+            torch.inference_mode(),
+            autocast(self.device, self.precision),
+            capture_features(asked.network, self.taps) as kept,
+        ):
             yield lambda views: (asked(views), kept)
 
     def compile(self, views: torch.Tensor, rows: int) -> None:
@@ -77,7 +81,7 @@ class Answering:
         torch.compiler.reset()  # what is compiled is known by its code, which all of these share, eight times at most
         own = copy.deepcopy(self._asked)
         hooks = ExitStack()
-        kept = hooks.enter_context(tapped(own.network, self.taps))
+        kept = hooks.enter_context(capture_features(own.network, self.taps))
 
         def ask(views: torch.Tensor) -> Said:
             with autocast(self.device, self.precision):
@@ -111,14 +115,14 @@ class Answering:
         said, cudnn = [], torch.backends.cudnn
         for asked in (self.teacher, self._asked):
             exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 rounds by more than what is looked for
-            with exact, torch.inference_mode(), tapped(asked.network, self.taps) as kept:
+            with exact, torch.inference_mode(), capture_features(asked.network, self.taps) as kept:
                 said.append([asked(views), *(kept[tap] for tap in self.taps)])
         return all(
             bool((a - b).abs().max() <= _SAME * a.abs().max().clamp(min=1e-6)) for a, b in zip(*said, strict=True)
         )
 
 
-def answering_as(teacher: Prepared, taps: tuple[str, ...], precision: str, fold: bool) -> Answering:
+def answering_as(teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool) -> Answering:
     """What answers as a cache was begun. Raises CacheError where its batch norm was folded and cannot be here."""
     answering = Answering(teacher, taps, precision, fold)
     if answering.comes_out_differently:

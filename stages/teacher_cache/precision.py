@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, render
-from softcache.pipeline.cache.codecs import fidelity
-from softcache.pipeline.cache.existing import Begun
-from softcache.pipeline.cache.precision_record import Arithmetic, arithmetic_of
-from softcache.pipeline.cache.rows import row_order
-from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.cache.codecs import measure_fidelity
+from softcache.pipeline.cache.existing import ExistingCache
+from softcache.pipeline.cache.precision_record import PrecisionRecord, parse_precision_record
+from softcache.pipeline.cache.rows import make_row_order
+from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheSettings
 from softcache.stages.cli.console import Console
 
@@ -33,7 +33,7 @@ class Chosen:
     """What answers, and what there is to write down about it; None for the teacher as it is. begun: goes on so."""
 
     answering: Answering
-    arithmetic: Arithmetic | None = None
+    arithmetic: PrecisionRecord | None = None
     begun: bool = False
 
     def record(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Probe:
     def batches(self) -> list[torch.Tensor]:
         """uint8 [B, C, S, S], two at least: the first ones of everything also warm up."""
         rows = self.transfer_set.splits["train"]
-        index = row_order(self.settings.seed, "train", len(rows))[:_VIEWS]
+        index = make_row_order(self.settings.seed, "train", len(rows))[:_VIEWS]
         size = min(self.rows_together, -(-len(index) // _BATCHES))
         parts = [index[i : i + size] for i in range(0, len(index), size)]
         return [render(rows.images, self.views, self.settings.seed, part, 0) for part in parts]
@@ -97,19 +97,23 @@ class _Trial:
         """Mean KL to plain float32 at T = 1 and 4, in nats, and the share of flips of the first class."""
         if self.broken or not all(np.isfinite(said).all() for said in self.said):
             return float("inf"), float("inf"), 1.0
-        sums = fidelity(np.concatenate(plain.said), np.concatenate(self.said))
+        sums = measure_fidelity(np.concatenate(plain.said), np.concatenate(self.said))
         return sums["kl_1"] / sums["rows"], sums["kl_4"] / sums["rows"], sums["flips"] / sums["rows"]
 
-    def compared(self, plain: "_Trial") -> Arithmetic:
+    def compared(self, plain: "_Trial") -> PrecisionRecord:
         """What there is to write down."""
-        return Arithmetic(self.answering.folded, self.answering.compiled, sum(map(len, self.said)), *self.cost(plain))
+        return PrecisionRecord(
+            self.answering.folded, self.answering.compiled, sum(map(len, self.said)), *self.cost(plain)
+        )
 
     def is_worth_it(self, plain: "_Trial", tolerance: float) -> bool:
         """Whether it is faster than plain float32, and says the same within the tolerance, in nats."""
         return self.least * _WORTH < plain.least and max(self.cost(plain)[:2]) <= tolerance
 
 
-def going_on(settings: CacheSettings, there: Begun | None, teacher: Prepared, taps: tuple[str, ...]) -> Chosen | None:
+def going_on(
+    settings: CacheSettings, there: ExistingCache | None, teacher: PreparedModel, taps: tuple[str, ...]
+) -> Chosen | None:
     """As a cache in the folder was begun: a timing does not change it half-way. None where there is nothing begun.
 
     A precision that is asked for by name stays: another one there is refused later, by name.
@@ -122,7 +126,7 @@ def going_on(settings: CacheSettings, there: Begun | None, teacher: Prepared, ta
 
 
 def choose(
-    settings: CacheSettings, probe: Probe, teacher: Prepared, taps: tuple[str, ...], console: Console
+    settings: CacheSettings, probe: Probe, teacher: PreparedModel, taps: tuple[str, ...], console: Console
 ) -> Chosen:
     """For a new cache. Plain float32 is the teacher as it is, to the last bit, and asks nothing; bfloat16 is folded.
 
@@ -154,13 +158,13 @@ def choose(
 
 
 def chosen_as(
-    record: dict[str, Any], teacher: Prepared, taps: tuple[str, ...], probe: Probe, console: Console
+    record: dict[str, Any], teacher: PreparedModel, taps: tuple[str, ...], probe: Probe, console: Console
 ) -> Chosen:
     """As another rank has chosen: the inverse of Chosen.record."""
     answering = answering_as(teacher, taps, record["precision"], record["folded"])
     if record["compiled"]:
         compiled_now(answering, probe, console)
-    return Chosen(answering, arithmetic_of(record["arithmetic"]), record["begun"])
+    return Chosen(answering, parse_precision_record(record["arithmetic"]), record["begun"])
 
 
 def compiled_now(answering: Answering, probe: Probe, console: Console) -> bool:
@@ -175,7 +179,7 @@ def compiled_now(answering: Answering, probe: Probe, console: Console) -> bool:
     return True
 
 
-def _faster(settings: CacheSettings, teacher: Prepared, taps: tuple[str, ...]) -> Iterator[Answering]:
+def _faster(settings: CacheSettings, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[Answering]:
     """What is tried beside plain float32."""
     if settings.precision != "float32":
         yield Answering(teacher, taps, "bfloat16", fold=True)

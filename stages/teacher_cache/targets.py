@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
-from softcache.pipeline.cache.codecs import CODECS, fidelity
-from softcache.pipeline.cache.manifest import Piece
-from softcache.pipeline.cache.rows import row_order
+from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
+from softcache.pipeline.cache.manifest import ShardSpec
+from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
-from softcache.pipeline.loading.checked import checked_in_order
+from softcache.pipeline.loading.checked import render_with_checksums
 from softcache.stages.cli.configs import CacheSettings
 
 from .inference import Answering, Said
 
 _HALF = 65504.0  # the largest float16
-Batch = tuple[NDArray[np.uint32], torch.Tensor, dict[str, torch.Tensor]]
+InferredBatch = tuple[NDArray[np.uint32], torch.Tensor, dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -47,9 +47,9 @@ class Ask:
                 f"the teacher knows {self.classes} classes, the data have {len(self.transfer_set.classes)}"
             )
 
-    def piece(self, piece: Piece, shown: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
+    def piece(self, piece: ShardSpec, shown: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """The rows of a shard, those datasets that it is to hold, and what its codec cost where it holds logits."""
-        order = row_order(self.settings.seed, piece.split, len(self.transfer_set.splits[piece.split]))
+        order = make_row_order(self.settings.seed, piece.split, len(self.transfer_set.splits[piece.split]))
         index = order[piece.start : piece.start + piece.rows]
         logits = np.empty((piece.rows, self.classes), np.float32)
         features = {
@@ -74,7 +74,7 @@ class Ask:
         stored = codec.encode(logits)
         decoded = codec.decode(stored)
         hits = int((decoded.argmax(1) == labels).sum())
-        return {**stored, **arrays}, {"correct": hits, **fidelity(logits, decoded)}
+        return {**stored, **arrays}, {"correct": hits, **measure_fidelity(logits, decoded)}
 
     def rows(
         self, split: str, draw: int, index: NDArray[np.int64]
@@ -84,14 +84,16 @@ class Ask:
         features = {tap: torch.cat([one[1][tap] for one in said]).float().numpy() for tap in self.taps}
         return torch.cat([one[0] for one in said]).numpy(), features
 
-    def _answers(self, split: str, draw: int, index: NDArray[np.int64]) -> Iterator[Batch]:
+    def _answers(self, split: str, draw: int, index: NDArray[np.int64]) -> Iterator[InferredBatch]:
         """CRC-32 [B] of batches of views, and what the teacher says about them: logits float32 [B, K] and features
         {tap: [B, …]} in the dtype that they were computed in, on the CPU."""
         policy = self.views if split == "train" else self.views.without_augmentation()
         size, s, device = self.settings.batch_size, self.settings, self.answering.device
         batches = [index[i : i + size] for i in range(0, len(index), size)]
         images = self.transfer_set.splits[split].images
-        rendered = checked_in_order(images, policy, s.seed, batches, draw, s.workers, pinned=device.type == "cuda")
+        rendered = render_with_checksums(
+            images, policy, s.seed, batches, draw, s.workers, pinned=device.type == "cuda"
+        )
         with self.answering.ready() as answer, closing(rendered):
             for views, crc in rendered:
                 said = answer(views.to(device, non_blocking=True))
@@ -112,7 +114,12 @@ def _fetched(said: Said) -> Said:
 
 
 def _keep(
-    values: torch.Tensor, rows: NDArray[np.floating], largest: float, piece: Piece, index: NDArray[np.int64], what: str
+    values: torch.Tensor,
+    rows: NDArray[np.floating],
+    largest: float,
+    piece: ShardSpec,
+    index: NDArray[np.int64],
+    what: str,
 ) -> None:
     """Write a batch [B, …] into the rows of a shard, in their dtype: the one copy that is made.
 

@@ -10,9 +10,9 @@ from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
-from softcache.pipeline.models.archs.torchvision_models import published
-from softcache.pipeline.models.prepared_model import Preparation, Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state, run_weights, weights_digest
+from softcache.pipeline.models.archs.torchvision_models import load_published_weights
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
+from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights, read_state_dict
 from softcache.stages.cli.configs import CacheSettings, TeacherSettings
 from softcache.stages.cli.console import Console, duration
 from softcache.stages.distributed.ranks import from_first
@@ -22,7 +22,7 @@ from softcache.stages.teacher import command as teacher_stage
 
 def teacher_of(
     settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, console: Console
-) -> tuple[Prepared, str]:
+) -> tuple[PreparedModel, str]:
     """The teacher with its weights, and its arch. Raises UsageError or CacheError where they do not fit."""
     if not settings.weights:
         kept = from_first(lambda: _train_one(settings, console))  # of several ranks one trains it
@@ -31,7 +31,7 @@ def teacher_of(
         return _published(settings, transfer_set)
     path = Path(settings.weights)
     seeds = sorted(path.glob("seed-*"))
-    if seeds and run_weights(path) == path:
+    if seeds and find_weights_file(path) == path:
         raise UsageError(f"the run '{path}' is of several seeds: name one of them, such as --weights {seeds[0]}")
     if not path.exists():
         raise UsageError(f"there are no weights at '{path}'")
@@ -41,18 +41,18 @@ def teacher_of(
         _note_another_cut(path, settings, console)
     if not arch:
         raise UsageError(f"--weights {path} does not say which arch it is: name it with --teacher")
-    state = read_state(run_weights(path))
+    state = read_state_dict(find_weights_file(path))
     if preparation is None:
         preparation = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
     if preparation.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {preparation.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _classes_in(state, path)
     network = build(arch, classes, preparation.channels, preparation.size)
-    load_state(network, state, str(path))
-    return Prepared(network, preparation), arch
+    load_weights(network, state, str(path))
+    return PreparedModel(network, preparation), arch
 
 
-def teacher_of_cache(cache: Cache, weights: str, arch: str) -> Prepared:
+def teacher_of_cache(cache: Cache, weights: str, arch: str) -> PreparedModel:
     """The teacher that a cache is of. Its weights must be those of the identity. Raises CacheError with both digests.
 
     arch: named by the user, where it is code of theirs: a manifest's word is not taken for what is imported.
@@ -63,14 +63,14 @@ def teacher_of_cache(cache: Cache, weights: str, arch: str) -> Prepared:
     preparation = cache.preparation
     network = build(recorded, cache.classes, preparation.channels, preparation.size)
     if weights == "DEFAULT":
-        state = published(recorded.partition(":")[2])[0]
+        state = load_published_weights(recorded.partition(":")[2])[0]
     else:
-        state = read_state(run_weights(Path(weights)))
-    load_state(network, state, weights)
-    mine, theirs = weights_digest(network), cache.manifest.identity["teacher"]["weights"]
+        state = read_state_dict(find_weights_file(Path(weights)))
+    load_weights(network, state, weights)
+    mine, theirs = hash_weights(network), cache.manifest.identity["teacher"]["weights"]
     if mine != theirs:
         raise CacheError(f"'{weights}' are other weights: teacher.weights {mine[:16]}…, in the cache {theirs[:16]}…")
-    return Prepared(network, preparation).eval()
+    return PreparedModel(network, preparation).eval()
 
 
 def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
@@ -81,12 +81,12 @@ def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
     return int(matrices[-1].shape[0])
 
 
-def _of_run(path: Path, settings: CacheSettings) -> tuple[str, Preparation]:
+def _of_run(path: Path, settings: CacheSettings) -> tuple[str, InputSpec]:
     """Arch and preparation of a run's teacher or student. What the command says must agree with them."""
     result = read_json(path / "result.json")
     try:
         record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
-        arch, preparation = str(record["arch"]), Preparation.from_json(record["preparation"])
+        arch, preparation = str(record["arch"]), InputSpec.from_json(record["preparation"])
     except (KeyError, TypeError, ValueError):
         raise CacheError(f"'{path / 'result.json'}' does not say what its weights are") from None
     if settings.teacher and settings.teacher != arch:
@@ -148,16 +148,16 @@ def _train_one(settings: CacheSettings, console: Console) -> str:
     return str(folder)
 
 
-def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[Prepared, str]:
+def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[PreparedModel, str]:
     """torchvision's own weights: its image size and normalisation, grey images repeated to three channels."""
     arch = settings.teacher
     if not arch.startswith("torchvision:"):
         raise UsageError("--weights DEFAULT wants --teacher torchvision:NAME")
-    state, size, mean, std, names = published(arch.partition(":")[2])
+    state, size, mean, std, names = load_published_weights(arch.partition(":")[2])
     if transfer_set.classes and len(transfer_set.classes) != len(names):
         raise UsageError(
             f"the published weights of {arch} know {len(names)} classes, the data have {len(transfer_set.classes)}"
         )
     network = build(arch, len(names), 3, size)
-    load_state(network, state, f"{arch} DEFAULT")
-    return Prepared(network, Preparation(3, size, tuple(mean), tuple(std))), arch
+    load_weights(network, state, f"{arch} DEFAULT")
+    return PreparedModel(network, InputSpec(3, size, tuple(mean), tuple(std))), arch

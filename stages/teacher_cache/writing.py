@@ -3,8 +3,8 @@
 import time
 
 from softcache.base.errors import Interrupted
-from softcache.pipeline.cache.manifest import Piece
-from softcache.pipeline.cache.writer import Writer
+from softcache.pipeline.cache.manifest import ShardSpec
+from softcache.pipeline.cache.writer import CacheWriter
 from softcache.stages.cli.console import Console, LongWork, bar
 from softcache.stages.distributed import ranks
 
@@ -13,7 +13,7 @@ from .precision import Chosen, Probe, compiled_now
 from .targets import Ask
 
 
-def write_shards(writer: Writer, ask: Ask, chosen: Chosen, console: Console) -> None:
+def write_shards(writer: CacheWriter, ask: Ask, chosen: Chosen, console: Console) -> None:
     """Every shard that is not there yet, each rank its share; then rank 0 takes over what the others wrote."""
     if chosen.begun and ask.settings.compile:
         compiled_now(ask.answering, Probe(ask.transfer_set, ask.views, ask.settings), console)
@@ -30,7 +30,7 @@ def write_shards(writer: Writer, ask: Ask, chosen: Chosen, console: Console) -> 
         writer.sort()
 
 
-def _write(writer: Writer, pieces: list[Piece], ask: Ask, console: Console) -> int:
+def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: Ask, console: Console) -> int:
     """Those of the shards that are not there yet; how many were there. One is written while the teacher is asked for
     the next: bounded memory.
 

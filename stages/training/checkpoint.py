@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.base.errors import CacheError, is_interrupt
 from softcache.base.files import publish, publish_text
-from softcache.pipeline.models.state_dicts import check_zip
+from softcache.pipeline.models.state_dicts import verify_zip
 from softcache.stages.cli.configs import Training
 from softcache.stages.distributed.ranks import is_first
 
@@ -91,7 +91,7 @@ class State:
             return 0
         path = folder / CHECKPOINT
         try:
-            check_zip(path)
+            verify_zip(path)
             epoch = self._restore(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # pickle, zip, key, shape …: whatever bytes that are no checkpoint can raise
             if isinstance(error, OSError) and error.filename:

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from softcache.base import rng
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Head, Outputs, TargetBatch
-from softcache.pipeline.loading.stream import Stream, part
+from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
+from softcache.pipeline.loading.stream import Stream, rank_rows
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import Training
 from softcache.stages.cli.console import Console
@@ -82,7 +82,7 @@ class Abreast:
     model: nn.Module
     kept: Features
     modules: dict[str, nn.Module]
-    head: Callable[[int], Head | None]
+    head: Callable[[int], LinearHead | None]
     device: torch.device
     precision: str
     seed: int
@@ -98,7 +98,7 @@ class Abreast:
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
 
-    def outputs(self, batch: TargetBatch, step: int) -> tuple[Outputs, TargetBatch]:
+    def outputs(self, batch: Batch, step: int) -> tuple[ModelOutputs, Batch]:
         """What all ranks say of the whole batch, of which a gradient comes back for this rank's rows; and the batch,
         without views. batch: parted, on the device; step: of the training, for dropout."""
         if self._network is None:
@@ -112,9 +112,9 @@ class Abreast:
             self._live += [head.weight, head.bias]
         self._own = [x.detach().requires_grad_(x.requires_grad) for x in self._live]
         whole = _gathered(self._own[: self._of_rows], rows)
-        head = Head(*self._own[self._of_rows :]) if head is not None else None
+        head = LinearHead(*self._own[self._of_rows :]) if head is not None else None
         # No loss looks at a view; rows of a batch are chosen from all that it has.
-        return Outputs(whole[0], dict(zip(features, whole[1:], strict=True)), head), replace(
+        return ModelOutputs(whole[0], dict(zip(features, whole[1:], strict=True)), head), replace(
             batch, views=batch.views.new_empty(rows, 0)
         )
 
@@ -198,7 +198,7 @@ def _gathered(own: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
     """Each tensor [n, …] of this rank's rows as [rows, …] of all ranks', its own part live. One collective."""
     rank, world = who().rank, who().world
     flat = torch.cat([x.detach().flatten(1).float() for x in own], 1)
-    cuts = [part(rows, r, world) for r in range(world)]
+    cuts = [rank_rows(rows, r, world) for r in range(world)]
     sent = flat.new_zeros(max(stop - first for first, stop in cuts), flat.shape[1])  # all must send as many rows
     sent[: len(flat)] = flat
     received = [torch.empty_like(sent) for _ in range(world)]

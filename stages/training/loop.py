@@ -18,12 +18,12 @@ from torch import nn
 
 from softcache.base.errors import CacheError, DivergedError, Interrupted, TrainingStopped
 from softcache.base.files import make_folder, remove_stale_files
-from softcache.pipeline.batch import TargetBatch
-from softcache.pipeline.losses import Loss, at
-from softcache.pipeline.losses.base import student_taps
-from softcache.pipeline.metrics.classification import summary
-from softcache.pipeline.models.state_dicts import load_state, read_state
-from softcache.pipeline.taps.hooks import tapped
+from softcache.pipeline.batch import Batch
+from softcache.pipeline.losses import Loss, at_epoch
+from softcache.pipeline.losses.base import list_student_taps
+from softcache.pipeline.metrics.classification import summarize
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
+from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import this_program
 from softcache.stages.distributed.ranks import agree, from_first, is_first, who
@@ -102,11 +102,11 @@ def _begin(job: Job, opened: ExitStack) -> _Course | None:
     """The training from where it is; None where it is over, with its weights in the model."""
     weights = job.folder / f"{job.name}.pt"
     if from_first(lambda: _tidied(job, weights)):
-        load_state(job.model.network, read_state(weights), str(weights))
+        load_weights(job.model.network, read_state_dict(weights), str(weights))
         return None
     check_shared(job.model, job.stream, job.device, job.settings)
     prepare(job.model, job.device)
-    taps = student_taps(job.losses)
+    taps = list_student_taps(job.losses)
     with job.chance:
         state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
         first = state.restore(job.folder, job.device)
@@ -115,7 +115,7 @@ def _begin(job: Job, opened: ExitStack) -> _Course | None:
         vars(job.stream).pop("_resident", None)  # what lies on a GPU for it: the parted stream has its own
     small = job.multiply_adds * job.stream.batch_size < WORTH_THREADS
     threads = 1 if small else torch.get_num_threads()
-    kept = opened.enter_context(tapped(job.model.network, taps))
+    kept = opened.enter_context(capture_features(job.model.network, taps))
     job = replace(job, stream=parted(job.stream), abreast=_abreast(job, state, kept))
     return _Course(job, state, first, kept, threads, _events(job, state.lines, opened))
 
@@ -206,13 +206,13 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
 
 def _begin_epoch(course: _Course, epoch: int) -> None:
     job = course.job
-    course.losses = [at(loss, epoch, job.epochs) for loss in job.losses]
+    course.losses = [at_epoch(loss, epoch, job.epochs) for loss in job.losses]
     course.sums, course.norms = torch.zeros(2, len(job.losses), device=job.device)
     course.seconds = 0.0
     job.model.train()
 
 
-def _step_of_each(courses: Sequence[_Course], batch: TargetBatch, last: bool = False) -> None:
+def _step_of_each(courses: Sequence[_Course], batch: Batch, last: bool = False) -> None:
     """Of each the step that it would take alone: with its own threads and what is random in it. last: of an epoch, at
     which the gradients of the terms are measured."""
     for course in courses:
@@ -256,7 +256,7 @@ def _line(
         raise diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
     if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
         publish_weights(job.folder / _kept(job, epoch), result)
-    line = line_of(job, epoch, means, norms, summary(logits, held_out.labels))
+    line = line_of(job, epoch, means, norms, summarize(logits, held_out.labels))
     return line | {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
 
 

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Head, Known, Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import Loss
-from softcache.pipeline.losses.base import fixed, teacher_taps
+from softcache.pipeline.losses.base import list_teacher_taps, resolved
 from softcache.pipeline.losses.multi_teacher import Term, by_one
-from softcache.pipeline.models import head_of
+from softcache.pipeline.models import find_head
 from softcache.pipeline.models.precision import autocast
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.taps.hooks import tapped
-from softcache.pipeline.taps.statistics import derived
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.taps.hooks import capture_features
+from softcache.pipeline.taps.statistics import derive_features
 from softcache.stages.cli.configs import StudentSettings, TeacherSettings
 from softcache.stages.distributed.ranks import from_first
 from softcache.stages.runs.folder import milestones_of
@@ -40,7 +40,7 @@ class Job:
     abreast: this rank's side of it, where there are several ranks."""
 
     name: str
-    model: Prepared
+    model: PreparedModel
     losses: tuple[Loss, ...]
     stream: Stream
     epochs: int
@@ -50,7 +50,7 @@ class Job:
     folder: Path
     multiply_adds: int
     advice: str = ""
-    known: Known = Known()  # noqa: RUF009 (frozen)
+    known: LossContext = LossContext()  # noqa: RUF009 (frozen)
     after_epoch: AfterEpoch | None = None
     term: Term = by_one
     chance: Chance = field(default_factory=Chance)
@@ -80,7 +80,7 @@ class Job:
 
 
 def step(
-    job: Job, state: State, batch: TargetBatch, losses: list[Loss], kept: Features, norms: torch.Tensor | None = None
+    job: Job, state: State, batch: Batch, losses: list[Loss], kept: Features, norms: torch.Tensor | None = None
 ) -> torch.Tensor:
     """One step of the optimiser; the weighted terms, detached.
 
@@ -94,10 +94,10 @@ def step(
         with autocast(job.device, job.settings.precision):
             logits = job.forward(batch.views)
         features = {tap: x.float() for tap, x in kept.items()}
-        outputs = Outputs(logits, features, own_head(job, logits.shape[1]))
+        outputs = ModelOutputs(logits, features, own_head(job, logits.shape[1]))
     batch = _with_taps(job, batch)
     each = [
-        fixed(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
+        resolved(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
         for name, loss in zip(names(losses), losses, strict=True)
     ]
     terms = torch.stack(each)
@@ -150,20 +150,20 @@ def _through(term: torch.Tensor, weights: list[nn.Parameter]) -> Sequence[torch.
         return [torch.full_like(weight, torch.nan) for weight in weights]
 
 
-def own_head(job: Job, classes: int) -> Head | None:
+def own_head(job: Job, classes: int) -> LinearHead | None:
     """The student's own last layer, live, where a loss asks for it."""
     if not any(loss.needs_head for loss in job.losses):
         return None
-    layer = head_of(job.model.network, classes)
+    layer = find_head(job.model.network, classes)
     if layer is None:
         return None
-    return Head(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
+    return LinearHead(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
 
 
-def _with_taps(job: Job, batch: TargetBatch) -> TargetBatch:
+def _with_taps(job: Job, batch: Batch) -> Batch:
     """The batch with the teacher's features that the losses ask for, float32, made from what is cached."""
-    asked = teacher_taps(job.losses)
-    return replace(batch, features=derived(batch.features, asked)) if asked else batch
+    asked = list_teacher_taps(job.losses)
+    return replace(batch, features=derive_features(batch.features, asked)) if asked else batch
 
 
 def names(losses: Sequence[Loss]) -> list[str]:
@@ -176,9 +176,9 @@ def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     """The losses' own trainable parts, made from the shapes of one batch."""
     batch = next(job.stream.batches(0, 1)).rows(0, 2).to(job.device)
     job.model.eval()
-    with torch.no_grad(), tapped(job.model.network, taps) as kept:
+    with torch.no_grad(), capture_features(job.model.network, taps) as kept:
         logits = job.model(batch.views)
-        outputs = Outputs(logits, dict(kept), own_head(job, logits.shape[1]))
+        outputs = ModelOutputs(logits, dict(kept), own_head(job, logits.shape[1]))
     if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[1]:
         raise UsageError(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
     batch = _with_taps(job, batch)

@@ -10,7 +10,7 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import ViewPolicy
-from softcache.pipeline.loading.stream import render_in_order
+from softcache.pipeline.loading.stream import render_batches
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import StudentSettings, TeacherSettings
 
@@ -46,7 +46,7 @@ class HeldOut:
         rows = np.arange(len(self.split))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         kept, size = [], 0
-        for views in render_in_order(self.split.images, self.views, 0, batches, 0, self.workers):
+        for views in render_batches(self.split.images, self.views, 0, batches, 0, self.workers):
             size += views.numel()
             if size <= self._KEEP_BYTES:
                 kept.append(views)

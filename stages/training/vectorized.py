@@ -19,12 +19,12 @@ from torch.func import functional_call, stack_module_state
 
 from softcache.base.errors import CacheError, TrainingStopped, UsageError
 from softcache.base.files import make_folder, publish_text, remove_stale_files
-from softcache.pipeline.batch import Outputs, TargetBatch
-from softcache.pipeline.losses import Loss, at
-from softcache.pipeline.losses.base import fixed
-from softcache.pipeline.metrics.classification import summary
+from softcache.pipeline.batch import Batch, ModelOutputs
+from softcache.pipeline.losses import Loss, at_epoch
+from softcache.pipeline.losses.base import resolved
+from softcache.pipeline.metrics.classification import summarize
 from softcache.pipeline.models.precision import autocast
-from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.console import Console
 
 from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, text_of
@@ -41,7 +41,7 @@ _MEMBERS = "members.txt"
 class Stack(nn.Module):
     """S models of one arch as one: uint8 views [B, C, H, W] -> float32 logits [B, S, K]."""
 
-    def __init__(self, models: Sequence[Prepared]):
+    def __init__(self, models: Sequence[PreparedModel]):
         super().__init__()
         weights, buffers = stack_module_state([model.network for model in models])
         self._names, self._buffer_names = list(weights), list(buffers)
@@ -184,7 +184,7 @@ def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_ou
     with showing(jobs, begin, lambda i: sums[:, i], f"{len(jobs)} of {job.name} as one", console) as shown:
         for epoch in range(begin, job.epochs):
             begun = time.perf_counter()
-            losses = [at(loss, epoch, job.epochs) for loss in job.losses]
+            losses = [at_epoch(loss, epoch, job.epochs) for loss in job.losses]
             weights = _weights(jobs, epoch)
             sums, norms = torch.zeros_like(weights), torch.zeros_like(weights)
             stack.train()
@@ -202,7 +202,7 @@ def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_ou
 
 def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:
     """float32 [terms, S]: what each term weighs in each student."""
-    each = [[fixed(at(loss, epoch, job.epochs).weight) for loss in job.losses] for job in jobs]
+    each = [[resolved(at_epoch(loss, epoch, job.epochs).weight) for loss in job.losses] for job in jobs]
     return torch.tensor(each, device=jobs[0].device).T.contiguous()
 
 
@@ -210,7 +210,7 @@ def _step(
     job: Job,
     stack: Stack,
     state: State,
-    batch: TargetBatch,
+    batch: Batch,
     losses: list[Loss],
     weights: torch.Tensor,
     norms: torch.Tensor | None = None,
@@ -220,7 +220,7 @@ def _step(
         logits = stack(batch.views)
 
     def of_one(loss: Loss) -> Any:
-        return lambda z: job.term(loss, Outputs(z), batch, None)
+        return lambda z: job.term(loss, ModelOutputs(z), batch, None)
 
     each = [torch.vmap(of_one(loss), in_dims=1, randomness="different")(logits) for loss in losses]
     terms = weights * torch.stack(each)
@@ -274,7 +274,7 @@ def _measured(
         if not finite[i]:
             lines.append(None)
             continue
-        seen = summary(logits[:, i], held_out.labels)
+        seen = summarize(logits[:, i], held_out.labels)
         lines.append(line_of(job, epoch, means[:, i].tolist(), norms[:, i].tolist(), seen))
     return {"epoch": epoch + 1, "students": lines}
 

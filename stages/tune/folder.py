@@ -10,7 +10,7 @@ from uuid import uuid4
 from softcache.base.errors import CacheError, LockedError, UsageError
 from softcache.base.files import make_folder, publish_json, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
-from softcache.pipeline.cache.identity import differences
+from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.runs.folder import read_json
 
 DATABASE = "study.db"
@@ -69,7 +69,7 @@ def tidy(folder: Path) -> None:
 
 def compare(theirs: Any, mine: dict[str, Any], what: str) -> None:
     """Raise CacheError, naming what differs, when a search was begun otherwise than it is asked for now."""
-    if differ := [f"{n} {a} there, {b} asked" for n, a, b in differences(theirs, mine)]:
+    if differ := [f"{n} {a} there, {b} asked" for n, a, b in find_differences(theirs, mine)]:
         other = "another --out" if what.startswith("'") else "another --study"
         raise CacheError(f"{what} was begun otherwise ({'; '.join(differ[:4])}): choose {other}")
 

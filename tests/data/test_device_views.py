@@ -17,7 +17,7 @@ from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading import device_cache as resident
 from softcache.pipeline.loading.stream import Stream
-from softcache.pipeline.teachers.ensemble import Teachers
+from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from tests.helpers.commands import Stages, tiny_cache_command
 
 CPU = torch.device("cpu")
@@ -110,13 +110,13 @@ def test_batches_are_equal_to_the_bit(
 
 
 def test_several_teachers_and_rows_without_an_answer_are_gathered_too(tiny: Path, mixed: Path) -> None:
-    from softcache.pipeline.teachers.combine import parse_combine
+    from softcache.pipeline.teachers.combine import parse_combination
 
     gaps = {1: np.arange(300) % 7 == 0}
     for source in (
-        Teachers((Cache(mixed),), gaps=gaps),
-        Teachers((Cache(mixed), Cache(mixed)), parse_combine("geometric", 2)),
-        Teachers((Cache(mixed), Cache(mixed)), parse_combine("per_teacher", 2), gaps=gaps),
+        TeacherEnsemble((Cache(mixed),), gaps=gaps),
+        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("geometric", 2)),
+        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("per_teacher", 2), gaps=gaps),
     ):
         one, other = (stream_of(mixed, source, draws_per_decode=2, resident_on=place) for place in (CPU, None))
         for a, b in zip(one.batches(0, 40), other.batches(0, 40), strict=True):
@@ -161,11 +161,13 @@ def test_a_processor_is_no_device_to_send_anything_to(tiny: Path) -> None:
     """Nothing is chosen by itself but for a GPU; there, what is too large stays here."""
     stream = stream_of(tiny / "cache", taps=())
     of = (stream.split.images, stream.views, stream.cache, 3, ())
-    assert not resident.fits(*of, CPU)
+    assert not resident.fits_on_device(*of, CPU)
     gpu = torch.device("cuda")
     size = 300 * 64 + 3 * 300 * 10 * 4
     with pytest.MonkeyPatch.context() as patch:
         for free, expected in ((3 * size, True), (3 * size - 1, False)):
             patch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
-            assert resident.fits(*of, gpu) == expected
-        assert not resident.fits(stream.split.images, parse_views("resized-crop-flip:size=8"), None, 0, (), gpu)
+            assert resident.fits_on_device(*of, gpu) == expected
+        assert not resident.fits_on_device(
+            stream.split.images, parse_views("resized-crop-flip:size=8"), None, 0, (), gpu
+        )

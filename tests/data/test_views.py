@@ -22,7 +22,7 @@ from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.data.views import VIEW_POLICIES, Box, draw_mixup, parse_views, render
-from softcache.pipeline.loading.stream import Stream, render_in_order
+from softcache.pipeline.loading.stream import Stream, render_batches
 
 # What each random number is for. A number that changes its meaning makes every cache on disk a liar.
 TOP, LEFT, FLIP, PARTNER = 0, 1, 2, 7
@@ -248,7 +248,7 @@ def seen_by_teacher(split: Split, spec: str, draws: int, workers: int = 0) -> di
     batches = np.array_split(np.arange(len(split)), 5)
     seen = {}
     for draw in range(draws):
-        rendered = list(render_in_order(split.images, parse_views(spec), 9, batches, draw, workers))
+        rendered = list(render_batches(split.images, parse_views(spec), 9, batches, draw, workers))
         assert [len(views) for views in rendered] == [len(batch) for batch in batches]
         for batch, views in zip(batches, rendered, strict=True):
             seen |= {(int(i), draw): view for i, view in zip(batch, views, strict=True)}
@@ -327,7 +327,7 @@ def test_a_picture_that_breaks_is_named_wherever_it_is_decoded(
     whole = (tmp_path / "4.png").read_bytes()
     (tmp_path / "4.png").write_bytes(whole[: len(whole) // 2])
     images = ImageFolder(tmp_path, tuple(f"{k}.png" for k in range(6)), "RGB", 8)
-    rendered = render_in_order(images, parse_views("none"), 0, np.array_split(np.arange(6), 3), 0, workers)
+    rendered = render_batches(images, parse_views("none"), 0, np.array_split(np.arange(6), 3), 0, workers)
     assert len(next(rendered)) == len(next(rendered)) == 2
     with pytest.raises(CacheError, match=r"the image .*4\.png cannot be decoded: ") as refusal:
         next(rendered)

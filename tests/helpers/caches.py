@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from softcache.data import views
-from softcache.pipeline.cache.writer import Writer
+from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
 from softcache.stages.teacher_cache.targets import Ask
 
@@ -126,16 +126,16 @@ def drift(patch: pytest.MonkeyPatch) -> None:
 
 def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C once so many shards are written."""
-    add = Writer.add
+    add = CacheWriter.add
     written: list[str] = []
 
-    def stopping(self: Writer, piece: Any, arrays: Any, facts: Any) -> None:
+    def stopping(self: CacheWriter, piece: Any, arrays: Any, facts: Any) -> None:
         if len(written) == count:
             raise KeyboardInterrupt
         written.append(piece.path)
         add(self, piece, arrays, facts)
 
-    patch.setattr(Writer, "add", stopping)
+    patch.setattr(CacheWriter, "add", stopping)
 
 
 def save_teacher_with_a_volume(folder: Path, name: str) -> None:

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from softcache.pipeline.cache.identity import fingerprint
+from softcache.pipeline.cache.identity import compute_fingerprint
 from softcache.pipeline.cache.manifest import seal
 from softcache.pipeline.cache.shards import payload_digest
 
@@ -30,7 +30,7 @@ def edit_manifest(cache: Path, change: Callable[[Record], None], mend_fingerprin
     record = read_manifest(cache)
     change(record)
     if mend_fingerprint:
-        record["fingerprint"] = fingerprint(record["identity"])
+        record["fingerprint"] = compute_fingerprint(record["identity"])
     (cache / "manifest.json").write_text(seal(record))
 
 
@@ -117,7 +117,7 @@ def reforge(cache: Path, change: Callable[[Record], None]) -> None:
     """Change the manifest as the author of the whole cache could: shards, fingerprint and checksums agree with it."""
     record = read_manifest(cache)
     change(record)
-    record["fingerprint"] = fingerprint(record["identity"])
+    record["fingerprint"] = compute_fingerprint(record["identity"])
     for its in (*record["shards"], record["head"]):
         path = cache / its["path"]
         with h5py.File(path, "r+") as file:

@@ -24,11 +24,11 @@ def deadly(call: Any, count: int) -> Any:
 
 if __name__ == "__main__":
     import softcache.stages.training.loop as training
-    from softcache.pipeline.cache.writer import Writer
+    from softcache.pipeline.cache.writer import CacheWriter
     from softcache.stages.main import main
 
     rank, name, count = sys.argv[1:4]
     if os.environ["RANK"] == rank:
-        place: Any = Writer if name == "add" else training
+        place: Any = CacheWriter if name == "add" else training
         setattr(place, name, deadly(getattr(place, name), int(count)))
     main(sys.argv[4:])

@@ -132,17 +132,17 @@ def starve(at: int, kind: str) -> None:
     import numpy as np
     import torch
 
-    from softcache.pipeline.models.prepared_model import Prepared
+    from softcache.pipeline.models.prepared_model import PreparedModel
 
-    forward, calls = Prepared.forward, iter(range(1, 1 << 30))
+    forward, calls = PreparedModel.forward, iter(range(1, 1 << 30))
 
-    def hungry(self: Prepared, views: torch.Tensor) -> torch.Tensor:
+    def hungry(self: PreparedModel, views: torch.Tensor) -> torch.Tensor:
         if next(calls) == at:
             np.empty(1 << 50, np.uint8) if kind == "numpy" else torch.empty(1 << 50, dtype=torch.uint8)
         answer: torch.Tensor = forward(self, views)
         return answer
 
-    Prepared.forward = hungry  # type: ignore[method-assign]
+    PreparedModel.forward = hungry  # type: ignore[method-assign]
 
 
 def child(arguments: list[str], cwd: str, said: str, more: dict[str, Any]) -> NoReturn:

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from hypothesis import strategies as st
 
-from softcache.pipeline.cache.identity import fingerprint
+from softcache.pipeline.cache.identity import compute_fingerprint
 from tests.helpers.damage import Record, seal_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -175,7 +175,7 @@ def written(record: Record) -> bytes:
 def with_its_fingerprint(record: Record) -> None:
     """Mend the fingerprint, of whatever is there in the identity's place."""
     with contextlib.suppress(KeyError, TypeError, RecursionError):
-        record["fingerprint"] = fingerprint(record["identity"])
+        record["fingerprint"] = compute_fingerprint(record["identity"])
 
 
 def agree(cache: Path, record: Record) -> None:

@@ -9,48 +9,48 @@ from typing import Any
 import torch
 
 import softcache.stages.training.loop as training
-from softcache.pipeline.batch import Bank, Head, Known, TargetBatch
+from softcache.pipeline.batch import Batch, LinearHead, LossContext, MemoryBank
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.classifier import SimKD
-from softcache.pipeline.models import build, head_of
+from softcache.pipeline.models import build, find_head
 from softcache.pipeline.models.archs.simkd import SimKDStudent
-from softcache.pipeline.models.prepared_model import Preparation, Prepared
-from softcache.pipeline.taps.hooks import tapped
-from softcache.pipeline.taps.statistics import derived
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
+from softcache.pipeline.taps.hooks import capture_features
+from softcache.pipeline.taps.statistics import derive_features
 from softcache.stages.cli.configs import StudentSettings
 from softcache.stages.training.checkpoint import State
 from tests.helpers.tensors import counts_of, labels_of, loss_of
 
-PREPARATION = Preparation(1, 8, (0.5,), (0.25,))
+PREPARATION = InputSpec(1, 8, (0.5,), (0.25,))
 LAYERS = ("layer1", "layer2", "layer3")
 TEACHER = "resnet8x4"
 
 
 @cache
-def taught(B: int, K: int) -> tuple[TargetBatch, Head, dict[str, torch.Tensor]]:
+def taught(B: int, K: int) -> tuple[Batch, LinearHead, dict[str, torch.Tensor]]:
     """What a teacher says of B images of noise, as a cache gives it; its last layer; 40 rows of each tap."""
     torch.manual_seed(0)
     network = build(TEACHER, K, 1, 8)
-    teacher = Prepared(network, PREPARATION).eval()
+    teacher = PreparedModel(network, PREPARATION).eval()
     views = torch.randint(256, (B + 40, 1, 8, 8), dtype=torch.uint8)
-    with torch.no_grad(), tapped(network, LAYERS) as kept:
+    with torch.no_grad(), capture_features(network, LAYERS) as kept:
         logits = teacher(views)
     features = {tap: x.half() for tap, x in kept.items()}
     cached = {tap: x[:B] for tap, x in features.items()}
-    layer = head_of(network, K)
+    layer = find_head(network, K)
     assert layer is not None
-    head = Head(layer.weight.detach().clone(), layer.bias.detach().clone())
-    target = TargetBatch(torch.arange(B), 0, views[:B], labels_of(B, K), logits[:B].clone(), cached)
+    head = LinearHead(layer.weight.detach().clone(), layer.bias.detach().clone())
+    target = Batch(torch.arange(B), 0, views[:B], labels_of(B, K), logits[:B].clone(), cached)
     return target, head, {tap: x[B:] for tap, x in features.items()}
 
 
 class OneBatch:
     """A stream that has nothing else."""
 
-    def __init__(self, batch: TargetBatch):
+    def __init__(self, batch: Batch):
         self.batch, self.batch_size = batch, len(batch.index)
 
-    def batches(self, start: int, stop: int) -> Iterator[TargetBatch]:
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
         return iter([self.batch] * (stop - start))
 
 
@@ -58,10 +58,10 @@ class OneBatch:
 class Step:
     """What is there after a step: gradients included."""
 
-    student: Prepared
+    student: PreparedModel
     state: State
-    batch: TargetBatch
-    head: Head
+    batch: Batch
+    head: LinearHead
     terms: torch.Tensor
 
     @property
@@ -70,7 +70,7 @@ class Step:
         return {f"{m}.{n}": p for m, module in self.state.modules.items() for n, p in module.named_parameters()}
 
 
-def network_for(loss: Loss, K: int, head: Head, arch: str) -> torch.nn.Module:
+def network_for(loss: Loss, K: int, head: LinearHead, arch: str) -> torch.nn.Module:
     torch.manual_seed(1)
     if not isinstance(loss, SimKD):
         return build(arch, K, 1, 8)
@@ -84,7 +84,7 @@ def one_step(
     spec: str,
     B: int = 6,
     K: int = 10,
-    batch: TargetBatch | None = None,
+    batch: Batch | None = None,
     precision: str = "float32",
     arch: str = "resnet8",
     change: Any = lambda network: None,
@@ -94,12 +94,12 @@ def one_step(
     taught_batch, head, rows = taught(B, K)
     batch = taught_batch if batch is None else batch
 
-    def bank(tap: str) -> Bank:
-        return Bank(derived(rows, (tap,))[tap].half(), torch.arange(100, 140), labels_of(40, K, seed=8))
+    def bank(tap: str) -> MemoryBank:
+        return MemoryBank(derive_features(rows, (tap,))[tap].half(), torch.arange(100, 140), labels_of(40, K, seed=8))
 
     network = network_for(loss, K, head, arch)
     change(network)
-    student = Prepared(network, PREPARATION)
+    student = PreparedModel(network, PREPARATION)
     settings = StudentSettings(learning_rate=1e-3, weight_decay=0.0, precision=precision)
     stream: Any = OneBatch(batch)
     job = training.Job(
@@ -113,11 +113,11 @@ def one_step(
         torch.device("cpu"),
         Path("none"),
         0,
-        known=Known(head, bank, counts_of(K)),
+        known=LossContext(head, bank, counts_of(K)),
     )
     taps = loss.student_taps()
     state = State.begin(student, training.loss_modules(job, taps), settings, job.rate)
     student.train()
-    with tapped(network, taps) as kept:
+    with capture_features(network, taps) as kept:
         terms = training.step(job, state, batch, [loss], kept)
     return Step(student, state, batch, head, terms)

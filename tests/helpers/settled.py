@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Preparation
+from softcache.pipeline.models.prepared_model import InputSpec
 
 
-def preparation(channels: int, size: int) -> Preparation:
-    return Preparation(channels, size, (0.5,) * channels, (0.25,) * channels)
+def preparation(channels: int, size: int) -> InputSpec:
+    return InputSpec(channels, size, (0.5,) * channels, (0.25,) * channels)
 
 
 def settled(arch: str, views: torch.Tensor, labels: torch.Tensor, channels: int, steps: int) -> nn.Module:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcache.pipeline.batch import Bank, Head, Known, Outputs, TargetBatch
-from softcache.pipeline.losses import Loss, at, parse_losses
-from softcache.pipeline.losses.feature_base import LayerLoss
-from softcache.pipeline.taps.statistics import split_tap, statistic
+from softcache.pipeline.batch import Batch, LinearHead, LossContext, MemoryBank, ModelOutputs
+from softcache.pipeline.losses import Loss, at_epoch, parse_losses
+from softcache.pipeline.losses.feature_base import FeatureLoss
+from softcache.pipeline.taps.statistics import compute_statistic, parse_tap
 
 Shape = tuple[int, ...]
 PAIRS = (((3, 4, 4), (5, 4, 4)), ((4, 2, 2), (6, 2, 2)))
@@ -32,9 +32,9 @@ def batch(
     features: dict[str, torch.Tensor] | None = None,
     partner: torch.Tensor | None = None,
     share: torch.Tensor | None = None,
-) -> TargetBatch:
+) -> Batch:
     """A batch with what a test needs."""
-    return TargetBatch(
+    return Batch(
         index=torch.arange(B),
         draw=0,
         views=torch.zeros(B, 1, 2, 2, dtype=torch.uint8),
@@ -59,22 +59,22 @@ class Case:
     logits: torch.Tensor
     mine: dict[str, torch.Tensor]
     theirs: dict[str, torch.Tensor]
-    target: TargetBatch
-    known: Known
-    head: Head
+    target: Batch
+    known: LossContext
+    head: LinearHead
     module: Any = None
 
     @property
-    def outputs(self) -> Outputs:
-        return Outputs(self.logits, features_of(self.mine, self.loss.student_taps()), self.head)
+    def outputs(self) -> ModelOutputs:
+        return ModelOutputs(self.logits, features_of(self.mine, self.loss.student_taps()), self.head)
 
     @property
-    def teacher_head(self) -> Head:
+    def teacher_head(self) -> LinearHead:
         assert self.known.head is not None
         return self.known.head
 
     @property
-    def bank(self) -> Bank:
+    def bank(self) -> MemoryBank:
         assert self.known.bank is not None
         return self.known.bank("layer1:pool")
 
@@ -100,17 +100,17 @@ class Case:
 def features_of(raw: dict[str, torch.Tensor], taps: Sequence[str]) -> dict[str, torch.Tensor]:
     made = {}
     for tap in taps:
-        path, kind = split_tap(tap)
-        made[tap] = statistic(raw[path], kind, path)
+        path, kind = parse_tap(tap)
+        made[tap] = compute_statistic(raw[path], kind, path)
     return made
 
 
 def loss_of(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1") -> Loss:
     """A loss on these layers where it names none, or on one where it takes one; ramps in the fifth of 10 epochs."""
     (loss,) = parse_losses((spec,))
-    if isinstance(loss, LayerLoss) and not loss.teacher:
+    if isinstance(loss, FeatureLoss) and not loss.teacher:
         loss = replace(loss, teacher=one_layer if loss.one_layer else layers)
-    return at(loss, 4, 10)
+    return at_epoch(loss, 4, 10)
 
 
 def case(
@@ -136,10 +136,10 @@ def case(
         mine = {"projector": made(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
     labels = labels_of(B, K) if labels is None else labels
     width, own_width = pairs[0][1][0], pairs[0][0][0]
-    rows = Bank(made(40, width, salt=30).half(), torch.arange(40) % (B + 3), labels_of(40, K, seed=8))
+    rows = MemoryBank(made(40, width, salt=30).half(), torch.arange(40) % (B + 3), labels_of(40, K, seed=8))
     rows.labels[::7] = -1
-    known = Known(Head(made(K, width, salt=31), made(K, salt=32)), lambda tap: rows, counts_of(K))
-    head = Head(made(K, own_width, salt=33), made(K, salt=34))
+    known = LossContext(LinearHead(made(K, width, salt=31), made(K, salt=32)), lambda tap: rows, counts_of(K))
+    head = LinearHead(made(K, own_width, salt=33), made(K, salt=34))
     target = batch(B, made(B, K, salt=2), labels, features_of(theirs, loss.teacher_taps()))
     found = Case(loss, made(B, K, salt=1), mine, theirs, target, known, head)
     torch.manual_seed(3)

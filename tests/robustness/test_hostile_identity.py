@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.prepared_model import PreparedModel
 from tests.helpers.commands import Stages
 from tests.helpers.damage import Record, edit_manifest, read_manifest, reforge, sealed
 from tests.helpers.mutations import with_its_fingerprint
@@ -136,7 +136,7 @@ def test_enormous_views_are_found_to_be_others_without_enormous_memory(
 
 def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: Stages) -> None:
     """Logits of five classes for images of ten, in shards that are whole."""
-    from softcache.pipeline.cache.manifest import HEAD
+    from softcache.pipeline.cache.manifest import HEAD_FILE
     from softcache.pipeline.cache.shards import Shard, write_shard
 
     cut = Cache(cache)
@@ -150,9 +150,9 @@ def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: 
             its["correct"] = int((arrays["logits"].astype(np.float32).argmax(1) == arrays["label"]).sum())
             facts = {key: value for key, value in shard.attributes.items() if key != "payload"}
             its["payload"] = write_shard(cache / mine.path, arrays, facts).payload
-        head = Shard(cache, HEAD, cut.manifest.head_layout())
+        head = Shard(cache, HEAD_FILE, cut.manifest.head_layout())
         arrays = {name: rows[:5] for name, rows in head.read_all().items()}
-        write_shard(cache / HEAD, arrays, {"fingerprint": record["fingerprint"]})
+        write_shard(cache / HEAD_FILE, arrays, {"fingerprint": record["fingerprint"]})
 
     reforge(cache, change)
     for losses in (("--loss", "kd"), ("--loss", "hard")):
@@ -165,15 +165,15 @@ def test_a_teacher_that_answers_with_no_number_is_not_taken_for_the_right_one(
     tiny: Path, cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     """Compared with NaN, nothing is larger: a check that asks for the largest difference must not pass by it."""
-    forward = Prepared.forward
+    forward = PreparedModel.forward
 
-    def lost(self: Prepared, views: torch.Tensor) -> torch.Tensor:
+    def lost(self: PreparedModel, views: torch.Tensor) -> torch.Tensor:
         answer: torch.Tensor = forward(self, views)
         return answer * float("nan")
 
     if asked == "--repair":
         (cache / "val/shard-00000.h5").unlink()
-    monkeypatch.setattr(Prepared, "forward", lost)
+    monkeypatch.setattr(PreparedModel, "forward", lost)
     line = stages.fails(1, "check-cache", cache, asked, "--weights", tiny / "runs/teacher")
     assert "nan" in line
     assert not (cache / "val/shard-00000.h5").exists() or asked == "--deep"

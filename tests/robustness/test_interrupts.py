@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from softcache.base.threads import map_in_threads
-from softcache.pipeline.loading.prefetch import by_thread
+from softcache.pipeline.loading.prefetch import prefetch
 from softcache.stages.teacher_cache.background import Behind
 from tests.helpers.commands import Stages, tiny_cache_command
 
@@ -22,7 +22,7 @@ TIMES = 1000
 
 
 def ahead() -> None:
-    for _ in by_thread(iter(range(1 << 40))):
+    for _ in prefetch(iter(range(1 << 40))):
         pass
 
 

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from softcache.pipeline.cache.writer import Writer
+from softcache.pipeline.cache.writer import CacheWriter
 from softcache.stages.main import main
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.damage import SHARD, flip_bit, mend, read_manifest, shard_of
@@ -159,17 +159,17 @@ def test_the_manifest_of_a_larger_cache_names_what_is_missing(tiny: Path, cache:
 @pytest.fixture
 def growing(tiny: Path, cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that is whole with three draws, and whose addition of a fourth was stopped after two shards."""
-    add = Writer.add
+    add = CacheWriter.add
     added: list[object] = []
 
-    def twice(self: Writer, *what: object) -> None:
+    def twice(self: CacheWriter, *what: object) -> None:
         if len(added) == 2:
             raise KeyboardInterrupt
         added.append(what)
         add(self, *what)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "add", twice)
+        patch.setattr(CacheWriter, "add", twice)
         stages.fails(130, *tiny_cache_command(tiny)[:-1], cache, "--draws", 4)
     return cache
 

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softcache.pipeline.cache import archive as pack
-from softcache.pipeline.cache.manifest import MANIFEST_MOST
+from softcache.pipeline.cache.manifest import MAX_MANIFEST_BYTES
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.verification import probe
+from softcache.pipeline.cache.verification import verify_views
 from softcache.stages.cli.copied_commands import remake
 from softcache.stages.teacher_cache.cache_readme import card
 from tests.helpers.damage import read_manifest, sealed
@@ -40,7 +40,7 @@ def use(folder: Path) -> dict[str, Any]:
         said["head"] = line_of(cache.head)
         said["read"] = line_of(lambda: read_like_a_student(cache))
         said["proved"] = line_of(lambda: prove(cache))
-        said["packed"] = line_of(lambda: pack.pack(folder, cache.manifest, Path("x.tar"), lambda count: None))
+        said["packed"] = line_of(lambda: pack.pack_cache(folder, cache.manifest, Path("x.tar"), lambda count: None))
         said["words"] = [remake(cache), card("name", cache.manifest).encode().decode()]
     said["command"] = command("check-cache", str(folder))
     return said
@@ -49,7 +49,7 @@ def use(folder: Path) -> dict[str, Any]:
 def prove(cache: Cache) -> None:
     """Against its transfer set, unless that would be looked for on the network."""
     if cache.data not in FROM_THE_NETWORK:
-        probe(cache, cache.transfer_set("", Path("nowhere"), lambda items, *_: items), cache.manifest.draws)
+        verify_views(cache, cache.transfer_set("", Path("nowhere"), lambda items, *_: items), cache.manifest.draws)
 
 
 def well_behaved(folder: Path) -> str:
@@ -132,7 +132,7 @@ def test_a_cache_whose_author_is_hostile_is_used_or_refused_in_one_line(cache: P
 
 def test_a_large_manifest_is_refused_or_read_in_seconds(cache: Path, dose: Dose) -> None:
     """As large as one may be, under torture: records of shards that are not there, in order but for one of them."""
-    most = dose(MANIFEST_MOST // 8, MANIFEST_MOST)
+    most = dose(MAX_MANIFEST_BYTES // 8, MAX_MANIFEST_BYTES)
     record = read_manifest(cache)
     first = next(shard for shard in record["shards"] if shard["split"] == "train")
     others = [shard for shard in record["shards"] if shard["split"] != "train"]
@@ -153,7 +153,7 @@ def test_a_large_manifest_is_refused_or_read_in_seconds(cache: Path, dose: Dose)
         found = attempt(lambda: [line_of(lambda: Cache(cache)), line_of(lambda: read_like_a_student(Cache(cache)))])
         assert not found.failed
         assert reason in found.value[1]
-    (cache / "manifest.json").write_bytes(text + b" " * (MANIFEST_MOST - len(text) + 1))
+    (cache / "manifest.json").write_bytes(text + b" " * (MAX_MANIFEST_BYTES - len(text) + 1))
     assert "more than the 16777216 that it may have" in line_of(lambda: Cache(cache))
 
 

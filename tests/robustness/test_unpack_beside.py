@@ -77,7 +77,7 @@ def test_a_shard_that_is_cut_while_it_is_packed_is_one_line(cache: Path, place: 
                 os.truncate(path, 700)
 
     def work() -> None:
-        pack.pack(cache, Cache(cache).manifest, place / "x.tar", cut)
+        pack.pack_cache(cache, Cache(cache).manifest, place / "x.tar", cut)
 
     found = attempt(work)
     assert not found.failed, found.failed

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Head
-from softcache.pipeline.taps.hooks import tapped
-from softcache.pipeline.taps.statistics import as_map
+from softcache.pipeline.batch import LinearHead
+from softcache.pipeline.taps.hooks import capture_features
+from softcache.pipeline.taps.statistics import to_feature_map
 
 
 class SimKDStudent(nn.Module):
@@ -34,27 +34,27 @@ class SimKDStudent(nn.Module):
         self.linear = nn.Linear(width, classes).requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with tapped(self.backbone, (self.layer,)) as kept:
+        with capture_features(self.backbone, (self.layer,)) as kept:
             self.backbone(x)
-        found = as_map(kept[self.layer])
+        found = to_feature_map(kept[self.layer])
         if self.training and found[:, 0].numel() == 1:
             raise UsageError("loss 'simkd' normalises over the batch: a --batch-size of 1 leaves nothing")
         logits: torch.Tensor = self.linear(self.projector(found).mean((2, 3)))
         return logits
 
-    def answer_through(self, head: Head) -> None:
+    def answer_through(self, head: LinearHead) -> None:
         """Take over the teacher's last layer."""
         with torch.no_grad():
             self.linear.weight.copy_(head.weight)
             self.linear.bias.copy_(head.bias)
 
 
-def arch_of(backbone: str, layer: str, width: int) -> str:
+def format_simkd_arch(backbone: str, layer: str, width: int) -> str:
     """The arch of a SimKD student, as build understands it: `simkd(resnet8;layer3;256)`."""
     return f"simkd({backbone};{layer};{width})"
 
 
-def parts_of(arch: str) -> tuple[str, str, int] | None:
+def parse_simkd_arch(arch: str) -> tuple[str, str, int] | None:
     """The inverse of arch_of; None for every other arch."""
     if not (arch.startswith("simkd(") and arch.endswith(")")):
         return None
@@ -64,14 +64,14 @@ def parts_of(arch: str) -> tuple[str, str, int] | None:
     return parts[0], parts[1], int(parts[2])
 
 
-def simkd(
+def build_simkd(
     backbone: nn.Module, head_name: str, layer: str, width: int, classes: int, example: torch.Tensor
 ) -> SimKDStudent:
     """The student around a backbone. head_name: the backbone's own last layer; example: one input for it."""
     was_training = backbone.training
-    with torch.no_grad(), tapped(backbone.eval(), (layer,)) as kept:
+    with torch.no_grad(), capture_features(backbone.eval(), (layer,)) as kept:
         backbone(example)
     backbone.train(was_training)
     path, _, name = head_name.rpartition(".")
     setattr(backbone.get_submodule(path), name, nn.Identity())
-    return SimKDStudent(backbone, layer, as_map(kept[layer]).shape[1], width, classes)
+    return SimKDStudent(backbone, layer, to_feature_map(kept[layer]).shape[1], width, classes)

@@ -10,13 +10,13 @@ SMALL = 64  # images under so many pixels get a stem that does not shrink them
 _SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 
 
-def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Module:
+def build_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Module:
     """`torchvision:resnet18` with fresh weights.
 
     Under 64 px the first convolution keeps the resolution (3 x 3, stride 1) and a pooling that follows it is
     left out, as is usual for CIFAR. Raises UsageError for a model that cannot take such images.
     """
-    if not is_known(name):
+    if not is_torchvision_model(name):
         raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     options: dict[str, object] = {"weights": None, "num_classes": classes}
     if name in _SEVERAL_OUTPUTS:
@@ -35,17 +35,17 @@ def from_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Mo
     return network.train()
 
 
-def is_known(name: str) -> bool:
+def is_torchvision_model(name: str) -> bool:
     """Whether torchvision has a classification model of that name."""
     return name in torchvision.models.list_models(module=torchvision.models)
 
 
-def published(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], list[float], list[str]]:
+def load_published_weights(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], list[float], list[str]]:
     """The DEFAULT weights of a torchvision model: state dict, image size, mean, std, classes in order.
 
     Downloads them when they are not at hand. Raises UsageError or CacheError where there are none.
     """
-    if not is_known(name):
+    if not is_torchvision_model(name):
         raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from softcache.pipeline.cache.codecs import CODECS, TEMPERATURES, fidelity
+from softcache.pipeline.cache.codecs import CODECS, TEMPERATURES, measure_fidelity
 
 Floats = NDArray[np.float32]
 HALF_ULP = 2.0**-11  # of float16, as a share of the number
@@ -187,7 +187,7 @@ def fidelity_by_hand(logits: Floats, decoded: Floats) -> dict[str, float]:
 def test_fidelity_is_what_counting_gives(noise: float) -> None:
     logits = logits_of(40, 12)
     decoded = (logits + noise * np.random.default_rng(1).normal(size=logits.shape)).astype(np.float32)
-    found, expected = fidelity(logits, decoded), fidelity_by_hand(logits, decoded)
+    found, expected = measure_fidelity(logits, decoded), fidelity_by_hand(logits, decoded)
     assert found.keys() == expected.keys()
     assert (found["rows"], found["flips"]) == (expected["rows"], expected["flips"])
     assert expected["flips"] > 0 or noise < 1
@@ -201,20 +201,23 @@ def test_fidelity_measures_at_the_temperatures_that_are_published() -> None:
 
 def test_fidelity_of_the_rows_themselves_is_free() -> None:
     logits = logits_of(20, 10)
-    assert fidelity(logits, logits) == {"rows": 20, "flips": 0, "kl_1": 0, "kl_2": 0, "kl_4": 0, "kl_8": 0}
+    assert measure_fidelity(logits, logits) == {"rows": 20, "flips": 0, "kl_1": 0, "kl_2": 0, "kl_4": 0, "kl_8": 0}
 
 
 def test_fidelities_of_shards_add_up_to_that_of_the_whole() -> None:
     logits = logits_of(60, 10)
     decoded = back("sqrt8", logits)
-    whole, parts = fidelity(logits, decoded), [fidelity(logits[s], decoded[s]) for s in (slice(0, 20), slice(20, 60))]
+    whole, parts = (
+        measure_fidelity(logits, decoded),
+        [measure_fidelity(logits[s], decoded[s]) for s in (slice(0, 20), slice(20, 60))],
+    )
     for key, value in whole.items():
         assert parts[0][key] + parts[1][key] == pytest.approx(value, rel=1e-9)
 
 
 def test_fidelity_of_hopeless_classes_is_finite() -> None:
     logits = np.float32([[0, -30000, 30000]])
-    found = fidelity(logits, np.float32([[0, 30000, -30000]]))
+    found = measure_fidelity(logits, np.float32([[0, 30000, -30000]]))
     assert all(math.isfinite(value) for value in found.values())
     assert found["kl_1"] == pytest.approx(60000, rel=1e-9)
 
@@ -223,6 +226,6 @@ def test_fidelity_of_hopeless_classes_is_finite() -> None:
 @pytest.mark.parametrize("K", [10, 100, 1000])
 def test_a_row_of_usual_logits_costs_at_most_so_many_nats(codec: str, most: float, K: int) -> None:
     logits = logits_of(500, K)
-    found = fidelity(logits, back(codec, logits))
+    found = measure_fidelity(logits, back(codec, logits))
     for T in (1, 2, 4, 8):
         assert 0 <= found[f"kl_{T}"] / 500 <= most

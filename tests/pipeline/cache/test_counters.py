@@ -13,10 +13,10 @@ import pytest
 
 import softcache.pipeline.cache.reader as cache_module
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.pipeline.cache.manifest import Piece
+from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream
-from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheSettings
 from softcache.stages.teacher_cache.inference import Answering
 from softcache.stages.teacher_cache.targets import Ask
@@ -122,16 +122,16 @@ def test_the_teacher_is_asked_once_for_a_batch_of_a_shard(
     teacher = teacher_of_cache(cache, str(tiny / "runs/teacher"), "")
     ask = Ask(data, cache.views, Answering(teacher, ()), CacheSettings(batch_size=batch_size))
     asked: list[int] = []
-    forward = Prepared.forward
+    forward = PreparedModel.forward
 
-    def counted(self: Prepared, views: Any) -> Any:
+    def counted(self: PreparedModel, views: Any) -> Any:
         asked.append(len(views))
         return forward(self, views)
 
-    monkeypatch.setattr(Prepared, "forward", counted)
+    monkeypatch.setattr(PreparedModel, "forward", counted)
     rows = 230
     logits = {"logits": ((10,), "<f2")}
-    ask.piece(Piece("draw-000/shard-00000.h5", "train", 0, 0, rows, logits), lambda n: None)
+    ask.piece(ShardSpec("draw-000/shard-00000.h5", "train", 0, 0, rows, logits), lambda n: None)
     assert len(asked) == -(-rows // batch_size)
     assert sum(asked) == rows
 

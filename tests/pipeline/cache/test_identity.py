@@ -14,7 +14,13 @@ from hypothesis import strategies as some
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import parse_views
-from softcache.pipeline.cache.identity import FORMAT, describe, differences, fingerprint, identity_of
+from softcache.pipeline.cache.identity import (
+    FORMAT,
+    compute_fingerprint,
+    find_differences,
+    format_differences,
+    make_identity,
+)
 
 FIXED: dict[str, Any] = {
     "format": 1,
@@ -63,19 +69,19 @@ def set_of(**more: Any) -> TransferSet:
 
 def test_a_fingerprint_is_the_same_for_ever() -> None:
     """Every cache on disk carries one: a change here would refuse them all."""
-    assert fingerprint(FIXED) == "d78da4cea1f0b7e875d49c642350aa07888eaddefb980f187d3d096e239cb7d8"
+    assert compute_fingerprint(FIXED) == "d78da4cea1f0b7e875d49c642350aa07888eaddefb980f187d3d096e239cb7d8"
 
 
 def test_the_order_of_keys_does_not_matter_and_that_of_lists_does() -> None:
     turned = reversed_keys(FIXED)
     assert list(turned) != list(FIXED)
-    assert fingerprint(turned) == fingerprint(FIXED)
+    assert compute_fingerprint(turned) == compute_fingerprint(FIXED)
     classes = changed(FIXED, "transfer_set.classes", ["1", "0"])
-    assert fingerprint(classes) != fingerprint(FIXED)
+    assert compute_fingerprint(classes) != compute_fingerprint(FIXED)
 
 
 def test_a_fingerprint_survives_json() -> None:
-    assert fingerprint(json.loads(json.dumps(FIXED, indent=2))) == fingerprint(FIXED)
+    assert compute_fingerprint(json.loads(json.dumps(FIXED, indent=2))) == compute_fingerprint(FIXED)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +101,12 @@ def test_a_fingerprint_survives_json() -> None:
 )
 def test_every_field_counts_and_is_named_when_it_differs(field: str, value: Any) -> None:
     other = changed(FIXED, field, value)
-    assert fingerprint(other) != fingerprint(FIXED)
-    ((found, one, two),) = differences(FIXED, other)
+    assert compute_fingerprint(other) != compute_fingerprint(FIXED)
+    ((found, one, two),) = find_differences(FIXED, other)
     assert found == field
     assert two == value
     assert one != two
-    _, line = describe(FIXED, other, ("here", "there")).strip("\n").split("\n")
+    _, line = format_differences(FIXED, other, ("here", "there")).strip("\n").split("\n")
     assert line.split("  ")[1] == field
     assert json.dumps(one)[:30] in line
     assert line.endswith(json.dumps(two))
@@ -111,13 +117,13 @@ def test_every_field_counts_and_is_named_when_it_differs(field: str, value: Any)
 def test_two_identities_with_different_fingerprints_have_a_difference_to_name(
     one: dict[str, Any], other: dict[str, Any]
 ) -> None:
-    assert (fingerprint(one) == fingerprint(other)) == (list(differences(one, other)) == [])
+    assert (compute_fingerprint(one) == compute_fingerprint(other)) == (list(find_differences(one, other)) == [])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(IDENTITIES)
 def test_an_identity_does_not_differ_from_itself(one: dict[str, Any]) -> None:
-    assert list(differences(one, reversed_keys(json.loads(json.dumps(one))))) == []
+    assert list(find_differences(one, reversed_keys(json.loads(json.dumps(one))))) == []
 
 
 # Differences in words
@@ -125,7 +131,7 @@ def test_an_identity_does_not_differ_from_itself(one: dict[str, Any]) -> None:
 
 def test_several_differences_stand_side_by_side() -> None:
     other = changed(changed(FIXED, "views.pad", 2), "codec", "sqrt8")
-    assert describe(FIXED, other, ("here", "in the cache")) == (
+    assert format_differences(FIXED, other, ("here", "in the cache")) == (
         """
              here       in the cache
   views.pad  4          2
@@ -134,7 +140,7 @@ def test_several_differences_stand_side_by_side() -> None:
 
 
 def test_no_difference_is_told_as_nothing() -> None:
-    assert describe(FIXED, reversed_keys(FIXED), ("here", "there")) == ""
+    assert format_differences(FIXED, reversed_keys(FIXED), ("here", "there")) == ""
 
 
 @pytest.mark.parametrize(
@@ -152,11 +158,11 @@ def test_no_difference_is_told_as_nothing() -> None:
     ],
 )
 def test_differences_of_records_that_do_not_have_the_same_fields(one: Any, other: Any, found: list[Any]) -> None:
-    assert repr(list(differences(one, other))) == repr(found)
+    assert repr(list(find_differences(one, other))) == repr(found)
 
 
 def test_a_long_value_is_cut_short() -> None:
-    text = describe({"a": "x" * 500}, {"a": "y" * 500}, ("here", "there"))
+    text = format_differences({"a": "x" * 500}, {"a": "y" * 500}, ("here", "there"))
     assert len(text) < 150
     assert "…" in text
 
@@ -167,7 +173,7 @@ def test_a_long_value_is_cut_short() -> None:
 def test_an_identity_says_what_a_row_is() -> None:
     views = replace(parse_views("crop:pad=2,mixup=0.5"), size=4)
     teacher = {"arch": "cnn", "weights": "ef"}
-    identity = identity_of(set_of(), views, 7, teacher, "sqrt8", "bfloat16")
+    identity = make_identity(set_of(), views, 7, teacher, "sqrt8", "bfloat16")
     assert identity == {
         "format": FORMAT,
         "transfer_set": {
@@ -193,7 +199,7 @@ def whole(**more: Any) -> str:
         "codec": "float16",
         "precision": "float32",
     }
-    return fingerprint(identity_of(**known | more))
+    return compute_fingerprint(make_identity(**known | more))
 
 
 @pytest.mark.parametrize(

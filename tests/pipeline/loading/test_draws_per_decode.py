@@ -14,7 +14,7 @@ import softcache.stages.training.loop as training
 from softcache.data.image_folder import ImageFolder
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import VIEW_POLICIES, parse_views, render
-from softcache.pipeline.batch import TargetBatch
+from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream
@@ -57,7 +57,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> ImageFo
     return ImageFolder(root, names, "RGB", 8)
 
 
-def of_draws(batch: TargetBatch) -> list[tuple[int, int]]:
+def of_draws(batch: Batch) -> list[tuple[int, int]]:
     """(index, draw) of each row."""
     draws = [batch.draw] * len(batch.index) if isinstance(batch.draw, int) else batch.draw.tolist()
     return list(zip(batch.index.tolist(), draws, strict=True))
@@ -112,7 +112,7 @@ def test_every_view_comes_once_before_any_repeats_with_its_own_targets(
         assert cycle == dict.fromkeys(product(range(300), range(12)), 1)
 
 
-def assert_same(one: TargetBatch, other: TargetBatch) -> None:
+def assert_same(one: Batch, other: Batch) -> None:
     assert of_draws(one) == of_draws(other)
     for name in ("views", "labels", "logits", "partner", "share"):
         a, b = getattr(one, name), getattr(other, name)
@@ -176,12 +176,12 @@ STUDENT = ("--arch", "mlp:8", "--epochs", 4, "--batch-size", 32, "--draws-per-de
 
 
 @pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TargetBatch]]:
+def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Batch]]:
     """{job: its batches} of trainings from now on."""
-    seen: dict[str, list[TargetBatch]] = {}
+    seen: dict[str, list[Batch]] = {}
     step = training.step
 
-    def noting(job: Any, state: Any, batch: TargetBatch, *rest: Any) -> torch.Tensor:
+    def noting(job: Any, state: Any, batch: Batch, *rest: Any) -> torch.Tensor:
         seen.setdefault(job.name, []).append(batch)
         return step(job, state, batch, *rest)
 
@@ -190,7 +190,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TargetBatch]]:
 
 
 def test_student_and_baseline_take_the_same_steps_on_the_same_views(
-    twelve: Path, stages: Stages, noted: dict[str, list[TargetBatch]]
+    twelve: Path, stages: Stages, noted: dict[str, list[Batch]]
 ) -> None:
     result = stages("student", "--cache", twelve, *STUDENT, "--baseline", "--out", "r")
     assert json.loads(Path("r/settings.json").read_text())["draws_per_decode"] == 4
@@ -202,7 +202,7 @@ def test_student_and_baseline_take_the_same_steps_on_the_same_views(
 
 
 def test_several_caches_labels_that_are_hidden_rows_that_are_missing_and_a_sampler_go_with_it(
-    tiny: Path, twelve: Path, stages: Stages, noted: dict[str, list[TargetBatch]], tmp_path: Path
+    tiny: Path, twelve: Path, stages: Stages, noted: dict[str, list[Batch]], tmp_path: Path
 ) -> None:
     stages(*tiny_cache_command(tiny)[:-1], tmp_path / "c", "--codec", "float32", "--draws", 12)
     both = ("--cache", twelve, "--cache", tmp_path / "c", "--combine", "mean_logit")

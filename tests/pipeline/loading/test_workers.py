@@ -10,7 +10,7 @@ import torch
 
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.verification import crc32
+from softcache.pipeline.cache.verification import compute_crc32
 from softcache.pipeline.loading.stream import Stream
 from tests.helpers.caches import PETS, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
@@ -51,7 +51,7 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     before = torch.get_rng_state()
     for batch in stream.batches(0, 2 * stream.steps_per_round):
         at = position_of[batch.index.numpy()]
-        np.testing.assert_array_equal(crc32(batch.views), cache.column("train", batch.draw, "view_crc32")[at])
+        np.testing.assert_array_equal(compute_crc32(batch.views), cache.column("train", batch.draw, "view_crc32")[at])
         np.testing.assert_array_equal(batch.logits, cache.column("train", batch.draw, "logits")[at].astype(np.float32))
         np.testing.assert_array_equal(
             batch.features["hidden1"], cache.column("train", batch.draw, "features/hidden1")[at]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Head, Known
+from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.losses import LOSSES
 from tests.helpers.formulas import FORMULAS
 from tests.helpers.one_step import one_step, taught
@@ -297,11 +297,11 @@ def test_maps_of_different_sizes_have_no_common_gram() -> None:
 @pytest.mark.parametrize("spec", ["srrl", "cat_kd"])
 def test_a_last_layer_that_does_not_read_that_layer_is_refused(spec: str) -> None:
     made = case(spec, 4, 3)
-    narrow = Head(made.teacher_head.weight[:, :-1], made.teacher_head.bias)
-    for known, why in ((Known(), "it has none"), (Known(narrow), "its last linear layer takes 4 values")):
+    narrow = LinearHead(made.teacher_head.weight[:, :-1], made.teacher_head.bias)
+    for known, why in ((LossContext(), "it has none"), (LossContext(narrow), "its last linear layer takes 4 values")):
         with pytest.raises(UsageError, match=f"loss '{spec}' needs the last linear layer of the cache's.*{why}"):
             made.loss.module(made.outputs, made.target, known)
     if spec == "cat_kd":
-        for head in (None, Head(made.head.weight[:, :-1], made.head.bias)):
+        for head in (None, LinearHead(made.head.weight[:, :-1], made.head.bias)):
             with pytest.raises(UsageError, match="the student's last linear layer does not read that map"):
                 made.loss.module(replace(made.outputs, head=head), made.target, made.known)

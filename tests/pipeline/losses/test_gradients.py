@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softcache.pipeline.losses import LOSSES
-from softcache.pipeline.taps.statistics import derived
+from softcache.pipeline.taps.statistics import derive_features
 from tests.helpers.one_step import one_step, taught
 from tests.helpers.tensors import case
 
@@ -134,10 +134,10 @@ def test_the_learned_temperature_climbs_with_the_strength_of_its_reversal(revers
 
 
 def test_the_reversal_of_the_learned_temperature_rises_over_ten_epochs_as_a_cosine() -> None:
-    from softcache.pipeline.losses import at
+    from softcache.pipeline.losses import at_epoch
 
     loss = LOSSES["ctkd"]
-    found = [at(loss, epoch, 240).reversal for epoch in (0, 4, 9, 200)]  # type: ignore[attr-defined]
+    found = [at_epoch(loss, epoch, 240).reversal for epoch in (0, 4, 9, 200)]  # type: ignore[attr-defined]
     assert found == pytest.approx([0.1, 0.5, 1.0, 1.0])
 
 
@@ -197,7 +197,7 @@ def test_a_simkd_student_does_not_train_the_teachers_layer_that_it_answers_throu
 
 def test_losses_train_on_float32_statistics_of_the_float16_maps_that_were_cached() -> None:
     batch, _, _ = taught(6, 10)
-    made = derived(batch.features, ("layer3:pool", "layer3", "layer2:attention"))
+    made = derive_features(batch.features, ("layer3:pool", "layer3", "layer2:attention"))
     assert all(x.dtype == torch.float32 for x in made.values())
     assert torch.equal(made["layer3"].half(), batch.features["layer3"])
     assert dataclasses.replace(batch, features=made).features["layer3:pool"].shape == (6, 256)

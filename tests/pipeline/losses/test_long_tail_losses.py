@@ -14,9 +14,9 @@ from sklearn.metrics import f1_score
 import softcache.stages.training.loop as training
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import count_classes, load_transfer_set
-from softcache.pipeline.batch import Known
+from softcache.pipeline.batch import LossContext
 from softcache.pipeline.losses import LOSSES
-from softcache.pipeline.losses.long_tail import counts_for
+from softcache.pipeline.losses.long_tail import require_counts
 from tests.helpers.commands import Stages
 from tests.helpers.formulas_of_logits import soft_f1
 from tests.helpers.tensors import Case, case, counts_of, labels_of, numbers
@@ -31,7 +31,7 @@ def value(made: Case) -> float:
 
 
 def with_counts(made: Case, counts: torch.Tensor) -> Case:
-    made.known = Known(counts=counts)
+    made.known = LossContext(counts=counts)
     made.module = made.loss.module(made.outputs, made.target, made.known)
     return made
 
@@ -221,12 +221,12 @@ def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
         ([5, 0, 2, 1], ("cat", "dog", "emu", "fox"), "class 'dog' has no labelled training row: leave"),
     ):
         with pytest.raises(UsageError) as error:
-            counts_for(LOSSES[name], torch.tensor(counts), classes)
+            require_counts(LOSSES[name], torch.tensor(counts), classes)
         assert f"loss '{name}': {says}" in str(error.value)
         with pytest.raises(UsageError, match="has no labelled training row"):
-            made.loss.module(made.outputs, made.target, Known(counts=torch.tensor(counts)))
+            made.loss.module(made.outputs, made.target, LossContext(counts=torch.tensor(counts)))
     with pytest.raises(UsageError, match=f"loss '{name}' counts the labels of each class, and these images have"):
-        made.loss.module(made.outputs, made.target, Known())
+        made.loss.module(made.outputs, made.target, LossContext())
 
 
 def test_only_losses_that_count_have_a_part_and_it_is_no_part_of_a_checkpoint() -> None:

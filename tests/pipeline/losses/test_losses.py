@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Known, Outputs, TargetBatch
-from softcache.pipeline.losses import LOSSES, Loss, at, parse_losses
+from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
+from softcache.pipeline.losses import LOSSES, Loss, at_epoch, parse_losses
 from softcache.pipeline.losses.base import Ramp
-from softcache.pipeline.losses.feature_base import LayerLoss
+from softcache.pipeline.losses.feature_base import FeatureLoss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.losses.hint import Hint, regressor
 from softcache.pipeline.losses.kd import KD, LogitMSE
@@ -25,8 +25,8 @@ SHAPES = [(5, 10), (1, 10), (6, 2), (1, 2), (3, 1000)]
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
 
 
-def term(loss: Loss, student: torch.Tensor, target: TargetBatch) -> torch.Tensor:
-    return loss(Outputs(student), target, None)
+def term(loss: Loss, student: torch.Tensor, target: Batch) -> torch.Tensor:
+    return loss(ModelOutputs(student), target, None)
 
 
 # The formulas once more, row by row and class by class, in plain Python
@@ -126,7 +126,7 @@ def test_a_mixup_view_of_one_picture_alone_is_that_picture(share: float) -> None
 def test_hint_is_the_formula(shape: tuple[int, ...]) -> None:
     f_s, f_t = numbers(*shape, seed=1), numbers(*shape, seed=2)
     target = batch(shape[0], features={"layer3": f_t, "other": f_t + 1})
-    student = Outputs(numbers(shape[0], 2), {"relu2": f_s, "other": f_s + 2})
+    student = ModelOutputs(numbers(shape[0], 2), {"relu2": f_s, "other": f_s + 2})
     found = Hint(teacher="layer3", student="relu2")(student, target, None)
     assert found.shape == ()
     assert float(found.detach()) == pytest.approx(mean_square_by_hand(f_s, f_t), rel=1e-9)
@@ -136,8 +136,8 @@ def test_hint_puts_the_students_features_through_the_regressor() -> None:
     torch.manual_seed(0)
     f_s, f_t = numbers(4, 3, seed=1), numbers(4, 5, seed=2)
     loss = Hint(teacher="t", student="s")
-    student, target = Outputs(numbers(4, 2), {"s": f_s}), batch(4, features={"t": f_t})
-    module = loss.module(student, target, Known())
+    student, target = ModelOutputs(numbers(4, 2), {"s": f_s}), batch(4, features={"t": f_t})
+    module = loss.module(student, target, LossContext())
     assert module is not None
     module.double()
     weight, bias = (p.tolist() for p in module.parameters())
@@ -150,7 +150,7 @@ def test_hint_compares_float16_features_from_a_cache_in_the_students_precision()
     f_s = torch.full((1, 2), 2049.0)  # between two float16 numbers
     loss = Hint(teacher="t", student="s")
     target = batch(1, features={"t": torch.full((1, 2), 2048.0, dtype=torch.float16)})
-    found = loss(Outputs(torch.zeros(1, 2), {"s": f_s}), target, None)
+    found = loss(ModelOutputs(torch.zeros(1, 2), {"s": f_s}), target, None)
     assert found.dtype == torch.float32
     assert float(found.detach()) == 1.0
 
@@ -201,13 +201,13 @@ def test_the_gradient_of_a_hint_is_that_of_its_value_in_student_and_regressor(
     loss = Hint(teacher="t", student="s")
     f_s = numbers(4, *own, seed=1).requires_grad_()
     target = batch(4, features={"t": numbers(4, *theirs, seed=2)})
-    made = loss.module(Outputs(torch.zeros(4, 2), {"s": f_s}), target, Known())
+    made = loss.module(ModelOutputs(torch.zeros(4, 2), {"s": f_s}), target, LossContext())
     module = made.double().train() if made is not None else None
     weights = list(module.parameters()) if module is not None else []
     assert bool(weights) is (own != theirs)
 
     def value(f: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return loss(Outputs(torch.zeros(4, 2), {"s": f}), target, module)
+        return loss(ModelOutputs(torch.zeros(4, 2), {"s": f}), target, module)
 
     assert torch.autograd.gradcheck(value, (f_s, *weights))
     for gradient in torch.autograd.grad(value(f_s), [f_s, *weights]):
@@ -229,7 +229,7 @@ def test_a_hint_changes_no_cached_features_and_not_their_type() -> None:
     f_t, f_s = numbers(3, 4, seed=2).half(), numbers(3, 4).float().requires_grad_()
     before = f_t.clone()
     target = batch(3, features={"t": f_t})
-    Hint(teacher="t", student="s")(Outputs(torch.zeros(3, 2), {"s": f_s}), target, None).backward()
+    Hint(teacher="t", student="s")(ModelOutputs(torch.zeros(3, 2), {"s": f_s}), target, None).backward()
     assert f_s.grad is not None
     assert target.features["t"] is f_t
     assert torch.equal(f_t, before)
@@ -433,8 +433,8 @@ def test_a_hint_asks_for_its_layers_and_takes_the_teachers_name_for_the_students
 
 
 def test_the_table_has_every_loss_under_its_own_name() -> None:
-    kinds = {*Loss.__subclasses__(), *LayerLoss.__subclasses__(), *CountingLoss.__subclasses__()}
-    kinds -= {LayerLoss, CountingLoss}
+    kinds = {*Loss.__subclasses__(), *FeatureLoss.__subclasses__(), *CountingLoss.__subclasses__()}
+    kinds -= {FeatureLoss, CountingLoss}
     assert {name: type(loss) for name, loss in LOSSES.items()} == {kind.name: kind for kind in kinds}
     assert all(loss.name == name for name, loss in LOSSES.items())
 
@@ -521,7 +521,7 @@ def test_a_hint_may_be_given_for_several_pairs_of_layers() -> None:
 @pytest.mark.parametrize(("progress", "T"), [(0.0, 8.0), (0.25, 6.25), (0.5, 4.5), (1.0, 1.0)])
 def test_a_ramp_is_linear_and_meets_both_its_ends(progress: float, T: float) -> None:
     (loss,) = parse_losses(("kd:temperature=8->1,weight=0->1",))
-    now = at(loss, round(4 * progress), 5)
+    now = at_epoch(loss, round(4 * progress), 5)
     assert now == KD(temperature=T, weight=progress)
 
 
@@ -529,21 +529,21 @@ def test_a_ramp_changes_the_term() -> None:
     z_s, z_t = numbers(4, 3, seed=1), numbers(4, 3, seed=2)
     (loss,) = parse_losses(("kd:temperature=8->1",))
     for epoch, T in ((0, 8.0), (6, 1.0)):
-        found = term(at(loss, epoch, 7), z_s, batch(4, z_t))
+        found = term(at_epoch(loss, epoch, 7), z_s, batch(4, z_t))
         assert float(found.detach()) == pytest.approx(kd_by_hand(z_s, z_t, T), rel=1e-9)
 
 
 def test_a_loss_without_ramps_stays_what_it_is() -> None:
     for loss in LOSSES.values():
         if loss.name != "ctkd":  # its gradient reversal rises
-            assert at(loss, 3, 10) is loss
+            assert at_epoch(loss, 3, 10) is loss
 
 
 @pytest.mark.parametrize(("epoch", "weight"), [(0, 0.05), (1, 0.1), (9, 0.5), (19, 1.0), (20, 1.0), (99, 1.0)])
 def test_a_warm_up_reaches_its_end_in_the_epoch_it_names_and_stays(epoch: int, weight: float) -> None:
     """min(epoch / 20, 1), epochs counted from 1."""
     (loss,) = parse_losses(("kd:weight=0->1@20",))
-    assert at(loss, epoch, 100) == KD(weight=pytest.approx(weight))
+    assert at_epoch(loss, epoch, 100) == KD(weight=pytest.approx(weight))
 
 
 @pytest.mark.parametrize("spec", ["kd:temperature=8->1", "hard:smoothing=0.1->0"])

@@ -7,9 +7,9 @@ import torch
 
 import tests.helpers.formulas_of_layers as by_hand
 from softcache.pipeline.losses import LOSSES
-from softcache.pipeline.models import build, head_of
-from softcache.pipeline.taps.hooks import tapped
-from softcache.pipeline.taps.statistics import statistic
+from softcache.pipeline.models import build, find_head
+from softcache.pipeline.taps.hooks import capture_features
+from softcache.pipeline.taps.statistics import compute_statistic
 from tests.helpers.tensors import PAIRS, Case, case, features_of, numbers
 
 SAME = (((3, 4, 4), (3, 4, 4)), ((5, 2, 2), (5, 2, 2)))
@@ -274,10 +274,10 @@ def test_every_loss_without_a_trained_part_is_here_or_compares_with_labels_alone
 def test_the_cells_of_a_class_activation_map_and_the_linear_layer_of_the_pooled_map_give_the_logits(arch: str) -> None:
     torch.manual_seed(0)
     network = build(arch, 7, 1, 16).eval()
-    layer = head_of(network, 7)
+    layer = find_head(network, 7)
     assert layer is not None
     last = "last" if arch.startswith("wrn") else "layer3"
-    with torch.no_grad(), tapped(network, (last, f"{last}:grid2", f"{last}:pool")) as kept:
+    with torch.no_grad(), capture_features(network, (last, f"{last}:grid2", f"{last}:pool")) as kept:
         logits = network(torch.rand(4, 1, 16, 16))
     torch.testing.assert_close(layer(kept[f"{last}:pool"]), logits, rtol=1e-5, atol=1e-5)
     cam = torch.einsum("kc,bchw->bkhw", layer.weight, kept[f"{last}:grid2"])
@@ -288,5 +288,5 @@ def test_the_cells_of_a_class_activation_map_and_the_linear_layer_of_the_pooled_
 def test_cells_that_do_not_divide_the_map_are_cut_as_the_reference_here_cuts_them() -> None:
     x = numbers(2, 3, 5, 7)
     for kind, n in (("grid1", 1), ("grid2", 2), ("grid4", 4)):
-        torch.testing.assert_close(statistic(x, kind), torch.from_numpy(by_hand.cells(x.numpy(), n, n)))
+        torch.testing.assert_close(compute_statistic(x, kind), torch.from_numpy(by_hand.cells(x.numpy(), n, n)))
     assert [s[1] for pair in PAIRS for s in pair] == [4, 4, 2, 2]

@@ -14,9 +14,9 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.models import build, head_of, multiply_adds, parameters
-from softcache.pipeline.models.archs.simkd import SimKDStudent, arch_of, parts_of
-from softcache.pipeline.taps.hooks import tapped
+from softcache.pipeline.models import build, count_multiply_adds, count_parameters, find_head
+from softcache.pipeline.models.archs.simkd import SimKDStudent, format_simkd_arch, parse_simkd_arch
+from softcache.pipeline.taps.hooks import capture_features
 from tests.helpers.commands import Stages
 from tests.helpers.stopping import stop_at
 
@@ -81,7 +81,7 @@ def a_student(folder: Path) -> nn.Module:
 
     class ByHand(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), tapped(backbone.eval(), ("layer3",)) as kept:
+            with torch.no_grad(), capture_features(backbone.eval(), ("layer3",)) as kept:
                 backbone(x)
             x = kept["layer3"]
             for conv, norm, pad in ((0, 1, 0), (3, 4, 1), (6, 7, 0)):
@@ -125,7 +125,7 @@ def test_arch_parameters_and_work_are_those_of_what_answers(simkd_run: Path) -> 
     student, baseline = result["student"], result["baseline"]
     assert student["arch"] == f"simkd(resnet8;layer3;{WIDTH})"
     assert baseline["arch"] == "resnet8"
-    plain, own_layer = parameters(build("resnet8", 10, 1, 8)), 64 * 10 + 10
+    plain, own_layer = count_parameters(build("resnet8", 10, 1, 8)), 64 * 10 + 10
     half = WIDTH // 2
     projector = 64 * half + 9 * half * half + half * WIDTH + 2 * (half + half + WIDTH)
     assert student["parameters"] == plain - own_layer + projector + WIDTH * 10 + 10
@@ -133,7 +133,7 @@ def test_arch_parameters_and_work_are_those_of_what_answers(simkd_run: Path) -> 
     places = 2 * 2
     work = places * (64 * half + 9 * half * half + half * WIDTH) + WIDTH * 10
     assert student["multiply_adds"] == baseline["multiply_adds"] - 64 * 10 + work
-    assert baseline["multiply_adds"] == multiply_adds(build("resnet8", 10, 1, 8), 1, 8)
+    assert baseline["multiply_adds"] == count_multiply_adds(build("resnet8", 10, 1, 8), 1, 8)
 
 
 def test_evaluate_gives_the_figures_again(home: Path, stages: Stages) -> None:
@@ -221,18 +221,18 @@ def test_what_does_not_fit_is_refused_before_a_step(
 
 def test_the_name_of_the_arch_is_read_as_it_is_written() -> None:
     for backbone, layer, width in (("resnet8", "layer3", 256), ("torchvision:resnet18", "layer4.1:pool", 1)):
-        assert parts_of(arch_of(backbone, layer, width)) == (backbone, layer, width)
-    assert parts_of("resnet8") is None
+        assert parse_simkd_arch(format_simkd_arch(backbone, layer, width)) == (backbone, layer, width)
+    assert parse_simkd_arch("resnet8") is None
     for wrong in ("simkd(resnet8)", "simkd(resnet8;layer3)", "simkd(a;b;0)", "simkd(a;b;-1)", "simkd(a;b;99999999)"):
         with pytest.raises(UsageError, match=r"is not such as simkd\(resnet8;layer3;256\)"):
-            parts_of(wrong)
+            parse_simkd_arch(wrong)
 
 
 def test_the_students_own_last_layer_is_taken_out_and_the_teachers_does_not_ask_for_gradients() -> None:
     network = build("simkd(resnet8;layer3;12)", 5, 1, 8)
     assert isinstance(network, SimKDStudent)
     assert isinstance(network.backbone.get_submodule("linear"), nn.Identity)
-    assert head_of(network, 5) is network.linear
+    assert find_head(network, 5) is network.linear
     assert not any(p.requires_grad for p in network.linear.parameters())
     assert network.training
     assert np.prod(network(torch.rand(3, 1, 8, 8)).shape) == 15

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from softcache.pipeline.metrics.classification import evaluate, log_softmax, mean_and_spread, summary
+from softcache.pipeline.metrics.classification import evaluate, log_softmax, mean_and_spread, summarize
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -293,12 +293,12 @@ def test_what_is_watched_during_training_is_what_the_result_will_say(absent: boo
     labels[::7] = -1
     if absent:
         labels[labels == 3] = -1
-    found, whole = summary(logits, labels), evaluate(logits, labels)
+    found, whole = summarize(logits, labels), evaluate(logits, labels)
     assert found == {key: pytest.approx(whole[key], rel=1e-12) for key in ("accuracy", "f1_macro", "nll")}
 
 
 def test_nothing_is_watched_without_labels() -> None:
-    assert summary(np.zeros((3, 2)), np.full(3, -1)) == {}
+    assert summarize(np.zeros((3, 2)), np.full(3, -1)) == {}
 
 
 def test_log_softmax_is_that_of_float64_and_survives_hopeless_classes() -> None:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from softcache.pipeline.metrics import significance
-from softcache.pipeline.metrics.classification import evaluate, summary
-from softcache.pipeline.metrics.significance import Difference, mcnemar, paired_bootstrap, right_alone
+from softcache.pipeline.metrics.classification import evaluate, summarize
+from softcache.pipeline.metrics.significance import Difference, count_right_alone, mcnemar, paired_bootstrap
 
 Ints = NDArray[np.int64]
 
@@ -43,8 +43,8 @@ def test_mcnemar_is_the_sum_of_all_outcomes_that_are_no_likelier() -> None:
 
 def test_rows_count_that_one_alone_has_right() -> None:
     labels, first, second = np.array([[0, 1, 2, 0, 1], [0, 1, 0, 1, 1], [0, 2, 2, 0, 0]])
-    assert right_alone(labels, first, second) == (2, 2)
-    assert right_alone(labels, first, first) == (0, 0)
+    assert count_right_alone(labels, first, second) == (2, 2)
+    assert count_right_alone(labels, first, first) == (0, 0)
 
 
 # The difference
@@ -72,7 +72,7 @@ def test_one_seed_each_has_the_interval_of_a_plain_loop_over_rows() -> None:
     loop: dict[str, list[float]] = {"accuracy": [], "f1_macro": []}
     for _ in range(2000):
         rows = rng.integers(0, 400, 400)
-        a, b = (summary(logits[guess[rows]], labels[rows]) for guess in (first, second))
+        a, b = (summarize(logits[guess[rows]], labels[rows]) for guess in (first, second))
         for name, values in loop.items():
             values.append(b[name] - a[name])
     for name, found in paired_bootstrap(labels, first[None], second[None]).items():
@@ -120,7 +120,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(alone: float, other: f
         first, second = (row < other)[None].astype(np.int64), ((row >= other) & (row < other + alone))[None] * 1
         found = accuracy(labels, first, second)
         outside += not found.low <= other - alone <= found.high
-        both += found.beyond_chance and mcnemar(*right_alone(labels, first[0], second[0])) < 0.05
+        both += found.beyond_chance and mcnemar(*count_right_alone(labels, first[0], second[0])) < 0.05
     assert stats.binom.ppf(0.001, trials, 0.05) <= outside <= at_most(0.05, trials)
     print(outside / trials, both / trials)
     assert both <= at_most(0.05, trials) if alone == other else both > 0.8 * trials

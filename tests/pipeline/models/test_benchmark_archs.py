@@ -8,12 +8,12 @@ from torchvision.models import resnet, shufflenetv2, vgg13_bn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.models import MODELS, build, head_of, parameters
+from softcache.pipeline.models import MODELS, build, count_parameters, find_head
 from softcache.pipeline.models.archs.cifar_resnet import Block as ResNetBlock
 from softcache.pipeline.models.archs.mobilenet import Block as MobileNetBlock
 from softcache.pipeline.models.archs.shufflenet import UnitV1, UnitV2, shuffle
 from softcache.pipeline.models.archs.wide_resnet import Block as WideBlock
-from softcache.pipeline.taps.hooks import tapped
+from softcache.pipeline.taps.hooks import capture_features
 from tests.helpers.networks import logits_of, one_line
 
 PARAMETERS = {  # with 100 classes and three channels
@@ -82,14 +82,14 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_an_arch_has_the_published_number_of_parameters(arch: str) -> None:
-    assert parameters(build(arch, 100, 3, 32)) == PARAMETERS[arch]
+    assert count_parameters(build(arch, 100, 3, 32)) == PARAMETERS[arch]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_stage_can_be_tapped_and_the_last_map_is_what_the_head_averages(arch: str) -> None:
     torch.manual_seed(0)
     network = lively(build(arch, 100, 3, 32))
-    with torch.no_grad(), tapped(network, tuple(STAGES[arch])) as kept:
+    with torch.no_grad(), capture_features(network, tuple(STAGES[arch])) as kept:
         logits = network(torch.randn(2, 3, 32, 32, dtype=torch.float64))
     assert {tap: tuple(x.shape) for tap, x in kept.items()} == (
         {tap: (2, width, side, side) for tap, (width, side) in STAGES[arch].items()}
@@ -98,7 +98,7 @@ def test_every_stage_can_be_tapped_and_the_last_map_is_what_the_head_averages(ar
         {tap for tap in STAGES[arch] if (arch, tap) in WITHOUT_RELU}
     )
     head = network.get_submodule("linear")
-    assert head is head_of(network, 100)
+    assert head is find_head(network, 100)
     close(head(kept[list(STAGES[arch])[-1]].mean((2, 3))), logits)
 
 
@@ -217,7 +217,7 @@ def test_vgg13_is_torchvisions_without_its_last_poolings(size: int, poolings: in
     layers = nn.ModuleList(getattr(ours, f"layer{i}") for i in range(1, 6))
     same_weights(layers, theirs)
     x = torch.rand(1, 3, size, size, dtype=torch.float64)
-    with torch.no_grad(), tapped(ours, ("layer5",)) as kept:
+    with torch.no_grad(), capture_features(ours, ("layer5",)) as kept:
         ours(x)
         for layer in theirs:
             if isinstance(layer, nn.MaxPool2d):

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.models import MODELS, build, head_of, multiply_adds, parameters
+from softcache.pipeline.models import MODELS, build, count_multiply_adds, count_parameters, find_head
 from softcache.pipeline.models.archs.cifar_resnet import Block, CifarResNet
-from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from tests.helpers.networks import logits_of, one_line
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
@@ -114,14 +114,14 @@ def counted_by_hand(depth: int, classes: int, channels: int) -> int:
 def test_a_cifar_resnet_has_as_many_parameters_as_its_layers_add_up_to(depth: int) -> None:
     for classes, channels in ((10, 3), (100, 1)):
         network = build(f"resnet{depth}", classes, channels, 32)
-        assert parameters(network) == counted_by_hand(depth, classes, channels)
+        assert count_parameters(network) == counted_by_hand(depth, classes, channels)
 
 
 @pytest.mark.parametrize(
     ("depth", "count"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
 )
 def test_a_cifar_resnet_has_the_published_number_of_parameters(depth: int, count: int) -> None:
-    assert parameters(build(f"resnet{depth}", 10, 3, 32)) == count
+    assert count_parameters(build(f"resnet{depth}", 10, 3, 32)) == count
 
 
 @pytest.mark.parametrize("depth", CIFAR_DEPTHS)
@@ -161,9 +161,9 @@ def test_a_block_adds_its_shortcut_before_the_last_relu() -> None:
 
 @pytest.mark.parametrize(("file", "depth"), [("resnet20-12fca82f.th", 20), ("resnet56-4bfd9763.th", 56)])
 def test_the_public_checkpoints_load(file: str, depth: int, shared: Path) -> None:
-    state = read_state(shared / "weights" / file)
+    state = read_state_dict(shared / "weights" / file)
     network = CifarResNet(depth, 10)
-    load_state(network, state, file)
+    load_weights(network, state, file)
     last = network.get_submodule(f"layer3.{(depth - 8) // 6}.bn2")
     assert torch.equal(last.running_var, state[f"layer3.{(depth - 8) // 6}.bn2.running_var"])
     assert torch.equal(network.linear.weight, state["linear.weight"])
@@ -176,8 +176,8 @@ def test_a_public_checkpoint_is_as_good_as_was_measured_on_these_pictures(shared
     from PIL import Image
 
     network = CifarResNet(20, 10)
-    load_state(network, read_state(shared / "weights" / "resnet20-12fca82f.th"), "resnet20")
-    model = Prepared(network, Preparation(3, 32, IMAGENET_MEAN, IMAGENET_STD)).eval()
+    load_weights(network, read_state_dict(shared / "weights" / "resnet20-12fca82f.th"), "resnet20")
+    model = PreparedModel(network, InputSpec(3, 32, IMAGENET_MEAN, IMAGENET_STD)).eval()
     images, classes = [], []
     with tarfile.open(shared / "data" / "cifar10-jpeg" / "cifar10-jpeg.tar.gz") as archive:
         for member in archive:
@@ -239,26 +239,26 @@ def test_a_users_factory_that_is_none_is_refused_in_one_line(users_folder: Path,
 
 def test_the_head_is_the_last_linear_layer_with_one_output_per_class() -> None:
     mlp, resnet = build("mlp:10,10", 10, 1, 8), build("torchvision:resnet18", 10, 3, 32)
-    assert head_of(mlp, 10) is mlp.linear
-    assert head_of(resnet, 10) is resnet.fc
-    assert head_of(build("torchvision:squeezenet1_1", 10, 3, 32), 10) is None, "its last layer is a convolution"
-    assert head_of(mlp, 7) is None
+    assert find_head(mlp, 10) is mlp.linear
+    assert find_head(resnet, 10) is resnet.fc
+    assert find_head(build("torchvision:squeezenet1_1", 10, 3, 32), 10) is None, "its last layer is a convolution"
+    assert find_head(mlp, 7) is None
 
 
 def test_multiply_adds_of_an_mlp_are_its_matrix_products() -> None:
-    assert multiply_adds(build("mlp:20,30", 7, 3, 8), 3, 8) == 3 * 8 * 8 * 20 + 20 * 30 + 30 * 7
+    assert count_multiply_adds(build("mlp:20,30", 7, 3, 8), 3, 8) == 3 * 8 * 8 * 20 + 20 * 30 + 30 * 7
 
 
 def test_multiply_adds_of_a_cnn_are_its_convolutions_and_its_linear_layer() -> None:
     by_hand = 9 * 3 * 64 * 28 * 28 + 9 * 64 * 128 * 14 * 14 + 128 * 4 * 4 * 7
-    assert multiply_adds(build("cnn", 7, 3, 28), 3, 28) == by_hand
+    assert count_multiply_adds(build("cnn", 7, 3, 28), 3, 28) == by_hand
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_counting_multiply_adds_leaves_the_network_as_it_was(training: bool) -> None:
     network = build("cnn", 7, 1, 8).train(training)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    multiply_adds(network, 1, 8)
+    count_multiply_adds(network, 1, 8)
     assert network.training is training
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
@@ -286,7 +286,7 @@ def resampling(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-def prepared_by_hand(views: torch.Tensor, p: Preparation) -> np.ndarray:
+def prepared_by_hand(views: torch.Tensor, p: InputSpec) -> np.ndarray:
     x = views.numpy().astype(np.float64) / 255
     if x.shape[1] != p.channels:
         x = np.concatenate([x] * p.channels, axis=1)
@@ -299,17 +299,17 @@ def prepared_by_hand(views: torch.Tensor, p: Preparation) -> np.ndarray:
 @pytest.mark.parametrize("size", [8, 12, 16, 19, 5, 4, 3])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_are_repeated_resized_and_normalised_as_in_float64(size: int, channels: int) -> None:
-    preparation = Preparation(3, size, IMAGENET_MEAN, IMAGENET_STD)
+    preparation = InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
     generator = torch.Generator().manual_seed(1)
     views = torch.randint(0, 256, (2, channels, 8, 8), dtype=torch.uint8, generator=generator)
-    found = Prepared(Input(), preparation)(views).view(2, 3, size, size).double().numpy()
+    found = PreparedModel(Input(), preparation)(views).view(2, 3, size, size).double().numpy()
     np.testing.assert_allclose(found, prepared_by_hand(views, preparation), rtol=0, atol=2e-6)
 
 
 def test_one_channel_is_normalised_with_its_own_mean_and_spread() -> None:
-    preparation = Preparation(1, 2, (0.25,), (0.5,))
+    preparation = InputSpec(1, 2, (0.25,), (0.5,))
     views = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2)
-    torch.testing.assert_close(Prepared(Input(), preparation)(views), torch.tensor([[-0.5, -0.1, 0.3, 1.5]]))
+    torch.testing.assert_close(PreparedModel(Input(), preparation)(views), torch.tensor([[-0.5, -0.1, 0.3, 1.5]]))
 
 
 def test_memory_layout_changes_no_logits() -> None:
@@ -317,10 +317,10 @@ def test_memory_layout_changes_no_logits() -> None:
     torch.manual_seed(0)
     network = build("cnn", 5, 3, 8).double().eval()
     views = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    preparation = Preparation(3, 8, IMAGENET_MEAN, IMAGENET_STD)
+    preparation = InputSpec(3, 8, IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
         expected = network(torch.from_numpy(prepared_by_hand(views, preparation)))
-        found = Prepared(network.float(), preparation)(views)
+        found = PreparedModel(network.float(), preparation)(views)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -330,13 +330,13 @@ def test_logits_are_float32_whatever_the_network_computes_in() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(1).bfloat16()
 
-    found = Prepared(Half(), Preparation(1, 2, (0.0,), (1.0,)))(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    found = PreparedModel(Half(), InputSpec(1, 2, (0.0,), (1.0,)))(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
     assert found.dtype == torch.float32
 
 
 def test_a_preparation_survives_json_and_is_no_part_of_the_weights() -> None:
-    preparation = Preparation(3, 32, IMAGENET_MEAN, IMAGENET_STD)
-    assert Preparation.from_json(json.loads(json.dumps(preparation.identity()))) == preparation
-    model = Prepared(build("mlp:4", 2, 3, 32), preparation)
+    preparation = InputSpec(3, 32, IMAGENET_MEAN, IMAGENET_STD)
+    assert InputSpec.from_json(json.loads(json.dumps(preparation.identity()))) == preparation
+    model = PreparedModel(build("mlp:4", 2, 3, 32), preparation)
     assert all(key.startswith("network.") for key in model.state_dict())
     assert math.prod(model.scale.shape) == 3

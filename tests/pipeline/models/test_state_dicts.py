@@ -13,7 +13,7 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.models import build
-from softcache.pipeline.models.state_dicts import load_state, read_state, run_weights, weights_digest
+from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights, read_state_dict
 
 
 def network() -> nn.Sequential:
@@ -35,7 +35,7 @@ def saved(path: Path, what: Any, **options: Any) -> Path:
 def refused(path: Path) -> str:
     """The one line with which a file is refused."""
     with pytest.raises(CacheError) as error:
-        read_state(path)
+        read_state_dict(path)
     text = str(error.value)
     assert "\n" not in text
     assert f"'{path}'" in text
@@ -45,7 +45,7 @@ def refused(path: Path) -> str:
 def does_not_fit(target: nn.Module, state: dict[str, torch.Tensor]) -> str:
     """The one line with which a state is refused."""
     with pytest.raises(UsageError) as error:
-        load_state(target, state, "teacher.pt")
+        load_weights(target, state, "teacher.pt")
     text = str(error.value)
     assert "\n" not in text
     assert text.startswith("the weights of teacher.pt do not fit the arch: ")
@@ -63,31 +63,31 @@ def test_a_state_dict_is_read_however_it_was_saved(tmp_path: Path, prefix: str, 
     state = {prefix + key: value for key, value in original.state_dict().items()}
     what = {nest: state, "epoch": 3, "best_prec1": 91.7} if nest else state
     path = saved(tmp_path / "weights.pt", what, _use_new_zipfile_serialization=zipped)
-    assert list(read_state(path)) == list(original.state_dict())
+    assert list(read_state_dict(path)) == list(original.state_dict())
     fresh = network()
     nn.init.zeros_(fresh.linear.weight)
-    load_state(fresh, read_state(path), str(path))
+    load_weights(fresh, read_state_dict(path), str(path))
     for key, value in original.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], value), key
 
 
 def test_a_state_dict_inside_a_state_dict_is_found(tmp_path: Path) -> None:
     path = saved(tmp_path / "nested.pt", {"state_dict": {"model": {"module.a": torch.ones(2)}}})
-    assert list(read_state(path)) == ["a"]
+    assert list(read_state_dict(path)) == ["a"]
 
 
 def test_a_prefix_is_taken_off_at_the_front_alone(tmp_path: Path) -> None:
     names = ("module.encoder.module.weight", "encoder.module.weight.module.", "submodule.bias")
     path = saved(tmp_path / "w.pt", {name: torch.zeros(1) for name in names})
-    assert list(read_state(path)) == ["encoder.module.weight", "encoder.module.weight.module.", "submodule.bias"]
+    assert list(read_state_dict(path)) == ["encoder.module.weight", "encoder.module.weight.module.", "submodule.bias"]
 
 
 def test_an_arch_with_a_layer_of_its_own_called_module_loads_what_it_saved(tmp_path: Path) -> None:
     original = nn.ModuleDict({"module": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     path = saved(tmp_path / "w.pt", original.state_dict())
     fresh = nn.ModuleDict({"module": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
-    load_state(fresh, read_state(path), str(path))
-    assert weights_digest(fresh) == weights_digest(original)
+    load_weights(fresh, read_state_dict(path), str(path))
+    assert hash_weights(fresh) == hash_weights(original)
 
 
 def test_weights_of_an_arch_that_asks_for_its_version_load_from_a_bare_dict(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_weights_of_an_arch_that_asks_for_its_version_load_from_a_bare_dict(tmp_
     original = build("torchvision:mnasnet0_5", 3, 1, 32)
     path = saved(tmp_path / "mnasnet.pt", dict(original.state_dict()))
     fresh = build("torchvision:mnasnet0_5", 3, 1, 32)
-    load_state(fresh, read_state(path), str(path))
-    assert weights_digest(fresh) == weights_digest(original)
+    load_weights(fresh, read_state_dict(path), str(path))
+    assert hash_weights(fresh) == hash_weights(original)
 
 
 def test_names_of_torchvisions_older_files_are_translated_where_the_arch_has_the_new_ones() -> None:
@@ -114,14 +114,14 @@ def test_names_of_torchvisions_older_files_are_translated_where_the_arch_has_the
         for key, value in state.items()
     }
     assert set(of_old) & set(state) == set()
-    load_state(today, of_old, "an old file")
+    load_weights(today, of_old, "an old file")
     assert all(torch.equal(today.state_dict()[key], value) for key, value in state.items())
 
 
 def test_names_that_an_arch_itself_has_are_not_translated() -> None:
     mine = nn.ModuleDict({"block": nn.ModuleDict({"mlp": nn.ModuleDict({"linear_1": nn.Linear(2, 2)})})})
     state = {key: value + 1 for key, value in mine.state_dict().items()}
-    load_state(mine, state, "mine")
+    load_weights(mine, state, "mine")
     assert all(torch.equal(mine.state_dict()[key], value) for key, value in state.items())
 
 
@@ -133,7 +133,7 @@ def test_missing_batch_counters_are_no_fault_and_keep_their_value() -> None:
     fresh = network()
     before = fresh.bn.num_batches_tracked.clone()
     nn.init.zeros_(fresh.conv.weight)
-    load_state(fresh, state, "old.pt")
+    load_weights(fresh, state, "old.pt")
     assert torch.equal(fresh.conv.weight, state["conv.weight"])
     assert torch.equal(fresh.bn.num_batches_tracked, before)
 
@@ -170,11 +170,11 @@ def test_of_many_problems_the_first_three_are_named_and_the_rest_counted() -> No
 
 def test_weights_that_do_not_fit_leave_the_network_as_it_was() -> None:
     target = network()
-    before = weights_digest(target)
+    before = hash_weights(target)
     state = {key: torch.zeros_like(value) for key, value in target.state_dict().items()}
     del state["linear.bias"]
     does_not_fit(target, state)
-    assert weights_digest(target) == before
+    assert hash_weights(target) == before
 
 
 # What is no file of weights
@@ -258,17 +258,17 @@ def test_a_web_page_in_place_of_weights_is_called_damaged_and_not_dangerous(tmp_
 
 def test_weights_that_are_not_there_and_folders_without_any_are_wrong_commands(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there are no weights at '.*nowhere\.pt'"):
-        read_state(tmp_path / "nowhere.pt")
+        read_state_dict(tmp_path / "nowhere.pt")
     with pytest.raises(UsageError, match=r"is a folder without teacher\.pt or student\.pt"):
-        read_state(run_weights(tmp_path))
+        read_state_dict(find_weights_file(tmp_path))
 
 
 @pytest.mark.parametrize("names", [["teacher.pt"], ["student.pt"], ["student.pt", "teacher.pt"]])
 def test_the_weights_of_a_run_are_found_in_its_folder(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         saved(tmp_path / name, {name.replace(".", "_"): torch.zeros(1)})
-    assert run_weights(tmp_path) == tmp_path / names[-1]
-    assert run_weights(tmp_path / names[0]) == tmp_path / names[0]
+    assert find_weights_file(tmp_path) == tmp_path / names[-1]
+    assert find_weights_file(tmp_path / names[0]) == tmp_path / names[0]
 
 
 # The digest
@@ -276,28 +276,28 @@ def test_the_weights_of_a_run_are_found_in_its_folder(tmp_path: Path, names: lis
 
 def test_equal_weights_have_one_digest_however_they_were_saved(tmp_path: Path) -> None:
     original = network()
-    digest = weights_digest(original)
+    digest = hash_weights(original)
     for zipped in (True, False):
         for prefix in ("", "module."):
             state = {prefix + k: v for k, v in reversed(original.state_dict().items())}
             path = saved(tmp_path / "w.pt", {"model": state}, _use_new_zipfile_serialization=zipped)
             fresh = network()
             nn.init.zeros_(fresh.conv.weight)
-            load_state(fresh, read_state(path), "w.pt")
-            assert weights_digest(fresh) == digest
-    assert weights_digest(original.to(memory_format=torch.channels_last)) == digest
-    assert weights_digest(original.eval().requires_grad_(False)) == digest
+            load_weights(fresh, read_state_dict(path), "w.pt")
+            assert hash_weights(fresh) == digest
+    assert hash_weights(original.to(memory_format=torch.channels_last)) == digest
+    assert hash_weights(original.eval().requires_grad_(False)) == digest
 
 
 def test_one_changed_weight_changes_the_digest() -> None:
     original = network()
-    digests = {weights_digest(original)}
+    digests = {hash_weights(original)}
     for key, value in original.state_dict().items():
         changed = network()
         at = changed.state_dict()[key].view(-1)[-1:]
         at.copy_(torch.nextafter(at, at + 1) if at.is_floating_point() else at + 1)
         assert not torch.equal(changed.state_dict()[key], value)
-        digests.add(weights_digest(changed))
+        digests.add(hash_weights(changed))
     assert len(digests) == 1 + len(original.state_dict())
 
 
@@ -306,7 +306,7 @@ def test_names_types_and_shapes_are_part_of_the_digest() -> None:
         module = nn.Module()
         for name, value in weights.items():
             module.register_buffer(name, value)
-        return weights_digest(module)
+        return hash_weights(module)
 
     zeros = torch.zeros(2, 2)
     kinds = [
@@ -329,4 +329,4 @@ def test_a_digest_is_the_same_for_ever() -> None:
     with torch.no_grad():
         module.weight.copy_(torch.tensor([[1.0, -2.0]]))
         module.bias.fill_(0.5)
-    assert weights_digest(module) == "78caf5d3e8f75d8869fcec943f45c9f4fe6fc5ea66b53873b213a620e609e95a"
+    assert hash_weights(module) == "78caf5d3e8f75d8869fcec943f45c9f4fe6fc5ea66b53873b213a620e609e95a"

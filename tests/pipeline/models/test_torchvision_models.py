@@ -14,9 +14,9 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.models import build
-from softcache.pipeline.models.archs.torchvision_models import published
-from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, Preparation, Prepared
-from softcache.pipeline.models.state_dicts import load_state
+from softcache.pipeline.models.archs.torchvision_models import load_published_weights
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights
 from tests.helpers.networks import logits_of, one_line
 
 QUICK = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
@@ -153,7 +153,7 @@ def offer(
 
 def test_published_weights_are_asked_for_without_code_and_with_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = offer(monkeypatch, "resnet18", lambda: {"fc.bias": torch.arange(3.0)})
-    state = published("resnet18")[0]
+    state = load_published_weights("resnet18")[0]
     assert len(asked) == 1
     assert asked[0]["weights_only"] is True
     assert asked[0]["check_hash"] is True
@@ -172,7 +172,7 @@ def test_published_weights_come_with_the_preparation_they_were_trained_with(
     monkeypatch: pytest.MonkeyPatch, name: str, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
     offer(monkeypatch, name, dict)
-    state, found_size, found_mean, found_std, classes = published(name)
+    state, found_size, found_mean, found_std, classes = load_published_weights(name)
     assert state == {}
     assert found_size == size
     assert (tuple(found_mean), tuple(found_std)) == (mean, std)
@@ -189,10 +189,10 @@ def test_a_published_teacher_says_what_torchvisions_own_says(monkeypatch: pytest
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)  # fresh as torchvision makes it, GoogLeNet hardly sees its input
     offer(monkeypatch, name, theirs.state_dict)
-    state, size, mean, std, classes = published(name)
+    state, size, mean, std, classes = load_published_weights(name)
     network = build(f"torchvision:{name}", len(classes), 3, size)
-    load_state(network, state, name)
-    ours = Prepared(network, Preparation(3, size, tuple(mean), tuple(std))).eval()
+    load_weights(network, state, name)
+    ours = PreparedModel(network, InputSpec(3, size, tuple(mean), tuple(std))).eval()
     views = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
     images = (views / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_published_weights_that_cannot_be_had_are_refused_with_where_to_put_them
 
     offer(monkeypatch, "resnet18", fails)
     with pytest.raises(CacheError) as refused:
-        published("resnet18")
+        load_published_weights("resnet18")
     assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(refused)
     assert "resnet18-f37072fd.pth" in one_line(refused)
 
@@ -233,7 +233,7 @@ def hub_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_published_weights_that_lie_in_the_hub_folder_are_not_downloaded(hub_file: Path) -> None:
     torch.save({"fc.bias": torch.arange(3.0)}, hub_file)
-    assert torch.equal(published("resnet18")[0]["fc.bias"], torch.arange(3.0))
+    assert torch.equal(load_published_weights("resnet18")[0]["fc.bias"], torch.arange(3.0))
 
 
 class Trap:
@@ -249,11 +249,11 @@ class Trap:
 def test_code_in_place_of_published_weights_is_refused_and_not_run(hub_file: Path, tmp_path: Path) -> None:
     torch.save({"fc.bias": Trap(tmp_path / "sprung")}, hub_file)
     with pytest.raises(CacheError) as refused:
-        published("resnet18")
+        load_published_weights("resnet18")
     one_line(refused)
     assert not (tmp_path / "sprung").exists()
 
 
 def test_there_are_no_published_weights_of_a_model_that_is_not() -> None:
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
-        published("resnet19")
+        load_published_weights("resnet19")

@@ -13,8 +13,16 @@ import torch
 from softcache.base.errors import UsageError
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
-from softcache.pipeline.taps.hooks import tapped
-from softcache.pipeline.taps.statistics import STATISTICS, as_map, derived, plain_tap, source_of, split_tap, statistic
+from softcache.pipeline.taps.hooks import capture_features
+from softcache.pipeline.taps.statistics import (
+    STATISTICS,
+    compute_statistic,
+    derive_features,
+    find_source_tap,
+    normalize_tap,
+    parse_tap,
+    to_feature_map,
+)
 from tests.helpers.caches import printed_command
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.tensors import numbers
@@ -59,10 +67,10 @@ def by_hand(x: torch.Tensor, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_statistic_is_its_formula(shape: tuple[int, ...], kind: str) -> None:
     x = numbers(*shape)
-    found = statistic(x, kind, "layer3")
+    found = compute_statistic(x, kind, "layer3")
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), by_hand(x, kind), rtol=1e-12, atol=1e-14)
-    assert statistic(x.float(), kind).dtype == torch.float32
+    assert compute_statistic(x.float(), kind).dtype == torch.float32
 
 
 def test_every_statistic_is_compared_with_its_formula() -> None:
@@ -72,62 +80,64 @@ def test_every_statistic_is_compared_with_its_formula() -> None:
 
 def test_of_a_vector_and_of_tokens_there_is_the_map_and_the_mean() -> None:
     vector, tokens = numbers(3, 5), numbers(3, 4, 5)
-    assert statistic(vector, "map") is vector
-    assert statistic(vector, "pool") is vector
-    assert torch.equal(statistic(tokens, "pool"), torch.stack([t.sum(0) / 4 for t in tokens]))
+    assert compute_statistic(vector, "map") is vector
+    assert compute_statistic(vector, "pool") is vector
+    assert torch.equal(compute_statistic(tokens, "pool"), torch.stack([t.sum(0) / 4 for t in tokens]))
     for kind in ("attention", "gram", "grid1", "grid2", "grid4"):
         for x, shape in ((vector, "5"), (tokens, "4x5")):
             with pytest.raises(UsageError, match=f"tap 'relu1:{kind}': 'relu1' gives {shape}, and {kind} is of a map"):
-                statistic(x, kind, "relu1")
+                compute_statistic(x, kind, "relu1")
     with pytest.raises(UsageError, match="gives 2x2x2x2, and pool is of a map CxHxW"):
-        statistic(numbers(1, 2, 2, 2, 2), "pool", "conv")
+        compute_statistic(numbers(1, 2, 2, 2, 2), "pool", "conv")
 
 
 def test_statistics_of_zeros_are_zeros_and_not_nan() -> None:
     for kind in STATISTICS:
-        assert (statistic(torch.zeros(2, 3, 4, 4), kind) == 0).all()
+        assert (compute_statistic(torch.zeros(2, 3, 4, 4), kind) == 0).all()
 
 
 def test_the_one_name_of_a_tap() -> None:
-    assert split_tap("layer3") == split_tap("layer3:map") == ("layer3", "map")
-    assert split_tap("layer3.0.bn2:grid2") == ("layer3.0.bn2", "grid2")
-    assert plain_tap("layer3:map") == plain_tap("layer3") == "layer3"
-    assert plain_tap("layer3:pool") == "layer3:pool"
+    assert parse_tap("layer3") == parse_tap("layer3:map") == ("layer3", "map")
+    assert parse_tap("layer3.0.bn2:grid2") == ("layer3.0.bn2", "grid2")
+    assert normalize_tap("layer3:map") == normalize_tap("layer3") == "layer3"
+    assert normalize_tap("layer3:pool") == "layer3:pool"
     for wrong, meant in (("layer3:pol", "pool"), ("layer3:", ""), ("layer3:grid3", "grid"), ("a:pool:pool", "pool")):
         with pytest.raises(UsageError, match=f"no statistic of tap '{wrong}'.*{meant}.*There are: attention, gram"):
-            split_tap(wrong)
+            parse_tap(wrong)
 
 
 def test_a_map_that_is_cached_serves_every_statistic_and_a_statistic_itself_alone() -> None:
     for kind in STATISTICS:
-        assert source_of(f"layer3:{kind}", ["layer2", "layer3"]) == "layer3"
-        assert source_of(f"layer3:{kind}", ["layer3:map"]) == "layer3:map"
+        assert find_source_tap(f"layer3:{kind}", ["layer2", "layer3"]) == "layer3"
+        assert find_source_tap(f"layer3:{kind}", ["layer3:map"]) == "layer3:map"
         for other in STATISTICS[1:]:
             expected = f"layer3:{other}" if kind == other else None
-            assert source_of(f"layer3:{kind}", [f"layer3:{other}", "layer2"]) == expected
-    assert source_of("layer3:pool", ["layer3", "layer3:pool"]) == "layer3:pool", "what is there need not be made"
-    assert source_of("layer3", []) is None
-    assert source_of("layer3", ["layer3:pool"]) is None
+            assert find_source_tap(f"layer3:{kind}", [f"layer3:{other}", "layer2"]) == expected
+    assert find_source_tap("layer3:pool", ["layer3", "layer3:pool"]) == "layer3:pool", "what is there need not be made"
+    assert find_source_tap("layer3", []) is None
+    assert find_source_tap("layer3", ["layer3:pool"]) is None
 
 
 def test_what_is_derived_of_float16_is_the_statistic_in_float32_and_what_is_there_is_left_as_it_is() -> None:
     x, pool = numbers(3, 4, 4, 4).half(), numbers(3, 4).half()
-    made = derived({"layer3": x, "layer2:pool": pool}, [*(f"layer3:{kind}" for kind in STATISTICS), "layer2:pool"])
+    made = derive_features(
+        {"layer3": x, "layer2:pool": pool}, [*(f"layer3:{kind}" for kind in STATISTICS), "layer2:pool"]
+    )
     assert list(made) == [*(f"layer3:{kind}" for kind in STATISTICS), "layer2:pool"]
     for kind in STATISTICS:
         assert made[f"layer3:{kind}"].dtype == torch.float32
-        assert torch.equal(made[f"layer3:{kind}"], statistic(x.float(), kind))
+        assert torch.equal(made[f"layer3:{kind}"], compute_statistic(x.float(), kind))
     assert torch.equal(made["layer2:pool"], pool.float())
     with pytest.raises(KeyError, match="layer2"):
-        derived({"layer2:pool": pool}, ["layer2"])
+        derive_features({"layer2:pool": pool}, ["layer2"])
 
 
 def test_a_vector_is_a_map_of_one_place() -> None:
     x = numbers(2, 3)
-    assert torch.equal(as_map(x), x.view(2, 3, 1, 1))
-    assert as_map(x.view(2, 3, 1, 1)).shape == (2, 3, 1, 1)
+    assert torch.equal(to_feature_map(x), x.view(2, 3, 1, 1))
+    assert to_feature_map(x.view(2, 3, 1, 1)).shape == (2, 3, 1, 1)
     with pytest.raises(UsageError, match="features of 3x4 are neither a map CxHxW nor a vector"):
-        as_map(numbers(2, 3, 4))
+        to_feature_map(numbers(2, 3, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,19 +146,19 @@ def test_a_tapped_statistic_is_that_of_the_tapped_map_in_float32(dtype: torch.dt
     network = build("resnet8", 5, 1, 16).eval()
     taps = ("layer3", *(f"layer3:{kind}" for kind in STATISTICS[1:]))
     half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with torch.no_grad(), half, tapped(network, taps) as kept:
+    with torch.no_grad(), half, capture_features(network, taps) as kept:
         network(torch.rand(3, 1, 16, 16))
     assert kept["layer3"].dtype == dtype
     for kind in STATISTICS[1:]:
         assert kept[f"layer3:{kind}"].dtype == torch.float32
-        assert torch.equal(kept[f"layer3:{kind}"], statistic(kept["layer3"].float(), kind))
+        assert torch.equal(kept[f"layer3:{kind}"], compute_statistic(kept["layer3"].float(), kind))
 
 
 def test_gradients_flow_through_a_tapped_statistic() -> None:
     network = build("resnet8", 5, 1, 16)
     for kind in STATISTICS:
         network.zero_grad()
-        with tapped(network, (f"layer2:{kind}",)) as kept:
+        with capture_features(network, (f"layer2:{kind}",)) as kept:
             network(torch.rand(3, 1, 16, 16))
         (kept[f"layer2:{kind}"] * torch.rand_like(kept[f"layer2:{kind}"])).sum().backward()
         assert network.conv1.weight.grad.abs().sum() > 0  # type: ignore[union-attr,operator]
@@ -181,7 +191,7 @@ def test_a_cache_keeps_the_statistics_that_it_is_asked_for(home: Path, stages: S
     assert {tap: list(shape) for tap, shape in cache.manifest.taps.items()} == shapes | {"layer3": [64, 2, 2]}
     features = cache.targets("train", 1, np.arange(20), tuple(cache.manifest.taps))[1]
     for tap in ("layer3:pool", "layer3:grid2", "layer3:gram"):
-        made = derived({"layer3": features["layer3"]}, [tap])[tap]
+        made = derive_features({"layer3": features["layer3"]}, [tap])[tap]
         torch.testing.assert_close(features[tap].float(), made, rtol=2e-3, atol=2e-3)
     stages("check-cache", home / "cache", "--deep", "--weights", home / "runs/teacher")
 

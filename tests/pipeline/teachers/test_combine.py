@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.teachers.combine import Combine, fit_combine, parse_combine, trust
+from softcache.pipeline.teachers.combine import Combination, confidence_weights, fit_combination, parse_combination
 
 Floats = NDArray[np.float64]
 
@@ -56,31 +56,31 @@ def by_hand(name: str, row: list[list[float]], weights: list[float]) -> list[flo
     ],
 )
 def test_every_way_is_its_formula(spec: str) -> None:
-    logits, combine = three(), parse_combine(spec, 3)
+    logits, combine = three(), parse_combination(spec, 3)
     weights = [float(w) for w in spec.partition(":")[2].split(",")] if ":" in spec else [1 / 3] * 3
     found = F.softmax(combine(logits), 1).tolist()
     for row, p in zip(logits.tolist(), found, strict=True):
         assert p == pytest.approx(by_hand(combine.name, row, weights), rel=1e-9, abs=1e-15)
-    again = Combine.from_json(combine.to_json())
+    again = Combination.from_json(combine.to_json())
     assert again == combine
 
 
 def test_mean_logit_and_geometric_are_one_distribution_at_every_temperature() -> None:
     logits = three()
     for T in (1.0, 4.0):
-        one, other = (F.softmax(parse_combine(name, 3)(logits) / T, 1) for name in ("mean_logit", "geometric"))
+        one, other = (F.softmax(parse_combination(name, 3)(logits) / T, 1) for name in ("mean_logit", "geometric"))
         torch.testing.assert_close(one, other)
 
 
 def test_a_tie_of_votes_goes_to_the_larger_mean_probability() -> None:
     logits = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 5.0, 0.0]]])
-    assert parse_combine("vote", 2)(logits).argmax(1).tolist() == [1]
+    assert parse_combination("vote", 2)(logits).argmax(1).tolist() == [1]
 
 
 def test_what_combines_in_float32_is_float32_and_finite() -> None:
     logits = torch.tensor([[[1000.0, -1000.0], [-1000.0, 1000.0]]])
     for name in ("mean_probability", "mean_logit", "geometric", "vote", "per_teacher"):
-        found = parse_combine(name, 2)(logits)
+        found = parse_combination(name, 2)(logits)
         assert found.dtype == torch.float32
         assert found.isfinite().all()
 
@@ -100,7 +100,7 @@ def test_what_combines_in_float32_is_float32_and_finite() -> None:
 )
 def test_what_cannot_combine_is_refused(spec: str, wrong: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        parse_combine(spec, 2)
+        parse_combination(spec, 2)
     assert wrong in str(refusal.value)
 
 
@@ -124,18 +124,18 @@ def teachers_and_labels(seed: int, scales: tuple[float, ...], rows: int = 3000) 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_learned_blend_is_no_worse_than_any_member_and_any_mean(seed: int, scales: tuple[float, ...]) -> None:
     logits, labels = teachers_and_labels(seed, scales)
-    learned = fit_combine(logits, labels)
+    learned = fit_combination(logits, labels)
     z, M = torch.from_numpy(logits), len(scales)
     mine = nll(learned(z), labels)
     assert sum(learned.weights) == pytest.approx(1)
     for k in range(M):
         assert mine <= nll(z[:, k], labels)
-    assert mine <= nll(parse_combine("mean_probability", M)(z), labels)
+    assert mine <= nll(parse_combination("mean_probability", M)(z), labels)
     for w in np.random.default_rng(seed).dirichlet(np.ones(M), 20):
-        assert mine <= nll(Combine("weighted", tuple(w.tolist()), (1.0,) * M)(z), labels)
+        assert mine <= nll(Combination("weighted", tuple(w.tolist()), (1.0,) * M)(z), labels)
     fresh, there = teachers_and_labels(seed + 100, scales)
     assert nll(learned(torch.from_numpy(fresh)), there) < nll(
-        parse_combine("mean_probability", M)(torch.from_numpy(fresh)), there
+        parse_combination("mean_probability", M)(torch.from_numpy(fresh)), there
     )
 
 
@@ -145,7 +145,7 @@ def test_a_member_that_is_the_best_but_for_its_temperature_is_not_lost(scale: fl
     logits[:, 1] += np.random.default_rng(7).normal(size=logits[:, 1].shape)
     alone = min(nll(torch.from_numpy(logits[:, 0] / t), labels) for t in np.geomspace(0.3, 3, 50))
     logits *= np.array([scale, 0.5])[:, None]
-    learned = fit_combine(logits, labels)
+    learned = fit_combination(logits, labels)
     assert nll(learned(torch.from_numpy(logits)), labels) < alone
     assert learned.weights[0] > 0.5
 
@@ -153,24 +153,24 @@ def test_a_member_that_is_the_best_but_for_its_temperature_is_not_lost(scale: fl
 def test_a_teacher_that_knows_nothing_gets_no_weight() -> None:
     logits, labels = teachers_and_labels(0, (1.0, 1.0))
     logits[:, 1] = np.random.default_rng(5).normal(size=logits[:, 1].shape) * 4
-    learned = fit_combine(logits, labels)
+    learned = fit_combination(logits, labels)
     assert learned.weights[0] > 0.97
 
 
 def test_over_confidence_is_seen_in_the_temperatures() -> None:
     logits, labels = teachers_and_labels(0, (4.0, 1.0), rows=20_000)
-    single = fit_combine(logits, labels)
+    single = fit_combination(logits, labels)
     assert single.temperatures[0] / single.temperatures[1] == pytest.approx(4, rel=0.15)
 
 
 def test_without_labels_nothing_is_learned() -> None:
     with pytest.raises(UsageError, match="--combine learned is fitted to validation labels"):
-        fit_combine(np.zeros((3, 2, 4)), np.full(3, -1))
+        fit_combination(np.zeros((3, 2, 4)), np.full(3, -1))
 
 
 def test_trust_is_what_the_paper_says_and_adds_up_to_one() -> None:
     terms = torch.tensor([[0.1, 2.0, 0.5], [1.0, 1.0, 1.0], [0.3, 0.2, 9.0]], dtype=torch.float64)
-    found = trust(terms, torch.tensor([True, True, False])).tolist()
+    found = confidence_weights(terms, torch.tensor([True, True, False])).tolist()
     for row, weights in list(zip(terms.tolist(), found, strict=True))[:2]:
         p = softmax(row)
         assert weights == pytest.approx([(1 - x) / 2 for x in p], rel=1e-12)

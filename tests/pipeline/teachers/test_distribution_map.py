@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Head
-from softcache.pipeline.teachers.distribution_map import Mapping, fit_mapping
+from softcache.pipeline.batch import LinearHead
+from softcache.pipeline.teachers.distribution_map import DistributionMap, fit_map
 from tests.helpers.commands import Stages
 
 Floats = NDArray[np.float64]
@@ -36,7 +36,7 @@ def nll(logits: torch.Tensor | Floats, labels: Labels) -> float:
 @pytest.mark.parametrize("planted", [0.5, 1.0, 2.5, 8.0])
 def test_the_temperature_of_an_over_confident_teacher_is_found_within_two_percent(planted: float) -> None:
     logits, labels = calibrated(20_000)
-    mapping = fit_mapping("temperature", planted * logits, labels, EVEN)
+    mapping = fit_map("temperature", planted * logits, labels, EVEN)
     assert 1 / mapping.weight[0].item() == pytest.approx(planted, rel=0.02)
     assert (mapping.weight == mapping.weight[0]).all()
     assert (mapping.bias == 0).all()
@@ -44,13 +44,13 @@ def test_the_temperature_of_an_over_confident_teacher_is_found_within_two_percen
 
 def test_a_teacher_that_is_right_on_every_row_is_not_made_certain() -> None:
     logits, labels = np.eye(4)[np.arange(40) % 4] * 2, np.arange(40) % 4
-    mapping = fit_mapping("temperature", logits, labels, EVEN)
+    mapping = fit_map("temperature", logits, labels, EVEN)
     assert 0.1 < 1 / mapping.weight[0].item() < 1
 
 
 def test_the_temperature_is_where_a_fine_search_finds_the_least_nll() -> None:
     logits, labels = calibrated(5000, 4)
-    found = 1 / fit_mapping("temperature", 3 * logits, labels, EVEN).weight[0].item()
+    found = 1 / fit_map("temperature", 3 * logits, labels, EVEN).weight[0].item()
     grid = np.linspace(0.8 * found, 1.25 * found, 2001)
     best = grid[np.argmin([nll(3 * logits / t, labels) for t in grid])]
     assert found == pytest.approx(best, rel=1e-3)
@@ -59,7 +59,7 @@ def test_the_temperature_is_where_a_fine_search_finds_the_least_nll() -> None:
 def test_vector_scaling_finds_planted_scales_and_biases() -> None:
     logits, labels = calibrated(40_000, 3)
     scale, bias = np.array([2.0, 1.0, 4.0]), np.array([1.0, -2.0, 0.5])
-    mapping = fit_mapping("vector", logits * scale + bias, labels, EVEN)
+    mapping = fit_map("vector", logits * scale + bias, labels, EVEN)
     mended = mapping(torch.from_numpy(logits * scale + bias)).numpy()
     assert F.softmax(torch.from_numpy(mended), 1).numpy() == pytest.approx(
         F.softmax(torch.from_numpy(logits), 1).numpy(), abs=0.03
@@ -69,7 +69,7 @@ def test_vector_scaling_finds_planted_scales_and_biases() -> None:
 def test_matrix_scaling_undoes_a_mixture_of_logits() -> None:
     logits, labels = calibrated(10_000, 3)
     mixed = logits @ np.array([[1.0, 0.8, 0], [0, 1, 0.8], [0.8, 0, 1]])
-    by = {name: fit_mapping(name, mixed, labels, EVEN) for name in ("vector", "matrix")}
+    by = {name: fit_map(name, mixed, labels, EVEN) for name in ("vector", "matrix")}
     left = {name: nll(m(torch.from_numpy(mixed)), labels) - nll(logits, labels) for name, m in by.items()}
     assert left["matrix"] == pytest.approx(0, abs=1e-3)
     assert left["vector"] > 0.05
@@ -82,7 +82,7 @@ def test_matrix_scaling_undoes_a_mixture_of_logits() -> None:
 def test_few_rows_keep_a_matrix_near_the_teacher() -> None:
     logits, labels = calibrated(60)
     other, there = calibrated(20_000, seed=1)
-    mapping = fit_mapping("matrix", logits, labels, EVEN)
+    mapping = fit_map("matrix", logits, labels, EVEN)
     free = LogisticRegression(C=1e6, max_iter=5000).fit(logits, labels)
     held_out = nll(mapping(torch.from_numpy(other)), there)
     assert held_out < nll(np.log(free.predict_proba(other).clip(1e-12)), there) / 2
@@ -92,7 +92,7 @@ def test_few_rows_keep_a_matrix_near_the_teacher() -> None:
 def test_the_prior_is_that_of_the_training_rows_times_tau() -> None:
     counts = np.array([600, 300, 100])
     for spec, tau in (("prior", 1.0), ("prior:tau=0.5", 0.5), ("prior:tau=0", 0.0)):
-        mapping = fit_mapping(spec, np.zeros((0, 3)), np.zeros(0, np.int64), counts)
+        mapping = fit_map(spec, np.zeros((0, 3)), np.zeros(0, np.int64), counts)
         expected = [5 - tau * np.log(0.6), 1 - tau * np.log(0.3), 2 - tau * np.log(0.1)]
         assert mapping(torch.tensor([5.0, 1.0, 2.0], dtype=torch.float64)).tolist() == pytest.approx(
             expected, rel=1e-12
@@ -102,12 +102,12 @@ def test_the_prior_is_that_of_the_training_rows_times_tau() -> None:
 @pytest.mark.parametrize("spec", ["temperature", "vector", "matrix", "prior"])
 def test_the_last_layer_with_the_map_behind_it_gives_mapped_logits(spec: str) -> None:
     logits, labels = calibrated(300, 4)
-    mapping = fit_mapping(spec, logits, labels, np.array([9, 5, 2, 1]))
+    mapping = fit_map(spec, logits, labels, np.array([9, 5, 2, 1]))
     torch.manual_seed(0)
-    head, x = Head(torch.randn(4, 6), torch.randn(4)), torch.randn(5, 6)
+    head, x = LinearHead(torch.randn(4, 6), torch.randn(4)), torch.randn(5, 6)
     mapped = mapping.of_head(head)
     torch.testing.assert_close(x @ mapped.weight.T + mapped.bias, mapping(x @ head.weight.T + head.bias))
-    again = Mapping.from_json(json.loads(json.dumps(mapping.to_json())))
+    again = DistributionMap.from_json(json.loads(json.dumps(mapping.to_json())))
     assert torch.equal(again(logits_of(logits)), mapping(logits_of(logits)))
 
 
@@ -132,7 +132,7 @@ def logits_of(logits: Floats) -> torch.Tensor:
 )
 def test_a_map_that_cannot_be_had_is_refused(spec: str, wrong: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        fit_mapping(spec, np.zeros((2, 3)), np.full(2, -1), np.array([3, 0, 1]))
+        fit_map(spec, np.zeros((2, 3)), np.full(2, -1), np.array([3, 0, 1]))
     assert wrong in str(refusal.value)
 
 

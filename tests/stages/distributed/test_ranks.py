@@ -16,7 +16,7 @@ import torch
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading.stream import Stream, part
+from softcache.pipeline.loading.stream import Stream, rank_rows
 from softcache.stages.distributed.ranks import Ranks, read
 from tests.helpers.commands import Stages
 from tests.helpers.paths import ROOT
@@ -166,7 +166,9 @@ def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> 
     )
     streams = [replace(whole, rank=rank, world=3).batches(4, 16) for rank in range(3)]
     for batch, *parts in zip(whole.batches(4, 16), *streams, strict=True):
-        assert [len(p.views) for p in parts] == [b - a for a, b in (part(len(batch.index), r, 3) for r in range(3))]
+        assert [len(p.views) for p in parts] == [
+            b - a for a, b in (rank_rows(len(batch.index), r, 3) for r in range(3))
+        ]
         assert torch.equal(torch.cat([p.views for p in parts]), batch.views)
         for p in parts:
             assert p.logits is not None

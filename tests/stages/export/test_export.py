@@ -27,8 +27,8 @@ from softcache.data.transfer_set import TRANSFER_SETS
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli import extras
 from softcache.stages.export import quantized_file as in_8_bits
 from softcache.stages.export.model_card import quoted
@@ -52,9 +52,9 @@ def by_pytorch(run: Path, cache: Path, seed: int, what: str = "student.pt") -> n
     """What the student of a seed says of the test split."""
     opened = Cache(cache)
     network = build("cnn", 10, 1, 8)
-    load_state(network, read_state(run / f"seed-{seed}" / what), "")
+    load_weights(network, read_state_dict(run / f"seed-{seed}" / what), "")
     with torch.inference_mode():
-        said: np.ndarray[Any, Any] = Prepared(network, opened.preparation).eval()(pixels()[0]).numpy()
+        said: np.ndarray[Any, Any] = PreparedModel(network, opened.preparation).eval()(pixels()[0]).numpy()
     return said
 
 
@@ -98,7 +98,7 @@ def test_pt2_and_safetensors_hold_the_same_student(exported: Path, tiny: Path) -
     seed = record_of(exported)["seed"]
     with safe_open(exported / "student.safetensors", "pt") as file:
         about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    kept = read_state(exported / f"seed-{seed}/student.pt")
+    kept = read_state_dict(exported / f"seed-{seed}/student.pt")
     assert set(state) == set(kept)
     assert all(torch.equal(state[name], kept[name]) for name in kept)
     assert json.loads(about["classes"]) == list("0123456789")
@@ -333,11 +333,11 @@ def test_a_grey_channel_is_repeated_inside_the_graph(stages: Stages) -> None:
     stages("student", "--cache", "c", "--arch", "resnet8", "--epochs", 2, "--batch-size", 50, "--out", "r")
     stages("export", "r")
     network = build("resnet8", 10, 3, 8)
-    load_state(network, read_state(Path("r/student.pt")), "")
+    load_weights(network, read_state_dict(Path("r/student.pt")), "")
     preparation = Cache(Path("c")).preparation
     assert preparation.channels == 3
     with torch.inference_mode():
-        said = Prepared(network, preparation).eval()(pixels()[0]).numpy()
+        said = PreparedModel(network, preparation).eval()(pixels()[0]).numpy()
     found = by_onnx(Path("r/student.onnx"))(pixels()[0].numpy().astype(np.float32) / 255)
     assert np.abs(found - said).max() <= 1e-4
 

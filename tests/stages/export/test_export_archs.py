@@ -10,7 +10,7 @@ from PIL import Image
 from softcache.data.transfer_set import TRANSFER_SETS
 from softcache.data.views import parse_views, render
 from softcache.pipeline.models import MODELS
-from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.export.formats import Portable, capture, onnx_of
 from softcache.stages.export.onnx_model import Runner
 from tests.helpers.settled import preparation, settled
@@ -72,7 +72,7 @@ def compared(arch: str, shown: Shown, rows: int, steps: int) -> tuple[float, int
     views = shown[0]
     channels, size = views.shape[1], views.shape[-1]
     network = settled(arch, *shown, channels, steps)
-    model = Prepared(network, preparation(channels, size)).eval()
+    model = PreparedModel(network, preparation(channels, size)).eval()
     with torch.inference_mode():
         said = torch.cat([model(some) for some in views[:rows].split(100)])
     program = capture(Portable(network, preparation(channels, size)), arch, channels, size)

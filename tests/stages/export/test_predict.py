@@ -19,8 +19,8 @@ from softcache.data.transfer_set import TRANSFER_SETS, load_transfer_set
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Prepared
-from softcache.pipeline.models.state_dicts import load_state, read_state
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli import extras
 from softcache.stages.export import onnx_model as onnx_file
 from softcache.stages.export.metadata import About
@@ -85,9 +85,9 @@ def test_the_probabilities_are_the_students_own(exported: Path, tiny: Path, tmp_
     found = stages("predict", exported / "student.onnx", *names, "--top", 10)
     seed = json.loads((exported / "export.json").read_text())["seed"]
     network = build("cnn", 10, 1, 8)
-    load_state(network, read_state(exported / f"seed-{seed}/student.pt"), "")
+    load_weights(network, read_state_dict(exported / f"seed-{seed}/student.pt"), "")
     with torch.inference_mode():
-        p = Prepared(network, Cache(tiny / "cache").preparation).eval()(digits()[:6]).softmax(1).numpy()
+        p = PreparedModel(network, Cache(tiny / "cache").preparation).eval()(digits()[:6]).softmax(1).numpy()
     assert [one["picture"] for one in found["pictures"]] == names
     for one, row in zip(found["pictures"], p, strict=True):
         assert [best["class"] for best in one["top"]] == [str(c) for c in np.argsort(-row)]

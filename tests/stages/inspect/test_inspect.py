@@ -18,7 +18,13 @@ from sklearn.linear_model import LogisticRegression
 
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.metrics.soft_targets import TEMPERATURES, at_temperature, calibration, confused, similarity
+from softcache.pipeline.metrics.soft_targets import (
+    TEMPERATURES,
+    calibration,
+    most_confused,
+    similarity,
+    soft_target_statistics,
+)
 from softcache.stages.inspect.linear_probe import WIDEST, GatheredProbe, columns, fit_probe, form_of, importance
 from softcache.stages.main import main
 from tests.helpers.caches import save_pets, save_pets_teacher
@@ -285,7 +291,7 @@ def test_entropies_and_information_are_those_of_a_loop(informed: Path, record: d
 
 
 def at_each(logits: Floats, target: NDArray[np.int64]) -> list[dict[str, Any]]:
-    return [at_temperature(logits, target, T) for T in TEMPERATURES]
+    return [soft_target_statistics(logits, target, T) for T in TEMPERATURES]
 
 
 def test_a_row_that_the_teacher_gets_wrong_and_is_sure_of_says_nothing_beside_its_first_class() -> None:
@@ -325,7 +331,7 @@ def test_a_class_without_rows_is_not_a_class_of_zeros() -> None:
     logits, labels = np.array([[2.0, 1, 0], [0, 2, 1]]), np.array([0, 1])
     matrix = similarity(logits, labels, 1.0)
     assert np.isnan(matrix[2]).all()
-    assert [i for i, _, _ in confused(matrix, 10)].count(2) == 0
+    assert [i for i, _, _ in most_confused(matrix, 10)].count(2) == 0
     assert calibration(logits, labels)["class_accuracy"] == [1, 1, None]
 
 

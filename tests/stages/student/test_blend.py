@@ -14,12 +14,12 @@ import torch.nn.functional as F
 
 import softcache.stages.training.loop as training
 from softcache.data.transfer_set import load_transfer_set
-from softcache.pipeline.batch import Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.losses.multi_teacher import by_each, by_one, by_trust, or_hard
-from softcache.pipeline.teachers.combine import trust
-from softcache.pipeline.teachers.ensemble import Teachers
+from softcache.pipeline.teachers.combine import confidence_weights
+from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from tests.helpers.commands import Stages, tiny_cache_command
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 2, "--loss", "kd:temperature=2")
@@ -76,12 +76,12 @@ def labels_of(split: str) -> torch.Tensor:
     )
 
 
-def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[TargetBatch]:
+def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[Batch]:
     """Every batch that a student is trained on from now on."""
-    seen: list[TargetBatch] = []
+    seen: list[Batch] = []
     step = training.step
 
-    def noting(job: Any, state: Any, batch: TargetBatch, losses: Any, *rest: Any) -> torch.Tensor:
+    def noting(job: Any, state: Any, batch: Batch, losses: Any, *rest: Any) -> torch.Tensor:
         if job.name == "student":
             seen.append(batch)
         return step(job, state, batch, losses, *rest)
@@ -185,13 +185,13 @@ def test_features_are_the_first_caches(pair: tuple[str, ...], stages: Stages, mo
     assert torch.equal(seen[0].features["pool1"], expected)
 
 
-def batch_of(M: int = 3, B: int = 6, K: int = 4) -> tuple[Outputs, TargetBatch]:
+def batch_of(M: int = 3, B: int = 6, K: int = 4) -> tuple[ModelOutputs, Batch]:
     torch.manual_seed(0)
     labels = torch.tensor([0, 1, 2, 3, -1, 1])[:B]
     logits = torch.randn(B, M, K, dtype=torch.float64)
     views = torch.zeros(B, 1, 2, 2, dtype=torch.uint8)
-    student = Outputs(torch.randn(B, K, dtype=torch.float64, requires_grad=True))
-    return student, TargetBatch(torch.arange(B), 0, views, labels, logits)
+    student = ModelOutputs(torch.randn(B, K, dtype=torch.float64, requires_grad=True))
+    return student, Batch(torch.arange(B), 0, views, labels, logits)
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "logit_mse", "hard"])
@@ -210,7 +210,7 @@ def test_by_trust_weighs_every_row_by_how_right_each_teacher_is(name: str, scale
     z_s, z_t, total = student.logits, target.logits, torch.zeros((), dtype=torch.float64)
     for i, y in enumerate(target.labels.tolist()):
         terms = torch.stack([-F.log_softmax(z_t[i, k].float(), 0)[max(y, 0)] for k in range(3)])[None]
-        weights = trust(terms, torch.tensor([y >= 0]))[0]
+        weights = confidence_weights(terms, torch.tensor([y >= 0]))[0]
         for k in range(3):
             if name == "logit_mse":
                 row = ((z_s[i] - z_t[i, k]) ** 2).mean()
@@ -589,7 +589,7 @@ def test_a_held_out_row_that_is_missing_is_always_an_error(pair: tuple[str, ...]
 
 def test_the_teachers_of_a_cache_alone_are_the_cache(two: Path) -> None:
     cache = Cache(two / "a")
-    alone, positions = Teachers((cache,)), np.array([5, 250, 17])
+    alone, positions = TeacherEnsemble((cache,)), np.array([5, 250, 17])
     logits, features = alone.targets("train", 1, positions, ("pool1",))
     expected, theirs = cache.targets("train", 1, positions, ("pool1",))
     assert torch.equal(logits, expected)

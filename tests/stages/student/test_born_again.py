@@ -11,7 +11,7 @@ import torch
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Prepared
+from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.main import main
 from tests.helpers.commands import Stages
 
@@ -23,7 +23,7 @@ def held_out_probabilities(cache: Cache, arch: str, weights: Path) -> np.ndarray
     test = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
     network = build(arch, 10, cache.preparation.channels, cache.preparation.size)
     network.load_state_dict(torch.load(weights, weights_only=True))
-    model = Prepared(network, cache.preparation).eval()
+    model = PreparedModel(network, cache.preparation).eval()
     with torch.inference_mode():
         logits = model(test.images.take(np.arange(len(test))).pixels)  # type: ignore[union-attr]
     return logits.double().softmax(1).numpy()
@@ -57,7 +57,7 @@ def test_each_generation_is_taught_by_a_cache_of_the_one_before(chain: dict[str,
         network.load_state_dict(state)
         test = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
         with torch.inference_mode():
-            said = Prepared(network, cache.preparation).eval()(
+            said = PreparedModel(network, cache.preparation).eval()(
                 test.images.take(cache.order("test")).pixels  # type: ignore[union-attr]
             )
         kept = cache.targets("test", 0, np.arange(len(test)))[0]

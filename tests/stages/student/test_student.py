@@ -13,24 +13,24 @@ from PIL import Image
 
 import softcache.stages.training.loop as training
 from softcache.data.transfer_set import load_transfer_set
-from softcache.pipeline.batch import Outputs, TargetBatch
+from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Preparation, Prepared
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.stopping import stop_at
 
 MORE = ("--epochs", 2, "--batch-size", 50)
 
 
-def the_teacher(tiny: Path) -> Prepared:
+def the_teacher(tiny: Path) -> PreparedModel:
     record = json.loads((tiny / "runs/teacher/result.json").read_text())["teacher"]
     network = build("cnn", 10, 1, 8)
     network.load_state_dict(torch.load(tiny / "runs/teacher/teacher.pt", weights_only=True))
-    return Prepared(network, Preparation.from_json(record["preparation"])).eval()
+    return PreparedModel(network, InputSpec.from_json(record["preparation"])).eval()
 
 
 def flat(record: dict[str, Any]) -> list[float]:
@@ -49,22 +49,22 @@ def stream_of(folder: Path, **more: Any) -> Stream:
     return Stream(**(settings | more))
 
 
-def losses_of_training(batches: list[TargetBatch], tiny: Path, arch: str, live: bool) -> list[tuple[float, float]]:
+def losses_of_training(batches: list[Batch], tiny: Path, arch: str, live: bool) -> list[tuple[float, float]]:
     """SGD on kd + hard, targets from the batches or from the teacher on the same views.
 
     (loss trained on, loss that the other kind of target gives for the very same student) at each step.
     """
     torch.manual_seed(3)
     teacher = the_teacher(tiny)
-    student = Prepared(build(arch, 10, 1, 8), teacher.preparation)
+    student = PreparedModel(build(arch, 10, 1, 8), teacher.preparation)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     kd, hard = parse_losses(("kd:temperature=4,weight=0.9", "hard:weight=0.1"))
     found = []
     for cached in batches:
         with torch.no_grad():
             said = teacher(cached.views)
-        asked = TargetBatch(cached.index, cached.draw, cached.views, cached.labels, said)
-        outputs = Outputs(student(cached.views))
+        asked = Batch(cached.index, cached.draw, cached.views, cached.labels, said)
+        outputs = ModelOutputs(student(cached.views))
         losses = [0.9 * kd(outputs, b, None) + 0.1 * hard(outputs, b, None) for b in (cached, asked)]
         optimizer.zero_grad()
         losses[live].backward()
@@ -250,7 +250,7 @@ def test_seeds_give_mean_and_spread_and_each_is_a_run_of_its_own(tiny: Path, sta
 
 def test_hidden_labels_are_never_used(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     """--labelled 20: 20 rows keep their labels, by class; the baseline sees these rows alone, for as many steps."""
-    seen: dict[str, list[TargetBatch]] = {"student": [], "baseline": []}
+    seen: dict[str, list[Batch]] = {"student": [], "baseline": []}
     step = training.step
 
     def noted(job, state, batch, *rest):  # type: ignore[no-untyped-def]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from softcache.base.errors import CacheError
-from softcache.pipeline.cache.manifest import Piece
+from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.manifest_reader import read_manifest
-from softcache.pipeline.cache.writer import Writer
+from softcache.pipeline.cache.writer import CacheWriter
 from softcache.stages.teacher_cache.background import Behind
 from softcache.stages.teacher_cache.targets import Ask, _keep
 from tests.helpers.caches import stop_after
@@ -66,9 +66,9 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
 ) -> None:
     """A disk that is full while the teacher is asked for the third shard: that shard is never finished."""
     finished: list[str] = []
-    piece, add = Ask.piece, Writer.add
+    piece, add = Ask.piece, CacheWriter.add
 
-    def slow(self: Ask, wanted: Piece, shown: Any) -> Any:
+    def slow(self: Ask, wanted: ShardSpec, shown: Any) -> Any:
         def patient(rows: int) -> None:
             time.sleep(0.2)
             shown(rows)
@@ -77,13 +77,13 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
         finished.append(wanted.path)
         return found
 
-    def full(self: Writer, wanted: Piece, arrays: Any, facts: Any) -> None:
+    def full(self: CacheWriter, wanted: ShardSpec, arrays: Any, facts: Any) -> None:
         if wanted.start > 0:
             raise OSError(28, "No space left on device")
         add(self, wanted, arrays, facts)
 
     monkeypatch.setattr(Ask, "piece", slow)
-    monkeypatch.setattr(Writer, "add", full)
+    monkeypatch.setattr(CacheWriter, "add", full)
     assert "No space left on device" in stages.fails(1, *tiny_cache_command(tiny)[:-1], tmp_path / "c")
     assert len(finished) == 2
     assert [path.name for path in sorted((tmp_path / "c").rglob("*.h5"))] == ["shard-00000.h5"]
@@ -113,7 +113,7 @@ def test_rows_are_the_bits_that_numpy_would_have_made_of_them(dtype: torch.dtype
     )
     for x in (values, values.contiguous(memory_format=torch.channels_last)):
         rows = np.empty(x.shape, np.float16)
-        _keep(x, rows, 65504.0, Piece("p", "train", 0, 0, 7, {}), np.arange(7), "output")
+        _keep(x, rows, 65504.0, ShardSpec("p", "train", 0, 0, 7, {}), np.arange(7), "output")
         assert rows.tobytes() == x.float().contiguous().numpy().astype(np.float16).tobytes()
 
 
@@ -122,6 +122,6 @@ def test_one_value_that_cannot_be_kept_is_found_and_said(bad: float) -> None:
     """65,505 would be rounded to 65,504 without a word."""
     values = torch.zeros(4, 3)
     values[2, 1] = bad
-    piece = Piece("p", "train", 5, 0, 4, {})
+    piece = ShardSpec("p", "train", 5, 0, 4, {})
     with pytest.raises(CacheError, match=rf"train index 12, draw 5 is {bad}: it cannot be kept \(largest 65504\)"):
         _keep(values, np.empty((4, 3), np.float16), 65504.0, piece, np.arange(10, 14), "output")

@@ -15,10 +15,10 @@ import softcache.stages.teacher_cache.precision as precision_module
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
-from softcache.pipeline.models.bn_folding import folded
-from softcache.pipeline.models.prepared_model import Preparation, Prepared
-from softcache.pipeline.models.state_dicts import weights_digest
-from softcache.pipeline.taps.hooks import tapped
+from softcache.pipeline.models.bn_folding import fold_batch_norm
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
+from softcache.pipeline.models.state_dicts import hash_weights
+from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.teacher_cache.inference import Answering
 from tests.helpers.caches import stop_after
 from tests.helpers.commands import Stages, tiny_cache_command
@@ -26,18 +26,18 @@ from tests.helpers.commands import Stages, tiny_cache_command
 VIEWS = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def teacher_of(network: nn.Module) -> Prepared:
+def teacher_of(network: nn.Module) -> PreparedModel:
     """In eval mode, with batch norms that a training has left somewhere, on views like VIEWS."""
     generator = torch.Generator().manual_seed(2)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             for values in (module.running_mean, module.running_var, module.weight, module.bias):
                 values.data = torch.rand(values.shape, generator=generator) + 0.5
-    return Prepared(network, Preparation(3, 16, (0.4, 0.5, 0.5), (0.2, 0.3, 0.2))).eval()
+    return PreparedModel(network, InputSpec(3, 16, (0.4, 0.5, 0.5), (0.2, 0.3, 0.2))).eval()
 
 
-def answers(teacher: Prepared, taps: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    with torch.no_grad(), tapped(teacher.network, taps) as kept:
+def answers(teacher: PreparedModel, taps: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    with torch.no_grad(), capture_features(teacher.network, taps) as kept:
         return {"logits": teacher(VIEWS), **{tap: kept[tap] for tap in taps}}
 
 
@@ -47,7 +47,7 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert float((found[name] - values).abs().max()) <= relative * float(values.abs().max()), name
 
 
-def norms(teacher: Prepared) -> int:
+def norms(teacher: PreparedModel) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in teacher.network.modules())
 
 
@@ -60,29 +60,29 @@ def norms(teacher: Prepared) -> int:
 def test_a_folded_teacher_says_the_same_within_a_hundred_thousandth_and_is_a_copy(arch: str) -> None:
     torch.manual_seed(0)
     teacher = teacher_of(build(arch, 10, 3, 32))
-    before, wanted = weights_digest(teacher.network), answers(teacher)
-    found = folded(teacher)
+    before, wanted = hash_weights(teacher.network), answers(teacher)
+    found = fold_batch_norm(teacher)
     assert found is not teacher
     assert norms(found) < norms(teacher)
     assert_close(answers(found), wanted)
-    assert weights_digest(teacher.network) == before
+    assert hash_weights(teacher.network) == before
     assert torch.equal(answers(teacher)["logits"], wanted["logits"])
 
 
 def test_a_resnet_keeps_no_batch_norm_and_every_tap_what_it_was() -> None:
     torch.manual_seed(0)
     teacher = teacher_of(build("resnet8", 10, 3, 16))
-    assert norms(folded(teacher)) == 0
+    assert norms(fold_batch_norm(teacher)) == 0
     taps = ("bn1", "layer1", "layer2.0.bn1", "layer3:pool")
     paths = [tap.partition(":")[0] for tap in taps]
-    assert norms(folded(teacher, paths)) == 0
-    assert_close(answers(folded(teacher, paths), taps), answers(teacher, taps))
+    assert norms(fold_batch_norm(teacher, paths)) == 0
+    assert_close(answers(fold_batch_norm(teacher, paths), taps), answers(teacher, taps))
 
 
 def test_a_tap_on_a_convolution_keeps_its_batch_norm_apart() -> None:
     teacher = teacher_of(build("resnet8", 10, 3, 16))
     taps = ("conv1", "layer2.0.conv2")
-    found = folded(teacher, taps)
+    found = fold_batch_norm(teacher, taps)
     assert norms(found) == 2
     assert_close(answers(found, taps), answers(teacher, taps))
 
@@ -117,15 +117,15 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("kind", ["seen twice", "run twice", "weight used", "data"])
 def test_what_cannot_be_folded_goes_on_as_it_is(kind: str) -> None:
     teacher = teacher_of(Odd(kind))
-    assert folded(teacher) is teacher
+    assert fold_batch_norm(teacher) is teacher
     assert Answering(teacher, (), fold=True).folded is False
 
 
 def test_only_a_batch_norm_right_after_its_convolution_is_folded() -> None:
     teacher = teacher_of(Odd("not before"))
-    assert norms(folded(teacher)) == 1
-    assert_close(answers(folded(teacher)), answers(teacher))
-    assert folded(teacher, ["inner"]) is teacher  # a block whose output is the convolution's
+    assert norms(fold_batch_norm(teacher)) == 1
+    assert_close(answers(fold_batch_norm(teacher)), answers(teacher))
+    assert fold_batch_norm(teacher, ["inner"]) is teacher  # a block whose output is the convolution's
 
 
 class Sly(Odd):
@@ -141,7 +141,7 @@ class Sly(Odd):
 
 def test_a_network_that_goes_another_way_when_traced_is_found_out_and_asked_as_it_is() -> None:
     teacher = teacher_of(Sly(""))
-    assert folded(teacher) is not teacher
+    assert fold_batch_norm(teacher) is not teacher
     assert Answering(teacher, (), fold=True).folded is False
 
 

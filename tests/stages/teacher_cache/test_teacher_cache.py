@@ -12,9 +12,9 @@ import torch
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.writer import Writer
+from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
-from softcache.pipeline.models.prepared_model import Preparation, Prepared
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from tests.helpers.commands import Stages, tiny_cache_command
 
 
@@ -23,11 +23,11 @@ def payloads(folder: Path) -> dict[str, str]:
     return {shard["path"]: shard["payload"] for shard in manifest["shards"]}
 
 
-def the_teacher(tiny: Path) -> Prepared:
+def the_teacher(tiny: Path) -> PreparedModel:
     record = json.loads((tiny / "runs/teacher/result.json").read_text())["teacher"]
     network = build("cnn", 10, 1, 8)
     network.load_state_dict(torch.load(tiny / "runs/teacher/teacher.pt", weights_only=True))
-    return Prepared(network, Preparation.from_json(record["preparation"])).eval()
+    return PreparedModel(network, InputSpec.from_json(record["preparation"])).eval()
 
 
 def test_every_row_is_what_the_teacher_says_about_that_view(tiny: Path) -> None:
@@ -129,7 +129,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     tiny: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, out = tiny_cache_command(tiny)[:-1], tmp_path / "c"
-    add, written = Writer.add, []
+    add, written = CacheWriter.add, []
 
     def stop_after_four(self, piece, arrays, facts):  # type: ignore[no-untyped-def]
         if len(written) == 4:
@@ -137,7 +137,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
         written.append(piece.path)
         add(self, piece, arrays, facts)
 
-    monkeypatch.setattr(Writer, "add", stop_after_four)
+    monkeypatch.setattr(CacheWriter, "add", stop_after_four)
     line = stages.fails(130, *command, out)
     assert "4 of 14 shards" in line
     assert "the same command goes on" in line
@@ -147,7 +147,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     before = {path: (out / path).stat().st_mtime_ns for path in written}
     damaged = out / written[2]
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr(CacheWriter, "add", add)
     code, text, err = stages.call(*command, out)
     assert code == 0, err
     assert "went on from 3 of 14 shards" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcache.pipeline.models.state_dicts import read_state
+from softcache.pipeline.models.state_dicts import read_state_dict
 from softcache.stages.training.step import Job
 from tests.helpers.commands import Stages
 
@@ -21,7 +21,7 @@ def test_a_compiled_student_is_the_plain_one_but_for_rounding(tiny: Path, stages
     said = ("student", "--cache", tiny / "cache", *STUDENT, *LOSSES)
     stages(*said, "--out", "plain")
     stages(*said, "--compile", "--out", "compiled")
-    ours, theirs = (read_state(Path(run, "student.pt")) for run in ("compiled", "plain"))
+    ours, theirs = (read_state_dict(Path(run, "student.pt")) for run in ("compiled", "plain"))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import softcache.stages.training.vectorized as stacked
-from softcache.pipeline.metrics.classification import summary
-from softcache.pipeline.models.state_dicts import read_state
+from softcache.pipeline.metrics.classification import summarize
+from softcache.pipeline.models.state_dicts import read_state_dict
 from tests.helpers.commands import Stages
 
 COMMON = ("--epochs", 2, "--batch-size", 50, "--learning-rate", 0.02)
@@ -44,7 +44,7 @@ LOSSES = ("--losses", "kd:temperature=4 hard:weight=0.1", "--losses", "kd:temper
 
 
 def same_run(one: str, other: str) -> None:
-    ours, theirs = (read_state(Path(run, "student.pt")) for run in (one, other))
+    ours, theirs = (read_state_dict(Path(run, "student.pt")) for run in (one, other))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
@@ -147,7 +147,7 @@ def test_what_a_network_does_not_train_stays_and_what_cannot_be_stacked_is_refus
     begun = {}
     exec(ODD, begun)
     torch.testing.assert_close(
-        read_state(Path("frozen/seed-1/student.pt"))["1.weight"],
+        read_state_dict(Path("frozen/seed-1/student.pt"))["1.weight"],
         begun["frozen"](classes=10, channels=1, size=8)[1].weight,
     )
     assert "tied weights" in stages.fails(2, *said, "--arch", "odd:tied", "--out", "tied")
@@ -167,4 +167,4 @@ def test_the_f1_of_an_epoch_is_scikit_learns(K: int) -> None:
             expected = f1_score(
                 labels[known], guess, labels=np.unique(labels[known]), average="macro", zero_division=0
             )
-            assert summary(logits, labels)["f1_macro"] == pytest.approx(expected, abs=1e-12)
+            assert summarize(logits, labels)["f1_macro"] == pytest.approx(expected, abs=1e-12)
