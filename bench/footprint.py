@@ -62,9 +62,9 @@ def index_memory(given: Given) -> Found:
     tracemalloc.start()
     try:
         cache = Cache(folder)
-        cache.bind(shown)
-        cache.order("train")
-        cache.stored("train", 0, np.arange(128))
+        cache.check_transfer_set(shown)
+        cache.row_order("train")
+        cache.read_stored("train", 0, np.arange(128))
         kept = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()

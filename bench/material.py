@@ -86,8 +86,8 @@ def transfer_set(data: str) -> TransferSet:
 def teacher(arch: str, size: int = 32) -> PreparedModel:
     """A teacher of random weights in eval mode, whose batch norms have seen images: its logits are not huge."""
     torch.manual_seed(0)
-    preparation = InputSpec(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
-    made = PreparedModel(build(arch, 10, 3, size), preparation)
+    input_spec = InputSpec(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+    made = PreparedModel(build(arch, 10, 3, size), input_spec)
     views = smooth(256, 3, size)
     with torch.no_grad():
         for _ in range(8):
@@ -116,18 +116,18 @@ def fake_cache(
     policy = parse_views(views)
     policy = replace(policy, size=policy.size or rows.size)
     classes, seed = len(rows.classes), 0
-    preparation = InputSpec(rows.channels, policy.size, (0.5,) * rows.channels, (0.25,) * rows.channels)
-    known = {"arch": "resnet56", "weights": "0" * 64, **preparation.identity()}
+    input_spec = InputSpec(rows.channels, policy.size, (0.5,) * rows.channels, (0.25,) * rows.channels)
+    known = {"arch": "resnet56", "weights": "0" * 64, **input_spec.to_json()}
     identity: Identity = make_identity(rows, policy, seed, known, codec, "float32")
     splits = {split: len(part) for split, part in rows.splits.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder):
-        writer = CacheWriter.look(folder, CachePlan(identity, classes, draws, splits, taps or {}))
-        writer.begin()
-        for piece in writer.todo:
+        writer = CacheWriter.examine(folder, CachePlan(identity, classes, draws, splits, taps or {}))
+        writer.start()
+        for piece in writer.missing:
             arrays, facts = _made_up(piece, rows, policy, seed, codec)
-            writer.add(piece, arrays, {**facts, "seconds": 0.0})
-        writer.finish(writer.manifest(None, {s: len(part) for s, part in rows.splits.items()}, {}))
+            writer.write_shard(piece, arrays, {**facts, "seconds": 0.0})
+        writer.publish_manifest(writer.build_manifest(None, {s: len(part) for s, part in rows.splits.items()}, {}))
     return folder
 
 

@@ -29,8 +29,8 @@ class _OnDisk:
     """A cache whose draws count as larger than memory."""
 
     def __init__(self, cache: Cache):
-        self.order = cache.order
-        self.targets = cache.targets
+        self.order = cache.row_order
+        self.targets = cache.read_targets
 
     def resident(self, *_: Any) -> bool:
         return False
@@ -43,7 +43,7 @@ def cache_of(given: Given) -> tuple[Cache, Stream]:
     cache = Cache(material.fake_cache(given.folder / "reads", data))
     source: Any = _OnDisk(cache)
     stream = Stream(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=source)
-    cache.rows("train", 0, "logits", np.arange(1))  # opened, and every checksum looked at, once
+    cache.read_rows("train", 0, "logits", np.arange(1))  # opened, and every checksum looked at, once
     return cache, stream
 
 
@@ -55,7 +55,7 @@ def in_blocks(cache: Cache, stream: Stream) -> Callable[[], int]:
     def work() -> int:
         order, window = next(orders), _BLOCK * _BLOCKS
         for a in range(0, len(order), window):
-            rows = torch.from_numpy(cache.rows("train", 0, "logits", order[a : a + window]))
+            rows = torch.from_numpy(cache.read_rows("train", 0, "logits", order[a : a + window]))
             for b in range(0, len(rows), BATCH):
                 assert rows[b : b + BATCH].shape[1] == CLASSES
         return len(order)
@@ -105,7 +105,7 @@ def others(given: Given, container: str) -> Found:
     """Rows per second of the cache over those of another container of the same rows, warm, in batches of 256."""
     n = given.few(4000, 300)
     cache, stream = cache_of(given)
-    rows = np.asarray(cache.rows("train", 0, "logits", np.arange(n)), np.float16)
+    rows = np.asarray(cache.read_rows("train", 0, "logits", np.arange(n)), np.float16)
     folder = given.folder / f"container-{container}"
     folder.mkdir()
     begun = time.perf_counter()

@@ -158,7 +158,7 @@ def live_over_cached(given: Given, precision: str, of_the_sum: bool = False) -> 
     teacher = material.teacher("resnet56").to(opened.device)
     steps = given.few(8, 1)
     live = replace(job(given, settings, opened, False, "live"))
-    live = replace(live, stream=replace(live.stream, targets=False))
+    live = replace(live, stream=replace(live.stream, read_targets=False))
     sides: dict[str, Side] = {
         "live": Ours(live, steps, teacher),
         "cached": Ours(job(given, settings, opened, False, "cached"), 2 * steps),

@@ -107,7 +107,7 @@ def _to_target(
     final, reached = _epoch_of_final(given, settings, opened)
     ours = job(given, settings, opened, False, "cached")
     teacher = _teacher(given, asked, opened).network.to(memory_format=torch.contiguous_format)
-    student = build(arch, opened.cache.classes, opened.preparation.channels, opened.preparation.size)
+    student = build(arch, opened.cache.classes, opened.input_spec.channels, opened.input_spec.size)
     theirs = {f"{n} workers": (live_side, (given, usual, n, student, teacher, given.few(10, 1))) for n in (0, 2)}
     with apart(theirs) as sides:
         found = interleaved({**sides, "cached": Ours(ours, given.few(min(ours.steps, 40), 1))}, given.few(3, 1))
@@ -147,7 +147,7 @@ def _epoch_of_final(given: Given, settings: StudentSettings, opened: Material) -
 
 def _teacher(given: Given, asked: CacheSettings, opened: Material) -> PreparedModel:
     """The teacher of the cache, in eval mode."""
-    preparation = opened.cache.preparation
-    network = build(asked.teacher, opened.cache.classes, preparation.channels, preparation.size)
+    input_spec = opened.cache.input_spec
+    network = build(asked.teacher, opened.cache.classes, input_spec.channels, input_spec.size)
     load_weights(network, read_state_dict(find_weights_file(Path(asked.weights))), asked.weights)
-    return PreparedModel(network, preparation).to(given.device).eval()
+    return PreparedModel(network, input_spec).to(given.device).eval()

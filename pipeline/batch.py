@@ -16,13 +16,13 @@ Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and feat
 class TargetSource(Protocol):
     """Where targets come from: a cache, or several as one teacher. together: draws that are read side by side."""
 
-    def order(self, split: str) -> NDArray[np.int64]: ...
+    def row_order(self, split: str) -> NDArray[np.int64]: ...
 
-    def index(self, split: str, positions: NDArray[np.int64]) -> NDArray[np.int64]: ...
+    def index_at(self, split: str, positions: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
-    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool: ...
+    def fits_in_memory(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool: ...
 
-    def targets(
+    def read_targets(
         self, split: str, draw: int, positions: NDArray[np.int64], taps: tuple[str, ...] = (), together: int = 1
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
@@ -62,7 +62,7 @@ class ModelOutputs:
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     head: LinearHead | None = None
 
-    def chosen(self, rows: torch.Tensor) -> "ModelOutputs":
+    def select(self, rows: torch.Tensor) -> "ModelOutputs":
         """Rows int64 [n] of the batch."""
         return ModelOutputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
 
@@ -91,21 +91,21 @@ class Batch:
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     partner: torch.Tensor | None = None
     share: torch.Tensor | None = None
-    trust: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> "Batch":
+    def slice(self, start: int, stop: int) -> "Batch":
         """Rows start to stop, without a copy."""
-        return self._each(lambda x: x[start:stop])
+        return self._map(lambda x: x[start:stop])
 
-    def chosen(self, rows: torch.Tensor) -> "Batch":
+    def select(self, rows: torch.Tensor) -> "Batch":
         """Rows int64 [n] of the batch, copied."""
-        return self._each(lambda x: x[rows])
+        return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device, without waiting for it."""
-        return self if self.index.device.type == device.type else self._each(lambda x: copy_to_device(x, device))
+        return self if self.index.device.type == device.type else self._map(lambda x: copy_to_device(x, device))
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         def maybe(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else change(x)
 
@@ -119,5 +119,5 @@ class Batch:
             {tap: change(x) for tap, x in self.features.items()},
             maybe(self.partner),
             maybe(self.share),
-            maybe(self.trust),
+            maybe(self.row_weights),
         )

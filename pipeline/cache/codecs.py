@@ -24,7 +24,7 @@ class Codec:
     datasets: Callable[[int], dict[str, tuple[tuple[int, ...], str]]]
     encode: Callable[[Floats], Arrays]
     decode: Callable[[Mapping[str, NDArray[np.generic]]], Floats]
-    largest: float
+    max_value: float
 
 
 def _sqrt8_encode(logits: Floats) -> Arrays:

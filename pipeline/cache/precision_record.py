@@ -25,11 +25,11 @@ class PrecisionRecord:
     kl_4: float
     flips: float
 
-    def record(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """What was done, and its figures."""
         done = ["batch norm folded"] * self.folded + ["compiled"] * self.compiled
         return (

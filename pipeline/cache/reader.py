@@ -43,11 +43,11 @@ class Cache:
         # The order matters: what is seen first, with no addition under way, is in a manifest that is read later.
         files, growing = list_shard_files(folder), (folder / IN_PROGRESS_FILE).is_file()
         self.manifest: Manifest = read_manifest(folder)
-        self.unlisted = sorted(files - {record.path for record in self.manifest.shards})
-        if self.unlisted and not growing:
+        self.unlisted_files = sorted(files - {record.path for record in self.manifest.shards})
+        if self.unlisted_files and not growing:
             raise CacheError(
-                f"'{folder}' holds {self.unlisted[0]}, which {MANIFEST_FILE} does not know"
-                f" ({len(self.unlisted)} such files):"
+                f"'{folder}' holds {self.unlisted_files[0]}, which {MANIFEST_FILE} does not know"
+                f" ({len(self.unlisted_files)} such files):"
                 f" an older {MANIFEST_FILE}, or files of another cache. Put the newer one back, or move them away"
             )
         try:
@@ -56,9 +56,9 @@ class Cache:
             raise CacheError(
                 f"'{folder}': the manifest's identity does not hold together ({make_printable(error)})"
             ) from None
-        self._index()
+        self._prepare()
 
-    def _index(self) -> None:
+    def _prepare(self) -> None:
         """What is looked up, and what is kept: nothing yet."""
         self._by_draw: dict[tuple[str, int, str], list[ShardRecord]] = {}  # {(split, draw, dataset): in row order}
         for record in sorted(self.manifest.shards, key=lambda s: s.start):
@@ -73,12 +73,17 @@ class Cache:
 
     def __getstate__(self) -> dict[str, object]:
         """What travels to another process: no file, no rows; it opens and verifies its own."""
-        return {"folder": self.folder, "manifest": self.manifest, "unlisted": self.unlisted, "labels": self._labels}
+        return {
+            "folder": self.folder,
+            "manifest": self.manifest,
+            "unlisted": self.unlisted_files,
+            "labels": self._labels,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder, self.manifest, self.unlisted = state["folder"], state["manifest"], state["unlisted"]
+        self.folder, self.manifest, self.unlisted_files = state["folder"], state["manifest"], state["unlisted"]
         self._read_identity()
-        self._index()
+        self._prepare()
         self._labels = state["labels"]
 
     def _read_identity(self) -> None:
@@ -103,9 +108,9 @@ class Cache:
         if "imbalance" in cut:
             parse_imbalance(cut["imbalance"])
         self.teacher = str(identity["teacher"]["arch"])
-        self.preparation = InputSpec.from_json(identity["teacher"])
+        self.input_spec = InputSpec.from_json(identity["teacher"])
 
-    def transfer_set(self, data: str, root: Path, progress: Progress) -> TransferSet:
+    def load_transfer_set(self, data: str, root: Path, progress: Progress) -> TransferSet:
         """The data that the cache was made from, cut as they were then, from where they lie here; see bind.
 
         data: as on the command line, or empty for the name in the manifest. A manifest's word is never taken for
@@ -118,14 +123,14 @@ class Cache:
                 f"the cache '{self.folder}' is of a folder of images: say where it is with --data folder:PATH"
             )
         found = load_transfer_set(data or self.data, root, **self.cut, progress=progress)
-        self.bind(found)
+        self.check_transfer_set(found)
         return found
 
-    def order(self, split: str) -> Positions:
+    def row_order(self, split: str) -> Positions:
         """index [rows] of each position of a split."""
         return self._order(split).astype(np.int64)
 
-    def index(self, split: str, positions: Positions) -> Positions:
+    def index_at(self, split: str, positions: Positions) -> Positions:
         """index [n] of positions [n], without a copy of the whole order."""
         return self._order(split)[positions].astype(np.int64)
 
@@ -140,7 +145,7 @@ class Cache:
             self._orders[split] = make_row_order(self.seed, split, self.manifest.splits[split]).astype(np.uint32)
         return self._orders[split]
 
-    def bind(self, transfer_set: TransferSet) -> None:
+    def check_transfer_set(self, transfer_set: TransferSet) -> None:
         """Refuse a transfer set that is not the one the teacher saw; from now on labels are compared too."""
         mine, theirs = self.manifest.identity["transfer_set"], transfer_set.identity()
         if mine != theirs:
@@ -154,24 +159,24 @@ class Cache:
             raise CacheError(f"the cache '{self.folder}' has rows {self.manifest.splits}, the data {here}")
         self._labels = {split: rows.labels for split, rows in transfer_set.splits.items()}
 
-    def targets(
+    def read_targets(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = (), together: int = 1
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """logits float32 [n, K] and features {tap: float16 [n, …]} of the rows at positions [n].
 
         together: so many draws are asked for in turns, and kept in memory together.
         """
-        kept = self.resident(split, draw, taps, together)
-        fetch = partial(self._in_memory, together) if kept else self.rows
-        return self._fetched(fetch, split, draw, positions, taps)
+        kept = self.fits_in_memory(split, draw, taps, together)
+        fetch = partial(self._read_from_memory, together) if kept else self.read_rows
+        return self._fetch(fetch, split, draw, positions, taps)
 
-    def stored(
+    def read_stored(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = ()
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The same as targets, from those shards alone that hold these rows."""
-        return self._fetched(self.rows, split, draw, positions, taps)
+        return self._fetch(self.read_rows, split, draw, positions, taps)
 
-    def _fetched(
+    def _fetch(
         self, fetch: Fetch, split: str, draw: int, positions: Positions, taps: tuple[str, ...]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         names = [*self.codec.datasets(self.classes), *(f"features/{tap}" for tap in taps)]
@@ -179,7 +184,7 @@ class Cache:
         logits = torch.from_numpy(self.codec.decode(rows))
         return logits, {tap: torch.from_numpy(rows[f"features/{tap}"]) for tap in taps}
 
-    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
+    def fits_in_memory(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
         """Whether what is read of that draw, and of so many together, is small enough to be kept in memory.
 
         It does not depend on what else the cache holds: a student's order of rows must not change when taps are added.
@@ -188,11 +193,11 @@ class Cache:
         size = count_row_bytes({name: self.manifest.datasets[name] for name in names})
         return together * size * self.manifest.splits[split] <= RESIDENT_BYTES
 
-    def column(self, split: str, draw: int, name: str) -> NDArray[np.generic]:
+    def read_column(self, split: str, draw: int, name: str) -> NDArray[np.generic]:
         """One whole dataset of a draw, such as `label` or `view_crc32`, in row order."""
-        return np.concatenate([self._shard(r).read(name) for r in self._records(split, draw, name)])
+        return np.concatenate([self._get_shard(r).read(name) for r in self._records(split, draw, name)])
 
-    def used(self, draws: int, taps: tuple[str, ...]) -> dict[str, str]:
+    def list_used_shards(self, draws: int, taps: tuple[str, ...]) -> dict[str, str]:
         """{path: payload} of the shards that hold the logits and taps of the first draws and the held-out splits."""
         names = {"logits", *(f"features/{tap}" for tap in taps)}
         return {
@@ -204,17 +209,19 @@ class Cache:
     def _records(self, split: str, draw: int, name: str) -> list[ShardRecord]:
         return self._by_draw[split, draw, name]
 
-    def _in_memory(self, together: int, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
+    def _read_from_memory(
+        self, together: int, split: str, draw: int, name: str, positions: Positions
+    ) -> NDArray[np.generic]:
         """Rows of a dataset that is kept whole until twice as many other draws as go together have been asked for."""
         kept = self._resident[split, draw] = self._resident.pop((split, draw), {})  # the last one is the latest asked
         column = kept.get(name)
         if column is None:
-            column = kept[name] = self.column(split, draw, name)
+            column = kept[name] = self.read_column(split, draw, name)
         for old in list(self._resident)[: -2 * together]:  # all but these draws and the next ones
             self._resident.pop(old, None)
         return column.take(positions, axis=0)  # 5 us for 2,709 rows of 10 logits; column[positions]: 21
 
-    def rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
+    def read_rows(self, split: str, draw: int, name: str, positions: Positions) -> NDArray[np.generic]:
         """Rows of a dataset from disk at positions [n]: one read per run of neighbours, in the order of the file.
 
         Each goes through a piece of memory that stays in the processor's cache: 0.44 us a row of 2 kB, 0.52 where all
@@ -225,46 +232,46 @@ class Cache:
         order = np.argsort(positions, kind="stable")
         runs = find_runs(self._records(split, draw, name), positions[order])
         for record, first, a, b in runs:
-            self._shard(record).announce(name, first, b - a)
+            self._get_shard(record).advise_read(name, first, b - a)
         found = np.empty((len(positions), *shape), dtype)
         places, piece = found.reshape(-1).view(f"V{size}"), np.empty(max(1, _PIECE_BYTES // size), f"V{size}")
         room = piece.view(np.uint8).data
         for record, first, a, b in runs:
             for at in range(a, b, len(piece)):
                 n = min(len(piece), b - at)
-                self._shard(record).read_into(name, first + at - a, room[: n * size])
+                self._get_shard(record).read_into(name, first + at - a, room[: n * size])
                 places[order[at : at + n]] = piece[:n]
         return found
 
-    def _shard(self, record: ShardRecord) -> Shard:
+    def _get_shard(self, record: ShardRecord) -> Shard:
         """The shard, verified once per process. Few stay open: a process may have 1,024 files."""
         shard = self._shards.get(record.path)
         if shard is None:
-            shard = self._opened(record, self._stamps.get(record.path))
+            shard = self._open_shard(record, self._stamps.get(record.path))
             self._stamps[record.path] = shard.stamp
             for old in list(self._shards)[: max(0, len(self._shards) + 1 - OPEN_SHARDS)]:
                 self._shards.pop(old, None)  # closed with its last user: another thread may be reading it
             self._shards[record.path] = shard
         return shard
 
-    def _opened(self, record: ShardRecord, stamp: Stamp | None = None) -> Shard:
+    def _open_shard(self, record: ShardRecord, stamp: Stamp | None = None) -> Shard:
         shard = Shard(
             self.folder, record.path, self.manifest.layout(record), record.bytes, record.checksum, known=stamp
         )
-        if not shard.is_known:
-            expected = self.index(record.split, np.arange(record.start, record.start + record.rows))
+        if not shard.is_verified:
+            expected = self.index_at(record.split, np.arange(record.start, record.start + record.rows))
             check_rows(shard, record, self.manifest.fingerprint, expected, self._labels.get(record.split))
             if record.correct is not None:
                 check_logits(shard, record, self.codec, self.classes)
         return shard
 
-    def verify(self, record: ShardRecord) -> NDArray[np.generic]:
+    def verify_shard(self, record: ShardRecord) -> NDArray[np.generic]:
         """Everything that can be known of one shard without its images; returns its view_crc32 [rows].
 
         Raises CacheError. May be called from several threads.
         """
-        with closing(self._opened(record)) as shard:
-            if shard.checked_payload() != record.payload:
+        with closing(self._open_shard(record)) as shard:
+            if shard.verify_payload() != record.payload:
                 raise CacheError(f"{shard.path}: its payload is not the one in the manifest")
             for name in record.datasets:
                 if name.startswith("features/") and not np.isfinite(shard.read(name)).all():
@@ -289,7 +296,7 @@ class Cache:
                 if not np.array_equal(mine[first - record.start : stop - record.start], theirs):
                     raise CacheError(f"{shard.path}: its features are of other views than the logits of {other.path}")
 
-    def head(self) -> LinearHead | None:
+    def read_head(self) -> LinearHead | None:
         """The teacher's last linear layer, where it has one. Raises CacheError when its file is not what it was."""
         if not (head := self.manifest.head):
             return None

@@ -114,8 +114,8 @@ class Shard:
             found_size = os.fstat(self._fd).st_size
             if size is not None and found_size != size:
                 raise CacheError(f"{path}: {found_size} bytes instead of {size}: the file was cut or appended to")
-            self.is_known = known == self.stamp
-            if not self.is_known and checksum is not None and (found := file_checksum(self._fd)) != checksum:
+            self.is_verified = known == self.stamp
+            if not self.is_verified and checksum is not None and (found := file_checksum(self._fd)) != checksum:
                 raise CacheError(f"{path}: damaged, its checksum is {found} instead of {checksum}")
             self._offsets, self.attributes = _inspect(path, self._fd, layout, found_size)
         except BaseException:
@@ -138,7 +138,7 @@ class Shard:
                 raise CacheError(f"{self.path}: the file ends inside {name}: it was cut after it was opened")
             room, offset = room[got:], offset + got
 
-    def announce(self, name: str, start: int, count: int) -> None:
+    def advise_read(self, name: str, start: int, count: int) -> None:
         """Have the kernel fetch rows that will be read: several runs at once, where they are on a disk."""
         size = self._row_bytes[name]
         offset = self._offsets[name] + start * size
@@ -154,15 +154,15 @@ class Shard:
         """Every dataset, whole."""
         return {name: self.read(name) for name in self.layout}
 
-    def verified(self) -> ShardDigest:
+    def digest(self) -> ShardDigest:
         """What there is to know of the shard, after its datasets were found to be what they were when written.
 
         Raises CacheError when they are not: the shard vouches for itself, before any manifest does.
         """
-        payload = self.checked_payload()
+        payload = self.verify_payload()
         return ShardDigest(os.fstat(self._fd).st_size, file_checksum(self._fd), payload)
 
-    def checked_payload(self) -> str:
+    def verify_payload(self) -> str:
         """The digest of the datasets. Raises CacheError when it is not the one that was written into the shard."""
         payload = payload_digest(self.read_all())
         if payload != self.attributes.get("payload"):

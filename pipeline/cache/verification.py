@@ -36,7 +36,7 @@ def verify_views(
             there = there[~gaps[draw]]
         count = min(len(there), -(-views // len(places)))
         positions = there[np.arange(count) * len(there) // max(count, 1)]
-        seen = cache.rows(split, draw, "view_crc32", positions)
+        seen = cache.read_rows(split, draw, "view_crc32", positions)
         compare_views(cache, transfer_set, split, draw, positions, seen)
 
 
@@ -49,7 +49,7 @@ def compare_views(
     seen: NDArray[np.generic],
 ) -> None:
     """Render the views at positions [n]; their checksums must be seen [n]. Raises CacheError, naming the first."""
-    index = cache.index(split, positions)
+    index = cache.index_at(split, positions)
     policy = cache.views if split == "train" else cache.views.without_augmentation()
     together = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
     for at in range(0, len(index), together):

@@ -59,7 +59,7 @@ class CachePlan:
     settings: dict[str, Any] = field(default_factory=dict)
     arithmetic: PrecisionRecord | None = None
 
-    def pieces(self, there: Iterable[ShardRecord | ShardSpec] = ()) -> Iterator[ShardSpec]:
+    def missing_shards(self, there: Iterable[ShardRecord | ShardSpec] = ()) -> Iterator[ShardSpec]:
         """Every shard that is not there, in the order in which they are written."""
         everything = list_datasets(self.classes, self.identity["codec"], self.taps)
         parts: dict[tuple[str, int], list[set[str]]] = {}
@@ -79,7 +79,7 @@ class CachePlan:
                     path = make_shard_path(split, draw, i, len(have))
                     yield ShardSpec(path, split, draw, int(a), int(b - a), missing)
 
-    def with_all_of(self, draws: int, taps: dict[str, list[int]]) -> "CachePlan":
+    def extended_to(self, draws: int, taps: dict[str, list[int]]) -> "CachePlan":
         """The same, and what is there already: a cache grows, it never shrinks."""
         return replace(self, draws=max(self.draws, draws), taps={**taps, **self.taps})
 
@@ -90,13 +90,13 @@ class CacheWriter:
 
     folder: Path
     plan: CachePlan
-    todo: list[ShardSpec]
-    grown: Manifest | None = None
+    missing: list[ShardSpec]
+    previous: Manifest | None = None
     records: list[ShardRecord] = field(default_factory=list)
-    costs: list[Facts] = field(default_factory=list)
+    facts: list[Facts] = field(default_factory=list)
 
     @staticmethod
-    def look(folder: Path, plan: CachePlan) -> "CacheWriter":
+    def examine(folder: Path, plan: CachePlan) -> "CacheWriter":
         """What there is to do in a folder whose lock is held; nothing is written. Raises CacheMismatchError or
         CacheError."""
         validate(plan.identity, IDENTITY_SCHEMA, "identity")  # what is written must be readable
@@ -104,55 +104,55 @@ class CacheWriter:
         if (folder / MANIFEST_FILE).is_file():
             there = read_manifest(folder)
             check_same_identity(folder, plan.identity, plan.taps, there)
-            plan = plan.with_all_of(there.draws, there.taps)
-            return CacheWriter(folder, plan, list(plan.pieces(there.shards)), there)
+            plan = plan.extended_to(there.draws, there.taps)
+            return CacheWriter(folder, plan, list(plan.missing_shards(there.shards)), there)
         lost = find_lost_shards(folder, compute_fingerprint(plan.identity), plan.splits)
-        plan = plan.with_all_of(*measure_extent(lost))
-        return CacheWriter(folder, plan, [*lost, *plan.pieces(lost)])
+        plan = plan.extended_to(*measure_extent(lost))
+        return CacheWriter(folder, plan, [*lost, *plan.missing_shards(lost)])
 
     @property
-    def nothing_to_do(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the cache is whole, holds all that is planned, and nothing was left behind."""
-        return self.grown is not None and not self.todo and not (self.folder / IN_PROGRESS_FILE).exists()
+        return self.previous is not None and not self.missing and not (self.folder / IN_PROGRESS_FILE).exists()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Claim the folder. Raises CacheMismatchError when another cache was begun there, CacheError for too little
         space."""
-        folder, there = self.folder, self.grown
-        if links := [p for p in self.todo if (folder / p.path).parent.is_symlink()]:
+        folder, there = self.folder, self.previous
+        if links := [p for p in self.missing if (folder / p.path).parent.is_symlink()]:
             raise CacheError(
                 f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it"
             )
-        records = len(self.todo) + (len(there.shards) if there else 0)
+        records = len(self.missing) + (len(there.shards) if there else 0)
         if records * _RECORD_BYTES > MAX_MANIFEST_BYTES:
             raise CacheError(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
-        remove_stale_shard_files(folder, [piece.path for piece in self.todo])
-        self._claim()
-        missing = sum(p.rows * count_row_bytes(p.datasets) for p in self.todo if not (folder / p.path).exists())
+        remove_stale_shard_files(folder, [piece.path for piece in self.missing])
+        self._mark_in_progress()
+        missing = sum(p.rows * count_row_bytes(p.datasets) for p in self.missing if not (folder / p.path).exists())
         if missing > (free := shutil.disk_usage(folder).free):
             raise CacheError(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
 
-    def _claim(self) -> None:
+    def _mark_in_progress(self) -> None:
         """Write down what is begun, or see that it was this that was begun."""
         plan, path = self.plan, self.folder / IN_PROGRESS_FILE
         claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
         if plan.arithmetic:
-            claim["arithmetic"] = plan.arithmetic.record()
+            claim["arithmetic"] = plan.arithmetic.to_json()
         if path.is_file():
             begun = read_in_progress_file(self.folder)
-            if not self.todo and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
+            if not self.missing and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
                 sync(self.folder)  # stopped between the manifest and this
                 path.unlink()
-            elif begun != claim and (self.todo or self.grown is None):
+            elif begun != claim and (self.missing or self.previous is None):
                 fields = format_differences(claim, begun, ("asked", "begun"))
                 begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
                 raise CacheMismatchError(f"{begun_with}, to be finished first by its own command:{fields}")
-        elif self.todo:
-            if self.grown is None and (strange := _find_foreign_files(self.folder)):
+        elif self.missing:
+            if self.previous is None and (strange := _find_foreign_files(self.folder)):
                 raise CacheError(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
             publish_json(path, claim)
 
-    def have(self, piece: ShardSpec) -> bool:
+    def adopt(self, piece: ShardSpec) -> bool:
         """Whether that shard is there, whole and of this cache; then it is taken over. A damaged one is not.
 
         Raises CacheError for a whole shard of another cache, which would be lost.
@@ -162,7 +162,7 @@ class CacheWriter:
         wanted = self._attributes(piece)
         try:
             shard = Shard(self.folder, piece.path, make_layout(piece.rows, piece.datasets))
-            written = shard.verified()
+            written = shard.digest()
             facts = json.loads(str(shard.attributes["facts"]))
         except (CacheError, KeyError, ValueError):
             said = read_claims(self.folder, piece.path)
@@ -175,23 +175,23 @@ class CacheWriter:
             raise CacheError(f"{shard.path} is of another cache: choose another --out, or move it away")
         if any(shard.attributes.get(key) != value for key, value in wanted.items()):
             return False
-        self._note(piece, written, facts)
+        self._record(piece, written, facts)
         return True
 
-    def add(self, piece: ShardSpec, arrays: Arrays, facts: Facts) -> None:
+    def write_shard(self, piece: ShardSpec, arrays: Arrays, facts: Facts) -> None:
         """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity, where it has logits."""
         path = self.folder / piece.path
         if self.plan.arithmetic:
-            facts = {**facts, "arithmetic": self.plan.arithmetic.record()}  # it may lose its manifest
+            facts = {**facts, "arithmetic": self.plan.arithmetic.to_json()}  # it may lose its manifest
         make_folder(path.parent)
         attributes = {**self._attributes(piece), "facts": json.dumps(facts)}
-        self._note(piece, write_shard(path, arrays, attributes), facts)
+        self._record(piece, write_shard(path, arrays, attributes), facts)
 
     def _attributes(self, piece: ShardSpec) -> dict[str, str | int]:
         name = compute_fingerprint(self.plan.identity)
         return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
 
-    def _note(self, piece: ShardSpec, written: ShardDigest, facts: Facts) -> None:
+    def _record(self, piece: ShardSpec, written: ShardDigest, facts: Facts) -> None:
         correct = int(facts["correct"]) if "correct" in facts else None
         self.records.append(
             ShardRecord(
@@ -207,13 +207,13 @@ class CacheWriter:
                 list(piece.datasets),
             )
         )
-        self.costs.append(facts)
+        self.facts.append(facts)
 
-    def sort(self) -> None:
+    def sort_records(self) -> None:
         """What was written or taken over, in the order of todo, in whatever order it came."""
-        place = {piece.path: i for i, piece in enumerate(self.todo)}
+        place = {piece.path: i for i, piece in enumerate(self.missing)}
         order = sorted(range(len(self.records)), key=lambda i: place[self.records[i].path])
-        self.records, self.costs = [self.records[i] for i in order], [self.costs[i] for i in order]
+        self.records, self.facts = [self.records[i] for i in order], [self.facts[i] for i in order]
 
     def add_head(self, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> HeadRecord:
         """Publish the teacher's last linear layer."""
@@ -222,9 +222,9 @@ class CacheWriter:
         written = write_shard(self.folder / HEAD_FILE, arrays, attributes)
         return HeadRecord(HEAD_FILE, written.bytes, written.checksum, weight.shape[1])
 
-    def manifest(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
+    def build_manifest(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
         """What the cache now is. labelled: rows with a label, per split; versions: of what wrote the first part."""
-        plan, old = self.plan, self.grown
+        plan, old = self.plan, self.previous
         shards = (*(old.shards if old else ()), *self.records)
         return Manifest(
             plan.identity,
@@ -236,13 +236,13 @@ class CacheWriter:
             old.head if old else head,
             label_accuracy(shards, plan.splits, plan.draws, labelled),
             self._fidelity(),
-            sum(c["seconds"] for c in self.costs) + (old.seconds if old else 0.0),
+            sum(c["seconds"] for c in self.facts) + (old.seconds if old else 0.0),
             old.settings if old else plan.settings,
             old.versions if old else versions,
             plan.arithmetic,
         )
 
-    def finish(self, manifest: Manifest) -> None:
+    def publish_manifest(self, manifest: Manifest) -> None:
         """Publish the manifest: from now on there is a whole cache.
 
         First every name that it relies on is made durable: a killed process may have given it, and not synced.
@@ -257,9 +257,9 @@ class CacheWriter:
     def _fidelity(self) -> dict[str, float]:
         """Means over all rows, those that were there before included."""
         names = ["flips", *(f"kl_{T:g}" for T in TEMPERATURES)]
-        sums = [c for c in self.costs if "rows" in c]
-        if self.grown:
-            before = self.grown.fidelity
+        sums = [c for c in self.facts if "rows" in c]
+        if self.previous:
+            before = self.previous.fidelity
             sums.append({"rows": before["rows"], **{name: before[name] * before["rows"] for name in names}})
         rows = sum(c["rows"] for c in sums)
         return {"rows": rows, **{name: sum(c[name] for c in sums) / rows for name in names}}

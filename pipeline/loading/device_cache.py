@@ -35,7 +35,7 @@ class DeviceCache:
         self._images = images.pixels.to(device)  # uint8 [N, C, H, W]; waits, but pins no second copy of the set
         self._filled: set[int] = set()
         if cache is not None:
-            self._rows, (logits, features) = len(cache.order("train")), _row(cache, taps)
+            self._rows, (logits, features) = len(cache.row_order("train")), _row(cache, taps)
             self._logits = self._table(draws, logits)
             self._features = {tap: self._table(draws, x) for tap, x in features.items()}
 
@@ -63,7 +63,7 @@ class DeviceCache:
         assert self._cache is not None
         for start in range(0, self._rows, _READ):
             positions = np.arange(start, min(start + _READ, self._rows))
-            logits, features = self._cache.targets("train", draw, positions, self._taps)
+            logits, features = self._cache.read_targets("train", draw, positions, self._taps)
             first = draw * self._rows + start
             rows = slice(first, first + len(positions))
             self._logits[rows] = copy_to_device(logits, self.device)
@@ -86,11 +86,11 @@ def fits_on_device(
     size = images.load_plain(np.zeros(1, np.int64), 0, 0).nbytes * len(images)
     if cache is not None:
         logits, features = _row(cache, taps)
-        size += draws * len(cache.order("train")) * (logits.nbytes + sum(x.nbytes for x in features.values()))
+        size += draws * len(cache.row_order("train")) * (logits.nbytes + sum(x.nbytes for x in features.values()))
     free, _ = torch.cuda.mem_get_info(device)
     return size * _SHARE <= free
 
 
 def _row(cache: TargetSource, taps: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The targets of one row, for their shapes and sizes."""
-    return cache.targets("train", 0, np.zeros(1, np.int64), taps)
+    return cache.read_targets("train", 0, np.zeros(1, np.int64), taps)

@@ -54,13 +54,13 @@ class Stream:
     draws: int = 0
     cache: TargetSource | None = None
     taps: tuple[str, ...] = ()
-    targets: bool = True
+    read_targets: bool = True
     workers: int = 0
     start_method: str | None = None
     sampler: str = ""
     draws_per_decode: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
-    resident_on: torch.device | None = None
+    resident_device: torch.device | None = None
     rank: int = 0
     world: int = 1
 
@@ -82,7 +82,7 @@ class Stream:
             for group, cuts in groups:
                 seen = 0
                 for a, b in pairwise(cuts):
-                    batch = group.rows(a, b)
+                    batch = group.slice(a, b)
                     if self.world > 1:
                         first, last = rank_rows(b - a, self.rank, self.world)
                         batch = replace(batch, views=group.views[seen : (seen := seen + last - first)])
@@ -90,7 +90,7 @@ class Stream:
         finally:
             groups.close()
 
-    def draw_of(self, round_: int) -> int:
+    def draw_of_round(self, round_: int) -> int:
         """Which draw a round shows: a seeded permutation of all draws, then another one."""
         if self.draws == 0:
             return round_
@@ -100,9 +100,9 @@ class Stream:
     @cached_property
     def _resident(self) -> DeviceCache | None:
         """What lies on a device, where it does. It stays there from one call of batches to the next."""
-        cache = self.cache if self.targets else None
+        cache = self.cache if self.read_targets else None
         of = (self.split.images, self.views, cache, self.draws, self.taps)
-        place = self.resident_on or (self.device if fits_on_device(*of, self.device) else None)
+        place = self.resident_device or (self.device if fits_on_device(*of, self.device) else None)
         return None if place is None else DeviceCache(*of, place)
 
     def _here(self, start: int, stop: int) -> Iterator[tuple[Batch, list[int]]]:
@@ -153,11 +153,11 @@ class Stream:
     def _draws_of(self, lap: int) -> tuple[int, ...]:
         """The draws of a lap. k divides draws, so that they differ."""
         k = self.draws_per_decode
-        return tuple(self.draw_of(round_) for round_ in range(k * lap, k * lap + k))
+        return tuple(self.draw_of_round(round_) for round_ in range(k * lap, k * lap + k))
 
     def _in_memory(self, draws: tuple[int, ...]) -> bool:
         cache = self.cache
-        return cache is None or all(cache.resident("train", draw, (), len(draws)) for draw in draws)
+        return cache is None or all(cache.fits_in_memory("train", draw, (), len(draws)) for draw in draws)
 
     def _lap(self, lap: int) -> Rows:
         """Positions of a lap in the order in which they are shown."""
@@ -175,7 +175,7 @@ class Stream:
         """The positions of a lap, in no order yet."""
         if not self.sampler:
             return self.rows
-        index = self.rows if self.cache is None else self.cache.index("train", self.rows)
+        index = self.rows if self.cache is None else self.cache.index_at("train", self.rows)
         return self.rows[resample_rows(self.labels[index], SAMPLERS[self.sampler], (self.order_seed, 42, lap))]
 
     def _join(self, group: "_Group", views: torch.Tensor, targets: Targets) -> Batch:
@@ -206,17 +206,17 @@ class _Window:
     def __init__(self, stream: Stream, draws: tuple[int, ...], positions: Rows):
         self.stream, self.draws, self.positions = stream, draws, positions
         cache = stream.cache
-        self.index = positions if cache is None else cache.index("train", positions)
+        self.index = positions if cache is None else cache.index_at("train", positions)
         self._targets: Targets | None = None
 
     def targets(self) -> Targets:
         """Row by row: logits [n * k, …], features {tap: [n * k, …]}."""
         cache, k = self.stream.cache, len(self.draws)
-        if cache is None or not self.stream.targets:
+        if cache is None or not self.stream.read_targets:
             return None, {}
         if self._targets is None:
             taps = self.stream.taps
-            read = [cache.targets("train", draw, self.positions, taps, k) for draw in self.draws]
+            read = [cache.read_targets("train", draw, self.positions, taps, k) for draw in self.draws]
             logits = _side_by_side([z for z, _ in read])
             self._targets = logits, {tap: _side_by_side([features[tap] for _, features in read]) for tap in taps}
         return self._targets

@@ -69,7 +69,7 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
     losses = tuple(_parse_one(spec) for spec in specs)
     names = [loss.name for loss in losses]
     for loss in losses:
-        if names.count(loss.name) > 1 and not loss.several:
+        if names.count(loss.name) > 1 and not loss.repeatable:
             raise UsageError(f"loss '{loss.name}' is given twice: one --loss with one weight each")
     if not losses:
         raise UsageError("no loss: name at least one, such as --loss kd:temperature=4")

@@ -48,9 +48,9 @@ class Loss(Protocol):
     needs_logits: ClassVar[bool] = True
     needs_head: ClassVar[bool] = False
     needs_counts: ClassVar[bool] = False
-    one_label: ClassVar[bool] = False
-    several: ClassVar[bool] = False
-    by_row: ClassVar[bool] = False
+    needs_single_label: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = False
+    is_row_mean: ClassVar[bool] = False
 
     @property
     def weight(self) -> float | Ramp: ...
@@ -63,7 +63,7 @@ class Loss(Protocol):
         """Layers of the student that the loss reads."""
         return ()
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         """The loss's own part, made from one example of each; None where it has none."""
         return None
 

@@ -19,11 +19,9 @@ def require_head(loss: FeatureLoss, known: LossContext, width: int) -> LinearHea
     """The teacher's head, if it takes features so wide. Raises UsageError."""
     tap = loss.teacher_taps()[0]
     if known.head is None:
-        raise loss.without_head()
+        raise loss.head_error()
     if known.head.weight.shape[1] != width:
-        raise loss.without_head(
-            f"its last linear layer takes {known.head.weight.shape[1]} values, '{tap}' has {width}"
-        )
+        raise loss.head_error(f"its last linear layer takes {known.head.weight.shape[1]} values, '{tap}' has {width}")
     return known.head
 
 
@@ -60,15 +58,15 @@ class SRRL(FeatureLoss):
     statistic: ClassVar[str] = "pool"
     needs_logits: ClassVar[bool] = True
     needs_head: ClassVar[bool] = True
-    one_layer: ClassVar[bool] = True
+    single_layer: ClassVar[bool] = True
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        s, t = self.pairs(student, target)[0]
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+        s, t = self.feature_pairs(student, target)[0]
         return Connector(s.flatten(1).shape[1], require_head(self, known, t.flatten(1).shape[1]))
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert module is not None
-        s, t = self.pairs(student, target)[0]
+        s, t = self.feature_pairs(student, target)[0]
         guess, logits = module(s.flatten(1))
         by_features = F.mse_loss(guess, t.flatten(1))
         return resolved(self.features) * by_features + resolved(self.outputs) * F.mse_loss(
@@ -99,20 +97,20 @@ class CatKD(FeatureLoss):
     weight: float | Ramp = 15.0
     name: ClassVar[str] = "cat_kd"
     statistic: ClassVar[str] = "grid2"
-    no_other: ClassVar[bool] = True
+    statistic_only: ClassVar[bool] = True
     needs_head: ClassVar[bool] = True
-    one_layer: ClassVar[bool] = True
+    single_layer: ClassVar[bool] = True
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        s, t = self.pairs(student, target)[0]
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+        s, t = self.feature_pairs(student, target)[0]
         if student.head is None or student.head.weight.shape[1] != s.shape[1]:
-            raise self.without_head("the student's last linear layer does not read that map", whose="the student")
+            raise self.head_error("the student's last linear layer does not read that map", whose="the student")
         return HeadWeights(require_head(self, known, t.shape[1]))
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert isinstance(module, HeadWeights)
         assert student.head is not None
-        s, t = self.pairs(student, target)[0]
+        s, t = self.feature_pairs(student, target)[0]
         mine = torch.einsum("kc,bchw->bkhw", student.head.weight.to(s.dtype), s)
         theirs = torch.einsum("kc,bchw->bkhw", module.weight.to(t.dtype), t)
         return F.mse_loss(mine, theirs)
@@ -130,7 +128,7 @@ class SimKD(FeatureLoss):
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "simkd"
     needs_head: ClassVar[bool] = True
-    one_layer: ClassVar[bool] = True
+    single_layer: ClassVar[bool] = True
 
     def through(self) -> str:
         """The student's layer that is led through the projector."""

@@ -32,11 +32,11 @@ class CRD(FeatureLoss):
     width: int = 128
     name: ClassVar[str] = "crd"
     statistic: ClassVar[str] = "pool"
-    one_layer: ClassVar[bool] = True
-    one_label: ClassVar[bool] = True
+    single_layer: ClassVar[bool] = True
+    needs_single_label: ClassVar[bool] = True
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        s, t = self.pairs(student, target)[0]
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+        s, t = self.feature_pairs(student, target)[0]
         assert known.bank is not None
         return ContrastiveModule(
             s.flatten(1).shape[1], t.flatten(1).shape[1], self.width, known.bank(self.teacher_taps()[0])
@@ -44,7 +44,7 @@ class CRD(FeatureLoss):
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert isinstance(module, ContrastiveModule)
-        s, t = (x.flatten(1) for x in self.pairs(student, target)[0])
+        s, t = (x.flatten(1) for x in self.feature_pairs(student, target)[0])
         chosen = torch.randint(len(module.index), (self.negatives,), device=s.device)
         term: torch.Tensor = module(s, t, target.labels, target.index, chosen, resolved(self.temperature))
         return term

@@ -49,7 +49,7 @@ class DKD(Loss):
     nontarget: float | Ramp = 8.0
     standardize: bool = False
     name: ClassVar[str] = "dkd"
-    one_label: ClassVar[bool] = True
+    needs_single_label: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, target), resolved(self.temperature)
@@ -74,7 +74,7 @@ class NKD(Loss):
     target: float | Ramp = 1.0
     nontarget: float | Ramp = 3.5
     name: ClassVar[str] = "nkd"
-    one_label: ClassVar[bool] = True
+    needs_single_label: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, target), resolved(self.temperature)

@@ -27,15 +27,15 @@ class FeatureLoss(Loss):
     teacher: str = ""
     student: str = ""
     statistic: ClassVar[str] = "map"
-    no_other: ClassVar[bool] = False
+    statistic_only: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
-    one_layer: ClassVar[bool] = False
+    single_layer: ClassVar[bool] = False
 
     def teacher_taps(self) -> tuple[str, ...]:
         if not self.teacher:
             raise UsageError(f"loss '{self.name}' wants layers: --loss {self.name}:teacher=layer3,student=layer3")
         taps = tuple(self._tap(tap, self.statistic) for tap in self.teacher.split("+"))
-        if self.one_layer and len(taps) > 1:
+        if self.single_layer and len(taps) > 1:
             raise UsageError(f"loss '{self.name}' is of one layer of the teacher, not of {len(taps)}")
         return taps
 
@@ -55,35 +55,35 @@ class FeatureLoss(Loss):
         if not tap:
             raise UsageError(f"loss '{self.name}': a layer without a name in '{self.teacher}' or '{self.student}'")
         path, named = parse_tap(tap)
-        if self.no_other and ":" in tap and named != self.statistic:
+        if self.statistic_only and ":" in tap and named != self.statistic:
             raise UsageError(f"loss '{self.name}' is of {self.statistic} and not of {named}: name the layer, '{path}'")
         return normalize_tap(tap if ":" in tap or not kind else f"{tap}:{kind}")
 
-    def pairs(self, student: ModelOutputs, target: Batch) -> list[Pair]:
+    def feature_pairs(self, student: ModelOutputs, target: Batch) -> list[Pair]:
         """(student's, teacher's) features of each pair of layers, in the student's dtype."""
         mine = [student.features[tap] for tap in self.student_taps()]
         theirs = [target.features[tap] for tap in self.teacher_taps()]
         return [(s, t.to(s.dtype)) for s, t in zip(mine, theirs, strict=True)]
 
-    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The term of one pair, of a loss that has no trainable part."""
         raise NotImplementedError(f"{self.name} is no sum over its pairs")
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         """The sum over the pairs."""
-        return torch.stack([self.between(s, t) for s, t in self.pairs(student, target)]).sum()
+        return torch.stack([self.pair_loss(s, t) for s, t in self.feature_pairs(student, target)]).sum()
 
-    def refuse_one_row(self, x: torch.Tensor, module: nn.Module | None) -> None:
+    def check_normalized_rows(self, x: torch.Tensor, module: nn.Module | None) -> None:
         """Raise UsageError for batch norm in training over one vector: there is no spread to divide by."""
         if module is not None and module.training and len(x) == 1 and x[0, 0].numel() == 1:
             raise UsageError(f"loss '{self.name}' normalises over the batch: a --batch-size of 1 leaves nothing")
 
-    def refuse(self, student: torch.Tensor, teacher: torch.Tensor, why: str) -> UsageError:
+    def shape_error(self, student: torch.Tensor, teacher: torch.Tensor, why: str) -> UsageError:
         """What to raise when a pair of layers does not fit."""
         s, t = ("x".join(map(str, x.shape[1:])) for x in (student, teacher))
         return UsageError(f"loss '{self.name}': the student's {s} and the teacher's {t}: {why}")
 
-    def without_head(self, why: str = "it has none", whose: str = "the cache") -> UsageError:
+    def head_error(self, why: str = "it has none", whose: str = "the cache") -> UsageError:
         """What to raise when a network has no last linear layer that fits."""
         return UsageError(f"loss '{self.name}' needs the last linear layer of {whose}'s network: {why}")
 

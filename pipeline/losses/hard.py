@@ -68,7 +68,7 @@ class TfKD(Loss):
     name: ClassVar[str] = "tf_kd"
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
-    one_label: ClassVar[bool] = True
+    needs_single_label: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         z, known, t = student.logits, target.labels >= 0, resolved(self.temperature)

@@ -28,18 +28,18 @@ class Hint(FeatureLoss):
 
     weight: float | Ramp = 100.0
     name: ClassVar[str] = "hint"
-    several: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        made = [regressor(s.shape, t.shape) for s, t in self.pairs(student, target)]
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+        made = [regressor(s.shape, t.shape) for s, t in self.feature_pairs(student, target)]
         return nn.ModuleList(r or nn.Identity() for r in made) if any(made) else None
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        pairs = self.pairs(student, target)
+        pairs = self.feature_pairs(student, target)
         if isinstance(module, nn.ModuleList):
             for r, (_, t) in zip(module, pairs, strict=True):
                 if isinstance(r, nn.Sequential):  # with batch norm
-                    self.refuse_one_row(t, module)
+                    self.check_normalized_rows(t, module)
             pairs = [(r(s), t) for r, (s, t) in zip(module, pairs, strict=True)]
         return torch.stack([F.mse_loss(s, t) for s, t in pairs]).sum()
 
@@ -91,7 +91,7 @@ class ConcatHint(FeatureLoss):
             return super().student_taps()
         return tuple(self._tap(tap, "pool") for tap in self.student.split("+"))
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         s, t = self._both(student, target)
         return nn.Linear(s.shape[1], t.shape[1])
 
@@ -118,13 +118,13 @@ class VID(FeatureLoss):
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "vid"
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        return nn.ModuleList(_Gaussian(s.shape[1], t.shape[1]) for s, t in self.pairs(student, target))
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+        return nn.ModuleList(_Gaussian(s.shape[1], t.shape[1]) for s, t in self.feature_pairs(student, target))
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         assert isinstance(module, nn.ModuleList)
         terms = []
-        for gaussian, (s, t) in zip(module, self.pairs(student, target), strict=True):
+        for gaussian, (s, t) in zip(module, self.feature_pairs(student, target), strict=True):
             s, t = match_size(to_feature_map(s), to_feature_map(t))
             mean, variance = gaussian(s)
             terms.append(0.5 * ((mean - t).square() / variance + variance.log()).mean())

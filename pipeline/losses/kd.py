@@ -45,14 +45,14 @@ def _kl_by_class(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torc
 
 def weighted_kd_mean(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float, target: Batch) -> torch.Tensor:
     """The mean of soft_rows, each weighed by how much the teacher is trusted about it, where that is asked."""
-    if target.trust is None:
+    if target.row_weights is None:
         return kd_mean(z_s, z_t, temperature)
     return weighted_mean(kd_rows(z_s, z_t, temperature), target)
 
 
 def weighted_mean(rows: torch.Tensor, target: Batch) -> torch.Tensor:
     """The mean of rows [B], each weighed by how much the teacher is trusted about it, where that is asked."""
-    return (rows if target.trust is None else rows * target.trust.to(rows.dtype)).mean()
+    return (rows if target.row_weights is None else rows * target.row_weights.to(rows.dtype)).mean()
 
 
 def standardize_logits(z: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class KD(Loss):
     temperature: float | Ramp = 4.0
     standardize: bool = False
     name: ClassVar[str] = "kd"
-    by_row: ClassVar[bool] = True
+    is_row_mean: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, target)
@@ -92,7 +92,7 @@ class LogitMSE(Loss):
 
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "logit_mse"
-    by_row: ClassVar[bool] = True
+    is_row_mean: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
         return weighted_mean((student.logits - teacher_logits(student, target)).square().mean(1), target)
@@ -111,7 +111,7 @@ class Output(Loss):
     kind: str = "kl"
     temperature: float | Ramp = 4.0
     name: ClassVar[str] = "output"
-    by_row: ClassVar[bool] = True
+    is_row_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("kl", "mse", "soft_ce"):
@@ -179,7 +179,7 @@ class CTKD(Loss):
     reversal: float | Ramp = Ramp(0.0, 1.0, 10)  # noqa: RUF009 (frozen)
     name: ClassVar[str] = "ctkd"
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         return LearnedTemperature(self.start, self.span)
 
     def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:

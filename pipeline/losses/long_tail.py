@@ -55,7 +55,7 @@ class CountingLoss(Loss):
 
     needs_counts: ClassVar[bool] = True
 
-    def module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
         return ClassCounts(require_counts(self, known.counts))
 
 

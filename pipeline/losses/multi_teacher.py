@@ -35,7 +35,8 @@ def by_trust(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module
     said = [cross_entropy_rows(z.float(), target) for z in each]
     weights = confidence_weights(torch.stack([terms for terms, _ in said], 1), said[0][1])
     terms = [
-        loss(student, replace(target, logits=z, trust=w), module) for z, w in zip(each, weights.unbind(1), strict=True)
+        loss(student, replace(target, logits=z, row_weights=w), module)
+        for z, w in zip(each, weights.unbind(1), strict=True)
     ]
     return torch.stack(terms).sum()
 
@@ -50,10 +51,10 @@ def or_hard(term: Term) -> Term:
         if not gone.any():
             return term(loss, student, target, module)
         lost, kept = gone.nonzero()[:, 0], (~gone).nonzero()[:, 0]
-        hard = masked_mean(*cross_entropy_rows(student.logits[lost], target.chosen(lost)))
+        hard = masked_mean(*cross_entropy_rows(student.logits[lost], target.select(lost)))
         if not len(kept):
             return hard
-        soft = term(loss, student.chosen(kept), target.chosen(kept), module)
+        soft = term(loss, student.select(kept), target.select(kept), module)
         return (len(kept) * soft + len(lost) * hard) / len(gone)
 
     return heard

@@ -27,9 +27,9 @@ class Attention(FeatureLoss):
     weight: float | Ramp = 1000.0
     name: ClassVar[str] = "attention"
     statistic: ClassVar[str] = "attention"
-    no_other: ClassVar[bool] = True
+    statistic_only: ClassVar[bool] = True
 
-    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if s.shape != t.shape:
             size = (min(s.shape[1], t.shape[1]), min(s.shape[2], t.shape[2]))
             s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
@@ -49,11 +49,11 @@ class NST(FeatureLoss):
     weight: float | Ramp = 50.0
     name: ClassVar[str] = "nst"
     statistic: ClassVar[str] = "gram"
-    no_other: ClassVar[bool] = True
+    statistic_only: ClassVar[bool] = True
 
-    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if s.shape != t.shape:
-            raise self.refuse(s, t, "choose layers whose maps have the same size")
+            raise self.shape_error(s, t, "choose layers whose maps have the same size")
         return (s - t).square().sum((1, 2)).mean()
 
 
@@ -68,7 +68,7 @@ class Similarity(FeatureLoss):
     weight: float | Ramp = 3000.0
     name: ClassVar[str] = "similarity"
 
-    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         mine, theirs = (F.normalize(x.flatten(1) @ x.flatten(1).T, dim=1, eps=_LEAST) for x in (s, t))
         return (mine - theirs).square().mean()
 
@@ -88,7 +88,7 @@ class RKD(FeatureLoss):
     name: ClassVar[str] = "rkd"
     statistic: ClassVar[str] = "pool"
 
-    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         s, t = s.flatten(1), t.flatten(1)
         by_distance = F.smooth_l1_loss(_distances(s), _distances(t))
         by_angle = F.smooth_l1_loss(_angles(s), _angles(t))
@@ -123,7 +123,7 @@ class PKT(FeatureLoss):
     name: ClassVar[str] = "pkt"
     statistic: ClassVar[str] = "pool"
 
-    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         mine, theirs = _affinity(s.flatten(1)), _affinity(t.flatten(1))
         return (theirs * ((theirs + 1e-7) / (mine + 1e-7)).log()).mean()
 
@@ -147,7 +147,7 @@ class CC(FeatureLoss):
     name: ClassVar[str] = "cc"
     statistic: ClassVar[str] = "pool"
 
-    def between(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return (self._kernel(s) - self._kernel(t)).square().mean()
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:

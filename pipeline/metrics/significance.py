@@ -24,7 +24,7 @@ class Difference:
     high: float
 
     @property
-    def beyond_chance(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the interval is on one side of 0; what rounding leaves of a 0 is one."""
         return self.low > 1e-12 or self.high < -1e-12
 

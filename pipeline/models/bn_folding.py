@@ -32,7 +32,7 @@ def fold_batch_norm(teacher: PreparedModel, layers: Collection[str] = ()) -> Pre
         fused: nn.Module = fuse_conv_bn_eval(network.get_submodule(conv), network.get_submodule(norm))  # type: ignore[type-var, arg-type]
         network.set_submodule(conv, fused)
         network.set_submodule(norm, nn.Identity())
-    return PreparedModel(network, teacher.preparation).to(teacher.scale.device).eval() if pairs else teacher
+    return PreparedModel(network, teacher.input_spec).to(teacher.scale.device).eval() if pairs else teacher
 
 
 def _pairs(network: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ class InputSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def identity(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
@@ -41,16 +41,16 @@ class InputSpec:
 class PreparedModel(nn.Module):
     """uint8 views [B, C, S, S] -> float32 logits [B, K]. `network` is the arch itself: its names are the taps."""
 
-    def __init__(self, network: nn.Module, preparation: InputSpec):
+    def __init__(self, network: nn.Module, input_spec: InputSpec):
         super().__init__()
         self.network = network
-        self.preparation = preparation
+        self.input_spec = input_spec
         # Rank 4 only: a network without convolutions keeps its own layout.
         self._convolves = any(isinstance(m, nn.Conv2d) for m in network.modules())
         self.scale: torch.Tensor
         self.shift: torch.Tensor
-        mean = torch.tensor(preparation.mean).view(1, -1, 1, 1)
-        std = torch.tensor(preparation.std).view(1, -1, 1, 1)
+        mean = torch.tensor(input_spec.mean).view(1, -1, 1, 1)
+        std = torch.tensor(input_spec.std).view(1, -1, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         self._by_channel = list(zip(self.shift.flatten().unbind(), self.scale.flatten().tolist(), strict=True))
@@ -58,20 +58,20 @@ class PreparedModel(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(self.prepared(views))
+        logits: torch.Tensor = self.network(self.prepare_input(views))
         return logits.float()
 
-    def prepared(self, views: torch.Tensor) -> torch.Tensor:
+    def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
         """The network's input float32 [B, channels, size, size] of uint8 views."""
         x = views.to(torch.float32)
-        if self.preparation.channels != x.shape[1]:
-            x = x.expand(-1, self.preparation.channels, -1, -1)
-        if self.preparation.size != x.shape[-1]:
-            size = [self.preparation.size] * 2
+        if self.input_spec.channels != x.shape[1]:
+            x = x.expand(-1, self.input_spec.channels, -1, -1)
+        if self.input_spec.size != x.shape[-1]:
+            size = [self.input_spec.size] * 2
             x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
-        return self._normalised(x)
+        return self._normalize(x)
 
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         """shift + x scale by channel, in the network's layout. On a CPU each channel by itself, straight into its
         place: equal to the bit, and 18 us instead of 54 for 128 images of 28 x 28, of the 640 us of a step of
         `mlp:64`; 125 us instead of 205 for 3 x 32 x 32 on two threads."""

@@ -31,7 +31,7 @@ class Combination:
     temperatures: tuple[float, ...]
 
     @property
-    def each(self) -> bool:
+    def is_per_teacher(self) -> bool:
         """Whether losses are led by every teacher by itself."""
         return self.name in PER_TEACHER
 

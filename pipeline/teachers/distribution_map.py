@@ -36,7 +36,7 @@ class DistributionMap:
         """Logits [..., K] of the student's teacher, in the dtype of those given."""
         return _apply(logits, self.weight.to(logits.dtype), self.bias.to(logits.dtype))
 
-    def of_head(self, head: LinearHead) -> LinearHead:
+    def map_head(self, head: LinearHead) -> LinearHead:
         """The last linear layer that gives mapped logits."""
         weight, bias = self.weight.to(head.weight.dtype), self.bias.to(head.bias.dtype)
         rows = weight[:, None] * head.weight if weight.ndim == 1 else weight @ head.weight

@@ -32,67 +32,71 @@ class TeacherEnsemble:
     members: tuple[Cache, ...]
     combine: Combination | None = None
     maps: tuple[DistributionMap, ...] = ()
-    gaps: MissingTargets = field(default_factory=dict)
+    missing: MissingTargets = field(default_factory=dict)
 
     @property
-    def as_cached(self) -> bool:
+    def is_single_cache(self) -> bool:
         """Whether a student learns from one cache's logits as they are."""
         return not (self.combine or self.maps)
 
-    def order(self, split: str) -> Positions:
+    def row_order(self, split: str) -> Positions:
         """index [rows] of each position of a split: every member's."""
-        return self.members[0].order(split)
+        return self.members[0].row_order(split)
 
-    def index(self, split: str, positions: Positions) -> Positions:
+    def index_at(self, split: str, positions: Positions) -> Positions:
         """index [n] of positions [n]."""
-        return self.members[0].index(split, positions)
+        return self.members[0].index_at(split, positions)
 
-    def resident(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
+    def fits_in_memory(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
         """Whether what is read of that draw is kept in memory, beside so many others."""
         first, *others = self.members
-        kept = not self.gaps and first.resident(split, draw, taps, together)
-        return kept and all(c.resident(split, draw, (), together) for c in others)
+        kept = not self.missing and first.fits_in_memory(split, draw, taps, together)
+        return kept and all(c.fits_in_memory(split, draw, (), together) for c in others)
 
-    def targets(
+    def read_targets(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = (), together: int = 1
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """logits float32 [n, K], or [n, M, K] where each is heard by itself, and features of the first member."""
-        gone = self.gaps[draw][positions] if split == "train" and draw in self.gaps else np.zeros(len(positions), bool)
+        gone = (
+            self.missing[draw][positions]
+            if split == "train" and draw in self.missing
+            else np.zeros(len(positions), bool)
+        )
         if not gone.any():
-            return self._answers(split, draw, positions, taps, together)
-        logits, features = self._answers(split, draw, positions[~gone], taps, together)
+            return self._read_members(split, draw, positions, taps, together)
+        logits, features = self._read_members(split, draw, positions[~gone], taps, together)
         place = torch.from_numpy(~gone)
         return _scatter_rows(logits, place, torch.nan), {
             tap: _scatter_rows(x, place, 0) for tap, x in features.items()
         }
 
-    def _answers(
+    def _read_members(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...], together: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        ask = [c.stored if self.gaps else partial(c.targets, together=together) for c in self.members]
+        ask = [c.read_stored if self.missing else partial(c.read_targets, together=together) for c in self.members]
         logits, features = ask[0](split, draw, positions, taps)
         if len(ask) > 1:
             logits = torch.stack([logits, *(a(split, draw, positions)[0] for a in ask[1:])], 1)
-        return self.as_heard(logits), features
+        return self.combine_logits(logits), features
 
-    def as_heard(self, logits: torch.Tensor) -> torch.Tensor:
+    def combine_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """What the members said, [n, K] of one or [n, M, K] of several, combined and mapped."""
-        if self.combine and self.combine.each:
+        if self.combine and self.combine.is_per_teacher:
             if not self.maps:
                 return logits
             return torch.stack([m(z) for m, z in zip(self.maps, logits.unbind(1), strict=True)], 1)
         one = self.combine(logits) if self.combine else logits
         return self.maps[0](one) if self.maps else one
 
-    def as_one(self, logits: torch.Tensor) -> torch.Tensor:
+    def as_single_teacher(self, logits: torch.Tensor) -> torch.Tensor:
         """The same as one teacher [n, K], for figures: of those that are heard by themselves the mean probability."""
-        heard = self.as_heard(logits)
-        return self.combine(heard) if self.combine and self.combine.each else heard
+        heard = self.combine_logits(logits)
+        return self.combine(heard) if self.combine and self.combine.is_per_teacher else heard
 
-    def said(self, split: str) -> torch.Tensor:
+    def read_held_out(self, split: str) -> torch.Tensor:
         """float32 [N, K], or [N, M, K] of several members, as they are: a held-out split's logits by index."""
-        order = torch.from_numpy(self.order(split))
-        found = [cache.targets(split, 0, np.arange(len(order)))[0] for cache in self.members]
+        order = torch.from_numpy(self.row_order(split))
+        found = [cache.read_targets(split, 0, np.arange(len(order)))[0] for cache in self.members]
         logits = torch.stack(found, 1) if len(found) > 1 else found[0]
         by_index = torch.empty_like(logits)
         by_index[order] = logits
@@ -146,7 +150,7 @@ def find_missing_targets(
     gaps: MissingTargets = {}
     for cache, record in progress(shards, len(shards), "looking for missing rows"):
         try:
-            cache.verify(record)
+            cache.verify_shard(record)
         except CacheError:
             gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
             gone[record.start : record.start + record.rows] = True

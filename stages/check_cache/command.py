@@ -40,7 +40,7 @@ def run(name: str, settings: CheckSettings) -> None:
         repair(cache, _bad(_verdicts(cache, None)), transfer_set, settings, console)
         clean_up(cache.folder)
         cache = Cache(Path(name))
-        cache.bind(transfer_set)
+        cache.check_transfer_set(transfer_set)
     verdicts = _verdicts(cache, transfer_set if settings.deep else None)
     asked = None
     if settings.deep and settings.weights and transfer_set is not None and not _bad(verdicts):
@@ -60,13 +60,13 @@ def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
             verdicts[record.path] = verdict
             counted.update(record.rows)
     if cache.manifest.head:
-        verdicts[HEAD_FILE] = _refusal(cache.head)
+        verdicts[HEAD_FILE] = _refusal(cache.read_head)
     return verdicts
 
 
 def _verdict(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
     def check() -> None:
-        seen = cache.verify(record)
+        seen = cache.verify_shard(record)
         if transfer_set is None or record.correct is None:  # features added later were compared with the logits' views
             return
         for at in range(0, record.rows, _VIEWS_AT_ONCE):
@@ -99,7 +99,7 @@ def _report(
     else:
         for path, verdict in verdicts.items():
             console.say(f"{path}: {make_printable(verdict, 2000)}")
-        for path in cache.unlisted:
+        for path in cache.unlisted_files:
             unfinished = "of an addition that is not finished: run the same teacher-cache command again"
             console.say(f"{make_printable(path)}: {unfinished}")
     if bad:

@@ -50,7 +50,7 @@ def _prove(cache: Cache, bad: dict[str, str], transfer_set: TransferSet, ask: As
     good = [r for r in cache.manifest.shards if r.path not in bad]
     for record in [r for r in good if r.correct is not None][:16]:
         positions = np.unique(np.linspace(record.start, record.start + record.rows - 1, 16).astype(int))
-        seen = cache.rows(record.split, record.draw, "view_crc32", positions)
+        seen = cache.read_rows(record.split, record.draw, "view_crc32", positions)
         compare_views(cache, transfer_set, record.split, record.draw, positions, seen)
     again(cache, ask, bad).refuse_if_large()
 
@@ -63,7 +63,7 @@ def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, consol
     piece = ShardSpec(record.path, record.split, record.draw, record.start, record.rows, datasets)
     writer = CacheWriter(cache.folder, _plan(manifest), [piece])
     arrays, facts = ask.piece(piece, lambda rows: None)
-    writer.add(piece, arrays, {**facts, "seconds": 0.0})
+    writer.write_shard(piece, arrays, {**facts, "seconds": 0.0})
     new = writer.records[0]
     shards = tuple(new if r.path == record.path else r for r in manifest.shards)
     labelled = {split: int((rows.labels >= 0).sum()) for split, rows in ask.transfer_set.splits.items()}

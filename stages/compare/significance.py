@@ -59,7 +59,7 @@ def _record(
     several = min(len(first.seeds), len(second.seeds)) > 1
     tests = _tests(first, second, a, b, several)
     accuracy, p = found["accuracy"], max(test["p"] for test in tests)
-    beyond = accuracy.beyond_chance and (several or p < chance)
+    beyond = accuracy.is_significant and (several or p < chance)
     real = beyond and not seeds_alone(settings_apart(first, second))
     words = _of_seeds(several)
     if real:
@@ -109,7 +109,7 @@ def _of_seeds(several: bool) -> str:
 def _not_apart(accuracy: Difference, p: float, chance: float, several: bool) -> str:
     if several:
         return f"{NOT_APART}: other rows and other seeds could as well have made the difference 0"
-    why = [] if accuracy.beyond_chance else ["the interval includes 0"]
+    why = [] if accuracy.is_significant else ["the interval includes 0"]
     why += [f"McNemar's p is {p:.2g}, not below {chance:.2g}"] if p >= chance else []
     about = "That is of these trained students on these rows; another seed could give another answer"
     return f"{NOT_APART}: {' and '.join(why)}. {about}; --seeds 3 of both tells"

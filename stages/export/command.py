@@ -79,7 +79,7 @@ def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple
     said = _said(network, material, "student")
     figures = {"student": material.measure(said), "teacher": material.figures, **_baseline(chosen, material)}
 
-    model = Portable(network, material.preparation)
+    model = Portable(network, material.input_spec)
     with bar(3, "writing graphs", "file") as shown:
         program = capture(model, arch, about.channels, about.size)
         shown.update()
@@ -100,7 +100,7 @@ def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple
         "chosen": chosen.why,
         "arch": arch,
         "parameters": count_parameters(network),
-        "multiply_adds": count_multiply_adds(network, material.preparation.channels, about.size),
+        "multiply_adds": count_multiply_adds(network, material.input_spec.channels, about.size),
         "classes": list(about.classes),
         "preprocessing": about.preprocessing(),
         "outputs": about.outputs(),
@@ -137,7 +137,7 @@ def _about(chosen: Chosen, material: Material) -> About:
 
 def _said(network: nn.Module, material: Material, what: str) -> dict[str, Logits]:
     """{split: logits} by PyTorch, in float32 and eval mode, as the student was validated."""
-    model = PreparedModel(network, material.preparation).eval()
+    model = PreparedModel(network, material.input_spec).eval()
 
     def ask(views: torch.Tensor) -> Logits:
         with torch.inference_mode():

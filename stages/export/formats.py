@@ -26,11 +26,11 @@ class Portable(nn.Module):
     """float32 images [B, C, S, S] of values 0 … 1 -> float32 logits [B, K]: normalisation, and the repetition of a
     grey channel where the network was made for three, are inside."""
 
-    def __init__(self, network: nn.Module, preparation: InputSpec):
+    def __init__(self, network: nn.Module, input_spec: InputSpec):
         super().__init__()
         self.network = network
-        self.channels = preparation.channels
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (preparation.mean, preparation.std))
+        self.channels = input_spec.channels
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (input_spec.mean, input_spec.std))
         self.scale: torch.Tensor
         self.shift: torch.Tensor
         self.register_buffer("scale", 1 / std)

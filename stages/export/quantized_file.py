@@ -62,12 +62,12 @@ def in_8_bits(
 
 def _rows_of(material: Material) -> int:
     """How many views there are to calibrate on, as many as are wanted at most."""
-    return min(_CALIBRATION, len(material.cache.order("train")) * material.cache.manifest.draws)
+    return min(_CALIBRATION, len(material.cache.row_order("train")) * material.cache.manifest.draws)
 
 
 def _calibration(material: Material) -> Iterator[Images]:
     """Views that the teacher was asked about, of as many images and draws as may be: rows lie in a mixed order."""
-    cache, order = material.cache, material.cache.order("train")
+    cache, order = material.cache, material.cache.row_order("train")
     images, N = material.transfer_set.splits["train"].images, len(order)
     at = np.arange(_rows_of(material))
     index, draw = order[at % N], (at // N + at % N) % cache.manifest.draws

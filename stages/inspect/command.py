@@ -91,7 +91,7 @@ def _sample(cache: Cache, split: str, rows: int) -> Sample:
     """The first rows of a split, with their labels. Raises CacheError for what is no class."""
     of = cache.manifest.splits[split]
     positions = np.arange(min(rows, of))
-    labels = cache.rows(split, 0, "label", positions).astype(np.int64)
+    labels = cache.read_rows(split, 0, "label", positions).astype(np.int64)
     if len(labels) and not -1 <= labels.min() <= labels.max() < cache.classes:
         span = f"{labels.min()} to {labels.max()}"
         raise CacheError(f"'{cache.folder}': labels of {split} are {span}, and there are {cache.classes} classes")
@@ -103,7 +103,7 @@ def _logits(cache: Cache, split: str, positions: Positions) -> Any:
     parts = []
     with bar(len(positions), f"logits of {split}", "row") as shown:
         for at in range(0, len(positions), _BLOCK):
-            parts.append(cache.stored(split, 0, positions[at : at + _BLOCK])[0].numpy())
+            parts.append(cache.read_stored(split, 0, positions[at : at + _BLOCK])[0].numpy())
             shown.update(len(parts[-1]))
     return np.concatenate(parts)
 

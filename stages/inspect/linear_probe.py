@@ -66,7 +66,7 @@ def columns(cache: Cache, split: str, positions: Positions, tap: str, seed: int,
     parts = []
     for at in range(0, len(positions), size):
         some = positions[at : at + size]
-        x = torch.from_numpy(cache.rows(split, 0, name, some)).float()
+        x = torch.from_numpy(cache.read_rows(split, 0, name, some)).float()
         if not bool(x.isfinite().all()):
             raise CacheError(f"'{cache.folder}': tap '{tap}' of {split} has values that are not finite")
         parts.append(_reduced(x, parse_tap(tap)[1], seed))

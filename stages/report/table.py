@@ -22,15 +22,15 @@ def networks_of(run: Run) -> dict[str, list[Network]]:
     K = next((one.logits.shape[1] for seed in run.said["student"] for one in seed.values()), 0)
     for model in ("baseline", "student") if run.result and K else ():
         if record := (run.result or {}).get(model):
-            preparation = InputSpec.from_json(record["preparation"])
-            found[model] = [Network(record["arch"], K, preparation.channels, preparation.size)]
+            input_spec = InputSpec.from_json(record["preparation"])
+            found[model] = [Network(record["arch"], K, input_spec.channels, input_spec.size)]
     try:
         caches = [Cache(Path(path)) for path in run.settings.cache]
     except CacheError:
         return found
     if [cache.manifest.fingerprint for cache in caches] == run.fingerprints:
         found["teacher"] = [
-            Network(one.teacher, one.classes, one.preparation.channels, one.preparation.size) for one in caches
+            Network(one.teacher, one.classes, one.input_spec.channels, one.input_spec.size) for one in caches
         ]
     return found
 

@@ -12,7 +12,7 @@ from softcache.stages.cli.copied_commands import remake
 def data_of(cache: Cache, data: str, root: Path) -> TransferSet:
     """The cache's transfer set; when it is another one, the message ends with the command for a cache of that."""
     try:
-        return cache.transfer_set(data, root, progress)
+        return cache.load_transfer_set(data, root, progress)
     except CacheMismatchError as error:
         right = remake(cache, data=data or cache.data)
         raise CacheError(f"{error}\nMake a cache of these data with  {right}") from None

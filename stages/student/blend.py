@@ -30,7 +30,7 @@ def run(settings: BlendSettings) -> None:
     caches = open_caches(settings.cache)
     teachers = TeacherEnsemble(caches)
     splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
-    said = {split: teachers.said(split) for split in splits}
+    said = {split: teachers.read_held_out(split) for split in splits}
     labels = {split: _labels(caches[0], split) for split in splits}
     if "val" not in splits or not all((of_split >= 0).any() for of_split in labels.values()):
         raise CacheError(f"'{caches[0].folder}' has no labels to compare with")
@@ -52,7 +52,7 @@ def run(settings: BlendSettings) -> None:
 def _labels(cache: Cache, split: str) -> Any:
     """int64 [N] by index, from the cache: no image is read."""
     labels = np.empty(cache.manifest.splits[split], np.int64)
-    labels[cache.order(split)] = cache.column(split, 0, "label")
+    labels[cache.row_order(split)] = cache.read_column(split, 0, "label")
     return labels
 
 

@@ -149,7 +149,7 @@ def _probabilities(material: Material, folder: Path, results: list[dict[str, Any
         path = folder / f"generation-{generation}" / "student.pt"
         network = material.build(result["student"]["arch"])
         load_weights(network, read_state_dict(path), str(path))
-        model = PreparedModel(network, material.preparation).to(material.device)
+        model = PreparedModel(network, material.input_spec).to(material.device)
         yield {
             split: torch.from_numpy(rows.logits(model)).double().softmax(1).numpy()
             for split, rows in material.held_out.items()

@@ -80,7 +80,7 @@ def _run(settings: StudentSettings, said: set[str], console: Console) -> None:
 
 def say_notes(settings: StudentSettings, material: Material, console: Console) -> None:
     """What to know before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
-    if not material.teachers.as_cached:
+    if not material.teachers.is_single_cache:
         for line in in_words(material.teachers, material.figures_of_members, material.figures):
             console.say(line)
     if settings.missing:
@@ -187,7 +187,7 @@ def whole(settings: StudentSettings, material: Material, results: list[dict[str,
     """result.json: means over the seeds, their standard deviations, and the single results."""
     manifests = [cache.manifest for cache in material.teachers.members]
     manifest = manifests[0]
-    members = {} if material.teachers.as_cached else {"members": material.figures_of_members}
+    members = {} if material.teachers.is_single_cache else {"members": material.figures_of_members}
     mean, spread = mean_and_spread(results)
     for name in mean:
         mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}

@@ -58,5 +58,5 @@ def _figures(folder: Path, settings: StudentSettings, material: Material) -> dic
         )
     network = material.network(settings, material.losses)
     load_weights(network, read_state_dict(path), str(path))
-    model = PreparedModel(network, material.preparation).to(material.device)
+    model = PreparedModel(network, material.input_spec).to(material.device)
     return material.measure(material.logits(model))

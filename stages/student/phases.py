@@ -151,7 +151,7 @@ def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
     material, rows = student.material, len(job.stream.rows) / job.stream.steps_per_round
     figures: dict[str, Any] = {
         "arch": material.arch(student.settings, material.losses if job.name != "baseline" else job.losses),
-        "preparation": material.preparation.identity(),
+        "preparation": material.input_spec.to_json(),
         "parameters": count_parameters(job.model.network),
         "multiply_adds": job.multiply_adds,
         "seconds": done.seconds,
@@ -179,9 +179,9 @@ def job_of(
     folder: Path,
 ) -> Job:
     """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
-    preparation = material.preparation
-    model = PreparedModel(network, preparation).to(material.device)
-    cost = count_multiply_adds(network, preparation.channels, preparation.size)
+    input_spec = material.input_spec
+    model = PreparedModel(network, input_spec).to(material.device)
+    cost = count_multiply_adds(network, input_spec.channels, input_spec.size)
     only_labelled = all(loss.needs_labels for loss in losses)
     targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
     stream = material.stream(settings, labels, only_labelled, targets)
@@ -215,14 +215,20 @@ def _from_one_stream(jobs: Sequence[Job]) -> list[Job]:
                 " Train them one after the other"
             )
     taps = tuple(dict.fromkeys(tap for job in jobs for tap in job.stream.taps))
-    shared = replace(first, taps=taps, targets=any(job.stream.targets for job in jobs))
+    shared = replace(first, taps=taps, read_targets=any(job.stream.read_targets for job in jobs))
     return [replace(job, stream=shared) for job in jobs]
 
 
 def _same_batches(one: Stream, other: Stream) -> bool:
     """Whether two streams of the same caches and images differ in what is read of a row alone."""
     alike = replace(
-        other, split=one.split, labels=one.labels, rows=one.rows, cache=one.cache, taps=one.taps, targets=one.targets
+        other,
+        split=one.split,
+        labels=one.labels,
+        rows=one.rows,
+        cache=one.cache,
+        taps=one.taps,
+        read_targets=one.read_targets,
     )
     rows = np.array_equal(one.labels, other.labels) and np.array_equal(one.rows, other.rows)
     return rows and alike == one

@@ -32,7 +32,7 @@ def losses_of(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
     losses = tuple(
         loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(settings.loss)
     )
-    if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.one_label]):
+    if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
     if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):
         raise UsageError(f"loss '{wrong[0]}' needs the teacher's last linear layer, and this teacher has none")
@@ -85,7 +85,7 @@ def check_several(settings: StudentSettings, losses: tuple[Loss, ...], labels: L
         raise UsageError(f"--combine {settings.combine} is of several caches: --cache A --cache B")
     if several and (wrong := [loss.name for loss in losses if loss.needs_head]):
         raise UsageError(f"loss '{wrong[0]}' goes through the last layer of one teacher, and there are several")
-    unweighed = [loss.name for loss in losses if loss.needs_logits and not loss.by_row]
+    unweighed = [loss.name for loss in losses if loss.needs_logits and not loss.is_row_mean]
     if settings.combine == "ca_mkd" and unweighed:
         raise UsageError(
             f"--combine ca_mkd weighs single rows, which loss '{unweighed[0]}' has not: kd, output and logit_mse have"
@@ -146,14 +146,14 @@ def check_head(cache: Cache, losses: tuple[Loss, ...], head: LinearHead, gaps: M
         tap = loss.teacher_taps()[0]
         source = find_source_tap(tap, cache.manifest.taps)
         assert source is not None
-        logits, features = cache.stored("train", 0, answered(cache, gaps)[:64], (source,))
+        logits, features = cache.read_stored("train", 0, answered(cache, gaps)[:64], (source,))
         x = derive_features(features, (tap,))[tap]
         pooled = compute_statistic(x, "pool", tap)
         require_head(loss, LossContext(head), pooled.shape[1])
         span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
         gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
         if gap > _MOST_GAP:
-            raise loss.without_head(
+            raise loss.head_error(
                 f"it does not read the mean of '{tap}', from which it gives logits that are off by {gap:.0%} of their"
                 " range: choose the layer just before the pooling"
             )

@@ -55,7 +55,7 @@ class Material:
     transfer_set: TransferSet
     losses: tuple[Loss, ...]
     taps: tuple[str, ...]
-    preparation: InputSpec
+    input_spec: InputSpec
     device: torch.device
     held_out: dict[str, HeldOut]
     said: dict[str, torch.Tensor]
@@ -74,19 +74,19 @@ class Material:
         for one in caches:
             check_draws(settings, one)
         check_draws_per_decode(settings)
-        head = cache.head() if any(loss.needs_head for loss in losses) else None
+        head = cache.read_head() if any(loss.needs_head for loss in losses) else None
         transfer_set = like.transfer_set if like else bound(caches, settings)
         labels = transfer_set.splits["train"].labels
         check_labels(settings, losses, labels, transfer_set.classes)
         check_several(settings, losses, labels)
         check_select(settings, transfer_set)
-        gaps = like.teachers.gaps if like else {}
+        gaps = like.teachers.missing if like else {}
         if settings.missing and not (like and like.taps == taps):
             gaps = find_missing_targets(caches, settings.draws, taps, progress)
         if head:  # once the cache is bound: of rows that it reads before, labels would not be compared
             check_head(cache, losses, head, gaps)
         if like:
-            teachers = replace(like.teachers, gaps=gaps)
+            teachers = replace(like.teachers, missing=gaps)
             return replace(like, teachers=teachers, losses=losses, taps=taps, head=mapped_head(teachers, head))
         for one in caches:
             verify_views(one, transfer_set, settings.draws, gaps)
@@ -98,7 +98,7 @@ class Material:
             losses,
             taps,
             # The student's input is normalised as the teacher's, at the size of the views themselves.
-            replace(cache.preparation, size=cache.views.size),
+            replace(cache.input_spec, size=cache.views.size),
             device,
             {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in said},
             said,
@@ -113,7 +113,7 @@ class Material:
     @cached_property
     def teacher(self) -> dict[str, torch.Tensor]:
         """{split: logits [N, K] in index order} of what the student learns from, as one teacher."""
-        return {split: self.teachers.as_one(logits) for split, logits in self.said.items()}
+        return {split: self.teachers.as_single_teacher(logits) for split, logits in self.said.items()}
 
     def arch(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> str:
         """The arch that is asked for; with `simkd`, led through the teacher's last layer."""
@@ -128,12 +128,12 @@ class Material:
         torch.manual_seed(settings.seed)
         network = self.build(self.arch(settings, losses))
         if isinstance(network, SimKDStudent) and self.head is not None:
-            network.answer_through(self.head)
+            network.use_head(self.head)
         return network
 
     def build(self, arch: str) -> nn.Module:
         """A network for these data, with fresh weights."""
-        return build(arch, self.cache.classes, self.preparation.channels, self.preparation.size)
+        return build(arch, self.cache.classes, self.input_spec.channels, self.input_spec.size)
 
     def known(self, labels: Labels) -> LossContext:
         """What losses may ask of the teacher beside its rows. labels [N]: of the training split, -1 where hidden."""
@@ -145,13 +145,13 @@ class Material:
             assert source is not None
             name = f"features/{source}"
             size = count_row_bytes({name: cache.manifest.datasets[name]})
-            positions = answered(cache, self.teachers.gaps)[: max(1, _BANK_BYTES // size)]
+            positions = answered(cache, self.teachers.missing)[: max(1, _BANK_BYTES // size)]
             parts = (
-                cache.stored("train", 0, some, (source,))[1]
+                cache.read_stored("train", 0, some, (source,))[1]
                 for some in np.array_split(positions, -(-len(positions) // 4096))
             )
             features = torch.cat([derive_features(part, (tap,))[tap].half() for part in parts])
-            index = cache.index("train", positions)
+            index = cache.index_at("train", positions)
             return MemoryBank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
 
         return LossContext(self.head, bank, torch.from_numpy(count_classes(labels, cache.classes)))
@@ -191,7 +191,7 @@ class Material:
 
     def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
-        order = self.cache.order("train")
+        order = self.cache.row_order("train")
         wanted = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
         if settings.missing == "skip":
             wanted &= ~self.without_answer
@@ -226,12 +226,14 @@ class Material:
     def without_answer(self) -> NDArray[np.bool_]:
         """bool [rows]: which positions of the training split have no answer of a teacher in some draw."""
         gone = np.zeros(self.cache.manifest.splits["train"], bool)
-        for in_draw in self.teachers.gaps.values():
+        for in_draw in self.teachers.missing.values():
             gone |= in_draw
         return gone
 
     def term(self, settings: StudentSettings) -> Term:
         """How a term of the loss is led: by one teacher, by each, or by none where a row has no answer."""
         combine = self.teachers.combine
-        term = by_one if not (combine and combine.each) else by_trust if combine.name == "ca_mkd" else by_each
+        term = (
+            by_one if not (combine and combine.is_per_teacher) else by_trust if combine.name == "ca_mkd" else by_each
+        )
         return or_hard(term) if settings.missing == "hard" else term

@@ -39,7 +39,7 @@ def bound(caches: tuple[Cache, ...], settings: StudentSettings) -> TransferSet:
     """The transfer set of all of them, which each compares with its own rows."""
     transfer_set = first_alone(lambda: data_of(caches[0], settings.data, Path(settings.data_root)))
     for other in caches[1:]:
-        other.bind(transfer_set)
+        other.check_transfer_set(transfer_set)
     return transfer_set
 
 
@@ -47,8 +47,8 @@ def taught(
     caches: tuple[Cache, ...], settings: StudentSettings, transfer_set: TransferSet, gaps: MissingTargets
 ) -> tuple[TeacherEnsemble, Said]:
     """The caches as one teacher, as a run has kept it or fitted to validation; and {split: what each said}."""
-    plain = TeacherEnsemble(caches, gaps=gaps)
-    said: Said = {split: plain.said(split) for split in ("val", "test") if split in transfer_set.splits}
+    plain = TeacherEnsemble(caches, missing=gaps)
+    said: Said = {split: plain.read_held_out(split) for split in ("val", "test") if split in transfer_set.splits}
     if settings.out and (Path(settings.out) / KEPT).is_file():
         return _kept(Path(settings.out), plain, settings), said
     labels, val = transfer_set.splits["val"].labels, said["val"]
@@ -56,7 +56,7 @@ def taught(
     maps: tuple[DistributionMap, ...] = ()
     if settings.map:
         counts = count_classes(transfer_set.splits["train"].labels, caches[0].classes)
-        heard = TeacherEnsemble(caches, combine).as_heard(val)
+        heard = TeacherEnsemble(caches, combine).combine_logits(val)
         each = heard.unbind(1) if heard.ndim == 3 else (heard,)
         with bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
             maps = tuple(fit_map(settings.map, z.numpy(), labels, counts, shown.update) for z in each)
@@ -86,7 +86,7 @@ def _kept(folder: Path, plain: TeacherEnsemble, settings: StudentSettings) -> Te
             raise ValueError(f"it is not of {members} caches")
         if combine and (combine.name != spec if spec == "learned" else combine != parse_combination(spec, members)):
             raise ValueError(f"it is not of --combine {spec}")
-        if len(maps) != (bool(settings.map) * (members if combine and combine.each else 1)):
+        if len(maps) != (bool(settings.map) * (members if combine and combine.is_per_teacher else 1)):
             raise ValueError(f"{len(maps)} maps")
         if any(one.spec != settings.map for one in maps):
             raise ValueError(f"a map that is not --map {settings.map}")
@@ -94,12 +94,12 @@ def _kept(folder: Path, plain: TeacherEnsemble, settings: StudentSettings) -> Te
             raise ValueError("a map of other classes")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
         raise CacheError(f"'{folder / KEPT}' is damaged: {make_printable(error, 80)}") from None
-    return TeacherEnsemble(plain.members, combine, maps, plain.gaps)
+    return TeacherEnsemble(plain.members, combine, maps, plain.missing)
 
 
 def keep(teachers: TeacherEnsemble, folder: Path) -> None:
     """Publish targets.json, where there is more to say than one cache's logits."""
-    if teachers.as_cached or (folder / KEPT).is_file():
+    if teachers.is_single_cache or (folder / KEPT).is_file():
         return
     combine = teachers.combine.to_json() if teachers.combine else None
     publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
@@ -112,13 +112,13 @@ def same_shards(teachers: TeacherEnsemble, settings: StudentSettings, taps: tupl
         "fingerprint": first.manifest.fingerprint,
         "draws": settings.draws,
         "taps": list(taps),
-        "shards": first.used(settings.draws, taps),
+        "shards": first.list_used_shards(settings.draws, taps),
     }
     if others:
         used["others"] = [
-            {"fingerprint": c.manifest.fingerprint, "shards": c.used(settings.draws, ())} for c in others
+            {"fingerprint": c.manifest.fingerprint, "shards": c.list_used_shards(settings.draws, ())} for c in others
         ]
-    if gaps := teachers.gaps:
+    if gaps := teachers.missing:
         used["missing"] = list_missing_runs(gaps)
     if not (folder / "cache.json").is_file():
         return publish_json(folder / "cache.json", used)
@@ -131,7 +131,7 @@ def same_shards(teachers: TeacherEnsemble, settings: StudentSettings, taps: tupl
 
 def mapped_head(teachers: TeacherEnsemble, head: LinearHead | None) -> LinearHead | None:
     """The teacher's last linear layer with the map behind it."""
-    return teachers.maps[0].of_head(head) if head and teachers.maps else head
+    return teachers.maps[0].map_head(head) if head and teachers.maps else head
 
 
 def in_words(teachers: TeacherEnsemble, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:

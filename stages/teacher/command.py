@@ -86,11 +86,11 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
         raise UsageError(f"a teacher needs labels: '{settings.data}' has images without classes")
     check_select(settings, transfer_set)
     views = with_size(parse_views(settings.views), transfer_set, console)
-    preparation = preparation_of(settings.normalize, transfer_set, views)
+    input_spec = preparation_of(settings.normalize, transfer_set, views)
     torch.manual_seed(settings.seed)
-    network = build(settings.arch, len(transfer_set.classes), preparation.channels, views.size)
+    network = build(settings.arch, len(transfer_set.classes), input_spec.channels, views.size)
     with begin_run(settings, folder):
-        model = PreparedModel(network, preparation).to(device)
+        model = PreparedModel(network, input_spec).to(device)
         rows = transfer_set.splits["train"]
         stream = Stream(
             rows,
@@ -120,7 +120,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             settings,
             device,
             folder,
-            count_multiply_adds(network, preparation.channels, views.size),
+            count_multiply_adds(network, input_spec.channels, views.size),
             advice,
             LossContext(counts=torch.from_numpy(counts)),
         )
@@ -130,7 +130,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             "settings": asdict(settings),
             "teacher": {
                 "arch": settings.arch,
-                "preparation": preparation.identity(),
+                "preparation": input_spec.to_json(),
                 "parameters": count_parameters(network),
                 "multiply_adds": job.multiply_adds,
                 "epoch": done.epoch,

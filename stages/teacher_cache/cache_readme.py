@@ -75,7 +75,7 @@ def card(name: str, manifest: Manifest) -> str:
         arch=teacher["arch"],
         weights=teacher["weights"],
         precision=identity["precision"],
-        faster=f", {manifest.arithmetic.in_words()}" if manifest.arithmetic else "",
+        faster=f", {manifest.arithmetic.describe()}" if manifest.arithmetic else "",
         input=f"{teacher['channels']} × {teacher['size']} × {teacher['size']}, mean {_short(teacher['mean'])},"
         f" standard deviation {_short(teacher['std'])} of values 0 … 1",
         data=data["name"],

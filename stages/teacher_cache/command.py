@@ -69,7 +69,7 @@ def assist(settings: CacheSettings, console: Console) -> None:
     settings, identity, ask, chosen = _asked(settings, console)
     if ranks.from_first(lambda: True):
         write_shards(
-            CacheWriter.look(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console
+            CacheWriter.examine(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console
         )
 
 
@@ -120,7 +120,7 @@ def _identity(
     settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: PreparedModel, arch: str
 ) -> Identity:
     """What the rows of the cache to be are, but for the precision where it is still to be chosen."""
-    known = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.preparation.identity()}
+    known = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
     identity = make_identity(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
     plain: Identity = json.loads(json.dumps(identity))
     return plain
@@ -165,36 +165,36 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen
     """Write what is not there yet; the manifest of it all."""
     out, transfer_set = Path(settings.out), ask.transfer_set
     plan = _plan(settings, identity, ask, chosen)
-    if (whole := CacheWriter.look(out, plan)).nothing_to_do:  # needs no lock: the cache may be on a read-only mount
+    if (whole := CacheWriter.examine(out, plan)).is_complete:  # needs no lock: the cache may be on a read-only mount
         clean_up(out)
         console.say(f"the cache '{out}' is whole already, with all that is asked for")
         ranks.from_first(lambda: False)
-        return whole.grown or read_manifest(out)
+        return whole.previous or read_manifest(out)
     make_folder(out)
     with hold_lock(out):
-        writer = CacheWriter.look(out, plan)
-        if writer.grown and writer.todo:
-            console.say(f"the cache '{out}' grows by {len(writer.todo)} shards; what it holds is left as it is")
-            verify_views(Cache(out), transfer_set, writer.grown.draws)
+        writer = CacheWriter.examine(out, plan)
+        if writer.previous and writer.missing:
+            console.say(f"the cache '{out}' grows by {len(writer.missing)} shards; what it holds is left as it is")
+            verify_views(Cache(out), transfer_set, writer.previous.draws)
             again(Cache(out), ask).refuse_if_large()
-        writer.begin()
-        if writer.grown and not writer.todo:
+        writer.start()
+        if writer.previous and not writer.missing:
             console.say(f"the cache '{out}' is whole already, with all that is asked for")
             ranks.from_first(lambda: False)
-            return writer.grown
+            return writer.previous
         if set(writer.plan.taps) != set(ask.taps):
             raise CacheError(f"'{out}' was given other taps while this began: run the same command again")
         if chosen.begun and (chosen.arithmetic or settings.precision == "auto"):
-            how = f", {chosen.arithmetic.in_words()}" if chosen.arithmetic else ""
+            how = f", {chosen.arithmetic.describe()}" if chosen.arithmetic else ""
             console.say(f"precision: {identity['precision']}{how}; as this cache was begun")
         ranks.from_first(lambda: True)
         write_shards(writer, ask, chosen, console)
         head = find_head(ask.teacher.network, ask.classes)
-        record = None if head is None or writer.grown else writer.add_head(*get_head_arrays(head, ask.classes))
+        record = None if head is None or writer.previous else writer.add_head(*get_head_arrays(head, ask.classes))
         labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
-        manifest = writer.manifest(record, labelled, versions())
-        write_card(out, writer.grown, manifest)
-        writer.finish(manifest)
+        manifest = writer.build_manifest(record, labelled, versions())
+        write_card(out, writer.previous, manifest)
+        writer.publish_manifest(manifest)
         return manifest
 
 

@@ -109,7 +109,7 @@ class Answering:
 
         They are noise: what is folded is affine, and wrong anywhere if it is wrong.
         """
-        channels, size = self.teacher.preparation.channels, self.teacher.preparation.size
+        channels, size = self.teacher.input_spec.channels, self.teacher.input_spec.size
         noise = torch.Generator().manual_seed(0)
         views = torch.randint(0, 256, (4, channels, size, size), dtype=torch.uint8, generator=noise).to(self.device)
         said, cudnn = [], torch.backends.cudnn

@@ -38,7 +38,7 @@ class Chosen:
 
     def record(self) -> dict[str, Any]:
         """As plain JSON values, for other ranks; see chosen_as."""
-        a, arithmetic = self.answering, self.arithmetic.record() if self.arithmetic else None
+        a, arithmetic = self.answering, self.arithmetic.to_json() if self.arithmetic else None
         how = {"precision": a.precision, "folded": a.folded, "compiled": a.compiled}
         return {**how, "arithmetic": arithmetic, "begun": self.begun}
 
@@ -221,7 +221,7 @@ def _compiled(best: _Trial, plain: _Trial, probe: Probe, batches: list[torch.Ten
         return best
     found = trial.compared(plain)
     if settings.precision == "auto" and max(found.kl_1, found.kl_4) > settings.tolerance:
-        console.say(f"not compiled: {found.in_words()}, more than --tolerance {settings.tolerance:g}")
+        console.say(f"not compiled: {found.describe()}, more than --tolerance {settings.tolerance:g}")
     elif trial.pace() >= again.pace():
         console.say(f"not compiled: {1 / trial.pace():,.0f} images a second, {1 / again.pace():,.0f} as it was")
     else:
@@ -241,6 +241,6 @@ def _say(best: _Trial, plain: _Trial, others: list[_Trial], settings: CacheSetti
         )
         return console.say(f"precision: float32, the teacher as it is, {pace}; not taken: {tried or 'nothing else'}")
     console.say(
-        f"precision: {best.answering.precision}, {best.compared(plain).in_words()};"
+        f"precision: {best.answering.precision}, {best.compared(plain).describe()};"
         f" {pace} instead of {1 / plain.pace():,.0f}"
     )

@@ -62,7 +62,7 @@ class Ask:
         for crc, said, tapped in self._answers(piece.split, piece.draw, index):
             rows = slice(at, at := at + len(crc))
             crcs[rows] = crc
-            _keep(said, logits[rows], codec.largest, piece, index[rows], "output")
+            _keep(said, logits[rows], codec.max_value, piece, index[rows], "output")
             for tap, kept in features.items():
                 _keep(tapped[tap], kept[rows], _HALF, piece, index[rows], f"tap '{tap}'")
             shown(len(crc))

@@ -35,21 +35,21 @@ def teacher_of(
         raise UsageError(f"the run '{path}' is of several seeds: name one of them, such as --weights {seeds[0]}")
     if not path.exists():
         raise UsageError(f"there are no weights at '{path}'")
-    arch, preparation = settings.teacher, None
+    arch, input_spec = settings.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
-        arch, preparation = _of_run(path, settings)
+        arch, input_spec = _of_run(path, settings)
         _note_another_cut(path, settings, console)
     if not arch:
         raise UsageError(f"--weights {path} does not say which arch it is: name it with --teacher")
     state = read_state_dict(find_weights_file(path))
-    if preparation is None:
-        preparation = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
-    if preparation.channels < transfer_set.channels:
-        raise UsageError(f"the teacher takes {preparation.channels} channel, the images have {transfer_set.channels}")
+    if input_spec is None:
+        input_spec = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
+    if input_spec.channels < transfer_set.channels:
+        raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _classes_in(state, path)
-    network = build(arch, classes, preparation.channels, preparation.size)
+    network = build(arch, classes, input_spec.channels, input_spec.size)
     load_weights(network, state, str(path))
-    return PreparedModel(network, preparation), arch
+    return PreparedModel(network, input_spec), arch
 
 
 def teacher_of_cache(cache: Cache, weights: str, arch: str) -> PreparedModel:
@@ -60,8 +60,8 @@ def teacher_of_cache(cache: Cache, weights: str, arch: str) -> PreparedModel:
     recorded = cache.teacher
     if arch != recorded and (arch or (":" in recorded and not recorded.startswith(("mlp:", "torchvision:")))):
         raise UsageError(f"the cache's teacher is {recorded!r}: name it with --teacher, if you trust that code")
-    preparation = cache.preparation
-    network = build(recorded, cache.classes, preparation.channels, preparation.size)
+    input_spec = cache.input_spec
+    network = build(recorded, cache.classes, input_spec.channels, input_spec.size)
     if weights == "DEFAULT":
         state = load_published_weights(recorded.partition(":")[2])[0]
     else:
@@ -70,7 +70,7 @@ def teacher_of_cache(cache: Cache, weights: str, arch: str) -> PreparedModel:
     mine, theirs = hash_weights(network), cache.manifest.identity["teacher"]["weights"]
     if mine != theirs:
         raise CacheError(f"'{weights}' are other weights: teacher.weights {mine[:16]}…, in the cache {theirs[:16]}…")
-    return PreparedModel(network, preparation).eval()
+    return PreparedModel(network, input_spec).eval()
 
 
 def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
@@ -86,7 +86,7 @@ def _of_run(path: Path, settings: CacheSettings) -> tuple[str, InputSpec]:
     result = read_json(path / "result.json")
     try:
         record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
-        arch, preparation = str(record["arch"]), InputSpec.from_json(record["preparation"])
+        arch, input_spec = str(record["arch"]), InputSpec.from_json(record["preparation"])
     except (KeyError, TypeError, ValueError):
         raise CacheError(f"'{path / 'result.json'}' does not say what its weights are") from None
     if settings.teacher and settings.teacher != arch:
@@ -95,7 +95,7 @@ def _of_run(path: Path, settings: CacheSettings) -> tuple[str, InputSpec]:
         raise UsageError(
             f"--normalize {settings.normalize}, but the run '{path}' says itself how its input is normalised"
         )
-    return arch, preparation
+    return arch, input_spec
 
 
 def _note_another_cut(path: Path, settings: CacheSettings, console: Console) -> None:

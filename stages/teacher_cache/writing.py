@@ -18,16 +18,16 @@ def write_shards(writer: CacheWriter, ask: Ask, chosen: Chosen, console: Console
     if chosen.begun and ask.settings.compile:
         compiled_now(ask.answering, Probe(ask.transfer_set, ask.views, ask.settings), console)
     ranks.barrier()  # all have looked at what there is, before the first new shard changes that
-    own = ranks.share(writer.todo)
+    own = ranks.share(writer.missing)
     if kept := ranks.total(_write(writer, own, ask, console)):
-        console.say(f"went on from {kept} of {len(writer.todo)} shards that were there, whole")
+        console.say(f"went on from {kept} of {len(writer.missing)} shards that were there, whole")
     mine = {piece.path for piece in own}
-    others = [piece for piece in writer.todo if piece.path not in mine]
+    others = [piece for piece in writer.missing if piece.path not in mine]
     if others and ranks.is_first():
         for piece in others:
             ranks.wait_for(writer.folder / piece.path)
         _write(writer, others, ask, console)  # asks for what is not there: a rank may have planned otherwise
-        writer.sort()
+        writer.sort_records()
 
 
 def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: Ask, console: Console) -> int:
@@ -53,7 +53,7 @@ def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: Ask, console: Cons
             for piece in pieces:
                 if (writer.folder / piece.path).exists():
                     writing.wait()
-                    if writer.have(piece):
+                    if writer.adopt(piece):
                         kept += 1
                         done += piece.rows
                         shown.total -= piece.rows
@@ -62,10 +62,10 @@ def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: Ask, console: Cons
                 arrays, facts = ask.piece(piece, count)
                 writing.wait()
                 now = time.monotonic()
-                writing.submit(writer.add, piece, arrays, {**facts, "seconds": round(now - begun, 4)})
+                writing.submit(writer.write_shard, piece, arrays, {**facts, "seconds": round(now - begun, 4)})
                 begun = now
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped after {len(writer.records)} of {len(writer.todo)} shards; the same command goes on from there"
+            f"stopped after {len(writer.records)} of {len(writer.missing)} shards; the same command goes on from there"
         ) from None
     return kept

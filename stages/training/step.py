@@ -174,7 +174,7 @@ def names(losses: Sequence[Loss]) -> list[str]:
 
 def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     """The losses' own trainable parts, made from the shapes of one batch."""
-    batch = next(job.stream.batches(0, 1)).rows(0, 2).to(job.device)
+    batch = next(job.stream.batches(0, 1)).slice(0, 2).to(job.device)
     job.model.eval()
     with torch.no_grad(), capture_features(job.model.network, taps) as kept:
         logits = job.model(batch.views)
@@ -183,5 +183,5 @@ def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
         raise UsageError(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
     batch = _with_taps(job, batch)
     named = zip(names(job.losses), job.losses, strict=True)
-    made = {name: loss.module(outputs, batch, job.known) for name, loss in named}
+    made = {name: loss.build_module(outputs, batch, job.known) for name, loss in named}
     return {name: module.to(job.device) for name, module in made.items() if module is not None}

@@ -67,7 +67,7 @@ class Stack(nn.Module):
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
         plain = self._plain[0]
-        x = plain.prepared(views)
+        x = plain.prepare_input(views)
         weights = dict(zip(self._names, self.stacked, strict=True))
 
         def one(weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -102,7 +102,7 @@ def check_stackable(jobs: Sequence[Job]) -> None:
             "--vectorize cannot take a network with tied weights or buffers that are not kept: leave it out"
         )
     try:
-        views = next(first.stream.batches(0, 1)).rows(0, 2).to(first.device).views
+        views = next(first.stream.batches(0, 1)).slice(0, 2).to(first.device).views
         with torch.no_grad():
             Stack([job.model for job in jobs[:2]]).to(first.device).eval()(views)
     except RuntimeError as error:
@@ -111,7 +111,7 @@ def check_stackable(jobs: Sequence[Job]) -> None:
 
 
 def _reads_more(loss: Loss) -> bool:
-    has_part = type(loss).module is not Loss.module
+    has_part = type(loss).build_module is not Loss.build_module
     return bool(loss.student_taps() or loss.teacher_taps() or loss.needs_head or has_part)
 
 

@@ -48,7 +48,7 @@ def test_views_on_a_device_are_those_of_render(spec: str, channels: int, mixup: 
 def test_what_pillow_resizes_is_not_rendered_on_a_device(spec: str) -> None:
     images, views = images_of(1), parse_views(spec)
     assert not can_render_on_device(images, views)
-    stream = Stream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_on=CPU)
+    stream = Stream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_device=CPU)
     object.__setattr__(stream, "split", type("Split", (), {"images": images}))
     with pytest.raises(ValueError, match="at their own size"):
         next(stream.batches(0, 1))
@@ -69,7 +69,7 @@ def mixed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stream_of(folder: Path, source: Any = None, **more: Any) -> Stream:
     cache = Cache(folder)
-    rows = cache.transfer_set("digits", Path("none"), lambda items, total, what: items).splits["train"]
+    rows = cache.load_transfer_set("digits", Path("none"), lambda items, total, what: items).splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"draws": cache.manifest.draws, "cache": source or cache, "split": rows, "views": cache.views}
     return Stream(**(settings | {"view_seed": cache.seed, "taps": ("flatten",)} | more))
@@ -101,10 +101,10 @@ def test_batches_are_equal_to_the_bit(
     if kind == "few":
         more |= {"rows": np.arange(40, 151), "sampler": "balanced"}
     if kind == "hard":
-        more |= {"targets": False}
+        more |= {"read_targets": False}
     if kind == "none":
         more |= {"cache": None, "draws": 0, "taps": ()}
-    one, other = stream_of(folder, **more, resident_on=CPU), stream_of(folder, **more)
+    one, other = stream_of(folder, **more, resident_device=CPU), stream_of(folder, **more)
     assert_same_batches(one, other, 0, 5 * one.steps_per_round)
     assert_same_batches(one, other, 17, 23)
 
@@ -114,11 +114,11 @@ def test_several_teachers_and_rows_without_an_answer_are_gathered_too(tiny: Path
 
     gaps = {1: np.arange(300) % 7 == 0}
     for source in (
-        TeacherEnsemble((Cache(mixed),), gaps=gaps),
+        TeacherEnsemble((Cache(mixed),), missing=gaps),
         TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("geometric", 2)),
-        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("per_teacher", 2), gaps=gaps),
+        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("per_teacher", 2), missing=gaps),
     ):
-        one, other = (stream_of(mixed, source, draws_per_decode=2, resident_on=place) for place in (CPU, None))
+        one, other = (stream_of(mixed, source, draws_per_decode=2, resident_device=place) for place in (CPU, None))
         for a, b in zip(one.batches(0, 40), other.batches(0, 40), strict=True):
             assert a.logits is not None
             assert b.logits is not None
@@ -128,14 +128,14 @@ def test_several_teachers_and_rows_without_an_answer_are_gathered_too(tiny: Path
 
 def test_a_draw_is_sent_to_the_device_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    targets = Cache.targets
+    targets = Cache.read_targets
 
     def noted(self: Cache, split: str, draw: int, positions: Any, *more: Any) -> Any:
         asked.extend([draw] * len(positions))
         return targets(self, split, draw, positions, *more)
 
-    stream = stream_of(mixed, resident_on=CPU)
-    monkeypatch.setattr(Cache, "targets", noted)
+    stream = stream_of(mixed, resident_device=CPU)
+    monkeypatch.setattr(Cache, "read_targets", noted)
     for _ in range(2):
         for _ in stream.batches(0, 3 * stream.steps_per_round):
             pass
@@ -149,7 +149,7 @@ def test_a_student_trains_from_what_lies_on_a_device_to_the_same_weights(
     asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 4, "--baseline")
     stages(*asked, "--out", "here")
     made: list[Any] = []
-    monkeypatch.setattr("softcache.pipeline.loading.stream.fits", lambda *of: made.append(of[-1]) or True)
+    monkeypatch.setattr("softcache.pipeline.loading.stream.fits_on_device", lambda *of: made.append(of[-1]) or True)
     stages(*asked, "--out", "there")
     assert made == [CPU, CPU]
     for name in ("student.pt", "baseline/baseline.pt"):

@@ -156,18 +156,18 @@ def test_a_balanced_round_shows_every_class_equally_often_with_its_own_targets(
     from softcache.pipeline.loading.stream import Stream
 
     cache = Cache(tiny / "cache")
-    rows = cache.transfer_set("digits", Path(), lambda items, total, what: items).splits["train"]
-    monkeypatch.setattr(Cache, "resident", lambda *_: resident)
-    kept = np.flatnonzero(rows.labels[cache.order("train")] < 3)[:-40]  # an uneven part of it
+    rows = cache.load_transfer_set("digits", Path(), lambda items, total, what: items).splits["train"]
+    monkeypatch.setattr(Cache, "fits_in_memory", lambda *_: resident)
+    kept = np.flatnonzero(rows.labels[cache.row_order("train")] < 3)[:-40]  # an uneven part of it
     stream = Stream(rows, cache.views, cache.seed, 3, 10, rows.labels, kept, 3, cache, sampler="balanced")
     batches = list(stream.batches(0, 2 * stream.steps_per_round))
     for half in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
         counts = Counter(int(y) for batch in half for y in batch.labels)
         assert sum(counts.values()) == len(kept)
         assert max(counts.values()) - min(counts.values()) <= 1
-    place = {int(i): p for p, i in enumerate(cache.order("train"))}
+    place = {int(i): p for p, i in enumerate(cache.row_order("train"))}
     for batch in batches:
-        expected = cache.stored("train", batch.draw, np.array([place[int(i)] for i in batch.index]))[0]
+        expected = cache.read_stored("train", batch.draw, np.array([place[int(i)] for i in batch.index]))[0]
         assert batch.logits is not None
         assert (batch.logits == expected).all()
 

@@ -126,7 +126,7 @@ def drift(patch: pytest.MonkeyPatch) -> None:
 
 def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C once so many shards are written."""
-    add = CacheWriter.add
+    add = CacheWriter.write_shard
     written: list[str] = []
 
     def stopping(self: CacheWriter, piece: Any, arrays: Any, facts: Any) -> None:
@@ -135,7 +135,7 @@ def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:
         written.append(piece.path)
         add(self, piece, arrays, facts)
 
-    patch.setattr(CacheWriter, "add", stopping)
+    patch.setattr(CacheWriter, "write_shard", stopping)
 
 
 def save_teacher_with_a_volume(folder: Path, name: str) -> None:

@@ -1,6 +1,6 @@
 """torchrun … tests/dying_rank.py RANK CALL COUNT COMMAND …: a command whose rank RANK is killed at its COUNT-th CALL.
 
-CALL: `add` of a shard, or `step` of a training. SIGKILL, as an out-of-memory killer sends it: nothing is cleaned up.
+CALL: `write_shard`, or `step` of a training. SIGKILL, as an out-of-memory killer sends it: nothing is cleaned up.
 """
 
 import os
@@ -29,6 +29,6 @@ if __name__ == "__main__":
 
     rank, name, count = sys.argv[1:4]
     if os.environ["RANK"] == rank:
-        place: Any = CacheWriter if name == "add" else training
+        place: Any = CacheWriter if name == "write_shard" else training
         setattr(place, name, deadly(getattr(place, name), int(count)))
     main(sys.argv[4:])

@@ -145,10 +145,10 @@ def starve(at: int, kind: str) -> None:
     PreparedModel.forward = hungry  # type: ignore[method-assign]
 
 
-def child(arguments: list[str], cwd: str, said: str, more: dict[str, Any]) -> NoReturn:
+def child(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> NoReturn:
     """Run a command; what it says goes to the file said."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)

@@ -56,15 +56,15 @@ class Child:
         return self.code
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
     @property
     def error(self) -> str:
         """The one line of its error."""
-        lines = [line for line in self.said.splitlines() if line.startswith("Error: ")]
-        assert len(lines) == 1, self.said
-        assert "Traceback" not in self.said
+        lines = [line for line in self.output.splitlines() if line.startswith("Error: ")]
+        assert len(lines) == 1, self.output
+        assert "Traceback" not in self.output
         return lines[0]
 
 
@@ -97,7 +97,7 @@ class Forks:
 
     def start(self, *arguments: object, **more: Any) -> Child:
         said = self.folder / f"said-{len(self.children)}"
-        pid = self.ask(arguments=[str(a) for a in arguments], cwd=str(self.folder), said=str(said), more=more)
+        pid = self.ask(arguments=[str(a) for a in arguments], cwd=str(self.folder), output=str(said), more=more)
         self.children.append(Child(self, pid, said))
         return self.children[-1]
 
@@ -108,13 +108,13 @@ class Forks:
 
     def succeeds(self, *arguments: object, **more: Any) -> Child:
         found = self.run(*arguments, **more)
-        assert found.code == 0, found.said
+        assert found.code == 0, found.output
         return found
 
     def fails(self, *arguments: object, **more: Any) -> str:
         """The error of a command that must end with exit code 1 and one line."""
         found = self.run(*arguments, **more)
-        assert found.code == 1, (found.code, found.said)
+        assert found.code == 1, (found.code, found.output)
         return found.error
 
     def close(self) -> None:

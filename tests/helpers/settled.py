@@ -8,7 +8,7 @@ from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec
 
 
-def preparation(channels: int, size: int) -> InputSpec:
+def input_spec(channels: int, size: int) -> InputSpec:
     return InputSpec(channels, size, (0.5,) * channels, (0.25,) * channels)
 
 

@@ -109,7 +109,7 @@ def loss_of(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1")
     """A loss on these layers where it names none, or on one where it takes one; ramps in the fifth of 10 epochs."""
     (loss,) = parse_losses((spec,))
     if isinstance(loss, FeatureLoss) and not loss.teacher:
-        loss = replace(loss, teacher=one_layer if loss.one_layer else layers)
+        loss = replace(loss, teacher=one_layer if loss.single_layer else layers)
     return at_epoch(loss, 4, 10)
 
 
@@ -143,6 +143,6 @@ def case(
     target = batch(B, made(B, K, salt=2), labels, features_of(theirs, loss.teacher_taps()))
     found = Case(loss, made(B, K, salt=1), mine, theirs, target, known, head)
     torch.manual_seed(3)
-    module = loss.module(found.outputs, target, known)
+    module = loss.build_module(found.outputs, target, known)
     found.module = None if module is None else module.to(dtype)
     return found

@@ -117,16 +117,16 @@ def read_like_a_student(cache: Cache, name: str = "") -> None:
     """Every row of every draw, with its features; of the draw that this shard is of, where one is named."""
     of = {(record.split, record.draw) for record in cache.manifest.shards if record.path == name}
     for split, draw in of or cache.manifest.views():
-        cache.targets(split, draw, np.arange(cache.manifest.splits[split]), tuple(cache.manifest.taps))
+        cache.read_targets(split, draw, np.arange(cache.manifest.splits[split]), tuple(cache.manifest.taps))
 
 
 def read_like_check_cache(cache: Cache, name: str = "") -> None:
     """Every file, or the one that is named."""
     for record in cache.manifest.shards:
         if name in ("", record.path):
-            cache.verify(record)
+            cache.verify_shard(record)
     if name in ("", "head.h5"):
-        cache.head()
+        cache.read_head()
 
 
 def both(folder: Path, name: str = "") -> list[str]:

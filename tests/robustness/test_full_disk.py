@@ -74,7 +74,7 @@ def test_a_call_that_finds_no_room_stops_stage_one_in_one_line(
         assert error.startswith(FULL), where
         assert_tidy(cache)
         again = forks.run(*command)
-        assert again.code == 0, (where, again.said)
+        assert again.code == 0, (where, again.output)
         assert_equal_caches(forks, cache, whole)
     print(f"\nstage one without room at {trials} of {len(calls)} calls: one line, nothing left over, digests equal")
 
@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_stops_a_student_in_one_line(tiny: Path, forks: Fork
         assert_tidy(run)
         assert not (run / "result.json").exists()
         again = forks.run(*going_on(run, command))
-        assert again.code == 0, (room, again.said)
+        assert again.code == 0, (room, again.output)
         assert_equal_runs(run, whole)
     print(f"\na student on a disk that was full {len(rooms)} times: one line, weights equal to the bit")
 

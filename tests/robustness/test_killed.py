@@ -144,7 +144,7 @@ def test_a_new_cache_killed_before_in_and_after_every_call_that_changes_the_disk
             assert "no finished cache" in (error := forks.fails("check-cache", cache)) or "no cache" in error
         before = shards(cache)
         again = forks.run(*command)
-        assert again.code == 0, (where, again.said)
+        assert again.code == 0, (where, again.output)
         assert before.items() <= shards(cache).items(), where
         assert_equal_caches(forks, cache, whole)
     print(f"\na new cache killed at {len(points)} of {len(events(log))} points: whole or no cache, digests equal")
@@ -165,11 +165,11 @@ def test_a_growing_cache_killed_before_in_and_after_every_call_that_changes_the_
         before, where = shards(cache), events(log)[at - 1]
         assert forks.run(*command, trap={"at": at}).code == KILLED
         checked = forks.run("check-cache", cache)
-        assert checked.code == 0, (where, checked.said)
+        assert checked.code == 0, (where, checked.output)
         if at % 4 == 1:
             forks.succeeds(*student_command(cache, tmp_path / f"run-{at}", 1, "--draws", 1))
         again = forks.run(*command)
-        assert again.code == 0, (where, again.said)
+        assert again.code == 0, (where, again.output)
         assert before.items() <= shards(cache).items(), where
         assert_equal_caches(forks, cache, two)
     print(f"\na growing cache killed at {len(points)} of {len(events(log))} points: always readable, digests equal")
@@ -224,7 +224,7 @@ def test_a_student_killed_before_in_and_after_every_call_that_changes_the_disk(
         shutil.rmtree(run, ignore_errors=True)
         assert forks.run(*command, trap={"at": at}).code == KILLED
         again = forks.run(*going_on(run, command))
-        assert again.code == 0, (events(log)[at - 1], again.said)
+        assert again.code == 0, (events(log)[at - 1], again.output)
         assert_equal_runs(run, whole)
     print(f"\na student killed at {len(points)} of {len(events(log))} points: weights equal to the bit")
 
@@ -292,7 +292,7 @@ def test_sigterm_ends_both_stages_at_once_with_one_line_and_nothing_left_over(
     forks.succeeds(*cache_command(tiny, whole, *small))
     child = forks.start(*cache_command(tiny, cache, *small))
     wait_until(lambda: len(shards(cache)) > 9)
-    assert child.terminate() == 130, child.said
+    assert child.terminate() == 130, child.output
     assert "of 48 shards; the same command goes on from there" in child.error
     assert [*temporaries(cache), *cache.glob(".lock")] == []
     forks.succeeds(*cache_command(tiny, cache, *small))
@@ -300,7 +300,7 @@ def test_sigterm_ends_both_stages_at_once_with_one_line_and_nothing_left_over(
 
     child = forks.start(*student_command(cache, run, 10_000))
     wait_until(lambda: (run / "metrics.jsonl").exists())
-    assert child.terminate() == 130, child.said
+    assert child.terminate() == 130, child.output
     assert f"student --resume --out {run}" in child.error
     assert [*temporaries(run), *run.glob(".lock")] == []
     assert json.loads((run / "settings.json").read_text())["epochs"] == 10_000

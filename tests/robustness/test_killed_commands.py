@@ -38,7 +38,7 @@ def killed_and_run_again(
         prepare()
         assert forks.run(*command, trap={"at": at}).code == KILLED
         again = forks.run(*(going_on(folder, command) if command[0] == "student" else command))
-        assert again.code == 0, (events(log)[at - 1], again.said)
+        assert again.code == 0, (events(log)[at - 1], again.output)
         check()
     return f"killed at {len(points)} of {len(events(log))} points"
 

@@ -159,7 +159,7 @@ def test_the_manifest_of_a_larger_cache_names_what_is_missing(tiny: Path, cache:
 @pytest.fixture
 def growing(tiny: Path, cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that is whole with three draws, and whose addition of a fourth was stopped after two shards."""
-    add = CacheWriter.add
+    add = CacheWriter.write_shard
     added: list[object] = []
 
     def twice(self: CacheWriter, *what: object) -> None:
@@ -169,7 +169,7 @@ def growing(tiny: Path, cache: Path, stages: Stages, monkeypatch: pytest.MonkeyP
         add(self, *what)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(CacheWriter, "add", twice)
+        patch.setattr(CacheWriter, "write_shard", twice)
         stages.fails(130, *tiny_cache_command(tiny)[:-1], cache, "--draws", 4)
     return cache
 

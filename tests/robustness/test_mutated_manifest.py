@@ -36,8 +36,8 @@ def use(folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = {"opened": line_of(lambda: Cache(folder))}
     if not said["opened"]:
         cache = Cache(folder)
-        said["checked"] = [line_of(lambda r=record: cache.verify(r)) for record in cache.manifest.shards]
-        said["head"] = line_of(cache.head)
+        said["checked"] = [line_of(lambda r=record: cache.verify_shard(r)) for record in cache.manifest.shards]
+        said["head"] = line_of(cache.read_head)
         said["read"] = line_of(lambda: read_like_a_student(cache))
         said["proved"] = line_of(lambda: prove(cache))
         said["packed"] = line_of(lambda: pack.pack_cache(folder, cache.manifest, Path("x.tar"), lambda count: None))
@@ -49,7 +49,9 @@ def use(folder: Path) -> dict[str, Any]:
 def prove(cache: Cache) -> None:
     """Against its transfer set, unless that would be looked for on the network."""
     if cache.data not in FROM_THE_NETWORK:
-        verify_views(cache, cache.transfer_set("", Path("nowhere"), lambda items, *_: items), cache.manifest.draws)
+        verify_views(
+            cache, cache.load_transfer_set("", Path("nowhere"), lambda items, *_: items), cache.manifest.draws
+        )
 
 
 def well_behaved(folder: Path) -> str:

@@ -41,7 +41,7 @@ def holder_of(forks: Forks, command: Command, whole: Path, folder: Path, name: s
     whole.parent.mkdir(exist_ok=True)
     forks.succeeds(*command(whole), trap={"log": str(log)})
     child = forks.start(*command(folder), trap={"at": point_of(log, "after", "replace", name), "act": act})
-    assert child.wait() is None, child.said
+    assert child.wait() is None, child.output
     return child
 
 
@@ -87,7 +87,7 @@ def test_a_writer_that_was_stopped_for_a_while_goes_on_unharmed_by_those_it_kept
     for _ in range(3):
         assert_names(forks.fails(*stage_one(cache)), cache, first)
     os.kill(first.pid, signal.SIGCONT)
-    assert first.wait() == 0, first.said
+    assert first.wait() == 0, first.output
     assert_equal_caches(forks, cache, whole)
 
 
@@ -139,7 +139,7 @@ def test_a_worker_that_outlives_its_killed_parent_does_not_keep_the_lock(
     whole, folder = tmp_path / "whole/x", tmp_path / "held/x"
     name = "val/shard-00000.h5" if stage == "stage_one" else "metrics.jsonl"
     first = holder_of(forks, command, whole, folder, name, act="fork")
-    worker = int(re.findall(r"^worker (\d+)$", first.said, re.MULTILINE)[0])
+    worker = int(re.findall(r"^worker (\d+)$", first.output, re.MULTILINE)[0])
     try:
         first.kill()
         assert any(os.readlink(fd).startswith(f"{folder}/.lock") for fd in Path(f"/proc/{worker}/fd").iterdir())

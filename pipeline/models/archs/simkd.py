@@ -42,7 +42,7 @@ class SimKDStudent(nn.Module):
         logits: torch.Tensor = self.linear(self.projector(found).mean((2, 3)))
         return logits
 
-    def answer_through(self, head: LinearHead) -> None:
+    def use_head(self, head: LinearHead) -> None:
         """Take over the teacher's last layer."""
         with torch.no_grad():
             self.linear.weight.copy_(head.weight)

@@ -152,7 +152,7 @@ def test_sqrt8_keeps_a_row_whose_differences_are_tiny() -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_logits_up_to_the_largest_come_back_finite_and_in_order(codec: str) -> None:
-    largest = CODECS[codec].largest
+    largest = CODECS[codec].max_value
     logits = np.float32([[largest, -largest, 0.0], [-largest, -largest, largest / 2]])
     decoded = back(codec, logits)
     assert np.isfinite(decoded).all()

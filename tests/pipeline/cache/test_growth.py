@@ -69,7 +69,7 @@ def assert_equal_rows(one: Path, other: Path) -> None:
     assert list(grown.manifest.views()) == list(whole.manifest.views())
     for split, draw in whole.manifest.views():
         for name in whole.manifest.datasets:
-            np.testing.assert_array_equal(grown.column(split, draw, name), whole.column(split, draw, name))
+            np.testing.assert_array_equal(grown.read_column(split, draw, name), whole.read_column(split, draw, name))
     theirs = {record.path: record for record in whole.manifest.shards}
     for record in grown.manifest.shards:
         like = theirs.get(record.path)

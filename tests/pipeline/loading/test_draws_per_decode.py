@@ -28,7 +28,7 @@ def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more:
         data, Path("none"), val_fraction=0.125 if data == "digits" else 0.1, train_size=train_size
     )
     cache = Cache(folder)
-    cache.bind(found)
+    cache.check_transfer_set(found)
     rows = found.splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(len(rows))}
     settings |= {"draws": 3, "cache": cache, "split": rows, "views": cache.views, "view_seed": cache.seed}
@@ -90,7 +90,7 @@ def test_every_view_comes_once_before_any_repeats_with_its_own_targets(
     if not resident:
         monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
     stream = stream_of(twelve, draws=12, draws_per_decode=k, batch_size=24, taps=("flatten",))
-    per_round, position_of = stream.steps_per_round, np.argsort(stream.cache.order("train"))
+    per_round, position_of = stream.steps_per_round, np.argsort(stream.cache.row_order("train"))
     assert per_round == 13  # as with one draw: an epoch takes no more steps
     cycles: list[Counter[tuple[int, int]]] = [Counter(), Counter()]
     for step, batch in enumerate(stream.batches(0, 2 * 12 * per_round)):
@@ -102,7 +102,7 @@ def test_every_view_comes_once_before_any_repeats_with_its_own_targets(
             for draw in {draw for _, draw in rows}:
                 of = torch.tensor([d == draw for _, d in rows])
                 index = batch.index[of].numpy()
-                logits, features = stream.cache.stored("train", draw, position_of[index], ("flatten",))
+                logits, features = stream.cache.read_stored("train", draw, position_of[index], ("flatten",))
                 views = render(stream.split.images, stream.views, stream.view_seed, index, draw)
                 assert torch.equal(batch.logits[of], logits)
                 assert torch.equal(batch.features["flatten"][of], features["flatten"])
@@ -133,13 +133,13 @@ def test_batches_are_the_same_from_any_step(twelve: Path, monkeypatch: pytest.Mo
 def test_a_draw_that_is_used_with_others_is_read_once(twelve: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 6 draws side by side none is put out of memory for another, in its lap."""
     read: list[int] = []
-    column = Cache.column
+    column = Cache.read_column
 
     def noted(self: Cache, split: str, draw: int, name: str) -> Any:
         read.append(draw)
         return column(self, split, draw, name)
 
-    monkeypatch.setattr(Cache, "column", noted)
+    monkeypatch.setattr(Cache, "read_column", noted)
     stream = stream_of(twelve, draws=12, draws_per_decode=6, batch_size=6)
     for _ in stream.batches(0, 3 * 6 * stream.steps_per_round):
         pass
@@ -164,8 +164,8 @@ def test_a_folder_by_processes_gives_the_same_batches_as_by_a_thread(
     for batch in stream.batches(0, 4 * stream.steps_per_round):
         seen.update(of_draws(batch))
         for row, (index, draw) in enumerate(of_draws(batch)):
-            at = int(np.flatnonzero(stream.cache.order("train") == index)[0])
-            assert torch.equal(batch.logits[row : row + 1], stream.cache.stored("train", draw, np.array([at]))[0])
+            at = int(np.flatnonzero(stream.cache.row_order("train") == index)[0])
+            assert torch.equal(batch.logits[row : row + 1], stream.cache.read_stored("train", draw, np.array([at]))[0])
             view = render(stream.split.images, stream.views, stream.view_seed, np.array([index]), draw)
             assert torch.equal(batch.views[row : row + 1], view)
     assert set(seen.values()) == {1}
@@ -206,11 +206,11 @@ def test_several_caches_labels_that_are_hidden_rows_that_are_missing_and_a_sampl
 ) -> None:
     stages(*tiny_cache_command(tiny)[:-1], tmp_path / "c", "--codec", "float32", "--draws", 12)
     both = ("--cache", twelve, "--cache", tmp_path / "c", "--combine", "mean_logit")
-    place = np.argsort(Cache(twelve).order("train"))
+    place = np.argsort(Cache(twelve).row_order("train"))
     stages("student", *both, *STUDENT, "--out", "both")
     for batch in noted.pop("student")[::7]:
         for row, (index, draw) in enumerate(of_draws(batch)):
-            said = [Cache(c).stored("train", draw, place[[index]])[0] for c in (twelve, tmp_path / "c")]
+            said = [Cache(c).read_stored("train", draw, place[[index]])[0] for c in (twelve, tmp_path / "c")]
             torch.testing.assert_close(batch.logits[row], torch.stack(said).mean(0)[0])
 
     kd_and_hard = ("--loss", "kd", "--loss", "hard")
@@ -222,7 +222,7 @@ def test_several_caches_labels_that_are_hidden_rows_that_are_missing_and_a_sampl
     assert len(noted["baseline"]) == len(noted.pop("student"))
 
     (tmp_path / "c/draw-001/shard-00001.h5").unlink()
-    gone = set(Cache(tmp_path / "c").order("train")[100:200].tolist())
+    gone = set(Cache(tmp_path / "c").row_order("train")[100:200].tolist())
     for how in ("skip", "hard"):
         stages("student", "--cache", tmp_path / "c", *STUDENT, "--missing", how, "--out", how)
         seen = noted.pop("student")

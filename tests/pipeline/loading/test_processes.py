@@ -50,18 +50,18 @@ def truth(tiny: Path) -> Truth:
 def opened_and_used(folder: Path) -> Cache:
     """A cache with shards open and rows in memory."""
     cache = Cache(folder)
-    cache.targets("train", 0, np.arange(ROWS), (TAP,))
-    cache.rows("train", 1, "logits", np.arange(5))
+    cache.read_targets("train", 0, np.arange(ROWS), (TAP,))
+    cache.read_rows("train", 1, "logits", np.arange(5))
     return cache
 
 
 def wrong_rows(cache: Cache, truth: Truth, draw: int, positions: np.ndarray, from_disk: bool = False) -> int:
     """How many of these rows are not those of the shards."""
     if from_disk:
-        logits = cache.codec.decode({"logits": cache.rows("train", draw, "logits", positions)})
-        features = cache.rows("train", draw, f"features/{TAP}", positions)
+        logits = cache.codec.decode({"logits": cache.read_rows("train", draw, "logits", positions)})
+        features = cache.read_rows("train", draw, f"features/{TAP}", positions)
     else:
-        found, taps = cache.targets("train", draw, positions, (TAP,))
+        found, taps = cache.read_targets("train", draw, positions, (TAP,))
         logits, features = found.numpy(), taps[TAP].numpy()
     right = (logits == truth[draw][0][positions]).all(1) & (features == truth[draw][1][positions]).all(1)
     return int((~right).sum())
@@ -78,7 +78,7 @@ class Rows(Dataset[tuple[int, torch.Tensor, torch.Tensor, int]]):
 
     def __getitem__(self, i: int) -> tuple[int, torch.Tensor, torch.Tensor, int]:
         draw, position = divmod(i, ROWS)
-        logits, features = self.cache.targets("train", draw, np.array([position]), (TAP,))
+        logits, features = self.cache.read_targets("train", draw, np.array([position]), (TAP,))
         return i, logits[0], features[TAP][0], os.getpid()
 
 
@@ -136,7 +136,7 @@ def test_a_pickled_cache_reads_the_right_rows_and_verifies_its_own_shards(
     flip_bit(cache / "draw-000/shard-00000.h5", 80_000)
     late = pickle.loads(pickled)
     with pytest.raises(CacheError, match=r"draw-000/shard-00000\.h5: damaged"):
-        late.targets("train", 0, np.arange(3))
+        late.read_targets("train", 0, np.arange(3))
 
 
 def in_a_fork(work: Callable[[], bool]) -> int:
@@ -290,4 +290,4 @@ def test_a_shard_that_changed_since_it_was_verified_is_verified_again(
     flip_bit(path, 8 * len(whole) - 3)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(CacheError, match="damaged, its checksum is"):
-        cache.rows("train", 0, "logits", first)
+        cache.read_rows("train", 0, "logits", first)

@@ -30,9 +30,9 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     save_pets_teacher(tmp_path / "pets.pt")
     stages(*PETS, "--out", "p")
     found, cache = load_transfer_set("folder:pets", Path(), val_fraction=0.1), Cache(Path("p"))
-    cache.bind(found)
+    cache.check_transfer_set(found)
     rows, n = found.splits["train"], len(found.splits["train"])
-    position_of = np.argsort(cache.order("train"))
+    position_of = np.argsort(cache.row_order("train"))
     stream = Stream(
         rows,
         cache.views,
@@ -51,10 +51,14 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     before = torch.get_rng_state()
     for batch in stream.batches(0, 2 * stream.steps_per_round):
         at = position_of[batch.index.numpy()]
-        np.testing.assert_array_equal(compute_crc32(batch.views), cache.column("train", batch.draw, "view_crc32")[at])
-        np.testing.assert_array_equal(batch.logits, cache.column("train", batch.draw, "logits")[at].astype(np.float32))
         np.testing.assert_array_equal(
-            batch.features["hidden1"], cache.column("train", batch.draw, "features/hidden1")[at]
+            compute_crc32(batch.views), cache.read_column("train", batch.draw, "view_crc32")[at]
+        )
+        np.testing.assert_array_equal(
+            batch.logits, cache.read_column("train", batch.draw, "logits")[at].astype(np.float32)
+        )
+        np.testing.assert_array_equal(
+            batch.features["hidden1"], cache.read_column("train", batch.draw, "features/hidden1")[at]
         )
         np.testing.assert_array_equal(batch.labels, rows.labels[batch.index])
         seen[batch.draw] += batch.index.tolist()

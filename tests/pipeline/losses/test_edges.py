@@ -210,10 +210,10 @@ def test_where_a_label_is_hidden_the_class_that_the_teacher_chose_stands_in_for_
 
 
 def test_which_losses_are_of_one_label_is_said_by_their_formula() -> None:
-    assert {name for name, loss in LOSSES.items() if loss.one_label} == {"tf_kd", "dkd", "nkd", "crd"}
+    assert {name for name, loss in LOSSES.items() if loss.needs_single_label} == {"tf_kd", "dkd", "nkd", "crd"}
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if not LOSSES[s.partition(":")[0]].one_label])
+@pytest.mark.parametrize("spec", [s for s in SPECS if not LOSSES[s.partition(":")[0]].needs_single_label])
 def test_a_mixed_view_trains_every_loss_that_is_not_of_one_label(spec: str) -> None:
     plain = taught(6, 10)[0]
     share = torch.tensor([0.0, 0.2, 0.5, 0.6, 0.9, 1.0])
@@ -300,8 +300,8 @@ def test_a_last_layer_that_does_not_read_that_layer_is_refused(spec: str) -> Non
     narrow = LinearHead(made.teacher_head.weight[:, :-1], made.teacher_head.bias)
     for known, why in ((LossContext(), "it has none"), (LossContext(narrow), "its last linear layer takes 4 values")):
         with pytest.raises(UsageError, match=f"loss '{spec}' needs the last linear layer of the cache's.*{why}"):
-            made.loss.module(made.outputs, made.target, known)
+            made.loss.build_module(made.outputs, made.target, known)
     if spec == "cat_kd":
         for head in (None, LinearHead(made.head.weight[:, :-1], made.head.bias)):
             with pytest.raises(UsageError, match="the student's last linear layer does not read that map"):
-                made.loss.module(replace(made.outputs, head=head), made.target, made.known)
+                made.loss.build_module(replace(made.outputs, head=head), made.target, made.known)

@@ -32,7 +32,7 @@ def value(made: Case) -> float:
 
 def with_counts(made: Case, counts: torch.Tensor) -> Case:
     made.known = LossContext(counts=counts)
-    made.module = made.loss.module(made.outputs, made.target, made.known)
+    made.module = made.loss.build_module(made.outputs, made.target, made.known)
     return made
 
 
@@ -224,9 +224,9 @@ def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
             require_counts(LOSSES[name], torch.tensor(counts), classes)
         assert f"loss '{name}': {says}" in str(error.value)
         with pytest.raises(UsageError, match="has no labelled training row"):
-            made.loss.module(made.outputs, made.target, LossContext(counts=torch.tensor(counts)))
+            made.loss.build_module(made.outputs, made.target, LossContext(counts=torch.tensor(counts)))
     with pytest.raises(UsageError, match=f"loss '{name}' counts the labels of each class, and these images have"):
-        made.loss.module(made.outputs, made.target, LossContext())
+        made.loss.build_module(made.outputs, made.target, LossContext())
 
 
 def test_only_losses_that_count_have_a_part_and_it_is_no_part_of_a_checkpoint() -> None:
@@ -295,10 +295,10 @@ def test_a_class_whose_labels_are_all_hidden_is_refused_before_a_folder_is_made(
 @pytest.mark.parametrize("name", [*COUNTING, "soft_f1"])
 def test_pictures_without_labels_are_refused(name: str, tmp_path: Path, stages: Stages) -> None:
     digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=30).splits["train"]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(30):
         Image.fromarray(digits.images.pixels[i, 0].numpy()).save(  # type: ignore[attr-defined]
-            tmp_path / f"pictures/{i:02d}.png"
+            tmp_path / f"images/{i:02d}.png"
         )
     stages("teacher", "--train-size", 100, "--arch", "mlp:8", "--epochs", 1, "--out", "t")
     data = ("--data", f"folder:{tmp_path / 'images'}")

@@ -137,7 +137,7 @@ def test_hint_puts_the_students_features_through_the_regressor() -> None:
     f_s, f_t = numbers(4, 3, seed=1), numbers(4, 5, seed=2)
     loss = Hint(teacher="t", student="s")
     student, target = ModelOutputs(numbers(4, 2), {"s": f_s}), batch(4, features={"t": f_t})
-    module = loss.module(student, target, LossContext())
+    module = loss.build_module(student, target, LossContext())
     assert module is not None
     module.double()
     weight, bias = (p.tolist() for p in module.parameters())
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_hint_is_that_of_its_value_in_student_and_regressor(
     loss = Hint(teacher="t", student="s")
     f_s = numbers(4, *own, seed=1).requires_grad_()
     target = batch(4, features={"t": numbers(4, *theirs, seed=2)})
-    made = loss.module(ModelOutputs(torch.zeros(4, 2), {"s": f_s}), target, LossContext())
+    made = loss.build_module(ModelOutputs(torch.zeros(4, 2), {"s": f_s}), target, LossContext())
     module = made.double().train() if made is not None else None
     weights = list(module.parameters()) if module is not None else []
     assert bool(weights) is (own != theirs)
@@ -572,10 +572,10 @@ def test_a_loss_cannot_be_changed_after_it_was_made() -> None:
 def test_records_cut_their_rows_all_alike() -> None:
     share = torch.rand(5)
     whole = batch(5, numbers(5, 3), labels_of(5, 3), {"t": numbers(5, 2)}, labels_of(5, 3, seed=9), share)
-    part = whole.rows(1, 3)
+    part = whole.slice(1, 3)
     assert part.index.tolist() == [1, 2]
     for name in ("labels", "logits", "partner", "share", "views"):
         assert np.array_equal(getattr(part, name), getattr(whole, name)[1:3])
     assert torch.equal(part.features["t"], whole.features["t"][1:3])
-    bare = batch(5).rows(0, 2)
+    bare = batch(5).slice(0, 2)
     assert (bare.logits, bare.partner, bare.share, bare.features) == (None, None, None, {})

@@ -99,10 +99,10 @@ def test_a_student_is_measured_through_its_projector_and_the_teachers_last_layer
     state = torch.load(simkd_run / "r/student.pt", weights_only=True)
     for name in ("linear.weight", "linear.bias"):
         assert torch.equal(state[name], teacher[name]), "the teacher's own, to the last bit"
-    preparation = result["preparation"]
+    input_spec = result["preparation"]
     split = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=200).splits["test"]
     x = split.images.pixels.float() / 255
-    x = (x - preparation["mean"][0]) / preparation["std"][0]
+    x = (x - input_spec["mean"][0]) / input_spec["std"][0]
     logits = a_student(simkd_run / "r")(x)
     hits = (logits.argmax(1).numpy() == split.labels).mean()
     nll = -logits.log_softmax(1)[range(len(split.labels)), split.labels].mean()

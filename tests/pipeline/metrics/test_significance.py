@@ -120,7 +120,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(alone: float, other: f
         first, second = (row < other)[None].astype(np.int64), ((row >= other) & (row < other + alone))[None] * 1
         found = accuracy(labels, first, second)
         outside += not found.low <= other - alone <= found.high
-        both += found.beyond_chance and mcnemar(*count_right_alone(labels, first[0], second[0])) < 0.05
+        both += found.is_significant and mcnemar(*count_right_alone(labels, first[0], second[0])) < 0.05
     assert stats.binom.ppf(0.001, trials, 0.05) <= outside <= at_most(0.05, trials)
     print(outside / trials, both / trials)
     assert both <= at_most(0.05, trials) if alone == other else both > 0.8 * trials
@@ -138,7 +138,7 @@ def simulated(rng: np.random.Generator, seeds: int, spread: float, gain: float =
 def test_seeds_alone_are_called_a_difference_in_one_case_of_twenty_at_most(seeds: int, spread: float) -> None:
     rng, trials = np.random.default_rng(3), 300
     labels = np.zeros(2000, np.int64)
-    said = sum(accuracy(labels, *simulated(rng, seeds, spread)).beyond_chance for _ in range(trials))
+    said = sum(accuracy(labels, *simulated(rng, seeds, spread)).is_significant for _ in range(trials))
     assert said <= at_most(0.05, trials)
 
 
@@ -147,13 +147,13 @@ def test_percentiles_alone_call_them_one_more_often(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(significance, "_stretch", lambda *_: 1.0)
     rng, trials = np.random.default_rng(3), 300
     labels = np.zeros(2000, np.int64)
-    said = sum(accuracy(labels, *simulated(rng, 2, 0.5)).beyond_chance for _ in range(trials))
+    said = sum(accuracy(labels, *simulated(rng, 2, 0.5)).is_significant for _ in range(trials))
     assert said > 2 * at_most(0.05, trials)
 
 
 def test_a_gain_of_three_spreads_is_found_with_five_seeds() -> None:
     rng, labels = np.random.default_rng(4), np.zeros(2000, np.int64)
-    said = sum(accuracy(labels, *simulated(rng, 5, 0.2, 0.6)).beyond_chance for _ in range(100))
+    said = sum(accuracy(labels, *simulated(rng, 5, 0.2, 0.6)).is_significant for _ in range(100))
     assert said > 70
 
 
@@ -180,7 +180,7 @@ def test_one_classifier_does_not_differ_from_itself(seed: int, N: int) -> None:
     labels, guess = np.random.default_rng(seed).integers(0, 3, (2, N))
     found = paired_bootstrap(labels, guess[None], guess[None], resamples=50)
     assert set(found.values()) == {Difference(0, 0, 0)}
-    assert not found["accuracy"].beyond_chance
+    assert not found["accuracy"].is_significant
 
 
 def test_the_resamples_are_counted_as_they_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,17 +299,17 @@ def prepared_by_hand(views: torch.Tensor, p: InputSpec) -> np.ndarray:
 @pytest.mark.parametrize("size", [8, 12, 16, 19, 5, 4, 3])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_are_repeated_resized_and_normalised_as_in_float64(size: int, channels: int) -> None:
-    preparation = InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
+    input_spec = InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
     generator = torch.Generator().manual_seed(1)
     views = torch.randint(0, 256, (2, channels, 8, 8), dtype=torch.uint8, generator=generator)
-    found = PreparedModel(Input(), preparation)(views).view(2, 3, size, size).double().numpy()
-    np.testing.assert_allclose(found, prepared_by_hand(views, preparation), rtol=0, atol=2e-6)
+    found = PreparedModel(Input(), input_spec)(views).view(2, 3, size, size).double().numpy()
+    np.testing.assert_allclose(found, prepared_by_hand(views, input_spec), rtol=0, atol=2e-6)
 
 
 def test_one_channel_is_normalised_with_its_own_mean_and_spread() -> None:
-    preparation = InputSpec(1, 2, (0.25,), (0.5,))
+    input_spec = InputSpec(1, 2, (0.25,), (0.5,))
     views = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2)
-    torch.testing.assert_close(PreparedModel(Input(), preparation)(views), torch.tensor([[-0.5, -0.1, 0.3, 1.5]]))
+    torch.testing.assert_close(PreparedModel(Input(), input_spec)(views), torch.tensor([[-0.5, -0.1, 0.3, 1.5]]))
 
 
 def test_memory_layout_changes_no_logits() -> None:
@@ -317,10 +317,10 @@ def test_memory_layout_changes_no_logits() -> None:
     torch.manual_seed(0)
     network = build("cnn", 5, 3, 8).double().eval()
     views = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    preparation = InputSpec(3, 8, IMAGENET_MEAN, IMAGENET_STD)
+    input_spec = InputSpec(3, 8, IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
-        expected = network(torch.from_numpy(prepared_by_hand(views, preparation)))
-        found = PreparedModel(network.float(), preparation)(views)
+        expected = network(torch.from_numpy(prepared_by_hand(views, input_spec)))
+        found = PreparedModel(network.float(), input_spec)(views)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -335,8 +335,8 @@ def test_logits_are_float32_whatever_the_network_computes_in() -> None:
 
 
 def test_a_preparation_survives_json_and_is_no_part_of_the_weights() -> None:
-    preparation = InputSpec(3, 32, IMAGENET_MEAN, IMAGENET_STD)
-    assert InputSpec.from_json(json.loads(json.dumps(preparation.identity()))) == preparation
-    model = PreparedModel(build("mlp:4", 2, 3, 32), preparation)
+    input_spec = InputSpec(3, 32, IMAGENET_MEAN, IMAGENET_STD)
+    assert InputSpec.from_json(json.loads(json.dumps(input_spec.to_json()))) == input_spec
+    model = PreparedModel(build("mlp:4", 2, 3, 32), input_spec)
     assert all(key.startswith("network.") for key in model.state_dict())
     assert math.prod(model.scale.shape) == 3

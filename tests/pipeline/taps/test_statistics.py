@@ -189,7 +189,7 @@ def test_a_cache_keeps_the_statistics_that_it_is_asked_for(home: Path, stages: S
     cache = Cache(home / "cache")
     shapes = {"layer3:pool": [64], "layer2:attention": [4, 4], "layer3:grid2": [64, 2, 2], "layer3:gram": [4, 4]}
     assert {tap: list(shape) for tap, shape in cache.manifest.taps.items()} == shapes | {"layer3": [64, 2, 2]}
-    features = cache.targets("train", 1, np.arange(20), tuple(cache.manifest.taps))[1]
+    features = cache.read_targets("train", 1, np.arange(20), tuple(cache.manifest.taps))[1]
     for tap in ("layer3:pool", "layer3:grid2", "layer3:gram"):
         made = derive_features({"layer3": features["layer3"]}, [tap])[tap]
         torch.testing.assert_close(features[tap].float(), made, rtol=2e-3, atol=2e-3)

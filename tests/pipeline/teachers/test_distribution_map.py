@@ -105,7 +105,7 @@ def test_the_last_layer_with_the_map_behind_it_gives_mapped_logits(spec: str) ->
     mapping = fit_map(spec, logits, labels, np.array([9, 5, 2, 1]))
     torch.manual_seed(0)
     head, x = LinearHead(torch.randn(4, 6), torch.randn(4)), torch.randn(5, 6)
-    mapped = mapping.of_head(head)
+    mapped = mapping.map_head(head)
     torch.testing.assert_close(x @ mapped.weight.T + mapped.bias, mapping(x @ head.weight.T + head.bias))
     again = DistributionMap.from_json(json.loads(json.dumps(mapping.to_json())))
     assert torch.equal(again(logits_of(logits)), mapping(logits_of(logits)))
@@ -167,7 +167,7 @@ def test_a_run_that_goes_on_takes_the_map_it_was_begun_with(
     stages(*command, "--out", "r")
     Path("r/student.pt").unlink()
     Path("r/result.json").unlink()
-    monkeypatch.setattr("softcache.stages.student.teachers.fit_mapping", None)  # it would be called
+    monkeypatch.setattr("softcache.stages.student.teachers.fit_map", None)  # it would be called
     stages("student", "--resume", "--out", "r")
     assert Path("r/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
     record = json.loads(Path("r/targets.json").read_text())

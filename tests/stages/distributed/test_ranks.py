@@ -105,7 +105,7 @@ def test_a_cache_is_the_same_by_any_number_of_ranks_also_after_one_was_killed(
     larger = ("--draws", 3, "--shard-rows", 60, "--taps", "pool1,flatten")
     one, many = tmp_path / "one", tmp_path / "many"
     stages(*cache_command(tiny, one, *smaller))
-    error(torchrun(2, DYING_RANK, 1, "add", 3, *cache_command(tiny, many, *smaller), cwd=tmp_path))
+    error(torchrun(2, DYING_RANK, 1, "write_shard", 3, *cache_command(tiny, many, *smaller), cwd=tmp_path))
     there = len(list(many.glob("*/shard-*.h5")))
     assert 0 < there < len(payloads(one))
     assert not (many / "manifest.json").exists()

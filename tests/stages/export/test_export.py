@@ -54,7 +54,7 @@ def by_pytorch(run: Path, cache: Path, seed: int, what: str = "student.pt") -> n
     network = build("cnn", 10, 1, 8)
     load_weights(network, read_state_dict(run / f"seed-{seed}" / what), "")
     with torch.inference_mode():
-        said: np.ndarray[Any, Any] = PreparedModel(network, opened.preparation).eval()(pixels()[0]).numpy()
+        said: np.ndarray[Any, Any] = PreparedModel(network, opened.input_spec).eval()(pixels()[0]).numpy()
     return said
 
 
@@ -301,7 +301,7 @@ def test_8_bits_are_calibrated_on_the_views_of_the_cache(
     monkeypatch.setattr(in_8_bits, "quantised", watched)
     assert stages("export", run, "--int8", "--most-drop", 1)["int8"]["calibration_rows"] == len(seen) == 512
     cache = Cache(tiny / "cache")
-    known = [cache.rows("train", draw, "view_crc32", np.arange(300)).tolist() for draw in range(3)]
+    known = [cache.read_rows("train", draw, "view_crc32", np.arange(300)).tolist() for draw in range(3)]
     assert all(len(set(seen) & set(of_draw)) > 100 for of_draw in known)
     assert set(seen) <= {crc for of_draw in known for crc in of_draw}
     assert len(set(seen)) > 450  # a crop may leave a image as it is in two draws
@@ -334,10 +334,10 @@ def test_a_grey_channel_is_repeated_inside_the_graph(stages: Stages) -> None:
     stages("export", "r")
     network = build("resnet8", 10, 3, 8)
     load_weights(network, read_state_dict(Path("r/student.pt")), "")
-    preparation = Cache(Path("c")).preparation
-    assert preparation.channels == 3
+    input_spec = Cache(Path("c")).input_spec
+    assert input_spec.channels == 3
     with torch.inference_mode():
-        said = PreparedModel(network, preparation).eval()(pixels()[0]).numpy()
+        said = PreparedModel(network, input_spec).eval()(pixels()[0]).numpy()
     found = by_onnx(Path("r/student.onnx"))(pixels()[0].numpy().astype(np.float32) / 255)
     assert np.abs(found - said).max() <= 1e-4
 

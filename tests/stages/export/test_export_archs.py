@@ -13,7 +13,7 @@ from softcache.pipeline.models import MODELS
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.export.formats import Portable, capture, onnx_of
 from softcache.stages.export.onnx_model import Runner
-from tests.helpers.settled import preparation, settled
+from tests.helpers.settled import input_spec, settled
 
 ROWS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # an argument where a row wants one
 SIMKD = "simkd(resnet8;layer3;256)"
@@ -72,10 +72,10 @@ def compared(arch: str, shown: Shown, rows: int, steps: int) -> tuple[float, int
     views = shown[0]
     channels, size = views.shape[1], views.shape[-1]
     network = settled(arch, *shown, channels, steps)
-    model = PreparedModel(network, preparation(channels, size)).eval()
+    model = PreparedModel(network, input_spec(channels, size)).eval()
     with torch.inference_mode():
         said = torch.cat([model(some) for some in views[:rows].split(100)])
-    program = capture(Portable(network, preparation(channels, size)), arch, channels, size)
+    program = capture(Portable(network, input_spec(channels, size)), arch, channels, size)
     content = onnx_of(program, arch, {}, "0")
     runner = Runner.of(content, 1)
     images = views[:rows].numpy().astype(np.float32) / 255

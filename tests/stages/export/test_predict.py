@@ -87,7 +87,7 @@ def test_the_probabilities_are_the_students_own(exported: Path, tiny: Path, tmp_
     network = build("cnn", 10, 1, 8)
     load_weights(network, read_state_dict(exported / f"seed-{seed}/student.pt"), "")
     with torch.inference_mode():
-        p = PreparedModel(network, Cache(tiny / "cache").preparation).eval()(digits()[:6]).softmax(1).numpy()
+        p = PreparedModel(network, Cache(tiny / "cache").input_spec).eval()(digits()[:6]).softmax(1).numpy()
     assert [one["picture"] for one in found["pictures"]] == names
     for one, row in zip(found["pictures"], p, strict=True):
         assert [best["class"] for best in one["top"]] == [str(c) for c in np.argsort(-row)]

@@ -146,8 +146,8 @@ def test_a_probe_of_a_tap_is_scikit_learns_own_on_the_rows_of_the_cache(
     informed: Path, record: dict[str, Any]
 ) -> None:
     cache, every = Cache(informed), {"train": np.arange(600), "val": np.arange(180)}
-    x = {s: cache.targets(s, 0, rows, ("columns",))[1]["columns"].double().numpy() for s, rows in every.items()}
-    y = {split: cache.column(split, 0, "label") for split in every}
+    x = {s: cache.read_targets(s, 0, rows, ("columns",))[1]["columns"].double().numpy() for s, rows in every.items()}
+    y = {split: cache.read_column(split, 0, "label") for split in every}
     mean, sd = x["train"].mean(0), x["train"].std(0)
     sd[sd == 0] = 1
     model = LogisticRegression(max_iter=1000).fit((x["train"] - mean) / sd, y["train"])
@@ -208,7 +208,7 @@ def test_maps_are_read_as_the_mean_of_each_channel_and_wide_taps_projected_by_th
 ) -> None:
     name = make_cache(tmp_path, "teacher_with_maps", "--train-size", 50, "--taps", "images,columns")
     cache, rows = Cache(name), np.arange(50)
-    maps = cache.targets("train", 0, rows, ("images",))[1]["images"].double().numpy()
+    maps = cache.read_targets("train", 0, rows, ("images",))[1]["images"].double().numpy()
     steps: list[int] = []
     mine = columns(cache, "train", rows, "images", 0, steps.append)
     np.testing.assert_allclose(mine, maps.mean((2, 3)), rtol=1e-6)
@@ -229,8 +229,8 @@ def test_maps_are_read_as_the_mean_of_each_channel_and_wide_taps_projected_by_th
 
 
 def cached_logits(cache: Cache, split: str) -> tuple[Floats, NDArray[np.int64]]:
-    labels = cache.column(split, 0, "label").astype(np.int64)
-    return cache.targets(split, 0, np.arange(len(labels)))[0].double().numpy(), labels
+    labels = cache.read_column(split, 0, "label").astype(np.int64)
+    return cache.read_targets(split, 0, np.arange(len(labels)))[0].double().numpy(), labels
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -467,7 +467,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it_before_any_work(
     stages: Stages, informed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(Cache, "rows", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(Cache, "read_rows", lambda *_: pytest.fail("work was begun"))
     said = stages.fails(2, "inspect", informed)
     assert said == ("Error: inspect draws with matplotlib, which is not installed: pip install 'softcache[report]'")
     assert not Path("runs").exists()
@@ -483,14 +483,14 @@ def test_a_folder_that_holds_something_is_left_alone(stages: Stages, informed: P
 
 def test_features_that_are_no_numbers_and_a_cache_that_is_none_are_refused(stages: Stages, informed: Path) -> None:
     assert "nowhere" in stages.fails(1, "inspect", "nowhere")
-    rows = Cache.rows
+    rows = Cache.read_rows
 
     def broken(self: Cache, split: str, draw: int, name: str, positions: Any) -> Any:
         found = rows(self, split, draw, name, positions)
         return found if name != "features/noise" else np.where(positions[:, None] == 3, np.nan, found)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cache, "rows", broken)
+        patch.setattr(Cache, "read_rows", broken)
         assert "tap 'noise' of train has values that are not finite" in stages.fails(1, "inspect", informed)
 
 

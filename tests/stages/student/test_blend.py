@@ -64,9 +64,9 @@ def pair(two: Path, tmp_path: Path) -> tuple[str, ...]:
 def logits_of(folder: str, split: str = "test") -> torch.Tensor:
     """float32 [N, K] by index."""
     cache = Cache(Path(folder))
-    order = cache.order(split)
+    order = cache.row_order(split)
     found = torch.empty(len(order), 10)
-    found[torch.from_numpy(order)] = cache.targets(split, 0, np.arange(len(order)))[0]
+    found[torch.from_numpy(order)] = cache.read_targets(split, 0, np.arange(len(order)))[0]
     return found
 
 
@@ -159,10 +159,10 @@ def test_a_student_is_told_the_blend_of_its_own_rows(
     kept = json.loads(Path("r/targets.json").read_text())["combine"]
     assert kept["weights"] == pytest.approx(rows[name]["weights"])
     caches = Cache(Path("a")), Cache(Path("b"))
-    place = np.argsort(caches[0].order("train"))
+    place = np.argsort(caches[0].row_order("train"))
     weights, temperatures = torch.tensor(kept["weights"]), torch.tensor(kept["temperatures"])
     for batch in seen:
-        each = [c.stored("train", batch.draw, place[batch.index.numpy()])[0] for c in caches]
+        each = [c.read_stored("train", batch.draw, place[batch.index.numpy()])[0] for c in caches]
         assert batch.logits is not None
         if name in ("mean_probability", "weighted", "learned"):
             p = sum(w * F.softmax(z / t, 1) for w, z, t in zip(weights, each, temperatures, strict=True))
@@ -180,8 +180,8 @@ def test_features_are_the_first_caches(pair: tuple[str, ...], stages: Stages, mo
     seen = batches_of_a_training(monkeypatch)
     stages("student", *pair, "--arch", "cnn", "--epochs", 1, "--loss", "kd", "--loss", "hint:teacher=pool1")
     cache = Cache(Path("a"))
-    place = np.argsort(cache.order("train"))
-    expected = cache.stored("train", seen[0].draw, place[seen[0].index.numpy()], ("pool1",))[1]["pool1"]
+    place = np.argsort(cache.row_order("train"))
+    expected = cache.read_stored("train", seen[0].draw, place[seen[0].index.numpy()], ("pool1",))[1]["pool1"]
     assert torch.equal(seen[0].features["pool1"], expected)
 
 
@@ -232,7 +232,7 @@ def test_rows_without_an_answer_cost_their_cross_entropy() -> None:
     logits[1] = logits[5] = torch.nan
     target = replace(target, logits=logits)
     kept = torch.tensor([0, 2, 3, 4])
-    soft = LOSSES["kd"](student.chosen(kept), target.chosen(kept), None)
+    soft = LOSSES["kd"](student.select(kept), target.select(kept), None)
     hard = F.cross_entropy(student.logits[[1, 5]], target.labels[[1, 5]])
     found = or_hard(by_one)(LOSSES["kd"], student, target, None)
     torch.testing.assert_close(found, (4 * soft + 2 * hard) / 6)
@@ -258,9 +258,9 @@ def test_a_student_hears_each_teacher_by_itself(
     assert seen[0].logits.shape[1:] == (2, 10)
     maps = json.loads(Path("r/targets.json").read_text())["maps"]
     assert len(maps) == 2
-    place = np.argsort(Cache(Path("a")).order("train"))[seen[0].index.numpy()]
+    place = np.argsort(Cache(Path("a")).row_order("train"))[seen[0].index.numpy()]
     for k, name in enumerate("ab"):
-        raw = Cache(Path(name)).stored("train", seen[0].draw, place)[0]
+        raw = Cache(Path(name)).read_stored("train", seen[0].draw, place)[0]
         torch.testing.assert_close(seen[0].logits[:, k], raw * maps[k]["weight"][0])
     assert result["student"]["test"]["agreement"] > 0
     one = stages("student", *pair, *STUDENT, "--out", "one")
@@ -452,7 +452,7 @@ def test_missing_rows_are_skipped_or_learned_from_labels_and_counted(
     pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, how: str, caches: tuple[str, ...]
 ) -> None:
     lose("a", "draw-001/shard-00001.h5")
-    gone = set(Cache(Path("a")).order("train")[100:200].tolist())
+    gone = set(Cache(Path("a")).row_order("train")[100:200].tolist())
     seen = batches_of_a_training(monkeypatch)
     code, out, _ = stages.call("student", *caches, *STUDENT, "--epochs", 3, "--missing", how, "--out", "r")
     assert code == 0
@@ -590,8 +590,8 @@ def test_a_held_out_row_that_is_missing_is_always_an_error(pair: tuple[str, ...]
 def test_the_teachers_of_a_cache_alone_are_the_cache(two: Path) -> None:
     cache = Cache(two / "a")
     alone, positions = TeacherEnsemble((cache,)), np.array([5, 250, 17])
-    logits, features = alone.targets("train", 1, positions, ("pool1",))
-    expected, theirs = cache.targets("train", 1, positions, ("pool1",))
+    logits, features = alone.read_targets("train", 1, positions, ("pool1",))
+    expected, theirs = cache.read_targets("train", 1, positions, ("pool1",))
     assert torch.equal(logits, expected)
     assert torch.equal(features["pool1"], theirs["pool1"])
 

@@ -21,9 +21,9 @@ SHORT = ("--epochs", 2, "--batch-size", 64, "--draws", 2)
 def held_out_probabilities(cache: Cache, arch: str, weights: Path) -> np.ndarray[Any, Any]:
     """softmax of a student's logits on the test split, float64, without the commands."""
     test = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
-    network = build(arch, 10, cache.preparation.channels, cache.preparation.size)
+    network = build(arch, 10, cache.input_spec.channels, cache.input_spec.size)
     network.load_state_dict(torch.load(weights, weights_only=True))
-    model = PreparedModel(network, cache.preparation).eval()
+    model = PreparedModel(network, cache.input_spec).eval()
     with torch.inference_mode():
         logits = model(test.images.take(np.arange(len(test))).pixels)  # type: ignore[union-attr]
     return logits.double().softmax(1).numpy()
@@ -57,10 +57,10 @@ def test_each_generation_is_taught_by_a_cache_of_the_one_before(chain: dict[str,
         network.load_state_dict(state)
         test = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
         with torch.inference_mode():
-            said = PreparedModel(network, cache.preparation).eval()(
-                test.images.take(cache.order("test")).pixels  # type: ignore[union-attr]
+            said = PreparedModel(network, cache.input_spec).eval()(
+                test.images.take(cache.row_order("test")).pixels  # type: ignore[union-attr]
             )
-        kept = cache.targets("test", 0, np.arange(len(test)))[0]
+        kept = cache.read_targets("test", 0, np.arange(len(test)))[0]
         assert torch.allclose(said, kept, rtol=2e-3, atol=2e-3)
 
 

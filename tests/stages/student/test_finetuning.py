@@ -138,9 +138,9 @@ def test_every_seed_has_both_parts(tiny: Path, stages: Stages) -> None:
 
 def test_it_needs_labels(stages: Stages, tmp_path: Path) -> None:
     digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=30).splits["train"]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(30):
-        Image.fromarray(digits.images.pixels[i, 0].numpy()).save(tmp_path / f"pictures/{i:02d}.png")
+        Image.fromarray(digits.images.pixels[i, 0].numpy()).save(tmp_path / f"images/{i:02d}.png")
     stages("teacher", "--train-size", 100, "--arch", "mlp:8", "--epochs", 1, "--out", "t")
     data = ("--data", f"folder:{tmp_path / 'images'}")
     stages("teacher-cache", *data, "--weights", "t", "--draws", 1, "--out", "c")

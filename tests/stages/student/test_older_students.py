@@ -85,7 +85,7 @@ def test_a_student_comes_out_again_after_taps_were_added(
     stages(*ASKED, "--taps", "flatten,pool2", "--out", "c")
     stages(*STUDENT, "--loss", loss, "--out", "after")
     assert weights("after") == weights("before")
-    assert Cache(small).resident("train", 0, ("linear",) if "hint" in loss else ()) == resident
+    assert Cache(small).fits_in_memory("train", 0, ("linear",) if "hint" in loss else ()) == resident
 
 
 def test_the_order_of_rows_does_not_depend_on_taps_that_a_student_does_not_use(

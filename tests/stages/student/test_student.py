@@ -42,7 +42,7 @@ def flat(record: dict[str, Any]) -> list[float]:
 
 def stream_of(folder: Path, **more: Any) -> Stream:
     cache, transfer_set = Cache(folder), load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300)
-    cache.bind(transfer_set)
+    cache.check_transfer_set(transfer_set)
     rows = transfer_set.splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"draws": 3, "cache": cache, "split": rows, "views": cache.views, "view_seed": cache.seed}
@@ -56,7 +56,7 @@ def losses_of_training(batches: list[Batch], tiny: Path, arch: str, live: bool) 
     """
     torch.manual_seed(3)
     teacher = the_teacher(tiny)
-    student = PreparedModel(build(arch, 10, 1, 8), teacher.preparation)
+    student = PreparedModel(build(arch, 10, 1, 8), teacher.input_spec)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     kd, hard = parse_losses(("kd:temperature=4,weight=0.9", "hard:weight=0.1"))
     found = []
@@ -361,9 +361,9 @@ def test_bfloat16_trains_nearly_as_float32_does(tiny: Path, stages: Stages) -> N
 def test_pictures_without_classes_give_soft_targets_only(stages: Stages, tmp_path: Path) -> None:
     """A folder without class folders: kd trains, losses that want labels refuse."""
     digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=60).splits["train"]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(60):
-        Image.fromarray(digits.images.pixels[i, 0].numpy()).save(tmp_path / f"pictures/{i:02d}.png")
+        Image.fromarray(digits.images.pixels[i, 0].numpy()).save(tmp_path / f"images/{i:02d}.png")
     stages("teacher", "--train-size", 100, "--arch", "mlp:16", "--epochs", 3, "--out", "t")
     data = ("--data", f"folder:{tmp_path / 'images'}")
     made = stages("teacher-cache", *data, "--weights", "t", "--views", "crop:pad=1", "--draws", 2, "--out", "c")

@@ -66,7 +66,7 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
 ) -> None:
     """A disk that is full while the teacher is asked for the third shard: that shard is never finished."""
     finished: list[str] = []
-    piece, add = Ask.piece, CacheWriter.add
+    piece, add = Ask.piece, CacheWriter.write_shard
 
     def slow(self: Ask, wanted: ShardSpec, shown: Any) -> Any:
         def patient(rows: int) -> None:
@@ -83,7 +83,7 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
         add(self, wanted, arrays, facts)
 
     monkeypatch.setattr(Ask, "piece", slow)
-    monkeypatch.setattr(CacheWriter, "add", full)
+    monkeypatch.setattr(CacheWriter, "write_shard", full)
     assert "No space left on device" in stages.fails(1, *tiny_cache_command(tiny)[:-1], tmp_path / "c")
     assert len(finished) == 2
     assert [path.name for path in sorted((tmp_path / "c").rglob("*.h5"))] == ["shard-00000.h5"]

@@ -181,7 +181,9 @@ def test_auto_takes_bfloat16_where_it_is_faster_and_writes_down_its_cost(
     assert f"KL {found.kl_1:.1e} to plain float32 at T=1, {found.kl_4:.1e} at T=4" in out
     assert f"KL {found.kl_1:.1e} to plain float32 at T=1" in (tmp_path / "c/README.md").read_text()
     # The plain way beside it: the first draw by the plain teacher's cache, whose rows these should be but for that.
-    plain, fast = (Cache(c).targets("train", 0, np.arange(300))[0].double() for c in (tiny / "cache", tmp_path / "c"))
+    plain, fast = (
+        Cache(c).read_targets("train", 0, np.arange(300))[0].double() for c in (tiny / "cache", tmp_path / "c")
+    )
     p, q = plain.log_softmax(1), fast.log_softmax(1)
     assert float((p.exp() * (p - q)).sum(1).mean()) == pytest.approx(found.kl_1, rel=0.2)
 

@@ -61,12 +61,12 @@ def test_each_draw_holds_every_index_once(tiny: Path) -> None:
     cache = Cache(tiny / "cache")
     for split, draws in (("train", 3), ("val", 1), ("test", 1)):
         for draw in range(draws):
-            index = cache.column(split, draw, "index")
+            index = cache.read_column(split, draw, "index")
             assert sorted(index) == list(range(cache.manifest.splits[split]))
 
 
 def test_rows_are_stored_in_a_class_mixed_order(tiny: Path) -> None:
-    labels = Cache(tiny / "cache").column("train", 0, "label")
+    labels = Cache(tiny / "cache").read_column("train", 0, "label")
     assert all(len(set(labels[i : i + 30])) >= 7 for i in range(0, 300, 30))
 
 
@@ -91,7 +91,7 @@ def test_the_manifest_reports_the_teachers_accuracy_on_each_split(tiny: Path) ->
     cache = Cache(tiny / "cache")
     for split in ("train", "val", "test"):
         hits = [
-            (cache.column(split, draw, "logits").argmax(1) == cache.column(split, draw, "label")).mean()
+            (cache.read_column(split, draw, "logits").argmax(1) == cache.read_column(split, draw, "label")).mean()
             for draw in range(3 if split == "train" else 1)
         ]
         assert cache.manifest.teacher[split]["accuracy"] == pytest.approx(np.mean(hits), abs=1e-12)
@@ -104,13 +104,13 @@ def test_the_codecs_cost_is_measured_on_the_caches_own_rows(tiny: Path, stages: 
         command = tiny_cache_command(tiny)
         stages(*command[:-1], tmp_path / codec, "--codec", codec)
         said[codec] = Cache(tmp_path / codec)
-    true = torch.cat([said["float32"].targets(s, 0, np.arange(n))[0] for s, n in (("val", 180), ("test", 360))])
+    true = torch.cat([said["float32"].read_targets(s, 0, np.arange(n))[0] for s, n in (("val", 180), ("test", 360))])
     assert said["float32"].manifest.fidelity["kl_4"] == 0
     for codec, most in (("float16", 1e-6), ("sqrt8", 2e-4)):
         found = said[codec].manifest.fidelity
         assert found["rows"] == 900 + 180 + 360
         assert 0 < found["kl_4"] < most
-        kept = torch.cat([said[codec].targets(s, 0, np.arange(n))[0] for s, n in (("val", 180), ("test", 360))])
+        kept = torch.cat([said[codec].read_targets(s, 0, np.arange(n))[0] for s, n in (("val", 180), ("test", 360))])
         p, q = (torch.log_softmax(x.double() / 4, 1) for x in (true, kept))
         kl = float((p.exp() * (p - q)).sum(1).mean())
         assert kl == pytest.approx(found["kl_4"], rel=0.5)  # held-out rows against all rows
@@ -121,7 +121,7 @@ def test_the_teachers_head_gives_the_logits_from_the_features_below_it(tiny: Pat
     assert cache.manifest.head is not None
     with h5py.File(tiny / "cache" / cache.manifest.head.path) as file:
         weight, bias = file["weight"][:], file["bias"][:]
-    logits, features = cache.targets("train", 1, np.arange(300), ("flatten",))
+    logits, features = cache.read_targets("train", 1, np.arange(300), ("flatten",))
     np.testing.assert_allclose(features["flatten"].numpy().astype(np.float32) @ weight.T + bias, logits, atol=0.02)
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     tiny: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, out = tiny_cache_command(tiny)[:-1], tmp_path / "c"
-    add, written = CacheWriter.add, []
+    add, written = CacheWriter.write_shard, []
 
     def stop_after_four(self, piece, arrays, facts):  # type: ignore[no-untyped-def]
         if len(written) == 4:
@@ -137,7 +137,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
         written.append(piece.path)
         add(self, piece, arrays, facts)
 
-    monkeypatch.setattr(CacheWriter, "add", stop_after_four)
+    monkeypatch.setattr(CacheWriter, "write_shard", stop_after_four)
     line = stages.fails(130, *command, out)
     assert "4 of 14 shards" in line
     assert "the same command goes on" in line
@@ -147,7 +147,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     before = {path: (out / path).stat().st_mtime_ns for path in written}
     damaged = out / written[2]
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    monkeypatch.setattr(CacheWriter, "add", add)
+    monkeypatch.setattr(CacheWriter, "write_shard", add)
     code, text, err = stages.call(*command, out)
     assert code == 0, err
     assert "went on from 3 of 14 shards" in text

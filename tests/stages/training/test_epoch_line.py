@@ -91,8 +91,8 @@ def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
         "r",
     )
     lines = lines_of("r")
-    preparation = json.loads(Path("r/result.json").read_text())["student"]["preparation"]
-    mean, std = (torch.tensor(preparation[name], dtype=torch.float64).view(1, -1, 1, 1) for name in ("mean", "std"))
+    input_spec = json.loads(Path("r/result.json").read_text())["student"]["preparation"]
+    mean, std = (torch.tensor(input_spec[name], dtype=torch.float64).view(1, -1, 1, 1) for name in ("mean", "std"))
     assert len(before.steps) == len(lines) == 2
     for line, (batch, network, own, rate) in zip(lines, before.steps, strict=True):
         first, last = ([network[f"{name}.{kind}"] for kind in ("weight", "bias")] for name in ("hidden1", "linear"))

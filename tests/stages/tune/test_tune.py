@@ -219,7 +219,7 @@ def test_processes_at_once_share_the_trials(
         space = GRID if grid else (*SPACE, "--trials", 8)
         children = [forks.start(*search(tiny, out, *space, *storage)) for out in outs]
         for child in children:
-            assert child.wait() == 0, child.said
+            assert child.wait() == 0, child.output
         assert_once_each(database, 8)
         records = [record_of(out) for out in outs]
         assert all(record["trials"] == records[0]["trials"] for record in records)
@@ -228,7 +228,7 @@ def test_processes_at_once_share_the_trials(
             assert combinations(records[0]) == POINTS
         trained = [path for out in set(outs) for path in out.glob("trial-*")]
         assert len(trained) == 8
-        said = [line for child in children for line in child.said.splitlines() if re.match(r"trial \d", line)]
+        said = [line for child in children for line in child.output.splitlines() if re.match(r"trial \d", line)]
         assert len(said) == 8
 
 
@@ -401,7 +401,7 @@ def test_a_process_that_lives_elsewhere_is_waited_for(
     processes.wait_until(lambda: (tmp_path / "far/trial-0000/metrics.jsonl").exists())
     code, out, err = stages.call(*search(tiny, tmp_path / "near", *storage, "--epochs", 100))
     assert code == 0, err
-    assert child.wait() == 0, child.said
+    assert child.wait() == 0, child.output
     assert "waiting for other processes, which train: 0" in out
     assert [state for _, _, state in states_of(tmp_path / "study.db")] == ["COMPLETE"]
 
