@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.stages.cli.malloc import keep_large_blocks
-from softcache.stages.runs.environment import device_of
+from softcache.stages.runs.environment import select_device
 
 from .rounds import Given, Missing, machine, versions
 from .rows import ROWS, Row
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="softcache-bench-") as folder:
         given = Given(
             Path(folder),
-            device_of(asked.device),
+            select_device(asked.device),
             asked.data_root,
             asked.cifar,
             asked.weights,

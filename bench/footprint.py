@@ -15,7 +15,7 @@ import torch
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.malloc import keep_large_blocks
-from softcache.stages.student.phases import job_of
+from softcache.stages.student.phases import make_training_run
 
 from . import material
 from .rounds import Found, Given, Missing
@@ -125,7 +125,7 @@ def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
 
     settings, opened = material.opened(cache, data, "mlp:64", batch_size=1024)
     labels = opened.transfer_set.splits["train"].labels
-    ours = job_of("student", settings, opened, network, opened.losses, labels, folder / "memory-run")
+    ours = make_training_run("student", settings, opened, network, opened.losses, labels, folder / "memory-run")
     ours = replace(ours, stream=replace(ours.stream, taps=tuple(WIDE)))
     begun = time.perf_counter()
     Ours(ours, ours.steps)()

@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.student.setup import Material
-from softcache.stages.training.checkpoint import State
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.loop import _begin_epoch, _step_of_each
 
 from . import material
@@ -37,7 +37,7 @@ class Together:
 
 
 def _trainings(
-    given: Given, settings: StudentSettings, opened: Material, archs: Sequence[str], steps: int
+    given: Given, settings: StudentConfig, opened: DistillationSetup, archs: Sequence[str], steps: int
 ) -> list[Ours]:
     return [
         Ours(job(given, replace(settings, arch=arch), opened, False, f"s{i}"), steps) for i, arch in enumerate(archs)
@@ -65,13 +65,13 @@ class Stacked:
     """Trainings as one vectorised model, as fit_stacked takes its steps; seconds of a image."""
 
     def __init__(self, alone: Sequence[Ours]):
-        from softcache.stages.training.vectorized import Stack, _weights, check_stackable
+        from softcache.stages.training.vectorized import VectorizedModel, _weights, check_vectorizable
 
         self.jobs = [one.job for one in alone]
-        check_stackable(self.jobs)
+        check_vectorizable(self.jobs)
         first = self.jobs[0]
-        self.stack = Stack([job.model for job in self.jobs]).to(first.device)
-        self.state = State.begin(self.stack, {}, first.settings, first.rate)
+        self.stack = VectorizedModel([job.model for job in self.jobs]).to(first.device)
+        self.state = TrainState.begin(self.stack, {}, first.settings, first.rate)
         self.weights, self.count, self.at = _weights(self.jobs, 0), alone[0].count, 0
 
     def __call__(self) -> float:

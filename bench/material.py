@@ -32,9 +32,9 @@ from softcache.pipeline.cache.verification import compute_crc32
 from softcache.pipeline.cache.writer import CachePlan, CacheWriter
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.student.command import with_recipe
-from softcache.stages.student.setup import Material
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.student.command import fill_defaults
+from softcache.stages.student.setup import DistillationSetup
 
 VAL_FRACTION = 0.02
 _BLOCK = 2048  # rows of features that are made, and repeated
@@ -162,7 +162,7 @@ def _feature(rows: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
     return np.resize(block, (rows, *shape))
 
 
-def opened(cache: Path, data: str, arch: str, **more: object) -> tuple[StudentSettings, Material]:
+def opened(cache: Path, data: str, arch: str, **more: object) -> tuple[StudentConfig, DistillationSetup]:
     """A student's settings with the recipe in, and what it is trained from, as `softcache student` opens it."""
-    settings = with_recipe(StudentSettings(data=data, cache=(str(cache),), arch=arch, **more))  # type: ignore[arg-type]
-    return settings, Material.open(settings)
+    settings = fill_defaults(StudentConfig(data=data, cache=(str(cache),), arch=arch, **more))  # type: ignore[arg-type]
+    return settings, DistillationSetup.open(settings)

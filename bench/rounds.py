@@ -104,7 +104,7 @@ def parts(found: Mapping[str, Sequence[float]], scale: float = 1e6, unit: str = 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where this is measured."""
     model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {**environment.machine(device), "cpu": model[0] if model else "", "cpus": len(model)}
+    return {**environment.describe_machine(device), "cpu": model[0] if model else "", "cpus": len(model)}
 
 
 def _lines(path: str) -> list[str]:
@@ -115,7 +115,7 @@ def _lines(path: str) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Of what is measured, and of what it is measured against."""
-    found = environment.versions()
+    found = environment.library_versions()
     for name in OPTIONAL:
         with suppress(PackageNotFoundError):
             found[name] = version(name)

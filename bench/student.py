@@ -18,12 +18,12 @@ from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.student.phases import job_of
-from softcache.stages.student.setup import Material
-from softcache.stages.training.checkpoint import State
-from softcache.stages.training.loop import WORTH_THREADS, _begin, _begin_epoch, _step_of_each
-from softcache.stages.training.step import Job
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.student.phases import make_training_run
+from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.training.checkpoint import TrainState
+from softcache.stages.training.loop import WORTH_THREADS, _begin_epoch, _start, _step_of_each
+from softcache.stages.training.step import TrainingRun
 
 from . import material
 from .rounds import Found, Given, Side, interleaved, over, parts
@@ -31,23 +31,23 @@ from .rounds import Found, Given, Side, interleaved, over, parts
 FEATURE = {"layer3": [64, 8, 8]}  # of ResNet-56: 4,096 numbers, 8 kB a row
 
 
-def job(given: Given, settings: StudentSettings, opened: Material, hard: bool, name: str) -> Job:
+def job(given: Given, settings: StudentConfig, opened: DistillationSetup, hard: bool, name: str) -> TrainingRun:
     """The training from the cache, or its baseline from hard targets alone, as `softcache student` makes them."""
     losses: tuple[Loss, ...] = (Hard(),) if hard else opened.losses
     labels = opened.transfer_set.splits["train"].labels
     where = given.folder / "runs" / f"{name}-{time.monotonic_ns()}"
     kind = "baseline" if hard else "student"
-    return job_of(kind, settings, opened, opened.network(settings, losses), losses, labels, where)
+    return make_training_run(kind, settings, opened, opened.network(settings, losses), losses, labels, where)
 
 
 class Ours:
     """A training that takes so many steps in a turn; the seconds of a image."""
 
-    def __init__(self, job: Job, steps: int, teacher: PreparedModel | None = None):
+    def __init__(self, job: TrainingRun, steps: int, teacher: PreparedModel | None = None):
         """teacher: asked about every batch in place of the cache."""
         self.job, self.count, self.teacher, self.at = job, steps, teacher, 0
         self.opened = ExitStack()  # of the hooks on the tapped layers: gone with it
-        course = _begin(job, self.opened)
+        course = _start(job, self.opened)
         assert course is not None
         self.course = course
 
@@ -71,11 +71,11 @@ class Ours:
 class Bare:
     """A loop that its author wrote for this model alone, over views that were augmented beforehand."""
 
-    def __init__(self, job: Job, steps: int):
+    def __init__(self, job: TrainingRun, steps: int):
         batches = list(job.stream.batches(0, steps))
         self.views = [b.views.to(job.device) for b in batches]
         self.labels = [b.labels.to(job.device) for b in batches]
-        self.job, self.state = job, State.begin(job.model, {}, job.settings, job.rate)
+        self.job, self.state = job, TrainState.begin(job.model, {}, job.settings, job.rate)
         # As many threads as ours takes: with two, a step of mlp:64 is no faster on an idle machine, and slower on a
         # busy one.
         self.threads = 1 if job.multiply_adds * job.stream.batch_size < WORTH_THREADS else torch.get_num_threads()
@@ -97,7 +97,7 @@ class Bare:
         return (time.perf_counter() - begun) / images
 
 
-def asking(job: Job, teacher: PreparedModel, steps: int) -> Side:
+def asking(job: TrainingRun, teacher: PreparedModel, steps: int) -> Side:
     """The teacher alone, over views that are there."""
     views = [b.views.to(job.device) for b in job.stream.batches(0, steps)]
 

@@ -19,15 +19,15 @@ from torchvision.datasets import MNIST, ImageFolder
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import find_weights_file, load_weights, read_state_dict
-from softcache.stages.cli.configs import CacheSettings, StudentSettings, TeacherSettings
+from softcache.stages.cli.configs import CacheConfig, StudentConfig, TeacherConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.student.command import with_recipe
-from softcache.stages.student.phases import job_of
-from softcache.stages.student.setup import Material
+from softcache.stages.student.command import fill_defaults
+from softcache.stages.student.phases import make_training_run
+from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.teacher import command as teacher_stage
-from softcache.stages.teacher_cache.command import make
-from softcache.stages.training.checkpoint import lines_of
-from softcache.stages.training.loop import fit
+from softcache.stages.teacher_cache.command import make_cache
+from softcache.stages.training.checkpoint import read_epoch_lines
+from softcache.stages.training.loop import train
 
 from .apart import apart
 from .rounds import Found, Given, Missing, Side, fastest, interleaved, parts
@@ -42,9 +42,9 @@ def mnist(given: Given, students: int) -> Found:
     run = given.folder / "mnist-teacher"
     common: dict[str, Any] = {"data": "mnist", "data_root": given.data_root, "train_size": given.few(12_000, 500)}
     if not run.exists():
-        asked = TeacherSettings(**common, arch="mlp:1200,1200", epochs=given.few(3, 1), out=str(run), json=True)
-        teacher_stage.train(teacher_stage.with_recipe(asked), run, Console(True, epoch_lines=False))
-    stage_one = CacheSettings(**common, teacher="mlp:1200,1200", weights=str(run), draws=1, json=True)
+        asked = TeacherConfig(**common, arch="mlp:1200,1200", epochs=given.few(3, 1), out=str(run), json=True)
+        teacher_stage.train_teacher(teacher_stage.fill_defaults(asked), run, Console(True, epoch_lines=False))
+    stage_one = CacheConfig(**common, teacher="mlp:1200,1200", weights=str(run), draws=1, json=True)
     usual = Subset(
         MNIST(given.data_root, transform=transforms((0.1307,), (0.3081,), crop=False)), range(given.few(12_000, 500))
     )
@@ -57,7 +57,7 @@ def cifar(given: Given, students: int) -> Found:
         raise Missing("needs JPEGs of CIFAR-10: CIFAR= a folder with train/<class> and test/<class>")
     if not Path(given.weights).is_file():
         raise Missing("needs a ResNet-56 for CIFAR-10: WEIGHTS= its state dict")
-    stage_one = CacheSettings(
+    stage_one = CacheConfig(
         data=f"folder:{_part(given)}",
         views="crop-flip",
         draws=1,
@@ -84,14 +84,12 @@ def _part(given: Given) -> Path:
     return part
 
 
-def _to_target(
-    given: Given, asked: CacheSettings, usual: Dataset[Any], arch: str, epochs: int, students: int
-) -> Found:
+def _to_target(given: Given, asked: CacheConfig, usual: Dataset[Any], arch: str, epochs: int, students: int) -> Found:
     cache = given.folder / f"target-{arch}"
     begun = time.perf_counter()
-    asked, _ = make(replace(asked, out=str(cache), device=str(given.device)), Console(True, epoch_lines=False))
+    asked, _ = make_cache(replace(asked, out=str(cache), device=str(given.device)), Console(True, epoch_lines=False))
     one = time.perf_counter() - begun
-    learned = StudentSettings(
+    learned = StudentConfig(
         data=asked.data,
         data_root=asked.data_root,
         cache=(str(cache),),
@@ -102,8 +100,8 @@ def _to_target(
         device=str(given.device),
         json=True,
     )
-    settings = with_recipe(learned)
-    opened = Material.open(settings)
+    settings = fill_defaults(learned)
+    opened = DistillationSetup.open(settings)
     final, reached = _epoch_of_final(given, settings, opened)
     ours = job(given, settings, opened, False, "cached")
     teacher = _teacher(given, asked, opened).network.to(memory_format=torch.contiguous_format)
@@ -131,21 +129,21 @@ def live_side(
     return loop(given, usual, workers, kd_step(given, student, teacher), steps)
 
 
-def _epoch_of_final(given: Given, settings: StudentSettings, opened: Material) -> tuple[float, int]:
+def _epoch_of_final(given: Given, settings: StudentConfig, opened: DistillationSetup) -> tuple[float, int]:
     """The student's final accuracy on validation, and the first epoch that reached it: one whole training."""
     folder = given.folder / f"target-run-{time.monotonic_ns()}"
     labels = opened.transfer_set.splits["train"].labels
     network = opened.network(settings, opened.losses)
-    fit(
-        job_of("student", settings, opened, network, opened.losses, labels, folder),
+    train(
+        make_training_run("student", settings, opened, network, opened.losses, labels, folder),
         opened.held_out["val"],
         Console(True, epoch_lines=False),
     )
-    accuracies = [line["val_accuracy"] for line in lines_of(folder)]
+    accuracies = [line["val_accuracy"] for line in read_epoch_lines(folder)]
     return accuracies[-1], 1 + next(i for i, a in enumerate(accuracies) if a >= accuracies[-1])
 
 
-def _teacher(given: Given, asked: CacheSettings, opened: Material) -> PreparedModel:
+def _teacher(given: Given, asked: CacheConfig, opened: DistillationSetup) -> PreparedModel:
     """The teacher of the cache, in eval mode."""
     input_spec = opened.cache.input_spec
     network = build(asked.teacher, opened.cache.classes, input_spec.channels, input_spec.size)

@@ -14,9 +14,9 @@ import torch
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.precision import autocast
-from softcache.stages.cli.configs import CacheSettings
+from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.teacher_cache.command import make
+from softcache.stages.teacher_cache.command import make_cache
 
 from . import material
 from .apart import apart
@@ -25,9 +25,9 @@ from .rounds import Found, Given, Missing, Side, interleaved, over, parts, timed
 FULL = 50_000  # images, to which the seconds of a part are scaled
 
 
-def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheSettings:
+def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheConfig:
     """Stage one over ResNet-56 with these weights, as a command would ask for it."""
-    return CacheSettings(
+    return CacheConfig(
         data=data,
         teacher="resnet56",
         weights=str(weights),
@@ -55,7 +55,7 @@ def stage_one(given: Given, data: str, once: list[float], **more: Any) -> Side:
     def turn() -> float:
         out = given.folder / f"one-{time.monotonic_ns()}"
         begun = time.perf_counter()
-        made = make(settings_of(given, data, weights, out=str(out), **more), Console(True, epoch_lines=False))[1]
+        made = make_cache(settings_of(given, data, weights, out=str(out), **more), Console(True, epoch_lines=False))[1]
         once.append(time.perf_counter() - begun - made.seconds)
         shutil.rmtree(out)
         return made.seconds / sum(made.splits.values())

@@ -269,9 +269,18 @@ def test_every_arch_is_in_the_help_of_the_commands_that_build_one() -> None:
 # Files
 
 
-def test_no_file_is_longer_than_300_lines() -> None:
-    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
-    assert {name: n for name, n in lengths.items() if n > 300} == {}
+def lines_of_code(file: str) -> int:
+    """Lines that hold code: a docstring, a comment and an empty line are for the reader."""
+    tree, text = TREES[file], FILES[file].read_text(encoding="utf-8").splitlines()
+    prose = {line for line, words in enumerate(text, 1) if not words.strip() or words.strip().startswith("#")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(text) - len(prose)
+
+
+def test_no_file_has_more_than_300_lines_of_code() -> None:
+    assert {name: n for name in FILES if (n := lines_of_code(name)) > 300} == {}
 
 
 def test_no_name_stands_twice_in_a_table() -> None:

@@ -9,30 +9,30 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache import archive as packing
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.pipeline.cache.reader import Cache
-from softcache.stages.cli.configs import PackSettings
-from softcache.stages.cli.console import Console, bar
-from softcache.stages.cli.copied_commands import this_program
+from softcache.stages.cli.configs import ArchiveConfig
+from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.cli.copied_commands import program_name
 
 
-def pack(name: str, file: str, settings: PackSettings) -> None:
+def run_pack(name: str, file: str, settings: ArchiveConfig) -> None:
     """CACHE into FILE. Raises UsageError when FILE exists, CacheError when the cache is damaged."""
     console, cache, out = Console(settings.json), Cache(Path(name)), Path(file)
     if out.exists():
         raise UsageError(f"'{file}' exists: choose another name")
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder '{out.parent}'")
-    with bar(cache.manifest.bytes, "cache-pack", "B", scale=True) as shown:
+    with progress_bar(cache.manifest.bytes, "cache-pack", "B", scale=True) as shown:
         packing.pack_cache(cache.folder, cache.manifest, out, shown.update)
     size = out.stat().st_size
     if settings.json:
         return console.result(json.dumps({"file": file, "bytes": size, "manifest": cache.manifest.digest}))
     console.say(f"'{file}': {size / 1e6:.1f} MB, every byte checked")
     console.say(
-        f"there:  {this_program()} cache-unpack {quote(out.name)} {quote('caches/' + cache.folder.resolve().name)}"
+        f"there:  {program_name()} cache-unpack {quote(out.name)} {quote('caches/' + cache.folder.resolve().name)}"
     )
 
 
-def unpack(file: str, name: str, settings: PackSettings) -> None:
+def run_unpack(file: str, name: str, settings: ArchiveConfig) -> None:
     """FILE into CACHE. Raises UsageError when there is no FILE, CacheError when it is not a whole cache."""
     console, source, folder = Console(settings.json), Path(file), Path(name)
     if not source.is_file():
@@ -42,7 +42,7 @@ def unpack(file: str, name: str, settings: PackSettings) -> None:
     with ExitStack() as stack:
 
         def begun(manifest: Manifest) -> packing.OnProgress:
-            shown = stack.enter_context(bar(manifest.bytes, "cache-unpack", "B", scale=True))
+            shown = stack.enter_context(progress_bar(manifest.bytes, "cache-unpack", "B", scale=True))
             return lambda count: shown.update(count) and None
 
         manifest = packing.unpack_cache(source, folder, begun)

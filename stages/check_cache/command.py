@@ -16,18 +16,22 @@ from softcache.pipeline.cache.manifest import HEAD_FILE, ShardRecord
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.stale_files import clean_up
 from softcache.pipeline.cache.verification import compare_views
-from softcache.stages.cli.configs import CheckSettings
-from softcache.stages.cli.console import Console, bar
-from softcache.stages.runs.data import data_of
-from softcache.stages.teacher_cache.reproducibility import Again, again, ask_of
+from softcache.stages.cli.configs import CheckConfig
+from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.runs.data import load_cache_data
+from softcache.stages.teacher_cache.reproducibility import (
+    ReproducibilityReport,
+    check_reproducibility,
+    make_target_generator,
+)
 
 from .repair import repair
 
 _VIEWS_AT_ONCE = 512
-Verdicts = dict[str, str]  # {file: "good", or what is wrong with it}
+Findings = dict[str, str]  # {file: "good", or what is wrong with it}
 
 
-def run(name: str, settings: CheckSettings) -> None:
+def run(name: str, settings: CheckConfig) -> None:
     """A verdict per shard; CacheError at the end when one is bad."""
     console = Console(settings.json)
     if settings.weights and not (settings.deep or settings.repair):
@@ -35,26 +39,26 @@ def run(name: str, settings: CheckSettings) -> None:
     cache = Cache(Path(name))
     transfer_set = None
     if settings.deep or settings.repair:
-        transfer_set = data_of(cache, settings.data, Path(settings.data_root))
+        transfer_set = load_cache_data(cache, settings.data, Path(settings.data_root))
     if settings.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
-        repair(cache, _bad(_verdicts(cache, None)), transfer_set, settings, console)
+        repair(cache, _damaged(_check_files(cache, None)), transfer_set, settings, console)
         clean_up(cache.folder)
         cache = Cache(Path(name))
         cache.check_transfer_set(transfer_set)
-    verdicts = _verdicts(cache, transfer_set if settings.deep else None)
+    verdicts = _check_files(cache, transfer_set if settings.deep else None)
     asked = None
-    if settings.deep and settings.weights and transfer_set is not None and not _bad(verdicts):
-        asked = again(cache, ask_of(cache, transfer_set, settings))
-    _report(name, cache, verdicts, asked, settings, console)
+    if settings.deep and settings.weights and transfer_set is not None and not _damaged(verdicts):
+        asked = check_reproducibility(cache, make_target_generator(cache, transfer_set, settings))
+    _print_report(name, cache, verdicts, asked, settings, console)
 
 
-def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
+def _check_files(cache: Cache, transfer_set: TransferSet | None) -> Findings:
     """Of every file, by as many threads as there are processors: reading and hashing leave Python alone."""
     records = cache.manifest.shards
-    verdicts: Verdicts = {}
+    verdicts: Findings = {}
     with (
-        bar(sum(record.rows for record in records), "check-cache", "row") as counted,
-        closing(map_in_threads(lambda r: _verdict(cache, r, transfer_set), records, os.cpu_count() or 1)) as found,
+        progress_bar(sum(record.rows for record in records), "check-cache", "row") as counted,
+        closing(map_in_threads(lambda r: _check_file(cache, r, transfer_set), records, os.cpu_count() or 1)) as found,
     ):
         for record, verdict in zip(records, found, strict=True):
             verdicts[record.path] = verdict
@@ -64,7 +68,7 @@ def _verdicts(cache: Cache, transfer_set: TransferSet | None) -> Verdicts:
     return verdicts
 
 
-def _verdict(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
+def _check_file(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
     def check() -> None:
         seen = cache.verify_shard(record)
         if transfer_set is None or record.correct is None:  # features added later were compared with the logits' views
@@ -85,14 +89,19 @@ def _refusal(check: Callable[[], object]) -> str:
     return "good"
 
 
-def _bad(verdicts: Verdicts) -> Verdicts:
+def _damaged(verdicts: Findings) -> Findings:
     return {path: verdict for path, verdict in verdicts.items() if verdict != "good"}
 
 
-def _report(
-    name: str, cache: Cache, verdicts: Verdicts, asked: Again | None, settings: CheckSettings, console: Console
+def _print_report(
+    name: str,
+    cache: Cache,
+    verdicts: Findings,
+    asked: ReproducibilityReport | None,
+    settings: CheckConfig,
+    console: Console,
 ) -> None:
-    manifest, bad = cache.manifest, _bad(verdicts)
+    manifest, bad = cache.manifest, _damaged(verdicts)
     if settings.json:
         record: dict[str, Any] = {"cache": name, "fingerprint": manifest.fingerprint, "manifest": manifest.digest}
         console.result(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.record()}))
@@ -105,7 +114,7 @@ def _report(
     if bad:
         first = next(iter(bad.values()))
         raise CacheError(
-            f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_way_out(settings)}"
+            f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_suggest_repair(settings)}"
         )
     deep = ", every view rendered again and equal" if settings.deep else ""
     console.say(
@@ -116,5 +125,5 @@ def _report(
         asked.refuse_if_large()
 
 
-def _way_out(settings: CheckSettings) -> str:
+def _suggest_repair(settings: CheckConfig) -> str:
     return "" if settings.repair else ". --repair --weights … asks the teacher again for damaged ones alone"

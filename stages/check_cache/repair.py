@@ -13,14 +13,14 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import compare_views
 from softcache.pipeline.cache.writer import CachePlan, CacheWriter, label_accuracy
 from softcache.pipeline.models import find_head, get_head_arrays
-from softcache.stages.cli.configs import CheckSettings
-from softcache.stages.cli.console import Console, bar
-from softcache.stages.teacher_cache.reproducibility import again, ask_of
-from softcache.stages.teacher_cache.targets import Ask
+from softcache.stages.cli.configs import CheckConfig
+from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.teacher_cache.reproducibility import check_reproducibility, make_target_generator
+from softcache.stages.teacher_cache.targets import TargetGenerator
 
 
 def repair(
-    cache: Cache, bad: dict[str, str], transfer_set: TransferSet, settings: CheckSettings, console: Console
+    cache: Cache, bad: dict[str, str], transfer_set: TransferSet, settings: CheckConfig, console: Console
 ) -> None:
     """Put whole shards in the place of bad ones, if there are any. Raises CacheError with the reason when it cannot.
 
@@ -34,34 +34,36 @@ def repair(
     if not settings.weights:
         raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
     with hold_lock(cache.folder):
-        ask = ask_of(cache, transfer_set, settings)
-        _prove(cache, bad, transfer_set, ask)
+        ask = make_target_generator(cache, transfer_set, settings)
+        _check_good_shards(cache, bad, transfer_set, ask)
         manifest = cache.manifest
-        with bar(len(bad), "repair", "shard") as shown:
+        with progress_bar(len(bad), "repair", "shard") as shown:
             for record in [r for r in manifest.shards if r.path in bad]:
-                manifest = _one(cache, manifest, record, ask, console)
+                manifest = _repair_shard(cache, manifest, record, ask, console)
                 shown.update()
         if HEAD_FILE in bad:
-            _head(cache, manifest, ask, console)
+            _repair_head(cache, manifest, ask, console)
 
 
-def _prove(cache: Cache, bad: dict[str, str], transfer_set: TransferSet, ask: Ask) -> None:
+def _check_good_shards(cache: Cache, bad: dict[str, str], transfer_set: TransferSet, ask: TargetGenerator) -> None:
     """What is not damaged must still come out as it did: the views and the teacher's words."""
     good = [r for r in cache.manifest.shards if r.path not in bad]
     for record in [r for r in good if r.correct is not None][:16]:
         positions = np.unique(np.linspace(record.start, record.start + record.rows - 1, 16).astype(int))
         seen = cache.read_rows(record.split, record.draw, "view_crc32", positions)
         compare_views(cache, transfer_set, record.split, record.draw, positions, seen)
-    again(cache, ask, bad).refuse_if_large()
+    check_reproducibility(cache, ask, bad).refuse_if_large()
 
 
-def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, console: Console) -> Manifest:
+def _repair_shard(
+    cache: Cache, manifest: Manifest, record: ShardRecord, ask: TargetGenerator, console: Console
+) -> Manifest:
     """Publish one shard anew, then the manifest that knows it: stopped in between, the shard is as bad as before."""
     if (cache.folder / record.path).parent.is_symlink():
         raise CacheError(f"'{(cache.folder / record.path).parent}' is a link: remove it, then repair")
     datasets = {name: manifest.datasets[name] for name in record.datasets}
     piece = ShardSpec(record.path, record.split, record.draw, record.start, record.rows, datasets)
-    writer = CacheWriter(cache.folder, _plan(manifest), [piece])
+    writer = CacheWriter(cache.folder, _make_plan(manifest), [piece])
     arrays, facts = ask.piece(piece, lambda rows: None)
     writer.write_shard(piece, arrays, {**facts, "seconds": 0.0})
     new = writer.records[0]
@@ -75,15 +77,15 @@ def _one(cache: Cache, manifest: Manifest, record: ShardRecord, ask: Ask, consol
     return manifest
 
 
-def _head(cache: Cache, manifest: Manifest, ask: Ask, console: Console) -> None:
+def _repair_head(cache: Cache, manifest: Manifest, ask: TargetGenerator, console: Console) -> None:
     head = find_head(ask.teacher.network, ask.classes)
     if head is None:
         raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {ask.classes} outputs")
-    record = CacheWriter(cache.folder, _plan(manifest), []).add_head(*get_head_arrays(head, ask.classes))
+    record = CacheWriter(cache.folder, _make_plan(manifest), []).add_head(*get_head_arrays(head, ask.classes))
     replace(manifest, head=record).write(cache.folder)
     console.say(f"{HEAD_FILE}: repaired")
 
 
-def _plan(manifest: Manifest) -> CachePlan:
+def _make_plan(manifest: Manifest) -> CachePlan:
     kept = (manifest.identity, manifest.classes, manifest.draws, manifest.splits, manifest.taps)
     return CachePlan(*kept, arithmetic=manifest.arithmetic)

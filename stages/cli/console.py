@@ -43,7 +43,7 @@ def _write(line: str, file: TextIO) -> None:
         tqdm.write(line, file=file, nolock=True)
 
 
-def bar(total: int, what: str, unit: str, scale: bool = False) -> "tqdm[Any]":
+def progress_bar(total: int, what: str, unit: str, scale: bool = False) -> "tqdm[Any]":
     """A progress bar on standard error that appears after a second; rare lines where that is no terminal."""
     quick = sys.stderr.isatty()
     return tqdm(
@@ -60,13 +60,13 @@ def bar(total: int, what: str, unit: str, scale: bool = False) -> "tqdm[Any]":
 
 def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
     """The same items, counted on a progress bar."""
-    with bar(total, what, "") as shown:
+    with progress_bar(total, what, "") as shown:
         for item in items:
             yield item
             shown.update()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`17 ms`, `45 s`, `12 min`, `2 h 10 min`."""
     if seconds < 0.1:
         return f"{1000 * seconds:.0f} ms"
@@ -76,14 +76,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """`0:12`, `12:05`, `2:10:00`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes_ = divmod(minutes, 60)
     return f"{hours}:{minutes_:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class LongWork:
+class LongWorkNotice:
     """Says once, after the first steps, that a work will take long."""
 
     def __init__(self, console: Console, what: str, total: int, advice: str):
@@ -103,4 +103,4 @@ class LongWork:
             left = (now - self.begun) / (done - self.first) * (self.total - done)
             self.said = True
             if left > 120:
-                self.console.say(f"{self.what} will take about {duration(left)} on this machine{self.advice}")
+                self.console.say(f"{self.what} will take about {format_duration(left)} on this machine{self.advice}")

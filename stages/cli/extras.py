@@ -7,7 +7,7 @@ from softcache.base.errors import UsageError
 _NAMES = {"tensorboard": "TensorBoard"}  # as people know them, where that is not the module's name
 
 
-def require(wanting: str, extra: str, *libraries: str) -> None:
+def require_extra(wanting: str, extra: str, *libraries: str) -> None:
     """Raise UsageError, with what to do, when a library of an extra is missing. wanting: `export needs`."""
     if missing := [_NAMES.get(name, name) for name in libraries if find_spec(name) is None]:
         names = " and ".join(missing)

@@ -11,7 +11,7 @@ S = TypeVar("S")
 Command = Callable[..., Any]
 
 
-def options(settings: type[Any]) -> Callable[[Command], Command]:
+def add_options(settings: type[Any]) -> Callable[[Command], Command]:
     """A decorator that gives a command one option per field of a settings class."""
 
     def decorate(command: Command) -> Command:
@@ -23,13 +23,13 @@ def options(settings: type[Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-def flag(name: str) -> str:
+def to_flag(name: str) -> str:
     """`learning_rate` -> `--learning-rate`."""
     return "--" + name.replace("_", "-")
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
-    name, more = flag(field.name), field.metadata
+    name, more = to_flag(field.name), field.metadata
     if hint is bool:
         names = f"{name}/--no-{name[2:]}" if more.get("switch") else name
         return click.option(names, default=field.default, is_flag=True, help=more["help"])
@@ -47,7 +47,7 @@ class _OneOf(click.Choice[str]):
         return value if value == "" else super().convert(value, param, ctx)
 
 
-def given(context: click.Context, settings: type[S]) -> tuple[S, set[str]]:
+def read_options(context: click.Context, settings: type[S]) -> tuple[S, set[str]]:
     """The settings that a command was called with, and the names of those that were said and not default.
 
     Raises click.UsageError that names every value outside its range at once.
@@ -56,20 +56,20 @@ def given(context: click.Context, settings: type[S]) -> tuple[S, set[str]]:
     commandline = click.core.ParameterSource.COMMANDLINE
     said = {f.name for f in fields if context.get_parameter_source(f.name) is commandline}
     values = {f.name: context.params[f.name] for f in fields}
-    problems = [p for f in fields if f.name in said and (p := _outside(f, values[f.name]))]
+    problems = [p for f in fields if f.name in said and (p := _check_range(f, values[f.name]))]
     if problems:
         raise click.UsageError("; ".join(problems), context)
     return settings(**values), said
 
 
-def _outside(field: dataclasses.Field[Any], value: Any) -> str:
+def _check_range(field: dataclasses.Field[Any], value: Any) -> str:
     if isinstance(value, tuple):
-        return next((problem for one in value if (problem := _outside(field, one))), "")
+        return next((problem for one in value if (problem := _check_range(field, one))), "")
     if value == "":  # an unset variable of a script, not a wish for the default
-        return f"{flag(field.name)} is empty"
+        return f"{to_flag(field.name)} is empty"
     least, most = field.metadata.get("least"), field.metadata.get("most")
     if least is not None and not value >= least:
-        return f"{flag(field.name)} {value} is below {least}"
+        return f"{to_flag(field.name)} {value} is below {least}"
     if most is not None and not value <= most:
-        return f"{flag(field.name)} {value} is above {most}"
+        return f"{to_flag(field.name)} {value} is above {most}"
     return ""

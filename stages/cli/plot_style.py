@@ -50,43 +50,43 @@ class Plot(NamedTuple):
     draw: Callable[[Figure], None]
 
 
-def text(name: object, most: int = 28) -> str:
+def plot_text(name: object, most: int = 28) -> str:
     """A name as it may stand in a figure: on one line, cut in the middle, and no formula."""
     name = make_printable(name)
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
     return short.replace("$", r"\$")
 
 
-def name_sides(axes: Axes, names: Sequence[str], most: int) -> None:
+def label_classes(axes: Axes, names: Sequence[str], most: int) -> None:
     """Name the rows and columns of a matrix of classes, where they are few enough to be read. most: letters of one."""
     if len(names) > _NAMED:
         return
-    labels, places = [text(name, most) for name in names], range(len(names))
+    labels, places = [plot_text(name, most) for name in names], range(len(names))
     axes.set_xticks(places, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
     axes.set_yticks(places, labels)
 
 
-def publish_png(path: Path, image: Plot) -> None:
+def save_png(path: Path, image: Plot) -> None:
     """Publish a image as a PNG on white."""
-    with _styled(image) as figure:
+    with _styled_figure(image) as figure:
         FigureCanvasAgg(figure)
         publish(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def svg(image: Plot) -> str:
+def render_svg(image: Plot) -> str:
     """A image as SVG with a paper that is transparent and an ink that is light on a dark page.
 
     Equal images give equal text.
     """
-    with _styled(image) as figure:
+    with _styled_figure(image) as figure:
         FigureCanvasSVG(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _with_dark(file.getvalue())
+    return _add_dark_mode(file.getvalue())
 
 
 @contextmanager
-def _styled(image: Plot) -> Iterator[Figure]:
+def _styled_figure(image: Plot) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script the font lacks
         figure = Figure(image.size, dpi=120, layout="constrained")
@@ -94,7 +94,7 @@ def _styled(image: Plot) -> Iterator[Figure]:
         yield figure
 
 
-def _with_dark(image: str) -> str:
+def _add_dark_mode(image: str) -> str:
     """The image with other colours for ink and grid where the page around it is dark; never on paper."""
     rules = "".join(
         f'[style*="{what}: {light.lower()}"]{{{what}:{dark}!important}}'

@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.identity import find_differences
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.runs.folder import ASIDE, fingerprints_of, read_json
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.runs.folder import IGNORED_OPTIONS, read_fingerprints, read_json
 from softcache.stages.runs.logits import LOGITS, read_logits
 
 _SEEDS = ("seed", "seeds", "order_seed")
 # And on which machine; data by what is in the cache; a recipe by what it sets.
-_ASIDE = (*ASIDE, "data", "data_root", "device", "workers", "baseline", "keep_every", "recipe")
-Apart = tuple[str, Any, Any]  # a setting, and its value in the first and in the second
+_IGNORED_OPTIONS = (*IGNORED_OPTIONS, "data", "data_root", "device", "workers", "baseline", "keep_every", "recipe")
+OptionDifference = tuple[str, Any, Any]  # a setting, and its value in the first and in the second
 
 
 @dataclass(frozen=True)
-class Side:
+class Candidate:
     """One line of the table. accuracies: of each seed on the split, None without labels; files: its logits; folder: of
     the run."""
 
@@ -37,7 +37,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Said:
+class Predictions:
     """The rows of a split that have a label, and the class that each seed guesses: labels [N], guesses [seeds, N]."""
 
     content: str
@@ -45,25 +45,25 @@ class Said:
     labels: Labels
     guesses: NDArray[np.int64]
 
-    def same_rows(self, other: "Said") -> bool:
+    def same_rows(self, other: "Predictions") -> bool:
         """Whether these are the same images with the same labels."""
         same = self.content == other.content and self.classes == other.classes
         return same and np.array_equal(self.labels, other.labels)
 
 
-def side_of(name: str, title: str, result: dict[str, Any], model: str) -> Side:
+def read_candidate(name: str, title: str, result: dict[str, Any], model: str) -> Candidate:
     """The student or the baseline of a run. Raises KeyError, TypeError, ValueError, OverflowError or AttributeError
     for what is no result of a student, CacheError for a cache.json that is none."""
     folder, split = Path(name), "test" if "test" in result[model] else "val"
     seeds = tuple(int(one["seed"]) for one in result["seeds"])
     places = [folder] if len(seeds) == 1 else [folder / f"seed-{seed}" for seed in seeds]
-    settings = {field.name: field.default for field in fields(StudentSettings)} | result["settings"]
+    settings = {field.name: field.default for field in fields(StudentConfig)} | result["settings"]
     if not seeds or not all(_plain(value) for value in settings.values()):
         raise ValueError("no seeds, or settings that no command could have given")
     settings["cache"] = _cache(folder, result)
     if model == "baseline":
         settings |= {"loss": ["hard targets alone"], "finetune_epochs": 0}
-    return Side(
+    return Candidate(
         title,
         folder,
         split,
@@ -83,36 +83,36 @@ def _cache(folder: Path, result: dict[str, Any]) -> str:
     """What a run was trained from, wherever it lies: the teacher and the beginning of each fingerprint."""
     path = folder / "cache.json"
     record = read_json(path) if path.is_file() else result["cache"]
-    prints = [one[:12] for one in fingerprints_of(record, path)]
+    prints = [one[:12] for one in read_fingerprints(record, path)]
     return f"{result['teacher']['arch']} ({', '.join(prints)})"
 
 
-def settings_apart(first: Side, second: Side) -> list[Apart]:
+def find_differing_options(first: Candidate, second: Candidate) -> list[OptionDifference]:
     """The settings in which two differ."""
-    return [one for one in find_differences(first.settings, second.settings) if one[0] not in _ASIDE]
+    return [one for one in find_differences(first.settings, second.settings) if one[0] not in _IGNORED_OPTIONS]
 
 
-def seeds_alone(apart: Sequence[Apart]) -> bool:
+def only_seeds_differ(apart: Sequence[OptionDifference]) -> bool:
     """Whether nothing but seeds is apart."""
     return all(name in _SEEDS for name, _, _ in apart)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting as people write it."""
     return make_printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else value) or "-"
 
 
-def said_by(side: Side) -> Said:
+def read_predictions(side: Candidate) -> Predictions:
     """What the seeds of a side say. Raises UsageError when a file is not there, CacheError when it is damaged, or is
     not what the figures of the result are of."""
-    seeds = [_of_seed(path, side.split, known) for path, known in zip(side.files, side.accuracies, strict=True)]
+    seeds = [_read_seed(path, side.split, known) for path, known in zip(side.files, side.accuracies, strict=True)]
     for path, one in zip(side.files, seeds, strict=True):
         if not one.same_rows(seeds[0]):
             raise CacheError(f"'{path}' is of other rows than '{side.files[0]}'")
     return replace(seeds[0], guesses=np.concatenate([one.guesses for one in seeds]))
 
 
-def _of_seed(path: Path, split: str, accuracy: Any) -> Said:
+def _read_seed(path: Path, split: str, accuracy: Any) -> Predictions:
     """accuracy: as the result has it."""
     splits = read_logits(path)
     if split not in splits:
@@ -123,7 +123,7 @@ def _of_seed(path: Path, split: str, accuracy: Any) -> Said:
     right = float((guess == labels).mean()) if known.any() else None
     if not _same(right, accuracy):
         raise CacheError(f"'{path}' has an accuracy of {right}, its result.json says {make_printable(accuracy)}")
-    return Said(kept.content, kept.classes, labels, guess[None])
+    return Predictions(kept.content, kept.classes, labels, guess[None])
 
 
 def _same(one: float | None, other: Any) -> bool:
@@ -132,7 +132,7 @@ def _same(one: float | None, other: Any) -> bool:
     return one is other
 
 
-def pairs_of(runs: Sequence[dict[str, Side]]) -> list[tuple[Side, Side]]:
+def pair_candidates(runs: Sequence[dict[str, Candidate]]) -> list[tuple[Candidate, Candidate]]:
     """Each student against that of the first run; that of one run against its baseline, where it has one."""
     first, *others = runs
     if others:

@@ -5,16 +5,16 @@ from typing import Any
 
 from softcache.stages.cli.console import Console
 
-from .candidates import Apart, Side, seeds_alone, settings_apart, shown
-from .significance import CHANCE, REAL, Record
+from .candidates import Candidate, OptionDifference, find_differing_options, format_value, only_seeds_differ
+from .significance import ALPHA, SIGNIFICANT, Record
 
 _FIGURES = {"accuracy": "accuracy", "f1_macro": "macro F1"}
 
 
-def say_one(first: Side, second: Side, record: Record, console: Console) -> None:
+def print_pair(first: Candidate, second: Candidate, record: Record, console: Console) -> None:
     """Two in full: their settings side by side, the figures a line each, the verdict."""
     console.say()
-    _say_settings(first, second, console)
+    _print_options(first, second, console)
     if record["verdict"] is None:
         return console.say(f"no verdict: {record['words']}")
     seeds = " and ".join(map(str, dict.fromkeys(record["seeds"])))
@@ -22,7 +22,7 @@ def say_one(first: Side, second: Side, record: Record, console: Console) -> None
     title = f"difference: {second.name} less {first.name}, {record['split']} split"
     console.say(f"{title}, {record['rows']:,} rows, {each}:")
     for key, name in _FIGURES.items():
-        value, low, high = _points(record[key])
+        value, low, high = _format_points(record[key])
         console.say(f"  {name:<9} {value} points, {100 * record['level']:.4g} % interval {low} to {high}")
     tests = record["mcnemar"]
     if len(tests) == 1:
@@ -35,29 +35,32 @@ def say_one(first: Side, second: Side, record: Record, console: Console) -> None
     console.say(record["words"])
 
 
-def _say_settings(first: Side, second: Side, console: Console) -> None:
-    apart = settings_apart(first, second)
-    rows = [("", first.name, second.name), *((shown(name), shown(one), shown(other)) for name, one, other in apart)]
+def _print_options(first: Candidate, second: Candidate, console: Console) -> None:
+    apart = find_differing_options(first, second)
+    rows = [
+        ("", first.name, second.name),
+        *((format_value(name), format_value(one), format_value(other)) for name, one, other in apart),
+    ]
     if not apart:
         return console.say("They differ in no setting.")
-    if seeds_alone(apart):
+    if only_seeds_differ(apart):
         console.say("They differ in nothing but seeds:")
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for name, one, other in rows:
         console.say(f"  {name:{widths[0]}}  {one:{widths[1]}}  {other}")
 
 
-def say_several(pairs: Sequence[tuple[Side, Side]], records: Sequence[Record], console: Console) -> None:
+def print_pairs(pairs: Sequence[tuple[Candidate, Candidate]], records: Sequence[Record], console: Console) -> None:
     """Each against the first, in two lines: figures and verdict, and in what it differs."""
     console.say()
     n, width = len(pairs), max(len(second.name) for _, second in pairs)
-    level = f"{100 * (1 - CHANCE / n):.4g} % intervals: {100 * (1 - CHANCE):g} % for all {n} together (Bonferroni)"
+    level = f"{100 * (1 - ALPHA / n):.4g} % intervals: {100 * (1 - ALPHA):g} % for all {n} together (Bonferroni)"
     console.say(f"Each less {pairs[0][0].name}, in points; {level}")
     for (first, second), record in zip(pairs, records, strict=True):
-        apart = settings_apart(first, second)
-        console.say(f"  {second.name:{width}}  {_in_short(record)}")
-        console.say(f"  {'':{width}}    {_apart(apart)}")
-    if any(record["verdict"] == REAL and record["about"] == "students" for record in records):
+        apart = find_differing_options(first, second)
+        console.say(f"  {second.name:{width}}  {_format_comparison(record)}")
+        console.say(f"  {'':{width}}    {_format_differences(apart)}")
+    if any(record["verdict"] == SIGNIFICANT and record["about"] == "students" for record in records):
         console.say(
             "One seed: real is said of the trained students, not yet of their settings: two seeds of the same settings"
             " are often told apart like this; --seeds 3 tells"
@@ -68,22 +71,24 @@ def say_several(pairs: Sequence[tuple[Side, Side]], records: Sequence[Record], c
         )
 
 
-def _in_short(record: Record) -> str:
+def _format_comparison(record: Record) -> str:
     if record["verdict"] is None:
         return f"no verdict: {record['words']}"
-    figures = ["{} {} ({} to {})".format(name, *_points(record[key])) for key, name in _FIGURES.items()]
+    figures = ["{} {} ({} to {})".format(name, *_format_points(record[key])) for key, name in _FIGURES.items()]
     p = f", McNemar's p {record['mcnemar'][0]['p']:.2g}" if len(record["mcnemar"]) == 1 else ""
     return f"{', '.join(figures)}{p}: {record['verdict']}"
 
 
-def _apart(apart: Sequence[Apart]) -> str:
+def _format_differences(apart: Sequence[OptionDifference]) -> str:
     if not apart:
         return "differs in no setting"
-    changes = ", ".join(f"{shown(name)} {shown(one)} → {shown(other)}" for name, one, other in apart)
-    return f"differs in {'nothing but ' * seeds_alone(apart)}{changes}"
+    changes = ", ".join(
+        f"{format_value(name)} {format_value(one)} → {format_value(other)}" for name, one, other in apart
+    )
+    return f"differs in {'nothing but ' * only_seeds_differ(apart)}{changes}"
 
 
-def _points(difference: dict[str, Any]) -> tuple[str, str, str]:
+def _format_points(difference: dict[str, Any]) -> tuple[str, str, str]:
     """value, low and high as points with a sign."""
     value, low, high = (f"{round(100 * difference[key], 2) + 0.0:+.2f}" for key in ("value", "low", "high"))
     return value, low, high

@@ -44,7 +44,7 @@ class Ranks:
         return self.rank == 0
 
 
-def read(environment: Mapping[str, str]) -> Ranks:
+def read_ranks(environment: Mapping[str, str]) -> Ranks:
     """The ranks that torchrun's variables tell of; one alone where some are not set."""
     if not all(environment.get(name) for name in _NAMES):
         return Ranks()
@@ -52,44 +52,44 @@ def read(environment: Mapping[str, str]) -> Ranks:
     return Ranks(rank, world, local, int(environment.get("LOCAL_WORLD_SIZE", world)))
 
 
-STARTED = read(os.environ)
-_alone: list[bool] = []  # one for each `alone` that is under way
-_joined: list["_Meeting"] = []
+LAUNCHED = read_ranks(os.environ)
+_single: list[bool] = []  # one for each `alone` that is under way
+_rendezvous: list["_Rendezvous"] = []
 
 
-def who() -> Ranks:
+def current_ranks() -> Ranks:
     """Who this process is now: rank 0 of 1 inside `alone`."""
-    return replace(STARTED, rank=0, world=1) if _alone else STARTED
+    return replace(LAUNCHED, rank=0, world=1) if _single else LAUNCHED
 
 
 def is_first() -> bool:
     """Whether this process prints, locks and writes."""
-    return who().is_first
+    return current_ranks().is_first
 
 
-def refuse(command: str | None) -> None:
+def check_command(command: str | None) -> None:
     """Raise UsageError under torchrun for a command that is for one process."""
-    if STARTED.world > 1 and command not in COMMANDS:
+    if LAUNCHED.world > 1 and command not in COMMANDS:
         raise UsageError(f"torchrun is for {' and '.join(COMMANDS)}: run `{command}` without it, in one process")
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def as_single_process() -> Iterator[None]:
     """What is done inside is done as if there were no other ranks."""
-    _alone.append(True)
+    _single.append(True)
     try:
         yield
     finally:
-        _alone.pop()
+        _single.pop()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """The ranks as one process group. An error of one ends all: it is printed once, by the first that met one.
 
     device: as in --device. A GPU that is named (cuda:0) is shared by all ranks, which NCCL refuses: then it is gloo.
     """
-    if STARTED.world == 1:
+    if LAUNCHED.world == 1:
         yield
         return
     import torch
@@ -98,56 +98,56 @@ def joined(device: str) -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and STARTED.here > torch.cuda.device_count():  # so that all ranks of the host say the same
+    if on_gpu and LAUNCHED.here > torch.cuda.device_count():  # so that all ranks of the host say the same
         raise UsageError(
-            f"{STARTED.here} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node,"
+            f"{LAUNCHED.here} ranks on a host with {torch.cuda.device_count()} GPUs: lower --nproc-per-node,"
             " or --device cpu"
         )
-    with _reaching():
+    with _reach_store():
         store, *_ = next(rendezvous("env://", timeout=_LIMIT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store of the last one
     store = PrefixStore(f"softcache/{attempt}", store)
     if on_gpu:
-        torch.cuda.set_device(STARTED.local)
-    with _reaching():
+        torch.cuda.set_device(LAUNCHED.local)
+    with _reach_store():
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=PrefixStore("group", store),
-            rank=STARTED.rank,
-            world_size=STARTED.world,
+            rank=LAUNCHED.rank,
+            world_size=LAUNCHED.world,
             timeout=_LIMIT,
         )
-    meeting = _Meeting(store, STARTED)
-    _joined.append(meeting)
+    meeting = _Rendezvous(store, LAUNCHED)
+    _rendezvous.append(meeting)
     try:
         yield
         meeting.barrier()
     except BaseException as error:
         meeting.fail()
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise _lost(error) from None
+            raise _lost_rank(error) from None
         raise
     dist.destroy_process_group()
 
 
-def speaks() -> bool:
+def reports_errors() -> bool:
     """Whether this process is the one that prints why the command ended."""
-    return _joined[-1].first_to_fail if _joined else STARTED.is_first
+    return _rendezvous[-1].first_to_fail if _rendezvous else LAUNCHED.is_first
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if who().world > 1:
-        _joined[-1].barrier()
+    if current_ranks().world > 1:
+        _rendezvous[-1].barrier()
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_first(make: Callable[[], T]) -> T:
     """What rank 0 makes, alone, while the others wait: plain JSON values, which all get."""
-    if who().world == 1:
+    if current_ranks().world == 1:
         return make()
-    meeting = _joined[-1]
-    if who().is_first:
-        with alone():
+    meeting = _rendezvous[-1]
+    if current_ranks().is_first:
+        with as_single_process():
             made = make()
         meeting.tell(made)
         return made
@@ -155,7 +155,7 @@ def from_first(make: Callable[[], T]) -> T:
     return told
 
 
-def first_alone(load: Callable[[], T]) -> T:
+def first_rank_first(load: Callable[[], T]) -> T:
     """What every rank loads, rank 0 before the others: it may have to download it."""
     if is_first():
         found = load()
@@ -165,39 +165,39 @@ def first_alone(load: Callable[[], T]) -> T:
     return load()
 
 
-def agree(what: str, mine: str) -> None:
+def check_equal(what: str, mine: str) -> None:
     """Raise CacheError where a rank has something else than rank 0."""
-    if (theirs := from_first(lambda: mine)) != mine:
+    if (theirs := broadcast_from_first(lambda: mine)) != mine:
         raise CacheError(
-            f"rank {STARTED.rank} has another {what} than rank 0: {mine[:16]} and {theirs[:16]}."
+            f"rank {LAUNCHED.rank} has another {what} than rank 0: {mine[:16]} and {theirs[:16]}."
             " Every host must see the same files, and have the same versions"
         )
 
 
-def total(count: int) -> int:
+def sum_over_ranks(count: int) -> int:
     """The sum over the ranks."""
-    return _joined[-1].total(count) if who().world > 1 else count
+    return _rendezvous[-1].total(count) if current_ranks().world > 1 else count
 
 
-def share(items: Sequence[T]) -> list[T]:
+def own_share(items: Sequence[T]) -> list[T]:
     """Those of the items that are this rank's: item i is of rank i mod world."""
-    return list(items[who().rank :: who().world])
+    return list(items[current_ranks().rank :: current_ranks().world])
 
 
-def wait_for(path: Path) -> None:
+def wait_for_file(path: Path) -> None:
     """Until a file that another rank has published shows here: between hosts a file system may be a minute late."""
     begun = time.monotonic()
-    while who().world > STARTED.here and not path.exists() and time.monotonic() - begun < _SEEN:
+    while current_ranks().world > LAUNCHED.here and not path.exists() and time.monotonic() - begun < _SEEN:
         with suppress(OSError):
             os.listdir(path.parent)  # opening a folder asks the server for it again
         time.sleep(0.2)
 
 
-class _Meeting:
+class _Rendezvous:
     """Where the ranks of a command meet: a store that all can reach. All call the same methods in the same order."""
 
-    def __init__(self, store: Any, who: Ranks):
-        self.store, self.who, self.number = store, who, 0
+    def __init__(self, store: Any, current_ranks: Ranks):
+        self.store, self.who, self.number = store, current_ranks, 0
         self.first_to_fail = False
         self._beats: dict[int, tuple[int, float]] = {}
         self._ended = threading.Event()
@@ -210,22 +210,22 @@ class _Meeting:
         """The sum of what every rank gives, once all have given it."""
         self.number += 1
         here, sum_ = f"here-{self.number}", f"sum-{self.number}"
-        with _reaching():
+        with _reach_store():
             self.store.add(sum_, count)
             self.store.add(here, 1)
         self._until(lambda: bool(self.store.add(here, 0) == self.who.world))
-        with _reaching():
+        with _reach_store():
             return int(self.store.add(sum_, 0))
 
     def tell(self, value: Any) -> None:
         self.number += 1
-        with _reaching():
+        with _reach_store():
             self.store.set(f"said-{self.number}", json.dumps(value))
 
     def told(self) -> Any:
         self.number += 1
         self._until(lambda: bool(self.store.check([f"said-{self.number}"])))
-        with _reaching():
+        with _reach_store():
             return json.loads(self.store.get(f"said-{self.number}"))
 
     def fail(self) -> None:
@@ -240,7 +240,7 @@ class _Meeting:
     def _until(self, seen: Callable[[], bool]) -> None:
         pause, looked = 0.001, time.monotonic()
         while True:
-            with _reaching():
+            with _reach_store():
                 if seen():
                     return
                 if self.store.check(["failed"]):
@@ -270,13 +270,13 @@ class _Meeting:
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
+def _reach_store() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _lost(error) from None
+        raise _lost_rank(error) from None
 
 
-def _lost(error: RuntimeError) -> CacheError:
+def _lost_rank(error: RuntimeError) -> CacheError:
     why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
     return CacheError(f"another rank has ended, or cannot be reached ({why}): start the same command again")

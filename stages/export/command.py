@@ -18,81 +18,96 @@ from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
-from softcache.stages.cli.configs import ExportSettings
-from softcache.stages.cli.console import Console, bar, duration
-from softcache.stages.cli.extras import require
-from softcache.stages.student.evaluate import same_teachers
-from softcache.stages.student.setup import Material
+from softcache.stages.cli.configs import ExportConfig
+from softcache.stages.cli.console import Console, format_duration, progress_bar
+from softcache.stages.cli.extras import require_extra
+from softcache.stages.student.evaluate import check_same_teachers
+from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
 
-from .formats import OPSET, Portable, capture, loaded_pt2, onnx_of, pt2_of, safetensors_of
-from .metadata import INT8, ONNX, PT2, WEIGHTS, About
+from .formats import OPSET, ExportedModel, capture_program, load_pt2, make_onnx, make_pt2, make_safetensors
+from .metadata import INT8, ONNX, PT2, WEIGHTS, ExportMetadata
 from .model_card import model_card
-from .onnx_model import Runner, versions
-from .parity import BATCHES, Logits, answers, check_again, compared, in_sizes, own_difference, plain
-from .select_student import Chosen, choose
+from .onnx_model import OnnxStudent, versions
+from .parity import (
+    BATCHES,
+    Logits,
+    check_parity,
+    check_reloaded,
+    float32_noise,
+    largest_batch_difference,
+    run_in_batches,
+    to_unit_range,
+)
+from .select_student import ExportedRun, select_student
 
-CARD, RECORD = "MODEL_CARD.md", "export.json"
-_FILES = (RECORD, CARD, INT8, ONNX, PT2, WEIGHTS)  # in the order in which an older export is taken away
+CARD_FILE, RECORD_FILE = "MODEL_CARD.md", "export.json"
+_FILES = (RECORD_FILE, CARD_FILE, INT8, ONNX, PT2, WEIGHTS)  # in the order in which an older export is taken away
 
 
-def run(name: str, settings: ExportSettings, said: set[str]) -> None:
+def run(name: str, settings: ExportConfig, said: set[str]) -> None:
     """Everything is made and checked before the first file is published; export.json is the last."""
-    require("export needs", "export", "onnx", "onnxscript", "onnxruntime")
+    require_extra("export needs", "export", "onnx", "onnxscript", "onnxruntime")
     console, begun = Console(settings.json), time.monotonic()
     here = {name: getattr(settings, name) for name in said & {"data", "data_root", "cache"}}
     # On this machine's CPU in float32, whatever the run was trained in: that is what the files are compared with.
-    chosen = choose(Path(name), device="cpu", precision="float32", **here)
-    same_teachers(Path(chosen.settings.out), open_caches(chosen.settings.cache))
-    material = Material.open(chosen.settings)
+    chosen = select_student(Path(name), device="cpu", precision="float32", **here)
+    check_same_teachers(Path(chosen.settings.out), open_caches(chosen.settings.cache))
+    material = DistillationSetup.open(chosen.settings)
     console.say(f"exporting {make_printable(chosen.settings.arch)}, seed {chosen.settings.seed} ({chosen.why})")
     with hold_lock(chosen.folder):
-        _withdraw(chosen.folder)
-        record, files = _made(chosen, material, settings)
+        _remove_old_files(chosen.folder)
+        record, files = _make_files(chosen, material, settings)
         record["seconds"] = time.monotonic() - begun
         for file, content in files.items():
             publish_bytes(chosen.folder / file, content)
-        publish_text(chosen.folder / CARD, model_card(record, chosen, [c.manifest for c in material.teachers.members]))
-        publish_json(chosen.folder / RECORD, record)
+        publish_text(
+            chosen.folder / CARD_FILE, model_card(record, chosen, [c.manifest for c in material.teachers.members])
+        )
+        publish_json(chosen.folder / RECORD_FILE, record)
     if settings.json:
         return console.result(json.dumps(record))
-    for line in _in_words(record):
+    for line in _print_summary(record):
         console.say(line)
-    console.say(f"files: {chosen.folder}/{', '.join((*files, CARD, RECORD))} ({duration(record['seconds'])})")
+    console.say(
+        f"files: {chosen.folder}/{', '.join((*files, CARD_FILE, RECORD_FILE))} ({format_duration(record['seconds'])})"
+    )
 
 
-def _withdraw(folder: Path) -> None:
+def _remove_old_files(folder: Path) -> None:
     """Take away what an older export left: whatever lies there is of the last command, or nothing does."""
     remove_stale_files(folder, _FILES)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
 
-def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _make_files(
+    chosen: ExportedRun, material: DistillationSetup, settings: ExportConfig
+) -> tuple[dict[str, Any], dict[str, bytes]]:
     """export.json, but for the time it took, and the files. Raises CacheError for one that fails its check."""
     network, losses = material.network(chosen.settings, material.losses), material.losses
     path = chosen.own / "student.pt"
     load_weights(network, read_state_dict(path), str(path))
-    arch, about = material.arch(chosen.settings, losses), _about(chosen, material)
+    arch, about = material.arch(chosen.settings, losses), _make_metadata(chosen, material)
     split = "test" if "test" in material.held_out else "val"
     rows = material.held_out[split]
-    said = _said(network, material, "student")
+    said = _student_logits(network, material, "student")
     figures = {"student": material.measure(said), "teacher": material.figures, **_baseline(chosen, material)}
 
-    model = Portable(network, material.input_spec)
-    with bar(3, "writing graphs", "file") as shown:
-        program = capture(model, arch, about.channels, about.size)
+    model = ExportedModel(network, material.input_spec)
+    with progress_bar(3, "writing graphs", "file") as shown:
+        program = capture_program(model, arch, about.channels, about.size)
         shown.update()
-        files = {ONNX: onnx_of(program, arch, about.to_metadata(), __version__)}
+        files = {ONNX: make_onnx(program, arch, about.to_metadata(), __version__)}
         shown.update()
-        files[PT2] = pt2_of(program, about.to_metadata())
+        files[PT2] = make_pt2(program, about.to_metadata())
         shown.update()
-    runner = Runner.of(files[ONNX], torch.get_num_threads())
-    found = answers(rows, lambda views: runner.logits(plain(views)), f"checking {ONNX}")
-    sizes, own = in_sizes(runner, rows, said[split]), own_difference(model, rows, said[split])
-    check = compared(ONNX, said[split], found, sizes, own, settings.tolerance)
-    again = check_again(PT2, loaded_pt2(files[PT2]), model, rows, settings.tolerance)
-    files[WEIGHTS] = safetensors_of(network, about.to_metadata())
+    runner = OnnxStudent.of(files[ONNX], torch.get_num_threads())
+    found = run_in_batches(rows, lambda views: runner.logits(to_unit_range(views)), f"checking {ONNX}")
+    sizes, own = largest_batch_difference(runner, rows, said[split]), float32_noise(model, rows, said[split])
+    check = check_parity(ONNX, said[split], found, sizes, own, settings.tolerance)
+    again = check_reloaded(PT2, load_pt2(files[PT2]), model, rows, settings.tolerance)
+    files[WEIGHTS] = make_safetensors(network, about.to_metadata())
 
     record: dict[str, Any] = {
         "run": chosen.folder.resolve().name,
@@ -112,9 +127,9 @@ def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple
         "versions": {**about.versions, **versions()},
     }
     if settings.int8:
-        from .quantized_file import in_8_bits
+        from .quantized_file import make_quantized_file
 
-        made = in_8_bits(material, about, files[ONNX], runner, split, said[split], settings.most_drop)
+        made = make_quantized_file(material, about, files[ONNX], runner, split, said[split], settings.most_drop)
         files[INT8], record["int8"] = made
     record["files"] = {
         name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in files.items()
@@ -122,9 +137,9 @@ def _made(chosen: Chosen, material: Material, settings: ExportSettings) -> tuple
     return record, files
 
 
-def _about(chosen: Chosen, material: Material) -> About:
+def _make_metadata(chosen: ExportedRun, material: DistillationSetup) -> ExportMetadata:
     views, transfer_set = material.cache.views, material.transfer_set
-    return About(
+    return ExportMetadata(
         transfer_set.classes,
         transfer_set.channels,
         views.size,
@@ -135,7 +150,7 @@ def _about(chosen: Chosen, material: Material) -> About:
     )
 
 
-def _said(network: nn.Module, material: Material, what: str) -> dict[str, Logits]:
+def _student_logits(network: nn.Module, material: DistillationSetup, what: str) -> dict[str, Logits]:
     """{split: logits} by PyTorch, in float32 and eval mode, as the student was validated."""
     model = PreparedModel(network, material.input_spec).eval()
 
@@ -144,20 +159,20 @@ def _said(network: nn.Module, material: Material, what: str) -> dict[str, Logits
             logits: Logits = model(views).numpy()
         return logits
 
-    return {split: answers(rows, ask, f"{what}, {split}") for split, rows in material.held_out.items()}
+    return {split: run_in_batches(rows, ask, f"{what}, {split}") for split, rows in material.held_out.items()}
 
 
-def _baseline(chosen: Chosen, material: Material) -> dict[str, Any]:
+def _baseline(chosen: ExportedRun, material: DistillationSetup) -> dict[str, Any]:
     """The figures of the baseline, where there is one."""
     path = chosen.baseline
     if not chosen.settings.baseline or not path.is_file():
         return {}
     network = material.network(chosen.settings, (Hard(),))
     load_weights(network, read_state_dict(path), str(path))
-    return {"baseline": material.measure(_said(network, material, "baseline"))}
+    return {"baseline": material.measure(_student_logits(network, material, "baseline"))}
 
 
-def _in_words(record: dict[str, Any]) -> Iterator[str]:
+def _print_summary(record: dict[str, Any]) -> Iterator[str]:
     """What was measured."""
     check, eight = record["check"], record["int8"]
     size = {name: f"{file['bytes']:,} bytes" for name, file in record["files"].items()}

@@ -14,7 +14,7 @@ from softcache.base.errors import CacheError
 from softcache.pipeline.models.prepared_model import InputSpec
 
 from .metadata import INPUT, OUTPUT
-from .onnx_model import lean, serialised
+from .onnx_model import serialize_onnx, strip_onnx
 
 # What PyTorch's exporter writes without a conversion; every ONNX Runtime since 1.14 (2023) runs it. It has all that
 # quantisation per channel wants (13).
@@ -22,7 +22,7 @@ OPSET = 18
 Program = torch.export.ExportedProgram
 
 
-class Portable(nn.Module):
+class ExportedModel(nn.Module):
     """float32 images [B, C, S, S] of values 0 … 1 -> float32 logits [B, K]: normalisation, and the repetition of a
     grey channel where the network was made for three, are inside."""
 
@@ -46,7 +46,7 @@ class Portable(nn.Module):
         return logits
 
 
-def capture(model: Portable, arch: str, channels: int, size: int) -> Program:
+def capture_program(model: ExportedModel, arch: str, channels: int, size: int) -> Program:
     """The network as a graph of any batch size. channels: of the images. Raises CacheError where it has no such
     graph."""
     example = torch.zeros(2, channels, size, size)
@@ -58,7 +58,7 @@ def capture(model: Portable, arch: str, channels: int, size: int) -> Program:
     return program
 
 
-def onnx_of(program: Program, arch: str, metadata: dict[str, str], version: str) -> bytes:
+def make_onnx(program: Program, arch: str, metadata: dict[str, str], version: str) -> bytes:
     """The ONNX file of a captured network. Raises CacheError where an operator of it has no counterpart there."""
     with _quiet(), _in_one_line(arch):
         made = torch.onnx.export(
@@ -72,11 +72,11 @@ def onnx_of(program: Program, arch: str, metadata: dict[str, str], version: str)
         )
     assert made is not None
     model = made.model_proto  # a copy each time that it is asked for
-    lean(model, metadata, version)
-    return serialised(model)
+    strip_onnx(model, metadata, version)
+    return serialize_onnx(model)
 
 
-def pt2_of(program: Program, metadata: dict[str, str]) -> bytes:
+def make_pt2(program: Program, metadata: dict[str, str]) -> bytes:
     """The file that torch.export.load reads."""
     content = io.BytesIO()
     with _quiet():
@@ -84,13 +84,13 @@ def pt2_of(program: Program, metadata: dict[str, str]) -> bytes:
     return content.getvalue()
 
 
-def loaded_pt2(content: bytes) -> nn.Module:
+def load_pt2(content: bytes) -> nn.Module:
     """The network in a pt2 file of our own."""
     with _quiet():
         return torch.export.load(io.BytesIO(content)).module()
 
 
-def safetensors_of(network: nn.Module, metadata: dict[str, str]) -> bytes:
+def make_safetensors(network: nn.Module, metadata: dict[str, str]) -> bytes:
     """The weights, named as the arch names them. Raises CacheError where they are not the same when read again."""
     state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
     content: bytes = save(state, metadata)

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FORM = "softcache student 1"
+METADATA_FORMAT = "softcache student 1"
 INPUT, OUTPUT = "pictures", "logits"
 ONNX, INT8, PT2, WEIGHTS = "student.onnx", "student-int8.onnx", "student.pt2", "student.safetensors"
 _MOST_CLASSES, _LARGEST = 1_000_000, 4096
 
 
 @dataclass(frozen=True)
-class About:
+class ExportMetadata:
     """classes: names in the order of the logits; channels: of the input, 1 grey, 3 RGB; size: its side in pixels;
     resize: what the image's shorter side is made first; fingerprints: of the caches it learned from; versions: of
     softcache and PyTorch."""
@@ -61,7 +61,7 @@ class About:
     def to_metadata(self) -> dict[str, str]:
         """As key-value pairs of text, which ONNX and safetensors files carry."""
         return {
-            "form": FORM,
+            "form": METADATA_FORMAT,
             "arch": self.arch,
             "classes": json.dumps(self.classes),
             "preprocessing": json.dumps(self.preprocessing()),
@@ -72,10 +72,10 @@ class About:
         }
 
     @staticmethod
-    def from_metadata(record: Mapping[str, str]) -> "About":
+    def from_metadata(record: Mapping[str, str]) -> "ExportMetadata":
         """The inverse. Raises ValueError, TypeError, KeyError or RecursionError for what no export has written."""
-        if record.get("form") != FORM:
-            raise ValueError(f"it is no '{FORM}': `softcache export` did not write it")
+        if record.get("form") != METADATA_FORMAT:
+            raise ValueError(f"it is no '{METADATA_FORMAT}': `softcache export` did not write it")
         classes, how = json.loads(record["classes"]), json.loads(record["preprocessing"])
         if not (isinstance(classes, list) and 1 <= len(classes) <= _MOST_CLASSES):
             raise ValueError("its classes are no list of names")
@@ -89,4 +89,6 @@ class About:
             raise ValueError(f"its preprocessing asks for {channels} channels, {resize} px, cut to {size}")
         versions = {key: str(record[key]) for key in ("softcache", "torch") if key in record}
         fingerprints = tuple(map(str, json.loads(record.get("cache", "[]"))))
-        return About(tuple(classes), channels, size, resize, str(record.get("arch", "")), fingerprints, versions)
+        return ExportMetadata(
+            tuple(classes), channels, size, resize, str(record.get("arch", "")), fingerprints, versions
+        )

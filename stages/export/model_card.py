@@ -6,11 +6,11 @@ from typing import Any
 
 from softcache.base.errors import make_printable
 from softcache.pipeline.cache.manifest import Manifest
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.cli.copied_commands import command, this_program
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.copied_commands import format_command, program_name
 
 from .metadata import INPUT, INT8, ONNX, PT2, WEIGHTS
-from .select_student import Chosen
+from .select_student import ExportedRun
 
 _WEAKEST = 20  # classes that are named with their recall
 _FIGURES = {
@@ -97,7 +97,7 @@ Or `python -m softcache predict {file} image.png`, which gives probabilities.
 """
 
 
-def model_card(record: dict[str, Any], chosen: Chosen, manifests: list[Manifest]) -> str:
+def model_card(record: dict[str, Any], chosen: ExportedRun, manifests: list[Manifest]) -> str:
     """The text. record: export.json; manifests: of the caches, the first one's teacher first."""
     how, check = record["preprocessing"], record["check"]
     identity = manifests[0].identity
@@ -194,7 +194,7 @@ def _recalls(found: dict[str, Any], classes: list[str], split: str) -> Iterator[
     yield ""
 
 
-def _sources(chosen: Chosen, manifests: list[Manifest]) -> str:
+def _sources(chosen: ExportedRun, manifests: list[Manifest]) -> str:
     """The transfer set, the views and each teacher's cache."""
     first, settings = manifests[0], chosen.begun
     views = first.identity["views"]
@@ -216,7 +216,7 @@ def _sources(chosen: Chosen, manifests: list[Manifest]) -> str:
     return "\n".join([*lines, *(f"- {text}" for text in how)]) + "\n"
 
 
-def _training(settings: StudentSettings) -> str:
+def _training(settings: StudentConfig) -> str:
     losses = " + ".join(f"`{quoted(loss)}`" for loss in settings.loss)
     more = ""
     if settings.finetune_epochs:
@@ -228,13 +228,13 @@ def _training(settings: StudentSettings) -> str:
     )
 
 
-def _command(settings: StudentSettings, data: str) -> str:
+def _command(settings: StudentConfig, data: str) -> str:
     """The command that trains the run again, without a path of this machine."""
     where = "folder:PATH" if data == "folder" else settings.data
     caches = tuple(f"caches/{Path(cache).resolve().name}" for cache in settings.cache)
     changes = {"out": "", "resume": False, "json": False, "data_root": "datasets", "data": where, "cache": caches}
-    text = command("student", settings, **changes)
-    return "python -m softcache" + text.removeprefix(this_program())
+    text = format_command("student", settings, **changes)
+    return "python -m softcache" + text.removeprefix(program_name())
 
 
 def _files(record: dict[str, Any]) -> Iterable[str]:

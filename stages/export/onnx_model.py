@@ -10,27 +10,27 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 
-from .metadata import INPUT, OUTPUT, About
+from .metadata import INPUT, OUTPUT, ExportMetadata
 
 Images = NDArray[np.float32]
-MOST_BYTES = (2 << 30) - 1  # of a protobuf message, and so of an ONNX file without other files beside it
+MAX_BYTES = (2 << 30) - 1  # of a protobuf message, and so of an ONNX file without other files beside it
 
 
 @dataclass(frozen=True)
-class Runner:
+class OnnxStudent:
     """A network in ONNX Runtime, on the CPU."""
 
     session: Any
 
     @staticmethod
-    def of(model: bytes, threads: int = 0) -> "Runner":
+    def of(model: bytes, threads: int = 0) -> "OnnxStudent":
         """threads: of one call; 0: a thread for each core. Raises whatever ONNX Runtime does."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors, which are raised as well
-        return Runner(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+        return OnnxStudent(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
 
     def logits(self, images: Images) -> NDArray[np.float32]:
         """float32 [B, K] of images [B, C, S, S] of values 0 … 1."""
@@ -38,7 +38,7 @@ class Runner:
         return found
 
 
-def lean(model: Any, metadata: Mapping[str, str], version: str) -> None:
+def strip_onnx(model: Any, metadata: Mapping[str, str], version: str) -> None:
     """Take out of a ModelProto all that no runtime reads: traces with paths of this machine, names of modules, shapes
     in between; and put the metadata in."""
     graph = model.graph
@@ -54,43 +54,43 @@ def lean(model: Any, metadata: Mapping[str, str], version: str) -> None:
         entry.key, entry.value = key, text
 
 
-def serialised(model: Any) -> bytes:
+def serialize_onnx(model: Any) -> bytes:
     """The bytes of a ModelProto. Raises CacheError where a file cannot hold it."""
-    if model.ByteSize() > MOST_BYTES:
+    if model.ByteSize() > MAX_BYTES:
         size = model.ByteSize() / 1e9
         raise CacheError(f"the network has {size:.1f} GB, and an ONNX file that is whole in itself at most 2.1 GB")
     found: bytes = model.SerializeToString(deterministic=True)
     return found
 
 
-def open_student(path: Path) -> tuple[Runner, About]:
+def open_onnx_student(path: Path) -> tuple[OnnxStudent, ExportMetadata]:
     """A student in a file from anyone. Raises UsageError where there is none, CacheError for any other file.
 
     Paths in a file are not followed: a tensor that lies elsewhere is refused before the runtime sees it.
     """
     if not path.is_file():
         raise UsageError(f"there is no model '{path}'")
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise CacheError(f"'{path}' has {size:,} bytes, more than the {MOST_BYTES:,} of an ONNX file")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise CacheError(f"'{path}' has {size:,} bytes, more than the {MAX_BYTES:,} of an ONNX file")
     content = path.read_bytes()
-    model = _parsed(path, content)
-    if name := next(_elsewhere(model), None):
+    model = _parse_onnx(path, content)
+    if name := next(_reject_external(model), None):
         raise CacheError(
             f"'{path}' keeps the tensor '{make_printable(name, 80)}' in another file, which is not followed"
         )
     try:
-        about = About.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+        about = ExportMetadata.from_metadata({entry.key: entry.value for entry in model.metadata_props})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheError(f"'{path}' has no metadata of a student, or damaged ones: {make_printable(error)}") from None
     try:
-        runner = Runner.of(content)
+        runner = OnnxStudent.of(content)
         _check_form(runner.session, about)
     except Exception as error:  # of ONNX Runtime: one of a dozen classes, all of its own
         raise CacheError(f"'{path}' cannot be run: {make_printable(str(error).strip())}") from None
     return runner, about
 
 
-def _parsed(path: Path, content: bytes) -> Any:
+def _parse_onnx(path: Path, content: bytes) -> Any:
     import onnx
 
     model = onnx.ModelProto()
@@ -101,17 +101,17 @@ def _parsed(path: Path, content: bytes) -> Any:
     return model
 
 
-def _elsewhere(message: Any) -> Iterator[str]:
+def _reject_external(message: Any) -> Iterator[str]:
     """The names of tensors, wherever in a protobuf message, whose values lie in another file."""
     if message.DESCRIPTOR.name == "TensorProto" and (message.data_location or message.external_data):
         yield message.name
     for field, value in message.ListFields():
         if field.message_type is not None:
             for inner in (value,) if hasattr(value, "DESCRIPTOR") else value:
-                yield from _elsewhere(inner)
+                yield from _reject_external(inner)
 
 
-def _check_form(session: Any, about: About) -> None:
+def _check_form(session: Any, about: ExportMetadata) -> None:
     """Raise ValueError where input and output are not what the metadata say."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     asked = [(value.name, value.type, list(value.shape)[1:]) for value in inputs]

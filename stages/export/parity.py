@@ -10,44 +10,46 @@ from torch import nn
 
 from softcache.base.errors import CacheError
 from softcache.stages.cli.console import progress
-from softcache.stages.training.validation import HeldOut
+from softcache.stages.training.validation import HeldOutSplit
 
-from .onnx_model import Images, Runner
+from .onnx_model import Images, OnnxStudent
 
 BATCHES = (1, 7, 512)  # sizes that must work
 Logits = NDArray[np.float32]
 
 
-def answers(rows: HeldOut, ask: Callable[[torch.Tensor], Logits], what: str) -> Logits:
+def run_in_batches(rows: HeldOutSplit, ask: Callable[[torch.Tensor], Logits], what: str) -> Logits:
     """float32 [N, K], in row order of the split."""
     batches = -(-len(rows.labels) // rows.batch_size)
     return np.concatenate([ask(views) for views in progress(rows.batches(), batches, what)])
 
 
-def plain(views: torch.Tensor) -> Images:
+def to_unit_range(views: torch.Tensor) -> Images:
     """The input float32 [B, C, S, S], 0 … 1, of views uint8."""
     pixels: Images = views.numpy().astype(np.float32)
     return pixels / np.float32(255)
 
 
-def first(rows: HeldOut, count: int) -> Images:
+def first_rows(rows: HeldOutSplit, count: int) -> Images:
     """So many images of a split, the first ones over and over where it has fewer."""
-    views = plain(next(iter(rows.batches())))
+    views = to_unit_range(next(iter(rows.batches())))
     return np.resize(views, (count, *views.shape[1:]))
 
 
-def in_sizes(runner: Runner, rows: HeldOut, said: Logits) -> float:
+def largest_batch_difference(runner: OnnxStudent, rows: HeldOutSplit, said: Logits) -> float:
     """The largest difference from PyTorch's logits in batches of every size that must work."""
-    images = first(rows, max(BATCHES))
+    images = first_rows(rows, max(BATCHES))
     wanted = np.resize(said[: rows.batch_size], (max(BATCHES), said.shape[1]))
     differences = [np.abs(runner.logits(images[:size]) - wanted[:size]).max() for size in BATCHES]
     return float(np.max(differences))  # NaN where one is
 
 
-def compared(name: str, said: Logits, found: Logits, in_sizes: float, own: float, tolerance: float) -> dict[str, Any]:
+def check_parity(
+    name: str, said: Logits, found: Logits, largest_batch_difference: float, own: float, tolerance: float
+) -> dict[str, Any]:
     """How far ONNX Runtime is from PyTorch on a split. own: how far PyTorch is from itself, see own_difference. Raises
     CacheError over the tolerance."""
-    difference = float(np.max([np.abs(found - said).max(), in_sizes]))  # NaN where one is
+    difference = float(np.max([np.abs(found - said).max(), largest_batch_difference]))  # NaN where one is
     flips = int((found.argmax(1) != said.argmax(1)).sum())
     if not difference <= tolerance:  # as NaN is
         raise CacheError(
@@ -64,18 +66,18 @@ def compared(name: str, said: Logits, found: Logits, in_sizes: float, own: float
     }
 
 
-def own_difference(model: nn.Module, rows: HeldOut, said: Logits) -> float:
+def float32_noise(model: nn.Module, rows: HeldOutSplit, said: Logits) -> float:
     """How far the logits of the first batch lie from PyTorch's own in another layout of memory: what the rounding of
     float32 amounts to, against which any other runtime's difference is to be judged."""
-    images = torch.from_numpy(plain(next(iter(rows.batches()))))
+    images = torch.from_numpy(to_unit_range(next(iter(rows.batches()))))
     with torch.inference_mode():
         return float(np.abs(model(images).numpy() - said[: len(images)]).max())
 
 
-def check_again(name: str, loaded: nn.Module, model: nn.Module, rows: HeldOut, tolerance: float) -> float:
+def check_reloaded(name: str, loaded: nn.Module, model: nn.Module, rows: HeldOutSplit, tolerance: float) -> float:
     """The largest difference between the logits of a network and of the same one loaded from its file, of the first
     batch. Raises CacheError over the tolerance."""
-    images = torch.from_numpy(plain(next(iter(rows.batches()))))
+    images = torch.from_numpy(to_unit_range(next(iter(rows.batches()))))
     with torch.inference_mode():
         difference = float((loaded(images) - model(images)).abs().max())
     if not difference <= tolerance:

@@ -8,21 +8,21 @@ import numpy as np
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.data.decoding import center_crop, open_image
-from softcache.stages.cli.configs import PredictSettings
+from softcache.stages.cli.configs import PredictConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.extras import require
+from softcache.stages.cli.extras import require_extra
 
-from .metadata import About
-from .onnx_model import Images, Runner, open_student
+from .metadata import ExportMetadata
+from .onnx_model import Images, OnnxStudent, open_onnx_student
 
 
-def run(model: str, images: tuple[str, ...], settings: PredictSettings) -> None:
+def run(model: str, images: tuple[str, ...], settings: PredictConfig) -> None:
     """The likeliest classes of each image. Every image is looked for before the first is asked about."""
     console = Console(settings.json)
-    require("predict needs", "export", "onnx", "onnxruntime")
+    require_extra("predict needs", "export", "onnx", "onnxruntime")
     if missing := [name for name in images if not Path(name).is_file()]:
         raise UsageError(f"there is no image '{missing[0]}'")
-    runner, about = open_student(Path(model))
+    runner, about = open_onnx_student(Path(model))
     shown = progress(images, len(images), "pictures")
     found = [{"picture": name, "top": _top(runner, about, Path(name), settings.top)} for name in shown]
     if settings.json:
@@ -33,16 +33,16 @@ def run(model: str, images: tuple[str, ...], settings: PredictSettings) -> None:
         console.say(f"{one['picture']:<{width}}  {said}")
 
 
-def as_input(path: Path, about: About) -> Images:
+def load_input(path: Path, about: ExportMetadata) -> Images:
     """float32 [1, C, S, S], 0 … 1: the plain view of a image, as held-out images are seen."""
     with open_image(path) as image:
         pixels = center_crop(image.convert(about.mode), about.size, about.resize)
     return pixels[None].astype(np.float32) / np.float32(255)
 
 
-def _top(runner: Runner, about: About, path: Path, count: int) -> list[dict[str, Any]]:
+def _top(runner: OnnxStudent, about: ExportMetadata, path: Path, count: int) -> list[dict[str, Any]]:
     """The likeliest classes of a image and their probabilities."""
-    view = as_input(path, about)
+    view = load_input(path, about)
     try:
         logits = runner.logits(view)[0].astype(np.float64)
     except Exception as error:  # of ONNX Runtime, on a file from anyone

@@ -16,13 +16,13 @@ from typing import Any
 import onnx
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-from .onnx_model import Images, Runner, lean, serialised
+from .onnx_model import Images, OnnxStudent, serialize_onnx, strip_onnx
 
 _HEAVY = ("Conv", "Gemm", "MatMul")
 _QUANTISED = [*_HEAVY, "Add", "Relu", "MaxPool", "AveragePool"]
 
 
-class _Reader:
+class _CalibrationReader:
     """Calibration batches, as ONNX Runtime asks for them."""
 
     def __init__(self, name: str, batches: Iterator[Images]):
@@ -34,14 +34,14 @@ class _Reader:
         return None if batch is None else {self.name: batch}
 
 
-def quantised(model: bytes, calibration: Iterator[Images], metadata: dict[str, str], version: str) -> bytes:
+def quantize_onnx(model: bytes, calibration: Iterator[Images], metadata: dict[str, str], version: str) -> bytes:
     """The ONNX file in 8 bits. calibration: batches float32 [B, C, S, S] of values 0 … 1.
 
     Weights take 7 of the 8 bits: processors with AVX2 or AVX-512 but without VNNI add two products of 8 x 8 bits in
     16, which then overflow, and the accuracy that is measured here would not be had there.
     """
     whole = onnx.load_from_string(model)
-    reader = _Reader(whole.graph.input[0].name, calibration)
+    reader = _CalibrationReader(whole.graph.input[0].name, calibration)
     with TemporaryDirectory() as folder, _quiet():
         before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         before.write_bytes(model)
@@ -51,7 +51,7 @@ def quantised(model: bytes, calibration: Iterator[Images], metadata: dict[str, s
             reader,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTISED,
-            nodes_to_exclude=_normalisation(whole),
+            nodes_to_exclude=_normalization_nodes(whole),
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -60,12 +60,12 @@ def quantised(model: bytes, calibration: Iterator[Images], metadata: dict[str, s
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
         made = onnx.load(after)
-    lean(made, metadata, version)
-    _shorten(made)
-    return serialised(made)
+    strip_onnx(made, metadata, version)
+    _shorten_names(made)
+    return serialize_onnx(made)
 
 
-def _normalisation(model: Any) -> list[str]:
+def _normalization_nodes(model: Any) -> list[str]:
     """The names of the nodes before the first with weights: in 8 bits they would round the image twice."""
     names = []
     for node in model.graph.node:
@@ -75,7 +75,7 @@ def _normalisation(model: Any) -> list[str]:
     return names
 
 
-def _shorten(model: Any) -> None:
+def _shorten_names(model: Any) -> None:
     """Give values names of one or two letters, and nodes none: of a `resnet8` in 8 bits they are a tenth."""
     graph = model.graph
     if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
@@ -104,7 +104,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def latencies(runners: dict[str, Runner], images: Images, seconds: float = 1.0) -> dict[str, float]:
+def measure_latencies(runners: dict[str, OnnxStudent], images: Images, seconds: float = 1.0) -> dict[str, float]:
     """{name: median milliseconds of a call}, measured in turns; at least 5 each, then until seconds have passed."""
     for runner in runners.values():
         runner.logits(images)

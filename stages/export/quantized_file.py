@@ -11,26 +11,32 @@ from softcache.base.errors import CacheError
 from softcache.data.views import render
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.stages.cli.console import progress
-from softcache.stages.student.setup import Material
+from softcache.stages.student.setup import DistillationSetup
 
-from .metadata import INT8, ONNX, About
-from .onnx_model import Images, Runner
-from .parity import Logits, answers, first, plain
-from .quantize import latencies, quantised
+from .metadata import INT8, ONNX, ExportMetadata
+from .onnx_model import Images, OnnxStudent
+from .parity import Logits, first_rows, run_in_batches, to_unit_range
+from .quantize import measure_latencies, quantize_onnx
 
 _CALIBRATION, _BLOCK = 512, 64  # views that it is calibrated on, and how many at once
 _LATENCY = (1, 64)  # sizes of batches that are timed
 
 
-def in_8_bits(
-    material: Material, about: About, model: bytes, runner: Runner, split: str, said: Logits, most_drop: float
+def make_quantized_file(
+    material: DistillationSetup,
+    about: ExportMetadata,
+    model: bytes,
+    runner: OnnxStudent,
+    split: str,
+    said: Logits,
+    most_drop: float,
 ) -> tuple[bytes, dict[str, Any]]:
     """The file in 8 bits, and what it costs and saves. Raises CacheError where it costs too much."""
     rows, calibration = material.held_out[split], _calibration(material)
     views = progress(calibration, -(-_CALIBRATION // _BLOCK), "calibrating")
-    content = quantised(model, views, about.to_metadata(), __version__)
-    small = Runner.of(content, torch.get_num_threads())
-    found = answers(rows, lambda views: small.logits(plain(views)), f"checking {INT8}")
+    content = quantize_onnx(model, views, about.to_metadata(), __version__)
+    small = OnnxStudent.of(content, torch.get_num_threads())
+    found = run_in_batches(rows, lambda views: small.logits(to_unit_range(views)), f"checking {INT8}")
     teacher = material.teacher[split].numpy()
     before, after = (evaluate(logits, rows.labels, teacher, material.counts) for logits in (said, found))
     flips = int((found.argmax(1) != said.argmax(1)).sum())
@@ -55,17 +61,17 @@ def in_8_bits(
         "calibration_rows": _rows_of(material),
         "bytes": len(content),
         "size_ratio": len(content) / len(model),
-        "milliseconds": {str(size): latencies(both, first(rows, size)) for size in _LATENCY},
+        "milliseconds": {str(size): measure_latencies(both, first_rows(rows, size)) for size in _LATENCY},
         "threads": torch.get_num_threads(),
     }
 
 
-def _rows_of(material: Material) -> int:
+def _rows_of(material: DistillationSetup) -> int:
     """How many views there are to calibrate on, as many as are wanted at most."""
     return min(_CALIBRATION, len(material.cache.row_order("train")) * material.cache.manifest.draws)
 
 
-def _calibration(material: Material) -> Iterator[Images]:
+def _calibration(material: DistillationSetup) -> Iterator[Images]:
     """Views that the teacher was asked about, of as many images and draws as may be: rows lie in a mixed order."""
     cache, order = material.cache, material.cache.row_order("train")
     images, N = material.transfer_set.splits["train"].images, len(order)
@@ -73,4 +79,4 @@ def _calibration(material: Material) -> Iterator[Images]:
     index, draw = order[at % N], (at // N + at % N) % cache.manifest.draws
     for block in range(0, len(at), _BLOCK):
         some = slice(block, block + _BLOCK)
-        yield plain(render(images, cache.views, cache.seed, index[some], draw[some]))
+        yield to_unit_range(render(images, cache.views, cache.seed, index[some], draw[some]))

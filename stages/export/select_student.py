@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.cli.copied_commands import this_program
-from softcache.stages.runs.folder import read_json, read_settings
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.runs.folder import read_config, read_json
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ExportedRun:
     """folder: that was named; own: where student.pt lies; settings: of this one seed, with where things lie here;
     begun: those of the whole run; why: the seed was chosen, in words."""
 
     folder: Path
     own: Path
-    settings: StudentSettings
-    begun: StudentSettings
+    settings: StudentConfig
+    begun: StudentConfig
     why: str
 
     @property
@@ -28,7 +28,7 @@ class Chosen:
         return self.own / "baseline/baseline.pt"
 
 
-def choose(folder: Path, **here: Any) -> Chosen:
+def select_student(folder: Path, **here: Any) -> ExportedRun:
     """The one student of a run; of several seeds the best, or the one whose folder is named. here: settings that hold
     in place of the run's. Raises UsageError or CacheError for what is no finished run of a student."""
     named = re.fullmatch(r"seed-(\d+)", folder.name)
@@ -36,10 +36,10 @@ def choose(folder: Path, **here: Any) -> Chosen:
     kept = read_json(root / "settings.json")
     if "cache" not in kept:
         raise UsageError(f"'{root}' is no run of a student, and a teacher's becomes a cache first (teacher-cache)")
-    begun = read_settings(root, StudentSettings)
+    begun = read_config(root, StudentConfig)
     result = root / "result.json"
     if not result.is_file():
-        raise CacheError(f"'{root}' is not finished: go on with  {this_program()} student --resume --out {root}")
+        raise CacheError(f"'{root}' is not finished: go on with  {program_name()} student --resume --out {root}")
     seed, why = begun.seed, "the only one"
     if begun.seeds > 1:
         seed, why = (int(named[1]), "as named") if named and root != folder else _best(result, begun)
@@ -48,10 +48,10 @@ def choose(folder: Path, **here: Any) -> Chosen:
     own = root if begun.seeds == 1 else root / f"seed-{seed}"
     if not (own / "student.pt").is_file():
         raise CacheError(f"'{own}' has no student.pt, though its run is finished: put it back from a copy")
-    return Chosen(folder, own, replace(begun, out=str(root), seed=seed, seeds=1, **here), begun, why)
+    return ExportedRun(folder, own, replace(begun, out=str(root), seed=seed, seeds=1, **here), begun, why)
 
 
-def _best(path: Path, begun: StudentSettings) -> tuple[int, str]:
+def _best(path: Path, begun: StudentConfig) -> tuple[int, str]:
     """The seed with the best accuracy on validation, the first of equals; without labels there, by agreement."""
     result = read_json(path)
     try:

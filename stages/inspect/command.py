@@ -22,14 +22,14 @@ from softcache.pipeline.metrics.soft_targets import (
     similarity,
     soft_target_statistics,
 )
-from softcache.stages.cli.configs import InspectSettings
-from softcache.stages.cli.console import Console, bar, duration, progress
-from softcache.stages.cli.extras import require
-from softcache.stages.runs.environment import versions
-from softcache.stages.runs.folder import free_run
+from softcache.stages.cli.configs import InspectConfig
+from softcache.stages.cli.console import Console, format_duration, progress, progress_bar
+from softcache.stages.cli.extras import require_extra
+from softcache.stages.runs.environment import library_versions
+from softcache.stages.runs.folder import find_free_folder
 
 from .probes import Sample, probe_taps
-from .suggestion import hint_command
+from .suggestion import suggest_student
 from .summary import print_findings
 
 _PAIRS = 10  # of classes, in inspect.json
@@ -37,15 +37,15 @@ _SHOWN = 15  # channels of a tap, in inspect.json and in its panel
 _BLOCK = 4096  # rows whose logits are read at once
 
 
-def run(name: str, settings: InspectSettings) -> None:
+def run(name: str, settings: InspectConfig) -> None:
     """Everything is computed before the first file is written; inspect.json is the last."""
     console, begun = Console(settings.json), time.monotonic()
-    require("inspect draws with", "report", "matplotlib")
+    require_extra("inspect draws with", "report", "matplotlib")
     cache = Cache(Path(name))
     folder = _folder(settings, cache)
     train, held_out = _samples(cache, settings.rows)
     found = _teacher(cache, train, held_out, settings) | _taps(cache, train, held_out, settings)
-    found["command"] = hint_command(cache, found["best"]) if found["best"] else None
+    found["command"] = suggest_student(cache, found["best"]) if found["best"] else None
     make_folder(folder)
     files = _publish(folder, found, settings)
     record = {
@@ -55,22 +55,22 @@ def run(name: str, settings: InspectSettings) -> None:
         "settings": asdict(settings) | {"out": str(folder)},
         **_summary(found),
         "files": files,
-        "versions": versions(),
+        "versions": library_versions(),
         "seconds": time.monotonic() - begun,
     }
     publish_json(folder / "inspect.json", record)
     if settings.json:
         return console.result(json.dumps(record))
     print_findings(record, console)
-    console.say(f"files: {folder}/inspect.json, {', '.join(files)} ({duration(record['seconds'])})")
+    console.say(f"files: {folder}/inspect.json, {', '.join(files)} ({format_duration(record['seconds'])})")
     if record["best"]:
         console.say(f"best tap: {record['best']}, hint from it with  {record['command']}")
 
 
-def _folder(settings: InspectSettings, cache: Cache) -> Path:
+def _folder(settings: InspectConfig, cache: Cache) -> Path:
     """Where the findings go: nowhere yet. Raises UsageError for a place that holds something."""
     if not settings.out:
-        return free_run(f"inspect-{cache.folder.resolve().name}")
+        return find_free_folder(f"inspect-{cache.folder.resolve().name}")
     folder = Path(settings.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not empty: choose another --out")
@@ -101,7 +101,7 @@ def _sample(cache: Cache, split: str, rows: int) -> Sample:
 def _logits(cache: Cache, split: str, positions: Positions) -> Any:
     """float32 [n, K] of draw 0, read by blocks."""
     parts = []
-    with bar(len(positions), f"logits of {split}", "row") as shown:
+    with progress_bar(len(positions), f"logits of {split}", "row") as shown:
         for at in range(0, len(positions), _BLOCK):
             parts.append(cache.read_stored(split, 0, positions[at : at + _BLOCK])[0].numpy())
             shown.update(len(parts[-1]))
@@ -114,7 +114,7 @@ def _names(cache: Cache) -> list[str]:
     return names if len(names) == cache.classes else [str(c) for c in range(cache.classes)]
 
 
-def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: InspectSettings) -> dict[str, Any]:
+def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: InspectConfig) -> dict[str, Any]:
     """Calibration and class similarity on the held-out rows; soft targets by temperature on the training rows."""
     said = {rows.split: (_logits(cache, rows.split, rows.positions), rows.labels) for rows in held_out}
     split = next(iter(said), None)
@@ -138,7 +138,7 @@ def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: Insp
     }
 
 
-def _taps(cache: Cache, train: Sample, held_out: list[Sample], settings: InspectSettings) -> dict[str, Any]:
+def _taps(cache: Cache, train: Sample, held_out: list[Sample], settings: InspectConfig) -> dict[str, Any]:
     """Probes of the taps, or why there are none."""
     train, why = train.labelled(), ""
     if not cache.manifest.taps:
@@ -168,9 +168,9 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> list[str]:
+def _publish(folder: Path, found: dict[str, Any], settings: InspectConfig) -> list[str]:
     """Tables and images; returns their names."""
-    from softcache.stages.cli.plot_style import Plot, publish_png
+    from softcache.stages.cli.plot_style import Plot, save_png
 
     from . import plots as drawing
 
@@ -181,7 +181,7 @@ def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> 
         files.append(name)
 
     def image(name: str, draw: Callable[..., Plot], *what: Any) -> None:
-        publish_png(folder / name, draw(*what))
+        save_png(folder / name, draw(*what))
         files.append(name)
 
     if taps := found["taps"]:
@@ -189,24 +189,24 @@ def _publish(folder: Path, found: dict[str, Any], settings: InspectSettings) -> 
         head = ("tap", *keys, "importance_mean", "importance_sd")
         table("taps.csv", head, ([t, *(r[k] for k in keys), *r["importance"].values()] for t, r in taps.items()))
         joint = found["joint"]
-        image("taps.png", drawing.of_taps, taps, joint["teacher"], joint["majority"], joint["split"])
+        image("taps.png", drawing.plot_taps, taps, joint["teacher"], joint["majority"], joint["split"])
     if channels := found["channels"]:
         rows = ([tap, *row.values()] for tap, of_tap in channels.items() for row in of_tap)
         table("channels.csv", ("tap", "channel", "importance_mean", "importance_sd"), rows)
-        image("channels.png", drawing.of_channels, channels, _SHOWN)
+        image("channels.png", drawing.plot_channels, channels, _SHOWN)
     if splits := found["calibration"]:
         bins = [(split, b) for split, figures in splits.items() for b in figures["bins"]]
         table("reliability.csv", ("split", *bins[0][1]), ([split, *b.values()] for split, b in bins))
-        image("reliability.png", drawing.of_reliability, splits)
+        image("reliability.png", drawing.plot_reliability, splits)
         names, matrix = found["classes"], found["similarity"]
         rows = ([name, *(None if np.isnan(p) else p for p in row)] for name, row in zip(names, matrix, strict=True))
         table("similarity.csv", ("true class", *names), rows)
         what = f"mean probability at temperature {settings.temperature:g}, {found['similarity_split']}"
-        image("similarity.png", drawing.of_similarity, matrix, names, what)
+        image("similarity.png", drawing.plot_similarity, matrix, names, what)
     soft = found["soft_targets"]
     records = soft["temperatures"]
     table("temperatures.csv", records[0], (record.values() for record in records))
-    image("temperatures.png", drawing.of_temperatures, records, soft["most_information_at"])
+    image("temperatures.png", drawing.plot_temperatures, records, soft["most_information_at"])
     return files
 
 

@@ -23,15 +23,15 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.taps.statistics import compute_statistic, parse_tap
 
-WIDEST = 2048  # columns of a tap; a wider one is projected
+MAX_COLUMNS = 2048  # columns of a tap; a wider one is projected
 _BLOCK_BYTES = 64 << 20  # of a tap that are in memory before they are reduced
 _MOST_STEPS = 1000
 Floats = NDArray[np.float64]
-Counted = Callable[[int], object]  # told of every so many steps that are done
+OnRows = Callable[[int], object]  # told of every so many steps that are done
 
 
 @dataclass(frozen=True)
-class Form:
+class TapForm:
     """How a tap becomes columns. words: for people; columns: D; channels: groups of neighbouring columns, None where
     a column is a sum over many channels."""
 
@@ -40,7 +40,7 @@ class Form:
     channels: tuple[slice, ...] | None
 
 
-def form_of(tap: str, shape: list[int]) -> Form:
+def describe_tap(tap: str, shape: list[int]) -> TapForm:
     """The form of a tap whose rows have that shape.
 
     A map [C, H, W] becomes its mean over space, tokens [T, C] their mean over the tokens: a channel each. Other
@@ -53,13 +53,13 @@ def form_of(tap: str, shape: list[int]) -> Form:
     else:
         words = "as it is" if len(shape) == 1 else "flattened"
     wide = prod(shape)
-    if wide > WIDEST:
-        return Form(f"{words}, {wide:,} values projected onto {WIDEST:,}", WIDEST, None)
+    if wide > MAX_COLUMNS:
+        return TapForm(f"{words}, {wide:,} values projected onto {MAX_COLUMNS:,}", MAX_COLUMNS, None)
     each = prod(shape[1:]) if kind.startswith("grid") else 1
-    return Form(words, wide, tuple(slice(at, at + each) for at in range(0, wide, each)))
+    return TapForm(words, wide, tuple(slice(at, at + each) for at in range(0, wide, each)))
 
 
-def columns(cache: Cache, split: str, positions: Positions, tap: str, seed: int, counted: Counted) -> Floats:
+def read_columns(cache: Cache, split: str, positions: Positions, tap: str, seed: int, counted: OnRows) -> Floats:
     """[n, D] of a tap of draw 0 at positions [n], read by blocks. Raises CacheError for what is not finite."""
     name = f"features/{tap}"
     size = max(1, _BLOCK_BYTES // count_row_bytes({name: cache.manifest.datasets[name]}))
@@ -69,16 +69,16 @@ def columns(cache: Cache, split: str, positions: Positions, tap: str, seed: int,
         x = torch.from_numpy(cache.read_rows(split, 0, name, some)).float()
         if not bool(x.isfinite().all()):
             raise CacheError(f"'{cache.folder}': tap '{tap}' of {split} has values that are not finite")
-        parts.append(_reduced(x, parse_tap(tap)[1], seed))
+        parts.append(_reduce_columns(x, parse_tap(tap)[1], seed))
         counted(len(some))
     return np.concatenate(parts)
 
 
-def _reduced(x: torch.Tensor, kind: str, seed: int) -> Floats:
+def _reduce_columns(x: torch.Tensor, kind: str, seed: int) -> Floats:
     if kind == "map" and x.ndim in (3, 4):
         x = compute_statistic(x, "pool")
     flat = x.flatten(1).double().numpy()
-    if flat.shape[1] > WIDEST:
+    if flat.shape[1] > MAX_COLUMNS:
         flat = flat @ _projection(flat.shape[1], seed)
     return np.asarray(flat, np.float64)
 
@@ -91,10 +91,10 @@ def _projection(wide: int, seed: int) -> csr_array:
     """
     places = np.arange(wide)
     sign = 2.0 * rng.integers((seed, 41), places, 2) - 1
-    return csr_array((sign, (places, rng.integers((seed, 42), places, WIDEST))), shape=(wide, WIDEST))
+    return csr_array((sign, (places, rng.integers((seed, 42), places, MAX_COLUMNS))), shape=(wide, MAX_COLUMNS))
 
 
-def standardized(train: Floats, held_out: Floats) -> tuple[Floats, Floats]:
+def standardize(train: Floats, held_out: Floats) -> tuple[Floats, Floats]:
     """Both [·, D] with the mean and standard deviation of the training rows; a constant column becomes 0."""
     scaler = StandardScaler().fit(train)
     return np.asarray(scaler.transform(train)), np.asarray(scaler.transform(held_out))
@@ -162,8 +162,8 @@ class GatheredProbe:
         return np.asarray(self.probe.classes[scores.argmax(1)])
 
 
-def importance(
-    probe: Probe, x: Floats, labels: Labels, groups: tuple[slice, ...], repeats: int, seed: int, counted: Counted
+def measure_importance(
+    probe: Probe, x: Floats, labels: Labels, groups: tuple[slice, ...], repeats: int, seed: int, counted: OnRows
 ) -> tuple[Floats, Floats]:
     """What accuracy on x [m, D], labels [m] loses when a group of columns is permuted: mean [G] and sd [G] of repeats.
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, Plot, name_sides, text
+from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, Plot, label_classes, plot_text
 
 _ACROSS = 3  # panels of channels beside each other
 
@@ -22,9 +22,9 @@ def _bars(axes: Axes, names: list[str], values: list[float], spread: list[float]
     axes.set_axisbelow(True)
 
 
-def of_taps(taps: dict[str, dict[str, Any]], teacher: float, majority: float, split: str) -> Plot:
+def plot_taps(taps: dict[str, dict[str, Any]], teacher: float, majority: float, split: str) -> Plot:
     """Probe accuracy and permutation importance of each tap, side by side."""
-    names = [text(tap) for tap in taps]
+    names = [plot_text(tap) for tap in taps]
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -41,7 +41,7 @@ def of_taps(taps: dict[str, dict[str, Any]], teacher: float, majority: float, sp
     return Plot((10, 1.8 + 0.35 * len(names)), draw)
 
 
-def of_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Plot:
+def plot_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Plot:
     """The first channels of each tap, in a panel of its own. channels: by tap, the most important first."""
 
     def draw(figure: Figure) -> None:
@@ -54,7 +54,7 @@ def of_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Plot:
             _bars(axes, [str(row["channel"]) for row in first], [row["mean"] for row in first], spread)
             axes.tick_params(labelsize=8)
             axes.locator_params(axis="x", nbins=5)
-            axes.set_title(text(tap), fontsize=10)
+            axes.set_title(plot_text(tap), fontsize=10)
             axes.set_ylabel("channel")
         figure.supxlabel("accuracy that the tap's probe loses when the channel is permuted (mean ± sd)", fontsize=10)
 
@@ -62,7 +62,7 @@ def of_channels(channels: dict[str, list[dict[str, Any]]], most: int) -> Plot:
     return Plot((max(6.5, 3.6 * across), 0.8 + 3.4 * -(-len(channels) // across)), draw)
 
 
-def of_reliability(splits: dict[str, dict[str, Any]]) -> Plot:
+def plot_reliability(splits: dict[str, dict[str, Any]]) -> Plot:
     """Accuracy over mean confidence of each bin, and how many rows each has, for each split."""
 
     def draw(figure: Figure) -> None:
@@ -85,7 +85,7 @@ def of_reliability(splits: dict[str, dict[str, Any]]) -> Plot:
     return Plot((max(5.0, 4.6 * len(splits)), 4.4), draw)
 
 
-def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> Plot:
+def plot_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> Plot:
     """The matrix off its diagonal, which would leave no colours for the rest; grey where there is nothing to show."""
     K = len(matrix)
     shown = np.where(np.eye(K, dtype=bool), np.nan, matrix)
@@ -95,7 +95,7 @@ def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> P
         axes.set_facecolor("#DDDDDD")
         image = axes.imshow(shown, cmap="viridis", vmin=0)
         figure.colorbar(image, ax=axes, shrink=0.8, label="mean probability")
-        name_sides(axes, names, 18)
+        label_classes(axes, names, 18)
         axes.set(xlabel="class of the probability", ylabel="true class")
         axes.set_title(what, fontsize=10)
 
@@ -103,7 +103,7 @@ def of_similarity(matrix: NDArray[np.float64], names: list[str], what: str) -> P
     return Plot((side + 1.8, side), draw)
 
 
-def of_temperatures(records: list[dict[str, Any]], best: float) -> Plot:
+def plot_temperatures(records: list[dict[str, Any]], best: float) -> Plot:
     """How flat the targets are, and what they say beside the class, by temperature."""
     T = [record["temperature"] for record in records]
 

@@ -11,10 +11,19 @@ from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.metrics.classification import summarize
-from softcache.stages.cli.configs import InspectSettings
-from softcache.stages.cli.console import bar
+from softcache.stages.cli.configs import InspectConfig
+from softcache.stages.cli.console import progress_bar
 
-from .linear_probe import Floats, Form, Probe, columns, fit_probe, form_of, importance, standardized
+from .linear_probe import (
+    Floats,
+    Probe,
+    TapForm,
+    describe_tap,
+    fit_probe,
+    measure_importance,
+    read_columns,
+    standardize,
+)
 
 _ALL = ""  # the joint probe: a name that no tap has
 
@@ -42,10 +51,10 @@ class Sample:
 
 
 def probe_taps(
-    cache: Cache, train: Sample, test: Sample, teacher: NDArray[np.floating], settings: InspectSettings
+    cache: Cache, train: Sample, test: Sample, teacher: NDArray[np.floating], settings: InspectConfig
 ) -> dict[str, Any]:
     """taps, channels, joint and best, as in inspect.json. teacher: its logits [m, K] of the test sample."""
-    forms = {tap: form_of(tap, shape) for tap, shape in cache.manifest.taps.items()}
+    forms = {tap: describe_tap(tap, shape) for tap, shape in cache.manifest.taps.items()}
     x = _read(cache, train, test, settings.seed)
     probes = _fit(x, train.labels)
     held_out = {tap: both[1] for tap, both in x.items()} | {_ALL: np.concatenate([both[1] for both in x.values()], 1)}
@@ -77,7 +86,7 @@ def probe_taps(
 
 
 def _importance(
-    forms: dict[str, Form], probes: dict[str, Probe], x: dict[str, Floats], labels: Labels, settings: InspectSettings
+    forms: dict[str, TapForm], probes: dict[str, Probe], x: dict[str, Floats], labels: Labels, settings: InspectConfig
 ) -> dict[str, list[dict[str, float]]]:
     """Mean and sd of each tap, in order, for the probe of all; of each channel for the probe of its tap."""
     ends = np.cumsum([0, *(form.columns for form in forms.values())]).tolist()
@@ -85,9 +94,11 @@ def _importance(
     groups |= {tap: form.channels for tap, form in forms.items() if form.channels}
     predictions = sum(1 + len(own) * settings.repeats for own in groups.values())
     found = {}
-    with bar(predictions, "permutation importance", "prediction") as shown:
+    with progress_bar(predictions, "permutation importance", "prediction") as shown:
         for name, own in groups.items():
-            both = importance(probes[name], x[name], labels, own, settings.repeats, settings.seed, shown.update)
+            both = measure_importance(
+                probes[name], x[name], labels, own, settings.repeats, settings.seed, shown.update
+            )
             found[name] = [{"mean": float(mean), "sd": float(sd)} for mean, sd in zip(*both, strict=True)]
     return found
 
@@ -96,17 +107,17 @@ def _read(cache: Cache, train: Sample, test: Sample, seed: int) -> dict[str, tup
     """{tap: standardised columns of the training and of the test sample}."""
     taps = cache.manifest.taps
     x = {}
-    with bar(len(taps) * (len(train.positions) + len(test.positions)), "reading taps", "row") as shown:
+    with progress_bar(len(taps) * (len(train.positions) + len(test.positions)), "reading taps", "row") as shown:
         for tap in taps:
-            both = [columns(cache, s.split, s.positions, tap, seed, shown.update) for s in (train, test)]
-            x[tap] = standardized(*both)
+            both = [read_columns(cache, s.split, s.positions, tap, seed, shown.update) for s in (train, test)]
+            x[tap] = standardize(*both)
     return x
 
 
 def _fit(x: dict[str, tuple[Floats, Floats]], labels: Labels) -> dict[str, Probe]:
     """A probe of each tap, and under _ALL the joint one, of all their columns."""
     probes = {}
-    with bar(len(x) + 1, "linear probes", "probe") as shown:
+    with progress_bar(len(x) + 1, "linear probes", "probe") as shown:
         for tap, (train, _) in x.items():
             probes[tap] = fit_probe(train, labels)
             shown.update()

@@ -6,13 +6,13 @@ from shlex import quote
 from softcache.base.errors import make_printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.taps.statistics import parse_tap
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.cli.copied_commands import command
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.copied_commands import format_command
 
 _LOSS = {"pool": "concat_hint", "attention": "attention", "gram": "nst"}  # of a statistic that has its own loss
 
 
-def hint_command(cache: Cache, tap: str) -> str:
+def suggest_student(cache: Cache, tap: str) -> str:
     """`student` with kd beside the loss that a tap is for: `hint` of a map, a vector or a grid.
 
     The arch is one that has a layer of that name: resnet8 for the stages of a CIFAR ResNet, else the teacher's own.
@@ -22,7 +22,7 @@ def hint_command(cache: Cache, tap: str) -> str:
     loss = f"{_LOSS[kind]}:teacher={path}" if kind in _LOSS else f"hint:teacher={tap}"
     where = " --data folder:PATH" if cache.data == "folder" else ""
     arch = f" --arch {_arch(cache.teacher, path)}"
-    said = command("student", StudentSettings(cache=(str(cache.folder),)))
+    said = format_command("student", StudentConfig(cache=(str(cache.folder),)))
     return f"{said}{where}{arch} --loss kd --loss {quote(make_printable(loss, None))}"
 
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import make_folder, publish_text
 from softcache.data.transfer_set import short_name
-from softcache.stages.cli.configs import ReportSettings
+from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.copied_commands import command, this_program
-from softcache.stages.cli.extras import require
-from softcache.stages.runs.cost import in_one_line
-from softcache.stages.runs.folder import free_run
+from softcache.stages.cli.copied_commands import format_command, program_name
+from softcache.stages.cli.extras import require_extra
+from softcache.stages.runs.cost import format_cost
+from softcache.stages.runs.folder import find_free_folder
 
-from .latency import latencies
-from .load import Run, read_runs
-from .text import Group, markdown, summary
+from .latency import measure_latencies
+from .load import LoadedRun, read_runs
+from .text import Group, format_markdown, format_summary
 
 if TYPE_CHECKING:
     from softcache.stages.cli.plot_style import Plot
@@ -26,42 +26,42 @@ if TYPE_CHECKING:
     from .page import GroupPart
 
 
-def run(names: tuple[str, ...], settings: ReportSettings) -> None:
+def run(names: tuple[str, ...], settings: ReportConfig) -> None:
     """Everything is made before the first file is written."""
-    require("report needs", "report", "matplotlib", "jinja2")
-    from softcache.stages.cli.plot_style import publish_png
+    require_extra("report needs", "report", "matplotlib", "jinja2")
+    from softcache.stages.cli.plot_style import save_png
 
-    from .page import GroupPart, page
-    from .sections import costs_of, part_of
-    from .table import networks_of, rows_of
+    from .page import GroupPart, render_page
+    from .sections import make_cost_plot, make_run_section
+    from .table import list_networks, make_table_rows
 
     console = Console(settings.json)
     runs, inspections = read_runs(names)
     folder = _folder(settings)
     groups = _groups(runs)
-    networks = {one.name: networks_of(one) for one in runs}
+    networks = {one.name: list_networks(one) for one in runs}
     every = [network for of_run in networks.values() for some in of_run.values() for network in some]
-    found = latencies(every) if settings.latency else {}
+    found = measure_latencies(every) if settings.latency else {}
     loaded: dict[Any, Any] = {}
     parts, texts = [], []
     for group in groups:
-        rows = rows_of(group, networks, found)
-        words = summary(group, rows)
+        rows = make_table_rows(group, networks, found)
+        words = format_summary(group, rows)
         texts.append((group, rows, words))
         each = [
-            part_of(one, group.split, inspections, settings, loaded, len(runs) <= 4)
+            make_run_section(one, group.split, inspections, settings, loaded, len(runs) <= 4)
             for one in progress(group.runs, len(group.runs), "report")
         ]
-        parts.append(GroupPart(group.title, group.split, group.rows, words, rows, costs_of(rows), each))
+        parts.append(GroupPart(group.title, group.split, group.rows, words, rows, make_cost_plot(rows), each))
     again = _again(names, settings)
     title = f"Students of {', '.join(dict.fromkeys(group.title for group in groups))}"
     images = _named(parts) if settings.png else {}
-    files = {"report.html": page(title, parts, again), "report.md": markdown(texts, _bills(runs), again)}
+    files = {"report.html": render_page(title, parts, again), "report.md": format_markdown(texts, _bills(runs), again)}
     make_folder(folder)
     for name, text in files.items():
         publish_text(folder / name, text)
     for name, one in progress(images.items(), len(images), "PNGs"):
-        publish_png(folder / name, one)
+        save_png(folder / name, one)
     if settings.json:
         record = {"out": str(folder), "runs": [one.name for one in runs], "files": [*files, *images]}
         return console.result(json.dumps(record))
@@ -72,10 +72,10 @@ def run(names: tuple[str, ...], settings: ReportSettings) -> None:
     console.say(f"files: {folder}/report.html ({len(files['report.html']) / 1e6:.1f} MB), {folder}/report.md{more}")
 
 
-def _folder(settings: ReportSettings) -> Path:
+def _folder(settings: ReportConfig) -> Path:
     """Where the report goes; one that lies there is replaced. Raises UsageError for a folder of something else."""
     if not settings.out:
-        return free_run("report")
+        return find_free_folder("report")
     folder = Path(settings.out)
     if folder.exists() and (not folder.is_dir() or not all(_is_ours(path) for path in folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is no report: choose another --out")
@@ -97,9 +97,9 @@ def _named(groups: "Sequence[GroupPart]") -> "dict[str, Plot]":
     return found
 
 
-def _groups(runs: Sequence[Run]) -> list[Group]:
+def _groups(runs: Sequence[LoadedRun]) -> list[Group]:
     """The runs by the rows on which they were measured."""
-    found: dict[tuple[str, str], list[Run]] = {}
+    found: dict[tuple[str, str], list[LoadedRun]] = {}
     for one in runs:
         teacher = one.said["teacher"][0] if one.said["teacher"] else {}
         split = "test" if "test" in teacher or (one.result and "test" in one.result["teacher"]) else "val"
@@ -116,11 +116,11 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _bills(runs: Sequence[Run]) -> dict[str, str]:
-    return {one.name: in_one_line(one.result["bill"]) for one in runs if one.result}
+def _bills(runs: Sequence[LoadedRun]) -> dict[str, str]:
+    return {one.name: format_cost(one.result["bill"]) for one in runs if one.result}
 
 
-def _again(names: tuple[str, ...], settings: ReportSettings) -> str:
-    program = f"{this_program()} report"
-    options = command("report", settings, json=False).removeprefix(program)
+def _again(names: tuple[str, ...], settings: ReportConfig) -> str:
+    program = f"{program_name()} report"
+    options = format_command("report", settings, json=False).removeprefix(program)
     return " ".join([program, *(quote(make_printable(name, None)) for name in names)]) + options

@@ -13,11 +13,11 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.stream import render_batches
-from softcache.stages.cli.configs import ReportSettings
-from softcache.stages.student.teachers import bound, open_caches
+from softcache.stages.cli.configs import ReportConfig
+from softcache.stages.student.teachers import load_shared_data, open_caches
 
-from .load import Run
-from .summary import apart
+from .load import LoadedRun
+from .summary import largest_disagreements
 
 _SIDE = 96  # pixels at which a image is kept in the page
 _BARS, _LEAST = 3, 0.005  # classes of each distribution that have a bar, and what one has at least
@@ -36,7 +36,7 @@ class Disagreement:
     bars: list[tuple[str, float, float]]
 
 
-def disagreements(run: Run, split: str, settings: ReportSettings, loaded: Loaded) -> list[Disagreement] | str:
+def disagreements(run: LoadedRun, split: str, settings: ReportConfig, loaded: Loaded) -> list[Disagreement] | str:
     """Those of the run's first seed; or why there are none. loaded: transfer sets that are open already."""
     if not run.said["student"] or not run.said["teacher"]:
         return "the run is not finished" if run.result is None else "the run has kept no logits"
@@ -48,7 +48,7 @@ def disagreements(run: Run, split: str, settings: ReportSettings, loaded: Loaded
     rows = transfer_set.splits[split]
     if rows.content != kept.content:
         return f"the {split} split has other images now than the run was measured on"
-    chosen = apart(kept.logits, teacher.logits, settings.show)
+    chosen = largest_disagreements(kept.logits, teacher.logits, settings.show)
     batch = np.array([row for row, _ in chosen])
     seen = next(iter(render_batches(rows.images, views.without_augmentation(), 0, [batch], 0, 0)))
     found = []
@@ -61,7 +61,7 @@ def disagreements(run: Run, split: str, settings: ReportSettings, loaded: Loaded
     return found
 
 
-def _opened(run: Run, settings: ReportSettings, loaded: Loaded) -> tuple[TransferSet, ViewPolicy] | str:
+def _opened(run: LoadedRun, settings: ReportConfig, loaded: Loaded) -> tuple[TransferSet, ViewPolicy] | str:
     """The run's transfer set and the policy of its views, or why they cannot be had."""
     own = run.settings
     here = replace(own, data=settings.data or own.data, data_root=settings.data_root or own.data_root)
@@ -69,7 +69,7 @@ def _opened(run: Run, settings: ReportSettings, loaded: Loaded) -> tuple[Transfe
     if key not in loaded:
         try:
             caches = open_caches(here.cache)
-            loaded[key] = (bound(caches, here), caches[0].views)
+            loaded[key] = (load_shared_data(caches, here), caches[0].views)
         except (CacheError, UsageError) as error:
             loaded[key] = str(error).splitlines()[0]
     return loaded[key]

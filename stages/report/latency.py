@@ -30,7 +30,7 @@ class Network:
         return torch.rand(1, self.channels, self.size, self.size)
 
 
-def latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
+def measure_latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
     """{network: (parameters, median milliseconds)} of one image alone, by PyTorch on one thread of the CPU.
 
     The median of 7 rounds in which each network takes its turn of 10 images. Networks that are no arch of the table

@@ -12,10 +12,10 @@ import numpy as np
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.prepared_model import InputSpec
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.runs.folder import fingerprints_of, read_json, read_settings
-from softcache.stages.runs.logits import LOGITS, TEACHER_LOGITS, Kept, read_logits
-from softcache.stages.training.checkpoint import LINES, lines_of
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
+from softcache.stages.runs.logits import LOGITS, TEACHER_LOGITS, SplitLogits, read_logits
+from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
 MODELS = ("teacher", "baseline", "student")
 TRAININGS = ("distilled", "student", "baseline")
@@ -38,17 +38,17 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A student's run. result: its result.json, None while it is not finished; fingerprints: of its
     caches; lines: {training: of each seed a line per epoch}; said: {model: of each seed {split: logits}}."""
 
     name: str
     folder: Path
-    settings: StudentSettings
+    settings: StudentConfig
     result: dict[str, Any] | None
     fingerprints: list[str]
     lines: dict[str, list[list[Line]]]
-    said: dict[str, list[dict[str, Kept]]]
+    said: dict[str, list[dict[str, SplitLogits]]]
 
     @property
     def epochs(self) -> int:
@@ -89,13 +89,13 @@ class Run:
         return dict(self.result["spread"][model][split])
 
 
-def read_runs(names: tuple[str, ...]) -> tuple[list[Run], dict[str, dict[str, Any]]]:
+def read_runs(names: tuple[str, ...]) -> tuple[list[LoadedRun], dict[str, dict[str, Any]]]:
     """The students' runs in these folders and what `inspect` found there; a folder of runs stands for all in it.
 
     Without names all under `runs`. {fingerprint: what `inspect` found}: in a folder that is named, else the latest
     beside a run. Raises UsageError where there is no run, CacheError for a damaged one.
     """
-    folders = [folder for name in names or ("runs",) for folder in _unfolded(Path(name), bool(names))]
+    folders = [folder for name in names or ("runs",) for folder in _expand_folder(Path(name), bool(names))]
     runs = [_read(folder) for folder in dict.fromkeys(folders) if (folder / "settings.json").is_file()]
     if not runs:
         raise UsageError(f"there is no run of a student in {', '.join(names) or 'runs'}: name folders of runs")
@@ -110,27 +110,27 @@ def read_runs(names: tuple[str, ...]) -> tuple[list[Run], dict[str, dict[str, An
     return runs, inspections
 
 
-def _unfolded(folder: Path, asked: bool) -> Iterator[Path]:
+def _expand_folder(folder: Path, asked: bool) -> Iterator[Path]:
     """The folder itself, or the runs that lie in it."""
     if any((folder / name).is_file() for name in ("settings.json", "inspect.json")):
-        if asked or (folder / "inspect.json").is_file() or _of_student(folder):
+        if asked or (folder / "inspect.json").is_file() or _is_student_run(folder):
             yield folder
         return
     if asked and not folder.is_dir():
         raise UsageError(f"there is no folder '{folder}'")
     for path in sorted(folder.glob("*/*.json")):
-        if path.name == "inspect.json" or (path.name == "settings.json" and _of_student(path.parent)):
+        if path.name == "inspect.json" or (path.name == "settings.json" and _is_student_run(path.parent)):
             yield path.parent
 
 
-def _of_student(folder: Path) -> bool:
+def _is_student_run(folder: Path) -> bool:
     return "cache" in read_json(folder / "settings.json")
 
 
-def _read(folder: Path) -> Run:
-    if not _of_student(folder):
+def _read(folder: Path) -> LoadedRun:
+    if not _is_student_run(folder):
         raise UsageError(f"'{folder}' is a teacher's run: a report is of students, and has their teacher in it")
-    settings = read_settings(folder, StudentSettings)
+    settings = read_config(folder, StudentConfig)
     result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
     if result is not None:
         _check(result, f"'{folder}/result.json'")
@@ -143,26 +143,26 @@ def _read(folder: Path) -> Run:
     }
     _check_same_rows(said, folder)
     path = folder / "cache.json"
-    fingerprints = fingerprints_of(read_json(path), path) if path.is_file() else []
-    return Run(str(folder), folder, settings, result, fingerprints, lines, said)
+    fingerprints = read_fingerprints(read_json(path), path) if path.is_file() else []
+    return LoadedRun(str(folder), folder, settings, result, fingerprints, lines, said)
 
 
 def _lines(training: str, seeds: list[Path]) -> list[list[Line]]:
     """Of each seed that was begun. Raises CacheError for lines that are no record of epochs."""
     places = [one if training == "student" else one / training for one in seeds]
-    found = [lines_of(place) for place in places if (place / LINES).is_file()]
+    found = [read_epoch_lines(place) for place in places if (place / METRICS_FILE).is_file()]
     for place, lines in zip(places, found, strict=False):
         for line in lines:
             if not isinstance(line, dict) or "epoch" not in line or not all(map(_is_number, line.values())):
-                raise CacheError(f"'{place / LINES}' is damaged: it is not a record of epochs")
+                raise CacheError(f"'{place / METRICS_FILE}' is damaged: it is not a record of epochs")
     return [lines for lines in found if lines]
 
 
-def _said(paths: list[Path]) -> list[dict[str, Kept]]:
+def _said(paths: list[Path]) -> list[dict[str, SplitLogits]]:
     return [read_logits(path) for path in paths if path.is_file()]
 
 
-def _check_same_rows(said: dict[str, list[dict[str, Kept]]], folder: Path) -> None:
+def _check_same_rows(said: dict[str, list[dict[str, SplitLogits]]], folder: Path) -> None:
     """Raise CacheError where student, baseline and teacher do not speak of the same rows and classes."""
     every = [seed for model in MODELS for seed in said[model]]
     for other in every[1:]:

@@ -10,16 +10,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from softcache import __version__
-from softcache.stages.cli.plot_style import Plot, svg
+from softcache.stages.cli.plot_style import Plot, render_svg
 
 from .disagreements import Disagreement
-from .text import COLUMNS, Cell, Row, better, title_of
+from .text import COLUMNS, Cell, Row, column_title, is_better
 
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Shown:
+class PageImage:
     """A image in the page: as a file without its ending, as a data URL, what it shows for those who do not see it,
     and what stands below it."""
 
@@ -46,7 +46,7 @@ class RunPart:
     state: str
     open: bool
     split: str
-    images: list[Shown]
+    images: list[PageImage]
     notes: list[str]
     classes: list[ClassRow]
     apart: list[Disagreement]
@@ -65,21 +65,21 @@ class GroupPart:
     rows: int
     summary: list[str]
     table: list[Row]
-    costs: Shown | None
+    costs: PageImage | None
     runs: list[RunPart]
 
 
-def shown(name: str, image: Plot, alt: str, caption: str) -> Shown:
+def make_page_image(name: str, image: Plot, alt: str, caption: str) -> PageImage:
     """A image as it stands in the page."""
-    url = "data:image/svg+xml;base64," + base64.b64encode(svg(image).encode()).decode()
-    return Shown(name, image, url, alt, caption)
+    url = "data:image/svg+xml;base64," + base64.b64encode(render_svg(image).encode()).decode()
+    return PageImage(name, image, url, alt, caption)
 
 
-def page(title: str, groups: list[GroupPart], again: str) -> str:
+def render_page(title: str, groups: list[GroupPart], again: str) -> str:
     """The whole file. Every text is escaped; the one script that may run is named by its digest."""
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    columns: list[dict[str, Any]] = [{"name": n, "title": title_of(n), "better": better(n)} for n in COLUMNS]
+    columns: list[dict[str, Any]] = [{"name": n, "title": column_title(n), "better": is_better(n)} for n in COLUMNS]
     return environment.get_template("page.html").render(
         title=title,
         groups=groups,

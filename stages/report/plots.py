@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from softcache.stages.cli.plot_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Plot, name_sides, text
+from softcache.stages.cli.plot_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Plot, label_classes, plot_text
 
 from .load import Line
-from .summary import Agreement, pareto
+from .summary import Agreement, find_pareto
 
 _COUNTED = 12  # classes up to which a cell has its number in it
 _KINDS = {"student": (BLUE, "o"), "baseline": (ORANGE, "s"), "teacher": (GREEN, "^")}
@@ -32,7 +32,7 @@ class Point:
     milliseconds: float | None
 
 
-def of_costs(points: Sequence[Point]) -> Plot:
+def plot_costs(points: Sequence[Point]) -> Plot:
     """Accuracy over size and over latency, with those that no cheaper one equals joined by a line."""
 
     def draw(figure: Figure) -> None:
@@ -55,7 +55,7 @@ def of_costs(points: Sequence[Point]) -> Plot:
 
 
 def _cloud(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
-    front = pareto(costs, [point.accuracy for point in points])
+    front = find_pareto(costs, [point.accuracy for point in points])
     if len(front) > 1:
         x, y = [costs[i] for i in front], [100 * points[i].accuracy for i in front]
         axes.plot(x, y, color=GREY, linewidth=1, zorder=1, label="Pareto front")
@@ -78,10 +78,12 @@ def _cloud(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
             where, offset, ha, va = (cost, 100 * point.accuracy), (-7, 4), "right", "bottom"
             if point.kind == "teacher":
                 offset, ha, va = (7, -4), "left", "top"
-            axes.annotate(text(point.name, 20), where, offset, ha=ha, va=va, textcoords="offset points", fontsize=8)
+            axes.annotate(
+                plot_text(point.name, 20), where, offset, ha=ha, va=va, textcoords="offset points", fontsize=8
+            )
 
 
-def of_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Plot:
+def plot_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Plot:
     """By epoch: the terms of the student's loss, their gradients, and accuracy and macro F1 of validation.
 
     trainings: {student or baseline: of each seed its lines}; a line is the mean over seeds, the shade from the least
@@ -96,7 +98,7 @@ def of_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Pl
         axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
         for panel, (title, keys) in zip(axes, shown, strict=False):
             for i, key in enumerate(keys):
-                label = text(key.partition("_")[2])
+                label = plot_text(key.partition("_")[2])
                 _curve(panel, student, key, 1, SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)], label)
             panel.set_yscale("log" if _positive(student, keys) else "linear")
             panel.set_title(title)
@@ -148,7 +150,7 @@ def _positive(seeds: list[list[Line]], keys: list[str]) -> bool:
     return all(line[key] > 0 for seed in seeds for line in seed for key in keys if key in line)
 
 
-def of_confusion(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]], names: list[str]) -> Plot:
+def plot_confusion(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]], names: list[str]) -> Plot:
     """Shares of each true class, and by how many points the student's differ from the teacher's."""
     own, theirs = _shares(student), _shares(teacher)
     side = min(7.0, 2.6 + 0.28 * len(names))
@@ -183,7 +185,7 @@ def _matrix(
     axes.set_facecolor("#DDDDDD")
     image = axes.imshow(values, cmap=colours, vmin=span[0], vmax=span[1])
     figure.colorbar(image, ax=axes, shrink=0.75)
-    name_sides(axes, names, 14)
+    label_classes(axes, names, 14)
     counted = np.abs(np.nan_to_num(values)) >= 0.5
     for i, j in zip(*np.nonzero(counted), strict=True) if len(names) <= _COUNTED else ():
         colour = _legible(image.to_rgba(values[i, j])[:3])
@@ -200,7 +202,7 @@ def _legible(paper: Iterable[float]) -> str:
     return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#FFFFFF"
 
 
-def of_reliability(models: dict[str, dict[str, Any]]) -> Plot:
+def plot_reliability(models: dict[str, dict[str, Any]]) -> Plot:
     """Accuracy over mean confidence of each bin. models: {name: soft_targets.calibration of it}."""
 
     def draw(figure: Figure) -> None:
@@ -227,7 +229,7 @@ def of_reliability(models: dict[str, dict[str, Any]]) -> Plot:
     return Plot((5.4, 4.8), draw)
 
 
-def of_agreement(found: Agreement) -> Plot:
+def plot_agreement(found: Agreement) -> Plot:
     """Where the student follows its teacher, and where it should not have."""
     names = [f"teacher right\n({found.rows[0]:,} rows)", f"teacher wrong\n({found.rows[1]:,} rows)"]
     parts = ("says the same", "right, against the teacher", "wrong in its own way")

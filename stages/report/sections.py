@@ -7,23 +7,23 @@ import numpy as np
 
 from softcache.base.errors import make_printable
 from softcache.pipeline.metrics.soft_targets import calibration
-from softcache.stages.cli.configs import ReportSettings
-from softcache.stages.cli.copied_commands import command
+from softcache.stages.cli.configs import ReportConfig
+from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.inspect import plots as of_inspection
-from softcache.stages.runs.cost import in_one_line
+from softcache.stages.runs.cost import format_cost
 
 from . import plots as drawing
 from .disagreements import Loaded, disagreements
-from .load import Line, Run
-from .page import ClassRow, RunPart, Shown, shown
+from .load import Line, LoadedRun
+from .page import ClassRow, PageImage, RunPart, make_page_image
 from .plots import Point
-from .summary import agreement
+from .summary import measure_agreement
 from .text import Cell, Row
 
 _CHANNELS = 15  # of a tap, in its panel
 
 
-def costs_of(rows: Sequence[Row]) -> Shown | None:
+def make_cost_plot(rows: Sequence[Row]) -> PageImage | None:
     """The plot of accuracy over size and latency, where there is a finished network to draw."""
     points = [
         Point(
@@ -40,16 +40,16 @@ def costs_of(rows: Sequence[Row]) -> Shown | None:
     if not any(point.parameters for point in points):
         return None
     alt = "Accuracy of " + "; ".join(f"{point.name} {100 * point.accuracy:.2f} %" for point in points)
-    return shown(
-        "costs", drawing.of_costs(points), alt, "Accuracy over size and over the time of one image on this machine."
+    return make_page_image(
+        "costs", drawing.plot_costs(points), alt, "Accuracy over size and over the time of one image on this machine."
     )
 
 
-def part_of(
-    run: Run,
+def make_run_section(
+    run: LoadedRun,
     split: str,
     inspections: dict[str, dict[str, Any]],
-    settings: ReportSettings,
+    settings: ReportConfig,
     loaded: Loaded,
     unfolded: bool,
 ) -> RunPart:
@@ -70,13 +70,13 @@ def part_of(
         classes=_classes(run, split),
         apart=[] if isinstance(apart, str) else apart,
         not_apart=make_printable(apart, None) if isinstance(apart, str) else "",
-        bill=in_one_line(run.result["bill"]) if run.result else "",
+        bill=format_cost(run.result["bill"]) if run.result else "",
         provenance=_provenance(run),
-        command=command("student", run.settings, resume=False, json=False),
+        command=format_command("student", run.settings, resume=False, json=False),
     )
 
 
-def _curves(run: Run, notes: list[str]) -> list[Shown]:
+def _curves(run: LoadedRun, notes: list[str]) -> list[PageImage]:
     """Of the student from its first epoch, fine-tuning after distillation in the same image, and of its baseline."""
     before = run.lines["distilled"]
     own = run.lines["student"]
@@ -89,17 +89,17 @@ def _curves(run: Run, notes: list[str]) -> list[Shown]:
     trainings = {"student": student, "baseline": run.lines["baseline"]}
     if not any(key.startswith("gradient_") for seed in student for line in seed for key in line):
         notes.append("The gradients of the terms were not measured in this run.")
-    image = drawing.of_curves(trainings, run.settings.epochs if run.settings.finetune_epochs else 0)
+    image = drawing.plot_curves(trainings, run.settings.epochs if run.settings.finetune_epochs else 0)
     last = student[-1][-1]
     alt = f"Curves over {max(map(len, student))} epochs; at the last one the loss is {last.get('loss', 0):.4g}"
     return [
-        shown(
+        make_page_image(
             "curves", image, alt, "Training: terms of the loss as they are weighed, their gradients, and validation."
         )
     ]
 
 
-def _of_figures(run: Run, split: str, notes: list[str]) -> list[Shown]:
+def _of_figures(run: LoadedRun, split: str, notes: list[str]) -> list[PageImage]:
     """Confusion matrices."""
     own, teacher = run.figures("student", split), run.figures("teacher", split)
     if not own or not teacher:
@@ -113,10 +113,10 @@ def _of_figures(run: Run, split: str, notes: list[str]) -> list[Shown]:
     most, i, j = max(wrong) if wrong else (0, 0, 0)
     alt = f"Confusion matrices. The student's most frequent mistake: {names[i]} taken for {names[j]}, {most:.3g} times"
     caption = "Which class is taken for which, and where the student does so more or less than its teacher."
-    return [shown("confusion", drawing.of_confusion(one, other, names), alt, caption)]
+    return [make_page_image("confusion", drawing.plot_confusion(one, other, names), alt, caption)]
 
 
-def _of_logits(run: Run, split: str, notes: list[str]) -> list[Shown]:
+def _of_logits(run: LoadedRun, split: str, notes: list[str]) -> list[PageImage]:
     """Reliability, and agreement with the teacher where it is right and where it is wrong; over all seeds."""
     students = [seed[split] for seed in run.said["student"] if split in seed]
     teacher = run.said["teacher"][0].get(split) if run.said["teacher"] else None
@@ -133,55 +133,55 @@ def _of_logits(run: Run, split: str, notes: list[str]) -> list[Shown]:
             logits, labels = (np.concatenate([getattr(one, key) for one in seeds]) for key in ("logits", "labels"))
             models[model] = calibration(logits, labels)
     errors = ", ".join(f"{name} {100 * one['ece']:.2f} %" for name, one in models.items())
-    found = agreement([one.logits for one in students], teacher.logits, teacher.labels)
+    found = measure_agreement([one.logits for one in students], teacher.logits, teacher.labels)
     follows = f"the student says the same in {100 * found.right[0]:.1f} % of the rows that the teacher gets right"
     also = f"and in {100 * found.wrong[0]:.1f} % of those that it gets wrong" if found.rows[1] else ""
     return [
-        shown(
+        make_page_image(
             "reliability",
-            drawing.of_reliability(models),
+            drawing.plot_reliability(models),
             f"Reliability diagram. Calibration error: {errors}",
             "Reliability: how often a guess of some confidence is right (15 bins), and how many rows each bin has.",
         ),
-        shown(
+        make_page_image(
             "agreement",
-            drawing.of_agreement(found),
+            drawing.plot_agreement(found),
             f"Agreement: {follows} {also}",
             "Agreement with the teacher where it is right and where it is wrong.",
         ),
     ]
 
 
-def _of_inspection(record: dict[str, Any]) -> list[Shown]:
+def _of_inspection(record: dict[str, Any]) -> list[PageImage]:
     """What `inspect` found in the teacher of this run's cache."""
     taps, joint, channels = record["taps"], record["joint"], record["channels"]
     if not taps:
         return []
     best = f"the best tap is {record['best']}"
     return [
-        shown(
+        make_page_image(
             "taps",
-            of_inspection.of_taps(taps, joint["teacher"], joint["majority"], joint["split"]),
+            of_inspection.plot_taps(taps, joint["teacher"], joint["majority"], joint["split"]),
             f"Feature importance of the taps: {best}",
             "Feature importance: which layers of the teacher matter.",
         ),
-        shown(
+        make_page_image(
             "channels",
-            of_inspection.of_channels(channels, _CHANNELS),
+            of_inspection.plot_channels(channels, _CHANNELS),
             "Feature importance of the channels of each tap",
             "Feature importance: the first channels of each tap.",
         ),
     ]
 
 
-def _names(run: Run, classes: int) -> list[str]:
+def _names(run: LoadedRun, classes: int) -> list[str]:
     """Of the classes, as the run's teacher has kept them; else their numbers."""
     kept = [one for seed in run.said["teacher"] for one in seed.values()]
     names = kept[0].names if kept else ()
     return [make_printable(name, 60) for name in names] if len(names) == classes else [str(c) for c in range(classes)]
 
 
-def _classes(run: Run, split: str) -> list[ClassRow]:
+def _classes(run: LoadedRun, split: str) -> list[ClassRow]:
     """The weakest first."""
     own, teacher = run.figures("student", split), run.figures("teacher", split)
     if not own or not teacher or "per_class" not in own or "per_class" not in teacher:
@@ -204,7 +204,7 @@ def _percent(value: float | None, sign: str = "") -> Cell:
     return Cell("–", None) if value is None else Cell(f"{100 * value:{sign}.1f}", value)
 
 
-def _provenance(run: Run) -> list[tuple[str, str]]:
+def _provenance(run: LoadedRun) -> list[tuple[str, str]]:
     """Where everything comes from, by name."""
     found = [("folder", run.name), ("data", run.settings.data)]
     found += [("cache", f"{path} {one}") for path, one in zip(run.settings.cache, run.fingerprints, strict=False)]

@@ -24,7 +24,9 @@ class Agreement:
     wrong: tuple[float, float, float]
 
 
-def agreement(students: Sequence[NDArray[np.floating]], teacher: NDArray[np.floating], labels: Labels) -> Agreement:
+def measure_agreement(
+    students: Sequence[NDArray[np.floating]], teacher: NDArray[np.floating], labels: Labels
+) -> Agreement:
     """students: logits [N, K] of each seed; teacher [N, K]; labels [N], -1 for rows that are left out."""
     known = labels >= 0
     truth, said = labels[known], teacher.argmax(1)[known]
@@ -42,7 +44,9 @@ def agreement(students: Sequence[NDArray[np.floating]], teacher: NDArray[np.floa
     return Agreement((count, len(truth) - count), right, wrong)
 
 
-def apart(student: NDArray[np.floating], teacher: NDArray[np.floating], most: int) -> list[tuple[int, float]]:
+def largest_disagreements(
+    student: NDArray[np.floating], teacher: NDArray[np.floating], most: int
+) -> list[tuple[int, float]]:
     """The rows whose two distributions differ most, and by how much: the Jensen-Shannon divergence (Lin 1991), in
     bits, 0 … 1. student, teacher: logits [N, K]."""
     p, q = np.exp(log_softmax(student)), np.exp(log_softmax(teacher))
@@ -52,7 +56,7 @@ def apart(student: NDArray[np.floating], teacher: NDArray[np.floating], most: in
     return [(int(row), float(divergence[row])) for row in order]
 
 
-def pareto(cost: Sequence[float], worth: Sequence[float]) -> list[int]:
+def find_pareto(cost: Sequence[float], worth: Sequence[float]) -> list[int]:
     """The places of those to which no other is cheaper or as cheap, and better; from cheap to dear."""
     front: list[int] = []
     for i in sorted(range(len(cost)), key=lambda i: (cost[i], -worth[i])):

@@ -9,13 +9,13 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import InputSpec
 
 from .latency import Network
-from .load import Run
-from .text import COLUMNS, Cell, Group, Row, cell_of
+from .load import LoadedRun
+from .text import COLUMNS, Cell, Group, Row, make_cell
 
 Found = Mapping[Network, tuple[int, float]]
 
 
-def networks_of(run: Run) -> dict[str, list[Network]]:
+def list_networks(run: LoadedRun) -> dict[str, list[Network]]:
     """{model: what is to be built to measure it, the members of a blend one by one}, as far as it is known: of a
     teacher only where its cache is here."""
     found: dict[str, list[Network]] = {}
@@ -35,7 +35,7 @@ def networks_of(run: Run) -> dict[str, list[Network]]:
     return found
 
 
-def rows_of(group: Group, of_runs: Mapping[str, dict[str, list[Network]]], found: Found) -> list[Row]:
+def make_table_rows(group: Group, of_runs: Mapping[str, dict[str, list[Network]]], found: Found) -> list[Row]:
     """A row of each student, baseline and teacher; a teacher of several students once. of_runs: networks_of each run,
     by its name."""
     rows: list[Row] = []
@@ -60,11 +60,11 @@ def _costs(networks: Sequence[Network], found: Found) -> tuple[int, float] | Non
     return sum(parameters for parameters, _ in known), sum(milliseconds for _, milliseconds in known)
 
 
-def _members(run: Run, split: str, networks: Sequence[Network], found: Found) -> list[Row]:
+def _members(run: LoadedRun, split: str, networks: Sequence[Network], found: Found) -> list[Row]:
     """The teachers of a blend, each as it is cached."""
     rows = []
     for i, member in enumerate((run.result or {}).get("members", ())):
-        cells = {name: cell_of(name, member.get(split, {}).get(name)) for name in COLUMNS}
+        cells = {name: make_cell(name, member.get(split, {}).get(name)) for name in COLUMNS}
         parameters, milliseconds = _costs(networks[i : i + 1], found) or (None, None)
         arch = make_printable(member["arch"])
         rows.append(Row(f"{arch}, as cached", "teacher", arch, "", cells, parameters, milliseconds, None))
@@ -75,12 +75,12 @@ def _seen(row: Row, rows: Sequence[Row]) -> bool:
     return any(one.kind == "teacher" and (one.name, one.figures) == (row.name, row.figures) for one in rows)
 
 
-def _student(run: Run, model: str, split: str, costs: tuple[int, float] | None) -> Row:
+def _student(run: LoadedRun, model: str, split: str, costs: tuple[int, float] | None) -> Row:
     """Of a finished run, its student or its baseline."""
     assert run.result is not None
     record, spread = run.result[model], run.spread(model, split)
     figures = run.figures(model, split) or {}
-    cells = {name: cell_of(name, figures.get(name), spread.get(name)) for name in COLUMNS}
+    cells = {name: make_cell(name, figures.get(name), spread.get(name)) for name in COLUMNS}
     milliseconds = costs[1] if costs else None
     return Row(
         make_printable(run.name),
@@ -94,10 +94,10 @@ def _student(run: Run, model: str, split: str, costs: tuple[int, float] | None) 
     )
 
 
-def _teacher(run: Run, split: str, networks: Sequence[Network], found: Found) -> Row:
+def _teacher(run: LoadedRun, split: str, networks: Sequence[Network], found: Found) -> Row:
     """What the student learned from, as one teacher."""
     figures = run.figures("teacher", split) or {}
-    cells = {name: cell_of(name, figures.get(name)) for name in COLUMNS}
+    cells = {name: make_cell(name, figures.get(name)) for name in COLUMNS}
     named = " + ".join(network.arch for network in networks) or "teacher"
     arch = make_printable(run.result["teacher"]["arch"] if run.result else named)
     how = [one for one in (run.settings.combine, run.settings.map) if one]
@@ -106,11 +106,11 @@ def _teacher(run: Run, split: str, networks: Sequence[Network], found: Found) ->
     return Row(make_printable(", ".join([arch, *how])), "teacher", arch, "", cells, parameters, milliseconds, seconds)
 
 
-def _unfinished(run: Run) -> Row:
+def _unfinished(run: LoadedRun) -> Row:
     """As far as it came, by its last epoch's figures of validation."""
     last: dict[str, Any] = next(
         (seeds[-1][-1] for seeds in map(run.lines.get, ("student", "distilled")) if seeds and seeds[-1]), {}
     )
-    cells: dict[str, Cell] = {name: cell_of(name, last.get(f"val_{name}")) for name in COLUMNS}
+    cells: dict[str, Cell] = {name: make_cell(name, last.get(f"val_{name}")) for name in COLUMNS}
     note = f"{run.state}; figures of validation" if last else run.state
     return Row(make_printable(run.name), "student", make_printable(run.settings.arch), note, cells, None, None, None)

@@ -6,11 +6,11 @@ from typing import Any
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.metrics.significance import RESAMPLES
-from softcache.stages.cli.console import bar, duration
-from softcache.stages.compare.candidates import side_of
-from softcache.stages.compare.significance import judge
+from softcache.stages.cli.console import format_duration, progress_bar
+from softcache.stages.compare.candidates import read_candidate
+from softcache.stages.compare.significance import compare_pairs
 
-from .load import Run
+from .load import LoadedRun
 
 COLUMNS = {
     "accuracy": "accuracy",
@@ -57,10 +57,10 @@ class Group:
     title: str
     split: str
     rows: int
-    runs: list[Run]
+    runs: list[LoadedRun]
 
 
-def cell_of(name: str, value: float | None, sd: float | None = None) -> Cell:
+def make_cell(name: str, value: float | None, sd: float | None = None) -> Cell:
     """A figure with its spread."""
     if value is None:
         return Cell("–", None)
@@ -69,17 +69,17 @@ def cell_of(name: str, value: float | None, sd: float | None = None) -> Cell:
     return Cell(f"{scale * value:.{digits}f}{around}", value, sd)
 
 
-def title_of(name: str) -> str:
+def column_title(name: str) -> str:
     """Of a column, with its unit."""
     return COLUMNS[name] + (", %" if name in _IN_PERCENT else "")
 
 
-def better(name: str) -> str:
+def is_better(name: str) -> str:
     """Which way a figure is better."""
     return "lower is better" if name in _LESS_IS_BETTER else "higher is better"
 
 
-def summary(group: Group, rows: Sequence[Row]) -> list[str]:
+def format_summary(group: Group, rows: Sequence[Row]) -> list[str]:
     """What the runs come to, a sentence each."""
     students = [row for row in rows if row.kind == "student" and row.figures["accuracy"].value is not None]
     finished = [row for row in students if not row.note]
@@ -92,7 +92,7 @@ def summary(group: Group, rows: Sequence[Row]) -> list[str]:
     lines += _smallest(finished, rows)
     saved = sum(run.result["bill"]["saved"] or 0 for run in group.runs if run.result)
     if saved:
-        lines.append(f"Beside a teacher in the loop, the cache has saved {duration(saved)} of teacher in all.")
+        lines.append(f"Beside a teacher in the loop, the cache has saved {format_duration(saved)} of teacher in all.")
     lines += [f"{run.name} is {run.state}." for run in group.runs if not run.result]
     return lines
 
@@ -114,14 +114,14 @@ def _against(best: Row, group: Group) -> list[str]:
     return lines
 
 
-def _verdict(run: Run) -> str:
+def _verdict(run: LoadedRun) -> str:
     """Whether student and baseline are told apart, as `compare` has it."""
     try:
-        sides = [side_of(run.name, model, run.result or {}, model) for model in ("baseline", "student")]
+        sides = [read_candidate(run.name, model, run.result or {}, model) for model in ("baseline", "student")]
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise CacheError(f"'{run.name}/result.json' is not of a student's run") from None
-    with bar(RESAMPLES, "resamples", "", scale=True) as shown:
-        (record,) = judge([(sides[0], sides[1])], shown.update)
+    with progress_bar(RESAMPLES, "resamples", "", scale=True) as shown:
+        (record,) = compare_pairs([(sides[0], sides[1])], shown.update)
     if record["verdict"] is None:
         return ""
     low, high = (f"{100 * record['accuracy'][key]:+.2f}" for key in ("low", "high"))
@@ -148,12 +148,12 @@ def _smallest(students: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def markdown(groups: Sequence[tuple[Group, list[Row], list[str]]], bills: dict[str, str], again: str) -> str:
+def format_markdown(groups: Sequence[tuple[Group, list[Row], list[str]]], bills: dict[str, str], again: str) -> str:
     """report.md: summaries, tables, bills and provenance; nothing in it is markup that a name brought along."""
     lines = ["# Report", ""]
     for group, rows, words in groups:
         lines += [f"## {_plain(group.title)}", "", *(f"{_plain(line)}  " for line in words), ""]
-        titles = ["", "network", *map(title_of, _FEW), "parameters", "ms a image"]
+        titles = ["", "network", *map(column_title, _FEW), "parameters", "ms a image"]
         lines += [_line(titles), _line(["---", "---", *["---:"] * (len(titles) - 2)])]
         for row in rows:
             kind = f"{row.name}, {row.kind}" if row.kind != "student" else row.name
@@ -168,7 +168,7 @@ def markdown(groups: Sequence[tuple[Group, list[Row], list[str]]], bills: dict[s
     return "\n".join([*lines, "", f"Made by `{again}`.", ""])
 
 
-def provenance_line(run: Run) -> str:
+def provenance_line(run: LoadedRun) -> str:
     """Caches, seeds, versions and machine of a run."""
     caches = ", ".join(one[:12] for one in run.fingerprints)
     seeds = f"seed {run.settings.seed}" if run.settings.seeds == 1 else f"{run.settings.seeds} seeds"

@@ -12,15 +12,15 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import make_folder, publish_json, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
-from softcache.stages.cli.configs import StudentSettings, TeacherSettings
-from softcache.stages.cli.extras import require
-from softcache.stages.distributed.ranks import barrier, from_first, is_first
+from softcache.stages.cli.configs import StudentConfig, TeacherConfig
+from softcache.stages.cli.extras import require_extra
+from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
 from .logits import TEACHER_LOGITS
 
 # Settings that say where a run lies and what it prints and keeps besides: with others it is the same run.
-ASIDE = ("out", "json", "resume", "tensorboard")
-S = TypeVar("S", TeacherSettings, StudentSettings)
+IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard")
+S = TypeVar("S", TeacherConfig, StudentConfig)
 
 
 def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
@@ -30,27 +30,27 @@ def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
     settings are those the run was begun with, and what the command says besides must agree with them.
     Raises UsageError for a folder that holds something else. Of several ranks the first looks, for all.
     """
-    record = from_first(lambda: asdict(_opened(settings, said, default)))
+    record = broadcast_from_first(lambda: asdict(_resolve_run(settings, said, default)))
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     settings = replace(settings, **plain)
     return settings, Path(settings.out)
 
 
-def _opened(settings: S, said: set[str], default: str) -> S:
-    milestones_of(settings)
+def _resolve_run(settings: S, said: set[str], default: str) -> S:
+    parse_milestones(settings)
     if settings.resume:
-        kept = _resumed(settings, said)
+        kept = _resume_config(settings, said)
         check_installed(kept)
         return kept
     check_installed(settings)
-    folder = Path(settings.out) if settings.out else free_run(default)
-    if folder.exists() and (not folder.is_dir() or any(not _left_over(path) for path in folder.iterdir())):
-        other = _others(folder, settings)
+    folder = Path(settings.out) if settings.out else find_free_folder(default)
+    if folder.exists() and (not folder.is_dir() or any(not _is_stale(path) for path in folder.iterdir())):
+        other = _describe_other_run(folder, settings)
         raise UsageError(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
     return replace(settings, out=str(folder))
 
 
-def milestones_of(settings: TeacherSettings | StudentSettings) -> list[float]:
+def parse_milestones(settings: TeacherConfig | StudentConfig) -> list[float]:
     """The shares of the training at which the schedule goes down. Raises UsageError for what is none."""
     try:
         shares = [float(text) for text in settings.milestones.split(",")]
@@ -61,18 +61,18 @@ def milestones_of(settings: TeacherSettings | StudentSettings) -> list[float]:
     return shares
 
 
-def check_installed(settings: TeacherSettings | StudentSettings) -> None:
+def check_installed(settings: TeacherConfig | StudentConfig) -> None:
     """Raise UsageError for an optional part that is asked for and is not there, before anything is done."""
     if settings.tensorboard:
-        require("--tensorboard wants", "tensorboard", "tensorboard")
+        require_extra("--tensorboard wants", "tensorboard", "tensorboard")
 
 
-def _left_over(path: Path) -> bool:
+def _is_stale(path: Path) -> bool:
     """Whether a process that was killed before it began a run left this: no more than a lock, or half its settings."""
     return path.name == LOCK or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
 
 
-def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> list[Path]:
+def find_unfinished_runs(settings: TeacherConfig | StudentConfig, folder: Path) -> list[Path]:
     """Other runs with the same settings that were stopped, beside a folder whose name was chosen for this one."""
     found = []
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/settings.json")):
@@ -82,13 +82,13 @@ def unfinished(settings: TeacherSettings | StudentSettings, folder: Path) -> lis
             kept = read_json(path)
         except CacheError:  # damaged: that is for those who go on with it
             continue
-        if not _differing(kept, settings):
+        if not _list_differences(kept, settings):
             found.append(path.parent)
     return found
 
 
 @contextmanager
-def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iterator[None]:
+def start_run(settings: TeacherConfig | StudentConfig, folder: Path) -> Iterator[None]:
     """Make the folder of a run, hold it, and publish its settings.json, once all that can be refused has been checked.
 
     Raises CacheError when another process holds it. Of several ranks the first does all this; the others wait for it.
@@ -108,24 +108,24 @@ def begin_run(settings: TeacherSettings | StudentSettings, folder: Path) -> Iter
         yield
 
 
-def same_settings(folder: Path, settings: StudentSettings) -> None:
+def check_same_config(folder: Path, settings: StudentConfig) -> None:
     """Raise CacheError, naming what differs, when a run was begun with other settings than these."""
-    kept = asdict(read_settings(folder, type(settings)))
-    if differ := _differing(json.loads(json.dumps(kept)), settings):
+    kept = asdict(read_config(folder, type(settings)))
+    if differ := _list_differences(json.loads(json.dumps(kept)), settings):
         raise CacheError(f"'{folder}' was begun with other settings ({'; '.join(differ[:4])}): choose another --out")
 
 
-def free_run(default: str) -> Path:
+def find_free_folder(default: str) -> Path:
     """runs/default-1, -2 …: the first that is not there."""
     numbers = range(1, 1_000_000)
     return next(p for n in numbers if not (p := Path("runs") / f"{default}-{n}").exists())
 
 
-def _resumed(settings: S, said: set[str]) -> S:
+def _resume_config(settings: S, said: set[str]) -> S:
     if not settings.out:
         raise UsageError("--resume wants the run's folder: --resume --out runs/…")
     folder = Path(settings.out)
-    kept = read_settings(folder, type(settings))
+    kept = read_config(folder, type(settings))
     own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data", "tensorboard"}
     wrong = [
         f"--{n.replace('_', '-')}"
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _others(folder: Path, settings: S) -> str:
+def _describe_other_run(folder: Path, settings: S) -> str:
     path = folder / "settings.json"
     if not path.is_file():
         return " and is no run"
@@ -150,26 +150,26 @@ def _others(folder: Path, settings: S) -> str:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return " and its settings.json is damaged"
-    differ = _differing(kept, settings)
+    differ = _list_differences(kept, settings)
     return f", begun with other settings ({'; '.join(differ[:4])})" if differ else ", begun with the same settings"
 
 
-def _differing(kept: Any, settings: TeacherSettings | StudentSettings) -> list[str]:
+def _list_differences(kept: Any, settings: TeacherConfig | StudentConfig) -> list[str]:
     """The settings in which a run differs from what is asked, in words; where it lies and what it prints aside."""
     asked = json.loads(json.dumps(asdict(settings)))
-    return [f"{n} {a} there, {b} asked" for n, a, b in find_differences(kept, asked) if n not in ASIDE]
+    return [f"{n} {a} there, {b} asked" for n, a, b in find_differences(kept, asked) if n not in IGNORED_OPTIONS]
 
 
-def read_settings(folder: Path, kind: type[S]) -> S:
+def read_config(folder: Path, kind: type[S]) -> S:
     """The settings of a run. Raises UsageError when it is none, CacheError for what no command could have given."""
     path = folder / "settings.json"
     record = read_json(path, {f.name for f in fields(kind)})
-    if wrong := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _could_be_given(f, record[f.name])]:
+    if wrong := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _is_valid_value(f, record[f.name])]:
         raise CacheError(f"'{path}' is damaged: {make_printable(', '.join(wrong))}")
     return kind(**record)
 
 
-def _could_be_given(field: Field[Any], value: Any) -> bool:
+def _is_valid_value(field: Field[Any], value: Any) -> bool:
     """Whether a value of settings.json is the default, or one that the command line would have taken."""
     kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
     if type(value) not in kinds or (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
@@ -194,7 +194,7 @@ def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) and known else v for k, v in record.items()}
 
 
-def fingerprints_of(record: dict[str, Any], path: Path) -> list[str]:
+def read_fingerprints(record: dict[str, Any], path: Path) -> list[str]:
     """Of the caches that a run was trained from, in its order. record: cache.json, which lies at path. Raises
     CacheError where it names none."""
     try:

@@ -18,7 +18,7 @@ _FORM = "softcache logits 1"
 
 
 @dataclass(frozen=True)
-class Kept:
+class SplitLogits:
     """Of one split: logits float32 [N, K], labels int64 [N] (-1 where there is none), both in row order; content:
     digest of its images and labels, equal for equal rows; classes: names, in the order of the logits."""
 
@@ -34,7 +34,7 @@ class Kept:
         return self.classes if len(self.classes) == K else tuple(map(str, range(K)))
 
 
-def publish_logits(path: Path, logits: dict[str, NDArray[np.float32]], transfer_set: TransferSet) -> None:
+def save_logits(path: Path, logits: dict[str, NDArray[np.float32]], transfer_set: TransferSet) -> None:
     """Keep {split: logits [N, K]} in row order, beside the labels and what tells these rows from others."""
     arrays: dict[str, NDArray[np.generic]] = {}
     for split, said in logits.items():
@@ -45,7 +45,7 @@ def publish_logits(path: Path, logits: dict[str, NDArray[np.float32]], transfer_
     publish_bytes(path, save(arrays, record))  # save_file would make one that its owner alone may read
 
 
-def read_logits(path: Path) -> dict[str, Kept]:
+def read_logits(path: Path) -> dict[str, SplitLogits]:
     """{split: what is kept of it}. Raises UsageError when there is no such file, CacheError for what is damaged.
 
     The format has no code in it, and its reader checks every size against the file's before it reads.
@@ -61,7 +61,7 @@ def read_logits(path: Path) -> dict[str, Kept]:
             if names != {f"{split}.{what}" for split in contents for what in ("logits", "labels")}:
                 raise ValueError(f"it has {sorted(names)[:4]}")
             found = {
-                str(split): Kept(
+                str(split): SplitLogits(
                     file.get_tensor(f"{split}.logits"), file.get_tensor(f"{split}.labels"), str(content), classes
                 )
                 for split, content in contents.items()
@@ -73,7 +73,7 @@ def read_logits(path: Path) -> dict[str, Kept]:
     return found
 
 
-def _check(kept: Kept) -> None:
+def _check(kept: SplitLogits) -> None:
     """Raise ValueError for logits and labels that are not of the same rows and classes."""
     rows, K = kept.logits.shape if kept.logits.ndim == 2 else (-1, -1)
     if kept.logits.dtype != np.float32 or kept.labels.dtype != np.int64 or kept.labels.shape != (rows,) or K < 1:

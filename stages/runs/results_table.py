@@ -30,22 +30,24 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     )
     for model in models:
         figures, spread = result[model][split], result["spread"].get(model, {}).get(split, {})
-        cells = [cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
+        cells = [format_cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
         seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
-        console.say(f"{names[model]:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + f"{seconds:>10.1f}")
+        console.say(
+            f"{names[model]:<{width}}" + "".join(f"{format_cell:>17}" for format_cell in cells) + f"{seconds:>10.1f}"
+        )
     console.say("(seconds: of the teacher, stage one, paid once; of a student, its training)")
-    for line in _meaning(result, split):
+    for line in _explain_gain(result, split):
         console.say(line)
 
 
-def cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:
+def format_cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:
     """A figure, with its spread where it is a mean of several seeds."""
     if value is None:
         return unknown
     return f"{value:.4f} ± {spread:.4f}" if seeds > 1 and spread is not None else f"{value:.4f}"
 
 
-def _meaning(result: dict[str, Any], split: str) -> list[str]:
+def _explain_gain(result: dict[str, Any], split: str) -> list[str]:
     """In words: what was gained, and from what."""
     if "baseline" not in result or "accuracy" not in result["student"][split]:
         return []

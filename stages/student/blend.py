@@ -11,16 +11,16 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.teachers.combine import PER_TEACHER, SINGLE_OUTPUT, Combination, parse_combination
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
-from softcache.stages.cli.configs import BlendSettings, StudentSettings
+from softcache.stages.cli.configs import BlendConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import command
+from softcache.stages.cli.copied_commands import format_command
 
-from .teachers import blended, open_caches, shares_of
+from .teachers import format_weights, open_caches, resolve_combination
 
 _COLUMNS = ("nll", "accuracy", "f1_macro")
 
 
-def run(settings: BlendSettings) -> None:
+def run(settings: BlendConfig) -> None:
     """Each cache alone and each way to combine them, by the figures of the held-out splits."""
     console = Console(settings.json)
     if len(settings.cache) < 2:
@@ -45,8 +45,8 @@ def run(settings: BlendSettings) -> None:
         return console.result(json.dumps({"caches": list(settings.cache), "rows": rows}))
     _print(rows, splits, console)
     best = min(rows[len(caches) :], key=lambda row: row["val"]["nll"])["name"]  # the least NLL on validation
-    student = StudentSettings(cache=settings.cache, combine=settings.combine if best == "weighted" else best)
-    console.say(f"next:  {command('student', student)}")
+    student = StudentConfig(cache=settings.cache, combine=settings.combine if best == "weighted" else best)
+    console.say(f"next:  {format_command('student', student)}")
 
 
 def _labels(cache: Cache, split: str) -> Any:
@@ -56,12 +56,12 @@ def _labels(cache: Cache, split: str) -> Any:
     return labels
 
 
-def _ways(settings: BlendSettings, val: torch.Tensor, labels: Any) -> list[Combination]:
+def _ways(settings: BlendConfig, val: torch.Tensor, labels: Any) -> list[Combination]:
     """Every way to combine that has no knobs, and the one that is asked for."""
     plain = [name for name in SINGLE_OUTPUT if name not in ("weighted", "learned")]
     names = plain if settings.combine in ("", "learned", *plain) else [*plain, settings.combine]
     members = val.shape[1]
-    return [*(parse_combination(name, members) for name in names), blended("learned", val, labels)]
+    return [*(parse_combination(name, members) for name in names), resolve_combination("learned", val, labels)]
 
 
 def _figures(logits: dict[str, torch.Tensor], labels: dict[str, Any]) -> dict[str, Any]:
@@ -77,5 +77,5 @@ def _print(rows: list[dict[str, Any]], splits: list[str], console: Console) -> N
         cells = "".join(f"{row[split][key]:>15.4f}" for split in splits for key in _COLUMNS)
         console.say(f"{row['name']:<{width}}{cells}")
     learned = rows[-1]
-    console.say(f"learned, on val: {shares_of(learned['weights'], learned['temperatures'])}")
+    console.say(f"learned, on val: {format_weights(learned['weights'], learned['temperatures'])}")
     console.say("per_teacher and ca_mkd blend losses, not teachers: they have no row here")

@@ -22,28 +22,28 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
-from softcache.stages.cli.configs import BornAgainSettings, StudentSettings
+from softcache.stages.cli.configs import BornAgainConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import settings_of, this_program
-from softcache.stages.runs.folder import free_run
+from softcache.stages.cli.copied_commands import program_name, read_cache_config
+from softcache.stages.runs.folder import find_free_folder
 from softcache.stages.teacher_cache import command as cache_stage
 
 from . import command as student_stage
-from .recipes import fill_in
-from .setup import Material
+from .recipes import apply_recipe
+from .setup import DistillationSetup
 
 
-def run(settings: BornAgainSettings, said: set[str]) -> None:
+def run(settings: BornAgainConfig, said: set[str]) -> None:
     """Student, cache, student, cache …; then the ensemble. The same command with --out goes on with what is there."""
     console = Console(settings.json)
     if settings.resume or settings.seeds > 1 or settings.labelled:
         raise UsageError("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
-    folder = Path(settings.out) if settings.out else free_run("born-again")
+    folder = Path(settings.out) if settings.out else find_free_folder("born-again")
     archs = _archs(settings)
-    first = student_stage.with_recipe(fill_in(student_stage.without_more(settings), said))
-    material = Material.open(first)
+    first = student_stage.fill_defaults(apply_recipe(student_stage.student_config(settings), said))
+    material = DistillationSetup.open(first)
     _check(archs, first, material)
-    student_stage.say_notes(first, material, console)
+    student_stage.print_notes(first, material, console)
     make_folder(folder)
     caches, results = first.cache, []
     try:
@@ -58,7 +58,7 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
             )
             console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {' and '.join(caches)}")
             results.append(
-                student_stage.train_or_go_on(own, Material.open(own), console) | {"cache_folder": caches[0]}
+                student_stage.train_or_resume(own, DistillationSetup.open(own), console) | {"cache_folder": caches[0]}
             )
             if generation < len(archs):
                 caches = (_next_cache(own, material, folder / f"cache-{generation}", console),)
@@ -73,7 +73,7 @@ def run(settings: BornAgainSettings, said: set[str]) -> None:
     _report(result, folder, console)
 
 
-def _archs(settings: BornAgainSettings) -> list[str]:
+def _archs(settings: BornAgainConfig) -> list[str]:
     """One arch per generation; "" where --arch, or the recipe, says which."""
     if not settings.archs:
         return [""] * settings.generations
@@ -83,7 +83,7 @@ def _archs(settings: BornAgainSettings) -> list[str]:
     return archs
 
 
-def _check(archs: list[str], first: StudentSettings, material: Material) -> None:
+def _check(archs: list[str], first: StudentConfig, material: DistillationSetup) -> None:
     """Find what would stop the chain later before anything is made. Raises UsageError."""
     if any(isinstance(loss, SimKD) for loss in material.losses):
         raise UsageError("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
@@ -97,9 +97,9 @@ def _check(archs: list[str], first: StudentSettings, material: Material) -> None
             )
 
 
-def _next_cache(settings: StudentSettings, material: Material, out: Path, console: Console) -> str:
+def _next_cache(settings: StudentConfig, material: DistillationSetup, out: Path, console: Console) -> str:
     """The cache of a student, of the same views as the first one, with the taps that the losses want."""
-    like = settings_of(material.cache)
+    like = read_cache_config(material.cache)
     asked = replace(
         like,
         data=settings.data or like.data,
@@ -114,12 +114,12 @@ def _next_cache(settings: StudentSettings, material: Material, out: Path, consol
         json=False,
         license="",
     )
-    cache_stage.make(asked, console)
+    cache_stage.make_cache(asked, console)
     return str(out)
 
 
 def _result(
-    settings: BornAgainSettings, material: Material, folder: Path, results: list[dict[str, Any]]
+    settings: BornAgainConfig, material: DistillationSetup, folder: Path, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
     said = list(_probabilities(material, folder, results))
     together = {split: np.mean([one[split] for one in said], axis=0) for split in said[0]}
@@ -143,7 +143,9 @@ def _result(
     }
 
 
-def _probabilities(material: Material, folder: Path, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _probabilities(
+    material: DistillationSetup, folder: Path, results: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """{split: softmax [N, K]} of each generation: probabilities are averaged: logits have no common scale."""
     for generation, result in enumerate(results, 1):
         path = folder / f"generation-{generation}" / "student.pt"
@@ -172,4 +174,4 @@ def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
         )
     line(f"all {len(result['generations'])} together", result["ensemble"][split])
     console.say(f"run:   {folder}")
-    console.say(f"next:  {this_program()} evaluate {folder / 'generation-1'}")
+    console.say(f"next:  {program_name()} evaluate {folder / 'generation-1'}")

@@ -13,21 +13,21 @@ from softcache.base.files import publish_json, remove_stale_files
 from softcache.data.transfer_set import TRANSFER_SETS, find_source, short_name
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import mean_and_spread
-from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import command, this_program
-from softcache.stages.distributed.ranks import from_first, is_first, joined
-from softcache.stages.runs.cost import bill_of, in_one_line
-from softcache.stages.runs.environment import machine, peak_memory, versions
-from softcache.stages.runs.folder import begin_run, check_installed, open_run, same_settings, unfinished
-from softcache.stages.runs.logits import TEACHER_LOGITS, publish_logits
+from softcache.stages.cli.copied_commands import format_command, program_name
+from softcache.stages.distributed.ranks import broadcast_from_first, is_first, process_group
+from softcache.stages.runs.cost import compute_cost, format_cost
+from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory
+from softcache.stages.runs.folder import check_installed, check_same_config, find_unfinished_runs, open_run, start_run
+from softcache.stages.runs.logits import TEACHER_LOGITS, save_logits
 from softcache.stages.runs.results_table import print_table
-from softcache.stages.training.data_parallel import check_shared, say_apart
+from softcache.stages.training.data_parallel import check_batches_shareable, note_batch_norm
 
-from .phases import Student, train_passes
-from .recipes import fill_in
-from .setup import Material
-from .teachers import in_words, keep, same_shards
+from .phases import StudentTraining, train_phases
+from .recipes import apply_recipe
+from .setup import DistillationSetup
+from .teachers import check_same_shards, describe_teachers, save_targets_record
 
 _NOT_ALONE = {
     "soft_f1": "soft_f1 alone forgets rare classes: put kd or hard beside it, see --recipe f1",
@@ -36,31 +36,31 @@ _NOT_ALONE = {
 }
 
 
-def run(settings: StudentSettings, said: set[str]) -> None:
+def run(settings: StudentConfig, said: set[str]) -> None:
     """Cache and data, checked against each other; then seed after seed; then the result. By all ranks."""
-    with joined(settings.device):
+    with process_group(settings.device):
         _run(settings, said, Console(settings.json))
 
 
-def _run(settings: StudentSettings, said: set[str], console: Console) -> None:
+def _run(settings: StudentConfig, said: set[str], console: Console) -> None:
     if not settings.resume:
-        settings = with_recipe(fill_in(settings, said))
+        settings = fill_defaults(apply_recipe(settings, said))
     settings, folder = open_run(settings, said, f"{short_name(settings.data)}-{settings.arch.replace(':', '-')}")
     if "out" not in said:
-        for stopped in unfinished(settings, folder):
-            console.say(f"'{stopped}' was stopped; it goes on with  {this_program()} student --resume --out {stopped}")
-    material = Material.open(settings)
+        for stopped in find_unfinished_runs(settings, folder):
+            console.say(f"'{stopped}' was stopped; it goes on with  {program_name()} student --resume --out {stopped}")
+    material = DistillationSetup.open(settings)
     # An arch that cannot be built is found before a folder is made.
     network = material.network(settings, material.losses)
-    say_apart(network, material.device, console)
+    note_batch_norm(network, material.device, console)
     # And that no row is left, or too few of a batch.
     stream = material.stream(settings, material.transfer_set.splits["train"].labels, False, False)
-    check_shared(network, stream, material.device, settings)
-    say_notes(settings, material, console)
+    check_batches_shareable(network, stream, material.device, settings)
+    print_notes(settings, material, console)
     unread = not any(loss.needs_logits or loss.needs_head for loss in material.losses)
     if unread and (material.teachers.combine or material.teachers.maps):
         console.say("no loss here reads what the teacher says: a blend and a map change the figures alone")
-    result = train(settings, material, folder, console)
+    result = train_student(settings, material, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
     print_table(result, console)
@@ -68,20 +68,20 @@ def _run(settings: StudentSettings, said: set[str], console: Console) -> None:
     if result["student"][split]["accuracy"] < 1.5 / material.cache.classes:
         console.say("The student knows hardly more than chance: --clip-norm 1 or a lower --learning-rate often helps;")
         console.say("terms of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs")
-    console.say(f"bill:  {in_one_line(result['bill'])}")
+    console.say(f"bill:  {format_cost(result['bill'])}")
     console.say(f"run:   {folder}")
     console.say(f"cache: {', '.join(settings.cache)}, reused by every other student: no teacher is needed any more")
     other = "cnn" if settings.arch != "cnn" else "mlp:64"
     data = settings.data if material.cache.data == "folder" else ""
     same = {name: getattr(settings, name) for name in ("cache", "data_root", "combine", "map", "missing")}
-    again = StudentSettings(**same, data=data, arch=other, baseline=True)
-    console.say(f"next:  {command('student', again)}")
+    again = StudentConfig(**same, data=data, arch=other, baseline=True)
+    console.say(f"next:  {format_command('student', again)}")
 
 
-def say_notes(settings: StudentSettings, material: Material, console: Console) -> None:
+def print_notes(settings: StudentConfig, material: DistillationSetup, console: Console) -> None:
     """What to know before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
     if not material.teachers.is_single_cache:
-        for line in in_words(material.teachers, material.figures_of_members, material.figures):
+        for line in describe_teachers(material.teachers, material.figures_of_members, material.figures):
             console.say(line)
     if settings.missing:
         gone, rows = int(material.without_answer.sum()), len(material.without_answer)
@@ -94,28 +94,30 @@ def say_notes(settings: StudentSettings, material: Material, console: Console) -
         console.say(why)
 
 
-def train_or_go_on(settings: StudentSettings, material: Material, console: Console) -> dict[str, Any]:
+def train_or_resume(settings: StudentConfig, material: DistillationSetup, console: Console) -> dict[str, Any]:
     """Train in settings.out, where it may have been begun or finished; its result.json. Raises as to_go_on."""
-    return train(to_go_on(settings), material, Path(settings.out), console)
+    return train_student(resume_if_started(settings), material, Path(settings.out), console)
 
 
-def to_go_on(settings: StudentSettings) -> StudentSettings:
+def resume_if_started(settings: StudentConfig) -> StudentConfig:
     """The settings with --resume where settings.out was begun. Raises CacheError for other settings there."""
     folder = Path(settings.out)
     if not (folder / "settings.json").exists():
         return settings
-    same_settings(folder, settings)
+    check_same_config(folder, settings)
     return replace(settings, resume=True)
 
 
-def train(settings: StudentSettings, material: Material, folder: Path, console: Console) -> dict[str, Any]:
+def train_student(
+    settings: StudentConfig, material: DistillationSetup, folder: Path, console: Console
+) -> dict[str, Any]:
     """Seed after seed in a run's folder; its result.json."""
-    with begun(settings, material, folder):
+    with started_run(settings, material, folder):
         seeds = range(settings.seed, settings.seed + settings.seeds)
         results = []
         for seed in seeds:
             own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
-            (result,) = train_passes([Student(replace(settings, seed=seed), material, own)], console)
+            (result,) = train_phases([StudentTraining(replace(settings, seed=seed), material, own)], console)
             if isinstance(result, TrainingStopped):
                 raise result
             results.append(result)
@@ -124,36 +126,36 @@ def train(settings: StudentSettings, material: Material, folder: Path, console: 
             ):  # so that each seed's folder is a run: a teacher for the next generation
                 remove_stale_files(own, ("result.json",))
                 publish_json(own / "result.json", result)
-        result = whole(settings, material, results)
+        result = assemble_result(settings, material, results)
         if is_first():
             publish_json(folder / "result.json", result)
         return result
 
 
 @contextmanager
-def begun(settings: StudentSettings, material: Material, folder: Path) -> Iterator[None]:
+def started_run(settings: StudentConfig, material: DistillationSetup, folder: Path) -> Iterator[None]:
     """A run's folder, held, in which is written what it is trained from."""
-    with begin_run(settings, folder):
-        from_first(lambda: _note_targets(settings, material, folder))
+    with start_run(settings, folder):
+        broadcast_from_first(lambda: _record_targets(settings, material, folder))
         yield
 
 
-def _note_targets(settings: StudentSettings, material: Material, folder: Path) -> None:
+def _record_targets(settings: StudentConfig, material: DistillationSetup, folder: Path) -> None:
     """Which shards the run is trained from, what becomes of several caches or through a map, and what it then says."""
-    same_shards(material.teachers, settings, material.taps, folder)
-    keep(material.teachers, folder)
+    check_same_shards(material.teachers, settings, material.taps, folder)
+    save_targets_record(material.teachers, folder)
     if not (folder / TEACHER_LOGITS).is_file():
         said = {split: logits.numpy() for split, logits in material.teacher.items()}
-        publish_logits(folder / TEACHER_LOGITS, said, material.transfer_set)
+        save_logits(folder / TEACHER_LOGITS, said, material.transfer_set)
 
 
-def without_more(settings: StudentSettings) -> StudentSettings:
+def student_config(settings: StudentConfig) -> StudentConfig:
     """The settings of one student, of a command that has more; what it prints is not one JSON object."""
-    own = {f.name: getattr(settings, f.name) for f in fields(StudentSettings)}
-    return StudentSettings(**own | {"json": False})
+    own = {f.name: getattr(settings, f.name) for f in fields(StudentConfig)}
+    return StudentConfig(**own | {"json": False})
 
 
-def with_recipe(settings: StudentSettings) -> StudentSettings:
+def fill_defaults(settings: StudentConfig) -> StudentConfig:
     """Every setting that was left open, from the recipe of the cache's data set. What is asked for can be had."""
     check_installed(settings)
     if settings.data:
@@ -162,7 +164,7 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
     for cache in caches:
         if not Path(cache).exists():
             data = f" --data {quote(settings.data)}" if settings.data else ""
-            make = f"{this_program()} teacher-cache{data} --out {quote(cache)}"
+            make = f"{program_name()} teacher-cache{data} --out {quote(cache)}"
             raise CacheError(f"there is no cache at '{cache}': make one with  {make}")
     opened = Cache(Path(caches[0]))
     name = opened.data
@@ -183,7 +185,9 @@ def with_recipe(settings: StudentSettings) -> StudentSettings:
     )
 
 
-def whole(settings: StudentSettings, material: Material, results: list[dict[str, Any]]) -> dict[str, Any]:
+def assemble_result(
+    settings: StudentConfig, material: DistillationSetup, results: list[dict[str, Any]]
+) -> dict[str, Any]:
     """result.json: means over the seeds, their standard deviations, and the single results."""
     manifests = [cache.manifest for cache in material.teachers.members]
     manifest = manifests[0]
@@ -205,12 +209,12 @@ def whole(settings: StudentSettings, material: Material, results: list[dict[str,
         "teacher": material.figures,
         **members,
         **mean,
-        "bill": bill_of(manifests, settings, mean["student"]["seconds"]),
+        "bill": compute_cost(manifests, settings, mean["student"]["seconds"]),
         "spread": spread,
         "seeds": [{"seed": settings.seed + i, **result} for i, result in enumerate(results)],
         "seconds": {name: sum(r[name]["seconds"] for r in results) for name in mean},
         "images_per_second": mean["student"]["images_per_second"],
-        "peak_memory": peak_memory(material.device),
-        "versions": versions(),
-        "machine": machine(material.device),
+        "peak_memory": measure_peak_memory(material.device),
+        "versions": library_versions(),
+        "machine": describe_machine(material.device),
     }

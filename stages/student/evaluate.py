@@ -9,25 +9,25 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
-from softcache.stages.cli.configs import EvaluateSettings, StudentSettings
+from softcache.stages.cli.configs import EvaluateConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.runs.folder import fingerprints_of, read_json, read_settings
+from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
 
-from .setup import Material
+from .setup import DistillationSetup
 from .teachers import open_caches
 
 
-def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
+def run(name: str, settings: EvaluateConfig, said: set[str]) -> None:
     """Every student of the run: its weights, the held-out splits, the teacher's cached logits."""
     console, folder = Console(settings.json), Path(name)
     kept = read_json(folder / "settings.json")
     if "cache" not in kept:
         raise UsageError(f"'{folder}' is no run of a student")
-    begun = read_settings(folder, StudentSettings)
+    begun = read_config(folder, StudentConfig)
     here = {name: getattr(settings, name) for name in said - {"json"}}
     begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
-    same_teachers(folder, open_caches(begun.cache))
-    material = Material.open(begun)
+    check_same_teachers(folder, open_caches(begun.cache))
+    material = DistillationSetup.open(begun)
     seeds = range(begun.seed, begun.seed + begun.seeds)
     found: dict[str, Any] = {}
     for seed in seeds:
@@ -41,16 +41,16 @@ def run(name: str, settings: EvaluateSettings, said: set[str]) -> None:
             console.say(f"seed {number}, {split}: {numbers}")
 
 
-def same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
+def check_same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
     """Figures against the teacher are of the run's own caches, in its order, wherever they lie now."""
     record = read_json(folder / "cache.json")
-    begun = fingerprints_of(record, folder / "cache.json")
+    begun = read_fingerprints(record, folder / "cache.json")
     if begun != (here := [cache.manifest.fingerprint for cache in caches]):
         theirs, mine = (", ".join(str(one)[:12] for one in names) for names in (begun, here))
         raise CacheError(f"'{folder}' was trained from the caches {make_printable(theirs)}, these are {mine}")
 
 
-def _figures(folder: Path, settings: StudentSettings, material: Material) -> dict[str, Any]:
+def _figures(folder: Path, settings: StudentConfig, material: DistillationSetup) -> dict[str, Any]:
     path = folder / "student.pt"
     if not path.is_file():
         raise CacheError(

@@ -7,11 +7,11 @@ from typing import Any
 from softcache.pipeline.losses import LOSSES, Loss
 from softcache.pipeline.losses.base import Ramp
 from softcache.pipeline.losses.feature_base import FeatureLoss
-from softcache.stages.cli.configs import ListSettings
+from softcache.stages.cli.configs import ListConfig
 from softcache.stages.cli.console import Console
 
 
-def run(settings: ListSettings) -> None:
+def run(settings: ListConfig) -> None:
     """One line per loss, and one of its knobs."""
     console = Console(settings.json)
     if settings.json:
@@ -24,7 +24,7 @@ def run(settings: ListSettings) -> None:
 
 
 def _record(loss: Loss) -> dict[str, Any]:
-    knobs = {f.name: _plain(getattr(loss, f.name)) for f in fields(loss)}  # type: ignore[arg-type]
+    knobs = {f.name: _format_value(getattr(loss, f.name)) for f in fields(loss)}  # type: ignore[arg-type]
     reads = ["labels"] * loss.needs_labels + ["logits"] * loss.needs_logits
     if isinstance(loss, FeatureLoss):
         reads.append(f"taps ({loss.statistic})")
@@ -32,7 +32,7 @@ def _record(loss: Loss) -> dict[str, Any]:
     return {"what": (loss.__doc__ or "").splitlines()[0], "knobs": knobs, "reads": reads}
 
 
-def _plain(value: Any) -> Any:
+def _format_value(value: Any) -> Any:
     if isinstance(value, Ramp):
         return f"{value.start:g}->{value.end:g}" + (f"@{value.epochs}" if value.epochs else "")
     return value if not isinstance(value, bool) else str(value).lower()

@@ -15,17 +15,17 @@ from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.losses import at_epoch
 from softcache.pipeline.losses.base import list_student_taps
 from softcache.pipeline.taps.hooks import capture_features
-from softcache.stages.cli.configs import MethodsSettings, StudentSettings
-from softcache.stages.cli.console import Console, bar
-from softcache.stages.runs.environment import machine, versions
-from softcache.stages.runs.folder import free_run
-from softcache.stages.training.checkpoint import State
-from softcache.stages.training.step import Job, loss_modules, step
+from softcache.stages.cli.configs import MethodsConfig, StudentConfig
+from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.runs.environment import describe_machine, library_versions
+from softcache.stages.runs.folder import find_free_folder
+from softcache.stages.training.checkpoint import TrainState
+from softcache.stages.training.step import TrainingRun, build_loss_modules, train_step
 
 from . import command as student_stage
-from .phases import job_of
-from .recipes import fill_in
-from .setup import Material
+from .phases import make_training_run
+from .recipes import apply_recipe
+from .setup import DistillationSetup
 
 _ROUNDS = 7
 
@@ -81,21 +81,23 @@ class Cost:
     to_kd: float | None = None
 
 
-def run(settings: MethodsSettings, said: set[str]) -> None:
+def run(settings: MethodsConfig, said: set[str]) -> None:
     """Time all methods in turns, then train each; methods.json and methods.md. --out goes on with what is there."""
     console = Console(settings.json, epoch_lines=False)
     if settings.resume or settings.seeds > 1 or settings.baseline or settings.loss:
         raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
-    folder = Path(settings.out) if settings.out else free_run("methods")
-    first = student_stage.with_recipe(replace(fill_in(student_stage.without_more(settings), said), loss=("hard",)))
-    shared = Material.open(first)
-    student_stage.say_notes(first, shared, console)
+    folder = Path(settings.out) if settings.out else find_free_folder("methods")
+    first = student_stage.fill_defaults(
+        replace(apply_recipe(student_stage.student_config(settings), said), loss=("hard",))
+    )
+    shared = DistillationSetup.open(first)
+    student_stage.print_notes(first, shared, console)
     layers = settings.layers or _cached_layers(shared, first)
-    chosen = _chosen(settings, layers, console)
+    chosen = _select_methods(settings, layers, console)
     asked = {name: replace(first, loss=specs, out=str(folder / _file(name))) for name, specs in chosen.items()}
     runners, materials, impossible = _runners(asked, shared, settings.time_steps)
     make_folder(folder)
-    costs = _costs(runners)
+    costs = _measure_costs(runners)
     possible = list(runners)
     del runners  # with their networks, batches and banks, before the first training
     try:
@@ -110,8 +112,8 @@ def run(settings: MethodsSettings, said: set[str]) -> None:
         "fingerprint": shared.cache.manifest.fingerprint,
         "teacher": shared.figures,
         "methods": rows,
-        "versions": versions(),
-        "machine": machine(shared.device),
+        "versions": library_versions(),
+        "machine": describe_machine(shared.device),
         "rounds": _ROUNDS,
         "time_steps": settings.time_steps,
     }
@@ -128,7 +130,7 @@ def _file(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _cached_layers(material: Material, settings: StudentSettings) -> str:
+def _cached_layers(material: DistillationSetup, settings: StudentConfig) -> str:
     """The cached layers from shallow to deep, which is their order in a student that has them by the same names."""
     cached = dict.fromkeys(tap.partition(":")[0] for tap in material.cache.manifest.taps)
     names = [name for name, _ in material.network(settings, material.losses).named_modules() if name in cached]
@@ -140,7 +142,7 @@ def _cached_layers(material: Material, settings: StudentSettings) -> str:
     return "+".join(names)
 
 
-def _chosen(settings: MethodsSettings, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
+def _select_methods(settings: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
     """{method: losses}, with the layers put in."""
     chosen = [name.strip() for name in settings.only.split(",") if name.strip()]
     for name in chosen:
@@ -158,8 +160,8 @@ def _chosen(settings: MethodsSettings, layers: str, console: Console) -> dict[st
 
 
 def _runners(
-    asked: dict[str, StudentSettings], shared: Material, steps: int
-) -> tuple[dict[str, "_Runner"], dict[str, Material], dict[str, str]]:
+    asked: dict[str, StudentConfig], shared: DistillationSetup, steps: int
+) -> tuple[dict[str, "_Runner"], dict[str, DistillationSetup], dict[str, str]]:
     """Every method that this teacher and this student allow, its material, and why not for the others.
 
     Raises CacheError for what the cache has not kept.
@@ -167,18 +169,18 @@ def _runners(
     runners, materials, impossible = {}, {}, {}
     for name in asked:
         try:
-            materials[name] = Material.open(asked[name], shared)
+            materials[name] = DistillationSetup.open(asked[name], shared)
             runners[name] = _Runner(asked[name], materials[name], steps)
         except UsageError as error:
             impossible[name] = str(error)
     return runners, materials, impossible
 
 
-def _costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
+def _measure_costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
     """Of every method. Timed in turns, so that a busy moment of the machine falls on all."""
     costs = {name: runner.cost() for name, runner in runners.items()}
     times: dict[str, list[float]] = {name: [] for name in runners}
-    with bar(_ROUNDS * len(runners), "timing", "method") as shown:
+    with progress_bar(_ROUNDS * len(runners), "timing", "method") as shown:
         for _ in range(_ROUNDS):
             for name, runner in runners.items():
                 times[name].append(runner.seconds())
@@ -197,12 +199,12 @@ def _costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
 class _Runner:
     """A method with batches in memory, ready to take steps that count for nothing."""
 
-    def __init__(self, settings: StudentSettings, material: Material, steps: int):
+    def __init__(self, settings: StudentConfig, material: DistillationSetup, steps: int):
         labels = material.transfer_set.splits["train"].labels
         network = material.network(settings, material.losses)
-        self.job = job = job_of("student", settings, material, network, material.losses, labels, Path())
+        self.job = job = make_training_run("student", settings, material, network, material.losses, labels, Path())
         self.taps = list_student_taps(job.losses)
-        self.state = State.begin(job.model, loss_modules(job, self.taps), settings, lambda _: 1e-6)
+        self.state = TrainState.begin(job.model, build_loss_modules(job, self.taps), settings, lambda _: 1e-6)
         self.losses = [at_epoch(loss, 0, 2) for loss in job.losses]
         self.batches = [batch.to(job.device) for batch in job.stream.batches(0, steps)]
         self.read = _bytes_a_view(job, material)
@@ -231,10 +233,10 @@ class _Runner:
         self.job.model.train()
         with capture_features(self.job.model.network, self.taps) as kept:
             for batch in batches:
-                step(self.job, self.state, batch, self.losses, kept)
+                train_step(self.job, self.state, batch, self.losses, kept)
 
 
-def _bytes_a_view(job: Job, material: Material) -> int:
+def _bytes_a_view(job: TrainingRun, material: DistillationSetup) -> int:
     """What the cache holds of a view for these losses."""
     manifest = material.cache.manifest
     read = [f"features/{tap}" for tap in material.taps]
@@ -247,12 +249,14 @@ def _bytes_a_view(job: Job, material: Material) -> int:
     return size
 
 
-def _row(name: str, settings: StudentSettings, material: Material, cost: Cost, console: Console) -> dict[str, Any]:
+def _row(
+    name: str, settings: StudentConfig, material: DistillationSetup, cost: Cost, console: Console
+) -> dict[str, Any]:
     """Train one method; its row of the table. One that diverges is reported, not hidden."""
     console.say(f"{name}: {' '.join(settings.loss)}")
     row: dict[str, Any] = {"method": name, "losses": list(settings.loss), **cost.__dict__}
     try:
-        student = student_stage.train_or_go_on(settings, material, console)["student"]
+        student = student_stage.train_or_resume(settings, material, console)["student"]
     except DivergedError as diverged:
         return row | {"failed": str(diverged)}
     figures = {split: student[split]["accuracy"] for split in material.held_out}

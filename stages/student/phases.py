@@ -17,40 +17,40 @@ from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
-from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.distributed.ranks import from_first, wait_for
-from softcache.stages.runs.logits import LOGITS, publish_logits
-from softcache.stages.training.checkpoint import Finished
-from softcache.stages.training.loop import fit, fit_together
-from softcache.stages.training.step import AfterEpoch, Job
-from softcache.stages.training.validation import HeldOut
-from softcache.stages.training.vectorized import check_stackable, fit_stacked
+from softcache.stages.distributed.ranks import broadcast_from_first, wait_for_file
+from softcache.stages.runs.logits import LOGITS, save_logits
+from softcache.stages.training.checkpoint import FinishedTraining
+from softcache.stages.training.loop import train, train_several
+from softcache.stages.training.step import AfterEpoch, TrainingRun
+from softcache.stages.training.validation import HeldOutSplit
+from softcache.stages.training.vectorized import check_vectorizable, train_vectorized
 
-from .requirements import visible
-from .setup import Material
+from .requirements import hide_labels
+from .setup import DistillationSetup
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentTraining:
     """One seed of one student: its settings, what it is trained from, where it is kept. after_epoch: told each line of
     its training from the cache; may raise TrainingStopped."""
 
-    settings: StudentSettings
-    material: Material
+    settings: StudentConfig
+    material: DistillationSetup
     folder: Path
     after_epoch: AfterEpoch | None = None
 
 
-def first_training(settings: StudentSettings) -> str:
+def first_phase(settings: StudentConfig) -> str:
     """The name of the training from the cache."""
     return "distilled" if settings.finetune_epochs else "student"
 
 
-def train_passes(
-    students: Sequence[Student], console: Console, vectorize: bool = False
+def train_phases(
+    students: Sequence[StudentTraining], console: Console, vectorize: bool = False
 ) -> list[Result | TrainingStopped]:
     """Of each student the figures of its `student`, and of its `baseline` when asked for.
 
@@ -58,28 +58,28 @@ def train_passes(
     of one arch as one model.
     """
     settings = students[0].settings
-    first = first_training(settings)
-    results = _trained(first, students, [{} for _ in students], console, vectorize)
+    first = first_phase(settings)
+    results = _train_phase(first, students, [{} for _ in students], console, vectorize)
     if first != "student":
-        results = _trained("student", students, results, console, vectorize)
+        results = _train_phase("student", students, results, console, vectorize)
         for result in results:
             if not isinstance(result, TrainingStopped):
                 result["student"]["seconds"] += result.pop(first)["seconds"]
     if settings.baseline:
-        results = _trained("baseline", students, results, console, vectorize)
+        results = _train_phase("baseline", students, results, console, vectorize)
     return results
 
 
-def check(students: Sequence[Student], vectorize: bool) -> None:
+def check(students: Sequence[StudentTraining], vectorize: bool) -> None:
     """Raise UsageError for several that cannot be trained together, before anything is written."""
-    jobs = _from_one_stream([_job(first_training(one.settings), one) for one in students])
+    jobs = _share_stream([_make_phase(first_phase(one.settings), one) for one in students])
     for places in _by_arch(students) if vectorize else []:
-        check_stackable([jobs[i] for i in places])
+        check_vectorizable([jobs[i] for i in places])
 
 
-def _trained(
+def _train_phase(
     name: str,
-    students: Sequence[Student],
+    students: Sequence[StudentTraining],
     results: Sequence[Result | TrainingStopped],
     console: Console,
     vectorize: bool,
@@ -88,66 +88,66 @@ def _trained(
     left = [
         student for student, result in zip(students, results, strict=True) if not isinstance(result, TrainingStopped)
     ]
-    jobs = [_job(name, student) for student in left]
+    jobs = [_make_phase(name, student) for student in left]
     val = students[0].material.held_out["val"]
-    done: dict[int, Finished | TrainingStopped] = {}
+    done: dict[int, FinishedTraining | TrainingStopped] = {}
     if len(students) == 1 and left:
         done[0] = _alone(jobs[0], val, console)
     else:
-        shared = _from_one_stream(jobs)
+        shared = _share_stream(jobs)
         for places in _by_arch(left) if vectorize else [range(len(left))]:
-            fitted = (fit_stacked if vectorize else fit_together)([shared[i] for i in places], val, console)
+            fitted = (train_vectorized if vectorize else train_several)([shared[i] for i in places], val, console)
             done |= dict(zip(places, fitted, strict=True))
     ended = iter(zip(jobs, left, [done[i] for i in range(len(left))], strict=True))
     return [result if isinstance(result, TrainingStopped) else _with(result, name, *next(ended)) for result in results]
 
 
 def _with(
-    result: Result, name: str, job: Job, student: Student, done: Finished | TrainingStopped
+    result: Result, name: str, job: TrainingRun, student: StudentTraining, done: FinishedTraining | TrainingStopped
 ) -> Result | TrainingStopped:
     return done if isinstance(done, TrainingStopped) else result | {name: _figures(job, student, done)}
 
 
-def _alone(job: Job, val: HeldOut, console: Console) -> Finished | TrainingStopped:
+def _alone(job: TrainingRun, val: HeldOutSplit, console: Console) -> FinishedTraining | TrainingStopped:
     try:
-        return fit(job, val, console)
+        return train(job, val, console)
     except TrainingStopped as ended:
         return ended
 
 
-def _by_arch(students: Sequence[Student]) -> list[list[int]]:
+def _by_arch(students: Sequence[StudentTraining]) -> list[list[int]]:
     """The places of the students of each arch."""
     archs = [student.settings.arch for student in students]
     return [[i for i, arch in enumerate(archs) if arch == one] for one in dict.fromkeys(archs)]
 
 
-def _job(name: str, student: Student) -> Job:
+def _make_phase(name: str, student: StudentTraining) -> TrainingRun:
     """One training of a student: losses, settings, where it is kept and from which weights it starts."""
     settings, material = student.settings, student.material
     smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
     hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
-    losses = material.losses if name == first_training(settings) else hard
+    losses = material.losses if name == first_phase(settings) else hard
     network = material.network(settings, hard if name == "baseline" else material.losses)
     folder = student.folder if name == "student" else student.folder / name
     if name == "baseline":
         settings = replace(settings, epochs=settings.epochs + settings.finetune_epochs)
     elif name == "student" and settings.finetune_epochs:
         start = student.folder / "distilled/distilled.pt"
-        wait_for(start)
+        wait_for_file(start)
         load_weights(network, read_state_dict(start), str(start))
         settings = _finetuning(settings)
-    labels = visible(settings, material.transfer_set.splits["train"].labels)
-    job = job_of(name, settings, material, network, losses, labels, folder)
-    return replace(job, after_epoch=student.after_epoch if name == first_training(student.settings) else None)
+    labels = hide_labels(settings, material.transfer_set.splits["train"].labels)
+    job = make_training_run(name, settings, material, network, losses, labels, folder)
+    return replace(job, after_epoch=student.after_epoch if name == first_phase(student.settings) else None)
 
 
-def _finetuning(settings: StudentSettings) -> StudentSettings:
+def _finetuning(settings: StudentConfig) -> StudentConfig:
     """The settings of the training from hard targets alone that follows distillation."""
     rate = settings.finetune_learning_rate or settings.learning_rate / 10
     return replace(settings, epochs=settings.finetune_epochs, learning_rate=rate)
 
 
-def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
+def _figures(job: TrainingRun, student: StudentTraining, done: FinishedTraining) -> dict[str, Any]:
     material, rows = student.material, len(job.stream.rows) / job.stream.steps_per_round
     figures: dict[str, Any] = {
         "arch": material.arch(student.settings, material.losses if job.name != "baseline" else job.losses),
@@ -158,26 +158,26 @@ def _figures(job: Job, student: Student, done: Finished) -> dict[str, Any]:
         "epoch": done.epoch,
         "images_per_second": job.epochs * job.steps * rows / done.seconds,
     }
-    return figures | from_first(lambda: _measured(job, material))
+    return figures | broadcast_from_first(lambda: _measure(job, material))
 
 
-def _measured(job: Job, material: Material) -> dict[str, Any]:
+def _measure(job: TrainingRun, material: DistillationSetup) -> dict[str, Any]:
     """The figures of the held-out splits; what they are made of is kept beside the weights."""
     logits = material.logits(job.model)
     remove_stale_files(job.folder, (LOGITS,))
-    publish_logits(job.folder / LOGITS, logits, material.transfer_set)
+    save_logits(job.folder / LOGITS, logits, material.transfer_set)
     return material.measure(logits)
 
 
-def job_of(
+def make_training_run(
     name: str,
-    settings: StudentSettings,
-    material: Material,
+    settings: StudentConfig,
+    material: DistillationSetup,
     network: nn.Module,
     losses: tuple[Loss, ...],
     labels: Labels,
     folder: Path,
-) -> Job:
+) -> TrainingRun:
     """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
     input_spec = material.input_spec
     model = PreparedModel(network, input_spec).to(material.device)
@@ -186,7 +186,7 @@ def job_of(
     targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
     stream = material.stream(settings, labels, only_labelled, targets)
     steps = material.stream(settings, labels, False, targets).steps_per_round
-    return Job(
+    return TrainingRun(
         name,
         model,
         losses,
@@ -202,7 +202,7 @@ def job_of(
     )
 
 
-def _from_one_stream(jobs: Sequence[Job]) -> list[Job]:
+def _share_stream(jobs: Sequence[TrainingRun]) -> list[TrainingRun]:
     """The jobs with one stream that has what each reads. Raises UsageError where their batches differ."""
     if not jobs:
         return []

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from softcache.base.errors import unknown_name_error
-from softcache.stages.cli.configs import ListSettings, StudentSettings
+from softcache.stages.cli.configs import ListConfig, StudentConfig
 from softcache.stages.cli.console import Console
 
 
@@ -93,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def fill_in(settings: StudentSettings, said: set[str]) -> StudentSettings:
+def apply_recipe(settings: StudentConfig, said: set[str]) -> StudentConfig:
     """The settings with those of its recipe that were not said. Raises UsageError for a recipe there is none of."""
     if not settings.recipe:
         return settings
@@ -102,7 +102,7 @@ def fill_in(settings: StudentSettings, said: set[str]) -> StudentSettings:
     return replace(settings, **{k: v for k, v in RECIPES[settings.recipe].settings.items() if k not in said})
 
 
-def run(settings: ListSettings) -> None:
+def run(settings: ListConfig) -> None:
     """`softcache recipes`: what there is, and where it is from."""
     console = Console(settings.json)
     if settings.json:

@@ -18,15 +18,15 @@ from softcache.pipeline.losses.hint import ConcatHint
 from softcache.pipeline.losses.long_tail import require_counts
 from softcache.pipeline.taps.statistics import compute_statistic, derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import MissingTargets
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.cli.copied_commands import remake
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.copied_commands import format_remake_command
 
 # Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
 # 2 x 2) by more, another layer by half or all.
 _MOST_GAP = 0.2
 
 
-def losses_of(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
+def parse_student_losses(settings: StudentConfig, cache: Cache) -> tuple[Loss, ...]:
     """The losses of a run on this cache. Raises UsageError for those that it cannot serve, or that do not exist."""
     cached = tuple(cache.manifest.taps)
     losses = tuple(
@@ -39,7 +39,7 @@ def losses_of(settings: StudentSettings, cache: Cache) -> tuple[Loss, ...]:
     return losses
 
 
-def cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
+def cached_taps(settings: StudentConfig, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
     """The cached taps that the losses' own can be had from. Raises CacheError with the command that adds the
     missing."""
     asked = list_teacher_taps(losses)
@@ -47,19 +47,19 @@ def cached_taps(settings: StudentSettings, cache: Cache, losses: tuple[Loss, ...
     missing = [tap for tap in asked if find_source_tap(tap, there) is None]
     if missing:
         have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
-        more = _more(settings, cache, taps=",".join([*there, *missing]))
+        more = _format_growth(settings, cache, taps=",".join([*there, *missing]))
         raise CacheError(f"the cache '{cache.folder}' {have}. Add them with  {more}")
     return tuple(dict.fromkeys(source for tap in asked if (source := find_source_tap(tap, there))))
 
 
-def check_draws(settings: StudentSettings, cache: Cache) -> None:
+def check_draws(settings: StudentConfig, cache: Cache) -> None:
     if settings.draws > cache.manifest.draws:
         have = f"the cache '{cache.folder}' has {cache.manifest.draws}"
-        more = _more(settings, cache, draws=settings.draws)
+        more = _format_growth(settings, cache, draws=settings.draws)
         raise CacheError(f"--draws {settings.draws}, but {have}. Add them with  {more}")
 
 
-def check_draws_per_decode(settings: StudentSettings) -> None:
+def check_draws_per_decode(settings: StudentConfig) -> None:
     """Every draw is to come once before one comes again, and a batch to hold all draws of its images."""
     k, draws, batch = settings.draws_per_decode, settings.draws, settings.batch_size
     if draws % k:
@@ -72,13 +72,13 @@ def check_draws_per_decode(settings: StudentSettings) -> None:
         raise UsageError(f"--batch-size {batch} is not a multiple of --draws-per-decode {k}: {near}")
 
 
-def _more(settings: StudentSettings, cache: Cache, **changes: Any) -> str:
+def _format_growth(settings: StudentConfig, cache: Cache, **changes: Any) -> str:
     """The command that adds to the cache, for the data as they lie here."""
     here = {"data": settings.data} if settings.data else {}
-    return remake(cache, out=str(cache.folder), data_root=settings.data_root, **here, **changes)
+    return format_remake_command(cache, out=str(cache.folder), data_root=settings.data_root, **here, **changes)
 
 
-def check_several(settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels) -> None:
+def check_several(settings: StudentConfig, losses: tuple[Loss, ...], labels: Labels) -> None:
     """Whether these losses can be led by several teachers, or by none in some rows. Raises UsageError."""
     several = len(settings.cache) > 1
     if settings.combine and not several:
@@ -96,7 +96,7 @@ def check_several(settings: StudentSettings, losses: tuple[Loss, ...], labels: L
         raise UsageError("--missing hard needs labels, and some of these images have none: --missing skip")
 
 
-def visible(settings: StudentSettings, labels: Labels) -> Labels:
+def hide_labels(settings: StudentConfig, labels: Labels) -> Labels:
     """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
     how many of each class does not."""
     if not settings.labelled:
@@ -105,9 +105,7 @@ def visible(settings: StudentSettings, labels: Labels) -> Labels:
     return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
 
 
-def check_labels(
-    settings: StudentSettings, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]
-) -> None:
+def check_labels(settings: StudentConfig, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]) -> None:
     unlabelled = bool((labels < 0).any())
     wanting = [loss.name for loss in losses if loss.needs_labels]
     if unlabelled and wanting:
@@ -124,10 +122,10 @@ def check_labels(
         )
     for loss in losses:
         if loss.needs_counts:
-            require_counts(loss, torch.from_numpy(count_classes(visible(settings, labels), len(classes))), classes)
+            require_counts(loss, torch.from_numpy(count_classes(hide_labels(settings, labels), len(classes))), classes)
 
 
-def answered(cache: Cache, gaps: MissingTargets) -> NDArray[np.int64]:
+def available_positions(cache: Cache, gaps: MissingTargets) -> NDArray[np.int64]:
     """The positions of the training split whose rows are there in the first draw. Raises CacheError for none."""
     gone = gaps.get(0, np.zeros(cache.manifest.splits["train"], bool))
     if gone.all():
@@ -146,7 +144,7 @@ def check_head(cache: Cache, losses: tuple[Loss, ...], head: LinearHead, gaps: M
         tap = loss.teacher_taps()[0]
         source = find_source_tap(tap, cache.manifest.taps)
         assert source is not None
-        logits, features = cache.read_stored("train", 0, answered(cache, gaps)[:64], (source,))
+        logits, features = cache.read_stored("train", 0, available_positions(cache, gaps)[:64], (source,))
         x = derive_features(features, (tap,))[tap]
         pooled = compute_statistic(x, "pool", tap)
         require_head(loss, LossContext(head), pooled.shape[1])

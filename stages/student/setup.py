@@ -25,28 +25,28 @@ from softcache.pipeline.models.archs.simkd import SimKDStudent, format_simkd_arc
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
-from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress
-from softcache.stages.runs.environment import device_of
-from softcache.stages.training.validation import HeldOut, check_select
+from softcache.stages.runs.environment import select_device
+from softcache.stages.training.validation import HeldOutSplit, check_select
 
 from .requirements import (
-    answered,
+    available_positions,
     cached_taps,
     check_draws,
     check_draws_per_decode,
     check_head,
     check_labels,
     check_several,
-    losses_of,
+    parse_student_losses,
 )
-from .teachers import bound, mapped_head, open_caches, taught
+from .teachers import load_shared_data, load_teachers, map_head, open_caches
 
 _BANK_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Material:
+class DistillationSetup:
     """What all seeds share. teachers: the cache, or several as one; cache: the first of them, of whose teacher the
     layers are; taps: those that are read of it; said: {split: logits of each teacher [N, K], or [N, M, K]} in index
     order; head: the teacher's last layer, where a loss asks for it."""
@@ -57,25 +57,25 @@ class Material:
     taps: tuple[str, ...]
     input_spec: InputSpec
     device: torch.device
-    held_out: dict[str, HeldOut]
+    held_out: dict[str, HeldOutSplit]
     said: dict[str, torch.Tensor]
     head: LinearHead | None
 
     @staticmethod
-    def open(settings: StudentSettings, like: "Material | None" = None) -> "Material":
+    def open(settings: StudentConfig, like: "DistillationSetup | None" = None) -> "DistillationSetup":
         """Read and check everything before the first step. Raises CacheError or UsageError.
 
         like: of the same cache and data, opened before; then only what the losses ask is looked at again.
         """
         caches = like.teachers.members if like else open_caches(settings.cache)
         cache = caches[0]
-        losses = losses_of(settings, cache)
+        losses = parse_student_losses(settings, cache)
         taps = cached_taps(settings, cache, losses)
         for one in caches:
             check_draws(settings, one)
         check_draws_per_decode(settings)
         head = cache.read_head() if any(loss.needs_head for loss in losses) else None
-        transfer_set = like.transfer_set if like else bound(caches, settings)
+        transfer_set = like.transfer_set if like else load_shared_data(caches, settings)
         labels = transfer_set.splits["train"].labels
         check_labels(settings, losses, labels, transfer_set.classes)
         check_several(settings, losses, labels)
@@ -87,12 +87,12 @@ class Material:
             check_head(cache, losses, head, gaps)
         if like:
             teachers = replace(like.teachers, missing=gaps)
-            return replace(like, teachers=teachers, losses=losses, taps=taps, head=mapped_head(teachers, head))
+            return replace(like, teachers=teachers, losses=losses, taps=taps, head=map_head(teachers, head))
         for one in caches:
             verify_views(one, transfer_set, settings.draws, gaps)
-        teachers, said = taught(caches, settings, transfer_set, gaps)
-        device = device_of(settings.device)
-        return Material(
+        teachers, said = load_teachers(caches, settings, transfer_set, gaps)
+        device = select_device(settings.device)
+        return DistillationSetup(
             teachers,
             transfer_set,
             losses,
@@ -100,9 +100,9 @@ class Material:
             # The student's input is normalised as the teacher's, at the size of the views themselves.
             replace(cache.input_spec, size=cache.views.size),
             device,
-            {s: HeldOut(transfer_set.splits[s], cache.views, device, settings) for s in said},
+            {s: HeldOutSplit(transfer_set.splits[s], cache.views, device, settings) for s in said},
             said,
-            mapped_head(teachers, head),
+            map_head(teachers, head),
         )
 
     @property
@@ -115,7 +115,7 @@ class Material:
         """{split: logits [N, K] in index order} of what the student learns from, as one teacher."""
         return {split: self.teachers.as_single_teacher(logits) for split, logits in self.said.items()}
 
-    def arch(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> str:
+    def arch(self, settings: StudentConfig, losses: tuple[Loss, ...]) -> str:
         """The arch that is asked for; with `simkd`, led through the teacher's last layer."""
         simkd = next((loss for loss in losses if isinstance(loss, SimKD)), None)
         if simkd is None:
@@ -123,7 +123,7 @@ class Material:
         width = self.cache.manifest.taps[self.taps[0]][0]
         return format_simkd_arch(settings.arch, simkd.through(), width)
 
-    def network(self, settings: StudentSettings, losses: tuple[Loss, ...]) -> nn.Module:
+    def network(self, settings: StudentConfig, losses: tuple[Loss, ...]) -> nn.Module:
         """The network that these losses train, with the initial weights of its seed."""
         torch.manual_seed(settings.seed)
         network = self.build(self.arch(settings, losses))
@@ -145,7 +145,7 @@ class Material:
             assert source is not None
             name = f"features/{source}"
             size = count_row_bytes({name: cache.manifest.datasets[name]})
-            positions = answered(cache, self.teachers.missing)[: max(1, _BANK_BYTES // size)]
+            positions = available_positions(cache, self.teachers.missing)[: max(1, _BANK_BYTES // size)]
             parts = (
                 cache.read_stored("train", 0, some, (source,))[1]
                 for some in np.array_split(positions, -(-len(positions) // 4096))
@@ -189,7 +189,7 @@ class Material:
         """int64 [K]: rows of each class in the training split, where they have labels."""
         return count_classes(self.transfer_set.splits["train"].labels, self.cache.classes)
 
-    def stream(self, settings: StudentSettings, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
+    def stream(self, settings: StudentConfig, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
         """The training stream of one seed."""
         order = self.cache.row_order("train")
         wanted = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
@@ -230,7 +230,7 @@ class Material:
             gone |= in_draw
         return gone
 
-    def term(self, settings: StudentSettings) -> Term:
+    def term(self, settings: StudentConfig) -> Term:
         """How a term of the loss is led: by one teacher, by each, or by none where a row has no answer."""
         combine = self.teachers.combine
         term = (

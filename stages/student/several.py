@@ -12,47 +12,47 @@ from typing import Any
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import publish_json
 from softcache.data.transfer_set import short_name
-from softcache.stages.cli.configs import ListSettings, StudentSettings, StudentsSettings
+from softcache.stages.cli.configs import ListConfig, StudentConfig, StudentsConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.compare import command as compare
-from softcache.stages.distributed.ranks import who
-from softcache.stages.runs.folder import free_run, milestones_of
+from softcache.stages.distributed.ranks import current_ranks
+from softcache.stages.runs.folder import find_free_folder, parse_milestones
 
 from . import command as student_stage
-from .phases import Student, check, train_passes
-from .recipes import fill_in
-from .setup import Material
+from .phases import StudentTraining, check, train_phases
+from .recipes import apply_recipe
+from .setup import DistillationSetup
 
 _REPEATED = ("arch", "seed", "losses")
 
 
-def run(settings: StudentsSettings, said: set[str]) -> None:
+def run(settings: StudentsConfig, said: set[str]) -> None:
     """One student, or one for each arch, seed and loss that is named. The same command with --out goes on."""
-    asked = _each(settings, said)
+    asked = _list_students(settings, said)
     said = (said - {"losses"}) | ({"loss"} if settings.losses else set())
     if len(asked) == 1:
         if settings.vectorize:
             raise UsageError("--vectorize is for several students: name more than one --seed, or --losses")
         return student_stage.run(next(iter(asked.values())), said)
     console = Console(settings.json)
-    if who().world > 1:
+    if current_ranks().world > 1:
         raise UsageError(f"torchrun trains one student, here are {len(asked)}: one command for each, or no torchrun")
     if settings.resume or settings.seeds > 1 or settings.missing:
         raise UsageError(
             f"{len(asked)} students of one stream take no --resume (the same command with --out goes on), --seeds"
             " (say --seed for each) or --missing"
         )
-    filled = {name: student_stage.with_recipe(fill_in(own, said)) for name, own in asked.items()}
+    filled = {name: student_stage.fill_defaults(apply_recipe(own, said)) for name, own in asked.items()}
     first = next(iter(filled.values()))
-    milestones_of(first)
-    folder = Path(settings.out) if settings.out else free_run(f"{short_name(first.data)}-students")
+    parse_milestones(first)
+    folder = Path(settings.out) if settings.out else find_free_folder(f"{short_name(first.data)}-students")
     if (folder / "settings.json").exists():
         raise UsageError(f"'{folder}' is the run of one student: choose another --out")
-    students = _students(filled, folder)
+    students = _open_students(filled, folder)
     check(students, settings.vectorize)
-    student_stage.say_notes(first, students[0].material, console)
+    student_stage.print_notes(first, students[0].material, console)
     try:
-        results = train(students, settings.vectorize, console)
+        results = train_students(students, settings.vectorize, console)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command with --out {quote(str(folder))} goes on") from None
     ended = {
@@ -61,7 +61,7 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
     if settings.json:
         console.result(json.dumps({"out": str(folder), "students": ended}))
     elif ended:
-        compare.run(tuple(str(folder / name) for name in ended), ListSettings())
+        compare.run(tuple(str(folder / name) for name in ended), ListConfig())
         console.say(f"runs:  {folder}, each of them as any student's")
     for name, result in zip(filled, results, strict=True):
         if isinstance(result, TrainingStopped):
@@ -70,11 +70,11 @@ def run(settings: StudentsSettings, said: set[str]) -> None:
             )
 
 
-def _each(settings: StudentsSettings, said: set[str]) -> dict[str, StudentSettings]:
+def _list_students(settings: StudentsConfig, said: set[str]) -> dict[str, StudentConfig]:
     """The settings of each student, by a name that says in what it differs from the others."""
     if settings.losses and settings.loss:
         raise UsageError("--loss is a term and --losses a whole loss: say one of the two")
-    common = {f.name: getattr(settings, f.name) for f in fields(StudentSettings) if f.name not in _REPEATED}
+    common = {f.name: getattr(settings, f.name) for f in fields(StudentConfig) if f.name not in _REPEATED}
     losses = [tuple(text.split()) for text in settings.losses] or [settings.loss]
     if settings.losses and (not all(losses) or len(set(losses)) < len(losses)):
         raise UsageError("--losses is a loss, such as 'kd hard:weight=0.1', and each is said once")
@@ -83,7 +83,7 @@ def _each(settings: StudentsSettings, said: set[str]) -> dict[str, StudentSettin
     for (a, arch), seed, (k, terms) in product(enumerate(archs), seeds, enumerate(losses)):
         differs = [_file(arch, a)] * (len(archs) > 1) + [f"seed-{seed}"] * (len(seeds) > 1)
         name = "-".join(differs + [f"loss-{k}"] * (len(losses) > 1))
-        own = StudentSettings(**common | {"arch": arch, "seed": seed, "loss": terms})
+        own = StudentConfig(**common | {"arch": arch, "seed": seed, "loss": terms})
         if len(seeds) > 1 and "order_seed" not in said:
             own = replace(own, order_seed=seeds[0])
         if name in found:
@@ -96,25 +96,27 @@ def _file(arch: str, number: int) -> str:
     return "".join(c if c.isalnum() or c in "_-" else "-" for c in arch) or f"arch-{number}"
 
 
-def _students(filled: dict[str, StudentSettings], folder: Path) -> list[Student]:
+def _open_students(filled: dict[str, StudentConfig], folder: Path) -> list[StudentTraining]:
     """Each with what it is trained from, of one reading of caches and data; begun or finished ones go on."""
-    students: list[Student] = []
+    students: list[StudentTraining] = []
     for name, own in filled.items():
-        own = student_stage.to_go_on(replace(own, out=str(folder / name), json=False))
-        material = Material.open(own, students[0].material if students else None)
+        own = student_stage.resume_if_started(replace(own, out=str(folder / name), json=False))
+        material = DistillationSetup.open(own, students[0].material if students else None)
         material.network(own, material.losses)  # an arch that cannot be built is found before a folder is made
-        students.append(Student(own, material, folder / name))
+        students.append(StudentTraining(own, material, folder / name))
     return students
 
 
-def train(students: Sequence[Student], vectorize: bool, console: Console) -> list[dict[str, Any] | TrainingStopped]:
+def train_students(
+    students: Sequence[StudentTraining], vectorize: bool, console: Console
+) -> list[dict[str, Any] | TrainingStopped]:
     """Train them all; the result.json of each, as if it had been trained alone, or how it ended early."""
     with ExitStack() as held:
         for student in students:
-            held.enter_context(student_stage.begun(student.settings, student.material, student.folder))
-        results = train_passes(students, console, vectorize=vectorize)
+            held.enter_context(student_stage.started_run(student.settings, student.material, student.folder))
+        results = train_phases(students, console, vectorize=vectorize)
         for i, (student, result) in enumerate(zip(students, results, strict=True)):
             if not isinstance(result, TrainingStopped):
-                results[i] = whole = student_stage.whole(student.settings, student.material, [result])
+                results[i] = whole = student_stage.assemble_result(student.settings, student.material, [result])
                 publish_json(student.folder / "result.json", whole)
         return results

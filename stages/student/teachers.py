@@ -15,15 +15,15 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.teachers.combine import Combination, fit_combination, parse_combination
 from softcache.pipeline.teachers.distribution_map import DistributionMap, fit_map
 from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble, check_same_views, list_missing_runs
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.cli.console import bar
-from softcache.stages.distributed.ranks import first_alone
-from softcache.stages.runs.data import data_of
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.console import progress_bar
+from softcache.stages.distributed.ranks import first_rank_first
+from softcache.stages.runs.data import load_cache_data
 from softcache.stages.runs.folder import read_json
 
-KEPT = "targets.json"
+TARGETS_FILE = "targets.json"
 _STEPS = 500  # of a fit, about
-Said = dict[str, torch.Tensor]
+SplitOutputs = dict[str, torch.Tensor]
 
 
 def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
@@ -35,50 +35,52 @@ def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
     return caches
 
 
-def bound(caches: tuple[Cache, ...], settings: StudentSettings) -> TransferSet:
+def load_shared_data(caches: tuple[Cache, ...], settings: StudentConfig) -> TransferSet:
     """The transfer set of all of them, which each compares with its own rows."""
-    transfer_set = first_alone(lambda: data_of(caches[0], settings.data, Path(settings.data_root)))
+    transfer_set = first_rank_first(lambda: load_cache_data(caches[0], settings.data, Path(settings.data_root)))
     for other in caches[1:]:
         other.check_transfer_set(transfer_set)
     return transfer_set
 
 
-def taught(
-    caches: tuple[Cache, ...], settings: StudentSettings, transfer_set: TransferSet, gaps: MissingTargets
-) -> tuple[TeacherEnsemble, Said]:
+def load_teachers(
+    caches: tuple[Cache, ...], settings: StudentConfig, transfer_set: TransferSet, gaps: MissingTargets
+) -> tuple[TeacherEnsemble, SplitOutputs]:
     """The caches as one teacher, as a run has kept it or fitted to validation; and {split: what each said}."""
     plain = TeacherEnsemble(caches, missing=gaps)
-    said: Said = {split: plain.read_held_out(split) for split in ("val", "test") if split in transfer_set.splits}
-    if settings.out and (Path(settings.out) / KEPT).is_file():
-        return _kept(Path(settings.out), plain, settings), said
+    said: SplitOutputs = {
+        split: plain.read_held_out(split) for split in ("val", "test") if split in transfer_set.splits
+    }
+    if settings.out and (Path(settings.out) / TARGETS_FILE).is_file():
+        return _read_targets_record(Path(settings.out), plain, settings), said
     labels, val = transfer_set.splits["val"].labels, said["val"]
-    combine = blended(_spec(settings), val, labels) if len(caches) > 1 else None
+    combine = resolve_combination(_combination_spec(settings), val, labels) if len(caches) > 1 else None
     maps: tuple[DistributionMap, ...] = ()
     if settings.map:
         counts = count_classes(transfer_set.splits["train"].labels, caches[0].classes)
         heard = TeacherEnsemble(caches, combine).combine_logits(val)
         each = heard.unbind(1) if heard.ndim == 3 else (heard,)
-        with bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
+        with progress_bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
             maps = tuple(fit_map(settings.map, z.numpy(), labels, counts, shown.update) for z in each)
     return TeacherEnsemble(caches, combine, maps, gaps), said
 
 
-def blended(spec: str, val: torch.Tensor, labels: Labels) -> Combination:
+def resolve_combination(spec: str, val: torch.Tensor, labels: Labels) -> Combination:
     """The way to combine that is asked for; `learned` is fitted to validation. val: logits [N, M, K]; labels [N]."""
     if spec != "learned":
         return parse_combination(spec, val.shape[1])
-    with bar(_STEPS, "fitting --combine learned", "step") as shown:
+    with progress_bar(_STEPS, "fitting --combine learned", "step") as shown:
         return fit_combination(val.numpy(), labels, shown.update)
 
 
-def _spec(settings: StudentSettings) -> str:
+def _combination_spec(settings: StudentConfig) -> str:
     return settings.combine or "mean_probability"
 
 
-def _kept(folder: Path, plain: TeacherEnsemble, settings: StudentSettings) -> TeacherEnsemble:
+def _read_targets_record(folder: Path, plain: TeacherEnsemble, settings: StudentConfig) -> TeacherEnsemble:
     """As the run has it: a fit on another machine may differ in the last bit."""
-    record = read_json(folder / KEPT)
-    members, spec = len(plain.members), _spec(settings)
+    record = read_json(folder / TARGETS_FILE)
+    members, spec = len(plain.members), _combination_spec(settings)
     try:
         combine = Combination.from_json(record["combine"]) if record["combine"] is not None else None
         maps = tuple(DistributionMap.from_json(one) for one in record["maps"])
@@ -93,19 +95,19 @@ def _kept(folder: Path, plain: TeacherEnsemble, settings: StudentSettings) -> Te
         if any(len(one.bias) != plain.members[0].classes for one in maps):
             raise ValueError("a map of other classes")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
-        raise CacheError(f"'{folder / KEPT}' is damaged: {make_printable(error, 80)}") from None
+        raise CacheError(f"'{folder / TARGETS_FILE}' is damaged: {make_printable(error, 80)}") from None
     return TeacherEnsemble(plain.members, combine, maps, plain.missing)
 
 
-def keep(teachers: TeacherEnsemble, folder: Path) -> None:
+def save_targets_record(teachers: TeacherEnsemble, folder: Path) -> None:
     """Publish targets.json, where there is more to say than one cache's logits."""
-    if teachers.is_single_cache or (folder / KEPT).is_file():
+    if teachers.is_single_cache or (folder / TARGETS_FILE).is_file():
         return
     combine = teachers.combine.to_json() if teachers.combine else None
-    publish_json(folder / KEPT, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
+    publish_json(folder / TARGETS_FILE, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
 
 
-def same_shards(teachers: TeacherEnsemble, settings: StudentSettings, taps: tuple[str, ...], folder: Path) -> None:
+def check_same_shards(teachers: TeacherEnsemble, settings: StudentConfig, taps: tuple[str, ...], folder: Path) -> None:
     """Write down which shards the run is trained from; a run that goes on must find the same ones."""
     first, *others = teachers.members
     used: dict[str, Any] = {
@@ -129,17 +131,17 @@ def same_shards(teachers: TeacherEnsemble, settings: StudentSettings, taps: tupl
         raise CacheError(f"'{folder}' was begun with other shards than {named} now has:{fields}")
 
 
-def mapped_head(teachers: TeacherEnsemble, head: LinearHead | None) -> LinearHead | None:
+def map_head(teachers: TeacherEnsemble, head: LinearHead | None) -> LinearHead | None:
     """The teacher's last linear layer with the map behind it."""
     return teachers.maps[0].map_head(head) if head and teachers.maps else head
 
 
-def in_words(teachers: TeacherEnsemble, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
+def describe_teachers(teachers: TeacherEnsemble, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
     """Each member and what becomes of them, by the figures of each held-out split."""
     lines = [f"teacher {m['arch']} as cached: {_figures(m)}" for m in members]
     how = []
     if combine := teachers.combine:
-        fitted = shares_of(combine.weights, combine.temperatures) if combine.name == "learned" else ""
+        fitted = format_weights(combine.weights, combine.temperatures) if combine.name == "learned" else ""
         how.append(combine.name + (f" ({fitted}, fitted to val)" if fitted else ""))
     for mapping in teachers.maps:
         fitted = "" if mapping.spec.startswith("prior") else ", fitted to val"
@@ -150,7 +152,7 @@ def in_words(teachers: TeacherEnsemble, members: list[dict[str, Any]], one: dict
     return [*lines, f"what students learn from, {'; '.join(dict.fromkeys(how))}{each}: {_figures(one)}"] if how else []
 
 
-def shares_of(weights: Sequence[float], temperatures: Sequence[float]) -> str:
+def format_weights(weights: Sequence[float], temperatures: Sequence[float]) -> str:
     """What each teacher weighs in a fitted blend, and its temperature."""
     return ", ".join(f"{w:.3f} at T = {t:.3f}" for w, t in zip(weights, temperatures, strict=True))
 

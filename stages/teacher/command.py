@@ -18,50 +18,50 @@ from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, count_multiply_adds, count_parameters
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
-from softcache.stages.cli.configs import CacheSettings, TeacherSettings
+from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.copied_commands import command, free_name
-from softcache.stages.runs.environment import device_of, machine, peak_memory, versions
-from softcache.stages.runs.folder import begin_run, open_run
-from softcache.stages.training.loop import fit
-from softcache.stages.training.step import Job
-from softcache.stages.training.validation import HeldOut, check_select
+from softcache.stages.cli.copied_commands import find_free_name, format_command
+from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
+from softcache.stages.runs.folder import open_run, start_run
+from softcache.stages.training.loop import train
+from softcache.stages.training.step import TrainingRun
+from softcache.stages.training.validation import HeldOutSplit, check_select
 
-CUT = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
+CUT_OPTIONS = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
 FOLDER_SIZE = 224  # of views of a folder whose images differ in size
 
 
-def run(settings: TeacherSettings, said: set[str]) -> None:
+def run(settings: TeacherConfig, said: set[str]) -> None:
     """Train, report, and say what to do next."""
     console = Console(settings.json)
-    settings = with_recipe(settings)
+    settings = fill_defaults(settings)
     settings, folder = open_run(settings, said, f"{short_name(settings.data)}-teacher")
-    result = train(settings, folder, console)
+    result = train_teacher(settings, folder, console)
     if settings.json:
         return console.result(json.dumps(result))
     figures = result["teacher"]["test"] or result["teacher"]["val"]
     console.say(f"teacher {settings.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
     console.say(f"run:  {folder}")
-    console.say(f"next: {_cache_command(settings, folder)}")
+    console.say(f"next: {_format_cache_command(settings, folder)}")
 
 
-def _cache_command(settings: TeacherSettings, folder: Path) -> str:
+def _format_cache_command(settings: TeacherConfig, folder: Path) -> str:
     """Stage one with these weights and this cut: of another one, validation may hold rows that the teacher learned."""
     usual = f"caches/{short_name(settings.data)}"
     fraction = (
         settings.val_fraction if settings.val_fraction != find_source(settings.data).recipe.val_fraction else 0.0
     )
-    asked = CacheSettings(
+    asked = CacheConfig(
         data=settings.data,
         data_root=settings.data_root,
         weights=str(folder),
-        out=free_name(usual) if Path(usual).exists() else "",
-        **{name: getattr(settings, name) for name in CUT} | {"val_fraction": fraction},
+        out=find_free_name(usual) if Path(usual).exists() else "",
+        **{name: getattr(settings, name) for name in CUT_OPTIONS} | {"val_fraction": fraction},
     )
-    return command("teacher-cache", asked)
+    return format_command("teacher-cache", asked)
 
 
-def with_recipe(settings: TeacherSettings) -> TeacherSettings:
+def fill_defaults(settings: TeacherConfig) -> TeacherConfig:
     """Every None filled in from the data set's recipe."""
     data = settings.data or "digits"
     recipe = find_source(data).recipe
@@ -78,18 +78,18 @@ def with_recipe(settings: TeacherSettings) -> TeacherSettings:
     )
 
 
-def train(settings: TeacherSettings, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
+def train_teacher(settings: TeacherConfig, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
     """Train a teacher on hard targets with a fresh view each epoch; result.json and teacher.pt go to folder."""
-    device = device_of(settings.device)
-    transfer_set = load_cut(settings)
+    device = select_device(settings.device)
+    transfer_set = load_data(settings)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
         raise UsageError(f"a teacher needs labels: '{settings.data}' has images without classes")
     check_select(settings, transfer_set)
-    views = with_size(parse_views(settings.views), transfer_set, console)
-    input_spec = preparation_of(settings.normalize, transfer_set, views)
+    views = fill_size(parse_views(settings.views), transfer_set, console)
+    input_spec = make_input_spec(settings.normalize, transfer_set, views)
     torch.manual_seed(settings.seed)
     network = build(settings.arch, len(transfer_set.classes), input_spec.channels, views.size)
-    with begin_run(settings, folder):
+    with start_run(settings, folder):
         model = PreparedModel(network, input_spec).to(device)
         rows = transfer_set.splits["train"]
         stream = Stream(
@@ -105,12 +105,12 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             device=device,
         )
         held_out = {
-            split: HeldOut(transfer_set.splits[split], views, device, settings)
+            split: HeldOutSplit(transfer_set.splits[split], views, device, settings)
             for split in ("val", "test")
             if split in transfer_set.splits
         }
         counts = count_classes(rows.labels, len(transfer_set.classes))
-        job = Job(
+        job = TrainingRun(
             "teacher",
             model,
             parse_losses(("hard",)),
@@ -124,7 +124,7 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
             advice,
             LossContext(counts=torch.from_numpy(counts)),
         )
-        done = fit(job, held_out["val"], console)
+        done = train(job, held_out["val"], console)
         measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
         result = {
             "settings": asdict(settings),
@@ -138,21 +138,21 @@ def train(settings: TeacherSettings, folder: Path, console: Console, advice: str
                 "test": measured.get("test"),
             },
             "seconds": {"train": done.seconds},
-            "peak_memory": peak_memory(device),
-            "versions": versions(),
-            "machine": machine(device),
+            "peak_memory": measure_peak_memory(device),
+            "versions": library_versions(),
+            "machine": describe_machine(device),
         }
         publish_json(folder / "result.json", result)
         return result
 
 
-def load_cut(settings: TeacherSettings | CacheSettings) -> TransferSet:
+def load_data(settings: TeacherConfig | CacheConfig) -> TransferSet:
     """The data, cut as the settings say."""
-    cut = {name: getattr(settings, name) for name in CUT}
+    cut = {name: getattr(settings, name) for name in CUT_OPTIONS}
     return load_transfer_set(settings.data, Path(settings.data_root), **cut, progress=progress)
 
 
-def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
+def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
     """The policy with its size in pixels: as asked, as the images are, or 224 where they differ."""
     if not views.size and not transfer_set.size:
         console.say(
@@ -161,7 +161,7 @@ def with_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) ->
     return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
 
 
-def preparation_of(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> InputSpec:
+def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> InputSpec:
     """Mean and standard deviation per channel: ImageNet's, the training views' own, or none."""
     channels, size = transfer_set.channels, views.size
     if normalize == "imagenet":

@@ -7,7 +7,7 @@ from typing import Any
 from softcache.base.threads import Future, ThreadPool
 
 
-class Behind:
+class BackgroundWriter:
     """`with Behind() as behind: behind.do(work, …)`. What the work raises is raised by the next call, or at the end.
 
     At most one work is under way, and none waits: do returns once the one before is done. After one that failed none
@@ -35,7 +35,7 @@ class Behind:
         if self._last is not None and self._last.done():
             self.wait()
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(

@@ -42,12 +42,12 @@ same for programs, with a checksum of every file.
 """
 
 
-def write_card(folder: Path, before: Manifest | None, manifest: Manifest) -> None:
+def write_readme(folder: Path, before: Manifest | None, manifest: Manifest) -> None:
     """Publish the card, unless someone has edited the one that is there: then it is theirs."""
     path = folder / README_FILE
     if os.path.lexists(path) and not (before and _unedited(folder, before)):
         return
-    publish_text(path, card(folder.resolve().name, manifest))
+    publish_text(path, format_readme(folder.resolve().name, manifest))
 
 
 def _unedited(folder: Path, manifest: Manifest) -> bool:
@@ -58,12 +58,12 @@ def _unedited(folder: Path, manifest: Manifest) -> bool:
         return False
     found = re.search(r"^python -m softcache check-cache (.+) --deep", text.decode(errors="replace"), re.MULTILINE)
     try:
-        return found is not None and text == card(shlex.split(found[1])[0], manifest).encode()
+        return found is not None and text == format_readme(shlex.split(found[1])[0], manifest).encode()
     except (ValueError, IndexError):
         return False
 
 
-def card(name: str, manifest: Manifest) -> str:
+def format_readme(name: str, manifest: Manifest) -> str:
     """The text. name: of the folder."""
     identity, fidelity = manifest.identity, manifest.fidelity
     teacher, data, views = identity["teacher"], identity["transfer_set"], identity["views"]
@@ -76,14 +76,15 @@ def card(name: str, manifest: Manifest) -> str:
         weights=teacher["weights"],
         precision=identity["precision"],
         faster=f", {manifest.arithmetic.describe()}" if manifest.arithmetic else "",
-        input=f"{teacher['channels']} × {teacher['size']} × {teacher['size']}, mean {_short(teacher['mean'])},"
-        f" standard deviation {_short(teacher['std'])} of values 0 … 1",
+        input=f"{teacher['channels']} × {teacher['size']} × {teacher['size']},"
+        f" mean {_format_numbers(teacher['mean'])},"
+        f" standard deviation {_format_numbers(teacher['std'])} of values 0 … 1",
         data=data["name"],
         rows=", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items()),
         classes=manifest.classes,
         views=f"`{views['policy']}` ({knobs})",
         draws=manifest.draws,
-        accuracy=", ".join(f"{s} {_share(found['accuracy'])}" for s, found in manifest.teacher.items()),
+        accuracy=", ".join(f"{s} {_format_accuracy(found['accuracy'])}" for s, found in manifest.teacher.items()),
         kept="logits" + (f"; features {features}" if features else ""),
         codec=identity["codec"],
         kl=f"{fidelity['kl_4']:.1e}",
@@ -98,9 +99,9 @@ def card(name: str, manifest: Manifest) -> str:
     )
 
 
-def _share(accuracy: float | None) -> str:
+def _format_accuracy(accuracy: float | None) -> str:
     return "unknown" if accuracy is None else f"{accuracy:.4f}"
 
 
-def _short(values: Any) -> str:
+def _format_numbers(values: Any) -> str:
     return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"

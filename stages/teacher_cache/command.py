@@ -32,73 +32,77 @@ from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights
 from softcache.pipeline.taps.statistics import normalize_tap
-from softcache.stages.cli.configs import CacheSettings, StudentSettings
-from softcache.stages.cli.console import Console, duration
-from softcache.stages.cli.copied_commands import command, free_name
+from softcache.stages.cli.configs import CacheConfig, StudentConfig
+from softcache.stages.cli.console import Console, format_duration
+from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.distributed import ranks
-from softcache.stages.runs.environment import device_of, versions
+from softcache.stages.runs.environment import library_versions, select_device
 from softcache.stages.teacher import command as teacher_stage
 
-from .cache_readme import write_card
-from .precision import Chosen, Probe, choose, chosen_as, going_on
-from .reproducibility import again
-from .targets import Ask
-from .teacher_source import teacher_of
+from .cache_readme import write_readme
+from .precision import ChosenPrecision, TrialViews, choose_precision, restore_precision, resume_precision
+from .reproducibility import check_reproducibility
+from .targets import TargetGenerator
+from .teacher_source import load_teacher
 from .writing import write_shards
 
 
-def run(settings: CacheSettings) -> None:
+def run(settings: CacheConfig) -> None:
     """Make the cache, and say what it is."""
     console = Console(settings.json)
-    with ranks.joined(settings.device):
+    with ranks.process_group(settings.device):
         if not ranks.is_first():
-            return assist(settings, console)
-        settings, manifest = make(settings, console)
-        _report(manifest, settings, console)
+            return write_share(settings, console)
+        settings, manifest = make_cache(settings, console)
+        _print_report(manifest, settings, console)
 
 
-def make(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Manifest]:
+def make_cache(settings: CacheConfig, console: Console) -> tuple[CacheConfig, Manifest]:
     """Data, views, teacher; then shard after shard; then the manifest. The settings come back with the recipe in."""
-    with _other_named(settings):
-        settings, identity, ask, chosen = _asked(settings, console)
-        return settings, _cache(settings, identity, ask, chosen, console)
+    with _name_other_cache(settings):
+        settings, identity, ask, chosen = _prepare(settings, console)
+        return settings, _write_cache(settings, identity, ask, chosen, console)
 
 
-def assist(settings: CacheSettings, console: Console) -> None:
+def write_share(settings: CacheConfig, console: Console) -> None:
     """What another rank than the first does: its share of the shards, once the first has claimed the folder."""
-    settings, identity, ask, chosen = _asked(settings, console)
-    if ranks.from_first(lambda: True):
+    settings, identity, ask, chosen = _prepare(settings, console)
+    if ranks.broadcast_from_first(lambda: True):
         write_shards(
             CacheWriter.examine(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console
         )
 
 
 @contextmanager
-def _other_named(settings: CacheSettings) -> Iterator[None]:
+def _name_other_cache(settings: CacheConfig) -> Iterator[None]:
     """Where the cache that is there is another one, the command for the one that is asked for."""
     try:
         yield
     except CacheMismatchError as error:
-        settings = _checked(settings)[0]
-        right = command("teacher-cache", settings, out=free_name(settings.out))
+        settings = _fill_defaults(settings)[0]
+        right = format_command("teacher-cache", settings, out=find_free_name(settings.out))
         raise CacheError(f"{error}\nMake the one that is asked for with  {right}") from None
 
 
-def _asked(settings: CacheSettings, console: Console) -> tuple[CacheSettings, Identity, Ask, Chosen]:
+def _prepare(
+    settings: CacheConfig, console: Console
+) -> tuple[CacheConfig, Identity, TargetGenerator, ChosenPrecision]:
     """The settings with the recipe in, what the rows are to be, and who is asked about what."""
-    settings, views, taps = _checked(settings)
-    transfer_set = ranks.first_alone(lambda: teacher_stage.load_cut(settings))
-    views = teacher_stage.with_size(views, transfer_set, console)
-    teacher, arch = teacher_of(settings, transfer_set, views, console)
-    teacher = teacher.to(device_of(settings.device)).eval()
+    settings, views, taps = _fill_defaults(settings)
+    transfer_set = ranks.first_rank_first(lambda: teacher_stage.load_data(settings))
+    views = teacher_stage.fill_size(views, transfer_set, console)
+    teacher, arch = load_teacher(settings, transfer_set, views, console)
+    teacher = teacher.to(select_device(settings.device)).eval()
     identity = _identity(settings, transfer_set, views, teacher, arch)
-    chosen, taps = _decided(settings, identity, Probe(transfer_set, views, settings), teacher, taps, console)
+    chosen, taps = _decide_precision(
+        settings, identity, TrialViews(transfer_set, views, settings), teacher, taps, console
+    )
     identity = {**identity, "precision": chosen.answering.precision}
-    ranks.agree("cache in mind", compute_fingerprint(identity))
-    return settings, identity, Ask(transfer_set, views, chosen.answering, settings), chosen
+    ranks.check_equal("cache in mind", compute_fingerprint(identity))
+    return settings, identity, TargetGenerator(transfer_set, views, chosen.answering, settings), chosen
 
 
-def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[str, ...]]:
+def _fill_defaults(settings: CacheConfig) -> tuple[CacheConfig, ViewPolicy, tuple[str, ...]]:
     """The settings with the recipe filled in, before anything slow is done."""
     data = settings.data or "digits"
     recipe = find_source(data).recipe
@@ -117,7 +121,7 @@ def _checked(settings: CacheSettings) -> tuple[CacheSettings, ViewPolicy, tuple[
 
 
 def _identity(
-    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, teacher: PreparedModel, arch: str
+    settings: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, teacher: PreparedModel, arch: str
 ) -> Identity:
     """What the rows of the cache to be are, but for the precision where it is still to be chosen."""
     known = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
@@ -126,19 +130,19 @@ def _identity(
     return plain
 
 
-def _decided(
-    settings: CacheSettings,
+def _decide_precision(
+    settings: CacheConfig,
     identity: Identity,
-    verify_views: Probe,
+    verify_views: TrialViews,
     teacher: PreparedModel,
     taps: tuple[str, ...],
     console: Console,
-) -> tuple[Chosen, tuple[str, ...]]:
+) -> tuple[ChosenPrecision, tuple[str, ...]]:
     """How the teacher is asked, as rank 0 finds it, and all taps: those of a cache that is there, those asked for.
 
     Raises CacheMismatchError.
     """
-    found: list[Chosen] = []
+    found: list[ChosenPrecision] = []
 
     def decide() -> dict[str, Any]:
         there, out = read_existing(Path(settings.out), identity), Path(settings.out)
@@ -146,29 +150,33 @@ def _decided(
             precision = there.precision if settings.precision == "auto" else settings.precision
             check_same_identity(out, {**identity, "precision": precision}, {}, read_manifest(out))
         every = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
-        chosen = going_on(settings, there, teacher, every) or choose(settings, verify_views, teacher, every, console)
+        chosen = resume_precision(settings, there, teacher, every) or choose_precision(
+            settings, verify_views, teacher, every, console
+        )
         found.append(chosen)
         return {"taps": list(every), **chosen.record()}
 
-    told = ranks.from_first(decide)
+    told = ranks.broadcast_from_first(decide)
     every = tuple(told["taps"])
-    return (found[0] if found else chosen_as(told, teacher, every, verify_views, console)), every
+    return (found[0] if found else restore_precision(told, teacher, every, verify_views, console)), every
 
 
-def _plan(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen) -> CachePlan:
+def _plan(settings: CacheConfig, identity: Identity, ask: TargetGenerator, chosen: ChosenPrecision) -> CachePlan:
     splits = {split: len(rows) for split, rows in ask.transfer_set.splits.items()}
-    kept = (settings.shard_rows, _to_keep(settings), chosen.arithmetic)
+    kept = (settings.shard_rows, _settings_to_store(settings), chosen.arithmetic)
     return CachePlan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
 
 
-def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen, console: Console) -> Manifest:
+def _write_cache(
+    settings: CacheConfig, identity: Identity, ask: TargetGenerator, chosen: ChosenPrecision, console: Console
+) -> Manifest:
     """Write what is not there yet; the manifest of it all."""
     out, transfer_set = Path(settings.out), ask.transfer_set
     plan = _plan(settings, identity, ask, chosen)
     if (whole := CacheWriter.examine(out, plan)).is_complete:  # needs no lock: the cache may be on a read-only mount
         clean_up(out)
         console.say(f"the cache '{out}' is whole already, with all that is asked for")
-        ranks.from_first(lambda: False)
+        ranks.broadcast_from_first(lambda: False)
         return whole.previous or read_manifest(out)
     make_folder(out)
     with hold_lock(out):
@@ -176,29 +184,29 @@ def _cache(settings: CacheSettings, identity: Identity, ask: Ask, chosen: Chosen
         if writer.previous and writer.missing:
             console.say(f"the cache '{out}' grows by {len(writer.missing)} shards; what it holds is left as it is")
             verify_views(Cache(out), transfer_set, writer.previous.draws)
-            again(Cache(out), ask).refuse_if_large()
+            check_reproducibility(Cache(out), ask).refuse_if_large()
         writer.start()
         if writer.previous and not writer.missing:
             console.say(f"the cache '{out}' is whole already, with all that is asked for")
-            ranks.from_first(lambda: False)
+            ranks.broadcast_from_first(lambda: False)
             return writer.previous
         if set(writer.plan.taps) != set(ask.taps):
             raise CacheError(f"'{out}' was given other taps while this began: run the same command again")
         if chosen.begun and (chosen.arithmetic or settings.precision == "auto"):
             how = f", {chosen.arithmetic.describe()}" if chosen.arithmetic else ""
             console.say(f"precision: {identity['precision']}{how}; as this cache was begun")
-        ranks.from_first(lambda: True)
+        ranks.broadcast_from_first(lambda: True)
         write_shards(writer, ask, chosen, console)
         head = find_head(ask.teacher.network, ask.classes)
         record = None if head is None or writer.previous else writer.add_head(*get_head_arrays(head, ask.classes))
         labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
-        manifest = writer.build_manifest(record, labelled, versions())
-        write_card(out, writer.previous, manifest)
+        manifest = writer.build_manifest(record, labelled, library_versions())
+        write_readme(out, writer.previous, manifest)
         writer.publish_manifest(manifest)
         return manifest
 
 
-def _to_keep(settings: CacheSettings) -> dict[str, Any]:
+def _settings_to_store(settings: CacheConfig) -> dict[str, Any]:
     """The settings that another machine can repeat: no path of this one, but the last part of its name."""
     here = ("data_root", "device", "workers", "json", "out", "draws", "taps")
     kept = {name: value for name, value in asdict(settings).items() if name not in here}
@@ -207,7 +215,7 @@ def _to_keep(settings: CacheSettings) -> dict[str, Any]:
     return kept
 
 
-def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> None:
+def _print_report(manifest: Manifest, settings: CacheConfig, console: Console) -> None:
     """What was written."""
     rows = sum(n * (manifest.draws if split == "train" else 1) for split, n in manifest.splits.items())
     record: dict[str, Any] = {
@@ -236,12 +244,12 @@ def _report(manifest: Manifest, settings: CacheSettings, console: Console) -> No
     )
     pace = f", {rows / manifest.seconds:,.0f} images a second" if manifest.seconds else ""
     size = f"{manifest.bytes / rows:.1f} bytes a view"
-    console.say(f"wrote:   {rows:,} rows, {size}, in {duration(manifest.seconds)}{pace}")
+    console.say(f"wrote:   {rows:,} rows, {size}, in {format_duration(manifest.seconds)}{pace}")
     mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
     console.say(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
     console.say(
         f"codec:   {settings.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
     )
     data = settings.data if settings.data.startswith("folder:") else ""
-    student = StudentSettings(data=data, data_root=settings.data_root, cache=(settings.out,), baseline=True)
-    console.say(f"next:    {command('student', student)}")
+    student = StudentConfig(data=data, data_root=settings.data_root, cache=(settings.out,), baseline=True)
+    console.say(f"next:    {format_command('student', student)}")

@@ -14,13 +14,13 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import parse_tap
 
-Said = tuple[torch.Tensor, dict[str, torch.Tensor]]
-Answer = Callable[[torch.Tensor], Said]
+TeacherOutputs = tuple[torch.Tensor, dict[str, torch.Tensor]]
+InferFunction = Callable[[torch.Tensor], TeacherOutputs]
 
-_SAME = 1e-3  # of the largest value: rounding of float32 is a thousandth of it
+_MAX_DIFFERENCE = 1e-3  # of the largest value: rounding of float32 is a thousandth of it
 
 
-class Answering:
+class TeacherInference:
     """What answers: the teacher itself, or a copy of it with batch norm folded, in float32 or bfloat16.
 
     teacher: in eval mode, on its device, and never changed. In float32 and not folded the answers are the teacher's
@@ -30,7 +30,7 @@ class Answering:
     def __init__(self, teacher: PreparedModel, taps: tuple[str, ...], precision: str = "float32", fold: bool = False):
         self.teacher, self.taps, self.precision = teacher, taps, precision
         self._asked = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
-        self._compiled: Answer | None = None
+        self._compiled: InferFunction | None = None
         self.comes_out_differently = self.folded and not self._folded_says_the_same()
         if self.comes_out_differently:
             self._asked = teacher
@@ -56,7 +56,7 @@ class Answering:
         return self._compiled is not None
 
     @contextmanager
-    def ready(self) -> Iterator[Answer]:
+    def ready(self) -> Iterator[InferFunction]:
         """A function uint8 [B, C, S, S] on its device -> logits float32 [B, K] and {tap: [B, …]}, for the time of a
         with statement; the features are overwritten by the next call's."""
         if self._compiled is not None:
@@ -83,7 +83,7 @@ class Answering:
         hooks = ExitStack()
         kept = hooks.enter_context(capture_features(own.network, self.taps))
 
-        def ask(views: torch.Tensor) -> Said:
+        def ask(views: torch.Tensor) -> TeacherOutputs:
             with autocast(self.device, self.precision):
                 logits = own(views)
             return logits, dict(kept)
@@ -92,7 +92,7 @@ class Answering:
         options: dict[str, Any] = {"freezing": True} if self.device.type == "cpu" else {}
         compiled = torch.compile(ask, fullgraph=True, dynamic=False, options=options)
 
-        def padded(views: torch.Tensor) -> Said:
+        def padded(views: torch.Tensor) -> TeacherOutputs:
             kept.clear()  # guarded: with the last batch's in it the function would be compiled again
             n = len(views)
             with torch.no_grad():  # inference mode would be another guard
@@ -118,13 +118,14 @@ class Answering:
             with exact, torch.inference_mode(), capture_features(asked.network, self.taps) as kept:
                 said.append([asked(views), *(kept[tap] for tap in self.taps)])
         return all(
-            bool((a - b).abs().max() <= _SAME * a.abs().max().clamp(min=1e-6)) for a, b in zip(*said, strict=True)
+            bool((a - b).abs().max() <= _MAX_DIFFERENCE * a.abs().max().clamp(min=1e-6))
+            for a, b in zip(*said, strict=True)
         )
 
 
-def answering_as(teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool) -> Answering:
+def restore_inference(teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool) -> TeacherInference:
     """What answers as a cache was begun. Raises CacheError where its batch norm was folded and cannot be here."""
-    answering = Answering(teacher, taps, precision, fold)
+    answering = TeacherInference(teacher, taps, precision, fold)
     if answering.comes_out_differently:
         raise CacheError(
             "the cache was begun with batch norm folded, and that says something else than the teacher here: go on"

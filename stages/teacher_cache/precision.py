@@ -17,10 +17,10 @@ from softcache.pipeline.cache.existing import ExistingCache
 from softcache.pipeline.cache.precision_record import PrecisionRecord, parse_precision_record
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.prepared_model import PreparedModel
-from softcache.stages.cli.configs import CacheSettings
+from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 
-from .inference import Answering, answering_as
+from .inference import TeacherInference, restore_inference
 
 _VIEWS, _BATCHES = 512, 2
 _TURNS, _QUICK = 3, 1.0  # at most so many rounds over the views, and no further one after one of so many seconds
@@ -29,10 +29,10 @@ _WORTH = 1.05
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenPrecision:
     """What answers, and what there is to write down about it; None for the teacher as it is. begun: goes on so."""
 
-    answering: Answering
+    answering: TeacherInference
     arithmetic: PrecisionRecord | None = None
     begun: bool = False
 
@@ -44,12 +44,12 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Probe:
+class TrialViews:
     """Views of the first draw, 512 or all, that a teacher is tried on: those of the first rows that are written."""
 
     transfer_set: TransferSet
     views: ViewPolicy
-    settings: CacheSettings
+    settings: CacheConfig
 
     @property
     def rows_together(self) -> int:
@@ -70,7 +70,7 @@ class Probe:
 class _Trial:
     """What one answering said about the views, float32 [n, K] by batch, and the least seconds of a view."""
 
-    answering: Answering
+    answering: TeacherInference
     said: list[NDArray[np.float32]] = field(default_factory=list)
     least: float = float("inf")
     broken: str = ""
@@ -80,7 +80,7 @@ class _Trial:
         if self.broken:
             return
         try:
-            logits, seconds = timed(self.answering, views)
+            logits, seconds = time_inference(self.answering, views)
         except (RuntimeError, TypeError, ValueError) as error:  # a network is anyone's code
             if self.answering.is_plain:
                 raise
@@ -111,9 +111,9 @@ class _Trial:
         return self.least * _WORTH < plain.least and max(self.cost(plain)[:2]) <= tolerance
 
 
-def going_on(
-    settings: CacheSettings, there: ExistingCache | None, teacher: PreparedModel, taps: tuple[str, ...]
-) -> Chosen | None:
+def resume_precision(
+    settings: CacheConfig, there: ExistingCache | None, teacher: PreparedModel, taps: tuple[str, ...]
+) -> ChosenPrecision | None:
     """As a cache in the folder was begun: a timing does not change it half-way. None where there is nothing begun.
 
     A precision that is asked for by name stays: another one there is refused later, by name.
@@ -122,24 +122,24 @@ def going_on(
         return None
     precision = there.precision if settings.precision == "auto" else settings.precision
     fold = there.arithmetic is not None and there.arithmetic.folded
-    return Chosen(answering_as(teacher, taps, precision, fold), there.arithmetic, begun=True)
+    return ChosenPrecision(restore_inference(teacher, taps, precision, fold), there.arithmetic, begun=True)
 
 
-def choose(
-    settings: CacheSettings, probe: Probe, teacher: PreparedModel, taps: tuple[str, ...], console: Console
-) -> Chosen:
+def choose_precision(
+    settings: CacheConfig, probe: TrialViews, teacher: PreparedModel, taps: tuple[str, ...], console: Console
+) -> ChosenPrecision:
     """For a new cache. Plain float32 is the teacher as it is, to the last bit, and asks nothing; bfloat16 is folded.
 
     auto is the fastest of bfloat16 and float32, both with batch norm folded, and plain float32, that is within the
     tolerance at T = 1 and at T = 4: what is worth learning from a teacher is beside its first class, which only the
     higher temperature shows. What is taken is said with its cost, and written down.
     """
-    plain = _Trial(Answering(teacher, taps))
+    plain = _Trial(TeacherInference(teacher, taps))
     if settings.precision == "float32" and not settings.compile:
-        return Chosen(plain.answering)
-    others = [_Trial(a) for a in _faster(settings, teacher, taps)]
+        return ChosenPrecision(plain.answering)
+    others = [_Trial(a) for a in _list_faster(settings, teacher, taps)]
     batches = probe.batches()
-    _race([plain, *others], batches)
+    _time_trials([plain, *others], batches)
     if settings.precision == "auto":
         best = min(filter(lambda t: t.is_worth_it(plain, settings.tolerance), others), key=_Trial.pace, default=plain)
     else:
@@ -150,24 +150,24 @@ def choose(
                 f"--precision {settings.precision}: the teacher cannot be asked so ({make_printable(why)})"
             )
     if settings.compile:
-        best = _compiled(best, plain, probe, batches, console)
+        best = _try_compiled(best, plain, probe, batches, console)
     arithmetic = best.compared(plain) if best is not plain else None
     if settings.precision != "float32" or arithmetic:
-        _say(best, plain, others, settings, console)
-    return Chosen(best.answering, arithmetic)
+        _print_choice(best, plain, others, settings, console)
+    return ChosenPrecision(best.answering, arithmetic)
 
 
-def chosen_as(
-    record: dict[str, Any], teacher: PreparedModel, taps: tuple[str, ...], probe: Probe, console: Console
-) -> Chosen:
+def restore_precision(
+    record: dict[str, Any], teacher: PreparedModel, taps: tuple[str, ...], probe: TrialViews, console: Console
+) -> ChosenPrecision:
     """As another rank has chosen: the inverse of Chosen.record."""
-    answering = answering_as(teacher, taps, record["precision"], record["folded"])
+    answering = restore_inference(teacher, taps, record["precision"], record["folded"])
     if record["compiled"]:
-        compiled_now(answering, probe, console)
-    return Chosen(answering, parse_precision_record(record["arithmetic"]), record["begun"])
+        compile_teacher(answering, probe, console)
+    return ChosenPrecision(answering, parse_precision_record(record["arithmetic"]), record["begun"])
 
 
-def compiled_now(answering: Answering, probe: Probe, console: Console) -> bool:
+def compile_teacher(answering: TeacherInference, probe: TrialViews, console: Console) -> bool:
     """Compile, or say in one line why not."""
     console.say("compiling the teacher, 5 to 25 s")
     try:
@@ -179,17 +179,17 @@ def compiled_now(answering: Answering, probe: Probe, console: Console) -> bool:
     return True
 
 
-def _faster(settings: CacheSettings, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[Answering]:
+def _list_faster(settings: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[TeacherInference]:
     """What is tried beside plain float32."""
     if settings.precision != "float32":
-        yield Answering(teacher, taps, "bfloat16", fold=True)
+        yield TeacherInference(teacher, taps, "bfloat16", fold=True)
     if settings.precision == "auto":
-        folded = Answering(teacher, taps, "float32", fold=True)
+        folded = TeacherInference(teacher, taps, "float32", fold=True)
         if folded.folded:
             yield folded
 
 
-def _race(trials: list[_Trial], batches: list[torch.Tensor]) -> None:
+def _time_trials(trials: list[_Trial], batches: list[torch.Tensor]) -> None:
     """Every trial about every batch, in turns, so that a busy moment meets all; again while that is quick."""
     for turn in range(_TURNS):
         begun = time.monotonic()
@@ -200,7 +200,7 @@ def _race(trials: list[_Trial], batches: list[torch.Tensor]) -> None:
             return
 
 
-def timed(answering: Answering, views: torch.Tensor) -> tuple[NDArray[np.float32], float]:
+def time_inference(answering: TeacherInference, views: torch.Tensor) -> tuple[NDArray[np.float32], float]:
     """logits float32 [B, K], and the seconds that they took."""
     with answering.ready() as answer:
         begun = time.perf_counter()
@@ -208,14 +208,16 @@ def timed(answering: Answering, views: torch.Tensor) -> tuple[NDArray[np.float32
         return logits.numpy(), time.perf_counter() - begun
 
 
-def _compiled(best: _Trial, plain: _Trial, probe: Probe, batches: list[torch.Tensor], console: Console) -> _Trial:
+def _try_compiled(
+    best: _Trial, plain: _Trial, probe: TrialViews, batches: list[torch.Tensor], console: Console
+) -> _Trial:
     """The same compiled, where that works and is faster and not another function; the trial as it was elsewhere."""
     a, settings = best.answering, probe.settings
-    trial = _Trial(Answering(a.teacher, a.taps, a.precision, a.folded))
-    if not compiled_now(trial.answering, probe, console):
+    trial = _Trial(TeacherInference(a.teacher, a.taps, a.precision, a.folded))
+    if not compile_teacher(trial.answering, probe, console):
         return best
     again = _Trial(a)  # in turns with the other: what it took before, it took on a machine that was less busy
-    _race([trial, again], batches)
+    _time_trials([trial, again], batches)
     if max(trial.cost(plain)) == float("inf"):
         console.say(f"not compiled: {make_printable(trial.broken or 'its logits are not finite')}")
         return best
@@ -229,7 +231,7 @@ def _compiled(best: _Trial, plain: _Trial, probe: Probe, batches: list[torch.Ten
     return best
 
 
-def _say(best: _Trial, plain: _Trial, others: list[_Trial], settings: CacheSettings, console: Console) -> None:
+def _print_choice(best: _Trial, plain: _Trial, others: list[_Trial], settings: CacheConfig, console: Console) -> None:
     """One line: what was chosen, what it costs, and what it brings."""
     pace = f"{1 / best.pace():,.0f} images a second"
     if best is plain:

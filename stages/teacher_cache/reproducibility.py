@@ -10,22 +10,22 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.reader import Cache
-from softcache.stages.cli.configs import CheckSettings
-from softcache.stages.cli.copied_commands import settings_of
-from softcache.stages.runs.environment import device_of
+from softcache.stages.cli.configs import CheckConfig
+from softcache.stages.cli.copied_commands import read_cache_config
+from softcache.stages.runs.environment import select_device
 
-from .inference import answering_as
-from .targets import Ask
-from .teacher_source import teacher_of_cache
+from .inference import restore_inference
+from .targets import TargetGenerator
+from .teacher_source import load_cache_teacher
 
 _ROWS, _SHARDS = 256, 16
 # Of a row's range. float16 and sqrt8 cost 0.4 % at most, another processor's arithmetic less; rows of two other
 # images differ by 40 % and more.
-_MOST = {"float32": 0.02, "bfloat16": 0.1}
+_MAX_DIFFERENCE = {"float32": 0.02, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
-class Again:
+class ReproducibilityReport:
     """What came out. rows: how many were asked; logits: the largest difference of one; share: of its row's range;
     features: per tap, the largest difference as a share of the largest value; most: what is taken for the same."""
 
@@ -57,12 +57,12 @@ class Again:
                 )
 
 
-def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> Ask:
+def make_target_generator(cache: Cache, transfer_set: TransferSet, settings: CheckConfig) -> TargetGenerator:
     """The cache's teacher, ready to be asked what stage one asked it. Raises CacheError for other weights."""
-    teacher = teacher_of_cache(cache, settings.weights, settings.teacher).to(device_of(settings.device))
+    teacher = load_cache_teacher(cache, settings.weights, settings.teacher).to(select_device(settings.device))
     identity = cache.manifest.identity
     asked = replace(
-        settings_of(cache),
+        read_cache_config(cache),
         seed=cache.seed,
         codec=identity["codec"],
         precision=identity["precision"],
@@ -70,14 +70,14 @@ def ask_of(cache: Cache, transfer_set: TransferSet, settings: CheckSettings) -> 
     )
     arithmetic = cache.manifest.arithmetic
     fold = arithmetic is not None and arithmetic.folded
-    answering = answering_as(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
-    ask = Ask(transfer_set, cache.views, answering, asked)
+    answering = restore_inference(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
+    ask = TargetGenerator(transfer_set, cache.views, answering, asked)
     if (ask.classes, ask.shapes) != (cache.classes, cache.manifest.taps):
         raise CacheError(f"the teacher's outputs are {ask.classes}, {ask.shapes} here, others in the cache")
     return ask
 
 
-def again(cache: Cache, ask: Ask, bad: Collection[str] = ()) -> Again:
+def check_reproducibility(cache: Cache, ask: TargetGenerator, bad: Collection[str] = ()) -> ReproducibilityReport:
     """Ask the teacher about some rows of the shards that are not bad, and compare with what they hold."""
     records = [r for r in cache.manifest.shards if r.correct is not None and r.path not in bad]
     damaged = {(r.split, r.draw, name) for r in cache.manifest.shards if r.path in bad for name in r.datasets}
@@ -91,15 +91,15 @@ def again(cache: Cache, ask: Ask, bad: Collection[str] = ()) -> Again:
         stored, kept = cache.read_stored(record.split, record.draw, positions, good)
         said, tapped = ask.rows(record.split, record.draw, cache.index_at(record.split, positions))
         gap = np.abs(stored.numpy() - said).max(1)
-        logits = _larger(logits, gap)
-        share = _larger(share, gap / np.maximum(np.ptp(said, 1), 1e-3))
+        logits = _max_with_nan(logits, gap)
+        share = _max_with_nan(share, gap / np.maximum(np.ptp(said, 1), 1e-3))
         for tap in good:
             largest = max(float(np.abs(tapped[tap]).max()), 1e-3)
-            features[tap] = _larger(features[tap], np.abs(kept[tap].numpy() - tapped[tap]) / largest)
+            features[tap] = _max_with_nan(features[tap], np.abs(kept[tap].numpy() - tapped[tap]) / largest)
         count += n
-    return Again(count, logits, share, features, _MOST[cache.manifest.identity["precision"]])
+    return ReproducibilityReport(count, logits, share, features, _MAX_DIFFERENCE[cache.manifest.identity["precision"]])
 
 
-def _larger(most: float, values: NDArray[np.floating]) -> float:
+def _max_with_nan(most: float, values: NDArray[np.floating]) -> float:
     """The largest of all; NaN where one is, which `max` would pass over."""
     return float(np.max([most, values.max()]))

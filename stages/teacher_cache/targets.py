@@ -16,16 +16,16 @@ from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
 from softcache.pipeline.loading.checked import render_with_checksums
-from softcache.stages.cli.configs import CacheSettings
+from softcache.stages.cli.configs import CacheConfig
 
-from .inference import Answering, Said
+from .inference import TeacherInference, TeacherOutputs
 
 _HALF = 65504.0  # the largest float16
 InferredBatch = tuple[NDArray[np.uint32], torch.Tensor, dict[str, torch.Tensor]]
 
 
 @dataclass
-class Ask:
+class TargetGenerator:
     """The teacher, and the views it is asked about. classes and shapes: K, and {tap: row shape}, seen on two views.
 
     Of settings it reads seed, codec, batch_size and workers.
@@ -33,8 +33,8 @@ class Ask:
 
     transfer_set: TransferSet
     views: ViewPolicy
-    answering: Answering
-    settings: CacheSettings
+    answering: TeacherInference
+    settings: CacheConfig
 
     def __post_init__(self) -> None:
         self.teacher, self.taps = self.answering.teacher, self.answering.taps
@@ -62,9 +62,9 @@ class Ask:
         for crc, said, tapped in self._answers(piece.split, piece.draw, index):
             rows = slice(at, at := at + len(crc))
             crcs[rows] = crc
-            _keep(said, logits[rows], codec.max_value, piece, index[rows], "output")
+            _store_batch(said, logits[rows], codec.max_value, piece, index[rows], "output")
             for tap, kept in features.items():
-                _keep(tapped[tap], kept[rows], _HALF, piece, index[rows], f"tap '{tap}'")
+                _store_batch(tapped[tap], kept[rows], _HALF, piece, index[rows], f"tap '{tap}'")
             shown(len(crc))
         labels = self.transfer_set.splits[piece.split].labels[index]
         keys = {"index": index.astype("<u4"), "label": labels.astype("<i4"), "view_crc32": crcs.astype("<u4")}
@@ -99,10 +99,10 @@ class Ask:
                 said = answer(views.to(device, non_blocking=True))
                 if said[0].ndim != 2:
                     raise UsageError(f"the teacher gives {list(said[0].shape)} for {len(views)} views, not [B, K]")
-                yield crc, *_fetched(said)
+                yield crc, *_copy_to_cpu(said)
 
 
-def _fetched(said: Said) -> Said:
+def _copy_to_cpu(said: TeacherOutputs) -> TeacherOutputs:
     """The same on the CPU. From a GPU all copies are under way before the first is waited for."""
     logits, features = said
     if logits.device.type == "cpu":
@@ -113,7 +113,7 @@ def _fetched(said: Said) -> Said:
     return here
 
 
-def _keep(
+def _store_batch(
     values: torch.Tensor,
     rows: NDArray[np.floating],
     largest: float,

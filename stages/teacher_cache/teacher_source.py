@@ -13,22 +13,22 @@ from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights, read_state_dict
-from softcache.stages.cli.configs import CacheSettings, TeacherSettings
-from softcache.stages.cli.console import Console, duration
-from softcache.stages.distributed.ranks import from_first
+from softcache.stages.cli.configs import CacheConfig, TeacherConfig
+from softcache.stages.cli.console import Console, format_duration
+from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
 from softcache.stages.teacher import command as teacher_stage
 
 
-def teacher_of(
-    settings: CacheSettings, transfer_set: TransferSet, views: ViewPolicy, console: Console
+def load_teacher(
+    settings: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, console: Console
 ) -> tuple[PreparedModel, str]:
     """The teacher with its weights, and its arch. Raises UsageError or CacheError where they do not fit."""
     if not settings.weights:
-        kept = from_first(lambda: _train_one(settings, console))  # of several ranks one trains it
+        kept = broadcast_from_first(lambda: _train_teacher(settings, console))  # of several ranks one trains it
         settings = replace(settings, weights=kept, teacher="", normalize="")
     if settings.weights == "DEFAULT":
-        return _published(settings, transfer_set)
+        return _load_published(settings, transfer_set)
     path = Path(settings.weights)
     seeds = sorted(path.glob("seed-*"))
     if seeds and find_weights_file(path) == path:
@@ -37,22 +37,22 @@ def teacher_of(
         raise UsageError(f"there are no weights at '{path}'")
     arch, input_spec = settings.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
-        arch, input_spec = _of_run(path, settings)
+        arch, input_spec = _read_run(path, settings)
         _note_another_cut(path, settings, console)
     if not arch:
         raise UsageError(f"--weights {path} does not say which arch it is: name it with --teacher")
     state = read_state_dict(find_weights_file(path))
     if input_spec is None:
-        input_spec = teacher_stage.preparation_of(settings.normalize or "data", transfer_set, views)
+        input_spec = teacher_stage.make_input_spec(settings.normalize or "data", transfer_set, views)
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
-    classes = len(transfer_set.classes) or _classes_in(state, path)
+    classes = len(transfer_set.classes) or _count_classes(state, path)
     network = build(arch, classes, input_spec.channels, input_spec.size)
     load_weights(network, state, str(path))
     return PreparedModel(network, input_spec), arch
 
 
-def teacher_of_cache(cache: Cache, weights: str, arch: str) -> PreparedModel:
+def load_cache_teacher(cache: Cache, weights: str, arch: str) -> PreparedModel:
     """The teacher that a cache is of. Its weights must be those of the identity. Raises CacheError with both digests.
 
     arch: named by the user, where it is code of theirs: a manifest's word is not taken for what is imported.
@@ -73,7 +73,7 @@ def teacher_of_cache(cache: Cache, weights: str, arch: str) -> PreparedModel:
     return PreparedModel(network, input_spec).eval()
 
 
-def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
+def _count_classes(state: dict[str, torch.Tensor], source: Path) -> int:
     """The classes of a teacher for images that have none: the rows of its last matrix."""
     matrices = [weight for weight in state.values() if weight.ndim == 2]
     if not matrices:
@@ -81,7 +81,7 @@ def _classes_in(state: dict[str, torch.Tensor], source: Path) -> int:
     return int(matrices[-1].shape[0])
 
 
-def _of_run(path: Path, settings: CacheSettings) -> tuple[str, InputSpec]:
+def _read_run(path: Path, settings: CacheConfig) -> tuple[str, InputSpec]:
     """Arch and preparation of a run's teacher or student. What the command says must agree with them."""
     result = read_json(path / "result.json")
     try:
@@ -98,12 +98,12 @@ def _of_run(path: Path, settings: CacheSettings) -> tuple[str, InputSpec]:
     return arch, input_spec
 
 
-def _note_another_cut(path: Path, settings: CacheSettings, console: Console) -> None:
+def _note_another_cut(path: Path, settings: CacheConfig, console: Console) -> None:
     """Say so when the teacher was trained on other rows of these data than are its training rows here."""
     if not (path / "settings.json").is_file():
         return
     kept = read_json(path / "settings.json")
-    cut = [name for name in teacher_stage.CUT if name in kept]
+    cut = [name for name in teacher_stage.CUT_OPTIONS if name in kept]
     differ = [f"{n} {kept[n]} there, {here} here" for n in cut if kept[n] != (here := getattr(settings, n))]
     if "val_fraction" in cut and kept.get("data") == settings.data and differ:
         console.say(
@@ -112,11 +112,11 @@ def _note_another_cut(path: Path, settings: CacheSettings, console: Console) -> 
         )
 
 
-def _train_one(settings: CacheSettings, console: Console) -> str:
+def _train_teacher(settings: CacheConfig, console: Console) -> str:
     """No teacher was named: train one by the recipe, and keep it beside the cache; its folder."""
     folder = Path(f"{settings.out}-teacher")
-    asked = teacher_stage.with_recipe(
-        TeacherSettings(
+    asked = teacher_stage.fill_defaults(
+        TeacherConfig(
             data=settings.data,
             data_root=settings.data_root,
             arch=settings.teacher,
@@ -124,12 +124,12 @@ def _train_one(settings: CacheSettings, console: Console) -> str:
             device=settings.device,
             workers=settings.workers,
             out=str(folder),
-            **{name: getattr(settings, name) for name in teacher_stage.CUT},
+            **{name: getattr(settings, name) for name in teacher_stage.CUT_OPTIONS},
         )
     )
     if (folder / "settings.json").is_file():
         kept = read_json(folder / "settings.json")
-        same = ("data", "arch", "normalize", *teacher_stage.CUT)
+        same = ("data", "arch", "normalize", *teacher_stage.CUT_OPTIONS)
         differ = [f"{k} {kept.get(k)} there, {v} asked" for k in same if kept.get(k) != (v := getattr(asked, k))]
         if differ:
             raise CacheError(
@@ -141,14 +141,14 @@ def _train_one(settings: CacheSettings, console: Console) -> str:
     else:
         console.say(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
         asked = replace(asked, resume=(folder / "settings.json").is_file())  # stopped before: it goes on
-        result = teacher_stage.train(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
+        result = teacher_stage.train_teacher(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
         figures = result["teacher"]["test"] or result["teacher"]["val"]
-        seconds = duration(result["seconds"]["train"])
+        seconds = format_duration(result["seconds"]["train"])
         console.say(f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
     return str(folder)
 
 
-def _published(settings: CacheSettings, transfer_set: TransferSet) -> tuple[PreparedModel, str]:
+def _load_published(settings: CacheConfig, transfer_set: TransferSet) -> tuple[PreparedModel, str]:
     """torchvision's own weights: its image size and normalisation, grey images repeated to three channels."""
     arch = settings.teacher
     if not arch.startswith("torchvision:"):

@@ -5,32 +5,32 @@ import time
 from softcache.base.errors import Interrupted
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.writer import CacheWriter
-from softcache.stages.cli.console import Console, LongWork, bar
+from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.distributed import ranks
 
-from .background import Behind
-from .precision import Chosen, Probe, compiled_now
-from .targets import Ask
+from .background import BackgroundWriter
+from .precision import ChosenPrecision, TrialViews, compile_teacher
+from .targets import TargetGenerator
 
 
-def write_shards(writer: CacheWriter, ask: Ask, chosen: Chosen, console: Console) -> None:
+def write_shards(writer: CacheWriter, ask: TargetGenerator, chosen: ChosenPrecision, console: Console) -> None:
     """Every shard that is not there yet, each rank its share; then rank 0 takes over what the others wrote."""
     if chosen.begun and ask.settings.compile:
-        compiled_now(ask.answering, Probe(ask.transfer_set, ask.views, ask.settings), console)
+        compile_teacher(ask.answering, TrialViews(ask.transfer_set, ask.views, ask.settings), console)
     ranks.barrier()  # all have looked at what there is, before the first new shard changes that
-    own = ranks.share(writer.missing)
-    if kept := ranks.total(_write(writer, own, ask, console)):
+    own = ranks.own_share(writer.missing)
+    if kept := ranks.sum_over_ranks(_write(writer, own, ask, console)):
         console.say(f"went on from {kept} of {len(writer.missing)} shards that were there, whole")
     mine = {piece.path for piece in own}
     others = [piece for piece in writer.missing if piece.path not in mine]
     if others and ranks.is_first():
         for piece in others:
-            ranks.wait_for(writer.folder / piece.path)
+            ranks.wait_for_file(writer.folder / piece.path)
         _write(writer, others, ask, console)  # asks for what is not there: a rank may have planned otherwise
         writer.sort_records()
 
 
-def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: Ask, console: Console) -> int:
+def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: TargetGenerator, console: Console) -> int:
     """Those of the shards that are not there yet; how many were there. One is written while the teacher is asked for
     the next: bounded memory.
 
@@ -38,9 +38,9 @@ def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: Ask, console: Cons
     """
     total = sum(piece.rows for piece in pieces)
     kept = done = 0
-    long_work = LongWork(console, "Running the teacher", total, "; stopped, the same command goes on from there")
+    long_work = LongWorkNotice(console, "Running the teacher", total, "; stopped, the same command goes on from there")
     try:
-        with bar(total, "teacher-cache", "images") as shown, Behind() as writing:
+        with progress_bar(total, "teacher-cache", "images") as shown, BackgroundWriter() as writing:
 
             def count(rows: int) -> None:
                 nonlocal done

@@ -15,15 +15,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from softcache.base.errors import CacheError, is_interrupt
 from softcache.base.files import publish, publish_text
 from softcache.pipeline.models.state_dicts import verify_zip
-from softcache.stages.cli.configs import Training
+from softcache.stages.cli.configs import TrainingOptions
 from softcache.stages.distributed.ranks import is_first
 
-CHECKPOINT, LINES = "checkpoint.pt", "metrics.jsonl"
-STACK = "stack"  # the folder, in that of the first one, of students that train as one model
+CHECKPOINT_FILE, METRICS_FILE = "checkpoint.pt", "metrics.jsonl"
+VECTORIZED_FOLDER = "stack"  # the folder, in that of the first one, of students that train as one model
 
 
 @dataclass
-class State:
+class TrainState:
     """The model, the losses' own trainable parts, optimiser, schedule, moving average, a line per epoch, the weights
     of the best epoch so far where --select asks for them, and each line as JSON: 150 lines that are written anew after
     each epoch cost 2 ms, an eighth of an epoch of `mlp:64` on digits."""
@@ -39,16 +39,16 @@ class State:
 
     @staticmethod
     def begin(
-        model: nn.Module, modules: dict[str, nn.Module], settings: Training, rate: Callable[[int], float]
-    ) -> "State":
+        model: nn.Module, modules: dict[str, nn.Module], settings: TrainingOptions, rate: Callable[[int], float]
+    ) -> "TrainState":
         """Before the first step. rate(step) is the learning rate as a share of its highest."""
         weights = [p for m in (model, *modules.values()) for p in m.parameters() if p.requires_grad]
-        optimizer = _optimizer(settings, weights)
+        optimizer = _build_optimizer(settings, weights)
         average = None
         if settings.ema:
             mean = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             average = AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
-        return State(model, modules, optimizer, LambdaLR(optimizer, rate), average)
+        return TrainState(model, modules, optimizer, LambdaLR(optimizer, rate), average)
 
     @property
     def result(self) -> nn.Module:
@@ -64,7 +64,7 @@ class State:
         """Publish the state after an epoch, then its line."""
         self.lines.append(line)
         self.texts.append(json.dumps(line))
-        if select != "last" and chosen_epoch(self.lines, select) == line["epoch"]:
+        if select != "last" and select_epoch(self.lines, select) == line["epoch"]:
             self.best = {name: value.detach().clone() for name, value in self.result.state_dict().items()}
         record = {
             "epoch": line["epoch"],
@@ -79,17 +79,17 @@ class State:
             "lines": f"[{', '.join(self.texts)}]",
         }
         if is_first():
-            publish_tensors(folder / CHECKPOINT, record)
+            save_tensors(folder / CHECKPOINT_FILE, record)
             self._publish_lines(folder)
 
     def _publish_lines(self, folder: Path) -> None:
-        publish_text(folder / LINES, "".join(f"{text}\n" for text in self.texts))
+        publish_text(folder / METRICS_FILE, "".join(f"{text}\n" for text in self.texts))
 
     def restore(self, folder: Path, device: torch.device) -> int:
         """Go back to the checkpoint, if there is one; the number of epochs that are done."""
-        if not (folder / CHECKPOINT).is_file():
+        if not (folder / CHECKPOINT_FILE).is_file():
             return 0
-        path = folder / CHECKPOINT
+        path = folder / CHECKPOINT_FILE
         try:
             verify_zip(path)
             epoch = self._restore(torch.load(path, map_location="cpu", weights_only=True))
@@ -125,7 +125,7 @@ class State:
         return int(epoch)
 
 
-class Chance:
+class RngState:
     """What is random in one training: inside `with`, the generators go on from where it left them, so that what else
     is done in the process, another training among it, does not change it. It begins as they are when it is made."""
 
@@ -145,7 +145,7 @@ class Chance:
         self._cpu, self._cuda = torch.get_rng_state(), self._of_cuda()
 
 
-def publish_tensors(path: Path, record: dict[str, Any]) -> None:
+def save_tensors(path: Path, record: dict[str, Any]) -> None:
     """Publish what torch.save makes of tensors and plain values. Equal content gives equal bytes.
 
     (Given a path, torch.save writes that path's name into the file: here it would be the temporary one.)
@@ -163,7 +163,7 @@ def publish_tensors(path: Path, record: dict[str, Any]) -> None:
     publish(path, write)
 
 
-def chosen_epoch(lines: list[dict[str, Any]], select: str) -> int:
+def select_epoch(lines: list[dict[str, Any]], select: str) -> int:
     """The epoch, from 1, whose weights are kept: the last, or the first that is best by a figure of validation."""
     if select == "last":
         return len(lines)
@@ -172,43 +172,43 @@ def chosen_epoch(lines: list[dict[str, Any]], select: str) -> int:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedTraining:
     """A training that is over: how long it took, and the epoch, from 1, whose weights were kept."""
 
     seconds: float
     epoch: int
 
 
-def text_of(lines: Sequence[dict[str, Any]]) -> str:
+def format_epoch_lines(lines: Sequence[dict[str, Any]]) -> str:
     """The lines of epochs as they stand in metrics.jsonl."""
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
+def read_epoch_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of the epochs that are done. Raises CacheError when they are damaged."""
     try:
-        return [json.loads(line) for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError):
-        raise _damaged(folder) from None
+        raise _damaged_error(folder) from None
 
 
-def _damaged(folder: Path) -> CacheError:
-    return CacheError(f"'{folder / LINES}' is damaged: it is not a record of epochs")
+def _damaged_error(folder: Path) -> CacheError:
+    return CacheError(f"'{folder / METRICS_FILE}' is damaged: it is not a record of epochs")
 
 
-def finished(folder: Path, select: str) -> Finished:
+def read_finished(folder: Path, select: str) -> FinishedTraining:
     """What the lines of a training that is over say. Raises CacheError when they are damaged."""
-    lines = lines_of(folder)
+    lines = read_epoch_lines(folder)
     try:
         seconds = float(sum(line["seconds"] for line in lines))
         if not 0 < seconds < math.inf:
             raise ValueError(f"{seconds} seconds")
-        return Finished(seconds, chosen_epoch(lines, select))
+        return FinishedTraining(seconds, select_epoch(lines, select))
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise _damaged(folder) from None
+        raise _damaged_error(folder) from None
 
 
-def _optimizer(settings: Training, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _build_optimizer(settings: TrainingOptions, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Fused: one call for all weights, 28 us instead of 114 for the four of `mlp:64`."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":

@@ -27,27 +27,31 @@ from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
 from softcache.pipeline.loading.stream import Stream, rank_rows
 from softcache.pipeline.models.precision import autocast
-from softcache.stages.cli.configs import Training
+from softcache.stages.cli.configs import TrainingOptions
 from softcache.stages.cli.console import Console
-from softcache.stages.distributed.ranks import who
+from softcache.stages.distributed.ranks import current_ranks
 
 Features = dict[str, torch.Tensor]
 
 
-def parted(stream: Stream) -> Stream:
+def split_over_ranks(stream: Stream) -> Stream:
     """The same stream, rendering this rank's rows alone."""
-    return replace(stream, rank=who().rank, world=who().world) if who().world > 1 else stream
+    return (
+        replace(stream, rank=current_ranks().rank, world=current_ranks().world)
+        if current_ranks().world > 1
+        else stream
+    )
 
 
-def check_shared(model: nn.Module, stream: Stream, device: torch.device, settings: Training) -> None:
+def check_batches_shareable(model: nn.Module, stream: Stream, device: torch.device, settings: TrainingOptions) -> None:
     """Raise UsageError for a training that several ranks cannot share, before anything is written."""
-    if (world := who().world) == 1:
+    if (world := current_ranks().world) == 1:
         return
     if settings.compile:
         raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
     k = stream.draws_per_decode
     rows = k * (len(stream.rows) // (k * stream.steps_per_round))  # of the smallest batch
-    least = 2 if has_norm(model) and device.type == "cpu" else 1
+    least = 2 if has_batch_norm(model) and device.type == "cpu" else 1
     if rows // world < least:
         raise UsageError(
             f"{world} ranks share batches of {rows} rows, and each needs {least} of one:"
@@ -55,27 +59,27 @@ def check_shared(model: nn.Module, stream: Stream, device: torch.device, setting
         )
 
 
-def prepare(model: nn.Module, device: torch.device) -> None:
+def convert_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Batch norm over all ranks, on a GPU."""
-    if who().world > 1 and device.type == "cuda" and has_norm(model):
+    if current_ranks().world > 1 and device.type == "cuda" and has_batch_norm(model):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
-def has_norm(model: nn.Module) -> bool:
+def has_batch_norm(model: nn.Module) -> bool:
     """Whether what it says of a row depends on the others of the batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-def say_apart(model: nn.Module, device: torch.device, console: Console) -> None:
+def note_batch_norm(model: nn.Module, device: torch.device, console: Console) -> None:
     """Say so, once, where batches are not normalised as in one process."""
-    if who().world > 1 and device.type == "cpu" and has_norm(model):
+    if current_ranks().world > 1 and device.type == "cpu" and has_batch_norm(model):
         console.say(
             "batch norm on a CPU is each rank's own, over its rows of a batch: PyTorch has no SyncBatchNorm there"
         )
 
 
 @dataclass
-class Abreast:
+class DataParallelStep:
     """One rank's side of a training. model: views -> logits; kept: its taps, as it runs; modules: the losses' own;
     head(K): its last layer, where a loss asks for it, else None; seed: of dropout."""
 
@@ -111,7 +115,7 @@ class Abreast:
         if (head := self.head(logits.shape[1])) is not None:
             self._live += [head.weight, head.bias]
         self._own = [x.detach().requires_grad_(x.requires_grad) for x in self._live]
-        whole = _gathered(self._own[: self._of_rows], rows)
+        whole = _gather_rows(self._own[: self._of_rows], rows)
         head = LinearHead(*self._own[self._of_rows :]) if head is not None else None
         # No loss looks at a view; rows of a batch are chosen from all that it has.
         return ModelOutputs(whole[0], dict(zip(features, whole[1:], strict=True)), head), replace(
@@ -126,7 +130,7 @@ class Abreast:
         torch.autograd.backward(*self._onward([own.grad for own in self._own]))
         for parameter in unused:
             parameter.grad = None  # as in one process: weight decay does not touch it
-        _average([p.grad for p in self._trained if p.grad is not None])
+        _average_gradients([p.grad for p in self._trained if p.grad is not None])
         self._live, self._own = [], []
 
     def gradient(self, term: torch.Tensor, weights: Sequence[nn.Parameter]) -> torch.Tensor:
@@ -138,9 +142,9 @@ class Abreast:
         network = [weight for weight in weights if weight not in found]
         through = torch.autograd.grad(roots, network, onward, retain_graph=True, allow_unused=True)
         found |= zip(network, through, strict=True)
-        whole = flat([found[weight] for weight in weights], weights)
+        whole = flatten_gradients([found[weight] for weight in weights], weights)
         dist.all_reduce(whole)
-        return whole / who().world
+        return whole / current_ranks().world
 
     def _onward(self, gradients: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the network said here, and the gradient with which each goes back. gradients: of each of _own."""
@@ -152,7 +156,7 @@ class Abreast:
             # loss does not read gets zeros: DistributedDataParallel waits for every parameter.
             gradient = torch.zeros_like(live) if own is None else own
             roots.append(live)
-            onward.append(gradient * who().world if i < self._of_rows else gradient)
+            onward.append(gradient * current_ranks().world if i < self._of_rows else gradient)
         return roots, onward
 
     def _begin(self, views: torch.Tensor) -> DistributedDataParallel:
@@ -161,15 +165,15 @@ class Abreast:
         self.model.eval()  # nothing is counted, nothing drawn
         with autocast(self.device, self.precision):
             logits = self.model(views)
-        reached = _reached([logits, *self.kept.values()])
+        reached = _find_reached([logits, *self.kept.values()])
         self.model.train(was_training)
         every = {p for p in self.model.parameters() if p.requires_grad}
-        return DistributedDataParallel(_Seen(self.model, self.kept), find_unused_parameters=not every <= reached)
+        return DistributedDataParallel(_WithTaps(self.model, self.kept), find_unused_parameters=not every <= reached)
 
     def _never_reached(self, used: tuple[bool, ...]) -> list[nn.Parameter]:
         """The parameters from which no way leads to the outputs that the loss reads."""
         if used not in self._unused:
-            reached = _reached([live for live, is_used in zip(self._live, used, strict=True) if is_used])
+            reached = _find_reached([live for live, is_used in zip(self._live, used, strict=True) if is_used])
             self._unused[used] = [p for p in self.model.parameters() if p.requires_grad and p not in reached]
         return self._unused[used]
 
@@ -178,11 +182,11 @@ class Abreast:
         """Dropout of this rank and step; losses go on drawing what every rank draws."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(int(rng.integers((self.seed, 43, step), np.array([who().rank]), 2**31 - 1)[0]))
+            torch.manual_seed(int(rng.integers((self.seed, 43, step), np.array([current_ranks().rank]), 2**31 - 1)[0]))
             yield
 
 
-class _Seen(nn.Module):
+class _WithTaps(nn.Module):
     """views -> (logits, taps): all that a gradient comes back to is among its outputs."""
 
     def __init__(self, model: nn.Module, kept: Features):
@@ -194,13 +198,15 @@ class _Seen(nn.Module):
         return logits, dict(self.kept)
 
 
-def _gathered(own: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
+def _gather_rows(own: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
     """Each tensor [n, …] of this rank's rows as [rows, …] of all ranks', its own part live. One collective."""
-    rank, world = who().rank, who().world
-    flat = torch.cat([x.detach().flatten(1).float() for x in own], 1)
+    rank, world = current_ranks().rank, current_ranks().world
+    flatten_gradients = torch.cat([x.detach().flatten(1).float() for x in own], 1)
     cuts = [rank_rows(rows, r, world) for r in range(world)]
-    sent = flat.new_zeros(max(stop - first for first, stop in cuts), flat.shape[1])  # all must send as many rows
-    sent[: len(flat)] = flat
+    sent = flatten_gradients.new_zeros(
+        max(stop - first for first, stop in cuts), flatten_gradients.shape[1]
+    )  # all must send as many rows
+    sent[: len(flatten_gradients)] = flatten_gradients
     received = [torch.empty_like(sent) for _ in range(world)]
     dist.all_gather(received, sent)
     whole, widths = [], [x[0].numel() for x in own]
@@ -210,25 +216,27 @@ def _gathered(own: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
     return whole
 
 
-def flat(gradients: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor], keep: int = 0) -> torch.Tensor:
+def flatten_gradients(
+    gradients: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor], keep: int = 0
+) -> torch.Tensor:
     """The gradients as one vector, of which there are as many as the first `keep` dimensions of the weights say; zeros
     where a weight has none."""
     each = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
     return torch.cat([g.reshape(*g.shape[:keep], -1) for g in each], keep)
 
 
-def _average(gradients: Sequence[torch.Tensor]) -> None:
+def _average_gradients(gradients: Sequence[torch.Tensor]) -> None:
     """The mean over ranks, in place, of what is equal but for kernels that add in no fixed order."""
     if not gradients:
         return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    means = torch.split(flat / who().world, [gradient.numel() for gradient in gradients])
+    flatten_gradients = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flatten_gradients)
+    means = torch.split(flatten_gradients / current_ranks().world, [gradient.numel() for gradient in gradients])
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
-def _reached(outputs: Sequence[torch.Tensor]) -> set[torch.Tensor]:
+def _find_reached(outputs: Sequence[torch.Tensor]) -> set[torch.Tensor]:
     """The parameters to which a gradient of these comes back."""
     found = {x for x in outputs if x.requires_grad and x.is_leaf}
     nodes, seen = [x.grad_fn for x in outputs], set()

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .step import Job, names
+from .step import TrainingRun, term_names
 
 
-def line_of(
-    job: Job, epoch: int, means: Sequence[float], norms: Sequence[float], seen: Mapping[str, float]
+def make_epoch_line(
+    job: TrainingRun, epoch: int, means: Sequence[float], norms: Sequence[float], seen: Mapping[str, float]
 ) -> dict[str, Any]:
     """The line of an epoch, counted from 0, without its seconds. seen: the figures of validation.
 
@@ -17,7 +17,7 @@ def line_of(
     epoch's last step, before clipping (norms; GradNorm, Chen et al. 2018, section 3, balances terms by it); one that
     is no finite number is left out. learning_rate is that of the last step.
     """
-    called = names(job.losses)
+    called = term_names(job.losses)
     gradients = {name: norm for name, norm in zip(called, norms, strict=True) if math.isfinite(norm)}
     return {
         "epoch": epoch + 1,

@@ -25,18 +25,27 @@ from softcache.pipeline.metrics.classification import summarize
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import this_program
-from softcache.stages.distributed.ranks import agree, from_first, is_first, who
+from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.distributed.ranks import broadcast_from_first, check_equal, current_ranks, is_first
 
-from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, lines_of, publish_tensors
-from .data_parallel import Abreast, check_shared, parted, prepare
-from .epoch_line import line_of
-from .progress import showing
-from .step import Features, Job, loss_modules, names, own_head, step
-from .validation import HeldOut
+from .checkpoint import (
+    CHECKPOINT_FILE,
+    METRICS_FILE,
+    VECTORIZED_FOLDER,
+    FinishedTraining,
+    TrainState,
+    read_epoch_lines,
+    read_finished,
+    save_tensors,
+)
+from .data_parallel import DataParallelStep, check_batches_shareable, convert_batch_norm, split_over_ranks
+from .epoch_line import make_epoch_line
+from .progress import show_progress
+from .step import Features, TrainingRun, build_loss_modules, student_head, term_names, train_step
+from .validation import HeldOutSplit
 
 if TYPE_CHECKING:
-    from .tensorboard import EventFile
+    from .tensorboard import EventFileWriter
 
 # Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
 # 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
@@ -44,17 +53,17 @@ WORTH_THREADS = 10_000_000
 
 
 @dataclass
-class _Course:
+class _Training:
     """A training under way. first: the epoch that it begins with; kept: outputs of the tapped layers; threads: of the
     CPU; events: TensorBoard's, where asked for; losses, sums, norms, seconds: of this epoch, its terms, their sums
     over the steps, the norms of their gradients at the last one, and what its own steps took."""
 
-    job: Job
-    state: State
+    job: TrainingRun
+    state: TrainState
     first: int
     kept: Features
     threads: int
-    events: "EventFile | None"
+    events: "EventFileWriter | None"
     losses: list[Loss] = field(default_factory=list)
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     norms: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -62,7 +71,7 @@ class _Course:
     ended: TrainingStopped | None = None
 
 
-def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
+def train(job: TrainingRun, held_out: HeldOutSplit, console: Console) -> FinishedTraining:
     """Train job.model in place; the seconds include those before an interruption.
 
     After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call
@@ -71,17 +80,19 @@ def fit(job: Job, held_out: HeldOut, console: Console) -> Finished:
     Raises TrainingStopped, DivergedError when a loss or the logits are no longer finite, and Interrupted on Ctrl-C.
     """
     try:
-        (done,) = fit_together([job], held_out, console)
+        (done,) = train_several([job], held_out, console)
     except KeyboardInterrupt:
         stage = "teacher" if job.name == "teacher" else "student"
-        go_on = f"{this_program()} {stage} --resume --out {job.settings.out}"
+        go_on = f"{program_name()} {stage} --resume --out {job.settings.out}"
         raise Interrupted(f"stopped; go on with  {go_on}") from None
     if isinstance(done, TrainingStopped):
         raise done
     return done
 
 
-def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | TrainingStopped]:
+def train_several(
+    jobs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
+) -> list[FinishedTraining | TrainingStopped]:
     """As fit, of several trainings with as many epochs and steps, from the stream of the first one.
 
     Each ends with the weights that it would have alone; one that diverges, or whose after_epoch raises
@@ -89,74 +100,82 @@ def fit_together(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> li
     """
     threads = torch.get_num_threads()
     with ExitStack() as opened:
-        courses = [_begin(job, opened) for job in jobs]
+        courses = [_start(job, opened) for job in jobs]
         try:
             if under_way := [course for course in courses if course]:
-                _epochs(under_way, held_out, console)
+                _run_epochs(under_way, held_out, console)
         finally:
             torch.set_num_threads(threads)
-    return [_end(job, course) for job, course in zip(jobs, courses, strict=True)]
+    return [_finish(job, course) for job, course in zip(jobs, courses, strict=True)]
 
 
-def _begin(job: Job, opened: ExitStack) -> _Course | None:
+def _start(job: TrainingRun, opened: ExitStack) -> _Training | None:
     """The training from where it is; None where it is over, with its weights in the model."""
     weights = job.folder / f"{job.name}.pt"
-    if from_first(lambda: _tidied(job, weights)):
+    if broadcast_from_first(lambda: _prepare_folder(job, weights)):
         load_weights(job.model.network, read_state_dict(weights), str(weights))
         return None
-    check_shared(job.model, job.stream, job.device, job.settings)
-    prepare(job.model, job.device)
+    check_batches_shareable(job.model, job.stream, job.device, job.settings)
+    convert_batch_norm(job.model, job.device)
     taps = list_student_taps(job.losses)
     with job.chance:
-        state = State.begin(job.model, loss_modules(job, taps), job.settings, job.rate)
+        state = TrainState.begin(job.model, build_loss_modules(job, taps), job.settings, job.rate)
         first = state.restore(job.folder, job.device)
-    agree("checkpoint", f"epoch {first}")
-    if who().world > 1:
+    check_equal("checkpoint", f"epoch {first}")
+    if current_ranks().world > 1:
         vars(job.stream).pop("_resident", None)  # what lies on a GPU for it: the parted stream has its own
     small = job.multiply_adds * job.stream.batch_size < WORTH_THREADS
     threads = 1 if small else torch.get_num_threads()
     kept = opened.enter_context(capture_features(job.model.network, taps))
-    job = replace(job, stream=parted(job.stream), abreast=_abreast(job, state, kept))
-    return _Course(job, state, first, kept, threads, _events(job, state.lines, opened))
+    job = replace(job, stream=split_over_ranks(job.stream), abreast=_data_parallel_step(job, state, kept))
+    return _Training(job, state, first, kept, threads, _events(job, state.lines, opened))
 
 
-def _events(job: Job, lines: list[dict[str, Any]], opened: ExitStack) -> "EventFile | None":
+def _events(job: TrainingRun, lines: list[dict[str, Any]], opened: ExitStack) -> "EventFileWriter | None":
     """TensorBoard's file of a training, with its lines so far, where that is asked for: by the first rank."""
     if not job.settings.tensorboard or not is_first():
         return None
-    from .tensorboard import EventFile
+    from .tensorboard import EventFileWriter
 
-    events = EventFile(job.folder, lines)
+    events = EventFileWriter(job.folder, lines)
     opened.callback(events.close)
     return events
 
 
-def write_events(job: Job, lines: list[dict[str, Any]]) -> None:
+def write_event_file(job: TrainingRun, lines: list[dict[str, Any]]) -> None:
     """TensorBoard's file of a training that is over, where that is asked for."""
     with ExitStack() as opened:
         _events(job, lines, opened)
 
 
-def _tidied(job: Job, weights: Path) -> bool:
+def _prepare_folder(job: TrainingRun, weights: Path) -> bool:
     """Whether the training was over before. Its folder is made, and what a killed process left there removed."""
     make_folder(job.folder)
-    if (job.folder / STACK).is_dir():
+    if (job.folder / VECTORIZED_FOLDER).is_dir():
         raise CacheError(f"'{job.folder}' was begun with --vectorize: go on with it, or choose another --out")
     remove_stale_files(
-        job.folder, (CHECKPOINT, LINES, weights.name, *(_kept(job, epoch) for epoch in range(job.epochs)))
+        job.folder,
+        (
+            CHECKPOINT_FILE,
+            METRICS_FILE,
+            weights.name,
+            *(_epoch_weights_file(job, epoch) for epoch in range(job.epochs)),
+        ),
     )
     return weights.is_file()
 
 
-def _abreast(job: Job, state: State, kept: Features) -> Abreast | None:
+def _data_parallel_step(job: TrainingRun, state: TrainState, kept: Features) -> DataParallelStep | None:
     """This rank's side of the training, where there are several."""
-    if who().world == 1:
+    if current_ranks().world == 1:
         return None
-    head = partial(own_head, job)
-    return Abreast(job.model, kept, state.modules, head, job.device, job.settings.precision, job.settings.seed)
+    head = partial(student_head, job)
+    return DataParallelStep(
+        job.model, kept, state.modules, head, job.device, job.settings.precision, job.settings.seed
+    )
 
 
-def _end(job: Job, course: _Course | None) -> Finished | TrainingStopped:
+def _finish(job: TrainingRun, course: _Training | None) -> FinishedTraining | TrainingStopped:
     """Publish the weights that are kept; what the lines say. A checkpoint that is left of a stop before goes too."""
     if course and course.ended:
         return course.ended
@@ -165,22 +184,22 @@ def _end(job: Job, course: _Course | None) -> Finished | TrainingStopped:
 
     def over() -> dict[str, Any]:
         if course:
-            publish_weights(job.folder / f"{job.name}.pt", job.model)
-        (job.folder / CHECKPOINT).unlink(missing_ok=True)
-        done = finished(job.folder, job.settings.select)
+            save_weights(job.folder / f"{job.name}.pt", job.model)
+        (job.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        done = read_finished(job.folder, job.settings.select)
         if not course:  # trained before: events may be asked for only now
-            write_events(job, lines_of(job.folder))
+            write_event_file(job, read_epoch_lines(job.folder))
         return asdict(done)
 
-    return Finished(**from_first(over))
+    return FinishedTraining(**broadcast_from_first(over))
 
 
-def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> None:
+def _run_epochs(courses: Sequence[_Training], held_out: HeldOutSplit, console: Console) -> None:
     """The epochs from the first that is left, each measured on the held-out split and kept."""
     job, first = courses[0].job, min(course.first for course in courses)
     total = job.epochs * job.steps
     what = f"the {job.name}" if len(courses) == 1 else f"{len(courses)} of {job.name} together"
-    with showing([course.job for course in courses], first, lambda i: courses[i].sums, what, console) as shown:
+    with show_progress([course.job for course in courses], first, lambda i: courses[i].sums, what, console) as shown:
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.perf_counter()
@@ -204,7 +223,7 @@ def _epochs(courses: Sequence[_Course], held_out: HeldOut, console: Console) -> 
                 return
 
 
-def _begin_epoch(course: _Course, epoch: int) -> None:
+def _begin_epoch(course: _Training, epoch: int) -> None:
     job = course.job
     course.losses = [at_epoch(loss, epoch, job.epochs) for loss in job.losses]
     course.sums, course.norms = torch.zeros(2, len(job.losses), device=job.device)
@@ -212,7 +231,7 @@ def _begin_epoch(course: _Course, epoch: int) -> None:
     job.model.train()
 
 
-def _step_of_each(courses: Sequence[_Course], batch: Batch, last: bool = False) -> None:
+def _step_of_each(courses: Sequence[_Training], batch: Batch, last: bool = False) -> None:
     """Of each the step that it would take alone: with its own threads and what is random in it. last: of an epoch, at
     which the gradients of the terms are measured."""
     for course in courses:
@@ -220,24 +239,24 @@ def _step_of_each(courses: Sequence[_Course], batch: Batch, last: bool = False) 
         begun = time.perf_counter()
         with course.job.chance:
             norms = course.norms if last else None
-            course.sums += step(course.job, course.state, batch, course.losses, course.kept, norms)
+            course.sums += train_step(course.job, course.state, batch, course.losses, course.kept, norms)
         course.seconds += time.perf_counter() - begun
 
 
-def _use_threads(course: _Course) -> None:
+def _use_threads(course: _Training) -> None:
     """As many as it has alone: sums depend on it in the last bit."""
     if course.threads != torch.get_num_threads():
         torch.set_num_threads(course.threads)
 
 
-def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) -> None:
+def _end_epoch(course: _Training, epoch: int, held_out: HeldOutSplit, shared: float) -> None:
     """Measure and keep an epoch. shared: seconds of it that were the stream's."""
     job = course.job
     means, norms = torch.stack([course.sums / job.steps, course.norms]).tolist()  # the one synchronisation
-    for name, mean in zip(names(job.losses), means, strict=True):
+    for name, mean in zip(term_names(job.losses), means, strict=True):
         if not np.isfinite(mean):
-            raise diverged(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
-    line = from_first(partial(_line, course, epoch, means, norms, held_out, shared))
+            raise divergence_error(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
+    line = broadcast_from_first(partial(_measure_epoch, course, epoch, means, norms, held_out, shared))
     with job.chance:
         course.state.keep(job.folder, line, job.settings.select)
     if course.events:
@@ -246,32 +265,32 @@ def _end_epoch(course: _Course, epoch: int, held_out: HeldOut, shared: float) ->
         job.after_epoch(line)
 
 
-def _line(
-    course: _Course, epoch: int, means: list[float], norms: list[float], held_out: HeldOut, shared: float
+def _measure_epoch(
+    course: _Training, epoch: int, means: list[float], norms: list[float], held_out: HeldOutSplit, shared: float
 ) -> dict[str, Any]:
     """What an epoch came to, measured on the held-out split; its weights are published where that is asked for."""
     job, result, begun = course.job, course.state.result, time.perf_counter()
     logits = held_out.logits(result)
     if not np.isfinite(logits).all():  # the last step can be the one too many
-        raise diverged(job, f"its logits are no longer finite after epoch {epoch + 1}")
+        raise divergence_error(job, f"its logits are no longer finite after epoch {epoch + 1}")
     if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
-        publish_weights(job.folder / _kept(job, epoch), result)
-    line = line_of(job, epoch, means, norms, summarize(logits, held_out.labels))
+        save_weights(job.folder / _epoch_weights_file(job, epoch), result)
+    line = make_epoch_line(job, epoch, means, norms, summarize(logits, held_out.labels))
     return line | {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
 
 
-def _kept(job: Job, epoch: int) -> str:
+def _epoch_weights_file(job: TrainingRun, epoch: int) -> str:
     """The file of the weights after an epoch, counted from 0."""
     return f"{job.name}-{epoch + 1:04d}.pt"
 
 
-def publish_weights(path: Path, model: nn.Module) -> None:
+def save_weights(path: Path, model: nn.Module) -> None:
     """The weights of the network alone, as teacher-cache --weights reads them."""
     network = model.get_submodule("network").state_dict()
-    publish_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
+    save_tensors(path, {name: value.detach().cpu() for name, value in network.items()})
 
 
-def diverged(job: Job, how: str) -> DivergedError:
+def divergence_error(job: TrainingRun, how: str) -> DivergedError:
     return DivergedError(
         f"training the {job.name} diverged: {how}."
         f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"

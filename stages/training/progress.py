@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from softcache.stages.cli.console import Console, LongWork, clock, duration
+from softcache.stages.cli.console import Console, LongWorkNotice, format_clock, format_duration
 from softcache.stages.distributed.ranks import is_first
 
-from .step import Job
+from .step import TrainingRun
 
 _DELAY, _EVERY = 1.0, 0.2  # seconds before the first drawing, and between two: only they ask a GPU for the loss
 Line = dict[str, Any]
 
 
 @contextmanager
-def showing(
-    jobs: Sequence[Job], first: int, sums: Callable[[int], torch.Tensor], what: str, console: Console
-) -> Iterator["Showing"]:
+def show_progress(
+    jobs: Sequence[TrainingRun], first: int, sums: Callable[[int], torch.Tensor], what: str, console: Console
+) -> Iterator["TrainingProgress"]:
     """A training, or several from one stream, from its first epoch that is left; what: it is called in a sentence.
 
     sums(i): the terms of student i, summed over the steps of the epoch so far.
     """
-    seen = Showing(
-        jobs, first, sums, LongWork(console, f"Training {what}", jobs[0].epochs * jobs[0].steps, jobs[0].advice)
+    seen = TrainingProgress(
+        jobs, first, sums, LongWorkNotice(console, f"Training {what}", jobs[0].epochs * jobs[0].steps, jobs[0].advice)
     )
     try:
         yield seen
@@ -35,11 +35,13 @@ def showing(
         seen.close()
 
 
-class Showing:
+class TrainingProgress:
     """Where a training is. Of several students the figures are those of the best on validation, by accuracy, in the
     last epoch; of the first before there are any. Of several ranks the first alone shows something."""
 
-    def __init__(self, jobs: Sequence[Job], first: int, sums: Callable[[int], torch.Tensor], long_work: LongWork):
+    def __init__(
+        self, jobs: Sequence[TrainingRun], first: int, sums: Callable[[int], torch.Tensor], long_work: LongWorkNotice
+    ):
         self.jobs, self.sums, self.long_work, self.console = jobs, sums, long_work, long_work.console
         self.epochs, self.steps = jobs[0].epochs, jobs[0].steps
         self.done, self.taken, self.kept = first * self.steps, 0, first  # steps; those of this epoch; epochs
@@ -90,19 +92,19 @@ class Showing:
         sums, (pace, left) = self.sums(self.shown), self._pace()
         at, accuracy = f"{self.kept}/{self.epochs}", self.line.get("val_accuracy")
         # Of one that is further than the others, as a stop can leave it, there are no sums yet.
-        loss = _word("loss {:.3g}", float(sums.sum()) / self.taken if len(sums) else None)
-        f1 = _word("F1 {:.3f}", self.line.get("val_f1_macro"))
-        rest = f"{clock(left)} left" if left is not None else ""
+        loss = _format_part("loss {:.3g}", float(sums.sum()) / self.taken if len(sums) else None)
+        f1 = _format_part("F1 {:.3f}", self.line.get("val_f1_macro"))
+        rest = f"{format_clock(left)} left" if left is not None else ""
         long = [
             f"{at} epochs",
             loss,
-            _word("val accuracy {:.3f}", accuracy),
+            _format_part("val accuracy {:.3f}", accuracy),
             f1,
-            _word("{:,.0f} images/s", pace),
+            _format_part("{:,.0f} images/s", pace),
             rest,
         ]
-        quick = f"{pace / 1000:.0f}k/s" if pace and pace >= 10_000 else _word("{:.0f}/s", pace)
-        short = [at, loss, _word("acc {:.3f}", accuracy), f1, quick, rest]
+        quick = f"{pace / 1000:.0f}k/s" if pace and pace >= 10_000 else _format_part("{:.0f}/s", pace)
+        short = [at, loss, _format_part("acc {:.3f}", accuracy), f1, quick, rest]
         head = f"{self._who()}: {100 * self.done // (self.epochs * self.steps)} % "
         wordings = [head + ", ".join(filter(None, p)) for p in (long, short, [*short[:4], rest], [*short[:3], rest])]
         return next((text for text in wordings if len(text) < columns), wordings[-1][: columns - 1])
@@ -115,10 +117,10 @@ class Showing:
         each = f" ({', '.join(f'{name} {value:.3g}' for name, value in terms.items())})" if len(terms) > 1 else ""
         parts = [
             f"loss {line['loss']:.4g}{each}",
-            _word("val accuracy {:.4f}", line.get("val_accuracy")),
-            _word("F1 {:.4f}", line.get("val_f1_macro")),
-            _word("{:,.0f} images/s", pace),
-            f"{duration(left)} left" if left else "",
+            _format_part("val accuracy {:.4f}", line.get("val_accuracy")),
+            _format_part("F1 {:.4f}", line.get("val_f1_macro")),
+            _format_part("{:,.0f} images/s", pace),
+            f"{format_duration(left)} left" if left else "",
         ]
         return f"{self._who()}, epoch {line['epoch']}/{self.epochs}: {', '.join(filter(None, parts))}"
 
@@ -138,5 +140,5 @@ class Showing:
         return self.images / seconds, (self.epochs * self.steps - self.done) * seconds / steps
 
 
-def _word(form: str, value: float | None) -> str:
+def _format_part(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)

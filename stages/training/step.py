@@ -21,19 +21,19 @@ from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import derive_features
-from softcache.stages.cli.configs import StudentSettings, TeacherSettings
-from softcache.stages.distributed.ranks import from_first
-from softcache.stages.runs.folder import milestones_of
+from softcache.stages.cli.configs import StudentConfig, TeacherConfig
+from softcache.stages.distributed.ranks import broadcast_from_first
+from softcache.stages.runs.folder import parse_milestones
 
-from .checkpoint import Chance, State
-from .data_parallel import Abreast, flat
+from .checkpoint import RngState, TrainState
+from .data_parallel import DataParallelStep, flatten_gradients
 
 Features = dict[str, torch.Tensor]
 AfterEpoch = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingRun:
     """What is trained. name: teacher, baseline or student; epochs of steps steps each; folder: where it is kept;
     known: of the teacher, for losses that ask; after_epoch: told each epoch's line once it is kept, may raise;
     term: how a loss is led by the teacher; chance: of what is random in it, from here on;
@@ -45,7 +45,7 @@ class Job:
     stream: Stream
     epochs: int
     steps: int
-    settings: TeacherSettings | StudentSettings
+    settings: TeacherConfig | StudentConfig
     device: torch.device
     folder: Path
     multiply_adds: int
@@ -53,8 +53,8 @@ class Job:
     known: LossContext = LossContext()  # noqa: RUF009 (frozen)
     after_epoch: AfterEpoch | None = None
     term: Term = by_one
-    chance: Chance = field(default_factory=Chance)
-    abreast: Abreast | None = None
+    chance: RngState = field(default_factory=RngState)
+    abreast: DataParallelStep | None = None
 
     @cached_property
     def forward(self) -> nn.Module:
@@ -65,22 +65,27 @@ class Job:
         compiled: nn.Module = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         return compiled
 
-    def rate(self, step: int) -> float:
+    def rate(self, train_step: int) -> float:
         """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
         total = self.epochs * self.steps
         warm = int(self.settings.warmup * total)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        progress = (step - warm) / max(total - warm, 1)
+        if train_step < warm:
+            return (train_step + 1) / (warm + 1)
+        progress = (train_step - warm) / max(total - warm, 1)
         if self.settings.schedule == "cosine":
             return 0.5 * (1 + float(np.cos(np.pi * progress)))
         if self.settings.schedule == "step":
-            return float(0.1 ** sum(progress >= share for share in milestones_of(self.settings)))
+            return float(0.1 ** sum(progress >= share for share in parse_milestones(self.settings)))
         return 1.0
 
 
-def step(
-    job: Job, state: State, batch: Batch, losses: list[Loss], kept: Features, norms: torch.Tensor | None = None
+def train_step(
+    job: TrainingRun,
+    state: TrainState,
+    batch: Batch,
+    losses: list[Loss],
+    kept: Features,
+    norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One step of the optimiser; the weighted terms, detached.
 
@@ -94,11 +99,11 @@ def step(
         with autocast(job.device, job.settings.precision):
             logits = job.forward(batch.views)
         features = {tap: x.float() for tap, x in kept.items()}
-        outputs = ModelOutputs(logits, features, own_head(job, logits.shape[1]))
+        outputs = ModelOutputs(logits, features, student_head(job, logits.shape[1]))
     batch = _with_taps(job, batch)
     each = [
         resolved(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
-        for name, loss in zip(names(losses), losses, strict=True)
+        for name, loss in zip(term_names(losses), losses, strict=True)
     ]
     terms = torch.stack(each)
     if norms is not None and job.settings.compile and len(each) > 1:
@@ -107,9 +112,9 @@ def step(
         norms.fill_(torch.nan)
         norms = None
     if norms is not None:
-        sizes = from_first(terms.detach().abs().tolist) if len(each) > 1 else [1.0]
+        sizes = broadcast_from_first(terms.detach().abs().tolist) if len(each) > 1 else [1.0]
         largest = sizes.index(max(sizes))
-        others = sum(_noted(job, state, each[i], norms[i]) for i in range(len(each)) if i != largest)
+        others = sum(_measure_gradient(job, state, each[i], norms[i]) for i in range(len(each)) if i != largest)
     for weight in state.weights:
         weight.grad = None
     if job.abreast:
@@ -117,7 +122,7 @@ def step(
     else:
         terms.sum().backward()  # type: ignore[no-untyped-call]
     if norms is not None:
-        norms[largest] = (flat([weight.grad for weight in state.weights], state.weights) - others).norm()
+        norms[largest] = (flatten_gradients([weight.grad for weight in state.weights], state.weights) - others).norm()
     if job.settings.clip_norm:
         nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
     state.optimizer.step()
@@ -127,20 +132,20 @@ def step(
     return terms.detach()
 
 
-def _noted(job: Job, state: State, term: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+def _measure_gradient(job: TrainingRun, state: TrainState, term: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """The gradient of one term alone as one vector; its norm is noted, and the graph stays for the step."""
     weights = state.weights
     if not term.requires_grad:  # of a layer that is not trained
-        found = flat([None] * len(weights), weights)
+        found = flatten_gradients([None] * len(weights), weights)
     elif job.abreast:
         found = job.abreast.gradient(term, weights)
     else:
-        found = flat(_through(term, weights), weights)
+        found = flatten_gradients(_term_gradient(term, weights), weights)
     norm.copy_(found.norm())
     return found
 
 
-def _through(term: torch.Tensor, weights: list[nn.Parameter]) -> Sequence[torch.Tensor | None]:
+def _term_gradient(term: torch.Tensor, weights: list[nn.Parameter]) -> Sequence[torch.Tensor | None]:
     """The gradient of a term; NaN where the network's own code refuses this pass alone."""
     try:
         return torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
@@ -150,7 +155,7 @@ def _through(term: torch.Tensor, weights: list[nn.Parameter]) -> Sequence[torch.
         return [torch.full_like(weight, torch.nan) for weight in weights]
 
 
-def own_head(job: Job, classes: int) -> LinearHead | None:
+def student_head(job: TrainingRun, classes: int) -> LinearHead | None:
     """The student's own last layer, live, where a loss asks for it."""
     if not any(loss.needs_head for loss in job.losses):
         return None
@@ -160,28 +165,28 @@ def own_head(job: Job, classes: int) -> LinearHead | None:
     return LinearHead(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
 
 
-def _with_taps(job: Job, batch: Batch) -> Batch:
+def _with_taps(job: TrainingRun, batch: Batch) -> Batch:
     """The batch with the teacher's features that the losses ask for, float32, made from what is cached."""
     asked = list_teacher_taps(job.losses)
     return replace(batch, features=derive_features(batch.features, asked)) if asked else batch
 
 
-def names(losses: Sequence[Loss]) -> list[str]:
+def term_names(losses: Sequence[Loss]) -> list[str]:
     """A name for each term: `kd`, and `hint-0`, `hint-1` where there are several of a kind."""
     kinds = [loss.name for loss in losses]
     return [kind if kinds.count(kind) == 1 else f"{kind}-{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
 
 
-def loss_modules(job: Job, taps: tuple[str, ...]) -> dict[str, nn.Module]:
+def build_loss_modules(job: TrainingRun, taps: tuple[str, ...]) -> dict[str, nn.Module]:
     """The losses' own trainable parts, made from the shapes of one batch."""
     batch = next(job.stream.batches(0, 1)).slice(0, 2).to(job.device)
     job.model.eval()
     with torch.no_grad(), capture_features(job.model.network, taps) as kept:
         logits = job.model(batch.views)
-        outputs = ModelOutputs(logits, dict(kept), own_head(job, logits.shape[1]))
+        outputs = ModelOutputs(logits, dict(kept), student_head(job, logits.shape[1]))
     if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[1]:
         raise UsageError(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
     batch = _with_taps(job, batch)
-    named = zip(names(job.losses), job.losses, strict=True)
+    named = zip(term_names(job.losses), job.losses, strict=True)
     made = {name: loss.build_module(outputs, batch, job.known) for name, loss in named}
     return {name: module.to(job.device) for name, module in made.items() if module is not None}

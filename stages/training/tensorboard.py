@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-FOLDER = "tensorboard"  # in that of the training
+EVENTS_FOLDER = "tensorboard"  # in that of the training
 
 
-class EventFile:
+class EventFileWriter:
     """Of a training in a folder: written from its lines so far, then line by line. A step is an epoch.
 
     Files that are there are replaced: one that a killed process left has too few epochs, or one more than the
@@ -18,10 +18,10 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, lines: Sequence[dict[str, Any]]):
-        for old in (folder / FOLDER).glob("events.out.tfevents.*"):
+        for old in (folder / EVENTS_FOLDER).glob("events.out.tfevents.*"):
             old.unlink()
         # purge_step: a TensorBoard that is looking on forgets what it had read of the file before.
-        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=1, flush_secs=10)
+        self._writer = SummaryWriter(str(folder / EVENTS_FOLDER), purge_step=1, flush_secs=10)
         for line in lines:
             self.add(line)
 

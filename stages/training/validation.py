@@ -12,12 +12,12 @@ from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.stream import render_batches
 from softcache.pipeline.models.precision import autocast
-from softcache.stages.cli.configs import StudentSettings, TeacherSettings
+from softcache.stages.cli.configs import StudentConfig, TeacherConfig
 
-Trained = TeacherSettings | StudentSettings
+Trained = TeacherConfig | StudentConfig
 
 
-class HeldOut:
+class HeldOutSplit:
     """A held-out split: its plain views, kept in memory where they are small, and what a model says about them."""
 
     _KEEP_BYTES = 256 << 20
@@ -55,7 +55,7 @@ class HeldOut:
             self._kept = kept
 
 
-def check_select(settings: TeacherSettings | StudentSettings, transfer_set: TransferSet) -> None:
+def check_select(settings: TeacherConfig | StudentConfig, transfer_set: TransferSet) -> None:
     if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
         raise UsageError(
             f"--select {settings.select} needs labels to validate on, and these images have none: leave it out"

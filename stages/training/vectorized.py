@@ -27,18 +27,26 @@ from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.console import Console
 
-from .checkpoint import CHECKPOINT, LINES, STACK, Finished, State, finished, text_of
-from .data_parallel import flat
-from .epoch_line import line_of
-from .loop import diverged, fit_together, publish_weights, write_events
-from .progress import showing
-from .step import Job, names
-from .validation import HeldOut
+from .checkpoint import (
+    CHECKPOINT_FILE,
+    METRICS_FILE,
+    VECTORIZED_FOLDER,
+    FinishedTraining,
+    TrainState,
+    format_epoch_lines,
+    read_finished,
+)
+from .data_parallel import flatten_gradients
+from .epoch_line import make_epoch_line
+from .loop import divergence_error, save_weights, train_several, write_event_file
+from .progress import show_progress
+from .step import TrainingRun, term_names
+from .validation import HeldOutSplit
 
 _MEMBERS = "members.txt"
 
 
-class Stack(nn.Module):
+class VectorizedModel(nn.Module):
     """S models of one arch as one: uint8 views [B, C, H, W] -> float32 logits [B, S, K]."""
 
     def __init__(self, models: Sequence[PreparedModel]):
@@ -51,7 +59,7 @@ class Stack(nn.Module):
             self.register_buffer(f"buffer{i}", value)
         self._plain = [copy.deepcopy(models[0])]  # in a list: its own weights are not trained
 
-    def train(self, mode: bool = True) -> "Stack":
+    def train(self, mode: bool = True) -> "VectorizedModel":
         """Of the networks as well: dropout, batch norm."""
         self._plain[0].train(mode)
         super().train(mode)
@@ -78,19 +86,19 @@ class Stack(nn.Module):
         return each.float().movedim(0, 1)
 
 
-def check_stackable(jobs: Sequence[Job]) -> None:
+def check_vectorizable(jobs: Sequence[TrainingRun]) -> None:
     """Raise UsageError for trainings that cannot be one vectorised model."""
     first = jobs[0]
     for job in jobs:
         settings = job.settings
-        if any(_reads_more(loss) for loss in job.losses):
+        if any(_reads_features(loss) for loss in job.losses):
             raise UsageError(
                 "--vectorize takes losses that read logits and labels alone and have no part of their own, not"
-                f" {', '.join(names(job.losses))}: leave it out"
+                f" {', '.join(term_names(job.losses))}: leave it out"
             )
         if settings.select != "last" or settings.ema or settings.keep_every or settings.compile:
             raise UsageError("--vectorize takes no --select, --ema, --keep-every or --compile: leave it out")
-        if [_unweighted(loss) for loss in job.losses] != [_unweighted(loss) for loss in first.losses]:
+        if [_without_weight(loss) for loss in job.losses] != [_without_weight(loss) for loss in first.losses]:
             raise UsageError(
                 f"--vectorize takes losses that differ in their weights alone, not in '{first.folder}' and"
                 f" '{job.folder}': leave it out"
@@ -104,45 +112,49 @@ def check_stackable(jobs: Sequence[Job]) -> None:
     try:
         views = next(first.stream.batches(0, 1)).slice(0, 2).to(first.device).views
         with torch.no_grad():
-            Stack([job.model for job in jobs[:2]]).to(first.device).eval()(views)
+            VectorizedModel([job.model for job in jobs[:2]]).to(first.device).eval()(views)
     except RuntimeError as error:
         why = str(error).splitlines()[0][:120]
         raise UsageError(f"--vectorize cannot take this network ({why}): leave it out") from None
 
 
-def _reads_more(loss: Loss) -> bool:
+def _reads_features(loss: Loss) -> bool:
     has_part = type(loss).build_module is not Loss.build_module
     return bool(loss.student_taps() or loss.teacher_taps() or loss.needs_head or has_part)
 
 
-def _unweighted(loss: Loss) -> Loss:
+def _without_weight(loss: Loss) -> Loss:
     return replace(loss, weight=0.0)  # type: ignore[type-var]
 
 
-def fit_stacked(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | TrainingStopped]:
+def train_vectorized(
+    jobs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
+) -> list[FinishedTraining | TrainingStopped]:
     """As training.fit_together, as one model of those that are not finished.
 
     What it keeps while it runs lies in a folder of the first one's; with other students it starts over.
     """
-    left = _left(jobs)
+    left = _find_unfinished(jobs)
     for job in jobs:
         make_folder(job.folder)
-        if (job.folder / CHECKPOINT).is_file():
+        if (job.folder / CHECKPOINT_FILE).is_file():
             raise CacheError(
                 f"'{job.folder}' was begun without --vectorize: go on without it, or choose another --out"
             )
-        if (job.folder / STACK).is_dir() and (len(left) < 2 or job is not left[0] or _members(job) != _names(left)):
-            console.say(f"'{job.folder / STACK}' is of other students together: these start over")
-            shutil.rmtree(job.folder / STACK)
-    ended: dict[str, Finished | TrainingStopped] = {}
+        if (job.folder / VECTORIZED_FOLDER).is_dir() and (
+            len(left) < 2 or job is not left[0] or _members(job) != _names(left)
+        ):
+            console.say(f"'{job.folder / VECTORIZED_FOLDER}' is of other students together: these start over")
+            shutil.rmtree(job.folder / VECTORIZED_FOLDER)
+    ended: dict[str, FinishedTraining | TrainingStopped] = {}
     if len(left) > 1:
-        ended = dict(zip(_names(left), _as_one(left, held_out, console), strict=True))
+        ended = dict(zip(_names(left), _train_as_one(left, held_out, console), strict=True))
     if rest := [job for job in jobs if str(job.folder) not in ended]:  # finished, or alone
-        ended |= dict(zip(_names(rest), fit_together(rest, held_out, console), strict=True))
+        ended |= dict(zip(_names(rest), train_several(rest, held_out, console), strict=True))
     return [ended[name] for name in _names(jobs)]
 
 
-def _left(jobs: Sequence[Job]) -> list[Job]:
+def _find_unfinished(jobs: Sequence[TrainingRun]) -> list[TrainingRun]:
     """Those that one model is, or was begun to be, also where it was stopped while it published their weights."""
     for job in jobs:
         begun = [other for other in jobs if str(other.folder) in _members(job)]
@@ -151,37 +163,46 @@ def _left(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if not (job.folder / f"{job.name}.pt").is_file()]
 
 
-def _names(jobs: Sequence[Job]) -> list[str]:
+def _names(jobs: Sequence[TrainingRun]) -> list[str]:
     return [str(job.folder) for job in jobs]
 
 
-def _members(job: Job) -> list[str]:
+def _members(job: TrainingRun) -> list[str]:
     """Of the model that was begun in a student's folder."""
-    path = job.folder / STACK / _MEMBERS
+    path = job.folder / VECTORIZED_FOLDER / _MEMBERS
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _as_one(jobs: Sequence[Job], held_out: HeldOut, console: Console) -> list[Finished | TrainingStopped]:
-    first, folder = jobs[0], jobs[0].folder / STACK
+def _train_as_one(
+    jobs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
+) -> list[FinishedTraining | TrainingStopped]:
+    first, folder = jobs[0], jobs[0].folder / VECTORIZED_FOLDER
     for job in jobs:
-        remove_stale_files(job.folder, (LINES, f"{job.name}.pt"))
+        remove_stale_files(job.folder, (METRICS_FILE, f"{job.name}.pt"))
     make_folder(folder)
     publish_text(folder / _MEMBERS, "".join(f"{name}\n" for name in _names(jobs)))
-    stack = Stack([job.model for job in jobs]).to(first.device)
+    stack = VectorizedModel([job.model for job in jobs]).to(first.device)
     with first.chance:
-        state = State.begin(stack, {}, first.settings, first.rate)
+        state = TrainState.begin(stack, {}, first.settings, first.rate)
         begin = state.restore(folder, first.device)
-    _epochs(jobs, stack, state, begin, held_out, console)
-    ended = [_end(job, stack, state, i) for i, job in enumerate(jobs)]
+    _run_epochs(jobs, stack, state, begin, held_out, console)
+    ended = [_finish(job, stack, state, i) for i, job in enumerate(jobs)]
     shutil.rmtree(folder)
     return ended
 
 
-def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_out: HeldOut, console: Console) -> None:
+def _run_epochs(
+    jobs: Sequence[TrainingRun],
+    stack: VectorizedModel,
+    state: TrainState,
+    begin: int,
+    held_out: HeldOutSplit,
+    console: Console,
+) -> None:
     job, total = jobs[0], jobs[0].epochs * jobs[0].steps
     batches = job.stream.batches(begin * job.steps, total)
     sums = torch.zeros_like(_weights(jobs, begin))
-    with showing(jobs, begin, lambda i: sums[:, i], f"{len(jobs)} of {job.name} as one", console) as shown:
+    with show_progress(jobs, begin, lambda i: sums[:, i], f"{len(jobs)} of {job.name} as one", console) as shown:
         for epoch in range(begin, job.epochs):
             begun = time.perf_counter()
             losses = [at_epoch(loss, epoch, job.epochs) for loss in job.losses]
@@ -196,20 +217,20 @@ def _epochs(jobs: Sequence[Job], stack: Stack, state: State, begin: int, held_ou
             line = _measured(jobs, sums / job.steps, norms, held_out.logits(stack), held_out, epoch)
             share = round((time.perf_counter() - begun) / len(jobs), 6)
             with job.chance:
-                state.keep(job.folder / STACK, line | {"share": share}, "last")
+                state.keep(job.folder / VECTORIZED_FOLDER, line | {"share": share}, "last")
             shown.epoch(line["students"])
 
 
-def _weights(jobs: Sequence[Job], epoch: int) -> torch.Tensor:
+def _weights(jobs: Sequence[TrainingRun], epoch: int) -> torch.Tensor:
     """float32 [terms, S]: what each term weighs in each student."""
     each = [[resolved(at_epoch(loss, epoch, job.epochs).weight) for loss in job.losses] for job in jobs]
     return torch.tensor(each, device=jobs[0].device).T.contiguous()
 
 
 def _step(
-    job: Job,
-    stack: Stack,
-    state: State,
+    job: TrainingRun,
+    stack: VectorizedModel,
+    state: TrainState,
     batch: Batch,
     losses: list[Loss],
     weights: torch.Tensor,
@@ -226,30 +247,32 @@ def _step(
     terms = weights * torch.stack(each)
     if norms is not None:
         largest = int(terms.detach().abs().sum(1).argmax())
-        others = sum(_noted(state, each[i], weights[i], norms[i]) for i in range(len(each)) if i != largest)
+        others = sum(_measure_gradient(state, each[i], weights[i], norms[i]) for i in range(len(each)) if i != largest)
     for weight in state.weights:
         weight.grad = None
     terms.sum().backward()  # type: ignore[no-untyped-call]
     if norms is not None:
-        whole = flat([weight.grad for weight in state.weights], state.weights, keep=1)
+        whole = flatten_gradients([weight.grad for weight in state.weights], state.weights, keep=1)
         norms[largest] = (whole - others).norm(dim=1)
     if job.settings.clip_norm:
-        _clip(state.weights, job.settings.clip_norm)
+        _clip_gradients(state.weights, job.settings.clip_norm)
     state.optimizer.step()
     state.schedule.step()
     return terms.detach()
 
 
-def _noted(state: State, term: torch.Tensor, weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+def _measure_gradient(
+    state: TrainState, term: torch.Tensor, weight: torch.Tensor, norms: torch.Tensor
+) -> torch.Tensor:
     """The gradient of one term [S] with its weights, [S, weights of a student]; its norms are noted."""
-    found = flat(
+    found = flatten_gradients(
         torch.autograd.grad(term, state.weights, weight, retain_graph=True, allow_unused=True), state.weights, keep=1
     )
     norms.copy_(found.norm(dim=1))
     return found
 
 
-def _clip(weights: list[nn.Parameter], most: float) -> None:
+def _clip_gradients(weights: list[nn.Parameter], most: float) -> None:
     """Clip each student's gradient to a norm of its own, as torch.nn.utils.clip_grad_norm_ does with one."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
@@ -259,11 +282,11 @@ def _clip(weights: list[nn.Parameter], most: float) -> None:
 
 
 def _measured(
-    jobs: Sequence[Job],
+    jobs: Sequence[TrainingRun],
     means: torch.Tensor,
     norms: torch.Tensor,
     logits: NDArray[np.float32],
-    held_out: HeldOut,
+    held_out: HeldOutSplit,
     epoch: int,
 ) -> dict[str, Any]:
     """The line of an epoch, with one for each student. means: of its terms [terms, S], norms: of their gradients;
@@ -275,19 +298,19 @@ def _measured(
             lines.append(None)
             continue
         seen = summarize(logits[:, i], held_out.labels)
-        lines.append(line_of(job, epoch, means[:, i].tolist(), norms[:, i].tolist(), seen))
+        lines.append(make_epoch_line(job, epoch, means[:, i].tolist(), norms[:, i].tolist(), seen))
     return {"epoch": epoch + 1, "students": lines}
 
 
-def _end(job: Job, stack: Stack, state: State, i: int) -> Finished | TrainingStopped:
+def _finish(job: TrainingRun, stack: VectorizedModel, state: TrainState, i: int) -> FinishedTraining | TrainingStopped:
     """Publish the weights and lines of one student, or say how it diverged."""
     lines = []
     for epoch in state.lines:
         if epoch["students"][i] is None:
-            return diverged(job, f"its loss or logits are no longer finite after epoch {epoch['epoch']}")
+            return divergence_error(job, f"its loss or logits are no longer finite after epoch {epoch['epoch']}")
         lines.append(epoch["students"][i] | {"seconds": epoch["share"]})
     job.model.network.load_state_dict(stack.state_of(i))
-    publish_text(job.folder / LINES, text_of(lines))
-    write_events(job, lines)
-    publish_weights(job.folder / f"{job.name}.pt", job.model)
-    return finished(job.folder, "last")
+    publish_text(job.folder / METRICS_FILE, format_epoch_lines(lines))
+    write_event_file(job, lines)
+    save_weights(job.folder / f"{job.name}.pt", job.model)
+    return read_finished(job.folder, "last")

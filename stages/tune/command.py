@@ -14,26 +14,34 @@ import torch
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import make_folder
 from softcache.data.transfer_set import short_name
-from softcache.stages.cli.configs import SearchSettings, StudentSettings
+from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.runs.folder import ASIDE, free_run, milestones_of
+from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
 from softcache.stages.student import command as student_stage
-from softcache.stages.student.phases import Student, first_training
-from softcache.stages.student.recipes import fill_in
-from softcache.stages.student.setup import Material
-from softcache.stages.student.several import train as train_together
-from softcache.stages.training.checkpoint import LINES, lines_of
+from softcache.stages.student.phases import StudentTraining, first_phase
+from softcache.stages.student.recipes import apply_recipe
+from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.student.several import train_students as train_together
+from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
-from .folder import DATABASE, alone, begin, compare, look_at, tidy, unfinished
-from .space import Searched, Value, parse_space, with_values
-from .study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, follow, opened, optuna
-from .summary import figure_of, line_of, rows_of, say_rows, write_report
+from .folder import (
+    DATABASE,
+    check_folder,
+    check_same_search,
+    clean_up,
+    find_unfinished_searches,
+    lock_search,
+    start_search,
+)
+from .space import SearchedOption, Value, apply_values, parse_space
+from .study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, open_study, optuna, report_epochs
+from .summary import format_row, make_rows, print_rows, validation_figure, write_report
 
 _MOST_POINTS = 100_000
 _HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from machine to machine
 
 
-def run(settings: SearchSettings, said: set[str]) -> None:
+def run(settings: TuneConfig, said: set[str]) -> None:
     """Everything is checked; then trial after trial, beside other processes; then the best. --out goes on."""
     console = Console(settings.json, epoch_lines=False)
     if settings.resume or settings.seeds > 1 or settings.baseline:
@@ -41,52 +49,55 @@ def run(settings: SearchSettings, said: set[str]) -> None:
     if settings.grid and "trials" in said:
         raise UsageError("--grid tries every combination once: leave out --trials")
     # The recipe is in the settings by now; said again, it would fill in what a trial sets to a default.
-    first = replace(student_stage.with_recipe(fill_in(student_stage.without_more(settings), said)), recipe="")
-    milestones_of(first)
+    first = replace(student_stage.fill_defaults(apply_recipe(student_stage.student_config(settings), said)), recipe="")
+    parse_milestones(first)
     space = parse_space(settings.search, first, said)
     grid = _grid(space) if settings.grid else []
-    material = Material.open(first)
+    material = DistillationSetup.open(first)
     _check(space, first, material)
-    student_stage.say_notes(first, material, console)
-    begun = _begun_with(settings, first, material)
+    student_stage.print_notes(first, material, console)
+    begun = _search_record(settings, first, material)
     default = f"{short_name(first.data)}-{first.arch.replace(':', '-')}"
-    folder = Path(settings.out) if settings.out else free_run(f"tune-{default}")
-    look_at(folder, begun)
+    folder = Path(settings.out) if settings.out else find_free_folder(f"tune-{default}")
+    check_folder(folder, begun)
     if not settings.out:
-        for stopped in unfinished(folder, begun):
+        for stopped in find_unfinished_searches(folder, begun):
             console.say(f"'{stopped}' was stopped; the same command with --out {stopped} goes on")
     if not settings.storage:
         make_folder(folder)
     url = settings.storage or f"sqlite:///{folder.resolve()}/{DATABASE}"
     everywhere = {name: value for name, value in begun.items() if name not in _HERE}
     warm = _fewest_epochs(first, space) // 4
-    with opened(url, settings.study or default, figure_of(first) != "nll", everywhere, warm) as (study, storage):
-        compare(study.user_attrs["begun"], everywhere, f"the study '{study.study_name}'")
-        slots, mark = len(grid) or settings.trials, begin(folder, begun)
+    with open_study(url, settings.study or default, validation_figure(first) != "nll", everywhere, warm) as (
+        study,
+        storage,
+    ):
+        check_same_search(study.user_attrs["begun"], everywhere, f"the study '{study.study_name}'")
+        slots, mark = len(grid) or settings.trials, start_search(folder, begun)
         shared = SharedStudy(study, storage, folder, mark, space, first.seed, slots, grid)
         try:
             Search(shared, first, material, settings.prune, settings.together, console).run()
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
-        rows = rows_of(shared.holders(), space)
-    with alone(folder):
-        tidy(folder)
+        rows = make_rows(shared.holders(), space)
+    with lock_search(folder):
+        clean_up(folder)
         record = write_report(folder, rows, first, space, begun)
     if settings.json:
         return console.result(json.dumps(record))
-    say_rows(record, figure_of(first), space, folder, console)
+    print_rows(record, validation_figure(first), space, folder, console)
 
 
-def _begun_with(settings: SearchSettings, first: StudentSettings, material: Material) -> dict[str, Any]:
+def _search_record(settings: TuneConfig, first: StudentConfig, material: DistillationSetup) -> dict[str, Any]:
     """What the trials of a search have in common, as JSON has it; with another of these it is another search."""
-    common = {name: value for name, value in asdict(first).items() if name not in ASIDE}
+    common = {name: value for name, value in asdict(first).items() if name not in IGNORED_OPTIONS}
     searched = {name: getattr(settings, name) for name in ("search", "grid", "prune")}
     caches = [cache.manifest.fingerprint for cache in material.teachers.members]
     found: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": caches}))
     return found
 
 
-def _fewest_epochs(first: StudentSettings, space: tuple[Searched, ...]) -> int:
+def _fewest_epochs(first: StudentConfig, space: tuple[SearchedOption, ...]) -> int:
     """Of a trial, where epochs are searched."""
     return min([int(v) for one in space if one.name == "epochs" for v in one.ends()] or [first.epochs])
 
@@ -96,8 +107,8 @@ class Search:
     """Trials of a study, so many together, in this process. first: the settings of all but for what is searched."""
 
     shared: SharedStudy
-    first: StudentSettings
-    material: Material
+    first: StudentConfig
+    material: DistillationSetup
     prune: bool
     together: int
     console: Console
@@ -105,7 +116,7 @@ class Search:
     @property
     def figure(self) -> str:
         """By which trials are compared."""
-        return figure_of(self.first)
+        return validation_figure(self.first)
 
     def run(self) -> None:
         """Until every slot's trial is over, those of other processes included."""
@@ -139,7 +150,7 @@ class Search:
         for run in runs:
             self._tell(run)
 
-    def _results(self, students: Sequence[Student]) -> list[dict[str, Any] | TrainingStopped]:
+    def _results(self, students: Sequence[StudentTraining]) -> list[dict[str, Any] | TrainingStopped]:
         """Of each its result, or how it ended. What does not fit, or not into memory, is tried one by one: then it is
         that trial's own."""
         if not students:
@@ -149,8 +160,8 @@ class Search:
         except (UsageError, torch.OutOfMemoryError) as error:
             if len(students) == 1:
                 return [TrainingStopped(str(error))]
-        alone = [replace(one, settings=student_stage.to_go_on(one.settings)) for one in students]
-        return [result for one in alone for result in self._results([one])]
+        lock_search = [replace(one, settings=student_stage.resume_if_started(one.settings)) for one in students]
+        return [result for one in lock_search for result in self._results([one])]
 
     def _tell(self, run: "_Run") -> None:
         """The study what came of a trial."""
@@ -163,9 +174,9 @@ class Search:
             self.shared.study.tell(run.trial, value, state)
         except UpdateFinishedTrialError:
             return self.console.say(f"trial {run.slot}: another process has taken it over")
-        rows = rows_of(self.shared.holders(), self.shared.space)
+        rows = make_rows(self.shared.holders(), self.shared.space)
         row = next(row for row in rows if row["trial"] == run.slot)
-        self.console.say(line_of(row, rows, self.shared.slots, self.figure))
+        self.console.say(format_row(row, rows, self.shared.slots, self.figure))
 
 
 @dataclass
@@ -174,10 +185,10 @@ class _Run:
 
     trial: Trial
     slot: int
-    settings: StudentSettings
+    settings: StudentConfig
     figure: str
     prune: bool
-    student: Student | None = None
+    student: StudentTraining | None = None
     ended: Exception | None = None
     result: dict[str, Any] | None = None
 
@@ -187,30 +198,30 @@ class _Run:
         slot, space = int(trial.user_attrs["slot"]), search.shared.space
         values = {one.name: one.decimal(trial.params[one.name]) for one in space}
         folder = search.shared.folder / f"trial-{slot:04d}"
-        own = replace(with_values(search.first, space, values), out=str(folder))
+        own = replace(apply_values(search.first, space, values), out=str(folder))
         return _Run(trial, slot, own, search.figure, search.prune)
 
-    def open(self, like: Material) -> None:
+    def open(self, like: DistillationSetup) -> None:
         """What it is trained from. One that cannot be trained counts as tried."""
         try:
-            material = Material.open(self.settings, like)
+            material = DistillationSetup.open(self.settings, like)
             material.network(self.settings, material.losses)
         except (UsageError, torch.OutOfMemoryError) as error:
             self.ended = error
             return
-        own = student_stage.to_go_on(self.settings)
-        self.student = Student(own, material, Path(own.out), self.after_epoch)
+        own = student_stage.resume_if_started(self.settings)
+        self.student = StudentTraining(own, material, Path(own.out), self.after_epoch)
 
     def lines(self) -> list[dict[str, Any]]:
         """Of the epochs that are done."""
-        name, folder = first_training(self.settings), Path(self.settings.out)
+        name, folder = first_phase(self.settings), Path(self.settings.out)
         where = folder if name == "student" else folder / name
-        return lines_of(where) if (where / LINES).is_file() else []
+        return read_epoch_lines(where) if (where / METRICS_FILE).is_file() else []
 
     def told(self) -> None:
         """Tell the study every epoch; it may end the trial, or another process may have."""
         try:
-            follow(self.trial, self.lines(), self.figure, self.settings.epochs, self.prune)
+            report_epochs(self.trial, self.lines(), self.figure, self.settings.epochs, self.prune)
         except (optuna.TrialPruned, UpdateFinishedTrialError) as why:
             self.ended = why
 
@@ -246,13 +257,13 @@ def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
     """Those that see the same batches together. Where labels are hidden, which rows are seen goes by the losses."""
     found: dict[Any, list[_Run]] = {}
     for run in runs:
-        alone = run.settings.labelled or run.settings.missing
-        key = run.slot if alone else tuple(getattr(run.settings, name) for name in _OF_A_STREAM)
+        lock_search = run.settings.labelled or run.settings.missing
+        key = run.slot if lock_search else tuple(getattr(run.settings, name) for name in _OF_A_STREAM)
         found.setdefault(key, []).append(run)
     return list(found.values())
 
 
-def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:
+def _grid(space: tuple[SearchedOption, ...]) -> list[dict[str, Value]]:
     """Every combination, the last name changing first. Raises UsageError where there is no end of them."""
     for one in space:
         if not one.choices and not one.step:
@@ -266,16 +277,16 @@ def _grid(space: tuple[Searched, ...]) -> list[dict[str, Value]]:
     ]
 
 
-def _check(space: tuple[Searched, ...], first: StudentSettings, material: Material) -> None:
+def _check(space: tuple[SearchedOption, ...], first: StudentConfig, material: DistillationSetup) -> None:
     """Find what would stop a trial before anything is made: labels; archs and losses at every end of the space."""
     if not (material.held_out["val"].labels >= 0).any():
         raise UsageError("tune compares students on the labels of the validation split, and these images have none")
     middle = {one.name: one.ends()[0] for one in space}
     for one in space:
         for value in one.ends():
-            own = with_values(first, space, {**middle, one.name: value})
+            own = apply_values(first, space, {**middle, one.name: value})
             try:
-                material_of = Material.open(own, material)
+                material_of = DistillationSetup.open(own, material)
                 material_of.network(own, material_of.losses)
             except UsageError as error:
                 raise UsageError(f"search '{one.spec}': {error}") from None

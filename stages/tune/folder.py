@@ -17,17 +17,17 @@ DATABASE = "study.db"
 _SEARCH = "search.json"
 
 
-def look_at(folder: Path, begun: dict[str, Any]) -> None:
+def check_folder(folder: Path, begun: dict[str, Any]) -> None:
     """Raise UsageError for a folder that holds something else, CacheError for one of another search."""
     if "?" in str(folder.resolve()):
         raise UsageError(f"--out {folder}: the path of a database has no '?'")
     if (folder / _SEARCH).exists():
-        return compare(read_json(folder / _SEARCH, {"mark", "begun"})["begun"], begun, f"'{folder}'")
+        return check_same_search(read_json(folder / _SEARCH, {"mark", "begun"})["begun"], begun, f"'{folder}'")
     if folder.exists() and not (folder.is_dir() and all(_left_over(path) for path in folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is no search: choose another --out")
 
 
-def unfinished(folder: Path, begun: dict[str, Any]) -> list[Path]:
+def find_unfinished_searches(folder: Path, begun: dict[str, Any]) -> list[Path]:
     """The same search, stopped, in other folders beside one whose name was chosen for this one."""
     found = []
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{_SEARCH}")):
@@ -42,16 +42,16 @@ def _left_over(path: Path) -> bool:
     return path.name.startswith((f".{_SEARCH}.", LOCK, DATABASE))
 
 
-def begin(folder: Path, begun: dict[str, Any]) -> str:
+def start_search(folder: Path, begun: dict[str, Any]) -> str:
     """Make the folder of a search, or go on in it; its mark. Raises CacheError when it was begun otherwise."""
     path = folder / _SEARCH
     make_folder(folder)
-    with alone(folder):
+    with lock_search(folder):
         remove_stale_files(folder, (_SEARCH, "tune.json", "tune.png"))
         if not path.exists():
             publish_json(path, {"mark": uuid4().hex, "begun": begun})
         record = read_json(path, {"mark", "begun"})
-    compare(record["begun"], begun, f"'{folder}'")
+    check_same_search(record["begun"], begun, f"'{folder}'")
     return str(record["mark"])
 
 
@@ -60,14 +60,14 @@ def trial_lock(slot: int) -> str:
     return f".trial-{slot:04d}.lock"
 
 
-def tidy(folder: Path) -> None:
+def clean_up(folder: Path) -> None:
     """Remove the locks that killed processes left, of trials that were over or had only to be pruned."""
     for path in [*folder.glob(".trial-*.lock"), *folder.glob(f"trial-*/{LOCK}")]:
         with suppress(LockedError), hold_lock(path.parent, path.name):
             pass
 
 
-def compare(theirs: Any, mine: dict[str, Any], what: str) -> None:
+def check_same_search(theirs: Any, mine: dict[str, Any], what: str) -> None:
     """Raise CacheError, naming what differs, when a search was begun otherwise than it is asked for now."""
     if differ := [f"{n} {a} there, {b} asked" for n, a, b in find_differences(theirs, mine)]:
         other = "another --out" if what.startswith("'") else "another --study"
@@ -75,7 +75,7 @@ def compare(theirs: Any, mine: dict[str, Any], what: str) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_search(folder: Path) -> Iterator[None]:
     """Hold a search's folder for a moment; other processes of it are done with it soon."""
     with ExitStack() as stack:
         while True:

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 
 from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, PURPLE, Plot
 
-from .space import Searched
+from .space import SearchedOption
 
 Row = dict[str, Any]
 # How a trial of each state is drawn: colour, and whether its point is full.
 _STATES = {"complete": (BLUE, True), "pruned": (GREY, False)}
 
 
-def of_search(rows: Sequence[Row], space: Sequence[Searched], figure: str) -> Plot:
+def plot_search(rows: Sequence[Row], space: Sequence[SearchedOption], figure: str) -> Plot:
     """The image of rows, as search_report.rows_of makes them. A pruned trial is where it was when it was stopped.
 
     A trial that is far worse than most stands at the edge, as a triangle: else it alone would set the scale.
@@ -92,7 +92,7 @@ def _in_turn(panel: Axes, rows: Sequence[Row], figure: str) -> None:
     panel.set_xlabel("trial")
 
 
-def _against(panel: Axes, rows: Sequence[Row], one: Searched, low: float, high: float) -> None:
+def _against(panel: Axes, rows: Sequence[Row], one: SearchedOption, low: float, high: float) -> None:
     values = [row["parameters"][one.name] for row in rows]
     if one.choices:
         values = [one.choices.index(value) for value in values]

@@ -12,9 +12,9 @@ from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import parse_number, parse_spec
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.base import Ramp
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.cli.options import flag
-from softcache.stages.training.step import names
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.options import to_flag
+from softcache.stages.training.step import term_names
 
 Value = bool | int | float | str
 
@@ -36,7 +36,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchedOption:
     """One name of the search: its choices, or low … high with both ends. spec: as the command said it; term: the
     position of its loss in --loss, -1 for a setting; step: 0 where any value may be taken."""
 
@@ -69,25 +69,25 @@ class Searched:
         return points[round((float(value) - self.low) / self.step)]
 
 
-def parse_space(specs: Sequence[str], settings: StudentSettings, said: set[str]) -> tuple[Searched, ...]:
+def parse_space(specs: Sequence[str], settings: StudentConfig, said: set[str]) -> tuple[SearchedOption, ...]:
     """What --search says, of the losses of these settings. Raises UsageError for what cannot be searched.
 
     said: the settings that the command fixes.
     """
     if not specs:
         raise UsageError("nothing to search: --search kd.temperature=1..20:log, or --search batch_size=32|64")
-    space = tuple(_searched(spec, settings) for spec in specs)
+    space = tuple(_parse_search(spec, settings) for spec in specs)
     for one in space:
         if [other.name for other in space].count(one.name) > 1:
             raise UsageError(f"'{one.name}' is searched twice: one --search for each name")
         if one.term < 0 and one.knob in said:
-            raise UsageError(f"'{one.name}' is searched: leave out {flag(one.knob)}")
+            raise UsageError(f"'{one.name}' is searched: leave out {to_flag(one.knob)}")
         for value in one.ends():
             _check_limits(one, value, settings)
     return space
 
 
-def with_values(settings: StudentSettings, space: Sequence[Searched], values: dict[str, Any]) -> StudentSettings:
+def apply_values(settings: StudentConfig, space: Sequence[SearchedOption], values: dict[str, Any]) -> StudentConfig:
     """The settings of a student with values, {name: value}, in their places. Floats are written exactly."""
     losses = list(settings.loss)
     for one in space:
@@ -104,7 +104,7 @@ def _with_knob(spec: str, knob: str, value: Value) -> str:
     return f"{name}:" + ",".join(f"{k}={v}" for k, v in {**given, knob: text}.items())
 
 
-def _searched(spec: str, settings: StudentSettings) -> Searched:
+def _parse_search(spec: str, settings: StudentConfig) -> SearchedOption:
     said, _, text = spec.partition("=")
     term, knob, kind = _target(spec, said.strip(), settings)
     name = said.strip() if term >= 0 else knob
@@ -112,15 +112,15 @@ def _searched(spec: str, settings: StudentSettings) -> Searched:
         choices = tuple(_value(spec, name, part, kind) for part in text.split("|"))
         if len(set(choices)) < len(choices):
             raise UsageError(f"search '{spec}': a choice is given twice")
-        return Searched(spec, name, term, knob, choices)
+        return SearchedOption(spec, name, term, knob, choices)
     if ".." not in text:
         raise UsageError(f"search '{spec}' is not NAME=LOW..HIGH, with :log or :step=S, nor NAME=a|b|c")
     if kind not in (int, float):
         raise UsageError(f"search '{spec}': {name} is no number: give choices, {name}=a|b")
-    return _range(Searched(spec, name, term, knob), text, kind)
+    return _range(SearchedOption(spec, name, term, knob), text, kind)
 
 
-def _range(one: Searched, text: str, kind: type) -> Searched:
+def _range(one: SearchedOption, text: str, kind: type) -> SearchedOption:
     spec, name = one.spec, one.name
     body, *more = text.split(":")
     low_text, _, high_text = body.partition("..")
@@ -140,10 +140,10 @@ def _range(one: Searched, text: str, kind: type) -> Searched:
     return replace(stepped, high=kind(stepped.points()[-1])) if steps else stepped
 
 
-def _target(spec: str, name: str, settings: StudentSettings) -> tuple[int, str, type]:
+def _target(spec: str, name: str, settings: StudentConfig) -> tuple[int, str, type]:
     """Which loss, -1 for none, which knob, and of what kind it is: str, bool, int or float."""
     losses = parse_losses(settings.loss)
-    terms = names(losses)
+    terms = term_names(losses)
     term, dot, knob = name.rpartition(".")
     if not dot:
         setting = name.replace("-", "_")
@@ -163,12 +163,12 @@ def _target(spec: str, name: str, settings: StudentSettings) -> tuple[int, str, 
 
 
 def _knobs_of(losses: Sequence[Loss]) -> Iterator[str]:
-    for term, loss in zip(names(losses), losses, strict=True):
+    for term, loss in zip(term_names(losses), losses, strict=True):
         yield from (f"{term}.{f.name}" for f in fields(loss))  # type: ignore[arg-type]
 
 
 def _setting(name: str) -> Field[Any]:
-    return next(f for f in fields(StudentSettings) if f.name == name)
+    return next(f for f in fields(StudentConfig) if f.name == name)
 
 
 def _value(spec: str, name: str, text: str, kind: type) -> Value:
@@ -190,11 +190,11 @@ def _number(spec: str, name: str, text: str, kind: type) -> float:
     return int(value) if kind is int else value
 
 
-def _check_limits(one: Searched, value: Value, settings: StudentSettings) -> None:
+def _check_limits(one: SearchedOption, value: Value, settings: StudentConfig) -> None:
     """Raise UsageError for a value that the command line would not take."""
     if one.term >= 0:
         try:
-            parse_losses(with_values(settings, (one,), {one.name: value}).loss)
+            parse_losses(apply_values(settings, (one,), {one.name: value}).loss)
         except UsageError as error:
             raise UsageError(f"search '{one.spec}': {error}") from None
         return

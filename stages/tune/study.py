@@ -21,7 +21,7 @@ from softcache.base.errors import CacheError, LockedError, UsageError
 from softcache.base.lock import hold_lock
 
 from .folder import trial_lock
-from .space import Searched
+from .space import SearchedOption
 
 try:
     import optuna
@@ -39,9 +39,9 @@ __all__ = [
     "Trial",
     "TrialState",
     "UpdateFinishedTrialError",
-    "follow",
-    "opened",
+    "open_study",
     "optuna",
+    "report_epochs",
 ]
 
 BEAT_SECONDS = 20.0
@@ -58,7 +58,7 @@ class SharedStudy:
     storage: RDBStorage
     folder: Path
     mark: str
-    space: tuple[Searched, ...]
+    space: tuple[SearchedOption, ...]
     seed: int
     slots: int
     grid: list[dict[str, Any]]
@@ -204,7 +204,9 @@ def _slot(trial: Trial) -> int:
 
 
 @contextmanager
-def opened(url: str, name: str, maximize: bool, begun: dict[str, Any], warm: int) -> Iterator[tuple[Any, RDBStorage]]:
+def open_study(
+    url: str, name: str, maximize: bool, begun: dict[str, Any], warm: int
+) -> Iterator[tuple[Any, RDBStorage]]:
     """The study of that name, made where there is none, and its storage. begun: what it is of, kept as `begun`.
 
     warm: epochs of a trial before which it is not pruned. Raises CacheError when it was begun otherwise.
@@ -245,7 +247,7 @@ def _storage(url: str) -> RDBStorage:
     raise CacheError(f"the storage cannot be opened: {why}")
 
 
-def _distribution(one: Searched) -> BaseDistribution:
+def _distribution(one: SearchedOption) -> BaseDistribution:
     if one.choices:
         return CategoricalDistribution(one.choices)
     if isinstance(one.low, int):
@@ -253,7 +255,7 @@ def _distribution(one: Searched) -> BaseDistribution:
     return FloatDistribution(one.low, one.high, log=one.log, step=one.step or None)
 
 
-def follow(trial: Trial, lines: Sequence[dict[str, Any]], figure: str, epochs: int, prune: bool) -> None:
+def report_epochs(trial: Trial, lines: Sequence[dict[str, Any]], figure: str, epochs: int, prune: bool) -> None:
     """Tell the storage the figure of every epoch that it does not know. Raises optuna.TrialPruned where the trial is
     to end; a trial that has come to its last epoch is not pruned."""
     known = trial.storage.get_trial(trial._trial_id).intermediate_values

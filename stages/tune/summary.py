@@ -5,29 +5,29 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.files import publish_json
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.cli.console import Console, duration
-from softcache.stages.cli.copied_commands import command
-from softcache.stages.runs.environment import device_of, machine, versions
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.console import Console, format_duration
+from softcache.stages.cli.copied_commands import format_command
+from softcache.stages.runs.environment import describe_machine, library_versions, select_device
 
-from .space import Searched, with_values
+from .space import SearchedOption, apply_values
 from .study import FrozenTrial, TrialState
 
 _SHOWN = 10
 Row = dict[str, Any]
 
 
-def figure_of(settings: StudentSettings) -> str:
+def validation_figure(settings: StudentConfig) -> str:
     """By which figure of the validation split trials are compared."""
     return "accuracy" if settings.select == "last" else settings.select
 
 
-def rows_of(holders: dict[int, FrozenTrial], space: Sequence[Searched]) -> list[Row]:
+def make_rows(holders: dict[int, FrozenTrial], space: Sequence[SearchedOption]) -> list[Row]:
     """A record of each trial. state: complete, pruned, failed (with why) or running; value: of validation."""
     return [_row(slot, trial, space) for slot, trial in holders.items()]
 
 
-def _row(slot: int, trial: FrozenTrial, space: Sequence[Searched]) -> Row:
+def _row(slot: int, trial: FrozenTrial, space: Sequence[SearchedOption]) -> Row:
     attributes = trial.user_attrs
     failed = "failed" in attributes and trial.state == TrialState.PRUNED  # to the sampler the worst there is
     row = {
@@ -42,20 +42,20 @@ def _row(slot: int, trial: FrozenTrial, space: Sequence[Searched]) -> Row:
     return row | ({"failed": attributes["failed"]} if failed else {})
 
 
-def ranked(rows: Sequence[Row], figure: str) -> list[Row]:
+def rank_rows(rows: Sequence[Row], figure: str) -> list[Row]:
     """The trials that came to their end, best first; of equals the earlier."""
     sign = 1 if figure == "nll" else -1
     return sorted((row for row in rows if row["state"] == "complete"), key=lambda r: (sign * r["value"], r["trial"]))
 
 
-def best_of(rows: Sequence[Row], figure: str) -> Row | None:
+def find_best(rows: Sequence[Row], figure: str) -> Row | None:
     """The best trial, None while none has come to its end."""
-    return next(iter(ranked(rows, figure)), None)
+    return next(iter(rank_rows(rows, figure)), None)
 
 
-def line_of(row: Row, rows: Sequence[Row], slots: int, figure: str) -> str:
+def format_row(row: Row, rows: Sequence[Row], slots: int, figure: str) -> str:
     """What is said of a trial when it is over."""
-    best, done = best_of(rows, figure), sum(row["state"] != "running" for row in rows)
+    best, done = find_best(rows, figure), sum(row["state"] != "running" for row in rows)
     parameters = " ".join(f"{name}={_short(value)}" for name, value in row["parameters"].items())
     so_far = f"; best {best['value']:.4f}, trial {best['trial']}" if best else ""
     return f"trial {row['trial']} ({done} of {slots}): {parameters}: {_outcome(row, figure)}{so_far}"
@@ -72,42 +72,44 @@ def _short(value: Any) -> str:
 
 
 def write_report(
-    folder: Path, rows: list[Row], first: StudentSettings, space: Sequence[Searched], begun: dict[str, Any]
+    folder: Path, rows: list[Row], first: StudentConfig, space: Sequence[SearchedOption], begun: dict[str, Any]
 ) -> dict[str, Any]:
     """tune.json and the image; the record. (The storage's URL, which may hold a password, is in neither.)"""
-    figure = figure_of(first)
-    best = best_of(rows, figure)
+    figure = validation_figure(first)
+    best = find_best(rows, figure)
     record: dict[str, Any] = {
         "settings": begun,
         "figure": f"val {figure}",
         "best": None,
         "trials": rows,
         "picture": _draw_plot(folder / "tune.png", rows, space, figure),
-        "versions": versions(),
-        "machine": machine(device_of(first.device)),
+        "versions": library_versions(),
+        "machine": describe_machine(select_device(first.device)),
     }
     if best:
-        own = with_values(first, space, best["parameters"])
-        record["best"] = {**best, "command": command("student", own, out="", json=False, resume=False)}
+        own = apply_values(first, space, best["parameters"])
+        record["best"] = {**best, "command": format_command("student", own, out="", json=False, resume=False)}
     publish_json(folder / "tune.json", record)
     return record
 
 
-def _draw_plot(path: Path, rows: list[Row], space: Sequence[Searched], figure: str) -> str | None:
+def _draw_plot(path: Path, rows: list[Row], space: Sequence[SearchedOption], figure: str) -> str | None:
     try:
-        from softcache.stages.cli.plot_style import publish_png
+        from softcache.stages.cli.plot_style import save_png
 
-        from .plots import of_search
+        from .plots import plot_search
     except ImportError:
         return None
-    publish_png(path, of_search(rows, space, figure))
+    save_png(path, plot_search(rows, space, figure))
     return str(path)
 
 
-def say_rows(record: dict[str, Any], figure: str, space: Sequence[Searched], folder: Path, console: Console) -> None:
+def print_rows(
+    record: dict[str, Any], figure: str, space: Sequence[SearchedOption], folder: Path, console: Console
+) -> None:
     """The table of the best trials, how the others ended, and how to have the best again."""
     rows, best = record["trials"], record["best"]
-    top = ranked(rows, figure)[:_SHOWN]
+    top = rank_rows(rows, figure)[:_SHOWN]
     names = [one.name for one in space]
     table = [["trial", f"val {figure}", "seconds", *names]]
     for row in top:
@@ -118,7 +120,7 @@ def say_rows(record: dict[str, Any], figure: str, space: Sequence[Searched], fol
     for line in table:
         console.say("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
     states = [row["state"] for row in rows]
-    seconds = duration(sum(row["seconds"] or 0 for row in rows))
+    seconds = format_duration(sum(row["seconds"] or 0 for row in rows))
     console.say(
         f"{len(rows)} trials in {seconds} of training: {states.count('complete')} complete,"
         f" {states.count('pruned')} pruned, {states.count('failed')} failed"

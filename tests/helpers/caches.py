@@ -14,7 +14,7 @@ import torch
 from softcache.data import views
 from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
-from softcache.stages.teacher_cache.targets import Ask
+from softcache.stages.teacher_cache.targets import TargetGenerator
 
 # In the folder of home_with_cache: weights named by one word are found again by a command that a message prints.
 # It makes 2 shards of a draw, 1 of val and 2 of test; as many again where taps are added.
@@ -102,13 +102,13 @@ def everything(folder: Path) -> Files:
 def count_shards_asked(patch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that the teacher is asked for from now on."""
     asked: list[str] = []
-    piece = Ask.piece
+    piece = TargetGenerator.piece
 
-    def counted(self: Ask, wanted: Any, shown: Any) -> Any:
+    def counted(self: TargetGenerator, wanted: Any, shown: Any) -> Any:
         asked.append(wanted.path)
         return piece(self, wanted, shown)
 
-    patch.setattr(Ask, "piece", counted)
+    patch.setattr(TargetGenerator, "piece", counted)
     return asked
 
 

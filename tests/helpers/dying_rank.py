@@ -1,6 +1,6 @@
 """torchrun … tests/dying_rank.py RANK CALL COUNT COMMAND …: a command whose rank RANK is killed at its COUNT-th CALL.
 
-CALL: `write_shard`, or `step` of a training. SIGKILL, as an out-of-memory killer sends it: nothing is cleaned up.
+CALL: `write_shard`, or `train_step`. SIGKILL, as an out-of-memory killer sends it: nothing is cleaned up.
 """
 
 import os

@@ -17,8 +17,8 @@ from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import derive_features
-from softcache.stages.cli.configs import StudentSettings
-from softcache.stages.training.checkpoint import State
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.training.checkpoint import TrainState
 from tests.helpers.tensors import counts_of, labels_of, loss_of
 
 PREPARATION = InputSpec(1, 8, (0.5,), (0.25,))
@@ -59,7 +59,7 @@ class Step:
     """What is there after a step: gradients included."""
 
     student: PreparedModel
-    state: State
+    state: TrainState
     batch: Batch
     head: LinearHead
     terms: torch.Tensor
@@ -100,9 +100,9 @@ def one_step(
     network = network_for(loss, K, head, arch)
     change(network)
     student = PreparedModel(network, PREPARATION)
-    settings = StudentSettings(learning_rate=1e-3, weight_decay=0.0, precision=precision)
+    settings = StudentConfig(learning_rate=1e-3, weight_decay=0.0, precision=precision)
     stream: Any = OneBatch(batch)
-    job = training.Job(
+    job = training.TrainingRun(
         "student",
         student,
         (loss,),
@@ -116,8 +116,8 @@ def one_step(
         known=LossContext(head, bank, counts_of(K)),
     )
     taps = loss.student_taps()
-    state = State.begin(student, training.loss_modules(job, taps), settings, job.rate)
+    state = TrainState.begin(student, training.build_loss_modules(job, taps), settings, job.rate)
     student.train()
     with capture_features(network, taps) as kept:
-        terms = training.step(job, state, batch, [loss], kept)
+        terms = training.train_step(job, state, batch, [loss], kept)
     return Step(student, state, batch, head, terms)

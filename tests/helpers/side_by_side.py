@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from softcache.stages.cli.configs import StudentSettings
+from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.distributed import ranks
 from softcache.stages.student.methods import METHODS
-from softcache.stages.student.phases import job_of
-from softcache.stages.student.setup import Material
-from softcache.stages.training.loop import fit
-from softcache.stages.training.step import Job
+from softcache.stages.student.phases import make_training_run
+from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.training.loop import train
+from softcache.stages.training.step import TrainingRun
 
 LAYERS = {"all": "relu1+relu2", "last": "relu2", "s_all": "relu1+relu2", "s_last": "relu2"}
 
 
-def weights_after(job: Job, material: Material, console: Console) -> dict[str, torch.Tensor]:
-    fit(job, material.held_out["val"], console)
+def weights_after(job: TrainingRun, material: DistillationSetup, console: Console) -> dict[str, torch.Tensor]:
+    train(job, material.held_out["val"], console)
     return {name: value.detach().clone() for name, value in job.model.named_parameters()}
 
 
@@ -35,7 +35,7 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def main(cache: str, arch: str, batch: str, names: list[str]) -> None:
     console, found = Console(True), {}
-    settings = StudentSettings(
+    settings = StudentConfig(
         cache=(cache,),
         arch=arch,
         loss=("hard",),
@@ -49,25 +49,25 @@ def main(cache: str, arch: str, batch: str, names: list[str]) -> None:
         schedule="constant",
         device="cpu",
     )
-    shared = Material.open(settings)
+    shared = DistillationSetup.open(settings)
     for name in names or METHODS:
         asked = replace(settings, loss=tuple(spec.format(**LAYERS) for spec in METHODS.get(name, (name,))))
-        material = Material.open(asked, shared)
+        material = DistillationSetup.open(asked, shared)
 
-        def job(folder: str, asked: StudentSettings = asked, material: Material = material) -> Job:
+        def job(folder: str, asked: StudentConfig = asked, material: DistillationSetup = material) -> TrainingRun:
             network: nn.Module = material.network(asked, material.losses)
             labels = material.transfer_set.splits["train"].labels
-            return job_of("student", asked, material, network, material.losses, labels, Path(folder))
+            return make_training_run("student", asked, material, network, material.losses, labels, Path(folder))
 
         begun = {name: value.detach().clone() for name, value in job("x").model.named_parameters()}
         together = weights_after(job(f"{name}-together"), material, console)
-        with ranks.alone():
-            apart = weights_after(job(f"{name}-alone-{ranks.STARTED.rank}"), material, console)
+        with ranks.as_single_process():
+            apart = weights_after(job(f"{name}-alone-{ranks.LAUNCHED.rank}"), material, console)
         found[name] = [furthest(together, apart), furthest(begun, apart)]
-        ranks.agree(f"student of {name}", str([value.tolist() for value in together.values()]))
+        ranks.check_equal(f"student of {name}", str([value.tolist() for value in together.values()]))
     console.result(json.dumps(found))
 
 
 if __name__ == "__main__":
-    with ranks.joined("cpu"):
+    with ranks.process_group("cpu"):
         main(*sys.argv[1:4], sys.argv[4:])

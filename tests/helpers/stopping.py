@@ -9,7 +9,7 @@ from softcache.stages.training import loop as training
 
 def stop_at(patch: pytest.MonkeyPatch, *numbers: int) -> None:
     """A KeyboardInterrupt in place of each of these steps, counted from 1 over all trainings from now on."""
-    step, taken = training.step, [0]
+    step, taken = training.train_step, [0]
 
     def stopping(*arguments: Any) -> Any:
         taken[0] += 1
@@ -17,4 +17,4 @@ def stop_at(patch: pytest.MonkeyPatch, *numbers: int) -> None:
             raise KeyboardInterrupt
         return step(*arguments)
 
-    patch.setattr(training, "step", stopping)
+    patch.setattr(training, "train_step", stopping)

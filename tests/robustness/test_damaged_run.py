@@ -29,7 +29,7 @@ def stopped_after(steps: int) -> None:
     """From now on a training is interrupted after so many steps, in this process."""
     from softcache.stages.training import loop as training
 
-    step, done = training.step, [0]
+    step, done = training.train_step, [0]
 
     def counted(*arguments: Any) -> Any:
         if done[0] == steps:
@@ -37,7 +37,7 @@ def stopped_after(steps: int) -> None:
         done[0] += 1
         return step(*arguments)
 
-    training.step = counted  # type: ignore[assignment]
+    training.train_step = counted  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_a_setting_of_a_run_that_no_command_could_have_given_is_named(
     from softcache.pipeline.loading import prefetch as ahead
     from softcache.stages.training import loop as training
 
-    monkeypatch.setattr(training, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(ahead, "DataLoader", None)  # a billion workers are not to be started by a test
     for value in WRONG[name][: dose(2, 9)]:
         for run, line in ((half, "student --resume --out half"), (done, "evaluate done")):

@@ -13,7 +13,7 @@ from softcache.stages.training import checkpoint
 def test_an_interrupt_at_any_write_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch turns one into a RuntimeError of its own where it comes between two parts of its zip file."""
     path, record = tmp_path / "c.pt", {"model": {"w": torch.ones(300)}, "lines": "x" * 100}
-    checkpoint.publish_tensors(path, {"old": torch.zeros(1)})
+    checkpoint.save_tensors(path, {"old": torch.zeros(1)})
     old = path.read_bytes()
     at, interrupts = [0], 0
 
@@ -30,7 +30,7 @@ def test_an_interrupt_at_any_write_is_an_interrupt(tmp_path: Path, monkeypatch: 
     for number in range(1, 200):
         at[0] = number
         try:
-            checkpoint.publish_tensors(path, record)
+            checkpoint.save_tensors(path, record)
         except KeyboardInterrupt:
             interrupts += 1
             assert path.read_bytes() == old

@@ -15,7 +15,7 @@ import torch
 
 from softcache.base.threads import map_in_threads
 from softcache.pipeline.loading.prefetch import prefetch
-from softcache.stages.teacher_cache.background import Behind
+from softcache.stages.teacher_cache.background import BackgroundWriter
 from tests.helpers.commands import Stages, tiny_cache_command
 
 TIMES = 1000
@@ -27,7 +27,7 @@ def ahead() -> None:
 
 
 def behind() -> None:
-    with Behind() as writing:
+    with BackgroundWriter() as writing:
         while True:
             writing.submit(int)
             writing.look()

@@ -19,8 +19,8 @@ from softcache.pipeline.cache import archive as pack
 from softcache.pipeline.cache.manifest import MAX_MANIFEST_BYTES
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import verify_views
-from softcache.stages.cli.copied_commands import remake
-from softcache.stages.teacher_cache.cache_readme import card
+from softcache.stages.cli.copied_commands import format_remake_command
+from softcache.stages.teacher_cache.cache_readme import format_readme
 from tests.helpers.damage import read_manifest, sealed
 from tests.helpers.mutations import agree, mutate, mutated_bytes, with_its_fingerprint, written
 from tests.helpers.trial import attempt, command, line_of, one_line, read_like_a_student
@@ -41,7 +41,7 @@ def use(folder: Path) -> dict[str, Any]:
         said["read"] = line_of(lambda: read_like_a_student(cache))
         said["proved"] = line_of(lambda: prove(cache))
         said["packed"] = line_of(lambda: pack.pack_cache(folder, cache.manifest, Path("x.tar"), lambda count: None))
-        said["words"] = [remake(cache), card("name", cache.manifest).encode().decode()]
+        said["words"] = [format_remake_command(cache), format_readme("name", cache.manifest).encode().decode()]
     said["command"] = command("check-cache", str(folder))
     return said
 

@@ -17,10 +17,10 @@ from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.models.prepared_model import PreparedModel
-from softcache.stages.cli.configs import CacheSettings
-from softcache.stages.teacher_cache.inference import Answering
-from softcache.stages.teacher_cache.targets import Ask
-from softcache.stages.teacher_cache.teacher_source import teacher_of_cache
+from softcache.stages.cli.configs import CacheConfig
+from softcache.stages.teacher_cache.inference import TeacherInference
+from softcache.stages.teacher_cache.targets import TargetGenerator
+from softcache.stages.teacher_cache.teacher_source import load_cache_teacher
 from tests.helpers.commands import Stages
 
 _opened: list[str] | None = None
@@ -119,8 +119,8 @@ def test_the_teacher_is_asked_once_for_a_batch_of_a_shard(
     tiny: Path, data: TransferSet, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tiny / "cache")
-    teacher = teacher_of_cache(cache, str(tiny / "runs/teacher"), "")
-    ask = Ask(data, cache.views, Answering(teacher, ()), CacheSettings(batch_size=batch_size))
+    teacher = load_cache_teacher(cache, str(tiny / "runs/teacher"), "")
+    ask = TargetGenerator(data, cache.views, TeacherInference(teacher, ()), CacheConfig(batch_size=batch_size))
     asked: list[int] = []
     forward = PreparedModel.forward
 
@@ -152,7 +152,7 @@ def test_stage_two_builds_no_teacher_and_reads_no_weights_of_one(
 
     for module in (material, which_teacher):
         monkeypatch.setattr(module, "build", noted)
-    monkeypatch.setattr(Ask, "piece", None)  # asking would be an error
+    monkeypatch.setattr(TargetGenerator, "piece", None)  # asking would be an error
     with files_opened() as opened:
         stages("student", "--cache", "c", "--arch", "mlp:8", "--epochs", "2", "--out", "r")
     assert set(built) == {"mlp:8"}

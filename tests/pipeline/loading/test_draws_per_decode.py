@@ -179,13 +179,13 @@ STUDENT = ("--arch", "mlp:8", "--epochs", 4, "--batch-size", 32, "--draws-per-de
 def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Batch]]:
     """{job: its batches} of trainings from now on."""
     seen: dict[str, list[Batch]] = {}
-    step = training.step
+    step = training.train_step
 
     def noting(job: Any, state: Any, batch: Batch, *rest: Any) -> torch.Tensor:
         seen.setdefault(job.name, []).append(batch)
         return step(job, state, batch, *rest)
 
-    monkeypatch.setattr(training, "step", noting)
+    monkeypatch.setattr(training, "train_step", noting)
     return seen
 
 

@@ -253,13 +253,13 @@ def test_a_student_with_few_labels_counts_those_alone(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[int]] = {}
-    step = training.step
+    step = training.train_step
 
     def noted(job, state, *rest):  # type: ignore[no-untyped-def]
         seen.update({name: module.counts.tolist() for name, module in state.modules.items()})
         return step(job, state, *rest)
 
-    monkeypatch.setattr(training, "step", noted)
+    monkeypatch.setattr(training, "train_step", noted)
     losses = ("--loss", "balanced_kd", "--loss", "balanced_softmax")
     student = ("student", "--cache", tiny / "cache", *STUDENT, *losses)
     stages(*student, "--labelled", 20)

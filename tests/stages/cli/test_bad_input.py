@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_is_mentioned_by_the_next_with_the_same_settings(
 ) -> None:
     asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(training, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         stages.fails(130, *asked)
     code, out, _ = stages.call(*asked)
     assert code == 0

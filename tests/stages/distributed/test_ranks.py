@@ -17,7 +17,7 @@ from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream, rank_rows
-from softcache.stages.distributed.ranks import Ranks, read
+from softcache.stages.distributed.ranks import Ranks, read_ranks
 from tests.helpers.commands import Stages
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import assert_done, cache_command, files, lines, payloads
@@ -232,7 +232,7 @@ def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages
     """With everything that a run may have: two seeds, fine-tuning, a baseline, averaged weights, a chosen epoch."""
     command = ("student", "--cache", tiny / "cache", *EVERYTHING)
     expected = stages(*command, "--out", "one")
-    died = error(torchrun(2, DYING_RANK, 1, "step", 10, *command, "--out", "many", cwd=tmp_path))
+    died = error(torchrun(2, DYING_RANK, 1, "train_step", 10, *command, "--out", "many", cwd=tmp_path))
     assert "another rank has ended" in died or "stopped" in died
     assert len(lines(tmp_path / "many/seed-0/distilled/metrics.jsonl")) == 1
     done = torchrun(3, "student", "--resume", "--tensorboard", "--out", "many", "--json", cwd=tmp_path)
@@ -282,5 +282,5 @@ def test_commands_for_one_process_are_refused_before_anything_is_done(tmp_path: 
 
 
 def test_a_process_is_a_rank_only_where_torchrun_says_everything() -> None:
-    assert read({}) == read({"RANK": "1", "WORLD_SIZE": "4"}) == Ranks()
-    assert read({**ONE_RANK, "LOCAL_WORLD_SIZE": "1"}) == Ranks(0, 2, 0, 1)
+    assert read_ranks({}) == read_ranks({"RANK": "1", "WORLD_SIZE": "4"}) == Ranks()
+    assert read_ranks({**ONE_RANK, "LOCAL_WORLD_SIZE": "1"}) == Ranks(0, 2, 0, 1)

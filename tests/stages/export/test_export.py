@@ -32,8 +32,8 @@ from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli import extras
 from softcache.stages.export import quantized_file as in_8_bits
 from softcache.stages.export.model_card import quoted
-from softcache.stages.export.onnx_model import Runner, open_student
-from softcache.stages.export.predict import as_input
+from softcache.stages.export.onnx_model import OnnxStudent, open_onnx_student
+from softcache.stages.export.predict import load_input
 from softcache.stages.main import commands
 from softcache.stages.runs.logits import read_logits
 from tests.helpers.commands import Stages
@@ -229,7 +229,7 @@ def test_a_file_that_says_something_else_is_not_published(
     wrong: str, run: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime is off for one image, or where there are exactly 7 of them."""
-    ask = Runner.logits
+    ask = OnnxStudent.logits
 
     def off(self: Any, images: Any) -> Any:
         logits = ask(self, images).copy()
@@ -239,7 +239,7 @@ def test_a_file_that_says_something_else_is_not_published(
             logits[0, 0] = np.nan
         return logits
 
-    monkeypatch.setattr(Runner, "logits", off)
+    monkeypatch.setattr(OnnxStudent, "logits", off)
     assert "a logit of student.onnx differs" in stages.fails(1, "export", run)
     assert not (run / "student.onnx").exists()
 
@@ -298,7 +298,7 @@ def test_8_bits_are_calibrated_on_the_views_of_the_cache(
 
         return quantised(model, each(), *more)
 
-    monkeypatch.setattr(in_8_bits, "quantised", watched)
+    monkeypatch.setattr(in_8_bits, "quantize_onnx", watched)
     assert stages("export", run, "--int8", "--most-drop", 1)["int8"]["calibration_rows"] == len(seen) == 512
     cache = Cache(tiny / "cache")
     known = [cache.read_rows("train", draw, "view_crc32", np.arange(300)).tolist() for draw in range(3)]
@@ -316,7 +316,7 @@ def test_8_bits_that_cost_too_much_are_refused(run: Path, stages: Stages, monkey
         weights[0].raw_data = bytes(len(weights[0].raw_data))
         return bytes(model.SerializeToString())
 
-    monkeypatch.setattr(in_8_bits, "quantised", wrecked)
+    monkeypatch.setattr(in_8_bits, "quantize_onnx", wrecked)
     said = stages.fails(1, "export", run, "--int8")
     assert re.search(r"student-int8\.onnx loses [0-9.]+ points of accuracy on test, more than the 1 of", said)
     assert not [name for name in FILES if (run / name).exists()]
@@ -398,7 +398,7 @@ def test_the_five_lines_of_the_card_work_as_they_are(exported: Path, tmp_path: P
         names: dict[str, Any] = {}
         with contextlib.redirect_stdout(io.StringIO()):
             exec(code, names)
-        view = as_input(tmp_path / "picture.png", open_student(tmp_path / "student.onnx")[1])
+        view = load_input(tmp_path / "picture.png", open_onnx_student(tmp_path / "student.onnx")[1])
         assert np.array_equal(names["inputs"]["pictures"], view)
 
 

@@ -11,8 +11,8 @@ from softcache.data.transfer_set import TRANSFER_SETS
 from softcache.data.views import parse_views, render
 from softcache.pipeline.models import MODELS
 from softcache.pipeline.models.prepared_model import PreparedModel
-from softcache.stages.export.formats import Portable, capture, onnx_of
-from softcache.stages.export.onnx_model import Runner
+from softcache.stages.export.formats import ExportedModel, capture_program, make_onnx
+from softcache.stages.export.onnx_model import OnnxStudent
 from tests.helpers.settled import input_spec, settled
 
 ROWS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # an argument where a row wants one
@@ -75,9 +75,9 @@ def compared(arch: str, shown: Shown, rows: int, steps: int) -> tuple[float, int
     model = PreparedModel(network, input_spec(channels, size)).eval()
     with torch.inference_mode():
         said = torch.cat([model(some) for some in views[:rows].split(100)])
-    program = capture(Portable(network, input_spec(channels, size)), arch, channels, size)
-    content = onnx_of(program, arch, {}, "0")
-    runner = Runner.of(content, 1)
+    program = capture_program(ExportedModel(network, input_spec(channels, size)), arch, channels, size)
+    content = make_onnx(program, arch, {}, "0")
+    runner = OnnxStudent.of(content, 1)
     images = views[:rows].numpy().astype(np.float32) / 255
     found = np.concatenate([runner.logits(images[i : i + 100]) for i in range(0, rows, 100)])
     for batch in (1, 7):

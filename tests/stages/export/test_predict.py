@@ -23,14 +23,14 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli import extras
 from softcache.stages.export import onnx_model as onnx_file
-from softcache.stages.export.metadata import About
-from softcache.stages.export.predict import as_input
+from softcache.stages.export.metadata import ExportMetadata
+from softcache.stages.export.predict import load_input
 from tests.helpers.commands import Stages
 from tests.helpers.paths import ROOT
 
 
-def about(channels: int, size: int, resize: int, K: int = 10) -> About:
-    return About(tuple(map(str, range(K))), channels, size, resize, "cnn", (), {})
+def about(channels: int, size: int, resize: int, K: int = 10) -> ExportMetadata:
+    return ExportMetadata(tuple(map(str, range(K))), channels, size, resize, "cnn", (), {})
 
 
 def digits() -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_pictures_are_seen_as_the_held_out_ones_of_a_folder(
     views = render(split.images, policy, 0, np.arange(len(split)), 0).numpy()
     how = about(transfer_set.channels, policy.size, max(policy.size, policy.resize))
     for path, view in zip(split.images.names, views, strict=True):  # type: ignore[union-attr]
-        seen = as_input(tmp_path / path, how)
+        seen = load_input(tmp_path / path, how)
         assert seen.dtype == np.float32
         assert np.array_equal(seen[0], view.astype(np.float32) / 255)
 
@@ -72,7 +72,7 @@ def test_pictures_are_seen_as_the_held_out_ones_of_a_folder(
 def test_a_grey_picture_of_a_data_set_in_memory_is_seen_as_it_is(tmp_path: Path) -> None:
     for number in range(5):
         save_digit(tmp_path / "d.png", number)
-        assert np.array_equal(as_input(tmp_path / "d.png", about(1, 8, 8))[0] * 255, digits()[number].numpy())
+        assert np.array_equal(load_input(tmp_path / "d.png", about(1, 8, 8))[0] * 255, digits()[number].numpy())
 
 
 # What is said
@@ -209,7 +209,7 @@ def test_values_in_another_file_are_refused_before_anything_is_run(
         sparse = model.graph.sparse_initializer.add()
         sparse.values.CopyFrom(tensor)
     Path("m.onnx").write_bytes(model.SerializeToString())
-    monkeypatch.setattr(onnx_file.Runner, "of", lambda *_: pytest.fail("the file was run"))
+    monkeypatch.setattr(onnx_file.OnnxStudent, "of", lambda *_: pytest.fail("the file was run"))
     said = stages.fails(1, "predict", "m.onnx", image)
     assert said == "Error: 'm.onnx' keeps the tensor 'far' in another file, which is not followed"
 
@@ -252,7 +252,7 @@ def test_logits_that_are_no_numbers_are_refused(image: str, stages: Stages) -> N
 
 def test_names_of_classes_reach_a_terminal_without_control_characters(image: str, stages: Stages) -> None:
     model = made()
-    evil = About(("\x1b[31mred\n", *"123456789"), 1, 8, 8, "cnn", (), {})
+    evil = ExportMetadata(("\x1b[31mred\n", *"123456789"), 1, 8, 8, "cnn", (), {})
     del model.metadata_props[:]
     helper.set_model_props(model, evil.to_metadata())
     onnx.save(model, "m.onnx")

@@ -25,7 +25,14 @@ from softcache.pipeline.metrics.soft_targets import (
     similarity,
     soft_target_statistics,
 )
-from softcache.stages.inspect.linear_probe import WIDEST, GatheredProbe, columns, fit_probe, form_of, importance
+from softcache.stages.inspect.linear_probe import (
+    MAX_COLUMNS,
+    GatheredProbe,
+    describe_tap,
+    fit_probe,
+    measure_importance,
+    read_columns,
+)
 from softcache.stages.main import main
 from tests.helpers.caches import save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
@@ -168,7 +175,7 @@ def test_importance_of_channels_is_that_of_scikit_learns_own_model(classes: int)
     theirs = permutation_importance(model, x, labels, n_repeats=4, random_state=3)
     steps: list[int] = []
     each = tuple(slice(c, c + 1) for c in range(9))
-    mean, sd = importance(fit_probe(x, labels), x, labels, each, 4, 3, steps.append)
+    mean, sd = measure_importance(fit_probe(x, labels), x, labels, each, 4, 3, steps.append)
     np.testing.assert_array_equal(mean, theirs.importances_mean)
     np.testing.assert_array_equal(sd, theirs.importances_std)
     assert sum(steps) == 1 + 4 * 9
@@ -192,11 +199,11 @@ def test_a_group_that_is_permuted_takes_all_its_columns_from_the_named_rows() ->
         ("vector", [12], 12, 12),
         ("layer:attention", [4, 4], 16, 16),
         ("layer:grid2", [5, 2, 2], 20, 5),
-        ("layer:grid4", [512, 4, 4], WIDEST, 0),
+        ("layer:grid4", [512, 4, 4], MAX_COLUMNS, 0),
     ],
 )
 def test_how_a_tap_becomes_columns(tap: str, shape: list[int], wide: int, channels: int) -> None:
-    form = form_of(tap, shape)
+    form = describe_tap(tap, shape)
     assert form.columns == wide
     assert len(form.channels or ()) == channels
     if form.channels:
@@ -210,11 +217,11 @@ def test_maps_are_read_as_the_mean_of_each_channel_and_wide_taps_projected_by_th
     cache, rows = Cache(name), np.arange(50)
     maps = cache.read_targets("train", 0, rows, ("images",))[1]["images"].double().numpy()
     steps: list[int] = []
-    mine = columns(cache, "train", rows, "images", 0, steps.append)
+    mine = read_columns(cache, "train", rows, "images", 0, steps.append)
     np.testing.assert_allclose(mine, maps.mean((2, 3)), rtol=1e-6)
     assert sum(steps) == 50
-    monkeypatch.setattr("softcache.stages.inspect.linear_probe.WIDEST", 16)
-    one, same, other = (columns(cache, "train", rows, "columns", seed, steps.append) for seed in (0, 0, 1))
+    monkeypatch.setattr("softcache.stages.inspect.linear_probe.MAX_COLUMNS", 16)
+    one, same, other = (read_columns(cache, "train", rows, "columns", seed, steps.append) for seed in (0, 0, 1))
     assert one.shape == (50, 16)
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
@@ -495,10 +502,10 @@ def test_features_that_are_no_numbers_and_a_cache_that_is_none_are_refused(stage
 
 
 def test_names_of_classes_are_no_formulas_and_no_markup_in_pictures(tmp_path: Path) -> None:
-    from softcache.stages.cli.plot_style import publish_png, text
-    from softcache.stages.inspect.plots import of_similarity
+    from softcache.stages.cli.plot_style import plot_text, save_png
+    from softcache.stages.inspect.plots import plot_similarity
 
-    assert text("a$b\n") == r"a\$b?"
+    assert plot_text("a$b\n") == r"a\$b?"
     names = [r"$\frac{x$", "犬", "a very long name of a class that would push everything aside"]
-    publish_png(tmp_path / "s.png", of_similarity(np.full((3, 3), 0.3), names, "what"))
+    save_png(tmp_path / "s.png", plot_similarity(np.full((3, 3), 0.3), names, "what"))
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from softcache.pipeline.metrics.classification import log_softmax
-from softcache.stages.report.summary import agreement, apart, pareto
+from softcache.stages.report.summary import find_pareto, largest_disagreements, measure_agreement
 from softcache.stages.runs.logits import read_logits
 from tests.helpers.commands import Stages
 from tests.helpers.reported import make_runs, report
@@ -286,7 +286,7 @@ def test_agreement_is_split_by_the_teacher_being_right() -> None:
     teacher = np.eye(3)[[0, 0, 0, 0, 2, 1]]  # right, right, right, wrong, wrong
     student = np.eye(3)[[0, 0, 1, 1, 2, 1]]  # same, same, other; corrected, copied
     other = np.eye(3)[[0, 0, 0, 2, 2, 0]]  # same, same, same; wrong in its own way, copied
-    found = agreement([student, other], teacher, labels)
+    found = measure_agreement([student, other], teacher, labels)
     assert found.rows == (3, 2)
     assert found.right == pytest.approx((5 / 6, 0, 1 / 6))
     assert found.wrong == pytest.approx((0.5, 0.25, 0.25))
@@ -295,12 +295,12 @@ def test_agreement_is_split_by_the_teacher_being_right() -> None:
 def test_opposite_certainties_are_a_bit_apart() -> None:
     one = np.array([[50.0, 0.0], [0.0, 0.0], [3.0, 1.0]])
     other = np.array([[0.0, 50.0], [0.0, 0.0], [1.0, 3.0]])
-    rows = apart(one, other, 2)
+    rows = largest_disagreements(one, other, 2)
     assert [row for row, _ in rows] == [0, 2]
     assert rows[0][1] == pytest.approx(1.0)
-    assert apart(one, one, 3) == [(0, 0.0), (1, 0.0), (2, 0.0)]
+    assert largest_disagreements(one, one, 3) == [(0, 0.0), (1, 0.0), (2, 0.0)]
 
 
 def test_the_front_is_of_those_that_no_cheaper_one_equals() -> None:
-    assert pareto([3, 1, 2, 4, 1], [0.9, 0.5, 0.5, 0.8, 0.4]) == [1, 0]
-    assert pareto([], []) == []
+    assert find_pareto([3, 1, 2, 4, 1], [0.9, 0.5, 0.5, 0.8, 0.4]) == [1, 0]
+    assert find_pareto([], []) == []

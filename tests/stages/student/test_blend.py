@@ -79,20 +79,20 @@ def labels_of(split: str) -> torch.Tensor:
 def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[Batch]:
     """Every batch that a student is trained on from now on."""
     seen: list[Batch] = []
-    step = training.step
+    step = training.train_step
 
     def noting(job: Any, state: Any, batch: Batch, losses: Any, *rest: Any) -> torch.Tensor:
         if job.name == "student":
             seen.append(batch)
         return step(job, state, batch, losses, *rest)
 
-    patch.setattr(training, "step", noting)
+    patch.setattr(training, "train_step", noting)
     return seen
 
 
 def stop_at_the_seventh_step(patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when that step is about to be taken."""
-    step, taken = training.step, [0]
+    step, taken = training.train_step, [0]
 
     def stopping(*arguments: Any) -> torch.Tensor:
         taken[0] += 1
@@ -100,7 +100,7 @@ def stop_at_the_seventh_step(patch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return step(*arguments)
 
-    patch.setattr(training, "step", stopping)
+    patch.setattr(training, "train_step", stopping)
 
 
 # The table

@@ -27,7 +27,7 @@ def weights(path: str) -> bytes:
 
 def steps_noted(patch: pytest.MonkeyPatch, stop_at: int = 0) -> list[tuple[str, tuple[str, ...], float]]:
     """(job, its losses, learning rate) of each step from now on; Ctrl-C when step stop_at is about to be taken."""
-    step = training.step
+    step = training.train_step
     noted: list[tuple[str, tuple[str, ...], float]] = []
 
     def noting(job: Any, state: Any, batch: Any, losses: Any, *rest: Any) -> torch.Tensor:
@@ -37,7 +37,7 @@ def steps_noted(patch: pytest.MonkeyPatch, stop_at: int = 0) -> list[tuple[str, 
         noted.append((job.name, tuple(loss.name for loss in losses), rate))
         return step(job, state, batch, losses, *rest)
 
-    patch.setattr(training, "step", noting)
+    patch.setattr(training, "train_step", noting)
     return noted
 
 
@@ -150,13 +150,13 @@ def test_it_needs_labels(stages: Stages, tmp_path: Path) -> None:
 
 
 def test_only_labelled_rows_are_tuned_on(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, seen = training.step, {"distilled": set(), "student": set()}  # type: ignore[var-annotated]
+    step, seen = training.train_step, {"distilled": set(), "student": set()}  # type: ignore[var-annotated]
 
     def noting(job: Any, state: Any, batch: Any, *rest: Any) -> torch.Tensor:
         seen[job.name] |= set(batch.index.tolist())
         return step(job, state, batch, *rest)
 
-    monkeypatch.setattr(training, "step", noting)
+    monkeypatch.setattr(training, "train_step", noting)
     stages("student", "--cache", tiny / "cache", *STUDENT, *FINETUNE, "--labelled", 40)
     assert len(seen["distilled"]) == 300
     assert len(seen["student"]) == 40

@@ -51,7 +51,7 @@ def weights(run: str) -> bytes:
 
 def stop_at_step(number: int, patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when that step is about to be taken."""
-    step, taken = training.step, []
+    step, taken = training.train_step, []
 
     def stopping(*arguments: Any) -> torch.Tensor:
         taken.append(1)
@@ -59,7 +59,7 @@ def stop_at_step(number: int, patch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return step(*arguments)
 
-    patch.setattr(training, "step", stopping)
+    patch.setattr(training, "train_step", stopping)
 
 
 def test_a_student_of_the_first_draws_comes_out_again_after_more_were_added(small: Path, stages: Stages) -> None:
@@ -93,13 +93,13 @@ def test_the_order_of_rows_does_not_depend_on_taps_that_a_student_does_not_use(
 ) -> None:
     """At the size at which logits alone fit into memory and logits with the tap do not: the order is that of both."""
     seen: dict[str, list[int]] = {"kd": [], "hint": []}
-    step = training.step
+    step = training.train_step
 
     def noted(job: Any, state: Any, batch: Any, *rest: Any) -> Any:
         seen[job.losses[0].name].extend(batch.index.tolist())
         return step(job, state, batch, *rest)
 
-    monkeypatch.setattr(training, "step", noted)
+    monkeypatch.setattr(training, "train_step", noted)
     monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 200 * (2 * 10 + 4 * 3) + 1)
     for loss in ("kd", "hint:teacher=linear,student=relu1"):
         stages(*STUDENT, "--loss", loss, "--draws", "1")

@@ -8,30 +8,30 @@ import pytest
 import torch
 
 from softcache.pipeline.losses import LOSSES, parse_losses
-from softcache.stages.cli.configs import StudentSettings, TeacherSettings
-from softcache.stages.runs.folder import milestones_of
-from softcache.stages.student.recipes import RECIPES, fill_in
+from softcache.stages.cli.configs import StudentConfig, TeacherConfig
+from softcache.stages.runs.folder import parse_milestones
+from softcache.stages.student.recipes import RECIPES, apply_recipe
 from tests.helpers.commands import Stages
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_made_of_settings_that_a_command_would_take(name: str) -> None:
     recipe = RECIPES[name]
-    defaults = asdict(StudentSettings())
+    defaults = asdict(StudentConfig())
     for key, value in recipe.settings.items():
         assert type(value) is type(defaults[key]), key
-        knob = next(f for f in fields(StudentSettings) if f.name == key).metadata
+        knob = next(f for f in fields(StudentConfig) if f.name == key).metadata
         assert knob.get("least", value) <= value if "least" in knob else True
         assert value in knob.get("choices", (value,))
     parse_losses(recipe.settings["loss"])
-    milestones_of(fill_in(StudentSettings(recipe=name), set()))
+    parse_milestones(apply_recipe(StudentConfig(recipe=name), set()))
     assert ("arXiv" in recipe.source) is (name != "f1"), "the mixture with F1 is of no paper, and says so"
 
 
 def test_the_benchmarks_recipe_is_the_published_one() -> None:
     """240 epochs, a tenth of the learning rate after 150, 180 and 210; batches of 64, 0.05, no Nesterov."""
-    filled = fill_in(StudentSettings(recipe="crd"), set())
-    assert [share * filled.epochs for share in milestones_of(filled)] == [150, 180, 210]
+    filled = apply_recipe(StudentConfig(recipe="crd"), set())
+    assert [share * filled.epochs for share in parse_milestones(filled)] == [150, 180, 210]
     found = (filled.batch_size, filled.learning_rate, filled.weight_decay, filled.momentum, filled.nesterov)
     assert found == (64, 0.05, 5e-4, 0.9, False)
     assert filled.loss == ("hard:weight=0.1", "kd:temperature=4,weight=0.9")
@@ -116,4 +116,4 @@ def test_weights_are_kept_every_so_many_epochs_and_can_teach(tmp_path: Path, sta
 
 
 def test_teachers_take_milestones_too() -> None:
-    assert milestones_of(TeacherSettings()) == [0.5, 0.75]
+    assert parse_milestones(TeacherConfig()) == [0.5, 0.75]

@@ -251,13 +251,13 @@ def test_seeds_give_mean_and_spread_and_each_is_a_run_of_its_own(tiny: Path, sta
 def test_hidden_labels_are_never_used(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     """--labelled 20: 20 rows keep their labels, by class; the baseline sees these rows alone, for as many steps."""
     seen: dict[str, list[Batch]] = {"student": [], "baseline": []}
-    step = training.step
+    step = training.train_step
 
     def noted(job, state, batch, *rest):  # type: ignore[no-untyped-def]
         seen[job.name].append(batch)
         return step(job, state, batch, *rest)
 
-    monkeypatch.setattr(training, "step", noted)
+    monkeypatch.setattr(training, "train_step", noted)
     losses = ("--loss", "kd", "--loss", "hard:weight=0.1")
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", *MORE, *losses, "--labelled", 20, "--baseline")
     assert len(seen["student"]) == len(seen["baseline"])
@@ -335,7 +335,7 @@ def test_a_last_step_that_was_too_large_is_seen_in_the_logits(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every term was finite, and the weights no longer are: neither figures nor weights are kept."""
-    step = training.step
+    step = training.train_step
 
     def too_large(job, state, *rest):  # type: ignore[no-untyped-def]
         terms = step(job, state, *rest)
@@ -343,7 +343,7 @@ def test_a_last_step_that_was_too_large_is_seen_in_the_logits(
             next(job.model.parameters()).mul_(torch.nan)
         return terms
 
-    monkeypatch.setattr(training, "step", too_large)
+    monkeypatch.setattr(training, "train_step", too_large)
     asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:16", "--epochs", 1, "--batch-size", 300)
     line = stages.fails(1, *asked, "--out", "r")
     assert "training the student diverged: its logits are no longer finite after epoch 1. Lower --learning" in line

@@ -13,8 +13,8 @@ from softcache.base.errors import CacheError
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.writer import CacheWriter
-from softcache.stages.teacher_cache.background import Behind
-from softcache.stages.teacher_cache.targets import Ask, _keep
+from softcache.stages.teacher_cache.background import BackgroundWriter
+from softcache.stages.teacher_cache.targets import TargetGenerator, _store_batch
 from tests.helpers.caches import stop_after
 from tests.helpers.commands import Stages, tiny_cache_command
 
@@ -32,7 +32,7 @@ def test_one_work_at_a_time_in_order_and_what_it_raises_is_raised_by_the_next_ca
             raise OSError("full")
 
     def all_of_them() -> None:
-        with Behind() as behind:
+        with BackgroundWriter() as behind:
             for number in range(10):
                 behind.submit(work, number)
 
@@ -51,7 +51,7 @@ def test_left_by_ctrl_c_it_ends_when_the_work_is_done() -> None:
         done.append("whole")
 
     def interrupted() -> None:
-        with Behind() as behind:
+        with BackgroundWriter() as behind:
             behind.submit(work)
             begun.wait()
             raise KeyboardInterrupt
@@ -66,9 +66,9 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
 ) -> None:
     """A disk that is full while the teacher is asked for the third shard: that shard is never finished."""
     finished: list[str] = []
-    piece, add = Ask.piece, CacheWriter.write_shard
+    piece, add = TargetGenerator.piece, CacheWriter.write_shard
 
-    def slow(self: Ask, wanted: ShardSpec, shown: Any) -> Any:
+    def slow(self: TargetGenerator, wanted: ShardSpec, shown: Any) -> Any:
         def patient(rows: int) -> None:
             time.sleep(0.2)
             shown(rows)
@@ -82,7 +82,7 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
             raise OSError(28, "No space left on device")
         add(self, wanted, arrays, facts)
 
-    monkeypatch.setattr(Ask, "piece", slow)
+    monkeypatch.setattr(TargetGenerator, "piece", slow)
     monkeypatch.setattr(CacheWriter, "write_shard", full)
     assert "No space left on device" in stages.fails(1, *tiny_cache_command(tiny)[:-1], tmp_path / "c")
     assert len(finished) == 2
@@ -113,7 +113,7 @@ def test_rows_are_the_bits_that_numpy_would_have_made_of_them(dtype: torch.dtype
     )
     for x in (values, values.contiguous(memory_format=torch.channels_last)):
         rows = np.empty(x.shape, np.float16)
-        _keep(x, rows, 65504.0, ShardSpec("p", "train", 0, 0, 7, {}), np.arange(7), "output")
+        _store_batch(x, rows, 65504.0, ShardSpec("p", "train", 0, 0, 7, {}), np.arange(7), "output")
         assert rows.tobytes() == x.float().contiguous().numpy().astype(np.float16).tobytes()
 
 
@@ -124,4 +124,4 @@ def test_one_value_that_cannot_be_kept_is_found_and_said(bad: float) -> None:
     values[2, 1] = bad
     piece = ShardSpec("p", "train", 5, 0, 4, {})
     with pytest.raises(CacheError, match=rf"train index 12, draw 5 is {bad}: it cannot be kept \(largest 65504\)"):
-        _keep(values, np.empty((4, 3), np.float16), 65504.0, piece, np.arange(10, 14), "output")
+        _store_batch(values, np.empty((4, 3), np.float16), 65504.0, piece, np.arange(10, 14), "output")

@@ -19,7 +19,7 @@ from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights
 from softcache.pipeline.taps.hooks import capture_features
-from softcache.stages.teacher_cache.inference import Answering
+from softcache.stages.teacher_cache.inference import TeacherInference
 from tests.helpers.caches import stop_after
 from tests.helpers.commands import Stages, tiny_cache_command
 
@@ -118,7 +118,7 @@ class Odd(nn.Module):
 def test_what_cannot_be_folded_goes_on_as_it_is(kind: str) -> None:
     teacher = teacher_of(Odd(kind))
     assert fold_batch_norm(teacher) is teacher
-    assert Answering(teacher, (), fold=True).folded is False
+    assert TeacherInference(teacher, (), fold=True).folded is False
 
 
 def test_only_a_batch_norm_right_after_its_convolution_is_folded() -> None:
@@ -142,7 +142,7 @@ class Sly(Odd):
 def test_a_network_that_goes_another_way_when_traced_is_found_out_and_asked_as_it_is() -> None:
     teacher = teacher_of(Sly(""))
     assert fold_batch_norm(teacher) is not teacher
-    assert Answering(teacher, (), fold=True).folded is False
+    assert TeacherInference(teacher, (), fold=True).folded is False
 
 
 # What is chosen
@@ -151,13 +151,13 @@ def test_a_network_that_goes_another_way_when_traced_is_found_out_and_asked_as_i
 def pace(patch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
     """From now on a batch takes so many seconds, by precision; what was asked, by precision."""
     asked: list[str] = []
-    timed = precision_module.timed
+    timed = precision_module.time_inference
 
-    def paced(answering: Answering, views: torch.Tensor) -> tuple[Any, float]:
+    def paced(answering: TeacherInference, views: torch.Tensor) -> tuple[Any, float]:
         asked.append(answering.precision)
         return timed(answering, views)[0], seconds[answering.precision] / (2 if answering.compiled else 1)
 
-    patch.setattr(precision_module, "timed", paced)
+    patch.setattr(precision_module, "time_inference", paced)
     return asked
 
 
@@ -325,7 +325,7 @@ def test_a_batch_that_is_padded_says_of_its_rows_what_it_says_without_and_anothe
     torch.manual_seed(0)
     teacher = teacher_of(build("resnet8", 10, 3, 16))
     taps = ("layer1", "layer3:pool")
-    plain, compiled = Answering(teacher, taps), Answering(teacher, taps)
+    plain, compiled = TeacherInference(teacher, taps), TeacherInference(teacher, taps)
     compiled.compile(VIEWS[:2], 8)
     assert compiled.compiled
     for n in (8, 1, 3, 8, 7):
@@ -343,7 +343,7 @@ def test_a_compiled_teacher_says_the_same_with_taps_and_is_compiled_once() -> No
     torch.manual_seed(0)
     teacher = teacher_of(build("resnet8", 10, 3, 16))
     taps = ("layer1", "layer3:pool")
-    compiled = Answering(teacher, taps, fold=True)
+    compiled = TeacherInference(teacher, taps, fold=True)
     compiled.compile(VIEWS[:4], 8)
     wanted = answers(teacher, taps)
     with torch._dynamo.config.patch(error_on_recompile=True), compiled.ready() as ask:

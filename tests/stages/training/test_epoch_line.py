@@ -49,7 +49,7 @@ class Before:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.steps: list[tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor], float]] = []
-        step = training.step
+        step = training.train_step
 
         def noting(job: Any, state: Any, batch: Any, losses: Any, kept: Any, norms: Any) -> torch.Tensor:
             if norms is not None:
@@ -59,7 +59,7 @@ class Before:
                 self.steps.append((batch, self._doubled(network), self._doubled(own), rate))
             return step(job, state, batch, losses, kept, norms)
 
-        patch.setattr(training, "step", noting)
+        patch.setattr(training, "train_step", noting)
 
     @staticmethod
     def _doubled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def test_measuring_changes_no_bit_of_a_weight(
 
     command = ("student", *COMMON, "--cache", tiny / "cache", *said)
     stages(*command, "--out", "measured")
-    for module, name in ((training, "step"), (stacked, "_step")):
+    for module, name in ((training, "train_step"), (stacked, "_step")):
         step = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, step=step: step(*given[:-1]))
     stages(*command, "--out", "plain")
@@ -143,14 +143,14 @@ def test_measuring_changes_no_bit_of_a_weight(
 
 def test_one_term_alone_costs_no_pass_of_its_own(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a second pass"))
-    taken, step = [], training.step
+    taken, step = [], training.train_step
 
     def noting(job: Any, state: Any, *rest: Any) -> torch.Tensor:
         terms = step(job, state, *rest)
         taken.append(sum(float((w.grad.double() ** 2).sum()) for w in state.weights) ** 0.5)
         return terms
 
-    monkeypatch.setattr(training, "step", noting)
+    monkeypatch.setattr(training, "train_step", noting)
     stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--loss", "kd", "--out", "r")
     assert [line["gradient_kd"] for line in lines_of("r")] == pytest.approx([taken[4], taken[9]], rel=1e-5)
 

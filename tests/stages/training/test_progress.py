@@ -20,7 +20,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from softcache.stages.cli.console import Console, LongWork, clock
+from softcache.stages.cli.console import Console, LongWorkNotice, format_clock
 from softcache.stages.training import progress as showing
 from tests.helpers.commands import Stages
 
@@ -180,7 +180,7 @@ def test_the_loss_that_is_drawn_is_the_mean_of_the_epoch_so_far(
 def test_a_message_stands_above_the_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         terminal(monkeypatch, 80) as seen,
-        showing.showing([job()], 0, lambda _: torch.ones(1), "it", Console(True)) as s,
+        showing.show_progress([job()], 0, lambda _: torch.ones(1), "it", Console(True)) as s,
     ):
         s.step(10)
         Console(True).say("a message")
@@ -231,8 +231,8 @@ def job() -> Any:
     return FakeJob()
 
 
-def shown(jobs: list[Any], sums: Any = lambda _: torch.tensor([10.0, 2.0])) -> showing.Showing:
-    return showing.Showing(jobs, 0, sums, LongWork(Console(True), "", 1, ""))
+def shown(jobs: list[Any], sums: Any = lambda _: torch.tensor([10.0, 2.0])) -> showing.TrainingProgress:
+    return showing.TrainingProgress(jobs, 0, sums, LongWorkNotice(Console(True), "", 1, ""))
 
 
 @pytest.mark.parametrize("students", [1, 12])
@@ -293,4 +293,4 @@ def test_of_several_ranks_the_first_alone_shows_something(
 
 
 def test_hours_are_written_as_hours() -> None:
-    assert [clock(s) for s in (0, 12.4, 59.6, 725, 7800)] == ["0:00", "0:12", "1:00", "12:05", "2:10:00"]
+    assert [format_clock(s) for s in (0, 12.4, 59.6, 725, 7800)] == ["0:00", "0:12", "1:00", "12:05", "2:10:00"]
