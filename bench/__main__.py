@@ -11,8 +11,8 @@ from typing import Any
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.runs.environment import select_device
 
-from .rounds import Given, Missing, machine, versions
-from .rows import ROWS, Row
+from .interleaved import Given, Missing, machine, versions
+from .targets_table import ROWS, Row
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
 

@@ -17,8 +17,8 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.student.phases import make_training_run
 
-from . import material
-from .rounds import Found, Given, Missing
+from . import fixtures
+from .interleaved import Found, Given, Missing
 
 WIDE = {"wide": [4096]}  # 8 kB a row in float16
 
@@ -33,8 +33,8 @@ def _on_disk(folder: Path) -> int:
 
 def made(given: Given, rows: int, classes: int, codec: str = "float16") -> Cache:
     """A cache of so many rows, with nothing but logits."""
-    data = material.in_memory(given.few(rows, 2 * classes + 400), channels=1, size=8, classes=classes)
-    return Cache(material.fake_cache(given.folder / f"rows-{rows}-{classes}-{codec}", data, codec=codec))
+    data = fixtures.in_memory(given.few(rows, 2 * classes + 400), channels=1, size=8, classes=classes)
+    return Cache(fixtures.fake_cache(given.folder / f"rows-{rows}-{classes}-{codec}", data, codec=codec))
 
 
 def bytes_per_view(given: Given, classes: int, codec: str = "float16") -> Found:
@@ -56,9 +56,9 @@ def overhead(given: Given) -> Found:
 
 def index_memory(given: Given) -> Found:
     """MiB that an open cache of 1.28 million rows keeps: order, labels of the rows, manifest; no row itself."""
-    data = material.in_memory(given.few(1_306_123, 1000), channels=1, size=8)
-    folder = material.fake_cache(given.folder / "long", data)
-    shown = material.transfer_set(data)
+    data = fixtures.in_memory(given.few(1_306_123, 1000), channels=1, size=8)
+    folder = fixtures.fake_cache(given.folder / "long", data)
+    shown = fixtures.transfer_set(data)
     tracemalloc.start()
     try:
         cache = Cache(folder)
@@ -78,8 +78,8 @@ def memory(given: Given, gigabytes: float) -> Found:
     if room < 1.2e9 * gigabytes:
         raise Missing(f"{gigabytes:g} GB of rows do not fit: {room / 1e9:.0f} GB are free at {given.folder}")
     begun = time.perf_counter()
-    data = material.in_memory(rows, channels=1, size=8)
-    cache = material.fake_cache(given.folder / "wide", data, taps=WIDE)
+    data = fixtures.in_memory(rows, channels=1, size=8)
+    cache = fixtures.fake_cache(given.folder / "wide", data, taps=WIDE)
     size, wrote = _on_disk(cache), time.perf_counter() - begun
     try:
         command = [sys.executable, "-m", "bench.footprint", str(cache), str(rows), str(given.folder)]
@@ -111,8 +111,8 @@ def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
 
     Before: PyTorch, the images, the model and a step of it.
     """
-    data = material.in_memory(rows, channels=1, size=8)
-    shown: object = material.transfer_set(data)
+    data = fixtures.in_memory(rows, channels=1, size=8)
+    shown: object = fixtures.transfer_set(data)
     from softcache.pipeline.models import build
 
     network = build("mlp:64", 10, 1, 8)
@@ -120,12 +120,12 @@ def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of making the images
     before = _resident()[0]
     del shown
-    material.transfer_set.cache_clear()  # they are read again below
+    fixtures.transfer_set.cache_clear()  # they are read again below
     from .student import Ours
 
-    settings, opened = material.opened(cache, data, "mlp:64", batch_size=1024)
+    config, opened = fixtures.opened(cache, data, "mlp:64", batch_size=1024)
     labels = opened.transfer_set.splits["train"].labels
-    ours = make_training_run("student", settings, opened, network, opened.losses, labels, folder / "memory-run")
+    ours = make_training_run("student", config, opened, network, opened.losses, labels, folder / "memory-run")
     ours = replace(ours, stream=replace(ours.stream, taps=tuple(WIDE)))
     begun = time.perf_counter()
     Ours(ours, ours.steps)()

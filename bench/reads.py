@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import _BLOCK, _BLOCKS, Stream
 
-from . import material
-from .rounds import Found, Given, Missing, Side, interleaved, over, parts, timed
+from . import fixtures
+from .interleaved import Found, Given, Missing, Side, interleaved, over, parts, timed
 
 BATCH, CLASSES = 256, 1000  # 1,000 logits in float16 are 2 kB
 Rows = NDArray[np.float16]
@@ -38,9 +38,9 @@ class _OnDisk:
 
 def cache_of(given: Given) -> tuple[Cache, Stream]:
     """A cache of rows of 2 kB, and the stream that reads it by blocks."""
-    data = material.in_memory(given.few(61_225, 1200), channels=1, size=8, classes=CLASSES)
-    rows = material.transfer_set(data).splits["train"]
-    cache = Cache(material.fake_cache(given.folder / "reads", data))
+    data = fixtures.in_memory(given.few(61_225, 1200), channels=1, size=8, classes=CLASSES)
+    rows = fixtures.transfer_set(data).splits["train"]
+    cache = Cache(fixtures.fake_cache(given.folder / "reads", data))
     source: Any = _OnDisk(cache)
     stream = Stream(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=source)
     cache.read_rows("train", 0, "logits", np.arange(1))  # opened, and every checksum looked at, once

@@ -25,19 +25,19 @@ from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.loop import WORTH_THREADS, _begin_epoch, _start, _step_of_each
 from softcache.stages.training.step import TrainingRun
 
-from . import material
-from .rounds import Found, Given, Side, interleaved, over, parts
+from . import fixtures
+from .interleaved import Found, Given, Side, interleaved, over, parts
 
 FEATURE = {"layer3": [64, 8, 8]}  # of ResNet-56: 4,096 numbers, 8 kB a row
 
 
-def job(given: Given, settings: StudentConfig, opened: DistillationSetup, hard: bool, name: str) -> TrainingRun:
+def job(given: Given, config: StudentConfig, opened: DistillationSetup, hard: bool, name: str) -> TrainingRun:
     """The training from the cache, or its baseline from hard targets alone, as `softcache student` makes them."""
     losses: tuple[Loss, ...] = (Hard(),) if hard else opened.losses
     labels = opened.transfer_set.splits["train"].labels
     where = given.folder / "runs" / f"{name}-{time.monotonic_ns()}"
     kind = "baseline" if hard else "student"
-    return make_training_run(kind, settings, opened, opened.network(settings, losses), losses, labels, where)
+    return make_training_run(kind, config, opened, opened.build_student(config, losses), losses, labels, where)
 
 
 class Ours:
@@ -64,7 +64,7 @@ class Ours:
 
     def _asked(self, batch: Batch) -> Batch:
         assert self.teacher is not None
-        with torch.no_grad(), autocast(self.job.device, self.job.settings.precision):
+        with torch.no_grad(), autocast(self.job.device, self.job.config.precision):
             return replace(batch, logits=self.teacher(batch.views))
 
 
@@ -75,7 +75,7 @@ class Bare:
         batches = list(job.stream.batches(0, steps))
         self.views = [b.views.to(job.device) for b in batches]
         self.labels = [b.labels.to(job.device) for b in batches]
-        self.job, self.state = job, TrainState.begin(job.model, {}, job.settings, job.rate)
+        self.job, self.state = job, TrainState.create(job.model, {}, job.config, job.learning_rate_factor)
         # As many threads as ours takes: with two, a step of mlp:64 is no faster on an idle machine, and slower on a
         # busy one.
         self.threads = 1 if job.multiply_adds * job.stream.batch_size < WORTH_THREADS else torch.get_num_threads()
@@ -86,7 +86,7 @@ class Bare:
         images, begun = 0, time.perf_counter()
         job.model.train()
         for views, labels in zip(self.views, self.labels, strict=True):
-            with autocast(job.device, job.settings.precision):
+            with autocast(job.device, job.config.precision):
                 loss = F.cross_entropy(job.model(views), labels)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ def asking(job: TrainingRun, teacher: PreparedModel, steps: int) -> Side:
 
     def turn() -> float:
         begun = time.perf_counter()
-        with torch.no_grad(), autocast(job.device, job.settings.precision):
+        with torch.no_grad(), autocast(job.device, job.config.precision):
             for batch in views:
                 said = teacher(batch)
         said.sum().item()
@@ -114,15 +114,15 @@ def asking(job: TrainingRun, teacher: PreparedModel, steps: int) -> Side:
 
 def cifar(given: Given, taps: bool = False) -> tuple[str, Path]:
     """Images as CIFAR-10's, and their cache."""
-    data = material.in_memory(given.few(6400, 300))
+    data = fixtures.in_memory(given.few(6400, 300))
     name = "cifar-8kB" if taps else "cifar"
-    return data, material.fake_cache(given.folder / name, data, draws=2, taps=FEATURE if taps else None)
+    return data, fixtures.fake_cache(given.folder / name, data, draws=2, taps=FEATURE if taps else None)
 
 
 def mnist(given: Given) -> tuple[str, Path]:
     """Images as MNIST's, and their cache."""
-    data = material.in_memory(given.few(61_225, 400), channels=1, size=28)
-    return data, material.fake_cache(given.folder / "mnist", data)
+    data = fixtures.in_memory(given.few(61_225, 400), channels=1, size=28)
+    return data, fixtures.fake_cache(given.folder / "mnist", data)
 
 
 def cached_over_hard(given: Given, arch: str, feature: str = "", steps: int = 8, rounds: int = 15) -> Found:
@@ -131,12 +131,12 @@ def cached_over_hard(given: Given, arch: str, feature: str = "", steps: int = 8,
     hint = ("hint:teacher=layer3,student=layer3",) if feature == "hint" else ()
     # As the recipes of MNIST and CIFAR-10 have it.
     usual = ("kd:temperature=20",) if arch.startswith("mlp") else ("kd:temperature=4,weight=0.9", "hard:weight=0.1")
-    settings, opened = material.opened(cache, data, arch, loss=(*usual, *hint))
-    ours = job(given, settings, opened, False, "cached")
+    config, opened = fixtures.opened(cache, data, arch, loss=(*usual, *hint))
+    ours = job(given, config, opened, False, "cached")
     if feature == "read":
         ours = replace(ours, stream=replace(ours.stream, taps=tuple(FEATURE)))
     steps = given.few(steps, 2)
-    sides = {"cached": Ours(ours, steps), "hard": Ours(job(given, settings, opened, True, "hard"), steps)}
+    sides = {"cached": Ours(ours, steps), "hard": Ours(job(given, config, opened, True, "hard"), steps)}
     found = interleaved(sides, given.few(rounds, 1))
     return Found(over(found["cached"], found["hard"]), parts(found))
 
@@ -144,9 +144,9 @@ def cached_over_hard(given: Given, arch: str, feature: str = "", steps: int = 8,
 def hard_over_bare(given: Given, arch: str, steps: int = 8, rounds: int = 15) -> Found:
     """What our loop and its renderer cost beside a bare loop over views in memory."""
     data, cache = mnist(given) if arch.startswith("mlp") else cifar(given)
-    settings, opened = material.opened(cache, data, arch)
+    config, opened = fixtures.opened(cache, data, arch)
     steps = given.few(steps, 2)
-    one, other = (job(given, settings, opened, True, name) for name in ("hard", "bare"))
+    one, other = (job(given, config, opened, True, name) for name in ("hard", "bare"))
     found = interleaved({"hard": Ours(one, steps), "bare": Bare(other, steps)}, given.few(rounds, 1))
     return Found(over(found["hard"], found["bare"]), parts(found))
 
@@ -154,17 +154,17 @@ def hard_over_bare(given: Given, arch: str, steps: int = 8, rounds: int = 15) ->
 def live_over_cached(given: Given, precision: str, of_the_sum: bool = False) -> Found:
     """The teacher asked about every batch, against its cache. of_the_sum: by (teacher + student) / student."""
     data, cache = cifar(given)
-    settings, opened = material.opened(cache, data, "resnet8", precision=precision)
-    teacher = material.teacher("resnet56").to(opened.device)
+    config, opened = fixtures.opened(cache, data, "resnet8", precision=precision)
+    teacher = fixtures.teacher("resnet56").to(opened.device)
     steps = given.few(8, 1)
-    live = replace(job(given, settings, opened, False, "live"))
+    live = replace(job(given, config, opened, False, "live"))
     live = replace(live, stream=replace(live.stream, read_targets=False))
     sides: dict[str, Side] = {
         "live": Ours(live, steps, teacher),
-        "cached": Ours(job(given, settings, opened, False, "cached"), 2 * steps),
+        "cached": Ours(job(given, config, opened, False, "cached"), 2 * steps),
     }
     if of_the_sum:
-        bare = job(given, settings, opened, True, "student")
+        bare = job(given, config, opened, True, "student")
         sides |= {"teacher": asking(bare, teacher, steps), "student": Bare(bare, 2 * steps)}
     found = interleaved(sides, given.few(5, 1))
     ratios = over(found["live"], found["cached"])
@@ -176,9 +176,9 @@ def live_over_cached(given: Given, precision: str, of_the_sum: bool = False) -> 
 
 def many_views_of_a_decode(given: Given) -> Found:
     """A folder of 224 px: one view of each decode, against four of them for as many cached epochs."""
-    data = material.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
-    cache = material.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
-    usual, opened = material.opened(cache, data, "resnet8", batch_size=64, precision="bfloat16")
+    data = fixtures.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
+    cache = fixtures.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
+    usual, opened = fixtures.opened(cache, data, "resnet8", batch_size=64, precision="bfloat16")
     several = replace(usual, draws_per_decode=4)
     one, four = job(given, usual, opened, True, "hard"), job(given, several, opened, False, "cached")
     sides = {"hard": Ours(one, 4 * one.steps), "cached": Ours(four, 4 * four.steps)}

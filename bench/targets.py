@@ -29,10 +29,10 @@ from softcache.stages.teacher_cache.command import make_cache
 from softcache.stages.training.checkpoint import read_epoch_lines
 from softcache.stages.training.loop import train
 
-from .apart import apart
-from .rounds import Found, Given, Missing, Side, fastest, interleaved, parts
+from .baselines import kd_step, loop, transforms
+from .interleaved import Found, Given, Missing, Side, fastest, interleaved, parts
 from .student import Ours, job
-from .usual import kd_step, loop, transforms
+from .subprocess_side import apart
 
 
 def mnist(given: Given, students: int) -> Found:
@@ -100,10 +100,10 @@ def _to_target(given: Given, asked: CacheConfig, usual: Dataset[Any], arch: str,
         device=str(given.device),
         json=True,
     )
-    settings = fill_defaults(learned)
-    opened = DistillationSetup.open(settings)
-    final, reached = _epoch_of_final(given, settings, opened)
-    ours = job(given, settings, opened, False, "cached")
+    config = fill_defaults(learned)
+    opened = DistillationSetup.open(config)
+    final, reached = _epoch_of_final(given, config, opened)
+    ours = job(given, config, opened, False, "cached")
     teacher = _teacher(given, asked, opened).network.to(memory_format=torch.contiguous_format)
     student = build(arch, opened.cache.classes, opened.input_spec.channels, opened.input_spec.size)
     theirs = {f"{n} workers": (live_side, (given, usual, n, student, teacher, given.few(10, 1))) for n in (0, 2)}
@@ -129,13 +129,13 @@ def live_side(
     return loop(given, usual, workers, kd_step(given, student, teacher), steps)
 
 
-def _epoch_of_final(given: Given, settings: StudentConfig, opened: DistillationSetup) -> tuple[float, int]:
+def _epoch_of_final(given: Given, config: StudentConfig, opened: DistillationSetup) -> tuple[float, int]:
     """The student's final accuracy on validation, and the first epoch that reached it: one whole training."""
     folder = given.folder / f"target-run-{time.monotonic_ns()}"
     labels = opened.transfer_set.splits["train"].labels
-    network = opened.network(settings, opened.losses)
+    network = opened.build_student(config, opened.losses)
     train(
-        make_training_run("student", settings, opened, network, opened.losses, labels, folder),
+        make_training_run("student", config, opened, network, opened.losses, labels, folder),
         opened.held_out["val"],
         Console(True, epoch_lines=False),
     )

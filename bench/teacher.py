@@ -18,9 +18,9 @@ from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.teacher_cache.command import make_cache
 
-from . import material
-from .apart import apart
-from .rounds import Found, Given, Missing, Side, interleaved, over, parts, timed
+from . import fixtures
+from .interleaved import Found, Given, Missing, Side, interleaved, over, parts, timed
+from .subprocess_side import apart
 
 FULL = 50_000  # images, to which the seconds of a part are scaled
 
@@ -34,7 +34,7 @@ def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheCon
         views="crop-flip",
         draws=1,
         device=str(given.device),
-        val_fraction=material.VAL_FRACTION,
+        val_fraction=fixtures.VAL_FRACTION,
         json=True,
         **more,
     )
@@ -43,7 +43,7 @@ def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheCon
 def saved_teacher(given: Given) -> Path:
     path = given.folder / "teacher.pt"
     if not path.exists():
-        torch.save(material.teacher("resnet56").network.state_dict(), path)
+        torch.save(fixtures.teacher("resnet56").network.state_dict(), path)
     return path
 
 
@@ -66,13 +66,13 @@ def stage_one(given: Given, data: str, once: list[float], **more: Any) -> Side:
 def over_bare_inference(given: Given, precision: str) -> Found:
     """Views of stage one per second: rendered, asked, checked, encoded and written, as a share of asking alone, in the
     same arithmetic: channels last, and with batch norm folded in bfloat16, as stage one does."""
-    data = material.in_memory(given.few(8192 if precision == "bfloat16" else 3072, 150))
-    rows = material.transfer_set(data)
-    settings = settings_of(given, data, saved_teacher(given), precision=precision)
-    teacher = material.teacher("resnet56").to(given.device).eval()
+    data = fixtures.in_memory(given.few(8192 if precision == "bfloat16" else 3072, 150))
+    rows = fixtures.transfer_set(data)
+    config = settings_of(given, data, saved_teacher(given), precision=precision)
+    teacher = fixtures.teacher("resnet56").to(given.device).eval()
     if precision == "bfloat16":
         teacher = fold_batch_norm(teacher)
-    batches = torch.split(material.smooth(len(rows.splits["train"]), 3, 32), settings.batch_size)
+    batches = torch.split(fixtures.smooth(len(rows.splits["train"]), 3, 32), config.batch_size)
 
     def bare() -> int:
         with torch.inference_mode(), autocast(given.device, precision):
@@ -93,8 +93,8 @@ def in_words(once: list[float]) -> str:
 
 def naive_side(given: Given, count: int) -> Side:
     """What one writes first: a loop over tensors, float32, batches of 128, torch.save at the end."""
-    images = material.smooth(count, 3, 32).float() / 255
-    network = material.usual_teacher(given.device)
+    images = fixtures.smooth(count, 3, 32).float() / 255
+    network = fixtures.usual_teacher(given.device)
     mean, std = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
 
     def naive() -> int:
@@ -110,7 +110,7 @@ def naive_side(given: Given, count: int) -> Side:
 
 def naive_over_ours(given: Given, precision: str) -> Found:
     """Seconds of the naive loop over 50,000 images against all seconds of ours, from parts of 1,024 and 3,072."""
-    data = material.in_memory(given.few(3072, 150))
+    data = fixtures.in_memory(given.few(3072, 150))
     more: dict[str, Any] = {"precision": "auto", "tolerance": 1e-9}  # float32, its batch norm folded where that pays
     if precision == "bfloat16":
         more = {"precision": "bfloat16"}  # compiling takes longer than it saves on 50,000
@@ -126,7 +126,7 @@ def naive_over_ours(given: Given, precision: str) -> Found:
 
 def two_ranks(given: Given) -> Found:
     """Seconds of stage one in one process, over those of two gloo ranks; the digests must be the same."""
-    data = material.jpegs(given.folder / "jpegs-ranks", given.few(512, 40), 32)
+    data = fixtures.jpegs(given.folder / "jpegs-ranks", given.few(512, 40), 32)
     weights = saved_teacher(given)
     digests: dict[str, set[str]] = {"one": set(), "two": set()}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "softcache"]

@@ -60,7 +60,7 @@ def test_a_row_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_ratio_is_of_turns_of_one_round() -> None:
-    from bench.rounds import Found, interleaved, over
+    from bench.interleaved import Found, interleaved, over
 
     turns: list[str] = []
     speed = iter(range(1, 100))
@@ -84,7 +84,7 @@ def test_a_ratio_is_of_turns_of_one_round() -> None:
 )
 def test_a_goal_has_a_direction(at_least: bool, median: float, reached: bool) -> None:
     from bench.__main__ import Row
-    from bench.rounds import Found
+    from bench.interleaved import Found
 
     row = Row("r", 2.0, at_least, lambda given: Found([median]), "")
     assert row.reached(median) is reached
@@ -94,7 +94,7 @@ def test_a_missed_goal_says_by_how_much(tmp_path: Path) -> None:
     import torch
 
     from bench.__main__ import Row, measured
-    from bench.rounds import Found, Given
+    from bench.interleaved import Found, Given
 
     given = Given(tmp_path, torch.device("cpu"))
     missed = measured(Row("r", 2.0, True, lambda given: Found([1.5, 1.0, 1.9], "parts"), "words", "a reason"), given)

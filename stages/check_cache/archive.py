@@ -14,9 +14,9 @@ from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.cli.copied_commands import program_name
 
 
-def run_pack(name: str, file: str, settings: ArchiveConfig) -> None:
+def run_pack(name: str, file: str, config: ArchiveConfig) -> None:
     """CACHE into FILE. Raises UsageError when FILE exists, CacheError when the cache is damaged."""
-    console, cache, out = Console(settings.json), Cache(Path(name)), Path(file)
+    console, cache, out = Console(config.json), Cache(Path(name)), Path(file)
     if out.exists():
         raise UsageError(f"'{file}' exists: choose another name")
     if not out.parent.is_dir():
@@ -24,17 +24,17 @@ def run_pack(name: str, file: str, settings: ArchiveConfig) -> None:
     with progress_bar(cache.manifest.bytes, "cache-pack", "B", scale=True) as shown:
         packing.pack_cache(cache.folder, cache.manifest, out, shown.update)
     size = out.stat().st_size
-    if settings.json:
-        return console.result(json.dumps({"file": file, "bytes": size, "manifest": cache.manifest.digest}))
-    console.say(f"'{file}': {size / 1e6:.1f} MB, every byte checked")
-    console.say(
+    if config.json:
+        return console.print_json(json.dumps({"file": file, "bytes": size, "manifest": cache.manifest.digest}))
+    console.print(f"'{file}': {size / 1e6:.1f} MB, every byte checked")
+    console.print(
         f"there:  {program_name()} cache-unpack {quote(out.name)} {quote('caches/' + cache.folder.resolve().name)}"
     )
 
 
-def run_unpack(file: str, name: str, settings: ArchiveConfig) -> None:
+def run_unpack(file: str, name: str, config: ArchiveConfig) -> None:
     """FILE into CACHE. Raises UsageError when there is no FILE, CacheError when it is not a whole cache."""
-    console, source, folder = Console(settings.json), Path(file), Path(name)
+    console, source, folder = Console(config.json), Path(file), Path(name)
     if not source.is_file():
         raise UsageError(f"there is no file '{file}'")
     if folder.exists() and not folder.is_dir():
@@ -46,6 +46,6 @@ def run_unpack(file: str, name: str, settings: ArchiveConfig) -> None:
             return lambda count: shown.update(count) and None
 
         manifest = packing.unpack_cache(source, folder, begun)
-    if settings.json:
-        return console.result(json.dumps({"cache": name, "bytes": manifest.bytes, "manifest": manifest.digest}))
-    console.say(f"'{name}': {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws, every byte checked")
+    if config.json:
+        return console.print_json(json.dumps({"cache": name, "bytes": manifest.bytes, "manifest": manifest.digest}))
+    console.print(f"'{name}': {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws, every byte checked")

@@ -31,25 +31,25 @@ _VIEWS_AT_ONCE = 512
 Findings = dict[str, str]  # {file: "good", or what is wrong with it}
 
 
-def run(name: str, settings: CheckConfig) -> None:
+def run(name: str, config: CheckConfig) -> None:
     """A verdict per shard; CacheError at the end when one is bad."""
-    console = Console(settings.json)
-    if settings.weights and not (settings.deep or settings.repair):
+    console = Console(config.json)
+    if config.weights and not (config.deep or config.repair):
         raise UsageError("--weights is for --deep or --repair")
     cache = Cache(Path(name))
     transfer_set = None
-    if settings.deep or settings.repair:
-        transfer_set = load_cache_data(cache, settings.data, Path(settings.data_root))
-    if settings.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
-        repair(cache, _damaged(_check_files(cache, None)), transfer_set, settings, console)
+    if config.deep or config.repair:
+        transfer_set = load_cache_data(cache, config.data, Path(config.data_root))
+    if config.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
+        repair(cache, _damaged(_check_files(cache, None)), transfer_set, config, console)
         clean_up(cache.folder)
         cache = Cache(Path(name))
         cache.check_transfer_set(transfer_set)
-    verdicts = _check_files(cache, transfer_set if settings.deep else None)
+    verdicts = _check_files(cache, transfer_set if config.deep else None)
     asked = None
-    if settings.deep and settings.weights and transfer_set is not None and not _damaged(verdicts):
-        asked = check_reproducibility(cache, make_target_generator(cache, transfer_set, settings))
-    _print_report(name, cache, verdicts, asked, settings, console)
+    if config.deep and config.weights and transfer_set is not None and not _damaged(verdicts):
+        asked = check_reproducibility(cache, make_target_generator(cache, transfer_set, config))
+    _print_report(name, cache, verdicts, asked, config, console)
 
 
 def _check_files(cache: Cache, transfer_set: TransferSet | None) -> Findings:
@@ -98,32 +98,32 @@ def _print_report(
     cache: Cache,
     verdicts: Findings,
     asked: ReproducibilityReport | None,
-    settings: CheckConfig,
+    config: CheckConfig,
     console: Console,
 ) -> None:
     manifest, bad = cache.manifest, _damaged(verdicts)
-    if settings.json:
+    if config.json:
         record: dict[str, Any] = {"cache": name, "fingerprint": manifest.fingerprint, "manifest": manifest.digest}
-        console.result(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.record()}))
+        console.print_json(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.to_json()}))
     else:
         for path, verdict in verdicts.items():
-            console.say(f"{path}: {make_printable(verdict, 2000)}")
+            console.print(f"{path}: {make_printable(verdict, 2000)}")
         for path in cache.unlisted_files:
             unfinished = "of an addition that is not finished: run the same teacher-cache command again"
-            console.say(f"{make_printable(path)}: {unfinished}")
+            console.print(f"{make_printable(path)}: {unfinished}")
     if bad:
         first = next(iter(bad.values()))
         raise CacheError(
-            f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_suggest_repair(settings)}"
+            f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_suggest_repair(config)}"
         )
-    deep = ", every view rendered again and equal" if settings.deep else ""
-    console.say(
+    deep = ", every view rendered again and equal" if config.deep else ""
+    console.print(
         f"'{name}' is whole: {len(verdicts)} files, {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws{deep}"
     )
     if asked:
-        console.say(asked.in_words())
-        asked.refuse_if_large()
+        console.print(asked.describe())
+        asked.raise_if_different()
 
 
-def _suggest_repair(settings: CheckConfig) -> str:
-    return "" if settings.repair else ". --repair --weights … asks the teacher again for damaged ones alone"
+def _suggest_repair(config: CheckConfig) -> str:
+    return "" if config.repair else ". --repair --weights … asks the teacher again for damaged ones alone"

@@ -20,7 +20,7 @@ from softcache.stages.teacher_cache.targets import TargetGenerator
 
 
 def repair(
-    cache: Cache, bad: dict[str, str], transfer_set: TransferSet, settings: CheckConfig, console: Console
+    cache: Cache, bad: dict[str, str], transfer_set: TransferSet, config: CheckConfig, console: Console
 ) -> None:
     """Put whole shards in the place of bad ones, if there are any. Raises CacheError with the reason when it cannot.
 
@@ -29,12 +29,12 @@ def repair(
     if not bad:
         return
     beside = Path(f"{cache.folder}-teacher")
-    if not settings.weights and (beside / "result.json").is_file():
-        settings = replace(settings, weights=str(beside))
-    if not settings.weights:
+    if not config.weights and (beside / "result.json").is_file():
+        config = replace(config, weights=str(beside))
+    if not config.weights:
         raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
     with hold_lock(cache.folder):
-        ask = make_target_generator(cache, transfer_set, settings)
+        ask = make_target_generator(cache, transfer_set, config)
         _check_good_shards(cache, bad, transfer_set, ask)
         manifest = cache.manifest
         with progress_bar(len(bad), "repair", "shard") as shown:
@@ -52,7 +52,7 @@ def _check_good_shards(cache: Cache, bad: dict[str, str], transfer_set: Transfer
         positions = np.unique(np.linspace(record.start, record.start + record.rows - 1, 16).astype(int))
         seen = cache.read_rows(record.split, record.draw, "view_crc32", positions)
         compare_views(cache, transfer_set, record.split, record.draw, positions, seen)
-    check_reproducibility(cache, ask, bad).refuse_if_large()
+    check_reproducibility(cache, ask, bad).raise_if_different()
 
 
 def _repair_shard(
@@ -64,7 +64,7 @@ def _repair_shard(
     datasets = {name: manifest.datasets[name] for name in record.datasets}
     piece = ShardSpec(record.path, record.split, record.draw, record.start, record.rows, datasets)
     writer = CacheWriter(cache.folder, _make_plan(manifest), [piece])
-    arrays, facts = ask.piece(piece, lambda rows: None)
+    arrays, facts = ask.compute_shard(piece, lambda rows: None)
     writer.write_shard(piece, arrays, {**facts, "seconds": 0.0})
     new = writer.records[0]
     shards = tuple(new if r.path == record.path else r for r in manifest.shards)
@@ -73,7 +73,7 @@ def _repair_shard(
     manifest = replace(manifest, shards=shards, teacher=teacher)
     manifest.write(cache.folder)
     same = "the same rows as before" if new.payload == record.payload else "asked anew, not the bits of before"
-    console.say(f"{record.path}: repaired, {same}")
+    console.print(f"{record.path}: repaired, {same}")
     return manifest
 
 
@@ -83,7 +83,7 @@ def _repair_head(cache: Cache, manifest: Manifest, ask: TargetGenerator, console
         raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {ask.classes} outputs")
     record = CacheWriter(cache.folder, _make_plan(manifest), []).add_head(*get_head_arrays(head, ask.classes))
     replace(manifest, head=record).write(cache.folder)
-    console.say(f"{HEAD_FILE}: repaired")
+    console.print(f"{HEAD_FILE}: repaired")
 
 
 def _make_plan(manifest: Manifest) -> CachePlan:

@@ -18,7 +18,7 @@ class Console:
     def __init__(self, json_only: bool, epoch_lines: bool = True):
         self.json_only, self.epoch_lines = json_only, epoch_lines
 
-    def say(self, line: str = "") -> None:
+    def print(self, line: str = "") -> None:
         """Print a line, above a progress bar that may be running."""
         if not is_first():
             return
@@ -30,7 +30,7 @@ class Console:
         if is_first():
             _write(line, sys.stderr)
 
-    def result(self, text: str) -> None:
+    def print_json(self, text: str) -> None:
         """Print the one JSON object."""
         if is_first():
             click.echo(text)
@@ -88,19 +88,19 @@ class LongWorkNotice:
 
     def __init__(self, console: Console, what: str, total: int, advice: str):
         self.console, self.what, self.total, self.advice = console, what, total, advice
-        self.begun: float | None = None
+        self.started: float | None = None
         self.first = 0
-        self.said = False
+        self.is_printed = False
 
-    def at(self, done: int) -> None:
+    def update(self, done: int) -> None:
         """Call after each step with the number of steps that are done."""
-        if self.said:
+        if self.is_printed:
             return
         now = time.monotonic()
-        if self.begun is None:  # the first step also compiles, allocates and warms up: not counted
-            self.begun, self.first = now, done
-        elif now - self.begun > 3:
-            left = (now - self.begun) / (done - self.first) * (self.total - done)
-            self.said = True
+        if self.started is None:  # the first step also compiles, allocates and warms up: not counted
+            self.started, self.first = now, done
+        elif now - self.started > 3:
+            left = (now - self.started) / (done - self.first) * (self.total - done)
+            self.is_printed = True
             if left > 120:
-                self.console.say(f"{self.what} will take about {format_duration(left)} on this machine{self.advice}")
+                self.console.print(f"{self.what} will take about {format_duration(left)} on this machine{self.advice}")

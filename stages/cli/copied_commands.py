@@ -22,16 +22,16 @@ def program_name() -> str:
     return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m softcache"
 
 
-def format_command(stage: str, settings: Any, **changes: Any) -> str:
+def format_command(stage: str, config: Any, **changes: Any) -> str:
     """The command of a stage: every setting that is not its default, with changes put in.
 
     Floats are written so that they are read back as the same ones.
     """
-    settings = dataclasses.replace(settings, **changes)
+    config = dataclasses.replace(config, **changes)
     said = [
         word
-        for f in dataclasses.fields(settings)
-        if (value := getattr(settings, f.name)) != f.default
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != f.default
         for word in _format_option(f.name, value)
     ]
     return " ".join([program_name(), stage, *said])

@@ -11,12 +11,12 @@ S = TypeVar("S")
 Command = Callable[..., Any]
 
 
-def add_options(settings: type[Any]) -> Callable[[Command], Command]:
+def add_options(config: type[Any]) -> Callable[[Command], Command]:
     """A decorator that gives a command one option per field of a settings class."""
 
     def decorate(command: Command) -> Command:
-        hints = typing.get_type_hints(settings)
-        for field in reversed(dataclasses.fields(settings)):
+        hints = typing.get_type_hints(config)
+        for field in reversed(dataclasses.fields(config)):
             command = _option(field, hints[field.name])(command)
         return command
 
@@ -47,19 +47,19 @@ class _OneOf(click.Choice[str]):
         return value if value == "" else super().convert(value, param, ctx)
 
 
-def read_options(context: click.Context, settings: type[S]) -> tuple[S, set[str]]:
+def read_options(context: click.Context, config: type[S]) -> tuple[S, set[str]]:
     """The settings that a command was called with, and the names of those that were said and not default.
 
     Raises click.UsageError that names every value outside its range at once.
     """
-    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]
     commandline = click.core.ParameterSource.COMMANDLINE
     said = {f.name for f in fields if context.get_parameter_source(f.name) is commandline}
     values = {f.name: context.params[f.name] for f in fields}
     problems = [p for f in fields if f.name in said and (p := _check_range(f, values[f.name]))]
     if problems:
         raise click.UsageError("; ".join(problems), context)
-    return settings(**values), said
+    return config(**values), said
 
 
 def _check_range(field: dataclasses.Field[Any], value: Any) -> str:

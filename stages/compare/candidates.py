@@ -30,7 +30,7 @@ class Candidate:
     name: str
     folder: Path
     split: str
-    settings: dict[str, Any]
+    config: dict[str, Any]
     seeds: tuple[int, ...]
     accuracies: tuple[float | None, ...]
     files: tuple[Path, ...]
@@ -43,9 +43,9 @@ class Predictions:
     content: str
     classes: tuple[str, ...]
     labels: Labels
-    guesses: NDArray[np.int64]
+    predictions: NDArray[np.int64]
 
-    def same_rows(self, other: "Predictions") -> bool:
+    def has_same_rows(self, other: "Predictions") -> bool:
         """Whether these are the same images with the same labels."""
         same = self.content == other.content and self.classes == other.classes
         return same and np.array_equal(self.labels, other.labels)
@@ -57,17 +57,17 @@ def read_candidate(name: str, title: str, result: dict[str, Any], model: str) ->
     folder, split = Path(name), "test" if "test" in result[model] else "val"
     seeds = tuple(int(one["seed"]) for one in result["seeds"])
     places = [folder] if len(seeds) == 1 else [folder / f"seed-{seed}" for seed in seeds]
-    settings = {field.name: field.default for field in fields(StudentConfig)} | result["settings"]
-    if not seeds or not all(_plain(value) for value in settings.values()):
+    config = {field.name: field.default for field in fields(StudentConfig)} | result["settings"]
+    if not seeds or not all(_plain(value) for value in config.values()):
         raise ValueError("no seeds, or settings that no command could have given")
-    settings["cache"] = _cache(folder, result)
+    config["cache"] = _cache(folder, result)
     if model == "baseline":
-        settings |= {"loss": ["hard targets alone"], "finetune_epochs": 0}
+        config |= {"loss": ["hard targets alone"], "finetune_epochs": 0}
     return Candidate(
         title,
         folder,
         split,
-        settings,
+        config,
         seeds,
         tuple(one[model][split].get("accuracy") for one in result["seeds"]),
         tuple((place if model == "student" else place / model) / LOGITS for place in places),
@@ -89,7 +89,7 @@ def _cache(folder: Path, result: dict[str, Any]) -> str:
 
 def find_differing_options(first: Candidate, second: Candidate) -> list[OptionDifference]:
     """The settings in which two differ."""
-    return [one for one in find_differences(first.settings, second.settings) if one[0] not in _IGNORED_OPTIONS]
+    return [one for one in find_differences(first.config, second.config) if one[0] not in _IGNORED_OPTIONS]
 
 
 def only_seeds_differ(apart: Sequence[OptionDifference]) -> bool:
@@ -107,9 +107,9 @@ def read_predictions(side: Candidate) -> Predictions:
     not what the figures of the result are of."""
     seeds = [_read_seed(path, side.split, known) for path, known in zip(side.files, side.accuracies, strict=True)]
     for path, one in zip(side.files, seeds, strict=True):
-        if not one.same_rows(seeds[0]):
+        if not one.has_same_rows(seeds[0]):
             raise CacheError(f"'{path}' is of other rows than '{side.files[0]}'")
-    return replace(seeds[0], guesses=np.concatenate([one.guesses for one in seeds]))
+    return replace(seeds[0], predictions=np.concatenate([one.predictions for one in seeds]))
 
 
 def _read_seed(path: Path, split: str, accuracy: Any) -> Predictions:

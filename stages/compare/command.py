@@ -20,19 +20,19 @@ _COLUMNS = {"accuracy": "accuracy", "f1_macro": "macro F1", "recall_tail": "tail
 Row = dict[str, Any]
 
 
-def run(names: tuple[str, ...], settings: ListConfig) -> None:
+def run(names: tuple[str, ...], config: ListConfig) -> None:
     """A line for each run, and one for each teacher and baseline among them; on the test split, else validation. Then
     each student against that of the first run; with one run, its student against its baseline."""
-    console = Console(settings.json)
+    console = Console(config.json)
     read = [_read(name) for name in dict.fromkeys(str(Path(name)) for name in names)]
     rows = [row for of_run, _ in read for row in of_run]
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]  # one teacher of many students
     pairs = pair_candidates([sides for _, sides in read])
     with progress_bar(RESAMPLES * len(pairs), "resamples", "", scale=True) as shown:
         comparisons = compare_pairs(pairs, shown.update) if pairs else []
-    if settings.json:
+    if config.json:
         differences = [_difference(*pair, *one) for pair in pairs for one in find_differing_options(*pair)]
-        return console.result(json.dumps({"rows": rows, "differences": differences, "comparisons": comparisons}))
+        return console.print_json(json.dumps({"rows": rows, "differences": differences, "comparisons": comparisons}))
     _print_table(rows, console)
     if len(pairs) == 1:
         print_pair(*pairs[0], comparisons[0], console)
@@ -47,11 +47,11 @@ def _difference(first: Candidate, second: Candidate, name: str, one: Any, other:
 def _print_table(rows: Sequence[Row], console: Console) -> None:
     title = " and ".join(sorted({row["split"] for row in rows})) + " split"
     width = max(len(title), *(len(row["name"]) for row in rows))
-    console.say(f"{title:{width}}" + "".join(f"{title:>17}" for title in _COLUMNS.values()) + f"{'seeds':>7}")
+    console.print(f"{title:{width}}" + "".join(f"{title:>17}" for title in _COLUMNS.values()) + f"{'seeds':>7}")
     for row in rows:
         shown = [format_cell(row["mean"][key], row["spread"].get(key), row["seeds"], "n/a") for key in _COLUMNS]
         cells = "".join(f"{text:>17}" for text in shown)
-        console.say(f"{row['name']:<{width}}{cells}{row['seeds'] or '':>7}")
+        console.print(f"{row['name']:<{width}}{cells}{row['seeds'] or '':>7}")
 
 
 def _read(name: str) -> tuple[list[Row], dict[str, Candidate]]:

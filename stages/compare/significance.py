@@ -56,11 +56,11 @@ def _record(
     record: Record = {"first": first.name, "second": second.name, "split": second.split, "verdict": None}
     if isinstance(a, str) or isinstance(b, str):
         return record | {"words": a if isinstance(a, str) else b}
-    if not a.same_rows(b):
+    if not a.has_same_rows(b):
         rows = f"{first.split} split, {len(a.labels):,} rows, and {second.split} split, {len(b.labels):,} rows"
         names = f"'{first.name}' and '{second.name}'"
         return record | {"words": f"{names} were not measured on the same rows, labels and classes ({rows})"}
-    found = paired_bootstrap(a.labels, a.guesses, b.guesses, 1 - chance, done=done)
+    found = paired_bootstrap(a.labels, a.predictions, b.predictions, 1 - chance, done=done)
     several = min(len(first.seeds), len(second.seeds)) > 1
     tests = _tests(first, second, a, b, several)
     accuracy, p = found["accuracy"], max(test["p"] for test in tests)
@@ -85,7 +85,10 @@ def _record(
 
 def _tests(first: Candidate, second: Candidate, a: Predictions, b: Predictions, several: bool) -> list[Record]:
     """McNemar's test of seed after seed; where a side has one seed, of that one with each of the other's."""
-    ones, others = list(zip(first.seeds, a.guesses, strict=True)), list(zip(second.seeds, b.guesses, strict=True))
+    ones, others = (
+        list(zip(first.seeds, a.predictions, strict=True)),
+        list(zip(second.seeds, b.predictions, strict=True)),
+    )
     tests = []
     for (one, guess), (other, against) in zip(ones, others, strict=False) if several else product(ones, others):
         alone = count_right_alone(a.labels, guess, against)

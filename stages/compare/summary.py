@@ -13,26 +13,26 @@ _FIGURES = {"accuracy": "accuracy", "f1_macro": "macro F1"}
 
 def print_pair(first: Candidate, second: Candidate, record: Record, console: Console) -> None:
     """Two in full: their settings side by side, the figures a line each, the verdict."""
-    console.say()
+    console.print()
     _print_options(first, second, console)
     if record["verdict"] is None:
-        return console.say(f"no verdict: {record['words']}")
+        return console.print(f"no verdict: {record['words']}")
     seeds = " and ".join(map(str, dict.fromkeys(record["seeds"])))
     each = f"{seeds} seed{'s' * (seeds != '1')}{' each' * (' ' not in seeds)}"
     title = f"difference: {second.name} less {first.name}, {record['split']} split"
-    console.say(f"{title}, {record['rows']:,} rows, {each}:")
+    console.print(f"{title}, {record['rows']:,} rows, {each}:")
     for key, name in _FIGURES.items():
         value, low, high = _format_points(record[key])
-        console.say(f"  {name:<9} {value} points, {100 * record['level']:.4g} % interval {low} to {high}")
+        console.print(f"  {name:<9} {value} points, {100 * record['level']:.4g} % interval {low} to {high}")
     tests = record["mcnemar"]
     if len(tests) == 1:
         alone = f"right in one alone: {tests[0]['first_alone']:,} and {tests[0]['second_alone']:,} rows"
-        console.say(f"  McNemar   {alone}, p = {tests[0]['p']:.2g}")
+        console.print(f"  McNemar   {alone}, p = {tests[0]['p']:.2g}")
     else:
         by_seed = ", ".join(f"{test['p']:.2g} (seeds {test['seeds'][0]}, {test['seeds'][1]})" for test in tests)
         alone = ": each of two students alone, it decides nothing" if record["about"] == "settings" else ""
-        console.say(f"  McNemar   p = {by_seed}{alone}")
-    console.say(record["words"])
+        console.print(f"  McNemar   p = {by_seed}{alone}")
+    console.print(record["words"])
 
 
 def _print_options(first: Candidate, second: Candidate, console: Console) -> None:
@@ -42,31 +42,31 @@ def _print_options(first: Candidate, second: Candidate, console: Console) -> Non
         *((format_value(name), format_value(one), format_value(other)) for name, one, other in apart),
     ]
     if not apart:
-        return console.say("They differ in no setting.")
+        return console.print("They differ in no setting.")
     if only_seeds_differ(apart):
-        console.say("They differ in nothing but seeds:")
+        console.print("They differ in nothing but seeds:")
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for name, one, other in rows:
-        console.say(f"  {name:{widths[0]}}  {one:{widths[1]}}  {other}")
+        console.print(f"  {name:{widths[0]}}  {one:{widths[1]}}  {other}")
 
 
 def print_pairs(pairs: Sequence[tuple[Candidate, Candidate]], records: Sequence[Record], console: Console) -> None:
     """Each against the first, in two lines: figures and verdict, and in what it differs."""
-    console.say()
+    console.print()
     n, width = len(pairs), max(len(second.name) for _, second in pairs)
     level = f"{100 * (1 - ALPHA / n):.4g} % intervals: {100 * (1 - ALPHA):g} % for all {n} together (Bonferroni)"
-    console.say(f"Each less {pairs[0][0].name}, in points; {level}")
+    console.print(f"Each less {pairs[0][0].name}, in points; {level}")
     for (first, second), record in zip(pairs, records, strict=True):
         apart = find_differing_options(first, second)
-        console.say(f"  {second.name:{width}}  {_format_comparison(record)}")
-        console.say(f"  {'':{width}}    {_format_differences(apart)}")
+        console.print(f"  {second.name:{width}}  {_format_comparison(record)}")
+        console.print(f"  {'':{width}}    {_format_differences(apart)}")
     if any(record["verdict"] == SIGNIFICANT and record["about"] == "students" for record in records):
-        console.say(
+        console.print(
             "One seed: real is said of the trained students, not yet of their settings: two seeds of the same settings"
             " are often told apart like this; --seeds 3 tells"
         )
     elif any(record["verdict"] and record["about"] == "students" for record in records):
-        console.say(
+        console.print(
             "One seed: that is of these trained students; another seed could give another answer; --seeds 3 tells"
         )
 

@@ -45,31 +45,31 @@ CARD_FILE, RECORD_FILE = "MODEL_CARD.md", "export.json"
 _FILES = (RECORD_FILE, CARD_FILE, INT8, ONNX, PT2, WEIGHTS)  # in the order in which an older export is taken away
 
 
-def run(name: str, settings: ExportConfig, said: set[str]) -> None:
+def run(name: str, config: ExportConfig, said: set[str]) -> None:
     """Everything is made and checked before the first file is published; export.json is the last."""
     require_extra("export needs", "export", "onnx", "onnxscript", "onnxruntime")
-    console, begun = Console(settings.json), time.monotonic()
-    here = {name: getattr(settings, name) for name in said & {"data", "data_root", "cache"}}
+    console, begun = Console(config.json), time.monotonic()
+    here = {name: getattr(config, name) for name in said & {"data", "data_root", "cache"}}
     # On this machine's CPU in float32, whatever the run was trained in: that is what the files are compared with.
     chosen = select_student(Path(name), device="cpu", precision="float32", **here)
-    check_same_teachers(Path(chosen.settings.out), open_caches(chosen.settings.cache))
-    material = DistillationSetup.open(chosen.settings)
-    console.say(f"exporting {make_printable(chosen.settings.arch)}, seed {chosen.settings.seed} ({chosen.why})")
+    check_same_teachers(Path(chosen.config.out), open_caches(chosen.config.cache))
+    setup = DistillationSetup.open(chosen.config)
+    console.print(f"exporting {make_printable(chosen.config.arch)}, seed {chosen.config.seed} ({chosen.reason})")
     with hold_lock(chosen.folder):
         _remove_old_files(chosen.folder)
-        record, files = _make_files(chosen, material, settings)
+        record, files = _make_files(chosen, setup, config)
         record["seconds"] = time.monotonic() - begun
         for file, content in files.items():
             publish_bytes(chosen.folder / file, content)
         publish_text(
-            chosen.folder / CARD_FILE, model_card(record, chosen, [c.manifest for c in material.teachers.members])
+            chosen.folder / CARD_FILE, model_card(record, chosen, [c.manifest for c in setup.teachers.members])
         )
         publish_json(chosen.folder / RECORD_FILE, record)
-    if settings.json:
-        return console.result(json.dumps(record))
+    if config.json:
+        return console.print_json(json.dumps(record))
     for line in _print_summary(record):
-        console.say(line)
-    console.say(
+        console.print(line)
+    console.print(
         f"files: {chosen.folder}/{', '.join((*files, CARD_FILE, RECORD_FILE))} ({format_duration(record['seconds'])})"
     )
 
@@ -82,19 +82,23 @@ def _remove_old_files(folder: Path) -> None:
 
 
 def _make_files(
-    chosen: ExportedRun, material: DistillationSetup, settings: ExportConfig
+    chosen: ExportedRun, setup: DistillationSetup, config: ExportConfig
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """export.json, but for the time it took, and the files. Raises CacheError for one that fails its check."""
-    network, losses = material.network(chosen.settings, material.losses), material.losses
-    path = chosen.own / "student.pt"
+    network, losses = setup.build_student(chosen.config, setup.losses), setup.losses
+    path = chosen.seed_folder / "student.pt"
     load_weights(network, read_state_dict(path), str(path))
-    arch, about = material.arch(chosen.settings, losses), _make_metadata(chosen, material)
-    split = "test" if "test" in material.held_out else "val"
-    rows = material.held_out[split]
-    said = _student_logits(network, material, "student")
-    figures = {"student": material.measure(said), "teacher": material.figures, **_baseline(chosen, material)}
+    arch, about = setup.student_arch(chosen.config, losses), _make_metadata(chosen, setup)
+    split = "test" if "test" in setup.held_out else "val"
+    rows = setup.held_out[split]
+    said = _student_logits(network, setup, "student")
+    figures = {
+        "student": setup.compute_metrics(said),
+        "teacher": setup.teacher_metrics,
+        **_baseline(chosen, setup),
+    }
 
-    model = ExportedModel(network, material.input_spec)
+    model = ExportedModel(network, setup.input_spec)
     with progress_bar(3, "writing graphs", "file") as shown:
         program = capture_program(model, arch, about.channels, about.size)
         shown.update()
@@ -102,20 +106,20 @@ def _make_files(
         shown.update()
         files[PT2] = make_pt2(program, about.to_metadata())
         shown.update()
-    runner = OnnxStudent.of(files[ONNX], torch.get_num_threads())
+    runner = OnnxStudent.from_session(files[ONNX], torch.get_num_threads())
     found = run_in_batches(rows, lambda views: runner.logits(to_unit_range(views)), f"checking {ONNX}")
     sizes, own = largest_batch_difference(runner, rows, said[split]), float32_noise(model, rows, said[split])
-    check = check_parity(ONNX, said[split], found, sizes, own, settings.tolerance)
-    again = check_reloaded(PT2, load_pt2(files[PT2]), model, rows, settings.tolerance)
+    check = check_parity(ONNX, said[split], found, sizes, own, config.tolerance)
+    again = check_reloaded(PT2, load_pt2(files[PT2]), model, rows, config.tolerance)
     files[WEIGHTS] = make_safetensors(network, about.to_metadata())
 
     record: dict[str, Any] = {
         "run": chosen.folder.resolve().name,
-        "seed": chosen.settings.seed,
-        "chosen": chosen.why,
+        "seed": chosen.config.seed,
+        "chosen": chosen.reason,
         "arch": arch,
         "parameters": count_parameters(network),
-        "multiply_adds": count_multiply_adds(network, material.input_spec.channels, about.size),
+        "multiply_adds": count_multiply_adds(network, setup.input_spec.channels, about.size),
         "classes": list(about.classes),
         "preprocessing": about.preprocessing(),
         "outputs": about.outputs(),
@@ -126,10 +130,10 @@ def _make_files(
         "int8": None,
         "versions": {**about.versions, **versions()},
     }
-    if settings.int8:
+    if config.int8:
         from .quantized_file import make_quantized_file
 
-        made = make_quantized_file(material, about, files[ONNX], runner, split, said[split], settings.most_drop)
+        made = make_quantized_file(setup, about, files[ONNX], runner, split, said[split], config.most_drop)
         files[INT8], record["int8"] = made
     record["files"] = {
         name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in files.items()
@@ -137,39 +141,39 @@ def _make_files(
     return record, files
 
 
-def _make_metadata(chosen: ExportedRun, material: DistillationSetup) -> ExportMetadata:
-    views, transfer_set = material.cache.views, material.transfer_set
+def _make_metadata(chosen: ExportedRun, setup: DistillationSetup) -> ExportMetadata:
+    views, transfer_set = setup.cache.views, setup.transfer_set
     return ExportMetadata(
         transfer_set.classes,
         transfer_set.channels,
         views.size,
         max(views.resize, views.size),
-        material.arch(chosen.settings, material.losses),
-        tuple(cache.manifest.fingerprint for cache in material.teachers.members),
+        setup.student_arch(chosen.config, setup.losses),
+        tuple(cache.manifest.fingerprint for cache in setup.teachers.members),
         {"softcache": __version__, "torch": torch.__version__},
     )
 
 
-def _student_logits(network: nn.Module, material: DistillationSetup, what: str) -> dict[str, Logits]:
+def _student_logits(network: nn.Module, setup: DistillationSetup, what: str) -> dict[str, Logits]:
     """{split: logits} by PyTorch, in float32 and eval mode, as the student was validated."""
-    model = PreparedModel(network, material.input_spec).eval()
+    model = PreparedModel(network, setup.input_spec).eval()
 
     def ask(views: torch.Tensor) -> Logits:
         with torch.inference_mode():
             logits: Logits = model(views).numpy()
         return logits
 
-    return {split: run_in_batches(rows, ask, f"{what}, {split}") for split, rows in material.held_out.items()}
+    return {split: run_in_batches(rows, ask, f"{what}, {split}") for split, rows in setup.held_out.items()}
 
 
-def _baseline(chosen: ExportedRun, material: DistillationSetup) -> dict[str, Any]:
+def _baseline(chosen: ExportedRun, setup: DistillationSetup) -> dict[str, Any]:
     """The figures of the baseline, where there is one."""
     path = chosen.baseline
-    if not chosen.settings.baseline or not path.is_file():
+    if not chosen.config.baseline or not path.is_file():
         return {}
-    network = material.network(chosen.settings, (Hard(),))
+    network = setup.build_student(chosen.config, (Hard(),))
     load_weights(network, read_state_dict(path), str(path))
-    return {"baseline": material.measure(_student_logits(network, material, "baseline"))}
+    return {"baseline": setup.compute_metrics(_student_logits(network, setup, "baseline"))}
 
 
 def _print_summary(record: dict[str, Any]) -> Iterator[str]:

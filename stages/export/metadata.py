@@ -42,7 +42,7 @@ class ExportMetadata:
             "layout": "float32 [B, C, size, size]",
         }
 
-    def in_words(self) -> str:
+    def describe_input(self) -> str:
         """The same for a reader."""
         kind = "grey" if self.channels == 1 else "RGB"
         return (
@@ -65,7 +65,7 @@ class ExportMetadata:
             "arch": self.arch,
             "classes": json.dumps(self.classes),
             "preprocessing": json.dumps(self.preprocessing()),
-            "preprocessing_in_words": self.in_words(),
+            "preprocessing_in_words": self.describe_input(),
             "outputs": self.outputs(),
             "cache": json.dumps(self.fingerprints),
             **self.versions,

@@ -120,8 +120,8 @@ def model_card(record: dict[str, Any], chosen: ExportedRun, manifests: list[Mani
         licence=_licence(manifests),
         figures="\n".join(_figures(record)),
         sources=_sources(chosen, manifests),
-        training=_training(chosen.begun),
-        command=_command(chosen.begun, identity["transfer_set"]["name"]),
+        training=_training(chosen.run_settings),
+        command=_command(chosen.run_settings, identity["transfer_set"]["name"]),
         files="\n".join(_files(record)),
         checks=_checks(record, check),
         file=ONNX,
@@ -196,44 +196,44 @@ def _recalls(found: dict[str, Any], classes: list[str], split: str) -> Iterator[
 
 def _sources(chosen: ExportedRun, manifests: list[Manifest]) -> str:
     """The transfer set, the views and each teacher's cache."""
-    first, settings = manifests[0], chosen.begun
+    first, config = manifests[0], chosen.run_settings
     views = first.identity["views"]
     knobs = ", ".join(f"{k} {v:g}" for k, v in views.items() if k != "policy")
-    rows, draws = first.splits["train"], settings.draws or first.draws
+    rows, draws = first.splits["train"], config.draws or first.draws
     lines = [
         f"- {rows:,} images of {quoted(first.identity['transfer_set']['name'])}, each in"
         f" {draws} view{'s' * (draws > 1)} `{quoted(views['policy'])}` ({knobs})"
     ]
-    if settings.labelled:
-        lines.append(f"- {settings.labelled:,} of them with their labels, all with the teacher's logits")
+    if config.labelled:
+        lines.append(f"- {config.labelled:,} of them with their labels, all with the teacher's logits")
     for manifest in manifests:
         teacher = manifest.identity["teacher"]
         lines.append(
             f"- teacher `{quoted(teacher['arch'])}`, weights SHA-256 `{quoted(teacher['weights'])}`; cache"
             f" `{quoted(manifest.fingerprint)}`"
         )
-    how = [f"{n} `{quoted(v)}`" for n, v in (("combined by", settings.combine), ("mapped by", settings.map)) if v]
+    how = [f"{n} `{quoted(v)}`" for n, v in (("combined by", config.combine), ("mapped by", config.map)) if v]
     return "\n".join([*lines, *(f"- {text}" for text in how)]) + "\n"
 
 
-def _training(settings: StudentConfig) -> str:
-    losses = " + ".join(f"`{quoted(loss)}`" for loss in settings.loss)
+def _training(config: StudentConfig) -> str:
+    losses = " + ".join(f"`{quoted(loss)}`" for loss in config.loss)
     more = ""
-    if settings.finetune_epochs:
-        more = f", then {settings.finetune_epochs} epochs from hard targets alone"
+    if config.finetune_epochs:
+        more = f", then {config.finetune_epochs} epochs from hard targets alone"
     return (
-        f"Loss {losses}; {settings.epochs} epochs{more}, batches of {settings.batch_size}, {settings.optimizer},"
-        f" learning rate {settings.learning_rate:g} ({settings.schedule}), weight decay {settings.weight_decay:g},"
-        f" {settings.precision} arithmetic."
+        f"Loss {losses}; {config.epochs} epochs{more}, batches of {config.batch_size}, {config.optimizer},"
+        f" learning rate {config.learning_rate:g} ({config.schedule}), weight decay {config.weight_decay:g},"
+        f" {config.precision} arithmetic."
     )
 
 
-def _command(settings: StudentConfig, data: str) -> str:
+def _command(config: StudentConfig, data: str) -> str:
     """The command that trains the run again, without a path of this machine."""
-    where = "folder:PATH" if data == "folder" else settings.data
-    caches = tuple(f"caches/{Path(cache).resolve().name}" for cache in settings.cache)
+    where = "folder:PATH" if data == "folder" else config.data
+    caches = tuple(f"caches/{Path(cache).resolve().name}" for cache in config.cache)
     changes = {"out": "", "resume": False, "json": False, "data_root": "datasets", "data": where, "cache": caches}
-    text = format_command("student", settings, **changes)
+    text = format_command("student", config, **changes)
     return "python -m softcache" + text.removeprefix(program_name())
 
 

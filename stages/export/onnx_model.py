@@ -23,7 +23,7 @@ class OnnxStudent:
     session: Any
 
     @staticmethod
-    def of(model: bytes, threads: int = 0) -> "OnnxStudent":
+    def from_session(model: bytes, threads: int = 0) -> "OnnxStudent":
         """threads: of one call; 0: a thread for each core. Raises whatever ONNX Runtime does."""
         import onnxruntime
 
@@ -83,7 +83,7 @@ def open_onnx_student(path: Path) -> tuple[OnnxStudent, ExportMetadata]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheError(f"'{path}' has no metadata of a student, or damaged ones: {make_printable(error)}") from None
     try:
-        runner = OnnxStudent.of(content)
+        runner = OnnxStudent.from_session(content)
         _check_form(runner.session, about)
     except Exception as error:  # of ONNX Runtime: one of a dozen classes, all of its own
         raise CacheError(f"'{path}' cannot be run: {make_printable(str(error).strip())}") from None

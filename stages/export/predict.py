@@ -16,21 +16,21 @@ from .metadata import ExportMetadata
 from .onnx_model import Images, OnnxStudent, open_onnx_student
 
 
-def run(model: str, images: tuple[str, ...], settings: PredictConfig) -> None:
+def run(model: str, images: tuple[str, ...], config: PredictConfig) -> None:
     """The likeliest classes of each image. Every image is looked for before the first is asked about."""
-    console = Console(settings.json)
+    console = Console(config.json)
     require_extra("predict needs", "export", "onnx", "onnxruntime")
     if missing := [name for name in images if not Path(name).is_file()]:
         raise UsageError(f"there is no image '{missing[0]}'")
     runner, about = open_onnx_student(Path(model))
     shown = progress(images, len(images), "pictures")
-    found = [{"picture": name, "top": _top(runner, about, Path(name), settings.top)} for name in shown]
-    if settings.json:
-        return console.result(json.dumps({"model": model, "pictures": found}))
+    found = [{"picture": name, "top": _top(runner, about, Path(name), config.top)} for name in shown]
+    if config.json:
+        return console.print_json(json.dumps({"model": model, "pictures": found}))
     width = max(len(name) for name in images)
     for one in found:
         said = ", ".join(f"{make_printable(best['class'], 60)} {best['probability']:.4f}" for best in one["top"])
-        console.say(f"{one['picture']:<{width}}  {said}")
+        console.print(f"{one['picture']:<{width}}  {said}")
 
 
 def load_input(path: Path, about: ExportMetadata) -> Images:

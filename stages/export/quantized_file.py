@@ -23,7 +23,7 @@ _LATENCY = (1, 64)  # sizes of batches that are timed
 
 
 def make_quantized_file(
-    material: DistillationSetup,
+    setup: DistillationSetup,
     about: ExportMetadata,
     model: bytes,
     runner: OnnxStudent,
@@ -32,13 +32,13 @@ def make_quantized_file(
     most_drop: float,
 ) -> tuple[bytes, dict[str, Any]]:
     """The file in 8 bits, and what it costs and saves. Raises CacheError where it costs too much."""
-    rows, calibration = material.held_out[split], _calibration(material)
+    rows, calibration = setup.held_out[split], _calibration(setup)
     views = progress(calibration, -(-_CALIBRATION // _BLOCK), "calibrating")
     content = quantize_onnx(model, views, about.to_metadata(), __version__)
-    small = OnnxStudent.of(content, torch.get_num_threads())
+    small = OnnxStudent.from_session(content, torch.get_num_threads())
     found = run_in_batches(rows, lambda views: small.logits(to_unit_range(views)), f"checking {INT8}")
-    teacher = material.teacher[split].numpy()
-    before, after = (evaluate(logits, rows.labels, teacher, material.counts) for logits in (said, found))
+    teacher = setup.teacher[split].numpy()
+    before, after = (evaluate(logits, rows.labels, teacher, setup.class_counts) for logits in (said, found))
     flips = int((found.argmax(1) != said.argmax(1)).sum())
     # Without labels, what changes its first class is the most that can have been lost.
     drop = before["accuracy"] - after["accuracy"] if "accuracy" in before else flips / len(said)
@@ -58,7 +58,7 @@ def make_quantized_file(
         "flips": flips,
         "rows": len(said),
         "figures": after,
-        "calibration_rows": _rows_of(material),
+        "calibration_rows": _rows_of(setup),
         "bytes": len(content),
         "size_ratio": len(content) / len(model),
         "milliseconds": {str(size): measure_latencies(both, first_rows(rows, size)) for size in _LATENCY},
@@ -66,16 +66,16 @@ def make_quantized_file(
     }
 
 
-def _rows_of(material: DistillationSetup) -> int:
+def _rows_of(setup: DistillationSetup) -> int:
     """How many views there are to calibrate on, as many as are wanted at most."""
-    return min(_CALIBRATION, len(material.cache.row_order("train")) * material.cache.manifest.draws)
+    return min(_CALIBRATION, len(setup.cache.row_order("train")) * setup.cache.manifest.draws)
 
 
-def _calibration(material: DistillationSetup) -> Iterator[Images]:
+def _calibration(setup: DistillationSetup) -> Iterator[Images]:
     """Views that the teacher was asked about, of as many images and draws as may be: rows lie in a mixed order."""
-    cache, order = material.cache, material.cache.row_order("train")
-    images, N = material.transfer_set.splits["train"].images, len(order)
-    at = np.arange(_rows_of(material))
+    cache, order = setup.cache, setup.cache.row_order("train")
+    images, N = setup.transfer_set.splits["train"].images, len(order)
+    at = np.arange(_rows_of(setup))
     index, draw = order[at % N], (at // N + at % N) % cache.manifest.draws
     for block in range(0, len(at), _BLOCK):
         some = slice(block, block + _BLOCK)

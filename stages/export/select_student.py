@@ -17,15 +17,15 @@ class ExportedRun:
     begun: those of the whole run; why: the seed was chosen, in words."""
 
     folder: Path
-    own: Path
-    settings: StudentConfig
-    begun: StudentConfig
-    why: str
+    seed_folder: Path
+    config: StudentConfig
+    run_settings: StudentConfig
+    reason: str
 
     @property
     def baseline(self) -> Path:
         """The weights of the same student without a teacher, where they were trained."""
-        return self.own / "baseline/baseline.pt"
+        return self.seed_folder / "baseline/baseline.pt"
 
 
 def select_student(folder: Path, **here: Any) -> ExportedRun:

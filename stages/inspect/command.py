@@ -37,41 +37,41 @@ _SHOWN = 15  # channels of a tap, in inspect.json and in its panel
 _BLOCK = 4096  # rows whose logits are read at once
 
 
-def run(name: str, settings: InspectConfig) -> None:
+def run(name: str, config: InspectConfig) -> None:
     """Everything is computed before the first file is written; inspect.json is the last."""
-    console, begun = Console(settings.json), time.monotonic()
+    console, begun = Console(config.json), time.monotonic()
     require_extra("inspect draws with", "report", "matplotlib")
     cache = Cache(Path(name))
-    folder = _folder(settings, cache)
-    train, held_out = _samples(cache, settings.rows)
-    found = _teacher(cache, train, held_out, settings) | _taps(cache, train, held_out, settings)
+    folder = _folder(config, cache)
+    train, held_out = _samples(cache, config.rows)
+    found = _teacher(cache, train, held_out, config) | _taps(cache, train, held_out, config)
     found["command"] = suggest_student(cache, found["best"]) if found["best"] else None
     make_folder(folder)
-    files = _publish(folder, found, settings)
+    files = _publish(folder, found, config)
     record = {
         "cache": name,
         "fingerprint": cache.manifest.fingerprint,
         "teacher": cache.teacher,
-        "settings": asdict(settings) | {"out": str(folder)},
+        "settings": asdict(config) | {"out": str(folder)},
         **_summary(found),
         "files": files,
         "versions": library_versions(),
         "seconds": time.monotonic() - begun,
     }
     publish_json(folder / "inspect.json", record)
-    if settings.json:
-        return console.result(json.dumps(record))
+    if config.json:
+        return console.print_json(json.dumps(record))
     print_findings(record, console)
-    console.say(f"files: {folder}/inspect.json, {', '.join(files)} ({format_duration(record['seconds'])})")
+    console.print(f"files: {folder}/inspect.json, {', '.join(files)} ({format_duration(record['seconds'])})")
     if record["best"]:
-        console.say(f"best tap: {record['best']}, hint from it with  {record['command']}")
+        console.print(f"best tap: {record['best']}, hint from it with  {record['command']}")
 
 
-def _folder(settings: InspectConfig, cache: Cache) -> Path:
+def _folder(config: InspectConfig, cache: Cache) -> Path:
     """Where the findings go: nowhere yet. Raises UsageError for a place that holds something."""
-    if not settings.out:
+    if not config.out:
         return find_free_folder(f"inspect-{cache.folder.resolve().name}")
-    folder = Path(settings.out)
+    folder = Path(config.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not empty: choose another --out")
     return folder
@@ -114,7 +114,7 @@ def _names(cache: Cache) -> list[str]:
     return names if len(names) == cache.classes else [str(c) for c in range(cache.classes)]
 
 
-def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: InspectConfig) -> dict[str, Any]:
+def _teacher(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
     """Calibration and class similarity on the held-out rows; soft targets by temperature on the training rows."""
     said = {rows.split: (_logits(cache, rows.split, rows.positions), rows.labels) for rows in held_out}
     split = next(iter(said), None)
@@ -125,7 +125,7 @@ def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: Insp
     return {
         "classes": _names(cache),
         "calibration": {name: calibration(*both) for name, both in said.items()},
-        "similarity": similarity(*said[split], settings.temperature) if split else None,
+        "similarity": similarity(*said[split], config.temperature) if split else None,
         "similarity_split": split,
         "soft_targets": {
             "split": "train",
@@ -138,7 +138,7 @@ def _teacher(cache: Cache, train: Sample, held_out: list[Sample], settings: Insp
     }
 
 
-def _taps(cache: Cache, train: Sample, held_out: list[Sample], settings: InspectConfig) -> dict[str, Any]:
+def _taps(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
     """Probes of the taps, or why there are none."""
     train, why = train.labelled(), ""
     if not cache.manifest.taps:
@@ -148,11 +148,11 @@ def _taps(cache: Cache, train: Sample, held_out: list[Sample], settings: Inspect
     elif not len(train.labels) or not held_out:
         why = f"the {'held-out' if len(train.labels) else 'training'} rows have no labels: no probe of the taps"
     elif len(np.unique(train.labels)) < 2:
-        why = f"the first {settings.rows:,} training rows are of one class: no probe of the taps; more --rows may do"
+        why = f"the first {config.rows:,} training rows are of one class: no probe of the taps; more --rows may do"
     if why:
         return {"taps": {}, "channels": {}, "joint": None, "best": None, "no_taps": why}
-    test = held_out[0].first(settings.rows)
-    return probe_taps(cache, train, test, _logits(cache, test.split, test.positions), settings) | {"no_taps": None}
+    test = held_out[0].first(config.rows)
+    return probe_taps(cache, train, test, _logits(cache, test.split, test.positions), config) | {"no_taps": None}
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _publish(folder: Path, found: dict[str, Any], settings: InspectConfig) -> list[str]:
+def _publish(folder: Path, found: dict[str, Any], config: InspectConfig) -> list[str]:
     """Tables and images; returns their names."""
     from softcache.stages.cli.plot_style import Plot, save_png
 
@@ -201,7 +201,7 @@ def _publish(folder: Path, found: dict[str, Any], settings: InspectConfig) -> li
         names, matrix = found["classes"], found["similarity"]
         rows = ([name, *(None if np.isnan(p) else p for p in row)] for name, row in zip(names, matrix, strict=True))
         table("similarity.csv", ("true class", *names), rows)
-        what = f"mean probability at temperature {settings.temperature:g}, {found['similarity_split']}"
+        what = f"mean probability at temperature {config.temperature:g}, {found['similarity_split']}"
         image("similarity.png", drawing.plot_similarity, matrix, names, what)
     soft = found["soft_targets"]
     records = soft["temperatures"]

@@ -51,14 +51,14 @@ class Sample:
 
 
 def probe_taps(
-    cache: Cache, train: Sample, test: Sample, teacher: NDArray[np.floating], settings: InspectConfig
+    cache: Cache, train: Sample, test: Sample, teacher: NDArray[np.floating], config: InspectConfig
 ) -> dict[str, Any]:
     """taps, channels, joint and best, as in inspect.json. teacher: its logits [m, K] of the test sample."""
     forms = {tap: describe_tap(tap, shape) for tap, shape in cache.manifest.taps.items()}
-    x = _read(cache, train, test, settings.seed)
+    x = _read(cache, train, test, config.seed)
     probes = _fit(x, train.labels)
     held_out = {tap: both[1] for tap, both in x.items()} | {_ALL: np.concatenate([both[1] for both in x.values()], 1)}
-    found = _importance(forms, probes, held_out, test.labels, settings)
+    found = _importance(forms, probes, held_out, test.labels, config)
     figures = {
         name: summarize(probe.logits(held_out[name], cache.classes), test.labels) | {"converged": probe.converged}
         for name, probe in probes.items()
@@ -86,19 +86,17 @@ def probe_taps(
 
 
 def _importance(
-    forms: dict[str, TapForm], probes: dict[str, Probe], x: dict[str, Floats], labels: Labels, settings: InspectConfig
+    forms: dict[str, TapForm], probes: dict[str, Probe], x: dict[str, Floats], labels: Labels, config: InspectConfig
 ) -> dict[str, list[dict[str, float]]]:
     """Mean and sd of each tap, in order, for the probe of all; of each channel for the probe of its tap."""
     ends = np.cumsum([0, *(form.columns for form in forms.values())]).tolist()
     groups = {_ALL: tuple(slice(a, b) for a, b in pairwise(ends))}
     groups |= {tap: form.channels for tap, form in forms.items() if form.channels}
-    predictions = sum(1 + len(own) * settings.repeats for own in groups.values())
+    predictions = sum(1 + len(own) * config.repeats for own in groups.values())
     found = {}
     with progress_bar(predictions, "permutation importance", "prediction") as shown:
         for name, own in groups.items():
-            both = measure_importance(
-                probes[name], x[name], labels, own, settings.repeats, settings.seed, shown.update
-            )
+            both = measure_importance(probes[name], x[name], labels, own, config.repeats, config.seed, shown.update)
             found[name] = [{"mean": float(mean), "sd": float(sd)} for mean, sd in zip(*both, strict=True)]
     return found
 

@@ -36,35 +36,35 @@ class Disagreement:
     bars: list[tuple[str, float, float]]
 
 
-def disagreements(run: LoadedRun, split: str, settings: ReportConfig, loaded: Loaded) -> list[Disagreement] | str:
+def disagreements(run: LoadedRun, split: str, config: ReportConfig, loaded: Loaded) -> list[Disagreement] | str:
     """Those of the run's first seed; or why there are none. loaded: transfer sets that are open already."""
-    if not run.said["student"] or not run.said["teacher"]:
+    if not run.logits["student"] or not run.logits["teacher"]:
         return "the run is not finished" if run.result is None else "the run has kept no logits"
-    opened = _opened(run, settings, loaded)
+    opened = _opened(run, config, loaded)
     if isinstance(opened, str):
         return opened
     transfer_set, views = opened
-    kept, teacher = run.said["student"][0][split], run.said["teacher"][0][split]
+    kept, teacher = run.logits["student"][0][split], run.logits["teacher"][0][split]
     rows = transfer_set.splits[split]
     if rows.content != kept.content:
         return f"the {split} split has other images now than the run was measured on"
-    chosen = largest_disagreements(kept.logits, teacher.logits, settings.show)
+    chosen = largest_disagreements(kept.logits, teacher.logits, config.show)
     batch = np.array([row for row, _ in chosen])
     seen = next(iter(render_batches(rows.images, views.without_augmentation(), 0, [batch], 0, 0)))
     found = []
     for view, (row, divergence) in zip(seen, chosen, strict=True):
         p, q = softmax(teacher.logits[row]), softmax(kept.logits[row])
         first = dict.fromkeys([*np.argsort(-p)[:_BARS].tolist(), *np.argsort(-q)[:_BARS].tolist()])
-        bars = [(kept.names[c], float(p[c]), float(q[c])) for c in first if max(p[c], q[c]) >= _LEAST]
-        label = kept.names[kept.labels[row]] if kept.labels[row] >= 0 else None
+        bars = [(kept.class_names[c], float(p[c]), float(q[c])) for c in first if max(p[c], q[c]) >= _LEAST]
+        label = kept.class_names[kept.labels[row]] if kept.labels[row] >= 0 else None
         found.append(Disagreement(_url(view), row, label, divergence, bars))
     return found
 
 
-def _opened(run: LoadedRun, settings: ReportConfig, loaded: Loaded) -> tuple[TransferSet, ViewPolicy] | str:
+def _opened(run: LoadedRun, config: ReportConfig, loaded: Loaded) -> tuple[TransferSet, ViewPolicy] | str:
     """The run's transfer set and the policy of its views, or why they cannot be had."""
-    own = run.settings
-    here = replace(own, data=settings.data or own.data, data_root=settings.data_root or own.data_root)
+    own = run.config
+    here = replace(own, data=config.data or own.data, data_root=config.data_root or own.data_root)
     key = (here.cache, here.data, here.data_root)
     if key not in loaded:
         try:

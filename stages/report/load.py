@@ -44,16 +44,16 @@ class LoadedRun:
 
     name: str
     folder: Path
-    settings: StudentConfig
+    config: StudentConfig
     result: dict[str, Any] | None
     fingerprints: list[str]
     lines: dict[str, list[list[Line]]]
-    said: dict[str, list[dict[str, SplitLogits]]]
+    logits: dict[str, list[dict[str, SplitLogits]]]
 
     @property
     def epochs(self) -> int:
         """Of a training from its first step to its last, fine-tuning included."""
-        return self.settings.epochs + self.settings.finetune_epochs
+        return self.config.epochs + self.config.finetune_epochs
 
     @cached_property
     def state(self) -> str:
@@ -66,8 +66,8 @@ class LoadedRun:
         name = [name for name in TRAININGS if len(self.lines[name]) == begun and self.lines[name][-1]][-1]
         seeds = self.lines[name]
         before = len(self.lines["distilled"][len(seeds) - 1]) if name == "student" and self.lines["distilled"] else 0
-        of = f", seed {len(seeds)} of {self.settings.seeds}" if self.settings.seeds > 1 else ""
-        total = self.settings.epochs if name == "distilled" else self.epochs
+        of = f", seed {len(seeds)} of {self.config.seeds}" if self.config.seeds > 1 else ""
+        total = self.config.epochs if name == "distilled" else self.epochs
         return f"unfinished: {name}{of}, epoch {before + len(seeds[-1])} of {total}"
 
     def figures(self, model: str, split: str) -> dict[str, Any] | None:
@@ -79,12 +79,12 @@ class LoadedRun:
     @cached_property
     def _teacher(self) -> dict[str, Any]:
         """Of a run that is not finished, from what its teacher says."""
-        said = self.said["teacher"][0] if self.said["teacher"] else {}
+        said = self.logits["teacher"][0] if self.logits["teacher"] else {}
         return {split: {"rows": len(one.labels)} | evaluate(one.logits, one.labels) for split, one in said.items()}
 
     def spread(self, model: str, split: str) -> dict[str, Any]:
         """The standard deviations over the seeds, where there are several."""
-        if not self.result or model == "teacher" or self.settings.seeds < 2:
+        if not self.result or model == "teacher" or self.config.seeds < 2:
             return {}
         return dict(self.result["spread"][model][split])
 
@@ -130,11 +130,11 @@ def _is_student_run(folder: Path) -> bool:
 def _read(folder: Path) -> LoadedRun:
     if not _is_student_run(folder):
         raise UsageError(f"'{folder}' is a teacher's run: a report is of students, and has their teacher in it")
-    settings = read_config(folder, StudentConfig)
+    config = read_config(folder, StudentConfig)
     result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
     if result is not None:
         _check(result, f"'{folder}/result.json'")
-    seeds = [folder if settings.seeds == 1 else folder / f"seed-{settings.seed + i}" for i in range(settings.seeds)]
+    seeds = [folder if config.seeds == 1 else folder / f"seed-{config.seed + i}" for i in range(config.seeds)]
     lines = {name: _lines(name, seeds) for name in TRAININGS}
     said = {
         "teacher": _said([folder / TEACHER_LOGITS]),
@@ -144,7 +144,7 @@ def _read(folder: Path) -> LoadedRun:
     _check_same_rows(said, folder)
     path = folder / "cache.json"
     fingerprints = read_fingerprints(read_json(path), path) if path.is_file() else []
-    return LoadedRun(str(folder), folder, settings, result, fingerprints, lines, said)
+    return LoadedRun(str(folder), folder, config, result, fingerprints, lines, said)
 
 
 def _lines(training: str, seeds: list[Path]) -> list[list[Line]]:

@@ -49,7 +49,7 @@ def make_run_section(
     run: LoadedRun,
     split: str,
     inspections: dict[str, dict[str, Any]],
-    settings: ReportConfig,
+    config: ReportConfig,
     loaded: Loaded,
     unfolded: bool,
 ) -> RunPart:
@@ -59,7 +59,7 @@ def make_run_section(
     for fingerprint in run.fingerprints:
         if fingerprint in inspections:
             images += _of_inspection(inspections[fingerprint])
-    apart = disagreements(run, split, settings, loaded) if settings.show else []
+    apart = disagreements(run, split, config, loaded) if config.show else []
     return RunPart(
         name=make_printable(run.name),
         state=run.state,
@@ -72,7 +72,7 @@ def make_run_section(
         not_apart=make_printable(apart, None) if isinstance(apart, str) else "",
         bill=format_cost(run.result["bill"]) if run.result else "",
         provenance=_provenance(run),
-        command=format_command("student", run.settings, resume=False, json=False),
+        command=format_command("student", run.config, resume=False, json=False),
     )
 
 
@@ -89,7 +89,7 @@ def _curves(run: LoadedRun, notes: list[str]) -> list[PageImage]:
     trainings = {"student": student, "baseline": run.lines["baseline"]}
     if not any(key.startswith("gradient_") for seed in student for line in seed for key in line):
         notes.append("The gradients of the terms were not measured in this run.")
-    image = drawing.plot_curves(trainings, run.settings.epochs if run.settings.finetune_epochs else 0)
+    image = drawing.plot_curves(trainings, run.config.epochs if run.config.finetune_epochs else 0)
     last = student[-1][-1]
     alt = f"Curves over {max(map(len, student))} epochs; at the last one the loss is {last.get('loss', 0):.4g}"
     return [
@@ -118,8 +118,8 @@ def _of_figures(run: LoadedRun, split: str, notes: list[str]) -> list[PageImage]
 
 def _of_logits(run: LoadedRun, split: str, notes: list[str]) -> list[PageImage]:
     """Reliability, and agreement with the teacher where it is right and where it is wrong; over all seeds."""
-    students = [seed[split] for seed in run.said["student"] if split in seed]
-    teacher = run.said["teacher"][0].get(split) if run.said["teacher"] else None
+    students = [seed[split] for seed in run.logits["student"] if split in seed]
+    teacher = run.logits["teacher"][0].get(split) if run.logits["teacher"] else None
     if not students or teacher is None:
         if run.result:
             notes.append("The run has kept no logits: no reliability, and no agreement.")
@@ -129,7 +129,7 @@ def _of_logits(run: LoadedRun, split: str, notes: list[str]) -> list[PageImage]:
         return []
     models = {"teacher": calibration(teacher.logits, teacher.labels)}
     for model in ("baseline", "student"):
-        if seeds := [seed[split] for seed in run.said[model] if split in seed]:
+        if seeds := [seed[split] for seed in run.logits[model] if split in seed]:
             logits, labels = (np.concatenate([getattr(one, key) for one in seeds]) for key in ("logits", "labels"))
             models[model] = calibration(logits, labels)
     errors = ", ".join(f"{name} {100 * one['ece']:.2f} %" for name, one in models.items())
@@ -176,8 +176,8 @@ def _of_inspection(record: dict[str, Any]) -> list[PageImage]:
 
 def _names(run: LoadedRun, classes: int) -> list[str]:
     """Of the classes, as the run's teacher has kept them; else their numbers."""
-    kept = [one for seed in run.said["teacher"] for one in seed.values()]
-    names = kept[0].names if kept else ()
+    kept = [one for seed in run.logits["teacher"] for one in seed.values()]
+    names = kept[0].class_names if kept else ()
     return [make_printable(name, 60) for name in names] if len(names) == classes else [str(c) for c in range(classes)]
 
 
@@ -206,8 +206,8 @@ def _percent(value: float | None, sign: str = "") -> Cell:
 
 def _provenance(run: LoadedRun) -> list[tuple[str, str]]:
     """Where everything comes from, by name."""
-    found = [("folder", run.name), ("data", run.settings.data)]
-    found += [("cache", f"{path} {one}") for path, one in zip(run.settings.cache, run.fingerprints, strict=False)]
+    found = [("folder", run.name), ("data", run.config.data)]
+    found += [("cache", f"{path} {one}") for path, one in zip(run.config.cache, run.fingerprints, strict=False)]
     if result := run.result:
         found += [
             ("manifest", result["cache"]["manifest"]),

@@ -19,13 +19,13 @@ def list_networks(run: LoadedRun) -> dict[str, list[Network]]:
     """{model: what is to be built to measure it, the members of a blend one by one}, as far as it is known: of a
     teacher only where its cache is here."""
     found: dict[str, list[Network]] = {}
-    K = next((one.logits.shape[1] for seed in run.said["student"] for one in seed.values()), 0)
+    K = next((one.logits.shape[1] for seed in run.logits["student"] for one in seed.values()), 0)
     for model in ("baseline", "student") if run.result and K else ():
         if record := (run.result or {}).get(model):
             input_spec = InputSpec.from_json(record["preparation"])
             found[model] = [Network(record["arch"], K, input_spec.channels, input_spec.size)]
     try:
-        caches = [Cache(Path(path)) for path in run.settings.cache]
+        caches = [Cache(Path(path)) for path in run.config.cache]
     except CacheError:
         return found
     if [cache.manifest.fingerprint for cache in caches] == run.fingerprints:
@@ -100,7 +100,7 @@ def _teacher(run: LoadedRun, split: str, networks: Sequence[Network], found: Fou
     cells = {name: make_cell(name, figures.get(name)) for name in COLUMNS}
     named = " + ".join(network.arch for network in networks) or "teacher"
     arch = make_printable(run.result["teacher"]["arch"] if run.result else named)
-    how = [one for one in (run.settings.combine, run.settings.map) if one]
+    how = [one for one in (run.config.combine, run.config.map) if one]
     parameters, milliseconds = _costs(networks, found) or (None, None)
     seconds = run.result["cache"]["seconds"] if run.result else None
     return Row(make_printable(", ".join([arch, *how])), "teacher", arch, "", cells, parameters, milliseconds, seconds)
@@ -113,4 +113,4 @@ def _unfinished(run: LoadedRun) -> Row:
     )
     cells: dict[str, Cell] = {name: make_cell(name, last.get(f"val_{name}")) for name in COLUMNS}
     note = f"{run.state}; figures of validation" if last else run.state
-    return Row(make_printable(run.name), "student", make_printable(run.settings.arch), note, cells, None, None, None)
+    return Row(make_printable(run.name), "student", make_printable(run.config.arch), note, cells, None, None, None)

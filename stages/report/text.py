@@ -171,7 +171,7 @@ def format_markdown(groups: Sequence[tuple[Group, list[Row], list[str]]], bills:
 def provenance_line(run: LoadedRun) -> str:
     """Caches, seeds, versions and machine of a run."""
     caches = ", ".join(one[:12] for one in run.fingerprints)
-    seeds = f"seed {run.settings.seed}" if run.settings.seeds == 1 else f"{run.settings.seeds} seeds"
+    seeds = f"seed {run.config.seed}" if run.config.seeds == 1 else f"{run.config.seeds} seeds"
     if not run.result:
         return f"{run.state}; cache {caches}, {seeds}"
     versions: dict[str, Any] = run.result["versions"]

@@ -7,7 +7,7 @@ from softcache.stages.cli.console import format_duration
 Cost = dict[str, float | None]
 
 
-def compute_cost(manifests: list[Manifest], settings: StudentConfig, seconds: float) -> Cost:
+def compute_cost(manifests: list[Manifest], config: StudentConfig, seconds: float) -> Cost:
     """In seconds. manifests: of the caches; seconds: of the training of one student, its fine-tuning included.
 
     stage_one: paid once. epoch: of this student; teacher_epoch: what the teacher takes for as many views, by its rate
@@ -17,16 +17,16 @@ def compute_cost(manifests: list[Manifest], settings: StudentConfig, seconds: fl
     """
     stage_one = sum(manifest.seconds for manifest in manifests)
     teacher = sum(manifest.seconds / _count_views(manifest) * manifest.splits["train"] for manifest in manifests)
-    epoch = seconds / (settings.epochs + settings.finetune_epochs)
+    epoch = seconds / (config.epochs + config.finetune_epochs)
     known = teacher > 0
     return {
         "stage_one": stage_one,
         "epoch": epoch,
         "teacher_epoch": teacher if known else None,
         "live_epoch": epoch + teacher if known else None,
-        "saved": teacher * settings.epochs if known else None,
+        "saved": teacher * config.epochs if known else None,
         "paid_after_epochs": stage_one / teacher if known else None,
-        "paid_after_students": stage_one / teacher / settings.epochs if known else None,
+        "paid_after_students": stage_one / teacher / config.epochs if known else None,
     }
 
 

@@ -23,47 +23,47 @@ IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard")
 S = TypeVar("S", TeacherConfig, StudentConfig)
 
 
-def open_run(settings: S, said: set[str], default: str) -> tuple[S, Path]:
+def open_run(config: S, said: set[str], default: str) -> tuple[S, Path]:
     """The folder of a run and the settings it goes by. Nothing is written yet: see begin_run.
 
     A new run gets a new folder (default-1, default-2 … when --out does not name one). With --resume the
     settings are those the run was begun with, and what the command says besides must agree with them.
     Raises UsageError for a folder that holds something else. Of several ranks the first looks, for all.
     """
-    record = broadcast_from_first(lambda: asdict(_resolve_run(settings, said, default)))
+    record = broadcast_from_first(lambda: asdict(_resolve_run(config, said, default)))
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    settings = replace(settings, **plain)
-    return settings, Path(settings.out)
+    config = replace(config, **plain)
+    return config, Path(config.out)
 
 
-def _resolve_run(settings: S, said: set[str], default: str) -> S:
-    parse_milestones(settings)
-    if settings.resume:
-        kept = _resume_config(settings, said)
+def _resolve_run(config: S, said: set[str], default: str) -> S:
+    parse_milestones(config)
+    if config.resume:
+        kept = _resume_config(config, said)
         check_installed(kept)
         return kept
-    check_installed(settings)
-    folder = Path(settings.out) if settings.out else find_free_folder(default)
+    check_installed(config)
+    folder = Path(config.out) if config.out else find_free_folder(default)
     if folder.exists() and (not folder.is_dir() or any(not _is_stale(path) for path in folder.iterdir())):
-        other = _describe_other_run(folder, settings)
+        other = _describe_other_run(folder, config)
         raise UsageError(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
-    return replace(settings, out=str(folder))
+    return replace(config, out=str(folder))
 
 
-def parse_milestones(settings: TeacherConfig | StudentConfig) -> list[float]:
+def parse_milestones(config: TeacherConfig | StudentConfig) -> list[float]:
     """The shares of the training at which the schedule goes down. Raises UsageError for what is none."""
     try:
-        shares = [float(text) for text in settings.milestones.split(",")]
+        shares = [float(text) for text in config.milestones.split(",")]
     except ValueError:
         shares = [-1.0]
     if not all(0 < share < 1 for share in shares):
-        raise UsageError(f"--milestones {settings.milestones}: shares of the training, such as 0.5,0.75")
+        raise UsageError(f"--milestones {config.milestones}: shares of the training, such as 0.5,0.75")
     return shares
 
 
-def check_installed(settings: TeacherConfig | StudentConfig) -> None:
+def check_installed(config: TeacherConfig | StudentConfig) -> None:
     """Raise UsageError for an optional part that is asked for and is not there, before anything is done."""
-    if settings.tensorboard:
+    if config.tensorboard:
         require_extra("--tensorboard wants", "tensorboard", "tensorboard")
 
 
@@ -72,7 +72,7 @@ def _is_stale(path: Path) -> bool:
     return path.name == LOCK or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
 
 
-def find_unfinished_runs(settings: TeacherConfig | StudentConfig, folder: Path) -> list[Path]:
+def find_unfinished_runs(config: TeacherConfig | StudentConfig, folder: Path) -> list[Path]:
     """Other runs with the same settings that were stopped, beside a folder whose name was chosen for this one."""
     found = []
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/settings.json")):
@@ -82,13 +82,13 @@ def find_unfinished_runs(settings: TeacherConfig | StudentConfig, folder: Path) 
             kept = read_json(path)
         except CacheError:  # damaged: that is for those who go on with it
             continue
-        if not _list_differences(kept, settings):
+        if not _list_differences(kept, config):
             found.append(path.parent)
     return found
 
 
 @contextmanager
-def start_run(settings: TeacherConfig | StudentConfig, folder: Path) -> Iterator[None]:
+def start_run(config: TeacherConfig | StudentConfig, folder: Path) -> Iterator[None]:
     """Make the folder of a run, hold it, and publish its settings.json, once all that can be refused has been checked.
 
     Raises CacheError when another process holds it. Of several ranks the first does all this; the others wait for it.
@@ -100,18 +100,18 @@ def start_run(settings: TeacherConfig | StudentConfig, folder: Path) -> Iterator
     make_folder(folder)
     with hold_lock(folder):
         remove_stale_files(folder, ("settings.json", "result.json", "cache.json", TEACHER_LOGITS))
-        if not settings.resume:
+        if not config.resume:
             if (folder / "settings.json").exists():
                 raise UsageError(f"'{folder}' was begun by another process just now: choose another --out")
-            publish_json(folder / "settings.json", asdict(settings))
+            publish_json(folder / "settings.json", asdict(config))
         barrier()
         yield
 
 
-def check_same_config(folder: Path, settings: StudentConfig) -> None:
+def check_same_config(folder: Path, config: StudentConfig) -> None:
     """Raise CacheError, naming what differs, when a run was begun with other settings than these."""
-    kept = asdict(read_config(folder, type(settings)))
-    if differ := _list_differences(json.loads(json.dumps(kept)), settings):
+    kept = asdict(read_config(folder, type(config)))
+    if differ := _list_differences(json.loads(json.dumps(kept)), config):
         raise CacheError(f"'{folder}' was begun with other settings ({'; '.join(differ[:4])}): choose another --out")
 
 
@@ -121,20 +121,20 @@ def find_free_folder(default: str) -> Path:
     return next(p for n in numbers if not (p := Path("runs") / f"{default}-{n}").exists())
 
 
-def _resume_config(settings: S, said: set[str]) -> S:
-    if not settings.out:
+def _resume_config(config: S, said: set[str]) -> S:
+    if not config.out:
         raise UsageError("--resume wants the run's folder: --resume --out runs/…")
-    folder = Path(settings.out)
-    kept = read_config(folder, type(settings))
+    folder = Path(config.out)
+    kept = read_config(folder, type(config))
     own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data", "tensorboard"}
     wrong = [
         f"--{n.replace('_', '-')}"
         for n in sorted(said - own)
-        if _plain(getattr(settings, n)) != _plain(getattr(kept, n))
+        if _plain(getattr(config, n)) != _plain(getattr(kept, n))
     ]
     if wrong:
         raise UsageError(f"'{folder}' was begun with another {', '.join(wrong)}: leave out what is not to change")
-    here = {n: getattr(settings, n) for n in own & {f.name for f in fields(settings)} if n in said}
+    here = {n: getattr(config, n) for n in own & {f.name for f in fields(config)} if n in said}
     return replace(kept, **here)
 
 
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _describe_other_run(folder: Path, settings: S) -> str:
+def _describe_other_run(folder: Path, config: S) -> str:
     path = folder / "settings.json"
     if not path.is_file():
         return " and is no run"
@@ -150,13 +150,13 @@ def _describe_other_run(folder: Path, settings: S) -> str:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return " and its settings.json is damaged"
-    differ = _list_differences(kept, settings)
+    differ = _list_differences(kept, config)
     return f", begun with other settings ({'; '.join(differ[:4])})" if differ else ", begun with the same settings"
 
 
-def _list_differences(kept: Any, settings: TeacherConfig | StudentConfig) -> list[str]:
+def _list_differences(kept: Any, config: TeacherConfig | StudentConfig) -> list[str]:
     """The settings in which a run differs from what is asked, in words; where it lies and what it prints aside."""
-    asked = json.loads(json.dumps(asdict(settings)))
+    asked = json.loads(json.dumps(asdict(config)))
     return [f"{n} {a} there, {b} asked" for n, a, b in find_differences(kept, asked) if n not in IGNORED_OPTIONS]
 
 

@@ -28,7 +28,7 @@ class SplitLogits:
     classes: tuple[str, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         """Of the K classes: their numbers, where the data have no names for them."""
         K = self.logits.shape[1]
         return self.classes if len(self.classes) == K else tuple(map(str, range(K)))

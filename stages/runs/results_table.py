@@ -22,8 +22,8 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     of_seeds = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
     width = max(len(name) for name in names.values())
     columns = _COLUMNS + (_TAIL if result["teacher"][split].get("recall_tail") is not None else ())
-    console.say()
-    console.say(
+    console.print()
+    console.print(
         f"{split + ' split' + of_seeds:<{width}}"
         + "".join(f"{title:>17}" for title, _ in columns)
         + f"{'seconds':>10}"
@@ -32,12 +32,12 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         figures, spread = result[model][split], result["spread"].get(model, {}).get(split, {})
         cells = [format_cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
         seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
-        console.say(
+        console.print(
             f"{names[model]:<{width}}" + "".join(f"{format_cell:>17}" for format_cell in cells) + f"{seconds:>10.1f}"
         )
-    console.say("(seconds: of the teacher, stage one, paid once; of a student, its training)")
+    console.print("(seconds: of the teacher, stage one, paid once; of a student, its training)")
     for line in _explain_gain(result, split):
-        console.say(line)
+        console.print(line)
 
 
 def format_cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:

@@ -20,14 +20,14 @@ from .teachers import format_weights, open_caches, resolve_combination
 _COLUMNS = ("nll", "accuracy", "f1_macro")
 
 
-def run(settings: BlendConfig) -> None:
+def run(config: BlendConfig) -> None:
     """Each cache alone and each way to combine them, by the figures of the held-out splits."""
-    console = Console(settings.json)
-    if len(settings.cache) < 2:
+    console = Console(config.json)
+    if len(config.cache) < 2:
         raise UsageError("blend compares several caches: --cache A --cache B")
-    if settings.combine in PER_TEACHER:
-        raise UsageError(f"--combine {settings.combine} blends losses, not teachers: it has no row here")
-    caches = open_caches(settings.cache)
+    if config.combine in PER_TEACHER:
+        raise UsageError(f"--combine {config.combine} blends losses, not teachers: it has no row here")
+    caches = open_caches(config.cache)
     teachers = TeacherEnsemble(caches)
     splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
     said = {split: teachers.read_held_out(split) for split in splits}
@@ -38,15 +38,15 @@ def run(settings: BlendConfig) -> None:
         {"name": f"{cache.teacher} ({cache.folder})", **_figures({s: said[s][:, k] for s in splits}, labels)}
         for k, cache in enumerate(caches)
     ]
-    for combine in _ways(settings, said["val"], labels["val"]):
+    for combine in _ways(config, said["val"], labels["val"]):
         figures = _figures({split: combine(logits) for split, logits in said.items()}, labels)
         rows.append({"name": combine.name, **combine.to_json(), **figures})
-    if settings.json:
-        return console.result(json.dumps({"caches": list(settings.cache), "rows": rows}))
+    if config.json:
+        return console.print_json(json.dumps({"caches": list(config.cache), "rows": rows}))
     _print(rows, splits, console)
     best = min(rows[len(caches) :], key=lambda row: row["val"]["nll"])["name"]  # the least NLL on validation
-    student = StudentConfig(cache=settings.cache, combine=settings.combine if best == "weighted" else best)
-    console.say(f"next:  {format_command('student', student)}")
+    student = StudentConfig(cache=config.cache, combine=config.combine if best == "weighted" else best)
+    console.print(f"next:  {format_command('student', student)}")
 
 
 def _labels(cache: Cache, split: str) -> Any:
@@ -56,10 +56,10 @@ def _labels(cache: Cache, split: str) -> Any:
     return labels
 
 
-def _ways(settings: BlendConfig, val: torch.Tensor, labels: Any) -> list[Combination]:
+def _ways(config: BlendConfig, val: torch.Tensor, labels: Any) -> list[Combination]:
     """Every way to combine that has no knobs, and the one that is asked for."""
     plain = [name for name in SINGLE_OUTPUT if name not in ("weighted", "learned")]
-    names = plain if settings.combine in ("", "learned", *plain) else [*plain, settings.combine]
+    names = plain if config.combine in ("", "learned", *plain) else [*plain, config.combine]
     members = val.shape[1]
     return [*(parse_combination(name, members) for name in names), resolve_combination("learned", val, labels)]
 
@@ -72,10 +72,10 @@ def _figures(logits: dict[str, torch.Tensor], labels: dict[str, Any]) -> dict[st
 def _print(rows: list[dict[str, Any]], splits: list[str], console: Console) -> None:
     width = max(len(row["name"]) for row in rows)
     titles = {"nll": "NLL", "accuracy": "accuracy", "f1_macro": "macro F1"}
-    console.say(" " * width + "".join(f"{f'{split} {titles[key]}':>15}" for split in splits for key in _COLUMNS))
+    console.print(" " * width + "".join(f"{f'{split} {titles[key]}':>15}" for split in splits for key in _COLUMNS))
     for row in rows:
         cells = "".join(f"{row[split][key]:>15.4f}" for split in splits for key in _COLUMNS)
-        console.say(f"{row['name']:<{width}}{cells}")
+        console.print(f"{row['name']:<{width}}{cells}")
     learned = rows[-1]
-    console.say(f"learned, on val: {format_weights(learned['weights'], learned['temperatures'])}")
-    console.say("per_teacher and ca_mkd blend losses, not teachers: they have no row here")
+    console.print(f"learned, on val: {format_weights(learned['weights'], learned['temperatures'])}")
+    console.print("per_teacher and ca_mkd blend losses, not teachers: they have no row here")

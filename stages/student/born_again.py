@@ -33,17 +33,17 @@ from .recipes import apply_recipe
 from .setup import DistillationSetup
 
 
-def run(settings: BornAgainConfig, said: set[str]) -> None:
+def run(config: BornAgainConfig, said: set[str]) -> None:
     """Student, cache, student, cache …; then the ensemble. The same command with --out goes on with what is there."""
-    console = Console(settings.json)
-    if settings.resume or settings.seeds > 1 or settings.labelled:
+    console = Console(config.json)
+    if config.resume or config.seeds > 1 or config.labelled:
         raise UsageError("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
-    folder = Path(settings.out) if settings.out else find_free_folder("born-again")
-    archs = _archs(settings)
-    first = student_stage.fill_defaults(apply_recipe(student_stage.student_config(settings), said))
-    material = DistillationSetup.open(first)
-    _check(archs, first, material)
-    student_stage.print_notes(first, material, console)
+    folder = Path(config.out) if config.out else find_free_folder("born-again")
+    archs = _archs(config)
+    first = student_stage.fill_defaults(apply_recipe(student_stage.student_config(config), said))
+    setup = DistillationSetup.open(first)
+    _check(archs, first, setup)
+    student_stage.print_notes(first, setup, console)
     make_folder(folder)
     caches, results = first.cache, []
     try:
@@ -56,40 +56,40 @@ def run(settings: BornAgainConfig, said: set[str]) -> None:
                 out=str(folder / f"generation-{generation}"),
                 baseline=first.baseline and generation == 1,
             )
-            console.say(f"generation {generation} of {len(archs)}: {own.arch}, taught by {' and '.join(caches)}")
+            console.print(f"generation {generation} of {len(archs)}: {own.arch}, taught by {' and '.join(caches)}")
             results.append(
                 student_stage.train_or_resume(own, DistillationSetup.open(own), console) | {"cache_folder": caches[0]}
             )
             if generation < len(archs):
-                caches = (_next_cache(own, material, folder / f"cache-{generation}", console),)
+                caches = (_next_cache(own, setup, folder / f"cache-{generation}", console),)
                 # The students learned from the blend, and what the map has mended is mended in them.
                 first = replace(first, combine="", map="", missing="")
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
-    result = _result(settings, material, folder, results)
+    result = _result(config, setup, folder, results)
     publish_json(folder / "result.json", result)
-    if settings.json:
-        return console.result(json.dumps(result))
+    if config.json:
+        return console.print_json(json.dumps(result))
     _report(result, folder, console)
 
 
-def _archs(settings: BornAgainConfig) -> list[str]:
+def _archs(config: BornAgainConfig) -> list[str]:
     """One arch per generation; "" where --arch, or the recipe, says which."""
-    if not settings.archs:
-        return [""] * settings.generations
-    archs = settings.archs.replace(" ", "+").split("+")
-    if settings.arch or not all(archs):
-        raise UsageError(f"--archs {settings.archs} names an arch for each generation; leave out --arch")
+    if not config.archs:
+        return [""] * config.generations
+    archs = config.archs.replace(" ", "+").split("+")
+    if config.arch or not all(archs):
+        raise UsageError(f"--archs {config.archs} names an arch for each generation; leave out --arch")
     return archs
 
 
-def _check(archs: list[str], first: StudentConfig, material: DistillationSetup) -> None:
+def _check(archs: list[str], first: StudentConfig, setup: DistillationSetup) -> None:
     """Find what would stop the chain later before anything is made. Raises UsageError."""
-    if any(isinstance(loss, SimKD) for loss in material.losses):
+    if any(isinstance(loss, SimKD) for loss in setup.losses):
         raise UsageError("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
-    layers = {parse_tap(tap)[0] for tap in list_teacher_taps(material.losses)}
+    layers = {parse_tap(tap)[0] for tap in list_teacher_taps(setup.losses)}
     for arch in dict.fromkeys(archs):
-        network = material.network(replace(first, arch=arch or first.arch), material.losses)
+        network = setup.build_student(replace(first, arch=arch or first.arch), setup.losses)
         missing = sorted(layers - set(list_layers(network)))
         if missing and arch in archs[:-1]:
             raise UsageError(
@@ -97,19 +97,19 @@ def _check(archs: list[str], first: StudentConfig, material: DistillationSetup) 
             )
 
 
-def _next_cache(settings: StudentConfig, material: DistillationSetup, out: Path, console: Console) -> str:
+def _next_cache(config: StudentConfig, setup: DistillationSetup, out: Path, console: Console) -> str:
     """The cache of a student, of the same views as the first one, with the taps that the losses want."""
-    like = read_cache_config(material.cache)
+    like = read_cache_config(setup.cache)
     asked = replace(
         like,
-        data=settings.data or like.data,
-        data_root=settings.data_root,
+        data=config.data or like.data,
+        data_root=config.data_root,
         teacher="",
-        weights=settings.out,
+        weights=config.out,
         normalize="",
-        taps=",".join(list_teacher_taps(material.losses)),
-        device=settings.device,
-        workers=settings.workers,
+        taps=",".join(list_teacher_taps(setup.losses)),
+        device=config.device,
+        workers=config.workers,
         out=str(out),
         json=False,
         license="",
@@ -119,12 +119,12 @@ def _next_cache(settings: StudentConfig, material: DistillationSetup, out: Path,
 
 
 def _result(
-    settings: BornAgainConfig, material: DistillationSetup, folder: Path, results: list[dict[str, Any]]
+    config: BornAgainConfig, setup: DistillationSetup, folder: Path, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    said = list(_probabilities(material, folder, results))
+    said = list(_probabilities(setup, folder, results))
     together = {split: np.mean([one[split] for one in said], axis=0) for split in said[0]}
     return {
-        "settings": asdict(settings),
+        "settings": asdict(config),
         "teacher": results[0]["teacher"],
         "generations": [
             {"run": str(folder / f"generation-{g}"), "cache": r["cache_folder"], "student": r["student"]}
@@ -134,27 +134,25 @@ def _result(
         "ensemble": {
             split: evaluate(
                 np.log(np.maximum(p, 1e-30)).astype(np.float32),
-                material.held_out[split].labels,
-                material.teacher[split].numpy(),
-                material.counts,
+                setup.held_out[split].labels,
+                setup.teacher[split].numpy(),
+                setup.class_counts,
             )
             for split, p in together.items()
         },
     }
 
 
-def _probabilities(
-    material: DistillationSetup, folder: Path, results: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+def _probabilities(setup: DistillationSetup, folder: Path, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """{split: softmax [N, K]} of each generation: probabilities are averaged: logits have no common scale."""
     for generation, result in enumerate(results, 1):
         path = folder / f"generation-{generation}" / "student.pt"
-        network = material.build(result["student"]["arch"])
+        network = setup.build_network(result["student"]["arch"])
         load_weights(network, read_state_dict(path), str(path))
-        model = PreparedModel(network, material.input_spec).to(material.device)
+        model = PreparedModel(network, setup.input_spec).to(setup.device)
         yield {
             split: torch.from_numpy(rows.logits(model)).double().softmax(1).numpy()
-            for split, rows in material.held_out.items()
+            for split, rows in setup.held_out.items()
         }
 
 
@@ -163,15 +161,15 @@ def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
 
     def line(name: str, figures: dict[str, Any]) -> None:
         agreement = f", agreement with the first teacher {figures['agreement']:.4f}" if "agreement" in figures else ""
-        console.say(f"{name}: {split} accuracy {figures['accuracy']:.4f}, NLL {figures['nll']:.4f}{agreement}")
+        console.print(f"{name}: {split} accuracy {figures['accuracy']:.4f}, NLL {figures['nll']:.4f}{agreement}")
 
     line("teacher", result["teacher"][split])
     for number, generation in enumerate(result["generations"], 1):
         student = generation["student"]
-        console.say(
+        console.print(
             f"generation {number} ({student['arch']}): {split} accuracy {student[split]['accuracy']:.4f},"
             f" agreement with its teacher {student[split]['agreement']:.4f}"
         )
     line(f"all {len(result['generations'])} together", result["ensemble"][split])
-    console.say(f"run:   {folder}")
-    console.say(f"next:  {program_name()} evaluate {folder / 'generation-1'}")
+    console.print(f"run:   {folder}")
+    console.print(f"next:  {program_name()} evaluate {folder / 'generation-1'}")

@@ -36,134 +36,136 @@ _NOT_ALONE = {
 }
 
 
-def run(settings: StudentConfig, said: set[str]) -> None:
+def run(config: StudentConfig, said: set[str]) -> None:
     """Cache and data, checked against each other; then seed after seed; then the result. By all ranks."""
-    with process_group(settings.device):
-        _run(settings, said, Console(settings.json))
+    with process_group(config.device):
+        _run(config, said, Console(config.json))
 
 
-def _run(settings: StudentConfig, said: set[str], console: Console) -> None:
-    if not settings.resume:
-        settings = fill_defaults(apply_recipe(settings, said))
-    settings, folder = open_run(settings, said, f"{short_name(settings.data)}-{settings.arch.replace(':', '-')}")
+def _run(config: StudentConfig, said: set[str], console: Console) -> None:
+    if not config.resume:
+        config = fill_defaults(apply_recipe(config, said))
+    config, folder = open_run(config, said, f"{short_name(config.data)}-{config.arch.replace(':', '-')}")
     if "out" not in said:
-        for stopped in find_unfinished_runs(settings, folder):
-            console.say(f"'{stopped}' was stopped; it goes on with  {program_name()} student --resume --out {stopped}")
-    material = DistillationSetup.open(settings)
+        for stopped in find_unfinished_runs(config, folder):
+            console.print(
+                f"'{stopped}' was stopped; it goes on with  {program_name()} student --resume --out {stopped}"
+            )
+    setup = DistillationSetup.open(config)
     # An arch that cannot be built is found before a folder is made.
-    network = material.network(settings, material.losses)
-    note_batch_norm(network, material.device, console)
+    network = setup.build_student(config, setup.losses)
+    note_batch_norm(network, setup.device, console)
     # And that no row is left, or too few of a batch.
-    stream = material.stream(settings, material.transfer_set.splits["train"].labels, False, False)
-    check_batches_shareable(network, stream, material.device, settings)
-    print_notes(settings, material, console)
-    unread = not any(loss.needs_logits or loss.needs_head for loss in material.losses)
-    if unread and (material.teachers.combine or material.teachers.maps):
-        console.say("no loss here reads what the teacher says: a blend and a map change the figures alone")
-    result = train_student(settings, material, folder, console)
-    if settings.json:
-        return console.result(json.dumps(result))
+    stream = setup.make_stream(config, setup.transfer_set.splits["train"].labels, False, False)
+    check_batches_shareable(network, stream, setup.device, config)
+    print_notes(config, setup, console)
+    unread = not any(loss.needs_logits or loss.needs_head for loss in setup.losses)
+    if unread and (setup.teachers.combine or setup.teachers.maps):
+        console.print("no loss here reads what the teacher says: a blend and a map change the figures alone")
+    result = train_student(config, setup, folder, console)
+    if config.json:
+        return console.print_json(json.dumps(result))
     print_table(result, console)
-    split = "test" if "test" in material.held_out else "val"
-    if result["student"][split]["accuracy"] < 1.5 / material.cache.classes:
-        console.say("The student knows hardly more than chance: --clip-norm 1 or a lower --learning-rate often helps;")
-        console.say("terms of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs")
-    console.say(f"bill:  {format_cost(result['bill'])}")
-    console.say(f"run:   {folder}")
-    console.say(f"cache: {', '.join(settings.cache)}, reused by every other student: no teacher is needed any more")
-    other = "cnn" if settings.arch != "cnn" else "mlp:64"
-    data = settings.data if material.cache.data == "folder" else ""
-    same = {name: getattr(settings, name) for name in ("cache", "data_root", "combine", "map", "missing")}
+    split = "test" if "test" in setup.held_out else "val"
+    if result["student"][split]["accuracy"] < 1.5 / setup.cache.classes:
+        console.print(
+            "The student knows hardly more than chance: --clip-norm 1 or a lower --learning-rate often helps;"
+        )
+        console.print("terms of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs")
+    console.print(f"bill:  {format_cost(result['bill'])}")
+    console.print(f"run:   {folder}")
+    console.print(f"cache: {', '.join(config.cache)}, reused by every other student: no teacher is needed any more")
+    other = "cnn" if config.arch != "cnn" else "mlp:64"
+    data = config.data if setup.cache.data == "folder" else ""
+    same = {name: getattr(config, name) for name in ("cache", "data_root", "combine", "map", "missing")}
     again = StudentConfig(**same, data=data, arch=other, baseline=True)
-    console.say(f"next:  {format_command('student', again)}")
+    console.print(f"next:  {format_command('student', again)}")
 
 
-def print_notes(settings: StudentConfig, material: DistillationSetup, console: Console) -> None:
+def print_notes(config: StudentConfig, setup: DistillationSetup, console: Console) -> None:
     """What to know before a training begins: who teaches, rows that nobody answers, a loss that goes wrong."""
-    if not material.teachers.is_single_cache:
-        for line in describe_teachers(material.teachers, material.figures_of_members, material.figures):
-            console.say(line)
-    if settings.missing:
-        gone, rows = int(material.without_answer.sum()), len(material.without_answer)
-        how = "left out" if settings.missing == "skip" else "learned from their labels in draws without an answer"
-        console.say(f"--missing {settings.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
-    if settings.epochs % (k := settings.draws_per_decode):
+    if not setup.teachers.is_single_cache:
+        for line in describe_teachers(setup.teachers, setup.member_metrics, setup.teacher_metrics):
+            console.print(line)
+    if config.missing:
+        gone, rows = int(setup.missing_rows.sum()), len(setup.missing_rows)
+        how = "left out" if config.missing == "skip" else "learned from their labels in draws without an answer"
+        console.print(f"--missing {config.missing}: {gone:,} of {rows:,} rows have no answer in some draw: {how}")
+    if config.epochs % (k := config.draws_per_decode):
         some = "some images are shown in fewer draws than others"
-        console.say(f"--epochs {settings.epochs} is no multiple of --draws-per-decode {k}: {some}")
-    if len(material.losses) == 1 and (why := _NOT_ALONE.get(material.losses[0].name)):
-        console.say(why)
+        console.print(f"--epochs {config.epochs} is no multiple of --draws-per-decode {k}: {some}")
+    if len(setup.losses) == 1 and (why := _NOT_ALONE.get(setup.losses[0].name)):
+        console.print(why)
 
 
-def train_or_resume(settings: StudentConfig, material: DistillationSetup, console: Console) -> dict[str, Any]:
+def train_or_resume(config: StudentConfig, setup: DistillationSetup, console: Console) -> dict[str, Any]:
     """Train in settings.out, where it may have been begun or finished; its result.json. Raises as to_go_on."""
-    return train_student(resume_if_started(settings), material, Path(settings.out), console)
+    return train_student(resume_if_started(config), setup, Path(config.out), console)
 
 
-def resume_if_started(settings: StudentConfig) -> StudentConfig:
+def resume_if_started(config: StudentConfig) -> StudentConfig:
     """The settings with --resume where settings.out was begun. Raises CacheError for other settings there."""
-    folder = Path(settings.out)
+    folder = Path(config.out)
     if not (folder / "settings.json").exists():
-        return settings
-    check_same_config(folder, settings)
-    return replace(settings, resume=True)
+        return config
+    check_same_config(folder, config)
+    return replace(config, resume=True)
 
 
-def train_student(
-    settings: StudentConfig, material: DistillationSetup, folder: Path, console: Console
-) -> dict[str, Any]:
+def train_student(config: StudentConfig, setup: DistillationSetup, folder: Path, console: Console) -> dict[str, Any]:
     """Seed after seed in a run's folder; its result.json."""
-    with started_run(settings, material, folder):
-        seeds = range(settings.seed, settings.seed + settings.seeds)
+    with started_run(config, setup, folder):
+        seeds = range(config.seed, config.seed + config.seeds)
         results = []
         for seed in seeds:
-            own = folder if settings.seeds == 1 else folder / f"seed-{seed}"
-            (result,) = train_phases([StudentTraining(replace(settings, seed=seed), material, own)], console)
+            own = folder if config.seeds == 1 else folder / f"seed-{seed}"
+            (result,) = train_phases([StudentTraining(replace(config, seed=seed), setup, own)], console)
             if isinstance(result, TrainingStopped):
                 raise result
             results.append(result)
             if (
-                settings.seeds > 1 and is_first()
+                config.seeds > 1 and is_first()
             ):  # so that each seed's folder is a run: a teacher for the next generation
                 remove_stale_files(own, ("result.json",))
                 publish_json(own / "result.json", result)
-        result = assemble_result(settings, material, results)
+        result = assemble_result(config, setup, results)
         if is_first():
             publish_json(folder / "result.json", result)
         return result
 
 
 @contextmanager
-def started_run(settings: StudentConfig, material: DistillationSetup, folder: Path) -> Iterator[None]:
+def started_run(config: StudentConfig, setup: DistillationSetup, folder: Path) -> Iterator[None]:
     """A run's folder, held, in which is written what it is trained from."""
-    with start_run(settings, folder):
-        broadcast_from_first(lambda: _record_targets(settings, material, folder))
+    with start_run(config, folder):
+        broadcast_from_first(lambda: _record_targets(config, setup, folder))
         yield
 
 
-def _record_targets(settings: StudentConfig, material: DistillationSetup, folder: Path) -> None:
+def _record_targets(config: StudentConfig, setup: DistillationSetup, folder: Path) -> None:
     """Which shards the run is trained from, what becomes of several caches or through a map, and what it then says."""
-    check_same_shards(material.teachers, settings, material.taps, folder)
-    save_targets_record(material.teachers, folder)
+    check_same_shards(setup.teachers, config, setup.taps, folder)
+    save_targets_record(setup.teachers, folder)
     if not (folder / TEACHER_LOGITS).is_file():
-        said = {split: logits.numpy() for split, logits in material.teacher.items()}
-        save_logits(folder / TEACHER_LOGITS, said, material.transfer_set)
+        said = {split: logits.numpy() for split, logits in setup.teacher.items()}
+        save_logits(folder / TEACHER_LOGITS, said, setup.transfer_set)
 
 
-def student_config(settings: StudentConfig) -> StudentConfig:
+def student_config(config: StudentConfig) -> StudentConfig:
     """The settings of one student, of a command that has more; what it prints is not one JSON object."""
-    own = {f.name: getattr(settings, f.name) for f in fields(StudentConfig)}
+    own = {f.name: getattr(config, f.name) for f in fields(StudentConfig)}
     return StudentConfig(**own | {"json": False})
 
 
-def fill_defaults(settings: StudentConfig) -> StudentConfig:
+def fill_defaults(config: StudentConfig) -> StudentConfig:
     """Every setting that was left open, from the recipe of the cache's data set. What is asked for can be had."""
-    check_installed(settings)
-    if settings.data:
-        find_source(settings.data)
-    caches = settings.cache or (f"caches/{short_name(settings.data or 'digits')}",)
+    check_installed(config)
+    if config.data:
+        find_source(config.data)
+    caches = config.cache or (f"caches/{short_name(config.data or 'digits')}",)
     for cache in caches:
         if not Path(cache).exists():
-            data = f" --data {quote(settings.data)}" if settings.data else ""
+            data = f" --data {quote(config.data)}" if config.data else ""
             make = f"{program_name()} teacher-cache{data} --out {quote(cache)}"
             raise CacheError(f"there is no cache at '{cache}': make one with  {make}")
     opened = Cache(Path(caches[0]))
@@ -172,49 +174,47 @@ def fill_defaults(settings: StudentConfig) -> StudentConfig:
         raise CacheError(f"the cache '{caches[0]}' is of '{name}', a data set that this program does not know")
     recipe = TRANSFER_SETS[name].recipe
     return replace(
-        settings,
+        config,
         cache=caches,
-        data=settings.data or ("" if name == "folder" else name),
-        draws=settings.draws or opened.manifest.draws,
-        arch=settings.arch or recipe.student,
-        loss=settings.loss or recipe.losses,
-        epochs=settings.epochs or recipe.student_epochs,
-        batch_size=settings.batch_size or recipe.batch_size,
-        learning_rate=settings.learning_rate or recipe.learning_rate,
-        weight_decay=settings.weight_decay if settings.weight_decay >= 0 else recipe.weight_decay,
+        data=config.data or ("" if name == "folder" else name),
+        draws=config.draws or opened.manifest.draws,
+        arch=config.arch or recipe.student,
+        loss=config.loss or recipe.losses,
+        epochs=config.epochs or recipe.student_epochs,
+        batch_size=config.batch_size or recipe.batch_size,
+        learning_rate=config.learning_rate or recipe.learning_rate,
+        weight_decay=config.weight_decay if config.weight_decay >= 0 else recipe.weight_decay,
     )
 
 
-def assemble_result(
-    settings: StudentConfig, material: DistillationSetup, results: list[dict[str, Any]]
-) -> dict[str, Any]:
+def assemble_result(config: StudentConfig, setup: DistillationSetup, results: list[dict[str, Any]]) -> dict[str, Any]:
     """result.json: means over the seeds, their standard deviations, and the single results."""
-    manifests = [cache.manifest for cache in material.teachers.members]
+    manifests = [cache.manifest for cache in setup.teachers.members]
     manifest = manifests[0]
-    members = {} if material.teachers.is_single_cache else {"members": material.figures_of_members}
+    members = {} if setup.teachers.is_single_cache else {"members": setup.member_metrics}
     mean, spread = mean_and_spread(results)
     for name in mean:
         mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}
     return {
-        "settings": asdict(settings),
+        "settings": asdict(config),
         "cache": {
             "fingerprint": manifest.fingerprint,
             "manifest": manifest.digest,
-            "draws": settings.draws,
+            "draws": config.draws,
             "rows": manifest.splits["train"],
-            "missing_rows": int(material.without_answer.sum()) if settings.missing else 0,
+            "missing_rows": int(setup.missing_rows.sum()) if config.missing else 0,
             "bytes": sum(m.bytes for m in manifests),
             "seconds": sum(m.seconds for m in manifests),
         },
-        "teacher": material.figures,
+        "teacher": setup.teacher_metrics,
         **members,
         **mean,
-        "bill": compute_cost(manifests, settings, mean["student"]["seconds"]),
+        "bill": compute_cost(manifests, config, mean["student"]["seconds"]),
         "spread": spread,
-        "seeds": [{"seed": settings.seed + i, **result} for i, result in enumerate(results)],
+        "seeds": [{"seed": config.seed + i, **result} for i, result in enumerate(results)],
         "seconds": {name: sum(r[name]["seconds"] for r in results) for name in mean},
         "images_per_second": mean["student"]["images_per_second"],
-        "peak_memory": measure_peak_memory(material.device),
+        "peak_memory": measure_peak_memory(setup.device),
         "versions": library_versions(),
-        "machine": describe_machine(material.device),
+        "machine": describe_machine(setup.device),
     }

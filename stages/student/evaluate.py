@@ -17,28 +17,28 @@ from .setup import DistillationSetup
 from .teachers import open_caches
 
 
-def run(name: str, settings: EvaluateConfig, said: set[str]) -> None:
+def run(name: str, config: EvaluateConfig, said: set[str]) -> None:
     """Every student of the run: its weights, the held-out splits, the teacher's cached logits."""
-    console, folder = Console(settings.json), Path(name)
+    console, folder = Console(config.json), Path(name)
     kept = read_json(folder / "settings.json")
     if "cache" not in kept:
         raise UsageError(f"'{folder}' is no run of a student")
     begun = read_config(folder, StudentConfig)
-    here = {name: getattr(settings, name) for name in said - {"json"}}
+    here = {name: getattr(config, name) for name in said - {"json"}}
     begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
     check_same_teachers(folder, open_caches(begun.cache))
-    material = DistillationSetup.open(begun)
+    setup = DistillationSetup.open(begun)
     seeds = range(begun.seed, begun.seed + begun.seeds)
     found: dict[str, Any] = {}
     for seed in seeds:
         own = folder if begun.seeds == 1 else folder / f"seed-{seed}"
-        found[str(seed)] = _figures(own, begun, material)
-    if settings.json:
-        return console.result(json.dumps(found))
+        found[str(seed)] = _figures(own, begun, setup)
+    if config.json:
+        return console.print_json(json.dumps(found))
     for number, splits in found.items():
         for split, figures in splits.items():
             numbers = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
-            console.say(f"seed {number}, {split}: {numbers}")
+            console.print(f"seed {number}, {split}: {numbers}")
 
 
 def check_same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
@@ -50,13 +50,11 @@ def check_same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
         raise CacheError(f"'{folder}' was trained from the caches {make_printable(theirs)}, these are {mine}")
 
 
-def _figures(folder: Path, settings: StudentConfig, material: DistillationSetup) -> dict[str, Any]:
+def _figures(folder: Path, config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
     path = folder / "student.pt"
     if not path.is_file():
-        raise CacheError(
-            f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {settings.out}"
-        )
-    network = material.network(settings, material.losses)
+        raise CacheError(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {config.out}")
+    network = setup.build_student(config, setup.losses)
     load_weights(network, read_state_dict(path), str(path))
-    model = PreparedModel(network, material.input_spec).to(material.device)
-    return material.measure(material.logits(model))
+    model = PreparedModel(network, setup.input_spec).to(setup.device)
+    return setup.compute_metrics(setup.compute_logits(model))

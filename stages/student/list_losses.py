@@ -11,16 +11,16 @@ from softcache.stages.cli.configs import ListConfig
 from softcache.stages.cli.console import Console
 
 
-def run(settings: ListConfig) -> None:
+def run(config: ListConfig) -> None:
     """One line per loss, and one of its knobs."""
-    console = Console(settings.json)
-    if settings.json:
-        return console.result(json.dumps({name: _record(loss) for name, loss in LOSSES.items()}))
+    console = Console(config.json)
+    if config.json:
+        return console.print_json(json.dumps({name: _record(loss) for name, loss in LOSSES.items()}))
     for name, loss in LOSSES.items():
         record = _record(loss)
-        console.say(f"{name}: {record['what']}")
-        console.say("    " + ", ".join(f"{k}={v}" for k, v in record["knobs"].items()))
-        console.say(f"    reads {', '.join(record['reads'])}")
+        console.print(f"{name}: {record['what']}")
+        console.print("    " + ", ".join(f"{k}={v}" for k, v in record["knobs"].items()))
+        console.print(f"    reads {', '.join(record['reads'])}")
 
 
 def _record(loss: Loss) -> dict[str, Any]:

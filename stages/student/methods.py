@@ -81,21 +81,21 @@ class Cost:
     to_kd: float | None = None
 
 
-def run(settings: MethodsConfig, said: set[str]) -> None:
+def run(config: MethodsConfig, said: set[str]) -> None:
     """Time all methods in turns, then train each; methods.json and methods.md. --out goes on with what is there."""
-    console = Console(settings.json, epoch_lines=False)
-    if settings.resume or settings.seeds > 1 or settings.baseline or settings.loss:
+    console = Console(config.json, epoch_lines=False)
+    if config.resume or config.seeds > 1 or config.baseline or config.loss:
         raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
-    folder = Path(settings.out) if settings.out else find_free_folder("methods")
+    folder = Path(config.out) if config.out else find_free_folder("methods")
     first = student_stage.fill_defaults(
-        replace(apply_recipe(student_stage.student_config(settings), said), loss=("hard",))
+        replace(apply_recipe(student_stage.student_config(config), said), loss=("hard",))
     )
     shared = DistillationSetup.open(first)
     student_stage.print_notes(first, shared, console)
-    layers = settings.layers or _cached_layers(shared, first)
-    chosen = _select_methods(settings, layers, console)
+    layers = config.layers or _cached_layers(shared, first)
+    chosen = _select_methods(config, layers, console)
     asked = {name: replace(first, loss=specs, out=str(folder / _file(name))) for name, specs in chosen.items()}
-    runners, materials, impossible = _runners(asked, shared, settings.time_steps)
+    runners, materials, impossible = _runners(asked, shared, config.time_steps)
     make_folder(folder)
     costs = _measure_costs(runners)
     possible = list(runners)
@@ -110,41 +110,41 @@ def run(settings: MethodsConfig, said: set[str]) -> None:
         "epochs": first.epochs,
         "cache": list(first.cache),
         "fingerprint": shared.cache.manifest.fingerprint,
-        "teacher": shared.figures,
+        "teacher": shared.teacher_metrics,
         "methods": rows,
         "versions": library_versions(),
         "machine": describe_machine(shared.device),
         "rounds": _ROUNDS,
-        "time_steps": settings.time_steps,
+        "time_steps": config.time_steps,
     }
     publish_json(folder / "methods.json", record)
     text = _markdown(record)
     publish_text(folder / "methods.md", text)
-    if settings.json:
-        return console.result(json.dumps(record))
-    console.say(text)
-    console.say(f"run:   {folder}/methods.json, methods.md")
+    if config.json:
+        return console.print_json(json.dumps(record))
+    console.print(text)
+    console.print(f"run:   {folder}/methods.json, methods.md")
 
 
 def _file(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _cached_layers(material: DistillationSetup, settings: StudentConfig) -> str:
+def _cached_layers(setup: DistillationSetup, config: StudentConfig) -> str:
     """The cached layers from shallow to deep, which is their order in a student that has them by the same names."""
-    cached = dict.fromkeys(tap.partition(":")[0] for tap in material.cache.manifest.taps)
-    names = [name for name, _ in material.network(settings, material.losses).named_modules() if name in cached]
+    cached = dict.fromkeys(tap.partition(":")[0] for tap in setup.cache.manifest.taps)
+    names = [name for name, _ in setup.build_student(config, setup.losses).named_modules() if name in cached]
     if len(names) != len(cached):
         raise UsageError(
-            f"{settings.arch} has not all of the cached layers {', '.join(cached)}: name them from shallow to deep"
+            f"{config.arch} has not all of the cached layers {', '.join(cached)}: name them from shallow to deep"
             " with --layers, and the student's with --student-layers"
         )
     return "+".join(names)
 
 
-def _select_methods(settings: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
+def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
     """{method: losses}, with the layers put in."""
-    chosen = [name.strip() for name in settings.only.split(",") if name.strip()]
+    chosen = [name.strip() for name in config.only.split(",") if name.strip()]
     for name in chosen:
         if name not in METHODS:
             raise unknown_name_error("method", name, METHODS)
@@ -152,9 +152,9 @@ def _select_methods(settings: MethodsConfig, layers: str, console: Console) -> d
     if layered and not layers:
         if chosen:
             raise UsageError(f"'{layered[0]}' is of layers, and the cache has no taps: name them with --layers")
-        console.say(f"the cache has no taps: without {', '.join(layered)} (--layers … would say which)")
+        console.print(f"the cache has no taps: without {', '.join(layered)} (--layers … would say which)")
     names = [name for name in chosen or METHODS if layers or name not in layered]
-    student = settings.student_layers or layers
+    student = config.student_layers or layers
     words = {"all": layers, "last": layers.split("+")[-1], "s_all": student, "s_last": student.split("+")[-1]}
     return {name: tuple(spec.format(**words) for spec in METHODS[name]) for name in ["hard", *names]}
 
@@ -199,15 +199,15 @@ def _measure_costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
 class _Runner:
     """A method with batches in memory, ready to take steps that count for nothing."""
 
-    def __init__(self, settings: StudentConfig, material: DistillationSetup, steps: int):
-        labels = material.transfer_set.splits["train"].labels
-        network = material.network(settings, material.losses)
-        self.job = job = make_training_run("student", settings, material, network, material.losses, labels, Path())
+    def __init__(self, config: StudentConfig, setup: DistillationSetup, steps: int):
+        labels = setup.transfer_set.splits["train"].labels
+        network = setup.build_student(config, setup.losses)
+        self.job = job = make_training_run("student", config, setup, network, setup.losses, labels, Path())
         self.taps = list_student_taps(job.losses)
-        self.state = TrainState.begin(job.model, build_loss_modules(job, self.taps), settings, lambda _: 1e-6)
+        self.state = TrainState.create(job.model, build_loss_modules(job, self.taps), config, lambda _: 1e-6)
         self.losses = [at_epoch(loss, 0, 2) for loss in job.losses]
         self.batches = [batch.to(job.device) for batch in job.stream.batches(0, steps)]
-        self.read = _bytes_a_view(job, material)
+        self.read = _bytes_a_view(job, setup)
         self._steps(self.batches[:2])
 
     def seconds(self) -> float:
@@ -236,34 +236,32 @@ class _Runner:
                 train_step(self.job, self.state, batch, self.losses, kept)
 
 
-def _bytes_a_view(job: TrainingRun, material: DistillationSetup) -> int:
+def _bytes_a_view(job: TrainingRun, setup: DistillationSetup) -> int:
     """What the cache holds of a view for these losses."""
-    manifest = material.cache.manifest
-    read = [f"features/{tap}" for tap in material.taps]
+    manifest = setup.cache.manifest
+    read = [f"features/{tap}" for tap in setup.taps]
     size = count_row_bytes({name: manifest.datasets[name] for name in read})
     if any(loss.needs_logits for loss in job.losses):
-        for cache in material.teachers.members:
+        for cache in setup.teachers.members:
             size += count_row_bytes(
                 {name: cache.manifest.datasets[name] for name in cache.codec.datasets(cache.classes)}
             )
     return size
 
 
-def _row(
-    name: str, settings: StudentConfig, material: DistillationSetup, cost: Cost, console: Console
-) -> dict[str, Any]:
+def _row(name: str, config: StudentConfig, setup: DistillationSetup, cost: Cost, console: Console) -> dict[str, Any]:
     """Train one method; its row of the table. One that diverges is reported, not hidden."""
-    console.say(f"{name}: {' '.join(settings.loss)}")
-    row: dict[str, Any] = {"method": name, "losses": list(settings.loss), **cost.__dict__}
+    console.print(f"{name}: {' '.join(config.loss)}")
+    row: dict[str, Any] = {"method": name, "losses": list(config.loss), **cost.__dict__}
     try:
-        student = student_stage.train_or_resume(settings, material, console)["student"]
+        student = student_stage.train_or_resume(config, setup, console)["student"]
     except DivergedError as diverged:
         return row | {"failed": str(diverged)}
-    figures = {split: student[split]["accuracy"] for split in material.held_out}
+    figures = {split: student[split]["accuracy"] for split in setup.held_out}
     return row | {
         "accuracy": figures,
-        "agreement": {split: student[split]["agreement"] for split in material.held_out},
-        "seconds_an_epoch": student["seconds"] / (settings.epochs + settings.finetune_epochs),
+        "agreement": {split: student[split]["agreement"] for split in setup.held_out},
+        "seconds_an_epoch": student["seconds"] / (config.epochs + config.finetune_epochs),
         "parameters": student["parameters"],
     }
 

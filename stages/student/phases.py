@@ -38,15 +38,15 @@ class StudentTraining:
     """One seed of one student: its settings, what it is trained from, where it is kept. after_epoch: told each line of
     its training from the cache; may raise TrainingStopped."""
 
-    settings: StudentConfig
-    material: DistillationSetup
+    config: StudentConfig
+    setup: DistillationSetup
     folder: Path
     after_epoch: AfterEpoch | None = None
 
 
-def first_phase(settings: StudentConfig) -> str:
+def first_phase(config: StudentConfig) -> str:
     """The name of the training from the cache."""
-    return "distilled" if settings.finetune_epochs else "student"
+    return "distilled" if config.finetune_epochs else "student"
 
 
 def train_phases(
@@ -57,22 +57,22 @@ def train_phases(
     Several have as many epochs and read each batch once; where one ends early, that is in its place. vectorize: those
     of one arch as one model.
     """
-    settings = students[0].settings
-    first = first_phase(settings)
+    config = students[0].config
+    first = first_phase(config)
     results = _train_phase(first, students, [{} for _ in students], console, vectorize)
     if first != "student":
         results = _train_phase("student", students, results, console, vectorize)
         for result in results:
             if not isinstance(result, TrainingStopped):
                 result["student"]["seconds"] += result.pop(first)["seconds"]
-    if settings.baseline:
+    if config.baseline:
         results = _train_phase("baseline", students, results, console, vectorize)
     return results
 
 
 def check(students: Sequence[StudentTraining], vectorize: bool) -> None:
     """Raise UsageError for several that cannot be trained together, before anything is written."""
-    jobs = _share_stream([_make_phase(first_phase(one.settings), one) for one in students])
+    jobs = _share_stream([_make_phase(first_phase(one.config), one) for one in students])
     for places in _by_arch(students) if vectorize else []:
         check_vectorizable([jobs[i] for i in places])
 
@@ -89,7 +89,7 @@ def _train_phase(
         student for student, result in zip(students, results, strict=True) if not isinstance(result, TrainingStopped)
     ]
     jobs = [_make_phase(name, student) for student in left]
-    val = students[0].material.held_out["val"]
+    val = students[0].setup.held_out["val"]
     done: dict[int, FinishedTraining | TrainingStopped] = {}
     if len(students) == 1 and left:
         done[0] = _alone(jobs[0], val, console)
@@ -117,88 +117,88 @@ def _alone(job: TrainingRun, val: HeldOutSplit, console: Console) -> FinishedTra
 
 def _by_arch(students: Sequence[StudentTraining]) -> list[list[int]]:
     """The places of the students of each arch."""
-    archs = [student.settings.arch for student in students]
+    archs = [student.config.arch for student in students]
     return [[i for i, arch in enumerate(archs) if arch == one] for one in dict.fromkeys(archs)]
 
 
 def _make_phase(name: str, student: StudentTraining) -> TrainingRun:
     """One training of a student: losses, settings, where it is kept and from which weights it starts."""
-    settings, material = student.settings, student.material
-    smoothing = next((loss.smoothing for loss in material.losses if isinstance(loss, Hard)), 0.0)
+    config, setup = student.config, student.setup
+    smoothing = next((loss.smoothing for loss in setup.losses if isinstance(loss, Hard)), 0.0)
     hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
-    losses = material.losses if name == first_phase(settings) else hard
-    network = material.network(settings, hard if name == "baseline" else material.losses)
+    losses = setup.losses if name == first_phase(config) else hard
+    network = setup.build_student(config, hard if name == "baseline" else setup.losses)
     folder = student.folder if name == "student" else student.folder / name
     if name == "baseline":
-        settings = replace(settings, epochs=settings.epochs + settings.finetune_epochs)
-    elif name == "student" and settings.finetune_epochs:
+        config = replace(config, epochs=config.epochs + config.finetune_epochs)
+    elif name == "student" and config.finetune_epochs:
         start = student.folder / "distilled/distilled.pt"
         wait_for_file(start)
         load_weights(network, read_state_dict(start), str(start))
-        settings = _finetuning(settings)
-    labels = hide_labels(settings, material.transfer_set.splits["train"].labels)
-    job = make_training_run(name, settings, material, network, losses, labels, folder)
-    return replace(job, after_epoch=student.after_epoch if name == first_phase(student.settings) else None)
+        config = _finetuning(config)
+    labels = hide_labels(config, setup.transfer_set.splits["train"].labels)
+    job = make_training_run(name, config, setup, network, losses, labels, folder)
+    return replace(job, after_epoch=student.after_epoch if name == first_phase(student.config) else None)
 
 
-def _finetuning(settings: StudentConfig) -> StudentConfig:
+def _finetuning(config: StudentConfig) -> StudentConfig:
     """The settings of the training from hard targets alone that follows distillation."""
-    rate = settings.finetune_learning_rate or settings.learning_rate / 10
-    return replace(settings, epochs=settings.finetune_epochs, learning_rate=rate)
+    rate = config.finetune_learning_rate or config.learning_rate / 10
+    return replace(config, epochs=config.finetune_epochs, learning_rate=rate)
 
 
 def _figures(job: TrainingRun, student: StudentTraining, done: FinishedTraining) -> dict[str, Any]:
-    material, rows = student.material, len(job.stream.rows) / job.stream.steps_per_round
+    setup, rows = student.setup, len(job.stream.rows) / job.stream.steps_per_round
     figures: dict[str, Any] = {
-        "arch": material.arch(student.settings, material.losses if job.name != "baseline" else job.losses),
-        "preparation": material.input_spec.to_json(),
+        "arch": setup.student_arch(student.config, setup.losses if job.name != "baseline" else job.losses),
+        "preparation": setup.input_spec.to_json(),
         "parameters": count_parameters(job.model.network),
         "multiply_adds": job.multiply_adds,
         "seconds": done.seconds,
         "epoch": done.epoch,
         "images_per_second": job.epochs * job.steps * rows / done.seconds,
     }
-    return figures | broadcast_from_first(lambda: _measure(job, material))
+    return figures | broadcast_from_first(lambda: _measure(job, setup))
 
 
-def _measure(job: TrainingRun, material: DistillationSetup) -> dict[str, Any]:
+def _measure(job: TrainingRun, setup: DistillationSetup) -> dict[str, Any]:
     """The figures of the held-out splits; what they are made of is kept beside the weights."""
-    logits = material.logits(job.model)
+    logits = setup.compute_logits(job.model)
     remove_stale_files(job.folder, (LOGITS,))
-    save_logits(job.folder / LOGITS, logits, material.transfer_set)
-    return material.measure(logits)
+    save_logits(job.folder / LOGITS, logits, setup.transfer_set)
+    return setup.compute_metrics(logits)
 
 
 def make_training_run(
     name: str,
-    settings: StudentConfig,
-    material: DistillationSetup,
+    config: StudentConfig,
+    setup: DistillationSetup,
     network: nn.Module,
     losses: tuple[Loss, ...],
     labels: Labels,
     folder: Path,
 ) -> TrainingRun:
     """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
-    input_spec = material.input_spec
-    model = PreparedModel(network, input_spec).to(material.device)
+    input_spec = setup.input_spec
+    model = PreparedModel(network, input_spec).to(setup.device)
     cost = count_multiply_adds(network, input_spec.channels, input_spec.size)
     only_labelled = all(loss.needs_labels for loss in losses)
     targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
-    stream = material.stream(settings, labels, only_labelled, targets)
-    steps = material.stream(settings, labels, False, targets).steps_per_round
+    stream = setup.make_stream(config, labels, only_labelled, targets)
+    steps = setup.make_stream(config, labels, False, targets).steps_per_round
     return TrainingRun(
         name,
         model,
         losses,
         stream,
-        settings.epochs,
+        config.epochs,
         steps,
-        settings,
-        material.device,
+        config,
+        setup.device,
         folder,
         cost,
-        known=material.known(labels),
-        term=material.term(settings),
+        context=setup.make_context(labels),
+        multi_teacher=setup.multi_teacher(config),
     )
 
 

@@ -93,25 +93,25 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def apply_recipe(settings: StudentConfig, said: set[str]) -> StudentConfig:
+def apply_recipe(config: StudentConfig, said: set[str]) -> StudentConfig:
     """The settings with those of its recipe that were not said. Raises UsageError for a recipe there is none of."""
-    if not settings.recipe:
-        return settings
-    if settings.recipe not in RECIPES:
-        raise unknown_name_error("recipe", settings.recipe, RECIPES)
-    return replace(settings, **{k: v for k, v in RECIPES[settings.recipe].settings.items() if k not in said})
+    if not config.recipe:
+        return config
+    if config.recipe not in RECIPES:
+        raise unknown_name_error("recipe", config.recipe, RECIPES)
+    return replace(config, **{k: v for k, v in RECIPES[config.recipe].settings.items() if k not in said})
 
 
-def run(settings: ListConfig) -> None:
+def run(config: ListConfig) -> None:
     """`softcache recipes`: what there is, and where it is from."""
-    console = Console(settings.json)
-    if settings.json:
-        return console.result(json.dumps({name: asdict(recipe) for name, recipe in RECIPES.items()}))
+    console = Console(config.json)
+    if config.json:
+        return console.print_json(json.dumps({name: asdict(recipe) for name, recipe in RECIPES.items()}))
     for name, recipe in RECIPES.items():
-        console.say(f"{name}: {recipe.source}")
+        console.print(f"{name}: {recipe.source}")
         knobs = [(k, v) for k, v in recipe.settings.items() if k != "loss"]
-        console.say("    " + " ".join([*(f"--loss {spec}" for spec in recipe.settings["loss"])]))
-        console.say("    " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in knobs))
+        console.print("    " + " ".join([*(f"--loss {spec}" for spec in recipe.settings["loss"])]))
+        console.print("    " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in knobs))
         for what, text in (("cache", recipe.cache), ("note", recipe.note)):
             if text:
-                console.say(f"    {what}: {text}")
+                console.print(f"    {what}: {text}")

@@ -26,12 +26,10 @@ from softcache.stages.cli.copied_commands import format_remake_command
 _MOST_GAP = 0.2
 
 
-def parse_student_losses(settings: StudentConfig, cache: Cache) -> tuple[Loss, ...]:
+def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...]:
     """The losses of a run on this cache. Raises UsageError for those that it cannot serve, or that do not exist."""
     cached = tuple(cache.manifest.taps)
-    losses = tuple(
-        loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(settings.loss)
-    )
+    losses = tuple(loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(config.loss))
     if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
     if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):
@@ -39,7 +37,7 @@ def parse_student_losses(settings: StudentConfig, cache: Cache) -> tuple[Loss, .
     return losses
 
 
-def cached_taps(settings: StudentConfig, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
+def cached_taps(config: StudentConfig, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
     """The cached taps that the losses' own can be had from. Raises CacheError with the command that adds the
     missing."""
     asked = list_teacher_taps(losses)
@@ -47,21 +45,21 @@ def cached_taps(settings: StudentConfig, cache: Cache, losses: tuple[Loss, ...])
     missing = [tap for tap in asked if find_source_tap(tap, there) is None]
     if missing:
         have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
-        more = _format_growth(settings, cache, taps=",".join([*there, *missing]))
+        more = _format_growth(config, cache, taps=",".join([*there, *missing]))
         raise CacheError(f"the cache '{cache.folder}' {have}. Add them with  {more}")
     return tuple(dict.fromkeys(source for tap in asked if (source := find_source_tap(tap, there))))
 
 
-def check_draws(settings: StudentConfig, cache: Cache) -> None:
-    if settings.draws > cache.manifest.draws:
+def check_draws(config: StudentConfig, cache: Cache) -> None:
+    if config.draws > cache.manifest.draws:
         have = f"the cache '{cache.folder}' has {cache.manifest.draws}"
-        more = _format_growth(settings, cache, draws=settings.draws)
-        raise CacheError(f"--draws {settings.draws}, but {have}. Add them with  {more}")
+        more = _format_growth(config, cache, draws=config.draws)
+        raise CacheError(f"--draws {config.draws}, but {have}. Add them with  {more}")
 
 
-def check_draws_per_decode(settings: StudentConfig) -> None:
+def check_draws_per_decode(config: StudentConfig) -> None:
     """Every draw is to come once before one comes again, and a batch to hold all draws of its images."""
-    k, draws, batch = settings.draws_per_decode, settings.draws, settings.batch_size
+    k, draws, batch = config.draws_per_decode, config.draws, config.batch_size
     if draws % k:
         divisors = [n for n in range(1, draws + 1) if draws % n == 0]
         near = " or ".join(str(n) for n in [*[n for n in divisors if n < k][-1:], *[n for n in divisors if n > k][:1]])
@@ -72,57 +70,55 @@ def check_draws_per_decode(settings: StudentConfig) -> None:
         raise UsageError(f"--batch-size {batch} is not a multiple of --draws-per-decode {k}: {near}")
 
 
-def _format_growth(settings: StudentConfig, cache: Cache, **changes: Any) -> str:
+def _format_growth(config: StudentConfig, cache: Cache, **changes: Any) -> str:
     """The command that adds to the cache, for the data as they lie here."""
-    here = {"data": settings.data} if settings.data else {}
-    return format_remake_command(cache, out=str(cache.folder), data_root=settings.data_root, **here, **changes)
+    here = {"data": config.data} if config.data else {}
+    return format_remake_command(cache, out=str(cache.folder), data_root=config.data_root, **here, **changes)
 
 
-def check_several(settings: StudentConfig, losses: tuple[Loss, ...], labels: Labels) -> None:
+def check_several(config: StudentConfig, losses: tuple[Loss, ...], labels: Labels) -> None:
     """Whether these losses can be led by several teachers, or by none in some rows. Raises UsageError."""
-    several = len(settings.cache) > 1
-    if settings.combine and not several:
-        raise UsageError(f"--combine {settings.combine} is of several caches: --cache A --cache B")
+    several = len(config.cache) > 1
+    if config.combine and not several:
+        raise UsageError(f"--combine {config.combine} is of several caches: --cache A --cache B")
     if several and (wrong := [loss.name for loss in losses if loss.needs_head]):
         raise UsageError(f"loss '{wrong[0]}' goes through the last layer of one teacher, and there are several")
     unweighed = [loss.name for loss in losses if loss.needs_logits and not loss.is_row_mean]
-    if settings.combine == "ca_mkd" and unweighed:
+    if config.combine == "ca_mkd" and unweighed:
         raise UsageError(
             f"--combine ca_mkd weighs single rows, which loss '{unweighed[0]}' has not: kd, output and logit_mse have"
         )
-    if settings.missing == "hard" and settings.labelled:
+    if config.missing == "hard" and config.labelled:
         raise UsageError("--missing hard needs the labels of all rows, --labelled hides some: --missing skip")
-    if settings.missing == "hard" and (labels < 0).any():
+    if config.missing == "hard" and (labels < 0).any():
         raise UsageError("--missing hard needs labels, and some of these images have none: --missing skip")
 
 
-def hide_labels(settings: StudentConfig, labels: Labels) -> Labels:
+def hide_labels(config: StudentConfig, labels: Labels) -> Labels:
     """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
     how many of each class does not."""
-    if not settings.labelled:
+    if not config.labelled:
         return labels
-    kept = draw_stratified(labels, settings.labelled, key=(settings.seed, 50))
+    kept = draw_stratified(labels, config.labelled, key=(config.seed, 50))
     return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
 
 
-def check_labels(settings: StudentConfig, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]) -> None:
+def check_labels(config: StudentConfig, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]) -> None:
     unlabelled = bool((labels < 0).any())
     wanting = [loss.name for loss in losses if loss.needs_labels]
     if unlabelled and wanting:
         raise UsageError(f"loss '{wanting[0]}' needs labels, and these images have none: leave it out")
-    needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(settings, name)]
+    needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(config, name)]
     if unlabelled and needing:
         flag = needing[0].replace("_", "-")
         raise UsageError(f"--{flag} needs labels, and these images have none: leave it out")
-    if settings.labelled and settings.sampler:
+    if config.labelled and config.sampler:
         raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
-    if settings.labelled and not len(classes) <= settings.labelled <= len(labels):
-        raise UsageError(
-            f"--labelled {settings.labelled} is not between {len(classes)} classes and {len(labels)} rows"
-        )
+    if config.labelled and not len(classes) <= config.labelled <= len(labels):
+        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {len(labels)} rows")
     for loss in losses:
         if loss.needs_counts:
-            require_counts(loss, torch.from_numpy(count_classes(hide_labels(settings, labels), len(classes))), classes)
+            require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)
 
 
 def available_positions(cache: Cache, gaps: MissingTargets) -> NDArray[np.int64]:

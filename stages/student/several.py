@@ -26,18 +26,18 @@ from .setup import DistillationSetup
 _REPEATED = ("arch", "seed", "losses")
 
 
-def run(settings: StudentsConfig, said: set[str]) -> None:
+def run(config: StudentsConfig, said: set[str]) -> None:
     """One student, or one for each arch, seed and loss that is named. The same command with --out goes on."""
-    asked = _list_students(settings, said)
-    said = (said - {"losses"}) | ({"loss"} if settings.losses else set())
+    asked = _list_students(config, said)
+    said = (said - {"losses"}) | ({"loss"} if config.losses else set())
     if len(asked) == 1:
-        if settings.vectorize:
+        if config.vectorize:
             raise UsageError("--vectorize is for several students: name more than one --seed, or --losses")
         return student_stage.run(next(iter(asked.values())), said)
-    console = Console(settings.json)
+    console = Console(config.json)
     if current_ranks().world > 1:
         raise UsageError(f"torchrun trains one student, here are {len(asked)}: one command for each, or no torchrun")
-    if settings.resume or settings.seeds > 1 or settings.missing:
+    if config.resume or config.seeds > 1 or config.missing:
         raise UsageError(
             f"{len(asked)} students of one stream take no --resume (the same command with --out goes on), --seeds"
             " (say --seed for each) or --missing"
@@ -45,24 +45,24 @@ def run(settings: StudentsConfig, said: set[str]) -> None:
     filled = {name: student_stage.fill_defaults(apply_recipe(own, said)) for name, own in asked.items()}
     first = next(iter(filled.values()))
     parse_milestones(first)
-    folder = Path(settings.out) if settings.out else find_free_folder(f"{short_name(first.data)}-students")
+    folder = Path(config.out) if config.out else find_free_folder(f"{short_name(first.data)}-students")
     if (folder / "settings.json").exists():
         raise UsageError(f"'{folder}' is the run of one student: choose another --out")
     students = _open_students(filled, folder)
-    check(students, settings.vectorize)
-    student_stage.print_notes(first, students[0].material, console)
+    check(students, config.vectorize)
+    student_stage.print_notes(first, students[0].setup, console)
     try:
-        results = train_students(students, settings.vectorize, console)
+        results = train_students(students, config.vectorize, console)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command with --out {quote(str(folder))} goes on") from None
     ended = {
         name: result for name, result in zip(filled, results, strict=True) if not isinstance(result, TrainingStopped)
     }
-    if settings.json:
-        console.result(json.dumps({"out": str(folder), "students": ended}))
+    if config.json:
+        console.print_json(json.dumps({"out": str(folder), "students": ended}))
     elif ended:
         compare.run(tuple(str(folder / name) for name in ended), ListConfig())
-        console.say(f"runs:  {folder}, each of them as any student's")
+        console.print(f"runs:  {folder}, each of them as any student's")
     for name, result in zip(filled, results, strict=True):
         if isinstance(result, TrainingStopped):
             raise TrainingStopped(
@@ -70,16 +70,16 @@ def run(settings: StudentsConfig, said: set[str]) -> None:
             )
 
 
-def _list_students(settings: StudentsConfig, said: set[str]) -> dict[str, StudentConfig]:
+def _list_students(config: StudentsConfig, said: set[str]) -> dict[str, StudentConfig]:
     """The settings of each student, by a name that says in what it differs from the others."""
-    if settings.losses and settings.loss:
+    if config.losses and config.loss:
         raise UsageError("--loss is a term and --losses a whole loss: say one of the two")
-    common = {f.name: getattr(settings, f.name) for f in fields(StudentConfig) if f.name not in _REPEATED}
-    losses = [tuple(text.split()) for text in settings.losses] or [settings.loss]
-    if settings.losses and (not all(losses) or len(set(losses)) < len(losses)):
+    common = {f.name: getattr(config, f.name) for f in fields(StudentConfig) if f.name not in _REPEATED}
+    losses = [tuple(text.split()) for text in config.losses] or [config.loss]
+    if config.losses and (not all(losses) or len(set(losses)) < len(losses)):
         raise UsageError("--losses is a loss, such as 'kd hard:weight=0.1', and each is said once")
     found = {}
-    archs, seeds = settings.arch or ("",), settings.seed or (0,)
+    archs, seeds = config.arch or ("",), config.seed or (0,)
     for (a, arch), seed, (k, terms) in product(enumerate(archs), seeds, enumerate(losses)):
         differs = [_file(arch, a)] * (len(archs) > 1) + [f"seed-{seed}"] * (len(seeds) > 1)
         name = "-".join(differs + [f"loss-{k}"] * (len(losses) > 1))
@@ -101,9 +101,9 @@ def _open_students(filled: dict[str, StudentConfig], folder: Path) -> list[Stude
     students: list[StudentTraining] = []
     for name, own in filled.items():
         own = student_stage.resume_if_started(replace(own, out=str(folder / name), json=False))
-        material = DistillationSetup.open(own, students[0].material if students else None)
-        material.network(own, material.losses)  # an arch that cannot be built is found before a folder is made
-        students.append(StudentTraining(own, material, folder / name))
+        setup = DistillationSetup.open(own, students[0].setup if students else None)
+        setup.build_student(own, setup.losses)  # an arch that cannot be built is found before a folder is made
+        students.append(StudentTraining(own, setup, folder / name))
     return students
 
 
@@ -113,10 +113,10 @@ def train_students(
     """Train them all; the result.json of each, as if it had been trained alone, or how it ended early."""
     with ExitStack() as held:
         for student in students:
-            held.enter_context(student_stage.started_run(student.settings, student.material, student.folder))
+            held.enter_context(student_stage.started_run(student.config, student.setup, student.folder))
         results = train_phases(students, console, vectorize=vectorize)
         for i, (student, result) in enumerate(zip(students, results, strict=True)):
             if not isinstance(result, TrainingStopped):
-                results[i] = whole = student_stage.assemble_result(student.settings, student.material, [result])
+                results[i] = whole = student_stage.assemble_result(student.config, student.setup, [result])
                 publish_json(student.folder / "result.json", whole)
         return results

@@ -35,33 +35,33 @@ def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
     return caches
 
 
-def load_shared_data(caches: tuple[Cache, ...], settings: StudentConfig) -> TransferSet:
+def load_shared_data(caches: tuple[Cache, ...], config: StudentConfig) -> TransferSet:
     """The transfer set of all of them, which each compares with its own rows."""
-    transfer_set = first_rank_first(lambda: load_cache_data(caches[0], settings.data, Path(settings.data_root)))
+    transfer_set = first_rank_first(lambda: load_cache_data(caches[0], config.data, Path(config.data_root)))
     for other in caches[1:]:
         other.check_transfer_set(transfer_set)
     return transfer_set
 
 
 def load_teachers(
-    caches: tuple[Cache, ...], settings: StudentConfig, transfer_set: TransferSet, gaps: MissingTargets
+    caches: tuple[Cache, ...], config: StudentConfig, transfer_set: TransferSet, gaps: MissingTargets
 ) -> tuple[TeacherEnsemble, SplitOutputs]:
     """The caches as one teacher, as a run has kept it or fitted to validation; and {split: what each said}."""
     plain = TeacherEnsemble(caches, missing=gaps)
     said: SplitOutputs = {
         split: plain.read_held_out(split) for split in ("val", "test") if split in transfer_set.splits
     }
-    if settings.out and (Path(settings.out) / TARGETS_FILE).is_file():
-        return _read_targets_record(Path(settings.out), plain, settings), said
+    if config.out and (Path(config.out) / TARGETS_FILE).is_file():
+        return _read_targets_record(Path(config.out), plain, config), said
     labels, val = transfer_set.splits["val"].labels, said["val"]
-    combine = resolve_combination(_combination_spec(settings), val, labels) if len(caches) > 1 else None
+    combine = resolve_combination(_combination_spec(config), val, labels) if len(caches) > 1 else None
     maps: tuple[DistributionMap, ...] = ()
-    if settings.map:
+    if config.map:
         counts = count_classes(transfer_set.splits["train"].labels, caches[0].classes)
         heard = TeacherEnsemble(caches, combine).combine_logits(val)
         each = heard.unbind(1) if heard.ndim == 3 else (heard,)
-        with progress_bar(_STEPS, f"fitting --map {settings.map}", "step") as shown:
-            maps = tuple(fit_map(settings.map, z.numpy(), labels, counts, shown.update) for z in each)
+        with progress_bar(_STEPS, f"fitting --map {config.map}", "step") as shown:
+            maps = tuple(fit_map(config.map, z.numpy(), labels, counts, shown.update) for z in each)
     return TeacherEnsemble(caches, combine, maps, gaps), said
 
 
@@ -73,14 +73,14 @@ def resolve_combination(spec: str, val: torch.Tensor, labels: Labels) -> Combina
         return fit_combination(val.numpy(), labels, shown.update)
 
 
-def _combination_spec(settings: StudentConfig) -> str:
-    return settings.combine or "mean_probability"
+def _combination_spec(config: StudentConfig) -> str:
+    return config.combine or "mean_probability"
 
 
-def _read_targets_record(folder: Path, plain: TeacherEnsemble, settings: StudentConfig) -> TeacherEnsemble:
+def _read_targets_record(folder: Path, plain: TeacherEnsemble, config: StudentConfig) -> TeacherEnsemble:
     """As the run has it: a fit on another machine may differ in the last bit."""
     record = read_json(folder / TARGETS_FILE)
-    members, spec = len(plain.members), _combination_spec(settings)
+    members, spec = len(plain.members), _combination_spec(config)
     try:
         combine = Combination.from_json(record["combine"]) if record["combine"] is not None else None
         maps = tuple(DistributionMap.from_json(one) for one in record["maps"])
@@ -88,10 +88,10 @@ def _read_targets_record(folder: Path, plain: TeacherEnsemble, settings: Student
             raise ValueError(f"it is not of {members} caches")
         if combine and (combine.name != spec if spec == "learned" else combine != parse_combination(spec, members)):
             raise ValueError(f"it is not of --combine {spec}")
-        if len(maps) != (bool(settings.map) * (members if combine and combine.is_per_teacher else 1)):
+        if len(maps) != (bool(config.map) * (members if combine and combine.is_per_teacher else 1)):
             raise ValueError(f"{len(maps)} maps")
-        if any(one.spec != settings.map for one in maps):
-            raise ValueError(f"a map that is not --map {settings.map}")
+        if any(one.spec != config.map for one in maps):
+            raise ValueError(f"a map that is not --map {config.map}")
         if any(len(one.bias) != plain.members[0].classes for one in maps):
             raise ValueError("a map of other classes")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
@@ -107,18 +107,18 @@ def save_targets_record(teachers: TeacherEnsemble, folder: Path) -> None:
     publish_json(folder / TARGETS_FILE, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
 
 
-def check_same_shards(teachers: TeacherEnsemble, settings: StudentConfig, taps: tuple[str, ...], folder: Path) -> None:
+def check_same_shards(teachers: TeacherEnsemble, config: StudentConfig, taps: tuple[str, ...], folder: Path) -> None:
     """Write down which shards the run is trained from; a run that goes on must find the same ones."""
     first, *others = teachers.members
     used: dict[str, Any] = {
         "fingerprint": first.manifest.fingerprint,
-        "draws": settings.draws,
+        "draws": config.draws,
         "taps": list(taps),
-        "shards": first.list_used_shards(settings.draws, taps),
+        "shards": first.list_used_shards(config.draws, taps),
     }
     if others:
         used["others"] = [
-            {"fingerprint": c.manifest.fingerprint, "shards": c.list_used_shards(settings.draws, ())} for c in others
+            {"fingerprint": c.manifest.fingerprint, "shards": c.list_used_shards(config.draws, ())} for c in others
         ]
     if gaps := teachers.missing:
         used["missing"] = list_missing_runs(gaps)

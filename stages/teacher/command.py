@@ -31,81 +31,79 @@ CUT_OPTIONS = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  
 FOLDER_SIZE = 224  # of views of a folder whose images differ in size
 
 
-def run(settings: TeacherConfig, said: set[str]) -> None:
+def run(config: TeacherConfig, said: set[str]) -> None:
     """Train, report, and say what to do next."""
-    console = Console(settings.json)
-    settings = fill_defaults(settings)
-    settings, folder = open_run(settings, said, f"{short_name(settings.data)}-teacher")
-    result = train_teacher(settings, folder, console)
-    if settings.json:
-        return console.result(json.dumps(result))
+    console = Console(config.json)
+    config = fill_defaults(config)
+    config, folder = open_run(config, said, f"{short_name(config.data)}-teacher")
+    result = train_teacher(config, folder, console)
+    if config.json:
+        return console.print_json(json.dumps(result))
     figures = result["teacher"]["test"] or result["teacher"]["val"]
-    console.say(f"teacher {settings.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
-    console.say(f"run:  {folder}")
-    console.say(f"next: {_format_cache_command(settings, folder)}")
+    console.print(f"teacher {config.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
+    console.print(f"run:  {folder}")
+    console.print(f"next: {_format_cache_command(config, folder)}")
 
 
-def _format_cache_command(settings: TeacherConfig, folder: Path) -> str:
+def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
     """Stage one with these weights and this cut: of another one, validation may hold rows that the teacher learned."""
-    usual = f"caches/{short_name(settings.data)}"
-    fraction = (
-        settings.val_fraction if settings.val_fraction != find_source(settings.data).recipe.val_fraction else 0.0
-    )
+    usual = f"caches/{short_name(config.data)}"
+    fraction = config.val_fraction if config.val_fraction != find_source(config.data).recipe.val_fraction else 0.0
     asked = CacheConfig(
-        data=settings.data,
-        data_root=settings.data_root,
+        data=config.data,
+        data_root=config.data_root,
         weights=str(folder),
         out=find_free_name(usual) if Path(usual).exists() else "",
-        **{name: getattr(settings, name) for name in CUT_OPTIONS} | {"val_fraction": fraction},
+        **{name: getattr(config, name) for name in CUT_OPTIONS} | {"val_fraction": fraction},
     )
     return format_command("teacher-cache", asked)
 
 
-def fill_defaults(settings: TeacherConfig) -> TeacherConfig:
+def fill_defaults(config: TeacherConfig) -> TeacherConfig:
     """Every None filled in from the data set's recipe."""
-    data = settings.data or "digits"
+    data = config.data or "digits"
     recipe = find_source(data).recipe
     return replace(
-        settings,
+        config,
         data=data,
-        arch=settings.arch or recipe.teacher,
-        views=settings.views or recipe.teacher_views,
-        epochs=settings.epochs or recipe.teacher_epochs,
-        batch_size=settings.batch_size or recipe.batch_size,
-        learning_rate=settings.learning_rate or recipe.teacher_learning_rate,
-        weight_decay=settings.weight_decay if settings.weight_decay >= 0 else recipe.teacher_weight_decay,
-        val_fraction=settings.val_fraction or recipe.val_fraction,
+        arch=config.arch or recipe.teacher,
+        views=config.views or recipe.teacher_views,
+        epochs=config.epochs or recipe.teacher_epochs,
+        batch_size=config.batch_size or recipe.batch_size,
+        learning_rate=config.learning_rate or recipe.teacher_learning_rate,
+        weight_decay=config.weight_decay if config.weight_decay >= 0 else recipe.teacher_weight_decay,
+        val_fraction=config.val_fraction or recipe.val_fraction,
     )
 
 
-def train_teacher(settings: TeacherConfig, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
+def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
     """Train a teacher on hard targets with a fresh view each epoch; result.json and teacher.pt go to folder."""
-    device = select_device(settings.device)
-    transfer_set = load_data(settings)
+    device = select_device(config.device)
+    transfer_set = load_data(config)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
-        raise UsageError(f"a teacher needs labels: '{settings.data}' has images without classes")
-    check_select(settings, transfer_set)
-    views = fill_size(parse_views(settings.views), transfer_set, console)
-    input_spec = make_input_spec(settings.normalize, transfer_set, views)
-    torch.manual_seed(settings.seed)
-    network = build(settings.arch, len(transfer_set.classes), input_spec.channels, views.size)
-    with start_run(settings, folder):
+        raise UsageError(f"a teacher needs labels: '{config.data}' has images without classes")
+    check_select(config, transfer_set)
+    views = fill_size(parse_views(config.views), transfer_set, console)
+    input_spec = make_input_spec(config.normalize, transfer_set, views)
+    torch.manual_seed(config.seed)
+    network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size)
+    with start_run(config, folder):
         model = PreparedModel(network, input_spec).to(device)
         rows = transfer_set.splits["train"]
         stream = Stream(
             rows,
             views,
-            settings.seed,
-            settings.seed,
-            settings.batch_size,
+            config.seed,
+            config.seed,
+            config.batch_size,
             rows.labels,
             np.arange(len(rows)),
-            workers=settings.workers,
-            sampler=settings.sampler,
+            workers=config.workers,
+            sampler=config.sampler,
             device=device,
         )
         held_out = {
-            split: HeldOutSplit(transfer_set.splits[split], views, device, settings)
+            split: HeldOutSplit(transfer_set.splits[split], views, device, config)
             for split in ("val", "test")
             if split in transfer_set.splits
         }
@@ -115,9 +113,9 @@ def train_teacher(settings: TeacherConfig, folder: Path, console: Console, advic
             model,
             parse_losses(("hard",)),
             stream,
-            settings.epochs,
+            config.epochs,
             stream.steps_per_round,
-            settings,
+            config,
             device,
             folder,
             count_multiply_adds(network, input_spec.channels, views.size),
@@ -127,9 +125,9 @@ def train_teacher(settings: TeacherConfig, folder: Path, console: Console, advic
         done = train(job, held_out["val"], console)
         measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
         result = {
-            "settings": asdict(settings),
+            "settings": asdict(config),
             "teacher": {
-                "arch": settings.arch,
+                "arch": config.arch,
                 "preparation": input_spec.to_json(),
                 "parameters": count_parameters(network),
                 "multiply_adds": job.multiply_adds,
@@ -146,16 +144,16 @@ def train_teacher(settings: TeacherConfig, folder: Path, console: Console, advic
         return result
 
 
-def load_data(settings: TeacherConfig | CacheConfig) -> TransferSet:
+def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
     """The data, cut as the settings say."""
-    cut = {name: getattr(settings, name) for name in CUT_OPTIONS}
-    return load_transfer_set(settings.data, Path(settings.data_root), **cut, progress=progress)
+    cut = {name: getattr(config, name) for name in CUT_OPTIONS}
+    return load_transfer_set(config.data, Path(config.data_root), **cut, progress=progress)
 
 
 def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
     """The policy with its size in pixels: as asked, as the images are, or 224 where they differ."""
     if not views.size and not transfer_set.size:
-        console.say(
+        console.print(
             f"the images differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
         )
     return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)

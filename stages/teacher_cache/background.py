@@ -30,7 +30,7 @@ class BackgroundWriter:
         if last is not None:
             last.result()
 
-    def look(self) -> None:
+    def raise_failure(self) -> None:
         """Raise what the last work has raised, if it is over: no need to go on for as long as the next one takes."""
         if self._last is not None and self._last.done():
             self.wait()

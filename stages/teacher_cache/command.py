@@ -47,91 +47,85 @@ from .teacher_source import load_teacher
 from .writing import write_shards
 
 
-def run(settings: CacheConfig) -> None:
+def run(config: CacheConfig) -> None:
     """Make the cache, and say what it is."""
-    console = Console(settings.json)
-    with ranks.process_group(settings.device):
+    console = Console(config.json)
+    with ranks.process_group(config.device):
         if not ranks.is_first():
-            return write_share(settings, console)
-        settings, manifest = make_cache(settings, console)
-        _print_report(manifest, settings, console)
+            return write_share(config, console)
+        config, manifest = make_cache(config, console)
+        _print_report(manifest, config, console)
 
 
-def make_cache(settings: CacheConfig, console: Console) -> tuple[CacheConfig, Manifest]:
+def make_cache(config: CacheConfig, console: Console) -> tuple[CacheConfig, Manifest]:
     """Data, views, teacher; then shard after shard; then the manifest. The settings come back with the recipe in."""
-    with _name_other_cache(settings):
-        settings, identity, ask, chosen = _prepare(settings, console)
-        return settings, _write_cache(settings, identity, ask, chosen, console)
+    with _name_other_cache(config):
+        config, identity, ask, chosen = _prepare(config, console)
+        return config, _write_cache(config, identity, ask, chosen, console)
 
 
-def write_share(settings: CacheConfig, console: Console) -> None:
+def write_share(config: CacheConfig, console: Console) -> None:
     """What another rank than the first does: its share of the shards, once the first has claimed the folder."""
-    settings, identity, ask, chosen = _prepare(settings, console)
+    config, identity, ask, chosen = _prepare(config, console)
     if ranks.broadcast_from_first(lambda: True):
-        write_shards(
-            CacheWriter.examine(Path(settings.out), _plan(settings, identity, ask, chosen)), ask, chosen, console
-        )
+        write_shards(CacheWriter.examine(Path(config.out), _plan(config, identity, ask, chosen)), ask, chosen, console)
 
 
 @contextmanager
-def _name_other_cache(settings: CacheConfig) -> Iterator[None]:
+def _name_other_cache(config: CacheConfig) -> Iterator[None]:
     """Where the cache that is there is another one, the command for the one that is asked for."""
     try:
         yield
     except CacheMismatchError as error:
-        settings = _fill_defaults(settings)[0]
-        right = format_command("teacher-cache", settings, out=find_free_name(settings.out))
+        config = _fill_defaults(config)[0]
+        right = format_command("teacher-cache", config, out=find_free_name(config.out))
         raise CacheError(f"{error}\nMake the one that is asked for with  {right}") from None
 
 
-def _prepare(
-    settings: CacheConfig, console: Console
-) -> tuple[CacheConfig, Identity, TargetGenerator, ChosenPrecision]:
+def _prepare(config: CacheConfig, console: Console) -> tuple[CacheConfig, Identity, TargetGenerator, ChosenPrecision]:
     """The settings with the recipe in, what the rows are to be, and who is asked about what."""
-    settings, views, taps = _fill_defaults(settings)
-    transfer_set = ranks.first_rank_first(lambda: teacher_stage.load_data(settings))
+    config, views, taps = _fill_defaults(config)
+    transfer_set = ranks.first_rank_first(lambda: teacher_stage.load_data(config))
     views = teacher_stage.fill_size(views, transfer_set, console)
-    teacher, arch = load_teacher(settings, transfer_set, views, console)
-    teacher = teacher.to(select_device(settings.device)).eval()
-    identity = _identity(settings, transfer_set, views, teacher, arch)
-    chosen, taps = _decide_precision(
-        settings, identity, TrialViews(transfer_set, views, settings), teacher, taps, console
-    )
-    identity = {**identity, "precision": chosen.answering.precision}
+    teacher, arch = load_teacher(config, transfer_set, views, console)
+    teacher = teacher.to(select_device(config.device)).eval()
+    identity = _identity(config, transfer_set, views, teacher, arch)
+    chosen, taps = _decide_precision(config, identity, TrialViews(transfer_set, views, config), teacher, taps, console)
+    identity = {**identity, "precision": chosen.inference.precision}
     ranks.check_equal("cache in mind", compute_fingerprint(identity))
-    return settings, identity, TargetGenerator(transfer_set, views, chosen.answering, settings), chosen
+    return config, identity, TargetGenerator(transfer_set, views, chosen.inference, config), chosen
 
 
-def _fill_defaults(settings: CacheConfig) -> tuple[CacheConfig, ViewPolicy, tuple[str, ...]]:
+def _fill_defaults(config: CacheConfig) -> tuple[CacheConfig, ViewPolicy, tuple[str, ...]]:
     """The settings with the recipe filled in, before anything slow is done."""
-    data = settings.data or "digits"
+    data = config.data or "digits"
     recipe = find_source(data).recipe
-    settings = replace(
-        settings,
+    config = replace(
+        config,
         data=data,
-        views=settings.views or recipe.views,
-        draws=settings.draws or recipe.draws,
-        val_fraction=settings.val_fraction or recipe.val_fraction,
-        out=settings.out or f"caches/{short_name(data)}",
+        views=config.views or recipe.views,
+        draws=config.draws or recipe.draws,
+        val_fraction=config.val_fraction or recipe.val_fraction,
+        out=config.out or f"caches/{short_name(data)}",
     )
-    if settings.codec not in CODECS:
-        raise unknown_name_error("codec", settings.codec, CODECS)
-    taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in settings.taps.split(",") if tap))
-    return settings, parse_views(settings.views), taps
+    if config.codec not in CODECS:
+        raise unknown_name_error("codec", config.codec, CODECS)
+    taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
+    return config, parse_views(config.views), taps
 
 
 def _identity(
-    settings: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, teacher: PreparedModel, arch: str
+    config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, teacher: PreparedModel, arch: str
 ) -> Identity:
     """What the rows of the cache to be are, but for the precision where it is still to be chosen."""
     known = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
-    identity = make_identity(transfer_set, views, settings.seed, known, settings.codec, settings.precision)
+    identity = make_identity(transfer_set, views, config.seed, known, config.codec, config.precision)
     plain: Identity = json.loads(json.dumps(identity))
     return plain
 
 
 def _decide_precision(
-    settings: CacheConfig,
+    config: CacheConfig,
     identity: Identity,
     verify_views: TrialViews,
     teacher: PreparedModel,
@@ -145,56 +139,56 @@ def _decide_precision(
     found: list[ChosenPrecision] = []
 
     def decide() -> dict[str, Any]:
-        there, out = read_existing(Path(settings.out), identity), Path(settings.out)
+        there, out = read_existing(Path(config.out), identity), Path(config.out)
         if there and (out / MANIFEST_FILE).is_file():  # before the teacher is asked for the layers of another one
-            precision = there.precision if settings.precision == "auto" else settings.precision
+            precision = there.precision if config.precision == "auto" else config.precision
             check_same_identity(out, {**identity, "precision": precision}, {}, read_manifest(out))
         every = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
-        chosen = resume_precision(settings, there, teacher, every) or choose_precision(
-            settings, verify_views, teacher, every, console
+        chosen = resume_precision(config, there, teacher, every) or choose_precision(
+            config, verify_views, teacher, every, console
         )
         found.append(chosen)
-        return {"taps": list(every), **chosen.record()}
+        return {"taps": list(every), **chosen.to_json()}
 
     told = ranks.broadcast_from_first(decide)
     every = tuple(told["taps"])
     return (found[0] if found else restore_precision(told, teacher, every, verify_views, console)), every
 
 
-def _plan(settings: CacheConfig, identity: Identity, ask: TargetGenerator, chosen: ChosenPrecision) -> CachePlan:
+def _plan(config: CacheConfig, identity: Identity, ask: TargetGenerator, chosen: ChosenPrecision) -> CachePlan:
     splits = {split: len(rows) for split, rows in ask.transfer_set.splits.items()}
-    kept = (settings.shard_rows, _settings_to_store(settings), chosen.arithmetic)
-    return CachePlan(identity, ask.classes, settings.draws, splits, ask.shapes, *kept)
+    kept = (config.shard_rows, _settings_to_store(config), chosen.precision_record)
+    return CachePlan(identity, ask.classes, config.draws, splits, ask.shapes, *kept)
 
 
 def _write_cache(
-    settings: CacheConfig, identity: Identity, ask: TargetGenerator, chosen: ChosenPrecision, console: Console
+    config: CacheConfig, identity: Identity, ask: TargetGenerator, chosen: ChosenPrecision, console: Console
 ) -> Manifest:
     """Write what is not there yet; the manifest of it all."""
-    out, transfer_set = Path(settings.out), ask.transfer_set
-    plan = _plan(settings, identity, ask, chosen)
+    out, transfer_set = Path(config.out), ask.transfer_set
+    plan = _plan(config, identity, ask, chosen)
     if (whole := CacheWriter.examine(out, plan)).is_complete:  # needs no lock: the cache may be on a read-only mount
         clean_up(out)
-        console.say(f"the cache '{out}' is whole already, with all that is asked for")
+        console.print(f"the cache '{out}' is whole already, with all that is asked for")
         ranks.broadcast_from_first(lambda: False)
         return whole.previous or read_manifest(out)
     make_folder(out)
     with hold_lock(out):
         writer = CacheWriter.examine(out, plan)
         if writer.previous and writer.missing:
-            console.say(f"the cache '{out}' grows by {len(writer.missing)} shards; what it holds is left as it is")
+            console.print(f"the cache '{out}' grows by {len(writer.missing)} shards; what it holds is left as it is")
             verify_views(Cache(out), transfer_set, writer.previous.draws)
-            check_reproducibility(Cache(out), ask).refuse_if_large()
+            check_reproducibility(Cache(out), ask).raise_if_different()
         writer.start()
         if writer.previous and not writer.missing:
-            console.say(f"the cache '{out}' is whole already, with all that is asked for")
+            console.print(f"the cache '{out}' is whole already, with all that is asked for")
             ranks.broadcast_from_first(lambda: False)
             return writer.previous
         if set(writer.plan.taps) != set(ask.taps):
             raise CacheError(f"'{out}' was given other taps while this began: run the same command again")
-        if chosen.begun and (chosen.arithmetic or settings.precision == "auto"):
-            how = f", {chosen.arithmetic.describe()}" if chosen.arithmetic else ""
-            console.say(f"precision: {identity['precision']}{how}; as this cache was begun")
+        if chosen.is_resumed and (chosen.precision_record or config.precision == "auto"):
+            how = f", {chosen.precision_record.describe()}" if chosen.precision_record else ""
+            console.print(f"precision: {identity['precision']}{how}; as this cache was begun")
         ranks.broadcast_from_first(lambda: True)
         write_shards(writer, ask, chosen, console)
         head = find_head(ask.teacher.network, ask.classes)
@@ -206,21 +200,21 @@ def _write_cache(
         return manifest
 
 
-def _settings_to_store(settings: CacheConfig) -> dict[str, Any]:
+def _settings_to_store(config: CacheConfig) -> dict[str, Any]:
     """The settings that another machine can repeat: no path of this one, but the last part of its name."""
     here = ("data_root", "device", "workers", "json", "out", "draws", "taps")
-    kept = {name: value for name, value in asdict(settings).items() if name not in here}
-    kept["weights"] = Path(settings.weights).name
-    kept["data"] = "folder:PATH" if settings.data.startswith("folder:") else settings.data
+    kept = {name: value for name, value in asdict(config).items() if name not in here}
+    kept["weights"] = Path(config.weights).name
+    kept["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
     return kept
 
 
-def _print_report(manifest: Manifest, settings: CacheConfig, console: Console) -> None:
+def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> None:
     """What was written."""
     rows = sum(n * (manifest.draws if split == "train" else 1) for split, n in manifest.splits.items())
     record: dict[str, Any] = {
-        "cache": settings.out,
-        "settings": asdict(settings),
+        "cache": config.out,
+        "settings": asdict(config),
         "fingerprint": manifest.fingerprint,
         "draws": manifest.draws,
         "rows": rows,
@@ -230,26 +224,26 @@ def _print_report(manifest: Manifest, settings: CacheConfig, console: Console) -
         "teacher": manifest.teacher,
         "fidelity": manifest.fidelity,
     }
-    if settings.json:
-        return console.result(json.dumps(record))
+    if config.json:
+        return console.print_json(json.dumps(record))
     kl = ", ".join(f"{manifest.fidelity[f'kl_{T}']:.1e} at T={T}" for T in (1, 2, 4, 8))
     accuracy = ", ".join(
         f"{split} {found['accuracy']:.4f}"
         for split, found in manifest.teacher.items()
         if found["accuracy"] is not None
     )
-    console.say(
-        f"cache:   {settings.out} ({manifest.fingerprint[:12]}),"
+    console.print(
+        f"cache:   {config.out} ({manifest.fingerprint[:12]}),"
         f" {manifest.draws} draw{'s' if manifest.draws > 1 else ''} of {manifest.splits['train']:,} views"
     )
     pace = f", {rows / manifest.seconds:,.0f} images a second" if manifest.seconds else ""
     size = f"{manifest.bytes / rows:.1f} bytes a view"
-    console.say(f"wrote:   {rows:,} rows, {size}, in {format_duration(manifest.seconds)}{pace}")
+    console.print(f"wrote:   {rows:,} rows, {size}, in {format_duration(manifest.seconds)}{pace}")
     mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
-    console.say(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
-    console.say(
-        f"codec:   {settings.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
+    console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
+    console.print(
+        f"codec:   {config.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
     )
-    data = settings.data if settings.data.startswith("folder:") else ""
-    student = StudentConfig(data=data, data_root=settings.data_root, cache=(settings.out,), baseline=True)
-    console.say(f"next:    {format_command('student', student)}")
+    data = config.data if config.data.startswith("folder:") else ""
+    student = StudentConfig(data=data, data_root=config.data_root, cache=(config.out,), baseline=True)
+    console.print(f"next:    {format_command('student', student)}")

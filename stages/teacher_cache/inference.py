@@ -29,11 +29,11 @@ class TeacherInference:
 
     def __init__(self, teacher: PreparedModel, taps: tuple[str, ...], precision: str = "float32", fold: bool = False):
         self.teacher, self.taps, self.precision = teacher, taps, precision
-        self._asked = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
+        self._model = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
         self._compiled: InferFunction | None = None
-        self.comes_out_differently = self.folded and not self._folded_says_the_same()
-        if self.comes_out_differently:
-            self._asked = teacher
+        self.differs_when_folded = self.folded and not self._matches_when_folded()
+        if self.differs_when_folded:
+            self._model = teacher
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +43,7 @@ class TeacherInference:
     @property
     def folded(self) -> bool:
         """Whether batch norm was folded, at one place or more."""
-        return self._asked is not self.teacher
+        return self._model is not self.teacher
 
     @property
     def is_plain(self) -> bool:
@@ -56,13 +56,13 @@ class TeacherInference:
         return self._compiled is not None
 
     @contextmanager
-    def ready(self) -> Iterator[InferFunction]:
+    def open(self) -> Iterator[InferFunction]:
         """A function uint8 [B, C, S, S] on its device -> logits float32 [B, K] and {tap: [B, …]}, for the time of a
         with statement; the features are overwritten by the next call's."""
         if self._compiled is not None:
             yield self._compiled
             return
-        asked = self._asked
+        asked = self._model
         # autocast once and not for each batch: it keeps the weights that it has cast
         with (
             torch.inference_mode(),
@@ -79,7 +79,7 @@ class TeacherInference:
         in eval mode do not see each other.
         """
         torch.compiler.reset()  # what is compiled is known by its code, which all of these share, eight times at most
-        own = copy.deepcopy(self._asked)
+        own = copy.deepcopy(self._model)
         hooks = ExitStack()
         kept = hooks.enter_context(capture_features(own.network, self.taps))
 
@@ -104,7 +104,7 @@ class TeacherInference:
         padded(views.to(self.device))
         self._compiled, self._hooks = padded, hooks  # the hooks of the copy stay for as long as this lives
 
-    def _folded_says_the_same(self) -> bool:
+    def _matches_when_folded(self) -> bool:
         """A trace may have seen another way through a network than a batch takes: asked about a few views, in float32.
 
         They are noise: what is folded is affine, and wrong anywhere if it is wrong.
@@ -113,7 +113,7 @@ class TeacherInference:
         noise = torch.Generator().manual_seed(0)
         views = torch.randint(0, 256, (4, channels, size, size), dtype=torch.uint8, generator=noise).to(self.device)
         said, cudnn = [], torch.backends.cudnn
-        for asked in (self.teacher, self._asked):
+        for asked in (self.teacher, self._model):
             exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 rounds by more than what is looked for
             with exact, torch.inference_mode(), capture_features(asked.network, self.taps) as kept:
                 said.append([asked(views), *(kept[tap] for tap in self.taps)])
@@ -126,7 +126,7 @@ class TeacherInference:
 def restore_inference(teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool) -> TeacherInference:
     """What answers as a cache was begun. Raises CacheError where its batch norm was folded and cannot be here."""
     answering = TeacherInference(teacher, taps, precision, fold)
-    if answering.comes_out_differently:
+    if answering.differs_when_folded:
         raise CacheError(
             "the cache was begun with batch norm folded, and that says something else than the teacher here: go on"
             " with the versions that it was begun with, or make a new one"

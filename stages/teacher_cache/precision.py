@@ -32,15 +32,15 @@ _WORTH = 1.05
 class ChosenPrecision:
     """What answers, and what there is to write down about it; None for the teacher as it is. begun: goes on so."""
 
-    answering: TeacherInference
-    arithmetic: PrecisionRecord | None = None
-    begun: bool = False
+    inference: TeacherInference
+    precision_record: PrecisionRecord | None = None
+    is_resumed: bool = False
 
-    def record(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As plain JSON values, for other ranks; see chosen_as."""
-        a, arithmetic = self.answering, self.arithmetic.to_json() if self.arithmetic else None
+        a, arithmetic = self.inference, self.precision_record.to_json() if self.precision_record else None
         how = {"precision": a.precision, "folded": a.folded, "compiled": a.compiled}
-        return {**how, "arithmetic": arithmetic, "begun": self.begun}
+        return {**how, "arithmetic": arithmetic, "begun": self.is_resumed}
 
 
 @dataclass(frozen=True)
@@ -49,70 +49,70 @@ class TrialViews:
 
     transfer_set: TransferSet
     views: ViewPolicy
-    settings: CacheConfig
+    config: CacheConfig
 
     @property
-    def rows_together(self) -> int:
+    def batch_rows(self) -> int:
         """The largest batch of stage one."""
         rows = max(len(split) for split in self.transfer_set.splits.values())
-        return min(self.settings.batch_size, self.settings.shard_rows or rows, rows)
+        return min(self.config.batch_size, self.config.shard_rows or rows, rows)
 
-    def batches(self) -> list[torch.Tensor]:
+    def render(self) -> list[torch.Tensor]:
         """uint8 [B, C, S, S], two at least: the first ones of everything also warm up."""
         rows = self.transfer_set.splits["train"]
-        index = make_row_order(self.settings.seed, "train", len(rows))[:_VIEWS]
-        size = min(self.rows_together, -(-len(index) // _BATCHES))
+        index = make_row_order(self.config.seed, "train", len(rows))[:_VIEWS]
+        size = min(self.batch_rows, -(-len(index) // _BATCHES))
         parts = [index[i : i + size] for i in range(0, len(index), size)]
-        return [render(rows.images, self.views, self.settings.seed, part, 0) for part in parts]
+        return [render(rows.images, self.views, self.config.seed, part, 0) for part in parts]
 
 
 @dataclass
 class _Trial:
     """What one answering said about the views, float32 [n, K] by batch, and the least seconds of a view."""
 
-    answering: TeacherInference
-    said: list[NDArray[np.float32]] = field(default_factory=list)
-    least: float = float("inf")
-    broken: str = ""
+    inference: TeacherInference
+    outputs: list[NDArray[np.float32]] = field(default_factory=list)
+    seconds: float = float("inf")
+    failure: str = ""
 
-    def ask(self, views: torch.Tensor, keep: bool) -> None:
+    def run(self, views: torch.Tensor, keep: bool) -> None:
         """One batch more. What another arithmetic than the teacher's own raises is noted, and it is asked no more."""
-        if self.broken:
+        if self.failure:
             return
         try:
-            logits, seconds = time_inference(self.answering, views)
+            logits, seconds = time_inference(self.inference, views)
         except (RuntimeError, TypeError, ValueError) as error:  # a network is anyone's code
-            if self.answering.is_plain:
+            if self.inference.is_plain:
                 raise
-            self.broken = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            self.failure = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             return
-        self.least = min(self.least, seconds / len(views))
-        self.said += [logits] * keep
+        self.seconds = min(self.seconds, seconds / len(views))
+        self.outputs += [logits] * keep
 
     def pace(self) -> float:
         """Seconds a view."""
-        return self.least
+        return self.seconds
 
     def cost(self, plain: "_Trial") -> tuple[float, float, float]:
         """Mean KL to plain float32 at T = 1 and 4, in nats, and the share of flips of the first class."""
-        if self.broken or not all(np.isfinite(said).all() for said in self.said):
+        if self.failure or not all(np.isfinite(said).all() for said in self.outputs):
             return float("inf"), float("inf"), 1.0
-        sums = measure_fidelity(np.concatenate(plain.said), np.concatenate(self.said))
+        sums = measure_fidelity(np.concatenate(plain.outputs), np.concatenate(self.outputs))
         return sums["kl_1"] / sums["rows"], sums["kl_4"] / sums["rows"], sums["flips"] / sums["rows"]
 
     def compared(self, plain: "_Trial") -> PrecisionRecord:
         """What there is to write down."""
         return PrecisionRecord(
-            self.answering.folded, self.answering.compiled, sum(map(len, self.said)), *self.cost(plain)
+            self.inference.folded, self.inference.compiled, sum(map(len, self.outputs)), *self.cost(plain)
         )
 
     def is_worth_it(self, plain: "_Trial", tolerance: float) -> bool:
         """Whether it is faster than plain float32, and says the same within the tolerance, in nats."""
-        return self.least * _WORTH < plain.least and max(self.cost(plain)[:2]) <= tolerance
+        return self.seconds * _WORTH < plain.seconds and max(self.cost(plain)[:2]) <= tolerance
 
 
 def resume_precision(
-    settings: CacheConfig, there: ExistingCache | None, teacher: PreparedModel, taps: tuple[str, ...]
+    config: CacheConfig, there: ExistingCache | None, teacher: PreparedModel, taps: tuple[str, ...]
 ) -> ChosenPrecision | None:
     """As a cache in the folder was begun: a timing does not change it half-way. None where there is nothing begun.
 
@@ -120,13 +120,13 @@ def resume_precision(
     """
     if there is None:
         return None
-    precision = there.precision if settings.precision == "auto" else settings.precision
+    precision = there.precision if config.precision == "auto" else config.precision
     fold = there.arithmetic is not None and there.arithmetic.folded
-    return ChosenPrecision(restore_inference(teacher, taps, precision, fold), there.arithmetic, begun=True)
+    return ChosenPrecision(restore_inference(teacher, taps, precision, fold), there.arithmetic, is_resumed=True)
 
 
 def choose_precision(
-    settings: CacheConfig, probe: TrialViews, teacher: PreparedModel, taps: tuple[str, ...], console: Console
+    config: CacheConfig, probe: TrialViews, teacher: PreparedModel, taps: tuple[str, ...], console: Console
 ) -> ChosenPrecision:
     """For a new cache. Plain float32 is the teacher as it is, to the last bit, and asks nothing; bfloat16 is folded.
 
@@ -135,26 +135,24 @@ def choose_precision(
     higher temperature shows. What is taken is said with its cost, and written down.
     """
     plain = _Trial(TeacherInference(teacher, taps))
-    if settings.precision == "float32" and not settings.compile:
-        return ChosenPrecision(plain.answering)
-    others = [_Trial(a) for a in _list_faster(settings, teacher, taps)]
-    batches = probe.batches()
+    if config.precision == "float32" and not config.compile:
+        return ChosenPrecision(plain.inference)
+    others = [_Trial(a) for a in _list_faster(config, teacher, taps)]
+    batches = probe.render()
     _time_trials([plain, *others], batches)
-    if settings.precision == "auto":
-        best = min(filter(lambda t: t.is_worth_it(plain, settings.tolerance), others), key=_Trial.pace, default=plain)
+    if config.precision == "auto":
+        best = min(filter(lambda t: t.is_worth_it(plain, config.tolerance), others), key=_Trial.pace, default=plain)
     else:
         best = (others or [plain])[0]
         if max(best.cost(plain)) == float("inf"):
-            why = best.broken or "its logits are not finite"
-            raise CacheError(
-                f"--precision {settings.precision}: the teacher cannot be asked so ({make_printable(why)})"
-            )
-    if settings.compile:
+            why = best.failure or "its logits are not finite"
+            raise CacheError(f"--precision {config.precision}: the teacher cannot be asked so ({make_printable(why)})")
+    if config.compile:
         best = _try_compiled(best, plain, probe, batches, console)
     arithmetic = best.compared(plain) if best is not plain else None
-    if settings.precision != "float32" or arithmetic:
-        _print_choice(best, plain, others, settings, console)
-    return ChosenPrecision(best.answering, arithmetic)
+    if config.precision != "float32" or arithmetic:
+        _print_choice(best, plain, others, config, console)
+    return ChosenPrecision(best.inference, arithmetic)
 
 
 def restore_precision(
@@ -169,21 +167,21 @@ def restore_precision(
 
 def compile_teacher(answering: TeacherInference, probe: TrialViews, console: Console) -> bool:
     """Compile, or say in one line why not."""
-    console.say("compiling the teacher, 5 to 25 s")
+    console.print("compiling the teacher, 5 to 25 s")
     try:
-        answering.compile(probe.batches()[0], probe.rows_together)
+        answering.compile(probe.render()[0], probe.batch_rows)
     except Exception as error:  # no compiler, or a network that it cannot take: whatever it raises, there is a way
         why = str(error).strip().splitlines() or [""]
-        console.say(f"not compiled, it goes on as it is: {type(error).__name__}: {make_printable(why[0], 120)}")
+        console.print(f"not compiled, it goes on as it is: {type(error).__name__}: {make_printable(why[0], 120)}")
         return False
     return True
 
 
-def _list_faster(settings: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[TeacherInference]:
+def _list_faster(config: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[TeacherInference]:
     """What is tried beside plain float32."""
-    if settings.precision != "float32":
+    if config.precision != "float32":
         yield TeacherInference(teacher, taps, "bfloat16", fold=True)
-    if settings.precision == "auto":
+    if config.precision == "auto":
         folded = TeacherInference(teacher, taps, "float32", fold=True)
         if folded.folded:
             yield folded
@@ -195,14 +193,14 @@ def _time_trials(trials: list[_Trial], batches: list[torch.Tensor]) -> None:
         begun = time.monotonic()
         for views in batches:
             for trial in trials:
-                trial.ask(views, keep=turn == 0)
+                trial.run(views, keep=turn == 0)
         if time.monotonic() - begun > _QUICK:
             return
 
 
 def time_inference(answering: TeacherInference, views: torch.Tensor) -> tuple[NDArray[np.float32], float]:
     """logits float32 [B, K], and the seconds that they took."""
-    with answering.ready() as answer:
+    with answering.open() as answer:
         begun = time.perf_counter()
         logits = answer(views.to(answering.device))[0].cpu()
         return logits.numpy(), time.perf_counter() - begun
@@ -212,37 +210,37 @@ def _try_compiled(
     best: _Trial, plain: _Trial, probe: TrialViews, batches: list[torch.Tensor], console: Console
 ) -> _Trial:
     """The same compiled, where that works and is faster and not another function; the trial as it was elsewhere."""
-    a, settings = best.answering, probe.settings
+    a, config = best.inference, probe.config
     trial = _Trial(TeacherInference(a.teacher, a.taps, a.precision, a.folded))
-    if not compile_teacher(trial.answering, probe, console):
+    if not compile_teacher(trial.inference, probe, console):
         return best
     again = _Trial(a)  # in turns with the other: what it took before, it took on a machine that was less busy
     _time_trials([trial, again], batches)
     if max(trial.cost(plain)) == float("inf"):
-        console.say(f"not compiled: {make_printable(trial.broken or 'its logits are not finite')}")
+        console.print(f"not compiled: {make_printable(trial.failure or 'its logits are not finite')}")
         return best
     found = trial.compared(plain)
-    if settings.precision == "auto" and max(found.kl_1, found.kl_4) > settings.tolerance:
-        console.say(f"not compiled: {found.describe()}, more than --tolerance {settings.tolerance:g}")
+    if config.precision == "auto" and max(found.kl_1, found.kl_4) > config.tolerance:
+        console.print(f"not compiled: {found.describe()}, more than --tolerance {config.tolerance:g}")
     elif trial.pace() >= again.pace():
-        console.say(f"not compiled: {1 / trial.pace():,.0f} images a second, {1 / again.pace():,.0f} as it was")
+        console.print(f"not compiled: {1 / trial.pace():,.0f} images a second, {1 / again.pace():,.0f} as it was")
     else:
         return trial
     return best
 
 
-def _print_choice(best: _Trial, plain: _Trial, others: list[_Trial], settings: CacheConfig, console: Console) -> None:
+def _print_choice(best: _Trial, plain: _Trial, others: list[_Trial], config: CacheConfig, console: Console) -> None:
     """One line: what was chosen, what it costs, and what it brings."""
     pace = f"{1 / best.pace():,.0f} images a second"
     if best is plain:
         tried = "; ".join(
-            f"{t.answering.precision}: {make_printable(t.broken)}"
-            if t.broken
-            else f"{t.answering.precision} {1 / t.pace():,.0f} a second, KL {max(t.cost(plain)[:2]):.1e}"
+            f"{t.inference.precision}: {make_printable(t.failure)}"
+            if t.failure
+            else f"{t.inference.precision} {1 / t.pace():,.0f} a second, KL {max(t.cost(plain)[:2]):.1e}"
             for t in others
         )
-        return console.say(f"precision: float32, the teacher as it is, {pace}; not taken: {tried or 'nothing else'}")
-    console.say(
-        f"precision: {best.answering.precision}, {best.compared(plain).describe()};"
+        return console.print(f"precision: float32, the teacher as it is, {pace}; not taken: {tried or 'nothing else'}")
+    console.print(
+        f"precision: {best.inference.precision}, {best.compared(plain).describe()};"
         f" {pace} instead of {1 / plain.pace():,.0f}"
     )

@@ -1,7 +1,7 @@
 """Asking the teacher again about rows that are in a cache: is it still the one that was asked?"""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,43 +30,49 @@ class ReproducibilityReport:
     features: per tap, the largest difference as a share of the largest value; most: what is taken for the same."""
 
     rows: int
-    logits: float
-    share: float
+    absolute: float
+    relative: float
     features: dict[str, float]
-    most: float
+    tolerance: float
 
-    def record(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self)
+        return {
+            "rows": self.rows,
+            "logits": self.absolute,
+            "share": self.relative,
+            "features": self.features,
+            "most": self.tolerance,
+        }
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """A line for people."""
         taps = "".join(f", {tap} by {share:.2%} of the largest" for tap, share in self.features.items())
         return (
-            f"the teacher was asked again about {self.rows} rows: logits differ by {self.logits:.3g} at most,"
-            f" {self.share:.3%} of their row's range{taps}"
+            f"the teacher was asked again about {self.rows} rows: logits differ by {self.absolute:.3g} at most,"
+            f" {self.relative:.3%} of their row's range{taps}"
         )
 
-    def refuse_if_large(self) -> None:
+    def raise_if_different(self) -> None:
         """Raises CacheError when this is not the teacher's rounding any more."""
-        for name, share in {"logits": self.share, **self.features}.items():
-            if not share <= self.most:
+        for name, share in {"logits": self.relative, **self.features}.items():
+            if not share <= self.tolerance:
                 raise CacheError(
-                    f"the teacher now says something else: {name} differ by {share:.2%}, more than {self.most:.0%}:"
-                    " its code or a library changed"
+                    f"the teacher now says something else: {name} differ by {share:.2%},"
+                    f" more than {self.tolerance:.0%}: its code or a library changed"
                 )
 
 
-def make_target_generator(cache: Cache, transfer_set: TransferSet, settings: CheckConfig) -> TargetGenerator:
+def make_target_generator(cache: Cache, transfer_set: TransferSet, config: CheckConfig) -> TargetGenerator:
     """The cache's teacher, ready to be asked what stage one asked it. Raises CacheError for other weights."""
-    teacher = load_cache_teacher(cache, settings.weights, settings.teacher).to(select_device(settings.device))
+    teacher = load_cache_teacher(cache, config.weights, config.teacher).to(select_device(config.device))
     identity = cache.manifest.identity
     asked = replace(
         read_cache_config(cache),
         seed=cache.seed,
         codec=identity["codec"],
         precision=identity["precision"],
-        workers=settings.workers,
+        workers=config.workers,
     )
     arithmetic = cache.manifest.arithmetic
     fold = arithmetic is not None and arithmetic.folded
@@ -89,7 +95,7 @@ def check_reproducibility(cache: Cache, ask: TargetGenerator, bad: Collection[st
         positions = record.start + np.arange(n) * record.rows // n
         good = tuple(t for t in features if (record.split, record.draw, f"features/{t}") not in damaged)
         stored, kept = cache.read_stored(record.split, record.draw, positions, good)
-        said, tapped = ask.rows(record.split, record.draw, cache.index_at(record.split, positions))
+        said, tapped = ask.compute_rows(record.split, record.draw, cache.index_at(record.split, positions))
         gap = np.abs(stored.numpy() - said).max(1)
         logits = _max_with_nan(logits, gap)
         share = _max_with_nan(share, gap / np.maximum(np.ptp(said, 1), 1e-3))

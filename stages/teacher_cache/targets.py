@@ -33,13 +33,13 @@ class TargetGenerator:
 
     transfer_set: TransferSet
     views: ViewPolicy
-    answering: TeacherInference
-    settings: CacheConfig
+    inference: TeacherInference
+    config: CacheConfig
 
     def __post_init__(self) -> None:
-        self.teacher, self.taps = self.answering.teacher, self.answering.taps
+        self.teacher, self.taps = self.inference.teacher, self.inference.taps
         index = np.arange(min(2, len(self.transfer_set.splits["train"])))
-        _, logits, features = next(self._answers("train", 0, index))
+        _, logits, features = next(self._infer_batches("train", 0, index))
         self.classes = logits.shape[1]
         self.shapes = {tap: list(x.shape[1:]) for tap, x in features.items()}
         if self.transfer_set.classes and self.classes != len(self.transfer_set.classes):
@@ -47,9 +47,9 @@ class TargetGenerator:
                 f"the teacher knows {self.classes} classes, the data have {len(self.transfer_set.classes)}"
             )
 
-    def piece(self, piece: ShardSpec, shown: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
+    def compute_shard(self, piece: ShardSpec, shown: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """The rows of a shard, those datasets that it is to hold, and what its codec cost where it holds logits."""
-        order = make_row_order(self.settings.seed, piece.split, len(self.transfer_set.splits[piece.split]))
+        order = make_row_order(self.config.seed, piece.split, len(self.transfer_set.splits[piece.split]))
         index = order[piece.start : piece.start + piece.rows]
         logits = np.empty((piece.rows, self.classes), np.float32)
         features = {
@@ -57,9 +57,9 @@ class TargetGenerator:
             for tap, shape in self.shapes.items()
             if f"features/{tap}" in piece.datasets
         }
-        codec = CODECS[self.settings.codec]
+        codec = CODECS[self.config.codec]
         crcs, at = np.empty(piece.rows, np.uint32), 0
-        for crc, said, tapped in self._answers(piece.split, piece.draw, index):
+        for crc, said, tapped in self._infer_batches(piece.split, piece.draw, index):
             rows = slice(at, at := at + len(crc))
             crcs[rows] = crc
             _store_batch(said, logits[rows], codec.max_value, piece, index[rows], "output")
@@ -76,25 +76,25 @@ class TargetGenerator:
         hits = int((decoded.argmax(1) == labels).sum())
         return {**stored, **arrays}, {"correct": hits, **measure_fidelity(logits, decoded)}
 
-    def rows(
+    def compute_rows(
         self, split: str, draw: int, index: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         """logits [n, K] and features {tap: [n, …]} of a few rows, as they are before the codec."""
-        said = [(logits, features) for _, logits, features in self._answers(split, draw, index)]
+        said = [(logits, features) for _, logits, features in self._infer_batches(split, draw, index)]
         features = {tap: torch.cat([one[1][tap] for one in said]).float().numpy() for tap in self.taps}
         return torch.cat([one[0] for one in said]).numpy(), features
 
-    def _answers(self, split: str, draw: int, index: NDArray[np.int64]) -> Iterator[InferredBatch]:
+    def _infer_batches(self, split: str, draw: int, index: NDArray[np.int64]) -> Iterator[InferredBatch]:
         """CRC-32 [B] of batches of views, and what the teacher says about them: logits float32 [B, K] and features
         {tap: [B, …]} in the dtype that they were computed in, on the CPU."""
         policy = self.views if split == "train" else self.views.without_augmentation()
-        size, s, device = self.settings.batch_size, self.settings, self.answering.device
+        size, s, device = self.config.batch_size, self.config, self.inference.device
         batches = [index[i : i + size] for i in range(0, len(index), size)]
         images = self.transfer_set.splits[split].images
         rendered = render_with_checksums(
             images, policy, s.seed, batches, draw, s.workers, pinned=device.type == "cuda"
         )
-        with self.answering.ready() as answer, closing(rendered):
+        with self.inference.open() as answer, closing(rendered):
             for views, crc in rendered:
                 said = answer(views.to(device, non_blocking=True))
                 if said[0].ndim != 2:

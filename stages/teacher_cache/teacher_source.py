@@ -21,29 +21,29 @@ from softcache.stages.teacher import command as teacher_stage
 
 
 def load_teacher(
-    settings: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, console: Console
+    config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, console: Console
 ) -> tuple[PreparedModel, str]:
     """The teacher with its weights, and its arch. Raises UsageError or CacheError where they do not fit."""
-    if not settings.weights:
-        kept = broadcast_from_first(lambda: _train_teacher(settings, console))  # of several ranks one trains it
-        settings = replace(settings, weights=kept, teacher="", normalize="")
-    if settings.weights == "DEFAULT":
-        return _load_published(settings, transfer_set)
-    path = Path(settings.weights)
+    if not config.weights:
+        kept = broadcast_from_first(lambda: _train_teacher(config, console))  # of several ranks one trains it
+        config = replace(config, weights=kept, teacher="", normalize="")
+    if config.weights == "DEFAULT":
+        return _load_published(config, transfer_set)
+    path = Path(config.weights)
     seeds = sorted(path.glob("seed-*"))
     if seeds and find_weights_file(path) == path:
         raise UsageError(f"the run '{path}' is of several seeds: name one of them, such as --weights {seeds[0]}")
     if not path.exists():
         raise UsageError(f"there are no weights at '{path}'")
-    arch, input_spec = settings.teacher, None
+    arch, input_spec = config.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
-        arch, input_spec = _read_run(path, settings)
-        _note_another_cut(path, settings, console)
+        arch, input_spec = _read_run(path, config)
+        _note_another_cut(path, config, console)
     if not arch:
         raise UsageError(f"--weights {path} does not say which arch it is: name it with --teacher")
     state = read_state_dict(find_weights_file(path))
     if input_spec is None:
-        input_spec = teacher_stage.make_input_spec(settings.normalize or "data", transfer_set, views)
+        input_spec = teacher_stage.make_input_spec(config.normalize or "data", transfer_set, views)
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
@@ -81,7 +81,7 @@ def _count_classes(state: dict[str, torch.Tensor], source: Path) -> int:
     return int(matrices[-1].shape[0])
 
 
-def _read_run(path: Path, settings: CacheConfig) -> tuple[str, InputSpec]:
+def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
     """Arch and preparation of a run's teacher or student. What the command says must agree with them."""
     result = read_json(path / "result.json")
     try:
@@ -89,42 +89,42 @@ def _read_run(path: Path, settings: CacheConfig) -> tuple[str, InputSpec]:
         arch, input_spec = str(record["arch"]), InputSpec.from_json(record["preparation"])
     except (KeyError, TypeError, ValueError):
         raise CacheError(f"'{path / 'result.json'}' does not say what its weights are") from None
-    if settings.teacher and settings.teacher != arch:
-        raise UsageError(f"--teacher {settings.teacher}, but the run '{path}' is of {arch}")
-    if settings.normalize:
+    if config.teacher and config.teacher != arch:
+        raise UsageError(f"--teacher {config.teacher}, but the run '{path}' is of {arch}")
+    if config.normalize:
         raise UsageError(
-            f"--normalize {settings.normalize}, but the run '{path}' says itself how its input is normalised"
+            f"--normalize {config.normalize}, but the run '{path}' says itself how its input is normalised"
         )
     return arch, input_spec
 
 
-def _note_another_cut(path: Path, settings: CacheConfig, console: Console) -> None:
+def _note_another_cut(path: Path, config: CacheConfig, console: Console) -> None:
     """Say so when the teacher was trained on other rows of these data than are its training rows here."""
     if not (path / "settings.json").is_file():
         return
     kept = read_json(path / "settings.json")
     cut = [name for name in teacher_stage.CUT_OPTIONS if name in kept]
-    differ = [f"{n} {kept[n]} there, {here} here" for n in cut if kept[n] != (here := getattr(settings, n))]
-    if "val_fraction" in cut and kept.get("data") == settings.data and differ:
-        console.say(
+    differ = [f"{n} {kept[n]} there, {here} here" for n in cut if kept[n] != (here := getattr(config, n))]
+    if "val_fraction" in cut and kept.get("data") == config.data and differ:
+        console.print(
             f"the teacher in '{path}' was trained on another cut ({'; '.join(differ)}): it may have learned rows of"
             " validation; fits, --select and tune would believe it too much"
         )
 
 
-def _train_teacher(settings: CacheConfig, console: Console) -> str:
+def _train_teacher(config: CacheConfig, console: Console) -> str:
     """No teacher was named: train one by the recipe, and keep it beside the cache; its folder."""
-    folder = Path(f"{settings.out}-teacher")
+    folder = Path(f"{config.out}-teacher")
     asked = teacher_stage.fill_defaults(
         TeacherConfig(
-            data=settings.data,
-            data_root=settings.data_root,
-            arch=settings.teacher,
-            normalize=settings.normalize or "data",
-            device=settings.device,
-            workers=settings.workers,
+            data=config.data,
+            data_root=config.data_root,
+            arch=config.teacher,
+            normalize=config.normalize or "data",
+            device=config.device,
+            workers=config.workers,
             out=str(folder),
-            **{name: getattr(settings, name) for name in teacher_stage.CUT_OPTIONS},
+            **{name: getattr(config, name) for name in teacher_stage.CUT_OPTIONS},
         )
     )
     if (folder / "settings.json").is_file():
@@ -137,20 +137,20 @@ def _train_teacher(settings: CacheConfig, console: Console) -> str:
                 " name it with --weights, or choose another --out"
             )
     if (folder / "result.json").is_file():
-        console.say(f"no --weights: using the teacher kept in '{folder}'")
+        console.print(f"no --weights: using the teacher kept in '{folder}'")
     else:
-        console.say(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
+        console.print(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
         asked = replace(asked, resume=(folder / "settings.json").is_file())  # stopped before: it goes on
         result = teacher_stage.train_teacher(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
         figures = result["teacher"]["test"] or result["teacher"]["val"]
         seconds = format_duration(result["seconds"]["train"])
-        console.say(f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
+        console.print(f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
     return str(folder)
 
 
-def _load_published(settings: CacheConfig, transfer_set: TransferSet) -> tuple[PreparedModel, str]:
+def _load_published(config: CacheConfig, transfer_set: TransferSet) -> tuple[PreparedModel, str]:
     """torchvision's own weights: its image size and normalisation, grey images repeated to three channels."""
-    arch = settings.teacher
+    arch = config.teacher
     if not arch.startswith("torchvision:"):
         raise UsageError("--weights DEFAULT wants --teacher torchvision:NAME")
     state, size, mean, std, names = load_published_weights(arch.partition(":")[2])

@@ -15,12 +15,12 @@ from .targets import TargetGenerator
 
 def write_shards(writer: CacheWriter, ask: TargetGenerator, chosen: ChosenPrecision, console: Console) -> None:
     """Every shard that is not there yet, each rank its share; then rank 0 takes over what the others wrote."""
-    if chosen.begun and ask.settings.compile:
-        compile_teacher(ask.answering, TrialViews(ask.transfer_set, ask.views, ask.settings), console)
+    if chosen.is_resumed and ask.config.compile:
+        compile_teacher(ask.inference, TrialViews(ask.transfer_set, ask.views, ask.config), console)
     ranks.barrier()  # all have looked at what there is, before the first new shard changes that
     own = ranks.own_share(writer.missing)
     if kept := ranks.sum_over_ranks(_write(writer, own, ask, console)):
-        console.say(f"went on from {kept} of {len(writer.missing)} shards that were there, whole")
+        console.print(f"went on from {kept} of {len(writer.missing)} shards that were there, whole")
     mine = {piece.path for piece in own}
     others = [piece for piece in writer.missing if piece.path not in mine]
     if others and ranks.is_first():
@@ -44,10 +44,10 @@ def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: TargetGenerator, c
 
             def count(rows: int) -> None:
                 nonlocal done
-                writing.look()
+                writing.raise_failure()
                 shown.update(rows)
                 done += rows
-                long_work.at(done)
+                long_work.update(done)
 
             begun = time.monotonic()
             for piece in pieces:
@@ -59,7 +59,7 @@ def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: TargetGenerator, c
                         shown.total -= piece.rows
                         begun = time.monotonic()
                         continue
-                arrays, facts = ask.piece(piece, count)
+                arrays, facts = ask.compute_shard(piece, count)
                 writing.wait()
                 now = time.monotonic()
                 writing.submit(writer.write_shard, piece, arrays, {**facts, "seconds": round(now - begun, 4)})

@@ -43,11 +43,11 @@ def split_over_ranks(stream: Stream) -> Stream:
     )
 
 
-def check_batches_shareable(model: nn.Module, stream: Stream, device: torch.device, settings: TrainingOptions) -> None:
+def check_batches_shareable(model: nn.Module, stream: Stream, device: torch.device, config: TrainingOptions) -> None:
     """Raise UsageError for a training that several ranks cannot share, before anything is written."""
     if (world := current_ranks().world) == 1:
         return
-    if settings.compile:
+    if config.compile:
         raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
     k = stream.draws_per_decode
     rows = k * (len(stream.rows) // (k * stream.steps_per_round))  # of the smallest batch
@@ -73,7 +73,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 def note_batch_norm(model: nn.Module, device: torch.device, console: Console) -> None:
     """Say so, once, where batches are not normalised as in one process."""
     if current_ranks().world > 1 and device.type == "cpu" and has_batch_norm(model):
-        console.say(
+        console.print(
             "batch norm on a CPU is each rank's own, over its rows of a batch: PyTorch has no SyncBatchNorm there"
         )
 
@@ -84,7 +84,7 @@ class DataParallelStep:
     head(K): its last layer, where a loss asks for it, else None; seed: of dropout."""
 
     model: nn.Module
-    kept: Features
+    features: Features
     modules: dict[str, nn.Module]
     head: Callable[[int], LinearHead | None]
     device: torch.device
@@ -93,30 +93,30 @@ class DataParallelStep:
 
     def __post_init__(self) -> None:
         self._network: DistributedDataParallel | None = None
-        self._of_rows = 0  # how many of these are of the batch's rows: all but the last layer's weight and bias
-        self._live: list[torch.Tensor] = []
-        self._own: list[torch.Tensor] = []
+        self._row_outputs = 0  # how many of these are of the batch's rows: all but the last layer's weight and bias
+        self._local: list[torch.Tensor] = []
+        self._leaves: list[torch.Tensor] = []
         self._unused: dict[tuple[bool, ...], list[nn.Parameter]] = {}
         self._trained = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
         for module in self.modules.values():
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
 
-    def outputs(self, batch: Batch, step: int) -> tuple[ModelOutputs, Batch]:
+    def gather_outputs(self, batch: Batch, step: int) -> tuple[ModelOutputs, Batch]:
         """What all ranks say of the whole batch, of which a gradient comes back for this rank's rows; and the batch,
         without views. batch: parted, on the device; step: of the training, for dropout."""
         if self._network is None:
-            self._network = self._begin(batch.views[:2])
+            self._network = self._wrap_model(batch.views[:2])
         rows = len(batch.index)
-        with self._own_randomness(step), autocast(self.device, self.precision):
+        with self._fork_rng(step), autocast(self.device, self.precision):
             logits, features = self._network(batch.views)
-        self._live = [logits, *(x.float() for x in features.values())]
-        self._of_rows = len(self._live)
+        self._local = [logits, *(x.float() for x in features.values())]
+        self._row_outputs = len(self._local)
         if (head := self.head(logits.shape[1])) is not None:
-            self._live += [head.weight, head.bias]
-        self._own = [x.detach().requires_grad_(x.requires_grad) for x in self._live]
-        whole = _gather_rows(self._own[: self._of_rows], rows)
-        head = LinearHead(*self._own[self._of_rows :]) if head is not None else None
+            self._local += [head.weight, head.bias]
+        self._leaves = [x.detach().requires_grad_(x.requires_grad) for x in self._local]
+        whole = _gather_rows(self._leaves[: self._row_outputs], rows)
+        head = LinearHead(*self._leaves[self._row_outputs :]) if head is not None else None
         # No loss looks at a view; rows of a batch are chosen from all that it has.
         return ModelOutputs(whole[0], dict(zip(features, whole[1:], strict=True)), head), replace(
             batch, views=batch.views.new_empty(rows, 0)
@@ -125,20 +125,20 @@ class DataParallelStep:
     def backward(self, loss: torch.Tensor) -> None:
         """The gradient of the loss of the whole batch, summed over ranks, in every parameter."""
         loss.backward()  # type: ignore[no-untyped-call]
-        used = tuple(own.grad is not None for own in self._own)
-        unused = self._never_reached(used)
-        torch.autograd.backward(*self._onward([own.grad for own in self._own]))
+        used = tuple(own.grad is not None for own in self._leaves)
+        unused = self._find_unused(used)
+        torch.autograd.backward(*self._backward_inputs([own.grad for own in self._leaves]))
         for parameter in unused:
             parameter.grad = None  # as in one process: weight decay does not touch it
         _average_gradients([p.grad for p in self._trained if p.grad is not None])
-        self._live, self._own = [], []
+        self._local, self._leaves = [], []
 
-    def gradient(self, term: torch.Tensor, weights: Sequence[nn.Parameter]) -> torch.Tensor:
+    def measure_gradient(self, term: torch.Tensor, weights: Sequence[nn.Parameter]) -> torch.Tensor:
         """Of one term of the whole batch with respect to all weights, as one vector, summed over ranks. The graph
         stays for backward, and nothing is accumulated."""
-        read = [x for x in (*self._own, *self._trained) if x.requires_grad]
+        read = [x for x in (*self._leaves, *self._trained) if x.requires_grad]
         found = dict(zip(read, torch.autograd.grad(term, read, retain_graph=True, allow_unused=True), strict=True))
-        roots, onward = self._onward([found.get(own) for own in self._own])
+        roots, onward = self._backward_inputs([found.get(own) for own in self._leaves])
         network = [weight for weight in weights if weight not in found]
         through = torch.autograd.grad(roots, network, onward, retain_graph=True, allow_unused=True)
         found |= zip(network, through, strict=True)
@@ -146,39 +146,43 @@ class DataParallelStep:
         dist.all_reduce(whole)
         return whole / current_ranks().world
 
-    def _onward(self, gradients: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _backward_inputs(
+        self, gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """What the network said here, and the gradient with which each goes back. gradients: of each of _own."""
         roots, onward = [], []
-        for i, (live, own) in enumerate(zip(self._live, gradients, strict=True)):
-            if not live.requires_grad or (i >= self._of_rows and own is None):
+        for i, (live, own) in enumerate(zip(self._local, gradients, strict=True)):
+            if not live.requires_grad or (i >= self._row_outputs and own is None):
                 continue
             # Rows are this rank's alone, and are summed; the last layer has its full gradient on every rank. What the
             # loss does not read gets zeros: DistributedDataParallel waits for every parameter.
             gradient = torch.zeros_like(live) if own is None else own
             roots.append(live)
-            onward.append(gradient * current_ranks().world if i < self._of_rows else gradient)
+            onward.append(gradient * current_ranks().world if i < self._row_outputs else gradient)
         return roots, onward
 
-    def _begin(self, views: torch.Tensor) -> DistributedDataParallel:
+    def _wrap_model(self, views: torch.Tensor) -> DistributedDataParallel:
         """The network under DistributedDataParallel, which gives every rank the weights of rank 0."""
         was_training = self.model.training
         self.model.eval()  # nothing is counted, nothing drawn
         with autocast(self.device, self.precision):
             logits = self.model(views)
-        reached = _find_reached([logits, *self.kept.values()])
+        reached = _find_reached([logits, *self.features.values()])
         self.model.train(was_training)
         every = {p for p in self.model.parameters() if p.requires_grad}
-        return DistributedDataParallel(_WithTaps(self.model, self.kept), find_unused_parameters=not every <= reached)
+        return DistributedDataParallel(
+            _WithTaps(self.model, self.features), find_unused_parameters=not every <= reached
+        )
 
-    def _never_reached(self, used: tuple[bool, ...]) -> list[nn.Parameter]:
+    def _find_unused(self, used: tuple[bool, ...]) -> list[nn.Parameter]:
         """The parameters from which no way leads to the outputs that the loss reads."""
         if used not in self._unused:
-            reached = _find_reached([live for live, is_used in zip(self._live, used, strict=True) if is_used])
+            reached = _find_reached([live for live, is_used in zip(self._local, used, strict=True) if is_used])
             self._unused[used] = [p for p in self.model.parameters() if p.requires_grad and p not in reached]
         return self._unused[used]
 
     @contextmanager
-    def _own_randomness(self, step: int) -> Iterator[None]:
+    def _fork_rng(self, step: int) -> Iterator[None]:
         """Dropout of this rank and step; losses go on drawing what every rank draws."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

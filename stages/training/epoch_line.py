@@ -24,6 +24,6 @@ def make_epoch_line(
         "loss": sum(means),
         **{f"loss_{name}": mean for name, mean in zip(called, means, strict=True)},
         **{f"gradient_{name}": norm for name, norm in gradients.items()},
-        "learning_rate": job.settings.learning_rate * job.rate((epoch + 1) * job.steps - 1),
+        "learning_rate": job.config.learning_rate * job.learning_rate_factor((epoch + 1) * job.steps - 1),
         **{f"val_{name}": value for name, value in seen.items()},
     }

@@ -60,15 +60,15 @@ class _Training:
 
     job: TrainingRun
     state: TrainState
-    first: int
-    kept: Features
+    first_epoch: int
+    features: Features
     threads: int
     events: "EventFileWriter | None"
     losses: list[Loss] = field(default_factory=list)
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     norms: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
-    ended: TrainingStopped | None = None
+    stopped: TrainingStopped | None = None
 
 
 def train(job: TrainingRun, held_out: HeldOutSplit, console: Console) -> FinishedTraining:
@@ -83,7 +83,7 @@ def train(job: TrainingRun, held_out: HeldOutSplit, console: Console) -> Finishe
         (done,) = train_several([job], held_out, console)
     except KeyboardInterrupt:
         stage = "teacher" if job.name == "teacher" else "student"
-        go_on = f"{program_name()} {stage} --resume --out {job.settings.out}"
+        go_on = f"{program_name()} {stage} --resume --out {job.config.out}"
         raise Interrupted(f"stopped; go on with  {go_on}") from None
     if isinstance(done, TrainingStopped):
         raise done
@@ -115,11 +115,11 @@ def _start(job: TrainingRun, opened: ExitStack) -> _Training | None:
     if broadcast_from_first(lambda: _prepare_folder(job, weights)):
         load_weights(job.model.network, read_state_dict(weights), str(weights))
         return None
-    check_batches_shareable(job.model, job.stream, job.device, job.settings)
+    check_batches_shareable(job.model, job.stream, job.device, job.config)
     convert_batch_norm(job.model, job.device)
     taps = list_student_taps(job.losses)
-    with job.chance:
-        state = TrainState.begin(job.model, build_loss_modules(job, taps), job.settings, job.rate)
+    with job.rng_state:
+        state = TrainState.create(job.model, build_loss_modules(job, taps), job.config, job.learning_rate_factor)
         first = state.restore(job.folder, job.device)
     check_equal("checkpoint", f"epoch {first}")
     if current_ranks().world > 1:
@@ -127,13 +127,13 @@ def _start(job: TrainingRun, opened: ExitStack) -> _Training | None:
     small = job.multiply_adds * job.stream.batch_size < WORTH_THREADS
     threads = 1 if small else torch.get_num_threads()
     kept = opened.enter_context(capture_features(job.model.network, taps))
-    job = replace(job, stream=split_over_ranks(job.stream), abreast=_data_parallel_step(job, state, kept))
-    return _Training(job, state, first, kept, threads, _events(job, state.lines, opened))
+    job = replace(job, stream=split_over_ranks(job.stream), data_parallel=_data_parallel_step(job, state, kept))
+    return _Training(job, state, first, kept, threads, _events(job, state.epoch_lines, opened))
 
 
 def _events(job: TrainingRun, lines: list[dict[str, Any]], opened: ExitStack) -> "EventFileWriter | None":
     """TensorBoard's file of a training, with its lines so far, where that is asked for: by the first rank."""
-    if not job.settings.tensorboard or not is_first():
+    if not job.config.tensorboard or not is_first():
         return None
     from .tensorboard import EventFileWriter
 
@@ -170,23 +170,21 @@ def _data_parallel_step(job: TrainingRun, state: TrainState, kept: Features) -> 
     if current_ranks().world == 1:
         return None
     head = partial(student_head, job)
-    return DataParallelStep(
-        job.model, kept, state.modules, head, job.device, job.settings.precision, job.settings.seed
-    )
+    return DataParallelStep(job.model, kept, state.modules, head, job.device, job.config.precision, job.config.seed)
 
 
 def _finish(job: TrainingRun, course: _Training | None) -> FinishedTraining | TrainingStopped:
     """Publish the weights that are kept; what the lines say. A checkpoint that is left of a stop before goes too."""
-    if course and course.ended:
-        return course.ended
+    if course and course.stopped:
+        return course.stopped
     if course:
-        job.model.load_state_dict(course.state.best or course.state.result.state_dict())
+        job.model.load_state_dict(course.state.best_weights or course.state.result_model.state_dict())
 
     def over() -> dict[str, Any]:
         if course:
             save_weights(job.folder / f"{job.name}.pt", job.model)
         (job.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-        done = read_finished(job.folder, job.settings.select)
+        done = read_finished(job.folder, job.config.select)
         if not course:  # trained before: events may be asked for only now
             write_event_file(job, read_epoch_lines(job.folder))
         return asdict(done)
@@ -196,14 +194,14 @@ def _finish(job: TrainingRun, course: _Training | None) -> FinishedTraining | Tr
 
 def _run_epochs(courses: Sequence[_Training], held_out: HeldOutSplit, console: Console) -> None:
     """The epochs from the first that is left, each measured on the held-out split and kept."""
-    job, first = courses[0].job, min(course.first for course in courses)
+    job, first = courses[0].job, min(course.first_epoch for course in courses)
     total = job.epochs * job.steps
     what = f"the {job.name}" if len(courses) == 1 else f"{len(courses)} of {job.name} together"
     with show_progress([course.job for course in courses], first, lambda i: courses[i].sums, what, console) as shown:
         batches = job.stream.batches(first * job.steps, total)
         for epoch in range(first, job.epochs):
             begun = time.perf_counter()
-            under_way = [course for course in courses if course.first <= epoch and not course.ended]
+            under_way = [course for course in courses if course.first_epoch <= epoch and not course.stopped]
             for course in under_way:
                 _begin_epoch(course, epoch)
             for number in range(1, job.steps + 1):
@@ -217,9 +215,11 @@ def _run_epochs(courses: Sequence[_Training], held_out: HeldOutSplit, console: C
                 try:
                     _end_epoch(course, epoch, held_out, shared)
                 except TrainingStopped as ended:
-                    course.ended = ended
-            shown.epoch([c.state.lines[-1] if c.first <= epoch and not c.ended else None for c in courses])
-            if all(course.ended for course in courses):
+                    course.stopped = ended
+            shown.epoch(
+                [c.state.epoch_lines[-1] if c.first_epoch <= epoch and not c.stopped else None for c in courses]
+            )
+            if all(course.stopped for course in courses):
                 return
 
 
@@ -237,9 +237,9 @@ def _step_of_each(courses: Sequence[_Training], batch: Batch, last: bool = False
     for course in courses:
         _use_threads(course)
         begun = time.perf_counter()
-        with course.job.chance:
+        with course.job.rng_state:
             norms = course.norms if last else None
-            course.sums += train_step(course.job, course.state, batch, course.losses, course.kept, norms)
+            course.sums += train_step(course.job, course.state, batch, course.losses, course.features, norms)
         course.seconds += time.perf_counter() - begun
 
 
@@ -257,8 +257,8 @@ def _end_epoch(course: _Training, epoch: int, held_out: HeldOutSplit, shared: fl
         if not np.isfinite(mean):
             raise divergence_error(job, f"the term '{name}' is {mean} in epoch {epoch + 1}")
     line = broadcast_from_first(partial(_measure_epoch, course, epoch, means, norms, held_out, shared))
-    with job.chance:
-        course.state.keep(job.folder, line, job.settings.select)
+    with job.rng_state:
+        course.state.save(job.folder, line, job.config.select)
     if course.events:
         course.events.add(line)
     if job.after_epoch:
@@ -269,11 +269,11 @@ def _measure_epoch(
     course: _Training, epoch: int, means: list[float], norms: list[float], held_out: HeldOutSplit, shared: float
 ) -> dict[str, Any]:
     """What an epoch came to, measured on the held-out split; its weights are published where that is asked for."""
-    job, result, begun = course.job, course.state.result, time.perf_counter()
+    job, result, begun = course.job, course.state.result_model, time.perf_counter()
     logits = held_out.logits(result)
     if not np.isfinite(logits).all():  # the last step can be the one too many
         raise divergence_error(job, f"its logits are no longer finite after epoch {epoch + 1}")
-    if job.settings.keep_every and (epoch + 1) % job.settings.keep_every == 0:
+    if job.config.keep_every and (epoch + 1) % job.config.keep_every == 0:
         save_weights(job.folder / _epoch_weights_file(job, epoch), result)
     line = make_epoch_line(job, epoch, means, norms, summarize(logits, held_out.labels))
     return line | {"seconds": round(course.seconds + shared + time.perf_counter() - begun, 4)}
@@ -293,5 +293,5 @@ def save_weights(path: Path, model: nn.Module) -> None:
 def divergence_error(job: TrainingRun, how: str) -> DivergedError:
     return DivergedError(
         f"training the {job.name} diverged: {how}."
-        f" Lower --learning-rate (now {job.settings.learning_rate:g}), or set --clip-norm 1"
+        f" Lower --learning-rate (now {job.config.learning_rate:g}), or set --clip-norm 1"
     )

@@ -27,7 +27,10 @@ def show_progress(
     sums(i): the terms of student i, summed over the steps of the epoch so far.
     """
     seen = TrainingProgress(
-        jobs, first, sums, LongWorkNotice(console, f"Training {what}", jobs[0].epochs * jobs[0].steps, jobs[0].advice)
+        jobs,
+        first,
+        sums,
+        LongWorkNotice(console, f"Training {what}", jobs[0].epochs * jobs[0].steps, jobs[0].interrupt_advice),
     )
     try:
         yield seen
@@ -63,7 +66,7 @@ class TrainingProgress:
         if self.terminal and now > self.next_drawing:
             self._draw()
             self.next_drawing = time.monotonic() + _EVERY
-        self.long_work.at(self.done)
+        self.long_work.update(self.done)
 
     def epoch(self, lines: Sequence[Line | None]) -> None:
         """An epoch is kept. lines: of each student, None of one that is over or already further."""
@@ -127,7 +130,7 @@ class TrainingProgress:
     def _who(self) -> str:
         job = self.jobs[self.shown]
         if len(self.jobs) == 1:
-            return f"{job.name}, seed {job.settings.seed}"
+            return f"{job.name}, seed {job.config.seed}"
         several = job.name if job.name == "distilled" else f"{job.name}s"
         folder = job.folder if job.name == "student" else job.folder.parent
         return f"{len(self.jobs)} {several}, {'best' if 'val_accuracy' in self.line else 'first'} {folder.name}"

@@ -45,37 +45,37 @@ class TrainingRun:
     stream: Stream
     epochs: int
     steps: int
-    settings: TeacherConfig | StudentConfig
+    config: TeacherConfig | StudentConfig
     device: torch.device
     folder: Path
     multiply_adds: int
-    advice: str = ""
-    known: LossContext = LossContext()  # noqa: RUF009 (frozen)
+    interrupt_advice: str = ""
+    context: LossContext = LossContext()  # noqa: RUF009 (frozen)
     after_epoch: AfterEpoch | None = None
-    term: Term = by_one
-    chance: RngState = field(default_factory=RngState)
-    abreast: DataParallelStep | None = None
+    multi_teacher: Term = by_one
+    rng_state: RngState = field(default_factory=RngState)
+    data_parallel: DataParallelStep | None = None
 
     @cached_property
-    def forward(self) -> nn.Module:
+    def training_model(self) -> nn.Module:
         """The model as it is run in training. Batches have two sizes at most, each compiled for itself."""
-        if not self.settings.compile:
+        if not self.config.compile:
             return self.model
         torch._dynamo.config.recompile_limit = 256  # of one code, which all archs share: by default the fifth is not
         compiled: nn.Module = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         return compiled
 
-    def rate(self, train_step: int) -> float:
+    def learning_rate_factor(self, train_step: int) -> float:
         """The learning rate of a step as a share of its highest: warm-up, then the schedule."""
         total = self.epochs * self.steps
-        warm = int(self.settings.warmup * total)
+        warm = int(self.config.warmup * total)
         if train_step < warm:
             return (train_step + 1) / (warm + 1)
         progress = (train_step - warm) / max(total - warm, 1)
-        if self.settings.schedule == "cosine":
+        if self.config.schedule == "cosine":
             return 0.5 * (1 + float(np.cos(np.pi * progress)))
-        if self.settings.schedule == "step":
-            return float(0.1 ** sum(progress >= share for share in parse_milestones(self.settings)))
+        if self.config.schedule == "step":
+            return float(0.1 ** sum(progress >= share for share in parse_milestones(self.config)))
         return 1.0
 
 
@@ -93,20 +93,20 @@ def train_step(
     Taken on the step's own graph, it changes no bit of a weight. The largest term's is what the others leave of the
     step's, which is right but for rounding and spares a pass through the network; one term alone costs none.
     """
-    if job.abreast:
-        outputs, batch = job.abreast.outputs(batch, state.schedule.last_epoch)
+    if job.data_parallel:
+        outputs, batch = job.data_parallel.gather_outputs(batch, state.schedule.last_epoch)
     else:
-        with autocast(job.device, job.settings.precision):
-            logits = job.forward(batch.views)
+        with autocast(job.device, job.config.precision):
+            logits = job.training_model(batch.views)
         features = {tap: x.float() for tap, x in kept.items()}
         outputs = ModelOutputs(logits, features, student_head(job, logits.shape[1]))
     batch = _with_taps(job, batch)
     each = [
-        resolved(loss.weight) * job.term(loss, outputs, batch, state.modules.get(name))
+        resolved(loss.weight) * job.multi_teacher(loss, outputs, batch, state.modules.get(name))
         for name, loss in zip(term_names(losses), losses, strict=True)
     ]
     terms = torch.stack(each)
-    if norms is not None and job.settings.compile and len(each) > 1:
+    if norms is not None and job.config.compile and len(each) > 1:
         # A compiled backward pass gives its buffers away, and cannot be taken for each term alone first. Told to keep
         # them, it was wrong by a tenth of the gradient in some processes, in the step itself as well.
         norms.fill_(torch.nan)
@@ -117,18 +117,18 @@ def train_step(
         others = sum(_measure_gradient(job, state, each[i], norms[i]) for i in range(len(each)) if i != largest)
     for weight in state.weights:
         weight.grad = None
-    if job.abreast:
-        job.abreast.backward(terms.sum())
+    if job.data_parallel:
+        job.data_parallel.backward(terms.sum())
     else:
         terms.sum().backward()  # type: ignore[no-untyped-call]
     if norms is not None:
         norms[largest] = (flatten_gradients([weight.grad for weight in state.weights], state.weights) - others).norm()
-    if job.settings.clip_norm:
-        nn.utils.clip_grad_norm_(state.weights, job.settings.clip_norm)
+    if job.config.clip_norm:
+        nn.utils.clip_grad_norm_(state.weights, job.config.clip_norm)
     state.optimizer.step()
     state.schedule.step()
-    if state.average is not None:
-        state.average.update_parameters(job.model)
+    if state.averaged_model is not None:
+        state.averaged_model.update_parameters(job.model)
     return terms.detach()
 
 
@@ -137,8 +137,8 @@ def _measure_gradient(job: TrainingRun, state: TrainState, term: torch.Tensor, n
     weights = state.weights
     if not term.requires_grad:  # of a layer that is not trained
         found = flatten_gradients([None] * len(weights), weights)
-    elif job.abreast:
-        found = job.abreast.gradient(term, weights)
+    elif job.data_parallel:
+        found = job.data_parallel.measure_gradient(term, weights)
     else:
         found = flatten_gradients(_term_gradient(term, weights), weights)
     norm.copy_(found.norm())
@@ -188,5 +188,5 @@ def build_loss_modules(job: TrainingRun, taps: tuple[str, ...]) -> dict[str, nn.
         raise UsageError(f"the student has {outputs.logits.shape[1]} classes, the cache {batch.logits.shape[-1]}")
     batch = _with_taps(job, batch)
     named = zip(term_names(job.losses), job.losses, strict=True)
-    made = {name: loss.build_module(outputs, batch, job.known) for name, loss in named}
+    made = {name: loss.build_module(outputs, batch, job.context) for name, loss in named}
     return {name: module.to(job.device) for name, module in made.items() if module is not None}

@@ -22,9 +22,9 @@ class HeldOutSplit:
 
     _KEEP_BYTES = 256 << 20
 
-    def __init__(self, split: Split, views: ViewPolicy, device: torch.device, settings: Trained):
+    def __init__(self, split: Split, views: ViewPolicy, device: torch.device, config: Trained):
         self.split, self.views, self.device = split, views.without_augmentation(), device
-        self.precision, self.workers = settings.precision, settings.workers
+        self.precision, self.workers = config.precision, config.workers
         self.labels, self.batch_size = split.labels, 512
         self._kept: list[torch.Tensor] = []
 
@@ -55,8 +55,8 @@ class HeldOutSplit:
             self._kept = kept
 
 
-def check_select(settings: TeacherConfig | StudentConfig, transfer_set: TransferSet) -> None:
-    if settings.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
+def check_select(config: TeacherConfig | StudentConfig, transfer_set: TransferSet) -> None:
+    if config.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
         raise UsageError(
-            f"--select {settings.select} needs labels to validate on, and these images have none: leave it out"
+            f"--select {config.select} needs labels to validate on, and these images have none: leave it out"
         )

@@ -90,13 +90,13 @@ def check_vectorizable(jobs: Sequence[TrainingRun]) -> None:
     """Raise UsageError for trainings that cannot be one vectorised model."""
     first = jobs[0]
     for job in jobs:
-        settings = job.settings
+        config = job.config
         if any(_reads_features(loss) for loss in job.losses):
             raise UsageError(
                 "--vectorize takes losses that read logits and labels alone and have no part of their own, not"
                 f" {', '.join(term_names(job.losses))}: leave it out"
             )
-        if settings.select != "last" or settings.ema or settings.keep_every or settings.compile:
+        if config.select != "last" or config.ema or config.keep_every or config.compile:
             raise UsageError("--vectorize takes no --select, --ema, --keep-every or --compile: leave it out")
         if [_without_weight(loss) for loss in job.losses] != [_without_weight(loss) for loss in first.losses]:
             raise UsageError(
@@ -144,7 +144,7 @@ def train_vectorized(
         if (job.folder / VECTORIZED_FOLDER).is_dir() and (
             len(left) < 2 or job is not left[0] or _members(job) != _names(left)
         ):
-            console.say(f"'{job.folder / VECTORIZED_FOLDER}' is of other students together: these start over")
+            console.print(f"'{job.folder / VECTORIZED_FOLDER}' is of other students together: these start over")
             shutil.rmtree(job.folder / VECTORIZED_FOLDER)
     ended: dict[str, FinishedTraining | TrainingStopped] = {}
     if len(left) > 1:
@@ -182,8 +182,8 @@ def _train_as_one(
     make_folder(folder)
     publish_text(folder / _MEMBERS, "".join(f"{name}\n" for name in _names(jobs)))
     stack = VectorizedModel([job.model for job in jobs]).to(first.device)
-    with first.chance:
-        state = TrainState.begin(stack, {}, first.settings, first.rate)
+    with first.rng_state:
+        state = TrainState.create(stack, {}, first.config, first.learning_rate_factor)
         begin = state.restore(folder, first.device)
     _run_epochs(jobs, stack, state, begin, held_out, console)
     ended = [_finish(job, stack, state, i) for i, job in enumerate(jobs)]
@@ -211,13 +211,13 @@ def _run_epochs(
             stack.train()
             for number in range(1, job.steps + 1):
                 batch = next(batches).to(job.device)
-                with job.chance:
+                with job.rng_state:
                     sums += _step(job, stack, state, batch, losses, weights, norms if number == job.steps else None)
                 shown.step(len(batch.index))
             line = _measured(jobs, sums / job.steps, norms, held_out.logits(stack), held_out, epoch)
             share = round((time.perf_counter() - begun) / len(jobs), 6)
-            with job.chance:
-                state.keep(job.folder / VECTORIZED_FOLDER, line | {"share": share}, "last")
+            with job.rng_state:
+                state.save(job.folder / VECTORIZED_FOLDER, line | {"share": share}, "last")
             shown.epoch(line["students"])
 
 
@@ -237,11 +237,11 @@ def _step(
     norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One step of all; their weighted terms [terms, S], detached. norms [terms, S]: as job.step has it."""
-    with autocast(job.device, job.settings.precision):
+    with autocast(job.device, job.config.precision):
         logits = stack(batch.views)
 
     def of_one(loss: Loss) -> Any:
-        return lambda z: job.term(loss, ModelOutputs(z), batch, None)
+        return lambda z: job.multi_teacher(loss, ModelOutputs(z), batch, None)
 
     each = [torch.vmap(of_one(loss), in_dims=1, randomness="different")(logits) for loss in losses]
     terms = weights * torch.stack(each)
@@ -254,8 +254,8 @@ def _step(
     if norms is not None:
         whole = flatten_gradients([weight.grad for weight in state.weights], state.weights, keep=1)
         norms[largest] = (whole - others).norm(dim=1)
-    if job.settings.clip_norm:
-        _clip_gradients(state.weights, job.settings.clip_norm)
+    if job.config.clip_norm:
+        _clip_gradients(state.weights, job.config.clip_norm)
     state.optimizer.step()
     state.schedule.step()
     return terms.detach()
@@ -305,7 +305,7 @@ def _measured(
 def _finish(job: TrainingRun, stack: VectorizedModel, state: TrainState, i: int) -> FinishedTraining | TrainingStopped:
     """Publish the weights and lines of one student, or say how it diverged."""
     lines = []
-    for epoch in state.lines:
+    for epoch in state.epoch_lines:
         if epoch["students"][i] is None:
             return divergence_error(job, f"its loss or logits are no longer finite after epoch {epoch['epoch']}")
         lines.append(epoch["students"][i] | {"seconds": epoch["share"]})

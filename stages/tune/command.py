@@ -41,58 +41,58 @@ _MOST_POINTS = 100_000
 _HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from machine to machine
 
 
-def run(settings: TuneConfig, said: set[str]) -> None:
+def run(config: TuneConfig, said: set[str]) -> None:
     """Everything is checked; then trial after trial, beside other processes; then the best. --out goes on."""
-    console = Console(settings.json, epoch_lines=False)
-    if settings.resume or settings.seeds > 1 or settings.baseline:
+    console = Console(config.json, epoch_lines=False)
+    if config.resume or config.seeds > 1 or config.baseline:
         raise UsageError("tune takes no --resume (run it again with the same --out), --seeds or --baseline")
-    if settings.grid and "trials" in said:
+    if config.grid and "trials" in said:
         raise UsageError("--grid tries every combination once: leave out --trials")
     # The recipe is in the settings by now; said again, it would fill in what a trial sets to a default.
-    first = replace(student_stage.fill_defaults(apply_recipe(student_stage.student_config(settings), said)), recipe="")
+    first = replace(student_stage.fill_defaults(apply_recipe(student_stage.student_config(config), said)), recipe="")
     parse_milestones(first)
-    space = parse_space(settings.search, first, said)
-    grid = _grid(space) if settings.grid else []
-    material = DistillationSetup.open(first)
-    _check(space, first, material)
-    student_stage.print_notes(first, material, console)
-    begun = _search_record(settings, first, material)
+    space = parse_space(config.search, first, said)
+    grid = _grid(space) if config.grid else []
+    setup = DistillationSetup.open(first)
+    _check(space, first, setup)
+    student_stage.print_notes(first, setup, console)
+    begun = _search_record(config, first, setup)
     default = f"{short_name(first.data)}-{first.arch.replace(':', '-')}"
-    folder = Path(settings.out) if settings.out else find_free_folder(f"tune-{default}")
+    folder = Path(config.out) if config.out else find_free_folder(f"tune-{default}")
     check_folder(folder, begun)
-    if not settings.out:
+    if not config.out:
         for stopped in find_unfinished_searches(folder, begun):
-            console.say(f"'{stopped}' was stopped; the same command with --out {stopped} goes on")
-    if not settings.storage:
+            console.print(f"'{stopped}' was stopped; the same command with --out {stopped} goes on")
+    if not config.storage:
         make_folder(folder)
-    url = settings.storage or f"sqlite:///{folder.resolve()}/{DATABASE}"
+    url = config.storage or f"sqlite:///{folder.resolve()}/{DATABASE}"
     everywhere = {name: value for name, value in begun.items() if name not in _HERE}
     warm = _fewest_epochs(first, space) // 4
-    with open_study(url, settings.study or default, validation_figure(first) != "nll", everywhere, warm) as (
+    with open_study(url, config.study or default, validation_figure(first) != "nll", everywhere, warm) as (
         study,
         storage,
     ):
         check_same_search(study.user_attrs["begun"], everywhere, f"the study '{study.study_name}'")
-        slots, mark = len(grid) or settings.trials, start_search(folder, begun)
+        slots, mark = len(grid) or config.trials, start_search(folder, begun)
         shared = SharedStudy(study, storage, folder, mark, space, first.seed, slots, grid)
         try:
-            Search(shared, first, material, settings.prune, settings.together, console).run()
+            Search(shared, first, setup, config.prune, config.together, console).run()
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
         rows = make_rows(shared.holders(), space)
     with lock_search(folder):
         clean_up(folder)
         record = write_report(folder, rows, first, space, begun)
-    if settings.json:
-        return console.result(json.dumps(record))
+    if config.json:
+        return console.print_json(json.dumps(record))
     print_rows(record, validation_figure(first), space, folder, console)
 
 
-def _search_record(settings: TuneConfig, first: StudentConfig, material: DistillationSetup) -> dict[str, Any]:
+def _search_record(config: TuneConfig, first: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
     """What the trials of a search have in common, as JSON has it; with another of these it is another search."""
     common = {name: value for name, value in asdict(first).items() if name not in IGNORED_OPTIONS}
-    searched = {name: getattr(settings, name) for name in ("search", "grid", "prune")}
-    caches = [cache.manifest.fingerprint for cache in material.teachers.members]
+    searched = {name: getattr(config, name) for name in ("search", "grid", "prune")}
+    caches = [cache.manifest.fingerprint for cache in setup.teachers.members]
     found: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": caches}))
     return found
 
@@ -108,7 +108,7 @@ class Search:
 
     shared: SharedStudy
     first: StudentConfig
-    material: DistillationSetup
+    setup: DistillationSetup
     prune: bool
     together: int
     console: Console
@@ -131,7 +131,7 @@ class Search:
                 return
             if not waiting:
                 numbers = ", ".join(map(str, left))
-                self.console.say(f"waiting for other processes, which train: {numbers} (Ctrl-C loses nothing)")
+                self.console.print(f"waiting for other processes, which train: {numbers} (Ctrl-C loses nothing)")
             waiting = True
             time.sleep(0.5)
 
@@ -139,7 +139,7 @@ class Search:
         """Train some trials, those that see the same batches from one stream, and write down what came of each."""
         runs = [_Run.of(trial, self) for trial in trials]
         for run in runs:
-            run.open(self.material)
+            run.open(self.setup)
         for group in _groups([run for run in runs if run.student is not None]):
             for run in group:
                 run.told()  # of an earlier process, which may have been killed before it did
@@ -160,7 +160,7 @@ class Search:
         except (UsageError, torch.OutOfMemoryError) as error:
             if len(students) == 1:
                 return [TrainingStopped(str(error))]
-        lock_search = [replace(one, settings=student_stage.resume_if_started(one.settings)) for one in students]
+        lock_search = [replace(one, config=student_stage.resume_if_started(one.config)) for one in students]
         return [result for one in lock_search for result in self._results([one])]
 
     def _tell(self, run: "_Run") -> None:
@@ -173,10 +173,10 @@ class Search:
                 run.trial.set_user_attr(name, fact)
             self.shared.study.tell(run.trial, value, state)
         except UpdateFinishedTrialError:
-            return self.console.say(f"trial {run.slot}: another process has taken it over")
+            return self.console.print(f"trial {run.slot}: another process has taken it over")
         rows = make_rows(self.shared.holders(), self.shared.space)
         row = next(row for row in rows if row["trial"] == run.slot)
-        self.console.say(format_row(row, rows, self.shared.slots, self.figure))
+        self.console.print(format_row(row, rows, self.shared.slots, self.figure))
 
 
 @dataclass
@@ -185,7 +185,7 @@ class _Run:
 
     trial: Trial
     slot: int
-    settings: StudentConfig
+    config: StudentConfig
     figure: str
     prune: bool
     student: StudentTraining | None = None
@@ -204,24 +204,24 @@ class _Run:
     def open(self, like: DistillationSetup) -> None:
         """What it is trained from. One that cannot be trained counts as tried."""
         try:
-            material = DistillationSetup.open(self.settings, like)
-            material.network(self.settings, material.losses)
+            setup = DistillationSetup.open(self.config, like)
+            setup.build_student(self.config, setup.losses)
         except (UsageError, torch.OutOfMemoryError) as error:
             self.ended = error
             return
-        own = student_stage.resume_if_started(self.settings)
-        self.student = StudentTraining(own, material, Path(own.out), self.after_epoch)
+        own = student_stage.resume_if_started(self.config)
+        self.student = StudentTraining(own, setup, Path(own.out), self.after_epoch)
 
     def lines(self) -> list[dict[str, Any]]:
         """Of the epochs that are done."""
-        name, folder = first_phase(self.settings), Path(self.settings.out)
+        name, folder = first_phase(self.config), Path(self.config.out)
         where = folder if name == "student" else folder / name
         return read_epoch_lines(where) if (where / METRICS_FILE).is_file() else []
 
     def told(self) -> None:
         """Tell the study every epoch; it may end the trial, or another process may have."""
         try:
-            report_epochs(self.trial, self.lines(), self.figure, self.settings.epochs, self.prune)
+            report_epochs(self.trial, self.lines(), self.figure, self.config.epochs, self.prune)
         except (optuna.TrialPruned, UpdateFinishedTrialError) as why:
             self.ended = why
 
@@ -257,8 +257,8 @@ def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
     """Those that see the same batches together. Where labels are hidden, which rows are seen goes by the losses."""
     found: dict[Any, list[_Run]] = {}
     for run in runs:
-        lock_search = run.settings.labelled or run.settings.missing
-        key = run.slot if lock_search else tuple(getattr(run.settings, name) for name in _OF_A_STREAM)
+        lock_search = run.config.labelled or run.config.missing
+        key = run.slot if lock_search else tuple(getattr(run.config, name) for name in _OF_A_STREAM)
         found.setdefault(key, []).append(run)
     return list(found.values())
 
@@ -277,16 +277,16 @@ def _grid(space: tuple[SearchedOption, ...]) -> list[dict[str, Value]]:
     ]
 
 
-def _check(space: tuple[SearchedOption, ...], first: StudentConfig, material: DistillationSetup) -> None:
+def _check(space: tuple[SearchedOption, ...], first: StudentConfig, setup: DistillationSetup) -> None:
     """Find what would stop a trial before anything is made: labels; archs and losses at every end of the space."""
-    if not (material.held_out["val"].labels >= 0).any():
+    if not (setup.held_out["val"].labels >= 0).any():
         raise UsageError("tune compares students on the labels of the validation split, and these images have none")
     middle = {one.name: one.ends()[0] for one in space}
     for one in space:
         for value in one.ends():
             own = apply_values(first, space, {**middle, one.name: value})
             try:
-                material_of = DistillationSetup.open(own, material)
-                material_of.network(own, material_of.losses)
+                material_of = DistillationSetup.open(own, setup)
+                material_of.build_student(own, material_of.losses)
             except UsageError as error:
                 raise UsageError(f"search '{one.spec}': {error}") from None

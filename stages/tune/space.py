@@ -69,33 +69,33 @@ class SearchedOption:
         return points[round((float(value) - self.low) / self.step)]
 
 
-def parse_space(specs: Sequence[str], settings: StudentConfig, said: set[str]) -> tuple[SearchedOption, ...]:
+def parse_space(specs: Sequence[str], config: StudentConfig, said: set[str]) -> tuple[SearchedOption, ...]:
     """What --search says, of the losses of these settings. Raises UsageError for what cannot be searched.
 
     said: the settings that the command fixes.
     """
     if not specs:
         raise UsageError("nothing to search: --search kd.temperature=1..20:log, or --search batch_size=32|64")
-    space = tuple(_parse_search(spec, settings) for spec in specs)
+    space = tuple(_parse_search(spec, config) for spec in specs)
     for one in space:
         if [other.name for other in space].count(one.name) > 1:
             raise UsageError(f"'{one.name}' is searched twice: one --search for each name")
         if one.term < 0 and one.knob in said:
             raise UsageError(f"'{one.name}' is searched: leave out {to_flag(one.knob)}")
         for value in one.ends():
-            _check_limits(one, value, settings)
+            _check_limits(one, value, config)
     return space
 
 
-def apply_values(settings: StudentConfig, space: Sequence[SearchedOption], values: dict[str, Any]) -> StudentConfig:
+def apply_values(config: StudentConfig, space: Sequence[SearchedOption], values: dict[str, Any]) -> StudentConfig:
     """The settings of a student with values, {name: value}, in their places. Floats are written exactly."""
-    losses = list(settings.loss)
+    losses = list(config.loss)
     for one in space:
         if one.term < 0:
-            settings = replace(settings, **{one.knob: values[one.name]})
+            config = replace(config, **{one.knob: values[one.name]})
         else:
             losses[one.term] = _with_knob(losses[one.term], one.knob, values[one.name])
-    return replace(settings, loss=tuple(losses))
+    return replace(config, loss=tuple(losses))
 
 
 def _with_knob(spec: str, knob: str, value: Value) -> str:
@@ -104,9 +104,9 @@ def _with_knob(spec: str, knob: str, value: Value) -> str:
     return f"{name}:" + ",".join(f"{k}={v}" for k, v in {**given, knob: text}.items())
 
 
-def _parse_search(spec: str, settings: StudentConfig) -> SearchedOption:
+def _parse_search(spec: str, config: StudentConfig) -> SearchedOption:
     said, _, text = spec.partition("=")
-    term, knob, kind = _target(spec, said.strip(), settings)
+    term, knob, kind = _target(spec, said.strip(), config)
     name = said.strip() if term >= 0 else knob
     if "|" in text:
         choices = tuple(_value(spec, name, part, kind) for part in text.split("|"))
@@ -140,9 +140,9 @@ def _range(one: SearchedOption, text: str, kind: type) -> SearchedOption:
     return replace(stepped, high=kind(stepped.points()[-1])) if steps else stepped
 
 
-def _target(spec: str, name: str, settings: StudentConfig) -> tuple[int, str, type]:
+def _target(spec: str, name: str, config: StudentConfig) -> tuple[int, str, type]:
     """Which loss, -1 for none, which knob, and of what kind it is: str, bool, int or float."""
-    losses = parse_losses(settings.loss)
+    losses = parse_losses(config.loss)
     terms = term_names(losses)
     term, dot, knob = name.rpartition(".")
     if not dot:
@@ -157,7 +157,7 @@ def _target(spec: str, name: str, settings: StudentConfig) -> tuple[int, str, ty
     if knob not in kinds:
         raise unknown_name_error(f"knob of loss '{term}'", knob, kinds)
     if isinstance(getattr(loss, knob), Ramp):
-        given = settings.loss[terms.index(term)]
+        given = config.loss[terms.index(term)]
         raise UsageError(f"search '{spec}': {knob} is a ramp in --loss '{given}': take one or the other away")
     return terms.index(term), knob, kinds[knob] if kinds[knob] in (str, bool, int) else float
 
@@ -190,11 +190,11 @@ def _number(spec: str, name: str, text: str, kind: type) -> float:
     return int(value) if kind is int else value
 
 
-def _check_limits(one: SearchedOption, value: Value, settings: StudentConfig) -> None:
+def _check_limits(one: SearchedOption, value: Value, config: StudentConfig) -> None:
     """Raise UsageError for a value that the command line would not take."""
     if one.term >= 0:
         try:
-            parse_losses(apply_values(settings, (one,), {one.name: value}).loss)
+            parse_losses(apply_values(config, (one,), {one.name: value}).loss)
         except UsageError as error:
             raise UsageError(f"search '{one.spec}': {error}") from None
         return

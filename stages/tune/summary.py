@@ -17,9 +17,9 @@ _SHOWN = 10
 Row = dict[str, Any]
 
 
-def validation_figure(settings: StudentConfig) -> str:
+def validation_figure(config: StudentConfig) -> str:
     """By which figure of the validation split trials are compared."""
-    return "accuracy" if settings.select == "last" else settings.select
+    return "accuracy" if config.select == "last" else config.select
 
 
 def make_rows(holders: dict[int, FrozenTrial], space: Sequence[SearchedOption]) -> list[Row]:
@@ -116,23 +116,23 @@ def print_rows(
         values = [_short(row["parameters"][name]) for name in names]
         table.append([str(row["trial"]), f"{row['value']:.4f}", f"{row['seconds'] or 0:.1f}", *values])
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    console.say()
+    console.print()
     for line in table:
-        console.say("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
+        console.print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)))
     states = [row["state"] for row in rows]
     seconds = format_duration(sum(row["seconds"] or 0 for row in rows))
-    console.say(
+    console.print(
         f"{len(rows)} trials in {seconds} of training: {states.count('complete')} complete,"
         f" {states.count('pruned')} pruned, {states.count('failed')} failed"
     )
     for row in rows:
         if row["state"] == "failed":
-            console.say(f"trial {row['trial']} failed: {row['failed']}")
+            console.print(f"trial {row['trial']} failed: {row['failed']}")
     if not record["picture"]:
-        console.say("no image without matplotlib: pip install 'softcache[report]', and the same command draws it")
-    console.say(f"run:   {folder}/tune.json{', tune.png' if record['picture'] else ''}")
+        console.print("no image without matplotlib: pip install 'softcache[report]', and the same command draws it")
+    console.print(f"run:   {folder}/tune.json{', tune.png' if record['picture'] else ''}")
     if best is None:
-        return console.say("No trial came to its end: search elsewhere, such as a lower learning_rate")
+        return console.print("No trial came to its end: search elsewhere, such as a lower learning_rate")
     chosen = "chosen on validation; its test figures were not looked at"
-    console.say(f"best:  {folder}/trial-{best['trial']:04d}, {chosen}")
-    console.say(f"again: {best['command']}")
+    console.print(f"best:  {folder}/trial-{best['trial']:04d}, {chosen}")
+    console.print(f"again: {best['command']}")

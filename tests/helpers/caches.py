@@ -102,13 +102,13 @@ def everything(folder: Path) -> Files:
 def count_shards_asked(patch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that the teacher is asked for from now on."""
     asked: list[str] = []
-    piece = TargetGenerator.piece
+    piece = TargetGenerator.compute_shard
 
     def counted(self: TargetGenerator, wanted: Any, shown: Any) -> Any:
         asked.append(wanted.path)
         return piece(self, wanted, shown)
 
-    patch.setattr(TargetGenerator, "piece", counted)
+    patch.setattr(TargetGenerator, "compute_shard", counted)
     return asked
 
 

@@ -113,10 +113,10 @@ def one_step(
         torch.device("cpu"),
         Path("none"),
         0,
-        known=LossContext(head, bank, counts_of(K)),
+        context=LossContext(head, bank, counts_of(K)),
     )
     taps = loss.student_taps()
-    state = TrainState.begin(student, training.build_loss_modules(job, taps), settings, job.rate)
+    state = TrainState.create(student, training.build_loss_modules(job, taps), settings, job.learning_rate_factor)
     student.train()
     with capture_features(network, taps) as kept:
         terms = training.train_step(job, state, batch, [loss], kept)

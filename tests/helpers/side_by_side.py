@@ -55,7 +55,7 @@ def main(cache: str, arch: str, batch: str, names: list[str]) -> None:
         material = DistillationSetup.open(asked, shared)
 
         def job(folder: str, asked: StudentConfig = asked, material: DistillationSetup = material) -> TrainingRun:
-            network: nn.Module = material.network(asked, material.losses)
+            network: nn.Module = material.build_student(asked, material.losses)
             labels = material.transfer_set.splits["train"].labels
             return make_training_run("student", asked, material, network, material.losses, labels, Path(folder))
 
@@ -65,7 +65,7 @@ def main(cache: str, arch: str, batch: str, names: list[str]) -> None:
             apart = weights_after(job(f"{name}-alone-{ranks.LAUNCHED.rank}"), material, console)
         found[name] = [furthest(together, apart), furthest(begun, apart)]
         ranks.check_equal(f"student of {name}", str([value.tolist() for value in together.values()]))
-    console.result(json.dumps(found))
+    console.print_json(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def behind() -> None:
     with BackgroundWriter() as writing:
         while True:
             writing.submit(int)
-            writing.look()
+            writing.raise_failure()
 
 
 def at_once() -> None:

@@ -131,7 +131,7 @@ def test_the_teacher_is_asked_once_for_a_batch_of_a_shard(
     monkeypatch.setattr(PreparedModel, "forward", counted)
     rows = 230
     logits = {"logits": ((10,), "<f2")}
-    ask.piece(ShardSpec("draw-000/shard-00000.h5", "train", 0, 0, rows, logits), lambda n: None)
+    ask.compute_shard(ShardSpec("draw-000/shard-00000.h5", "train", 0, 0, rows, logits), lambda n: None)
     assert len(asked) == -(-rows // batch_size)
     assert sum(asked) == rows
 
@@ -152,7 +152,7 @@ def test_stage_two_builds_no_teacher_and_reads_no_weights_of_one(
 
     for module in (material, which_teacher):
         monkeypatch.setattr(module, "build", noted)
-    monkeypatch.setattr(TargetGenerator, "piece", None)  # asking would be an error
+    monkeypatch.setattr(TargetGenerator, "compute_shard", None)  # asking would be an error
     with files_opened() as opened:
         stages("student", "--cache", "c", "--arch", "mlp:8", "--epochs", "2", "--out", "r")
     assert set(built) == {"mlp:8"}

@@ -288,7 +288,7 @@ def test_8_bits_are_calibrated_on_the_views_of_the_cache(
     run: Path, stages: Stages, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """512 different ones, by their checksums, of every draw."""
-    quantised, seen = in_8_bits.quantised, []
+    quantised, seen = in_8_bits.quantize_onnx, []
 
     def watched(model: bytes, batches: Iterator[Any], *more: Any) -> bytes:
         def each() -> Iterator[Any]:
@@ -308,7 +308,7 @@ def test_8_bits_are_calibrated_on_the_views_of_the_cache(
 
 
 def test_8_bits_that_cost_too_much_are_refused(run: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantised = in_8_bits.quantised
+    quantised = in_8_bits.quantize_onnx
 
     def wrecked(*arguments: Any) -> bytes:
         model = onnx.load_from_string(quantised(*arguments))

@@ -77,7 +77,7 @@ def compared(arch: str, shown: Shown, rows: int, steps: int) -> tuple[float, int
         said = torch.cat([model(some) for some in views[:rows].split(100)])
     program = capture_program(ExportedModel(network, input_spec(channels, size)), arch, channels, size)
     content = make_onnx(program, arch, {}, "0")
-    runner = OnnxStudent.of(content, 1)
+    runner = OnnxStudent.from_session(content, 1)
     images = views[:rows].numpy().astype(np.float32) / 255
     found = np.concatenate([runner.logits(images[i : i + 100]) for i in range(0, rows, 100)])
     for batch in (1, 7):

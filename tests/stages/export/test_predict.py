@@ -209,7 +209,7 @@ def test_values_in_another_file_are_refused_before_anything_is_run(
         sparse = model.graph.sparse_initializer.add()
         sparse.values.CopyFrom(tensor)
     Path("m.onnx").write_bytes(model.SerializeToString())
-    monkeypatch.setattr(onnx_file.OnnxStudent, "of", lambda *_: pytest.fail("the file was run"))
+    monkeypatch.setattr(onnx_file.OnnxStudent, "from_session", lambda *_: pytest.fail("the file was run"))
     said = stages.fails(1, "predict", "m.onnx", image)
     assert said == "Error: 'm.onnx' keeps the tensor 'far' in another file, which is not followed"
 

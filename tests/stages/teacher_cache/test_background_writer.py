@@ -66,7 +66,7 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
 ) -> None:
     """A disk that is full while the teacher is asked for the third shard: that shard is never finished."""
     finished: list[str] = []
-    piece, add = TargetGenerator.piece, CacheWriter.write_shard
+    piece, add = TargetGenerator.compute_shard, CacheWriter.write_shard
 
     def slow(self: TargetGenerator, wanted: ShardSpec, shown: Any) -> Any:
         def patient(rows: int) -> None:
@@ -82,7 +82,7 @@ def test_what_failed_is_seen_before_the_next_shard_is_done(
             raise OSError(28, "No space left on device")
         add(self, wanted, arrays, facts)
 
-    monkeypatch.setattr(TargetGenerator, "piece", slow)
+    monkeypatch.setattr(TargetGenerator, "compute_shard", slow)
     monkeypatch.setattr(CacheWriter, "write_shard", full)
     assert "No space left on device" in stages.fails(1, *tiny_cache_command(tiny)[:-1], tmp_path / "c")
     assert len(finished) == 2

@@ -329,9 +329,9 @@ def test_a_batch_that_is_padded_says_of_its_rows_what_it_says_without_and_anothe
     compiled.compile(VIEWS[:2], 8)
     assert compiled.compiled
     for n in (8, 1, 3, 8, 7):
-        with plain.ready() as ask:
+        with plain.open() as ask:
             logits, features = copy.deepcopy(ask(VIEWS[:n]))
-        with compiled.ready() as ask:
+        with compiled.open() as ask:
             found, kept = ask(VIEWS[:n])
         assert_close({"logits": found, **kept}, {"logits": logits, **features}, 1e-6)
     assert set(shapes) == {8}
@@ -346,7 +346,7 @@ def test_a_compiled_teacher_says_the_same_with_taps_and_is_compiled_once() -> No
     compiled = TeacherInference(teacher, taps, fold=True)
     compiled.compile(VIEWS[:4], 8)
     wanted = answers(teacher, taps)
-    with torch._dynamo.config.patch(error_on_recompile=True), compiled.ready() as ask:
+    with torch._dynamo.config.patch(error_on_recompile=True), compiled.open() as ask:
         for n in (8, 3, 8, 1):
             logits, features = ask(VIEWS[:n])
             assert_close({"logits": logits, **features}, {k: x[:n] for k, x in wanted.items()}, 1e-4)

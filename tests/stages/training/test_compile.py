@@ -43,6 +43,6 @@ def test_a_network_that_cannot_be_compiled_is_one_line(
     def failing(job: TrainingRun) -> None:
         raise Unsupported("no such compiler")
 
-    monkeypatch.setattr(TrainingRun, "forward", property(failing))
+    monkeypatch.setattr(TrainingRun, "training_model", property(failing))
     line = stages.fails(1, "student", "--cache", tiny / "cache", *STUDENT, "--compile", "--out", "r")
     assert "--compile: the network cannot be compiled here (no such compiler): leave it out" in line

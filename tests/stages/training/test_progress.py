@@ -183,7 +183,7 @@ def test_a_message_stands_above_the_line(capsys: pytest.CaptureFixture[str], mon
         showing.show_progress([job()], 0, lambda _: torch.ones(1), "it", Console(True)) as s,
     ):
         s.step(10)
-        Console(True).say("a message")
+        Console(True).print("a message")
         s.step(10)
     assert "a message" in seen.drawn()
 
@@ -203,7 +203,7 @@ class LockInterrupted:
         self.release()
 
 
-@pytest.mark.parametrize("print_it", [Console(True).say, Console(False).say, Console(True).note])
+@pytest.mark.parametrize("print_it", [Console(True).print, Console(False).print, Console(True).note])
 def test_an_interrupt_while_a_line_is_printed_stays_one(print_it: Callable[[str], None]) -> None:
     whole = tqdm.get_lock()
     tqdm.set_lock(LockInterrupted())
@@ -222,9 +222,9 @@ class FakeJob:
     name: str = "student"
     epochs: int = 30
     steps: int = 100
-    advice: str = ""
+    interrupt_advice: str = ""
     folder: Path = Path("runs/all/some-student")
-    settings: Any = field(default_factory=lambda: SimpleNamespace(seed=0))
+    config: Any = field(default_factory=lambda: SimpleNamespace(seed=0))
 
 
 def job() -> Any:

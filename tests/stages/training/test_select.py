@@ -53,7 +53,7 @@ def test_a_training_that_is_stopped_after_its_best_epoch_still_keeps_it(
     command = ("student", "--cache", tiny / "cache", *STUDENT, "--select", "accuracy", "--ema", 0.5)
     whole = stages(*command, "--out", "whole")["student"]
     assert whole["epoch"] < 8
-    keep = training.TrainState.keep
+    keep = training.TrainState.save
 
     def stopping(self: Any, folder: Path, line: dict[str, Any], select: str) -> None:
         keep(self, folder, line, select)
@@ -61,7 +61,7 @@ def test_a_training_that_is_stopped_after_its_best_epoch_still_keeps_it(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.TrainState, "keep", stopping)
+        patch.setattr(training.TrainState, "save", stopping)
         assert stages.call(*command, "--out", "stopped")[0] == 130
     resumed = stages("student", "--resume", "--out", "stopped")["student"]
     assert resumed["epoch"] == whole["epoch"]

@@ -272,7 +272,7 @@ def test_stopped_at_any_epoch_it_goes_on_to_the_same_search(
 ) -> None:
     """Between an epoch's checkpoint and the word to the study of it, or after: also where a trial is to be pruned."""
     command, stops = search(tiny, tmp_path / "s", *SPACE, "--trials", TRIALS), 0
-    keep, follow = training.TrainState.keep, shared_study.report_epochs
+    keep, follow = training.TrainState.save, shared_study.report_epochs
 
     def keeping(*arguments: Any) -> None:
         keep(*arguments)
@@ -288,7 +288,7 @@ def test_stopped_at_any_epoch_it_goes_on_to_the_same_search(
     while code == 130 and stops < dose(5, 100):
         with monkeypatch.context() as patch:
             if moment == "kept":
-                patch.setattr(training.TrainState, "keep", keeping)
+                patch.setattr(training.TrainState, "save", keeping)
             else:
                 patch.setattr("softcache.stages.tune.command.report_epochs", following)
             code, _, err = stages.call(*command)
@@ -327,7 +327,7 @@ def test_a_process_that_was_taken_for_dead_gives_its_trial_up(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a long sleep of its machine: another has begun the slot anew."""
-    keep, epochs = training.TrainState.keep, []
+    keep, epochs = training.TrainState.save, []
 
     def keeping(*arguments: Any) -> None:
         keep(*arguments)
@@ -337,7 +337,7 @@ def test_a_process_that_was_taken_for_dead_gives_its_trial_up(
                 database.execute("update trials set state = 'FAIL'")
             database.close()
 
-    monkeypatch.setattr(training.TrainState, "keep", keeping)
+    monkeypatch.setattr(training.TrainState, "save", keeping)
     code, out, err = stages.call(*search(tiny, "s", "--search", "learning_rate=0.01..0.1", "--trials", 2))
     assert code == 0, err
     assert "trial 0: another process has taken it over" in out
@@ -382,7 +382,7 @@ def test_a_search_that_was_stopped_is_mentioned_when_another_is_begun(
     command = [word for word in search(tiny, "", "--search", "learning_rate=0.01|0.1", "--grid") if word != ""]
     command.remove("--out")
     with monkeypatch.context() as patch:
-        patch.setattr(training.TrainState, "keep", stopped)
+        patch.setattr(training.TrainState, "save", stopped)
         assert stages.call(*command)[0] == 130
     _, out, _ = stages.call(*command)
     assert (

@@ -164,5 +164,5 @@ def _feature(rows: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
 
 def opened(cache: Path, data: str, arch: str, **more: object) -> tuple[StudentConfig, DistillationSetup]:
     """A student's settings with the recipe in, and what it is trained from, as `softcache student` opens it."""
-    settings = fill_defaults(StudentConfig(data=data, cache=(str(cache),), arch=arch, **more))  # type: ignore[arg-type]
-    return settings, DistillationSetup.open(settings)
+    config = fill_defaults(StudentConfig(data=data, cache=(str(cache),), arch=arch, **more))  # type: ignore[arg-type]
+    return config, DistillationSetup.open(config)

@@ -9,8 +9,8 @@ from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.loop import _begin_epoch, _step_of_each
 
-from . import material
-from .rounds import Found, Given, Side, interleaved, over, parts
+from . import fixtures
+from .interleaved import Found, Given, Side, interleaved, over, parts
 from .student import Ours, job, mnist
 
 FOUR = ("resnet8", "cnn", "mlp:64", "mlp:128")
@@ -37,26 +37,26 @@ class Together:
 
 
 def _trainings(
-    given: Given, settings: StudentConfig, opened: DistillationSetup, archs: Sequence[str], steps: int
+    given: Given, config: StudentConfig, opened: DistillationSetup, archs: Sequence[str], steps: int
 ) -> list[Ours]:
     return [
-        Ours(job(given, replace(settings, arch=arch), opened, False, f"s{i}"), steps) for i, arch in enumerate(archs)
+        Ours(job(given, replace(config, arch=arch), opened, False, f"s{i}"), steps) for i, arch in enumerate(archs)
     ]
 
 
 def one_stream(given: Given, from_files: bool, archs: Sequence[str] = FOUR) -> Found:
     """Four students from one stream, as a share of the time of four runs. from_files: 224 px JPEGs, views of 64 px."""
     if from_files:
-        data = material.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
-        cache = material.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
+        data = fixtures.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
+        cache = fixtures.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
         steps, batch = given.few(8, 1), 32
     else:
-        data = material.in_memory(given.few(6400, 300))
-        cache = material.fake_cache(given.folder / "cifar", data, draws=2)
+        data = fixtures.in_memory(given.few(6400, 300))
+        cache = fixtures.fake_cache(given.folder / "cifar", data, draws=2)
         steps, batch = given.few(20, 2), 128
-    settings, opened = material.opened(cache, data, archs[0], batch_size=batch, precision="bfloat16")
-    alone = _trainings(given, settings, opened, archs, steps)
-    together = Together(_trainings(given, settings, opened, archs, steps))
+    config, opened = fixtures.opened(cache, data, archs[0], batch_size=batch, precision="bfloat16")
+    alone = _trainings(given, config, opened, archs, steps)
+    together = Together(_trainings(given, config, opened, archs, steps))
     found = interleaved({"one stream": together, "four runs": lambda: sum(one() for one in alone)}, given.few(5, 1))
     return Found(over(found["one stream"], found["four runs"]), f"{', '.join(archs)}: {parts(found)}")
 
@@ -71,7 +71,7 @@ class Stacked:
         check_vectorizable(self.jobs)
         first = self.jobs[0]
         self.stack = VectorizedModel([job.model for job in self.jobs]).to(first.device)
-        self.state = TrainState.begin(self.stack, {}, first.settings, first.rate)
+        self.state = TrainState.create(self.stack, {}, first.config, first.learning_rate_factor)
         self.weights, self.count, self.at = _weights(self.jobs, 0), alone[0].count, 0
 
     def __call__(self) -> float:
@@ -80,7 +80,7 @@ class Stacked:
         job, images, begun = self.jobs[0], 0, time.perf_counter()
         self.stack.train()
         for batch in job.stream.batches(self.at, self.at + self.count):
-            with job.chance:
+            with job.rng_state:
                 terms = _step(job, self.stack, self.state, batch.to(job.device), list(job.losses), self.weights)
             images += len(batch.views)
         terms.tolist()
@@ -92,14 +92,13 @@ def vectorised(given: Given, arch: str, students: int, on_digits: bool) -> Found
     """Students of one arch and of as many seeds as one model, as a share of the time of as many runs."""
     if on_digits:
         data = "digits"
-        cache = material.fake_cache(given.folder / "digits", data)
+        cache = fixtures.fake_cache(given.folder / "digits", data)
     else:
         data, cache = mnist(given)
-    settings, opened = material.opened(cache, data, arch, loss=("kd:temperature=4",))
+    config, opened = fixtures.opened(cache, data, arch, loss=("kd:temperature=4",))
     steps = given.few(44 if on_digits else 12, 2)
     alone = [
-        Ours(job(given, replace(settings, seed=i), opened, False, f"s{i}"), steps)
-        for i in range(given.few(students, 2))
+        Ours(job(given, replace(config, seed=i), opened, False, f"s{i}"), steps) for i in range(given.few(students, 2))
     ]
     sides: dict[str, Side] = {"as one": Stacked(alone), "runs": lambda: sum(one() for one in alone)}
     found = interleaved(sides, given.few(5, 1))

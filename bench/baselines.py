@@ -18,10 +18,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from softcache.pipeline.models import build
 
-from . import material
-from .apart import Make, apart
-from .rounds import Found, Given, Missing, Side, fastest, interleaved, over, parts
+from . import fixtures
+from .interleaved import Found, Given, Missing, Side, fastest, interleaved, over, parts
 from .student import Ours, cifar, job
+from .subprocess_side import Make, apart
 
 BATCH, TEMPERATURE = 128, 4.0
 _AHEAD = 5  # batches before the clock starts: workers are started and their queues full
@@ -40,7 +40,7 @@ class InMemory(Dataset[tuple[torch.Tensor, int]]):
     """Images as PIL images in memory, as torchvision's CIFAR10 gives them."""
 
     def __init__(self, n: int) -> None:
-        self.pixels = [to_pil_image(image) for image in material.smooth(n, 3, 32)]
+        self.pixels = [to_pil_image(image) for image in fixtures.smooth(n, 3, 32)]
         self.transform = transforms()
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class InMemory(Dataset[tuple[torch.Tensor, int]]):
 
 def files(given: Given) -> Dataset[Any]:
     """The same images as JPEGs, read by ImageFolder."""
-    data = material.jpegs(given.folder / "jpegs-32", given.few(2560, 300), 32)
+    data = fixtures.jpegs(given.folder / "jpegs-32", given.few(2560, 300), 32)
     found: Dataset[Any] = ImageFolder(f"{data.partition(':')[2]}/train", transforms())
     return found
 
@@ -110,7 +110,7 @@ def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int
     except ImportError as error:
         raise Missing(f"torchdistill is not there ({error}): make bench installs it") from None
     logging.getLogger("torchdistill").setLevel(logging.ERROR)
-    teacher = material.usual_teacher(given.device)
+    teacher = fixtures.usual_teacher(given.device)
     student = build("resnet8", 10, 3, 32).to(given.device).train()
     hooked: dict[str, Any] = {
         "forward_hook": {"input": [], "output": ["linear"]},
@@ -152,7 +152,7 @@ def torchdistill_side(given: Given, data: Dataset[Any], workers: int, steps: int
 
 def usual_side(given: Given, teacher: bool, workers: int, steps: int) -> Side:
     """A usual loop: files and a live teacher, or images in memory and hard targets alone."""
-    step = kd_step(given, build("resnet8", 10, 3, 32), material.usual_teacher(given.device) if teacher else None)
+    step = kd_step(given, build("resnet8", 10, 3, 32), fixtures.usual_teacher(given.device) if teacher else None)
     return loop(given, files(given) if teacher else InMemory(given.few(2560, 300)), workers, step, steps)
 
 
@@ -203,8 +203,8 @@ def _session(
     ours: dict[str, Side] = {}
     for kind in kinds:
         how: dict[str, Any] = {"precision": "float32"} if kind == "float32" else {"precision": "bfloat16"}
-        settings, opened = material.opened(cache, data, "resnet8", compile=kind == "compiled", **how)
-        ours[kind] = Ours(job(given, settings, opened, False, "cached"), given.few(15, 2))
+        config, opened = fixtures.opened(cache, data, "resnet8", compile=kind == "compiled", **how)
+        ours[kind] = Ours(job(given, config, opened, False, "cached"), given.few(15, 2))
     with apart(theirs) as sides:
         return interleaved({**sides, **ours}, given.few(4, 1))
 

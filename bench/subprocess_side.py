@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .rounds import Missing, Side
+from .interleaved import Missing, Side
 
 Make = Callable[..., Side]
 
