@@ -4,10 +4,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.training.checkpoint import TrainState
-from softcache.stages.training.loop import _begin_epoch, _step_of_each
+from softcache.stages.training.loop import _begin_epoch, step_each
 
 from . import fixtures
 from .interleaved import Found, Given, Side, interleaved, over, parts
@@ -21,17 +23,17 @@ class Together:
     """Several trainings on one stream, as fit_together takes their steps; seconds of a image."""
 
     def __init__(self, alone: Sequence[Ours]):
-        self.first, self.courses = alone[0], [one.course for one in alone]
+        self.first, self.trainings = alone[0], [one.training for one in alone]
 
     def __call__(self) -> float:
         first, images, begun = self.first, 0, time.perf_counter()
-        for course in self.courses:
-            _begin_epoch(course, 0)
+        for training in self.trainings:
+            _begin_epoch(training, 0)
         for batch in first.job.stream.batches(first.at, first.at + first.count):
-            _step_of_each(self.courses, batch.to(first.job.device))
+            step_each(self.trainings, batch.to(first.job.device))
             images += len(batch.views)
-        for course in self.courses:
-            course.sums.tolist()
+        for training in self.trainings:
+            training.term_sums.tolist()
         first.at += first.count
         return (time.perf_counter() - begun) / images
 
@@ -65,14 +67,14 @@ class Stacked:
     """Trainings as one vectorised model, as fit_stacked takes its steps; seconds of a image."""
 
     def __init__(self, alone: Sequence[Ours]):
-        from softcache.stages.training.vectorized import VectorizedModel, _weights, check_vectorizable
+        from softcache.stages.training.vectorized import VectorizedModel, _begin_epoch, check_vectorizable
 
         self.jobs = [one.job for one in alone]
         check_vectorizable(self.jobs)
         first = self.jobs[0]
         self.stack = VectorizedModel([job.model for job in self.jobs]).to(first.device)
-        self.state = TrainState.create(self.stack, {}, first.config, first.learning_rate_factor)
-        self.weights, self.count, self.at = _weights(self.jobs, 0), alone[0].count, 0
+        self.state = TrainState.create(self.stack, nn.ModuleDict(), first.config, first.schedule)
+        self.weights, self.count, self.at = _begin_epoch(self.jobs, 0), alone[0].count, 0
 
     def __call__(self) -> float:
         from softcache.stages.training.vectorized import _step
@@ -81,7 +83,7 @@ class Stacked:
         self.stack.train()
         for batch in job.stream.batches(self.at, self.at + self.count):
             with job.rng_state:
-                terms = _step(job, self.stack, self.state, batch.to(job.device), list(job.losses), self.weights)
+                terms = _step(job, self.stack, self.state, batch.to(job.device), self.weights)
             images += len(batch.views)
         terms.tolist()
         self.at += self.count

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.losses import Loss
@@ -22,8 +23,8 @@ from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.student.phases import make_training_run
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.training.checkpoint import TrainState
-from softcache.stages.training.loop import WORTH_THREADS, _begin_epoch, _start, _step_of_each
-from softcache.stages.training.step import TrainingRun
+from softcache.stages.training.loop import WORTH_THREADS, _begin_epoch, _start, step_each
+from softcache.stages.training.run import TrainingRun
 
 from . import fixtures
 from .interleaved import Found, Given, Side, interleaved, over, parts
@@ -47,18 +48,18 @@ class Ours:
         """teacher: asked about every batch in place of the cache."""
         self.job, self.count, self.teacher, self.at = job, steps, teacher, 0
         self.opened = ExitStack()  # of the hooks on the tapped layers: gone with it
-        course = _start(job, self.opened)
-        assert course is not None
-        self.course = course
+        training = _start(job, self.opened)
+        assert training is not None
+        self.training = training
 
     def __call__(self) -> float:
         images, begun = 0, time.perf_counter()
-        _begin_epoch(self.course, 0)
+        _begin_epoch(self.training, 0)
         for batch in self.job.stream.batches(self.at, self.at + self.count):
             here = batch.to(self.job.device)
-            _step_of_each([self.course], here if self.teacher is None else self._asked(here))
+            step_each([self.training], here if self.teacher is None else self._asked(here))
             images += len(batch.views)
-        self.course.sums.tolist()  # waits for a GPU
+        self.training.term_sums.tolist()  # waits for a GPU
         self.at += self.count
         return (time.perf_counter() - begun) / images
 
@@ -75,7 +76,7 @@ class Bare:
         batches = list(job.stream.batches(0, steps))
         self.views = [b.views.to(job.device) for b in batches]
         self.labels = [b.labels.to(job.device) for b in batches]
-        self.job, self.state = job, TrainState.create(job.model, {}, job.config, job.learning_rate_factor)
+        self.job, self.state = job, TrainState.create(job.model, nn.ModuleDict(), job.config, job.schedule)
         # As many threads as ours takes: with two, a step of mlp:64 is no faster on an idle machine, and slower on a
         # busy one.
         self.threads = 1 if job.multiply_adds * job.stream.batch_size < WORTH_THREADS else torch.get_num_threads()

@@ -74,8 +74,8 @@ class Stream:
         """The batches of steps start to stop, on the device. A thread prepares them ahead or, for a folder, processes
         do; where all of it lies on the device nobody needs to.
         """
-        if self._resident is not None:
-            groups = self._gathered(self._resident, start, stop)
+        if self._device_cache is not None:
+            groups = self._gathered(self._device_cache, start, stop)
         else:
             groups = self._by_processes(start, stop) if self.workers else prefetch(self._here(start, stop))
         try:
@@ -98,7 +98,7 @@ class Stream:
         return int(rng.permutation((self.order_seed, 41, cycle), self.draws)[place])
 
     @cached_property
-    def _resident(self) -> DeviceCache | None:
+    def _device_cache(self) -> DeviceCache | None:
         """What lies on a device, where it does. It stays there from one call of batches to the next."""
         cache = self.cache if self.read_targets else None
         of = (self.split.images, self.views, cache, self.draws, self.taps)

@@ -1,7 +1,8 @@
-"""How a term is led by the teacher's answer: by one, by each of several, or by none where a row has no answer."""
+"""Losses with several teachers, and with rows whose targets are missing: wrappers that are called like the loss
+itself."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,49 +13,90 @@ from softcache.pipeline.teachers.combine import confidence_weights
 from .base import Loss
 from .hard import cross_entropy_rows, masked_mean
 
-Term = Callable[[Loss, ModelOutputs, Batch, nn.Module | None], torch.Tensor]
+Term = Callable[[ModelOutputs, Batch, nn.Module | None], torch.Tensor]
 
 
-def by_one(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-    """The term as it is."""
-    return loss(student, target, module)
+@dataclass(frozen=True)
+class PerTeacher:
+    """The mean of a loss over the teachers.
+
+    Args:
+        loss: a loss that reads the teacher's logits.
+    """
+
+    loss: Loss
+
+    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+        """Return the mean of the terms, a scalar. batch.logits: [B, M, K] of M teachers."""
+        assert batch.logits is not None
+        terms = [self.loss(student, replace(batch, logits=z), module) for z in batch.logits.unbind(1)]
+        return torch.stack(terms).mean()
 
 
-def by_each(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-    """The mean of the terms by each teacher. target.logits: [B, M, K]."""
-    if not loss.needs_logits or target.logits is None:
-        return loss(student, target, module)
-    return torch.stack([loss(student, replace(target, logits=z), module) for z in target.logits.unbind(1)]).mean()
+@dataclass(frozen=True)
+class ConfidenceWeighted:
+    """The sum of a loss over the teachers, each row weighted by how right each teacher is about it.
+
+    Source: confidence-aware multi-teacher distillation, Zhang, Chen and Wang 2022 (arXiv 2201.00007, equation 3), see
+    `confidence_weights`.
+
+    Args:
+        loss: a mean over rows that reads the teacher's logits and Batch.row_weights.
+    """
+
+    loss: Loss
+
+    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+        """Return the weighted sum, a scalar. batch.logits: [B, M, K] of M teachers."""
+        assert batch.logits is not None
+        each = batch.logits.unbind(1)
+        cross_entropies = [cross_entropy_rows(z.float(), batch) for z in each]
+        weights = confidence_weights(torch.stack([rows for rows, _ in cross_entropies], 1), cross_entropies[0][1])
+        terms = [
+            self.loss(student, replace(batch, logits=z, row_weights=w), module)
+            for z, w in zip(each, weights.unbind(1), strict=True)
+        ]
+        return torch.stack(terms).sum()
 
 
-def by_trust(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-    """The sum of the terms by each teacher, each row weighed by how right that teacher is about it; see trust."""
-    if not loss.needs_logits or target.logits is None:
-        return loss(student, target, module)
-    each = target.logits.unbind(1)
-    said = [cross_entropy_rows(z.float(), target) for z in each]
-    weights = confidence_weights(torch.stack([terms for terms, _ in said], 1), said[0][1])
-    terms = [
-        loss(student, replace(target, logits=z, row_weights=w), module)
-        for z, w in zip(each, weights.unbind(1), strict=True)
-    ]
-    return torch.stack(terms).sum()
+@dataclass(frozen=True)
+class HardFallback:
+    """A term over the rows that have targets, and the cross entropy with the label over those that have none.
 
+    Args:
+        term: a loss, or a loss wrapped for several teachers. A row without targets has NaN in its logits.
+    """
 
-def or_hard(term: Term) -> Term:
-    """The term over the rows that have an answer, and the cross entropy with the label over those that have none."""
+    term: Term
 
-    def heard(loss: Loss, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        if target.logits is None or not (loss.needs_logits or loss.teacher_taps()):
-            return term(loss, student, target, module)
-        gone = target.logits.flatten(1).isnan().any(1)
-        if not gone.any():
-            return term(loss, student, target, module)
-        lost, kept = gone.nonzero()[:, 0], (~gone).nonzero()[:, 0]
-        hard = masked_mean(*cross_entropy_rows(student.logits[lost], target.select(lost)))
-        if not len(kept):
+    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+        """Return the mean over all rows, a scalar."""
+        assert batch.logits is not None
+        missing = batch.logits.flatten(1).isnan().any(1)
+        if not missing.any():
+            return self.term(student, batch, module)
+        without, rest = missing.nonzero()[:, 0], (~missing).nonzero()[:, 0]
+        hard = masked_mean(*cross_entropy_rows(student.logits[without], batch.select(without)))
+        if not len(rest):
             return hard
-        soft = term(loss, student.select(kept), target.select(kept), module)
-        return (len(kept) * soft + len(lost) * hard) / len(gone)
+        soft = self.term(student.select(rest), batch.select(rest), module)
+        return (len(rest) * soft + len(without) * hard) / len(missing)
 
-    return heard
+
+def wrap_loss(loss: Loss, combination: str = "", missing_to_labels: bool = False) -> Term:
+    """Wrap a loss for the teachers it is trained from.
+
+    Args:
+        loss: the loss.
+        combination: "per_teacher" or "ca_mkd" where the batch has the logits of each teacher, "" where of one.
+        missing_to_labels: learn rows without targets from their labels.
+
+    Returns:
+        A callable like the loss; the loss itself where nothing is to be wrapped.
+    """
+    term: Term = loss
+    if loss.needs_logits and combination:
+        term = ConfidenceWeighted(loss) if combination == "ca_mkd" else PerTeacher(loss)
+    if missing_to_labels and (loss.needs_logits or loss.teacher_taps()):
+        term = HardFallback(term)
+    return term

@@ -12,7 +12,7 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import make_folder, publish_json, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
-from softcache.stages.cli.configs import StudentConfig, TeacherConfig
+from softcache.stages.cli.configs import StudentConfig, TeacherConfig, TrainingOptions
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
@@ -50,7 +50,7 @@ def _resolve_run(config: S, said: set[str], default: str) -> S:
     return replace(config, out=str(folder))
 
 
-def parse_milestones(config: TeacherConfig | StudentConfig) -> list[float]:
+def parse_milestones(config: TrainingOptions) -> list[float]:
     """The shares of the training at which the schedule goes down. Raises UsageError for what is none."""
     try:
         shares = [float(text) for text in config.milestones.split(",")]

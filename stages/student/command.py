@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from softcache.base.errors import CacheError, TrainingStopped
+from softcache.base.errors import CacheError
 from softcache.base.files import publish_json, remove_stale_files
 from softcache.data.transfer_set import TRANSFER_SETS, find_source, short_name
 from softcache.pipeline.cache.reader import Cache
@@ -115,19 +115,17 @@ def resume_if_started(config: StudentConfig) -> StudentConfig:
 def train_student(config: StudentConfig, setup: DistillationSetup, folder: Path, console: Console) -> dict[str, Any]:
     """Seed after seed in a run's folder; its result.json."""
     with started_run(config, setup, folder):
-        seeds = range(config.seed, config.seed + config.seeds)
         results = []
-        for seed in seeds:
-            own = folder if config.seeds == 1 else folder / f"seed-{seed}"
-            (result,) = train_phases([StudentTraining(replace(config, seed=seed), setup, own)], console)
-            if isinstance(result, TrainingStopped):
-                raise result
-            results.append(result)
-            if (
-                config.seeds > 1 and is_first()
-            ):  # so that each seed's folder is a run: a teacher for the next generation
-                remove_stale_files(own, ("result.json",))
-                publish_json(own / "result.json", result)
+        for seed in range(config.seed, config.seed + config.seeds):
+            seed_folder = folder if config.seeds == 1 else folder / f"seed-{seed}"
+            student = StudentTraining(replace(config, seed=seed), setup, seed_folder)
+            train_phases([student], console)
+            if student.stopped:
+                raise student.stopped
+            results.append(student.results)
+            if config.seeds > 1 and is_first():  # so that each seed's folder is a run: a teacher of the next student
+                remove_stale_files(seed_folder, ("result.json",))
+                publish_json(seed_folder / "result.json", student.results)
         result = assemble_result(config, setup, results)
         if is_first():
             publish_json(folder / "result.json", result)

@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,16 @@ import torch
 
 from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
+from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache.manifest import count_row_bytes
-from softcache.pipeline.losses import at_epoch
-from softcache.pipeline.losses.base import list_student_taps
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.runs.environment import describe_machine, library_versions
 from softcache.stages.runs.folder import find_free_folder
 from softcache.stages.training.checkpoint import TrainState
-from softcache.stages.training.step import TrainingRun, build_loss_modules, train_step
+from softcache.stages.training.run import TrainingRun
+from softcache.stages.training.step import build_loss_parts, start_training, train_step
 
 from . import command as student_stage
 from .phases import make_training_run
@@ -169,7 +170,7 @@ def _runners(
     runners, materials, impossible = {}, {}, {}
     for name in asked:
         try:
-            materials[name] = DistillationSetup.open(asked[name], shared)
+            materials[name] = shared.with_options(asked[name])
             runners[name] = _Runner(asked[name], materials[name], steps)
         except UsageError as error:
             impossible[name] = str(error)
@@ -178,12 +179,12 @@ def _runners(
 
 def _measure_costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
     """Of every method. Timed in turns, so that a busy moment of the machine falls on all."""
-    costs = {name: runner.cost() for name, runner in runners.items()}
+    costs = {name: runner.measure_memory() for name, runner in runners.items()}
     times: dict[str, list[float]] = {name: [] for name in runners}
     with progress_bar(_ROUNDS * len(runners), "timing", "method") as shown:
         for _ in range(_ROUNDS):
             for name, runner in runners.items():
-                times[name].append(runner.seconds())
+                times[name].append(runner.time_steps())
                 shown.update()
 
     def over(name: str, other: str) -> list[float]:
@@ -197,27 +198,32 @@ def _measure_costs(runners: dict[str, "_Runner"]) -> dict[str, Cost]:
 
 
 class _Runner:
-    """A method with batches in memory, ready to take steps that count for nothing."""
+    """A method with batches in memory, ready to take steps whose result nobody uses."""
 
     def __init__(self, config: StudentConfig, setup: DistillationSetup, steps: int):
         labels = setup.transfer_set.splits["train"].labels
         network = setup.build_student(config, setup.losses)
-        self.job = job = make_training_run("student", config, setup, network, setup.losses, labels, Path())
-        self.taps = list_student_taps(job.losses)
-        self.state = TrainState.create(job.model, build_loss_modules(job, self.taps), config, lambda _: 1e-6)
-        self.losses = [at_epoch(loss, 0, 2) for loss in job.losses]
-        self.batches = [batch.to(job.device) for batch in job.stream.batches(0, steps)]
-        self.read = _bytes_a_view(job, setup)
+        self.run = run = make_training_run("student", config, setup, network, setup.losses, labels, Path())
+        head = build_loss_parts(run)
+        run.criterion.set_progress(0, 2)
+        state = TrainState.create(run.model, run.criterion.parts, config, lambda _: 1e-6)
+        self._hooks = ExitStack()
+        features = self._hooks.enter_context(capture_features(run.model.network, run.criterion.student_taps))
+        self.training = start_training(run, state, features, head)
+        self.batches = [batch.to(run.device) for batch in run.stream.batches(0, steps)]
+        self.bytes_per_view = _count_bytes_per_view(run, setup)
         self._steps(self.batches[:2])
 
-    def seconds(self) -> float:
-        begun = time.perf_counter()
+    def time_steps(self) -> float:
+        """Return the seconds of a step on each batch."""
+        started = time.perf_counter()
         self._steps(self.batches)
-        if self.job.device.type == "cuda":
-            torch.cuda.synchronize(self.job.device)
-        return time.perf_counter() - begun
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        return time.perf_counter() - started
 
-    def cost(self) -> Cost:
+    def measure_memory(self) -> Cost:
+        """Return the bytes of the method: of the cache, of its own parts, and of what is saved for the gradient."""
         saved: dict[int, int] = {}
 
         def note(x: torch.Tensor) -> torch.Tensor:
@@ -226,22 +232,22 @@ class _Runner:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             self._steps(self.batches[:1])
-        own = [x for m in self.state.modules.values() for x in (*m.parameters(), *m.buffers())]
-        return Cost(self.read, sum(x.numel() * x.element_size() for x in own), sum(saved.values()))
+        parts = self.run.criterion.parts
+        own_bytes = sum(x.numel() * x.element_size() for x in (*parts.parameters(), *parts.buffers()))
+        return Cost(self.bytes_per_view, own_bytes, sum(saved.values()))
 
-    def _steps(self, batches: list[Any]) -> None:
-        self.job.model.train()
-        with capture_features(self.job.model.network, self.taps) as kept:
-            for batch in batches:
-                train_step(self.job, self.state, batch, self.losses, kept)
+    def _steps(self, batches: list[Batch]) -> None:
+        self.run.model.train()
+        for batch in batches:
+            train_step(self.training, batch)
 
 
-def _bytes_a_view(job: TrainingRun, setup: DistillationSetup) -> int:
-    """What the cache holds of a view for these losses."""
+def _count_bytes_per_view(run: TrainingRun, setup: DistillationSetup) -> int:
+    """Return what the cache holds of a view for these losses."""
     manifest = setup.cache.manifest
     read = [f"features/{tap}" for tap in setup.taps]
     size = count_row_bytes({name: manifest.datasets[name] for name in read})
-    if any(loss.needs_logits for loss in job.losses):
+    if any(loss.needs_logits for loss in run.criterion.losses):
         for cache in setup.teachers.members:
             size += count_row_bytes(
                 {name: cache.manifest.datasets[name] for name in cache.codec.datasets(cache.classes)}

@@ -1,7 +1,7 @@
-"""The trainings of a student: distilled, fine-tuned, and as a baseline; of one, or of several from one stream."""
+"""The phases of a student's training: distilled, fine-tuned, and as a baseline; of one student, or of several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from softcache.base.files import remove_stale_files
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -23,149 +24,153 @@ from softcache.stages.distributed.ranks import broadcast_from_first, wait_for_fi
 from softcache.stages.runs.logits import LOGITS, save_logits
 from softcache.stages.training.checkpoint import FinishedTraining
 from softcache.stages.training.loop import train, train_several
-from softcache.stages.training.step import AfterEpoch, TrainingRun
+from softcache.stages.training.run import AfterEpoch, TrainingRun
 from softcache.stages.training.validation import HeldOutSplit
 from softcache.stages.training.vectorized import check_vectorizable, train_vectorized
 
 from .requirements import hide_labels
 from .setup import DistillationSetup
 
-Result = dict[str, Any]
 
-
-@dataclass(frozen=True)
+@dataclass
 class StudentTraining:
-    """One seed of one student: its settings, what it is trained from, where it is kept. after_epoch: told each line of
-    its training from the cache; may raise TrainingStopped."""
+    """One seed of one student.
+
+    Attributes:
+        config: its options.
+        setup: what it is trained from.
+        folder: where it is kept.
+        after_epoch: called with each line of its training from the cache; may raise TrainingStopped.
+        results: {phase: figures} of the phases that are over.
+        stopped: why it ended early.
+    """
 
     config: StudentConfig
     setup: DistillationSetup
     folder: Path
     after_epoch: AfterEpoch | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+    stopped: TrainingStopped | None = None
 
 
 def first_phase(config: StudentConfig) -> str:
-    """The name of the training from the cache."""
+    """Return the name of the training from the cache: `student`, or `distilled` where fine-tuning follows."""
     return "distilled" if config.finetune_epochs else "student"
 
 
-def train_phases(
-    students: Sequence[StudentTraining], console: Console, vectorize: bool = False
-) -> list[Result | TrainingStopped]:
-    """Of each student the figures of its `student`, and of its `baseline` when asked for.
+def train_phases(students: Sequence[StudentTraining], console: Console, vectorize: bool = False) -> None:
+    """Train students, and their baselines where asked for; the figures go into `results` of each.
 
-    Several have as many epochs and read each batch once; where one ends early, that is in its place. vectorize: those
-    of one arch as one model.
+    Args:
+        students: one or several; several have as many epochs and read each batch once.
+        console: for progress.
+        vectorize: train those of one arch as one model.
     """
     config = students[0].config
     first = first_phase(config)
-    results = _train_phase(first, students, [{} for _ in students], console, vectorize)
+    _train_phase(first, students, console, vectorize)
     if first != "student":
-        results = _train_phase("student", students, results, console, vectorize)
-        for result in results:
-            if not isinstance(result, TrainingStopped):
-                result["student"]["seconds"] += result.pop(first)["seconds"]
+        _train_phase("student", students, console, vectorize)
+        for student in students:
+            if student.stopped is None:
+                student.results["student"]["seconds"] += student.results.pop(first)["seconds"]
     if config.baseline:
-        results = _train_phase("baseline", students, results, console, vectorize)
-    return results
+        _train_phase("baseline", students, console, vectorize)
 
 
-def check(students: Sequence[StudentTraining], vectorize: bool) -> None:
-    """Raise UsageError for several that cannot be trained together, before anything is written."""
-    jobs = _share_stream([_make_phase(first_phase(one.config), one) for one in students])
-    for places in _by_arch(students) if vectorize else []:
-        check_vectorizable([jobs[i] for i in places])
+def check_together(students: Sequence[StudentTraining], vectorize: bool) -> None:
+    """Raise UsageError for students that cannot be trained together, before anything is written."""
+    runs = _share_stream([_make_phase(first_phase(student.config), student) for student in students])
+    if vectorize:
+        for group in _group_by_arch(runs):
+            check_vectorizable(group)
 
 
-def _train_phase(
-    name: str,
-    students: Sequence[StudentTraining],
-    results: Sequence[Result | TrainingStopped],
-    console: Console,
-    vectorize: bool,
-) -> list[Result | TrainingStopped]:
-    """The results with the figures of one more training, of those students that have not ended."""
-    left = [
-        student for student, result in zip(students, results, strict=True) if not isinstance(result, TrainingStopped)
-    ]
-    jobs = [_make_phase(name, student) for student in left]
-    val = students[0].setup.held_out["val"]
-    done: dict[int, FinishedTraining | TrainingStopped] = {}
-    if len(students) == 1 and left:
-        done[0] = _alone(jobs[0], val, console)
+def _train_phase(phase: str, students: Sequence[StudentTraining], console: Console, vectorize: bool) -> None:
+    """Train a phase of the students that have not ended."""
+    active = [student for student in students if student.stopped is None]
+    runs = [_make_phase(phase, student) for student in active]
+    held_out = students[0].setup.held_out["val"]
+    if len(students) == 1:
+        outcomes = [_train_alone(run, held_out, console) for run in runs]
+    elif vectorize:
+        outcomes = _train_vectorized(runs, held_out, console)
     else:
-        shared = _share_stream(jobs)
-        for places in _by_arch(left) if vectorize else [range(len(left))]:
-            fitted = (train_vectorized if vectorize else train_several)([shared[i] for i in places], val, console)
-            done |= dict(zip(places, fitted, strict=True))
-    ended = iter(zip(jobs, left, [done[i] for i in range(len(left))], strict=True))
-    return [result if isinstance(result, TrainingStopped) else _with(result, name, *next(ended)) for result in results]
+        outcomes = train_several(_share_stream(runs), held_out, console)
+    for student, run, outcome in zip(active, runs, outcomes, strict=True):
+        if isinstance(outcome, TrainingStopped):
+            student.stopped = outcome
+        else:
+            student.results[phase] = _figures(run, student, outcome)
 
 
-def _with(
-    result: Result, name: str, job: TrainingRun, student: StudentTraining, done: FinishedTraining | TrainingStopped
-) -> Result | TrainingStopped:
-    return done if isinstance(done, TrainingStopped) else result | {name: _figures(job, student, done)}
-
-
-def _alone(job: TrainingRun, val: HeldOutSplit, console: Console) -> FinishedTraining | TrainingStopped:
+def _train_alone(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> FinishedTraining | TrainingStopped:
     try:
-        return train(job, val, console)
-    except TrainingStopped as ended:
-        return ended
+        return train(run, held_out, console)
+    except TrainingStopped as stopped:
+        return stopped
 
 
-def _by_arch(students: Sequence[StudentTraining]) -> list[list[int]]:
-    """The places of the students of each arch."""
-    archs = [student.config.arch for student in students]
-    return [[i for i, arch in enumerate(archs) if arch == one] for one in dict.fromkeys(archs)]
+def _train_vectorized(
+    runs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
+) -> list[FinishedTraining | TrainingStopped]:
+    """Train those of one arch as one model, arch after arch."""
+    outcomes: dict[Path, FinishedTraining | TrainingStopped] = {}
+    for group in _group_by_arch(_share_stream(runs)):
+        folders = [run.folder for run in group]
+        outcomes |= dict(zip(folders, train_vectorized(group, held_out, console), strict=True))
+    return [outcomes[run.folder] for run in runs]
 
 
-def _make_phase(name: str, student: StudentTraining) -> TrainingRun:
-    """One training of a student: losses, settings, where it is kept and from which weights it starts."""
+def _group_by_arch(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
+    groups: dict[str, list[TrainingRun]] = {}
+    for run in runs:
+        assert isinstance(run.config, StudentConfig)
+        groups.setdefault(run.config.arch, []).append(run)
+    return list(groups.values())
+
+
+def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
+    """Put together one phase of a student: its losses, options, folder and the weights that it starts from."""
     config, setup = student.config, student.setup
     smoothing = next((loss.smoothing for loss in setup.losses if isinstance(loss, Hard)), 0.0)
     hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
-    losses = setup.losses if name == first_phase(config) else hard
-    network = setup.build_student(config, hard if name == "baseline" else setup.losses)
-    folder = student.folder if name == "student" else student.folder / name
-    if name == "baseline":
+    losses = setup.losses if phase == first_phase(config) else hard
+    network = setup.build_student(config, hard if phase == "baseline" else setup.losses)
+    folder = student.folder if phase == "student" else student.folder / phase
+    if phase == "baseline":
         config = replace(config, epochs=config.epochs + config.finetune_epochs)
-    elif name == "student" and config.finetune_epochs:
+    elif phase == "student" and config.finetune_epochs:
         start = student.folder / "distilled/distilled.pt"
         wait_for_file(start)
         load_weights(network, read_state_dict(start), str(start))
-        config = _finetuning(config)
+        rate = config.finetune_learning_rate or config.learning_rate / 10
+        config = replace(config, epochs=config.finetune_epochs, learning_rate=rate)
     labels = hide_labels(config, setup.transfer_set.splits["train"].labels)
-    job = make_training_run(name, config, setup, network, losses, labels, folder)
-    return replace(job, after_epoch=student.after_epoch if name == first_phase(student.config) else None)
+    run = make_training_run(phase, config, setup, network, losses, labels, folder)
+    return replace(run, after_epoch=student.after_epoch if phase == first_phase(student.config) else None)
 
 
-def _finetuning(config: StudentConfig) -> StudentConfig:
-    """The settings of the training from hard targets alone that follows distillation."""
-    rate = config.finetune_learning_rate or config.learning_rate / 10
-    return replace(config, epochs=config.finetune_epochs, learning_rate=rate)
-
-
-def _figures(job: TrainingRun, student: StudentTraining, done: FinishedTraining) -> dict[str, Any]:
-    setup, rows = student.setup, len(job.stream.rows) / job.stream.steps_per_round
+def _figures(run: TrainingRun, student: StudentTraining, finished: FinishedTraining) -> dict[str, Any]:
+    """Return what is reported of a phase: the network, the time, and every figure of the held-out splits."""
+    setup, rows = student.setup, len(run.stream.rows) / run.stream.steps_per_round
     figures: dict[str, Any] = {
-        "arch": setup.student_arch(student.config, setup.losses if job.name != "baseline" else job.losses),
+        "arch": setup.student_arch(student.config, setup.losses if run.name != "baseline" else run.criterion.losses),
         "preparation": setup.input_spec.to_json(),
-        "parameters": count_parameters(job.model.network),
-        "multiply_adds": job.multiply_adds,
-        "seconds": done.seconds,
-        "epoch": done.epoch,
-        "images_per_second": job.epochs * job.steps * rows / done.seconds,
+        "parameters": count_parameters(run.model.network),
+        "multiply_adds": run.multiply_adds,
+        "seconds": finished.seconds,
+        "epoch": finished.epoch,
+        "images_per_second": run.epochs * run.steps * rows / finished.seconds,
     }
-    return figures | broadcast_from_first(lambda: _measure(job, setup))
+    return figures | broadcast_from_first(lambda: _measure(run, setup))
 
 
-def _measure(job: TrainingRun, setup: DistillationSetup) -> dict[str, Any]:
-    """The figures of the held-out splits; what they are made of is kept beside the weights."""
-    logits = setup.compute_logits(job.model)
-    remove_stale_files(job.folder, (LOGITS,))
-    save_logits(job.folder / LOGITS, logits, setup.transfer_set)
+def _measure(run: TrainingRun, setup: DistillationSetup) -> dict[str, Any]:
+    """Measure the held-out splits; the logits are saved beside the weights."""
+    logits = setup.compute_logits(run.model)
+    remove_stale_files(run.folder, (LOGITS,))
+    save_logits(run.folder / LOGITS, logits, setup.transfer_set)
     return setup.compute_metrics(logits)
 
 
@@ -178,57 +183,66 @@ def make_training_run(
     labels: Labels,
     folder: Path,
 ) -> TrainingRun:
-    """What is to be trained. A baseline takes as many steps as its student, on the labelled rows alone."""
+    """Put together one training of a student.
+
+    A baseline takes as many steps as its student, on the labelled rows alone.
+
+    Args:
+        name: student, distilled or baseline.
+        config: its options.
+        setup: what it is trained from.
+        network: the student.
+        losses: the terms.
+        labels: int64 [N] of the training split, -1 where hidden.
+        folder: where it is kept.
+    """
     input_spec = setup.input_spec
-    model = PreparedModel(network, input_spec).to(setup.device)
-    cost = count_multiply_adds(network, input_spec.channels, input_spec.size)
     only_labelled = all(loss.needs_labels for loss in losses)
-    targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
-    stream = setup.make_stream(config, labels, only_labelled, targets)
-    steps = setup.make_stream(config, labels, False, targets).steps_per_round
+    read_targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
+    combine = setup.teachers.combine
+    combination = "" if combine is None or not combine.is_per_teacher else combine.name
     return TrainingRun(
-        name,
-        model,
-        losses,
-        stream,
-        config.epochs,
-        steps,
-        config,
-        setup.device,
-        folder,
-        cost,
+        name=name,
+        model=PreparedModel(network, input_spec).to(setup.device),
+        criterion=DistillationLoss(losses, combination, missing_to_labels=config.missing == "hard"),
+        stream=setup.make_stream(config, labels, only_labelled, read_targets),
+        epochs=config.epochs,
+        steps=setup.make_stream(config, labels, False, read_targets).steps_per_round,
+        config=config,
+        device=setup.device,
+        folder=folder,
+        multiply_adds=count_multiply_adds(network, input_spec.channels, input_spec.size),
         context=setup.make_context(labels),
-        multi_teacher=setup.multi_teacher(config),
     )
 
 
-def _share_stream(jobs: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """The jobs with one stream that has what each reads. Raises UsageError where their batches differ."""
-    if not jobs:
+def _share_stream(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
+    """Return the runs with one stream that reads what each needs. Raises UsageError where their batches differ."""
+    if not runs:
         return []
-    first = jobs[0].stream
-    for job in jobs[1:]:
-        if not _same_batches(first, job.stream) or (job.epochs, job.steps) != (jobs[0].epochs, jobs[0].steps):
+    first = runs[0].stream
+    for run in runs[1:]:
+        if not _same_batches(first, run.stream) or (run.epochs, run.steps) != (runs[0].epochs, runs[0].steps):
             raise UsageError(
-                f"'{jobs[0].folder}' and '{job.folder}' do not see the same batches, as students of one stream do:"
+                f"'{runs[0].folder}' and '{run.folder}' do not see the same batches, as students of one stream do:"
                 " other labels (--labelled goes by the seed), or a loss that wants labels beside one that does not."
                 " Train them one after the other"
             )
-    taps = tuple(dict.fromkeys(tap for job in jobs for tap in job.stream.taps))
-    shared = replace(first, taps=taps, read_targets=any(job.stream.read_targets for job in jobs))
-    return [replace(job, stream=shared) for job in jobs]
+    taps = tuple(dict.fromkeys(tap for run in runs for tap in run.stream.taps))
+    shared = replace(first, taps=taps, read_targets=any(run.stream.read_targets for run in runs))
+    return [replace(run, stream=shared) for run in runs]
 
 
-def _same_batches(one: Stream, other: Stream) -> bool:
-    """Whether two streams of the same caches and images differ in what is read of a row alone."""
+def _same_batches(stream: Stream, other: Stream) -> bool:
+    """Return whether two streams of the same caches and images differ at most in what is read of a row."""
     alike = replace(
         other,
-        split=one.split,
-        labels=one.labels,
-        rows=one.rows,
-        cache=one.cache,
-        taps=one.taps,
-        read_targets=one.read_targets,
+        split=stream.split,
+        labels=stream.labels,
+        rows=stream.rows,
+        cache=stream.cache,
+        taps=stream.taps,
+        read_targets=stream.read_targets,
     )
-    rows = np.array_equal(one.labels, other.labels) and np.array_equal(one.rows, other.rows)
-    return rows and alike == one
+    same_rows = np.array_equal(stream.labels, other.labels) and np.array_equal(stream.rows, other.rows)
+    return same_rows and alike == stream

@@ -1,5 +1,6 @@
 """Whether a cache can serve what a student asks of it: found before the first step, in one line with the way out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.transfer_set import Labels, count_classes, draw_stratified
+from softcache.data.transfer_set import Labels, TransferSet, count_classes, draw_stratified
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import Loss, parse_losses
@@ -20,6 +21,8 @@ from softcache.pipeline.taps.statistics import compute_statistic, derive_feature
 from softcache.pipeline.teachers.ensemble import MissingTargets
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.copied_commands import format_remake_command
+from softcache.stages.cli.options import to_flag
+from softcache.stages.training.validation import check_select
 
 # Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
 # 2 x 2) by more, another layer by half or all.
@@ -37,27 +40,46 @@ def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...
     return losses
 
 
-def cached_taps(config: StudentConfig, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
-    """The cached taps that the losses' own can be had from. Raises CacheError with the command that adds the
-    missing."""
-    asked = list_teacher_taps(losses)
-    there = list(cache.manifest.taps)
-    missing = [tap for tap in asked if find_source_tap(tap, there) is None]
+def check_caches(config: StudentConfig, caches: Sequence[Cache], losses: tuple[Loss, ...]) -> tuple[str, ...]:
+    """Check that the caches have what a student reads of them.
+
+    Args:
+        config: draws and draws_per_decode.
+        caches: of the same views; layers are read of the first.
+        losses: the terms.
+
+    Returns:
+        The cached taps from which those of the losses are made.
+
+    Raises:
+        CacheError: with the command that adds what is missing.
+        UsageError: for draws that do not go into a batch.
+    """
+    taps = _find_cached_taps(config, caches[0], losses)
+    for cache in caches:
+        if config.draws > cache.manifest.draws:
+            command = _format_growth(config, cache, draws=config.draws)
+            raise CacheError(
+                f"--draws {config.draws}, but the cache '{cache.folder}' has {cache.manifest.draws}."
+                f" Add them with  {command}"
+            )
+    _check_draws_per_decode(config)
+    return taps
+
+
+def _find_cached_taps(config: StudentConfig, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
+    wanted, cached = list_teacher_taps(losses), list(cache.manifest.taps)
+    missing = [tap for tap in wanted if find_source_tap(tap, cached) is None]
     if missing:
-        have = f"has not kept {', '.join(missing)} (it has: {', '.join(there) or 'none'})"
-        more = _format_growth(config, cache, taps=",".join([*there, *missing]))
-        raise CacheError(f"the cache '{cache.folder}' {have}. Add them with  {more}")
-    return tuple(dict.fromkeys(source for tap in asked if (source := find_source_tap(tap, there))))
+        command = _format_growth(config, cache, taps=",".join([*cached, *missing]))
+        raise CacheError(
+            f"the cache '{cache.folder}' has not kept {', '.join(missing)} (it has: {', '.join(cached) or 'none'})."
+            f" Add them with  {command}"
+        )
+    return tuple(dict.fromkeys(source for tap in wanted if (source := find_source_tap(tap, cached))))
 
 
-def check_draws(config: StudentConfig, cache: Cache) -> None:
-    if config.draws > cache.manifest.draws:
-        have = f"the cache '{cache.folder}' has {cache.manifest.draws}"
-        more = _format_growth(config, cache, draws=config.draws)
-        raise CacheError(f"--draws {config.draws}, but {have}. Add them with  {more}")
-
-
-def check_draws_per_decode(config: StudentConfig) -> None:
+def _check_draws_per_decode(config: StudentConfig) -> None:
     """Every draw is to come once before one comes again, and a batch to hold all draws of its images."""
     k, draws, batch = config.draws_per_decode, config.draws, config.batch_size
     if draws % k:
@@ -76,7 +98,41 @@ def _format_growth(config: StudentConfig, cache: Cache, **changes: Any) -> str:
     return format_remake_command(cache, out=str(cache.folder), data_root=config.data_root, **here, **changes)
 
 
-def check_several(config: StudentConfig, losses: tuple[Loss, ...], labels: Labels) -> None:
+def hide_labels(config: StudentConfig, labels: Labels) -> Labels:
+    """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
+    how many of each class does not."""
+    if not config.labelled:
+        return labels
+    kept = draw_stratified(labels, config.labelled, key=(config.seed, 50))
+    return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
+
+
+def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: TransferSet) -> None:
+    """Check that the losses and options of a student go with the labels there are, and with the number of caches.
+
+    Raises:
+        UsageError: with the option to leave out or to change.
+    """
+    labels, classes = transfer_set.splits["train"].labels, transfer_set.classes
+    unlabelled = bool((labels < 0).any())
+    needy_losses = [loss.name for loss in losses if loss.needs_labels]
+    if unlabelled and needy_losses:
+        raise UsageError(f"loss '{needy_losses[0]}' needs labels, and these images have none: leave it out")
+    needy_options = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(config, name)]
+    if unlabelled and needy_options:
+        raise UsageError(f"{to_flag(needy_options[0])} needs labels, and these images have none: leave it out")
+    if config.labelled and config.sampler:
+        raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
+    if config.labelled and not len(classes) <= config.labelled <= len(labels):
+        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {len(labels)} rows")
+    for loss in losses:
+        if loss.needs_counts:
+            require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)
+    _check_several(config, losses, labels)
+    check_select(config, transfer_set)
+
+
+def _check_several(config: StudentConfig, losses: tuple[Loss, ...], labels: Labels) -> None:
     """Whether these losses can be led by several teachers, or by none in some rows. Raises UsageError."""
     several = len(config.cache) > 1
     if config.combine and not several:
@@ -94,33 +150,6 @@ def check_several(config: StudentConfig, losses: tuple[Loss, ...], labels: Label
         raise UsageError("--missing hard needs labels, and some of these images have none: --missing skip")
 
 
-def hide_labels(config: StudentConfig, labels: Labels) -> Labels:
-    """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
-    how many of each class does not."""
-    if not config.labelled:
-        return labels
-    kept = draw_stratified(labels, config.labelled, key=(config.seed, 50))
-    return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
-
-
-def check_labels(config: StudentConfig, losses: tuple[Loss, ...], labels: Labels, classes: tuple[str, ...]) -> None:
-    unlabelled = bool((labels < 0).any())
-    wanting = [loss.name for loss in losses if loss.needs_labels]
-    if unlabelled and wanting:
-        raise UsageError(f"loss '{wanting[0]}' needs labels, and these images have none: leave it out")
-    needing = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(config, name)]
-    if unlabelled and needing:
-        flag = needing[0].replace("_", "-")
-        raise UsageError(f"--{flag} needs labels, and these images have none: leave it out")
-    if config.labelled and config.sampler:
-        raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
-    if config.labelled and not len(classes) <= config.labelled <= len(labels):
-        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {len(labels)} rows")
-    for loss in losses:
-        if loss.needs_counts:
-            require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)
-
-
 def available_positions(cache: Cache, gaps: MissingTargets) -> NDArray[np.int64]:
     """The positions of the training split whose rows are there in the first draw. Raises CacheError for none."""
     gone = gaps.get(0, np.zeros(cache.manifest.splits["train"], bool))
@@ -129,25 +158,41 @@ def available_positions(cache: Cache, gaps: MissingTargets) -> NDArray[np.int64]
     return np.flatnonzero(~gone)
 
 
-def check_head(cache: Cache, losses: tuple[Loss, ...], head: LinearHead, gaps: MissingTargets) -> None:
-    """The teacher's last layer must give the cached logits for the features that a loss leads through it.
+def read_head(cache: Cache, losses: tuple[Loss, ...], missing: MissingTargets) -> LinearHead | None:
+    """Read the teacher's last linear layer, where a loss asks for it.
 
-    Raises UsageError: another layer of the same width, before an activation say, would be taken without a word.
+    Args:
+        cache: the first cache, its transfer set known to be the right one: labels of rows that are read before that
+            would not be compared.
+        losses: the terms.
+        missing: rows without targets.
+
+    Raises:
+        UsageError: where the layer does not give the cached logits for the features that a loss leads through it.
+            Another layer of the same width, before an activation say, would be taken without notice.
     """
+    if not any(loss.needs_head for loss in losses):
+        return None
+    head = cache.read_head()
+    assert head is not None, "parse_student_losses refuses such a loss"
     for loss in losses:
-        if not (isinstance(loss, FeatureLoss) and loss.needs_head):
-            continue
-        tap = loss.teacher_taps()[0]
-        source = find_source_tap(tap, cache.manifest.taps)
-        assert source is not None
-        logits, features = cache.read_stored("train", 0, available_positions(cache, gaps)[:64], (source,))
-        x = derive_features(features, (tap,))[tap]
-        pooled = compute_statistic(x, "pool", tap)
-        require_head(loss, LossContext(head), pooled.shape[1])
-        span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
-        gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
-        if gap > _MOST_GAP:
-            raise loss.head_error(
-                f"it does not read the mean of '{tap}', from which it gives logits that are off by {gap:.0%} of their"
-                " range: choose the layer just before the pooling"
-            )
+        if isinstance(loss, FeatureLoss) and loss.needs_head:
+            _check_head(cache, loss, head, missing)
+    return head
+
+
+def _check_head(cache: Cache, loss: FeatureLoss, head: LinearHead, missing: MissingTargets) -> None:
+    tap = loss.teacher_taps()[0]
+    source = find_source_tap(tap, cache.manifest.taps)
+    assert source is not None
+    logits, features = cache.read_stored("train", 0, available_positions(cache, missing)[:64], (source,))
+    x = derive_features(features, (tap,))[tap]
+    pooled = compute_statistic(x, "pool", tap)
+    require_head(loss, LossContext(head), pooled.shape[1])
+    span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
+    gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
+    if gap > _MOST_GAP:
+        raise loss.head_error(
+            f"it does not read the mean of '{tap}', from which it gives logits that are off by {gap:.0%} of their"
+            " range: choose the layer just before the pooling"
+        )

@@ -18,7 +18,6 @@ from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.classifier import SimKD
-from softcache.pipeline.losses.multi_teacher import Term, by_each, by_one, by_trust, or_hard
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.simkd import SimKDStudent, format_simkd_arch
@@ -28,18 +27,9 @@ from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_t
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress
 from softcache.stages.runs.environment import select_device
-from softcache.stages.training.validation import HeldOutSplit, check_select
+from softcache.stages.training.validation import HeldOutSplit
 
-from .requirements import (
-    available_positions,
-    cached_taps,
-    check_draws,
-    check_draws_per_decode,
-    check_head,
-    check_labels,
-    check_several,
-    parse_student_losses,
-)
+from . import requirements
 from .teachers import load_shared_data, load_teachers, map_head, open_caches
 
 _BANK_BYTES = 1 << 30
@@ -47,9 +37,19 @@ _BANK_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class DistillationSetup:
-    """What all seeds share. teachers: the cache, or several as one; cache: the first of them, of whose teacher the
-    layers are; taps: those that are read of it; said: {split: logits of each teacher [N, K], or [N, M, K]} in index
-    order; head: the teacher's last layer, where a loss asks for it."""
+    """What all seeds and phases of a student share.
+
+    Attributes:
+        teachers: the cache, or several as one teacher.
+        transfer_set: images and labels.
+        losses: the terms.
+        taps: the cached layers that are read, of the first cache.
+        input_spec: how a student's input is normalised: as the teacher's, at the size of the views.
+        device: where students are trained.
+        held_out: {split: validation or test}.
+        member_outputs: {split: the logits of each teacher, float32 [N, K], or [N, M, K] of several} by index.
+        head: the teacher's last linear layer, where a loss asks for it.
+    """
 
     teachers: TeacherEnsemble
     transfer_set: TransferSet
@@ -62,48 +62,55 @@ class DistillationSetup:
     head: LinearHead | None
 
     @staticmethod
-    def open(config: StudentConfig, like: "DistillationSetup | None" = None) -> "DistillationSetup":
-        """Read and check everything before the first step. Raises CacheError or UsageError.
+    def open(config: StudentConfig) -> "DistillationSetup":
+        """Read and check everything that a student is trained from, before the first step.
 
-        like: of the same cache and data, opened before; then only what the losses ask is looked at again.
+        Args:
+            config: the options of a student, every default filled in.
+
+        Raises:
+            CacheError: for a cache that cannot serve them, or is of other images.
+            UsageError: for options that do not go together.
         """
-        caches = like.teachers.members if like else open_caches(config.cache)
-        cache = caches[0]
-        losses = parse_student_losses(config, cache)
-        taps = cached_taps(config, cache, losses)
-        for one in caches:
-            check_draws(config, one)
-        check_draws_per_decode(config)
-        head = cache.read_head() if any(loss.needs_head for loss in losses) else None
-        transfer_set = like.transfer_set if like else load_shared_data(caches, config)
-        labels = transfer_set.splits["train"].labels
-        check_labels(config, losses, labels, transfer_set.classes)
-        check_several(config, losses, labels)
-        check_select(config, transfer_set)
-        gaps = like.teachers.missing if like else {}
-        if config.missing and not (like and like.taps == taps):
-            gaps = find_missing_targets(caches, config.draws, taps, progress)
-        if head:  # once the cache is bound: of rows that it reads before, labels would not be compared
-            check_head(cache, losses, head, gaps)
-        if like:
-            teachers = replace(like.teachers, missing=gaps)
-            return replace(like, teachers=teachers, losses=losses, taps=taps, head=map_head(teachers, head))
-        for one in caches:
-            verify_views(one, transfer_set, config.draws, gaps)
-        teachers, said = load_teachers(caches, config, transfer_set, gaps)
-        device = select_device(config.device)
+        caches = open_caches(config.cache)
+        losses = requirements.parse_student_losses(config, caches[0])
+        taps = requirements.check_caches(config, caches, losses)
+        transfer_set = load_shared_data(caches, config)
+        requirements.check_labels(config, losses, transfer_set)
+        missing = find_missing_targets(caches, config.draws, taps, progress) if config.missing else {}
+        head = requirements.read_head(caches[0], losses, missing)
+        for cache in caches:
+            verify_views(cache, transfer_set, config.draws, missing)
+        teachers, outputs = load_teachers(caches, config, transfer_set, missing)
+        device, views = select_device(config.device), caches[0].views
         return DistillationSetup(
-            teachers,
-            transfer_set,
-            losses,
-            taps,
-            # The student's input is normalised as the teacher's, at the size of the views themselves.
-            replace(cache.input_spec, size=cache.views.size),
-            device,
-            {s: HeldOutSplit(transfer_set.splits[s], cache.views, device, config) for s in said},
-            said,
-            map_head(teachers, head),
+            teachers=teachers,
+            transfer_set=transfer_set,
+            losses=losses,
+            taps=taps,
+            input_spec=replace(caches[0].input_spec, size=views.size),
+            device=device,
+            held_out={s: HeldOutSplit(transfer_set.splits[s], views, device, config) for s in outputs},
+            member_outputs=outputs,
+            head=map_head(teachers, head),
         )
+
+    def with_options(self, config: StudentConfig) -> "DistillationSetup":
+        """Return the setup of another student of the same caches and data: its losses and options are checked anew.
+
+        Raises:
+            CacheError, UsageError: as `open`.
+        """
+        caches = self.teachers.members
+        losses = requirements.parse_student_losses(config, caches[0])
+        taps = requirements.check_caches(config, caches, losses)
+        requirements.check_labels(config, losses, self.transfer_set)
+        missing = self.teachers.missing
+        if config.missing and taps != self.taps:
+            missing = find_missing_targets(caches, config.draws, taps, progress)
+        head = requirements.read_head(caches[0], losses, missing)
+        teachers = replace(self.teachers, missing=missing)
+        return replace(self, teachers=teachers, losses=losses, taps=taps, head=map_head(teachers, head))
 
     @property
     def cache(self) -> Cache:
@@ -145,7 +152,7 @@ class DistillationSetup:
             assert source is not None
             name = f"features/{source}"
             size = count_row_bytes({name: cache.manifest.datasets[name]})
-            positions = available_positions(cache, self.teachers.missing)[: max(1, _BANK_BYTES // size)]
+            positions = requirements.available_positions(cache, self.teachers.missing)[: max(1, _BANK_BYTES // size)]
             parts = (
                 cache.read_stored("train", 0, some, (source,))[1]
                 for some in np.array_split(positions, -(-len(positions) // 4096))
@@ -229,11 +236,3 @@ class DistillationSetup:
         for in_draw in self.teachers.missing.values():
             gone |= in_draw
         return gone
-
-    def multi_teacher(self, config: StudentConfig) -> Term:
-        """How a term of the loss is led: by one teacher, by each, or by none where a row has no answer."""
-        combine = self.teachers.combine
-        term = (
-            by_one if not (combine and combine.is_per_teacher) else by_trust if combine.name == "ca_mkd" else by_each
-        )
-        return or_hard(term) if config.missing == "hard" else term

@@ -19,7 +19,7 @@ from softcache.stages.distributed.ranks import current_ranks
 from softcache.stages.runs.folder import find_free_folder, parse_milestones
 
 from . import command as student_stage
-from .phases import StudentTraining, check, train_phases
+from .phases import StudentTraining, check_together, train_phases
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 
@@ -49,7 +49,7 @@ def run(config: StudentsConfig, said: set[str]) -> None:
     if (folder / "settings.json").exists():
         raise UsageError(f"'{folder}' is the run of one student: choose another --out")
     students = _open_students(filled, folder)
-    check(students, config.vectorize)
+    check_together(students, config.vectorize)
     student_stage.print_notes(first, students[0].setup, console)
     try:
         results = train_students(students, config.vectorize, console)
@@ -101,7 +101,7 @@ def _open_students(filled: dict[str, StudentConfig], folder: Path) -> list[Stude
     students: list[StudentTraining] = []
     for name, own in filled.items():
         own = student_stage.resume_if_started(replace(own, out=str(folder / name), json=False))
-        setup = DistillationSetup.open(own, students[0].setup if students else None)
+        setup = students[0].setup.with_options(own) if students else DistillationSetup.open(own)
         setup.build_student(own, setup.losses)  # an arch that cannot be built is found before a folder is made
         students.append(StudentTraining(own, setup, folder / name))
     return students
@@ -110,13 +110,26 @@ def _open_students(filled: dict[str, StudentConfig], folder: Path) -> list[Stude
 def train_students(
     students: Sequence[StudentTraining], vectorize: bool, console: Console
 ) -> list[dict[str, Any] | TrainingStopped]:
-    """Train them all; the result.json of each, as if it had been trained alone, or how it ended early."""
-    with ExitStack() as held:
+    """Train students from one stream.
+
+    Args:
+        students: each with a setup of the same caches and data.
+        vectorize: train those of one arch as one model.
+        console: for progress.
+
+    Returns:
+        Of each student its result.json, as if it had been trained alone, or how it ended early.
+    """
+    with ExitStack() as locks:
         for student in students:
-            held.enter_context(student_stage.started_run(student.config, student.setup, student.folder))
-        results = train_phases(students, console, vectorize=vectorize)
-        for i, (student, result) in enumerate(zip(students, results, strict=True)):
-            if not isinstance(result, TrainingStopped):
-                results[i] = whole = student_stage.assemble_result(student.config, student.setup, [result])
-                publish_json(student.folder / "result.json", whole)
-        return results
+            locks.enter_context(student_stage.started_run(student.config, student.setup, student.folder))
+        train_phases(students, console, vectorize)
+        outcomes: list[dict[str, Any] | TrainingStopped] = []
+        for student in students:
+            if student.stopped:
+                outcomes.append(student.stopped)
+                continue
+            result = student_stage.assemble_result(student.config, student.setup, [student.results])
+            publish_json(student.folder / "result.json", result)
+            outcomes.append(result)
+        return outcomes

@@ -15,6 +15,7 @@ from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.losses import parse_losses
+from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, count_multiply_adds, count_parameters
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
@@ -24,7 +25,7 @@ from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
 from softcache.stages.runs.folder import open_run, start_run
 from softcache.stages.training.loop import train
-from softcache.stages.training.step import TrainingRun
+from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.validation import HeldOutSplit, check_select
 
 CUT_OPTIONS = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
@@ -108,21 +109,21 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             if split in transfer_set.splits
         }
         counts = count_classes(rows.labels, len(transfer_set.classes))
-        job = TrainingRun(
-            "teacher",
-            model,
-            parse_losses(("hard",)),
-            stream,
-            config.epochs,
-            stream.steps_per_round,
-            config,
-            device,
-            folder,
-            count_multiply_adds(network, input_spec.channels, views.size),
-            advice,
-            LossContext(counts=torch.from_numpy(counts)),
+        run = TrainingRun(
+            name="teacher",
+            model=model,
+            criterion=DistillationLoss(parse_losses(("hard",))),
+            stream=stream,
+            epochs=config.epochs,
+            steps=stream.steps_per_round,
+            config=config,
+            device=device,
+            folder=folder,
+            multiply_adds=count_multiply_adds(network, input_spec.channels, views.size),
+            interrupt_advice=advice,
+            context=LossContext(counts=torch.from_numpy(counts)),
         )
-        done = train(job, held_out["val"], console)
+        done = train(run, held_out["val"], console)
         measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
         result = {
             "settings": asdict(config),
@@ -130,7 +131,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
                 "arch": config.arch,
                 "preparation": input_spec.to_json(),
                 "parameters": count_parameters(network),
-                "multiply_adds": job.multiply_adds,
+                "multiply_adds": run.multiply_adds,
                 "epoch": done.epoch,
                 "val": measured["val"],
                 "test": measured.get("test"),

@@ -24,14 +24,26 @@ VECTORIZED_FOLDER = "stack"  # the folder, in that of the first one, of students
 
 @dataclass
 class TrainState:
-    """The model, the losses' own trainable parts, optimiser, schedule, moving average, a line per epoch, the weights
-    of the best epoch so far where --select asks for them, and each line as JSON: 150 lines that are written anew after
-    each epoch cost 2 ms, an eighth of an epoch of `mlp:64` on digits."""
+    """Everything that changes while a training runs.
+
+    Attributes:
+        model: the model.
+        parts: the losses' own trainable parts, by the name of their term.
+        optimizer, schedule: of all trained weights.
+        weights: all trained weights, in the order of the optimiser.
+        averaged_model: the moving average of the weights, with --ema.
+        epoch_lines: what is written into metrics.jsonl, one for each epoch that is done.
+        best_weights: of the best epoch so far, with --select.
+        json_lines: the lines as JSON. 150 lines that are encoded anew after each epoch cost 2 ms, an eighth of an
+        epoch
+            of `mlp:64` on digits.
+    """
 
     model: nn.Module
-    modules: dict[str, nn.Module]
+    parts: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
+    weights: list[nn.Parameter]
     averaged_model: AveragedModel | None
     epoch_lines: list[dict[str, Any]] = field(default_factory=list)
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -39,26 +51,28 @@ class TrainState:
 
     @staticmethod
     def create(
-        model: nn.Module, modules: dict[str, nn.Module], config: TrainingOptions, rate: Callable[[int], float]
+        model: nn.Module, parts: nn.ModuleDict, config: TrainingOptions, schedule: Callable[[int], float]
     ) -> "TrainState":
-        """Before the first step. rate(step) is the learning rate as a share of its highest."""
-        weights = [p for m in (model, *modules.values()) for p in m.parameters() if p.requires_grad]
+        """Make the state before the first step.
+
+        Args:
+            model: the model.
+            parts: the losses' own trainable parts.
+            config: the optimiser and its settings.
+            schedule: step -> the learning rate as a share of its highest.
+        """
+        weights = [p for m in (model, *parts.values()) for p in m.parameters() if p.requires_grad]
         optimizer = _build_optimizer(config, weights)
         average = None
         if config.ema:
             mean = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
             average = AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
-        return TrainState(model, modules, optimizer, LambdaLR(optimizer, rate), average)
+        return TrainState(model, parts, optimizer, LambdaLR(optimizer, schedule), weights, average)
 
     @property
     def result_model(self) -> nn.Module:
         """The model as it would be kept now."""
         return self.model if self.averaged_model is None else self.averaged_model.module
-
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        """What the optimiser changes."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def save(self, folder: Path, line: dict[str, Any], select: str) -> None:
         """Publish the state after an epoch, then its line."""
@@ -71,7 +85,7 @@ class TrainState:
         record = {
             "epoch": line["epoch"],
             "model": self.model.state_dict(),
-            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "modules": {name: part.state_dict() for name, part in self.parts.items()},
             "average": self.averaged_model.state_dict() if self.averaged_model is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.last_epoch,
@@ -108,8 +122,8 @@ class TrainState:
 
     def _restore(self, record: dict[str, Any]) -> int:
         self.model.load_state_dict(record["model"])
-        for name, module in self.modules.items():
-            module.load_state_dict(record["modules"][name])
+        for name, part in self.parts.items():
+            part.load_state_dict(record["modules"][name])
         if self.averaged_model is not None:
             self.averaged_model.load_state_dict(record["average"])
         self.optimizer.load_state_dict(record["optimizer"])
@@ -128,23 +142,30 @@ class TrainState:
 
 
 class RngState:
-    """What is random in one training: inside `with`, the generators go on from where it left them, so that what else
-    is done in the process, another training among it, does not change it. It begins as they are when it is made."""
+    """The random state of one training: inside `with`, PyTorch's generators go on from where it left them.
+
+    So whatever else draws in the process, another training among it, does not change it. It begins as the generators
+    are when it is made. It may be entered again inside.
+    """
 
     def __init__(self) -> None:
-        self._cpu, self._cuda = torch.get_rng_state(), self._of_cuda()
+        self._cpu, self._cuda, self._depth = torch.get_rng_state(), self._of_cuda(), 0
 
     @staticmethod
     def _of_cuda() -> list[torch.Tensor]:
         return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
     def __enter__(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        if self._depth == 0:
+            torch.set_rng_state(self._cpu)
+            if self._cuda:
+                torch.cuda.set_rng_state_all(self._cuda)
+        self._depth += 1
 
     def __exit__(self, *_: object) -> None:
-        self._cpu, self._cuda = torch.get_rng_state(), self._of_cuda()
+        self._depth -= 1
+        if self._depth == 0:
+            self._cpu, self._cuda = torch.get_rng_state(), self._of_cuda()
 
 
 def save_tensors(path: Path, record: dict[str, Any]) -> None:

@@ -1,26 +1,33 @@
-"""A batch that several ranks share: each sees its own rows, the loss sees them all.
+"""A batch that several ranks share: each runs the network on its own rows, every rank computes the loss of all rows.
 
-Every rank reads the targets of the whole batch and renders the views of its own rows. What the network says of them
-(logits and taps) is gathered from all ranks, the loss is computed of the whole batch on every rank, and its gradient
-with respect to this rank's own rows goes back through the network here. DistributedDataParallel takes the mean of
-the ranks' gradients, so these are multiplied by the number of ranks: the sum is the gradient that one process has.
-So a loss need not be a mean over rows: relations between rows, F1 of a batch and contrast are as right as `kd`.
-What the losses own gets its full gradient on every rank.
+Every rank reads the targets of the whole batch and renders the views of its own rows. The student's outputs (logits
+and features) are gathered from all ranks, and the loss is computed for the whole batch on every rank. So a loss need
+not be a mean over rows: relations between rows, F1 of a batch and contrast are as exact as `kd`.
+
+The gradient of the loss L with respect to a weight w is the sum over the ranks r of J_r' g_r, with g_r = dL /
+d(outputs of the rows of r) and J_r = d(outputs) / dw. Every rank has g_r for its own rows. Gradients are averaged
+over the ranks after the backward pass, so `_GatherRows` multiplies g_r by their number: the mean of world * J_r' g_r
+is that sum. What the loss reads directly (its own parts, the student's last layer) has its full gradient on every
+rank, and the mean leaves it as it is.
+
+DistributedDataParallel is not used: it waits for a gradient of every parameter, and a loss of hidden layers alone
+reaches only some. One all-reduce of the flat gradients costs its overlap with the backward pass.
 
 Not as in one process: dropout, whose mask follows from seed, step and rank; and batch norm on a CPU, where PyTorch has
 no SyncBatchNorm: each rank normalises by its own rows, and rank 0's running mean is kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from softcache.base import rng
 from softcache.base.errors import UsageError
@@ -31,16 +38,15 @@ from softcache.stages.cli.configs import TrainingOptions
 from softcache.stages.cli.console import Console
 from softcache.stages.distributed.ranks import current_ranks
 
+from .gradient_norms import flatten_gradients
+
 Features = dict[str, torch.Tensor]
 
 
 def split_over_ranks(stream: Stream) -> Stream:
-    """The same stream, rendering this rank's rows alone."""
-    return (
-        replace(stream, rank=current_ranks().rank, world=current_ranks().world)
-        if current_ranks().world > 1
-        else stream
-    )
+    """Return the stream that renders this rank's rows alone."""
+    ranks = current_ranks()
+    return replace(stream, rank=ranks.rank, world=ranks.world) if ranks.world > 1 else stream
 
 
 def check_batches_shareable(model: nn.Module, stream: Stream, device: torch.device, config: TrainingOptions) -> None:
@@ -60,196 +66,132 @@ def check_batches_shareable(model: nn.Module, stream: Stream, device: torch.devi
 
 
 def convert_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Batch norm over all ranks, on a GPU."""
+    """Normalise over the rows of all ranks, on a GPU."""
     if current_ranks().world > 1 and device.type == "cuda" and has_batch_norm(model):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether what it says of a row depends on the others of the batch."""
+    """Return whether the output for a row depends on the other rows of the batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def note_batch_norm(model: nn.Module, device: torch.device, console: Console) -> None:
-    """Say so, once, where batches are not normalised as in one process."""
+    """Print a note, once, where batches are not normalised as in one process."""
     if current_ranks().world > 1 and device.type == "cpu" and has_batch_norm(model):
         console.print(
             "batch norm on a CPU is each rank's own, over its rows of a batch: PyTorch has no SyncBatchNorm there"
         )
 
 
-@dataclass
 class DataParallelStep:
-    """One rank's side of a training. model: views -> logits; kept: its taps, as it runs; modules: the losses' own;
-    head(K): its last layer, where a loss asks for it, else None; seed: of dropout."""
+    """One rank's part of each step of a training.
 
-    model: nn.Module
-    features: Features
-    modules: dict[str, nn.Module]
-    head: Callable[[int], LinearHead | None]
-    device: torch.device
-    precision: str
-    seed: int
+    Args:
+        model: uint8 views -> logits; rank 0's weights are sent to every rank.
+        parts: the losses' own trainable parts; rank 0's are sent to every rank.
+        features: what the forward hooks capture while the model runs, {tap: [B, …]}.
+        head: the student's last layer, where a loss reads it.
+        device: where the model is.
+        precision: of the forward pass.
+        seed: of dropout.
+    """
 
-    def __post_init__(self) -> None:
-        self._network: DistributedDataParallel | None = None
-        self._row_outputs = 0  # how many of these are of the batch's rows: all but the last layer's weight and bias
-        self._local: list[torch.Tensor] = []
-        self._leaves: list[torch.Tensor] = []
-        self._unused: dict[tuple[bool, ...], list[nn.Parameter]] = {}
-        self._trained = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
-        for module in self.modules.values():
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: nn.Module,
+        features: Features,
+        head: LinearHead | None,
+        device: torch.device,
+        precision: str,
+        seed: int,
+    ):
+        self._model, self._features, self._head = model, features, head
+        self._device, self._precision, self._seed = device, precision, seed
+        for module in (model, parts):
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
 
-    def gather_outputs(self, batch: Batch, step: int) -> tuple[ModelOutputs, Batch]:
-        """What all ranks say of the whole batch, of which a gradient comes back for this rank's rows; and the batch,
-        without views. batch: parted, on the device; step: of the training, for dropout."""
-        if self._network is None:
-            self._network = self._wrap_model(batch.views[:2])
+    def forward(self, batch: Batch, step: int) -> tuple[ModelOutputs, Batch]:
+        """Run the model on this rank's rows and gather the outputs of all.
+
+        Args:
+            batch: targets of all rows, views of this rank's rows, on the device.
+            step: of the training, for dropout.
+
+        Returns:
+            The outputs for all rows, through which a gradient comes back for this rank's rows; and the batch without
+            views, which no loss reads.
+        """
         rows = len(batch.index)
-        with self._fork_rng(step), autocast(self.device, self.precision):
-            logits, features = self._network(batch.views)
-        self._local = [logits, *(x.float() for x in features.values())]
-        self._row_outputs = len(self._local)
-        if (head := self.head(logits.shape[1])) is not None:
-            self._local += [head.weight, head.bias]
-        self._leaves = [x.detach().requires_grad_(x.requires_grad) for x in self._local]
-        whole = _gather_rows(self._leaves[: self._row_outputs], rows)
-        head = LinearHead(*self._leaves[self._row_outputs :]) if head is not None else None
-        # No loss looks at a view; rows of a batch are chosen from all that it has.
-        return ModelOutputs(whole[0], dict(zip(features, whole[1:], strict=True)), head), replace(
-            batch, views=batch.views.new_empty(rows, 0)
-        )
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """The gradient of the loss of the whole batch, summed over ranks, in every parameter."""
-        loss.backward()  # type: ignore[no-untyped-call]
-        used = tuple(own.grad is not None for own in self._leaves)
-        unused = self._find_unused(used)
-        torch.autograd.backward(*self._backward_inputs([own.grad for own in self._leaves]))
-        for parameter in unused:
-            parameter.grad = None  # as in one process: weight decay does not touch it
-        _average_gradients([p.grad for p in self._trained if p.grad is not None])
-        self._local, self._leaves = [], []
-
-    def measure_gradient(self, term: torch.Tensor, weights: Sequence[nn.Parameter]) -> torch.Tensor:
-        """Of one term of the whole batch with respect to all weights, as one vector, summed over ranks. The graph
-        stays for backward, and nothing is accumulated."""
-        read = [x for x in (*self._leaves, *self._trained) if x.requires_grad]
-        found = dict(zip(read, torch.autograd.grad(term, read, retain_graph=True, allow_unused=True), strict=True))
-        roots, onward = self._backward_inputs([found.get(own) for own in self._leaves])
-        network = [weight for weight in weights if weight not in found]
-        through = torch.autograd.grad(roots, network, onward, retain_graph=True, allow_unused=True)
-        found |= zip(network, through, strict=True)
-        whole = flatten_gradients([found[weight] for weight in weights], weights)
-        dist.all_reduce(whole)
-        return whole / current_ranks().world
-
-    def _backward_inputs(
-        self, gradients: Sequence[torch.Tensor | None]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What the network said here, and the gradient with which each goes back. gradients: of each of _own."""
-        roots, onward = [], []
-        for i, (live, own) in enumerate(zip(self._local, gradients, strict=True)):
-            if not live.requires_grad or (i >= self._row_outputs and own is None):
-                continue
-            # Rows are this rank's alone, and are summed; the last layer has its full gradient on every rank. What the
-            # loss does not read gets zeros: DistributedDataParallel waits for every parameter.
-            gradient = torch.zeros_like(live) if own is None else own
-            roots.append(live)
-            onward.append(gradient * current_ranks().world if i < self._row_outputs else gradient)
-        return roots, onward
-
-    def _wrap_model(self, views: torch.Tensor) -> DistributedDataParallel:
-        """The network under DistributedDataParallel, which gives every rank the weights of rank 0."""
-        was_training = self.model.training
-        self.model.eval()  # nothing is counted, nothing drawn
-        with autocast(self.device, self.precision):
-            logits = self.model(views)
-        reached = _find_reached([logits, *self.features.values()])
-        self.model.train(was_training)
-        every = {p for p in self.model.parameters() if p.requires_grad}
-        return DistributedDataParallel(
-            _WithTaps(self.model, self.features), find_unused_parameters=not every <= reached
-        )
-
-    def _find_unused(self, used: tuple[bool, ...]) -> list[nn.Parameter]:
-        """The parameters from which no way leads to the outputs that the loss reads."""
-        if used not in self._unused:
-            reached = _find_reached([live for live, is_used in zip(self._local, used, strict=True) if is_used])
-            self._unused[used] = [p for p in self.model.parameters() if p.requires_grad and p not in reached]
-        return self._unused[used]
+        with self._fork_rng(step), autocast(self._device, self._precision):
+            logits = self._model(batch.views)
+        local = [logits, *(x.float() for x in self._features.values())]
+        logits, *features = gather_rows(local, rows)
+        outputs = ModelOutputs(logits, dict(zip(self._features, features, strict=True)), self._head)
+        return outputs, replace(batch, views=batch.views.new_empty(rows, 0))
 
     @contextmanager
     def _fork_rng(self, step: int) -> Iterator[None]:
-        """Dropout of this rank and step; losses go on drawing what every rank draws."""
-        devices = [self.device] if self.device.type == "cuda" else []
+        """Draw this rank's own dropout of a step; losses go on drawing what every rank draws."""
+        devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(int(rng.integers((self.seed, 43, step), np.array([current_ranks().rank]), 2**31 - 1)[0]))
+            rank = np.array([current_ranks().rank])
+            torch.manual_seed(int(rng.integers((self._seed, 43, step), rank, 2**31 - 1)[0]))
             yield
 
 
-class _WithTaps(nn.Module):
-    """views -> (logits, taps): all that a gradient comes back to is among its outputs."""
+def gather_rows(local: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
+    """Gather tensors [n, …] of each rank's rows as float32 [rows, …] of all ranks', by one collective.
 
-    def __init__(self, model: nn.Module, kept: Features):
-        super().__init__()
-        self.model, self.kept = model, kept
-
-    def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, Features]:
-        logits = self.model(views)
-        return logits, dict(self.kept)
-
-
-def _gather_rows(own: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
-    """Each tensor [n, …] of this rank's rows as [rows, …] of all ranks', its own part live. One collective."""
-    rank, world = current_ranks().rank, current_ranks().world
-    flatten_gradients = torch.cat([x.detach().flatten(1).float() for x in own], 1)
-    cuts = [rank_rows(rows, r, world) for r in range(world)]
-    sent = flatten_gradients.new_zeros(
-        max(stop - first for first, stop in cuts), flatten_gradients.shape[1]
-    )  # all must send as many rows
-    sent[: len(flatten_gradients)] = flatten_gradients
-    received = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(received, sent)
-    whole, widths = [], [x[0].numel() for x in own]
-    for i, columns in enumerate(zip(*(torch.split(r, widths, 1) for r in received), strict=True)):
-        parts = [c[: stop - first].view(-1, *own[i].shape[1:]) for c, (first, stop) in zip(columns, cuts, strict=True)]
-        whole.append(torch.cat([*parts[:rank], own[i], *parts[rank + 1 :]]))
-    return whole
+    Gradients flow to this rank's rows alone, multiplied by the number of ranks; see the module's docstring. A tensor
+    that no loss reads gets no gradient, as in one process: with one of zeros, weight decay would change the layers
+    behind it.
+    """
+    flat = _GatherRows.apply(rows, *(x.flatten(1).float() for x in local))
+    return [x.reshape(rows, *like.shape[1:]) for x, like in zip(flat, local, strict=True)]
 
 
-def flatten_gradients(
-    gradients: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor], keep: int = 0
-) -> torch.Tensor:
-    """The gradients as one vector, of which there are as many as the first `keep` dimensions of the weights say; zeros
-    where a weight has none."""
-    each = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
-    return torch.cat([g.reshape(*g.shape[:keep], -1) for g in each], keep)
+class _GatherRows(Function):
+    """Tensors [n, D] of this rank -> [rows, D] of all ranks; backward, world * the gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: int, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ranks = current_ranks()
+        cuts = [rank_rows(rows, rank, ranks.world) for rank in range(ranks.world)]
+        ctx.rows, ctx.world = slice(*cuts[ranks.rank]), ranks.world
+        columns = [x.shape[1] for x in local]
+        sent = local[0].new_zeros(max(stop - start for start, stop in cuts), sum(columns))  # all send as many rows
+        sent[: len(local[0])] = torch.cat(local, 1)
+        received = [torch.empty_like(sent) for _ in cuts]
+        dist.all_gather(received, sent)
+        gathered = torch.cat([part[: stop - start] for part, (start, stop) in zip(received, cuts, strict=True)])
+        return tuple(x.contiguous() for x in torch.split(gathered, columns, 1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return None, *(None if g is None else g[ctx.rows] * ctx.world for g in gradients)
 
 
-def _average_gradients(gradients: Sequence[torch.Tensor]) -> None:
-    """The mean over ranks, in place, of what is equal but for kernels that add in no fixed order."""
-    if not gradients:
-        return
-    flatten_gradients = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flatten_gradients)
-    means = torch.split(flatten_gradients / current_ranks().world, [gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+def average_gradients(weights: Sequence[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the ranks, by one collective.
+
+    A weight that no rank has a gradient of keeps none, as in one process. One that only some ranks have a gradient of
+    (a network that leaves out layers at random does this) counts as zero on the others.
+    """
+    present = torch.tensor([weight.grad is not None for weight in weights], device=weights[0].device)
+    flat = average(torch.cat([flatten_gradients([weight.grad for weight in weights], weights), present.float()]))
+    *means, shares = torch.split(flat, [*(weight.numel() for weight in weights), len(weights)])
+    for weight, mean, share in zip(weights, means, shares.tolist(), strict=True):
+        if share > 0:
+            # Into memory laid out as the weight's (channels last, say): the fused optimisers take that for granted.
+            weight.grad = torch.empty_like(weight) if weight.grad is None else weight.grad
+            weight.grad.copy_(mean.view_as(weight))
 
 
-def _find_reached(outputs: Sequence[torch.Tensor]) -> set[torch.Tensor]:
-    """The parameters to which a gradient of these comes back."""
-    found = {x for x in outputs if x.requires_grad and x.is_leaf}
-    nodes, seen = [x.grad_fn for x in outputs], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # torch's AccumulateGrad
-            found.add(node.variable)
-        nodes += [following for following, _ in node.next_functions]
-    return found
+def average(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a tensor over the ranks."""
+    dist.all_reduce(x)
+    return x / current_ranks().world

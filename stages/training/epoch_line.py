@@ -4,26 +4,33 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .step import TrainingRun, term_names
+from .run import TrainingRun
 
 
 def make_epoch_line(
-    job: TrainingRun, epoch: int, means: Sequence[float], norms: Sequence[float], seen: Mapping[str, float]
+    run: TrainingRun, epoch: int, means: Sequence[float], norms: Sequence[float], validation: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The line of an epoch, counted from 0, without its seconds. seen: the figures of validation.
+    """Make the line of an epoch, without its seconds.
 
-    loss and loss_TERM are means over the steps, weighted as they go backward (means: one for each term).
-    gradient_TERM is the L2 norm of that weighted term's own gradient with respect to all trained weights, on the
-    epoch's last step, before clipping (norms; GradNorm, Chen et al. 2018, section 3, balances terms by it); one that
-    is no finite number is left out. learning_rate is that of the last step.
+    Args:
+        run: the training.
+        epoch: counted from 0.
+        means: each weighted term, averaged over the steps.
+        norms: the L2 norm of each weighted term's own gradient with respect to all trained weights, at the epoch's
+            last step and before clipping (GradNorm, Chen et al. 2018, section 3, balances terms by it).
+        validation: figures of the validation split.
+
+    Returns:
+        `epoch` (from 1), `loss`, `loss_TERM`, `gradient_TERM` where it is finite, `learning_rate` of the last step,
+        `val_FIGURE`.
     """
-    called = term_names(job.losses)
-    gradients = {name: norm for name, norm in zip(called, norms, strict=True) if math.isfinite(norm)}
+    names = run.criterion.names
+    gradients = {name: norm for name, norm in zip(names, norms, strict=True) if math.isfinite(norm)}
     return {
         "epoch": epoch + 1,
         "loss": sum(means),
-        **{f"loss_{name}": mean for name, mean in zip(called, means, strict=True)},
+        **{f"loss_{name}": mean for name, mean in zip(names, means, strict=True)},
         **{f"gradient_{name}": norm for name, norm in gradients.items()},
-        "learning_rate": job.config.learning_rate * job.learning_rate_factor((epoch + 1) * job.steps - 1),
-        **{f"val_{name}": value for name, value in seen.items()},
+        "learning_rate": run.config.learning_rate * run.schedule((epoch + 1) * run.steps - 1),
+        **{f"val_{name}": value for name, value in validation.items()},
     }

@@ -20,8 +20,8 @@ from torch.func import functional_call, stack_module_state
 from softcache.base.errors import CacheError, TrainingStopped, UsageError
 from softcache.base.files import make_folder, publish_text, remove_stale_files
 from softcache.pipeline.batch import Batch, ModelOutputs
-from softcache.pipeline.losses import Loss, at_epoch
-from softcache.pipeline.losses.base import resolved
+from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.multi_teacher import Term
 from softcache.pipeline.metrics.classification import summarize
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -36,11 +36,11 @@ from .checkpoint import (
     format_epoch_lines,
     read_finished,
 )
-from .data_parallel import flatten_gradients
 from .epoch_line import make_epoch_line
+from .gradient_norms import flatten_gradients
 from .loop import divergence_error, save_weights, train_several, write_event_file
 from .progress import show_progress
-from .step import TrainingRun, term_names
+from .run import TrainingRun
 from .validation import HeldOutSplit
 
 _MEMBERS = "members.txt"
@@ -86,33 +86,33 @@ class VectorizedModel(nn.Module):
         return each.float().movedim(0, 1)
 
 
-def check_vectorizable(jobs: Sequence[TrainingRun]) -> None:
+def check_vectorizable(runs: Sequence[TrainingRun]) -> None:
     """Raise UsageError for trainings that cannot be one vectorised model."""
-    first = jobs[0]
-    for job in jobs:
-        config = job.config
-        if any(_reads_features(loss) for loss in job.losses):
+    first = runs[0]
+    for run in runs:
+        config, losses = run.config, run.criterion.losses
+        if any(_reads_features(loss) for loss in losses):
             raise UsageError(
                 "--vectorize takes losses that read logits and labels alone and have no part of their own, not"
-                f" {', '.join(term_names(job.losses))}: leave it out"
+                f" {', '.join(run.criterion.names)}: leave it out"
             )
         if config.select != "last" or config.ema or config.keep_every or config.compile:
             raise UsageError("--vectorize takes no --select, --ema, --keep-every or --compile: leave it out")
-        if [_without_weight(loss) for loss in job.losses] != [_without_weight(loss) for loss in first.losses]:
+        if [_without_weight(loss) for loss in losses] != [_without_weight(loss) for loss in first.criterion.losses]:
             raise UsageError(
                 f"--vectorize takes losses that differ in their weights alone, not in '{first.folder}' and"
-                f" '{job.folder}': leave it out"
+                f" '{run.folder}': leave it out"
             )
     network = first.model.network
-    kept = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
-    if kept != set(network.state_dict()):
+    stored = {name for name, _ in (*network.named_parameters(), *network.named_buffers())}
+    if stored != set(network.state_dict()):
         raise UsageError(
             "--vectorize cannot take a network with tied weights or buffers that are not kept: leave it out"
         )
     try:
         views = next(first.stream.batches(0, 1)).slice(0, 2).to(first.device).views
         with torch.no_grad():
-            VectorizedModel([job.model for job in jobs[:2]]).to(first.device).eval()(views)
+            VectorizedModel([run.model for run in runs[:2]]).to(first.device).eval()(views)
     except RuntimeError as error:
         why = str(error).splitlines()[0][:120]
         raise UsageError(f"--vectorize cannot take this network ({why}): leave it out") from None
@@ -128,122 +128,130 @@ def _without_weight(loss: Loss) -> Loss:
 
 
 def train_vectorized(
-    jobs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
+    runs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
 ) -> list[FinishedTraining | TrainingStopped]:
-    """As training.fit_together, as one model of those that are not finished.
+    """Train as `train_several` does, as one model of those that are not finished.
 
-    What it keeps while it runs lies in a folder of the first one's; with other students it starts over.
+    Its checkpoint lies in a folder of the first one's; with other students it starts over.
     """
-    left = _find_unfinished(jobs)
-    for job in jobs:
-        make_folder(job.folder)
-        if (job.folder / CHECKPOINT_FILE).is_file():
+    unfinished = _find_unfinished(runs)
+    for run in runs:
+        make_folder(run.folder)
+        if (run.folder / CHECKPOINT_FILE).is_file():
             raise CacheError(
-                f"'{job.folder}' was begun without --vectorize: go on without it, or choose another --out"
+                f"'{run.folder}' was begun without --vectorize: go on without it, or choose another --out"
             )
-        if (job.folder / VECTORIZED_FOLDER).is_dir() and (
-            len(left) < 2 or job is not left[0] or _members(job) != _names(left)
-        ):
-            console.print(f"'{job.folder / VECTORIZED_FOLDER}' is of other students together: these start over")
-            shutil.rmtree(job.folder / VECTORIZED_FOLDER)
-    ended: dict[str, FinishedTraining | TrainingStopped] = {}
-    if len(left) > 1:
-        ended = dict(zip(_names(left), _train_as_one(left, held_out, console), strict=True))
-    if rest := [job for job in jobs if str(job.folder) not in ended]:  # finished, or alone
-        ended |= dict(zip(_names(rest), train_several(rest, held_out, console), strict=True))
-    return [ended[name] for name in _names(jobs)]
+        is_of_others = len(unfinished) < 2 or run is not unfinished[0] or _read_members(run) != _names(unfinished)
+        if (run.folder / VECTORIZED_FOLDER).is_dir() and is_of_others:
+            console.print(f"'{run.folder / VECTORIZED_FOLDER}' is of other students together: these start over")
+            shutil.rmtree(run.folder / VECTORIZED_FOLDER)
+    results: dict[str, FinishedTraining | TrainingStopped] = {}
+    if len(unfinished) > 1:
+        results = dict(zip(_names(unfinished), _train_as_one(unfinished, held_out, console), strict=True))
+    if rest := [run for run in runs if str(run.folder) not in results]:  # finished, or alone
+        results |= dict(zip(_names(rest), train_several(rest, held_out, console), strict=True))
+    return [results[name] for name in _names(runs)]
 
 
-def _find_unfinished(jobs: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """Those that one model is, or was begun to be, also where it was stopped while it published their weights."""
-    for job in jobs:
-        begun = [other for other in jobs if str(other.folder) in _members(job)]
-        if begun and _names(begun) == _members(job):
-            return begun
-    return [job for job in jobs if not (job.folder / f"{job.name}.pt").is_file()]
+def _find_unfinished(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
+    """Find those that one model is, or was begun to be, also where it was stopped while it published their weights."""
+    for run in runs:
+        members = [other for other in runs if str(other.folder) in _read_members(run)]
+        if members and _names(members) == _read_members(run):
+            return members
+    return [run for run in runs if not run.weights_file.is_file()]
 
 
-def _names(jobs: Sequence[TrainingRun]) -> list[str]:
-    return [str(job.folder) for job in jobs]
+def _names(runs: Sequence[TrainingRun]) -> list[str]:
+    return [str(run.folder) for run in runs]
 
 
-def _members(job: TrainingRun) -> list[str]:
-    """Of the model that was begun in a student's folder."""
-    path = job.folder / VECTORIZED_FOLDER / _MEMBERS
+def _read_members(run: TrainingRun) -> list[str]:
+    """Read the folders of the students of the model that was begun in a student's folder."""
+    path = run.folder / VECTORIZED_FOLDER / _MEMBERS
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _train_as_one(
-    jobs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
+    runs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
 ) -> list[FinishedTraining | TrainingStopped]:
-    first, folder = jobs[0], jobs[0].folder / VECTORIZED_FOLDER
-    for job in jobs:
-        remove_stale_files(job.folder, (METRICS_FILE, f"{job.name}.pt"))
+    first, folder = runs[0], runs[0].folder / VECTORIZED_FOLDER
+    for run in runs:
+        remove_stale_files(run.folder, (METRICS_FILE, run.weights_file.name))
     make_folder(folder)
-    publish_text(folder / _MEMBERS, "".join(f"{name}\n" for name in _names(jobs)))
-    stack = VectorizedModel([job.model for job in jobs]).to(first.device)
+    publish_text(folder / _MEMBERS, "".join(f"{name}\n" for name in _names(runs)))
+    model = VectorizedModel([run.model for run in runs]).to(first.device)
     with first.rng_state:
-        state = TrainState.create(stack, {}, first.config, first.learning_rate_factor)
-        begin = state.restore(folder, first.device)
-    _run_epochs(jobs, stack, state, begin, held_out, console)
-    ended = [_finish(job, stack, state, i) for i, job in enumerate(jobs)]
+        state = TrainState.create(model, nn.ModuleDict(), first.config, first.schedule)
+        first_epoch = state.restore(folder, first.device)
+        _run_epochs(runs, model, state, first_epoch, held_out, console)
+    results = [_finish(run, model, state, i) for i, run in enumerate(runs)]
     shutil.rmtree(folder)
-    return ended
+    return results
 
 
 def _run_epochs(
-    jobs: Sequence[TrainingRun],
-    stack: VectorizedModel,
+    runs: Sequence[TrainingRun],
+    model: VectorizedModel,
     state: TrainState,
-    begin: int,
+    first_epoch: int,
     held_out: HeldOutSplit,
     console: Console,
 ) -> None:
-    job, total = jobs[0], jobs[0].epochs * jobs[0].steps
-    batches = job.stream.batches(begin * job.steps, total)
-    sums = torch.zeros_like(_weights(jobs, begin))
-    with show_progress(jobs, begin, lambda i: sums[:, i], f"{len(jobs)} of {job.name} as one", console) as shown:
-        for epoch in range(begin, job.epochs):
-            begun = time.perf_counter()
-            losses = [at_epoch(loss, epoch, job.epochs) for loss in job.losses]
-            weights = _weights(jobs, epoch)
+    run, students = runs[0], len(runs)
+    batches = run.stream.batches(first_epoch * run.steps, run.epochs * run.steps)
+    sums = torch.zeros(len(run.criterion.losses), students, device=run.device)  # the weighted terms of each student
+    with show_progress(runs, first_epoch, lambda i: sums[:, i], f"{students} of {run.name} as one", console) as shown:
+        for epoch in range(first_epoch, run.epochs):
+            started = time.perf_counter()
+            weights = _begin_epoch(runs, epoch)
             sums, norms = torch.zeros_like(weights), torch.zeros_like(weights)
-            stack.train()
-            for number in range(1, job.steps + 1):
-                batch = next(batches).to(job.device)
-                with job.rng_state:
-                    sums += _step(job, stack, state, batch, losses, weights, norms if number == job.steps else None)
+            model.train()
+            for step in range(run.steps):
+                batch = next(batches).to(run.device)
+                sums += _step(run, model, state, batch, weights, norms if step == run.steps - 1 else None)
                 shown.step(len(batch.index))
-            line = _measured(jobs, sums / job.steps, norms, held_out.logits(stack), held_out, epoch)
-            share = round((time.perf_counter() - begun) / len(jobs), 6)
-            with job.rng_state:
-                state.save(job.folder / VECTORIZED_FOLDER, line | {"share": share}, "last")
+            line = _measure_epoch(runs, sums / run.steps, norms, held_out.logits(model), held_out, epoch)
+            share = round((time.perf_counter() - started) / students, 6)
+            state.save(run.folder / VECTORIZED_FOLDER, line | {"share": share}, "last")
             shown.epoch(line["students"])
 
 
-def _weights(jobs: Sequence[TrainingRun], epoch: int) -> torch.Tensor:
-    """float32 [terms, S]: what each term weighs in each student."""
-    each = [[resolved(at_epoch(loss, epoch, job.epochs).weight) for loss in job.losses] for job in jobs]
-    return torch.tensor(each, device=jobs[0].device).T.contiguous()
+def _begin_epoch(runs: Sequence[TrainingRun], epoch: int) -> torch.Tensor:
+    """Set every ramp to its value in an epoch; return the weights of each term in each student, float32 [terms, S]."""
+    for run in runs:
+        run.criterion.set_progress(epoch, run.epochs)
+    return torch.tensor([run.criterion.weights for run in runs], device=runs[0].device).T.contiguous()
 
 
 def _step(
-    job: TrainingRun,
-    stack: VectorizedModel,
+    run: TrainingRun,
+    model: VectorizedModel,
     state: TrainState,
     batch: Batch,
-    losses: list[Loss],
     weights: torch.Tensor,
     norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One step of all; their weighted terms [terms, S], detached. norms [terms, S]: as job.step has it."""
-    with autocast(job.device, job.config.precision):
-        logits = stack(batch.views)
+    """Take one step of all students.
 
-    def of_one(loss: Loss) -> Any:
-        return lambda z: job.multi_teacher(loss, ModelOutputs(z), batch, None)
+    Args:
+        run: the first training; the others' losses differ in their weights alone.
+        model: the students as one.
+        state: its optimiser and schedule.
+        batch: on the device.
+        weights: of each term in each student, float32 [terms, S].
+        norms: where given, gets the L2 norm of each weighted term's gradient, float32 [terms, S].
 
-    each = [torch.vmap(of_one(loss), in_dims=1, randomness="different")(logits) for loss in losses]
+    Returns:
+        The weighted terms [terms, S], detached.
+    """
+    with autocast(run.device, run.config.precision):
+        logits = model(batch.views)
+
+    def of_one(term: Term) -> Any:
+        return lambda z: term(ModelOutputs(z), batch, None)
+
+    each = [torch.vmap(of_one(term), in_dims=1, randomness="different")(logits) for term in run.criterion.terms]
     terms = weights * torch.stack(each)
     if norms is not None:
         largest = int(terms.detach().abs().sum(1).argmax())
@@ -254,8 +262,8 @@ def _step(
     if norms is not None:
         whole = flatten_gradients([weight.grad for weight in state.weights], state.weights, keep=1)
         norms[largest] = (whole - others).norm(dim=1)
-    if job.config.clip_norm:
-        _clip_gradients(state.weights, job.config.clip_norm)
+    if run.config.clip_norm:
+        _clip_gradients(state.weights, run.config.clip_norm)
     state.optimizer.step()
     state.schedule.step()
     return terms.detach()
@@ -264,53 +272,61 @@ def _step(
 def _measure_gradient(
     state: TrainState, term: torch.Tensor, weight: torch.Tensor, norms: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of one term [S] with its weights, [S, weights of a student]; its norms are noted."""
-    found = flatten_gradients(
+    """Return the gradient of one term [S] with its weights, [S, weights of a student]; write its norms."""
+    gradient = flatten_gradients(
         torch.autograd.grad(term, state.weights, weight, retain_graph=True, allow_unused=True), state.weights, keep=1
     )
-    norms.copy_(found.norm(dim=1))
-    return found
+    norms.copy_(gradient.norm(dim=1))
+    return gradient
 
 
-def _clip_gradients(weights: list[nn.Parameter], most: float) -> None:
+def _clip_gradients(weights: list[nn.Parameter], max_norm: float) -> None:
     """Clip each student's gradient to a norm of its own, as torch.nn.utils.clip_grad_norm_ does with one."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    share = (most / (norms + 1e-6)).clamp(max=1.0)
+    share = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for g in gradients:
         g.mul_(share.view(-1, *[1] * (g.ndim - 1)))
 
 
-def _measured(
-    jobs: Sequence[TrainingRun],
+def _measure_epoch(
+    runs: Sequence[TrainingRun],
     means: torch.Tensor,
     norms: torch.Tensor,
     logits: NDArray[np.float32],
     held_out: HeldOutSplit,
     epoch: int,
 ) -> dict[str, Any]:
-    """The line of an epoch, with one for each student. means: of its terms [terms, S], norms: of their gradients;
-    logits [N, S, K] of validation. A student that has diverged has None."""
+    """Return the line of an epoch, with one for each student; None for a student that has diverged.
+
+    Args:
+        runs: the students.
+        means: of their terms, [terms, S].
+        norms: of the terms' gradients, [terms, S].
+        logits: of validation, [N, S, K].
+        held_out: validation.
+        epoch: counted from 0.
+    """
     finite = np.isfinite(logits).all((0, 2)) & np.isfinite(means.cpu().numpy()).all(0)
     lines: list[dict[str, Any] | None] = []
-    for i, job in enumerate(jobs):
+    for i, run in enumerate(runs):
         if not finite[i]:
             lines.append(None)
             continue
-        seen = summarize(logits[:, i], held_out.labels)
-        lines.append(make_epoch_line(job, epoch, means[:, i].tolist(), norms[:, i].tolist(), seen))
+        validation = summarize(logits[:, i], held_out.labels)
+        lines.append(make_epoch_line(run, epoch, means[:, i].tolist(), norms[:, i].tolist(), validation))
     return {"epoch": epoch + 1, "students": lines}
 
 
-def _finish(job: TrainingRun, stack: VectorizedModel, state: TrainState, i: int) -> FinishedTraining | TrainingStopped:
-    """Publish the weights and lines of one student, or say how it diverged."""
+def _finish(run: TrainingRun, model: VectorizedModel, state: TrainState, i: int) -> FinishedTraining | TrainingStopped:
+    """Publish the weights and lines of one student, or return how it diverged."""
     lines = []
     for epoch in state.epoch_lines:
         if epoch["students"][i] is None:
-            return divergence_error(job, f"its loss or logits are no longer finite after epoch {epoch['epoch']}")
+            return divergence_error(run, f"its loss or logits are no longer finite after epoch {epoch['epoch']}")
         lines.append(epoch["students"][i] | {"seconds": epoch["share"]})
-    job.model.network.load_state_dict(stack.state_of(i))
-    publish_text(job.folder / METRICS_FILE, format_epoch_lines(lines))
-    write_event_file(job, lines)
-    save_weights(job.folder / f"{job.name}.pt", job.model)
-    return read_finished(job.folder, "last")
+    run.model.network.load_state_dict(model.state_of(i))
+    publish_text(run.folder / METRICS_FILE, format_epoch_lines(lines))
+    write_event_file(run, lines)
+    save_weights(run.weights_file, run.model)
+    return read_finished(run.folder, "last")

@@ -204,7 +204,7 @@ class _Run:
     def open(self, like: DistillationSetup) -> None:
         """What it is trained from. One that cannot be trained counts as tried."""
         try:
-            setup = DistillationSetup.open(self.config, like)
+            setup = like.with_options(self.config)
             setup.build_student(self.config, setup.losses)
         except (UsageError, torch.OutOfMemoryError) as error:
             self.ended = error
@@ -286,7 +286,7 @@ def _check(space: tuple[SearchedOption, ...], first: StudentConfig, setup: Disti
         for value in one.ends():
             own = apply_values(first, space, {**middle, one.name: value})
             try:
-                material_of = DistillationSetup.open(own, setup)
+                material_of = setup.with_options(own)
                 material_of.build_student(own, material_of.losses)
             except UsageError as error:
                 raise UsageError(f"search '{one.spec}': {error}") from None

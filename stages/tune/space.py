@@ -12,9 +12,9 @@ from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import parse_number, parse_spec
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.base import Ramp
+from softcache.pipeline.losses.distillation_loss import term_names
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.options import to_flag
-from softcache.stages.training.step import term_names
 
 Value = bool | int | float | str
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-import softcache.stages.training.loop as training
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, MemoryBank
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.classifier import SimKD
+from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.models import build, find_head
 from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
@@ -19,6 +19,8 @@ from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import derive_features
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.training.checkpoint import TrainState
+from softcache.stages.training.run import TrainingRun
+from softcache.stages.training.step import build_loss_parts, start_training, train_step
 from tests.helpers.tensors import counts_of, labels_of, loss_of
 
 PREPARATION = InputSpec(1, 8, (0.5,), (0.25,))
@@ -67,7 +69,7 @@ class Step:
     @property
     def own(self) -> dict[str, torch.nn.Parameter]:
         """The losses' own trainable parameters."""
-        return {f"{m}.{n}": p for m, module in self.state.modules.items() for n, p in module.named_parameters()}
+        return {f"{m}.{n}": p for m, module in self.state.parts.items() for n, p in module.named_parameters()}
 
 
 def network_for(loss: Loss, K: int, head: LinearHead, arch: str) -> torch.nn.Module:
@@ -102,22 +104,22 @@ def one_step(
     student = PreparedModel(network, PREPARATION)
     settings = StudentConfig(learning_rate=1e-3, weight_decay=0.0, precision=precision)
     stream: Any = OneBatch(batch)
-    job = training.TrainingRun(
-        "student",
-        student,
-        (loss,),
-        stream,
-        1,
-        1,
-        settings,
-        torch.device("cpu"),
-        Path("none"),
-        0,
+    run = TrainingRun(
+        name="student",
+        model=student,
+        criterion=DistillationLoss([loss]),
+        stream=stream,
+        epochs=1,
+        steps=1,
+        config=settings,
+        device=torch.device("cpu"),
+        folder=Path("none"),
+        multiply_adds=0,
         context=LossContext(head, bank, counts_of(K)),
     )
-    taps = loss.student_taps()
-    state = TrainState.create(student, training.build_loss_modules(job, taps), settings, job.learning_rate_factor)
+    live_head = build_loss_parts(run)
+    state = TrainState.create(student, run.criterion.parts, settings, run.schedule)
     student.train()
-    with capture_features(network, taps) as kept:
-        terms = training.train_step(job, state, batch, [loss], kept)
+    with capture_features(network, loss.student_taps()) as features:
+        terms = train_step(start_training(run, state, features, live_head), batch)
     return Step(student, state, batch, head, terms)

@@ -19,7 +19,7 @@ from softcache.stages.student.methods import METHODS
 from softcache.stages.student.phases import make_training_run
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.training.loop import train
-from softcache.stages.training.step import TrainingRun
+from softcache.stages.training.run import TrainingRun
 
 LAYERS = {"all": "relu1+relu2", "last": "relu2", "s_all": "relu1+relu2", "s_last": "relu2"}
 
@@ -52,7 +52,7 @@ def main(cache: str, arch: str, batch: str, names: list[str]) -> None:
     shared = DistillationSetup.open(settings)
     for name in names or METHODS:
         asked = replace(settings, loss=tuple(spec.format(**LAYERS) for spec in METHODS.get(name, (name,))))
-        material = DistillationSetup.open(asked, shared)
+        material = shared.with_options(asked)
 
         def job(folder: str, asked: StudentConfig = asked, material: DistillationSetup = material) -> TrainingRun:
             network: nn.Module = material.build_student(asked, material.losses)

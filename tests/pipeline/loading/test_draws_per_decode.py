@@ -18,6 +18,7 @@ from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream
+from softcache.stages.training.step import ActiveTraining
 from tests.helpers.caches import PETS, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.stopping import stop_at
@@ -181,9 +182,9 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Batch]]:
     seen: dict[str, list[Batch]] = {}
     step = training.train_step
 
-    def noting(job: Any, state: Any, batch: Batch, *rest: Any) -> torch.Tensor:
-        seen.setdefault(job.name, []).append(batch)
-        return step(job, state, batch, *rest)
+    def noting(active: ActiveTraining, batch: Batch, *rest: Any) -> torch.Tensor:
+        seen.setdefault(active.run.name, []).append(batch)
+        return step(active, batch, *rest)
 
     monkeypatch.setattr(training, "train_step", noting)
     return seen

@@ -175,7 +175,7 @@ def test_the_gradient_reaches_the_student_and_the_losss_own_part_and_changes_not
 @pytest.mark.parametrize("spec", ["srrl", "cat_kd", CRD])
 def test_what_a_loss_keeps_of_the_teacher_is_not_trained(spec: str) -> None:
     done = one_step(spec)
-    (module,) = done.state.modules.values()
+    (module,) = done.state.parts.values()
     buffers = dict(module.named_buffers())
     assert set(buffers) == {"srrl": {"weight", "bias"}, "cat_kd": {"weight"}}.get(
         spec, {"features", "index", "labels", "log_z"}

@@ -255,9 +255,9 @@ def test_a_student_with_few_labels_counts_those_alone(
     seen: dict[str, list[int]] = {}
     step = training.train_step
 
-    def noted(job, state, *rest):  # type: ignore[no-untyped-def]
-        seen.update({name: module.counts.tolist() for name, module in state.modules.items()})
-        return step(job, state, *rest)
+    def noted(active, *rest):  # type: ignore[no-untyped-def]
+        seen.update({name: part.counts.tolist() for name, part in active.state.parts.items()})
+        return step(active, *rest)
 
     monkeypatch.setattr(training, "train_step", noted)
     losses = ("--loss", "balanced_kd", "--loss", "balanced_softmax")

@@ -227,6 +227,31 @@ def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss
             (folder / "metrics.jsonl").unlink()
             (folder / "student.pt").unlink()
 
+SKIPPING = """
+import torch
+from torch import nn
+
+class Skipping(nn.Module):
+    def __init__(self, classes, channels, size):
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(n, m) for n, m in
+            ((channels * size * size, 16), (16, 16), (16, classes)))
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)).relu()
+        if not self.training or torch.rand(()) < 0.5:
+            x = x + self.middle(x).relu()
+        return self.last(x)
+"""
+
+
+def test_ranks_may_leave_out_different_layers_of_a_network(tiny: Path, tmp_path: Path) -> None:
+    """Then a weight has a gradient on some ranks alone: the others' counts as zero."""
+    (tmp_path / "skipping.py").write_text(SKIPPING)
+    command = ("student", "--cache", tiny / "cache", "--arch", "skipping:Skipping", "--epochs", 2, "--batch-size", 60)
+    succeeds(2, *command, "--device", "cpu", "--clip-norm", 1, "--out", "r", cwd=tmp_path)
+    assert (tmp_path / "r/student.pt").is_file()
+
 
 def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages: Stages, tmp_path: Path) -> None:
     """With everything that a run may have: two seeds, fine-tuning, a baseline, averaged weights, a chosen epoch."""

@@ -17,9 +17,10 @@ from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import LOSSES
-from softcache.pipeline.losses.multi_teacher import by_each, by_one, by_trust, or_hard
+from softcache.pipeline.losses.multi_teacher import ConfidenceWeighted, HardFallback, wrap_loss
 from softcache.pipeline.teachers.combine import confidence_weights
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
+from softcache.stages.training.step import ActiveTraining
 from tests.helpers.commands import Stages, tiny_cache_command
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 2, "--loss", "kd:temperature=2")
@@ -81,10 +82,10 @@ def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[Batch]:
     seen: list[Batch] = []
     step = training.train_step
 
-    def noting(job: Any, state: Any, batch: Batch, losses: Any, *rest: Any) -> torch.Tensor:
-        if job.name == "student":
+    def noting(active: ActiveTraining, batch: Batch, *rest: Any) -> torch.Tensor:
+        if active.run.name == "student":
             seen.append(batch)
-        return step(job, state, batch, losses, *rest)
+        return step(active, batch, *rest)
 
     patch.setattr(training, "train_step", noting)
     return seen
@@ -195,16 +196,16 @@ def batch_of(M: int = 3, B: int = 6, K: int = 4) -> tuple[ModelOutputs, Batch]:
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "logit_mse", "hard"])
-def test_by_each_is_the_mean_of_the_losses(name: str) -> None:
+def test_per_teacher_is_the_mean_of_the_losses(name: str) -> None:
     student, target = batch_of()
     assert target.logits is not None
     loss = LOSSES[name]
     single = [loss(student, replace(target, logits=target.logits[:, k]), None) for k in range(3)]
-    torch.testing.assert_close(by_each(loss, student, target, None), sum(single) / 3)
+    torch.testing.assert_close(wrap_loss(loss, "per_teacher")(student, target, None), sum(single) / 3)
 
 
 @pytest.mark.parametrize(("name", "scale"), [("kd", 16), ("output", 16), ("logit_mse", 1)])
-def test_by_trust_weighs_every_row_by_how_right_each_teacher_is(name: str, scale: float) -> None:
+def test_confidence_weighted_weighs_every_row_by_how_right_each_teacher_is(name: str, scale: float) -> None:
     student, target = batch_of()
     assert target.logits is not None
     z_s, z_t, total = student.logits, target.logits, torch.zeros((), dtype=torch.float64)
@@ -218,7 +219,7 @@ def test_by_trust_weighs_every_row_by_how_right_each_teacher_is(name: str, scale
                 p, q = F.softmax(z_t[i, k] / 4, 0), F.log_softmax(z_s[i] / 4, 0)
                 row = (p * (p.log() - q)).sum()
             total = total + scale * weights[k].double() * row / 6
-    found = by_trust(LOSSES[name], student, target, None)
+    found = ConfidenceWeighted(LOSSES[name])(student, target, None)
     torch.testing.assert_close(found, total, rtol=1e-6, atol=1e-9)
     found.backward()  # type: ignore[no-untyped-call]
     assert student.logits.grad is not None
@@ -234,18 +235,17 @@ def test_rows_without_an_answer_cost_their_cross_entropy() -> None:
     kept = torch.tensor([0, 2, 3, 4])
     soft = LOSSES["kd"](student.select(kept), target.select(kept), None)
     hard = F.cross_entropy(student.logits[[1, 5]], target.labels[[1, 5]])
-    found = or_hard(by_one)(LOSSES["kd"], student, target, None)
+    found = HardFallback(LOSSES["kd"])(student, target, None)
     torch.testing.assert_close(found, (4 * soft + 2 * hard) / 6)
     found.backward()  # type: ignore[no-untyped-call]
     assert student.logits.grad is not None
     assert student.logits.grad.isfinite().all()
     torch.testing.assert_close(
-        or_hard(by_one)(LOSSES["hard"], student, target, None), LOSSES["hard"](student, target, None)
+        wrap_loss(LOSSES["hard"], missing_to_labels=True)(student, target, None),
+        LOSSES["hard"](student, target, None),
     )
     none = replace(target, logits=torch.full_like(logits, torch.nan))
-    torch.testing.assert_close(
-        or_hard(by_one)(LOSSES["kd"], student, none, None), LOSSES["hard"](student, target, None)
-    )
+    torch.testing.assert_close(HardFallback(LOSSES["kd"])(student, none, None), LOSSES["hard"](student, target, None))
 
 
 @pytest.mark.parametrize("combine", ["per_teacher", "ca_mkd"])

@@ -10,6 +10,7 @@ from PIL import Image
 
 import softcache.stages.training.loop as training
 from softcache.data.transfer_set import load_transfer_set
+from softcache.stages.training.step import ActiveTraining
 from tests.helpers.commands import Stages
 
 FIRST, SECOND = 3, 2
@@ -30,12 +31,12 @@ def steps_noted(patch: pytest.MonkeyPatch, stop_at: int = 0) -> list[tuple[str, 
     step = training.train_step
     noted: list[tuple[str, tuple[str, ...], float]] = []
 
-    def noting(job: Any, state: Any, batch: Any, losses: Any, *rest: Any) -> torch.Tensor:
+    def noting(active: ActiveTraining, *rest: Any) -> torch.Tensor:
         if len(noted) + 1 == stop_at:
             raise KeyboardInterrupt
-        rate = state.optimizer.param_groups[0]["lr"]
-        noted.append((job.name, tuple(loss.name for loss in losses), rate))
-        return step(job, state, batch, losses, *rest)
+        rate = active.state.optimizer.param_groups[0]["lr"]
+        noted.append((active.run.name, tuple(loss.name for loss in active.run.criterion.losses), rate))
+        return step(active, *rest)
 
     patch.setattr(training, "train_step", noting)
     return noted
@@ -152,9 +153,9 @@ def test_it_needs_labels(stages: Stages, tmp_path: Path) -> None:
 def test_only_labelled_rows_are_tuned_on(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     step, seen = training.train_step, {"distilled": set(), "student": set()}  # type: ignore[var-annotated]
 
-    def noting(job: Any, state: Any, batch: Any, *rest: Any) -> torch.Tensor:
-        seen[job.name] |= set(batch.index.tolist())
-        return step(job, state, batch, *rest)
+    def noting(active: ActiveTraining, batch: Any, *rest: Any) -> torch.Tensor:
+        seen[active.run.name] |= set(batch.index.tolist())
+        return step(active, batch, *rest)
 
     monkeypatch.setattr(training, "train_step", noting)
     stages("student", "--cache", tiny / "cache", *STUDENT, *FINETUNE, "--labelled", 40)

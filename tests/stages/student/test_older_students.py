@@ -12,6 +12,7 @@ import torch
 import softcache.stages.training.loop as training
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
+from softcache.stages.training.step import ActiveTraining
 from tests.helpers.caches import ASKED, PETS, home_with_cache, payloads, printed_command, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
 from tests.helpers.damage import rewrite
@@ -95,9 +96,9 @@ def test_the_order_of_rows_does_not_depend_on_taps_that_a_student_does_not_use(
     seen: dict[str, list[int]] = {"kd": [], "hint": []}
     step = training.train_step
 
-    def noted(job: Any, state: Any, batch: Any, *rest: Any) -> Any:
-        seen[job.losses[0].name].extend(batch.index.tolist())
-        return step(job, state, batch, *rest)
+    def noted(active: ActiveTraining, batch: Any, *rest: Any) -> Any:
+        seen[active.run.criterion.losses[0].name].extend(batch.index.tolist())
+        return step(active, batch, *rest)
 
     monkeypatch.setattr(training, "train_step", noted)
     monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 200 * (2 * 10 + 4 * 3) + 1)

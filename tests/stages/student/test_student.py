@@ -253,9 +253,9 @@ def test_hidden_labels_are_never_used(tiny: Path, stages: Stages, monkeypatch: p
     seen: dict[str, list[Batch]] = {"student": [], "baseline": []}
     step = training.train_step
 
-    def noted(job, state, batch, *rest):  # type: ignore[no-untyped-def]
-        seen[job.name].append(batch)
-        return step(job, state, batch, *rest)
+    def noted(active, batch, *rest):  # type: ignore[no-untyped-def]
+        seen[active.run.name].append(batch)
+        return step(active, batch, *rest)
 
     monkeypatch.setattr(training, "train_step", noted)
     losses = ("--loss", "kd", "--loss", "hard:weight=0.1")
@@ -337,10 +337,10 @@ def test_a_last_step_that_was_too_large_is_seen_in_the_logits(
     """Every term was finite, and the weights no longer are: neither figures nor weights are kept."""
     step = training.train_step
 
-    def too_large(job, state, *rest):  # type: ignore[no-untyped-def]
-        terms = step(job, state, *rest)
+    def too_large(active, *rest):  # type: ignore[no-untyped-def]
+        terms = step(active, *rest)
         with torch.no_grad():
-            next(job.model.parameters()).mul_(torch.nan)
+            next(active.run.model.parameters()).mul_(torch.nan)
         return terms
 
     monkeypatch.setattr(training, "train_step", too_large)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from softcache.pipeline.models.state_dicts import read_state_dict
-from softcache.stages.training.step import TrainingRun
 from tests.helpers.commands import Stages
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 2, "--batch-size", 100, "--learning-rate", 0.02)
@@ -40,9 +39,9 @@ def test_a_network_that_cannot_be_compiled_is_one_line(
 ) -> None:
     from torch._dynamo.exc import Unsupported
 
-    def failing(job: TrainingRun) -> None:
+    def failing(*_: object, **__: object) -> None:
         raise Unsupported("no such compiler")
 
-    monkeypatch.setattr(TrainingRun, "training_model", property(failing))
+    monkeypatch.setattr(torch, "compile", failing)
     line = stages.fails(1, "student", "--cache", tiny / "cache", *STUDENT, "--compile", "--out", "r")
     assert "--compile: the network cannot be compiled here (no such compiler): leave it out" in line

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from softcache.stages.training import loop as training
+from softcache.stages.training.step import ActiveTraining
 from tests.helpers.commands import Stages
 
 COMMON = ("--epochs", 2, "--batch-size", 60, "--learning-rate", 0.05)
@@ -51,13 +52,13 @@ class Before:
         self.steps: list[tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor], float]] = []
         step = training.train_step
 
-        def noting(job: Any, state: Any, batch: Any, losses: Any, kept: Any, norms: Any) -> torch.Tensor:
-            if norms is not None:
-                own = {name: p for module in state.modules.values() for name, p in module.named_parameters()}
-                rate = state.optimizer.param_groups[0]["lr"]
-                network = dict(job.model.network.named_parameters())
-                self.steps.append((batch, self._doubled(network), self._doubled(own), rate))
-            return step(job, state, batch, losses, kept, norms)
+        def noting(active: ActiveTraining, batch: Any, measure_gradients: bool) -> torch.Tensor:
+            if measure_gradients:
+                parts = {name: p for part in active.state.parts.values() for name, p in part.named_parameters()}
+                rate = active.state.optimizer.param_groups[0]["lr"]
+                network = dict(active.run.model.network.named_parameters())
+                self.steps.append((batch, self._doubled(network), self._doubled(parts), rate))
+            return step(active, batch, measure_gradients)
 
         patch.setattr(training, "train_step", noting)
 
@@ -145,9 +146,10 @@ def test_one_term_alone_costs_no_pass_of_its_own(tiny: Path, stages: Stages, mon
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a second pass"))
     taken, step = [], training.train_step
 
-    def noting(job: Any, state: Any, *rest: Any) -> torch.Tensor:
-        terms = step(job, state, *rest)
-        taken.append(sum(float((w.grad.double() ** 2).sum()) for w in state.weights) ** 0.5)
+    def noting(active: ActiveTraining, *rest: Any) -> torch.Tensor:
+        terms = step(active, *rest)
+        gradients = [w.grad.double() for w in active.state.weights if w.grad is not None]
+        taken.append(sum(float((g**2).sum()) for g in gradients) ** 0.5)
         return terms
 
     monkeypatch.setattr(training, "train_step", noting)

@@ -243,7 +243,7 @@ def test_it_fits_every_terminal_and_says_the_most_important_first(students: int)
         here.step(64)
         if number % 100 == 0:
             here.epoch([line] + [None] * (students - 1))
-    widths = {columns: here.drawn(columns) for columns in range(20, 200)}
+    widths = {columns: here.format_line(columns) for columns in range(20, 200)}
     assert all(len(text) < columns for columns, text in widths.items())
     assert re.search(
         r": 41 % 12/30 epochs, loss 0.286, val accuracy 0.981, F1 0.980, [\d,]+ images/s, 0:0\d left$", widths[199]
@@ -272,7 +272,7 @@ def test_the_loss_is_not_asked_for_at_every_step(monkeypatch: pytest.MonkeyPatch
         while showing.time.monotonic() - begun < 0.55:
             here.step(64)
         here.close()
-    assert here.done > 1000
+    assert here.steps_done > 1000
     assert 1 <= len(asked) <= 5
 
 
