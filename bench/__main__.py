@@ -1,4 +1,4 @@
-"""`python -m bench [ROW …]`: every row, or those that are named; a table, and bench/results.json."""
+"""`python -m bench`: measure every row, or those of --row; print a table and write bench/results.json."""
 
 import argparse
 import json
@@ -52,12 +52,12 @@ def line(row: dict[str, Any]) -> str:
     return f"{figures}  {row['words']}: {row['why']}"
 
 
-def chosen(names: list[str]) -> list[Row]:
-    """The rows that are asked for, joined by commas or blanks; all when none is."""
-    asked = [name for text in names for name in text.split(",") if name]
-    if unknown := sorted(set(asked) - {row.name for row in ROWS}):
+def select_rows(names: str) -> list[Row]:
+    """Return the rows of these names, joined by commas; all for none."""
+    wanted = [name for name in names.replace(",", " ").split() if name]
+    if unknown := sorted(set(wanted) - {row.name for row in ROWS}):
         raise SystemExit(f"Error: no row {', '.join(unknown)}: there are {', '.join(row.name for row in ROWS)}")
-    return [row for row in ROWS if not asked or row.name in asked]
+    return [row for row in ROWS if not wanted or row.name in wanted]
 
 
 def publish(rows: list[dict[str, Any]], given: Given, path: Path) -> None:
@@ -78,7 +78,7 @@ def publish(rows: list[dict[str, Any]], given: Given, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 when every row that could be measured reached its goal, else 1."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows, also joined by commas; all when none is named")
+    parser.add_argument("--row", default="", help="names of rows, joined by commas; all when not given")
     parser.add_argument("--data-root", default="", help="MNIST, as torchvision lays it out")
     parser.add_argument("--cifar", default="", help="a folder with train/<class>/*.jpg and test/<class>/*.jpg, 32 px")
     parser.add_argument("--weights", default="", help="of a ResNet-56 for those images")
@@ -96,10 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
             asked.cifar,
             asked.weights,
             asked.quick,
-            bool(asked.rows),
+            bool(asked.row),
         )
         print(f"{'row':26} {'goal':>6} {'median':>8} {'spread':>17} {'n':>3} {'ok':>4}", flush=True)
-        for row in chosen(asked.rows):
+        for row in select_rows(asked.row):
             rows.append(measured(row, given))
             print(line(rows[-1]), flush=True)
             publish(rows, given, Path(asked.out))  # after each: what is measured stays, whatever comes then

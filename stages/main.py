@@ -1,8 +1,9 @@
-"""`python -m softcache`, or `softcache`: the commands. PyTorch is loaded inside a command, so that --help is quick."""
+"""`softcache`, or `python -m softcache`: the commands. PyTorch is imported inside a command, so that --help is
+quick."""
 
 import signal
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -25,15 +26,26 @@ from softcache.stages.cli.configs import (
     TuneConfig,
 )
 from softcache.stages.cli.malloc import keep_large_blocks
-from softcache.stages.cli.options import add_options, read_options
+from softcache.stages.cli.options import SectionedGroup, add_options, read_options
 from softcache.stages.distributed.ranks import check_command, reports_errors
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(SectionedGroup):
+    """The commands, by what they are for."""
+
+    sections: ClassVar[dict[str, tuple[str, ...]]] = {
+        "Make a cache": ("teacher", "teacher-cache", "check-cache", "cache-pack", "cache-unpack"),
+        "Train students": ("student", "born-again", "tune", "methods"),
+        "Choose what to train": ("losses", "recipes", "blend", "inspect"),
+        "Measure and use students": ("evaluate", "compare", "report", "export", "predict"),
+    }
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.pass_context
 def commands(context: click.Context, /) -> None:
-    """Run a teacher once, keep what it said, train as many students as you like."""
+    """Offline knowledge distillation: run a teacher once, cache its outputs, train any number of students."""
     check_command(context.invoked_subcommand)
 
 
@@ -41,7 +53,7 @@ def commands(context: click.Context, /) -> None:
 @add_options(TeacherConfig)
 @click.pass_context
 def teacher(context: click.Context, /, **_: Any) -> None:
-    """Train a teacher, for those who have none."""
+    """Train a teacher."""
     from .teacher import command as stage
 
     stage.run(*read_options(context, TeacherConfig))
@@ -51,7 +63,8 @@ def teacher(context: click.Context, /, **_: Any) -> None:
 @add_options(CacheConfig)
 @click.pass_context
 def teacher_cache(context: click.Context, /, **_: Any) -> None:
-    """Stage one: run the teacher once over a transfer set and keep its logits and features."""
+    """Run a teacher once and write its outputs to a cache. Logits and layer features of every view of a transfer
+    set."""
     from .teacher_cache import command as stage
 
     stage.run(read_options(context, CacheConfig)[0])
@@ -61,7 +74,7 @@ def teacher_cache(context: click.Context, /, **_: Any) -> None:
 @add_options(StudentsConfig)
 @click.pass_context
 def student(context: click.Context, /, **_: Any) -> None:
-    """Stage two: train a student, or several from one stream, from a cache. No teacher is needed, or looked for."""
+    """Train students from a cache. No teacher is needed. Several students read each batch once."""
     from .student import several as stage
 
     stage.run(*read_options(context, StudentsConfig))
@@ -71,7 +84,7 @@ def student(context: click.Context, /, **_: Any) -> None:
 @add_options(BlendConfig)
 @click.pass_context
 def blend(context: click.Context, /, **_: Any) -> None:
-    """What several caches make of one another, before any student is trained."""
+    """Compare ways to combine several teachers. Nothing is trained."""
     from .student import blend as stage
 
     stage.run(read_options(context, BlendConfig)[0])
@@ -81,7 +94,7 @@ def blend(context: click.Context, /, **_: Any) -> None:
 @add_options(BornAgainConfig)
 @click.pass_context
 def born_again(context: click.Context, /, **_: Any) -> None:
-    """A chain of students, each the teacher of the next; --archs makes it one of teacher assistants."""
+    """Train a chain of students, each the next one's teacher. With --archs: a chain of teacher assistants."""
     from .student import born_again as stage
 
     stage.run(*read_options(context, BornAgainConfig))
@@ -91,7 +104,7 @@ def born_again(context: click.Context, /, **_: Any) -> None:
 @add_options(MethodsConfig)
 @click.pass_context
 def methods(context: click.Context, /, **_: Any) -> None:
-    """Train one arch by every loss on one cache, and compare what each gains and costs."""
+    """Train one arch by every loss and compare gains and costs."""
     from .student import methods as stage
 
     stage.run(*read_options(context, MethodsConfig))
@@ -101,7 +114,7 @@ def methods(context: click.Context, /, **_: Any) -> None:
 @add_options(TuneConfig)
 @click.pass_context
 def tune(context: click.Context, /, **_: Any) -> None:
-    """Search loss weights and training settings: many students of one cache, the best on validation."""
+    """Search loss weights and training options. Trains many students of one cache; the best on validation wins."""
     from .tune import command as stage
 
     stage.run(*read_options(context, TuneConfig))
@@ -111,7 +124,7 @@ def tune(context: click.Context, /, **_: Any) -> None:
 @add_options(ListConfig)
 @click.pass_context
 def losses(context: click.Context, /, **_: Any) -> None:
-    """Every loss, its knobs and what it reads."""
+    """List every loss, its parameters and what it reads."""
     from .student import list_losses as stage
 
     stage.run(read_options(context, ListConfig)[0])
@@ -121,7 +134,7 @@ def losses(context: click.Context, /, **_: Any) -> None:
 @add_options(ListConfig)
 @click.pass_context
 def recipes(context: click.Context, /, **_: Any) -> None:
-    """Published recipes for --recipe, with their sources."""
+    """List the published recipes, with their sources."""
     from .student import recipes as stage
 
     stage.run(read_options(context, ListConfig)[0])
@@ -132,7 +145,7 @@ def recipes(context: click.Context, /, **_: Any) -> None:
 @add_options(EvaluateConfig)
 @click.pass_context
 def evaluate(context: click.Context, /, run: str, **_: Any) -> None:
-    """The figures of the student in the folder RUN, from its weights."""
+    """Measure the student in the folder RUN again."""
     from .student import evaluate as stage
 
     stage.run(run, *read_options(context, EvaluateConfig))
@@ -143,7 +156,8 @@ def evaluate(context: click.Context, /, run: str, **_: Any) -> None:
 @add_options(ExportConfig)
 @click.pass_context
 def export(context: click.Context, /, run: str, **_: Any) -> None:
-    """The student in the folder RUN as ONNX, pt2 and safetensors files, each checked, with a model card."""
+    """Export a student as ONNX, pt2 and safetensors files. RUN: the folder of its run. Each file is checked; a model
+    card goes with them."""
     from .export import command as stage
 
     stage.run(run, *read_options(context, ExportConfig))
@@ -155,7 +169,7 @@ def export(context: click.Context, /, run: str, **_: Any) -> None:
 @add_options(PredictConfig)
 @click.pass_context
 def predict(context: click.Context, /, model: str, images: tuple[str, ...], **_: Any) -> None:
-    """What the exported student in the file MODEL says of PICTURES."""
+    """Classify IMAGES with an exported student, the file MODEL."""
     from .export import predict as stage
 
     stage.run(model, images, read_options(context, PredictConfig)[0])
@@ -166,7 +180,7 @@ def predict(context: click.Context, /, model: str, images: tuple[str, ...], **_:
 @add_options(ListConfig)
 @click.pass_context
 def compare(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
-    """Finished students in the folders RUNS side by side: figures, settings, and whether they differ beyond chance."""
+    """Compare students and test whether they differ. RUNS: folders of finished runs."""
     from .compare import command as stage
 
     stage.run(runs, read_options(context, ListConfig)[0])
@@ -177,7 +191,7 @@ def compare(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
 @add_options(ReportConfig)
 @click.pass_context
 def report(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
-    """The students in the folders RUNS, all under runs/ when none is named, as one page to look at."""
+    """Write one page about many runs. RUNS: their folders; all under runs/ when none is named."""
     from .report import command as stage
 
     stage.run(runs, read_options(context, ReportConfig)[0])
@@ -188,7 +202,7 @@ def report(context: click.Context, /, runs: tuple[str, ...], **_: Any) -> None:
 @add_options(CheckConfig)
 @click.pass_context
 def check_cache(context: click.Context, /, cache: str, **_: Any) -> None:
-    """Whether the cache in the folder CACHE is whole. Exit code 0 if it is, 1 if not."""
+    """Check every byte of a cache. CACHE: its folder. Exit code 0: intact, 1: damaged."""
     from .check_cache import command as stage
 
     stage.run(cache, read_options(context, CheckConfig)[0])
@@ -199,7 +213,7 @@ def check_cache(context: click.Context, /, cache: str, **_: Any) -> None:
 @add_options(InspectConfig)
 @click.pass_context
 def inspect(context: click.Context, /, cache: str, **_: Any) -> None:
-    """What in the teacher of the cache in the folder CACHE matters: taps, channels, classes, temperatures."""
+    """Measure which layers, channels and classes matter. CACHE: the folder of a cache."""
     from .inspect import command as stage
 
     stage.run(cache, read_options(context, InspectConfig)[0])
@@ -211,7 +225,7 @@ def inspect(context: click.Context, /, cache: str, **_: Any) -> None:
 @add_options(ArchiveConfig)
 @click.pass_context
 def cache_pack(context: click.Context, /, cache: str, file: str, **_: Any) -> None:
-    """Put the cache in the folder CACHE into one tar FILE, every byte checked on the way."""
+    """Pack a cache into one tar file. CACHE: its folder. Every byte is checked."""
     from .check_cache import archive as stage
 
     stage.run_pack(cache, file, read_options(context, ArchiveConfig)[0])
@@ -223,17 +237,23 @@ def cache_pack(context: click.Context, /, cache: str, file: str, **_: Any) -> No
 @add_options(ArchiveConfig)
 @click.pass_context
 def cache_unpack(context: click.Context, /, file: str, cache: str, **_: Any) -> None:
-    """Take a cache out of a tar FILE into the folder CACHE, every byte checked before it counts."""
+    """Unpack a cache from a tar file. CACHE: the new folder. Every byte is checked."""
     from .check_cache import archive as stage
 
     stage.run_unpack(file, cache, read_options(context, ArchiveConfig)[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 refused or damaged, 2 wrong command, 130 interrupted.
+    """Run a command and exit.
 
-    A user's slip, a full disk and Ctrl-C each get one line; SIGTERM, as schedulers send it, is a Ctrl-C. A mistake of
-    ours gets its traceback.
+    An error of the user, a full disk and Ctrl-C each get one line; SIGTERM, which schedulers send, is treated as
+    Ctrl-C. An error of this program gets its traceback.
+
+    Args:
+        arguments: of the command line; those of the process when not given.
+
+    Raises:
+        SystemExit: code 0: done, 1: refused or damaged, 2: wrong command line, 130: interrupted.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
@@ -251,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
             click.echo("Stopped.", err=True)
         sys.exit(130)
     except Exception as error:
-        line, code = _in_one_line(error)
+        line, code = _format_error(error)
         if not code and reports_errors():
             raise
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
@@ -260,8 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code or 1)
 
 
-def _in_one_line(error: Exception) -> tuple[str, int]:
-    """What to print and the exit code; code 0 for what is no slip of the user's."""
+def _format_error(error: Exception) -> tuple[str, int]:
+    """Return what to print and the exit code; code 0 for an error of this program."""
     from softcache.base.errors import CacheError, Interrupted, UsageError, is_interrupt
 
     if isinstance(error, Interrupted):

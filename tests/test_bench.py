@@ -27,7 +27,7 @@ def rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def test_rows_are_measured_and_kept_beside_those_of_before(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    done = bench("--quick", "--out", str(out), "hard-over-bare-mlp64,bytes-10", "to-target-mnist-5")
+    done = bench("--quick", "--out", str(out), "--row", "hard-over-bare-mlp64,bytes-10,to-target-mnist-5")
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text(encoding="utf-8"))
     assert set(record) == {"machine", "versions", "rows"}
@@ -46,14 +46,14 @@ def test_rows_are_measured_and_kept_beside_those_of_before(tmp_path: Path) -> No
     assert "DATA_ROOT" in absent["why"]
     assert all(name in done.stdout for name in first)
 
-    again = bench("--quick", "--out", str(out), "bytes-100")
+    again = bench("--quick", "--out", str(out), "--row", "bytes-100")
     assert again.returncode == 0, again.stderr
     assert {name: row for name, row in rows(out).items() if name != "bytes-100"} == first
     assert rows(out)["bytes-100"]["median"] > 212
 
 
 def test_a_row_that_is_not_there_is_named(tmp_path: Path) -> None:
-    done = bench("--out", str(tmp_path / "r.json"), "bytes-10,fastest")
+    done = bench("--out", str(tmp_path / "r.json"), "--row", "bytes-10,fastest")
     assert done.returncode != 0
     assert "no row fastest: there are " in done.stderr
     assert not (tmp_path / "r.json").exists()

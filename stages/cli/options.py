@@ -1,4 +1,4 @@
-"""Settings class -> click options, and what was said on the command line -> settings."""
+"""From the fields of a config class to click's options, and from a command line to a config."""
 
 import dataclasses
 import typing
@@ -7,64 +7,125 @@ from typing import Any, TypeVar
 
 import click
 
-S = TypeVar("S")
+from .configs import HEADINGS
+
+Config = TypeVar("Config")
 Command = Callable[..., Any]
 
 
 def add_options(config: type[Any]) -> Callable[[Command], Command]:
-    """A decorator that gives a command one option per field of a settings class."""
+    """Return a decorator that gives a command an option for each field of a config class."""
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(config)
         for field in reversed(dataclasses.fields(config)):
-            command = _option(field, hints[field.name])(command)
+            command = _make_option(config, field, hints[field.name])(command)
         return command
 
     return decorate
 
 
 def to_flag(name: str) -> str:
-    """`learning_rate` -> `--learning-rate`."""
+    """Return the option of a field: `learning_rate` -> `--learning-rate`."""
     return "--" + name.replace("_", "-")
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
+class Option(click.Option):
+    """An option that has a heading in `--help`."""
+
+    def __init__(self, *args: Any, heading: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+
+class GroupedOptionsCommand(click.Command):
+    """A command whose `--help` lists its options under their headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, heading by heading."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                heading = parameter.heading if isinstance(parameter, Option) else "Other"
+                sections.setdefault(heading, []).append(record)
+        for heading in sorted(sections, key=HEADINGS.index):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
+
+
+class SectionedGroup(click.Group):
+    """A group whose `--help` lists its commands under headings.
+
+    Attributes:
+        sections: {heading: names of commands}.
+    """
+
+    command_class = GroupedOptionsCommand
+    sections: typing.ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, heading by heading."""
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for heading, names in self.sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
+
+
+def _make_option(config: type[Any], field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
     name, more = to_flag(field.name), field.metadata
+    kwargs: dict[str, Any] = {"cls": Option, "heading": _find_heading(config, field.name), "help": more["help"]}
     if hint is bool:
         names = f"{name}/--no-{name[2:]}" if more.get("switch") else name
-        return click.option(names, default=field.default, is_flag=True, help=more["help"])
+        return click.option(names, default=field.default, is_flag=True, **kwargs)
+    if more.get("by_recipe"):
+        kwargs["show_default"] = "by data set"
+    elif field.default not in ("", ()):
+        kwargs["show_default"] = True
     if typing.get_origin(hint) is tuple:
-        return click.option(name, multiple=True, type=typing.get_args(hint)[0], help=more["help"])
-    kind = _OneOf(more["choices"]) if "choices" in more else hint
-    shown = not more["help"].endswith("by recipe.") and field.default != ""
-    return click.option(name, default=field.default, type=kind, show_default=shown, help=more["help"])
+        return click.option(name, multiple=True, type=typing.get_args(hint)[0], **kwargs)
+    kind = _ChoiceOrEmpty(more["choices"]) if "choices" in more else hint
+    return click.option(name, default=field.default, type=kind, **kwargs)
 
 
-class _OneOf(click.Choice[str]):
+def _find_heading(config: type[Any], name: str) -> str:
+    """Return the heading of the class that declares a field first; a class that overrides it does not move it."""
+    declaring = [base for base in config.__mro__ if name in vars(base).get("__annotations__", {})]
+    return str(getattr(declaring[-1], "heading", "Other"))
+
+
+class _ChoiceOrEmpty(click.Choice[str]):
     """A choice that may also be left empty, as a default is."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "" else super().convert(value, param, ctx)
 
 
-def read_options(context: click.Context, config: type[S]) -> tuple[S, set[str]]:
-    """The settings that a command was called with, and the names of those that were said and not default.
+def read_options(context: click.Context, config: type[Config]) -> tuple[Config, set[str]]:
+    """Read the options that a command was called with.
 
-    Raises click.UsageError that names every value outside its range at once.
+    Args:
+        context: of the command.
+        config: its config class.
+
+    Returns:
+        The config, and the names of the options that were typed: a default that was typed is among them.
+
+    Raises:
+        click.UsageError: names every value outside its range at once.
     """
     fields = dataclasses.fields(config)  # type: ignore[arg-type]
     commandline = click.core.ParameterSource.COMMANDLINE
-    said = {f.name for f in fields if context.get_parameter_source(f.name) is commandline}
-    values = {f.name: context.params[f.name] for f in fields}
-    problems = [p for f in fields if f.name in said and (p := _check_range(f, values[f.name]))]
+    explicit = {field.name for field in fields if context.get_parameter_source(field.name) is commandline}
+    values = {field.name: context.params[field.name] for field in fields}
+    problems = [p for f in fields if f.name in explicit and (p := _check_range(f, values[f.name]))]
     if problems:
         raise click.UsageError("; ".join(problems), context)
-    return config(**values), said
+    return config(**values), explicit
 
 
 def _check_range(field: dataclasses.Field[Any], value: Any) -> str:
     if isinstance(value, tuple):
-        return next((problem for one in value if (problem := _check_range(field, one))), "")
+        return next((problem for item in value if (problem := _check_range(field, item))), "")
     if value == "":  # an unset variable of a script, not a wish for the default
         return f"{to_flag(field.name)} is empty"
     least, most = field.metadata.get("least"), field.metadata.get("most")
