@@ -1,4 +1,4 @@
-"""What a person sees: lines, progress bars and durations."""
+"""What a command prints: lines, progress bars and durations."""
 
 import sys
 import time
@@ -12,21 +12,25 @@ from softcache.stages.distributed.ranks import is_first
 
 
 class Console:
-    """Lines go to standard output, or to standard error when that is kept for one JSON object; of several ranks the
-    first alone prints. epoch_lines: a training says each epoch where no line can be drawn again, see showing."""
+    """Prints for a command. Under torchrun the first rank alone prints.
+
+    Args:
+        json_only: standard output is for one JSON object: lines go to standard error.
+        epoch_lines: print a line for each epoch of a training where standard error is no terminal.
+    """
 
     def __init__(self, json_only: bool, epoch_lines: bool = True):
         self.json_only, self.epoch_lines = json_only, epoch_lines
 
     def print(self, line: str = "") -> None:
         """Print a line, above a progress bar that may be running."""
-        if not is_first():
-            return
-        _write(line, file := sys.stderr if self.json_only else sys.stdout)
-        file.flush()
+        if is_first():
+            file = sys.stderr if self.json_only else sys.stdout
+            _write(line, file)
+            file.flush()
 
     def note(self, line: str) -> None:
-        """Print a line of how a work goes on, which no one reads as its result: on standard error."""
+        """Print a line about progress, which is no part of the result, on standard error."""
         if is_first():
             _write(line, sys.stderr)
 
@@ -37,37 +41,49 @@ class Console:
 
 
 def _write(line: str, file: TextIO) -> None:
-    """As tqdm.write, which lets go of its lock even when an interrupt came before it had it, and so makes another
-    error of a Ctrl-C: of 135 of 1,500 that came within 50 ms of the first epoch's end, where it makes the lock."""
+    """Write a line as tqdm.write does, but safe from an interrupt.
+
+    tqdm.write releases its lock even when an interrupt came before it had acquired it, and turns Ctrl-C into another
+    error: 135 times of 1,500 within 50 ms of the end of the first epoch, where it creates the lock.
+    """
     with tqdm.get_lock():
         tqdm.write(line, file=file, nolock=True)
 
 
-def progress_bar(total: int, what: str, unit: str, scale: bool = False) -> "tqdm[Any]":
-    """A progress bar on standard error that appears after a second; rare lines where that is no terminal."""
-    quick = sys.stderr.isatty()
+def progress_bar(total: int, description: str, unit: str, scale: bool = False) -> "tqdm[Any]":
+    """Return a progress bar on standard error.
+
+    It appears after a second; where standard error is no terminal it prints a line every ten seconds.
+
+    Args:
+        total: number of units.
+        description: of the work.
+        unit: name of a unit.
+        scale: print large numbers with k, M or G.
+    """
+    terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
-        desc=what,
+        desc=description,
         unit=unit,
         unit_scale=scale,
         delay=1 if is_first() else 1e9,
-        mininterval=0.2 if quick else 10,
-        dynamic_ncols=quick,
+        mininterval=0.2 if terminal else 10,
+        dynamic_ncols=terminal,
         leave=False,
     )
 
 
-def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-    """The same items, counted on a progress bar."""
-    with progress_bar(total, what, "") as shown:
+def progress(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
+    """Yield the items and count them on a progress bar."""
+    with progress_bar(total, description, "") as bar:
         for item in items:
             yield item
-            shown.update()
+            bar.update()
 
 
 def format_duration(seconds: float) -> str:
-    """`17 ms`, `45 s`, `12 min`, `2 h 10 min`."""
+    """Format seconds as `17 ms`, `45 s`, `12 min` or `2 h 10 min`."""
     if seconds < 0.1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 90:
@@ -77,30 +93,38 @@ def format_duration(seconds: float) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """`0:12`, `12:05`, `2:10:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_ = divmod(minutes, 60)
-    return f"{hours}:{minutes_:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """Format seconds as `0:12`, `12:05` or `2:10:00`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class LongWorkNotice:
-    """Says once, after the first steps, that a work will take long."""
+    """Prints once, a few seconds after the first step, that a work will take more than two minutes.
 
-    def __init__(self, console: Console, what: str, total: int, advice: str):
-        self.console, self.what, self.total, self.advice = console, what, total, advice
+    Args:
+        console: prints the line.
+        work: what takes long, such as "the student".
+        total: number of steps.
+        advice: what to do about it, appended to the line.
+    """
+
+    def __init__(self, console: Console, work: str, total: int, advice: str):
+        self.console, self.work, self.total, self.advice = console, work, total, advice
         self.started: float | None = None
         self.first = 0
         self.is_printed = False
 
-    def update(self, done: int) -> None:
+    def update(self, steps: int) -> None:
         """Call after each step with the number of steps that are done."""
         if self.is_printed:
             return
         now = time.monotonic()
         if self.started is None:  # the first step also compiles, allocates and warms up: not counted
-            self.started, self.first = now, done
+            self.started, self.first = now, steps
         elif now - self.started > 3:
-            left = (now - self.started) / (done - self.first) * (self.total - done)
+            remaining = (now - self.started) / (steps - self.first) * (self.total - steps)
             self.is_printed = True
-            if left > 120:
-                self.console.print(f"{self.what} will take about {format_duration(left)} on this machine{self.advice}")
+            if remaining > 120:
+                duration = format_duration(remaining)
+                self.console.print(f"{self.work} will take about {duration} on this machine{self.advice}")
