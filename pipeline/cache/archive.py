@@ -13,7 +13,8 @@ from softcache.base.errors import CacheError
 from softcache.base.files import make_folder, open_regular_file, publish, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 
-from .manifest import HEAD_FILE, MANIFEST_FILE, MAX_MANIFEST_BYTES, README_FILE, Manifest
+from .folder import HEAD_FILE, MANIFEST_FILE, README_FILE
+from .manifest import MAX_MANIFEST_BYTES, Manifest
 from .manifest_reader import parse_manifest, read_manifest
 from .shards import file_checksum
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from softcache.base.errors import CacheError
 
+from .folder import IN_PROGRESS_FILE, MANIFEST_FILE
 from .identity import Identity, compute_fingerprint
-from .manifest import IN_PROGRESS_FILE, MANIFEST_FILE
 from .manifest_reader import read_in_progress_file, read_manifest
 from .precision_record import PrecisionRecord, parse_precision_record
 from .recovery import find_lost_shards, measure_extent

@@ -14,11 +14,11 @@ import numpy as np
 from softcache.base.files import publish_text
 
 from .codecs import CODECS
+from .folder import MANIFEST_FILE
 from .identity import FORMAT, Identity, compute_fingerprint
 from .precision_record import PrecisionRecord
 from .shards import Layout
 
-MANIFEST_FILE, IN_PROGRESS_FILE, README_FILE, HEAD_FILE = "manifest.json", "unfinished.json", "README.md", "head.h5"
 SPLITS = ("train", "val", "test")
 ROW_KEYS = {"index": ((), "<u4"), "label": ((), "<i4"), "view_crc32": ((), "<u4")}  # of every shard
 MAX_DRAWS = 100_000
@@ -43,12 +43,6 @@ def count_row_bytes(datasets: Datasets) -> int:
 def make_layout(rows: int, datasets: Datasets) -> Layout:
     """{dataset: (whole shape, dtype)} of so many rows."""
     return {name: ((rows, *shape), dtype) for name, (shape, dtype) in datasets.items()}
-
-
-def make_shard_path(split: str, draw: int, number: int, part: int) -> str:
-    """The name of a shard in the cache's folder. part: 0 for the first, 1 … for taps that were added later."""
-    folder = f"draw-{draw:03d}" if split == "train" else split
-    return f"{folder}/shard-{number:05d}{f'-{part}' if part else ''}.h5"
 
 
 @dataclass(frozen=True)

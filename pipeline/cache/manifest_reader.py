@@ -12,11 +12,9 @@ from softcache.base.files import read_regular_file
 from softcache.base.schema import validate
 
 from .codecs import CODECS, TEMPERATURES
+from .folder import HEAD_FILE, IN_PROGRESS_FILE, MANIFEST_FILE, make_shard_path, parse_shard_path
 from .identity import FORMAT
 from .manifest import (
-    HEAD_FILE,
-    IN_PROGRESS_FILE,
-    MANIFEST_FILE,
     MAX_DRAWS,
     MAX_MANIFEST_BYTES,
     MAX_ROWS,
@@ -27,7 +25,6 @@ from .manifest import (
     Manifest,
     ShardRecord,
     count_row_bytes,
-    make_shard_path,
 )
 from .precision_record import SCHEMA as ARITHMETIC_FORM
 from .precision_record import parse_precision_record
@@ -183,8 +180,8 @@ def _check_bounds(path: Path, manifest: Manifest) -> None:
 
 def _check_record(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
     """One shard lies where its rows say, holds what a shard can hold, and is of a size that fits."""
-    found = re.fullmatch(r"[a-z0-9-]+/shard-([0-9]{5,9})(?:-([1-9][0-9]{0,3}))?\.h5", shard.path)
-    if not found or shard.path != make_shard_path(shard.split, shard.draw, int(found[1]), int(found[2] or 0)):
+    numbers = parse_shard_path(shard.path)
+    if numbers is None or shard.path != make_shard_path(shard.split, shard.draw, *numbers):
         raise CacheError(f"{path}: {ascii(shard.path)[:80]} is not the file of a shard of {shard.split}, {shard.draw}")
     names = set(shard.datasets)
     if len(names) != len(shard.datasets) or not set(ROW_KEYS) < names or not names <= set(manifest.datasets):

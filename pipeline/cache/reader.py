@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
-from softcache.base.files import list_shard_files
 from softcache.data.image_folder import Progress
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.transfer_set import Labels, TransferSet, load_transfer_set
@@ -20,8 +19,9 @@ from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.models.prepared_model import InputSpec
 
 from .codecs import CODECS
+from .folder import IN_PROGRESS_FILE, MANIFEST_FILE, list_shard_files
 from .identity import FORMAT, format_differences
-from .manifest import IN_PROGRESS_FILE, MANIFEST_FILE, ROW_KEYS, Manifest, ShardRecord, count_row_bytes
+from .manifest import ROW_KEYS, Manifest, ShardRecord, count_row_bytes
 from .manifest_reader import read_manifest
 from .rows import Positions, check_logits, check_rows, find_runs, make_row_order
 from .shards import Shard, Stamp

@@ -1,13 +1,12 @@
 """A cache that lost its manifest: what its shards say that they are. Each vouches for itself, see Writer.have."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from softcache.base.errors import CacheError
-from softcache.base.files import list_shard_files
 
-from .manifest import IN_PROGRESS_FILE, MANIFEST_FILE, ROW_KEYS, ShardSpec, make_shard_path
+from .folder import IN_PROGRESS_FILE, MANIFEST_FILE, list_shard_files, make_shard_path, parse_shard_path
+from .manifest import ROW_KEYS, ShardSpec
 from .shards import read_claims
 
 
@@ -29,14 +28,14 @@ def find_lost_shards(folder: Path, fingerprint: str, splits: dict[str, int]) -> 
 def _recover_shard(folder: Path, name: str, fingerprint: str) -> tuple[ShardSpec, int, int] | None:
     """The shard, its number, and its part; None where it cannot say, for it is damaged."""
     said = read_claims(folder, name)
-    numbers = re.fullmatch(r"[a-z0-9-]+/shard-([0-9]{5,9})(?:-([1-9][0-9]{0,3}))?\.h5", name)
+    numbers = parse_shard_path(name)
     if said is None or numbers is None:
         return None
     attributes, layout = said
     if attributes.get("fingerprint") != fingerprint:
         raise CacheError(f"{folder / name} is of another cache: choose another --out, or move it away")
     split, draw, start = (attributes.get(key) for key in ("split", "draw", "start"))
-    number, part = int(numbers[1]), int(numbers[2] or 0)
+    number, part = numbers
     if not isinstance(split, str) or not isinstance(draw, int) or not isinstance(start, int) or "index" not in layout:
         return None
     if name != make_shard_path(split, draw, number, part) or not set(ROW_KEYS) < set(layout):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,18 +13,22 @@ import numpy as np
 
 from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.base.files import make_folder, publish_json, sync
-from softcache.base.lock import LOCK
+from softcache.base.lock import LOCK, hold_lock
 from softcache.base.schema import validate
 
 from .codecs import TEMPERATURES
-from .identity import Identity, compute_fingerprint, format_differences
-from .manifest import (
+from .folder import (
     HEAD_FILE,
     IN_PROGRESS_FILE,
     MANIFEST_FILE,
+    list_foreign_files,
+    make_shard_path,
+    remove_stale_shard_files,
+)
+from .identity import Identity, compute_fingerprint, format_differences
+from .manifest import (
     MAX_MANIFEST_BYTES,
     MAX_SHARD_BYTES,
-    README_FILE,
     ROW_KEYS,
     HeadRecord,
     Manifest,
@@ -32,17 +37,26 @@ from .manifest import (
     count_row_bytes,
     list_datasets,
     make_layout,
-    make_shard_path,
 )
 from .manifest_reader import IDENTITY_SCHEMA, SETTINGS_SCHEMA, read_in_progress_file, read_manifest
 from .precision_record import PrecisionRecord
 from .recovery import find_lost_shards, measure_extent
 from .shards import Arrays, Shard, ShardDigest, read_claims, write_shard
-from .stale_files import remove_stale_shard_files
 
 _SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
 _RECORD_BYTES = 400  # of a shard in the manifest, about
 Facts = dict[str, Any]  # what was measured while a shard was written
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left in a complete cache: temporary files, and a lock file that nobody holds.
+
+    Nothing depends on it: where it cannot be done, on a read-only mount or beside another writer, it is left.
+    """
+    with suppress(CacheError, OSError):
+        if any(path.name == LOCK or path.suffix == ".tmp" for path in folder.rglob(".*")):
+            with hold_lock(folder):
+                remove_stale_shard_files(folder, [record.path for record in read_manifest(folder).shards])
 
 
 @dataclass(frozen=True)
@@ -148,7 +162,7 @@ class CacheWriter:
                 begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
                 raise CacheMismatchError(f"{begun_with}, to be finished first by its own command:{fields}")
         elif self.missing:
-            if self.previous is None and (strange := _find_foreign_files(self.folder)):
+            if self.previous is None and (strange := list_foreign_files(self.folder)):
                 raise CacheError(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
             publish_json(path, claim)
 
@@ -286,10 +300,3 @@ def check_same_identity(folder: Path, identity: Identity, taps: dict[str, list[i
         raise CacheMismatchError(
             f"'{folder}' holds another cache:{format_differences(asked, found, ('asked', 'there'))}"
         )
-
-
-def _find_foreign_files(folder: Path) -> list[str]:
-    """What lies in a folder and is not of a cache. Shards that lost their manifest are taken over, see have."""
-    ours = {MANIFEST_FILE, IN_PROGRESS_FILE, README_FILE, HEAD_FILE, LOCK}
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return sorted(n for n in names - ours if not n.endswith((".h5", ".tmp")) or n.count("/") != 1)

@@ -12,10 +12,11 @@ import numpy as np
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.threads import map_in_threads
 from softcache.data.transfer_set import TransferSet
-from softcache.pipeline.cache.manifest import HEAD_FILE, ShardRecord
+from softcache.pipeline.cache.folder import HEAD_FILE
+from softcache.pipeline.cache.manifest import ShardRecord
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.stale_files import clean_up
 from softcache.pipeline.cache.verification import compare_views
+from softcache.pipeline.cache.writer import clean_up
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.runs.data import load_cache_data

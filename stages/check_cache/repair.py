@@ -8,7 +8,8 @@ import numpy as np
 from softcache.base.errors import CacheError
 from softcache.base.lock import hold_lock
 from softcache.data.transfer_set import TransferSet
-from softcache.pipeline.cache.manifest import HEAD_FILE, Manifest, ShardRecord, ShardSpec
+from softcache.pipeline.cache.folder import HEAD_FILE
+from softcache.pipeline.cache.manifest import Manifest, ShardRecord, ShardSpec
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import compare_views
 from softcache.pipeline.cache.writer import CachePlan, CacheWriter, label_accuracy

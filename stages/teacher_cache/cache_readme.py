@@ -8,7 +8,8 @@ from typing import Any
 
 from softcache.base.errors import CacheError
 from softcache.base.files import publish_text, read_regular_file
-from softcache.pipeline.cache.manifest import README_FILE, Manifest
+from softcache.pipeline.cache.folder import README_FILE
+from softcache.pipeline.cache.manifest import Manifest
 
 _TEXT = """\
 # A cache of what a teacher said

@@ -21,13 +21,13 @@ from softcache.data.transfer_set import TransferSet, find_source, short_name
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.existing import read_existing
+from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
-from softcache.pipeline.cache.manifest import MANIFEST_FILE, Manifest
+from softcache.pipeline.cache.manifest import Manifest
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.stale_files import clean_up
 from softcache.pipeline.cache.verification import verify_views
-from softcache.pipeline.cache.writer import CachePlan, CacheWriter, check_same_identity
+from softcache.pipeline.cache.writer import CachePlan, CacheWriter, check_same_identity, clean_up
 from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights

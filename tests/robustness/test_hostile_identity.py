@@ -136,7 +136,7 @@ def test_enormous_views_are_found_to_be_others_without_enormous_memory(
 
 def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: Stages) -> None:
     """Logits of five classes for images of ten, in shards that are whole."""
-    from softcache.pipeline.cache.manifest import HEAD_FILE
+    from softcache.pipeline.cache.folder import HEAD_FILE
     from softcache.pipeline.cache.shards import Shard, write_shard
 
     cut = Cache(cache)
