@@ -16,7 +16,7 @@ from softcache.base.lock import LOCK, hold_lock
 from .folder import HEAD_FILE, MANIFEST_FILE, README_FILE
 from .manifest import MAX_MANIFEST_BYTES, Manifest
 from .manifest_reader import parse_manifest, read_manifest
-from .shards import file_checksum
+from .shards import hash_file
 
 _CARD_MOST = 1 << 20
 _ROOT_MOST = 60  # bytes: with the rest of a shard's name they fit a tar header
@@ -197,7 +197,7 @@ def _copy(tar: BinaryIO, path: Path, name: str, size: int, checksum: str, shown:
 def _checksum(folder: Path, name: str) -> str:
     fd = open_regular_file(folder, name)
     try:
-        return file_checksum(fd)
+        return hash_file(fd)
     finally:
         os.close(fd)
 

@@ -256,7 +256,7 @@ class Cache:
 
     def _open_shard(self, record: ShardRecord, stamp: Stamp | None = None) -> Shard:
         shard = Shard(
-            self.folder, record.path, self.manifest.layout(record), record.bytes, record.checksum, known=stamp
+            self.folder, record.path, self.manifest.layout(record), record.bytes, record.checksum, verified_stamp=stamp
         )
         if not shard.is_verified:
             expected = self.index_at(record.split, np.arange(record.start, record.start + record.rows))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from softcache.pipeline.cache.manifest import seal
-from softcache.pipeline.cache.shards import payload_digest
+from softcache.pipeline.cache.shards import hash_arrays
 from tests.helpers.commands import Stages
 
 
@@ -36,7 +36,7 @@ def test_the_layout_of_a_shard_is_pinned(cache: Path) -> None:
         begin = file["label"].id.get_offset()
         np.testing.assert_array_equal(np.frombuffer(raw[begin : begin + 400], "<i4"), file["label"][:])
     arrays = {"b": np.arange(6, dtype="<f2").reshape(2, 3), "a": np.array([7, 8], "<u4")}
-    assert payload_digest(arrays) == "00bb30f72e722e0eed4baf541687279d"
+    assert hash_arrays(arrays) == "00bb30f72e722e0eed4baf541687279d"
 
 
 def test_student_weights_are_a_plain_state_dict(cache: Path, stages: Stages) -> None:

@@ -112,13 +112,13 @@ def test_workers_that_were_given_an_open_cache_read_the_right_rows(tiny: Path, t
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The checksums of whole files that are computed from now on."""
-    checksum, found = shards.file_checksum, []
+    checksum, found = shards.hash_file, []
 
     def counted(fd: int) -> str:
         found.append(checksum(fd))
         return found[-1]
 
-    monkeypatch.setattr(shards, "file_checksum", counted)
+    monkeypatch.setattr(shards, "hash_file", counted)
     return found
 
 
