@@ -21,6 +21,7 @@ import numpy as np
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.verification import verify_shard
 
 SECONDS, MEMORY = 2.0, 200 << 20  # that a refusal may take
 
@@ -124,7 +125,7 @@ def read_like_check_cache(cache: Cache, name: str = "") -> None:
     """Every file, or the one that is named."""
     for record in cache.manifest.shards:
         if name in ("", record.path):
-            cache.verify_shard(record)
+            verify_shard(cache, record)
     if name in ("", "head.h5"):
         cache.read_head()
 
