@@ -8,7 +8,8 @@ May import base, data, pipeline.batch and pipeline.models. Begin with `folder.py
     manifest         the record of a cache and of its shards; manifest_reader validates one
     shards           HDF5 in and out
     codecs           logits as bytes
-    plan, existing   what a cache is to hold, and what is in its folder already; recovery finds shards without a manifest
+    plan             what a cache is to hold, and the shards that it is cut into
+    existing         which state a folder is in; recovery finds shards whose manifest is lost
     writer           writes, continues and extends a cache
     reader, rows     opens a cache, reads targets; reads rows by position from verified shards
     verification     verifies shards; renders views again

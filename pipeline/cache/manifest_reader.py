@@ -83,7 +83,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         if record["fingerprint"] != manifest.fingerprint:
             raise CacheError(
                 f"{path}: its identity was edited: its fingerprint is {manifest.fingerprint[:12]},"
-                f" written down is {record['fingerprint'][:12]}"
+                f" the recorded one is {record['fingerprint'][:12]}"
             )
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{path}: not a manifest ({type(error).__name__}: {str(error)[:80]}){_WAY_OUT}") from None
@@ -197,7 +197,7 @@ def _check_bounds(path: Path, manifest: Manifest) -> None:
     if "train" not in manifest.splits or not set(manifest.splits) <= set(SPLITS):
         raise CacheError(f"{path}: its splits are {ascii(list(manifest.splits))[:80]}, not train and val or test")
     if set(manifest.teacher) != set(manifest.splits):
-        raise CacheError(f"{path}: the teacher's accuracy is not of its splits")
+        raise CacheError(f"{path}: the teacher's accuracy is given for other splits than those of the cache")
     if manifest.head and manifest.head.inputs > 1 << 24:
         raise CacheError(f"{path}: head.inputs: {manifest.head.inputs} is more than {1 << 24}")
     if len({shard.path for shard in manifest.shards}) != len(manifest.shards):
@@ -213,7 +213,8 @@ def _check_shard(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
     if len(names) != len(shard.datasets) or not set(ROW_KEYS) < names or not names <= set(manifest.datasets):
         raise CacheError(f"{path}: {shard.path} cannot hold {ascii(shard.datasets)[:80]}")
     if ("logits" in names) != (shard.correct is not None):
-        raise CacheError(f"{path}: {shard.path}: correct is {shard.correct}")
+        logits = "with" if "logits" in names else "without"
+        raise CacheError(f"{path}: {shard.path}: correct is {shard.correct} in a shard {logits} logits")
     needed = shard.rows * count_row_bytes({name: manifest.datasets[name] for name in names})
     if not needed <= shard.bytes <= MAX_SHARD_BYTES:
         raise CacheError(f"{path}: {shard.path} with {shard.rows} rows has {shard.bytes} bytes: they need {needed}")

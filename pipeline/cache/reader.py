@@ -78,7 +78,7 @@ class Cache:
         self.unlisted_files = sorted(files - {record.path for record in self.manifest.shards})
         if self.unlisted_files and not is_growing:
             raise CacheError(
-                f"'{folder}' holds {self.unlisted_files[0]}, which {MANIFEST_FILE} does not know"
+                f"'{folder}' holds {self.unlisted_files[0]}, which {MANIFEST_FILE} does not list"
                 f" ({len(self.unlisted_files)} such files):"
                 f" an older {MANIFEST_FILE}, or files of another cache. Put the newer one back, or move them away"
             )
@@ -86,7 +86,7 @@ class Cache:
             self._parse_identity()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, UsageError) as error:
             raise CacheError(
-                f"'{folder}': the manifest's identity does not hold together ({make_printable(error)})"
+                f"'{folder}': the identity in its manifest is invalid ({make_printable(error)})"
             ) from None
         self._prepare_reading()
 
@@ -159,9 +159,7 @@ class Cache:
         if data and data.partition(":")[0] != self.data:
             raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {data}")
         if self.data == "folder" and not data:
-            raise UsageError(
-                f"the cache '{self.folder}' is of a folder of images: say where it is with --data folder:PATH"
-            )
+            raise UsageError(f"the cache '{self.folder}' is of a folder of images: name it with --data folder:PATH")
         transfer_set = load_transfer_set(data or self.data, root, **self.cut, progress=progress)
         self.check_transfer_set(transfer_set)
         return transfer_set

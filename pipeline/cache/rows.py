@@ -200,6 +200,6 @@ def _check_logits(shard: Shard, record: ShardRecord, codec: Codec, classes: int)
     correct = int((logits.argmax(1) == shard.read("label")).sum())
     if correct != record.correct:
         raise CacheError(
-            f"{shard.path}: its logits hit {correct} labels instead of {record.correct}:"
+            f"{shard.path}: the top-1 class of its logits is the label of {correct} rows instead of {record.correct}:"
             " rows and logits do not belong together"
         )

@@ -209,7 +209,7 @@ class Shard:
         payload = hash_arrays(self.read_all())
         if payload != self.attributes.get("payload"):
             written = make_printable(self.attributes.get("payload"))
-            raise CacheError(f"{self.path}: damaged, its payload is {payload} instead of {written}")
+            raise CacheError(f"{self.path}: damaged, the digest of its datasets is {payload} instead of {written}")
         return payload
 
     def close(self) -> None:
@@ -261,7 +261,7 @@ def _inspect(path: Path, fd: int, layout: Layout, size: int) -> tuple[dict[str, 
 def _check_small(path: Path, file: h5py.File) -> None:
     """Refuse a file with more names than a shard has, before they are listed."""
     if len(file) > _MAX_LINKS or len(file.attrs) > _MAX_ATTRIBUTES:
-        raise CacheError(f"{path}: {len(file)} names and {len(file.attrs)} attributes are no shard's")
+        raise CacheError(f"{path}: {len(file)} names and {len(file.attrs)} attributes, more than a shard has")
 
 
 def _list_datasets(path: Path, file: h5py.File) -> set[str]:
@@ -292,7 +292,7 @@ def _find_offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...],
     if not isinstance(dataset, h5py.Dataset):
         raise CacheError(f"{path}: {name} is no dataset")
     if dataset.external is not None or dataset.is_virtual:
-        raise CacheError(f"{path}: {name} keeps its data in other files")
+        raise CacheError(f"{path}: {name} stores its data in other files")
     if dataset.shape != shape or dataset.dtype != np.dtype(dtype):
         raise CacheError(f"{path}: {name} is {dataset.dtype} {dataset.shape} instead of {np.dtype(dtype)} {shape}")
     needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

@@ -30,7 +30,7 @@ def verify_shard(cache: Cache, record: ShardRecord) -> NDArray[np.generic]:
     """
     with closing(cache.open_shard(record)) as shard:
         if shard.verify_payload() != record.payload:
-            raise CacheError(f"{shard.path}: its payload is not the one in the manifest")
+            raise CacheError(f"{shard.path}: the digest of its datasets is not the one in the manifest")
         for name in record.datasets:
             if name.startswith("features/") and not np.isfinite(shard.read(name)).all():
                 raise CacheError(f"{shard.path}: {name} has values that are not finite")

@@ -156,8 +156,8 @@ class CacheWriter:
     def _check_same_plan(self, in_progress: dict[str, Any], interrupted: dict[str, Any]) -> None:
         if in_progress != interrupted:
             raise CacheMismatchError(
-                f"'{self.folder}' holds an unfinished cache of another kind, to be finished first by its own command:"
-                f"{format_differences(in_progress, interrupted, ('asked', 'begun'))}"
+                f"'{self.folder}' holds an unfinished cache or addition with other settings: finish it first by its"
+                f" own command:{format_differences(in_progress, interrupted, ('requested', 'unfinished'))}"
             )
 
     def adopt(self, spec: ShardSpec) -> bool:
@@ -316,7 +316,7 @@ def check_same_identity(folder: Path, identity: Identity, taps: dict[str, list[i
     existing = {**manifest.identity, "taps": {tap: manifest.taps[tap] for tap in common}}
     if requested != existing:
         raise CacheMismatchError(
-            f"'{folder}' holds another cache:{format_differences(requested, existing, ('asked', 'there'))}"
+            f"'{folder}' holds another cache:{format_differences(requested, existing, ('requested', 'in the cache'))}"
         )
 
 

@@ -193,7 +193,7 @@ def test_an_interrupted_addition_does_not_hide_the_complete_cache(
     assert code == 0, err
     assert "whole already" in out
     assert files(small) == before
-    assert "draws  3      4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
+    assert "draws  3          4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
     code, out, err = stages.call(*ASKED, "--draws", "4", "--out", "c")
     assert code == 0, err
     assert "went on from 1 of 4 shards" in out

@@ -132,7 +132,7 @@ def test_stage_one_refuses_another_identity_and_prints_the_command_for_a_cache_o
     before, existing = files(Path("p")), Cache(Path("p")).manifest.identity
     error = stages.fails(1, *PETS, *options, "--out", "p")
     assert "'p' holds another cache:" in error
-    differences = parse_differences(error, "asked", "there")
+    differences = parse_differences(error, "requested", "in the cache")
     assert set(differences) == set(fields)
     assert files(Path("p")) == before
 
@@ -242,4 +242,4 @@ def test_weights_that_differ_in_one_bit_are_other_weights(home: Path, stages: St
     state["hidden1.weight"].view(torch.int32)[0, 0] ^= 1
     torch.save(state, "pets.pt")
     error = stages.fails(1, *PETS, "--out", "p")
-    assert set(parse_differences(error, "asked", "there")) == {"teacher.weights"}
+    assert set(parse_differences(error, "requested", "in the cache")) == {"teacher.weights"}
