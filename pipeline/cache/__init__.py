@@ -3,7 +3,7 @@
 May import base, data, pipeline.batch and pipeline.models. Begin with `folder.py` (which files a cache has), then read
 `manifest.py` (what it records of them), `writer.py` and `reader.py`.
 
-    folder           names of the files, and which of them are there
+    folder           names of the files, and which of them exist
     identity         what makes two caches the same; its fingerprint
     manifest         the record of a cache and of its shards; manifest_reader validates one
     shards           HDF5 in and out

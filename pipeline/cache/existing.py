@@ -30,7 +30,7 @@ class NoCache:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A cache that was begun and never complete.
+    """A cache whose first writing was interrupted.
 
     Attributes:
         in_progress: Content of unfinished.json: identity, draws, taps, shard_rows and, where there is one, arithmetic.
@@ -106,7 +106,7 @@ class InferenceSettings:
     Attributes:
         precision: Precision of its identity.
         record: How the teacher was run, where that was not simply in this precision.
-        taps: Taps whose features it holds. None of an unfinished cache: its command names them again.
+        taps: Taps whose features it holds. Empty for an unfinished cache, whose command names them again.
     """
 
     precision: str
@@ -115,7 +115,7 @@ class InferenceSettings:
 
 
 def read_inference_settings(folder: Path, existing: ExistingCache, identity: Identity) -> InferenceSettings | None:
-    """Read how the rows of an existing cache were computed; None where there is no cache, or it does not tell.
+    """Read how the rows of an existing cache were computed; None where there is no cache or no record of it.
 
     Whether it is the cache of this identity is not checked; the writer does that.
 

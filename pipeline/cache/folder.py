@@ -1,4 +1,4 @@
-"""The folder of a cache: the names of its files, which of them are there, and which a killed process left.
+"""The folder of a cache: the names of its files, which of them exist, and which a killed process left.
 
 caches/NAME/
     manifest.json                what the cache holds; written last, so that its presence means a complete cache
@@ -27,7 +27,7 @@ def make_shard_path(split: str, draw: int, number: int, part: int) -> str:
 
     Args:
         split: `train`, `val` or `test`.
-        draw: Draw of the training split; of a held-out split there is only draw 0.
+        draw: Draw of the views; 0 for a held-out split.
         number: Position among the shards of that draw and part, in row order.
         part: 0 for what a draw was first written with, 1, 2, … for taps that were added later.
     """
@@ -42,7 +42,7 @@ def parse_shard_path(path: str) -> tuple[int, int] | None:
 
 
 def list_shard_files(folder: Path) -> set[str]:
-    """List the HDF5 files in the inner folders of a cache, by their path as a manifest would give it.
+    """List the HDF5 files in the inner folders of a cache, by their path in the cache's folder.
 
     Links to folders are not followed, and hidden files are left out.
     """

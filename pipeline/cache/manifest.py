@@ -62,7 +62,7 @@ class ShardSpec:
     Attributes:
         path: Path in the cache's folder.
         split: `train`, `val` or `test`.
-        draw: Draw of the views, 0 of a held-out split.
+        draw: Draw of the views; 0 for a held-out split.
         start: Position of its first row in the row order of the split.
         rows: Number of its rows.
         datasets: {name: (row shape, dtype)}.
@@ -83,7 +83,7 @@ class ShardRecord:
     Attributes:
         path: Path in the cache's folder.
         split: `train`, `val` or `test`.
-        draw: Draw of the views, 0 of a held-out split.
+        draw: Draw of the views; 0 for a held-out split.
         start: Position of its first row in the row order of the split.
         rows: Number of its rows.
         bytes: Size of the file.
@@ -128,7 +128,7 @@ class PrecisionRecord:
 
     Attributes:
         folded: Whether batch norm was folded into the convolutions before it.
-        compiled: Whether `torch.compile` compiled the teacher when the cache was begun.
+        compiled: Whether `torch.compile` compiled the teacher when the cache was started.
         rows: Training views that were run both ways.
         kl_1: Mean KL(plain float32 || this) of these views at temperature 1, in nats.
         kl_4: The same at temperature 4.
@@ -171,9 +171,9 @@ class Manifest:
         head: The teacher's last linear layer; None where it has none.
         teacher: {split: {"accuracy": share of the labelled rows that the teacher classifies correctly, or None}}.
         fidelity: What the codec cost, as means over the rows: KL in nats, share of changed top-1 classes.
-        seconds: Time of stage one.
-        settings: Settings of the command that began the cache, without those that concern its machine alone.
-        versions: {library: version} of the program that began the cache.
+        seconds: Time that running the teacher and writing took.
+        settings: Settings of the command that started the cache, without those that concern its machine alone.
+        versions: {library: version} of the program that started the cache.
         arithmetic: How the teacher was run, where that was not simply in the precision of the identity. None
             otherwise, and then no field of the JSON.
         digest: SHA-256 of the file, empty before it is written.

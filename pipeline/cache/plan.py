@@ -19,7 +19,7 @@ from .manifest import (
     list_datasets,
 )
 
-_SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536  # of a shard, unless the user says how many rows
+_SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536  # of a shard, where the user sets no number of rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CachePlan:
         draws: Views of each training image.
         splits: {split: rows}.
         taps: {tap: row shape}.
-        shard_rows: Most rows of a shard; 0 for as many as make 128 MiB, 65,536 at most.
+        shard_rows: Most rows of a shard; 0 for as many as fill 128 MiB, 65,536 at most.
         settings: Settings of the command, for the manifest.
         precision_record: How the teacher runs, where that is not simply in the precision of the identity.
     """

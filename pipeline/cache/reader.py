@@ -41,8 +41,8 @@ MAX_VIEW_PIXELS = 4096  # of a view's side
 class Cache:
     """The targets of one teacher for every view of a transfer set.
 
-    Opening reads the manifest alone; a shard is opened and verified when its first row is read. A cache may be read
-    by several threads. A pickled cache has neither open files nor rows: the other process opens and verifies its own.
+    Opening reads the manifest alone; a shard is opened and verified when its first row is read. Several threads may
+    read one cache. A pickled cache has neither open files nor rows: another process opens and verifies its own.
 
     Rows are stored in a random order, see `row_order`. The training split has `manifest.draws` views of each image;
     a held-out split has one plain view of each, its draw 0.
@@ -51,7 +51,7 @@ class Cache:
         folder: Of a complete cache.
 
     Attributes:
-        folder: As given.
+        folder: The cache's folder.
         manifest: What the cache holds.
         unlisted_files: Shards of an addition that is not complete; they are not read.
         classes: K.
@@ -109,7 +109,7 @@ class Cache:
             if not smallest <= value <= largest:
                 raise ValueError(f"{name} {value} is not between {smallest} and {largest}")
         if type(views["seed"]) is not int or type(views["size"]) is not int or isinstance(views["policy"], float):
-            raise ValueError("views are not of whole numbers")
+            raise ValueError("seed and size of the views are no integers, or the policy is no name")
         parameters = ",".join(f"{k}={v}" for k, v in views.items() if k not in ("policy", "seed"))
         self.views: ViewPolicy = parse_views(f"{views['policy']}:{parameters}")
         self.seed = int(views["seed"])
@@ -153,7 +153,7 @@ class Cache:
             progress: Shows how far reading the images is.
 
         Raises:
-            UsageError: The cache is of a folder of images, and `data` does not say where it is.
+            UsageError: The cache is of a folder of images, and `data` is empty.
             CacheError: These are other data than those of the cache.
         """
         if data and data.partition(":")[0] != self.data:
@@ -173,7 +173,7 @@ class Cache:
         """
         cached, loaded = self.manifest.identity["transfer_set"], transfer_set.identity()
         if cached != loaded:
-            fields = format_differences(loaded, cached, ("here", "in the cache"))
+            fields = format_differences(loaded, cached, ("in the data", "in the cache"))
             raise CacheMismatchError(f"the cache '{self.folder}' was made from other data:{fields}")
         if transfer_set.classes and len(transfer_set.classes) != self.classes:
             raise CacheError(
@@ -195,7 +195,7 @@ class Cache:
 
         Args:
             split: `train`, `val` or `test`.
-            draw: Draw of the views, 0 of a held-out split.
+            draw: Draw of the views; 0 for a held-out split.
             positions: [n], in any order.
             taps: Whose features are read.
             together: How many draws are read in turns.
@@ -292,7 +292,10 @@ class Cache:
         return self._rows.read_column(split, draw, name)
 
     def list_records(self, split: str, draw: int, name: str) -> list[ShardRecord]:
-        """List the shards that hold a dataset of a draw, in row order. Those of `label` are those of the logits."""
+        """List the shards of which a dataset of a draw is read, in row order.
+
+        `index`, `label` and `view_crc32`, which every shard has, are read of the shards of the logits.
+        """
         return self._rows.list_records(split, draw, name)
 
     def open_shard(self, record: ShardRecord) -> Shard:

@@ -1,4 +1,4 @@
-"""Recovery of a cache whose manifest is lost: what its shards tell about themselves.
+"""Recovery of a cache whose manifest is lost, from what its shards record about themselves.
 
 Every shard has, as attributes of its HDF5 file, the fingerprint of its cache, its split, draw and first row, and a
 digest of its datasets. `CacheWriter.adopt` verifies each shard before it is listed in a new manifest.

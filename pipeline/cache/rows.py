@@ -18,7 +18,7 @@ Positions = NDArray[np.int64]  # places in the row order of a split
 
 MAX_OPEN_SHARDS = 256  # a process may have 1,024 open files
 _BLOCK_BYTES = 1 << 20  # of rows that are read at once
-_UNCHECKED_ROWS = 1 << 22  # up to so many rows the order is made on the manifest's word: it takes 100 MB
+_UNCHECKED_ROWS = 1 << 22  # up to so many rows (100 MB while the order is made) file sizes are not checked before
 
 
 def make_row_order(seed: int, split: str, rows: int) -> Positions:
@@ -36,7 +36,7 @@ def make_row_order(seed: int, split: str, rows: int) -> Positions:
 class RowReader:
     """Reads rows of a cache from its shards. Each shard is verified before its first row is used.
 
-    It may be used by several threads.
+    Several threads may use one reader.
 
     Args:
         folder: Of the cache.
@@ -57,11 +57,11 @@ class RowReader:
                 if name not in ROW_KEYS or record.correct is not None:  # the keys of a row are read beside its logits
                     self._records.setdefault((record.split, record.draw, name), []).append(record)
         self._orders: dict[str, NDArray[np.uint32]] = {}  # 4 bytes a row
-        self._shards: dict[str, Shard] = {}  # {path: open shard}, the one that was opened last at the end
+        self._shards: dict[str, Shard] = {}  # {path: open shard}, in the order of opening
         self._stamps: dict[str, Stamp] = {}  # {path: stamp of the file when this process verified it}
 
     def list_records(self, split: str, draw: int, name: str) -> list[ShardRecord]:
-        """List the shards that hold a dataset of a draw, in row order."""
+        """List the shards of which a dataset of a draw is read, in row order."""
         return self._records[split, draw, name]
 
     def get_order(self, split: str) -> NDArray[np.uint32]:
@@ -84,12 +84,12 @@ class RowReader:
         """Read the rows of a dataset at these positions: one read per run of neighbours, in the order of the file.
 
         Each passes through a block of memory that stays in the processor's cache: 0.44 us a row of 2 kB, against 0.52
-        where all are read and then gathered. A disk is told about all runs beforehand, which makes it 1.6 times as
-        fast.
+        where all are read and then gathered. The kernel is advised of all runs first, with which reading from a disk
+        is 1.6 times as fast.
 
         Args:
             split: `train`, `val` or `test`.
-            draw: Draw of the views, 0 of a held-out split.
+            draw: Draw of the views; 0 for a held-out split.
             name: Of the dataset, such as `logits` or `features/pool`.
             positions: [n], in any order.
 

@@ -51,7 +51,7 @@ class ShardDigest:
 
 
 def write_shard(path: Path, arrays: Arrays, attributes: Mapping[str, str | int]) -> ShardDigest:
-    """Publish a shard: under its name there is either the whole file or none.
+    """Publish a shard: under its path there is either the complete file or none.
 
     Args:
         path: Of the file; its folder exists.
@@ -114,7 +114,7 @@ class Shard:
 
     Attributes:
         path: Of the file.
-        layout: As given.
+        layout: {dataset: (shape, dtype)}.
         attributes: Attributes of the file.
         is_verified: Whether the file has the verified stamp.
 
@@ -225,7 +225,7 @@ class Shard:
 def read_header(folder: Path, name: str) -> tuple[dict[str, str | int], Layout] | None:
     """Read attributes and layout of the file folder/name; None where it is no shard.
 
-    Nothing is verified: these are the words of the file.
+    Nothing is verified: this is what the file claims.
     """
     path = folder / name
     try:

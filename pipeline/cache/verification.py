@@ -45,26 +45,26 @@ def _check_views_of_features(cache: Cache, shard: Shard, record: ShardRecord) ->
     Shards of logits that cannot be read are passed over: they are reported by themselves.
     """
     crcs = shard.read("view_crc32")
-    for other in cache.list_records(record.split, record.draw, "view_crc32"):
-        start = max(other.start, record.start)
-        stop = min(other.start + other.rows, record.start + record.rows)
+    for logits in cache.list_records(record.split, record.draw, "view_crc32"):
+        start = max(logits.start, record.start)
+        stop = min(logits.start + logits.rows, record.start + record.rows)
         if start >= stop:
             continue
-        layout = cache.manifest.layout(other)
+        layout = cache.manifest.layout(logits)
         try:
-            with closing(Shard(cache.folder, other.path, layout, other.bytes, other.checksum)) as logits:
-                logits_crcs = logits.read("view_crc32", start - other.start, stop - start)
+            with closing(Shard(cache.folder, logits.path, layout, logits.bytes, logits.checksum)) as logits_shard:
+                logits_crcs = logits_shard.read("view_crc32", start - logits.start, stop - start)
         except CacheError:
             continue
         if not np.array_equal(crcs[start - record.start : stop - record.start], logits_crcs):
-            raise CacheError(f"{shard.path}: its features are of other views than the logits of {other.path}")
+            raise CacheError(f"{shard.path}: its features are of other views than the logits of {logits.path}")
 
 
 def verify_views(
     cache: Cache,
     transfer_set: TransferSet,
     draws: int,
-    gaps: dict[int, NDArray[np.bool_]] | None = None,
+    missing: dict[int, NDArray[np.bool_]] | None = None,
     views: int = 256,
 ) -> None:
     """Render some views again and compare them with the checksums in the cache.
@@ -73,7 +73,8 @@ def verify_views(
         cache: Whose views are compared.
         transfer_set: Its images.
         draws: Views of the first draws are compared, of up to eight of them, and views of the held-out splits.
-        gaps: {draw: bool [rows]}, True at positions of the training split that are left out.
+        missing: {draw: bool [rows]}, True at positions of the training split whose targets are missing; their views
+            are left out.
         views: How many are rendered in all.
 
     Raises:
@@ -84,8 +85,8 @@ def verify_views(
     places += [(split, 0) for split in cache.manifest.splits if split != "train"]
     for split, draw in places:
         available = np.arange(cache.manifest.splits[split])
-        if gaps and split == "train" and draw in gaps:
-            available = available[~gaps[draw]]
+        if missing and split == "train" and draw in missing:
+            available = available[~missing[draw]]
         count = min(len(available), -(-views // len(places)))
         positions = available[np.arange(count) * len(available) // max(count, 1)]
         crcs = cache.read_rows(split, draw, "view_crc32", positions)
@@ -106,7 +107,7 @@ def compare_views(
         cache: Whose views are compared.
         transfer_set: Its images.
         split: `train`, `val` or `test`.
-        draw: Draw of the views, 0 of a held-out split.
+        draw: Draw of the views; 0 for a held-out split.
         positions: [n].
         crcs: [n], the checksums in the cache.
 

@@ -177,7 +177,7 @@ def test_stage_two_refuses_other_images_and_prints_the_command_for_a_cache_of_th
     }
     error = stages.fails(1, *commands[command])
     assert "the cache 'p' was made from other data:" in error
-    differences = parse_differences(error, "here", "in the cache")
+    differences = parse_differences(error, "in the data", "in the cache")
     assert set(differences) == {field.removeprefix("transfer_set.") for field in fields}
     loaded = load_transfer_set("folder:pets", Path(), val_fraction=0.1).identity()
     cached = Cache(Path("p")).manifest.identity["transfer_set"]
