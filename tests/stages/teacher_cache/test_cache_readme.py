@@ -1,4 +1,4 @@
-"""README.md in a cache says what it is, to those who have nothing but the folder; no path of this machine is in it."""
+"""The README.md of a cache: what the cache is, for people who have nothing but its folder; no path of this machine."""
 
 import json
 import re
@@ -15,39 +15,39 @@ from softcache.stages.teacher_cache.cache_readme import format_readme, write_rea
 from tests.helpers.caches import ASKED, PETS, home_with_cache, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
 
-LITTLE = ("--draws", "2", "--taps", "flatten")
+OPTIONS = ("--draws", "2", "--taps", "flatten")
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap flatten."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("made"), *LITTLE)
+    return home_with_cache(tiny, tmp_path_factory.mktemp("home"), *OPTIONS)
 
 
 @pytest.fixture
-def small(made: Path, tmp_path: Path, stages: Stages) -> Path:
-    """The cache `c` in the folder where a test is."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def small(home: Path, tmp_path: Path, stages: Stages) -> Path:
+    """A copy of the cache `c` in the folder of the test."""
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     return tmp_path / "c"
 
 
-def table(card: str) -> dict[str, str]:
-    """The rows of the card's table."""
-    return dict(re.findall(r"^\| ([^|]+?) \| (.+) \|$", card, re.MULTILINE))
+def parse_table(readme: str) -> dict[str, str]:
+    """The rows of the table of a README."""
+    return dict(re.findall(r"^\| ([^|]+?) \| (.+) \|$", readme, re.MULTILINE))
 
 
-def commands(card: str) -> list[list[str]]:
-    """The commands that the card names, as a shell would split them."""
-    block = re.search(r"```sh\n(.*?)```", card, re.DOTALL)
+def parse_commands(readme: str) -> list[list[str]]:
+    """The arguments of the commands in a README, as a shell splits them."""
+    block = re.search(r"```sh\n(.*?)```", readme, re.DOTALL)
     assert block
     lines = [shlex.split(line) for line in block[1].splitlines()]
     assert all(line[0] == "softcache" for line in lines)
     return [line[1:] for line in lines]
 
 
-def test_the_card_says_what_the_manifest_says(small: Path) -> None:
-    card, record = (small / "README.md").read_text(), json.loads((small / "manifest.json").read_text())
-    rows = table(card)
+def test_the_readme_has_the_facts_of_the_manifest(small: Path) -> None:
+    readme, record = (small / "README.md").read_text(), json.loads((small / "manifest.json").read_text())
+    rows = parse_table(readme)
     assert "`cnn`" in rows["teacher"]
     assert record["identity"]["teacher"]["weights"] in rows["teacher"]
     assert "float32" in rows["teacher"]
@@ -64,56 +64,56 @@ def test_the_card_says_what_the_manifest_says(small: Path) -> None:
     assert record["fingerprint"] in rows["fingerprint"]
     assert all(f"{name} {version}" in rows["made with"] for name, version in record["versions"].items())
     assert rows["licence"].startswith("not stated")
-    assert "It holds no images." in card
+    assert "It holds no images." in readme
 
 
-def test_a_licence_is_stated_where_it_was_given(small: Path, stages: Stages) -> None:
-    stages(*ASKED, *LITTLE, "--license", "CC-BY-4.0", "--out", "licensed")
-    assert table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
+def test_the_licence_is_the_one_of_the_command_that_made_the_cache(small: Path, stages: Stages) -> None:
+    stages(*ASKED, *OPTIONS, "--license", "CC-BY-4.0", "--out", "licensed")
+    assert parse_table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
     stages(*ASKED, "--draws", "3", "--out", "licensed")
-    assert table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
+    assert parse_table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
 
 
-@pytest.mark.parametrize("name", ["c", "what my teacher's head said"])
-def test_the_commands_that_the_card_names_work_where_the_cache_lies(small: Path, stages: Stages, name: str) -> None:
+@pytest.mark.parametrize("name", ["c", "the cache of my teacher's logits"])
+def test_the_commands_in_the_readme_work_in_the_folder_above_the_cache(small: Path, stages: Stages, name: str) -> None:
     if name != "c":
-        stages(*ASKED, *LITTLE, "--out", name)
-    check, student = commands(Path(name, "README.md").read_text())
+        stages(*ASKED, *OPTIONS, "--out", name)
+    check, student = parse_commands(Path(name, "README.md").read_text())
     assert (check[0], student[0]) == ("check-cache", "student")
     stages(*check)
     assert stages(*student, "--epochs", "1")["student"]["arch"] == "resnet8"
 
 
-def test_the_card_of_a_folder_of_pictures_says_where_to_put_their_path(
+def test_the_commands_for_a_folder_of_images_have_a_place_for_its_path(
     stages: Stages, tmp_path: Path, save_image: Any
 ) -> None:
     save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
     stages(*PETS, "--out", "p")
-    for command in commands((tmp_path / "p/README.md").read_text()):
+    for command in parse_commands((tmp_path / "p/README.md").read_text()):
         assert "folder:PATH" in command
         more = ("--epochs", "1") if command[0] == "student" else ()
         stages(*(word.replace("PATH", "pets") for word in command), *more)
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_the_card_grows_with_the_cache(small: Path, stages: Stages, moved: bool) -> None:
-    """Also when the folder was given another name in between: the card was edited by nobody."""
+def test_the_readme_is_refreshed_when_the_cache_grows(small: Path, stages: Stages, moved: bool) -> None:
+    """Also when the folder has got another name: nobody has edited the text."""
     out = "c"
     if moved:
         small.rename(out := "moved")
     stages(*ASKED, "--draws", "3", "--taps", "pool2", "--out", out)
-    card = Path(out, "README.md").read_text()
-    assert "; 3 of each training image" in table(card)["views"]
-    assert "`pool2`" in table(card)["contents"]
-    assert [command[2 if command[0] == "student" else 1] for command in commands(card)] == [out, out]
+    readme = Path(out, "README.md").read_text()
+    assert "; 3 of each training image" in parse_table(readme)["views"]
+    assert "`pool2`" in parse_table(readme)["contents"]
+    assert [command[2 if command[0] == "student" else 1] for command in parse_commands(readme)] == [out, out]
 
 
-def test_a_card_that_someone_edited_is_theirs(small: Path, stages: Stages) -> None:
-    mine = (small / "README.md").read_text().replace("not stated: ask whoever gave it to you", "CC0")
-    (small / "README.md").write_text(mine)
+def test_a_readme_that_someone_edited_is_left(small: Path, stages: Stages) -> None:
+    edited = (small / "README.md").read_text().replace("not stated: ask whoever gave it to you", "CC0")
+    (small / "README.md").write_text(edited)
     stages(*ASKED, "--draws", "3", "--out", "c")
-    assert (small / "README.md").read_text() == mine
+    assert (small / "README.md").read_text() == edited
 
 
 # What the first versions of this program wrote beside two caches of digits.
@@ -280,7 +280,7 @@ def test_the_text_of_the_first_versions_is_replaced_when_the_cache_grows(
     grown = replace(previous, draws=4)
     write_readme(tmp_path, previous, grown)
     assert (tmp_path / "README.md").read_text() == format_readme(tmp_path.name, grown)
-    assert commands((tmp_path / "README.md").read_text())[0] == ["check-cache", tmp_path.name, "--deep"]
+    assert parse_commands((tmp_path / "README.md").read_text())[0] == ["check-cache", tmp_path.name, "--deep"]
 
 
 @pytest.mark.parametrize(
@@ -303,18 +303,18 @@ def test_a_text_of_the_first_versions_that_someone_edited_is_left(
 
 
 def test_no_path_of_this_machine_is_in_a_cache(stages: Stages, tmp_path: Path, save_image: Any) -> None:
-    """With every path given whole: data, weights, the cache itself."""
-    here = tmp_path / "private-place"
-    save_pets(here / "pets", save_image)
-    save_pets_teacher(here / "pets.pt")
-    absolute = [word.replace("folder:pets", f"folder:{here}/pets") for word in PETS]
-    absolute[absolute.index("pets.pt")] = f"{here}/pets.pt"
-    asked = (*absolute, "--data-root", here / "root", "--out", here / "c")
-    stages(*asked)
-    stages(*asked, "--draws", "3")
-    for path in sorted((here / "c").rglob("*")):
+    """Data, weights and the cache itself are given by absolute paths."""
+    folder = tmp_path / "private-place"
+    save_pets(folder / "pets", save_image)
+    save_pets_teacher(folder / "pets.pt")
+    absolute = [word.replace("folder:pets", f"folder:{folder}/pets") for word in PETS]
+    absolute[absolute.index("pets.pt")] = f"{folder}/pets.pt"
+    command = (*absolute, "--data-root", folder / "root", "--out", folder / "c")
+    stages(*command)
+    stages(*command, "--draws", "3")
+    for path in sorted((folder / "c").rglob("*")):
         if path.is_file():
             assert b"private-place" not in path.read_bytes(), path
             assert str(tmp_path).encode() not in path.read_bytes(), path
-    stages("cache-pack", here / "c", here / "c.tar")
-    assert b"private-place" not in (here / "c.tar").read_bytes()
+    stages("cache-pack", folder / "c", folder / "c.tar")
+    assert b"private-place" not in (folder / "c.tar").read_bytes()
