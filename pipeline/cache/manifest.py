@@ -209,16 +209,16 @@ class Manifest:
         """All datasets of a row."""
         return list_datasets(self.classes, self.identity["codec"], self.taps)
 
-    def layout(self, record: ShardRecord) -> Layout:
+    def get_layout(self, record: ShardRecord) -> Layout:
         """Return {dataset: (shape, dtype)} that a shard must have."""
         return make_layout(record.rows, {name: self.datasets[name] for name in record.datasets})
 
-    def head_layout(self) -> Layout:
+    def get_head_layout(self) -> Layout:
         """Return {dataset: (shape, dtype)} that the file of the head must have."""
         inputs = self.head.inputs if self.head else 0
         return {"weight": ((self.classes, inputs), "<f4"), "bias": ((self.classes,), "<f4")}
 
-    def views(self) -> Iterable[tuple[str, int]]:
+    def iter_views(self) -> Iterable[tuple[str, int]]:
         """Iterate over every (split, draw) that the cache holds."""
         return ((s, d) for s in self.splits for d in range(self.draws if s == "train" else 1))
 

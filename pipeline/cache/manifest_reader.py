@@ -228,7 +228,7 @@ def _check_tiles(path: Path, manifest: Manifest) -> None:
         raise CacheError(
             f"{path}: {len(manifest.shards)} shards are too few for {views} draws of {len(names)} datasets"
         )
-    ends = {(split, draw, name): 0 for split, draw in manifest.views() for name in names}
+    ends = {(split, draw, name): 0 for split, draw in manifest.iter_views() for name in names}
     for shard in sorted(manifest.shards, key=lambda s: s.start):
         for name in set(shard.datasets) - set(ROW_KEYS):
             key = (shard.split, shard.draw, name)

@@ -267,7 +267,9 @@ class Cache:
         """
         if not (head := self.manifest.head):
             return None
-        with closing(Shard(self.folder, head.path, self.manifest.head_layout(), head.bytes, head.checksum)) as file:
+        with closing(
+            Shard(self.folder, head.path, self.manifest.get_head_layout(), head.bytes, head.checksum)
+        ) as file:
             weight, bias = (torch.from_numpy(file.read(name)) for name in ("weight", "bias"))
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise CacheError(f"{self.folder / head.path}: the teacher's last layer is not finite")

@@ -134,7 +134,7 @@ class RowReader:
         Raises:
             CacheError: The file is missing or damaged, or its rows are not those of this place of this cache.
         """
-        layout = self._manifest.layout(record)
+        layout = self._manifest.get_layout(record)
         shard = Shard(self._folder, record.path, layout, record.bytes, record.checksum, verified_stamp)
         if not shard.is_verified:
             index = self.get_order(record.split)[record.start : record.start + record.rows].astype(np.int64)

@@ -50,7 +50,7 @@ def _check_views_of_features(cache: Cache, shard: Shard, record: ShardRecord) ->
         stop = min(logits.start + logits.rows, record.start + record.rows)
         if start >= stop:
             continue
-        layout = cache.manifest.layout(logits)
+        layout = cache.manifest.get_layout(logits)
         try:
             with closing(Shard(cache.folder, logits.path, layout, logits.bytes, logits.checksum)) as logits_shard:
                 logits_crcs = logits_shard.read("view_crc32", start - logits.start, stop - start)

@@ -117,7 +117,7 @@ def line_of(work: Callable[[], object]) -> str:
 def read_like_a_student(cache: Cache, name: str = "") -> None:
     """Every row of every draw, with its features; of the draw that this shard is of, where one is named."""
     of = {(record.split, record.draw) for record in cache.manifest.shards if record.path == name}
-    for split, draw in of or cache.manifest.views():
+    for split, draw in of or cache.manifest.iter_views():
         cache.read_targets(split, draw, np.arange(cache.manifest.splits[split]), tuple(cache.manifest.taps))
 
 

@@ -66,8 +66,8 @@ def assert_equal_rows(first: Path, second: Path) -> None:
     """Compare every dataset of every split and draw by value, and shards of the same datasets by their digests."""
     grown, reference = Cache(first), Cache(second)
     assert grown.manifest.taps == reference.manifest.taps
-    assert list(grown.manifest.views()) == list(reference.manifest.views())
-    for split, draw in reference.manifest.views():
+    assert list(grown.manifest.iter_views()) == list(reference.manifest.iter_views())
+    for split, draw in reference.manifest.iter_views():
         for name in reference.manifest.datasets:
             expected = reference.read_column(split, draw, name)
             np.testing.assert_array_equal(grown.read_column(split, draw, name), expected)
