@@ -125,7 +125,7 @@ def _seconds_of_writing(given: Given) -> float:
 
     cache = Cache(given.folder / "reads")
     record = next(r for r in cache.manifest.shards if r.split == "train")
-    arrays = Shard(cache.folder, record.path, cache.manifest.layout(record)).read_all()
+    arrays = Shard(cache.folder, record.path, cache.manifest.get_layout(record)).read_all()
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()

@@ -1,4 +1,17 @@
-"""The cache on disk, format 1: what it is (manifest, identity), its shards, writing, reading, recovery, archives.
+"""The cache on disk, format 1: writing it, reading it, verifying it, and moving it as one file.
 
-May import base and data. Begin with `manifest.py` (what a cache claims to be), then `reader.py` and `writer.py`.
+May import base, data, pipeline.batch and pipeline.models. Begin with `folder.py` (which files a cache has), then read
+`manifest.py` (what it records of them), `writer.py` and `reader.py`.
+
+    folder           names of the files, and which of them exist
+    identity         what makes two caches the same; its fingerprint
+    manifest         the record of a cache and of its shards; manifest_reader validates one
+    shards           HDF5 in and out
+    codecs           logits as bytes
+    plan             what a cache is to hold, and the shards that it is cut into
+    existing         which state a folder is in; recovery finds shards whose manifest is lost
+    writer           writes, continues and extends a cache
+    reader, rows     opens a cache, reads targets; reads rows by position from verified shards
+    verification     verifies shards; renders views again
+    archive          a cache as one tar file
 """

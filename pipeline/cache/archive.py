@@ -1,11 +1,16 @@
-"""A cache as one tar file, and back: a plain ustar that `tar` reads too, its manifest first."""
+"""A cache as one tar file, and back: a plain ustar that `tar` reads too, with the manifest as its first member.
+
+Nothing in a tar is trusted. It is read block by block and not by `tarfile`, which reads a pax or GNU header of any
+size into memory before it can be refused.
+"""
 
 import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
@@ -13,84 +18,131 @@ from softcache.base.errors import CacheError
 from softcache.base.files import make_folder, open_regular_file, publish, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 
-from .manifest import HEAD_FILE, MANIFEST_FILE, MAX_MANIFEST_BYTES, README_FILE, Manifest
+from .folder import HEAD_FILE, MANIFEST_FILE, README_FILE
+from .manifest import MAX_MANIFEST_BYTES, Manifest
 from .manifest_reader import parse_manifest, read_manifest
-from .shards import file_checksum
+from .shards import hash_file
 
-_CARD_MOST = 1 << 20
-_ROOT_MOST = 60  # bytes: with the rest of a shard's name they fit a tar header
-_BLOCK, _PIECE = 512, 1 << 22
-OnProgress = Callable[[int], None]  # called with the bytes that are done
+_MAX_README_BYTES = 1 << 20
+_MAX_ROOT_BYTES = 60  # with the rest of a shard's path they fit into a tar header
+_BLOCK_BYTES = 512  # of a tar
+_COPY_BYTES = 1 << 22  # that are copied at once
+OnProgress = Callable[[int], None]  # called with a number of bytes that are done
 
 
-def pack_cache(folder: Path, manifest: Manifest, file: Path, shown: OnProgress) -> None:
-    """Publish a tar of a cache. Raises CacheError when a file is not what the manifest says.
+class _ListedFile(NamedTuple):
+    """A file of a cache that its manifest lists."""
 
-    Equal caches in folders of one name give equal tar files: no times, no owners.
+    path: str
+    size: int
+    checksum: str
+
+
+def _list_files(manifest: Manifest) -> list[_ListedFile]:
+    head = [_ListedFile(HEAD_FILE, manifest.head.bytes, manifest.head.checksum)] if manifest.head else []
+    return head + [_ListedFile(record.path, record.bytes, record.checksum) for record in manifest.shards]
+
+
+# Packing
+
+
+def pack_cache(folder: Path, manifest: Manifest, file: Path, progress: OnProgress) -> None:
+    """Publish a cache as a tar file.
+
+    Equal caches in folders of the same name give equal tar files: they contain no times and no owners.
+
+    Args:
+        folder: Of the cache.
+        manifest: Of the cache.
+        file: Of the tar.
+        progress: Called with the bytes of each block that was packed.
+
+    Raises:
+        CacheError: A file is missing, or is not the one that the manifest lists.
     """
     root = folder.resolve().name
-    if not 0 < len(root.encode(errors="replace")) <= _ROOT_MOST or not root.isprintable():
+    if not 0 < len(root.encode(errors="replace")) <= _MAX_ROOT_BYTES or not root.isprintable():
         root = "cache"
 
     def write(temporary: Path) -> None:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for name, size, checksum in [(MANIFEST_FILE, -1, ""), (README_FILE, -1, ""), *_files(manifest)]:
-                if name == README_FILE and not (folder / README_FILE).exists():
-                    continue
-                _add(tar, folder, f"{root}/{name}", name, size, checksum, shown)
+            _add_file(tar, root, folder, MANIFEST_FILE, progress)
+            if (folder / README_FILE).exists():
+                _add_file(tar, root, folder, README_FILE, progress)
+            for listed in _list_files(manifest):
+                _add_file(tar, root, folder, listed.path, progress, listed)
 
     publish(file, write)
 
 
-def _files(manifest: Manifest) -> list[tuple[str, int, str]]:
-    """(name, bytes, checksum) of every file that the manifest vouches for."""
-    head = [(HEAD_FILE, manifest.head.bytes, manifest.head.checksum)] if manifest.head else []
-    return head + [(record.path, record.bytes, record.checksum) for record in manifest.shards]
-
-
-def _add(
-    tar: tarfile.TarFile, folder: Path, member: str, name: str, size: int, checksum: str, shown: OnProgress
+def _add_file(
+    tar: tarfile.TarFile,
+    root: str,
+    folder: Path,
+    path: str,
+    progress: OnProgress,
+    listed: _ListedFile | None = None,
 ) -> None:
-    with os.fdopen(open_regular_file(folder, name), "rb") as file:
-        info = tarfile.TarInfo(member)
-        info.size, info.mode = os.fstat(file.fileno()).st_size, 0o644
-        if size >= 0 and info.size != size:
-            raise CacheError(f"{folder / name}: {info.size} bytes instead of {size}: check-cache tells more")
-        hashed = _Hashed(file, shown)
+    """Add folder/path to a tar as root/path; where it is listed, its size and checksum must be those of the list."""
+    with os.fdopen(open_regular_file(folder, path), "rb") as content:
+        info = tarfile.TarInfo(f"{root}/{path}")
+        info.size, info.mode = os.fstat(content.fileno()).st_size, 0o644
+        if listed and info.size != listed.size:
+            raise CacheError(
+                f"{folder / path}: {info.size} bytes instead of {listed.size}: run check-cache for the details"
+            )
+        reader = _HashingReader(content, progress)
         try:
-            tar.addfile(info, hashed)  # type: ignore[arg-type]
+            tar.addfile(info, reader)  # type: ignore[arg-type]
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise CacheError(f"{folder / name}: cut while it was read ({error})") from None
-    if checksum and hashed.digest.hexdigest() != checksum:
-        raise CacheError(f"{folder / name}: damaged, its checksum is not the manifest's: check-cache tells more")
+            raise CacheError(f"{folder / path}: cut while it was read ({error})") from None
+    if listed and reader.digest.hexdigest() != listed.checksum:
+        raise CacheError(
+            f"{folder / path}: damaged, its checksum is {reader.digest.hexdigest()} instead of {listed.checksum}:"
+            " run check-cache for the details"
+        )
 
 
-class _Hashed:
-    """A file that hashes what is read from it."""
+class _HashingReader:
+    """A file that hashes what is read from it, and reports how much that is."""
 
-    def __init__(self, file: BinaryIO, shown: OnProgress):
-        self.file, self.shown, self.digest = file, shown, xxhash.xxh3_128()
+    def __init__(self, file: BinaryIO, progress: OnProgress):
+        self.file, self.progress, self.digest = file, progress, xxhash.xxh3_128()
 
     def read(self, count: int) -> bytes:
         block = self.file.read(count)
         self.digest.update(block)
-        self.shown(len(block))
+        self.progress(len(block))
         return block
 
 
-def unpack_cache(file: Path, folder: Path, begun: Callable[[Manifest], OnProgress]) -> Manifest:
-    """Take a cache out of a tar that pack has made, its manifest last. Stopped, the same call goes on.
+# Unpacking
 
-    Nothing in the tar is trusted: only regular members that its manifest names are taken, each under that name,
-    and each is published when its size and checksum are right. begun: told the manifest, gives what to tell the
-    bytes that are done. Raises CacheError.
+
+def unpack_cache(file: Path, folder: Path, start_progress: Callable[[Manifest], OnProgress]) -> Manifest:
+    """Unpack a cache from a tar file that `pack_cache` made. When it was stopped, the same call goes on.
+
+    Only regular members that the manifest of the tar lists are unpacked, each under the name in the list, and each is
+    published when its size and checksum are right. The manifest is published last.
+
+    Args:
+        file: The tar.
+        folder: Of the cache to be.
+        start_progress: Called with the manifest; what it returns is called with the bytes of each block that is done.
+
+    Returns:
+        The manifest of the cache.
+
+    Raises:
+        CacheError: The tar is damaged or no packed cache, the folder holds something else, or there is too little
+            space.
     """
     with open(file, "rb") as tar:
-        members = _members(tar, file)
-        root, size = next(members, ("", 0))
-        root, _, name = root.partition("/")
+        members = _read_members(tar, file)
+        path, size = next(members, ("", 0))
+        root, _, name = path.partition("/")
         if name != MANIFEST_FILE or size > MAX_MANIFEST_BYTES:
             raise CacheError(f"'{file}' is no packed cache: it does not begin with {MANIFEST_FILE}")
         text = tar.read(size)
@@ -98,21 +150,24 @@ def unpack_cache(file: Path, folder: Path, begun: Callable[[Manifest], OnProgres
         make_folder(folder)
         with hold_lock(folder):
             _check_destination(folder, manifest, file)
-            shown = begun(manifest)
-            wanted = {name: (size, checksum) for name, size, checksum in _files(manifest)}
-            for member, size in members:
-                _extract_member(tar, folder, member.removeprefix(f"{root}/"), size, wanted, shown, file)
-            if wanted:
-                raise CacheError(f"'{file}' ends without {next(iter(wanted))} ({len(wanted)} files): it was cut")
+            missing = {listed.path: listed for listed in _list_files(manifest)}
+            unpacker = _Unpacker(tar, file, folder, missing, start_progress(manifest))
+            for path, size in members:
+                unpacker.extract(path.removeprefix(f"{root}/"), size)
+            if missing:
+                raise CacheError(f"'{file}' ends without {next(iter(missing))} ({len(missing)} files): it was cut")
             if not (folder / MANIFEST_FILE).exists():
-                publish(folder / MANIFEST_FILE, lambda path: _write(path, text))
+                _publish_bytes(folder / MANIFEST_FILE, text)
     return read_manifest(folder)
 
 
-def _members(tar: BinaryIO, file: Path) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each member, the file standing at its first byte; whatever is not read of it is passed over."""
-    while block := tar.read(_BLOCK):
-        if block == bytes(_BLOCK):
+def _read_members(tar: BinaryIO, file: Path) -> Iterator[tuple[str, int]]:
+    """Iterate over (path, bytes) of the members of a tar.
+
+    The tar is then at the first byte of the member's content; what is not read of it is skipped.
+    """
+    while block := tar.read(_BLOCK_BYTES):
+        if block == bytes(_BLOCK_BYTES):
             return
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
@@ -122,84 +177,104 @@ def _members(tar: BinaryIO, file: Path) -> Iterator[tuple[str, int]]:
             raise CacheError(f"'{file}' holds {ascii(info.name)[:80]}, which is no plain file: not made by cache-pack")
         if info.size < 0:
             raise CacheError(f"'{file}' holds {ascii(info.name)[:80]} of {info.size} bytes: it is damaged")
-        begin = tar.tell()
+        start = tar.tell()
         yield info.name, info.size
-        tar.seek(begin + -(-info.size // _BLOCK) * _BLOCK)
+        tar.seek(start + -(-info.size // _BLOCK_BYTES) * _BLOCK_BYTES)
     raise CacheError(f"'{file}' ends in the middle: it was cut")
 
 
 def _check_destination(folder: Path, manifest: Manifest, file: Path) -> None:
-    """The folder is empty, or holds the beginning of this very cache; there is space for it."""
+    """Check that a folder is empty or holds a part of this very cache, and that there is space for the rest.
+
+    Temporary files of a killed process are removed.
+    """
     if (folder / MANIFEST_FILE).exists() and read_manifest(folder).digest != manifest.digest:
         raise CacheError(f"'{folder}' holds another cache than '{file}': choose another folder")
-    names = {name for name, _, _ in _files(manifest)}
-    places = {"": [MANIFEST_FILE, README_FILE]}
-    for name in names:
-        inner, _, last = name.rpartition("/")
-        places.setdefault(inner, []).append(last)
-    for inner, last_names in places.items():
+    listed = _list_files(manifest)
+    names_by_folder = {"": [MANIFEST_FILE, README_FILE]}
+    for path, _, _ in listed:
+        inner, _, name = path.rpartition("/")
+        names_by_folder.setdefault(inner, []).append(name)
+    for inner, names in names_by_folder.items():
         if (folder / inner).is_dir() and not (folder / inner).is_symlink():
-            remove_stale_files(folder / inner, last_names)
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    if strange := sorted(there - names - {MANIFEST_FILE, README_FILE, LOCK}):
-        raise CacheError(f"'{folder}' holds {strange[0]}, which is not of '{file}': choose another folder")
+            remove_stale_files(folder / inner, names)
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    expected = {MANIFEST_FILE, README_FILE, LOCK, *(path for path, _, _ in listed)}
+    if foreign := sorted(present - expected):
+        raise CacheError(f"'{folder}' holds {foreign[0]}, which is not of '{file}': choose another folder")
     if links := [path for path in folder.rglob("*") if path.is_symlink()]:
         raise CacheError(f"'{links[0]}' is a link: remove it, or choose another folder")
-    need = sum(size for name, size, _ in _files(manifest) if not (folder / name).exists())
-    if need > (free := shutil.disk_usage(folder).free):
-        raise CacheError(f"'{file}' needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
+    needed = sum(size for path, size, _ in listed if not (folder / path).exists())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise CacheError(f"'{file}' needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
 
 
-def _extract_member(
-    tar: BinaryIO,
-    folder: Path,
-    name: str,
-    size: int,
-    wanted: dict[str, tuple[int, str]],
-    shown: OnProgress,
-    file: Path,
-) -> None:
-    """Publish the member that the tar stands at."""
-    if name == README_FILE and size <= _CARD_MOST:
-        if (text := tar.read(size)) and not (folder / README_FILE).exists():  # one that is there may have been edited
-            publish(folder / README_FILE, lambda path: _write(path, text))
-        return
-    if name not in wanted:
-        raise CacheError(
-            f"'{file}' holds {ascii(name)[:80]}, which its manifest does not name: nothing of it was taken"
-        )
-    if size != wanted[name][0]:
-        raise CacheError(f"'{file}': {name} has {size} bytes instead of {wanted[name][0]}")
-    checksum = wanted.pop(name)[1]
-    path = folder / name
-    if path.exists() and _checksum(folder, name) == checksum:
-        return shown(size)
-    make_folder(path.parent)
-    publish(path, lambda temporary: _copy(tar, temporary, name, size, checksum, shown, file))
+@dataclass
+class _Unpacker:
+    """Unpacks the members that follow the manifest.
+
+    Attributes:
+        tar: The open tar, at the first byte of a member's content.
+        file: Path of the tar, for messages.
+        folder: Of the cache to be.
+        missing: {path: file of the manifest that has not come yet}.
+        progress: Called with the bytes that are done.
+    """
+
+    tar: BinaryIO
+    file: Path
+    folder: Path
+    missing: dict[str, _ListedFile]
+    progress: OnProgress
+
+    def extract(self, path: str, size: int) -> None:
+        """Publish the member of this path and size, unless the folder has it already."""
+        if path == README_FILE and size <= _MAX_README_BYTES:
+            text = self.tar.read(size)
+            if text and not (self.folder / README_FILE).exists():  # the user may have edited the one that is there
+                _publish_bytes(self.folder / README_FILE, text)
+            return
+        if path not in self.missing:
+            raise CacheError(f"'{self.file}' holds {ascii(path)[:80]}, which its manifest does not list")
+        listed = self.missing[path]
+        if size != listed.size:
+            raise CacheError(f"'{self.file}': {path} has {size} bytes instead of {listed.size}")
+        del self.missing[path]
+        target = self.folder / path
+        if target.exists() and _hash_regular_file(self.folder, path) == listed.checksum:
+            return self.progress(size)
+        make_folder(target.parent)
+        publish(target, lambda temporary: self._copy(temporary, listed))
+
+    def _copy(self, target: Path, listed: _ListedFile) -> None:
+        """Copy the member to a file, and check its checksum."""
+        digest, remaining = xxhash.xxh3_128(), listed.size
+        with open(target, "wb") as out:
+            while remaining:
+                block = self.tar.read(min(remaining, _COPY_BYTES))
+                if not block:
+                    raise CacheError(f"'{self.file}' ends inside {listed.path}: it was cut")
+                digest.update(block)
+                out.write(block)
+                remaining -= len(block)
+                self.progress(len(block))
+        if digest.hexdigest() != listed.checksum:
+            raise CacheError(
+                f"'{self.file}': {listed.path} is damaged: its checksum is {digest.hexdigest()} instead of"
+                f" {listed.checksum}"
+            )
 
 
-def _copy(tar: BinaryIO, path: Path, name: str, size: int, checksum: str, shown: OnProgress, file: Path) -> None:
-    digest = xxhash.xxh3_128()
-    with open(path, "wb") as out:
-        while size:
-            block = tar.read(min(size, _PIECE))
-            if not block:
-                raise CacheError(f"'{file}' ends inside {name}: it was cut")
-            digest.update(block)
-            out.write(block)
-            size -= len(block)
-            shown(len(block))
-    if digest.hexdigest() != checksum:
-        raise CacheError(f"'{file}': {name} is damaged: its checksum is not the manifest's")
-
-
-def _checksum(folder: Path, name: str) -> str:
-    fd = open_regular_file(folder, name)
+def _hash_regular_file(folder: Path, path: str) -> str:
+    fd = open_regular_file(folder, path)
     try:
-        return file_checksum(fd)
+        return hash_file(fd)
     finally:
         os.close(fd)
 
 
-def _write(path: Path, text: bytes) -> None:
-    path.write_bytes(text)
+def _publish_bytes(path: Path, content: bytes) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    publish(path, write)

@@ -1,7 +1,7 @@
-"""Codecs: how logits become bytes, and what that costs in KL.
+"""Codecs: how logits are stored as bytes, and what that costs in KL.
 
-Logits are stored, never probabilities: half-precision probabilities lose 0.28 nats at temperature 4
-on 1,000 classes, half-precision logits 5e-7 (measured on real networks).
+Logits are stored, never probabilities: half-precision probabilities lose 0.28 nats at temperature 4 on 1,000 classes,
+half-precision logits 5e-7 (measured on real networks).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,13 +13,20 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
-_PIECE = 32_000  # numbers that are converted at once
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
+_CHUNK = 32_000  # numbers that are converted at once
 
 
 @dataclass(frozen=True)
 class Codec:
-    """datasets(K): {name: (row shape, dtype)}; encode: float32 [n, K] -> arrays; decode: back to float32."""
+    """A way to store logits.
+
+    Attributes:
+        datasets: K -> {name: (row shape, dtype)}, what is stored of a row.
+        encode: Logits float32 [n, K] -> {name: [n, …]}.
+        decode: The inverse: float32 [n, K], as near as the codec is.
+        max_value: Largest absolute value of a logit that can be stored.
+    """
 
     datasets: Callable[[int], dict[str, tuple[tuple[int, ...], str]]]
     encode: Callable[[Floats], Arrays]
@@ -27,11 +34,35 @@ class Codec:
     max_value: float
 
 
-def _sqrt8_encode(logits: Floats) -> Arrays:
+def _make_float_codec(dtype: str, max_value: float) -> Codec:
+    """Make the codec that stores logits as they are, in a dtype."""
+    return Codec(
+        datasets=lambda K: {"logits": ((K,), dtype)},
+        encode=lambda logits: {"logits": logits.astype(dtype)},
+        decode=lambda stored: _to_float32(stored["logits"]),
+        max_value=max_value,
+    )
+
+
+def _to_float32(stored: NDArray[np.generic]) -> Floats:
+    """Convert float16 or float32 of any shape to a new array of float32.
+
+    By torch: 2,709 rows of 100 take 59 us, by NumPy 217. In chunks below the 32,768 numbers from which on torch starts
+    threads, see `views.render`.
+    """
+    result = np.empty(stored.shape, np.float32)
+    source = stored if stored.flags.writeable else stored.copy()  # torch warns of arrays that it could not write to
+    outputs, inputs = torch.from_numpy(result).view(-1), torch.from_numpy(source).reshape(-1)
+    for output, values in zip(torch.split(outputs, _CHUNK), torch.split(inputs, _CHUNK), strict=True):
+        output.copy_(values)
+    return result
+
+
+def _encode_sqrt8(logits: Floats) -> Arrays:
     """Square-root companding below the row maximum: c = round(255 sqrt((max - z) / (max - min))).
 
-    Depths count from the maximum itself and not from its float16: rounding that moves a whole row, which no
-    softmax sees, and never lets another class catch up with the first.
+    Depths count from the maximum itself and not from its float16: that rounding moves a whole row, which no softmax
+    sees, and never lets another class catch up with the first.
     """
     top = logits.max(1, keepdims=True)
     depth = top - logits
@@ -40,60 +71,44 @@ def _sqrt8_encode(logits: Floats) -> Arrays:
     return {"logits": code, "logits_scale": np.concatenate([top, span], 1).astype(np.float16)}
 
 
-def _sqrt8_decode(stored: Mapping[str, NDArray[np.generic]]) -> Floats:
+def _decode_sqrt8(stored: Mapping[str, NDArray[np.generic]]) -> Floats:
+    """z = max - (c / 255)² (max - min)."""
     scale = stored["logits_scale"].astype(np.float32)
     share = np.square(stored["logits"].astype(np.float32) * np.float32(1 / 255))
     return np.asarray(scale[:, :1] - share * scale[:, 1:], np.float32)
 
 
-def _plain(dtype: str, largest: float) -> Codec:
-    return Codec(
-        lambda K: {"logits": ((K,), dtype)},
-        lambda logits: {"logits": logits.astype(dtype)},
-        lambda stored: _widened(stored["logits"]),
-        largest,
-    )
-
-
-def _widened(stored: NDArray[np.generic]) -> Floats:
-    """float16 or float32 of any shape as new float32, the same numbers.
-
-    By torch: 2,709 rows of 100 take 59 us, by NumPy 217. In pieces below the 32,768 numbers from which on torch starts
-    threads: see views.render.
-    """
-    found = np.empty(stored.shape, np.float32)
-    own = stored if stored.flags.writeable else stored.copy()  # torch warns of arrays that it could not write to
-    flat, halves = torch.from_numpy(found).view(-1), torch.from_numpy(own).reshape(-1)
-    for piece, half in zip(torch.split(flat, _PIECE), torch.split(halves, _PIECE), strict=True):
-        piece.copy_(half)
-    return found
-
-
 CODECS: dict[str, Codec] = {
-    "float16": _plain("<f2", 65504.0),
-    "float32": _plain("<f4", float(np.finfo(np.float32).max)),
+    "float16": _make_float_codec("<f2", 65504.0),
+    "float32": _make_float_codec("<f4", float(np.finfo(np.float32).max)),
     "sqrt8": Codec(
-        lambda K: {"logits": ((K,), "|u1"), "logits_scale": ((2,), "<f2")},
-        _sqrt8_encode,
-        _sqrt8_decode,
-        30000.0,
+        datasets=lambda K: {"logits": ((K,), "|u1"), "logits_scale": ((2,), "<f2")},
+        encode=_encode_sqrt8,
+        decode=_decode_sqrt8,
+        max_value=30000.0,
     ),
 }
 
 
 def measure_fidelity(logits: Floats, decoded: Floats) -> dict[str, float]:
-    """What a codec cost on these rows, as sums: rows, flips of the first class, KL(true || stored) in nats.
+    """Measure what a codec costs on some rows.
 
-    logits, decoded: float32 [n, K]. The KL is summed over the rows at each temperature of TEMPERATURES.
+    Args:
+        logits: float32 [n, K], as the teacher outputs them.
+        decoded: float32 [n, K], the same after encoding and decoding.
+
+    Returns:
+        Sums over the rows: `rows`; `flips`, the changed top-1 classes; and for each temperature T of TEMPERATURES
+        `kl_T`, KL(softmax(logits / T) || softmax(decoded / T)) in nats.
     """
-    cost: dict[str, float] = {
+    sums: dict[str, float] = {
         "rows": len(logits),
         "flips": int((logits.argmax(1) != decoded.argmax(1)).sum()),
     }
     for T in TEMPERATURES:
         p, q = _log_softmax(logits / T), _log_softmax(decoded / T)
-        cost[f"kl_{T:g}"] = max(0.0, float((np.exp(p) * (p - q)).sum()))
-    return cost
+        sums[f"kl_{T:g}"] = max(0.0, float((np.exp(p) * (p - q)).sum()))
+    return sums
 
 
 def _log_softmax(z: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
-"""What makes two caches the same: a nested record of plain values, and its hash.
+"""The identity of a cache: what makes two caches the same, as a nested record of plain values, and its hash.
 
-The identity says what a row *is* (data, views, teacher, precision, codec). How much was kept of it,
-the draws and the taps, is no part of it: a cache can grow without becoming another one.
+The identity says what a row *is*: data, views, teacher, precision, codec. How many draws and which taps are stored is
+no part of it, so that a cache can grow without becoming another one.
 """
 
 import json
@@ -13,6 +13,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 
 FORMAT = 1
+PRECISIONS = ("float32", "bfloat16")
 Identity = dict[str, Any]
 
 
@@ -24,7 +25,16 @@ def make_identity(
     codec: str,
     precision: str,
 ) -> Identity:
-    """The identity of a cache. teacher: arch, digest of the weights, and how images reach it."""
+    """Make the identity of a cache.
+
+    Args:
+        transfer_set: Its images, labels and splits.
+        views: How training images become views.
+        seed: Seed of the views and of the row order.
+        teacher: Arch, digest of the weights, and the fields of its InputSpec.
+        codec: Name of the codec of the logits.
+        precision: One of PRECISIONS.
+    """
     return {
         "format": FORMAT,
         "transfer_set": transfer_set.identity(),
@@ -36,36 +46,48 @@ def make_identity(
 
 
 def compute_fingerprint(identity: Identity) -> str:
-    """SHA-256 of the identity as canonical JSON, 64 hexadecimal digits."""
-    return sha256(_canonical(identity).encode()).hexdigest()
+    """Compute the SHA-256 of the identity as canonical JSON, 64 hexadecimal digits."""
+    return sha256(_to_canonical_json(identity).encode()).hexdigest()
 
 
-def _canonical(record: Any) -> str:
+def _to_canonical_json(record: Any) -> str:
     return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
 
-def find_differences(one: Any, other: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The fields in which two nested records differ, as (dotted name, value in one, value in other).
+def find_differences(first: Any, second: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Find the fields in which two nested records differ.
 
-    Compared as JSON, as fingerprint does: 1 and 1.0 differ, a tuple and a list do not. A field that is in one of
-    the two alone is None in the other.
+    They are compared as JSON, as in the fingerprint: 1 and 1.0 differ, a tuple and a list do not.
+
+    Args:
+        first: A record, or a value inside one.
+        second: The other record.
+        field: Dotted name of the place of both, for recursion.
+
+    Yields:
+        (dotted name, value in first, value in second); None for a field that only the other one has.
     """
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in [*one, *(k for k in other if k not in one)]:
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in [*first, *(k for k in second if k not in first)]:
             inner = f"{field}.{key}" if field else str(key)
-            if key in one and key in other:
-                yield from find_differences(one[key], other[key], inner)
+            if key in first and key in second:
+                yield from find_differences(first[key], second[key], inner)
             else:
-                yield inner, one.get(key), other.get(key)
-    elif _canonical(one) != _canonical(other):
-        yield field, one, other
+                yield inner, first.get(key), second.get(key)
+    elif _to_canonical_json(first) != _to_canonical_json(second):
+        yield field, first, second
 
 
-def format_differences(one: Identity, other: Identity, names: tuple[str, str]) -> str:
-    """The differing fields side by side, a line each below a line of the two names."""
-    found = [(field, _shorten(a), _shorten(b)) for field, a, b in find_differences(one, other)]
-    rows = [("", *names), *found] if found else []
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+def format_differences(first: Identity, second: Identity, names: tuple[str, str]) -> str:
+    """Format the fields that differ side by side, one per line, below a line with the names of the two records.
+
+    The text begins with a line break; it is empty where nothing differs.
+    """
+    differences = [(field, _shorten(a), _shorten(b)) for field, a, b in find_differences(first, second)]
+    if not differences:
+        return ""
+    rows = [("", *names), *differences]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "".join(f"\n  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in rows)
 
 

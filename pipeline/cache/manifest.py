@@ -1,4 +1,7 @@
-"""What a cache claims to be. Written last: where there is a manifest, there is a whole cache."""
+"""The manifest of a cache: what the cache holds, file by file, and how it was made.
+
+The manifest is written last: where there is one, the cache is complete. `manifest_reader.py` reads and validates it.
+"""
 
 import json
 import math
@@ -14,13 +17,12 @@ import numpy as np
 from softcache.base.files import publish_text
 
 from .codecs import CODECS
+from .folder import MANIFEST_FILE
 from .identity import FORMAT, Identity, compute_fingerprint
-from .precision_record import PrecisionRecord
 from .shards import Layout
 
-MANIFEST_FILE, IN_PROGRESS_FILE, README_FILE, HEAD_FILE = "manifest.json", "unfinished.json", "README.md", "head.h5"
 SPLITS = ("train", "val", "test")
-ROW_KEYS = {"index": ((), "<u4"), "label": ((), "<i4"), "view_crc32": ((), "<u4")}  # of every shard
+ROW_KEYS = {"index": ((), "<u4"), "label": ((), "<i4"), "view_crc32": ((), "<u4")}  # datasets of every shard
 MAX_DRAWS = 100_000
 MAX_SHARD_BYTES = 4 << 30  # bytes of a shard; at 12 GB/s its checksum takes a third of a second
 MAX_MANIFEST_BYTES = 16 << 20  # bytes of a manifest: some 40,000 shards; JSON takes up to 20 times as much memory
@@ -30,30 +32,41 @@ Datasets = dict[str, tuple[tuple[int, ...], str]]  # {name: (row shape, dtype)}
 
 
 def list_datasets(classes: int, codec: str, taps: dict[str, list[int]]) -> Datasets:
-    """Everything that is kept of a row. Features are float16, whatever the codec of the logits."""
+    """List all datasets that a cache stores of a row: logits, features, and the keys of the row.
+
+    Features are float16, whatever the codec of the logits.
+
+    Args:
+        classes: K.
+        codec: Name of the codec of the logits.
+        taps: {tap: row shape}.
+    """
     features = {f"features/{tap}": (tuple(shape), "<f2") for tap, shape in taps.items()}
     return {**CODECS[codec].datasets(classes), **features, **ROW_KEYS}
 
 
 def count_row_bytes(datasets: Datasets) -> int:
-    """Of one row, without what HDF5 adds."""
+    """Count the bytes of one row of these datasets, without what HDF5 adds."""
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in datasets.values())
 
 
 def make_layout(rows: int, datasets: Datasets) -> Layout:
-    """{dataset: (whole shape, dtype)} of so many rows."""
+    """Make {dataset: (shape, dtype)} of so many rows."""
     return {name: ((rows, *shape), dtype) for name, (shape, dtype) in datasets.items()}
-
-
-def make_shard_path(split: str, draw: int, number: int, part: int) -> str:
-    """The name of a shard in the cache's folder. part: 0 for the first, 1 … for taps that were added later."""
-    folder = f"draw-{draw:03d}" if split == "train" else split
-    return f"{folder}/shard-{number:05d}{f'-{part}' if part else ''}.h5"
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A shard to be: rows start to start + rows of a split, in the row order, in one draw; the datasets it holds."""
+    """A shard before it is written: which rows and datasets it is to hold.
+
+    Attributes:
+        path: Path in the cache's folder.
+        split: `train`, `val` or `test`.
+        draw: Draw of the views; 0 for a held-out split.
+        start: Position of its first row in the row order of the split.
+        rows: Number of its rows.
+        datasets: {name: (row shape, dtype)}.
+    """
 
     path: str
     split: str
@@ -65,10 +78,19 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard: rows start to start + rows of the row order of a split, in one draw; and the datasets it holds.
+    """A shard as the manifest lists it. The attributes are fields of the JSON.
 
-    bytes, checksum: size and xxh3-128 of the file; payload: xxh3-128 of its datasets alone; correct: rows whose
-    label the logits hit, None where it holds no logits.
+    Attributes:
+        path: Path in the cache's folder.
+        split: `train`, `val` or `test`.
+        draw: Draw of the views; 0 for a held-out split.
+        start: Position of its first row in the row order of the split.
+        rows: Number of its rows.
+        bytes: Size of the file.
+        checksum: xxh3-128 of the file.
+        payload: xxh3-128 of the datasets alone, equal for equal rows.
+        correct: Rows whose label is the top-1 class of the logits; None where the shard holds no logits.
+        datasets: Names of its datasets.
     """
 
     path: str
@@ -85,7 +107,14 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class HeadRecord:
-    """The teacher's last linear layer: logits = weight [K, D] @ pooled [D] + bias [K], float32."""
+    """The file of the teacher's last linear layer: logits = weight [K, D] @ pooled [D] + bias [K], float32.
+
+    Attributes:
+        path: Path in the cache's folder.
+        bytes: Size of the file.
+        checksum: xxh3-128 of the file.
+        inputs: D.
+    """
 
     path: str
     bytes: int
@@ -94,13 +123,60 @@ class HeadRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """identity, what was kept (draws, splits, taps), and what was measured while it was written.
+class PrecisionRecord:
+    """A faster way in which the teacher was run, and how far its logits are from plain float32.
 
-    classes: K; splits: {name: rows}; taps: {name: row shape}; teacher: {split: {"accuracy": share or None}};
-    fidelity: KL in nats and share of flips that the codec cost; seconds of stage one; settings: those of the
-    command that began it, without what is of its machine alone; versions of what wrote it; arithmetic: None, and no
-    field of the file, where the teacher was asked as it is; digest: SHA-256 of the file.
+    Attributes:
+        folded: Whether batch norm was folded into the convolutions before it.
+        compiled: Whether `torch.compile` compiled the teacher when the cache was started.
+        rows: Training views that were run both ways.
+        kl_1: Mean KL(plain float32 || this) of these views at temperature 1, in nats.
+        kl_4: The same at temperature 4.
+        flips: Share of these views whose top-1 class changed.
+    """
+
+    folded: bool
+    compiled: bool
+    rows: int
+    kl_1: float
+    kl_4: float
+    flips: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Describe in one line what was done and what it costs."""
+        steps = [name for name, done in (("batch norm folded", self.folded), ("compiled", self.compiled)) if done]
+        return (
+            f"{', '.join(steps) or 'as the network is'}: KL {self.kl_1:.1e} to plain float32 at T=1, {self.kl_4:.1e}"
+            f" at T=4, {self.flips:.2%} of {self.rows} views change their top-1 class"
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is, what it holds, and what was measured while it was written.
+
+    The attributes are fields of the JSON, but for `digest`.
+
+    Attributes:
+        identity: What makes the cache this one, see `identity.py`.
+        classes: K.
+        draws: Views of each training image.
+        splits: {split: rows}.
+        taps: {tap: row shape}.
+        shards: Every shard.
+        head: The teacher's last linear layer; None where it has none.
+        teacher: {split: {"accuracy": share of the labelled rows that the teacher classifies correctly, or None}}.
+        fidelity: What the codec cost, as means over the rows: KL in nats, share of changed top-1 classes.
+        seconds: Time that running the teacher and writing took.
+        settings: Settings of the command that started the cache, without those that concern its machine alone.
+        versions: {library: version} of the program that started the cache.
+        arithmetic: How the teacher was run, where that was not simply in the precision of the identity. None
+            otherwise, and then no field of the JSON.
+        digest: SHA-256 of the file, empty before it is written.
     """
 
     identity: Identity
@@ -120,7 +196,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the identity; every shard carries it too."""
+        """Hash of the identity; every shard has it as an attribute."""
         return compute_fingerprint(self.identity)
 
     @property
@@ -130,32 +206,32 @@ class Manifest:
 
     @cached_property
     def datasets(self) -> Datasets:
-        """Everything that is kept of a row."""
+        """All datasets of a row."""
         return list_datasets(self.classes, self.identity["codec"], self.taps)
 
-    def layout(self, record: ShardRecord) -> Layout:
-        """What a shard must hold: {dataset: (whole shape, dtype)}."""
+    def get_layout(self, record: ShardRecord) -> Layout:
+        """Return {dataset: (shape, dtype)} that a shard must have."""
         return make_layout(record.rows, {name: self.datasets[name] for name in record.datasets})
 
-    def head_layout(self) -> Layout:
-        """What the head's file must hold."""
+    def get_head_layout(self) -> Layout:
+        """Return {dataset: (shape, dtype)} that the file of the head must have."""
         inputs = self.head.inputs if self.head else 0
         return {"weight": ((self.classes, inputs), "<f4"), "bias": ((self.classes,), "<f4")}
 
-    def views(self) -> Iterable[tuple[str, int]]:
-        """Every (split, draw) that is kept."""
+    def iter_views(self) -> Iterable[tuple[str, int]]:
+        """Iterate over every (split, draw) that the cache holds."""
         return ((s, d) for s in self.splits for d in range(self.draws if s == "train" else 1))
 
     def write(self, folder: Path) -> None:
-        """Publish the manifest into the cache's folder, sealed by its own SHA-256."""
+        """Publish the manifest in the cache's folder, sealed with its SHA-256."""
         record = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
         del record["digest"]
-        if self.arithmetic is None:  # so that such a cache is still read by programs that know no other
+        if self.arithmetic is None:  # programs that do not know the field can still read such a cache
             del record["arithmetic"]
         publish_text(folder / MANIFEST_FILE, seal(record))
 
 
 def seal(record: dict[str, Any]) -> str:
-    """The text of a manifest: the record as JSON, and as its last field the SHA-256 of every byte before."""
+    """Make the text of a manifest: the record as JSON, its last field the SHA-256 of all bytes before that field."""
     body = json.dumps(record, indent=1, allow_nan=False)[: -len("\n}")]
     return f'{body},\n "sha256": "{sha256(body.encode()).hexdigest()}"\n}}\n'

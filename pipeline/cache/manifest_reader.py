@@ -1,4 +1,7 @@
-"""A manifest from its bytes: its seal, its form, its bounds, and that its shards tile what it claims to keep."""
+"""Reading a manifest: seal, schema, bounds, and that the shards tile the rows that it claims.
+
+Nothing in the file is trusted. Sizes are checked before anything of that size is allocated.
+"""
 
 import json
 import math
@@ -12,11 +15,9 @@ from softcache.base.files import read_regular_file
 from softcache.base.schema import validate
 
 from .codecs import CODECS, TEMPERATURES
-from .identity import FORMAT
+from .folder import HEAD_FILE, IN_PROGRESS_FILE, MANIFEST_FILE, make_shard_path, parse_shard_path
+from .identity import FORMAT, PRECISIONS
 from .manifest import (
-    HEAD_FILE,
-    IN_PROGRESS_FILE,
-    MANIFEST_FILE,
     MAX_DRAWS,
     MAX_MANIFEST_BYTES,
     MAX_ROWS,
@@ -25,19 +26,25 @@ from .manifest import (
     SPLITS,
     HeadRecord,
     Manifest,
+    PrecisionRecord,
     ShardRecord,
     count_row_bytes,
-    make_shard_path,
 )
-from .precision_record import SCHEMA as ARITHMETIC_FORM
-from .precision_record import parse_precision_record
 
 _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\n')
 _SEAL_BYTES = len(b',\n "sha256": ""\n}\n') + 64
+_WAY_OUT = (
+    ". Put it back from a copy; or delete it and run the same teacher-cache command: each shard carries its own"
+    " digest, and the teacher runs again only for shards that are missing"
+)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a cache, checked in itself. Raises CacheError with the reason and the way out."""
+    """Read and validate the manifest of a cache.
+
+    Raises:
+        CacheError: There is no complete cache, or the manifest is damaged, edited or inconsistent.
+    """
     path = folder / MANIFEST_FILE
     if folder.is_file():
         raise CacheError(f"'{folder}' is a file: a cache is a folder")
@@ -53,7 +60,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, path: Path) -> Manifest:
-    """A manifest from its bytes; path is where they are from, for messages. Raises CacheError."""
+    """Parse and validate the bytes of a manifest.
+
+    Args:
+        text: Content of the file.
+        path: Where it comes from, for messages.
+
+    Raises:
+        CacheError: The manifest is damaged, edited or inconsistent.
+    """
     try:
         record = json.loads(text)
         if not isinstance(record, dict) or "format" not in record:
@@ -62,33 +77,40 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
             raise CacheError(f"{path}: format {ascii(record['format'])[:40]}, this program reads {FORMAT}")
         digest = _check_seal(text, path)
         del record["sha256"]
-        more = {"arithmetic": ARITHMETIC_FORM} if "arithmetic" in record else {}
-        validate(record, {**_SCHEMA, **more}, str(path))
+        optional = {"arithmetic": _PRECISION_SCHEMA} if "arithmetic" in record else {}
+        validate(record, {**_SCHEMA, **optional}, str(path))
         manifest = _build_manifest(record, digest)
         if record["fingerprint"] != manifest.fingerprint:
             raise CacheError(
                 f"{path}: its identity was edited: its fingerprint is {manifest.fingerprint[:12]},"
-                f" written down is {record['fingerprint'][:12]}"
+                f" the recorded one is {record['fingerprint'][:12]}"
             )
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{path}: not a manifest ({type(error).__name__}: {str(error)[:80]}){_WAY_OUT}") from None
     _check_bounds(path, manifest)
+    for shard in manifest.shards:
+        _check_shard(path, manifest, shard)
+    _check_tiles(path, manifest)
     return manifest
 
 
-_WAY_OUT = (
-    ". Put it back from a copy; or delete it and run the same teacher-cache command: the shards vouch for"
-    " themselves, and only what is missing is asked again"
-)
+def parse_precision_record(record: Any) -> PrecisionRecord | None:
+    """Make a PrecisionRecord of plain JSON values; None where they are none of one."""
+    try:
+        validate(record, _PRECISION_SCHEMA, "arithmetic")
+    except CacheError:
+        return None
+    return PrecisionRecord(**record)
 
 
 def _check_seal(text: bytes, path: Path) -> str:
-    found = _SEAL.fullmatch(text[-_SEAL_BYTES:])
+    """Return the SHA-256 of all before the seal, which must be the one that the seal contains."""
+    seal = _SEAL.fullmatch(text[-_SEAL_BYTES:])
     digest = sha256(text[:-_SEAL_BYTES]).hexdigest()
-    if found is None or found[1].decode() != digest:
-        claim = found[1].decode()[:12] if found else "not there"
+    if seal is None or seal[1].decode() != digest:
+        recorded = seal[1].decode()[:12] if seal else "not there"
         raise CacheError(
-            f"{path}: damaged or edited: its SHA-256 is {digest[:12]}, the one written in it {claim}{_WAY_OUT}"
+            f"{path}: damaged or edited: its SHA-256 is {digest[:12]}, the one written in it {recorded}{_WAY_OUT}"
         )
     return digest
 
@@ -112,10 +134,11 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "std": [float],
     },
     "codec": re.compile("|".join(CODECS)),
-    "precision": re.compile("float32|bfloat16"),
+    "precision": re.compile("|".join(PRECISIONS)),
 }
 SETTINGS_SCHEMA = {str: (None, bool, float, str)}
-_ANY = re.compile(r"[\s\S]{0,65536}")  # a path is compared with the only one that it may be
+_PRECISION_SCHEMA = {"folded": bool, "compiled": bool, "rows": int, "kl_1": float, "kl_4": float, "flips": float}
+_ANY = re.compile(r"[\s\S]{0,65536}")  # `_check_shard` compares the path with the only one that it may be
 _HEX = re.compile("[0-9a-f]{32}")
 _SCHEMA: dict[str, Any] = {
     "format": int,
@@ -149,82 +172,72 @@ _SCHEMA: dict[str, Any] = {
 
 
 def _build_manifest(record: dict[str, Any], digest: str) -> Manifest:
-    apart = ("format", "fingerprint", "shards", "head", "arithmetic")
-    more = {k: v for k, v in record.items() if k not in apart}
-    head = HeadRecord(**record["head"]) if record["head"] else None
-    shards = tuple(ShardRecord(**shard) for shard in record["shards"])
-    arithmetic = parse_precision_record(record.get("arithmetic"))
-    return Manifest(**more, shards=shards, head=head, arithmetic=arithmetic, digest=digest)
+    """Build a manifest from a record that fits the schema."""
+    converted = ("format", "fingerprint", "shards", "head", "arithmetic")
+    return Manifest(
+        **{name: value for name, value in record.items() if name not in converted},
+        shards=tuple(ShardRecord(**shard) for shard in record["shards"]),
+        head=HeadRecord(**record["head"]) if record["head"] else None,
+        arithmetic=parse_precision_record(record.get("arithmetic")),
+        digest=digest,
+    )
 
 
 def _check_bounds(path: Path, manifest: Manifest) -> None:
-    """Sizes are in bounds; every dataset of every split and draw is tiled by shards, without gap or overlap."""
+    """Check that sizes are within their limits, and that the splits are those of a transfer set."""
     for tap, shape in manifest.taps.items():
         if len(shape) > 8 or not tap or "/" in tap:
             raise CacheError(f"{path}: taps: {ascii(tap)[:40]} cannot have {len(shape)} dimensions")
-    bounds = [("draws", manifest.draws, MAX_DRAWS), ("classes", manifest.classes, 1 << 24)]
-    bounds += [(f"splits.{split}", rows, MAX_ROWS) for split, rows in manifest.splits.items()]
-    bounds += [(f"taps.{tap}", math.prod(shape), 1 << 31) for tap, shape in manifest.taps.items()]
-    for name, value, most in bounds:
-        if not 1 <= value <= most:
-            raise CacheError(f"{path}: {name}: {value} is not between 1 and {most}")
+    limits = [("draws", manifest.draws, MAX_DRAWS), ("classes", manifest.classes, 1 << 24)]
+    limits += [(f"splits.{split}", rows, MAX_ROWS) for split, rows in manifest.splits.items()]
+    limits += [(f"taps.{tap}", math.prod(shape), 1 << 31) for tap, shape in manifest.taps.items()]
+    for name, value, largest in limits:
+        if not 1 <= value <= largest:
+            raise CacheError(f"{path}: {name}: {value} is not between 1 and {largest}")
     if "train" not in manifest.splits or not set(manifest.splits) <= set(SPLITS):
         raise CacheError(f"{path}: its splits are {ascii(list(manifest.splits))[:80]}, not train and val or test")
     if set(manifest.teacher) != set(manifest.splits):
-        raise CacheError(f"{path}: the teacher's accuracy is not of its splits")
+        raise CacheError(f"{path}: the teacher's accuracy is given for other splits than those of the cache")
     if manifest.head and manifest.head.inputs > 1 << 24:
         raise CacheError(f"{path}: head.inputs: {manifest.head.inputs} is more than {1 << 24}")
     if len({shard.path for shard in manifest.shards}) != len(manifest.shards):
         raise CacheError(f"{path}: two shards have one path")
-    for shard in manifest.shards:
-        _check_record(path, manifest, shard)
-    _check_tiles(path, manifest)
 
 
-def _check_record(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
-    """One shard lies where its rows say, holds what a shard can hold, and is of a size that fits."""
-    found = re.fullmatch(r"[a-z0-9-]+/shard-([0-9]{5,9})(?:-([1-9][0-9]{0,3}))?\.h5", shard.path)
-    if not found or shard.path != make_shard_path(shard.split, shard.draw, int(found[1]), int(found[2] or 0)):
+def _check_shard(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
+    """Check that a shard has the path of its rows, datasets that belong together, and bytes enough for them."""
+    numbers = parse_shard_path(shard.path)
+    if numbers is None or shard.path != make_shard_path(shard.split, shard.draw, *numbers):
         raise CacheError(f"{path}: {ascii(shard.path)[:80]} is not the file of a shard of {shard.split}, {shard.draw}")
     names = set(shard.datasets)
     if len(names) != len(shard.datasets) or not set(ROW_KEYS) < names or not names <= set(manifest.datasets):
         raise CacheError(f"{path}: {shard.path} cannot hold {ascii(shard.datasets)[:80]}")
     if ("logits" in names) != (shard.correct is not None):
-        raise CacheError(f"{path}: {shard.path}: correct is {shard.correct}")
-    need = shard.rows * count_row_bytes({name: manifest.datasets[name] for name in names})
-    if not need <= shard.bytes <= MAX_SHARD_BYTES:
-        raise CacheError(f"{path}: {shard.path} with {shard.rows} rows has {shard.bytes} bytes: they need {need}")
+        logits = "with" if "logits" in names else "without"
+        raise CacheError(f"{path}: {shard.path}: correct is {shard.correct} in a shard {logits} logits")
+    needed = shard.rows * count_row_bytes({name: manifest.datasets[name] for name in names})
+    if not needed <= shard.bytes <= MAX_SHARD_BYTES:
+        raise CacheError(f"{path}: {shard.path} with {shard.rows} rows has {shard.bytes} bytes: they need {needed}")
 
 
 def _check_tiles(path: Path, manifest: Manifest) -> None:
+    """Check that shards tile the rows of every dataset in every split and draw, without a gap or an overlap."""
     names = [name for name in manifest.datasets if name not in ROW_KEYS]
-    kept = sum(manifest.draws if split == "train" else 1 for split in manifest.splits)
-    if kept * len(names) > sum(len(shard.datasets) for shard in manifest.shards):  # before so many are listed
+    views = sum(manifest.draws if split == "train" else 1 for split in manifest.splits)
+    if views * len(names) > sum(len(shard.datasets) for shard in manifest.shards):  # before so many are listed
         raise CacheError(
-            f"{path}: {len(manifest.shards)} shards are too few for {kept} draws of {len(names)} datasets"
+            f"{path}: {len(manifest.shards)} shards are too few for {views} draws of {len(names)} datasets"
         )
-    filled = {(split, draw, name): 0 for split, draw in manifest.views() for name in names}
+    ends = {(split, draw, name): 0 for split, draw in manifest.iter_views() for name in names}
     for shard in sorted(manifest.shards, key=lambda s: s.start):
         for name in set(shard.datasets) - set(ROW_KEYS):
             key = (shard.split, shard.draw, name)
-            if filled.get(key) != shard.start or shard.rows < 1:
+            if ends.get(key) != shard.start or shard.rows < 1:
                 raise CacheError(
                     f"{path}: {shard.path} begins at row {shard.start} of {shard.split}, draw {shard.draw}:"
                     " it does not follow on"
                 )
-            filled[key] += shard.rows
-    for (split, draw, name), rows in filled.items():
+            ends[key] += shard.rows
+    for (split, draw, name), rows in ends.items():
         if rows != manifest.splits[split]:
             raise CacheError(f"{path}: {split}, draw {draw} has {rows} of {manifest.splits[split]} rows of {name}")
-
-
-def read_in_progress_file(folder: Path) -> Any:
-    try:
-        begun = json.loads(read_regular_file(folder, IN_PROGRESS_FILE, MAX_MANIFEST_BYTES))
-        if isinstance(begun, dict):
-            return begun
-    except ValueError:
-        pass
-    raise CacheError(
-        f"'{folder / IN_PROGRESS_FILE}' is damaged: choose another --out, or delete it when its shards are yours"
-    )

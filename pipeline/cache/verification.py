@@ -1,6 +1,7 @@
-"""What proves that a cache is of these images and of this teacher: views rendered again, rows asked again."""
+"""Verifying a cache: every byte of its shards, and that its views can still be rendered as the teacher saw them."""
 
 import zlib
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -10,34 +11,86 @@ from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import render
 
+from .manifest import ShardRecord
 from .reader import Cache
 from .rows import Positions
+from .shards import Shard
 
-_PIXEL_BYTES = 8 << 20  # of views that are rendered together
+_PIXEL_BYTES = 8 << 20  # of views that are rendered at once
+
+
+def verify_shard(cache: Cache, record: ShardRecord) -> NDArray[np.generic]:
+    """Verify all of a shard that can be verified without its images. May be called by several threads.
+
+    Returns:
+        uint32 [rows], the checksums of its views, see `compute_crc32`.
+
+    Raises:
+        CacheError: The shard is missing, damaged, or not of this place of this cache.
+    """
+    with closing(cache.open_shard(record)) as shard:
+        if shard.verify_payload() != record.payload:
+            raise CacheError(f"{shard.path}: the digest of its datasets is not the one in the manifest")
+        for name in record.datasets:
+            if name.startswith("features/") and not np.isfinite(shard.read(name)).all():
+                raise CacheError(f"{shard.path}: {name} has values that are not finite")
+        if record.correct is None:
+            _check_views_of_features(cache, shard, record)
+        return shard.read("view_crc32")
+
+
+def _check_views_of_features(cache: Cache, shard: Shard, record: ShardRecord) -> None:
+    """Check that features which were added later are of the same views as the logits.
+
+    Shards of logits that cannot be read are passed over: they are reported by themselves.
+    """
+    crcs = shard.read("view_crc32")
+    for logits in cache.list_records(record.split, record.draw, "view_crc32"):
+        start = max(logits.start, record.start)
+        stop = min(logits.start + logits.rows, record.start + record.rows)
+        if start >= stop:
+            continue
+        layout = cache.manifest.get_layout(logits)
+        try:
+            with closing(Shard(cache.folder, logits.path, layout, logits.bytes, logits.checksum)) as logits_shard:
+                logits_crcs = logits_shard.read("view_crc32", start - logits.start, stop - start)
+        except CacheError:
+            continue
+        if not np.array_equal(crcs[start - record.start : stop - record.start], logits_crcs):
+            raise CacheError(f"{shard.path}: its features are of other views than the logits of {logits.path}")
 
 
 def verify_views(
     cache: Cache,
     transfer_set: TransferSet,
     draws: int,
-    gaps: dict[int, NDArray[np.bool_]] | None = None,
+    missing: dict[int, NDArray[np.bool_]] | None = None,
     views: int = 256,
 ) -> None:
-    """Render so many views of the first draws and the held-out splits again. Raises CacheError where one differs.
+    """Render some views again and compare them with the checksums in the cache.
 
-    gaps: positions of the training split that are not asked for, by draw.
+    Args:
+        cache: Whose views are compared.
+        transfer_set: Its images.
+        draws: Views of the first draws are compared, of up to eight of them, and views of the held-out splits.
+        missing: {draw: bool [rows]}, True at positions of the training split whose targets are missing; their views
+            are left out.
+        views: How many are rendered in all.
+
+    Raises:
+        CacheError: A view comes out differently.
     """
-    some = min(draws, 8)
-    places = [("train", d * draws // some) for d in range(some)]
+    sampled_draws = min(draws, 8)
+    places = [("train", i * draws // sampled_draws) for i in range(sampled_draws)]
     places += [(split, 0) for split in cache.manifest.splits if split != "train"]
     for split, draw in places:
-        there = np.arange(cache.manifest.splits[split])
-        if gaps and split == "train" and draw in gaps:
-            there = there[~gaps[draw]]
-        count = min(len(there), -(-views // len(places)))
-        positions = there[np.arange(count) * len(there) // max(count, 1)]
-        seen = cache.read_rows(split, draw, "view_crc32", positions)
-        compare_views(cache, transfer_set, split, draw, positions, seen)
+        available = np.arange(cache.manifest.splits[split])
+        if missing and split == "train" and draw in missing:
+            available = available[~missing[draw]]
+        count = min(len(available), -(-views // len(places)))
+        positions = available[np.arange(count) * len(available) // max(count, 1)]
+        crcs = cache.read_rows(split, draw, "view_crc32", positions)
+        compare_views(cache, transfer_set, split, draw, positions, crcs)
 
 
 def compare_views(
@@ -46,26 +99,38 @@ def compare_views(
     split: str,
     draw: int,
     positions: Positions,
-    seen: NDArray[np.generic],
+    crcs: NDArray[np.generic],
 ) -> None:
-    """Render the views at positions [n]; their checksums must be seen [n]. Raises CacheError, naming the first."""
+    """Render the views at these positions and compare their checksums.
+
+    Args:
+        cache: Whose views are compared.
+        transfer_set: Its images.
+        split: `train`, `val` or `test`.
+        draw: Draw of the views; 0 for a held-out split.
+        positions: [n].
+        crcs: [n], the checksums in the cache.
+
+    Raises:
+        CacheError: A view comes out differently. The message names the first one.
+    """
     index = cache.index_at(split, positions)
     policy = cache.views if split == "train" else cache.views.without_augmentation()
-    together = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
-    for at in range(0, len(index), together):
-        part = index[at : at + together]
+    batch = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
+    for start in range(0, len(index), batch):
+        part = index[start : start + batch]
         views = render(transfer_set.splits[split].images, policy, cache.seed, part, draw)
-        wrong = np.flatnonzero(compute_crc32(views) != seen[at : at + together])
+        wrong = np.flatnonzero(compute_crc32(views) != crcs[start : start + batch])
         if len(wrong):
             raise CacheError(
                 f"{len(wrong)} of {len(part)} views of '{cache.folder}' come out differently here, the first is"
-                f" {split} index {part[wrong[0]]}, draw {draw}: a image, the decoder or a library changed."
+                f" {split} index {part[wrong[0]]}, draw {draw}: an image, the decoder or a library changed."
                 f" The cache was written with {_format_versions(cache.manifest.versions)}"
             )
 
 
 def compute_crc32(views: torch.Tensor) -> NDArray[np.uint32]:
-    """CRC-32 [B] of the bytes of uint8 views [B, C, H, W]."""
+    """Compute the CRC-32 [B] of the bytes of uint8 views [B, C, H, W]."""
     return np.array([zlib.crc32(view) for view in views.contiguous().numpy()], np.uint32)
 
 

@@ -1,10 +1,20 @@
-"""Writing a cache: shard by shard, each whole or absent, the manifest last; going on, and growing."""
+"""Writing a cache: shard after shard, each of them whole or absent, and the manifest last.
+
+An interrupted cache goes on where it was stopped, and a complete one grows: by the same calls.
+
+    writer = CacheWriter.examine(folder, plan)      # under the folder's lock
+    writer.start()
+    for spec in writer.missing:
+        if not writer.adopt(spec):                  # it is there already, of an interrupted run
+            writer.write_shard(spec, *compute(spec))
+    writer.publish_manifest(writer.build_manifest(head, labelled_rows, versions))
+"""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,240 +22,268 @@ import numpy as np
 
 from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.base.files import make_folder, publish_json, sync
-from softcache.base.lock import LOCK
+from softcache.base.lock import LOCK, hold_lock
 from softcache.base.schema import validate
 
 from .codecs import TEMPERATURES
+from .existing import Complete, ExistingCache, NoCache, Orphaned, Unfinished, read_existing, read_in_progress_file
+from .folder import HEAD_FILE, IN_PROGRESS_FILE, list_foreign_files, remove_stale_shard_files
 from .identity import Identity, compute_fingerprint, format_differences
 from .manifest import (
-    HEAD_FILE,
-    IN_PROGRESS_FILE,
-    MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
-    MAX_SHARD_BYTES,
-    README_FILE,
-    ROW_KEYS,
     HeadRecord,
     Manifest,
     ShardRecord,
     ShardSpec,
     count_row_bytes,
-    list_datasets,
     make_layout,
-    make_shard_path,
 )
-from .manifest_reader import IDENTITY_SCHEMA, SETTINGS_SCHEMA, read_in_progress_file, read_manifest
-from .precision_record import PrecisionRecord
-from .recovery import find_lost_shards, measure_extent
-from .shards import Arrays, Shard, ShardDigest, read_claims, write_shard
-from .stale_files import remove_stale_shard_files
+from .manifest_reader import IDENTITY_SCHEMA, SETTINGS_SCHEMA, read_manifest
+from .plan import CachePlan
+from .recovery import measure_extent, recover_specs
+from .shards import Arrays, Shard, ShardDigest, read_header, write_shard
 
-_SHARD_BYTES, _SHARD_ROWS = 128 << 20, 65_536
 _RECORD_BYTES = 400  # of a shard in the manifest, about
-Facts = dict[str, Any]  # what was measured while a shard was written
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What a cache is to hold. classes: K; splits: {name: rows}; taps: {name: row shape}; settings, arithmetic: see
-    Manifest."""
-
-    identity: Identity
-    classes: int
-    draws: int
-    splits: dict[str, int]
-    taps: dict[str, list[int]]
-    shard_rows: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    arithmetic: PrecisionRecord | None = None
-
-    def missing_shards(self, there: Iterable[ShardRecord | ShardSpec] = ()) -> Iterator[ShardSpec]:
-        """Every shard that is not there, in the order in which they are written."""
-        everything = list_datasets(self.classes, self.identity["codec"], self.taps)
-        parts: dict[tuple[str, int], list[set[str]]] = {}
-        for record in there:
-            if record.start == 0:
-                parts.setdefault((record.split, record.draw), []).append(set(record.datasets) - set(ROW_KEYS))
-        for split, n in self.splits.items():
-            for draw in range(self.draws if split == "train" else 1):
-                have = parts.get((split, draw), [])
-                missing = {name: kind for name, kind in everything.items() if name not in set().union(*have)}
-                if set(missing) == set(ROW_KEYS):
-                    continue
-                most = self.shard_rows or min(_SHARD_ROWS, _SHARD_BYTES // count_row_bytes(missing))
-                most = max(1, min(most, (MAX_SHARD_BYTES - (1 << 20)) // count_row_bytes(missing)))
-                cuts = np.linspace(0, n, -(-n // most) + 1).astype(int)
-                for i, (a, b) in enumerate(pairwise(cuts)):
-                    path = make_shard_path(split, draw, i, len(have))
-                    yield ShardSpec(path, split, draw, int(a), int(b - a), missing)
-
-    def extended_to(self, draws: int, taps: dict[str, list[int]]) -> "CachePlan":
-        """The same, and what is there already: a cache grows, it never shrinks."""
-        return replace(self, draws=max(self.draws, draws), taps={**taps, **self.taps})
+Measurements = dict[str, Any]  # what was measured while a shard was written, see `CacheWriter.write_shard`
 
 
 @dataclass
 class CacheWriter:
-    """A cache that is being written. todo: the shards that are not in the manifest; grown: what there was before."""
+    """A cache that is being written. `examine` makes one.
+
+    Attributes:
+        folder: Of the cache.
+        plan: What the cache is to hold, with all that it holds already.
+        missing: Shards that no manifest lists, in the order in which they are written.
+        existing: State of the folder when it was examined.
+        records: Shards that were written or adopted.
+        measurements: {path of such a shard: its measurements}.
+    """
 
     folder: Path
     plan: CachePlan
     missing: list[ShardSpec]
-    previous: Manifest | None = None
+    existing: ExistingCache = field(default_factory=NoCache)
     records: list[ShardRecord] = field(default_factory=list)
-    facts: list[Facts] = field(default_factory=list)
+    measurements: dict[str, Measurements] = field(default_factory=dict)
 
     @staticmethod
     def examine(folder: Path, plan: CachePlan) -> "CacheWriter":
-        """What there is to do in a folder whose lock is held; nothing is written. Raises CacheMismatchError or
-        CacheError."""
-        validate(plan.identity, IDENTITY_SCHEMA, "identity")  # what is written must be readable
+        """Find out what there is to write. Nothing is written.
+
+        Raises:
+            CacheMismatchError: The folder holds a complete cache of another identity.
+            CacheError: It holds shards of another cache, or the plan could not be read back from a manifest.
+        """
+        validate(plan.identity, IDENTITY_SCHEMA, "identity")
         validate(plan.settings, SETTINGS_SCHEMA, "settings")
-        if (folder / MANIFEST_FILE).is_file():
-            there = read_manifest(folder)
-            check_same_identity(folder, plan.identity, plan.taps, there)
-            plan = plan.extended_to(there.draws, there.taps)
-            return CacheWriter(folder, plan, list(plan.missing_shards(there.shards)), there)
-        lost = find_lost_shards(folder, compute_fingerprint(plan.identity), plan.splits)
-        plan = plan.extended_to(*measure_extent(lost))
-        return CacheWriter(folder, plan, [*lost, *plan.missing_shards(lost)])
+        existing = read_existing(folder)
+        match existing:
+            case NoCache() | Unfinished():
+                missing = plan.list_missing_shards()
+            case Complete(manifest):
+                check_same_identity(folder, plan.identity, plan.taps, manifest)
+                plan = plan.extend(manifest.draws, manifest.taps)
+                missing = plan.list_missing_shards(manifest.shards)
+            case Orphaned(shards):
+                specs = recover_specs(folder, shards, compute_fingerprint(plan.identity), plan.splits)
+                plan = plan.extend(*measure_extent(specs))
+                missing = [*specs, *plan.list_missing_shards(specs)]
+        return CacheWriter(folder, plan, missing, existing)
+
+    @property
+    def previous(self) -> Manifest | None:
+        """The manifest that was there when the folder was examined; None where there was no complete cache."""
+        return self.existing.manifest if isinstance(self.existing, Complete) else None
 
     @property
     def is_complete(self) -> bool:
-        """Whether the cache is whole, holds all that is planned, and nothing was left behind."""
-        return self.previous is not None and not self.missing and not (self.folder / IN_PROGRESS_FILE).exists()
+        """Whether the cache holds all that is planned, and no file is left of its writing."""
+        return not self.missing and isinstance(self.existing, Complete) and not self.existing.is_growing
 
     def start(self) -> None:
-        """Claim the folder. Raises CacheMismatchError when another cache was begun there, CacheError for too little
-        space."""
-        folder, there = self.folder, self.previous
-        if links := [p for p in self.missing if (folder / p.path).parent.is_symlink()]:
-            raise CacheError(
-                f"'{(folder / links[0].path).parent}' is a link that may lead out of the cache: remove it"
-            )
-        records = len(self.missing) + (len(there.shards) if there else 0)
+        """Mark the folder as being written, and remove temporary files of a killed writer.
+
+        Raises:
+            CacheMismatchError: An unfinished cache, or an unfinished addition, of another plan is there.
+            CacheError: The folder holds foreign files or a link, there is too little space, or there are too many
+                shards.
+        """
+        folders = [(self.folder / spec.path).parent for spec in self.missing]
+        if link := next((path for path in folders if path.is_symlink()), None):
+            raise CacheError(f"'{link}' is a link that may lead out of the cache: remove it")
+        records = len(self.missing) + (len(self.previous.shards) if self.previous else 0)
         if records * _RECORD_BYTES > MAX_MANIFEST_BYTES:
             raise CacheError(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
-        remove_stale_shard_files(folder, [piece.path for piece in self.missing])
+        remove_stale_shard_files(self.folder, [spec.path for spec in self.missing])
         self._mark_in_progress()
-        missing = sum(p.rows * count_row_bytes(p.datasets) for p in self.missing if not (folder / p.path).exists())
-        if missing > (free := shutil.disk_usage(folder).free):
-            raise CacheError(f"the cache needs {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{folder}'")
+        absent = [spec for spec in self.missing if not (self.folder / spec.path).exists()]
+        needed = sum(spec.rows * count_row_bytes(spec.datasets) for spec in absent)
+        if needed > (free := shutil.disk_usage(self.folder).free):
+            raise CacheError(
+                f"the cache needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{self.folder}'"
+            )
 
     def _mark_in_progress(self) -> None:
-        """Write down what is begun, or see that it was this that was begun."""
-        plan, path = self.plan, self.folder / IN_PROGRESS_FILE
-        claim = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
-        if plan.arithmetic:
-            claim["arithmetic"] = plan.arithmetic.to_json()
-        if path.is_file():
-            begun = read_in_progress_file(self.folder)
-            if not self.missing and {**claim, "shard_rows": 0} == {**begun, "shard_rows": 0}:
-                sync(self.folder)  # stopped between the manifest and this
-                path.unlink()
-            elif begun != claim and (self.missing or self.previous is None):
-                fields = format_differences(claim, begun, ("asked", "begun"))
-                begun_with = f"'{self.folder}' holds an unfinished cache of another kind"
-                raise CacheMismatchError(f"{begun_with}, to be finished first by its own command:{fields}")
-        elif self.missing:
-            if self.previous is None and (strange := _find_foreign_files(self.folder)):
-                raise CacheError(f"'{self.folder}' holds {strange[0]} and no cache: choose another --out")
-            publish_json(path, claim)
+        """Publish unfinished.json; where there is one, compare it with the plan."""
+        path, in_progress = self.folder / IN_PROGRESS_FILE, self._describe_plan()
+        match self.existing:
+            case NoCache() | Orphaned():
+                if foreign := list_foreign_files(self.folder):
+                    raise CacheError(f"'{self.folder}' holds {foreign[0]} and no cache: choose another --out")
+                publish_json(path, in_progress)
+            case Unfinished(interrupted):
+                self._check_same_plan(in_progress, interrupted)
+            case Complete(is_growing=False):
+                if self.missing:
+                    publish_json(path, in_progress)
+            case Complete(is_growing=True):
+                interrupted = read_in_progress_file(self.folder)
+                if self.missing:
+                    self._check_same_plan(in_progress, interrupted)
+                elif {**in_progress, "shard_rows": 0} == {**interrupted, "shard_rows": 0}:
+                    sync(self.folder)  # stopped after the manifest was published and before this file was removed
+                    path.unlink()
 
-    def adopt(self, piece: ShardSpec) -> bool:
-        """Whether that shard is there, whole and of this cache; then it is taken over. A damaged one is not.
+    def _describe_plan(self) -> dict[str, Any]:
+        """Make the content of unfinished.json."""
+        plan = self.plan
+        content = {"identity": plan.identity, "draws": plan.draws, "taps": plan.taps, "shard_rows": plan.shard_rows}
+        if plan.precision_record:
+            content["arithmetic"] = plan.precision_record.to_json()
+        return content
 
-        Raises CacheError for a whole shard of another cache, which would be lost.
+    def _check_same_plan(self, in_progress: dict[str, Any], interrupted: dict[str, Any]) -> None:
+        if in_progress != interrupted:
+            raise CacheMismatchError(
+                f"'{self.folder}' holds an unfinished cache or addition with other settings: finish it first by its"
+                f" own command:{format_differences(in_progress, interrupted, ('requested', 'unfinished'))}"
+            )
+
+    def adopt(self, spec: ShardSpec) -> bool:
+        """Take over the file of a shard that an interrupted run wrote, if it is there and intact.
+
+        Returns:
+            Whether it was taken over. If not, the shard is missing or damaged, and is to be written.
+
+        Raises:
+            CacheError: The file is a shard of another cache, which would be lost.
         """
-        if not (self.folder / piece.path).exists():
+        header = read_header(self.folder, spec.path)
+        if header is None:
             return False
-        wanted = self._attributes(piece)
+        attributes, expected = header[0], self._make_attributes(spec)
+        if attributes.get("fingerprint") != expected["fingerprint"]:
+            raise CacheError(f"{self.folder / spec.path} is of another cache: choose another --out, or move it away")
+        if any(attributes.get(key) != value for key, value in expected.items()):
+            return False
         try:
-            shard = Shard(self.folder, piece.path, make_layout(piece.rows, piece.datasets))
-            written = shard.digest()
-            facts = json.loads(str(shard.attributes["facts"]))
+            shard = Shard(self.folder, spec.path, make_layout(spec.rows, spec.datasets))
+            digest = shard.compute_digest()
+            measurements = json.loads(str(shard.attributes["facts"]))
         except (CacheError, KeyError, ValueError):
-            said = read_claims(self.folder, piece.path)
-            if said is None or said[0].get("fingerprint") == wanted["fingerprint"]:
-                return False
-            raise CacheError(
-                f"{self.folder / piece.path} is of another cache: choose another --out, or move it away"
-            ) from None
-        if shard.attributes.get("fingerprint") != wanted["fingerprint"]:
-            raise CacheError(f"{shard.path} is of another cache: choose another --out, or move it away")
-        if any(shard.attributes.get(key) != value for key, value in wanted.items()):
             return False
-        self._record(piece, written, facts)
+        self._add_record(spec, digest, measurements)
         return True
 
-    def write_shard(self, piece: ShardSpec, arrays: Arrays, facts: Facts) -> None:
-        """Publish one shard. facts: rows whose label was hit, and the sums of codec.fidelity, where it has logits."""
-        path = self.folder / piece.path
-        if self.plan.arithmetic:
-            facts = {**facts, "arithmetic": self.plan.arithmetic.to_json()}  # it may lose its manifest
+    def write_shard(self, spec: ShardSpec, arrays: Arrays, measurements: Measurements) -> None:
+        """Publish one shard.
+
+        Args:
+            spec: Of the shard.
+            arrays: {dataset: rows}.
+            measurements: `seconds`; where the shard holds logits, also `correct`, the rows whose label is the top-1
+                class, and the sums of `measure_fidelity`. The file stores them too: it may lose its manifest.
+        """
+        path = self.folder / spec.path
+        if self.plan.precision_record:
+            measurements = {**measurements, "arithmetic": self.plan.precision_record.to_json()}
         make_folder(path.parent)
-        attributes = {**self._attributes(piece), "facts": json.dumps(facts)}
-        self._record(piece, write_shard(path, arrays, attributes), facts)
+        attributes = {**self._make_attributes(spec), "facts": json.dumps(measurements)}
+        self._add_record(spec, write_shard(path, arrays, attributes), measurements)
 
-    def _attributes(self, piece: ShardSpec) -> dict[str, str | int]:
-        name = compute_fingerprint(self.plan.identity)
-        return {"fingerprint": name, "split": piece.split, "draw": piece.draw, "start": piece.start}
+    def _make_attributes(self, spec: ShardSpec) -> dict[str, str | int]:
+        """Make the attributes of a shard's file that say which rows of which cache it holds."""
+        fingerprint = compute_fingerprint(self.plan.identity)
+        return {"fingerprint": fingerprint, "split": spec.split, "draw": spec.draw, "start": spec.start}
 
-    def _record(self, piece: ShardSpec, written: ShardDigest, facts: Facts) -> None:
-        correct = int(facts["correct"]) if "correct" in facts else None
-        self.records.append(
-            ShardRecord(
-                piece.path,
-                piece.split,
-                piece.draw,
-                piece.start,
-                piece.rows,
-                written.bytes,
-                written.checksum,
-                written.payload,
-                correct,
-                list(piece.datasets),
-            )
+    def _add_record(self, spec: ShardSpec, digest: ShardDigest, measurements: Measurements) -> None:
+        record = ShardRecord(
+            path=spec.path,
+            split=spec.split,
+            draw=spec.draw,
+            start=spec.start,
+            rows=spec.rows,
+            bytes=digest.bytes,
+            checksum=digest.checksum,
+            payload=digest.payload,
+            correct=int(measurements["correct"]) if "correct" in measurements else None,
+            datasets=list(spec.datasets),
         )
-        self.facts.append(facts)
+        self.records.append(record)
+        self.measurements[record.path] = measurements
 
     def sort_records(self) -> None:
-        """What was written or taken over, in the order of todo, in whatever order it came."""
-        place = {piece.path: i for i, piece in enumerate(self.missing)}
-        order = sorted(range(len(self.records)), key=lambda i: place[self.records[i].path])
-        self.records, self.facts = [self.records[i] for i in order], [self.facts[i] for i in order]
+        """Bring what was written or adopted into the order of `missing`, in whatever order it came."""
+        places = {spec.path: place for place, spec in enumerate(self.missing)}
+        self.records.sort(key=lambda record: places[record.path])
 
     def add_head(self, weight: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> HeadRecord:
-        """Publish the teacher's last linear layer."""
+        """Publish the teacher's last linear layer.
+
+        Args:
+            weight: [K, D].
+            bias: [K].
+        """
         arrays: Arrays = {"weight": weight.astype("<f4"), "bias": bias.astype("<f4")}
         attributes: dict[str, str | int] = {"fingerprint": compute_fingerprint(self.plan.identity)}
-        written = write_shard(self.folder / HEAD_FILE, arrays, attributes)
-        return HeadRecord(HEAD_FILE, written.bytes, written.checksum, weight.shape[1])
+        digest = write_shard(self.folder / HEAD_FILE, arrays, attributes)
+        return HeadRecord(HEAD_FILE, digest.bytes, digest.checksum, weight.shape[1])
 
-    def build_manifest(self, head: HeadRecord | None, labelled: dict[str, int], versions: dict[str, str]) -> Manifest:
-        """What the cache now is. labelled: rows with a label, per split; versions: of what wrote the first part."""
-        plan, old = self.plan, self.previous
-        shards = (*(old.shards if old else ()), *self.records)
+    def build_manifest(
+        self, head: HeadRecord | None, labelled_rows: dict[str, int], versions: dict[str, str]
+    ) -> Manifest:
+        """Build the manifest of all that the cache now holds.
+
+        Args:
+            head: The teacher's last linear layer, where it has one. A cache that grows keeps its own.
+            labelled_rows: {split: rows with a label}.
+            versions: Of the libraries, for a new cache.
+        """
+        plan, previous = self.plan, self.previous
+        shards = (*(previous.shards if previous else ()), *self.records)
+        seconds = sum(self.measurements[record.path]["seconds"] for record in self.records)
         return Manifest(
-            plan.identity,
-            plan.classes,
-            plan.draws,
-            plan.splits,
-            plan.taps,
-            shards,
-            old.head if old else head,
-            label_accuracy(shards, plan.splits, plan.draws, labelled),
-            self._fidelity(),
-            sum(c["seconds"] for c in self.facts) + (old.seconds if old else 0.0),
-            old.settings if old else plan.settings,
-            old.versions if old else versions,
-            plan.arithmetic,
+            identity=plan.identity,
+            classes=plan.classes,
+            draws=plan.draws,
+            splits=plan.splits,
+            taps=plan.taps,
+            shards=shards,
+            head=previous.head if previous else head,
+            teacher=compute_label_accuracy(shards, plan.splits, plan.draws, labelled_rows),
+            fidelity=self._compute_fidelity(),
+            seconds=seconds + (previous.seconds if previous else 0.0),
+            settings=previous.settings if previous else plan.settings,
+            versions=previous.versions if previous else versions,
+            arithmetic=plan.precision_record,
         )
 
-    def publish_manifest(self, manifest: Manifest) -> None:
-        """Publish the manifest: from now on there is a whole cache.
+    def _compute_fidelity(self) -> dict[str, float]:
+        """Compute means over all rows of the cache, those that were there before included."""
+        names = ["flips", *(f"kl_{T:g}" for T in TEMPERATURES)]
+        sums = [part for record in self.records if "rows" in (part := self.measurements[record.path])]
+        if self.previous:
+            means = self.previous.fidelity
+            sums.append({"rows": means["rows"], **{name: means[name] * means["rows"] for name in names}})
+        rows = sum(part["rows"] for part in sums)
+        return {"rows": rows, **{name: sum(part[name] for part in sums) / rows for name in names}}
 
-        First every name that it relies on is made durable: a killed process may have given it, and not synced.
+    def publish_manifest(self, manifest: Manifest) -> None:
+        """Publish the manifest: from now on the cache is complete.
+
+        Before that, all names that it relies on are made durable: a process that was killed may have given them to its
+        files without a sync of their folder.
         """
         for inner in sorted({(self.folder / record.path).parent for record in self.records}):
             sync(inner)
@@ -254,42 +292,40 @@ class CacheWriter:
         manifest.write(self.folder)
         (self.folder / IN_PROGRESS_FILE).unlink(missing_ok=True)
 
-    def _fidelity(self) -> dict[str, float]:
-        """Means over all rows, those that were there before included."""
-        names = ["flips", *(f"kl_{T:g}" for T in TEMPERATURES)]
-        sums = [c for c in self.facts if "rows" in c]
-        if self.previous:
-            before = self.previous.fidelity
-            sums.append({"rows": before["rows"], **{name: before[name] * before["rows"] for name in names}})
-        rows = sum(c["rows"] for c in sums)
-        return {"rows": rows, **{name: sum(c[name] for c in sums) / rows for name in names}}
 
-
-def label_accuracy(
-    shards: Iterable[ShardRecord], splits: Iterable[str], draws: int, labelled: dict[str, int]
+def compute_label_accuracy(
+    shards: Sequence[ShardRecord], splits: Iterable[str], draws: int, labelled_rows: dict[str, int]
 ) -> dict[str, Any]:
-    """{split: {"accuracy": share of the rows with a label that the logits hit, or None}}."""
-    found: dict[str, Any] = {}
+    """Compute {split: {"accuracy": share of the labelled rows whose label is the logits' top-1 class, or None}}."""
+    teacher: dict[str, Any] = {}
     for split in splits:
-        hits = sum(r.correct for r in shards if r.split == split and r.correct is not None)
-        rows = labelled[split] * (draws if split == "train" else 1)
-        found[split] = {"accuracy": hits / rows if rows else None}
-    return found
+        correct = sum(shard.correct for shard in shards if shard.split == split and shard.correct is not None)
+        rows = labelled_rows[split] * (draws if split == "train" else 1)
+        teacher[split] = {"accuracy": correct / rows if rows else None}
+    return teacher
 
 
-def check_same_identity(folder: Path, identity: Identity, taps: dict[str, list[int]], there: Manifest) -> None:
-    """Raise CacheMismatchError when the cache that is there is not of this identity, or its taps have other shapes."""
-    common = [tap for tap in taps if tap in there.taps]
-    asked = {**identity, "taps": {tap: taps[tap] for tap in common}}
-    found = {**there.identity, "taps": {tap: there.taps[tap] for tap in common}}
-    if asked != found:
+def check_same_identity(folder: Path, identity: Identity, taps: dict[str, list[int]], manifest: Manifest) -> None:
+    """Check that a complete cache is of this identity, and that the taps that both have are of the same shapes.
+
+    Raises:
+        CacheMismatchError: It is not. The message lists the fields that differ.
+    """
+    common = [tap for tap in taps if tap in manifest.taps]
+    requested = {**identity, "taps": {tap: taps[tap] for tap in common}}
+    existing = {**manifest.identity, "taps": {tap: manifest.taps[tap] for tap in common}}
+    if requested != existing:
         raise CacheMismatchError(
-            f"'{folder}' holds another cache:{format_differences(asked, found, ('asked', 'there'))}"
+            f"'{folder}' holds another cache:{format_differences(requested, existing, ('requested', 'in the cache'))}"
         )
 
 
-def _find_foreign_files(folder: Path) -> list[str]:
-    """What lies in a folder and is not of a cache. Shards that lost their manifest are taken over, see have."""
-    ours = {MANIFEST_FILE, IN_PROGRESS_FILE, README_FILE, HEAD_FILE, LOCK}
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return sorted(n for n in names - ours if not n.endswith((".h5", ".tmp")) or n.count("/") != 1)
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left in a complete cache: temporary files, and a lock file that nobody holds.
+
+    Nothing depends on it: where it is not possible, on a read-only mount or beside another writer, they stay.
+    """
+    with suppress(CacheError, OSError):
+        if any(path.name == LOCK or path.suffix == ".tmp" for path in folder.rglob(".*")):
+            with hold_lock(folder):
+                remove_stale_shard_files(folder, [record.path for record in read_manifest(folder).shards])

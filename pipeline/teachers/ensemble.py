@@ -14,6 +14,7 @@ from softcache.data.image_folder import Progress
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
+from softcache.pipeline.cache.verification import verify_shard
 
 from .combine import Combination
 from .distribution_map import DistributionMap
@@ -150,7 +151,7 @@ def find_missing_targets(
     gaps: MissingTargets = {}
     for cache, record in progress(shards, len(shards), "looking for missing rows"):
         try:
-            cache.verify_shard(record)
+            verify_shard(cache, record)
         except CacheError:
             gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
             gone[record.start : record.start + record.rows] = True

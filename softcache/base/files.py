@@ -105,15 +105,6 @@ def read_regular_file(folder: Path, name: str, most: int) -> bytes:
         return file.read(most)
 
 
-def list_shard_files(folder: Path) -> set[str]:
-    """The names of all HDF5 files in a cache's folder, as a manifest would call them."""
-    found = set()
-    for inner in os.scandir(folder) if folder.is_dir() else ():
-        if inner.is_dir(follow_symlinks=False):
-            found |= {f"{inner.name}/{file.name}" for file in os.scandir(inner) if file.name.endswith(".h5")}
-    return {name for name in found if not name.partition("/")[2].startswith(".")}
-
-
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)

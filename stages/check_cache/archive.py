@@ -41,11 +41,11 @@ def run_unpack(file: str, name: str, config: ArchiveConfig) -> None:
         raise CacheError(f"'{folder}' is a file: a cache is a folder")
     with ExitStack() as stack:
 
-        def begun(manifest: Manifest) -> packing.OnProgress:
+        def start_progress(manifest: Manifest) -> packing.OnProgress:
             shown = stack.enter_context(progress_bar(manifest.bytes, "cache-unpack", "B", scale=True))
             return lambda count: shown.update(count) and None
 
-        manifest = packing.unpack_cache(source, folder, begun)
+        manifest = packing.unpack_cache(source, folder, start_progress)
     if config.json:
         return console.print_json(json.dumps({"cache": name, "bytes": manifest.bytes, "manifest": manifest.digest}))
     console.print(f"'{name}': {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws, every byte checked")

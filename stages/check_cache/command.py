@@ -12,10 +12,11 @@ import numpy as np
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.threads import map_in_threads
 from softcache.data.transfer_set import TransferSet
-from softcache.pipeline.cache.manifest import HEAD_FILE, ShardRecord
+from softcache.pipeline.cache.folder import HEAD_FILE
+from softcache.pipeline.cache.manifest import ShardRecord
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.stale_files import clean_up
-from softcache.pipeline.cache.verification import compare_views
+from softcache.pipeline.cache.verification import compare_views, verify_shard
+from softcache.pipeline.cache.writer import clean_up
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.runs.data import load_cache_data
@@ -70,7 +71,7 @@ def _check_files(cache: Cache, transfer_set: TransferSet | None) -> Findings:
 
 def _check_file(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
     def check() -> None:
-        seen = cache.verify_shard(record)
+        seen = verify_shard(cache, record)
         if transfer_set is None or record.correct is None:  # features added later were compared with the logits' views
             return
         for at in range(0, record.rows, _VIEWS_AT_ONCE):

@@ -8,10 +8,12 @@ import numpy as np
 from softcache.base.errors import CacheError
 from softcache.base.lock import hold_lock
 from softcache.data.transfer_set import TransferSet
-from softcache.pipeline.cache.manifest import HEAD_FILE, Manifest, ShardRecord, ShardSpec
+from softcache.pipeline.cache.folder import HEAD_FILE
+from softcache.pipeline.cache.manifest import Manifest, ShardRecord, ShardSpec
+from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import compare_views
-from softcache.pipeline.cache.writer import CachePlan, CacheWriter, label_accuracy
+from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
 from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
@@ -69,7 +71,7 @@ def _repair_shard(
     new = writer.records[0]
     shards = tuple(new if r.path == record.path else r for r in manifest.shards)
     labelled = {split: int((rows.labels >= 0).sum()) for split, rows in ask.transfer_set.splits.items()}
-    teacher = label_accuracy(shards, manifest.splits, manifest.draws, labelled)
+    teacher = compute_label_accuracy(shards, manifest.splits, manifest.draws, labelled)
     manifest = replace(manifest, shards=shards, teacher=teacher)
     manifest.write(cache.folder)
     same = "the same rows as before" if new.payload == record.payload else "asked anew, not the bits of before"
@@ -88,4 +90,4 @@ def _repair_head(cache: Cache, manifest: Manifest, ask: TargetGenerator, console
 
 def _make_plan(manifest: Manifest) -> CachePlan:
     kept = (manifest.identity, manifest.classes, manifest.draws, manifest.splits, manifest.taps)
-    return CachePlan(*kept, arithmetic=manifest.arithmetic)
+    return CachePlan(*kept, precision_record=manifest.arithmetic)

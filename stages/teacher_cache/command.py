@@ -20,14 +20,14 @@ from softcache.base.lock import hold_lock
 from softcache.data.transfer_set import TransferSet, find_source, short_name
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
-from softcache.pipeline.cache.existing import read_existing
+from softcache.pipeline.cache.existing import Complete, read_existing, read_inference_settings
 from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
-from softcache.pipeline.cache.manifest import MANIFEST_FILE, Manifest
+from softcache.pipeline.cache.manifest import Manifest
 from softcache.pipeline.cache.manifest_reader import read_manifest
+from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.stale_files import clean_up
 from softcache.pipeline.cache.verification import verify_views
-from softcache.pipeline.cache.writer import CachePlan, CacheWriter, check_same_identity
+from softcache.pipeline.cache.writer import CacheWriter, check_same_identity, clean_up
 from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights
@@ -139,12 +139,15 @@ def _decide_precision(
     found: list[ChosenPrecision] = []
 
     def decide() -> dict[str, Any]:
-        there, out = read_existing(Path(config.out), identity), Path(config.out)
-        if there and (out / MANIFEST_FILE).is_file():  # before the teacher is asked for the layers of another one
-            precision = there.precision if config.precision == "auto" else config.precision
-            check_same_identity(out, {**identity, "precision": precision}, {}, read_manifest(out))
-        every = tuple(dict.fromkeys((*(there.taps if there else ()), *taps)))
-        chosen = resume_precision(config, there, teacher, every) or choose_precision(
+        out = Path(config.out)
+        existing = read_existing(out)
+        previous = read_inference_settings(out, existing, identity)
+        if isinstance(existing, Complete):  # before the teacher is asked for the layers of another one
+            manifest = existing.manifest
+            precision = manifest.identity["precision"] if config.precision == "auto" else config.precision
+            check_same_identity(out, {**identity, "precision": precision}, {}, manifest)
+        every = tuple(dict.fromkeys((*(previous.taps if previous else ()), *taps)))
+        chosen = resume_precision(config, previous, teacher, every) or choose_precision(
             config, verify_views, teacher, every, console
         )
         found.append(chosen)

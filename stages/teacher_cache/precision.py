@@ -13,8 +13,9 @@ from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, render
 from softcache.pipeline.cache.codecs import measure_fidelity
-from softcache.pipeline.cache.existing import ExistingCache
-from softcache.pipeline.cache.precision_record import PrecisionRecord, parse_precision_record
+from softcache.pipeline.cache.existing import InferenceSettings
+from softcache.pipeline.cache.manifest import PrecisionRecord
+from softcache.pipeline.cache.manifest_reader import parse_precision_record
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig
@@ -112,17 +113,17 @@ class _Trial:
 
 
 def resume_precision(
-    config: CacheConfig, there: ExistingCache | None, teacher: PreparedModel, taps: tuple[str, ...]
+    config: CacheConfig, previous: InferenceSettings | None, teacher: PreparedModel, taps: tuple[str, ...]
 ) -> ChosenPrecision | None:
     """As a cache in the folder was begun: a timing does not change it half-way. None where there is nothing begun.
 
     A precision that is asked for by name stays: another one there is refused later, by name.
     """
-    if there is None:
+    if previous is None:
         return None
-    precision = there.precision if config.precision == "auto" else config.precision
-    fold = there.arithmetic is not None and there.arithmetic.folded
-    return ChosenPrecision(restore_inference(teacher, taps, precision, fold), there.arithmetic, is_resumed=True)
+    precision = previous.precision if config.precision == "auto" else config.precision
+    fold = previous.record is not None and previous.record.folded
+    return ChosenPrecision(restore_inference(teacher, taps, precision, fold), previous.record, is_resumed=True)
 
 
 def choose_precision(

@@ -12,7 +12,7 @@ import xxhash
 
 from softcache.pipeline.cache.identity import compute_fingerprint
 from softcache.pipeline.cache.manifest import seal
-from softcache.pipeline.cache.shards import payload_digest
+from softcache.pipeline.cache.shards import hash_arrays
 
 SHARD = "draw-001/shard-00001.h5"
 Record = dict[str, Any]
@@ -54,8 +54,8 @@ def rewrite(cache: Path, change: Callable[[dict[str, np.ndarray]], None], name: 
         change(arrays)
         for key, rows in arrays.items():
             file[key][:] = rows
-        file.attrs["payload"] = np.bytes_(payload_digest(arrays))
-    mend(cache, name, payload=payload_digest(arrays))
+        file.attrs["payload"] = np.bytes_(hash_arrays(arrays))
+    mend(cache, name, payload=hash_arrays(arrays))
 
 
 def flip_bit(path: Path, bit: int) -> None:

@@ -19,7 +19,7 @@ import h5py
 import pytest
 import torch
 
-from softcache.pipeline.cache.shards import payload_digest
+from softcache.pipeline.cache.shards import hash_arrays
 from tests.helpers.commands import tiny_cache_command
 from tests.helpers.paths import ROOT
 
@@ -174,7 +174,7 @@ def payload_of(path: Path) -> str:
             arrays |= {f"features/{key}": file[f"features/{key}"][:] for key in file.get("features", ())}
     except (OSError, KeyError) as error:
         return str(error)
-    return payload_digest(arrays)
+    return hash_arrays(arrays)
 
 
 def bad_shards(cache: Path, expected: dict[str, str]) -> list[str]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.verification import verify_shard
 
 SECONDS, MEMORY = 2.0, 200 << 20  # that a refusal may take
 
@@ -116,7 +117,7 @@ def line_of(work: Callable[[], object]) -> str:
 def read_like_a_student(cache: Cache, name: str = "") -> None:
     """Every row of every draw, with its features; of the draw that this shard is of, where one is named."""
     of = {(record.split, record.draw) for record in cache.manifest.shards if record.path == name}
-    for split, draw in of or cache.manifest.views():
+    for split, draw in of or cache.manifest.iter_views():
         cache.read_targets(split, draw, np.arange(cache.manifest.splits[split]), tuple(cache.manifest.taps))
 
 
@@ -124,7 +125,7 @@ def read_like_check_cache(cache: Cache, name: str = "") -> None:
     """Every file, or the one that is named."""
     for record in cache.manifest.shards:
         if name in ("", record.path):
-            cache.verify_shard(record)
+            verify_shard(cache, record)
     if name in ("", "head.h5"):
         cache.read_head()
 

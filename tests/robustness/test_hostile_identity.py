@@ -136,7 +136,7 @@ def test_enormous_views_are_found_to_be_others_without_enormous_memory(
 
 def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: Stages) -> None:
     """Logits of five classes for images of ten, in shards that are whole."""
-    from softcache.pipeline.cache.manifest import HEAD_FILE
+    from softcache.pipeline.cache.folder import HEAD_FILE
     from softcache.pipeline.cache.shards import Shard, write_shard
 
     cut = Cache(cache)
@@ -144,13 +144,13 @@ def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: 
     def change(record: Record) -> None:
         record["classes"] = 5
         for its, mine in zip(record["shards"], cut.manifest.shards, strict=True):
-            shard = Shard(cache, mine.path, cut.manifest.layout(mine))
+            shard = Shard(cache, mine.path, cut.manifest.get_layout(mine))
             arrays = shard.read_all()
             arrays["logits"] = np.ascontiguousarray(arrays["logits"][:, :5])
             its["correct"] = int((arrays["logits"].astype(np.float32).argmax(1) == arrays["label"]).sum())
             facts = {key: value for key, value in shard.attributes.items() if key != "payload"}
             its["payload"] = write_shard(cache / mine.path, arrays, facts).payload
-        head = Shard(cache, HEAD_FILE, cut.manifest.head_layout())
+        head = Shard(cache, HEAD_FILE, cut.manifest.get_head_layout())
         arrays = {name: rows[:5] for name, rows in head.read_all().items()}
         write_shard(cache / HEAD_FILE, arrays, {"fingerprint": record["fingerprint"]})
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from softcache.pipeline.cache import archive as pack
 from softcache.pipeline.cache.manifest import MAX_MANIFEST_BYTES
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.verification import verify_views
+from softcache.pipeline.cache.verification import verify_shard, verify_views
 from softcache.stages.cli.copied_commands import format_remake_command
 from softcache.stages.teacher_cache.cache_readme import format_readme
 from tests.helpers.damage import read_manifest, sealed
@@ -36,7 +36,7 @@ def use(folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = {"opened": line_of(lambda: Cache(folder))}
     if not said["opened"]:
         cache = Cache(folder)
-        said["checked"] = [line_of(lambda r=record: cache.verify_shard(r)) for record in cache.manifest.shards]
+        said["checked"] = [line_of(lambda r=record: verify_shard(cache, r)) for record in cache.manifest.shards]
         said["head"] = line_of(cache.read_head)
         said["read"] = line_of(lambda: read_like_a_student(cache))
         said["proved"] = line_of(lambda: prove(cache))

@@ -1,4 +1,4 @@
-"""What is done so often and no oftener: files opened, bytes read, copies made, questions to the teacher."""
+"""Work that is done as often as needed and no oftener: opening files, reading bytes, copying, running the teacher."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import softcache.pipeline.cache.reader as cache_module
 from softcache.data.transfer_set import TransferSet, load_transfer_set
+from softcache.pipeline.cache import reader
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.stream import Stream
@@ -26,38 +26,38 @@ from tests.helpers.commands import Stages
 _opened: list[str] | None = None
 
 
-def _note(event: str, arguments: tuple[Any, ...]) -> None:
+def _record_open(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and _opened is not None:
         _opened.append(str(arguments[0]))
 
 
-sys.addaudithook(_note)  # cannot be taken back: silent but inside files_opened
+sys.addaudithook(_record_open)  # a hook cannot be removed: it does nothing outside record_opened_files
 
 
 @contextmanager
-def files_opened() -> Iterator[list[str]]:
-    """The names of the files that this process opens, by whatever way."""
+def record_opened_files() -> Iterator[list[str]]:
+    """The names of the files that this process opens, in whatever way."""
     global _opened
-    _opened = found = []
+    _opened = names = []
     try:
-        yield found
+        yield names
     finally:
         _opened = None
 
 
 @contextmanager
-def bytes_read(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many bytes each read by offset got; the reader has no other way to rows."""
-    found: list[int] = []
+def record_bytes_read(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The bytes that each read by offset returns; the reader reads rows in no other way."""
+    counts: list[int] = []
     preadv = os.preadv
 
-    def counted(*arguments: Any) -> int:
-        found.append(preadv(*arguments))
-        return found[-1]
+    def recording_preadv(*arguments: Any) -> int:
+        counts.append(preadv(*arguments))
+        return counts[-1]
 
     with patch.context() as inner:
-        inner.setattr(os, "preadv", counted)
-        yield found
+        inner.setattr(os, "preadv", recording_preadv)
+        yield counts
 
 
 @pytest.fixture
@@ -65,49 +65,49 @@ def data() -> TransferSet:
     return load_transfer_set("digits", Path("."), val_fraction=0.125, train_size=300)
 
 
-def stream_of(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> Stream:
+def make_stream(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> Stream:
     rows = data.splits["train"]
     positions = np.arange(len(rows))
     return Stream(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
 
 
-def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_its_first(
+def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_the_first_round(
     tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = stream_of(Cache(tiny / "cache"), data, draws=2)
+    stream = make_stream(Cache(tiny / "cache"), data, draws=2)
     steps = stream.steps_per_round
-    with files_opened() as opened, bytes_read(monkeypatch) as read:
+    with record_opened_files() as opened, record_bytes_read(monkeypatch) as counts:
         first = list(stream.batches(0, 2 * steps))
         assert [name for name in opened if name.endswith(".h5")]
-        assert sum(read) > 0
+        assert sum(counts) > 0
         opened.clear()
-        read.clear()
+        counts.clear()
         later = list(stream.batches(2 * steps, 6 * steps))
         assert opened == []
-        assert read == []
+        assert counts == []
     assert sum(len(batch.views) for batch in later) == 2 * sum(len(batch.views) for batch in first)
 
 
 @pytest.mark.parametrize("with_tap", [False, True])
-def test_an_epoch_from_disk_reads_the_rows_that_it_uses_and_hardly_more(
+def test_an_epoch_from_disk_reads_hardly_more_than_the_rows_that_it_uses(
     tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch, with_tap: bool
 ) -> None:
-    monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(reader, "RESIDENT_BYTES", 0)
     cache = Cache(tiny / "cache")
     taps = tuple(cache.manifest.taps)[:1] if with_tap else ()
-    stream = stream_of(cache, data, draws=1, taps=taps)
+    stream = make_stream(cache, data, draws=1, taps=taps)
     steps = stream.steps_per_round
-    list(stream.batches(0, steps))  # each shard's checksum is looked at once
-    with files_opened() as opened, bytes_read(monkeypatch) as read:
+    list(stream.batches(0, steps))  # verifies the checksum of each shard, once
+    with record_opened_files() as opened, record_bytes_read(monkeypatch) as counts:
         rows = sum(len(batch.views) for batch in stream.batches(steps, 2 * steps))
     used = [cache.manifest.datasets[name] for name in ("logits", *(f"features/{tap}" for tap in taps))]
     useful = rows * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in used)
-    assert useful <= sum(read) <= 1.05 * useful
+    assert useful <= sum(counts) <= 1.05 * useful
     assert opened == []
 
 
 def test_batches_of_a_group_are_parts_of_one_tensor_not_copies(tiny: Path, data: TransferSet) -> None:
-    stream = stream_of(Cache(tiny / "cache"), data, draws=1)
+    stream = make_stream(Cache(tiny / "cache"), data, draws=1)
     batches = list(stream.batches(0, stream.steps_per_round))
     assert len(batches) > 2
     assert len({batch.views.untyped_storage().data_ptr() for batch in batches}) == 1
@@ -115,45 +115,46 @@ def test_batches_of_a_group_are_parts_of_one_tensor_not_copies(tiny: Path, data:
 
 
 @pytest.mark.parametrize("batch_size", [64, 100, 300])
-def test_the_teacher_is_asked_once_for_a_batch_of_a_shard(
+def test_the_teacher_runs_once_for_each_batch_of_a_shard(
     tiny: Path, data: TransferSet, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tiny / "cache")
     teacher = load_cache_teacher(cache, str(tiny / "runs/teacher"), "")
-    ask = TargetGenerator(data, cache.views, TeacherInference(teacher, ()), CacheConfig(batch_size=batch_size))
-    asked: list[int] = []
+    config = CacheConfig(batch_size=batch_size)
+    generator = TargetGenerator(data, cache.views, TeacherInference(teacher, ()), config)
+    batches: list[int] = []
     forward = PreparedModel.forward
 
-    def counted(self: PreparedModel, views: Any) -> Any:
-        asked.append(len(views))
+    def recording_forward(self: PreparedModel, views: Any) -> Any:
+        batches.append(len(views))
         return forward(self, views)
 
-    monkeypatch.setattr(PreparedModel, "forward", counted)
+    monkeypatch.setattr(PreparedModel, "forward", recording_forward)
     rows = 230
     logits = {"logits": ((10,), "<f2")}
-    ask.compute_shard(ShardSpec("draw-000/shard-00000.h5", "train", 0, 0, rows, logits), lambda n: None)
-    assert len(asked) == -(-rows // batch_size)
-    assert sum(asked) == rows
+    generator.compute_shard(ShardSpec("draw-000/shard-00000.h5", "train", 0, 0, rows, logits), lambda n: None)
+    assert len(batches) == -(-rows // batch_size)
+    assert sum(batches) == rows
 
 
-def test_stage_two_builds_no_teacher_and_reads_no_weights_of_one(
+def test_training_a_student_builds_no_teacher_and_reads_no_weights_of_one(
     tiny: Path, tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softcache.stages.student import setup as material
-    from softcache.stages.teacher_cache import teacher_source as which_teacher
+    from softcache.stages.student import setup
+    from softcache.stages.teacher_cache import teacher_source
 
     shutil.copytree(tiny / "cache", tmp_path / "c")
     built: list[str] = []
-    build = material.build
+    build = setup.build
 
-    def noted(arch: str, *arguments: Any) -> Any:
+    def recording_build(arch: str, *arguments: Any) -> Any:
         built.append(arch)
         return build(arch, *arguments)
 
-    for module in (material, which_teacher):
-        monkeypatch.setattr(module, "build", noted)
-    monkeypatch.setattr(TargetGenerator, "compute_shard", None)  # asking would be an error
-    with files_opened() as opened:
+    for module in (setup, teacher_source):
+        monkeypatch.setattr(module, "build", recording_build)
+    monkeypatch.setattr(TargetGenerator, "compute_shard", None)  # calling it would be an error
+    with record_opened_files() as opened:
         stages("student", "--cache", "c", "--arch", "mlp:8", "--epochs", "2", "--out", "r")
     assert set(built) == {"mlp:8"}
     assert [name for name in opened if "teacher" in Path(name).name and name.endswith((".pt", ".th"))] == []

@@ -1,6 +1,7 @@
 """Format 1: what another program may rely on, and what must not change unnoticed."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import h5py
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from softcache.pipeline.cache.manifest import seal
-from softcache.pipeline.cache.shards import payload_digest
+from softcache.pipeline.cache.shards import hash_arrays
 from tests.helpers.commands import Stages
 
 
@@ -33,10 +34,13 @@ def test_the_layout_of_a_shard_is_pinned(cache: Path) -> None:
             assert dataset.chunks is None
             assert dataset.id.get_offset() is not None
         raw = (cache / record["path"]).read_bytes()
-        begin = file["label"].id.get_offset()
-        np.testing.assert_array_equal(np.frombuffer(raw[begin : begin + 400], "<i4"), file["label"][:])
+        start = file["label"].id.get_offset()
+        np.testing.assert_array_equal(np.frombuffer(raw[start : start + 400], "<i4"), file["label"][:])
+
+
+def test_the_digest_of_arrays_is_pinned() -> None:
     arrays = {"b": np.arange(6, dtype="<f2").reshape(2, 3), "a": np.array([7, 8], "<u4")}
-    assert payload_digest(arrays) == "00bb30f72e722e0eed4baf541687279d"
+    assert hash_arrays(arrays) == "00bb30f72e722e0eed4baf541687279d"
 
 
 def test_student_weights_are_a_plain_state_dict(cache: Path, stages: Stages) -> None:
@@ -45,10 +49,8 @@ def test_student_weights_are_a_plain_state_dict(cache: Path, stages: Stages) -> 
     assert [tuple(x.shape) for x in state.values()] == [(8, 64), (8,), (10, 8), (10,)]
 
 
-def test_a_manifest_ends_with_the_sha_256_of_all_that_is_before_it(cache: Path) -> None:
-    """As `head -c -82 manifest.json | sha256sum` would find it: the last 82 bytes are the seal."""
-    from hashlib import sha256
-
+def test_a_manifest_ends_with_the_sha_256_of_all_bytes_before_it(cache: Path) -> None:
+    """As `head -c -82 manifest.json | sha256sum` computes it: the last 82 bytes are the seal."""
     raw = (cache / "manifest.json").read_bytes()
     assert json.loads(raw)["sha256"] == sha256(raw[:-82]).hexdigest()
     assert raw[-82:] == f',\n "sha256": "{sha256(raw[:-82]).hexdigest()}"\n}}\n'.encode()

@@ -1,4 +1,4 @@
-"""A cache grows by draws and taps: nothing is rewritten, and it becomes the cache that was made with all at once."""
+"""A cache grows by draws and taps: no file is rewritten, and it equals the cache that was made in one command."""
 
 import json
 import shutil
@@ -23,14 +23,14 @@ from tests.helpers.caches import (
 )
 from tests.helpers.commands import Stages
 
-LITTLE = ("--draws", "2", "--taps", "pool1")
-WAYS: dict[str, tuple[tuple[str, ...], ...]] = {
+FIRST = ("--draws", "2", "--taps", "pool1")
+ADDITIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "draws": (("--draws", "4"),),
     "taps": (("--taps", "flatten"),),
     "both": (("--draws", "4", "--taps", "pool1,flatten"),),
     "step by step": (("--draws", "3"), ("--taps", "flatten"), ("--draws", "4", "--taps", "pool2")),
 }
-IN_THE_END = {
+TOTALS = {
     "draws": ("--draws", "4", "--taps", "pool1"),
     "taps": ("--draws", "2", "--taps", "pool1,flatten"),
     "both": ("--draws", "4", "--taps", "pool1,flatten"),
@@ -39,96 +39,99 @@ IN_THE_END = {
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap pool1."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("made"), *LITTLE)
+    return home_with_cache(tiny, tmp_path_factory.mktemp("home"), *FIRST)
 
 
 @pytest.fixture
-def small(made: Path, tmp_path: Path) -> Path:
-    """The cache `c` in the folder where a test is, which ASKED adds to."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def small(home: Path, tmp_path: Path) -> Path:
+    """A copy of the cache `c` in the folder of the test, where ASKED extends it."""
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     return tmp_path / "c"
 
 
-def unchanged(before: Files, cache: Path) -> list[str]:
-    """The files of before that are still the same ones."""
+def list_unchanged_files(before: Files, cache: Path) -> list[str]:
+    """The files of `before` that nobody has written since."""
     now = files(cache)
     return sorted(name for name, facts in before.items() if now.get(name) == facts)
 
 
-def record_of(cache: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((cache / "manifest.json").read_text())
-    return found
+def load_manifest(cache: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((cache / "manifest.json").read_text())
+    return record
 
 
-def assert_equal_rows(one: Path, other: Path) -> None:
-    """Every dataset of every split and draw, by value; shards that hold the same datasets also by their payload."""
-    grown, whole = Cache(one), Cache(other)
-    assert grown.manifest.taps == whole.manifest.taps
-    assert list(grown.manifest.views()) == list(whole.manifest.views())
-    for split, draw in whole.manifest.views():
-        for name in whole.manifest.datasets:
-            np.testing.assert_array_equal(grown.read_column(split, draw, name), whole.read_column(split, draw, name))
-    theirs = {record.path: record for record in whole.manifest.shards}
+def assert_equal_rows(first: Path, second: Path) -> None:
+    """Compare every dataset of every split and draw by value, and shards of the same datasets by their digests."""
+    grown, reference = Cache(first), Cache(second)
+    assert grown.manifest.taps == reference.manifest.taps
+    assert list(grown.manifest.iter_views()) == list(reference.manifest.iter_views())
+    for split, draw in reference.manifest.iter_views():
+        for name in reference.manifest.datasets:
+            expected = reference.read_column(split, draw, name)
+            np.testing.assert_array_equal(grown.read_column(split, draw, name), expected)
+    records = {record.path: record for record in reference.manifest.shards}
     for record in grown.manifest.shards:
-        like = theirs.get(record.path)
-        if like is not None and set(like.datasets) == set(record.datasets):
-            assert record.payload == like.payload
+        expected_record = records.get(record.path)
+        if expected_record is not None and set(expected_record.datasets) == set(record.datasets):
+            assert record.payload == expected_record.payload
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_grown_cache_is_the_one_made_with_all_at_once_and_no_file_was_written_again(
-    small: Path, stages: Stages, way: str
+@pytest.mark.parametrize("addition", ADDITIONS)
+def test_a_grown_cache_equals_one_made_in_one_command_and_no_shard_is_rewritten(
+    small: Path, stages: Stages, addition: str
 ) -> None:
     before = files(small)
-    for more in WAYS[way]:
-        stages(*ASKED, *more, "--out", "c")
-    assert set(unchanged(before, small)) == before.keys() - {"manifest.json", "README.md"}
-    stages(*ASKED, *IN_THE_END[way], "--out", "whole")
-    assert_equal_rows(small, Path("whole"))
+    for options in ADDITIONS[addition]:
+        stages(*ASKED, *options, "--out", "c")
+    assert set(list_unchanged_files(before, small)) == before.keys() - {"manifest.json", "README.md"}
+    stages(*ASKED, *TOTALS[addition], "--out", "reference")
+    assert_equal_rows(small, Path("reference"))
     stages("check-cache", small, "--deep")
 
-    grown, whole = record_of(small), record_of(Path("whole"))
-    assert grown["teacher"] == whole["teacher"]
-    assert grown["fidelity"] == pytest.approx(whole["fidelity"], rel=1e-9)
+    grown, reference = load_manifest(small), load_manifest(Path("reference"))
+    assert grown["teacher"] == reference["teacher"]
+    assert grown["fidelity"] == pytest.approx(reference["fidelity"], rel=1e-9)
     assert grown["fidelity"]["rows"] == 200 * grown["draws"] + 180 + 360
-    assert grown["fingerprint"] == whole["fingerprint"]
+    assert grown["fingerprint"] == reference["fingerprint"]
     assert not (small / "unfinished.json").exists()
 
 
-def test_growing_asks_the_teacher_for_what_is_missing_alone(
+def test_growing_runs_the_teacher_only_for_what_is_missing(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = count_shards_asked(monkeypatch)
+    computed = count_shards_asked(monkeypatch)
     stages(*ASKED, "--draws", "4", "--out", "c")
-    assert asked == [f"draw-00{draw}/shard-0000{part}.h5" for draw in (2, 3) for part in (0, 1)]
-    asked.clear()
+    assert computed == [f"draw-00{draw}/shard-0000{part}.h5" for draw in (2, 3) for part in (0, 1)]
+    computed.clear()
     stages(*ASKED, "--taps", "flatten", "--out", "c")
-    assert len(asked) == 4 * 2 + 1 + 2
-    assert all(name.endswith("-1.h5") for name in asked)
+    assert len(computed) == 4 * 2 + 1 + 2
+    assert all(name.endswith("-1.h5") for name in computed)
 
 
-@pytest.mark.parametrize("less", [("--draws", "1", "--taps", "pool1"), ("--draws", "2"), ("--draws", "1")])
-def test_asking_for_less_than_there_is_writes_nothing(small: Path, stages: Stages, less: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("options", [("--draws", "1", "--taps", "pool1"), ("--draws", "2"), ("--draws", "1")])
+def test_a_command_for_less_than_the_cache_holds_writes_nothing(
+    small: Path, stages: Stages, options: tuple[str, ...]
+) -> None:
     before = files(small)
-    code, out, err = stages.call(*ASKED, *less, "--out", "c")
+    code, out, err = stages.call(*ASKED, *options, "--out", "c")
     assert code == 0, err
     assert "whole already, with all that is asked for" in out
     assert files(small) == before
 
 
-def test_a_cache_of_another_identity_is_refused_when_it_is_asked_to_grow(small: Path, stages: Stages) -> None:
+def test_growing_a_cache_of_another_identity_is_refused(small: Path, stages: Stages) -> None:
     before = files(small)
     error = stages.fails(1, *ASKED, "--draws", "4", "--views", "crop:pad=2", "--out", "c")
     assert ["views.pad", "2", "1"] in [line.split() for line in error.splitlines()]
     assert files(small) == before
 
 
-def test_a_tap_that_now_has_another_shape_is_refused(
+def test_a_tap_whose_shape_has_changed_is_refused(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher of the user's whose code changed while its weights did not."""
+    """The teacher is the user's own code, which changed while its weights did not."""
     (tmp_path / "resized.py").write_text(
         "import torch\n"
         "SIDE = 2\n"
@@ -140,21 +143,21 @@ def test_a_tap_that_now_has_another_shape_is_refused(
         "def make(classes, channels, size): return Net(SIDE)\n"
     )
     torch.save({"linear.weight": torch.eye(10, 64), "linear.bias": torch.zeros(10)}, tmp_path / "w.pt")
-    asked = ("teacher-cache", "--train-size", "50", "--teacher", "resized:make", "--weights", "w.pt", "--out", "c")
-    stages(*asked, "--taps", "pool")
+    command = ("teacher-cache", "--train-size", "50", "--teacher", "resized:make", "--weights", "w.pt", "--out", "c")
+    stages(*command, "--taps", "pool")
     before = files(tmp_path / "c")
     import resized
 
     monkeypatch.setattr(resized, "SIDE", 4)
-    error = stages.fails(1, *asked, "--taps", "pool", "--draws", "2")
+    error = stages.fails(1, *command, "--taps", "pool", "--draws", "2")
     assert ["taps.pool", "[1,", "4,", "4]", "[1,", "2,", "2]"] in [line.split() for line in error.splitlines()]
     assert files(tmp_path / "c") == before
 
 
-def test_drift_of_the_renderer_is_found_before_a_cache_grows(
+def test_a_renderer_that_has_drifted_is_detected_before_a_cache_grows(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """New draws must come from the renderer of the old ones: not even the claim of an addition is written."""
+    """New draws must come from the renderer of the old ones. Not even unfinished.json is written."""
     before = files(small)
     with monkeypatch.context() as patch:
         drift(patch)
@@ -163,103 +166,104 @@ def test_drift_of_the_renderer_is_found_before_a_cache_grows(
     stages(*ASKED, "--draws", "3", "--out", "c")
 
 
-def test_a_teacher_whose_code_changed_is_found_before_a_cache_grows(
+def test_a_teacher_whose_code_has_changed_is_detected_before_a_cache_grows(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same weights in another forward pass: the new draws would be what another teacher says."""
+    """With the same weights in another forward pass, the new draws would hold the outputs of another teacher."""
     save_teacher_with_a_volume(tmp_path, "louder")
-    asked = ("teacher-cache", "--train-size", "50", "--teacher", "louder:make", "--weights", "w.pt", "--out", "c")
-    stages(*asked)
+    command = ("teacher-cache", "--train-size", "50", "--teacher", "louder:make", "--weights", "w.pt", "--out", "c")
+    stages(*command)
     before = files(tmp_path / "c")
     import louder
 
     monkeypatch.setattr(louder, "VOLUME", 1.5)
-    assert "the teacher now says something else" in stages.fails(1, *asked, "--draws", "2")
+    assert "the teacher now says something else" in stages.fails(1, *command, "--draws", "2")
     assert files(tmp_path / "c") == before
 
 
-def test_an_addition_that_was_stopped_does_not_hide_what_is_there(
+def test_an_interrupted_addition_does_not_hide_the_complete_cache(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who asks for the old cache alone is told that it is whole; the addition still goes on by its own command."""
+    """A command for the old cache alone finds it complete; the addition still goes on by its own command."""
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         stages.fails(130, *ASKED, "--draws", "4", "--out", "c")
     before = files(small)
-    code, out, err = stages.call(*ASKED, *LITTLE, "--out", "c")
+    code, out, err = stages.call(*ASKED, *FIRST, "--out", "c")
     assert code == 0, err
     assert "whole already" in out
     assert files(small) == before
-    assert "draws  3      4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
+    assert "draws  3          4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
     code, out, err = stages.call(*ASKED, "--draws", "4", "--out", "c")
     assert code == 0, err
     assert "went on from 1 of 4 shards" in out
 
 
-@pytest.mark.parametrize("more", [("--draws", "4"), ("--taps", "flatten")])
-def test_growth_that_is_stopped_leaves_the_old_cache_usable_and_goes_on(
-    small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+@pytest.mark.parametrize("options", [("--draws", "4"), ("--taps", "flatten")])
+def test_an_interrupted_addition_leaves_the_old_cache_usable_and_goes_on(
+    small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    before, old = files(small), (small / "manifest.json").read_bytes()
+    before, manifest = files(small), (small / "manifest.json").read_bytes()
     with monkeypatch.context() as patch:
         stop_after(2, patch)
-        assert "the same command goes on" in stages.fails(130, *ASKED, *more, "--out", "c")
-    assert (small / "manifest.json").read_bytes() == old
+        assert "the same command goes on" in stages.fails(130, *ASKED, *options, "--out", "c")
+    assert (small / "manifest.json").read_bytes() == manifest
     code, out, err = stages.call("check-cache", small, "--deep")
     assert code == 0, err
     assert out.count("of an addition that is not finished") == 2
     stages("student", "--cache", small, "--arch", "mlp:8", "--epochs", 2)
 
-    asked = count_shards_asked(monkeypatch)
-    code, out, err = stages.call(*ASKED, *more, "--out", "c")
+    computed = count_shards_asked(monkeypatch)
+    code, out, err = stages.call(*ASKED, *options, "--out", "c")
     assert code == 0, err
     assert "went on from 2 of " in out
-    assert len(asked) == len(payloads(small)) - 7 - 2
-    assert set(unchanged(before, small)) == before.keys() - {"manifest.json", "README.md"}
-    stages(*ASKED, *LITTLE, *more, *(("--taps", "pool1,flatten") if "--taps" in more else ()), "--out", "whole")
-    assert_equal_rows(small, Path("whole"))
+    assert len(computed) == len(payloads(small)) - 7 - 2
+    assert set(list_unchanged_files(before, small)) == before.keys() - {"manifest.json", "README.md"}
+    all_taps = ("--taps", "pool1,flatten") if "--taps" in options else ()
+    stages(*ASKED, *FIRST, *options, *all_taps, "--out", "reference")
+    assert_equal_rows(small, Path("reference"))
 
 
 @pytest.mark.parametrize(
-    "grown", [(), (("--draws", "4"),), (("--taps", "flatten"),), (("--draws", "3", "--taps", "flatten"),)]
+    "additions", [(), (("--draws", "4"),), (("--taps", "flatten"),), (("--draws", "3", "--taps", "flatten"),)]
 )
-def test_a_lost_manifest_is_made_again_from_the_shards_without_asking_the_teacher(
-    small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, grown: tuple[tuple[str, ...], ...]
+def test_a_lost_manifest_is_rebuilt_from_the_shards_without_running_the_teacher(
+    small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, additions: tuple[tuple[str, ...], ...]
 ) -> None:
-    """By the command that asks for all that the cache held."""
-    for more in grown:
-        stages(*ASKED, *more, "--out", "c")
-    before, record = payloads(small), record_of(small)
+    """By the command for all that the cache held."""
+    for options in additions:
+        stages(*ASKED, *options, "--out", "c")
+    before, record = payloads(small), load_manifest(small)
     (small / "manifest.json").unlink()
-    old = files(small)
-    asked = count_shards_asked(monkeypatch)
+    old_files = files(small)
+    computed = count_shards_asked(monkeypatch)
     stages(*ASKED, "--draws", record["draws"], "--taps", ",".join(record["taps"]), "--out", "c")
-    assert asked == []
+    assert computed == []
     assert payloads(small) == before
-    assert set(unchanged(old, small)) >= before.keys()
-    assert record_of(small)["teacher"] == record["teacher"]
-    assert record_of(small)["fidelity"] == pytest.approx(record["fidelity"], rel=1e-9)
+    assert set(list_unchanged_files(old_files, small)) >= before.keys()
+    assert load_manifest(small)["teacher"] == record["teacher"]
+    assert load_manifest(small)["fidelity"] == pytest.approx(record["fidelity"], rel=1e-9)
     stages("check-cache", small, "--deep")
 
 
 @pytest.mark.parametrize(
-    "less",
+    "options",
     [
         ("--draws", "2", "--taps", "pool1"),
         ("--draws", "3"),
-        ("--draws", "3", *LITTLE[2:]),
+        ("--draws", "3", *FIRST[2:]),
         ("--draws", "2", "--taps", "pool1,flatten"),
     ],
 )
-def test_a_lost_manifest_and_a_command_that_asks_for_less_lose_no_shard(
-    small: Path, stages: Stages, less: tuple[str, ...]
+def test_a_command_for_less_than_a_cache_without_a_manifest_held_loses_no_shard(
+    small: Path, stages: Stages, options: tuple[str, ...]
 ) -> None:
-    """It is refused, or makes a cache that can be read; the shards that it does not ask for stay in any case."""
+    """It is refused, or makes a cache that can be read; in both cases all shards stay."""
     stages(*ASKED, "--draws", "3", "--taps", "flatten", "--out", "c")
     (small / "manifest.json").unlink()
     before = {name: facts for name, facts in files(small).items() if name.endswith(".h5") and "/" in name}
-    code, _, err = stages.call(*ASKED, *less, "--out", "c")
-    assert unchanged(before, small) == sorted(before)
+    code, _, err = stages.call(*ASKED, *options, "--out", "c")
+    assert list_unchanged_files(before, small) == sorted(before)
     if code == 0:
         stages("check-cache", small)
     else:
@@ -268,14 +272,14 @@ def test_a_lost_manifest_and_a_command_that_asks_for_less_lose_no_shard(
 
 
 @pytest.mark.parametrize(
-    "other", [("--views", "crop:pad=2"), ("--codec", "float32"), ("--taps", "pool2"), ("--shard-rows", "90")]
+    "options", [("--views", "crop:pad=2"), ("--codec", "float32"), ("--taps", "pool2"), ("--shard-rows", "90")]
 )
 def test_shards_of_another_cache_are_refused_and_not_overwritten(
-    small: Path, stages: Stages, other: tuple[str, str]
+    small: Path, stages: Stages, options: tuple[str, str]
 ) -> None:
-    """A cache that lost its manifest is not the place for another one, whatever form the other one's shards have."""
-    asked = (*ASKED, *LITTLE, "--views", "crop:pad=2", *other, "--out", "c")
+    """A folder whose manifest is lost does not take another cache, whatever datasets and rows its shards hold."""
+    command = (*ASKED, *FIRST, "--views", "crop:pad=2", *options, "--out", "c")
     (small / "manifest.json").unlink()
     before = files(small)
-    assert "of another cache" in stages.fails(1, *asked)
-    assert set(unchanged(before, small)) >= {name for name in before if name.endswith(".h5")}
+    assert "of another cache" in stages.fails(1, *command)
+    assert set(list_unchanged_files(before, small)) >= {name for name in before if name.endswith(".h5")}

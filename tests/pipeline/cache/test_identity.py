@@ -1,4 +1,4 @@
-"""Identity: what two caches must share to be one, its hash, and the names of what differs."""
+"""Identity: which fields make two caches the same, their hash, and the list of those that differ."""
 
 import json
 from collections.abc import Callable
@@ -40,14 +40,14 @@ RECORDS = some.recursive(
 IDENTITIES = some.dictionaries(some.sampled_from(["a", "b", "c"]), RECORDS, max_size=3)
 
 
-def reversed_keys(record: Any) -> Any:
+def reverse_keys(record: Any) -> Any:
     if isinstance(record, dict):
-        return {key: reversed_keys(record[key]) for key in reversed(record)}
+        return {key: reverse_keys(record[key]) for key in reversed(record)}
     return record
 
 
-def changed(record: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
-    """A deep copy with one dotted field changed."""
+def change(record: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
+    """Copy a record and change the field of this dotted name."""
     copy = json.loads(json.dumps(record))
     inner = copy
     *path, last = field.split(".")
@@ -57,26 +57,26 @@ def changed(record: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
     return copy  # type: ignore[no-any-return]
 
 
-def set_of(**more: Any) -> TransferSet:
+def make_transfer_set(**changes: Any) -> TransferSet:
     images = ImageArrays(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     splits = {name: Split(images, np.zeros(2, np.int64), f"content of {name}") for name in ("train", "val")}
-    whole = TransferSet("digits", ("0", "1"), 1, 4, splits, {"val_fraction": 0.1, "seed": 0, "train_size": 0})
-    return replace(whole, **more)
+    transfer_set = TransferSet("digits", ("0", "1"), 1, 4, splits, {"val_fraction": 0.1, "seed": 0, "train_size": 0})
+    return replace(transfer_set, **changes)
 
 
 # The fingerprint
 
 
-def test_a_fingerprint_is_the_same_for_ever() -> None:
-    """Every cache on disk carries one: a change here would refuse them all."""
+def test_the_fingerprint_of_an_identity_is_pinned() -> None:
+    """Every cache on disk has one: a change here would refuse them all."""
     assert compute_fingerprint(FIXED) == "d78da4cea1f0b7e875d49c642350aa07888eaddefb980f187d3d096e239cb7d8"
 
 
-def test_the_order_of_keys_does_not_matter_and_that_of_lists_does() -> None:
-    turned = reversed_keys(FIXED)
-    assert list(turned) != list(FIXED)
-    assert compute_fingerprint(turned) == compute_fingerprint(FIXED)
-    classes = changed(FIXED, "transfer_set.classes", ["1", "0"])
+def test_a_fingerprint_depends_on_the_order_of_lists_and_not_on_that_of_keys() -> None:
+    reordered = reverse_keys(FIXED)
+    assert list(reordered) != list(FIXED)
+    assert compute_fingerprint(reordered) == compute_fingerprint(FIXED)
+    classes = change(FIXED, "transfer_set.classes", ["1", "0"])
     assert compute_fingerprint(classes) != compute_fingerprint(FIXED)
 
 
@@ -99,39 +99,39 @@ def test_a_fingerprint_survives_json() -> None:
         ("precision", "bfloat16"),
     ],
 )
-def test_every_field_counts_and_is_named_when_it_differs(field: str, value: Any) -> None:
-    other = changed(FIXED, field, value)
-    assert compute_fingerprint(other) != compute_fingerprint(FIXED)
-    ((found, one, two),) = find_differences(FIXED, other)
-    assert found == field
-    assert two == value
-    assert one != two
-    _, line = format_differences(FIXED, other, ("here", "there")).strip("\n").split("\n")
+def test_every_field_changes_the_fingerprint_and_is_named_where_it_differs(field: str, value: Any) -> None:
+    changed = change(FIXED, field, value)
+    assert compute_fingerprint(changed) != compute_fingerprint(FIXED)
+    ((differing, first, second),) = find_differences(FIXED, changed)
+    assert differing == field
+    assert second == value
+    assert first != second
+    _, line = format_differences(FIXED, changed, ("first", "second")).strip("\n").split("\n")
     assert line.split("  ")[1] == field
-    assert json.dumps(one)[:30] in line
-    assert line.endswith(json.dumps(two))
+    assert json.dumps(first)[:30] in line
+    assert line.endswith(json.dumps(second))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(IDENTITIES, IDENTITIES)
-def test_two_identities_with_different_fingerprints_have_a_difference_to_name(
-    one: dict[str, Any], other: dict[str, Any]
+def test_two_identities_have_the_same_fingerprint_exactly_where_no_field_differs(
+    first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    assert (compute_fingerprint(one) == compute_fingerprint(other)) == (list(find_differences(one, other)) == [])
+    assert (compute_fingerprint(first) == compute_fingerprint(second)) == (list(find_differences(first, second)) == [])
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(IDENTITIES)
-def test_an_identity_does_not_differ_from_itself(one: dict[str, Any]) -> None:
-    assert list(find_differences(one, reversed_keys(json.loads(json.dumps(one))))) == []
+def test_an_identity_does_not_differ_from_itself(identity: dict[str, Any]) -> None:
+    assert list(find_differences(identity, reverse_keys(json.loads(json.dumps(identity))))) == []
 
 
-# Differences in words
+# Differences as text
 
 
-def test_several_differences_stand_side_by_side() -> None:
-    other = changed(changed(FIXED, "views.pad", 2), "codec", "sqrt8")
-    assert format_differences(FIXED, other, ("here", "in the cache")) == (
+def test_differences_are_formatted_side_by_side() -> None:
+    changed = change(change(FIXED, "views.pad", 2), "codec", "sqrt8")
+    assert format_differences(FIXED, changed, ("here", "in the cache")) == (
         """
              here       in the cache
   views.pad  4          2
@@ -139,12 +139,12 @@ def test_several_differences_stand_side_by_side() -> None:
     )
 
 
-def test_no_difference_is_told_as_nothing() -> None:
-    assert format_differences(FIXED, reversed_keys(FIXED), ("here", "there")) == ""
+def test_no_difference_is_formatted_as_an_empty_text() -> None:
+    assert format_differences(FIXED, reverse_keys(FIXED), ("first", "second")) == ""
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "found"),
+    ("first", "second", "differences"),
     [
         ({"a": 1}, {}, [("a", 1, None)]),
         ({}, {"a": {"b": 1}}, [("a", None, {"b": 1})]),
@@ -157,23 +157,23 @@ def test_no_difference_is_told_as_nothing() -> None:
         ({"a": [1, 2]}, {"a": [2, 1]}, [("a", [1, 2], [2, 1])]),
     ],
 )
-def test_differences_of_records_that_do_not_have_the_same_fields(one: Any, other: Any, found: list[Any]) -> None:
-    assert repr(list(find_differences(one, other))) == repr(found)
+def test_differences_of_records_whose_fields_differ(first: Any, second: Any, differences: list[Any]) -> None:
+    assert repr(list(find_differences(first, second))) == repr(differences)
 
 
-def test_a_long_value_is_cut_short() -> None:
-    text = format_differences({"a": "x" * 500}, {"a": "y" * 500}, ("here", "there"))
+def test_a_long_value_is_shortened() -> None:
+    text = format_differences({"a": "x" * 500}, {"a": "y" * 500}, ("first", "second"))
     assert len(text) < 150
     assert "…" in text
 
 
-# What an identity is made of
+# The fields of an identity
 
 
-def test_an_identity_says_what_a_row_is() -> None:
+def test_an_identity_has_these_fields() -> None:
     views = replace(parse_views("crop:pad=2,mixup=0.5"), size=4)
     teacher = {"arch": "cnn", "weights": "ef"}
-    identity = make_identity(set_of(), views, 7, teacher, "sqrt8", "bfloat16")
+    identity = make_identity(make_transfer_set(), views, 7, teacher, "sqrt8", "bfloat16")
     assert identity == {
         "format": FORMAT,
         "transfer_set": {
@@ -190,25 +190,26 @@ def test_an_identity_says_what_a_row_is() -> None:
     assert json.loads(json.dumps(identity)) == identity
 
 
-def whole(**more: Any) -> str:
-    known: dict[str, Any] = {
-        "transfer_set": set_of(),
+def fingerprint_of(**changes: Any) -> str:
+    """The fingerprint of an identity with some arguments of make_identity changed."""
+    arguments: dict[str, Any] = {
+        "transfer_set": make_transfer_set(),
         "views": parse_views("crop"),
         "seed": 0,
         "teacher": {"arch": "cnn"},
         "codec": "float16",
         "precision": "float32",
     }
-    return compute_fingerprint(make_identity(**known | more))
+    return compute_fingerprint(make_identity(**arguments | changes))
 
 
 @pytest.mark.parametrize(
-    "more",
+    "changes",
     [
-        lambda: {"transfer_set": set_of(name="mnist")},
-        lambda: {"transfer_set": set_of(classes=("1", "0"))},
-        lambda: {"transfer_set": set_of(cut={"val_fraction": 0.2, "seed": 0, "train_size": 0})},
-        lambda: {"transfer_set": set_of(splits={"train": set_of().splits["train"]})},
+        lambda: {"transfer_set": make_transfer_set(name="mnist")},
+        lambda: {"transfer_set": make_transfer_set(classes=("1", "0"))},
+        lambda: {"transfer_set": make_transfer_set(cut={"val_fraction": 0.2, "seed": 0, "train_size": 0})},
+        lambda: {"transfer_set": make_transfer_set(splits={"train": make_transfer_set().splits["train"]})},
         lambda: {"views": parse_views("crop-flip")},
         lambda: {"views": parse_views("crop:pad=3")},
         lambda: {"views": parse_views("crop:mixup=1")},
@@ -220,6 +221,6 @@ def whole(**more: Any) -> str:
         lambda: {"precision": "bfloat16"},
     ],
 )
-def test_another_row_has_another_fingerprint(more: Callable[[], dict[str, Any]]) -> None:
-    assert whole(**more()) != whole()
-    assert whole(**more()) == whole(**more())
+def test_each_argument_of_an_identity_changes_the_fingerprint(changes: Callable[[], dict[str, Any]]) -> None:
+    assert fingerprint_of(**changes()) != fingerprint_of()
+    assert fingerprint_of(**changes()) == fingerprint_of(**changes())

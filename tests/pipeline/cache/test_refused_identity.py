@@ -1,7 +1,7 @@
 """Another teacher, image, class, crop, normalisation, tap, precision, codec or split is refused, in both stages.
 
-Each time the fields are named, what is asked beside what is there, and the last line is the command that makes the
-right cache. Images are a folder's, so that everything about them can be changed.
+Each time the message lists the fields that differ, requested values beside those of the cache, and its last line is
+the command that makes the right cache. The data are a folder of images, so that everything about them can be changed.
 """
 
 import json
@@ -24,13 +24,13 @@ Change = Callable[[], None]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> Path:
+def pets_home(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> Path:
     """A folder with images (pets), a teacher's weights (pets.pt) and their cache `p`: 2 draws, the tap hidden1."""
     import contextlib
 
     from softcache.stages.main import main
 
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("home")
     save_pets(folder / "pets", save_image)
     save_pets_teacher(folder / "pets.pt")
     with contextlib.chdir(folder):
@@ -39,38 +39,38 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> Path:
 
 
 @pytest.fixture
-def home(made: Path, tmp_path: Path, stages: Stages) -> Path:
-    """A copy of that folder, where the test is."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+def home(pets_home: Path, tmp_path: Path, stages: Stages) -> Path:
+    """A copy of that folder, which is the working directory of the test."""
+    shutil.copytree(pets_home, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
-def side_by_side(error: str, one: str, other: str) -> dict[str, tuple[str, str]]:
-    """{field: (value under one, value under other)} of a message, cut where the columns of its heading are."""
+def parse_differences(error: str, first: str, second: str) -> dict[str, tuple[str, str]]:
+    """{field: (value in the column first, value in the column second)} of a message."""
     lines = error.splitlines()
-    heading = next(i for i, line in enumerate(lines) if line.split() == [*one.split(), *other.split()])
-    first, second = lines[heading].index(one), lines[heading].rindex(other)
+    heading = next(i for i, line in enumerate(lines) if line.split() == [*first.split(), *second.split()])
+    start, middle = lines[heading].index(first), lines[heading].rindex(second)
     rows = lines[heading + 1 : -1]
-    return {row[:first].strip(): (row[first:second].strip(), row[second:].strip()) for row in rows}
+    return {row[:start].strip(): (row[start:middle].strip(), row[middle:].strip()) for row in rows}
 
 
-def unchanged() -> None:
-    """The command alone asks for something else."""
+def change_nothing() -> None:
+    """The options of the command are what differs."""
 
 
-def other_weights() -> None:
+def change_weights() -> None:
     save_pets_teacher(Path("pets.pt"), seed=1)
 
 
-def another_arch() -> None:
-    """The same layers, and weights, under another name."""
+def define_arch() -> None:
+    """Define an arch of another name with the same layers, which takes the same weights."""
     Path("my_mlp.py").write_text(
         "from softcache.pipeline.models.archs.mlp import mlp\nmake = lambda **shape: mlp('4', **shape)\n"
     )
 
 
-def one_changed_picture() -> None:
-    """One level of one colour of one pixel."""
+def change_image() -> None:
+    """Change one level of one colour of one pixel."""
     with Image.open("pets/test/cat/1.png") as image:
         changed = image.copy()
     red, green, blue = changed.getpixel((3, 3))  # type: ignore[misc]
@@ -78,172 +78,168 @@ def one_changed_picture() -> None:
     changed.save("pets/test/cat/1.png")
 
 
-def swapped_classes() -> None:
-    """The cats are now in the dogs' folder: the same images, the same names of classes."""
+def swap_classes() -> None:
+    """Exchange the folders of cats and dogs: the same images, the same names of classes."""
     for split in ("train", "test"):
         Path("pets", split, "cat").rename("aside")
         Path("pets", split, "dog").rename(f"pets/{split}/cat")
         Path("aside").rename(f"pets/{split}/dog")
 
 
-def renamed_class() -> None:
+def rename_class() -> None:
     for split in ("train", "test"):
         Path("pets", split, "dog").rename(f"pets/{split}/hound")
 
 
-def one_picture_less() -> None:
+def remove_image() -> None:
     Path("pets/train/dog/7.png").unlink()
 
 
 CONTENT = tuple(f"transfer_set.content.{split}" for split in ("train", "val", "test"))
-ASKED: dict[str, tuple[Change, tuple[str, ...], tuple[str, ...]]] = {
-    "other weights": (other_weights, (), ("teacher.weights",)),
-    "another arch": (another_arch, ("--teacher", "my_mlp:make"), ("teacher.arch",)),
-    "one changed image": (one_changed_picture, (), CONTENT[2:]),
-    "one image less": (one_picture_less, (), CONTENT[:1]),
-    "swapped classes": (swapped_classes, (), CONTENT),
-    "a renamed class": (renamed_class, (), ("transfer_set.classes", *CONTENT)),
-    "another crop padding": (unchanged, ("--views", "crop:pad=2"), ("views.pad",)),
-    "another view policy": (unchanged, ("--views", "none"), ("views.policy", "views.pad")),
-    "another normalisation": (unchanged, ("--normalize", "imagenet"), ("teacher.mean", "teacher.std")),
-    "another precision": (unchanged, ("--precision", "bfloat16"), ("precision",)),
-    "another codec": (unchanged, ("--codec", "sqrt8"), ("codec",)),
+# {case: (what changes on disk, options of the command, fields that then differ)}
+CASES: dict[str, tuple[Change, tuple[str, ...], tuple[str, ...]]] = {
+    "other weights": (change_weights, (), ("teacher.weights",)),
+    "another arch": (define_arch, ("--teacher", "my_mlp:make"), ("teacher.arch",)),
+    "one changed image": (change_image, (), CONTENT[2:]),
+    "one image less": (remove_image, (), CONTENT[:1]),
+    "swapped classes": (swap_classes, (), CONTENT),
+    "a renamed class": (rename_class, (), ("transfer_set.classes", *CONTENT)),
+    "another crop padding": (change_nothing, ("--views", "crop:pad=2"), ("views.pad",)),
+    "another view policy": (change_nothing, ("--views", "none"), ("views.policy", "views.pad")),
+    "another normalisation": (change_nothing, ("--normalize", "imagenet"), ("teacher.mean", "teacher.std")),
+    "another precision": (change_nothing, ("--precision", "bfloat16"), ("precision",)),
+    "another codec": (change_nothing, ("--codec", "sqrt8"), ("codec",)),
     "another split seed": (
-        unchanged,
+        change_nothing,
         ("--seed", "1"),
         (*CONTENT[:2], "transfer_set.cut.seed", "views.seed"),
     ),
     "another share to validate on": (
-        unchanged,
+        change_nothing,
         ("--val-fraction", "0.25"),
         (*CONTENT[:2], "transfer_set.cut.val_fraction"),
     ),
 }
 
 
-@pytest.mark.parametrize("case", ASKED)
-def test_stage_one_refuses_what_a_cache_is_not_and_prints_the_command_that_makes_it(
+@pytest.mark.parametrize("case", CASES)
+def test_stage_one_refuses_another_identity_and_prints_the_command_for_a_cache_of_it(
     home: Path, stages: Stages, case: str
 ) -> None:
-    """The command is run: it makes a cache in a new folder, which is the one that was asked for."""
-    change, options, fields = ASKED[case]
+    """The printed command is run: it makes the requested cache in a new folder."""
+    change, options, fields = CASES[case]
     change()
-    before, there = files(Path("p")), Cache(Path("p")).manifest.identity
+    before, existing = files(Path("p")), Cache(Path("p")).manifest.identity
     error = stages.fails(1, *PETS, *options, "--out", "p")
     assert "'p' holds another cache:" in error
-    found = side_by_side(error, "asked", "there")
-    assert set(found) == set(fields)
+    differences = parse_differences(error, "requested", "in the cache")
+    assert set(differences) == set(fields)
     assert files(Path("p")) == before
 
     arguments = printed_command(error)
     assert arguments[arguments.index("--out") + 1] == "p-2"
-    made = stages(*arguments)
-    asked = Cache(Path("p-2")).manifest.identity
-    assert asked != there
+    result = stages(*arguments)
+    requested = Cache(Path("p-2")).manifest.identity
+    assert requested != existing
     for field in fields:
-        values = [value_of(identity, field) for identity in (asked, there)]
-        assert [shown(value) for value in values] == list(found[field])
-    assert (made["draws"], list(Cache(Path("p-2")).manifest.taps)) == (2, ["hidden1"])
+        values = [get_field(identity, field) for identity in (requested, existing)]
+        assert [format_value(value) for value in values] == list(differences[field])
+    assert (result["draws"], list(Cache(Path("p-2")).manifest.taps)) == (2, ["hidden1"])
     code, out, err = stages.call(*PETS, *options, "--out", "p-2")
     assert code == 0, err
     assert "whole already" in out
 
 
-def value_of(identity: Any, field: str) -> Any:
+def get_field(identity: Any, field: str) -> Any:
     for part in field.split("."):
         identity = identity.get(part)
     return identity
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "…"
 
 
 @pytest.mark.parametrize("case", ["one changed image", "one image less", "swapped classes", "a renamed class"])
 @pytest.mark.parametrize("command", ["student", "evaluate", "check-cache"])
-def test_stage_two_refuses_other_pictures_and_prints_the_command_for_a_cache_of_them(
+def test_stage_two_refuses_other_images_and_prints_the_command_for_a_cache_of_them(
     home: Path, stages: Stages, case: str, command: str
 ) -> None:
     if command == "evaluate":
         stages(*STUDENT, "--out", "r")
-    change, _, fields = ASKED[case]
+    change, _, fields = CASES[case]
     change()
-    asked: dict[str, tuple[str, ...]] = {
+    commands: dict[str, tuple[str, ...]] = {
         "student": (*STUDENT, "--out", "new"),
         "evaluate": ("evaluate", "r", "--data", "folder:pets"),
         "check-cache": ("check-cache", "p", "--deep", "--data", "folder:pets"),
     }
-    error = stages.fails(1, *asked[command])
+    error = stages.fails(1, *commands[command])
     assert "the cache 'p' was made from other data:" in error
-    found = side_by_side(error, "here", "in the cache")
-    assert set(found) == {field.removeprefix("transfer_set.") for field in fields}
-    here, there = (
-        load_transfer_set("folder:pets", Path(), val_fraction=0.1).identity(),
-        Cache(Path("p")).manifest.identity,
-    )
-    for field, values in found.items():
-        assert [shown(value_of(it, field)) for it in (here, there["transfer_set"])] == list(values)
+    differences = parse_differences(error, "in the data", "in the cache")
+    assert set(differences) == {field.removeprefix("transfer_set.") for field in fields}
+    loaded = load_transfer_set("folder:pets", Path(), val_fraction=0.1).identity()
+    cached = Cache(Path("p")).manifest.identity["transfer_set"]
+    for field, values in differences.items():
+        assert [format_value(get_field(identity, field)) for identity in (loaded, cached)] == list(values)
     assert not Path("new").exists()
 
     stages(*printed_command(error))
-    of_these = ["p-2" if word == "p" else word for word in STUDENT]
-    assert stages(*of_these, "--out", "new")["cache"]["draws"] == 2
+    student = ["p-2" if word == "p" else word for word in STUDENT]
+    assert stages(*student, "--out", "new")["cache"]["draws"] == 2
     assert list(Cache(Path("p-2")).manifest.taps) == ["hidden1"]
 
 
-def test_stage_two_refuses_a_tap_that_is_not_there(home: Path, stages: Stages) -> None:
-    """With the taps that are; the command adds the one that is wanted."""
-    asked = (*STUDENT, "--loss", "hint:teacher=relu1,student=relu1", "--out", "r")
-    error = stages.fails(1, *asked)
+def test_stage_two_refuses_a_tap_that_the_cache_does_not_hold(home: Path, stages: Stages) -> None:
+    """The message lists those that it holds; the printed command adds the missing one."""
+    command = (*STUDENT, "--loss", "hint:teacher=relu1,student=relu1", "--out", "r")
+    error = stages.fails(1, *command)
     assert "has not kept relu1 (it has: hidden1)" in error
     arguments = [word.replace("folder:PATH", "folder:pets") for word in printed_command(error)]
     stages(*arguments)
     assert list(Cache(Path("p")).manifest.taps) == ["hidden1", "relu1"]
-    stages(*asked)
+    stages(*command)
 
 
 def test_stage_two_takes_everything_else_from_the_cache_itself(
     home: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crop, normalisation, split and draws are no options of a student: what it sees is what the cache says."""
+    """Crop, normalisation and split are no options of a student: they are those of the cache."""
     for option in ("--views", "--normalize", "--val-fraction", "--codec", "--train-size"):
         code, _, err = stages.call(*STUDENT, option, "1")
         assert code == 2
         assert "No such option" in err
-    normalised = stages(*STUDENT, "--out", "r")["student"]["preparation"]
-    identity = Cache(Path("p")).manifest.identity["teacher"]
-    assert (normalised["mean"], normalised["std"]) == (identity["mean"], identity["std"])
+    input_spec = stages(*STUDENT, "--out", "r")["student"]["preparation"]
+    teacher = Cache(Path("p")).manifest.identity["teacher"]
+    assert (input_spec["mean"], input_spec["std"]) == (teacher["mean"], teacher["std"])
 
 
-def test_the_folder_of_the_command_is_the_first_that_is_free(home: Path, stages: Stages) -> None:
+def test_the_printed_command_has_the_first_folder_that_does_not_exist(home: Path, stages: Stages) -> None:
     Path("p-2").mkdir()
     Path("p-3").write_text("mine")
-    other_weights()
+    change_weights()
     arguments = printed_command(stages.fails(1, *PETS, "--out", "p"))
     assert arguments[arguments.index("--out") + 1] == "p-4"
 
 
-def test_names_with_spaces_and_quotes_come_back_from_the_command(home: Path, stages: Stages) -> None:
-    """What is printed is what a shell reads back as the same arguments."""
+def test_names_with_spaces_and_quotes_are_quoted_in_the_printed_command(home: Path, stages: Stages) -> None:
+    """A shell reads the same arguments back."""
     Path("p").rename("tom's cache")
     Path("pets").rename("tom's pets & more")
     Path("pets.pt").rename("a teacher.pt")
-    one_changed_picture_in("tom's pets & more")
-    asked = list(PETS)
-    asked[asked.index("folder:pets")] = "folder:tom's pets & more"
-    asked[asked.index("pets.pt")] = "a teacher.pt"
-    arguments = printed_command(stages.fails(1, *asked, "--out", "tom's cache"))
+    Image.new("RGB", (8, 8), (1, 2, 3)).save("tom's pets & more/test/cat/1.png")
+    command = list(PETS)
+    command[command.index("folder:pets")] = "folder:tom's pets & more"
+    command[command.index("pets.pt")] = "a teacher.pt"
+    arguments = printed_command(stages.fails(1, *command, "--out", "tom's cache"))
     assert arguments[arguments.index("--out") + 1] == "tom's cache-2"
     stages(*arguments)
-
-
-def one_changed_picture_in(root: str) -> None:
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(Path(root, "test/cat/1.png"))
 
 
 def test_weights_that_differ_in_one_bit_are_other_weights(home: Path, stages: Stages) -> None:
     state = torch.load("pets.pt", weights_only=True)
     state["hidden1.weight"].view(torch.int32)[0, 0] ^= 1
     torch.save(state, "pets.pt")
-    assert set(side_by_side(stages.fails(1, *PETS, "--out", "p"), "asked", "there")) == {"teacher.weights"}
+    error = stages.fails(1, *PETS, "--out", "p")
+    assert set(parse_differences(error, "requested", "in the cache")) == {"teacher.weights"}

@@ -18,8 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from softcache.base.errors import CacheError
-from softcache.pipeline.cache import reader as cache_module
-from softcache.pipeline.cache import shards
+from softcache.pipeline.cache import rows, shards
 from softcache.pipeline.cache.reader import Cache
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
@@ -112,13 +111,13 @@ def test_workers_that_were_given_an_open_cache_read_the_right_rows(tiny: Path, t
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The checksums of whole files that are computed from now on."""
-    checksum, found = shards.file_checksum, []
+    checksum, found = shards.hash_file, []
 
     def counted(fd: int) -> str:
         found.append(checksum(fd))
         return found[-1]
 
-    monkeypatch.setattr(shards, "file_checksum", counted)
+    monkeypatch.setattr(shards, "hash_file", counted)
     return found
 
 
@@ -183,7 +182,7 @@ def test_threads_read_the_right_rows_from_one_cache(
     tiny: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch, hasty_threads: None, open_shards: int, from_disk: bool
 ) -> None:
     """Also where one thread's shard makes room for another's, and one's draw for another's."""
-    monkeypatch.setattr(cache_module, "OPEN_SHARDS", open_shards)
+    monkeypatch.setattr(rows, "MAX_OPEN_SHARDS", open_shards)
     cache = Cache(tiny / "cache")
 
     def read(seed: int) -> int:
@@ -241,7 +240,7 @@ def open_handles() -> int:
 
 def test_no_hdf5_handle_stays_open_nor_crosses_a_fork(tiny: Path, truth: Truth) -> None:
     cache = opened_and_used(tiny / "cache")
-    assert len(cache._shards) >= 3
+    assert len(cache._rows._shards) >= 3
     assert open_handles() == 0
     with h5py.File(tiny / "cache/head.h5"):
         assert open_handles() == 1
@@ -253,7 +252,7 @@ def test_no_hdf5_handle_stays_open_nor_crosses_a_fork(tiny: Path, truth: Truth) 
 @pytest.fixture
 def two_open(cache: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Cache, list[str]]:
     """A cache of which two shards stay open, and the checksums that are computed of them."""
-    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(rows, "MAX_OPEN_SHARDS", 2)
     return Cache(cache), computed
 
 
