@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softcache.base.errors import UsageError
-from softcache.data.long_tail import parse_imbalance, resample_rows, select_long_tail
+from softcache.data.long_tail import parse_imbalance, select_long_tail
+from softcache.data.sampling import resample_rows
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from tests.helpers.commands import Stages
@@ -78,15 +79,18 @@ def test_without_a_head_size_the_largest_class_has_all_that_the_data_allow() -> 
 @pytest.mark.parametrize(
     ("cut", "wrong"),
     [
-        ({"imbalance": "1"}, "--imbalance 1: a factor above 1, and exponential or step: 100, 100:step"),
-        ({"imbalance": "100:linear"}, "--imbalance 100:linear: a factor above 1"),
-        ({"imbalance": "ten"}, "--imbalance ten: a factor above 1"),
+        ({"imbalance": "1"}, "--imbalance 1: expected a factor above 1, and exponential or step: 100, 100:step"),
+        ({"imbalance": "100:linear"}, "--imbalance 100:linear: expected a factor above 1"),
+        ({"imbalance": "ten"}, "--imbalance ten: expected a factor above 1"),
         ({"imbalance": "5", "head_size": 5000}, "5000 is not from 0 to 124: class 0 with 124 rows allows no more"),
         ({"imbalance": "5", "head_size": 10**30}, "is not from 0 to 124"),
         ({"imbalance": "5", "head_size": -3}, "-3 is not from 0 to 124"),
         ({"imbalance": "1000", "head_size": 100}, "a largest class of 100 rows leaves none of class 7"),
-        ({"imbalance": "5", "train_size": 50}, "--train-size and --imbalance both say which training rows stay"),
-        ({"head_size": 5}, "--head-size 5 is the largest class of a long tail: say --imbalance, too"),
+        (
+            {"imbalance": "5", "train_size": 50},
+            "--train-size and --imbalance both select training rows: leave out one of them",
+        ),
+        ({"head_size": 5}, "--head-size 5 is the largest class of a long tail: give --imbalance as well"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(cut: dict[str, object], wrong: str) -> None:

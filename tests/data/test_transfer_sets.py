@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.image_arrays import ImageArrays
-from softcache.data.transfer_set import TRANSFER_SETS, Split, TransferSet, draw_stratified, load_transfer_set
+from softcache.data.sampling import draw_stratified
+from softcache.data.sources import SOURCES
+from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
 
 Pixels = NDArray[np.uint8]
 IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
@@ -252,7 +254,7 @@ def test_files_that_are_absent_are_refused_in_one_line_with_the_way_out(
     said = str(refusal.value)
     assert f"is not under '{tmp_path}' and cannot be downloaded (" in said
     assert "no route to host" in said
-    assert f"put its files into '{tmp_path / FOLDERS[data]}', or say where they are with --data-root" in said
+    assert f"put its files into '{tmp_path / FOLDERS[data]}', or name their folder with --data-root" in said
     assert "\n" not in said
 
 
@@ -342,7 +344,7 @@ def test_a_data_set_that_does_not_exist_is_refused_with_what_there_is(data: str,
 
 
 def test_every_row_of_the_table_is_tried_here() -> None:
-    assert {"digits", "folder", *FOLDERS} == set(TRANSFER_SETS)
+    assert {"digits", "folder", *FOLDERS} == set(SOURCES)
 
 
 # --- stratified ---------------------------------------------------------------------------------------------------

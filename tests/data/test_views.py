@@ -18,10 +18,11 @@ from PIL import Image
 
 from softcache.base import rng
 from softcache.base.errors import CacheError, UsageError
+from softcache.data.decoding import Box
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, load_transfer_set
-from softcache.data.views import VIEW_POLICIES, Box, draw_mixup, parse_views, render
+from softcache.data.views import VIEW_POLICIES, draw_mixup, parse_views, render
 from softcache.pipeline.loading.stream import Stream, render_batches
 
 # What each random number is for. A number that changes its meaning makes every cache on disk a liar.

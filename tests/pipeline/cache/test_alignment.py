@@ -69,14 +69,14 @@ def test_a_renderer_that_moves_one_pixel_is_found_without_the_teacher(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a new decoder or library would: one pixel of every view is one level brighter."""
-    render_one = views._render_one
+    render_one = views._render_unmixed
 
     def drifted(*arguments):  # type: ignore[no-untyped-def]
         pixels = render_one(*arguments).clone()
         pixels[:, 0, 3, 4] ^= 1
         return pixels
 
-    monkeypatch.setattr(views, "_render_one", drifted)
+    monkeypatch.setattr(views, "_render_unmixed", drifted)
     line = stages.fails(1, "student", "--cache", cache, *MORE)
     assert "come out differently here" in line
     assert "pillow" in line
@@ -88,16 +88,16 @@ def test_other_data_are_refused_and_the_field_named(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One level of one pixel of one image."""
-    import softcache.data.transfer_set as module
+    from softcache.data.sources import SOURCES
 
-    row = module.TRANSFER_SETS["digits"]
+    load_digits = SOURCES["digits"]
 
-    def one_pixel_off(root: Path) -> object:
-        splits, classes = row.read(root)
-        splits["test"][0].pixels[7, 0, 4, 4] ^= 1
-        return splits, classes
+    def load_with_one_pixel_changed(root: Path) -> object:
+        loaded = load_digits(root)
+        loaded.splits["test"].images.pixels[7, 0, 4, 4] ^= 1  # type: ignore[union-attr]
+        return loaded
 
-    monkeypatch.setitem(module.TRANSFER_SETS, "digits", module.DataSource(one_pixel_off, row.recipe))
+    monkeypatch.setitem(SOURCES, "digits", load_with_one_pixel_changed)  # type: ignore[arg-type]
     error = stages.fails(1, "student", "--cache", cache, *MORE)
     assert "was made from other data" in error
     assert [line.split()[0] for line in error.splitlines()[2:-1]] == ["content.test"]
