@@ -194,7 +194,7 @@ def draw_mixup(
 @lru_cache(maxsize=8)
 def _tabulate_shares(alpha: float) -> NDArray[np.int64]:
     """4,096 equally likely shares of Beta(alpha, alpha), rounded to 1/256: the same pixels on every machine."""
-    from scipy.stats import beta  # not at the top: commands without mixup start in 2.5 s instead of 4.4 s
+    from scipy.stats import beta  # not at the top: `softcache losses` starts in 2.5 s instead of 4.4 s
 
     quantiles = (np.arange(4096) + 0.5) / 4096
     shares: NDArray[np.int64] = np.rint(256 * beta.ppf(quantiles, alpha, alpha)).astype(np.int64)

@@ -113,60 +113,6 @@ def test_a_crop_is_pinned_pixel_by_pixel() -> None:
     ]
 
 
-def test_the_hash_is_splitmix64() -> None:
-    # The published sequence of SplitMix64 from seed 0, which an empty key leaves untouched.
-    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B]
-    assert rng.bits((), np.arange(5)).tolist() == published
-
-
-def test_counter_numbers_are_pinned() -> None:
-    assert rng.bits((1, 2, 3), rows(0, 1, 2**40)).tolist() == [
-        0x214D4C07ECFEAAC5,
-        0x6FF419CB83DFE1E6,
-        0x8B20A75BB0E65277,
-    ]
-    assert rng.bits((-1,), rows(5)).tolist() == rng.bits((2**64 - 1,), rows(5)).tolist() == [0x276EBC0E52F41C24]
-    assert rng.integers((7,), np.arange(12), 9).tolist() == [6, 5, 4, 5, 3, 1, 8, 8, 7, 1, 8, 3]
-    assert rng.uniform((0, 5), np.arange(3)).tolist() == [
-        0.05805669817305514,
-        0.7108318915884554,
-        0.34717590356492045,
-    ]
-    assert rng.permutation((4, 1), 10).tolist() == [1, 0, 6, 7, 9, 4, 2, 8, 5, 3]
-
-
-def plain_bits(key: tuple[int, ...], count: int) -> int:
-    """The hash once more, in Python's own integers."""
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    state, weyl = 0, 0x9E3779B97F4A7C15
-    for part in key:
-        state = mix((state + part + weyl) % 2**64)
-    return mix((state + (count + 1) * weyl) % 2**64)
-
-
-KEYS = st.lists(st.integers(-(2**63), 2**64 - 1), max_size=4).map(tuple)
-
-
-@settings(deadline=None)
-@given(KEYS, st.lists(st.integers(0, 2**62), min_size=1, max_size=5), st.integers(1, 2**31 - 1))
-def test_counter_agrees_with_plain_integers(key: tuple[int, ...], counts: list[int], below: int) -> None:
-    expected = [plain_bits(key, count) for count in counts]
-    assert rng.bits(key, rows(*counts)).tolist() == expected
-    assert rng.integers(key, rows(*counts), below).tolist() == [(x >> 32) * below >> 32 for x in expected]
-    assert rng.uniform(key, rows(*counts)).tolist() == [(x >> 11) / 2**53 for x in expected]
-
-
-@settings(deadline=None)
-@given(KEYS, st.integers(0, 300))
-def test_a_permutation_holds_every_number_once(key: tuple[int, ...], n: int) -> None:
-    assert sorted(rng.permutation(key, n).tolist()) == list(range(n))
-
-
 # --- a view depends on nothing else -------------------------------------------------------------------------------
 
 MANY = synthetic(64)
