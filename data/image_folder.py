@@ -62,8 +62,8 @@ class ImageFolder:
         """
         digest = sha256()
         with closing(map_in_threads(self._hash_file, self.names, _HASHING_THREADS)) as file_digests:
-            shown = progress(file_digests, len(self), "reading images")
-            for name, label, file_digest in zip(self.names, labels, shown, strict=True):
+            digests = progress(file_digests, len(self), "reading images")
+            for name, label, file_digest in zip(self.names, labels, digests, strict=True):
                 digest.update(os.fsencode(name) + f"\0{label}\0".encode() + file_digest)
         return digest.hexdigest()
 
