@@ -14,14 +14,9 @@ from torch import nn
 
 from softcache.base.lock import hold_lock
 from softcache.data.image_arrays import ImageArrays
-from softcache.data.transfer_set import (
-    TRANSFER_SETS,
-    DataSource,
-    Recipe,
-    SplitsAndClasses,
-    TransferSet,
-    load_transfer_set,
-)
+from softcache.data.sources import SOURCES
+from softcache.data.sources.source_data import LabelledImages, SourceData
+from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
 from softcache.pipeline.cache.identity import Identity, make_identity
@@ -34,6 +29,7 @@ from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.defaults import DEFAULTS, Defaults, find_defaults
 from softcache.stages.student.command import fill_defaults
 from softcache.stages.student.setup import DistillationSetup
 
@@ -56,15 +52,15 @@ def in_memory(n: int, channels: int = 3, size: int = 32, classes: int = 10) -> s
     """The name of a data set of n training rows (2 % of them validation) and 128 to test, as --data would have it."""
     name = f"smooth-{n}x{channels}x{size}x{size}-{classes}"
 
-    def read(root: Path) -> SplitsAndClasses:
+    def load_smooth_images(root: Path) -> SourceData:
         splits = {}
         for seed, (split, rows) in enumerate((("train", n), ("test", max(128, classes)))):
             labels = np.arange(rows, dtype=np.int64) % classes
-            splits[split] = (ImageArrays(smooth(rows, channels, size, seed)), labels)
-        return splits, tuple(f"c{i}" for i in range(classes))  # type: ignore[return-value]
+            splits[split] = LabelledImages(ImageArrays(smooth(rows, channels, size, seed)), labels)
+        return SourceData(splits, tuple(f"c{i}" for i in range(classes)))
 
-    recipe = Recipe() if channels == 3 else Recipe(views="none", draws=1, learning_rate=0.05)
-    TRANSFER_SETS.setdefault(name, DataSource(read, recipe))
+    SOURCES.setdefault(name, load_smooth_images)
+    DEFAULTS.setdefault(name, Defaults() if channels == 3 else Defaults(views="none", draws=1, learning_rate=0.05))
     return name
 
 
@@ -113,7 +109,7 @@ def fake_cache(
     {name: row shape}, of random float16. A cache that is there already is taken as it is."""
     if (folder / "manifest.json").exists():
         return folder
-    rows, views = transfer_set(data), views or TRANSFER_SETS[data.partition(":")[0]].recipe.views
+    rows, views = transfer_set(data), views or find_defaults(data).views
     policy = parse_views(views)
     policy = replace(policy, size=policy.size or rows.size)
     classes, seed = len(rows.classes), 0
@@ -164,6 +160,6 @@ def _feature(rows: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
 
 
 def opened(cache: Path, data: str, arch: str, **more: object) -> tuple[StudentConfig, DistillationSetup]:
-    """A student's settings with the recipe in, and what it is trained from, as `softcache student` opens it."""
+    """A student's settings with defaults filled in, and what it is trained from, as `softcache student` opens it."""
     config = fill_defaults(StudentConfig(data=data, cache=(str(cache),), arch=arch, **more))  # type: ignore[arg-type]
     return config, DistillationSetup.open(config)

@@ -1,7 +1,7 @@
-"""What goes in: transfer sets (one file per source), images, decoding, augmented views, long tails.
+"""The data: transfer sets, their sources, images in memory and in files, augmented views, long tails.
 
 May import base. The only package that knows torchvision's data sets. Begin with `transfer_set.py`, then `views.py`.
 """
 
-if __name__ != "softcache.data":  # from a checkout's top, a plain `import data` finds this folder
+if __name__ != "softcache.data":  # imported as `data` from a checkout, where this folder is at the top
     raise ImportError("this folder is part of the package softcache: import softcache.data")

@@ -1,8 +1,8 @@
-"""Views: the pixels for (index, draw), always the same ones.
+"""Augmented views: the pixels for (index, draw), which are always the same.
 
-A view is a pure function of (view policy, seed, index, draw). The teacher sees it in stage one, the
-student sees it again in stage two, and a checksum of it travels in the cache. Every random number
-comes from `rng.bits`, so neither batch size, order, workers nor processes can change a pixel.
+A view is a pure function of (view policy, seed, index, draw). The teacher gets it in stage one, the student gets it
+again in stage two, and a checksum of it is stored in the cache. Every random number comes from `rng.bits`, so
+neither batch size, order, workers nor processes can change a pixel.
 """
 
 from collections.abc import Callable
@@ -13,44 +13,69 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import beta
 
 from softcache.base import rng
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 
-Draw = int | NDArray[np.int64]  # of all rows, or of each
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored image
+from .decoding import Box
 
-# One number per thing that is drawn, so that a new knob never shifts the numbers of an old one.
-_TOP, _LEFT, _FLIP, _AREA, _RATIO, _BOX_TOP, _BOX_LEFT, _PARTNER, _SHARE = range(9)
+Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [B], one for each
+
+# What a random number decides: a part of its key, so that a new parameter never shifts the numbers of an old one.
+CROP_TOP, CROP_LEFT, FLIP, BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT, MIXUP_PARTNER, MIXUP_SHARE = range(9)
 
 
 class ImageSource(Protocol):
-    """Where pixels come from: a tensor in memory or a folder of files."""
+    """N images, in memory (ImageArrays) or in files (ImageFolder), as `render` reads them.
+
+    In all methods, `index` is int64 [B] with values in [0, N), and `size` and `resize` are those of ViewPolicy.
+    """
 
     def __len__(self) -> int: ...
 
     def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
-        """uint8 [B, C, size, size]: as stored, or the shorter side made `resize` and the centre cut out."""
+        """Return the images as stored, or scaled until the shorter side is `resize` and cut to their centre.
+
+        Returns:
+            uint8 [B, C, size, size], a copy that the caller may change.
+        """
 
     def load_padded(
         self, index: NDArray[np.int64], size: int, resize: int, pad: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """uint8 [N, C, S + 2 pad, S + 2 pad], and which rows [B] of it are the plain images index [B] with zeros
-        around them."""
+        """Return plain images with a border of zeros.
+
+        Returns:
+            Images, uint8 [M, C, size + 2 * pad, size + 2 * pad], not to be changed, and the rows of them that are the
+            images `index`, int64 [B]. M is B, or N where all images are padded at once.
+        """
 
     def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
-        """uint8 [B, C, size, size]: box(row, width, height) cut out of image row and resized."""
+        """Cut one box out of each image and resize it.
+
+        Args:
+            box: Called with (row of the batch, width, height of the stored image).
+
+        Returns:
+            uint8 [B, C, size, size].
+        """
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """How a view is made from a image. size and resize in pixels; 0 means: as the data are.
+    """How a view is made from an image.
 
-    pad: zero padding before a random crop of the original size (He et al. 2016, section 4.2).
-    min_scale: least share of the image's area in a resized crop (Szegedy et al. 2015), ratio 3/4 to 4/3.
-    mixup: alpha of the Beta distribution of the two shares, 0 for none (Zhang et al. 2018).
+    Attributes:
+        name: Its name in VIEW_POLICIES.
+        crop: Whether a window of the image's size is cut out of the padded image (He et al. 2016, section 4.2).
+        flip: Whether a view is mirrored left to right, with probability 1/2.
+        resized_crop: Whether a random box is cut out and resized (Szegedy et al. 2015), of ratio 3/4 to 4/3.
+        pad: Pixels of zero padding on each side before a crop.
+        min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
+        mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
+        size: Side of the view in pixels; 0 is the images' own size.
+        resize: Length in pixels to which the shorter side is scaled first; 0 is the images' own size.
     """
 
     name: str
@@ -64,11 +89,11 @@ class ViewPolicy:
     resize: int = 0
 
     def parameters(self) -> dict[str, float]:
-        """The knobs that this policy has, with their values: part of a cache's identity."""
-        return {knob: getattr(self, knob) for knob in _parameters_of(self)}
+        """Return the parameters that this policy has, with their values: part of a cache's identity."""
+        return {name: getattr(self, name) for name in _list_parameters(self)}
 
     def without_augmentation(self) -> "ViewPolicy":
-        """The policy of held-out splits: the same size, nothing random."""
+        """Return the policy of held-out splits: views of the same size, nothing random."""
         return replace(VIEW_POLICIES["none"], size=self.size, resize=self.resize)
 
 
@@ -80,75 +105,113 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
 }
 
 
-def _parameters_of(policy: ViewPolicy) -> list[str]:
-    own = ["pad"] if policy.crop else ["min_scale"] if policy.resized_crop else []
-    return [*own, "mixup", "size", "resize"]
+def _list_parameters(policy: ViewPolicy) -> list[str]:
+    names = ["mixup", "size", "resize"]
+    if policy.crop:
+        return ["pad", *names]
+    if policy.resized_crop:
+        return ["min_scale", *names]
+    return names
 
 
 def parse_views(spec: str) -> ViewPolicy:
-    """`crop-flip:pad=4,mixup=0.2` -> ViewPolicy. Raises UsageError for an unknown name or knob."""
-    name, given = parse_spec(spec, "views")
+    """Parse a view policy with its parameters, such as `crop-flip:pad=4,mixup=0.2`.
+
+    Raises:
+        UsageError: No policy has this name, the policy has no such parameter, or a value is out of its range.
+    """
+    name, texts = parse_spec(spec, "views")
     if name not in VIEW_POLICIES:
         raise unknown_name_error("view policy", name, VIEW_POLICIES)
     policy = VIEW_POLICIES[name]
-    check_parameters(spec, "views", given, _parameters_of(policy))
+    check_parameters(spec, "views", texts, _list_parameters(policy))
     values: dict[str, float] = {}
-    for knob, text in given.items():
-        value = parse_number(spec, "views", knob, text)
-        low, high = (0.001, 1.0) if knob == "min_scale" else (0.0, 4096.0)
+    for parameter, text in texts.items():
+        value = parse_number(spec, "views", parameter, text)
+        low, high = (0.001, 1.0) if parameter == "min_scale" else (0.0, 4096.0)
         if not low <= value <= high:
-            raise UsageError(f"views '{spec}': {knob}={text} is outside {low:g} to {high:g}")
-        if knob in ("pad", "size", "resize") and value != int(value):
-            raise UsageError(f"views '{spec}': {knob}={text} is not a whole number")
-        values[knob] = int(value) if knob in ("pad", "size", "resize") else value
+            raise UsageError(f"views '{spec}': {parameter}={text} is outside {low:g} to {high:g}")
+        if parameter in ("pad", "size", "resize"):
+            if value != int(value):
+                raise UsageError(f"views '{spec}': {parameter}={text} is not a whole number")
+            value = int(value)
+        values[parameter] = value
     return replace(policy, **values)  # type: ignore[arg-type]
 
 
 def render(images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw) -> torch.Tensor:
-    """The views uint8 [B, C, size, size] of the images index [B] in one draw, or in the draws [B].
+    """Render the views of a batch of images.
 
-    Files are decoded once for neighbours that are the same image: k draws of it, one after the other, cost one
-    decoding.
+    A file is decoded once for neighbours in `index` that are the same image, so k draws of an image, one after the
+    other, cost one decoding.
 
-    The pixels are moved by NumPy, not by torch: a stream renders in a thread of its own, where torch's kernels
-    would start a second team of OpenMP threads that spins against the student's: 5.6 s instead of 3.4 s for 3,000
-    steps of a small student on 2 cores.
+    The pixels are moved by NumPy, not by torch: training renders in a background thread, where torch's kernels would
+    start a second team of OpenMP threads that spins against the student's: 5.6 s instead of 3.4 s for 3,000 steps of
+    a small student on 2 cores.
+
+    Args:
+        images: N images.
+        policy: How views are made.
+        seed: The seed of the views, any int.
+        index: int64 [B], the images to render, in [0, N).
+        draw: Which of its views is rendered of each image: one draw for all, or int64 [B].
+
+    Returns:
+        uint8 [B, C, size, size].
+
+    Raises:
+        CacheError: An image file cannot be decoded.
     """
-    views = _render_one(images, policy, seed, index, draw)
+    views = _render_unmixed(images, policy, seed, index, draw)
     if policy.mixup > 0:
         partner, share = draw_mixup(policy, seed, index, draw, len(images))
-        views = _mix(views, _render_one(images, policy, seed, partner, draw), share)
+        views = _mix(views, _render_unmixed(images, policy, seed, partner, draw), share)
     return views
 
 
 def draw_mixup(
     policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw, n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Partner index [B], never the image itself unless it is alone, and share [B] of the image in 1/256."""
-    step = 1 + rng.integers((seed, draw, _PARTNER), index, max(n - 1, 1))
-    table = _beta_shares(policy.mixup)
-    share = table[rng.integers((seed, draw, _SHARE), index, len(table))]
+    """Draw the second image of each mixed view, and the first one's share.
+
+    Args:
+        policy: A policy with mixup > 0.
+        seed: The seed of the views.
+        index: int64 [B], the first images.
+        draw: One draw for all, or int64 [B].
+        n: Number of images to draw from.
+
+    Returns:
+        The partners, int64 [B] in [0, n), never the image itself unless n is 1; and the shares of the first images,
+        int64 [B] in units of 1/256, 0 to 256.
+    """
+    step = 1 + rng.integers((seed, draw, MIXUP_PARTNER), index, max(n - 1, 1))
+    table = _tabulate_shares(policy.mixup)
+    share = table[rng.integers((seed, draw, MIXUP_SHARE), index, len(table))]
     return (index + step) % n, share
 
 
 @lru_cache(maxsize=8)
-def _beta_shares(alpha: float) -> NDArray[np.int64]:
-    """4,096 equally likely shares of Beta(alpha, alpha) in whole 1/256: the same pixels on every machine."""
-    middle = (np.arange(4096) + 0.5) / 4096
-    shares: NDArray[np.int64] = np.rint(256 * beta.ppf(middle, alpha, alpha)).astype(np.int64)
+def _tabulate_shares(alpha: float) -> NDArray[np.int64]:
+    """4,096 equally likely shares of Beta(alpha, alpha), rounded to 1/256: the same pixels on every machine."""
+    from scipy.stats import beta  # not at the top: `softcache losses` starts in 2.5 s instead of 4.4 s
+
+    quantiles = (np.arange(4096) + 0.5) / 4096
+    shares: NDArray[np.int64] = np.rint(256 * beta.ppf(quantiles, alpha, alpha)).astype(np.int64)
     return shares
 
 
-def _mix(one: torch.Tensor, other: torch.Tensor, share: NDArray[np.int64]) -> torch.Tensor:
-    w = share.astype(np.uint16)[:, None, None, None]
-    mixed = np.multiply(one.numpy(), w, dtype=np.uint16)  # 255 * 256 + 128 is the most that any of it can be
-    mixed += np.multiply(other.numpy(), 256 - w, dtype=np.uint16)
+def _mix(views: torch.Tensor, partners: torch.Tensor, share: NDArray[np.int64]) -> torch.Tensor:
+    """Rounded weighted mean of uint8 [B, C, S, S] and its partners, with weights share / 256, int64 [B]."""
+    weight = share.astype(np.uint16)[:, None, None, None]
+    mixed = np.multiply(views.numpy(), weight, dtype=np.uint16)  # the sums are at most 255 * 256 + 128: no overflow
+    mixed += np.multiply(partners.numpy(), 256 - weight, dtype=np.uint16)
     mixed += 128
     mixed >>= 8
     return torch.from_numpy(mixed.astype(np.uint8))
 
 
-def _render_one(
+def _render_unmixed(
     images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw
 ) -> torch.Tensor:
     if policy.resized_crop:
@@ -158,9 +221,9 @@ def _render_one(
     else:
         views = images.load_plain(index, policy.size, policy.resize)
     if policy.flip:
-        pixels = views.numpy()  # a copy of our own already, as every branch above makes one
-        turned = rng.integers((seed, draw, _FLIP), index, 2) == 1
-        pixels[turned] = pixels[turned][..., ::-1]
+        pixels = views.numpy()  # changed in place: every branch above made a copy
+        is_flipped = rng.integers((seed, draw, FLIP), index, 2) == 1
+        pixels[is_flipped] = pixels[is_flipped][..., ::-1]
     return views
 
 
@@ -169,30 +232,29 @@ def _random_crop(
 ) -> torch.Tensor:
     pad = policy.pad
     padded, rows = images.load_padded(index, policy.size, policy.resize, pad)
-    top = rng.integers((seed, draw, _TOP), index, 2 * pad + 1)
-    left = rng.integers((seed, draw, _LEFT), index, 2 * pad + 1)
+    top = rng.integers((seed, draw, CROP_TOP), index, 2 * pad + 1)
+    left = rng.integers((seed, draw, CROP_LEFT), index, 2 * pad + 1)
     size = padded.shape[-1] - 2 * pad
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (2, 3))  # [N, C, 2p+1, 2p+1, S, S]
     return torch.from_numpy(windows[rows, :, top, left])
 
 
-def pad_images(views: NDArray[np.uint8], pad: int) -> NDArray[np.uint8]:
-    """uint8 [B, C, S + 2 pad, S + 2 pad]: views [B, C, S, S] with zeros around them."""
-    B, C, H, W = views.shape
+def pad_images(images: NDArray[np.uint8], pad: int) -> NDArray[np.uint8]:
+    """Return uint8 [B, C, H + 2 * pad, W + 2 * pad]: images uint8 [B, C, H, W] with a border of zeros."""
+    B, C, H, W = images.shape
     padded = np.zeros((B, C, H + 2 * pad, W + 2 * pad), np.uint8)
-    padded[:, :, pad : pad + H, pad : pad + W] = views
+    padded[:, :, pad : pad + H, pad : pad + W] = images
     return padded
 
 
 def _draw_boxes(policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw) -> Callable[[int, int, int], Box]:
-    """Boxes from sums, products, quotients and square roots alone.
+    """Boxes of resized crops, computed with sums, products, quotients and square roots alone.
 
-    Those five are rounded correctly on every machine, which logarithms and powers are not: hence the
-    ratio (3 + u) / (4 - u), which runs from 3/4 to 4/3 and is its own inverse at 1 - u, instead of the
-    usual exp(uniform(log 3/4, log 4/3)).
+    IEEE 754 rounds those correctly on every machine, but not logarithms and powers: hence the ratio (3 + u) / (4 - u),
+    which runs from 3/4 to 4/3 and at 1 - u is its own inverse, in place of the usual exp(uniform(log 3/4, log 4/3)).
     """
     area, ratio, top, left = (
-        rng.uniform((seed, draw, purpose), index) for purpose in (_AREA, _RATIO, _BOX_TOP, _BOX_LEFT)
+        rng.uniform((seed, draw, purpose), index) for purpose in (BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT)
     )
 
     def box(row: int, width: int, height: int) -> Box:

@@ -1,4 +1,4 @@
-"""`python -m softcache`: the commands."""
+"""Run the commands: `python -m softcache`."""
 
 from softcache.stages.main import main
 

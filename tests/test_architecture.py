@@ -158,7 +158,10 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
         ("onnx", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
         ("onnxruntime", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it
-        ("torchvision", {"data/transfer_set.py", "pipeline/models/archs/torchvision_models.py"}),
+        (
+            "torchvision",
+            {"data/sources/cifar.py", "data/sources/mnist.py", "pipeline/models/archs/torchvision_models.py"},
+        ),
     ],
 )
 def test_a_library_has_its_doors_and_no_other(library: str, doors: set[str]) -> None:
@@ -243,10 +246,10 @@ def words_of_help(command: str) -> set[str]:
 
 
 def test_every_data_set_is_in_the_help_of_the_commands_that_take_one() -> None:
-    from softcache.data.transfer_set import TRANSFER_SETS
+    from softcache.data.sources import SOURCES
 
     for command in ("teacher", "teacher-cache"):
-        assert set(TRANSFER_SETS) <= words_of_help(command)
+        assert set(SOURCES) <= words_of_help(command)
 
 
 def test_every_view_policy_and_codec_is_in_the_help_of_stage_one() -> None:

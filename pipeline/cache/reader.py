@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
-from softcache.data.image_folder import Progress
+from softcache.base.progress import Progress
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views

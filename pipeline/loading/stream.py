@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base import rng
-from softcache.data.long_tail import SAMPLERS, resample_rows
+from softcache.data.sampling import SAMPLERS, resample_rows
 from softcache.data.transfer_set import Labels, Split
 from softcache.data.views import Draw, ImageSource, ViewPolicy, draw_mixup, render
 from softcache.pipeline.batch import Batch, Targets, TargetSource

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_folder import Progress
+from softcache.base.progress import Progress
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions

@@ -1,4 +1,4 @@
 """General tools that know nothing of networks or images: errors, random numbers, files, locks, threads, schemas.
 
-It imports nothing of ours; everything else may import it. Begin with `errors.py`: which error ends a command, and how.
+May import nothing of ours; every other package may import it. Begin with `errors.py`: the errors that end a command.
 """

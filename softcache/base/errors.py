@@ -1,52 +1,71 @@
-"""The ways in which a command ends early. Printed as one line, without a traceback, by `stages`."""
+"""The errors that end a command. The commands print them as one line, without a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UsageError(Exception):
-    """The command asks for something that does not exist or does not fit together. Exit code 2."""
+    """The command names something that does not exist, or options that do not fit together. Exit code 2."""
 
 
 class CacheError(Exception):
-    """What lies on disk is damaged, half done, or not what it claims to be. Exit code 1."""
+    """Files are missing, damaged, unfinished or not what their manifest describes. Exit code 1."""
 
 
 class CacheMismatchError(CacheError):
-    """A cache is whole and not the one that is asked for. The message names the fields; a stage adds the command."""
+    """A cache is complete, but it was made from other data or another teacher. The message names the fields."""
 
 
 class TrainingStopped(CacheError):
-    """A training that is over before its last epoch."""
+    """A training ended before its last epoch."""
 
 
 class DivergedError(TrainingStopped):
-    """Its loss or logits are no numbers any more."""
+    """The loss or the logits of a training are no longer finite."""
 
 
 class LockedError(CacheError):
-    """Another process is writing there."""
+    """Another process is writing to the same folder."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with how to go on. Exit code 130."""
+    """Ctrl-C, with the command that goes on from here. Exit code 130."""
 
 
 def is_interrupt(error: BaseException | None) -> bool:
-    """Whether it is what a library, or we, made of a Ctrl-C that came in the middle."""
+    """Return whether an error is a KeyboardInterrupt, or was raised while one was being handled.
+
+    Libraries raise errors of their own when Ctrl-C comes in the middle of their work, and so do we.
+    """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
-def make_printable(text: object, most: int | None = 200) -> str:
-    """Text from a file nobody vouches for, as it may reach a terminal: on one line, without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+def make_printable(text: object, max_length: int | None = 200) -> str:
+    """Make text from an untrusted file safe for a terminal: one line, no control characters.
+
+    Args:
+        text: Any object; its str() is used.
+        max_length: Characters to keep; None keeps all.
+
+    Returns:
+        The text, with a question mark for every character that is not printable.
+    """
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:max_length])
 
 
-def unknown_name_error(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """The error for a name that is in no table: what was asked, what was probably meant, what there is."""
+def unknown_name_error(kind: str, name: str, known: Iterable[str], owner: str = "") -> UsageError:
+    """Make the error for a name that is not in a table, with the most similar name and all names that are.
+
+    Args:
+        kind: What the name stands for, such as "arch".
+        name: The unknown name.
+        known: The names that exist.
+        owner: What the name belongs to, such as "loss 'kd'"; "" where it belongs to nothing.
+    """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
-    meant = f" Did you mean '{close[0]}'?" if close else ""
-    return UsageError(f"no {kind} '{name}'.{meant} There are: {', '.join(names)}")
+    similar = get_close_matches(name, names, n=1)
+    suggestion = f" Did you mean '{similar[0]}'?" if similar else ""
+    subject = f"{kind} '{name}' of {owner}" if owner else f"{kind} '{name}'"
+    return UsageError(f"no {subject}.{suggestion} There are: {', '.join(names)}")

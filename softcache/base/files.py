@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and opening only plain ones.
+"""Files that are complete or absent, and reading of regular files alone.
 
-Writing: temporary file, fsync, rename, fsync of the folder. Reading: no link is followed, neither a
-file's nor a folder's inside the place that is read, and nothing but a regular file is opened.
+Writing: temporary file, fsync, rename, fsync of the folder. Reading: no symbolic link is followed, neither for a file
+nor for a folder below the one that is read, and nothing but a regular file is opened.
 """
 
 import json
@@ -16,9 +16,15 @@ from .errors import CacheError
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Let write make a temporary file beside path, make it durable, and give it its name.
+    """Write a file atomically and durably: at any moment, `path` is the old file or the complete new one.
 
-    Whatever happens in between, path is the old file or the new one. Raises what write raises and OSError.
+    Args:
+        path: The file to create or replace.
+        write: Called with the path of a temporary file in the same folder, which it writes.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written. Errors of `write` are passed on; the temporary
+            file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,12 +38,12 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def publish_text(path: Path, text: str) -> None:
-    """Publish text as UTF-8, its line ends as they are."""
+    """Publish text as UTF-8, with its line ends as they are."""
     publish_bytes(path, text.encode())
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
-    """Publish content as it is."""
+    """Publish bytes."""
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(content)
@@ -46,12 +52,16 @@ def publish_bytes(path: Path, content: bytes) -> None:
 
 
 def publish_json(path: Path, content: Any) -> None:
-    """Publish content as indented JSON; NaN and infinity are refused, for they are not JSON."""
+    """Publish content as indented JSON.
+
+    Raises:
+        ValueError: The content has a number that is NaN or infinite, which JSON cannot express.
+    """
     publish_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def make_folder(path: Path) -> None:
-    """A folder, and those above it, that a power cut does not take away again."""
+    """Create a folder and its parents where they are missing, so that they survive a power cut."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -60,53 +70,71 @@ def make_folder(path: Path) -> None:
 
 
 def remove_stale_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Delete the temporary files of these names that a killed process left in a folder; return them.
+    """Delete the temporary files that killed processes left in a folder when they published files of these names.
 
-    Only files that publish would have made under these very names. The caller holds the folder's lock: the
-    process that wrote them is gone.
+    The caller holds the folder's lock: no process that still writes such a file is running.
+
+    Args:
+        folder: Where to look; not in folders below it.
+        names: Names of published files. Files that `publish` would not have made for them are left alone.
+
+    Returns:
+        The deleted files.
     """
-    ours = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9]+\.tmp")
-    found = [p for p in folder.iterdir() if ours.fullmatch(p.name) and p.is_file() and not p.is_symlink()]
-    for path in found:
+    pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9]+\.tmp")
+    stale = [p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.is_file() and not p.is_symlink()]
+    for path in stale:
         path.unlink()
-    return found
+    return stale
 
 
 def open_regular_file(folder: Path, name: str) -> int:
-    """A read-only descriptor of the regular file folder/name; folder itself is trusted, what is in it is not.
+    """Open a regular file for reading without following a symbolic link below `folder`.
 
-    Raises CacheError for a link anywhere below folder, a pipe (which would hang), a device, or nothing there.
+    Args:
+        folder: A trusted folder; its own path may contain links.
+        name: Path of the file relative to `folder`, with slashes. It may come from an untrusted manifest.
+
+    Returns:
+        A file descriptor, which the caller closes.
+
+    Raises:
+        CacheError: Nothing is there, or a link, a pipe (reading it would hang), a device or a folder.
     """
-    path, *parts = folder, *PurePosixPath(name).parts
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    first, *parts = folder, *PurePosixPath(name).parts
+    file_flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        at = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(first, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            above, at = at, -1
+            is_last = i == len(parts) - 1
+            parent, fd = fd, -1
             try:
-                at = os.open(part, flags if last else flags | os.O_DIRECTORY, dir_fd=above)
+                fd = os.open(part, file_flags if is_last else file_flags | os.O_DIRECTORY, dir_fd=parent)
             finally:
-                os.close(above)
+                os.close(parent)
     except OSError as error:
         raise CacheError(f"{folder / name}: cannot be opened as a plain file ({error.strerror})") from None
-    if not stat.S_ISREG(os.fstat(at).st_mode):
-        os.close(at)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
         raise CacheError(f"{folder / name}: not a plain file")
-    return at
+    return fd
 
 
-def read_regular_file(folder: Path, name: str, most: int) -> bytes:
-    """The bytes of the regular file folder/name. Raises CacheError when there are more than most."""
+def read_regular_file(folder: Path, name: str, max_bytes: int) -> bytes:
+    """Read a small regular file, see `open_regular_file`.
+
+    Raises:
+        CacheError: It cannot be opened, or has more than `max_bytes` bytes.
+    """
     with os.fdopen(open_regular_file(folder, name), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise CacheError(f"{folder / name}: {size} bytes, more than the {most} that it may have")
-        return file.read(most)
+        if size > max_bytes:
+            raise CacheError(f"{folder / name}: {size} bytes, more than the {max_bytes} that it may have")
+        return file.read(max_bytes)
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power cut."""
+    """Write a file's bytes, or a folder's names, to the disk, so that they survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

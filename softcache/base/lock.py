@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that dies with its holder."""
+"""A lock on a folder: one process at a time writes to it, and the lock ends with the process that holds it."""
 
 import fcntl
 import json
@@ -12,24 +12,31 @@ from pathlib import Path
 from .errors import CacheError, LockedError
 
 LOCK = ".lock"
-_MAX_BYTES = 1024  # bytes that a lock file may have
+_MAX_BYTES = 1024  # of a lock file's content that are read
 
 
 @contextmanager
 def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a folder, or what name stands for in it, for writing. Raises LockedError, naming host, pid and time, when
-    another process does.
+    """Hold a lock on a folder, or on a part of it, while the `with` block runs.
 
-    The lock is the kernel's (POSIX, by record): it is gone with the process that held it, however that ended, and
-    workers that were forked do not inherit it. The file says who; it is removed at the end. The kernel does
-    not keep a process from locking twice what it holds already.
+    It is a POSIX record lock of the kernel, for two reasons: it is released when the process ends, whatever the cause,
+    and forked worker processes do not inherit it. A process that already holds the lock can take it again. The lock
+    file describes its holder for messages; it is removed at the end.
+
+    Args:
+        folder: The folder to write to; it must exist.
+        name: Name of the lock file in the folder, one for each part that is locked separately.
+
+    Raises:
+        LockedError: Another process holds the lock; the message names host, process id and time.
+        CacheError: The file system has no such locks.
     """
     path = folder / name
     fd = _acquire(path)
     try:
         os.ftruncate(fd, 0)
-        words = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().astimezone().isoformat()}
-        os.pwrite(fd, json.dumps(words).encode(), 0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().astimezone().isoformat()}
+        os.pwrite(fd, json.dumps(holder).encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -37,7 +44,7 @@ def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
-    """The locked file. Another holder may have removed it while we waited for the call: then once more."""
+    """Lock a file and return its descriptor; try again where another holder removed it between opening and locking."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -56,9 +63,9 @@ def _acquire(path: Path) -> int:
         os.close(fd)
 
 
-def _describe_holder(words: bytes) -> str:
+def _describe_holder(content: bytes) -> str:
     try:
-        said = json.loads(words)
-        return f"process {int(said['pid'])} on {str(said['host'])[:80]!r} since {str(said['since'])[:19]}"
+        holder = json.loads(content)
+        return f"process {int(holder['pid'])} on {str(holder['host'])[:80]!r} since {str(holder['since'])[:19]}"
     except (ValueError, TypeError, KeyError):
         return "another process"

@@ -1,4 +1,4 @@
-"""The form that a record from a file must have, before anything is taken from it."""
+"""Validation of JSON from untrusted files, before anything is taken from it."""
 
 import re
 from collections.abc import Callable
@@ -6,64 +6,81 @@ from typing import Any
 
 from .errors import CacheError
 
-_STRING, _ITEMS, _INT = 65_536, 1 << 20, 2**53
+_MAX_STRING_LENGTH, _MAX_ITEMS, _MAX_INT = 65_536, 1 << 20, 2**53
 
 
-def validate(value: Any, form: Any, where: str) -> None:
-    """Raise CacheError, naming the place, when a JSON value is not of a form.
+def validate(value: Any, schema: Any, location: str) -> None:
+    """Check that a JSON value has the types and keys of a schema.
 
-    A form is `int` (0 to 2**53), `float` (finite, or an int), `str` (printable), a compiled pattern that the whole
-    string matches, `dict` (any object), None, a list [form] of any length, a dict {str: form} of any keys, a dict
-    with exactly those keys, or a tuple of forms of which one must do.
+    A schema is one of
+        int: a whole number from 0 to 2**53;
+        float: a finite number, or an int;
+        bool, None: that value of JSON;
+        str: a printable string of at most 65,536 characters;
+        a compiled pattern: a string that the pattern matches as a whole;
+        dict: any object;
+        [schema]: a list of any length whose items match the schema;
+        {str: schema}: an object with any keys whose values match the schema;
+        {"key": schema, …}: an object with exactly these keys;
+        (schema, …): a value that matches one of these schemas.
+
+    Args:
+        value: A value as json.loads returns it.
+        schema: What it must match.
+        location: Where the value is, such as the path of its file; the message begins with it.
+
+    Raises:
+        CacheError: The value does not match; the message names the place and the value.
     """
-    if isinstance(form, tuple):
-        return _any_of(value, form, where)
-    if isinstance(form, dict):
-        return _object(value, form, where)
-    if isinstance(form, list):
-        _want(isinstance(value, list) and len(value) <= _ITEMS, value, "a list", where)
+    if isinstance(schema, tuple):
+        return _validate_any(value, schema, location)
+    if isinstance(schema, dict):
+        return _validate_object(value, schema, location)
+    if isinstance(schema, list):
+        _require(isinstance(value, list) and len(value) <= _MAX_ITEMS, value, "a list", location)
         for i, item in enumerate(value):
-            validate(item, form[0], f"{where}[{i}]")
+            validate(item, schema[0], f"{location}[{i}]")
         return
-    if isinstance(form, re.Pattern):
-        fits = isinstance(value, str) and form.fullmatch(value) is not None
-        return _want(fits, value, f"like {form.pattern}", where)
-    good, what = _PLAIN[form]
-    _want(good(value), value, what, where)
+    if isinstance(schema, re.Pattern):
+        is_match = isinstance(value, str) and schema.fullmatch(value) is not None
+        return _require(is_match, value, f"like {schema.pattern}", location)
+    is_valid, description = _SIMPLE_SCHEMAS[schema]
+    _require(is_valid(value), value, description, location)
 
 
-_PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    int: (lambda v: type(v) is int and 0 <= v <= _INT, "a whole number from 0"),
+_SIMPLE_SCHEMAS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    int: (lambda v: type(v) is int and 0 <= v <= _MAX_INT, "a whole number from 0"),
     float: (lambda v: type(v) in (int, float) and abs(v) < 1e300, "a finite number"),
     bool: (lambda v: isinstance(v, bool), "true or false"),
-    str: (lambda v: isinstance(v, str) and len(v) <= _STRING and v.isprintable(), "a printable string"),
+    str: (lambda v: isinstance(v, str) and len(v) <= _MAX_STRING_LENGTH and v.isprintable(), "a printable string"),
     dict: (lambda v: isinstance(v, dict), "an object"),
     None: (lambda v: v is None, "null"),
 }
 
 
-def _object(value: Any, form: dict[Any, Any], where: str) -> None:
-    _want(isinstance(value, dict) and len(value) <= _ITEMS, value, "an object", where)
-    if str in form:  # any keys
+def _validate_object(value: Any, schema: dict[Any, Any], location: str) -> None:
+    _require(isinstance(value, dict) and len(value) <= _MAX_ITEMS, value, "an object", location)
+    if str in schema:  # any keys
         for key, item in value.items():
-            validate(key, str, f"{where}: a name")
-            validate(item, form[str], f"{where}.{key[:40]}")
+            validate(key, str, f"{location}: a name")
+            validate(item, schema[str], f"{location}.{key[:40]}")
         return
-    if differ := sorted(set(form) ^ set(value)):
-        raise CacheError(f"{where}: {differ[0][:80]!r} is {'missing' if differ[0] in form else 'unknown'}")
-    for key, inner in form.items():
-        validate(value[key], inner, f"{where}.{key}")
+    if differences := sorted(set(schema) ^ set(value)):
+        key = differences[0]
+        raise CacheError(f"{location}: {key[:80]!r} is {'missing' if key in schema else 'unknown'}")
+    for key, inner in schema.items():
+        validate(value[key], inner, f"{location}.{key}")
 
 
-def _any_of(value: Any, forms: tuple[Any, ...], where: str) -> None:
-    for form in forms[:-1]:
+def _validate_any(value: Any, schemas: tuple[Any, ...], location: str) -> None:
+    for schema in schemas[:-1]:
         try:
-            return validate(value, form, where)
+            return validate(value, schema, location)
         except CacheError:
             continue
-    validate(value, forms[-1], where)
+    validate(value, schemas[-1], location)
 
 
-def _want(good: bool, value: Any, what: str, where: str) -> None:
-    if not good:
-        raise CacheError(f"{where}: {ascii(value)[:60]} is not {what}")
+def _require(is_valid: bool, value: Any, description: str, location: str) -> None:
+    if not is_valid:
+        raise CacheError(f"{location}: {ascii(value)[:60]} is not {description}")

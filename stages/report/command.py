@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import make_folder, publish_text
-from softcache.data.transfer_set import short_name
+from softcache.data.sources import short_name
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import format_command, program_name

@@ -10,12 +10,13 @@ from typing import Any
 
 from softcache.base.errors import CacheError
 from softcache.base.files import publish_json, remove_stale_files
-from softcache.data.transfer_set import TRANSFER_SETS, find_source, short_name
+from softcache.data.sources import parse_data, short_name
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import mean_and_spread
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command, program_name
+from softcache.stages.cli.defaults import DEFAULTS
 from softcache.stages.distributed.ranks import broadcast_from_first, is_first, process_group
 from softcache.stages.runs.cost import compute_cost, format_cost
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory
@@ -156,10 +157,10 @@ def student_config(config: StudentConfig) -> StudentConfig:
 
 
 def fill_defaults(config: StudentConfig) -> StudentConfig:
-    """Every setting that was left open, from the recipe of the cache's data set. What is asked for can be had."""
+    """Every setting that was left open, from the defaults of the cache's data set. What is asked for can be had."""
     check_installed(config)
     if config.data:
-        find_source(config.data)
+        parse_data(config.data)
     caches = config.cache or (f"caches/{short_name(config.data or 'digits')}",)
     for cache in caches:
         if not Path(cache).exists():
@@ -168,20 +169,20 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
             raise CacheError(f"there is no cache at '{cache}': make one with  {make}")
     opened = Cache(Path(caches[0]))
     name = opened.data
-    if name not in TRANSFER_SETS:
+    if name not in DEFAULTS:
         raise CacheError(f"the cache '{caches[0]}' is of '{name}', a data set that this program does not know")
-    recipe = TRANSFER_SETS[name].recipe
+    defaults = DEFAULTS[name]
     return replace(
         config,
         cache=caches,
         data=config.data or ("" if name == "folder" else name),
         draws=config.draws or opened.manifest.draws,
-        arch=config.arch or recipe.student,
-        loss=config.loss or recipe.losses,
-        epochs=config.epochs or recipe.student_epochs,
-        batch_size=config.batch_size or recipe.batch_size,
-        learning_rate=config.learning_rate or recipe.learning_rate,
-        weight_decay=config.weight_decay if config.weight_decay >= 0 else recipe.weight_decay,
+        arch=config.arch or defaults.student,
+        loss=config.loss or defaults.losses,
+        epochs=config.epochs or defaults.student_epochs,
+        batch_size=config.batch_size or defaults.batch_size,
+        learning_rate=config.learning_rate or defaults.learning_rate,
+        weight_decay=config.weight_decay if config.weight_decay >= 0 else defaults.weight_decay,
     )
 
 

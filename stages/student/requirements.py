@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.transfer_set import Labels, TransferSet, count_classes, draw_stratified
+from softcache.data.sampling import draw_stratified
+from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import Loss, parse_losses

@@ -11,7 +11,7 @@ from typing import Any
 
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import publish_json
-from softcache.data.transfer_set import short_name
+from softcache.data.sources import short_name
 from softcache.stages.cli.configs import ListConfig, StudentConfig, StudentsConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.compare import command as compare

@@ -10,7 +10,8 @@ import torch
 
 from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
-from softcache.data.transfer_set import TransferSet, count_classes, find_source, load_transfer_set, short_name
+from softcache.data.sources import short_name
+from softcache.data.transfer_set import TransferSet, count_classes, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import Stream
@@ -22,6 +23,7 @@ from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import find_free_name, format_command
+from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
 from softcache.stages.runs.folder import open_run, start_run
 from softcache.stages.training.loop import train
@@ -49,7 +51,7 @@ def run(config: TeacherConfig, said: set[str]) -> None:
 def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
     """Stage one with these weights and this cut: of another one, validation may hold rows that the teacher learned."""
     usual = f"caches/{short_name(config.data)}"
-    fraction = config.val_fraction if config.val_fraction != find_source(config.data).recipe.val_fraction else 0.0
+    fraction = config.val_fraction if config.val_fraction != find_defaults(config.data).val_fraction else 0.0
     asked = CacheConfig(
         data=config.data,
         data_root=config.data_root,
@@ -61,19 +63,19 @@ def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
 
 
 def fill_defaults(config: TeacherConfig) -> TeacherConfig:
-    """Every None filled in from the data set's recipe."""
+    """Every setting that was left out, from the defaults of the data set."""
     data = config.data or "digits"
-    recipe = find_source(data).recipe
+    defaults = find_defaults(data)
     return replace(
         config,
         data=data,
-        arch=config.arch or recipe.teacher,
-        views=config.views or recipe.teacher_views,
-        epochs=config.epochs or recipe.teacher_epochs,
-        batch_size=config.batch_size or recipe.batch_size,
-        learning_rate=config.learning_rate or recipe.teacher_learning_rate,
-        weight_decay=config.weight_decay if config.weight_decay >= 0 else recipe.teacher_weight_decay,
-        val_fraction=config.val_fraction or recipe.val_fraction,
+        arch=config.arch or defaults.teacher,
+        views=config.views or defaults.teacher_views,
+        epochs=config.epochs or defaults.teacher_epochs,
+        batch_size=config.batch_size or defaults.batch_size,
+        learning_rate=config.learning_rate or defaults.teacher_learning_rate,
+        weight_decay=config.weight_decay if config.weight_decay >= 0 else defaults.teacher_weight_decay,
+        val_fraction=config.val_fraction or defaults.val_fraction,
     )
 
 

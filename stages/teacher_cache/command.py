@@ -17,7 +17,8 @@ from typing import Any
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
 from softcache.base.files import make_folder
 from softcache.base.lock import hold_lock
-from softcache.data.transfer_set import TransferSet, find_source, short_name
+from softcache.data.sources import short_name
+from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.existing import Complete, read_existing, read_inference_settings
@@ -35,6 +36,7 @@ from softcache.pipeline.taps.statistics import normalize_tap
 from softcache.stages.cli.configs import CacheConfig, StudentConfig
 from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.cli.copied_commands import find_free_name, format_command
+from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions, select_device
 from softcache.stages.teacher import command as teacher_stage
@@ -58,7 +60,7 @@ def run(config: CacheConfig) -> None:
 
 
 def make_cache(config: CacheConfig, console: Console) -> tuple[CacheConfig, Manifest]:
-    """Data, views, teacher; then shard after shard; then the manifest. The settings come back with the recipe in."""
+    """Data, views, teacher; then shard after shard; then the manifest. Returns settings with defaults filled in."""
     with _name_other_cache(config):
         config, identity, ask, chosen = _prepare(config, console)
         return config, _write_cache(config, identity, ask, chosen, console)
@@ -83,7 +85,7 @@ def _name_other_cache(config: CacheConfig) -> Iterator[None]:
 
 
 def _prepare(config: CacheConfig, console: Console) -> tuple[CacheConfig, Identity, TargetGenerator, ChosenPrecision]:
-    """The settings with the recipe in, what the rows are to be, and who is asked about what."""
+    """The settings with the defaults filled in, what the rows are to be, and who is asked about what."""
     config, views, taps = _fill_defaults(config)
     transfer_set = ranks.first_rank_first(lambda: teacher_stage.load_data(config))
     views = teacher_stage.fill_size(views, transfer_set, console)
@@ -97,15 +99,15 @@ def _prepare(config: CacheConfig, console: Console) -> tuple[CacheConfig, Identi
 
 
 def _fill_defaults(config: CacheConfig) -> tuple[CacheConfig, ViewPolicy, tuple[str, ...]]:
-    """The settings with the recipe filled in, before anything slow is done."""
+    """The settings with the defaults filled in, before anything slow is done."""
     data = config.data or "digits"
-    recipe = find_source(data).recipe
+    defaults = find_defaults(data)
     config = replace(
         config,
         data=data,
-        views=config.views or recipe.views,
-        draws=config.draws or recipe.draws,
-        val_fraction=config.val_fraction or recipe.val_fraction,
+        views=config.views or defaults.views,
+        draws=config.draws or defaults.draws,
+        val_fraction=config.val_fraction or defaults.val_fraction,
         out=config.out or f"caches/{short_name(data)}",
     )
     if config.codec not in CODECS:

@@ -13,7 +13,7 @@ import torch
 
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
 from softcache.base.files import make_folder
-from softcache.data.transfer_set import short_name
+from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones

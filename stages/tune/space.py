@@ -155,7 +155,7 @@ def _target(spec: str, name: str, config: StudentConfig) -> tuple[int, str, type
     loss = losses[terms.index(term)]
     kinds: dict[str, Any] = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
     if knob not in kinds:
-        raise unknown_name_error(f"knob of loss '{term}'", knob, kinds)
+        raise unknown_name_error("parameter", knob, kinds, owner=f"loss '{term}'")
     if isinstance(getattr(loss, knob), Ramp):
         given = config.loss[terms.index(term)]
         raise UsageError(f"search '{spec}': {knob} is a ramp in --loss '{given}': take one or the other away")

@@ -1,6 +1,6 @@
-"""A stream whose images and targets lie on a device gives, to the bit, the batches of one that renders them here.
+"""Images and targets on a device give, to the bit, the batches that a stream renders on the CPU.
 
-The device is the processor: what is different on a GPU is where the tensors are.
+The device is the CPU here as well; on a GPU only the place of the tensors differs.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from softcache.data.image_arrays import ImageArrays
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading import device_cache as resident
+from softcache.pipeline.loading import device_cache
 from softcache.pipeline.loading.stream import Stream
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from tests.helpers.commands import Stages, tiny_cache_command
@@ -38,14 +38,14 @@ def test_views_on_a_device_are_those_of_render(spec: str, channels: int, mixup: 
     assert can_render_on_device(images, policy)
     index = np.array([7, 7, 0, 49, 21, 7])
     for draw in (3, np.array([0, 1, 2, 0, 1, 2])):
-        there = render_on_device(images.pixels, policy, 11, index, draw)
-        assert there.dtype == torch.uint8
-        assert torch.equal(there, render(images, policy, 11, index, draw))
-    assert torch.equal(images.pixels, images_of(channels).pixels)  # nothing was turned in place
+        views = render_on_device(images.pixels, policy, 11, index, draw)
+        assert views.dtype == torch.uint8
+        assert torch.equal(views, render(images, policy, 11, index, draw))
+    assert torch.equal(images.pixels, images_of(channels).pixels)  # nothing was flipped in place
 
 
 @pytest.mark.parametrize("spec", ["resized-crop-flip", "none:size=6", "crop:resize=9", "none:size=8,resize=10"])
-def test_what_pillow_resizes_is_not_rendered_on_a_device(spec: str) -> None:
+def test_views_that_pillow_resizes_are_not_rendered_on_a_device(spec: str) -> None:
     images, views = images_of(1), parse_views(spec)
     assert not can_render_on_device(images, views)
     stream = Stream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_device=CPU)
@@ -56,31 +56,31 @@ def test_what_pillow_resizes_is_not_rendered_on_a_device(spec: str) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 4 draws of mixed views, with the tap flatten."""
+    """A cache of 4 draws of views with mixup, with the tap flatten."""
     from softcache.stages.main import main
 
     folder = tmp_path_factory.mktemp("mixed") / "c"
-    asked = tiny_cache_command(tiny)[:-1]
+    command = tiny_cache_command(tiny)[:-1]
     for option, value in (("--draws", "4"), ("--taps", "flatten"), ("--views", "crop-flip:pad=1,mixup=0.4")):
-        asked[asked.index(option) + 1] = value
-    main([*asked, str(folder)])
+        command[command.index(option) + 1] = value
+    main([*command, str(folder)])
     return folder
 
 
-def stream_of(folder: Path, source: Any = None, **more: Any) -> Stream:
+def stream_of(folder: Path, source: Any = None, **options: Any) -> Stream:
     cache = Cache(folder)
     rows = cache.load_transfer_set("digits", Path("none"), lambda items, total, what: items).splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"draws": cache.manifest.draws, "cache": source or cache, "split": rows, "views": cache.views}
-    return Stream(**(settings | {"view_seed": cache.seed, "taps": ("flatten",)} | more))
+    return Stream(**(settings | {"view_seed": cache.seed, "taps": ("flatten",)} | options))
 
 
-def assert_same_batches(one: Stream, other: Stream, start: int, stop: int) -> None:
-    for a, b in zip(one.batches(start, stop), other.batches(start, stop), strict=True):
+def assert_same_batches(first: Stream, second: Stream, start: int, stop: int) -> None:
+    for a, b in zip(first.batches(start, stop), second.batches(start, stop), strict=True):
         for name in ("index", "views", "labels", "logits", "partner", "share", "draw"):
             x, y = getattr(a, name), getattr(b, name)
-            same = torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
-            assert same, name
+            is_equal = torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
+            assert is_equal, name
         assert a.features.keys() == b.features.keys()
         assert all(torch.equal(x, b.features[tap]) for tap, x in a.features.items())
 
@@ -90,36 +90,36 @@ def assert_same_batches(one: Stream, other: Stream, start: int, stop: int) -> No
 def test_batches_are_equal_to_the_bit(
     tiny: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, kind: str, k: int
 ) -> None:
-    """From a cache in memory and on disk, of views that are mixed or not, of some rows, without targets or a cache."""
-    monkeypatch.setattr(resident, "_READ", 77)  # a draw is read in parts
+    """From a cache in memory or on disk, with or without mixup, of some rows, without targets, without a cache."""
+    monkeypatch.setattr(device_cache, "_READ", 77)  # a draw is read in parts
     if kind == "disk":
         monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
-    more: dict[str, Any] = {"draws_per_decode": k, "draws": 3 if kind == "plain" and k == 1 else 4}
+    options: dict[str, Any] = {"draws_per_decode": k, "draws": 3 if kind == "plain" and k == 1 else 4}
     folder = mixed
     if kind == "plain" and k == 1:
         folder = tiny / "cache"
     if kind == "few":
-        more |= {"rows": np.arange(40, 151), "sampler": "balanced"}
+        options |= {"rows": np.arange(40, 151), "sampler": "balanced"}
     if kind == "hard":
-        more |= {"read_targets": False}
+        options |= {"read_targets": False}
     if kind == "none":
-        more |= {"cache": None, "draws": 0, "taps": ()}
-    one, other = stream_of(folder, **more, resident_device=CPU), stream_of(folder, **more)
-    assert_same_batches(one, other, 0, 5 * one.steps_per_round)
-    assert_same_batches(one, other, 17, 23)
+        options |= {"cache": None, "draws": 0, "taps": ()}
+    on_device, rendered = stream_of(folder, **options, resident_device=CPU), stream_of(folder, **options)
+    assert_same_batches(on_device, rendered, 0, 5 * on_device.steps_per_round)
+    assert_same_batches(on_device, rendered, 17, 23)
 
 
-def test_several_teachers_and_rows_without_an_answer_are_gathered_too(tiny: Path, mixed: Path) -> None:
+def test_targets_of_several_teachers_and_missing_targets_are_gathered(tiny: Path, mixed: Path) -> None:
     from softcache.pipeline.teachers.combine import parse_combination
 
-    gaps = {1: np.arange(300) % 7 == 0}
+    missing = {1: np.arange(300) % 7 == 0}
     for source in (
-        TeacherEnsemble((Cache(mixed),), missing=gaps),
+        TeacherEnsemble((Cache(mixed),), missing=missing),
         TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("geometric", 2)),
-        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("per_teacher", 2), missing=gaps),
+        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("per_teacher", 2), missing=missing),
     ):
-        one, other = (stream_of(mixed, source, draws_per_decode=2, resident_device=place) for place in (CPU, None))
-        for a, b in zip(one.batches(0, 40), other.batches(0, 40), strict=True):
+        on_device, rendered = (stream_of(mixed, source, draws_per_decode=2, resident_device=d) for d in (CPU, None))
+        for a, b in zip(on_device.batches(0, 40), rendered.batches(0, 40), strict=True):
             assert a.logits is not None
             assert b.logits is not None
             assert torch.equal(a.logits.nan_to_num(123), b.logits.nan_to_num(123))
@@ -127,47 +127,51 @@ def test_several_teachers_and_rows_without_an_answer_are_gathered_too(tiny: Path
 
 
 def test_a_draw_is_sent_to_the_device_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    targets = Cache.read_targets
+    rows_by_draw = np.zeros(4, int)
+    read_targets = Cache.read_targets
 
-    def noted(self: Cache, split: str, draw: int, positions: Any, *more: Any) -> Any:
-        asked.extend([draw] * len(positions))
-        return targets(self, split, draw, positions, *more)
+    def count_and_read(self: Cache, split: str, draw: int, positions: Any, *arguments: Any) -> Any:
+        rows_by_draw[draw] += len(positions)
+        return read_targets(self, split, draw, positions, *arguments)
 
     stream = stream_of(mixed, resident_device=CPU)
-    monkeypatch.setattr(Cache, "read_targets", noted)
+    monkeypatch.setattr(Cache, "read_targets", count_and_read)
     for _ in range(2):
         for _ in stream.batches(0, 3 * stream.steps_per_round):
             pass
-    rows = np.bincount(asked, minlength=4) - [1, 0, 0, 0]  # one is read for its shape
-    assert sorted(rows.tolist()) == [0, 300, 300, 300]
+    rows_by_draw[0] -= 1  # read for its shape
+    assert sorted(rows_by_draw.tolist()) == [0, 300, 300, 300]
 
 
-def test_a_student_trains_from_what_lies_on_a_device_to_the_same_weights(
+def test_a_student_that_is_trained_from_a_device_has_the_same_weights(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 4, "--baseline")
-    stages(*asked, "--out", "here")
-    made: list[Any] = []
-    monkeypatch.setattr("softcache.pipeline.loading.stream.fits_on_device", lambda *of: made.append(of[-1]) or True)
-    stages(*asked, "--out", "there")
-    assert made == [CPU, CPU]
+    student = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 4, "--baseline")
+    stages(*student, "--out", "rendered")
+    devices: list[Any] = []
+
+    def fits_on_device(*arguments: Any) -> bool:
+        devices.append(arguments[-1])
+        return True
+
+    monkeypatch.setattr("softcache.pipeline.loading.stream.fits_on_device", fits_on_device)
+    stages(*student, "--out", "resident")
+    assert devices == [CPU, CPU]
     for name in ("student.pt", "baseline/baseline.pt"):
-        one, other = (torch.load(f"{run}/{name}", weights_only=True) for run in ("here", "there"))
-        assert all(torch.equal(one[k], other[k]) for k in one)
+        first, second = (torch.load(f"{run}/{name}", weights_only=True) for run in ("rendered", "resident"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_processor_is_no_device_to_send_anything_to(tiny: Path) -> None:
-    """Nothing is chosen by itself but for a GPU; there, what is too large stays here."""
+def test_only_what_fits_is_moved_to_a_gpu_and_nothing_to_the_cpu(tiny: Path) -> None:
     stream = stream_of(tiny / "cache", taps=())
-    of = (stream.split.images, stream.views, stream.cache, 3, ())
-    assert not resident.fits_on_device(*of, CPU)
+    contents = (stream.split.images, stream.views, stream.cache, 3, ())
+    assert not device_cache.fits_on_device(*contents, CPU)
     gpu = torch.device("cuda")
     size = 300 * 64 + 3 * 300 * 10 * 4
     with pytest.MonkeyPatch.context() as patch:
         for free, expected in ((3 * size, True), (3 * size - 1, False)):
             patch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
-            assert resident.fits_on_device(*of, gpu) == expected
-        assert not resident.fits_on_device(
+            assert device_cache.fits_on_device(*contents, gpu) == expected
+        assert not device_cache.fits_on_device(
             stream.split.images, parse_views("resized-crop-flip:size=8"), None, 0, (), gpu
         )

@@ -114,14 +114,14 @@ def count_shards_asked(patch: pytest.MonkeyPatch) -> list[str]:
 
 def drift(patch: pytest.MonkeyPatch) -> None:
     """From now on one pixel of every view is one level off, as a new decoder or library would have it."""
-    render_one = views._render_one
+    render_one = views._render_unmixed
 
     def drifted(*arguments: Any) -> torch.Tensor:
         pixels = render_one(*arguments).clone()
         pixels[:, 0, 3, 4] ^= 1
         return pixels
 
-    patch.setattr(views, "_render_one", drifted)
+    patch.setattr(views, "_render_unmixed", drifted)
 
 
 def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:

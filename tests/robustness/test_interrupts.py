@@ -1,11 +1,10 @@
-"""Ctrl-C may come between any two steps of Python: nothing hangs, nothing turns it into another error."""
+"""Ctrl-C may come between any two steps of Python: nothing hangs, and it does not become another error."""
 
 import multiprocessing
 import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,91 +20,66 @@ from tests.helpers.commands import Stages, tiny_cache_command
 TIMES = 1000
 
 
-def ahead() -> None:
+def prefetch_for_ever() -> None:
     for _ in prefetch(iter(range(1 << 40))):
         pass
 
 
-def behind() -> None:
-    with BackgroundWriter() as writing:
+def write_in_the_background_for_ever() -> None:
+    with BackgroundWriter() as writer:
         while True:
-            writing.submit(int)
-            writing.raise_failure()
+            writer.submit(int)
+            writer.raise_failure()
 
 
-def at_once() -> None:
+def map_in_threads_for_ever() -> None:
     for _ in map_in_threads(str, range(1 << 40), 2):
         pass
 
 
-def interrupted_after(seconds: float, work: Callable[[], None]) -> None:
+def run_with_interrupt_after(seconds: float, work: Callable[[], None]) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     work()
 
 
-def interrupted(work: Callable[[], None]) -> None:
-    """In a process of its own: exit code 0 when every interrupt came out as one and no thread is left."""
+def interrupt_many_times(work: Callable[[], None]) -> None:
+    """Run in a new process: exit code 0 when every interrupt came out as KeyboardInterrupt and no thread is left."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    chance, before = random.Random(0), len(os.listdir("/proc/self/task"))
+    generator, threads_before = random.Random(0), len(os.listdir("/proc/self/task"))
     for _ in range(TIMES):
         with pytest.raises(KeyboardInterrupt):
-            interrupted_after(chance.uniform(0.0005, 0.003), work)
+            run_with_interrupt_after(generator.uniform(0.0005, 0.003), work)
     end = time.monotonic() + 10
-    while len(os.listdir("/proc/self/task")) > before and time.monotonic() < end:
+    while len(os.listdir("/proc/self/task")) > threads_before and time.monotonic() < end:
         time.sleep(0.01)
-    assert len(os.listdir("/proc/self/task")) == before
+    assert len(os.listdir("/proc/self/task")) == threads_before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
-@pytest.mark.parametrize("work", [ahead, behind, at_once])
-def test_a_thread_ends_whenever_an_interrupt_comes(work: Callable[[], None]) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=interrupted, args=(work,))
+@pytest.mark.parametrize("work", [prefetch_for_ever, write_in_the_background_for_ever, map_in_threads_for_ever])
+def test_an_interrupt_at_any_moment_ends_the_threads(work: Callable[[], None]) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=interrupt_many_times, args=(work,))
     process.start()
     process.join(90)
-    hangs = process.is_alive()
+    is_hanging = process.is_alive()
     process.kill()
     process.join()
-    assert not hangs
+    assert not is_hanging
     assert process.exitcode == 0
 
 
-def test_answers_of_threads_come_in_order_and_errors_where_they_belong() -> None:
-    barrier = threading.Barrier(4)
-
-    def work(number: int) -> int:
-        if number < 8:
-            barrier.wait(5)  # four at a time, or it breaks
-        if number == 70:
-            raise OSError("unreadable")
-        return number * number
-
-    found: list[int] = []
-    with pytest.raises(OSError, match="unreadable"):
-        found.extend(map_in_threads(work, range(100), 4))
-    assert found == [number * number for number in range(70)]
-
-
-def test_no_more_is_asked_of_threads_than_they_can_soon_do() -> None:
-    taken: list[int] = []
-    answers = map_in_threads(str, (taken.append(i) or i for i in range(1000)), 2)  # type: ignore[func-returns-value]
-    assert [next(answers) for _ in range(3)] == ["0", "1", "2"]
-    assert len(taken) < 20
-    answers.close()
-    assert len(taken) < 20
-
-
-def test_what_a_library_makes_of_an_interrupt_is_one(
+def test_an_error_that_a_library_makes_of_an_interrupt_counts_as_one(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading weights is cut short: they are not damaged."""
+    """An interrupted read of weights is not reported as damaged weights."""
 
-    def cut_short(*_: object, **__: object) -> None:
+    def read_with_interrupt(*_: object, **__: object) -> None:
         try:
             raise KeyboardInterrupt
         finally:
             raise RuntimeError("PytorchStreamReader failed reading zip archive")
 
-    monkeypatch.setattr(torch, "load", cut_short)
+    monkeypatch.setattr(torch, "load", read_with_interrupt)
     code, out, err = stages.call(*tiny_cache_command(tiny)[:-1], "c")
     assert code == 130, (out, err)
     assert "stopped" in err

@@ -69,14 +69,14 @@ def test_a_renderer_that_changes_one_pixel_is_detected_without_the_teacher(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pixel of every view is one level off, as by a new decoder or library."""
-    render_one = views._render_one
+    render_one = views._render_unmixed
 
     def render_with_drift(*arguments):  # type: ignore[no-untyped-def]
         pixels = render_one(*arguments).clone()
         pixels[:, 0, 3, 4] ^= 1
         return pixels
 
-    monkeypatch.setattr(views, "_render_one", render_with_drift)
+    monkeypatch.setattr(views, "_render_unmixed", render_with_drift)
     line = stages.fails(1, "student", "--cache", cache, *OPTIONS)
     assert "come out differently here" in line
     assert "pillow" in line
@@ -87,18 +87,17 @@ def test_a_renderer_that_changes_one_pixel_is_detected_without_the_teacher(
 def test_other_data_are_refused_and_the_field_is_named(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They differ by one level of one pixel of one image."""
-    from softcache.data import transfer_set
+    """One level of one pixel of one image."""
+    from softcache.data.sources import SOURCES
 
-    source = transfer_set.TRANSFER_SETS["digits"]
+    load_digits = SOURCES["digits"]
 
-    def read_with_one_pixel_off(root: Path) -> object:
-        splits, classes = source.read(root)
-        splits["test"][0].pixels[7, 0, 4, 4] ^= 1
-        return splits, classes
+    def load_with_one_pixel_changed(root: Path) -> object:
+        loaded = load_digits(root)
+        loaded.splits["test"].images.pixels[7, 0, 4, 4] ^= 1  # type: ignore[union-attr]
+        return loaded
 
-    changed = transfer_set.DataSource(read_with_one_pixel_off, source.recipe)
-    monkeypatch.setitem(transfer_set.TRANSFER_SETS, "digits", changed)
+    monkeypatch.setitem(SOURCES, "digits", load_with_one_pixel_changed)  # type: ignore[arg-type]
     error = stages.fails(1, "student", "--cache", cache, *OPTIONS)
     assert "was made from other data" in error
     assert [line.split()[0] for line in error.splitlines()[2:-1]] == ["content.test"]

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from softcache.data.transfer_set import TRANSFER_SETS
+from softcache.data.sources import load_source
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build
@@ -44,7 +44,7 @@ FILES = ("student.onnx", "student-int8.onnx", "student.pt2", "student.safetensor
 
 def pixels() -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     """The digits' test split: uint8 [360, 1, 8, 8], labels."""
-    images, labels = TRANSFER_SETS["digits"].read(Path())[0]["test"]
+    images, labels = load_source("digits", Path()).splits["test"]
     return images.pixels, labels  # type: ignore[union-attr]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from softcache.data.transfer_set import TRANSFER_SETS
+from softcache.data.sources import load_source
 from softcache.data.views import parse_views, render
 from softcache.pipeline.models import MODELS
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -46,7 +46,7 @@ Shown = tuple[torch.Tensor, torch.Tensor]  # views uint8 [N, C, S, S], labels [N
 @pytest.fixture(scope="module")
 def digits() -> Shown:
     """128 digits as RGB images of 16 x 16, each in a colour of its own."""
-    splits, _ = TRANSFER_SETS["digits"].read(Path())
+    splits, _ = load_source("digits", Path())
     images, labels = splits["test"]
     views = render(images, parse_views("none:size=16"), 0, np.arange(128), 0).numpy()
     colours = np.random.default_rng(0).integers(64, 256, (len(views), 3, 1, 1))

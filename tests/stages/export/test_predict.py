@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from softcache.data.transfer_set import TRANSFER_SETS, load_transfer_set
+from softcache.data.sources import load_source
+from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
@@ -34,7 +35,7 @@ def about(channels: int, size: int, resize: int, K: int = 10) -> ExportMetadata:
 
 
 def digits() -> torch.Tensor:
-    images: torch.Tensor = TRANSFER_SETS["digits"].read(Path())[0]["test"][0].pixels  # type: ignore[union-attr]
+    images: torch.Tensor = load_source("digits", Path()).splits["test"].images.pixels  # type: ignore[union-attr]
     return images
 
 
