@@ -11,7 +11,7 @@ from torch import nn
 from softcache.base.errors import TrainingStopped, UsageError
 from softcache.base.files import remove_stale_files
 from softcache.data.transfer_set import Labels
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
@@ -148,7 +148,7 @@ def _finetuning(config: StudentConfig) -> StudentConfig:
 
 
 def _figures(job: TrainingRun, student: StudentTraining, done: FinishedTraining) -> dict[str, Any]:
-    setup, rows = student.setup, len(job.stream.rows) / job.stream.steps_per_round
+    setup, rows = student.setup, len(job.stream.rows) / job.stream.steps_per_epoch
     figures: dict[str, Any] = {
         "arch": setup.student_arch(student.config, setup.losses if job.name != "baseline" else job.losses),
         "preparation": setup.input_spec.to_json(),
@@ -185,7 +185,7 @@ def make_training_run(
     only_labelled = all(loss.needs_labels for loss in losses)
     targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
     stream = setup.make_stream(config, labels, only_labelled, targets)
-    steps = setup.make_stream(config, labels, False, targets).steps_per_round
+    steps = setup.make_stream(config, labels, False, targets).steps_per_epoch
     return TrainingRun(
         name,
         model,
@@ -219,7 +219,7 @@ def _share_stream(jobs: Sequence[TrainingRun]) -> list[TrainingRun]:
     return [replace(job, stream=shared) for job in jobs]
 
 
-def _same_batches(one: Stream, other: Stream) -> bool:
+def _same_batches(one: CacheLoader, other: CacheLoader) -> bool:
     """Whether two streams of the same caches and images differ in what is read of a row alone."""
     alike = replace(
         other,

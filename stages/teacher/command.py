@@ -13,7 +13,7 @@ from softcache.base.files import publish_json
 from softcache.data.transfer_set import TransferSet, count_classes, find_source, load_transfer_set, short_name
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.batch import LossContext
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, count_multiply_adds, count_parameters
@@ -90,7 +90,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     with start_run(config, folder):
         model = PreparedModel(network, input_spec).to(device)
         rows = transfer_set.splits["train"]
-        stream = Stream(
+        stream = CacheLoader(
             rows,
             views,
             config.seed,
@@ -114,7 +114,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             parse_losses(("hard",)),
             stream,
             config.epochs,
-            stream.steps_per_round,
+            stream.steps_per_epoch,
             config,
             device,
             folder,

@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from softcache.base import rng
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
-from softcache.pipeline.loading.stream import Stream, rank_rows
+from softcache.pipeline.loading.groups import get_rank_rows
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import TrainingOptions
 from softcache.stages.cli.console import Console
@@ -34,7 +35,7 @@ from softcache.stages.distributed.ranks import current_ranks
 Features = dict[str, torch.Tensor]
 
 
-def split_over_ranks(stream: Stream) -> Stream:
+def split_over_ranks(stream: CacheLoader) -> CacheLoader:
     """The same stream, rendering this rank's rows alone."""
     return (
         replace(stream, rank=current_ranks().rank, world=current_ranks().world)
@@ -43,14 +44,16 @@ def split_over_ranks(stream: Stream) -> Stream:
     )
 
 
-def check_batches_shareable(model: nn.Module, stream: Stream, device: torch.device, config: TrainingOptions) -> None:
+def check_batches_shareable(
+    model: nn.Module, stream: CacheLoader, device: torch.device, config: TrainingOptions
+) -> None:
     """Raise UsageError for a training that several ranks cannot share, before anything is written."""
     if (world := current_ranks().world) == 1:
         return
     if config.compile:
         raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
     k = stream.draws_per_decode
-    rows = k * (len(stream.rows) // (k * stream.steps_per_round))  # of the smallest batch
+    rows = k * (len(stream.rows) // (k * stream.steps_per_epoch))  # of the smallest batch
     least = 2 if has_batch_norm(model) and device.type == "cpu" else 1
     if rows // world < least:
         raise UsageError(
@@ -206,7 +209,7 @@ def _gather_rows(own: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
     """Each tensor [n, …] of this rank's rows as [rows, …] of all ranks', its own part live. One collective."""
     rank, world = current_ranks().rank, current_ranks().world
     flatten_gradients = torch.cat([x.detach().flatten(1).float() for x in own], 1)
-    cuts = [rank_rows(rows, r, world) for r in range(world)]
+    cuts = [get_rank_rows(rows, r, world) for r in range(world)]
     sent = flatten_gradients.new_zeros(
         max(stop - first for first, stop in cuts), flatten_gradients.shape[1]
     )  # all must send as many rows

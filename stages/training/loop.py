@@ -123,7 +123,7 @@ def _start(job: TrainingRun, opened: ExitStack) -> _Training | None:
         first = state.restore(job.folder, job.device)
     check_equal("checkpoint", f"epoch {first}")
     if current_ranks().world > 1:
-        vars(job.stream).pop("_resident", None)  # what lies on a GPU for it: the parted stream has its own
+        vars(job.stream).pop("_device_cache", None)  # what lies on a GPU for it: the parted stream has its own
     small = job.multiply_adds * job.stream.batch_size < WORTH_THREADS
     threads = 1 if small else torch.get_num_threads()
     kept = opened.enter_context(capture_features(job.model.network, taps))

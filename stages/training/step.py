@@ -12,7 +12,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.base import list_teacher_taps, resolved
 from softcache.pipeline.losses.multi_teacher import Term, by_one
@@ -42,7 +42,7 @@ class TrainingRun:
     name: str
     model: PreparedModel
     losses: tuple[Loss, ...]
-    stream: Stream
+    stream: CacheLoader
     epochs: int
     steps: int
     config: TeacherConfig | StudentConfig

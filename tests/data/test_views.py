@@ -22,7 +22,8 @@ from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.data.views import VIEW_POLICIES, Box, draw_mixup, parse_views, render
-from softcache.pipeline.loading.stream import Stream, render_batches
+from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.rendering import render_batches
 
 # What each random number is for. A number that changes its meaning makes every cache on disk a liar.
 TOP, LEFT, FLIP, PARTNER = 0, 1, 2, 7
@@ -259,7 +260,7 @@ def seen_by_student(
     split: Split, spec: str, draws: int, batch_size: int, workers: int = 0, start_method: str | None = None
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Views by (index, draw) as stage two renders them, shuffled; every one of them is met once."""
-    stream = Stream(
+    stream = CacheLoader(
         split,
         parse_views(spec),
         view_seed=9,
@@ -272,7 +273,7 @@ def seen_by_student(
         start_method=start_method,
     )
     seen, order = {}, []
-    for batch in stream.batches(0, draws * stream.steps_per_round):
+    for batch in stream.batches(0, draws * stream.steps_per_epoch):
         order += [(int(i), batch.draw) for i in batch.index]
         seen |= {(int(i), batch.draw): view.clone() for i, view in zip(batch.index, batch.views, strict=True)}
     assert sorted(order) == sorted(product(range(len(split)), range(draws)))

@@ -15,7 +15,7 @@ import softcache.pipeline.cache.reader as cache_module
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.teacher_cache.inference import TeacherInference
@@ -65,17 +65,17 @@ def data() -> TransferSet:
     return load_transfer_set("digits", Path("."), val_fraction=0.125, train_size=300)
 
 
-def stream_of(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> Stream:
+def stream_of(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> CacheLoader:
     rows = data.splits["train"]
     positions = np.arange(len(rows))
-    return Stream(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
+    return CacheLoader(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
 
 
 def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_its_first(
     tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = stream_of(Cache(tiny / "cache"), data, draws=2)
-    steps = stream.steps_per_round
+    steps = stream.steps_per_epoch
     with files_opened() as opened, bytes_read(monkeypatch) as read:
         first = list(stream.batches(0, 2 * steps))
         assert [name for name in opened if name.endswith(".h5")]
@@ -96,7 +96,7 @@ def test_an_epoch_from_disk_reads_the_rows_that_it_uses_and_hardly_more(
     cache = Cache(tiny / "cache")
     taps = tuple(cache.manifest.taps)[:1] if with_tap else ()
     stream = stream_of(cache, data, draws=1, taps=taps)
-    steps = stream.steps_per_round
+    steps = stream.steps_per_epoch
     list(stream.batches(0, steps))  # each shard's checksum is looked at once
     with files_opened() as opened, bytes_read(monkeypatch) as read:
         rows = sum(len(batch.views) for batch in stream.batches(steps, 2 * steps))
@@ -108,7 +108,7 @@ def test_an_epoch_from_disk_reads_the_rows_that_it_uses_and_hardly_more(
 
 def test_batches_of_a_group_are_parts_of_one_tensor_not_copies(tiny: Path, data: TransferSet) -> None:
     stream = stream_of(Cache(tiny / "cache"), data, draws=1)
-    batches = list(stream.batches(0, stream.steps_per_round))
+    batches = list(stream.batches(0, stream.steps_per_epoch))
     assert len(batches) > 2
     assert len({batch.views.untyped_storage().data_ptr() for batch in batches}) == 1
     assert len({batch.logits.untyped_storage().data_ptr() for batch in batches if batch.logits is not None}) == 1
