@@ -198,7 +198,7 @@ def test_a_public_checkpoint_is_as_good_as_was_measured_on_these_pictures(shared
 
 
 @pytest.fixture
-def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to call the command in; what is imported from it is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -206,9 +206,9 @@ def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_users_factory_is_called_with_classes_channels_and_size(users_folder: Path) -> None:
-    (users_folder / "nets_of_mine").mkdir()
-    (users_folder / "nets_of_mine" / "small.py").write_text(
+def test_a_users_factory_is_called_with_classes_channels_and_size(user_folder: Path) -> None:
+    (user_folder / "nets_of_mine").mkdir()
+    (user_folder / "nets_of_mine" / "small.py").write_text(
         "from torch import nn\n"
         "def make(*, classes, channels, size):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes))\n"
@@ -217,17 +217,25 @@ def test_a_users_factory_is_called_with_classes_channels_and_size(users_folder: 
     assert logits_of(network, 3, 6).shape == (3, 5)
 
 
+def test_the_current_folder_is_put_on_the_import_path_once_and_first(user_folder: Path) -> None:
+    (user_folder / "nets_in_a_file.py").write_text("from torch import nn\nmake = lambda **shape: nn.Identity()\n")
+    before = list(sys.path)
+    for _ in range(2):
+        build("nets_in_a_file:make", 5, 1, 8)
+    assert sys.path == [str(user_folder), *before]
+
+
 @pytest.mark.parametrize(
     ("arch", "says"),
     [
         ("nets_that_are_not_there:make", "cannot be imported: No module named 'nets_that_are_not_there'"),
         ("nets_in_a_file:made", "cannot be imported: module 'nets_in_a_file' has no attribute 'made'"),
         ("nets_in_a_file:", "cannot be imported: module 'nets_in_a_file' has no attribute ''"),
-        ("nets_in_a_file:make", "gave a int, not a torch.nn.Module"),
+        ("nets_in_a_file:make", "returned a int, not a torch.nn.Module"),
     ],
 )
-def test_a_users_factory_that_is_none_is_refused_in_one_line(users_folder: Path, arch: str, says: str) -> None:
-    (users_folder / "nets_in_a_file.py").write_text("def make(classes, channels, size):\n    return 3\n")
+def test_a_users_factory_that_is_none_is_refused_in_one_line(user_folder: Path, arch: str, says: str) -> None:
+    (user_folder / "nets_in_a_file.py").write_text("def make(classes, channels, size):\n    return 3\n")
     with pytest.raises(UsageError) as error:
         build(arch, 5, 1, 8)
     assert f"arch '{arch}' " in one_line(error)
