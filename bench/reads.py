@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading.stream import _BLOCK, _BLOCKS, Stream
+from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.order import BLOCK_ROWS, WINDOW_BLOCKS
 
 from . import fixtures
 from .interleaved import Found, Given, Missing, Side, interleaved, over, parts, timed
@@ -29,31 +30,31 @@ class _OnDisk:
     """A cache whose draws count as larger than memory."""
 
     def __init__(self, cache: Cache):
-        self.order = cache.row_order
-        self.targets = cache.read_targets
+        self.row_order = cache.row_order
+        self.read_targets = cache.read_targets
 
-    def resident(self, *_: Any) -> bool:
+    def fits_in_memory(self, *_: Any) -> bool:
         return False
 
 
-def cache_of(given: Given) -> tuple[Cache, Stream]:
+def cache_of(given: Given) -> tuple[Cache, CacheLoader]:
     """A cache of rows of 2 kB, and the stream that reads it by blocks."""
     data = fixtures.in_memory(given.few(61_225, 1200), channels=1, size=8, classes=CLASSES)
     rows = fixtures.transfer_set(data).splits["train"]
     cache = Cache(fixtures.fake_cache(given.folder / "reads", data))
     source: Any = _OnDisk(cache)
-    stream = Stream(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=source)
+    stream = CacheLoader(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=source)
     cache.read_rows("train", 0, "logits", np.arange(1))  # opened, and every checksum looked at, once
     return cache, stream
 
 
-def in_blocks(cache: Cache, stream: Stream) -> Callable[[], int]:
+def in_blocks(cache: Cache, stream: CacheLoader) -> Callable[[], int]:
     """An epoch of rows in the order of the stream, a window of 64 blocks of 64 rows at a time. What that order is has
     been found beforehand."""
-    orders = cycle([stream._lap(lap) for lap in range(8)])
+    orders = cycle([stream.order.shuffle_rows(number) for number in range(8)])
 
     def work() -> int:
-        order, window = next(orders), _BLOCK * _BLOCKS
+        order, window = next(orders), BLOCK_ROWS * WINDOW_BLOCKS
         for a in range(0, len(order), window):
             rows = torch.from_numpy(cache.read_rows("train", 0, "logits", order[a : a + window]))
             for b in range(0, len(rows), BATCH):

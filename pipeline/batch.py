@@ -1,4 +1,4 @@
-"""The records that cross the house."""
+"""The records that pass between packages: batches, outputs of models, and what a loss may know besides."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,26 +10,39 @@ from numpy.typing import NDArray
 
 from softcache.data.device_views import copy_to_device
 
-Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in TargetBatch
+Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in Batch
 
 
 class TargetSource(Protocol):
-    """Where targets come from: a cache, or several as one teacher. together: draws that are read side by side."""
+    """Where targets come from: a cache, or several as one teacher.
 
-    def row_order(self, split: str) -> NDArray[np.int64]: ...
+    Positions number the rows of a split in the order in which they are stored; the index is a row's number in the
+    transfer set. `together` is the number of draws that are read in turn, and so are in memory at the same time.
+    """
 
-    def index_at(self, split: str, positions: NDArray[np.int64]) -> NDArray[np.int64]: ...
+    def row_order(self, split: str) -> NDArray[np.int64]:
+        """int64 [N]: the index of each position."""
 
-    def fits_in_memory(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool: ...
+    def index_at(self, split: str, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n]: the index of each of the positions [n]."""
+
+    def fits_in_memory(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
+        """Whether the targets of a draw are read into memory once, and not row by row from disk."""
 
     def read_targets(
         self, split: str, draw: int, positions: NDArray[np.int64], taps: tuple[str, ...] = (), together: int = 1
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Logits float32 [n, K] (or [n, M, K], see Batch) and features {tap: [n, …]} at positions [n]."""
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The last linear layer of a network: logits = pooled @ weight.T + bias. weight: [K, D]; bias: [K]."""
+    """The last linear layer of a network: logits = pooled @ weight.T + bias.
+
+    Attributes:
+        weight: float32 [K, D].
+        bias: float32 [K].
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -37,7 +50,13 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class MemoryBank:
-    """Rows of a tap to contrast with. features: float16 [M, D]; index, labels: int64 [M], labels -1 where hidden."""
+    """Cached features of many rows, the candidates of a contrastive loss.
+
+    Attributes:
+        features: float16 [M, D], one tap of the teacher.
+        index: int64 [M], the index of each row.
+        labels: int64 [M], -1 where hidden.
+    """
 
     features: torch.Tensor
     index: torch.Tensor
@@ -46,8 +65,13 @@ class MemoryBank:
 
 @dataclass(frozen=True)
 class LossContext:
-    """What is known beside the rows of a batch. Of the teacher: its head, where it has one, and banks by tap; of the
-    training rows: counts, int64 [K], those of each class whose labels are visible."""
+    """What a loss may know besides the rows of a batch.
+
+    Attributes:
+        head: The teacher's last linear layer, where it has one.
+        bank: Returns the memory bank of a tap of the teacher; None without a cache.
+        counts: int64 [K], the number of training rows with a visible label of each class.
+    """
 
     head: LinearHead | None = None
     bank: Callable[[str], MemoryBank] | None = None
@@ -56,31 +80,38 @@ class LossContext:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a model said about B views. logits: float32 [B, K]; features: {tap: [B, …]}; head: its own, live."""
+    """What a model outputs for B views.
+
+    Attributes:
+        logits: float32 [B, K].
+        features: {tap: [B, …]}, the outputs of its tapped layers.
+        head: Its last linear layer, with gradients, where a loss needs it.
+    """
 
     logits: torch.Tensor
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     head: LinearHead | None = None
 
     def select(self, rows: torch.Tensor) -> "ModelOutputs":
-        """Rows int64 [n] of the batch."""
+        """The outputs for some of the views. rows: int64 [n] or bool [B]."""
         return ModelOutputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B views and everything that is known about them.
+    """B views with their labels and the teacher's outputs for them.
 
-    index:    int64 [B], position in the split
-    draw:     which view of them: one number, or int64 [B] where rows are of several draws
-    views:    uint8 [B, C, S, S], the very pixels that the teacher saw
-    labels:   int64 [B], the hard targets, -1 where there is none
-    logits:   float32 [B, K] of the teacher, None without a cache; [B, M, K] where M teachers are each heard by
-              themselves; NaN in a row that the cache lacks
-    features: {tap: [B, …]} of the teacher, float16 as cached, float32 in a loss
-    partner:  int64 [B], hard target of the mixup partner, None without mixup
-    share:    float32 [B], the image's own share in a mixup view, None without mixup
-    trust:    float32 [B], what the rows of a term weigh, None where all weigh 1
+    Attributes:
+        index: int64 [B], the row of the split that each view shows.
+        draw: Which view of it: one number, or int64 [B] where the batch has several draws.
+        views: uint8 [B, C, S, S], the same pixels as the teacher's input.
+        labels: int64 [B], the hard targets, -1 where there is none.
+        logits: float32 [B, K] of the teacher; [B, M, K] where M teachers are not combined; NaN in rows that are
+            missing in the cache; None without targets.
+        features: {tap: [B, …]} of the teacher, float16 as stored, float32 in a loss.
+        partner: int64 [B], the hard targets of the images that are mixed in; None without mixup.
+        share: float32 [B] in 0 … 1, the share of the view's own image; None without mixup.
+        row_weights: float32 [B], the weight of each row in a term; None for 1 each.
     """
 
     index: torch.Tensor
@@ -94,30 +125,31 @@ class Batch:
     row_weights: torch.Tensor | None = None
 
     def slice(self, start: int, stop: int) -> "Batch":
-        """Rows start to stop, without a copy."""
+        """Rows start to stop - 1, sharing memory with this batch."""
         return self._map(lambda x: x[start:stop])
 
     def select(self, rows: torch.Tensor) -> "Batch":
-        """Rows int64 [n] of the batch, copied."""
+        """A copy of some rows. rows: int64 [n] or bool [B]."""
         return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device, without waiting for it."""
+        """The batch on a device. A copy to a GPU is started and not waited for."""
         return self if self.index.device.type == device.type else self._map(lambda x: copy_to_device(x, device))
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        def maybe(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else change(x)
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with a function applied to each of its tensors."""
 
-        draw = self.draw if isinstance(self.draw, int) else change(self.draw)
+        def apply(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else function(x)
+
         return Batch(
-            change(self.index),
-            draw,
-            change(self.views),
-            change(self.labels),
-            maybe(self.logits),
-            {tap: change(x) for tap, x in self.features.items()},
-            maybe(self.partner),
-            maybe(self.share),
-            maybe(self.row_weights),
+            index=function(self.index),
+            draw=self.draw if isinstance(self.draw, int) else function(self.draw),
+            views=function(self.views),
+            labels=function(self.labels),
+            logits=apply(self.logits),
+            features={tap: function(x) for tap, x in self.features.items()},
+            partner=apply(self.partner),
+            share=apply(self.share),
+            row_weights=apply(self.row_weights),
         )

@@ -1,11 +1,11 @@
-"""Archs: teacher and student are built from the same table.
+"""Archs: the networks that a teacher or a student can be, built by name from one table.
 
 mlp:800,800   cnn   resnet8 14 20 32 44 56 110   torchvision:NAME   my_package.module:factory
 
-Of the CIFAR benchmark of Tian et al. 2020, "Contrastive representation distillation", as their tables have them:
+The archs of the CIFAR benchmark of Tian et al. 2020, "Contrastive representation distillation":
 resnet8x4 32x4   wrn_16_1 16_2 40_1 40_2   vgg8 13   mobilenet_v2   shufflenet_v1 v2
-In each of these `layer1`, `layer2`, … end with a stage, and `linear` takes the mean over the last map: `last` where
-there is one, else the last stage.
+In each of these, the outputs of `layer1`, `layer2`, … are those of the stages, and the input of `linear` is the mean
+over space of the last feature map: that of `last` where there is such a layer, else of the last stage.
 
 May import base, pipeline.batch and pipeline.taps. Begin with the table MODELS, below.
 """
@@ -33,8 +33,8 @@ from softcache.pipeline.models.archs.torchvision_models import build_torchvision
 from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
 
-# Each row: build(argument, classes, channels, size) -> a network that takes float32 [B, channels, size, size]
-# and gives [B, classes]; argument is what follows the colon.
+# build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].
+# The argument is the part of the arch after the colon.
 Build = Callable[[str, int, int, int], nn.Module]
 
 MODELS: dict[str, Build] = {
@@ -52,10 +52,20 @@ MODELS: dict[str, Build] = {
 
 
 def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
-    """The network that arch names, with fresh weights. classes K, input [B, channels, size, size].
+    """Build the network that an arch names, with fresh weights.
 
-    A user's own `module:factory` is called as factory(classes=, channels=, size=).
-    Raises UsageError for a name that is in no table, or an argument that does not fit.
+    Args:
+        arch: A name of MODELS, with its argument after a colon; the arch of a SimKD student (see archs/simkd.py); or
+            `my_package.module:factory`, called as factory(classes=…, channels=…, size=…).
+        classes: K, the number of classes.
+        channels: Of the input.
+        size: Of the input, in pixels.
+
+    Returns:
+        A network: float32 [B, channels, size, size] -> logits [B, classes].
+
+    Raises:
+        UsageError: There is no such arch, its argument does not fit, or it cannot take such images.
     """
     if parts := parse_simkd_arch(arch):
         return _build_simkd(*parts, classes, channels, size)
@@ -63,52 +73,66 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     if name in MODELS:
         return MODELS[name](argument, classes, channels, size)
     if colon and all(part.isidentifier() for part in name.split(".")):
-        return _build_users_arch(name, argument, classes, channels, size)
-    own = [name for name in MODELS if name != "torchvision"]
+        return _build_custom_arch(name, argument, classes, channels, size)
+    our_names = [name for name in MODELS if name != "torchvision"]
     if is_torchvision_model(arch):
-        raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(own)}")
-    raise unknown_name_error("arch", arch, [*own, "torchvision:NAME", "my_package.module:factory"])
+        raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(our_names)}")
+    raise unknown_name_error("arch", arch, [*our_names, "torchvision:NAME", "my_package.module:factory"])
 
 
-def _build_users_arch(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console script does not see the folder it is called in; `python -m` does
-        sys.path.insert(0, here)
+def _build_custom_arch(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
+    """Build a network by a user's own function. Raises UsageError where there is none, or it returns no network."""
+    _make_current_folder_importable()
     try:
-        make = getattr(importlib.import_module(module), factory)
+        build_network = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
-        close = get_close_matches(module, MODELS, n=1)
-        hint = f". Did you mean '{close[0]}:{factory}'?" if close else ""
-        hint = f". Name the module without .py: '{module[:-3]}:{factory}'" if module.endswith(".py") else hint
+        hint = ""
+        if close := get_close_matches(module, MODELS, n=1):
+            hint = f". Did you mean '{close[0]}:{factory}'?"
+        if module.endswith(".py"):
+            hint = f". Name the module without .py: '{module[:-3]}:{factory}'"
         raise UsageError(f"arch '{module}:{factory}' cannot be imported: {error}{hint}") from None
-    network = make(classes=classes, channels=channels, size=size)
+    network = build_network(classes=classes, channels=channels, size=size)
     if not isinstance(network, nn.Module):
-        raise UsageError(f"arch '{module}:{factory}' gave a {type(network).__name__}, not a torch.nn.Module")
+        raise UsageError(f"arch '{module}:{factory}' returned a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
+def _make_current_folder_importable() -> None:
+    """Put the current folder at the front of sys.path, unless it is on it, so that a user's module there is found.
+
+    `python -m softcache` starts with the current folder on the path, the console script `softcache` does not; an
+    --arch must mean the same module under both. The folder stays on the path for the rest of the process: the module
+    may import its neighbours when it is called, and worker processes import it once more.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
 def _build_simkd(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
+    """Build a SimKD student around the network that an arch names."""
     backbone = build(arch, classes, channels, size)
-    own = find_head(backbone, classes)
-    names = [name for name, module in backbone.named_modules() if module is own and name]
+    head = find_head(backbone, classes)
+    names = [name for name, module in backbone.named_modules() if module is head and name]
     if not names:
-        raise UsageError(f"arch '{arch}' has no last linear layer that a teacher's could take the place of")
-    return build_simkd(backbone, names[0], layer, width, classes, torch.zeros(1, channels, size, size))
+        raise UsageError(f"arch '{arch}' has no last linear layer, which SimKD replaces by the teacher's")
+    return build_simkd(backbone, names[0], layer, width, classes, example=torch.zeros(1, channels, size, size))
 
 
 def find_head(network: nn.Module, classes: int) -> nn.Linear | None:
-    """The last linear layer that gives one number per class, where there is one."""
+    """The last linear layer with one output per class; None where there is none."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     return layers[-1] if layers else None
 
 
 def count_parameters(network: nn.Module) -> int:
-    """The number of trainable numbers."""
+    """The number of parameters, trainable or not."""
     return sum(p.numel() for p in network.parameters())
 
 
 def count_multiply_adds(network: nn.Module, channels: int, size: int) -> int:
-    """Multiply-adds of one image, counted by PyTorch over matrix products and convolutions."""
+    """Multiply-adds of one image in eval mode, counted by PyTorch over matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
     was_training, device = network.training, next(network.parameters()).device
@@ -120,6 +144,6 @@ def count_multiply_adds(network: nn.Module, channels: int, size: int) -> int:
 
 
 def get_head_arrays(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weight [K, D] and bias [K] of a linear layer, zeros where it has none."""
+    """Weight float32 [K, D] and bias float32 [K] of a linear layer; zeros for a bias that it does not have."""
     bias = torch.zeros(classes) if head.bias is None else head.bias.detach()
     return head.weight.detach().float().cpu().numpy(), bias.float().cpu().numpy()

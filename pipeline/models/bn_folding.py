@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it: the same function of a image, with fewer passes over memory.
+"""Batch norm folded into the convolution before it: the same function of an image, with fewer passes over memory.
 
 ResNet-56 on 2 cores: 996 instead of 909 images a second in float32, 3,030 instead of 2,289 in bfloat16.
 """
@@ -15,18 +15,24 @@ from .prepared_model import PreparedModel
 
 
 def fold_batch_norm(teacher: PreparedModel, layers: Collection[str] = ()) -> PreparedModel:
-    """A copy of a teacher in eval mode with its batch norms folded; itself where there is none that can be.
+    """Fold the batch norms of a teacher into its convolutions.
 
-    layers: module paths of the network whose outputs are read, and must stay what they are. Every path still names
-    what it named: a folded batch norm is an identity whose output is its own as before. A pair is folded only where
-    a trace shows that the convolution runs once and nothing but the batch norm sees its output.
+    A pair is folded only where a trace of the network shows that the convolution runs once and that its output goes
+    to the batch norm alone. An identity takes the place of the batch norm, so all module paths stay valid.
+
+    Args:
+        teacher: In eval mode. It is not changed.
+        layers: Module paths of the network whose outputs are read, and therefore must not change.
+
+    Returns:
+        A copy in eval mode; the teacher itself where nothing can be folded.
     """
     if not any(type(module) is nn.BatchNorm2d for module in teacher.network.modules()):
         return teacher
     try:
         network = copy.deepcopy(teacher.network)
-        pairs = list(_pairs(network, layers))
-    except Exception:  # a network is anyone's code: one that cannot be copied or traced is asked as it is
+        pairs = list(_find_pairs(network, layers))
+    except Exception:  # a network may be a user's code: one that cannot be copied or traced is used as it is
         return teacher
     for conv, norm in pairs:
         fused: nn.Module = fuse_conv_bn_eval(network.get_submodule(conv), network.get_submodule(norm))  # type: ignore[type-var, arg-type]
@@ -35,35 +41,37 @@ def fold_batch_norm(teacher: PreparedModel, layers: Collection[str] = ()) -> Pre
     return PreparedModel(network, teacher.input_spec).to(teacher.scale.device).eval() if pairs else teacher
 
 
-def _pairs(network: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, str]]:
-    """The paths of every convolution and the batch norm that it can take in."""
+def _find_pairs(network: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the paths of each convolution and of the batch norm that can be folded into it."""
     graph = fx.Tracer().trace(network)
     runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
     names = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
-    read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    attributes = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
 
-    def alone(path: object, kind: type[nn.Module]) -> bool:
-        """Whether a module is exactly of a kind, has one name, runs once, and is used in no other way."""
-        if not isinstance(path, str) or runs[path] != 1:
-            return False
+    def is_used_once(path: str, kind: type[nn.Module]) -> bool:
+        """Whether a module is exactly of a type, has one path, runs once, and is used in no other way."""
         module = network.get_submodule(path)
-        hooked = module._forward_hooks or module._forward_pre_hooks  # weight_norm and such
-        used = any(name.startswith(f"{path}.") for name in read)
-        return type(module) is kind and names[id(module)] == 1 and not hooked and not used
+        has_hooks = module._forward_hooks or module._forward_pre_hooks  # weight_norm and such
+        is_read = any(name.startswith(f"{path}.") for name in attributes)
+        return type(module) is kind and names[id(module)] == runs[path] == 1 and not has_hooks and not is_read
 
     for node in graph.nodes:
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not alone(node.target, nn.BatchNorm2d):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             continue
-        before, norm = node.args[0], network.get_submodule(node.target)
-        if not isinstance(before, fx.Node) or before.op != "call_module" or not alone(before.target, nn.Conv2d):
+        conv_node, norm_path = node.args[0], str(node.target)
+        if not isinstance(conv_node, fx.Node) or conv_node.op != "call_module" or len(conv_node.users) != 1:
             continue
-        conv = network.get_submodule(str(before.target))
-        inside = [path for path in layers if _contains(path, str(before.target)) and not _contains(path, node.target)]
-        kept = isinstance(norm.running_mean, torch.Tensor) and isinstance(norm.running_var, torch.Tensor)
-        if len(before.users) == 1 and not inside and kept and conv.weight.dtype == torch.float32:
-            yield str(before.target), node.target
+        conv_path = str(conv_node.target)
+        if not (is_used_once(conv_path, nn.Conv2d) and is_used_once(norm_path, nn.BatchNorm2d)):
+            continue
+        conv, norm = network.get_submodule(conv_path), network.get_submodule(norm_path)
+        # The output of a layer that ends between the two would change.
+        is_read = any(_contains(layer, conv_path) and not _contains(layer, norm_path) for layer in layers)
+        has_statistics = isinstance(norm.running_mean, torch.Tensor) and isinstance(norm.running_var, torch.Tensor)
+        if not is_read and has_statistics and conv.weight.dtype == torch.float32:
+            yield conv_path, norm_path
 
 
 def _contains(outer: str, path: str) -> bool:
-    """Whether a module path is another one or inside it."""
+    """Whether a module path is the outer one or inside it."""
     return path == outer or path.startswith(f"{outer}.")

@@ -1,4 +1,4 @@
-"""Arithmetic of networks: bfloat16 where it is asked for."""
+"""The numeric precision in which networks compute."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -7,5 +7,5 @@ import torch
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bfloat16 where it is asked for; float32 otherwise."""
+    """A context in which networks compute in bfloat16 for the precision "bfloat16", else unchanged in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

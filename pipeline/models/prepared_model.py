@@ -1,4 +1,4 @@
-"""A network with what happens to a image before it: the same for teacher and student, part of the identity."""
+"""A network together with the preparation of its input, which is part of a cache's identity."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +12,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How a uint8 view becomes an input. channels: of the input, 3 repeats a grey image; size: of the input in
-    pixels, bilinear with antialiasing where the view has another; mean, std: per channel, of values 0 … 1."""
+    """How a uint8 view becomes the input of a network.
+
+    Attributes:
+        channels: Channels of the input; a grey view is repeated for 3.
+        size: Side of the input in pixels; a view of another size is resized (bilinear, with antialiasing).
+        mean: Mean of each channel, for values of 0 … 1.
+        std: Standard deviation of each channel, for values of 0 … 1.
+    """
 
     channels: int
     size: int
@@ -21,12 +27,16 @@ class InputSpec:
     std: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The fields as plain JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "InputSpec":
-        """The inverse of identity. Raises ValueError, TypeError or KeyError for what no image can be prepared by."""
+        """The inverse of to_json.
+
+        Raises:
+            KeyError, TypeError, ValueError: A field is missing, of another type, or out of range.
+        """
         mean, std = tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
         channels, size = int(record["channels"]), int(record["size"])
         if not (1 <= channels <= 4 and 1 <= size <= 4096 and len(mean) == len(std) == channels):
@@ -39,14 +49,23 @@ class InputSpec:
 
 
 class PreparedModel(nn.Module):
-    """uint8 views [B, C, S, S] -> float32 logits [B, K]. `network` is the arch itself: its names are the taps."""
+    """A network that takes views as they are stored: uint8 [B, C, S, S] -> logits float32 [B, K].
+
+    Args:
+        network: The arch: float32 [B, channels, size, size] -> [B, K]. Its module paths are the names of taps.
+        input_spec: How a view becomes its input.
+
+    Attributes:
+        network, input_spec: As given.
+        scale, shift: float32 [1, channels, 1, 1], buffers: input = shift + pixel * scale.
+    """
 
     def __init__(self, network: nn.Module, input_spec: InputSpec):
         super().__init__()
         self.network = network
         self.input_spec = input_spec
-        # Rank 4 only: a network without convolutions keeps its own layout.
-        self._convolves = any(isinstance(m, nn.Conv2d) for m in network.modules())
+        # Only a network with convolutions is laid out channels-last; any other keeps its layout.
+        self._has_convolutions = any(isinstance(m, nn.Conv2d) for m in network.modules())
         self.scale: torch.Tensor
         self.shift: torch.Tensor
         mean = torch.tensor(input_spec.mean).view(1, -1, 1, 1)
@@ -54,15 +73,16 @@ class PreparedModel(nn.Module):
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         self._by_channel = list(zip(self.shift.flatten().unbind(), self.scale.flatten().tolist(), strict=True))
-        if self._convolves:  # 1.2 to 3 times as fast on CPUs and GPUs with matrix units
+        if self._has_convolutions:  # 1.2 to 3 times as fast on CPUs and GPUs with matrix units
             self.to(memory_format=torch.channels_last)
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [B, K] of views uint8 [B, C, S, S], also where the network computes in another dtype."""
         logits: torch.Tensor = self.network(self.prepare_input(views))
         return logits.float()
 
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
-        """The network's input float32 [B, channels, size, size] of uint8 views."""
+        """The network's input, float32 [B, channels, size, size], from views uint8 [B, C, S, S]."""
         x = views.to(torch.float32)
         if self.input_spec.channels != x.shape[1]:
             x = x.expand(-1, self.input_spec.channels, -1, -1)
@@ -72,13 +92,16 @@ class PreparedModel(nn.Module):
         return self._normalize(x)
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """shift + x scale by channel, in the network's layout. On a CPU each channel by itself, straight into its
-        place: equal to the bit, and 18 us instead of 54 for 128 images of 28 x 28, of the 640 us of a step of
-        `mlp:64`; 125 us instead of 205 for 3 x 32 x 32 on two threads."""
-        layout = torch.channels_last if self._convolves else torch.contiguous_format
+        """shift + x * scale for each channel, in the network's memory layout.
+
+        On a CPU one channel at a time, written straight into the result: equal to the bit, and 18 us instead of 54
+        for 128 images of 28 x 28, of the 640 us of a step of `mlp:64`; 125 us instead of 205 for 3 x 32 x 32 on two
+        threads.
+        """
+        layout = torch.channels_last if self._has_convolutions else torch.contiguous_format
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return torch.addcmul(self.shift, x, self.scale).contiguous(memory_format=layout)
-        found = torch.empty_like(x, memory_format=layout)
+        normalized = torch.empty_like(x, memory_format=layout)
         for channel, (shift, scale) in enumerate(self._by_channel):
-            torch.add(shift, x[:, channel], alpha=scale, out=found[:, channel])
-        return found
+            torch.add(shift, x[:, channel], alpha=scale, out=normalized[:, channel])
+        return normalized

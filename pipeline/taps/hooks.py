@@ -1,6 +1,6 @@
-"""Keep the outputs of named layers, or a statistic of them, while a model runs; the model itself is left alone."""
+"""Capture the outputs of named layers, or statistics of them, in a forward pass. The model itself is not changed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,52 +14,61 @@ from .statistics import compute_statistic, parse_tap
 
 def list_layers(model: nn.Module) -> list[str]:
     """The module paths that can be tapped."""
-    return [name for name, _ in model.named_modules() if name]
+    return [path for path, _ in model.named_modules() if path]
 
 
 @contextmanager
 def capture_features(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
-    """A dict that holds, after each forward pass, the output of every named layer: `layer3`, or of `layer3:pool`
-    its statistic, computed in float32.
+    """Capture the outputs of the tapped layers in each forward pass of a model.
 
-    The output is cloned as the layer returns it: a later in-place activation (`ReLU(inplace=True)`) would
-    otherwise overwrite it with its own result. Gradients flow through the clone.
-    Raises UsageError for a path that the model does not have, whose output is not one tensor, or that it never runs.
+    The output is cloned as the layer returns it: a later in-place activation (`ReLU(inplace=True)`) would overwrite
+    it. Gradients flow through the clone.
+
+    Args:
+        model: The model; its hooks are removed at the end.
+        taps: `layer3`, for the output of that module path, or `layer3:pool`, for a statistic of it.
+
+    Yields:
+        A dict that holds after each forward pass {tap: [B, …]}: an output in its dtype, a statistic in float32.
+
+    Raises:
+        UsageError: The model has no such layer; and, from its forward pass, a layer that was not run, or whose output
+            is not one tensor.
     """
     modules = dict(model.named_modules())
-    kept: dict[str, torch.Tensor] = {}
+    features: dict[str, torch.Tensor] = {}
 
-    def keep(tap: str) -> RemovableHandle:
-        path, kind = parse_tap(tap)
-        if path not in modules or not path:
-            raise unknown_name_error("tap", path, list_layers(model))
-
+    def make_hook(tap: str, path: str, statistic: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if not isinstance(output, torch.Tensor):
-                raise UsageError(f"tap '{tap}' gives a {type(output).__name__}, not one tensor")
-            if kind == "map":
-                kept[tap] = output.clone()
+                raise UsageError(
+                    f"tap '{tap}' outputs a {type(output).__name__}, not one tensor: choose another layer"
+                )
+            if statistic == "map":
+                features[tap] = output.clone()
                 return
-            with torch.autocast(output.device.type, enabled=False):  # a product of matrices would be rounded again
-                kept[tap] = compute_statistic(output.float(), kind, path)
+            with torch.autocast(output.device.type, enabled=False):  # it would round the matrix product of a gram
+                features[tap] = compute_statistic(output.float(), statistic, path)
 
-        handle: RemovableHandle = modules[path].register_forward_hook(hook)
-        return handle
+        return hook
 
-    def begin(module: nn.Module, inputs: object) -> None:
-        kept.clear()
+    def clear_features(module: nn.Module, inputs: object) -> None:
+        features.clear()
 
-    def end(module: nn.Module, inputs: object, output: object) -> None:
+    def check_features(module: nn.Module, inputs: object, output: object) -> None:
         for tap in taps:
-            if tap not in kept:
+            if tap not in features:
                 raise UsageError(f"tap '{tap}' is a layer that the network does not run: choose another")
 
     handles: list[RemovableHandle] = []
     try:
         for tap in taps:
-            handles.append(keep(tap))
-        handles += [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
-        yield kept
+            path, statistic = parse_tap(tap)
+            if path not in modules or not path:
+                raise unknown_name_error("tap", path, list_layers(model))
+            handles.append(modules[path].register_forward_hook(make_hook(tap, path, statistic)))
+        handles += [model.register_forward_pre_hook(clear_features), model.register_forward_hook(check_features)]
+        yield features
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
-from softcache.pipeline.loading.stream import render_batches
+from softcache.pipeline.loading.rendering import render_batches
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.student.teachers import load_shared_data, open_caches
 

@@ -11,7 +11,7 @@ from torch import nn
 from softcache.base.errors import TrainingStopped, UsageError
 from softcache.base.files import remove_stale_files
 from softcache.data.transfer_set import Labels
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.losses.hard import Hard
@@ -153,7 +153,7 @@ def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
 
 def _figures(run: TrainingRun, student: StudentTraining, finished: FinishedTraining) -> dict[str, Any]:
     """Return what is reported of a phase: the network, the time, and every figure of the held-out splits."""
-    setup, rows = student.setup, len(run.stream.rows) / run.stream.steps_per_round
+    setup, rows = student.setup, len(run.stream.rows) / run.stream.steps_per_epoch
     figures: dict[str, Any] = {
         "arch": setup.student_arch(student.config, setup.losses if run.name != "baseline" else run.criterion.losses),
         "preparation": setup.input_spec.to_json(),
@@ -207,7 +207,7 @@ def make_training_run(
         criterion=DistillationLoss(losses, combination, missing_to_labels=config.missing == "hard"),
         stream=setup.make_stream(config, labels, only_labelled, read_targets),
         epochs=config.epochs,
-        steps=setup.make_stream(config, labels, False, read_targets).steps_per_round,
+        steps=setup.make_stream(config, labels, False, read_targets).steps_per_epoch,
         config=config,
         device=setup.device,
         folder=folder,
@@ -233,7 +233,7 @@ def _share_stream(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
     return [replace(run, stream=shared) for run in runs]
 
 
-def _same_batches(stream: Stream, other: Stream) -> bool:
+def _same_batches(stream: CacheLoader, other: CacheLoader) -> bool:
     """Return whether two streams of the same caches and images differ at most in what is read of a row."""
     alike = replace(
         other,

@@ -15,7 +15,7 @@ from softcache.pipeline.batch import LinearHead, LossContext, MemoryBank
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import verify_views
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.metrics.classification import evaluate
@@ -196,7 +196,7 @@ class DistillationSetup:
         """int64 [K]: rows of each class in the training split, where they have labels."""
         return count_classes(self.transfer_set.splits["train"].labels, self.cache.classes)
 
-    def make_stream(self, config: StudentConfig, labels: Labels, only_labelled: bool, targets: bool) -> Stream:
+    def make_stream(self, config: StudentConfig, labels: Labels, only_labelled: bool, targets: bool) -> CacheLoader:
         """The training stream of one seed."""
         order = self.cache.row_order("train")
         wanted = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
@@ -205,7 +205,7 @@ class DistillationSetup:
         if not wanted.any():
             raise CacheError("no row of the training split is left: each lacks an answer in some draw, or a label")
         seed = config.seed if config.order_seed < 0 else config.order_seed
-        stream = Stream(
+        stream = CacheLoader(
             self.transfer_set.splits["train"],
             self.cache.views,
             self.cache.seed,
@@ -222,7 +222,7 @@ class DistillationSetup:
             draws_per_decode=config.draws_per_decode,
             device=self.device,
         )
-        if len(stream.rows) < config.draws_per_decode * stream.steps_per_round:
+        if len(stream.rows) < config.draws_per_decode * stream.steps_per_epoch:
             raise UsageError(
                 f"--draws-per-decode {config.draws_per_decode} leaves a batch of {config.batch_size} without a"
                 f" image: there are {len(stream.rows)} rows; choose fewer, or a larger --batch-size"

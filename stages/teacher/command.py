@@ -14,7 +14,7 @@ from softcache.data.sources import short_name
 from softcache.data.transfer_set import TransferSet, count_classes, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.batch import LossContext
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
@@ -93,7 +93,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     with start_run(config, folder):
         model = PreparedModel(network, input_spec).to(device)
         rows = transfer_set.splits["train"]
-        stream = Stream(
+        stream = CacheLoader(
             rows,
             views,
             config.seed,
@@ -117,7 +117,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             criterion=DistillationLoss(parse_losses(("hard",))),
             stream=stream,
             epochs=config.epochs,
-            steps=stream.steps_per_round,
+            steps=stream.steps_per_epoch,
             config=config,
             device=device,
             folder=folder,

@@ -15,7 +15,7 @@ from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
-from softcache.pipeline.loading.checked import render_with_checksums
+from softcache.pipeline.loading.rendering import render_with_checksums
 from softcache.stages.cli.configs import CacheConfig
 
 from .inference import TeacherInference, TeacherOutputs

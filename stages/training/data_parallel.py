@@ -32,7 +32,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from softcache.base import rng
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
-from softcache.pipeline.loading.stream import Stream, rank_rows
+from softcache.pipeline.loading.groups import get_rank_rows
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import TrainingOptions
 from softcache.stages.cli.console import Console
@@ -43,20 +44,20 @@ from .gradient_norms import flatten_gradients
 Features = dict[str, torch.Tensor]
 
 
-def split_over_ranks(stream: Stream) -> Stream:
+def split_over_ranks(stream: CacheLoader) -> CacheLoader:
     """Return the stream that renders this rank's rows alone."""
     ranks = current_ranks()
     return replace(stream, rank=ranks.rank, world=ranks.world) if ranks.world > 1 else stream
 
 
-def check_batches_shareable(model: nn.Module, stream: Stream, device: torch.device, config: TrainingOptions) -> None:
+def check_batches_shareable(model: nn.Module, stream: CacheLoader, device: torch.device, config: TrainingOptions) -> None:
     """Raise UsageError for a training that several ranks cannot share, before anything is written."""
     if (world := current_ranks().world) == 1:
         return
     if config.compile:
         raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
     k = stream.draws_per_decode
-    rows = k * (len(stream.rows) // (k * stream.steps_per_round))  # of the smallest batch
+    rows = k * (len(stream.rows) // (k * stream.steps_per_epoch))  # of the smallest batch
     least = 2 if has_batch_norm(model) and device.type == "cpu" else 1
     if rows // world < least:
         raise UsageError(
@@ -160,7 +161,7 @@ class _GatherRows(Function):
     def forward(ctx: Any, rows: int, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ranks = current_ranks()
-        cuts = [rank_rows(rows, rank, ranks.world) for rank in range(ranks.world)]
+        cuts = [get_rank_rows(rows, rank, ranks.world) for rank in range(ranks.world)]
         ctx.rows, ctx.world = slice(*cuts[ranks.rank]), ranks.world
         columns = [x.shape[1] for x in local]
         sent = local[0].new_zeros(max(stop - start for start, stop in cuts), sum(columns))  # all send as many rows

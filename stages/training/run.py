@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from softcache.pipeline.batch import LossContext
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
@@ -43,7 +43,7 @@ class TrainingRun:
     name: str
     model: PreparedModel
     criterion: DistillationLoss
-    stream: Stream
+    stream: CacheLoader
     epochs: int
     steps: int
     config: TeacherConfig | StudentConfig

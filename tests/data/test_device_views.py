@@ -16,7 +16,7 @@ from softcache.data.views import parse_views, render
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading import device_cache
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from tests.helpers.commands import Stages, tiny_cache_command
 
@@ -48,7 +48,7 @@ def test_views_on_a_device_are_those_of_render(spec: str, channels: int, mixup: 
 def test_views_that_pillow_resizes_are_not_rendered_on_a_device(spec: str) -> None:
     images, views = images_of(1), parse_views(spec)
     assert not can_render_on_device(images, views)
-    stream = Stream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_device=CPU)
+    stream = CacheLoader(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_device=CPU)
     object.__setattr__(stream, "split", type("Split", (), {"images": images}))
     with pytest.raises(ValueError, match="at their own size"):
         next(stream.batches(0, 1))
@@ -67,15 +67,15 @@ def mixed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stream_of(folder: Path, source: Any = None, **options: Any) -> Stream:
+def stream_of(folder: Path, source: Any = None, **options: Any) -> CacheLoader:
     cache = Cache(folder)
     rows = cache.load_transfer_set("digits", Path("none"), lambda items, total, what: items).splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"draws": cache.manifest.draws, "cache": source or cache, "split": rows, "views": cache.views}
-    return Stream(**(settings | {"view_seed": cache.seed, "taps": ("flatten",)} | options))
+    return CacheLoader(**(settings | {"view_seed": cache.seed, "taps": ("flatten",)} | options))
 
 
-def assert_same_batches(first: Stream, second: Stream, start: int, stop: int) -> None:
+def assert_same_batches(first: CacheLoader, second: CacheLoader, start: int, stop: int) -> None:
     for a, b in zip(first.batches(start, stop), second.batches(start, stop), strict=True):
         for name in ("index", "views", "labels", "logits", "partner", "share", "draw"):
             x, y = getattr(a, name), getattr(b, name)
@@ -91,7 +91,7 @@ def test_batches_are_equal_to_the_bit(
     tiny: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch, kind: str, k: int
 ) -> None:
     """From a cache in memory or on disk, with or without mixup, of some rows, without targets, without a cache."""
-    monkeypatch.setattr(device_cache, "_READ", 77)  # a draw is read in parts
+    monkeypatch.setattr(device_cache, "_READ_ROWS", 77)  # a draw is read in parts
     if kind == "disk":
         monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
     options: dict[str, Any] = {"draws_per_decode": k, "draws": 3 if kind == "plain" and k == 1 else 4}
@@ -105,7 +105,7 @@ def test_batches_are_equal_to_the_bit(
     if kind == "none":
         options |= {"cache": None, "draws": 0, "taps": ()}
     on_device, rendered = stream_of(folder, **options, resident_device=CPU), stream_of(folder, **options)
-    assert_same_batches(on_device, rendered, 0, 5 * on_device.steps_per_round)
+    assert_same_batches(on_device, rendered, 0, 5 * on_device.steps_per_epoch)
     assert_same_batches(on_device, rendered, 17, 23)
 
 
@@ -137,7 +137,7 @@ def test_a_draw_is_sent_to_the_device_once(mixed: Path, monkeypatch: pytest.Monk
     stream = stream_of(mixed, resident_device=CPU)
     monkeypatch.setattr(Cache, "read_targets", count_and_read)
     for _ in range(2):
-        for _ in stream.batches(0, 3 * stream.steps_per_round):
+        for _ in stream.batches(0, 3 * stream.steps_per_epoch):
             pass
     rows_by_draw[0] -= 1  # read for its shape
     assert sorted(rows_by_draw.tolist()) == [0, 300, 300, 300]
@@ -150,11 +150,11 @@ def test_a_student_that_is_trained_from_a_device_has_the_same_weights(
     stages(*student, "--out", "rendered")
     devices: list[Any] = []
 
-    def fits_on_device(*arguments: Any) -> bool:
-        devices.append(arguments[-1])
+    def fits_on_device(*_: Any, device: torch.device, **__: Any) -> bool:
+        devices.append(device)
         return True
 
-    monkeypatch.setattr("softcache.pipeline.loading.stream.fits_on_device", fits_on_device)
+    monkeypatch.setattr("softcache.pipeline.loading.loader.fits_on_device", fits_on_device)
     stages(*student, "--out", "resident")
     assert devices == [CPU, CPU]
     for name in ("student.pt", "baseline/baseline.pt"):

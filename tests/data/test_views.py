@@ -23,7 +23,8 @@ from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.data.views import VIEW_POLICIES, draw_mixup, parse_views, render
-from softcache.pipeline.loading.stream import Stream, render_batches
+from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.rendering import render_batches
 
 # What each random number is for. Changing one of them makes the views of every cache on disk wrong.
 TOP, LEFT, FLIP, PARTNER = 0, 1, 2, 7
@@ -206,7 +207,7 @@ def render_for_student(
     split: Split, spec: str, draws: int, batch_size: int, workers: int = 0, start_method: str | None = None
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Render all views as stage two does, in random order, each once: {(index, draw): view}."""
-    stream = Stream(
+    stream = CacheLoader(
         split,
         parse_views(spec),
         view_seed=9,
@@ -219,7 +220,7 @@ def render_for_student(
         start_method=start_method,
     )
     views_by_key, order = {}, []
-    for batch in stream.batches(0, draws * stream.steps_per_round):
+    for batch in stream.batches(0, draws * stream.steps_per_epoch):
         order += [(int(i), batch.draw) for i in batch.index]
         views_by_key |= {(int(i), batch.draw): view.clone() for i, view in zip(batch.index, batch.views, strict=True)}
     assert sorted(order) == sorted(product(range(len(split)), range(draws)))

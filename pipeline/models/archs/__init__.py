@@ -1,5 +1,5 @@
-"""One file per family of networks, each with a function that the table in `pipeline/models` names.
+"""The archs, one file per family, each with a function for a row of the table MODELS in `pipeline/models`.
 
-May import base, pipeline.batch and pipeline.taps. Begin with `cnn.py`; a new arch is a file here and
-a row of that table.
+May import base, pipeline.batch and pipeline.taps. Begin with `cnn.py`. A new arch is a file here and a row of that
+table.
 """

@@ -1,15 +1,15 @@
-"""Refusals that rows of the table of archs share."""
+"""Checks of arguments that several archs share."""
 
 from softcache.base.errors import UsageError
 
 
 def check_no_argument(arch: str, argument: str) -> None:
-    """Raises UsageError where something follows the colon."""
+    """Raise UsageError unless nothing follows the colon of an arch."""
     if argument:
         raise UsageError(f"arch '{arch}:{argument}': {arch} takes no argument")
 
 
-def check_image_size(least: int, arch: str, size: int) -> None:
-    """Raises UsageError where pooling would leave nothing of a image."""
-    if size < least:
-        raise UsageError(f"arch '{arch}' needs images of at least {least} px, these are {size} px")
+def check_image_size(minimum: int, arch: str, size: int) -> None:
+    """Raise UsageError for images that are smaller than the minimum, of which pooling would leave nothing."""
+    if size < minimum:
+        raise UsageError(f"arch '{arch}' needs images of at least {minimum} px, these are {size} px")

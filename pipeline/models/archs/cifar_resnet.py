@@ -1,11 +1,11 @@
 """The residual networks for CIFAR of He et al. 2016 (section 4.2): 6n + 2 layers, 16, 32 and 64 channels.
 
-Shortcuts are option A (every second pixel, missing channels zero, no parameters). Layers are called
-conv1, bn1, layer1 … layer3, linear, as in the public checkpoints.
+Shortcuts are option A: every second pixel, zeros for the missing channels, no parameters. Layers are called conv1,
+bn1, layer1 … layer3, linear, as in the public checkpoints.
 
-The wide ones, `resnet8x4` and `resnet32x4` of Tian et al. 2020, have 32 channels in conv1, then 64, 128 and 256, and
-shortcuts of option B (1 x 1 convolution and batch norm) at the start of each stage. That benchmark's own narrow ones
-have option B as well, and so a few more parameters than these.
+The wide networks `resnet8x4` and `resnet32x4` of Tian et al. 2020 have 32 channels in conv1, then 64, 128 and 256, and
+shortcuts of option B (1 x 1 convolution and batch norm) at the start of each stage. The narrow networks of that
+benchmark also have option B, and so a few more parameters than these.
 """
 
 import torch
@@ -16,38 +16,46 @@ from .checks import check_no_argument
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut: [B, inside, H, W] -> [B, outside, H/stride, W/stride].
+    """Two 3 x 3 convolutions and a shortcut: [B, in, H, W] -> [B, out, H/stride, W/stride].
 
-    The shortcut is option B where projected, else option A.
+    Args:
+        in_channels, out_channels, stride: Of the block; the first convolution has the stride.
+        has_projection: Whether the shortcut is option B, else option A.
     """
 
-    def __init__(self, inside: int, outside: int, stride: int, projected: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, has_projection: bool = False):
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.missing = outside - inside
+        self.missing_channels = out_channels - in_channels
         self.shortcut: nn.Sequential | None = None
-        if projected:
-            self.shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+        if has_projection:
+            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.shortcut is not None:
             x = self.shortcut(x)
-        elif self.missing:
-            half = self.missing // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing - half))
+        elif self.missing_channels:
+            half = self.missing_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing_channels - half))
         return F.relu(y + x)
 
 
 class CifarResNet(nn.Module):
-    """float32 [B, channels, S, S] -> logits [B, classes], any S; depth = 6n + 2.
+    """float32 [B, channels, S, S] -> logits [B, classes], for any S.
 
-    layer1, layer2, layer3: [B, C, S, S], [B, 2C, S/2, S/2], [B, 4C, S/4, S/4] after their last ReLU, C = 16 or,
-    where wide, 64. layer3 is the map just before pooling.
+    Outputs of layer1, layer2, layer3, after their last ReLU: [B, C, S, S], [B, 2C, S/2, S/2], [B, 4C, S/4, S/4], with
+    C = 16, or 64 for a wide network. That of layer3 is pooled.
+
+    Args:
+        depth: 6n + 2 layers, n blocks per stage.
+        classes, channels: Of the output and of the input.
+        wide: Whether it is a network of Tian et al., four times as wide.
     """
 
     def __init__(self, depth: int, classes: int, channels: int = 3, wide: bool = False):
@@ -63,12 +71,12 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out" if wide else "fan_in")
-            elif isinstance(module, nn.Linear) and not wide:  # the benchmark leaves this layer to PyTorch
+            elif isinstance(module, nn.Linear) and not wide:  # the benchmark keeps the initialisation of PyTorch
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
     def build(depth: int, wide: bool, argument: str, classes: int, channels: int, size: int) -> "CifarResNet":
-        """The row of the table of archs."""
+        """Build for a row of the table MODELS."""
         check_no_argument(f"resnet{depth}x4" if wide else f"resnet{depth}", argument)
         return CifarResNet(depth, classes, channels, wide)
 
@@ -79,6 +87,6 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def _stage(inside: int, outside: int, stride: int, blocks: int, projected: bool) -> nn.Sequential:
-    first = Block(inside, outside, stride, projected)
-    return nn.Sequential(first, *(Block(outside, outside, 1) for _ in range(blocks - 1)))
+def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, has_projection: bool) -> nn.Sequential:
+    first = Block(in_channels, out_channels, stride, has_projection)
+    return nn.Sequential(first, *(Block(out_channels, out_channels, 1) for _ in range(blocks - 1)))

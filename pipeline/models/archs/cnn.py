@@ -1,4 +1,4 @@
-"""The small convolutional student: two convolutions, one linear layer."""
+"""A small convolutional network: two convolutions, one linear layer."""
 
 from collections import OrderedDict
 
@@ -8,9 +8,12 @@ from .checks import check_image_size, check_no_argument
 
 
 def cnn(argument: str, classes: int, channels: int, size: int) -> nn.Sequential:
-    """`cnn`: 64 and 128 channels of 3 x 3, each with batch norm, ReLU and 2 x 2 pooling; then `linear`.
+    """Build `cnn`: 3 x 3 convolutions of 64 and 128 channels, each with batch norm, ReLU and 2 x 2 pooling; `linear`.
 
     The last map is averaged down to 4 x 4 where it is larger, so that the linear layer does not outgrow the rest.
+
+    Raises:
+        UsageError: There is an argument, or images are smaller than 4 px.
     """
     check_no_argument("cnn", argument)
     check_image_size(4, "cnn", size)

@@ -8,7 +8,11 @@ from softcache.base.errors import UsageError
 
 
 def mlp(widths: str, classes: int, channels: int, size: int) -> nn.Sequential:
-    """`mlp:800,800`: hidden layers `hidden1`, `relu1`, … and `linear` on the flattened image."""
+    """Build `mlp:800,800`: hidden layers `hidden1`, `relu1`, … and `linear`, on the flattened image.
+
+    Raises:
+        UsageError: The argument is not a list of positive whole numbers.
+    """
     try:
         hidden = [int(w) for w in widths.split(",")]
     except ValueError:
@@ -16,10 +20,10 @@ def mlp(widths: str, classes: int, channels: int, size: int) -> nn.Sequential:
     if not hidden or min(hidden) < 1:
         raise UsageError(f"arch 'mlp:{widths}': expected widths, such as mlp:64 or mlp:800,800")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    incoming = channels * size * size
+    in_features = channels * size * size
     for i, width in enumerate(hidden, 1):
-        layers[f"hidden{i}"] = nn.Linear(incoming, width)
+        layers[f"hidden{i}"] = nn.Linear(in_features, width)
         layers[f"relu{i}"] = nn.ReLU()
-        incoming = width
-    layers["linear"] = nn.Linear(incoming, classes)
+        in_features = width
+    layers["linear"] = nn.Linear(in_features, classes)
     return nn.Sequential(layers)

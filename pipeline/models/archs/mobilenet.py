@@ -1,8 +1,8 @@
-"""MobileNetV2 (Sandler et al. 2018, sections 3 and 4, table 2) at half width, as the benchmark of Tian et al. 2020
-has it for CIFAR.
+"""MobileNetV2 (Sandler et al. 2018, sections 3 and 4, table 2) at half width, in the variant for CIFAR of Tian et al.
+2020.
 
-Against the paper: ReLU, not ReLU6; the second group of blocks has stride 1; the very first block has its 1 x 1
-convolution too, at expansion 1. The last convolution keeps 1,280 channels at half width, as in the paper.
+Differences from the paper: ReLU instead of ReLU6; the second group of blocks has stride 1; the first block also has
+the 1 x 1 convolution, at expansion 1. As in the paper, the last convolution keeps its 1,280 channels at half width.
 """
 
 import torch
@@ -12,29 +12,29 @@ from .checks import check_no_argument
 
 
 class Block(nn.Module):
-    """Inverted residual: [B, inside, H, W] -> [B, outside, H/stride, W/stride], by expansion * inside channels.
+    """Inverted residual: [B, in, H, W] -> [B, out, H/stride, W/stride], through expansion * in channels.
 
-    There is a shortcut where shapes agree. The output has no activation (linear bottleneck).
+    There is a shortcut where the shapes are equal. The output has no activation (linear bottleneck).
     """
 
-    def __init__(self, inside: int, outside: int, stride: int, expansion: int):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
         super().__init__()
-        hidden = inside * expansion
-        self.expand = _convolution(inside, hidden, 1)
+        hidden = in_channels * expansion
+        self.expand = _convolution(in_channels, hidden, 1)
         self.depthwise = _convolution(hidden, hidden, 3, stride, hidden)
-        self.project = nn.Sequential(nn.Conv2d(hidden, outside, 1, bias=False), nn.BatchNorm2d(outside))
-        self.residual = stride == 1 and inside == outside
+        self.project = nn.Sequential(nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.residual else y
+        return x + y if self.has_shortcut else y
 
 
 class MobileNetV2(nn.Module):
-    """float32 [B, channels, S, S] -> logits [B, classes], any S.
+    """float32 [B, channels, S, S] -> logits [B, classes], for any S.
 
-    layer1 … layer4: 12, 16, 48 and 160 channels of S/2, S/4, S/8 and S/16 pixels, where the benchmark takes
-    features; no ReLU ends them. `last`, [B, 1280, S/16, S/16] after ReLU, is the map just before pooling.
+    Outputs of layer1 … layer4, where the benchmark takes features: 12, 16, 48 and 160 channels of S/2, S/4, S/8 and
+    S/16 pixels, without a ReLU. That of `last`, [B, 1280, S/16, S/16] after its ReLU, is pooled.
     """
 
     def __init__(self, classes: int, channels: int = 3):
@@ -54,7 +54,7 @@ class MobileNetV2(nn.Module):
 
     @staticmethod
     def build(argument: str, classes: int, channels: int, size: int) -> "MobileNetV2":
-        """The row of the table of archs."""
+        """Build for a row of the table MODELS."""
         check_no_argument("mobilenet_v2", argument)
         return MobileNetV2(classes, channels)
 
@@ -64,11 +64,13 @@ class MobileNetV2(nn.Module):
         return logits
 
 
-def _convolution(inside: int, outside: int, side: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(inside, outside, side, stride, side // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU())
+def _convolution(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
-def _group(inside: int, outside: int, blocks: int, stride: int, expansion: int = 6) -> list[Block]:
-    first = Block(inside, outside, stride, expansion)
-    return [first, *(Block(outside, outside, 1, expansion) for _ in range(blocks - 1))]
+def _group(in_channels: int, out_channels: int, blocks: int, stride: int, expansion: int = 6) -> list[Block]:
+    first = Block(in_channels, out_channels, stride, expansion)
+    return [first, *(Block(out_channels, out_channels, 1, expansion) for _ in range(blocks - 1))]

@@ -1,7 +1,8 @@
-"""ShuffleNet for CIFAR, as the benchmark of Tian et al. 2020 has it.
+"""ShuffleNet for CIFAR, in the variants of the benchmark of Tian et al. 2020.
 
 `shufflenet_v1`: Zhang et al. 2018 (section 3, table 1), 3 groups. `shufflenet_v2`: Ma et al. 2018 (section 3.2,
-table 5), 1 x. Against both papers, the first layer is a 1 x 1 convolution of stride 1 and no pooling follows it.
+table 5), 1 x. Different from both papers, the first layer is a 1 x 1 convolution of stride 1 that no
+pooling follows.
 """
 
 import torch
@@ -12,26 +13,30 @@ from .checks import check_no_argument
 
 
 def shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Channels [B, C, H, W] dealt out: the first of each group, then the second of each group, and so on."""
+    """Reorder the channels of [B, C, H, W]: the first of each group, then the second of each group, and so on."""
     B, C, H, W = x.shape
     return x.reshape(B, groups, C // groups, H, W).transpose(1, 2).reshape(B, C, H, W)
 
 
 class UnitV1(nn.Module):
-    """1 x 1 in groups, shuffle, 3 x 3 per channel, 1 x 1 in groups: [B, inside, H, W] -> [B, outside, …].
+    """1 x 1 in groups, shuffle, 3 x 3 per channel, 1 x 1 in groups: [B, in, H, W] -> [B, out, …].
 
-    Where the width grows, H and W are halved and the input, averaged, is put behind the new channels; else it is
-    added. Against the paper, ReLU follows the 3 x 3 convolution too.
+    A unit with more output than input channels halves H and W, and concatenates its result with the average-pooled
+    input; any other adds its input. Different from the paper, there is a ReLU after the 3 x 3 convolution too.
+
+    Args:
+        in_channels, out_channels, groups: Of the unit.
+        is_first: Whether it is the first of the network: its 24 input channels are too few for groups.
     """
 
-    def __init__(self, inside: int, outside: int, groups: int, first: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, groups: int, is_first: bool = False):
         super().__init__()
-        self.halves = outside != inside
-        new = outside - inside if self.halves else outside
-        self.groups = 1 if first else groups  # 24 channels are too few to part
-        self.conv1 = nn.Conv2d(inside, new // 4, 1, groups=self.groups, bias=False)
+        self.downsamples = out_channels != in_channels
+        new = out_channels - in_channels if self.downsamples else out_channels
+        self.groups = 1 if is_first else groups
+        self.conv1 = nn.Conv2d(in_channels, new // 4, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(new // 4)
-        self.conv2 = nn.Conv2d(new // 4, new // 4, 3, 2 if self.halves else 1, 1, groups=new // 4, bias=False)
+        self.conv2 = nn.Conv2d(new // 4, new // 4, 3, 2 if self.downsamples else 1, 1, groups=new // 4, bias=False)
         self.bn2 = nn.BatchNorm2d(new // 4)
         self.conv3 = nn.Conv2d(new // 4, new, 1, groups=groups, bias=False)
         self.bn3 = nn.BatchNorm2d(new)
@@ -39,27 +44,27 @@ class UnitV1(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
-        return F.relu(torch.cat((y, F.avg_pool2d(x, 3, 2, 1)), 1) if self.halves else y + x)
+        return F.relu(torch.cat((y, F.avg_pool2d(x, 3, 2, 1)), 1) if self.downsamples else y + x)
 
 
 class ShuffleNetV1(nn.Module):
-    """float32 [B, channels, S, S] -> logits [B, classes], any S.
+    """float32 [B, channels, S, S] -> logits [B, classes], for any S.
 
-    layer1, layer2, layer3: [B, 240, S/2, S/2], [B, 480, S/4, S/4], [B, 960, S/8, S/8] after their last ReLU.
-    layer3 is the map just before pooling.
+    Outputs of layer1, layer2, layer3, after their last ReLU: [B, 240, S/2, S/2], [B, 480, S/4, S/4],
+    [B, 960, S/8, S/8]. That of layer3 is pooled.
     """
 
     def __init__(self, classes: int, channels: int = 3):
         super().__init__()
         self.stem = _convolution(channels, 24)
-        self.layer1 = nn.Sequential(UnitV1(24, 240, 3, first=True), *(UnitV1(240, 240, 3) for _ in range(3)))
+        self.layer1 = nn.Sequential(UnitV1(24, 240, 3, is_first=True), *(UnitV1(240, 240, 3) for _ in range(3)))
         self.layer2 = nn.Sequential(UnitV1(240, 480, 3), *(UnitV1(480, 480, 3) for _ in range(7)))
         self.layer3 = nn.Sequential(UnitV1(480, 960, 3), *(UnitV1(960, 960, 3) for _ in range(3)))
         self.linear = nn.Linear(960, classes)
 
     @staticmethod
     def build(argument: str, classes: int, channels: int, size: int) -> "ShuffleNetV1":
-        """The row of the table of archs."""
+        """Build for a row of the table MODELS."""
         check_no_argument("shufflenet_v1", argument)
         return ShuffleNetV1(classes, channels)
 
@@ -70,32 +75,34 @@ class ShuffleNetV1(nn.Module):
 
 
 class UnitV2(nn.Module):
-    """Two branches, joined and shuffled: [B, inside, H, W] -> [B, outside, …].
+    """Two branches, concatenated and shuffled: [B, in, H, W] -> [B, out, …].
 
-    Where the width grows, both branches see all channels and halve H and W. Else the first half of the channels
-    goes through as it is.
+    In a unit with more output than input channels, both branches take all channels and halve H and W. In any other,
+    the left branch is the first half of the channels, unchanged.
     """
 
-    def __init__(self, inside: int, outside: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.halves = outside != inside
-        half, stride = outside // 2, 2 if self.halves else 1
-        self.left = nn.Sequential(*_per_channel(inside, stride), *_convolution(inside, half)) if self.halves else None
-        start = _convolution(inside if self.halves else half, half)
-        self.right = nn.Sequential(*start, *_per_channel(half, stride), *_convolution(half, half))
+        downsamples = out_channels != in_channels
+        half, stride = out_channels // 2, 2 if downsamples else 1
+        self.left: nn.Sequential | None = None
+        if downsamples:
+            self.left = nn.Sequential(*_depthwise(in_channels, stride), *_convolution(in_channels, half))
+        start = _convolution(in_channels if downsamples else half, half)
+        self.right = nn.Sequential(*start, *_depthwise(half, stride), *_convolution(half, half))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.left is not None:
             return shuffle(torch.cat((self.left(x), self.right(x)), 1), 2)
-        kept, seen = x.chunk(2, 1)
-        return shuffle(torch.cat((kept, self.right(seen)), 1), 2)
+        first_half, second_half = x.chunk(2, 1)
+        return shuffle(torch.cat((first_half, self.right(second_half)), 1), 2)
 
 
 class ShuffleNetV2(nn.Module):
-    """float32 [B, channels, S, S] -> logits [B, classes], any S.
+    """float32 [B, channels, S, S] -> logits [B, classes], for any S.
 
-    layer1, layer2, layer3: [B, 116, S/2, S/2], [B, 232, S/4, S/4], [B, 464, S/8, S/8], every channel after a ReLU.
-    `last`, [B, 1024, S/8, S/8] after ReLU, is the map just before pooling.
+    Outputs of layer1, layer2, layer3, every channel after a ReLU: [B, 116, S/2, S/2], [B, 232, S/4, S/4],
+    [B, 464, S/8, S/8]. That of `last`, [B, 1024, S/8, S/8] after its ReLU, is pooled.
     """
 
     def __init__(self, classes: int, channels: int = 3):
@@ -109,7 +116,7 @@ class ShuffleNetV2(nn.Module):
 
     @staticmethod
     def build(argument: str, classes: int, channels: int, size: int) -> "ShuffleNetV2":
-        """The row of the table of archs."""
+        """Build for a row of the table MODELS."""
         check_no_argument("shufflenet_v2", argument)
         return ShuffleNetV2(classes, channels)
 
@@ -119,10 +126,11 @@ class ShuffleNetV2(nn.Module):
         return logits
 
 
-def _convolution(inside: int, outside: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
+def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
-def _per_channel(width: int, stride: int) -> nn.Sequential:
-    conv = nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width))
+def _depthwise(channels: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels))

@@ -1,4 +1,6 @@
-"""Any classification model of torchvision, fitted to the data's classes, channels and image size."""
+"""The classification models of torchvision, adapted to the classes, channels and image size of the data."""
+
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -6,21 +8,31 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError, unknown_name_error
 
-SMALL = 64  # images under so many pixels get a stem that does not shrink them
-_SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
+SMALL = 64  # px; for smaller images the first layers do not downsample
+_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # models that have some
 
 
 def build_torchvision(name: str, classes: int, channels: int, size: int) -> nn.Module:
-    """`torchvision:resnet18` with fresh weights.
+    """Build `torchvision:NAME`, with fresh weights.
 
-    Under 64 px the first convolution keeps the resolution (3 x 3, stride 1) and a pooling that follows it is
-    left out, as is usual for CIFAR. Raises UsageError for a model that cannot take such images.
+    For images under 64 px the first convolution keeps the resolution (3 x 3, stride 1) and the pooling after it is
+    left out, as is usual for CIFAR.
+
+    Args:
+        name: As torchvision.models.get_model takes it.
+        classes, channels, size: As of softcache.pipeline.models.build.
+
+    Raises:
+        UsageError: There is no such model, or it cannot take such images.
     """
     if not is_torchvision_model(name):
         raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     options: dict[str, object] = {"weights": None, "num_classes": classes}
-    if name in _SEVERAL_OUTPUTS:
-        options |= {"aux_logits": False, "init_weights": True}  # one output; and no FutureWarning
+    if name in _AUXILIARY_OUTPUTS:
+        options |= {
+            "aux_logits": False,
+            "init_weights": True,
+        }  # the default of the latter warns
     if name.startswith("vit_"):
         options["image_size"] = size
     try:
@@ -40,17 +52,36 @@ def is_torchvision_model(name: str) -> bool:
     return name in torchvision.models.list_models(module=torchvision.models)
 
 
-def load_published_weights(name: str) -> tuple[dict[str, torch.Tensor], int, list[float], list[float], list[str]]:
-    """The DEFAULT weights of a torchvision model: state dict, image size, mean, std, classes in order.
+class PublishedWeights(NamedTuple):
+    """Published weights, with the input they were trained with.
 
-    Downloads them when they are not at hand. Raises UsageError or CacheError where there are none.
+    Attributes:
+        state_dict: For the network of build_torchvision.
+        size: Side of the input in pixels.
+        mean, std: Of each channel of the input, for values of 0 … 1.
+        class_names: In the order of the logits.
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    size: int
+    mean: list[float]
+    std: list[float]
+    class_names: list[str]
+
+
+def load_published_weights(name: str) -> PublishedWeights:
+    """Load the DEFAULT weights of a torchvision model, from torch's hub folder or else from the network.
+
+    Raises:
+        UsageError: There is no such model.
+        CacheError: The weights cannot be downloaded, or their file is damaged.
     """
     if not is_torchvision_model(name):
         raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as error:  # urllib, http, a wrong hash, a damaged file: whatever a download can raise
+    except Exception as error:  # a download can raise anything: of urllib or http, for a wrong hash, a damaged file …
         why = str(error).partition("\n")[0]
         raise CacheError(
             f"the published weights of torchvision:{name} cannot be downloaded ({why}):"
@@ -58,19 +89,19 @@ def load_published_weights(name: str) -> tuple[dict[str, torch.Tensor], int, lis
         ) from None
     preset = weights.transforms()
     mean, std = list(preset.mean), list(preset.std)
-    if name in _SEVERAL_OUTPUTS:  # with these weights torchvision's own network turns ImageNet's scale into -1 … 1
+    if name in _AUXILIARY_OUTPUTS:  # with these weights torchvision's network itself rescales its input to -1 … 1
         state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
         mean = std = [0.5, 0.5, 0.5]
-    return state, preset.crop_size[0], mean, std, list(weights.meta["categories"])
+    return PublishedWeights(state, preset.crop_size[0], mean, std, class_names=list(weights.meta["categories"]))
 
 
 def _fit_stem(network: nn.Module, channels: int, size: int) -> None:
-    """Replace the first convolution where channels or small images ask for it, keeping its kind."""
-    path, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    """Replace the first convolution if the input has other channels or small images, and leave out its pooling."""
+    path, first = next((name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d))
     small = size < SMALL and max(first.stride) > 1 and first.kernel_size != first.stride
     if first.in_channels == channels and not small:
         return
-    fitted = nn.Conv2d(
+    stem = nn.Conv2d(
         channels,
         first.out_channels,
         3 if small else first.kernel_size,  # type: ignore[arg-type]
@@ -78,12 +109,10 @@ def _fit_stem(network: nn.Module, channels: int, size: int) -> None:
         1 if small else first.padding,  # type: ignore[arg-type]
         bias=first.bias is not None,
     )
-    nn.init.kaiming_normal_(fitted.weight, mode="fan_out", nonlinearity="relu")
-    parent, _, own = path.rpartition(".")
-    setattr(network.get_submodule(parent), own, fitted)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    network.set_submodule(path, stem)
     if small:
         modules = dict(network.named_modules())
         for pooling in ("maxpool", "maxpool1", "features.pool0", "features.2"):
             if isinstance(modules.get(pooling), nn.MaxPool2d):
-                above, _, last = pooling.rpartition(".")
-                setattr(modules[above], last, nn.Identity())
+                network.set_submodule(pooling, nn.Identity())

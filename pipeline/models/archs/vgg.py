@@ -1,7 +1,8 @@
-"""VGG with batch norm for CIFAR, as the benchmark of Tian et al. 2020 has it.
+"""VGG with batch norm for CIFAR, in the variant of the benchmark of Tian et al. 2020.
 
-`vgg13` is network B of Simonyan and Zisserman 2015 (section 2.1, table 1); `vgg8` has one convolution per stage in
-place of two. One linear layer takes the place of three, and nothing is pooled between the last two stages.
+`vgg13` is network B of Simonyan and Zisserman 2015 (section 2.1, table 1); `vgg8` has one convolution per stage
+instead of two. Different from the paper, there is one linear layer instead of three, and no pooling between the last
+two stages.
 """
 
 import torch
@@ -11,11 +12,16 @@ from .checks import check_image_size, check_no_argument
 
 
 class VGG(nn.Module):
-    """float32 [B, channels, S, S], S >= 8 -> logits [B, classes]; depth = 5n + 3.
+    """float32 [B, channels, S, S] -> logits [B, classes], for S >= 8.
 
-    layer1 … layer5: 64, 128, 256, 512 and 512 channels of S, S/2, S/4, S/8 and S/8 pixels, after their last ReLU
-    and before the pooling that follows. layer5 is the map just before global pooling. From 64 px on, where the
-    benchmark pools once more, layer5 has S/16 pixels.
+    Outputs of layer1 … layer5, after their last ReLU and before the pooling that follows: 64, 128, 256, 512 and 512
+    channels of S, S/2, S/4, S/8 and S/8 pixels. That of layer5 is pooled. From S = 64 on, where the benchmark pools
+    once more, layer5 has S/16 pixels.
+
+    Args:
+        depth: 5n + 3 layers, n convolutions per stage.
+        classes, channels: Of the output and of the input.
+        size: S.
     """
 
     def __init__(self, depth: int, classes: int, channels: int = 3, size: int = 32):
@@ -36,7 +42,7 @@ class VGG(nn.Module):
 
     @staticmethod
     def build(depth: int, argument: str, classes: int, channels: int, size: int) -> "VGG":
-        """The row of the table of archs."""
+        """Build for a row of the table MODELS."""
         check_no_argument(f"vgg{depth}", argument)
         check_image_size(8, f"vgg{depth}", size)
         return VGG(depth, classes, channels, size)
@@ -49,9 +55,9 @@ class VGG(nn.Module):
         return logits
 
 
-def _stage(inside: int, outside: int, convolutions: int) -> nn.Sequential:
+def _stage(in_channels: int, out_channels: int, convolutions: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(convolutions):
-        conv = nn.Conv2d(outside if i else inside, outside, 3, padding=1)
-        layers += [conv, nn.BatchNorm2d(outside), nn.ReLU()]
+        conv = nn.Conv2d(out_channels if i else in_channels, out_channels, 3, padding=1)
+        layers += [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
     return nn.Sequential(*layers)

@@ -1,6 +1,6 @@
 """The wide residual networks of Zagoruyko and Komodakis 2016 (section 2, table 1), without dropout.
 
-`wrn_D_K`: D = 6n + 4 layers, K times as wide as the narrowest. Batch norm and ReLU come before each convolution.
+`wrn_D_K`: D = 6n + 4 layers, widening factor K. Batch norm and ReLU come before each convolution.
 """
 
 import torch
@@ -11,18 +11,20 @@ from .checks import check_no_argument
 
 
 class Block(nn.Module):
-    """Twice batch norm, ReLU and 3 x 3 convolution: [B, inside, H, W] -> [B, outside, H/stride, W/stride].
+    """Twice batch norm, ReLU and 3 x 3 convolution: [B, in, H, W] -> [B, out, H/stride, W/stride].
 
-    Where the width changes, the shortcut is a 1 x 1 convolution of what the first ReLU gave; else it is the input.
+    The shortcut is the input; where the number of channels changes, a 1 x 1 convolution of the first ReLU's output.
     """
 
-    def __init__(self, inside: int, outside: int, stride: int):
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(inside)
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(inside, outside, 1, stride, bias=False) if inside != outside else None
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.shortcut: nn.Conv2d | None = None
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         active = F.relu(self.bn1(x))
@@ -31,16 +33,21 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """float32 [B, channels, S, S] -> logits [B, classes], any S.
+    """float32 [B, channels, S, S] -> logits [B, classes], for any S.
 
-    layer1, layer2, layer3: [B, 16K, S, S], [B, 32K, S/2, S/2], [B, 64K, S/4, S/4]. These are sums: the ReLU after
-    a stage belongs to the next one. `last` is layer3 after batch norm and ReLU, the map just before pooling.
+    Outputs of layer1, layer2, layer3: [B, 16K, S, S], [B, 32K, S/2, S/2], [B, 64K, S/4, S/4]. They are sums without a
+    ReLU, which is part of the next stage. That of `last`, the output of layer3 after batch norm and ReLU, is pooled.
+
+    Args:
+        depth: 6n + 4 layers, n blocks per stage.
+        widening: K.
+        classes, channels: Of the output and of the input.
     """
 
-    def __init__(self, depth: int, times: int, classes: int, channels: int = 3):
+    def __init__(self, depth: int, widening: int, classes: int, channels: int = 3):
         super().__init__()
         n = (depth - 4) // 6
-        narrow, middle, wide = 16 * times, 32 * times, 64 * times
+        narrow, middle, wide = 16 * widening, 32 * widening, 64 * widening
         self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.layer1 = _stage(16, narrow, 1, n)
         self.layer2 = _stage(narrow, middle, 2, n)
@@ -53,10 +60,10 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     @staticmethod
-    def build(depth: int, times: int, argument: str, classes: int, channels: int, size: int) -> "WideResNet":
-        """The row of the table of archs."""
-        check_no_argument(f"wrn_{depth}_{times}", argument)
-        return WideResNet(depth, times, classes, channels)
+    def build(depth: int, widening: int, argument: str, classes: int, channels: int, size: int) -> "WideResNet":
+        """Build for a row of the table MODELS."""
+        check_no_argument(f"wrn_{depth}_{widening}", argument)
+        return WideResNet(depth, widening, classes, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
@@ -64,6 +71,6 @@ class WideResNet(nn.Module):
         return logits
 
 
-def _stage(inside: int, outside: int, stride: int, blocks: int) -> nn.Sequential:
-    first = Block(inside, outside, stride)
-    return nn.Sequential(first, *(Block(outside, outside, 1) for _ in range(blocks - 1)))
+def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
+    first = Block(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(Block(out_channels, out_channels, 1) for _ in range(blocks - 1)))

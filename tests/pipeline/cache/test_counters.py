@@ -15,7 +15,7 @@ from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache import reader
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.teacher_cache.inference import TeacherInference
@@ -65,17 +65,17 @@ def data() -> TransferSet:
     return load_transfer_set("digits", Path("."), val_fraction=0.125, train_size=300)
 
 
-def make_stream(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> Stream:
+def make_stream(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> CacheLoader:
     rows = data.splits["train"]
     positions = np.arange(len(rows))
-    return Stream(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
+    return CacheLoader(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
 
 
 def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_the_first_round(
     tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = make_stream(Cache(tiny / "cache"), data, draws=2)
-    steps = stream.steps_per_round
+    steps = stream.steps_per_epoch
     with record_opened_files() as opened, record_bytes_read(monkeypatch) as counts:
         first = list(stream.batches(0, 2 * steps))
         assert [name for name in opened if name.endswith(".h5")]
@@ -96,7 +96,7 @@ def test_an_epoch_from_disk_reads_hardly_more_than_the_rows_that_it_uses(
     cache = Cache(tiny / "cache")
     taps = tuple(cache.manifest.taps)[:1] if with_tap else ()
     stream = make_stream(cache, data, draws=1, taps=taps)
-    steps = stream.steps_per_round
+    steps = stream.steps_per_epoch
     list(stream.batches(0, steps))  # verifies the checksum of each shard, once
     with record_opened_files() as opened, record_bytes_read(monkeypatch) as counts:
         rows = sum(len(batch.views) for batch in stream.batches(steps, 2 * steps))
@@ -108,7 +108,7 @@ def test_an_epoch_from_disk_reads_hardly_more_than_the_rows_that_it_uses(
 
 def test_batches_of_a_group_are_parts_of_one_tensor_not_copies(tiny: Path, data: TransferSet) -> None:
     stream = make_stream(Cache(tiny / "cache"), data, draws=1)
-    batches = list(stream.batches(0, stream.steps_per_round))
+    batches = list(stream.batches(0, stream.steps_per_epoch))
     assert len(batches) > 2
     assert len({batch.views.untyped_storage().data_ptr() for batch in batches}) == 1
     assert len({batch.logits.untyped_storage().data_ptr() for batch in batches if batch.logits is not None}) == 1

@@ -17,14 +17,14 @@ from softcache.data.views import VIEW_POLICIES, parse_views, render
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.stages.training.step import ActiveTraining
 from tests.helpers.caches import PETS, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.stopping import stop_at
 
 
-def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more: Any) -> Stream:
+def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more: Any) -> CacheLoader:
     found = load_transfer_set(
         data, Path("none"), val_fraction=0.125 if data == "digits" else 0.1, train_size=train_size
     )
@@ -33,7 +33,7 @@ def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more:
     rows = found.splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(len(rows))}
     settings |= {"draws": 3, "cache": cache, "split": rows, "views": cache.views, "view_seed": cache.seed}
-    return Stream(**(settings | more))
+    return CacheLoader(**(settings | more))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_every_view_comes_once_before_any_repeats_with_its_own_targets(
     if not resident:
         monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
     stream = stream_of(twelve, draws=12, draws_per_decode=k, batch_size=24, taps=("flatten",))
-    per_round, position_of = stream.steps_per_round, np.argsort(stream.cache.row_order("train"))
+    per_round, position_of = stream.steps_per_epoch, np.argsort(stream.cache.row_order("train"))
     assert per_round == 13  # as with one draw: an epoch takes no more steps
     cycles: list[Counter[tuple[int, int]]] = [Counter(), Counter()]
     for step, batch in enumerate(stream.batches(0, 2 * 12 * per_round)):
@@ -142,7 +142,7 @@ def test_a_draw_that_is_used_with_others_is_read_once(twelve: Path, monkeypatch:
 
     monkeypatch.setattr(Cache, "read_column", noted)
     stream = stream_of(twelve, draws=12, draws_per_decode=6, batch_size=6)
-    for _ in stream.batches(0, 3 * 6 * stream.steps_per_round):
+    for _ in stream.batches(0, 3 * 6 * stream.steps_per_epoch):
         pass
     assert sorted(read) == list(range(12))
 
@@ -162,7 +162,7 @@ def test_a_folder_by_processes_gives_the_same_batches_as_by_a_thread(
     seen: Counter[tuple[int, int]] = Counter()
     for one, other in zip(stream.batches(3, 15), expected.batches(3, 15), strict=True):
         assert_same(one, other)
-    for batch in stream.batches(0, 4 * stream.steps_per_round):
+    for batch in stream.batches(0, 4 * stream.steps_per_epoch):
         seen.update(of_draws(batch))
         for row, (index, draw) in enumerate(of_draws(batch)):
             at = int(np.flatnonzero(stream.cache.row_order("train") == index)[0])

@@ -11,7 +11,7 @@ import torch
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import compute_crc32
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from tests.helpers.caches import PETS, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
 
@@ -33,7 +33,7 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     cache.check_transfer_set(found)
     rows, n = found.splits["train"], len(found.splits["train"])
     position_of = np.argsort(cache.row_order("train"))
-    stream = Stream(
+    stream = CacheLoader(
         rows,
         cache.views,
         cache.seed,
@@ -49,7 +49,7 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     )
     seen: dict[int, list[int]] = {0: [], 1: []}
     before = torch.get_rng_state()
-    for batch in stream.batches(0, 2 * stream.steps_per_round):
+    for batch in stream.batches(0, 2 * stream.steps_per_epoch):
         at = position_of[batch.index.numpy()]
         np.testing.assert_array_equal(
             compute_crc32(batch.views), cache.read_column("train", batch.draw, "view_crc32")[at]

@@ -208,8 +208,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
         (("--loss", "simkd:teacher=layer1"), 1, "has not kept layer1"),
         (("--loss", "simkd:teacher=layer3,student=layer9"), 2, "no tap 'layer9'"),
         (("--loss", "simkd"), 2, "--loss simkd:teacher=layer3,student=layer3"),
-        (("--arch", "simkd(resnet8;layer3;x)", "--loss", "kd"), 2, "is not such as simkd(resnet8;layer3;256)"),
-        (("--arch", "simkd(resnet8;layer3;16)", *SIMKD), 2, "is not such as simkd(resnet8;layer3;256)"),
+        (("--arch", "simkd(resnet8;layer3;x)", "--loss", "kd"), 2, "is not of the form simkd(resnet8;layer3;256)"),
+        (("--arch", "simkd(resnet8;layer3;16)", *SIMKD), 2, "is not of the form simkd(resnet8;layer3;256)"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_step(
@@ -224,7 +224,7 @@ def test_the_name_of_the_arch_is_read_as_it_is_written() -> None:
         assert parse_simkd_arch(format_simkd_arch(backbone, layer, width)) == (backbone, layer, width)
     assert parse_simkd_arch("resnet8") is None
     for wrong in ("simkd(resnet8)", "simkd(resnet8;layer3)", "simkd(a;b;0)", "simkd(a;b;-1)", "simkd(a;b;99999999)"):
-        with pytest.raises(UsageError, match=r"is not such as simkd\(resnet8;layer3;256\)"):
+        with pytest.raises(UsageError, match=r"is not of the form simkd\(resnet8;layer3;256\)"):
             parse_simkd_arch(wrong)
 
 

@@ -1,4 +1,4 @@
-"""Archs: every row of the table builds, is what its paper says, and fits images of every kind."""
+"""Archs: each builds, has the structure of its paper, and takes images of different sizes and channels."""
 
 import json
 import math
@@ -27,7 +27,7 @@ SHALLOW = {"mlp": "mlp:16,8", "cnn": "cnn", "resnet8": "resnet8", "torchvision":
 @pytest.mark.parametrize("size", [8, 28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("arch", SHALLOW.values())
-def test_an_arch_gives_one_row_of_logits_for_each_picture(arch: str, channels: int, size: int) -> None:
+def test_an_arch_outputs_one_row_of_logits_for_each_image(arch: str, channels: int, size: int) -> None:
     logits = logits_of(build(arch, 7, channels, size), channels, size)
     assert logits.shape == (3, 7)
     assert logits.dtype == torch.float32
@@ -35,7 +35,7 @@ def test_an_arch_gives_one_row_of_logits_for_each_picture(arch: str, channels: i
 
 
 @pytest.mark.parametrize("arch", sorted(set(MODELS) - set(SHALLOW)))
-def test_the_other_rows_of_the_table_build_and_answer_too(arch: str) -> None:
+def test_the_other_archs_of_the_table_build_and_output_logits_too(arch: str) -> None:
     assert logits_of(build(arch, 100, 3, 16), 3, 16, B=2).shape == (2, 100)
 
 
@@ -45,7 +45,7 @@ def test_cnn_and_mlp_take_images_of_any_size(size: int) -> None:
         assert logits_of(build(arch, 2, 1, size), 1, size).shape == (3, 2)
 
 
-def test_cnn_refuses_pictures_that_two_poolings_leave_nothing_of() -> None:
+def test_cnn_refuses_images_that_are_too_small_for_two_poolings() -> None:
     with pytest.raises(UsageError, match="at least 4 px, these are 3 px"):
         build("cnn", 2, 1, 3)
 
@@ -59,7 +59,7 @@ def test_building_twice_from_one_seed_gives_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "says"),
+    ("arch", "message"),
     [
         ("resent20", "Did you mean 'resnet20'?"),
         ("cn", "Did you mean 'cnn'?"),
@@ -72,22 +72,22 @@ def test_building_twice_from_one_seed_gives_the_same_weights() -> None:
         ("resnet20:4", "resnet20 takes no argument"),
     ],
 )
-def test_a_name_that_is_in_no_table_is_refused_with_a_way_out(arch: str, says: str) -> None:
+def test_an_unknown_arch_is_refused_with_a_suggestion(arch: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         build(arch, 10, 3, 32)
-    assert says in one_line(error)
+    assert message in one_line(error)
 
 
 # mlp and cnn
 
 
 @pytest.mark.parametrize("widths", ["", "0", "-3", "64,", ",64", "64;64", "wide", "6.5", "64,0"])
-def test_an_mlp_wants_whole_positive_widths(widths: str) -> None:
+def test_an_mlp_needs_positive_integers_as_widths(widths: str) -> None:
     with pytest.raises(UsageError, match="expected widths, such as mlp:64 or mlp:800,800"):
         build(f"mlp:{widths}", 10, 1, 8)
 
 
-def test_the_layers_of_mlp_and_cnn_have_the_names_that_taps_are_documented_with() -> None:
+def test_the_layers_of_mlp_and_cnn_have_the_documented_names() -> None:
     mlp, cnn = build("mlp:5,6", 3, 1, 8), build("cnn", 3, 1, 8)
     assert [n for n, _ in mlp.named_children()] == ["flatten", "hidden1", "relu1", "hidden2", "relu2", "linear"]
     assert [n for n, _ in cnn.named_children()] == (
@@ -98,23 +98,24 @@ def test_the_layers_of_mlp_and_cnn_have_the_names_that_taps_are_documented_with(
 # The residual networks of He et al. 2016
 
 
-def counted_by_hand(depth: int, classes: int, channels: int) -> int:
-    """Trainable numbers of a CIFAR ResNet with option A shortcuts, layer by layer."""
+def count_parameters_by_hand(depth: int, classes: int, channels: int) -> int:
+    """Parameters of a CIFAR ResNet with option A shortcuts, layer by layer."""
     n = (depth - 2) // 6
     total = channels * 16 * 9 + 2 * 16
-    inside = 16
-    for outside in (16, 32, 64):
+    in_channels = 16
+    for out_channels in (16, 32, 64):
         for _ in range(n):
-            total += inside * outside * 9 + 2 * outside + outside * outside * 9 + 2 * outside
-            inside = outside
+            total += in_channels * out_channels * 9 + 2 * out_channels
+            total += out_channels * out_channels * 9 + 2 * out_channels
+            in_channels = out_channels
     return total + 64 * classes + classes
 
 
 @pytest.mark.parametrize("depth", CIFAR_DEPTHS)
-def test_a_cifar_resnet_has_as_many_parameters_as_its_layers_add_up_to(depth: int) -> None:
+def test_a_cifar_resnet_has_the_number_of_parameters_that_its_layers_add_up_to(depth: int) -> None:
     for classes, channels in ((10, 3), (100, 1)):
         network = build(f"resnet{depth}", classes, channels, 32)
-        assert count_parameters(network) == counted_by_hand(depth, classes, channels)
+        assert count_parameters(network) == count_parameters_by_hand(depth, classes, channels)
 
 
 @pytest.mark.parametrize(
@@ -125,26 +126,26 @@ def test_a_cifar_resnet_has_the_published_number_of_parameters(depth: int, count
 
 
 @pytest.mark.parametrize("depth", CIFAR_DEPTHS)
-def test_a_cifar_resnet_is_as_deep_as_its_name_says(depth: int) -> None:
+def test_a_cifar_resnet_has_the_depth_of_its_name(depth: int) -> None:
     network = build(f"resnet{depth}", 10, 3, 32)
     assert [name for name, _ in network.named_children()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "linear"]
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in network.modules()) == depth
     assert {len(network.get_submodule(f"layer{i}")) for i in (1, 2, 3)} == {(depth - 2) // 6}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("inside", "outside", "stride"), [(4, 8, 2), (3, 8, 2), (4, 4, 1)])
+@pytest.mark.parametrize(("in_channels", "out_channels", "stride"), [(4, 8, 2), (3, 8, 2), (4, 4, 1)])
 @pytest.mark.parametrize("side", [6, 7])
 def test_the_shortcut_is_every_second_pixel_and_zeros_for_missing_channels(
-    inside: int, outside: int, stride: int, side: int
+    in_channels: int, out_channels: int, stride: int, side: int
 ) -> None:
-    block = Block(inside, outside, stride).double().eval()
-    nn.init.zeros_(block.bn2.weight)  # silences the convolutions: what is left is ReLU(shortcut)
-    x = torch.randn(2, inside, side, side, dtype=torch.float64)
+    block = Block(in_channels, out_channels, stride).double().eval()
+    nn.init.zeros_(block.bn2.weight)  # switches the convolutions off: the output is ReLU(shortcut)
+    x = torch.randn(2, in_channels, side, side, dtype=torch.float64)
     half = -(-side // stride)
-    expected = torch.zeros(2, outside, half, half, dtype=torch.float64)
-    before = (outside - inside) // 2
+    expected = torch.zeros(2, out_channels, half, half, dtype=torch.float64)
+    before = (out_channels - in_channels) // 2
     for b in range(2):
-        for c in range(inside):
+        for c in range(in_channels):
             for i in range(half):
                 for j in range(half):
                     expected[b, before + c, i, j] = max(float(x[b, c, i * stride, j * stride]), 0.0)
@@ -170,7 +171,7 @@ def test_the_public_checkpoints_load(file: str, depth: int, shared: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_public_checkpoint_is_as_good_as_was_measured_on_these_pictures(shared: Path) -> None:
+def test_a_public_checkpoint_has_the_accuracy_that_was_measured_on_these_images(shared: Path) -> None:
     import tarfile
 
     from PIL import Image
@@ -189,52 +190,62 @@ def test_a_public_checkpoint_is_as_good_as_was_measured_on_these_pictures(shared
     labels = torch.tensor([names.index(c) for c in classes])
     views = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        guess = torch.cat([model(part).argmax(1) for part in views.split(500)])
+        predictions = torch.cat([model(part).argmax(1) for part in views.split(500)])
     assert len(labels) == 10_000
-    assert float((guess == labels).double().mean()) == pytest.approx(0.8103, abs=5e-4)
+    assert float((predictions == labels).double().mean()) == pytest.approx(0.8103, abs=5e-4)
 
 
 # A user's own arch
 
 
 @pytest.fixture
-def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to call the command in; what is imported from it is forgotten afterwards."""
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, the current one; modules that are imported from it are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     return tmp_path
 
 
-def test_a_users_factory_is_called_with_classes_channels_and_size(users_folder: Path) -> None:
-    (users_folder / "nets_of_mine").mkdir()
-    (users_folder / "nets_of_mine" / "small.py").write_text(
+def test_a_user_factory_is_called_with_classes_channels_and_size(user_folder: Path) -> None:
+    (user_folder / "my_nets").mkdir()
+    (user_folder / "my_nets" / "small.py").write_text(
         "from torch import nn\n"
         "def make(*, classes, channels, size):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes))\n"
     )
-    network = build("nets_of_mine.small:make", 5, 3, 6)
+    network = build("my_nets.small:make", 5, 3, 6)
     assert logits_of(network, 3, 6).shape == (3, 5)
 
 
+def test_the_current_folder_is_put_on_the_import_path_once_and_first(user_folder: Path) -> None:
+    (user_folder / "nets_in_a_file.py").write_text("from torch import nn\nmake = lambda **shape: nn.Identity()\n")
+    before = list(sys.path)
+    for _ in range(2):
+        build("nets_in_a_file:make", 5, 1, 8)
+    assert sys.path == [str(user_folder), *before]
+
+
 @pytest.mark.parametrize(
-    ("arch", "says"),
+    ("arch", "message"),
     [
-        ("nets_that_are_not_there:make", "cannot be imported: No module named 'nets_that_are_not_there'"),
-        ("nets_in_a_file:made", "cannot be imported: module 'nets_in_a_file' has no attribute 'made'"),
+        ("missing_nets:make", "cannot be imported: No module named 'missing_nets'"),
+        ("nets_in_a_file:missing", "cannot be imported: module 'nets_in_a_file' has no attribute 'missing'"),
         ("nets_in_a_file:", "cannot be imported: module 'nets_in_a_file' has no attribute ''"),
-        ("nets_in_a_file:make", "gave a int, not a torch.nn.Module"),
+        ("nets_in_a_file:make", "returned a int, not a torch.nn.Module"),
     ],
 )
-def test_a_users_factory_that_is_none_is_refused_in_one_line(users_folder: Path, arch: str, says: str) -> None:
-    (users_folder / "nets_in_a_file.py").write_text("def make(classes, channels, size):\n    return 3\n")
+def test_a_user_factory_that_is_missing_or_wrong_is_refused_in_one_line(
+    user_folder: Path, arch: str, message: str
+) -> None:
+    (user_folder / "nets_in_a_file.py").write_text("def make(classes, channels, size):\n    return 3\n")
     with pytest.raises(UsageError) as error:
         build(arch, 5, 1, 8)
     assert f"arch '{arch}' " in one_line(error)
-    assert says in one_line(error)
+    assert message in one_line(error)
 
 
-# What is known about a network
+# Properties of a network
 
 
 def test_the_head_is_the_last_linear_layer_with_one_output_per_class() -> None:
@@ -245,17 +256,17 @@ def test_the_head_is_the_last_linear_layer_with_one_output_per_class() -> None:
     assert find_head(mlp, 7) is None
 
 
-def test_multiply_adds_of_an_mlp_are_its_matrix_products() -> None:
+def test_multiply_adds_of_an_mlp_are_those_of_its_matrix_products() -> None:
     assert count_multiply_adds(build("mlp:20,30", 7, 3, 8), 3, 8) == 3 * 8 * 8 * 20 + 20 * 30 + 30 * 7
 
 
-def test_multiply_adds_of_a_cnn_are_its_convolutions_and_its_linear_layer() -> None:
+def test_multiply_adds_of_a_cnn_are_those_of_its_convolutions_and_its_linear_layer() -> None:
     by_hand = 9 * 3 * 64 * 28 * 28 + 9 * 64 * 128 * 14 * 14 + 128 * 4 * 4 * 7
     assert count_multiply_adds(build("cnn", 7, 3, 28), 3, 28) == by_hand
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_counting_multiply_adds_leaves_the_network_as_it_was(training: bool) -> None:
+def test_counting_multiply_adds_does_not_change_the_network(training: bool) -> None:
     network = build("cnn", 7, 1, 8).train(training)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     count_multiply_adds(network, 1, 8)
@@ -263,18 +274,18 @@ def test_counting_multiply_adds_leaves_the_network_as_it_was(training: bool) -> 
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-# What happens to a image before the network
+# Preparation of the input
 
 
-class Input(nn.Module):
-    """A network that gives back its input."""
+class Flatten(nn.Module):
+    """A network that outputs its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1)
 
 
-def resampling(old: int, new: int) -> np.ndarray:
-    """[new, old] float64: a triangle as wide as the shrinking, centred on each new pixel, of sum 1."""
+def resampling_matrix(old: int, new: int) -> np.ndarray:
+    """float64 [new, old]: for each new pixel a triangle around its centre, as wide as the scale, of sum 1."""
     scale = old / new
     width = max(scale, 1.0)
     matrix = np.zeros((new, old))
@@ -286,13 +297,13 @@ def resampling(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-def prepared_by_hand(views: torch.Tensor, p: InputSpec) -> np.ndarray:
+def prepare_by_hand(views: torch.Tensor, spec: InputSpec) -> np.ndarray:
     x = views.numpy().astype(np.float64) / 255
-    if x.shape[1] != p.channels:
-        x = np.concatenate([x] * p.channels, axis=1)
-    m = resampling(x.shape[-1], p.size)
+    if x.shape[1] != spec.channels:
+        x = np.concatenate([x] * spec.channels, axis=1)
+    m = resampling_matrix(x.shape[-1], spec.size)
     x = np.einsum("ij,bcjk,lk->bcil", m, x, m)
-    mean, std = (np.array(v).reshape(1, -1, 1, 1) for v in (p.mean, p.std))
+    mean, std = (np.array(v).reshape(1, -1, 1, 1) for v in (spec.mean, spec.std))
     return np.asarray((x - mean) / std)
 
 
@@ -302,27 +313,27 @@ def test_views_are_repeated_resized_and_normalised_as_in_float64(size: int, chan
     input_spec = InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
     generator = torch.Generator().manual_seed(1)
     views = torch.randint(0, 256, (2, channels, 8, 8), dtype=torch.uint8, generator=generator)
-    found = PreparedModel(Input(), input_spec)(views).view(2, 3, size, size).double().numpy()
-    np.testing.assert_allclose(found, prepared_by_hand(views, input_spec), rtol=0, atol=2e-6)
+    prepared = PreparedModel(Flatten(), input_spec)(views).view(2, 3, size, size).double().numpy()
+    np.testing.assert_allclose(prepared, prepare_by_hand(views, input_spec), rtol=0, atol=2e-6)
 
 
-def test_one_channel_is_normalised_with_its_own_mean_and_spread() -> None:
+def test_one_channel_is_normalised_with_its_mean_and_standard_deviation() -> None:
     input_spec = InputSpec(1, 2, (0.25,), (0.5,))
     views = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2)
-    torch.testing.assert_close(PreparedModel(Input(), input_spec)(views), torch.tensor([[-0.5, -0.1, 0.3, 1.5]]))
+    torch.testing.assert_close(PreparedModel(Flatten(), input_spec)(views), torch.tensor([[-0.5, -0.1, 0.3, 1.5]]))
 
 
 def test_memory_layout_changes_no_logits() -> None:
-    """Prepared turns a network with convolutions to channels-last: a matter of speed alone."""
+    """PreparedModel lays a network with convolutions out channels-last, for speed alone."""
     torch.manual_seed(0)
     network = build("cnn", 5, 3, 8).double().eval()
     views = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     input_spec = InputSpec(3, 8, IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
-        expected = network(torch.from_numpy(prepared_by_hand(views, input_spec)))
-        found = PreparedModel(network.float(), input_spec)(views)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        expected = network(torch.from_numpy(prepare_by_hand(views, input_spec)))
+        logits = PreparedModel(network.float(), input_spec)(views)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_logits_are_float32_whatever_the_network_computes_in() -> None:
@@ -330,11 +341,11 @@ def test_logits_are_float32_whatever_the_network_computes_in() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(1).bfloat16()
 
-    found = PreparedModel(Half(), InputSpec(1, 2, (0.0,), (1.0,)))(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
-    assert found.dtype == torch.float32
+    logits = PreparedModel(Half(), InputSpec(1, 2, (0.0,), (1.0,)))(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    assert logits.dtype == torch.float32
 
 
-def test_a_preparation_survives_json_and_is_no_part_of_the_weights() -> None:
+def test_an_input_spec_survives_json_and_is_not_part_of_the_weights() -> None:
     input_spec = InputSpec(3, 32, IMAGENET_MEAN, IMAGENET_STD)
     assert InputSpec.from_json(json.loads(json.dumps(input_spec.to_json()))) == input_spec
     model = PreparedModel(build("mlp:4", 2, 3, 32), input_spec)

@@ -1,4 +1,4 @@
-"""torchvision's models by name: fitted to small and grey images, and their published weights, without a download."""
+"""Models of torchvision by name: adapted to small and grey images; their published weights, without a download."""
 
 import os
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD
 from softcache.pipeline.models.state_dicts import load_weights
 from tests.helpers.networks import logits_of, one_line
 
-QUICK = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
-LONG = (
+FAST = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
+SLOW = (
     "alexnet",
     "convnext_tiny",
     "densenet121",
@@ -41,31 +41,31 @@ LONG = (
 # Small and grey images
 
 
-def torchvision_answers(name: str, channels: int, size: int) -> None:
+def check_torchvision_model(name: str, channels: int, size: int) -> None:
     network = build(f"torchvision:{name}", 7, channels, size)
     assert network.training
     assert logits_of(network, channels, size, B=2).shape == (2, 7)
-    trained = network.train()(torch.rand(2, channels, size, size))
-    assert isinstance(trained, torch.Tensor), "one output in training too"
-    trained.sum().backward()
+    output = network.train()(torch.rand(2, channels, size, size))
+    assert isinstance(output, torch.Tensor), "one output in training too"
+    output.sum().backward()
     assert all(p.grad is not None for p in network.parameters())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", QUICK)
-def test_a_torchvision_model_learns_from_small_pictures(name: str, channels: int) -> None:
-    torchvision_answers(name, channels, 32)
+@pytest.mark.parametrize("name", FAST)
+def test_a_torchvision_model_trains_on_small_images(name: str, channels: int) -> None:
+    check_torchvision_model(name, channels, 32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", LONG)
-def test_every_other_family_of_torchvision_learns_from_small_pictures(name: str, channels: int) -> None:
-    torchvision_answers(name, channels, 32)
+@pytest.mark.parametrize("name", SLOW)
+def test_every_other_family_of_torchvision_trains_on_small_images(name: str, channels: int) -> None:
+    check_torchvision_model(name, channels, 32)
 
 
 @pytest.mark.parametrize(("name", "size"), [("maxvit_t", 32), ("vit_b_32", 28), ("squeezenet1_1", 2)])
-def test_a_torchvision_model_that_cannot_take_such_pictures_says_so(name: str, size: int) -> None:
+def test_a_torchvision_model_that_cannot_take_such_images_is_refused(name: str, size: int) -> None:
     with pytest.raises(UsageError) as error:
         build(f"torchvision:{name}", 7, 3, size)
     assert f"torchvision:{name} cannot take images of {size} px" in one_line(error)
@@ -73,18 +73,18 @@ def test_a_torchvision_model_that_cannot_take_such_pictures_says_so(name: str, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*QUICK, *LONG, "maxvit_t", "vit_b_32"])
+@pytest.mark.parametrize("name", [*FAST, *SLOW, "maxvit_t", "vit_b_32"])
 @pytest.mark.parametrize("size", [8, 28, 64, 224])
-def test_a_torchvision_model_takes_images_of_a_size_or_says_in_one_line_that_it_cannot(name: str, size: int) -> None:
+def test_a_torchvision_model_takes_images_of_a_size_or_is_refused_in_one_line(name: str, size: int) -> None:
     try:
         network = build(f"torchvision:{name}", 7, 1, size)
     except UsageError as error:
-        refused = str(error)
+        message = str(error)
     else:
-        refused = ""
+        message = ""
         assert logits_of(network, 1, size, B=1).shape == (1, 7)
-    assert "\n" not in refused
-    assert not refused or size < 224, "every one takes 224 px"
+    assert "\n" not in message
+    assert not message or size < 224, "every one takes 224 px"
 
 
 def first_convolution(network: nn.Module) -> nn.Conv2d:
@@ -103,7 +103,7 @@ def test_under_64_px_the_first_convolution_keeps_the_resolution(name: str, size:
     assert stem.kernel_size == (3, 3)
 
 
-def test_under_64_px_the_pooling_behind_the_stem_is_gone() -> None:
+def test_under_64_px_there_is_no_pooling_after_the_stem() -> None:
     small = build("torchvision:resnet18", 7, 3, 63)
     assert isinstance(small.maxpool, nn.Identity)
     assert isinstance(build("torchvision:squeezenet1_1", 7, 3, 63).get_submodule("features.2"), nn.Identity)
@@ -114,13 +114,13 @@ def test_under_64_px_the_pooling_behind_the_stem_is_gone() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 224])
-def test_from_64_px_on_the_network_is_torchvisions_own(size: int) -> None:
+def test_from_64_px_on_the_network_is_that_of_torchvision(size: int) -> None:
     ours = build("torchvision:resnet18", 7, 3, size)
     theirs = torchvision.models.resnet18(weights=None, num_classes=7)
     assert str(ours) == str(theirs)
 
 
-def test_grey_pictures_change_nothing_but_the_channels_of_the_first_convolution() -> None:
+def test_grey_images_change_only_the_channels_of_the_first_convolution() -> None:
     ours = build("torchvision:resnet18", 7, 1, 64)
     stem = first_convolution(ours)
     assert (stem.in_channels, stem.kernel_size, stem.stride, stem.padding) == (1, (7, 7), (2, 2), (3, 3))
@@ -128,7 +128,7 @@ def test_grey_pictures_change_nothing_but_the_channels_of_the_first_convolution(
     assert isinstance(ours.maxpool, nn.MaxPool2d)
 
 
-def test_a_patch_embedding_is_no_stem_to_be_kept_from_shrinking() -> None:
+def test_a_patch_embedding_keeps_its_stride() -> None:
     stem = first_convolution(build("torchvision:vit_b_32", 7, 3, 32))
     assert (stem.kernel_size, stem.stride) == ((32, 32), (32, 32))
 
@@ -136,27 +136,29 @@ def test_a_patch_embedding_is_no_stem_to_be_kept_from_shrinking() -> None:
 # Published weights
 
 
-def offer(
-    monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[], dict[str, torch.Tensor]]
+def replace_download(
+    monkeypatch: pytest.MonkeyPatch, name: str, load: Callable[[], dict[str, torch.Tensor]]
 ) -> list[dict[str, object]]:
-    """Let the weights of a torchvision model come from answer(); the list fills with the options of each call."""
-    asked: list[dict[str, object]] = []
+    """Let load() return the weights of a torchvision model. The list gets the options of each call."""
+    calls: list[dict[str, object]] = []
 
     def get_state_dict(weights: object, **options: object) -> dict[str, torch.Tensor]:
-        asked.append(options)
-        return answer()
+        calls.append(options)
+        return load()
 
     weights = torchvision.models.get_model_weights(name)
     monkeypatch.setattr(weights, "get_state_dict", get_state_dict)
-    return asked
+    return calls
 
 
-def test_published_weights_are_asked_for_without_code_and_with_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = offer(monkeypatch, "resnet18", lambda: {"fc.bias": torch.arange(3.0)})
+def test_published_weights_are_loaded_without_code_and_their_hash_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = replace_download(monkeypatch, "resnet18", lambda: {"fc.bias": torch.arange(3.0)})
     state = load_published_weights("resnet18")[0]
-    assert len(asked) == 1
-    assert asked[0]["weights_only"] is True
-    assert asked[0]["check_hash"] is True
+    assert len(calls) == 1
+    assert calls[0]["weights_only"] is True
+    assert calls[0]["check_hash"] is True
     assert torch.equal(state["fc.bias"], torch.arange(3.0))
 
 
@@ -168,27 +170,29 @@ def test_published_weights_are_asked_for_without_code_and_with_their_hash(monkey
         ("efficientnet_v2_l", 480, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ],
 )
-def test_published_weights_come_with_the_preparation_they_were_trained_with(
+def test_published_weights_come_with_the_input_they_were_trained_with(
     monkeypatch: pytest.MonkeyPatch, name: str, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    offer(monkeypatch, name, dict)
-    state, found_size, found_mean, found_std, classes = load_published_weights(name)
-    assert state == {}
-    assert found_size == size
-    assert (tuple(found_mean), tuple(found_std)) == (mean, std)
-    assert (len(classes), classes[0], classes[-1]) == (1000, "tench", "toilet tissue")
+    replace_download(monkeypatch, name, dict)
+    published = load_published_weights(name)
+    assert published.state_dict == {}
+    assert published.size == size
+    assert (tuple(published.mean), tuple(published.std)) == (mean, std)
+    names = published.class_names
+    assert (len(names), names[0], names[-1]) == (1000, "tench", "toilet tissue")
 
 
 @pytest.mark.parametrize("name", ["googlenet", "resnet18"])
-def test_a_published_teacher_says_what_torchvisions_own_says(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """GoogLeNet is the hard one: its file has two more outputs, and torchvision rescales its input inside."""
+def test_a_published_teacher_outputs_the_logits_of_torchvision(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """GoogLeNet is the difficult one: its file has two more outputs, and torchvision rescales its input."""
     torch.manual_seed(0)
-    more = {"aux_logits": True, "transform_input": True, "init_weights": True} if name == "googlenet" else {}
-    theirs = torchvision.models.get_model(name, weights=None, **more).eval()
+    options = {"aux_logits": True, "transform_input": True, "init_weights": True} if name == "googlenet" else {}
+    theirs = torchvision.models.get_model(name, weights=None, **options).eval()
     for module in theirs.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)  # fresh as torchvision makes it, GoogLeNet hardly sees its input
-    offer(monkeypatch, name, theirs.state_dict)
+            # With the weights that torchvision initialises, the output of GoogLeNet hardly depends on its input.
+            nn.init.kaiming_normal_(module.weight)
+    replace_download(monkeypatch, name, theirs.state_dict)
     state, size, mean, std, classes = load_published_weights(name)
     network = build(f"torchvision:{name}", len(classes), 3, size)
     load_weights(network, state, name)
@@ -210,34 +214,34 @@ def test_a_published_teacher_says_what_torchvisions_own_says(monkeypatch: pytest
         EOFError("Ran out of input\nand more lines"),
     ],
 )
-def test_published_weights_that_cannot_be_had_are_refused_with_where_to_put_them(
+def test_a_failed_download_is_an_error_that_says_where_to_put_the_file(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fails() -> dict[str, torch.Tensor]:
+    def fail() -> dict[str, torch.Tensor]:
         raise error
 
-    offer(monkeypatch, "resnet18", fails)
-    with pytest.raises(CacheError) as refused:
+    replace_download(monkeypatch, "resnet18", fail)
+    with pytest.raises(CacheError) as error_info:
         load_published_weights("resnet18")
-    assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(refused)
-    assert "resnet18-f37072fd.pth" in one_line(refused)
+    assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(error_info)
+    assert "resnet18-f37072fd.pth" in one_line(error_info)
 
 
 @pytest.fixture
 def hub_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the published weights of resnet18 lie once they are downloaded."""
+    """The path of the published weights of resnet18, once they are downloaded."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     return tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
 
 
-def test_published_weights_that_lie_in_the_hub_folder_are_not_downloaded(hub_file: Path) -> None:
+def test_published_weights_in_the_hub_folder_are_not_downloaded(hub_file: Path) -> None:
     torch.save({"fc.bias": torch.arange(3.0)}, hub_file)
     assert torch.equal(load_published_weights("resnet18")[0]["fc.bias"], torch.arange(3.0))
 
 
 class Trap:
-    """Loaded as a pickle, it would make a folder."""
+    """An object that makes a folder when it is loaded by pickle."""
 
     def __init__(self, folder: Path):
         self.folder = str(folder)
@@ -246,14 +250,14 @@ class Trap:
         return os.mkdir, (self.folder,)
 
 
-def test_code_in_place_of_published_weights_is_refused_and_not_run(hub_file: Path, tmp_path: Path) -> None:
-    torch.save({"fc.bias": Trap(tmp_path / "sprung")}, hub_file)
-    with pytest.raises(CacheError) as refused:
+def test_code_in_the_file_of_published_weights_is_refused_and_not_run(hub_file: Path, tmp_path: Path) -> None:
+    torch.save({"fc.bias": Trap(tmp_path / "made_by_trap")}, hub_file)
+    with pytest.raises(CacheError) as error_info:
         load_published_weights("resnet18")
-    one_line(refused)
-    assert not (tmp_path / "sprung").exists()
+    one_line(error_info)
+    assert not (tmp_path / "made_by_trap").exists()
 
 
-def test_there_are_no_published_weights_of_a_model_that_is_not() -> None:
+def test_an_unknown_model_has_no_published_weights() -> None:
     with pytest.raises(UsageError, match="Did you mean 'resnet18'"):
         load_published_weights("resnet19")

@@ -16,7 +16,8 @@ import torch
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading.stream import Stream, rank_rows
+from softcache.pipeline.loading.groups import get_rank_rows
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.stages.distributed.ranks import Ranks, read_ranks
 from tests.helpers.commands import Stages
 from tests.helpers.paths import ROOT
@@ -152,7 +153,7 @@ def test_a_teacher_that_is_wanting_is_trained_by_one_rank(
 def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> None:
     cache = Cache(tiny / "cache")
     rows = load_transfer_set("digits", Path(), **cache.cut).splits["train"]
-    whole = Stream(
+    whole = CacheLoader(
         rows,
         parse_views("crop:pad=1"),
         cache.seed,
@@ -167,7 +168,7 @@ def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> 
     streams = [replace(whole, rank=rank, world=3).batches(4, 16) for rank in range(3)]
     for batch, *parts in zip(whole.batches(4, 16), *streams, strict=True):
         assert [len(p.views) for p in parts] == [
-            b - a for a, b in (rank_rows(len(batch.index), r, 3) for r in range(3))
+            b - a for a, b in (get_rank_rows(len(batch.index), r, 3) for r in range(3))
         ]
         assert torch.equal(torch.cat([p.views for p in parts]), batch.views)
         for p in parts:

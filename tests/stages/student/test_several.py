@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import softcache.pipeline.loading.stream as stream
+import softcache.pipeline.loading.loader as loader
 from tests.helpers.commands import Stages
 from tests.helpers.stopping import stop_at
 
@@ -84,14 +84,14 @@ def test_seeds_and_losses_share_the_first_seeds_order(tiny: Path, stages: Stages
 
 
 def test_each_view_is_rendered_once_for_all(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered, render = [0], stream.render
+    rendered, render = [0], loader.render
 
     def counted(images: Any, policy: Any, seed: Any, index: Any, draw: Any) -> torch.Tensor:
         rendered[0] += len(index)
         return render(images, policy, seed, index, draw)
 
     more = (*COMMON, "--cache", tiny / "cache", "--loss", "kd")
-    monkeypatch.setattr(stream, "render", counted)
+    monkeypatch.setattr(loader, "render", counted)
     stages("student", *more, "--arch", "mlp:16", "--out", "one")
     of_one = rendered[0]
     stages("student", *more, "--arch", "mlp:16", "--arch", "mlp:8", "--arch", "cnn", "--out", "three")

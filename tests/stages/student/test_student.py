@@ -16,7 +16,7 @@ from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.loading.stream import Stream
+from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
@@ -40,13 +40,13 @@ def flat(record: dict[str, Any]) -> list[float]:
     return [number for part in inner for number in part if number is not None]
 
 
-def stream_of(folder: Path, **more: Any) -> Stream:
+def stream_of(folder: Path, **more: Any) -> CacheLoader:
     cache, transfer_set = Cache(folder), load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300)
     cache.check_transfer_set(transfer_set)
     rows = transfer_set.splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"draws": 3, "cache": cache, "split": rows, "views": cache.views, "view_seed": cache.seed}
-    return Stream(**(settings | more))
+    return CacheLoader(**(settings | more))
 
 
 def losses_of_training(batches: list[Batch], tiny: Path, arch: str, live: bool) -> list[tuple[float, float]]:
@@ -98,7 +98,7 @@ def test_half_precision_changes_a_loss_by_less_than_a_thousandth_at_the_same_wei
 
 def test_a_round_shows_every_row_once_and_draws_come_once_before_any_repeats(tiny: Path) -> None:
     stream = stream_of(tiny / "cache")
-    per_round = stream.steps_per_round
+    per_round = stream.steps_per_epoch
     for cycle in range(2):
         draws = []
         for round_ in range(3 * cycle, 3 * cycle + 3):

@@ -1,0 +1,113 @@
+"""The order of a training: which rows, in which draws, make up each batch.
+
+An epoch uses every row once, in one draw. With k draws per decode, k epochs are one pass: every row once, in k draws,
+so that an image is decoded once for k views ("Augment your batch", Hoffer et al. 2020, arXiv 1901.09335).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softcache.base import rng
+from softcache.data.long_tail import SAMPLERS, resample_rows
+from softcache.data.transfer_set import Labels
+from softcache.pipeline.batch import TargetSource
+
+Rows = NDArray[np.int64]
+BLOCK_ROWS, WINDOW_BLOCKS = 64, 64  # of targets on disk: rows read as one block, and blocks shuffled with one another
+_SHUFFLE, _DRAW, _SAMPLE = 40, 41, 42  # what a random number is for
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The seeded order of the rows of a training.
+
+    The rows of a step depend on (seed, step) alone. So a training can begin at any step, and one that was interrupted
+    resumes to the same weights.
+
+    Args:
+        seed: Seed of the order; the views have their own.
+        rows: int64 [N], the positions that are used, in any order.
+        labels: int64, the class of each index of the split. Only a sampler reads them.
+        batch_size: Views per batch, a multiple of draws_per_decode.
+        draws: Number of draws; 0 for a new draw in every epoch.
+        draws_per_decode: k, the draws of each decoded image; it divides draws.
+        sampler: A name of SAMPLERS. An epoch then has N rows drawn by class, some of them more than once, and every
+            row needs a label. Empty: every row once.
+        cache: Where the targets are read from; None without a cache.
+    """
+
+    seed: int
+    rows: Rows
+    labels: Labels
+    batch_size: int
+    draws: int
+    draws_per_decode: int
+    sampler: str
+    cache: TargetSource | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches with N views in all. For k = 1 their sizes differ by at most one row: none has 1 row left
+        over."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], list[Rows]]]:
+        """Yield the batches of the steps start to stop - 1, those of one pass at a time.
+
+        Yields:
+            The k draws of the pass, and of each batch the positions, int64 [n]. A batch has the n * k views of these
+            positions in these draws.
+        """
+        steps_per_pass, step = self.draws_per_decode * self.steps_per_epoch, start
+        while step < stop:
+            pass_number, first = divmod(step, steps_per_pass)
+            batches = np.array_split(self.shuffle_rows(pass_number), steps_per_pass)[first : first + stop - step]
+            yield self.select_draws(pass_number), batches
+            step += len(batches)
+
+    def select_draws(self, pass_number: int) -> tuple[int, ...]:
+        """The k draws of a pass. They differ, because k divides the number of draws."""
+        k = self.draws_per_decode
+        return tuple(self.select_draw(epoch) for epoch in range(k * pass_number, k * pass_number + k))
+
+    def select_draw(self, epoch: int) -> int:
+        """The draw of an epoch: all draws come once in a seeded order, then once more in another one."""
+        if self.draws == 0:
+            return epoch
+        cycle, place = divmod(epoch, self.draws)
+        return int(rng.permutation((self.seed, _DRAW, cycle), self.draws)[place])
+
+    def shuffle_rows(self, pass_number: int) -> Rows:
+        """The positions of a pass, in their order.
+
+        Rows in memory are shuffled freely. Of rows on disk, blocks of 64 neighbours are shuffled, then the rows inside
+        every 64 such blocks: reads stay long, and memory bounded.
+        """
+        key, rows = (self.seed, _SHUFFLE, pass_number), self._sample_rows(pass_number)
+        draws = self.select_draws(pass_number)
+        if self.fits_in_memory(draws):
+            return rows[rng.permutation(key, len(rows))]
+        blocks = np.array_split(np.sort(rows), -(-len(rows) // BLOCK_ROWS))
+        shuffled = [blocks[b] for b in rng.permutation(key, len(blocks))]
+        width = max(1, WINDOW_BLOCKS // len(draws))
+        windows = [np.concatenate(shuffled[w : w + width]) for w in range(0, len(shuffled), width)]
+        return np.concatenate([window[rng.permutation((*key, i), len(window))] for i, window in enumerate(windows)])
+
+    def fits_in_memory(self, draws: tuple[int, ...]) -> bool:
+        """Whether the logits of these draws are read from memory, not from disk.
+
+        Taps are left out of account: a student's order of rows must not depend on what else is read.
+        """
+        cache = self.cache
+        return cache is None or all(cache.fits_in_memory("train", draw, (), len(draws)) for draw in draws)
+
+    def _sample_rows(self, pass_number: int) -> Rows:
+        """The positions of a pass, before they are shuffled."""
+        if not self.sampler:
+            return self.rows
+        index = self.rows if self.cache is None else self.cache.index_at("train", self.rows)
+        key = (self.seed, _SAMPLE, pass_number)
+        return self.rows[resample_rows(self.labels[index], SAMPLERS[self.sampler], key)]

@@ -1,0 +1,89 @@
+"""Views rendered ahead of the teacher or of a validation, by a thread or by worker processes."""
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from softcache.base.errors import CacheError
+from softcache.data.views import Draw, ImageSource, ViewPolicy, render
+from softcache.pipeline.cache.verification import compute_crc32
+
+from .prefetch import map_in_workers, prefetch
+
+Rows = NDArray[np.int64]
+
+
+class ViewRenderer(Dataset[Any]):
+    """Renders views in a worker process: (index [B], draw) -> views uint8 [B, C, S, S].
+
+    The message of a CacheError takes the place of the views, see map_in_workers. With checksums the item is
+    (views, CRC-32 [B] of each view).
+    """
+
+    def __init__(self, images: ImageSource, views: ViewPolicy, seed: int, with_checksums: bool = False):
+        self.images, self.views, self.seed, self.with_checksums = images, views, seed, with_checksums
+
+    def __getitem__(self, key: tuple[Rows, Draw]) -> Any:
+        try:
+            views = render(self.images, self.views, self.seed, *key)
+        except CacheError as error:
+            return str(error)
+        return (views, compute_crc32(views)) if self.with_checksums else views
+
+
+def render_batches(
+    images: ImageSource, views: ViewPolicy, seed: int, batches: list[Rows], draw: int, workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """Yield the views uint8 [B, C, S, S] of each batch of indices, in order, rendered ahead.
+
+    Args:
+        images: Where the pixels come from.
+        views: The view policy.
+        seed: Seed of the views.
+        batches: int64 [B] each, indices of the split.
+        draw: The draw of all views.
+        workers: Number of processes that render; 0 for a thread of this one.
+
+    Raises:
+        CacheError: An image cannot be read.
+    """
+    if workers:
+        yield from map_in_workers(ViewRenderer(images, views, seed), ((batch, draw) for batch in batches), workers)
+    else:
+        yield from prefetch(render(images, views, seed, batch, draw) for batch in batches)
+
+
+def render_with_checksums(
+    images: ImageSource,
+    views: ViewPolicy,
+    seed: int,
+    batches: list[Rows],
+    draw: int,
+    workers: int = 0,
+    pinned: bool = False,
+) -> Generator[tuple[torch.Tensor, NDArray[np.uint32]], None, None]:
+    """As render_batches, with the CRC-32 [B] of each view, computed where it is rendered: 1 µs for 3 KB.
+
+    Args:
+        images, views, seed, batches, draw, workers: As in render_batches.
+        pinned: Put the views into pinned memory, from which a GPU copies while this thread goes on. Only without
+            workers.
+
+    Raises:
+        CacheError: An image cannot be read.
+    """
+    if workers:
+        renderer = ViewRenderer(images, views, seed, with_checksums=True)
+        for rendered, checksums in map_in_workers(renderer, ((batch, draw) for batch in batches), workers):
+            yield rendered, checksums.numpy()  # a DataLoader turns arrays into tensors
+        return
+
+    def render_batch(index: Rows) -> tuple[torch.Tensor, NDArray[np.uint32]]:
+        rendered = render(images, views, seed, index, draw)
+        return rendered.pin_memory() if pinned else rendered, compute_crc32(rendered)
+
+    yield from prefetch(render_batch(batch) for batch in batches)
