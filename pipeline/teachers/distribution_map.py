@@ -1,10 +1,10 @@
-"""The distiller's mapping: from the teacher's distribution to the one that the student learns from.
+"""Maps from a teacher's distribution to the one that a student learns from: calibration and prior correction.
 
-All four maps are affine in the logits, z -> W z + b, so that one map serves every term alike: the logits, and the
-teacher's last linear layer for losses that lead the student's features through it.
+All maps are affine in the logits, z -> W z + b. So one map serves all terms of a loss: those of the logits, and those
+that lead the student's features through the teacher's last linear layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,34 +20,45 @@ from softcache.pipeline.batch import LinearHead
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
-Affine = tuple[torch.Tensor, torch.Tensor]
+Affine = tuple[torch.Tensor, torch.Tensor]  # weight [K] (a diagonal) or [K, K], and bias [K]
 OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class DistributionMap:
-    """z -> W z + b. spec: as on the command line; weight: float64 [K], a diagonal, or [K, K]; bias: float64 [K]."""
+    """A map z -> W z + b of logits.
+
+    Attributes:
+        spec: As on the command line, see fit_map.
+        weight: W, float64 [K, K], or [K] for a diagonal.
+        bias: b, float64 [K].
+    """
 
     spec: str
     weight: torch.Tensor
     bias: torch.Tensor
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [..., K] of the student's teacher, in the dtype of those given."""
+        """The mapped logits [..., K], in the dtype of those given."""
         return _apply(logits, self.weight.to(logits.dtype), self.bias.to(logits.dtype))
 
     def map_head(self, head: LinearHead) -> LinearHead:
-        """The last linear layer that gives mapped logits."""
+        """The last linear layer whose outputs are the mapped logits."""
         weight, bias = self.weight.to(head.weight.dtype), self.bias.to(head.bias.dtype)
         rows = weight[:, None] * head.weight if weight.ndim == 1 else weight @ head.weight
         return LinearHead(rows, _apply(head.bias, weight, bias))
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
         return {"map": self.spec, "weight": self.weight.tolist(), "bias": self.bias.tolist()}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "DistributionMap":
-        """Raises ValueError, TypeError or KeyError for what is no map."""
+        """The inverse of to_json.
+
+        Raises:
+            KeyError, TypeError, ValueError: A field is missing, of another type or shape, or out of range.
+        """
         weight, bias = (torch.tensor(record[name], dtype=torch.float64) for name in ("weight", "bias"))
         if bias.ndim != 1 or weight.shape not in ((len(bias),), (len(bias), len(bias))):
             raise ValueError(f"a map of {tuple(weight.shape)} and {tuple(bias.shape)}")
@@ -63,63 +74,80 @@ def _apply(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 
 def fit_map(
-    spec: str, logits: NDArray[np.floating], labels: Rows, counts: Rows, stepped: OnStep = lambda: None
+    spec: str, logits: NDArray[np.floating], labels: Rows, counts: Rows, on_step: OnStep = lambda: None
 ) -> DistributionMap:
-    """The map `temperature`, `vector`, `matrix` or `prior:tau=1` of a teacher.
+    """Fit a map of a teacher's distribution.
 
-    logits [N, K] and labels [N] of the validation split, to which the first three are fitted by their NLL (Guo et al.
-    2017, arXiv 1706.04599, section 4.2); counts [K]: rows of each class in training, for `prior`, which subtracts tau
-    log of their shares (Menon et al. 2021, arXiv 2007.07314, section 4.1). What is fitted of W - I and b has a
-    standard normal prior, which weighs as one row does: it holds many parameters where rows are few, and a
-    temperature where the teacher is right on every row. stepped: called after each step of a fit.
-    Raises UsageError for a map there is none of, and for rows that cannot say what it is.
+    temperature  z / T
+    vector       a scale and a bias for each class
+    matrix       W z + b
+    prior:tau=1  subtracts tau times the logarithm of each class's share of the training rows
+
+    The first three minimise the NLL of the validation split, with a standard normal prior of W - I and b that weighs
+    as much as one row: few rows then do not fit many parameters, and a teacher that is right on every row gets a
+    finite temperature.
+
+    Args:
+        spec: As above.
+        logits: [N, K] of the teacher on the validation split; unused for prior.
+        labels: int64 [N], -1 where there is none; such rows are left out.
+        counts: int64 [K], the number of training rows of each class; used for prior alone.
+        on_step: Called after each step of the optimiser.
+
+    Raises:
+        UsageError: There is no such map, no label to fit it to, or a class without a training row.
+
+    Source:
+        Guo et al. 2017, "On calibration of modern neural networks", arXiv 1706.04599, section 4.2; for prior, Menon et
+        al. 2021, "Long-tail learning via logit adjustment", arXiv 2007.07314, section 4.1.
     """
-    name, knobs = parse_spec(spec, "map")
+    name, parameters = parse_spec(spec, "map")
     if name not in (*_FITTED, "prior"):
         raise unknown_name_error("map", name, [*_FITTED, "prior"])
-    check_parameters(spec, "map", knobs, ("tau",) if name == "prior" else ())
+    check_parameters(spec, "map", parameters, ("tau",) if name == "prior" else ())
     K = logits.shape[1]
     if name == "prior":
-        tau = parse_number(spec, "map", "tau", knobs.get("tau", "1"))
+        tau = parse_number(spec, "map", "tau", parameters.get("tau", "1"))
         if tau < 0:
-            raise UsageError(f"--map {spec}: tau={tau:g} would add the prior once more; it is from 0 on")
+            raise UsageError(f"--map {spec}: tau={tau:g} would add the prior once more; tau is 0 or larger")
         if (counts == 0).any():
             raise UsageError(f"--map {spec}: class {int(counts.argmin())} has no training row with a label")
         shares = torch.from_numpy(counts / counts.sum())
         return DistributionMap(spec, torch.ones(K, dtype=torch.float64), -tau * shares.log())
-    known = labels >= 0
-    if not known.any():
+    is_labelled = labels >= 0
+    if not is_labelled.any():
         raise UsageError(f"--map {spec} is fitted to validation labels, and these images have none")
-    z, y = torch.from_numpy(logits[known].astype(np.float64)), torch.from_numpy(labels[known])
-    return DistributionMap(spec, *_FITTED[name](z, y, stepped))
+    z = torch.from_numpy(logits[is_labelled].astype(np.float64))
+    y = torch.from_numpy(labels[is_labelled])
+    return DistributionMap(spec, *_FITTED[name](z, y, on_step))
 
 
-def _fit_temperature(z: torch.Tensor, y: torch.Tensor, stepped: OnStep) -> Affine:
-    """One number for all logits; the NLL is convex in its inverse."""
+def _fit_temperature(z: torch.Tensor, y: torch.Tensor, on_step: OnStep) -> Affine:
+    """One scale for all logits, the inverse of the temperature, in which the NLL is convex."""
     K = z.shape[1]
 
-    def affine(x: torch.Tensor) -> Affine:
+    def to_affine(x: torch.Tensor) -> Affine:
         return x.expand(K), x.new_zeros(K)
 
-    return affine(_minimize_nll(z, y, affine, np.ones(1), stepped, bounds=[(1e-3, 1e3)]))
+    return to_affine(_minimize_nll(z, y, to_affine, np.ones(1), on_step, bounds=[(1e-3, 1e3)]))
 
 
-def _fit_vector(z: torch.Tensor, y: torch.Tensor, stepped: OnStep) -> Affine:
+def _fit_vector(z: torch.Tensor, y: torch.Tensor, on_step: OnStep) -> Affine:
     K = z.shape[1]
 
-    def affine(x: torch.Tensor) -> Affine:
+    def to_affine(x: torch.Tensor) -> Affine:
         return x[:K], x[K:]
 
-    return affine(_minimize_nll(z, y, affine, np.concatenate([np.ones(K), np.zeros(K)]), stepped))
+    return to_affine(_minimize_nll(z, y, to_affine, np.concatenate([np.ones(K), np.zeros(K)]), on_step))
 
 
-def _fit_matrix(z: torch.Tensor, y: torch.Tensor, stepped: OnStep) -> Affine:
+def _fit_matrix(z: torch.Tensor, y: torch.Tensor, on_step: OnStep) -> Affine:
     K = z.shape[1]
 
-    def affine(x: torch.Tensor) -> Affine:
+    def to_affine(x: torch.Tensor) -> Affine:
         return x[: K * K].reshape(K, K), x[K * K :]
 
-    return affine(_minimize_nll(z, y, affine, np.concatenate([np.eye(K).ravel(), np.zeros(K)]), stepped))
+    return to_affine(_minimize_nll(z, y, to_affine, np.concatenate([np.eye(K).ravel(), np.zeros(K)]), on_step))
 
 
 _FITTED: dict[str, Callable[[torch.Tensor, torch.Tensor, OnStep], Affine]] = {
@@ -132,34 +160,55 @@ _FITTED: dict[str, Callable[[torch.Tensor, torch.Tensor, OnStep], Affine]] = {
 def _minimize_nll(
     z: torch.Tensor,
     y: torch.Tensor,
-    affine: Callable[[torch.Tensor], Affine],
+    to_affine: Callable[[torch.Tensor], Affine],
     start: Floats,
-    stepped: OnStep,
-    bounds: Any = None,
+    on_step: OnStep,
+    bounds: Sequence[tuple[float, float]] | None = None,
 ) -> torch.Tensor:
-    """The most probable parameters of softmax(W z + b), given the rows and a standard normal prior about start."""
+    """The most probable parameters of softmax(W z + b), given the rows and a standard normal prior around start."""
     origin = torch.from_numpy(start)
 
-    def value(x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(_apply(z, *affine(x)), y) + (x - origin).square().sum() / (2 * len(y))
+    def negative_log_posterior(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(_apply(z, *to_affine(x)), y) + (x - origin).square().sum() / (2 * len(y))
 
-    return torch.from_numpy(minimize_convex(value, start, stepped, bounds=bounds))
+    return torch.from_numpy(minimize_convex(negative_log_posterior, start, on_step, bounds=bounds))
 
 
 def minimize_convex(
-    value: Callable[[torch.Tensor], torch.Tensor], start: Floats, stepped: OnStep, **more: Any
+    function: Callable[[torch.Tensor], torch.Tensor],
+    start: Floats,
+    on_step: OnStep,
+    method: str = "L-BFGS-B",
+    bounds: Sequence[tuple[float, float]] | None = None,
+    constraints: Sequence[dict[str, Any]] = (),
 ) -> Floats:
-    """Where a differentiable function of float64 [n] is least, by SciPy, from start. stepped: called at each step."""
+    """Find the minimum of a differentiable function by SciPy.
+
+    Args:
+        function: float64 [n] -> a scalar, differentiable by PyTorch.
+        start: float64 [n].
+        on_step: Called after each step.
+        method, bounds, constraints: As of scipy.optimize.minimize.
+
+    Returns:
+        float64 [n], where the function is least.
+    """
 
     def value_and_gradient(x: Floats) -> tuple[float, Floats]:
-        at = torch.from_numpy(np.array(x)).requires_grad_()
-        found = value(at)
-        found.backward()  # type: ignore[no-untyped-call]
-        assert at.grad is not None
-        return float(found.detach()), at.grad.numpy()
+        point = torch.from_numpy(np.array(x)).requires_grad_()
+        value = function(point)
+        value.backward()  # type: ignore[no-untyped-call]
+        assert point.grad is not None
+        return float(value.detach()), point.grad.numpy()
 
-    options = {"maxiter": 500, "ftol": 1e-10}
-    method = more.pop("method", "L-BFGS-B")
-    more |= {"method": method, "options": options, "callback": lambda _: stepped()}
-    found: Floats = minimize(value_and_gradient, start, jac=True, **more).x
-    return found
+    minimum: Floats = minimize(
+        value_and_gradient,
+        start,
+        jac=True,
+        method=method,
+        bounds=bounds,
+        constraints=constraints,
+        options={"maxiter": 500, "ftol": 1e-10},
+        callback=lambda _: on_step(),
+    ).x
+    return minimum

@@ -1,8 +1,7 @@
-"""What a student learns from: one cache or several of the same views, as one teacher."""
+"""The teacher that a student learns from: one cache, or several of the same views combined."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -19,15 +18,20 @@ from softcache.pipeline.cache.verification import verify_shard
 from .combine import Combination
 from .distribution_map import DistributionMap
 
-MissingTargets = dict[int, NDArray[np.bool_]]  # {draw: which positions of the training split have no answer}
+MissingTargets = dict[int, NDArray[np.bool_]]  # {draw: bool [N], which positions of the training split have none}
 
 
 @dataclass(frozen=True)
 class TeacherEnsemble:
-    """members: caches of the same views, see check_same; the first one's layers and last linear layer are read.
+    """Several caches as one teacher. It is a TargetSource.
 
-    combine: None for one. maps: none, one for what comes out, or one for each member where each is heard by itself.
-    gaps: rows that a member lacks; a student gets NaN for their logits, and zeros for their features.
+    Attributes:
+        members: M caches of the same views, see check_same_views. Features and the last linear layer are those of the
+            first one.
+        combine: How their logits are combined; None for one cache.
+        maps: Maps of the teacher's distribution: none, one for the combined logits, or one per member where these are
+            not combined (PER_TEACHER).
+        missing: Rows that some member lacks. A batch gets NaN as their logits and zeros as their features.
     """
 
     members: tuple[Cache, ...]
@@ -37,99 +41,142 @@ class TeacherEnsemble:
 
     @property
     def is_single_cache(self) -> bool:
-        """Whether a student learns from one cache's logits as they are."""
+        """Whether the targets are the logits of one cache, without a map."""
         return not (self.combine or self.maps)
 
     def row_order(self, split: str) -> Positions:
-        """index [rows] of each position of a split: every member's."""
+        """int64 [N]: the index of each position of a split, the same for all members."""
         return self.members[0].row_order(split)
 
     def index_at(self, split: str, positions: Positions) -> Positions:
-        """index [n] of positions [n]."""
+        """int64 [n]: the index of each of the positions [n]."""
         return self.members[0].index_at(split, positions)
 
     def fits_in_memory(self, split: str, draw: int, taps: tuple[str, ...] = (), together: int = 1) -> bool:
-        """Whether what is read of that draw is kept in memory, beside so many others."""
+        """Whether every member keeps the targets of so many draws in memory.
+
+        Args:
+            split, draw: Whose targets.
+            taps: Taps whose features are read, of the first member.
+            together: Number of draws that are read in turn.
+        """
         first, *others = self.members
-        kept = not self.missing and first.fits_in_memory(split, draw, taps, together)
-        return kept and all(c.fits_in_memory(split, draw, (), together) for c in others)
+        if self.missing or not first.fits_in_memory(split, draw, taps, together):
+            return False
+        return all(cache.fits_in_memory(split, draw, (), together) for cache in others)
 
     def read_targets(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = (), together: int = 1
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """logits float32 [n, K], or [n, M, K] where each is heard by itself, and features of the first member."""
-        gone = (
-            self.missing[draw][positions]
-            if split == "train" and draw in self.missing
-            else np.zeros(len(positions), bool)
-        )
-        if not gone.any():
+        """Read the targets at some positions.
+
+        Args:
+            split, draw: Whose targets.
+            positions: int64 [n].
+            taps: Taps whose features are read, of the first member.
+            together: Number of draws that are read in turn.
+
+        Returns:
+            Logits float32 [n, K], or [n, M, K] where members are not combined; features {tap: float16 [n, …]}.
+
+        Raises:
+            CacheError: A shard is damaged.
+        """
+        is_missing = np.zeros(len(positions), bool)
+        if split == "train" and draw in self.missing:
+            is_missing = self.missing[draw][positions]
+        if not is_missing.any():
             return self._read_members(split, draw, positions, taps, together)
-        logits, features = self._read_members(split, draw, positions[~gone], taps, together)
-        place = torch.from_numpy(~gone)
-        return _scatter_rows(logits, place, torch.nan), {
-            tap: _scatter_rows(x, place, 0) for tap, x in features.items()
-        }
+        logits, features = self._read_members(split, draw, positions[~is_missing], taps, together)
+        is_present = torch.from_numpy(~is_missing)
+        return (
+            _scatter_rows(logits, is_present, torch.nan),
+            {tap: _scatter_rows(x, is_present, 0) for tap, x in features.items()},
+        )
 
     def _read_members(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...], together: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        ask = [c.read_stored if self.missing else partial(c.read_targets, together=together) for c in self.members]
-        logits, features = ask[0](split, draw, positions, taps)
-        if len(ask) > 1:
-            logits = torch.stack([logits, *(a(split, draw, positions)[0] for a in ask[1:])], 1)
+        """The targets of rows that no member lacks."""
+
+        def read(cache: Cache, taps: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            if self.missing:  # only from the shards that hold these rows: others may be damaged
+                return cache.read_stored(split, draw, positions, taps)
+            return cache.read_targets(split, draw, positions, taps, together)
+
+        first, *others = self.members
+        logits, features = read(first, taps)
+        if others:
+            logits = torch.stack([logits, *(read(cache, ())[0] for cache in others)], 1)
         return self.combine_logits(logits), features
 
     def combine_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the members said, [n, K] of one or [n, M, K] of several, combined and mapped."""
+        """Combine and map the members' logits.
+
+        Args:
+            logits: [n, K] of one member, [n, M, K] of several.
+
+        Returns:
+            [n, K], or [n, M, K] where members are not combined.
+        """
         if self.combine and self.combine.is_per_teacher:
             if not self.maps:
                 return logits
-            return torch.stack([m(z) for m, z in zip(self.maps, logits.unbind(1), strict=True)], 1)
-        one = self.combine(logits) if self.combine else logits
-        return self.maps[0](one) if self.maps else one
+            mapped = [mapping(z) for mapping, z in zip(self.maps, logits.unbind(1), strict=True)]
+            return torch.stack(mapped, 1)
+        combined = self.combine(logits) if self.combine else logits
+        return self.maps[0](combined) if self.maps else combined
 
     def as_single_teacher(self, logits: torch.Tensor) -> torch.Tensor:
-        """The same as one teacher [n, K], for figures: of those that are heard by themselves the mean probability."""
-        heard = self.combine_logits(logits)
-        return self.combine(heard) if self.combine and self.combine.is_per_teacher else heard
+        """As combine_logits, but always [n, K], for metrics: with PER_TEACHER the mean probability of the members."""
+        combined = self.combine_logits(logits)
+        return self.combine(combined) if self.combine and self.combine.is_per_teacher else combined
 
     def read_held_out(self, split: str) -> torch.Tensor:
-        """float32 [N, K], or [N, M, K] of several members, as they are: a held-out split's logits by index."""
+        """The members' logits of a held-out split by index, neither combined nor mapped.
+
+        Returns:
+            float32 [N, K] of one member, [N, M, K] of several.
+        """
         order = torch.from_numpy(self.row_order(split))
-        found = [cache.read_targets(split, 0, np.arange(len(order)))[0] for cache in self.members]
-        logits = torch.stack(found, 1) if len(found) > 1 else found[0]
+        outputs = [cache.read_targets(split, 0, np.arange(len(order)))[0] for cache in self.members]
+        logits = torch.stack(outputs, 1) if len(outputs) > 1 else outputs[0]
         by_index = torch.empty_like(logits)
         by_index[order] = logits
         return by_index
 
 
-def _scatter_rows(rows: torch.Tensor, place: torch.Tensor, fill: float) -> torch.Tensor:
-    """Rows put where place is true, fill elsewhere."""
-    whole = rows.new_full((len(place), *rows.shape[1:]), fill)
-    whole[place] = rows
-    return whole
+def _scatter_rows(rows: torch.Tensor, is_present: torch.Tensor, fill: float) -> torch.Tensor:
+    """[n, …]: the rows where is_present [n] is true, a value elsewhere."""
+    scattered = rows.new_full((len(is_present), *rows.shape[1:]), fill)
+    scattered[is_present] = rows
+    return scattered
 
 
 def check_same_views(caches: Sequence[Cache]) -> None:
-    """Raise UsageError or CacheError, with the fields, when caches are not of the same transfer set and views."""
+    """Check that caches are of the same transfer set, views and classes, and that none is named twice.
+
+    Raises:
+        UsageError: Two of them are the same cache.
+        CacheError: They differ; the message names the fields.
+    """
+    for cache, other in combinations(caches, 2):
+        if other.manifest.fingerprint == cache.manifest.fingerprint:
+            raise UsageError(f"'{cache.folder}' and '{other.folder}' are the same cache: one --cache is enough")
     first = caches[0]
-    for one, other in combinations(caches, 2):
-        if other.manifest.fingerprint == one.manifest.fingerprint:
-            raise UsageError(f"'{one.folder}' and '{other.folder}' are the same cache: one --cache is enough")
+    expected = {name: first.manifest.identity[name] for name in ("transfer_set", "views")}
     for other in caches[1:]:
-        a, b = first.manifest.identity, other.manifest.identity
-        mine, theirs = ({name: record[name] for name in ("transfer_set", "views")} for record in (a, b))
-        if mine != theirs:
+        identity = {name: other.manifest.identity[name] for name in ("transfer_set", "views")}
+        if identity != expected:
             names = (str(first.folder), str(other.folder))
             raise CacheError(
                 f"'{first.folder}' and '{other.folder}' are not of the same rows and views:"
-                f"{format_differences(mine, theirs, names)}"
-                "\nMake the second with the first's --data, --views, --seed and cut"
+                f"{format_differences(expected, identity, names)}"
+                "\nMake the second with the --data, --views, --seed and cut of the first"
             )
         if other.classes != first.classes:
             raise CacheError(
-                f"'{first.folder}' has {first.classes} classes, '{other.folder}' {other.classes}: blend teachers of"
+                f"'{first.folder}' has {first.classes} classes, '{other.folder}' {other.classes}: combine teachers of"
                 " the same classes"
             )
 
@@ -137,28 +184,39 @@ def check_same_views(caches: Sequence[Cache]) -> None:
 def find_missing_targets(
     caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress: Progress
 ) -> MissingTargets:
-    """Rows of the first draws that some cache lacks: of shards that are gone or damaged. Every shard is read.
+    """Find the training rows whose targets some cache lacks, because a shard is missing or damaged.
 
-    taps: those that are read of the first cache.
+    Every shard is read and verified.
+
+    Args:
+        caches: The members of a teacher.
+        draws: Only the first draws are looked at.
+        taps: Taps whose features are read, of the first cache.
+        progress: Wraps the loop over shards.
+
+    Returns:
+        {draw: bool [N] by position}, for draws with such rows.
     """
-    read = [(cache, {"logits", *(f"features/{tap}" for tap in (() if k else taps))}) for k, cache in enumerate(caches)]
-    shards = [
-        (cache, record)
-        for cache, names in read
-        for record in cache.manifest.shards
-        if record.split == "train" and record.draw < draws and names & set(record.datasets)
-    ]
-    gaps: MissingTargets = {}
+    shards = []
+    for member, cache in enumerate(caches):
+        datasets = {"logits"} if member else {"logits", *(f"features/{tap}" for tap in taps)}
+        for record in cache.manifest.shards:
+            if record.split == "train" and record.draw < draws and datasets & set(record.datasets):
+                shards.append((cache, record))
+    missing: MissingTargets = {}
     for cache, record in progress(shards, len(shards), "looking for missing rows"):
         try:
             verify_shard(cache, record)
         except CacheError:
-            gone = gaps.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
-            gone[record.start : record.start + record.rows] = True
-    return gaps
+            in_draw = missing.setdefault(record.draw, np.zeros(cache.manifest.splits["train"], bool))
+            in_draw[record.start : record.start + record.rows] = True
+    return missing
 
 
-def list_missing_runs(gaps: MissingTargets) -> dict[str, list[list[int]]]:
-    """{draw: [[start, stop], …]} of the positions that are missing, as a run writes them down."""
-    edges = {draw: np.flatnonzero(np.diff(gone, prepend=False, append=False)) for draw, gone in sorted(gaps.items())}
-    return {str(draw): found.reshape(-1, 2).tolist() for draw, found in edges.items()}
+def list_missing_runs(missing: MissingTargets) -> dict[str, list[list[int]]]:
+    """The missing positions as JSON: {draw: [[start, stop], …]}, runs from start to stop - 1."""
+    runs = {}
+    for draw, in_draw in sorted(missing.items()):
+        edges = np.flatnonzero(np.diff(in_draw, prepend=False, append=False))
+        runs[str(draw)] = edges.reshape(-1, 2).tolist()
+    return runs
