@@ -51,7 +51,7 @@ class CacheLoader:
         read_targets: Whether batches have targets. If not, the cache only says which index is at which position.
         workers: Processes that decode and render; 0 for a thread of this process.
         start_method: Of these processes: "fork", "spawn" or "forkserver"; None for the platform's default.
-        sampler: A name of data.long_tail.SAMPLERS. An epoch then has n rows drawn by class, some of them more than
+        sampler: A name of data.sampling.SAMPLERS. An epoch then has n rows drawn by class, some of them more than
             once, and every row needs a label. Empty: every row once.
         draws_per_decode: k, the draws of each decoded image; it divides draws and batch_size.
         device: Where the batches are to be.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base import rng
-from softcache.data.long_tail import SAMPLERS, resample_rows
+from softcache.data.sampling import SAMPLERS, resample_rows
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.batch import TargetSource
 

@@ -50,7 +50,9 @@ def split_over_ranks(stream: CacheLoader) -> CacheLoader:
     return replace(stream, rank=ranks.rank, world=ranks.world) if ranks.world > 1 else stream
 
 
-def check_batches_shareable(model: nn.Module, stream: CacheLoader, device: torch.device, config: TrainingOptions) -> None:
+def check_batches_shareable(
+    model: nn.Module, stream: CacheLoader, device: torch.device, config: TrainingOptions
+) -> None:
     """Raise UsageError for a training that several ranks cannot share, before anything is written."""
     if (world := current_ranks().world) == 1:
         return
