@@ -157,8 +157,8 @@ def _explain_significant(better: str, has_several_seeds: bool) -> str:
     if has_several_seeds:
         return f"{text}: {better} is more accurate, by more than other rows and other seeds can explain"
     return (
-        f"{text} of these trained students, on rows like these: {better} is more accurate. It does not yet follow for"
-        " their settings: two seeds of the same settings often differ significantly too; train both with --seeds 3"
+        f"{text} between these trained students, on rows like these: {better} is more accurate. It does not yet follow"
+        " for their settings: two seeds of the same settings often differ significantly too; train both with --seeds 3"
     )
 
 
@@ -166,7 +166,7 @@ def _explain_seeds(has_several_seeds: bool) -> str:
     """Explain a difference that is beyond chance of the rows, between candidates with the same settings."""
     advice = "" if has_several_seeds else "; --seeds 3 measures how much seeds vary"
     return (
-        f"{VERDICT_TEXT[NOT_SIGNIFICANT]} of settings: other rows cannot explain the difference, but no setting"
+        f"{VERDICT_TEXT[NOT_SIGNIFICANT]} between settings: other rows cannot explain the difference, but no setting"
         f" differs, so it comes from the seeds{advice}"
     )
 

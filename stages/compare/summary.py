@@ -78,8 +78,8 @@ def print_pairs(pairs: Sequence[tuple[Candidate, Candidate]], records: Sequence[
     of_students = [record["verdict"] for record in records if record["verdict"] and record["about"] == "students"]
     if SIGNIFICANT in of_students:
         console.print(
-            "With one seed, a significant difference is one of the trained students, not yet of their settings: two"
-            " seeds of the same settings often differ significantly too; train with --seeds 3"
+            "With one seed, a significant difference is one between the trained students, not yet between their"
+            " settings: two seeds of the same settings often differ significantly too; train with --seeds 3"
         )
     elif of_students:
         console.print(

@@ -123,9 +123,9 @@ def test_a_trained_student_differs_significantly_from_an_untrained_one(runs: Pat
     assert comparison["verdict"] == "real"
     assert comparison["accuracy"]["low"] > 0.5
     assert comparison["mcnemar"][0]["p"] < 1e-30
-    assert comparison["words"].startswith("significant difference of these trained students")
+    assert comparison["words"].startswith("significant difference between these trained students")
     assert "a is more accurate" in comparison["words"]
-    assert "does not yet follow for their settings" in comparison["words"]  # one seed each
+    assert "It does not yet follow for their settings" in comparison["words"]  # one seed each
     (exchanged,) = compare(stages, "a", "random")
     assert exchanged["accuracy"]["low"] == -comparison["accuracy"]["high"]
     assert exchanged["f1_macro"]["high"] == -comparison["f1_macro"]["low"]
@@ -135,14 +135,14 @@ def test_a_trained_student_differs_significantly_from_an_untrained_one(runs: Pat
     assert "  loss           hard    kd:temperature=4\n" in out
 
 
-def test_a_difference_of_seeds_is_not_one_of_settings(runs: Path, stages: Stages) -> None:
+def test_a_difference_of_seeds_is_none_of_settings(runs: Path, stages: Stages) -> None:
     result = json.loads(Path("random/result.json").read_text())
     result["settings"] = json.loads(Path("b/result.json").read_text())["settings"]
     Path("random/result.json").write_text(json.dumps(result))
     (comparison,) = compare(stages, "a", "random")
     assert comparison["verdict"] == "not told apart"
     assert comparison["mcnemar"][0]["p"] < 1e-9
-    assert comparison["words"].startswith("no significant difference of settings")
+    assert comparison["words"].startswith("no significant difference between settings")
     assert (
         "no setting differs, so it comes from the seeds; --seeds 3 measures how much seeds vary" in comparison["words"]
     )
@@ -192,7 +192,10 @@ def test_several_runs_are_compared_with_the_first_and_share_the_level_of_signifi
     assert "Each minus a, in points; 98.33 % intervals: 95 % for all 3 together (Bonferroni)" in out
     assert "differs only in seed 0 → 1\n" in out
     assert ": significant difference\n" in out
-    assert "With one seed, a significant difference is one of the trained students, not yet of their settings" in out
+    assert (
+        "With one seed, a significant difference is one between the trained students, not yet between their settings"
+        in out
+    )
 
 
 def test_options_that_change_no_student_are_ignored_and_missing_ones_have_their_default(
