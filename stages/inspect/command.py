@@ -177,7 +177,8 @@ def _inspect_taps(cache: Cache, train: Sample, held_out: list[Sample], config: I
     if reason:
         return {"taps": {}, "channels": {}, "joint": None, "best": None, "no_taps": reason}
     test = held_out[0].take_first(config.rows)
-    return probe_taps(cache, train, test, _read_logits(cache, test.split, test.positions), config) | {"no_taps": None}
+    teacher_logits = _read_logits(cache, test.split, test.positions)
+    return probe_taps(cache, train, test, teacher_logits=teacher_logits, config=config) | {"no_taps": None}
 
 
 def _shorten_findings(findings: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Sample:
 
 
 def probe_taps(
-    cache: Cache, train: Sample, test: Sample, teacher: NDArray[np.floating], config: InspectConfig
+    cache: Cache, train: Sample, test: Sample, *, teacher_logits: NDArray[np.floating], config: InspectConfig
 ) -> dict[str, Any]:
     """Fit and measure a probe of each tap and the joint probe.
 
@@ -63,7 +63,7 @@ def probe_taps(
         cache: With at least one tap.
         train: Rows with labels of at least two classes, on which probes are fitted.
         test: Rows with labels, on which they are measured.
-        teacher: Its logits [m, K] of the test sample.
+        teacher_logits: [m, K], of the test sample.
         config: Options of the command.
 
     Returns:
@@ -73,7 +73,7 @@ def probe_taps(
     train_columns, test_columns = _read_standardized(cache, train, test, config.seed)
     probes = _fit_probes(train_columns, train.labels)
     test_columns[_JOINT] = np.concatenate(list(test_columns.values()), 1)
-    importance = _measure_importances(forms, probes, test_columns, test.labels, config)
+    importance = _measure_importances(forms, probes, test_columns, labels=test.labels, config=config)
     metrics = {
         name: summarize(probe.compute_logits(test_columns[name], cache.classes), test.labels)
         | {"converged": probe.converged}
@@ -94,7 +94,7 @@ def probe_taps(
             "of": test.split_rows,
             "train_rows": len(train.labels),
             "train_of": train.split_rows,
-            "teacher": summarize(teacher, test.labels)["accuracy"],
+            "teacher": summarize(teacher_logits, test.labels)["accuracy"],
             "majority": float(np.bincount(test.labels).max() / len(test.labels)),
             "classes_without_rows": sorted(set(range(cache.classes)) - set(test.labels.tolist())),
         },
@@ -132,6 +132,7 @@ def _measure_importances(
     forms: dict[str, TapForm],
     probes: dict[str, Probe],
     columns: dict[str, Floats],
+    *,
     labels: Labels,
     config: InspectConfig,
 ) -> dict[str, list[dict[str, float]]]:

@@ -70,7 +70,9 @@ def run(names: tuple[str, ...], config: ReportConfig) -> None:
             )
             for loaded in progress(group.runs, len(group.runs), "report")
         ]
-        sections.append(GroupSection(group, summary, table, make_cost_plot(table), run_sections))
+        sections.append(
+            GroupSection(group=group, summary=summary, table=table, costs=make_cost_plot(table), runs=run_sections)
+        )
 
     title = f"Students of {', '.join(dict.fromkeys(section.group.title for section in sections))}"
     command = _format_report_command(names, config)

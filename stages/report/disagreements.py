@@ -81,7 +81,9 @@ def collect_disagreements(
             if max(p[c], q[c]) >= _MIN_PROBABILITY
         ]
         label = student.class_names[student.labels[row]] if student.labels[row] >= 0 else None
-        disagreements.append(Disagreement(_encode_image(view), row, label, divergence, bars))
+        disagreements.append(
+            Disagreement(url=_encode_image(view), row=row, label=label, divergence=divergence, bars=bars)
+        )
     return disagreements
 
 

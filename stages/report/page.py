@@ -114,7 +114,7 @@ class GroupSection:
 def make_page_image(name: str, plot: Plot, alt: str, caption: str) -> PageImage:
     """Render a plot for the page; for the arguments see `PageImage`."""
     url = "data:image/svg+xml;base64," + base64.b64encode(render_svg(plot).encode()).decode()
-    return PageImage(name, plot, url, alt, caption)
+    return PageImage(name=name, plot=plot, url=url, alt=alt, caption=caption)
 
 
 def render_page(title: str, sections: list[GroupSection], command: str) -> str:

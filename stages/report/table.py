@@ -149,7 +149,8 @@ def make_table_rows(group: Group, networks: Mapping[str, dict[str, list[Network]
         run_networks = networks[run.name]
         for model in ("student", "baseline"):
             if run.get_metrics(model, group.split):
-                rows.append(_make_model_row(run, model, group.split, run_networks.get(model, []), latencies))
+                model_networks = run_networks.get(model, [])
+                rows.append(_make_model_row(run, model, group.split, networks=model_networks, latencies=latencies))
         if not run.result:
             rows.append(_make_unfinished_row(run))
         teachers = run_networks.get("teacher", [])
@@ -176,7 +177,9 @@ def _sum_costs(networks: Sequence[Network], latencies: Latencies) -> tuple[int |
     return sum(parameters for parameters, _ in costs), sum(milliseconds for _, milliseconds in costs)
 
 
-def _make_model_row(run: LoadedRun, model: str, split: str, networks: Sequence[Network], latencies: Latencies) -> Row:
+def _make_model_row(
+    run: LoadedRun, model: str, split: str, *, networks: Sequence[Network], latencies: Latencies
+) -> Row:
     """Make the row of a finished run's student or baseline."""
     assert run.result is not None
     record, spread = run.result[model], run.get_spread(model, split)

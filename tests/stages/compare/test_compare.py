@@ -135,7 +135,7 @@ def test_a_trained_student_differs_significantly_from_an_untrained_one(runs: Pat
     assert "  loss           hard    kd:temperature=4\n" in out
 
 
-def test_a_difference_of_seeds_is_none_of_settings(runs: Path, stages: Stages) -> None:
+def test_a_difference_between_seeds_is_not_one_between_settings(runs: Path, stages: Stages) -> None:
     result = json.loads(Path("random/result.json").read_text())
     result["settings"] = json.loads(Path("b/result.json").read_text())["settings"]
     Path("random/result.json").write_text(json.dumps(result))
