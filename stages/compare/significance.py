@@ -103,11 +103,11 @@ def _compare_pair(
     is_significant = is_beyond_rows and not only_seeds_differ(find_differing_options(first, second))
     if is_significant:
         better = second.name if accuracy.value > 0 else first.name
-        words = _explain_significant(better, has_several_seeds)
+        explanation = _explain_significant(better, has_several_seeds)
     elif is_beyond_rows:
-        words = _explain_seeds(has_several_seeds)
+        explanation = _explain_seeds(has_several_seeds)
     else:
-        words = _explain_not_significant(accuracy, p, alpha, has_several_seeds)
+        explanation = _explain_not_significant(accuracy, p, alpha, has_several_seeds)
     return record | {
         "rows": len(labels),
         "seeds": [len(first.seeds), len(second.seeds)],
@@ -116,7 +116,7 @@ def _compare_pair(
         "mcnemar": tests,
         "verdict": SIGNIFICANT if is_significant else NOT_SIGNIFICANT,
         "about": "settings" if has_several_seeds else "students",
-        "words": words,
+        "words": explanation,
     }
 
 

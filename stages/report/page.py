@@ -118,7 +118,7 @@ def make_page_image(name: str, plot: Plot, alt: str, caption: str) -> PageImage:
 
 
 def render_page(title: str, sections: list[GroupSection], command: str) -> str:
-    """Fill in the page. All text is escaped; the content security policy allows the page's own script alone.
+    """Fill in the page. All text is escaped; the content security policy allows only the page's own script.
 
     Args:
         title: Of the page.
