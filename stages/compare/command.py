@@ -1,4 +1,4 @@
-"""`softcache compare`: finished runs of students side by side, and whether they differ beyond chance."""
+"""`softcache compare`: finished runs of students in one table, and whether they differ significantly."""
 
 import json
 from collections.abc import Sequence
@@ -21,17 +21,38 @@ Row = dict[str, Any]
 
 
 def run(names: tuple[str, ...], config: ListConfig) -> None:
-    """A line for each run, and one for each teacher and baseline among them; on the test split, else validation. Then
-    each student against that of the first run; with one run, its student against its baseline."""
+    """Print a table of runs, and compare each run's student with that of the first run.
+
+    The table has a line for each student, and for each teacher and baseline among the runs, measured on the test
+    split, or on validation where a run has no test split. Of a single run, the student is compared with its baseline.
+
+    Args:
+        names: Folders of the runs.
+        config: Options of the command.
+
+    Raises:
+        UsageError: A folder is not a run.
+        CacheError: A run is damaged, or is not a student's.
+    """
     console = Console(config.json)
-    read = [_read(name) for name in dict.fromkeys(str(Path(name)) for name in names)]
-    rows = [row for of_run, _ in read for row in of_run]
-    rows = [row for i, row in enumerate(rows) if row not in rows[:i]]  # one teacher of many students
-    pairs = pair_candidates([sides for _, sides in read])
-    with progress_bar(RESAMPLES * len(pairs), "resamples", "", scale=True) as shown:
-        comparisons = compare_pairs(pairs, shown.update) if pairs else []
+    runs = [_read_run(name) for name in dict.fromkeys(str(Path(name)) for name in names)]
+    rows: list[Row] = []
+    for run_rows, _ in runs:
+        rows += [row for row in run_rows if row not in rows]  # several students can have the same teacher
+    pairs = pair_candidates([candidates for _, candidates in runs])
+    with progress_bar(RESAMPLES * len(pairs), "resamples", "", scale=True) as bar:
+        comparisons = compare_pairs(pairs, bar.update) if pairs else []
     if config.json:
-        differences = [_difference(*pair, *one) for pair in pairs for one in find_differing_options(*pair)]
+        differences = [
+            {
+                "first": first.name,
+                "second": second.name,
+                "setting": difference.name,
+                "values": [difference.first, difference.second],
+            }
+            for first, second in pairs
+            for difference in find_differing_options(first, second)
+        ]
         return console.print_json(json.dumps({"rows": rows, "differences": differences, "comparisons": comparisons}))
     _print_table(rows, console)
     if len(pairs) == 1:
@@ -40,43 +61,44 @@ def run(names: tuple[str, ...], config: ListConfig) -> None:
         print_pairs(pairs, comparisons, console)
 
 
-def _difference(first: Candidate, second: Candidate, name: str, one: Any, other: Any) -> dict[str, Any]:
-    return {"first": first.name, "second": second.name, "setting": name, "values": [one, other]}
-
-
 def _print_table(rows: Sequence[Row], console: Console) -> None:
     title = " and ".join(sorted({row["split"] for row in rows})) + " split"
     width = max(len(title), *(len(row["name"]) for row in rows))
-    console.print(f"{title:{width}}" + "".join(f"{title:>17}" for title in _COLUMNS.values()) + f"{'seeds':>7}")
+    console.print(f"{title:{width}}" + "".join(f"{column:>17}" for column in _COLUMNS.values()) + f"{'seeds':>7}")
     for row in rows:
-        shown = [format_cell(row["mean"][key], row["spread"].get(key), row["seeds"], "n/a") for key in _COLUMNS]
-        cells = "".join(f"{text:>17}" for text in shown)
-        console.print(f"{row['name']:<{width}}{cells}{row['seeds'] or '':>7}")
+        cells = [format_cell(row["mean"][key], row["spread"].get(key), row["seeds"], "n/a") for key in _COLUMNS]
+        console.print(f"{row['name']:<{width}}{''.join(f'{cell:>17}' for cell in cells)}{row['seeds'] or '':>7}")
 
 
-def _read(name: str) -> tuple[list[Row], dict[str, Candidate]]:
-    """Of a run the rows of teacher, baseline where there is one, and student; and the last two as sides."""
+def _read_run(name: str) -> tuple[list[Row], dict[str, Candidate]]:
+    """Read the rows of a run's teacher, baseline and student, and {"baseline": …, "student": …} as candidates.
+
+    The baseline is left out where the run has none. Raises CacheError for what is not the result of a student's run.
+    """
     result = read_json(Path(name) / "result.json")
     try:
         split, seeds = "test" if "test" in result["student"] else "val", len(result["seeds"])
-        mapped = (result["settings"]["combine"], result["settings"]["map"])
-        teacher = make_printable(f"teacher {result['teacher']['arch']}" + "".join(f", {how}" for how in mapped if how))
-        rows = [_row(teacher, split, 0, result["teacher"][split], {})]
-        sides: dict[str, Candidate] = {}
+        options = "".join(
+            f", {value}" for value in (result["settings"]["combine"], result["settings"]["map"]) if value
+        )
+        teacher = make_printable(f"teacher {result['teacher']['arch']}{options}")
+        rows = [_make_row(teacher, split, seeds=0, mean=result["teacher"][split], spread={})]
+        candidates: dict[str, Candidate] = {}
         for model in ("baseline", "student"):
             if model in result:
                 title = f"{name}, hard targets only" if model == "baseline" else name
-                rows.append(_row(title, split, seeds, result[model][split], result["spread"][model][split]))
-                sides[model] = read_candidate(name, title, result, model)
-        return rows, sides
+                spread = result["spread"][model][split]
+                rows.append(_make_row(title, split, seeds=seeds, mean=result[model][split], spread=spread))
+                candidates[model] = read_candidate(name, title, result, model)
+        return rows, candidates
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise CacheError(f"'{name}/result.json' is not of a student's run") from None
 
 
-def _row(name: str, split: str, seeds: int, mean: dict[str, Any], spread: dict[str, Any]) -> Row:
-    """Raises TypeError for figures that are no numbers."""
-    shown = {key: mean.get(key) for key in _COLUMNS}
-    around = {key: spread.get(key) for key in shown} if spread else {}
-    if not all(value is None or isinstance(value, int | float) for value in (*shown.values(), *around.values())):
-        raise TypeError("no numbers")
-    return {"name": name, "split": split, "seeds": seeds, "mean": shown, "spread": around}
+def _make_row(name: str, split: str, *, seeds: int, mean: dict[str, Any], spread: dict[str, Any]) -> Row:
+    """Make a row of the table. Raises TypeError for metrics that are not numbers."""
+    means = {key: mean.get(key) for key in _COLUMNS}
+    spreads = {key: spread.get(key) for key in _COLUMNS} if spread else {}
+    if not all(value is None or isinstance(value, int | float) for value in (*means.values(), *spreads.values())):
+        raise TypeError("the metrics are not numbers")
+    return {"name": name, "split": split, "seeds": seeds, "mean": means, "spread": spreads}

@@ -1,4 +1,4 @@
-"""Whether two trained students are told apart by what they say of the same rows, in figures and in plain words."""
+"""Whether two trained students differ significantly on the same rows: the record of a comparison, and its verdict."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,113 +12,175 @@ from softcache.stages.cli.copied_commands import program_name
 
 from .candidates import Candidate, Predictions, find_differing_options, only_seeds_differ, read_predictions
 
-ALPHA = 0.05  # that what is no difference is called one, in all comparisons of a command together
-SIGNIFICANT, NOT_SIGNIFICANT = "real", "not told apart"
+ALPHA = 0.05  # level of significance, of all comparisons of a command together
+SIGNIFICANT, NOT_SIGNIFICANT = "real", "not told apart"  # the values of `verdict` in a record
+VERDICT_TEXT = {SIGNIFICANT: "significant difference", NOT_SIGNIFICANT: "no significant difference"}
 Record = dict[str, Any]
 
 
-def compare_pairs(pairs: Sequence[tuple[Candidate, Candidate]], done: Callable[[int], object]) -> list[Record]:
-    """A record of each pair, see `_record`. done: told of every so many resamples.
+def compare_pairs(pairs: Sequence[tuple[Candidate, Candidate]], on_progress: Callable[[int], object]) -> list[Record]:
+    """Compare the two candidates of each pair.
 
-    Intervals and p are held to CHANCE over the number of pairs (Bonferroni). Holm's steps would gain a little power,
-    and the interval that is printed would no longer be what decides. Raises CacheError for damaged logits.
+    The level of significance is ALPHA over the number of pairs (Bonferroni), for intervals and p-values. Holm's method
+    would have a little more power, but the printed interval would no longer be what decides.
+
+    Args:
+        pairs: Of at least one pair.
+        on_progress: Called with the number of further resamples that are done.
+
+    Returns:
+        A record of each pair:
+
+        - first, second: names; split: on which they were measured.
+        - verdict: SIGNIFICANT; NOT_SIGNIFICANT where the difference is not significant, or only seeds differ; None
+          where nothing can be computed: then only `words` follows.
+        - words: The verdict for a person, or why there is none.
+        - rows; seeds: number of seeds of each; level: of the intervals.
+        - accuracy, f1_macro: {value, low, high}, second minus first, as shares (-1 … 1).
+        - mcnemar: see `_test_seeds`.
+        - about: "settings", or "students" where one of the two has a single seed. Then McNemar's p must be below the
+          level too, and the verdict holds for these trained students only.
+
+    Raises:
+        CacheError: A file of logits is damaged.
     """
-    sides = {side.name: side for pair in pairs for side in pair}
-    said = {name: _read_predictions(side) for name, side in sides.items()}
-    return [_record(*pair, said[pair[0].name], said[pair[1].name], ALPHA / len(pairs), done) for pair in pairs]
+    candidates = {candidate.name: candidate for pair in pairs for candidate in pair}
+    predictions = {name: _read_predictions(candidate) for name, candidate in candidates.items()}
+    return [
+        _compare_pair(
+            first,
+            second,
+            first_predictions=predictions[first.name],
+            second_predictions=predictions[second.name],
+            alpha=ALPHA / len(pairs),
+            on_progress=on_progress,
+        )
+        for first, second in pairs
+    ]
 
 
-def _read_predictions(side: Candidate) -> Predictions | str:
-    """What a side says, or why nothing is known of it."""
+def _read_predictions(candidate: Candidate) -> Predictions | str:
+    """Read the predictions of a candidate, or say why they cannot be compared."""
     try:
-        said = read_predictions(side)
+        predictions = read_predictions(candidate)
     except UsageError as error:
-        again = f"{program_name()} student --resume --out {quote(str(side.folder))}"
-        return f"{error}; of an older run it is written by  {again}"
-    return said if len(said.labels) else f"the {side.split} rows of '{side.name}' have no labels"
+        command = f"{program_name()} student --resume --out {quote(str(candidate.folder))}"
+        return f"{error}; a finished run of an older version writes it with  {command}"
+    if not len(predictions.labels):
+        return f"the {candidate.split} rows of '{candidate.name}' have no labels"
+    return predictions
 
 
-def _record(
+def _compare_pair(
     first: Candidate,
     second: Candidate,
-    a: Predictions | str,
-    b: Predictions | str,
-    chance: float,
-    done: Callable[[int], object],
+    *,
+    first_predictions: Predictions | str,
+    second_predictions: Predictions | str,
+    alpha: float,
+    on_progress: Callable[[int], object],
 ) -> Record:
-    """What is known of the second against the first.
-
-    accuracy, f1_macro: {value, low, high}, second less first, as shares; level: of the intervals; mcnemar: see
-    `_tests`; verdict: real, not told apart (within chance, or nothing but seeds differs), or None where nothing is
-    known; about: settings, or students where one of the two has a single seed: then McNemar's p must be below chance
-    too; words: the verdict, or why there is none.
-    """
+    """Make the record of a pair, see `compare_pairs`. Predictions that are a str: why there are none."""
     record: Record = {"first": first.name, "second": second.name, "split": second.split, "verdict": None}
-    if isinstance(a, str) or isinstance(b, str):
-        return record | {"words": a if isinstance(a, str) else b}
-    if not a.has_same_rows(b):
-        rows = f"{first.split} split, {len(a.labels):,} rows, and {second.split} split, {len(b.labels):,} rows"
-        names = f"'{first.name}' and '{second.name}'"
-        return record | {"words": f"{names} were not measured on the same rows, labels and classes ({rows})"}
-    found = paired_bootstrap(a.labels, a.predictions, b.predictions, 1 - chance, done=done)
-    several = min(len(first.seeds), len(second.seeds)) > 1
-    tests = _tests(first, second, a, b, several)
-    accuracy, p = found["accuracy"], max(test["p"] for test in tests)
-    beyond = accuracy.is_significant and (several or p < chance)
-    real = beyond and not only_seeds_differ(find_differing_options(first, second))
-    words = _explain_seeds(several)
-    if real:
-        words = _explain_significant(first, second, accuracy, several)
-    elif not beyond:
-        words = _explain_not_significant(accuracy, p, chance, several)
+    if isinstance(first_predictions, str):
+        return record | {"words": first_predictions}
+    if isinstance(second_predictions, str):
+        return record | {"words": second_predictions}
+    labels = first_predictions.labels
+    if not first_predictions.has_same_rows(second_predictions):
+        return record | {
+            "words": f"'{first.name}' and '{second.name}' were not measured on the same rows, labels and classes"
+            f" ({first.split} split, {len(labels):,} rows, and {second.split} split,"
+            f" {len(second_predictions.labels):,} rows)"
+        }
+    differences = paired_bootstrap(
+        labels, first_predictions.predictions, second_predictions.predictions, 1 - alpha, done=on_progress
+    )
+    accuracy, has_several_seeds = differences["accuracy"], min(len(first.seeds), len(second.seeds)) > 1
+    tests = _test_seeds(first, second, first_predictions, second_predictions)
+    p = max(test["p"] for test in tests)
+    is_beyond_rows = accuracy.is_significant and (has_several_seeds or p < alpha)
+    is_significant = is_beyond_rows and not only_seeds_differ(find_differing_options(first, second))
+    if is_significant:
+        better = second.name if accuracy.value > 0 else first.name
+        explanation = _explain_significant(better, has_several_seeds)
+    elif is_beyond_rows:
+        explanation = _explain_seeds(has_several_seeds)
+    else:
+        explanation = _explain_not_significant(accuracy, p, alpha, has_several_seeds)
     return record | {
-        "rows": len(a.labels),
+        "rows": len(labels),
         "seeds": [len(first.seeds), len(second.seeds)],
-        "level": 1 - chance,
-        **{name: asdict(one) for name, one in found.items()},
+        "level": 1 - alpha,
+        **{name: asdict(difference) for name, difference in differences.items()},
         "mcnemar": tests,
-        "verdict": SIGNIFICANT if real else NOT_SIGNIFICANT,
-        "about": "settings" if several else "students",
-        "words": words,
+        "verdict": SIGNIFICANT if is_significant else NOT_SIGNIFICANT,
+        "about": "settings" if has_several_seeds else "students",
+        "words": explanation,
     }
 
 
-def _tests(first: Candidate, second: Candidate, a: Predictions, b: Predictions, several: bool) -> list[Record]:
-    """McNemar's test of seed after seed; where a side has one seed, of that one with each of the other's."""
-    ones, others = (
-        list(zip(first.seeds, a.predictions, strict=True)),
-        list(zip(second.seeds, b.predictions, strict=True)),
-    )
+def _test_seeds(
+    first: Candidate, second: Candidate, first_predictions: Predictions, second_predictions: Predictions
+) -> list[Record]:
+    """Run McNemar's test on pairs of seeds.
+
+    With several seeds of both candidates, the n-th of one with the n-th of the other; else the single seed of one with
+    each seed of the other.
+
+    Returns:
+        Of each test {seeds: the two seeds, first_alone, second_alone: rows that only that one predicts right, p}.
+    """
+    labels = first_predictions.labels
+    first_seeds = zip(first.seeds, first_predictions.predictions, strict=True)
+    second_seeds = zip(second.seeds, second_predictions.predictions, strict=True)
+    if min(len(first.seeds), len(second.seeds)) > 1:
+        seed_pairs = list(zip(first_seeds, second_seeds, strict=False))
+    else:
+        seed_pairs = list(product(first_seeds, second_seeds))
     tests = []
-    for (one, guess), (other, against) in zip(ones, others, strict=False) if several else product(ones, others):
-        alone = count_right_alone(a.labels, guess, against)
-        tests.append({"seeds": [one, other], "first_alone": alone[0], "second_alone": alone[1], "p": mcnemar(*alone)})
+    for (first_seed, first_classes), (second_seed, second_classes) in seed_pairs:
+        first_alone, second_alone = count_right_alone(labels, first_classes, second_classes)
+        tests.append(
+            {
+                "seeds": [first_seed, second_seed],
+                "first_alone": first_alone,
+                "second_alone": second_alone,
+                "p": mcnemar(first_alone, second_alone),
+            }
+        )
     return tests
 
 
-def _explain_significant(first: Candidate, second: Candidate, accuracy: Difference, several: bool) -> str:
-    better = second.name if accuracy.value > 0 else first.name
-    if several:
-        words = f"{SIGNIFICANT}: {better} is the more accurate, beyond what other rows and other seeds make of it"
-    else:
-        words = (
-            f"{SIGNIFICANT} for these trained students, on rows such as these: {better} is the more accurate."
-            " Not yet for their settings: two seeds of the same settings are often told apart like this;"
-            " --seeds 3 of both tells"
-        )
-    return words
+def _explain_significant(better: str, has_several_seeds: bool) -> str:
+    text = VERDICT_TEXT[SIGNIFICANT]
+    if has_several_seeds:
+        return f"{text}: {better} is more accurate, by more than other rows and other seeds can explain"
+    return (
+        f"{text} between these trained students, on rows like these: {better} is more accurate. It does not yet follow"
+        " for their settings: two seeds of the same settings often differ significantly too; train both with --seeds 3"
+    )
 
 
-def _explain_seeds(several: bool) -> str:
-    """A difference beyond other rows (and seeds) where there is nothing but seeds that it could come from."""
-    tells = "" if several else "; --seeds 3 shows how far seeds go"
-    return f"{NOT_SIGNIFICANT}: other rows do not explain it, but no setting differs: it is chance of the seeds{tells}"
+def _explain_seeds(has_several_seeds: bool) -> str:
+    """Explain a difference that is beyond chance of the rows, between candidates with the same settings."""
+    advice = "" if has_several_seeds else "; --seeds 3 measures how much seeds vary"
+    return (
+        f"{VERDICT_TEXT[NOT_SIGNIFICANT]} between settings: other rows cannot explain the difference, but no setting"
+        f" differs, so it comes from the seeds{advice}"
+    )
 
 
-def _explain_not_significant(accuracy: Difference, p: float, chance: float, several: bool) -> str:
-    if several:
-        return f"{NOT_SIGNIFICANT}: other rows and other seeds could as well have made the difference 0"
-    why = [] if accuracy.is_significant else ["the interval includes 0"]
-    why += [f"McNemar's p is {p:.2g}, not below {chance:.2g}"] if p >= chance else []
-    about = "That is of these trained students on these rows; another seed could give another answer"
-    return f"{NOT_SIGNIFICANT}: {' and '.join(why)}. {about}; --seeds 3 of both tells"
+def _explain_not_significant(accuracy: Difference, p: float, alpha: float, has_several_seeds: bool) -> str:
+    text = VERDICT_TEXT[NOT_SIGNIFICANT]
+    if has_several_seeds:
+        return f"{text}: with other rows and other seeds it could be 0"
+    reasons = []
+    if not accuracy.is_significant:
+        reasons.append("the interval includes 0")
+    if p >= alpha:
+        reasons.append(f"McNemar's p is {p:.2g}, not below {alpha:.2g}")
+    return (
+        f"{text}: {' and '.join(reasons)}. This holds for these trained students on these rows, and may not for other"
+        " seeds; train both with --seeds 3"
+    )

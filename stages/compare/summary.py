@@ -1,4 +1,4 @@
-"""What `softcache compare` prints below its table: in what students differ, by how much, and whether that is real."""
+"""What `softcache compare` prints below its table: the differing options, the differences, and their verdicts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,89 +6,103 @@ from typing import Any
 from softcache.stages.cli.console import Console
 
 from .candidates import Candidate, OptionDifference, find_differing_options, format_value, only_seeds_differ
-from .significance import ALPHA, SIGNIFICANT, Record
+from .significance import ALPHA, SIGNIFICANT, VERDICT_TEXT, Record
 
-_FIGURES = {"accuracy": "accuracy", "f1_macro": "macro F1"}
+_METRICS = {"accuracy": "accuracy", "f1_macro": "macro F1"}
 
 
 def print_pair(first: Candidate, second: Candidate, record: Record, console: Console) -> None:
-    """Two in full: their settings side by side, the figures a line each, the verdict."""
+    """Print one comparison in full: the differing options side by side, a line for each metric, the verdict.
+
+    Args:
+        first: The candidate that is subtracted.
+        second: The candidate from which it is subtracted.
+        record: Of their comparison, see `significance.compare_pairs`.
+        console: Where to print.
+    """
     console.print()
     _print_options(first, second, console)
     if record["verdict"] is None:
         return console.print(f"no verdict: {record['words']}")
-    seeds = " and ".join(map(str, dict.fromkeys(record["seeds"])))
-    each = f"{seeds} seed{'s' * (seeds != '1')}{' each' * (' ' not in seeds)}"
-    title = f"difference: {second.name} less {first.name}, {record['split']} split"
-    console.print(f"{title}, {record['rows']:,} rows, {each}:")
-    for key, name in _FIGURES.items():
+    title = f"difference: {second.name} minus {first.name}, {record['split']} split"
+    console.print(f"{title}, {record['rows']:,} rows, {_format_seeds(*record['seeds'])}:")
+    for key, name in _METRICS.items():
         value, low, high = _format_points(record[key])
         console.print(f"  {name:<9} {value} points, {100 * record['level']:.4g} % interval {low} to {high}")
     tests = record["mcnemar"]
     if len(tests) == 1:
-        alone = f"right in one alone: {tests[0]['first_alone']:,} and {tests[0]['second_alone']:,} rows"
-        console.print(f"  McNemar   {alone}, p = {tests[0]['p']:.2g}")
+        counts = f"right in only one of the two: {tests[0]['first_alone']:,} and {tests[0]['second_alone']:,} rows"
+        console.print(f"  McNemar   {counts}, p = {tests[0]['p']:.2g}")
     else:
-        by_seed = ", ".join(f"{test['p']:.2g} (seeds {test['seeds'][0]}, {test['seeds'][1]})" for test in tests)
-        alone = ": each of two students alone, it decides nothing" if record["about"] == "settings" else ""
-        console.print(f"  McNemar   p = {by_seed}{alone}")
+        p_values = ", ".join(f"{test['p']:.2g} (seeds {test['seeds'][0]}, {test['seeds'][1]})" for test in tests)
+        note = ": each of two single students, not part of the verdict" if record["about"] == "settings" else ""
+        console.print(f"  McNemar   p = {p_values}{note}")
     console.print(record["words"])
 
 
+def _format_seeds(first: int, second: int) -> str:
+    """Format the numbers of seeds: `1 seed each`, `3 seeds each`, `3 and 1 seeds`."""
+    if first != second:
+        return f"{first} and {second} seeds"
+    return "1 seed each" if first == 1 else f"{first} seeds each"
+
+
 def _print_options(first: Candidate, second: Candidate, console: Console) -> None:
-    apart = find_differing_options(first, second)
-    rows = [
-        ("", first.name, second.name),
-        *((format_value(name), format_value(one), format_value(other)) for name, one, other in apart),
-    ]
-    if not apart:
+    differences = find_differing_options(first, second)
+    if not differences:
         return console.print("They differ in no setting.")
-    if only_seeds_differ(apart):
-        console.print("They differ in nothing but seeds:")
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    for name, one, other in rows:
-        console.print(f"  {name:{widths[0]}}  {one:{widths[1]}}  {other}")
+    if only_seeds_differ(differences):
+        console.print("They differ only in seeds:")
+    rows = [("", first.name, second.name)]
+    rows += [(format_value(name), format_value(a), format_value(b)) for name, a, b in differences]
+    name_width, first_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for name, first_value, second_value in rows:
+        console.print(f"  {name:{name_width}}  {first_value:{first_width}}  {second_value}")
 
 
 def print_pairs(pairs: Sequence[tuple[Candidate, Candidate]], records: Sequence[Record], console: Console) -> None:
-    """Each against the first, in two lines: figures and verdict, and in what it differs."""
+    """Print several comparisons with the first candidate, two lines each: metrics and verdict, and differing options.
+
+    Args:
+        pairs: The candidates; the first one is the same in all pairs.
+        records: Of their comparisons, see `significance.compare_pairs`.
+        console: Where to print.
+    """
     console.print()
     n, width = len(pairs), max(len(second.name) for _, second in pairs)
     level = f"{100 * (1 - ALPHA / n):.4g} % intervals: {100 * (1 - ALPHA):g} % for all {n} together (Bonferroni)"
-    console.print(f"Each less {pairs[0][0].name}, in points; {level}")
+    console.print(f"Each minus {pairs[0][0].name}, in points; {level}")
     for (first, second), record in zip(pairs, records, strict=True):
-        apart = find_differing_options(first, second)
         console.print(f"  {second.name:{width}}  {_format_comparison(record)}")
-        console.print(f"  {'':{width}}    {_format_differences(apart)}")
-    if any(record["verdict"] == SIGNIFICANT and record["about"] == "students" for record in records):
+        console.print(f"  {'':{width}}    {_format_differences(find_differing_options(first, second))}")
+    of_students = [record["verdict"] for record in records if record["verdict"] and record["about"] == "students"]
+    if SIGNIFICANT in of_students:
         console.print(
-            "One seed: real is said of the trained students, not yet of their settings: two seeds of the same settings"
-            " are often told apart like this; --seeds 3 tells"
+            "With one seed, a significant difference is one between the trained students, not yet between their"
+            " settings: two seeds of the same settings often differ significantly too; train with --seeds 3"
         )
-    elif any(record["verdict"] and record["about"] == "students" for record in records):
+    elif of_students:
         console.print(
-            "One seed: that is of these trained students; another seed could give another answer; --seeds 3 tells"
+            "With one seed, this holds for these trained students, and may not for other seeds; train with --seeds 3"
         )
 
 
 def _format_comparison(record: Record) -> str:
     if record["verdict"] is None:
         return f"no verdict: {record['words']}"
-    figures = ["{} {} ({} to {})".format(name, *_format_points(record[key])) for key, name in _FIGURES.items()]
+    metrics = ["{} {} ({} to {})".format(name, *_format_points(record[key])) for key, name in _METRICS.items()]
     p = f", McNemar's p {record['mcnemar'][0]['p']:.2g}" if len(record["mcnemar"]) == 1 else ""
-    return f"{', '.join(figures)}{p}: {record['verdict']}"
+    return f"{', '.join(metrics)}{p}: {VERDICT_TEXT[record['verdict']]}"
 
 
-def _format_differences(apart: Sequence[OptionDifference]) -> str:
-    if not apart:
+def _format_differences(differences: Sequence[OptionDifference]) -> str:
+    if not differences:
         return "differs in no setting"
-    changes = ", ".join(
-        f"{format_value(name)} {format_value(one)} → {format_value(other)}" for name, one, other in apart
-    )
-    return f"differs in {'nothing but ' * only_seeds_differ(apart)}{changes}"
+    changes = ", ".join(f"{format_value(name)} {format_value(a)} → {format_value(b)}" for name, a, b in differences)
+    return f"differs only in {changes}" if only_seeds_differ(differences) else f"differs in {changes}"
 
 
 def _format_points(difference: dict[str, Any]) -> tuple[str, str, str]:
-    """value, low and high as points with a sign."""
+    """Format value, low and high as percentage points with a sign."""
     value, low, high = (f"{round(100 * difference[key], 2) + 0.0:+.2f}" for key in ("value", "low", "high"))
     return value, low, high

@@ -1,4 +1,4 @@
-"""`softcache export`: a finished student as files that other programs take, each checked against PyTorch first."""
+"""`softcache export`: a finished student as files for other programs, each checked against PyTorch first."""
 
 import json
 import time
@@ -27,173 +27,206 @@ from softcache.stages.student.teachers import open_caches
 
 from .formats import OPSET, ExportedModel, capture_program, load_pt2, make_onnx, make_pt2, make_safetensors
 from .metadata import INT8, ONNX, PT2, WEIGHTS, ExportMetadata
-from .model_card import model_card
-from .onnx_model import OnnxStudent, versions
+from .model_card import format_model_card
+from .onnx_model import OnnxStudent, get_onnx_versions
 from .parity import (
-    BATCHES,
+    BATCH_SIZES,
     Logits,
     check_parity,
     check_reloaded,
-    float32_noise,
-    largest_batch_difference,
+    measure_batch_difference,
+    measure_float32_noise,
     run_in_batches,
     to_unit_range,
 )
 from .select_student import ExportedRun, select_student
 
 CARD_FILE, RECORD_FILE = "MODEL_CARD.md", "export.json"
-_FILES = (RECORD_FILE, CARD_FILE, INT8, ONNX, PT2, WEIGHTS)  # in the order in which an older export is taken away
+_FILES = (RECORD_FILE, CARD_FILE, INT8, ONNX, PT2, WEIGHTS)  # an older export is removed in this order
 
 
-def run(name: str, config: ExportConfig, said: set[str]) -> None:
-    """Everything is made and checked before the first file is published; export.json is the last."""
+def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
+    """Export a student into its run's folder.
+
+    All files are made and checked before the first is published; export.json is the last.
+
+    Args:
+        name: Folder of the run, or of one of its seeds.
+        config: Options of the command.
+        explicit_options: Names of the options that were given on the command line.
+
+    Raises:
+        UsageError: The folder is not a student's run, or an optional library is missing.
+        CacheError: The run or its cache is damaged or does not match, or a file fails its check.
+    """
     require_extra("export needs", "export", "onnx", "onnxscript", "onnxruntime")
-    console, begun = Console(config.json), time.monotonic()
-    here = {name: getattr(config, name) for name in said & {"data", "data_root", "cache"}}
-    # On this machine's CPU in float32, whatever the run was trained in: that is what the files are compared with.
-    chosen = select_student(Path(name), device="cpu", precision="float32", **here)
-    check_same_teachers(Path(chosen.config.out), open_caches(chosen.config.cache))
-    setup = DistillationSetup.open(chosen.config)
-    console.print(f"exporting {make_printable(chosen.config.arch)}, seed {chosen.config.seed} ({chosen.reason})")
-    with hold_lock(chosen.folder):
-        _remove_old_files(chosen.folder)
-        record, files = _make_files(chosen, setup, config)
-        record["seconds"] = time.monotonic() - begun
+    console, start = Console(config.json), time.monotonic()
+    overrides = {name: getattr(config, name) for name in explicit_options & {"data", "data_root", "cache"}}
+    # On the CPU in float32, however the run was trained: the files are compared with that.
+    exported = select_student(Path(name), device="cpu", precision="float32", **overrides)
+    check_same_teachers(Path(exported.config.out), open_caches(exported.config.cache))
+    setup = DistillationSetup.open(exported.config)
+    console.print(f"exporting {make_printable(exported.config.arch)}, seed {exported.config.seed} ({exported.reason})")
+    with hold_lock(exported.folder):
+        _remove_older_export(exported.folder)
+        record, files = _make_files(exported, setup, config)
+        record["seconds"] = time.monotonic() - start
         for file, content in files.items():
-            publish_bytes(chosen.folder / file, content)
-        publish_text(
-            chosen.folder / CARD_FILE, model_card(record, chosen, [c.manifest for c in setup.teachers.members])
-        )
-        publish_json(chosen.folder / RECORD_FILE, record)
+            publish_bytes(exported.folder / file, content)
+        card = format_model_card(record, exported, [cache.manifest for cache in setup.teachers.members])
+        publish_text(exported.folder / CARD_FILE, card)
+        publish_json(exported.folder / RECORD_FILE, record)
     if config.json:
         return console.print_json(json.dumps(record))
-    for line in _print_summary(record):
+    for line in _summary_lines(record):
         console.print(line)
-    console.print(
-        f"files: {chosen.folder}/{', '.join((*files, CARD_FILE, RECORD_FILE))} ({format_duration(record['seconds'])})"
-    )
+    names = ", ".join((*files, CARD_FILE, RECORD_FILE))
+    console.print(f"files: {exported.folder}/{names} ({format_duration(record['seconds'])})")
 
 
-def _remove_old_files(folder: Path) -> None:
-    """Take away what an older export left: whatever lies there is of the last command, or nothing does."""
+def _remove_older_export(folder: Path) -> None:
+    """Remove the files of an older export, so that those in the folder are always of one export."""
     remove_stale_files(folder, _FILES)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
 
 
 def _make_files(
-    chosen: ExportedRun, setup: DistillationSetup, config: ExportConfig
+    exported: ExportedRun, setup: DistillationSetup, config: ExportConfig
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """export.json, but for the time it took, and the files. Raises CacheError for one that fails its check."""
-    network, losses = setup.build_student(chosen.config, setup.losses), setup.losses
-    path = chosen.seed_folder / "student.pt"
-    load_weights(network, read_state_dict(path), str(path))
-    arch, about = setup.student_arch(chosen.config, losses), _make_metadata(chosen, setup)
+    """Make all files and check them. Raises CacheError where one fails its check.
+
+    Returns:
+        export.json without its duration, and {name: content} of the other files.
+    """
+    network = setup.build_student(exported.config, setup.losses)
+    weights = exported.seed_folder / "student.pt"
+    load_weights(network, read_state_dict(weights), str(weights))
+    arch, metadata = setup.student_arch(exported.config, setup.losses), _make_metadata(exported, setup)
     split = "test" if "test" in setup.held_out else "val"
-    rows = setup.held_out[split]
-    said = _student_logits(network, setup, "student")
+    held_out = setup.held_out[split]
+    logits = _compute_logits(network, setup, "student")
+    expected = logits[split]
     figures = {
-        "student": setup.compute_metrics(said),
+        "student": setup.compute_metrics(logits),
         "teacher": setup.teacher_metrics,
-        **_baseline(chosen, setup),
+        **_measure_baseline(exported, setup),
     }
 
     model = ExportedModel(network, setup.input_spec)
-    with progress_bar(3, "writing graphs", "file") as shown:
-        program = capture_program(model, arch, about.channels, about.size)
-        shown.update()
-        files = {ONNX: make_onnx(program, arch, about.to_metadata(), __version__)}
-        shown.update()
-        files[PT2] = make_pt2(program, about.to_metadata())
-        shown.update()
-    runner = OnnxStudent.from_session(files[ONNX], torch.get_num_threads())
-    found = run_in_batches(rows, lambda views: runner.logits(to_unit_range(views)), f"checking {ONNX}")
-    sizes, own = largest_batch_difference(runner, rows, said[split]), float32_noise(model, rows, said[split])
-    check = check_parity(ONNX, said[split], found, sizes, own, config.tolerance)
-    again = check_reloaded(PT2, load_pt2(files[PT2]), model, rows, config.tolerance)
-    files[WEIGHTS] = make_safetensors(network, about.to_metadata())
+    with progress_bar(3, "writing graphs", "file") as bar:
+        program = capture_program(model, arch, metadata.channels, metadata.size)
+        bar.update()
+        files = {ONNX: make_onnx(program, arch, metadata.to_dict(), __version__)}
+        bar.update()
+        files[PT2] = make_pt2(program, metadata.to_dict())
+        bar.update()
+    files[WEIGHTS] = make_safetensors(network, metadata.to_dict())
+
+    onnx_student = OnnxStudent.from_bytes(files[ONNX], torch.get_num_threads())
+    parity = check_parity(
+        ONNX,
+        expected,
+        run_in_batches(held_out, lambda views: onnx_student.compute_logits(to_unit_range(views)), f"checking {ONNX}"),
+        batch_difference=measure_batch_difference(onnx_student, held_out, expected),
+        noise=measure_float32_noise(model, held_out, expected),
+        tolerance=config.tolerance,
+    )
+    pt2_difference = check_reloaded(
+        PT2, load_pt2(files[PT2]), model=model, held_out=held_out, tolerance=config.tolerance
+    )
 
     record: dict[str, Any] = {
-        "run": chosen.folder.resolve().name,
-        "seed": chosen.config.seed,
-        "chosen": chosen.reason,
+        "run": exported.folder.resolve().name,
+        "seed": exported.config.seed,
+        "chosen": exported.reason,
         "arch": arch,
         "parameters": count_parameters(network),
-        "multiply_adds": count_multiply_adds(network, setup.input_spec.channels, about.size),
-        "classes": list(about.classes),
-        "preprocessing": about.preprocessing(),
-        "outputs": about.outputs(),
-        "cache": list(about.fingerprints),
+        "multiply_adds": count_multiply_adds(network, setup.input_spec.channels, metadata.size),
+        "classes": list(metadata.classes),
+        "preprocessing": metadata.preprocessing,
+        "outputs": metadata.describe_output(),
+        "cache": list(metadata.fingerprints),
         "figures": figures,
         "opset": OPSET,
-        "check": {"split": split, **check, "batch_sizes": list(BATCHES), "pt2_difference": again},
+        "check": {"split": split, **parity, "batch_sizes": list(BATCH_SIZES), "pt2_difference": pt2_difference},
         "int8": None,
-        "versions": {**about.versions, **versions()},
+        "versions": {**metadata.versions, **get_onnx_versions()},
     }
     if config.int8:
-        from .quantized_file import make_quantized_file
+        from .quantize import make_int8_file
 
-        made = make_quantized_file(setup, about, files[ONNX], runner, split, said[split], config.most_drop)
-        files[INT8], record["int8"] = made
+        files[INT8], record["int8"] = make_int8_file(
+            setup,
+            metadata,
+            model=files[ONNX],
+            float32_student=onnx_student,
+            split=split,
+            expected=expected,
+            most_drop=config.most_drop,
+        )
     record["files"] = {
         name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in files.items()
     }
     return record, files
 
 
-def _make_metadata(chosen: ExportedRun, setup: DistillationSetup) -> ExportMetadata:
+def _make_metadata(exported: ExportedRun, setup: DistillationSetup) -> ExportMetadata:
     views, transfer_set = setup.cache.views, setup.transfer_set
     return ExportMetadata(
-        transfer_set.classes,
-        transfer_set.channels,
-        views.size,
-        max(views.resize, views.size),
-        setup.student_arch(chosen.config, setup.losses),
-        tuple(cache.manifest.fingerprint for cache in setup.teachers.members),
-        {"softcache": __version__, "torch": torch.__version__},
+        classes=transfer_set.classes,
+        channels=transfer_set.channels,
+        size=views.size,
+        resize=max(views.resize, views.size),
+        arch=setup.student_arch(exported.config, setup.losses),
+        fingerprints=tuple(cache.manifest.fingerprint for cache in setup.teachers.members),
+        versions={"softcache": __version__, "torch": torch.__version__},
     )
 
 
-def _student_logits(network: nn.Module, setup: DistillationSetup, what: str) -> dict[str, Logits]:
-    """{split: logits} by PyTorch, in float32 and eval mode, as the student was validated."""
+def _compute_logits(network: nn.Module, setup: DistillationSetup, description: str) -> dict[str, Logits]:
+    """Compute {split: logits} with PyTorch, in float32 and eval mode, as the student was validated."""
     model = PreparedModel(network, setup.input_spec).eval()
 
-    def ask(views: torch.Tensor) -> Logits:
+    def compute(views: torch.Tensor) -> Logits:
         with torch.inference_mode():
             logits: Logits = model(views).numpy()
         return logits
 
-    return {split: run_in_batches(rows, ask, f"{what}, {split}") for split, rows in setup.held_out.items()}
+    return {
+        split: run_in_batches(held_out, compute, f"{description}, {split}")
+        for split, held_out in setup.held_out.items()
+    }
 
 
-def _baseline(chosen: ExportedRun, setup: DistillationSetup) -> dict[str, Any]:
-    """The figures of the baseline, where there is one."""
-    path = chosen.baseline
-    if not chosen.config.baseline or not path.is_file():
+def _measure_baseline(exported: ExportedRun, setup: DistillationSetup) -> dict[str, Any]:
+    """Compute {"baseline": its metrics}; an empty dict where no baseline was trained."""
+    path = exported.baseline
+    if not exported.config.baseline or not path.is_file():
         return {}
-    network = setup.build_student(chosen.config, (Hard(),))
+    network = setup.build_student(exported.config, (Hard(),))
     load_weights(network, read_state_dict(path), str(path))
-    return {"baseline": setup.compute_metrics(_student_logits(network, setup, "baseline"))}
+    return {"baseline": setup.compute_metrics(_compute_logits(network, setup, "baseline"))}
 
 
-def _print_summary(record: dict[str, Any]) -> Iterator[str]:
-    """What was measured."""
-    check, eight = record["check"], record["int8"]
+def _summary_lines(record: dict[str, Any]) -> Iterator[str]:
+    """Yield what was measured, a line for each file."""
+    check, int8 = record["check"], record["int8"]
     size = {name: f"{file['bytes']:,} bytes" for name, file in record["files"].items()}
     yield (
-        f"{ONNX}: {size[ONNX]}, opset {record['opset']}; of {check['rows']:,} images of {check['split']}"
-        f" {check['flips']} change their first class, logits differ from PyTorch's by"
-        f" {check['largest_difference']:.1e} at most (--tolerance {check['tolerance']:g})"
+        f"{ONNX}: {size[ONNX]}, opset {record['opset']}; {check['flips']} of {check['rows']:,} top-1 predictions on"
+        f" {check['split']} change, logits differ from PyTorch's by {check['largest_difference']:.1e} at most"
+        f" (--tolerance {check['tolerance']:g})"
     )
-    yield f"{PT2}: {size[PT2]}, loaded again its logits differ by {check['pt2_difference']:.1g}"
+    yield f"{PT2}: {size[PT2]}, logits of the reloaded file differ by {check['pt2_difference']:.1g}"
     yield f"{WEIGHTS}: {size[WEIGHTS]}"
-    if eight:
-        before, after = eight["accuracy_before"], eight["accuracy_after"]
+    if int8:
+        before, after = int8["accuracy_before"], int8["accuracy_after"]
         accuracy = f"accuracy {before:.4f} before, {after:.4f} after" if before is not None else "no labels"
         yield (
-            f"{INT8}: {size[INT8]}, {eight['size_ratio']:.3f} of {ONNX}; {accuracy},"
-            f" {eight['flips']} of {eight['rows']:,} change their first class"
+            f"{INT8}: {size[INT8]}, {int8['size_ratio']:.3f} of {ONNX}; {accuracy},"
+            f" {int8['flips']} of {int8['rows']:,} top-1 predictions change"
         )
-        for batch, took in eight["milliseconds"].items():
-            times = f"{took[ONNX]:.3f} ms in float32, {took[INT8]:.3f} ms in 8 bits"
-            yield f"batch {batch}: {times} ({eight['threads']} threads)"
+        for batch, milliseconds in int8["milliseconds"].items():
+            latencies = f"{milliseconds[ONNX]:.3f} ms in float32, {milliseconds[INT8]:.3f} ms in int8"
+            yield f"batch size {batch}: {latencies} ({int8['threads']} threads)"

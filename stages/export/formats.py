@@ -1,4 +1,4 @@
-"""A student as one network from plain images to logits, and the files that hold it: ONNX, pt2, safetensors."""
+"""A student as one network from images to logits, and the files that hold it: ONNX, pt2 and safetensors."""
 
 import io
 import json
@@ -16,15 +16,21 @@ from softcache.pipeline.models.prepared_model import InputSpec
 from .metadata import INPUT, OUTPUT
 from .onnx_model import serialize_onnx, strip_onnx
 
-# What PyTorch's exporter writes without a conversion; every ONNX Runtime since 1.14 (2023) runs it. It has all that
-# quantisation per channel wants (13).
+# PyTorch's exporter writes this opset without a conversion, and every ONNX Runtime since 1.14 (2023) runs it.
+# Quantisation per channel needs 13 or later.
 OPSET = 18
 Program = torch.export.ExportedProgram
 
 
 class ExportedModel(nn.Module):
-    """float32 images [B, C, S, S] of values 0 … 1 -> float32 logits [B, K]: normalisation, and the repetition of a
-    grey channel where the network was made for three, are inside."""
+    """A student with its input preparation inside: float32 images [B, C, S, S] of values 0 … 1 -> logits [B, K].
+
+    Preparation is the normalisation, and the repetition of a grey channel for a network of three input channels.
+
+    Args:
+        network: Normalised images -> logits float32 [B, K].
+        input_spec: Channels, mean and standard deviation of the network's input.
+    """
 
     def __init__(self, network: nn.Module, input_spec: InputSpec):
         super().__init__()
@@ -47,11 +53,20 @@ class ExportedModel(nn.Module):
 
 
 def capture_program(model: ExportedModel, arch: str, channels: int, size: int) -> Program:
-    """The network as a graph of any batch size. channels: of the images. Raises CacheError where it has no such
-    graph."""
+    """Capture the network as a graph of any batch size.
+
+    Args:
+        model: The network.
+        arch: Its arch, for the error.
+        channels: Of the images.
+        size: Height and width of the images in pixels.
+
+    Raises:
+        CacheError: torch.export cannot capture the network, for example where its control flow depends on data.
+    """
     example = torch.zeros(2, channels, size, size)
     batch = torch.export.Dim("batch", min=1)
-    with _quiet(), _in_one_line(arch):
+    with _without_warnings(), _one_line_error(arch):
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
@@ -59,9 +74,19 @@ def capture_program(model: ExportedModel, arch: str, channels: int, size: int) -
 
 
 def make_onnx(program: Program, arch: str, metadata: dict[str, str], version: str) -> bytes:
-    """The ONNX file of a captured network. Raises CacheError where an operator of it has no counterpart there."""
-    with _quiet(), _in_one_line(arch):
-        made = torch.onnx.export(
+    """Convert a captured network to an ONNX file.
+
+    Args:
+        program: The network, see `capture_program`.
+        arch: Its arch, for the error.
+        metadata: Key-value pairs for the file.
+        version: Version of softcache, for the file.
+
+    Raises:
+        CacheError: One of its operators has no counterpart in ONNX, or it is too large for one file.
+    """
+    with _without_warnings(), _one_line_error(arch):
+        onnx_program = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
@@ -70,48 +95,53 @@ def make_onnx(program: Program, arch: str, metadata: dict[str, str], version: st
             external_data=False,
             verbose=False,
         )
-    assert made is not None
-    model = made.model_proto  # a copy each time that it is asked for
+    assert onnx_program is not None
+    model = onnx_program.model_proto  # every access makes a copy
     strip_onnx(model, metadata, version)
     return serialize_onnx(model)
 
 
 def make_pt2(program: Program, metadata: dict[str, str]) -> bytes:
-    """The file that torch.export.load reads."""
+    """Convert a captured network to the file that torch.export.load reads."""
     content = io.BytesIO()
-    with _quiet():
+    with _without_warnings():
         torch.export.save(program, content, extra_files={"softcache.json": json.dumps(metadata)})
     return content.getvalue()
 
 
 def load_pt2(content: bytes) -> nn.Module:
-    """The network in a pt2 file of our own."""
-    with _quiet():
+    """Load the network of a pt2 file. The file must come from `make_pt2`: torch.export.load is for trusted files."""
+    with _without_warnings():
         return torch.export.load(io.BytesIO(content)).module()
 
 
 def make_safetensors(network: nn.Module, metadata: dict[str, str]) -> bytes:
-    """The weights, named as the arch names them. Raises CacheError where they are not the same when read again."""
+    """Convert the weights to a safetensors file, under their names in the network's state dict.
+
+    Raises:
+        CacheError: The weights read back from the file are not equal to the network's.
+    """
     state = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
     content: bytes = save(state, metadata)
-    read = load(content)
-    if set(read) != set(state) or not all(torch.equal(read[name], value) for name, value in state.items()):
-        raise CacheError("student.safetensors: the weights are not the same when they are read again")
+    reloaded = load(content)
+    if set(reloaded) != set(state) or not all(torch.equal(reloaded[name], value) for name, value in state.items()):
+        raise CacheError("student.safetensors: the weights read back from the file are not those of the student")
     return content
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters warn of what is theirs to mend: names that they deprecate, operators that they might fold."""
+def _without_warnings() -> Iterator[None]:
+    """Silence the exporters' warnings of their own matters: deprecated names, operators that they could fold."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 @contextmanager
-def _in_one_line(arch: str) -> Iterator[None]:
+def _one_line_error(arch: str) -> Iterator[None]:
+    """Replace any error of an exporter by a CacheError with its first line."""
     try:
         yield
-    except Exception as error:  # a network is anyone's code, and the exporter's errors have no common class
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CacheError(f"arch '{arch}' cannot be exported: {why[:200]}") from None
+    except Exception as error:  # a network can be any code, and the exporters' errors have no common class
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CacheError(f"arch '{arch}' cannot be exported: {lines[0][:200]}") from None

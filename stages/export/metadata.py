@@ -1,4 +1,4 @@
-"""What an exported student says about itself: written into its files, read by `softcache predict`."""
+"""The metadata of an exported student: `softcache export` writes it into the files, `softcache predict` reads it."""
 
 import json
 from collections.abc import Mapping
@@ -6,16 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 METADATA_FORMAT = "softcache student 1"
-INPUT, OUTPUT = "pictures", "logits"
+INPUT, OUTPUT = "pictures", "logits"  # of the ONNX graph
 ONNX, INT8, PT2, WEIGHTS = "student.onnx", "student-int8.onnx", "student.pt2", "student.safetensors"
-_MOST_CLASSES, _LARGEST = 1_000_000, 4096
+_MAX_CLASSES, _MAX_SIDE = 1_000_000, 4096  # that are accepted from a file
 
 
 @dataclass(frozen=True)
 class ExportMetadata:
-    """classes: names in the order of the logits; channels: of the input, 1 grey, 3 RGB; size: its side in pixels;
-    resize: what the image's shorter side is made first; fingerprints: of the caches it learned from; versions: of
-    softcache and PyTorch."""
+    """How images become the network's input, and what its outputs mean.
+
+    Attributes:
+        classes: Names, in the order of the logits.
+        channels: Of the input: 1 (grey) or 3 (RGB).
+        size: Height and width of the input in pixels.
+        resize: Length in pixels to which an image's shorter side is resized before the centre crop.
+        arch: Of the student.
+        fingerprints: Of the caches from which the student was trained.
+        versions: Of softcache and PyTorch.
+    """
 
     classes: tuple[str, ...]
     channels: int
@@ -27,11 +35,12 @@ class ExportMetadata:
 
     @property
     def mode(self) -> str:
-        """Pillow's name for images of so many channels."""
+        """Pillow's name for images with this number of channels."""
         return "L" if self.channels == 1 else "RGB"
 
+    @property
     def preprocessing(self) -> dict[str, Any]:
-        """How a image becomes the input, as plain JSON values."""
+        """How an image becomes the input, as plain JSON values."""
         return {
             "mode": self.mode,
             "channels": self.channels,
@@ -42,8 +51,8 @@ class ExportMetadata:
             "layout": "float32 [B, C, size, size]",
         }
 
-    def describe_input(self) -> str:
-        """The same for a reader."""
+    def describe_preprocessing(self) -> str:
+        """Write out the preprocessing as instructions for a person."""
         kind = "grey" if self.channels == 1 else "RGB"
         return (
             f"Decode the image as {kind} (8 bits a channel); make its shorter side {self.resize} px with Pillow's"
@@ -51,44 +60,55 @@ class ExportMetadata:
             " Normalisation is inside the network."
         )
 
-    def outputs(self) -> str:
-        """What the network gives."""
+    def describe_output(self) -> str:
+        """Write out name, dtype, shape and meaning of the output."""
         return (
             f"{OUTPUT}, float32 [B, {len(self.classes)}], one number per class in the order of `classes`;"
             " their softmax is the probabilities"
         )
 
-    def to_metadata(self) -> dict[str, str]:
-        """As key-value pairs of text, which ONNX and safetensors files carry."""
+    def to_dict(self) -> dict[str, str]:
+        """Convert to the key-value pairs of text that ONNX, pt2 and safetensors files hold."""
         return {
             "form": METADATA_FORMAT,
             "arch": self.arch,
             "classes": json.dumps(self.classes),
-            "preprocessing": json.dumps(self.preprocessing()),
-            "preprocessing_in_words": self.describe_input(),
-            "outputs": self.outputs(),
+            "preprocessing": json.dumps(self.preprocessing),
+            "preprocessing_in_words": self.describe_preprocessing(),
+            "outputs": self.describe_output(),
             "cache": json.dumps(self.fingerprints),
             **self.versions,
         }
 
     @staticmethod
-    def from_metadata(record: Mapping[str, str]) -> "ExportMetadata":
-        """The inverse. Raises ValueError, TypeError, KeyError or RecursionError for what no export has written."""
+    def from_dict(record: Mapping[str, str]) -> "ExportMetadata":
+        """Read the key-value pairs of a file, which may come from anyone.
+
+        Raises:
+            ValueError, TypeError, KeyError, RecursionError: `softcache export` cannot have written them.
+        """
         if record.get("form") != METADATA_FORMAT:
-            raise ValueError(f"it is no '{METADATA_FORMAT}': `softcache export` did not write it")
-        classes, how = json.loads(record["classes"]), json.loads(record["preprocessing"])
-        if not (isinstance(classes, list) and 1 <= len(classes) <= _MOST_CLASSES):
-            raise ValueError("its classes are no list of names")
-        if not all(isinstance(name, str) for name in classes):
-            raise ValueError("its classes are no names")
-        numbers = [how[key] for key in ("channels", "size", "resize")]
+            raise ValueError(f"its metadata format is not '{METADATA_FORMAT}': `softcache export` did not write it")
+        classes, preprocessing = json.loads(record["classes"]), json.loads(record["preprocessing"])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("its classes are not a list of names")
+        if not 1 <= len(classes) <= _MAX_CLASSES:
+            raise ValueError(f"it has {len(classes):,} classes, not 1 to {_MAX_CLASSES:,}")
+        numbers = [preprocessing[key] for key in ("channels", "size", "resize")]
         if not all(type(number) is int for number in numbers):
-            raise ValueError(f"its preprocessing has channels, size and resize {numbers}")
+            raise ValueError(f"its channels, size and resize are {numbers}, not integers")
         channels, size, resize = numbers
-        if channels not in (1, 3) or not 1 <= size <= resize <= _LARGEST:
-            raise ValueError(f"its preprocessing asks for {channels} channels, {resize} px, cut to {size}")
-        versions = {key: str(record[key]) for key in ("softcache", "torch") if key in record}
-        fingerprints = tuple(map(str, json.loads(record.get("cache", "[]"))))
+        if channels not in (1, 3) or not 1 <= size <= resize <= _MAX_SIDE:
+            raise ValueError(
+                f"its preprocessing is {channels} channels, resize {resize} and size {size}: channels must be 1 or 3,"
+                f" and 1 <= size <= resize <= {_MAX_SIDE}"
+            )
         return ExportMetadata(
-            tuple(classes), channels, size, resize, str(record.get("arch", "")), fingerprints, versions
+            classes=tuple(classes),
+            channels=channels,
+            size=size,
+            resize=resize,
+            arch=str(record.get("arch", "")),
+            fingerprints=tuple(map(str, json.loads(record.get("cache", "[]")))),
+            versions={key: str(record[key]) for key in ("softcache", "torch") if key in record},
         )

@@ -1,6 +1,6 @@
-"""MODEL_CARD.md: in words what an exported student is, how good it was, where from, and how to use it."""
+"""MODEL_CARD.md: what an exported student is, its metrics, how it was trained, and how to use it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from softcache.stages.cli.copied_commands import format_command, program_name
 from .metadata import INPUT, INT8, ONNX, PT2, WEIGHTS
 from .select_student import ExportedRun
 
-_WEAKEST = 20  # classes that are named with their recall
-_FIGURES = {
+_LISTED_CLASSES = 20  # with their names, and with their recall
+_METRICS = {
     "accuracy": "accuracy",
-    "top5": "among the first 5",
+    "top5": "top-5 accuracy",
     "precision_macro": "precision, macro",
     "recall_macro": "recall, macro",
     "f1_macro": "F1, macro",
@@ -25,10 +25,10 @@ _FIGURES = {
     "agreement": "agreement with the teacher",
 }
 _CONTENTS = {
-    ONNX: "float32, any batch size, for ONNX Runtime and whatever else reads ONNX",
-    INT8: "the same in 8 bits",
+    ONNX: "float32, any batch size, for ONNX Runtime and other readers of ONNX",
+    INT8: "the same network quantised to int8",
     PT2: "the same graph for `torch.export.load`",
-    WEIGHTS: "the weights alone, named as the arch names them",
+    WEIGHTS: "the weights alone, under their names in the arch's state dict",
 }
 _EXAMPLE = """\
 import json, numpy as np, onnxruntime
@@ -40,31 +40,32 @@ image = image.crop([(side + step) // 2 for step in (-{size}, {size}) for side in
 inputs = {{"{input}": np.array(image, np.float32).reshape(1, {size}, {size}, {channels}).transpose(0, 3, 1, 2) / 255}}
 print(json.loads(student.get_modelmeta().custom_metadata_map["classes"])[np.argmax(student.run(None, inputs))])
 """
-_TEXT = """\
+_TEMPLATE = """\
 # {arch}, a student of {teachers}
 
-Made by softcache {version}: a network that was trained from what a teacher had said, and runs without it.
+Exported by softcache {version}: an image classifier that was distilled from the stored outputs of a teacher. It runs
+without the teacher.
 
 | | |
 |---|---|
-| arch | `{arch}`, {parameters:,} parameters, {multiply_adds:,} multiply-adds a image |
-| says | which of {K} classes: {classes} |
+| arch | `{arch}`, {parameters:,} parameters, {multiply_adds:,} multiply-adds per image |
+| classes | {K}: {classes} |
 | input | `{input}`, float32 [B, {channels}, {size}, {size}], values 0 … 1. {preprocessing} |
-| output | {outputs} |
-| weights | seed {seed}, {why} |
+| output | {output} |
+| weights | seed {seed}, {reason} |
 | licence of the cache | {licence} |
 
-## Figures
+## Metrics
 
-{figures}
-## What it learned from
+{metrics}
+## Training data
 
 {sources}
-## How it was trained
+## Training
 
 {training}
 
-The run again, where data and cache lie as named:
+The command that trains it again, with data and cache at the paths it names:
 
 ```sh
 {command}
@@ -85,187 +86,211 @@ The run again, where data and cache lie as named:
 ```python
 {example}```
 
-Or `python -m softcache predict {file} image.png`, which gives probabilities.
+Or `python -m softcache predict {file} image.png`, which prints probabilities.
 
 ## Limits
 
-- The figures are of one held-out split of {data}. They say nothing of other images: of another camera, place or
-  time, or of things that are none of the {K} classes, for which it names one of them all the same.
-- It learned from a teacher's soft targets, and with them the teacher's mistakes.
-- Probabilities are as well calibrated as ECE says, on that split.
-- Images must come as described under input: another filter, size or range of values gives other answers.
+- The metrics were measured on held-out images of {data}. They may not hold for other images: another camera, place or
+  time. An image of none of the {K} classes is assigned to one of them all the same.
+- The student was trained on a teacher's soft targets, so it repeats mistakes of the teacher.
+- The probabilities are calibrated as the ECE above states, on those images.
+- Images must be prepared as described under input: another filter, size or range of values changes the logits.
 """
 
 
-def model_card(record: dict[str, Any], chosen: ExportedRun, manifests: list[Manifest]) -> str:
-    """The text. record: export.json; manifests: of the caches, the first one's teacher first."""
-    how, check = record["preprocessing"], record["check"]
-    identity = manifests[0].identity
-    data = quoted(identity["transfer_set"]["name"])
-    return _TEXT.format(
-        arch=quoted(record["arch"]),
-        teachers=" and ".join(quoted(m.identity["teacher"]["arch"]) for m in manifests),
+def format_model_card(record: dict[str, Any], exported: ExportedRun, manifests: list[Manifest]) -> str:
+    """Fill in the model card.
+
+    Args:
+        record: export.json.
+        exported: The exported student.
+        manifests: Of the caches, in the order of the run.
+    """
+    preprocessing = record["preprocessing"]
+    data = manifests[0].identity["transfer_set"]["name"]
+    return _TEMPLATE.format(
+        arch=escape_markdown(record["arch"]),
+        teachers=" and ".join(escape_markdown(m.identity["teacher"]["arch"]) for m in manifests),
         version=record["versions"]["softcache"],
         parameters=record["parameters"],
         multiply_adds=record["multiply_adds"],
         K=len(record["classes"]),
-        classes=_some(record["classes"]),
+        classes=_list_classes(record["classes"]),
         input=INPUT,
-        channels=how["channels"],
-        size=how["size"],
-        preprocessing=_about_input(how),
-        outputs=record["outputs"],
+        channels=preprocessing["channels"],
+        size=preprocessing["size"],
+        preprocessing=_describe_preprocessing(preprocessing),
+        output=record["outputs"],
         seed=record["seed"],
-        why=record["chosen"],
-        licence=_licence(manifests),
-        figures="\n".join(_figures(record)),
-        sources=_sources(chosen, manifests),
-        training=_training(chosen.run_settings),
-        command=_command(chosen.run_settings, identity["transfer_set"]["name"]),
-        files="\n".join(_files(record)),
-        checks=_checks(record, check),
+        reason=record["chosen"],
+        licence=_format_licence(manifests),
+        metrics="\n".join([*_metrics_lines(record), *_recall_lines(record)]),
+        sources="\n".join(_source_lines(exported.run_config, manifests)) + "\n",
+        training=_describe_training(exported.run_config),
+        command=_format_training_command(exported.run_config, data),
+        files="\n".join(_file_rows(record)),
+        checks="\n\n".join(_check_paragraphs(record)),
         file=ONNX,
-        data=data,
-        example=example(ONNX, how),
+        data=escape_markdown(data),
+        example=format_example(ONNX, preprocessing),
     )
 
 
-def example(file: str, how: dict[str, Any]) -> str:
-    """Five lines that name the class of a image. how: the preprocessing of the file."""
-    shape = {name: how[name] for name in ("mode", "channels", "size", "resize")}
-    return _EXAMPLE.format(file=file, input=INPUT, **shape)
+def format_example(file: str, preprocessing: dict[str, Any]) -> str:
+    """Return Python code that prints the predicted class of an image.
+
+    Args:
+        file: Name of the ONNX file.
+        preprocessing: See `ExportMetadata.preprocessing`.
+    """
+    numbers = {name: preprocessing[name] for name in ("mode", "channels", "size", "resize")}
+    return _EXAMPLE.format(file=file, input=INPUT, **numbers)
 
 
-def quoted(text: object) -> str:
-    """Text from a file nobody vouches for, as it may stand in a table of Markdown."""
-    marks = {"|": "\\|", "`": "'", "<": "&lt;", "[": "\\[", "*": "\\*"}
-    return "".join(marks.get(c, c) for c in make_printable(text, 80))
+def escape_markdown(text: object) -> str:
+    """Make text from an untrusted file safe for a cell of a Markdown table: printable, without markup, at most 80."""
+    escapes = {"|": "\\|", "`": "'", "<": "&lt;", "[": "\\[", "*": "\\*"}
+    return "".join(escapes.get(c, c) for c in make_printable(text, 80))
 
 
-def _some(names: list[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(quoted(name) for name in names[:most]) + more
+def _list_classes(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED_CLASSES} more" if len(names) > _LISTED_CLASSES else ""
+    return ", ".join(escape_markdown(name) for name in names[:_LISTED_CLASSES]) + more
 
 
-def _about_input(how: dict[str, Any]) -> str:
-    kind = "grey" if how["channels"] == 1 else "RGB"
+def _describe_preprocessing(preprocessing: dict[str, Any]) -> str:
+    kind = "a grey" if preprocessing["channels"] == 1 else "an RGB"
+    size, resize = preprocessing["size"], preprocessing["resize"]
     return (
-        f"A image as {kind}, its shorter side made {how['resize']} px with Pillow's bilinear filter, the middle"
-        f" {how['size']} × {how['size']} cut out, divided by 255; normalisation is inside"
+        f"Decode as {kind} image, resize the shorter side to {resize} px with Pillow's bilinear filter, cut out the"
+        f" central {size} × {size} px, divide by 255; normalisation is inside the network"
     )
 
 
-def _figures(record: dict[str, Any]) -> Iterator[str]:
-    """A table for each split, then recall by class."""
-    figures, eight = record["figures"], record["int8"]
+def _metrics_lines(record: dict[str, Any]) -> Iterator[str]:
+    """Yield a table of metrics for each split: teacher, baseline, student and the int8 file side by side."""
+    figures, int8 = record["figures"], record["int8"]
     student = figures["student"]
+    titles = {"teacher": "teacher", "baseline": "same arch, hard targets only", "student": "student"}
     for split in sorted(student):  # test first
-        columns = {name: figures[name][split] for name in ("teacher", "baseline", "student") if name in figures}
-        if eight and eight["split"] == split:
-            columns["student in 8 bits"] = eight["figures"]
-        titles = {"baseline": "same arch, hard targets only"}
-        yield f"{split} split, {student[split]['rows']:,} images, plain views, float32 arithmetic:\n"
-        yield f"| | {' | '.join(titles.get(name, name) for name in columns)} |"
+        columns = {title: figures[model][split] for model, title in titles.items() if model in figures}
+        if int8 and int8["split"] == split:
+            columns["student, int8"] = int8["figures"]
+        yield f"{split} split, {student[split]['rows']:,} images, plain views, computed in float32:\n"
+        yield f"| | {' | '.join(columns)} |"
         yield "|---|" + "---|" * len(columns)
-        for key, title in _FIGURES.items():
-            values = [found.get(key) for found in columns.values()]
+        for key, title in _METRICS.items():
+            values = [metrics.get(key) for metrics in columns.values()]
             if any(value is not None for value in values):
                 yield f"| {title} | {' | '.join('-' if v is None else f'{v:.4f}' for v in values)} |"
         yield ""
+
+
+def _recall_lines(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the table of the student's recall by class: of many classes the lowest."""
     split = record["check"]["split"]
-    if "per_class" in student[split]:
-        yield from _recalls(student[split]["per_class"], record["classes"], split)
-
-
-def _recalls(found: dict[str, Any], classes: list[str], split: str) -> Iterator[str]:
+    metrics = record["figures"]["student"][split]
+    if "per_class" not in metrics:
+        return
+    per_class = metrics["per_class"]
     rows = [
         (recall, name, support)
-        for recall, name, support in zip(found["recall"], classes, found["support"], strict=True)
+        for recall, name, support in zip(per_class["recall"], record["classes"], per_class["support"], strict=True)
         if recall is not None
     ]
-    if len(rows) > _WEAKEST // 2:
+    title = f"Recall of the student by class, {split}"
+    if len(rows) > _LISTED_CLASSES // 2:
         rows.sort(key=lambda row: row[0])
-    left = f" ({len(rows) - _WEAKEST} stronger ones are left out)" if len(rows) > _WEAKEST else ""
-    order = ", the weakest first" if len(rows) > _WEAKEST // 2 else ""
-    yield f"Recall of the student by class, {split}{order}{left}:\n"
+        title += ", the lowest first"
+    if len(rows) > _LISTED_CLASSES:
+        title += f" ({len(rows) - _LISTED_CLASSES} higher ones are left out)"
+    yield f"{title}:\n"
     yield "| class | recall | images |\n|---|---|---|"
-    for recall, name, support in rows[:_WEAKEST]:
-        yield f"| {quoted(name)} | {recall:.4f} | {int(support):,} |"
+    for recall, name, support in rows[:_LISTED_CLASSES]:
+        yield f"| {escape_markdown(name)} | {recall:.4f} | {int(support):,} |"
     yield ""
 
 
-def _sources(chosen: ExportedRun, manifests: list[Manifest]) -> str:
-    """The transfer set, the views and each teacher's cache."""
-    first, config = manifests[0], chosen.run_settings
-    views = first.identity["views"]
-    knobs = ", ".join(f"{k} {v:g}" for k, v in views.items() if k != "policy")
-    rows, draws = first.splits["train"], config.draws or first.draws
-    lines = [
-        f"- {rows:,} images of {quoted(first.identity['transfer_set']['name'])}, each in"
-        f" {draws} view{'s' * (draws > 1)} `{quoted(views['policy'])}` ({knobs})"
-    ]
-    if config.labelled:
-        lines.append(f"- {config.labelled:,} of them with their labels, all with the teacher's logits")
+def _source_lines(run_config: StudentConfig, manifests: list[Manifest]) -> Iterator[str]:
+    """Yield a list of the transfer set, the views and each teacher's cache."""
+    first = manifests[0]
+    transfer_set, views = first.identity["transfer_set"]["name"], first.identity["views"]
+    parameters = ", ".join(f"{name} {value:g}" for name, value in views.items() if name != "policy")
+    draws = run_config.draws or first.draws
+    yield (
+        f"- {first.splits['train']:,} images of {escape_markdown(transfer_set)}, each in"
+        f" {draws} view{'s' if draws > 1 else ''} `{escape_markdown(views['policy'])}` ({parameters})"
+    )
+    if run_config.labelled:
+        yield f"- labels of {run_config.labelled:,} of them; the teacher's logits of all"
     for manifest in manifests:
         teacher = manifest.identity["teacher"]
-        lines.append(
-            f"- teacher `{quoted(teacher['arch'])}`, weights SHA-256 `{quoted(teacher['weights'])}`; cache"
-            f" `{quoted(manifest.fingerprint)}`"
+        yield (
+            f"- teacher `{escape_markdown(teacher['arch'])}`, weights SHA-256 `{escape_markdown(teacher['weights'])}`;"
+            f" cache `{escape_markdown(manifest.fingerprint)}`"
         )
-    how = [f"{n} `{quoted(v)}`" for n, v in (("combined by", config.combine), ("mapped by", config.map)) if v]
-    return "\n".join([*lines, *(f"- {text}" for text in how)]) + "\n"
+    if run_config.combine:
+        yield f"- combined by `{escape_markdown(run_config.combine)}`"
+    if run_config.map:
+        yield f"- mapped by `{escape_markdown(run_config.map)}`"
 
 
-def _training(config: StudentConfig) -> str:
-    losses = " + ".join(f"`{quoted(loss)}`" for loss in config.loss)
-    more = ""
-    if config.finetune_epochs:
-        more = f", then {config.finetune_epochs} epochs from hard targets alone"
+def _describe_training(run_config: StudentConfig) -> str:
+    losses = " + ".join(f"`{escape_markdown(loss)}`" for loss in run_config.loss)
+    finetuning = ""
+    if run_config.finetune_epochs:
+        finetuning = f", then {run_config.finetune_epochs} epochs from hard targets alone"
     return (
-        f"Loss {losses}; {config.epochs} epochs{more}, batches of {config.batch_size}, {config.optimizer},"
-        f" learning rate {config.learning_rate:g} ({config.schedule}), weight decay {config.weight_decay:g},"
-        f" {config.precision} arithmetic."
+        f"Loss {losses}; {run_config.epochs} epochs{finetuning}, batch size {run_config.batch_size},"
+        f" {run_config.optimizer}, learning rate {run_config.learning_rate:g} ({run_config.schedule}),"
+        f" weight decay {run_config.weight_decay:g}, precision {run_config.precision}."
     )
 
 
-def _command(config: StudentConfig, data: str) -> str:
-    """The command that trains the run again, without a path of this machine."""
-    where = "folder:PATH" if data == "folder" else config.data
-    caches = tuple(f"caches/{Path(cache).resolve().name}" for cache in config.cache)
-    changes = {"out": "", "resume": False, "json": False, "data_root": "datasets", "data": where, "cache": caches}
-    text = format_command("student", config, **changes)
-    return "python -m softcache" + text.removeprefix(program_name())
+def _format_training_command(run_config: StudentConfig, data: str) -> str:
+    """Return the command that trains the run again, without a path of this machine."""
+    command = format_command(
+        "student",
+        run_config,
+        out="",
+        resume=False,
+        json=False,
+        data_root="datasets",
+        data="folder:PATH" if data == "folder" else run_config.data,
+        cache=tuple(f"caches/{Path(cache).resolve().name}" for cache in run_config.cache),
+    )
+    return "python -m softcache" + command.removeprefix(program_name())
 
 
-def _files(record: dict[str, Any]) -> Iterable[str]:
+def _file_rows(record: dict[str, Any]) -> Iterator[str]:
     for name, file in record["files"].items():
         opset = f", opset {record['opset']}" if name in (ONNX, INT8) else ""
         yield f"| `{name}` | {file['bytes']:,} | {_CONTENTS[name]}{opset} |"
 
 
-def _checks(record: dict[str, Any], check: dict[str, Any]) -> str:
-    """What was measured of the files."""
-    lines = [
-        f"`{ONNX}` in ONNX Runtime {record['versions']['onnxruntime']} against PyTorch {record['versions']['torch']}"
-        f" on {check['rows']:,} images of {check['split']}: logits differ by {check['largest_difference']:.1e} at"
-        f" most, {check['flips']} images change their first class. Batches of"
+def _check_paragraphs(record: dict[str, Any]) -> Iterator[str]:
+    """Yield what was measured of the ONNX file and of the int8 file."""
+    check, int8, versions = record["check"], record["int8"], record["versions"]
+    yield (
+        f"`{ONNX}` in ONNX Runtime {versions['onnxruntime']} against PyTorch {versions['torch']}"
+        f" on {check['rows']:,} images of {check['split']}: logits differ by at most"
+        f" {check['largest_difference']:.1e}, {check['flips']} top-1 predictions change. Batch sizes"
         f" {', '.join(map(str, check['batch_sizes']))} were run."
-    ]
-    if eight := record["int8"]:
-        before, after = eight["accuracy_before"], eight["accuracy_after"]
+    )
+    if int8:
+        before, after = int8["accuracy_before"], int8["accuracy_after"]
         accuracy = "" if before is None else f"accuracy {before:.4f} before and {after:.4f} after, "
-        times = "; ".join(
-            f"batch {batch}: {took[ONNX]:.3f} ms in float32, {took[INT8]:.3f} ms in 8 bits"
-            for batch, took in eight["milliseconds"].items()
+        latencies = "; ".join(
+            f"batch size {size}: {milliseconds[ONNX]:.3f} ms in float32, {milliseconds[INT8]:.3f} ms in int8"
+            for size, milliseconds in int8["milliseconds"].items()
         )
-        lines.append(
-            f"`{INT8}`, calibrated on {eight['calibration_rows']:,} cached training views: {accuracy}"
-            f"{eight['flips']} of {eight['rows']:,} images change their first class; {eight['size_ratio']:.3f} of"
-            f" the size. Medians of one machine's CPU, {eight['threads']} threads: {times}."
+        yield (
+            f"`{INT8}`, calibrated on {int8['calibration_rows']:,} cached training views: {accuracy}"
+            f"{int8['flips']} of {int8['rows']:,} top-1 predictions change; {int8['size_ratio']:.3f} of"
+            f" the size. Median latencies on the exporting machine's CPU, {int8['threads']} threads: {latencies}."
         )
-    return "\n\n".join(lines)
 
 
-def _licence(manifests: list[Manifest]) -> str:
-    said = [str(m.settings.get("license") or "not stated") for m in manifests]
-    return "; ".join(dict.fromkeys(quoted(one) for one in said))
+def _format_licence(manifests: list[Manifest]) -> str:
+    licences = [str(manifest.settings.get("license") or "not stated") for manifest in manifests]
+    return "; ".join(dict.fromkeys(escape_markdown(licence) for licence in licences))

@@ -1,4 +1,7 @@
-"""The one door to onnx and onnxruntime: a student's file made lean, opened with distrust, and asked."""
+"""ONNX files: their clean-up before they are written, and loading them safely into ONNX Runtime.
+
+Beside quantize.py the only importer of onnx and onnxruntime.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,18 +16,30 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from .metadata import INPUT, OUTPUT, ExportMetadata
 
 Images = NDArray[np.float32]
-MAX_BYTES = (2 << 30) - 1  # of a protobuf message, and so of an ONNX file without other files beside it
+MAX_BYTES = (2 << 30) - 1  # of a protobuf message, and so of an ONNX file without external data
 
 
 @dataclass(frozen=True)
 class OnnxStudent:
-    """A network in ONNX Runtime, on the CPU."""
+    """A network in ONNX Runtime, on the CPU.
+
+    Attributes:
+        session: The onnxruntime.InferenceSession.
+    """
 
     session: Any
 
     @staticmethod
-    def from_session(model: bytes, threads: int = 0) -> "OnnxStudent":
-        """threads: of one call; 0: a thread for each core. Raises whatever ONNX Runtime does."""
+    def from_bytes(model: bytes, threads: int = 0) -> "OnnxStudent":
+        """Load an ONNX file.
+
+        Args:
+            model: Content of the file.
+            threads: Threads of one call; 0: one per core.
+
+        Raises:
+            Exception: Any error of ONNX Runtime, whose errors have no common class.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -32,15 +47,22 @@ class OnnxStudent:
         options.log_severity_level = 3  # errors, which are raised as well
         return OnnxStudent(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
 
-    def logits(self, images: Images) -> NDArray[np.float32]:
-        """float32 [B, K] of images [B, C, S, S] of values 0 … 1."""
-        found: NDArray[np.float32] = self.session.run([OUTPUT], {INPUT: images})[0]
-        return found
+    def compute_logits(self, images: Images) -> NDArray[np.float32]:
+        """Run the network: images float32 [B, C, S, S] of values 0 … 1 -> logits float32 [B, K]."""
+        logits: NDArray[np.float32] = self.session.run([OUTPUT], {INPUT: images})[0]
+        return logits
 
 
 def strip_onnx(model: Any, metadata: Mapping[str, str], version: str) -> None:
-    """Take out of a ModelProto all that no runtime reads: traces with paths of this machine, names of modules, shapes
-    in between; and put the metadata in."""
+    """Remove from a ModelProto what no runtime reads, and add the metadata; in place.
+
+    Removed are stack traces with paths of this machine, names of modules, and shapes of inner values.
+
+    Args:
+        model: The onnx.ModelProto.
+        metadata: Key-value pairs to add.
+        version: Of softcache, named as the producer.
+    """
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *model.functions):
         part.doc_string = ""
@@ -55,18 +77,22 @@ def strip_onnx(model: Any, metadata: Mapping[str, str], version: str) -> None:
 
 
 def serialize_onnx(model: Any) -> bytes:
-    """The bytes of a ModelProto. Raises CacheError where a file cannot hold it."""
+    """Return the bytes of a ModelProto. Raises CacheError for a network that is too large for one file."""
     if model.ByteSize() > MAX_BYTES:
         size = model.ByteSize() / 1e9
-        raise CacheError(f"the network has {size:.1f} GB, and an ONNX file that is whole in itself at most 2.1 GB")
-    found: bytes = model.SerializeToString(deterministic=True)
-    return found
+        raise CacheError(f"the network has {size:.1f} GB: a single ONNX file holds 2.1 GB at most")
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def open_onnx_student(path: Path) -> tuple[OnnxStudent, ExportMetadata]:
-    """A student in a file from anyone. Raises UsageError where there is none, CacheError for any other file.
+    """Load an exported student from a file that may come from anyone.
 
-    Paths in a file are not followed: a tensor that lies elsewhere is refused before the runtime sees it.
+    Paths in the file are not followed: a tensor with external data is refused before ONNX Runtime sees the file.
+
+    Raises:
+        UsageError: There is no such file.
+        CacheError: The file is not an exported student, is damaged, or cannot be run.
     """
     if not path.is_file():
         raise UsageError(f"there is no model '{path}'")
@@ -74,20 +100,22 @@ def open_onnx_student(path: Path) -> tuple[OnnxStudent, ExportMetadata]:
         raise CacheError(f"'{path}' has {size:,} bytes, more than the {MAX_BYTES:,} of an ONNX file")
     content = path.read_bytes()
     model = _parse_onnx(path, content)
-    if name := next(_reject_external(model), None):
+    if name := next(_find_external_tensors(model), None):
         raise CacheError(
-            f"'{path}' keeps the tensor '{make_printable(name, 80)}' in another file, which is not followed"
+            f"'{path}' keeps the tensor '{make_printable(name, 80)}' in another file: external data are not read"
         )
     try:
-        about = ExportMetadata.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+        metadata = ExportMetadata.from_dict({entry.key: entry.value for entry in model.metadata_props})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CacheError(f"'{path}' has no metadata of a student, or damaged ones: {make_printable(error)}") from None
+        raise CacheError(
+            f"'{path}' has no metadata of an exported student, or they are damaged: {make_printable(error)}"
+        ) from None
     try:
-        runner = OnnxStudent.from_session(content)
-        _check_form(runner.session, about)
-    except Exception as error:  # of ONNX Runtime: one of a dozen classes, all of its own
+        onnx_student = OnnxStudent.from_bytes(content)
+        _check_interface(onnx_student.session, metadata)
+    except Exception as error:  # ONNX Runtime's errors are a dozen classes without a common one
         raise CacheError(f"'{path}' cannot be run: {make_printable(str(error).strip())}") from None
-    return runner, about
+    return onnx_student, metadata
 
 
 def _parse_onnx(path: Path, content: bytes) -> Any:
@@ -96,33 +124,37 @@ def _parse_onnx(path: Path, content: bytes) -> Any:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
-    except Exception:  # protobuf's DecodeError, which has no door of its own
-        raise CacheError(f"'{path}' is no ONNX file, or is damaged") from None
+    except Exception:  # protobuf's DecodeError, which no public module exports
+        raise CacheError(f"'{path}' is not an ONNX file, or is damaged") from None
     return model
 
 
-def _reject_external(message: Any) -> Iterator[str]:
-    """The names of tensors, wherever in a protobuf message, whose values lie in another file."""
+def _find_external_tensors(message: Any) -> Iterator[str]:
+    """Yield the names of tensors with external data, at any depth of a protobuf message."""
     if message.DESCRIPTOR.name == "TensorProto" and (message.data_location or message.external_data):
         yield message.name
     for field, value in message.ListFields():
         if field.message_type is not None:
             for inner in (value,) if hasattr(value, "DESCRIPTOR") else value:
-                yield from _reject_external(inner)
+                yield from _find_external_tensors(inner)
 
 
-def _check_form(session: Any, about: ExportMetadata) -> None:
-    """Raise ValueError where input and output are not what the metadata say."""
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    asked = [(value.name, value.type, list(value.shape)[1:]) for value in inputs]
-    given = [(value.name, value.type, list(value.shape)[1:]) for value in outputs]
-    wanted = [(INPUT, "tensor(float)", [about.channels, about.size, about.size])]
-    if asked != wanted or given != [(OUTPUT, "tensor(float)", [len(about.classes)])]:
-        raise ValueError(f"it takes {asked} and gives {given}, its metadata say otherwise")
+def _check_interface(session: Any, metadata: ExportMetadata) -> None:
+    """Raise ValueError where the network's input and output are not those of its metadata."""
+    interface = [
+        [(value.name, value.type, list(value.shape)[1:]) for value in values]
+        for values in (session.get_inputs(), session.get_outputs())
+    ]
+    expected = [
+        [(INPUT, "tensor(float)", [metadata.channels, metadata.size, metadata.size])],
+        [(OUTPUT, "tensor(float)", [len(metadata.classes)])],
+    ]
+    if interface != expected:
+        raise ValueError(f"its inputs and outputs are {interface}, by its metadata they are {expected}")
 
 
-def versions() -> dict[str, str]:
-    """Of what writes and runs the files."""
+def get_onnx_versions() -> dict[str, str]:
+    """Return the versions of the libraries that write and run ONNX files."""
     import onnx
     import onnxruntime
     import onnxscript

@@ -1,4 +1,4 @@
-"""Whether a file says what PyTorch says: of every image of a held-out split, in batches of several sizes."""
+"""Parity check: an exported file computes PyTorch's logits, on a whole held-out split and in several batch sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,75 +14,134 @@ from softcache.stages.training.validation import HeldOutSplit
 
 from .onnx_model import Images, OnnxStudent
 
-BATCHES = (1, 7, 512)  # sizes that must work
+BATCH_SIZES = (1, 7, 512)
 Logits = NDArray[np.float32]
 
 
-def run_in_batches(rows: HeldOutSplit, ask: Callable[[torch.Tensor], Logits], what: str) -> Logits:
-    """float32 [N, K], in row order of the split."""
-    batches = -(-len(rows.labels) // rows.batch_size)
-    return np.concatenate([ask(views) for views in progress(rows.batches(), batches, what)])
+def run_in_batches(
+    held_out: HeldOutSplit, compute_logits: Callable[[torch.Tensor], Logits], description: str
+) -> Logits:
+    """Compute the logits of a split.
+
+    Args:
+        held_out: The split.
+        compute_logits: Plain views uint8 [B, C, S, S] -> logits float32 [B, K].
+        description: Title of the progress bar.
+
+    Returns:
+        float32 [N, K], in row order of the split.
+    """
+    batches = -(-len(held_out.labels) // held_out.batch_size)
+    return np.concatenate([compute_logits(views) for views in progress(held_out.batches(), batches, description)])
 
 
 def to_unit_range(views: torch.Tensor) -> Images:
-    """The input float32 [B, C, S, S], 0 … 1, of views uint8."""
+    """Convert views uint8 [B, C, S, S] to the exported network's input, float32 of values 0 … 1."""
     pixels: Images = views.numpy().astype(np.float32)
     return pixels / np.float32(255)
 
 
-def first_rows(rows: HeldOutSplit, count: int) -> Images:
-    """So many images of a split, the first ones over and over where it has fewer."""
-    views = to_unit_range(next(iter(rows.batches())))
-    return np.resize(views, (count, *views.shape[1:]))
+def take_first_images(held_out: HeldOutSplit, count: int) -> Images:
+    """Return the first images of a split, float32 [count, C, S, S]; they are repeated where it has fewer."""
+    images = to_unit_range(next(iter(held_out.batches())))
+    return np.resize(images, (count, *images.shape[1:]))
 
 
-def largest_batch_difference(runner: OnnxStudent, rows: HeldOutSplit, said: Logits) -> float:
-    """The largest difference from PyTorch's logits in batches of every size that must work."""
-    images = first_rows(rows, max(BATCHES))
-    wanted = np.resize(said[: rows.batch_size], (max(BATCHES), said.shape[1]))
-    differences = [np.abs(runner.logits(images[:size]) - wanted[:size]).max() for size in BATCHES]
-    return float(np.max(differences))  # NaN where one is
+def measure_batch_difference(onnx_student: OnnxStudent, held_out: HeldOutSplit, expected: Logits) -> float:
+    """Run the first images in batches of every size of BATCH_SIZES.
+
+    Args:
+        onnx_student: The exported network.
+        held_out: The split.
+        expected: float32 [N, K], PyTorch's logits of the split.
+
+    Returns:
+        The largest difference of a logit from PyTorch's; NaN where a logit is NaN.
+    """
+    images = take_first_images(held_out, max(BATCH_SIZES))
+    first_expected = np.resize(expected[: held_out.batch_size], (max(BATCH_SIZES), expected.shape[1]))
+    differences = [
+        np.abs(onnx_student.compute_logits(images[:size]) - first_expected[:size]).max() for size in BATCH_SIZES
+    ]
+    return float(np.max(differences))
+
+
+def measure_float32_noise(model: nn.Module, held_out: HeldOutSplit, expected: Logits) -> float:
+    """Measure how far PyTorch's logits of the first batch depend on the memory layout of the network.
+
+    This is the effect of float32 rounding, by which a difference from another runtime can be judged.
+
+    Args:
+        model: The network in contiguous memory format, see `formats.ExportedModel`.
+        held_out: The split.
+        expected: float32 [N, K], PyTorch's logits of the split from the network as it was trained.
+    """
+    images = torch.from_numpy(to_unit_range(next(iter(held_out.batches()))))
+    with torch.inference_mode():
+        return float(np.abs(model(images).numpy() - expected[: len(images)]).max())
 
 
 def check_parity(
-    name: str, said: Logits, found: Logits, largest_batch_difference: float, own: float, tolerance: float
+    name: str, expected: Logits, logits: Logits, *, batch_difference: float, noise: float, tolerance: float
 ) -> dict[str, Any]:
-    """How far ONNX Runtime is from PyTorch on a split. own: how far PyTorch is from itself, see own_difference. Raises
-    CacheError over the tolerance."""
-    difference = float(np.max([np.abs(found - said).max(), largest_batch_difference]))  # NaN where one is
-    flips = int((found.argmax(1) != said.argmax(1)).sum())
-    if not difference <= tolerance:  # as NaN is
+    """Check that ONNX Runtime's logits of a split are PyTorch's, within a tolerance.
+
+    Args:
+        name: Of the file.
+        expected: float32 [N, K], PyTorch's logits.
+        logits: float32 [N, K], ONNX Runtime's logits.
+        batch_difference: See `measure_batch_difference`.
+        noise: See `measure_float32_noise`.
+        tolerance: Largest difference of a logit that is accepted.
+
+    Returns:
+        The record for export.json.
+
+    Raises:
+        CacheError: A logit differs by more than the tolerance, or is NaN.
+    """
+    difference = float(np.max([np.abs(logits - expected).max(), batch_difference]))  # NaN where one of them is
+    changed_predictions = int((logits.argmax(1) != expected.argmax(1)).sum())
+    if not difference <= tolerance:  # also true of NaN
         raise CacheError(
             f"a logit of {name} differs from PyTorch's by {difference:.2e}, more than --tolerance {tolerance:g}"
-            f" ({flips} of {len(said):,} images change their first class): nothing was written. PyTorch's own differ"
-            f" by {own:.2e} between two layouts of memory: so much is the rounding of float32 in this network"
+            f" ({changed_predictions} of {len(expected):,} top-1 predictions change): nothing was written. Float32"
+            f" rounding alone changes a logit of this network by {noise:.2e} between two memory layouts in PyTorch:"
+            " choose a --tolerance above that"
         )
     return {
-        "rows": len(said),
+        "rows": len(expected),
         "tolerance": tolerance,
         "largest_difference": difference,
-        "flips": flips,
-        "own_difference": own,
+        "flips": changed_predictions,
+        "own_difference": noise,
     }
 
 
-def float32_noise(model: nn.Module, rows: HeldOutSplit, said: Logits) -> float:
-    """How far the logits of the first batch lie from PyTorch's own in another layout of memory: what the rounding of
-    float32 amounts to, against which any other runtime's difference is to be judged."""
-    images = torch.from_numpy(to_unit_range(next(iter(rows.batches()))))
-    with torch.inference_mode():
-        return float(np.abs(model(images).numpy() - said[: len(images)]).max())
+def check_reloaded(
+    name: str, reloaded: nn.Module, model: nn.Module, held_out: HeldOutSplit, tolerance: float
+) -> float:
+    """Check that a network read from its file computes the logits of the original, on the first batch.
 
+    Args:
+        name: Of the file.
+        reloaded: The network from the file.
+        model: The original.
+        held_out: The split whose first batch is used.
+        tolerance: Largest difference of a logit that is accepted.
 
-def check_reloaded(name: str, loaded: nn.Module, model: nn.Module, rows: HeldOutSplit, tolerance: float) -> float:
-    """The largest difference between the logits of a network and of the same one loaded from its file, of the first
-    batch. Raises CacheError over the tolerance."""
-    images = torch.from_numpy(to_unit_range(next(iter(rows.batches()))))
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        CacheError: It is more than the tolerance, or NaN.
+    """
+    images = torch.from_numpy(to_unit_range(next(iter(held_out.batches()))))
     with torch.inference_mode():
-        difference = float((loaded(images) - model(images)).abs().max())
+        difference = float((reloaded(images) - model(images)).abs().max())
     if not difference <= tolerance:
         raise CacheError(
-            f"a logit of {name}, loaded again, differs by {difference:.2e}, more than --tolerance {tolerance:g}:"
-            " nothing was written"
+            f"a logit of {name}, read back from the file, differs by {difference:.2e}, more than"
+            f" --tolerance {tolerance:g}: nothing was written"
         )
     return difference

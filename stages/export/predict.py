@@ -1,4 +1,4 @@
-"""`softcache predict`: what an exported student says of images. Needs neither cache nor data, and no PyTorch."""
+"""`softcache predict`: the classes an exported student predicts for images. Needs no cache, no data and no PyTorch."""
 
 import json
 from pathlib import Path
@@ -17,39 +17,54 @@ from .onnx_model import Images, OnnxStudent, open_onnx_student
 
 
 def run(model: str, images: tuple[str, ...], config: PredictConfig) -> None:
-    """The likeliest classes of each image. Every image is looked for before the first is asked about."""
+    """Print the most probable classes of each image.
+
+    Args:
+        model: Path of an exported ONNX file.
+        images: Paths of the images; all must exist before the first is decoded.
+        config: Options of the command.
+
+    Raises:
+        UsageError: A file does not exist.
+        CacheError: The model or an image cannot be used.
+    """
     console = Console(config.json)
     require_extra("predict needs", "export", "onnx", "onnxruntime")
     if missing := [name for name in images if not Path(name).is_file()]:
         raise UsageError(f"there is no image '{missing[0]}'")
-    runner, about = open_onnx_student(Path(model))
-    shown = progress(images, len(images), "pictures")
-    found = [{"picture": name, "top": _top(runner, about, Path(name), config.top)} for name in shown]
+    onnx_student, metadata = open_onnx_student(Path(model))
+    predictions = [
+        {"picture": name, "top": _predict_top(onnx_student, metadata, Path(name), config.top)}
+        for name in progress(images, len(images), "images")
+    ]
     if config.json:
-        return console.print_json(json.dumps({"model": model, "pictures": found}))
+        return console.print_json(json.dumps({"model": model, "pictures": predictions}))
     width = max(len(name) for name in images)
-    for one in found:
-        said = ", ".join(f"{make_printable(best['class'], 60)} {best['probability']:.4f}" for best in one["top"])
-        console.print(f"{one['picture']:<{width}}  {said}")
+    for prediction in predictions:
+        classes = ", ".join(f"{make_printable(c['class'], 60)} {c['probability']:.4f}" for c in prediction["top"])
+        console.print(f"{prediction['picture']:<{width}}  {classes}")
 
 
-def load_input(path: Path, about: ExportMetadata) -> Images:
-    """float32 [1, C, S, S], 0 … 1: the plain view of a image, as held-out images are seen."""
+def load_input(path: Path, metadata: ExportMetadata) -> Images:
+    """Decode an image into the network's input, float32 [1, C, S, S] of values 0 … 1.
+
+    The pixels are those of the plain view in which the student was validated.
+    """
     with open_image(path) as image:
-        pixels = center_crop(image.convert(about.mode), about.size, about.resize)
+        pixels = center_crop(image.convert(metadata.mode), metadata.size, metadata.resize)
     return pixels[None].astype(np.float32) / np.float32(255)
 
 
-def _top(runner: OnnxStudent, about: ExportMetadata, path: Path, count: int) -> list[dict[str, Any]]:
-    """The likeliest classes of a image and their probabilities."""
-    view = load_input(path, about)
+def _predict_top(onnx_student: OnnxStudent, metadata: ExportMetadata, path: Path, count: int) -> list[dict[str, Any]]:
+    """Return the `count` most probable classes of an image, with their probabilities."""
+    images = load_input(path, metadata)
     try:
-        logits = runner.logits(view)[0].astype(np.float64)
-    except Exception as error:  # of ONNX Runtime, on a file from anyone
+        logits = onnx_student.compute_logits(images)[0].astype(np.float64)
+    except Exception as error:  # any of ONNX Runtime's: the file may come from anyone
         raise CacheError(f"the model fails on '{path}': {make_printable(str(error).strip())}") from None
-    if logits.shape != (len(about.classes),) or not np.isfinite(logits).all():
-        raise CacheError(f"the model gives no logits of its {len(about.classes)} classes for '{path}'")
-    odds = np.exp(logits - logits.max())
-    probabilities = odds / odds.sum()
-    best = np.argsort(-probabilities, kind="stable")[:count]
-    return [{"class": about.classes[c], "probability": float(probabilities[c])} for c in best]
+    if logits.shape != (len(metadata.classes),) or not np.isfinite(logits).all():
+        raise CacheError(f"the model does not compute {len(metadata.classes)} finite logits for '{path}'")
+    exponentials = np.exp(logits - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [{"class": metadata.classes[c], "probability": float(probabilities[c])} for c in order]

@@ -1,4 +1,4 @@
-"""Which student of a finished run is meant, and how it is opened here."""
+"""Which student of a finished run is exported, and the configuration with which its run is opened on this machine."""
 
 import re
 from dataclasses import dataclass, replace
@@ -13,54 +13,87 @@ from softcache.stages.runs.folder import read_config, read_json
 
 @dataclass(frozen=True)
 class ExportedRun:
-    """folder: that was named; own: where student.pt lies; settings: of this one seed, with where things lie here;
-    begun: those of the whole run; why: the seed was chosen, in words."""
+    """One student of a finished run.
+
+    Attributes:
+        folder: The folder named on the command line; the files are written to it.
+        seed_folder: The folder of student.pt.
+        config: The configuration of this one seed, with the places of cache and data on this machine.
+        run_config: The configuration of the run, as it was trained.
+        reason: Why this seed was selected.
+    """
 
     folder: Path
     seed_folder: Path
     config: StudentConfig
-    run_settings: StudentConfig
+    run_config: StudentConfig
     reason: str
 
     @property
     def baseline(self) -> Path:
-        """The weights of the same student without a teacher, where they were trained."""
+        """Where the weights of the baseline are, if one was trained."""
         return self.seed_folder / "baseline/baseline.pt"
 
 
-def select_student(folder: Path, **here: Any) -> ExportedRun:
-    """The one student of a run; of several seeds the best, or the one whose folder is named. here: settings that hold
-    in place of the run's. Raises UsageError or CacheError for what is no finished run of a student."""
-    named = re.fullmatch(r"seed-(\d+)", folder.name)
-    root = folder.parent if named and not (folder / "settings.json").is_file() else folder
-    kept = read_json(root / "settings.json")
-    if "cache" not in kept:
-        raise UsageError(f"'{root}' is no run of a student, and a teacher's becomes a cache first (teacher-cache)")
-    begun = read_config(root, StudentConfig)
+def select_student(folder: Path, **overrides: Any) -> ExportedRun:
+    """Select a student: the only one of a run, else the seed whose folder is named, else the best seed.
+
+    Args:
+        folder: Of a run, or of one seed in it (`runs/r/seed-3`).
+        **overrides: Options that replace those of the run.
+
+    Raises:
+        UsageError: The folder is not a student's run, or the run does not have the seed.
+        CacheError: The run is not finished, or is damaged.
+    """
+    seed_name = re.fullmatch(r"seed-(\d+)", folder.name)
+    root = folder.parent if seed_name and not (folder / "settings.json").is_file() else folder
+    if "cache" not in read_json(root / "settings.json"):
+        raise UsageError(
+            f"'{root}' is not the run of a student: export takes a student's run; a teacher's run is first made into a"
+            " cache, with teacher-cache"
+        )
+    run_config = read_config(root, StudentConfig)
     result = root / "result.json"
     if not result.is_file():
-        raise CacheError(f"'{root}' is not finished: go on with  {program_name()} student --resume --out {root}")
-    seed, why = begun.seed, "the only one"
-    if begun.seeds > 1:
-        seed, why = (int(named[1]), "as named") if named and root != folder else _best(result, begun)
-    if not begun.seed <= seed < begun.seed + begun.seeds:
-        raise UsageError(f"'{root}' has no seed {seed}: {begun.seed} to {begun.seed + begun.seeds - 1}")
-    own = root if begun.seeds == 1 else root / f"seed-{seed}"
-    if not (own / "student.pt").is_file():
-        raise CacheError(f"'{own}' has no student.pt, though its run is finished: put it back from a copy")
-    return ExportedRun(folder, own, replace(begun, out=str(root), seed=seed, seeds=1, **here), begun, why)
+        raise CacheError(f"'{root}' is not finished: continue it with  {program_name()} student --resume --out {root}")
+    if run_config.seeds == 1:
+        seed, reason = run_config.seed, "the only one"
+    elif seed_name and root != folder:
+        seed, reason = int(seed_name[1]), "as named"
+    else:
+        seed, reason = _select_best_seed(result, run_config)
+    seeds = range(run_config.seed, run_config.seed + run_config.seeds)
+    if seed not in seeds:
+        raise UsageError(f"'{root}' has no seed {seed}: its seeds are {seeds[0]} to {seeds[-1]}")
+    seed_folder = root if run_config.seeds == 1 else root / f"seed-{seed}"
+    if not (seed_folder / "student.pt").is_file():
+        raise CacheError(f"'{seed_folder}' has no student.pt, though its run is finished: restore it from a copy")
+    config = replace(run_config, out=str(root), seed=seed, seeds=1, **overrides)
+    return ExportedRun(folder=folder, seed_folder=seed_folder, config=config, run_config=run_config, reason=reason)
 
 
-def _best(path: Path, begun: StudentConfig) -> tuple[int, str]:
-    """The seed with the best accuracy on validation, the first of equals; without labels there, by agreement."""
+def _select_best_seed(path: Path, run_config: StudentConfig) -> tuple[int, str]:
+    """Select the seed with the best validation accuracy, or agreement without labels; the first of equal ones.
+
+    Args:
+        path: Of the run's result.json.
+        run_config: Of the run.
+
+    Returns:
+        The seed, and the reason.
+    """
     result = read_json(path)
     try:
-        of_seeds = {int(one["seed"]): one["student"]["val"] for one in result["seeds"]}
-        by = "accuracy" if all("accuracy" in figures for figures in of_seeds.values()) else "agreement"
-        found = {seed: float(figures[by]) for seed, figures in of_seeds.items()}
+        validation = {int(record["seed"]): record["student"]["val"] for record in result["seeds"]}
+        metric = "accuracy" if all("accuracy" in metrics for metrics in validation.values()) else "agreement"
+        values = {seed: float(metrics[metric]) for seed, metrics in validation.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CacheError(f"'{path}' is damaged: it has no validation figures of each seed") from None
-    if set(found) != set(range(begun.seed, begun.seed + begun.seeds)):
-        raise CacheError(f"'{path}' is damaged: it is of seeds {sorted(found)[:4]}, not of the run's {begun.seeds}")
-    best = max(sorted(found), key=lambda seed: found[seed])
-    return best, f"the best of {len(found)} by {by} on validation ({found[best]:.4f})"
+    if set(values) != set(range(run_config.seed, run_config.seed + run_config.seeds)):
+        raise CacheError(
+            f"'{path}' is damaged: it has seeds {sorted(values)[:4]}, and the run {run_config.seeds} seeds from"
+            f" {run_config.seed} on"
+        )
+    best = max(sorted(values), key=lambda seed: values[seed])
+    return best, f"the best of {len(values)} by {metric} on validation ({values[best]:.4f})"

@@ -1,15 +1,16 @@
-"""`softcache inspect`: what in the teacher matters, from its cache alone: taps, channels, classes, temperatures."""
+"""`softcache inspect`: which taps, channels, classes and temperatures of a teacher matter, from its cache alone."""
 
 import csv
 import io
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import make_folder, publish_json, publish_text
@@ -32,31 +33,44 @@ from .probes import Sample, probe_taps
 from .suggestion import suggest_student
 from .summary import print_findings
 
+if TYPE_CHECKING:
+    from softcache.stages.cli.plot_style import Plot
+
 _PAIRS = 10  # of classes, in inspect.json
-_SHOWN = 15  # channels of a tap, in inspect.json and in its panel
+_CHANNELS = 15  # of a tap, in inspect.json and in its panel
 _BLOCK = 4096  # rows whose logits are read at once
 
 
 def run(name: str, config: InspectConfig) -> None:
-    """Everything is computed before the first file is written; inspect.json is the last."""
-    console, begun = Console(config.json), time.monotonic()
+    """Inspect a cache. Everything is computed before the first file is written; inspect.json is the last.
+
+    Args:
+        name: Folder of the cache.
+        config: Options of the command.
+
+    Raises:
+        UsageError: matplotlib is missing, or --out is not empty.
+        CacheError: The cache is damaged.
+    """
+    console, start = Console(config.json), time.monotonic()
     require_extra("inspect draws with", "report", "matplotlib")
     cache = Cache(Path(name))
-    folder = _folder(config, cache)
-    train, held_out = _samples(cache, config.rows)
-    found = _teacher(cache, train, held_out, config) | _taps(cache, train, held_out, config)
-    found["command"] = suggest_student(cache, found["best"]) if found["best"] else None
+    folder = _choose_folder(config, cache)
+    train, held_out = _read_samples(cache, config.rows)
+    findings = _inspect_teacher(cache, train, held_out, config) | _inspect_taps(cache, train, held_out, config)
+    findings["command"] = suggest_student(cache, findings["best"]) if findings["best"] else None
+    files = _make_files(findings, config)
     make_folder(folder)
-    files = _publish(folder, found, config)
+    _publish(folder, files)
     record = {
         "cache": name,
         "fingerprint": cache.manifest.fingerprint,
         "teacher": cache.teacher,
         "settings": asdict(config) | {"out": str(folder)},
-        **_summary(found),
-        "files": files,
+        **_shorten_findings(findings),
+        "files": list(files),
         "versions": library_versions(),
-        "seconds": time.monotonic() - begun,
+        "seconds": time.monotonic() - start,
     }
     publish_json(folder / "inspect.json", record)
     if config.json:
@@ -64,11 +78,11 @@ def run(name: str, config: InspectConfig) -> None:
     print_findings(record, console)
     console.print(f"files: {folder}/inspect.json, {', '.join(files)} ({format_duration(record['seconds'])})")
     if record["best"]:
-        console.print(f"best tap: {record['best']}, hint from it with  {record['command']}")
+        console.print(f"best tap: {record['best']}; a student with a hint from it:  {record['command']}")
 
 
-def _folder(config: InspectConfig, cache: Cache) -> Path:
-    """Where the findings go: nowhere yet. Raises UsageError for a place that holds something."""
+def _choose_folder(config: InspectConfig, cache: Cache) -> Path:
+    """Return the folder of the results, which is not made yet. Raises UsageError for one that is not empty."""
     if not config.out:
         return find_free_folder(f"inspect-{cache.folder.resolve().name}")
     folder = Path(config.out)
@@ -77,60 +91,69 @@ def _folder(config: InspectConfig, cache: Cache) -> Path:
     return folder
 
 
-def _samples(cache: Cache, rows: int) -> tuple[Sample, list[Sample]]:
-    """The first rows of training, and all rows of val and test that have a label, where there are any."""
-    train = _sample(cache, "train", rows)
-    if cache.views.mixup:  # a view of two images has no one label
+def _read_samples(cache: Cache, rows: int) -> tuple[Sample, list[Sample]]:
+    """Read the first training rows, and all rows of val and test that have a label, where there are any."""
+    train = _read_sample(cache, "train", rows)
+    if cache.views.mixup:  # a view of two images has no single label
         train = replace(train, labels=np.full_like(train.labels, -1))
-    splits = [split for split in ("val", "test") if split in cache.manifest.splits]
-    held_out = [_sample(cache, split, cache.manifest.splits[split]).labelled() for split in splits]
-    return train, [rows for rows in held_out if len(rows.labels)]
+    held_out = []
+    for split in ("val", "test"):
+        if split in cache.manifest.splits:
+            sample = _read_sample(cache, split, cache.manifest.splits[split]).drop_unlabelled()
+            if len(sample.labels):
+                held_out.append(sample)
+    return train, held_out
 
 
-def _sample(cache: Cache, split: str, rows: int) -> Sample:
-    """The first rows of a split, with their labels. Raises CacheError for what is no class."""
-    of = cache.manifest.splits[split]
-    positions = np.arange(min(rows, of))
+def _read_sample(cache: Cache, split: str, rows: int) -> Sample:
+    """Read the first rows of a split with their labels. Raises CacheError for labels that are not classes."""
+    split_rows = cache.manifest.splits[split]
+    positions = np.arange(min(rows, split_rows))
     labels = cache.read_rows(split, 0, "label", positions).astype(np.int64)
     if len(labels) and not -1 <= labels.min() <= labels.max() < cache.classes:
-        span = f"{labels.min()} to {labels.max()}"
-        raise CacheError(f"'{cache.folder}': labels of {split} are {span}, and there are {cache.classes} classes")
-    return Sample(split, positions, labels, of)
+        raise CacheError(
+            f"'{cache.folder}': labels of {split} are {labels.min()} to {labels.max()}, and must be -1 to"
+            f" {cache.classes - 1}"
+        )
+    return Sample(split, positions, labels, split_rows)
 
 
-def _logits(cache: Cache, split: str, positions: Positions) -> Any:
-    """float32 [n, K] of draw 0, read by blocks."""
-    parts = []
-    with progress_bar(len(positions), f"logits of {split}", "row") as shown:
-        for at in range(0, len(positions), _BLOCK):
-            parts.append(cache.read_stored(split, 0, positions[at : at + _BLOCK])[0].numpy())
-            shown.update(len(parts[-1]))
-    return np.concatenate(parts)
+def _read_logits(cache: Cache, split: str, positions: Positions) -> NDArray[np.float32]:
+    """Read the logits of draw 0 in blocks, float32 [n, K]."""
+    blocks = []
+    with progress_bar(len(positions), f"logits of {split}", "row") as bar:
+        for start in range(0, len(positions), _BLOCK):
+            blocks.append(cache.read_stored(split, 0, positions[start : start + _BLOCK])[0].numpy())
+            bar.update(len(blocks[-1]))
+    return np.concatenate(blocks)
 
 
-def _names(cache: Cache) -> list[str]:
-    """Of the classes: their numbers, where the data have no names for them."""
+def _list_class_names(cache: Cache) -> list[str]:
+    """List the names of the classes; their numbers where the data have no names."""
     names = [str(name) for name in cache.manifest.identity["transfer_set"]["classes"]]
     return names if len(names) == cache.classes else [str(c) for c in range(cache.classes)]
 
 
-def _teacher(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
-    """Calibration and class similarity on the held-out rows; soft targets by temperature on the training rows."""
-    said = {rows.split: (_logits(cache, rows.split, rows.positions), rows.labels) for rows in held_out}
-    split = next(iter(said), None)
-    logits = _logits(cache, "train", train.positions)
-    target = np.where(train.labels < 0, logits.argmax(1), train.labels)
-    counted = progress(TEMPERATURES, len(TEMPERATURES), "temperatures")
-    records = [soft_target_statistics(logits, target, temperature) for temperature in counted]
+def _inspect_teacher(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
+    """Measure calibration and class similarity on held-out rows, and soft targets by temperature on training rows.
+
+    Class similarity is measured on the first held-out split.
+    """
+    logits = {sample.split: _read_logits(cache, sample.split, sample.positions) for sample in held_out}
+    train_logits = _read_logits(cache, "train", train.positions)
+    target = np.where(train.labels < 0, train_logits.argmax(1), train.labels)
+    temperatures = progress(TEMPERATURES, len(TEMPERATURES), "temperatures")
+    records = [soft_target_statistics(train_logits, target, temperature) for temperature in temperatures]
+    first = held_out[0] if held_out else None
     return {
-        "classes": _names(cache),
-        "calibration": {name: calibration(*both) for name, both in said.items()},
-        "similarity": similarity(*said[split], config.temperature) if split else None,
-        "similarity_split": split,
+        "classes": _list_class_names(cache),
+        "calibration": {sample.split: calibration(logits[sample.split], sample.labels) for sample in held_out},
+        "similarity": similarity(logits[first.split], first.labels, config.temperature) if first else None,
+        "similarity_split": first.split if first else None,
         "soft_targets": {
             "split": "train",
             "rows": len(target),
-            "of": train.of,
+            "of": train.split_rows,
             "by_own_class": int((train.labels < 0).sum()),
             "temperatures": records,
             "most_information_at": max(records, key=lambda record: record["information"])["temperature"],
@@ -138,82 +161,89 @@ def _teacher(cache: Cache, train: Sample, held_out: list[Sample], config: Inspec
     }
 
 
-def _taps(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
-    """Probes of the taps, or why there are none."""
-    train, why = train.labelled(), ""
+def _inspect_taps(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
+    """Probe the taps, see `probe_taps`; `no_taps` says why this is not possible."""
+    train, reason = train.drop_unlabelled(), ""
     if not cache.manifest.taps:
-        why = "the cache has no taps: the same teacher-cache command with --taps adds them"
+        reason = "the cache has no taps: the same teacher-cache command with --taps adds them"
     elif cache.views.mixup:
-        why = "the cached training views are mixed of two images, and a probe is of one label: no probe of the taps"
-    elif not len(train.labels) or not held_out:
-        why = f"the {'held-out' if len(train.labels) else 'training'} rows have no labels: no probe of the taps"
+        reason = "the cached training views mix two images and have no single label: no probe of the taps"
+    elif not len(train.labels):
+        reason = "the training rows have no labels: no probe of the taps"
+    elif not held_out:
+        reason = "the held-out rows have no labels: no probe of the taps"
     elif len(np.unique(train.labels)) < 2:
-        why = f"the first {config.rows:,} training rows are of one class: no probe of the taps; more --rows may do"
-    if why:
-        return {"taps": {}, "channels": {}, "joint": None, "best": None, "no_taps": why}
-    test = held_out[0].first(config.rows)
-    return probe_taps(cache, train, test, _logits(cache, test.split, test.positions), config) | {"no_taps": None}
+        reason = f"the first {config.rows:,} training rows are of one class: no probe of the taps; try more --rows"
+    if reason:
+        return {"taps": {}, "channels": {}, "joint": None, "best": None, "no_taps": reason}
+    test = held_out[0].take_first(config.rows)
+    teacher_logits = _read_logits(cache, test.split, test.positions)
+    return probe_taps(cache, train, test, teacher_logits=teacher_logits, config=config) | {"no_taps": None}
 
 
-def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    """What goes into inspect.json: all but the matrix and the long tail of the channels, which have a file each."""
+def _shorten_findings(findings: dict[str, Any]) -> dict[str, Any]:
+    """Shorten the findings for inspect.json: the full similarity matrix and list of channels are in CSV files."""
     pairs = []
-    if found["similarity"] is not None:
-        names = found["classes"]
-        pairs = [(names[i], names[j], p) for i, j, p in most_confused(found["similarity"], _PAIRS)]
-    first = {tap: rows[:_SHOWN] for tap, rows in found["channels"].items()}
-    return {key: value for key, value in found.items() if key != "similarity"} | {
-        "channels": first,
-        "most_confused": [{"true": a, "other": b, "probability": p} for a, b, p in pairs],
+    if findings["similarity"] is not None:
+        names = findings["classes"]
+        pairs = [
+            {"true": names[i], "other": names[j], "probability": probability}
+            for i, j, probability in most_confused(findings["similarity"], _PAIRS)
+        ]
+    return {key: value for key, value in findings.items() if key != "similarity"} | {
+        "channels": {tap: channels[:_CHANNELS] for tap, channels in findings["channels"].items()},
+        "most_confused": pairs,
     }
 
 
-def _publish(folder: Path, found: dict[str, Any], config: InspectConfig) -> list[str]:
-    """Tables and images; returns their names."""
-    from softcache.stages.cli.plot_style import Plot, save_png
+def _make_files(findings: dict[str, Any], config: InspectConfig) -> "dict[str, str | Plot]":
+    """Make {name: text of a table, or plot}, in the order in which the files are listed."""
+    from .plots import plot_channels, plot_reliability, plot_similarity, plot_taps, plot_temperatures
 
-    from . import plots as drawing
-
-    files: list[str] = []
-
-    def table(name: str, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-        publish_text(folder / name, _csv(head, rows))
-        files.append(name)
-
-    def image(name: str, draw: Callable[..., Plot], *what: Any) -> None:
-        save_png(folder / name, draw(*what))
-        files.append(name)
-
-    if taps := found["taps"]:
+    files: dict[str, str | Plot] = {}
+    if taps := findings["taps"]:
         keys = ("form", "columns", "accuracy", "f1_macro", "converged")
-        head = ("tap", *keys, "importance_mean", "importance_sd")
-        table("taps.csv", head, ([t, *(r[k] for k in keys), *r["importance"].values()] for t, r in taps.items()))
-        joint = found["joint"]
-        image("taps.png", drawing.plot_taps, taps, joint["teacher"], joint["majority"], joint["split"])
-    if channels := found["channels"]:
-        rows = ([tap, *row.values()] for tap, of_tap in channels.items() for row in of_tap)
-        table("channels.csv", ("tap", "channel", "importance_mean", "importance_sd"), rows)
-        image("channels.png", drawing.plot_channels, channels, _SHOWN)
-    if splits := found["calibration"]:
-        bins = [(split, b) for split, figures in splits.items() for b in figures["bins"]]
-        table("reliability.csv", ("split", *bins[0][1]), ([split, *b.values()] for split, b in bins))
-        image("reliability.png", drawing.plot_reliability, splits)
-        names, matrix = found["classes"], found["similarity"]
-        rows = ([name, *(None if np.isnan(p) else p for p in row)] for name, row in zip(names, matrix, strict=True))
-        table("similarity.csv", ("true class", *names), rows)
-        what = f"mean probability at temperature {config.temperature:g}, {found['similarity_split']}"
-        image("similarity.png", drawing.plot_similarity, matrix, names, what)
-    soft = found["soft_targets"]
-    records = soft["temperatures"]
-    table("temperatures.csv", records[0], (record.values() for record in records))
-    image("temperatures.png", drawing.plot_temperatures, records, soft["most_information_at"])
+        rows = [[name, *(tap[key] for key in keys), *tap["importance"].values()] for name, tap in taps.items()]
+        files["taps.csv"] = _format_csv(("tap", *keys, "importance_mean", "importance_sd"), rows)
+        joint = findings["joint"]
+        files["taps.png"] = plot_taps(taps, joint["teacher"], joint["majority"], joint["split"])
+    if channels := findings["channels"]:
+        rows = [[tap, *channel.values()] for tap, tap_channels in channels.items() for channel in tap_channels]
+        files["channels.csv"] = _format_csv(("tap", "channel", "importance_mean", "importance_sd"), rows)
+        files["channels.png"] = plot_channels(channels, _CHANNELS)
+    if splits := findings["calibration"]:
+        bins = [{"split": split} | bin_ for split, values in splits.items() for bin_ in values["bins"]]
+        files["reliability.csv"] = _format_csv(bins[0], (bin_.values() for bin_ in bins))
+        files["reliability.png"] = plot_reliability(splits)
+        names, matrix = findings["classes"], findings["similarity"]
+        rows = [
+            [name, *(None if np.isnan(probability) else probability for probability in probabilities)]
+            for name, probabilities in zip(names, matrix, strict=True)
+        ]
+        files["similarity.csv"] = _format_csv(("true class", *names), rows)
+        title = f"mean probability at temperature {config.temperature:g}, {findings['similarity_split']}"
+        files["similarity.png"] = plot_similarity(matrix, names, title)
+    soft_targets = findings["soft_targets"]
+    records = soft_targets["temperatures"]
+    files["temperatures.csv"] = _format_csv(records[0], (record.values() for record in records))
+    files["temperatures.png"] = plot_temperatures(records, soft_targets["most_information_at"])
     return files
 
 
-def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table as text; None is n/a."""
+def _format_csv(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Format a table as CSV, None as n/a."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
+    writer.writerow(titles)
     writer.writerows(["n/a" if cell is None else cell for cell in row] for row in rows)
     return text.getvalue()
+
+
+def _publish(folder: Path, files: "dict[str, str | Plot]") -> None:
+    from softcache.stages.cli.plot_style import save_png
+
+    for name, content in files.items():
+        if isinstance(content, str):
+            publish_text(folder / name, content)
+        else:
+            save_png(folder / name, content)

@@ -1,4 +1,4 @@
-"""Linear probes of every tap of a cache, one joint probe of all, and what each tap and channel is worth to them."""
+"""Linear probes of all taps of a cache, a joint probe of all of them, and the importance of taps and channels."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,106 +25,143 @@ from .linear_probe import (
     standardize,
 )
 
-_ALL = ""  # the joint probe: a name that no tap has
+_JOINT = ""  # the key of the joint probe: no tap has an empty name
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of draw 0 of a split, at positions [n], with labels [n], -1 for none; of: rows that the split has.
+    """Rows of draw 0 of a split. The first rows of a split are a random sample: rows are stored in random order.
 
-    The first rows of a split are a random sample of it: rows are stored in a mixed order.
+    Attributes:
+        split: Of the cache.
+        positions: [n], of the rows in the split.
+        labels: [n], -1 for rows without a label.
+        split_rows: Number of rows of the split.
     """
 
     split: str
     positions: Positions
     labels: Labels
-    of: int
+    split_rows: int
 
-    def labelled(self) -> "Sample":
-        """Those of the rows that have a label."""
-        known = self.labels >= 0
-        return Sample(self.split, self.positions[known], self.labels[known], self.of)
+    def drop_unlabelled(self) -> "Sample":
+        """Return the rows with a label."""
+        has_label = self.labels >= 0
+        return Sample(self.split, self.positions[has_label], self.labels[has_label], self.split_rows)
 
-    def first(self, rows: int) -> "Sample":
-        """At most so many of the rows."""
-        return Sample(self.split, self.positions[:rows], self.labels[:rows], self.of)
+    def take_first(self, rows: int) -> "Sample":
+        """Return the first rows, at most so many."""
+        return Sample(self.split, self.positions[:rows], self.labels[:rows], self.split_rows)
 
 
 def probe_taps(
-    cache: Cache, train: Sample, test: Sample, teacher: NDArray[np.floating], config: InspectConfig
+    cache: Cache, train: Sample, test: Sample, *, teacher_logits: NDArray[np.floating], config: InspectConfig
 ) -> dict[str, Any]:
-    """taps, channels, joint and best, as in inspect.json. teacher: its logits [m, K] of the test sample."""
+    """Fit and measure a probe of each tap and the joint probe.
+
+    Args:
+        cache: With at least one tap.
+        train: Rows with labels of at least two classes, on which probes are fitted.
+        test: Rows with labels, on which they are measured.
+        teacher_logits: [m, K], of the test sample.
+        config: Options of the command.
+
+    Returns:
+        taps, channels, best and joint, as in inspect.json.
+    """
     forms = {tap: describe_tap(tap, shape) for tap, shape in cache.manifest.taps.items()}
-    x = _read(cache, train, test, config.seed)
-    probes = _fit(x, train.labels)
-    held_out = {tap: both[1] for tap, both in x.items()} | {_ALL: np.concatenate([both[1] for both in x.values()], 1)}
-    found = _importance(forms, probes, held_out, test.labels, config)
-    figures = {
-        name: summarize(probe.logits(held_out[name], cache.classes), test.labels) | {"converged": probe.converged}
+    train_columns, test_columns = _read_standardized(cache, train, test, config.seed)
+    probes = _fit_probes(train_columns, train.labels)
+    test_columns[_JOINT] = np.concatenate(list(test_columns.values()), 1)
+    importance = _measure_importances(forms, probes, test_columns, labels=test.labels, config=config)
+    metrics = {
+        name: summarize(probe.compute_logits(test_columns[name], cache.classes), test.labels)
+        | {"converged": probe.converged}
         for name, probe in probes.items()
     }
     taps: dict[str, dict[str, Any]] = {
-        tap: {"form": form.words, "columns": form.columns, **figures[tap], "importance": found[_ALL][place]}
-        for place, (tap, form) in enumerate(forms.items())
+        tap: {"form": form.description, "columns": form.columns, **metrics[tap], "importance": tap_importance}
+        for (tap, form), tap_importance in zip(forms.items(), importance[_JOINT], strict=True)
     }
     return {
         "taps": taps,
-        "channels": {tap: _ranked(rows) for tap, rows in found.items() if tap != _ALL},
+        "channels": {tap: _rank_channels(channels) for tap, channels in importance.items() if tap != _JOINT},
         "best": max(taps, key=lambda tap: (taps[tap]["accuracy"], taps[tap]["importance"]["mean"])),
-        "joint": figures[_ALL]
+        "joint": metrics[_JOINT]
         | {
             "split": test.split,
             "rows": len(test.labels),
-            "of": test.of,
+            "of": test.split_rows,
             "train_rows": len(train.labels),
-            "train_of": train.of,
-            "teacher": summarize(teacher, test.labels)["accuracy"],
+            "train_of": train.split_rows,
+            "teacher": summarize(teacher_logits, test.labels)["accuracy"],
             "majority": float(np.bincount(test.labels).max() / len(test.labels)),
             "classes_without_rows": sorted(set(range(cache.classes)) - set(test.labels.tolist())),
         },
     }
 
 
-def _importance(
-    forms: dict[str, TapForm], probes: dict[str, Probe], x: dict[str, Floats], labels: Labels, config: InspectConfig
-) -> dict[str, list[dict[str, float]]]:
-    """Mean and sd of each tap, in order, for the probe of all; of each channel for the probe of its tap."""
-    ends = np.cumsum([0, *(form.columns for form in forms.values())]).tolist()
-    groups = {_ALL: tuple(slice(a, b) for a, b in pairwise(ends))}
-    groups |= {tap: form.channels for tap, form in forms.items() if form.channels}
-    predictions = sum(1 + len(own) * config.repeats for own in groups.values())
-    found = {}
-    with progress_bar(predictions, "permutation importance", "prediction") as shown:
-        for name, own in groups.items():
-            both = measure_importance(probes[name], x[name], labels, own, config.repeats, config.seed, shown.update)
-            found[name] = [{"mean": float(mean), "sd": float(sd)} for mean, sd in zip(*both, strict=True)]
-    return found
+def _read_standardized(
+    cache: Cache, train: Sample, test: Sample, seed: int
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Read {tap: standardised columns} of the training and of the test sample."""
+    train_columns, test_columns = {}, {}
+    rows = len(train.positions) + len(test.positions)
+    with progress_bar(len(cache.manifest.taps) * rows, "reading taps", "row") as bar:
+        for tap in cache.manifest.taps:
+            train_columns[tap], test_columns[tap] = standardize(
+                read_columns(cache, train.split, train.positions, tap, seed=seed, on_progress=bar.update),
+                read_columns(cache, test.split, test.positions, tap, seed=seed, on_progress=bar.update),
+            )
+    return train_columns, test_columns
 
 
-def _read(cache: Cache, train: Sample, test: Sample, seed: int) -> dict[str, tuple[Floats, Floats]]:
-    """{tap: standardised columns of the training and of the test sample}."""
-    taps = cache.manifest.taps
-    x = {}
-    with progress_bar(len(taps) * (len(train.positions) + len(test.positions)), "reading taps", "row") as shown:
-        for tap in taps:
-            both = [read_columns(cache, s.split, s.positions, tap, seed, shown.update) for s in (train, test)]
-            x[tap] = standardize(*both)
-    return x
-
-
-def _fit(x: dict[str, tuple[Floats, Floats]], labels: Labels) -> dict[str, Probe]:
-    """A probe of each tap, and under _ALL the joint one, of all their columns."""
+def _fit_probes(columns: dict[str, Floats], labels: Labels) -> dict[str, Probe]:
+    """Fit a probe of each tap, and the joint one of all columns."""
     probes = {}
-    with progress_bar(len(x) + 1, "linear probes", "probe") as shown:
-        for tap, (train, _) in x.items():
-            probes[tap] = fit_probe(train, labels)
-            shown.update()
-        probes[_ALL] = fit_probe(np.concatenate([train for train, _ in x.values()], 1), labels)
-        shown.update()
+    with progress_bar(len(columns) + 1, "linear probes", "probe") as bar:
+        for tap, x in columns.items():
+            probes[tap] = fit_probe(x, labels)
+            bar.update()
+        probes[_JOINT] = fit_probe(np.concatenate(list(columns.values()), 1), labels)
+        bar.update()
     return probes
 
 
-def _ranked(rows: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """The channels of a tap, the most important first."""
-    numbered = [{"channel": channel, **row} for channel, row in enumerate(rows)]
-    return sorted(numbered, key=lambda row: -row["mean"])
+def _measure_importances(
+    forms: dict[str, TapForm],
+    probes: dict[str, Probe],
+    columns: dict[str, Floats],
+    *,
+    labels: Labels,
+    config: InspectConfig,
+) -> dict[str, list[dict[str, float]]]:
+    """Measure the importance of each tap in the joint probe, and of each channel in the probe of its tap.
+
+    Returns:
+        {name of a probe: {mean, sd} of each of its taps or channels, in their order}.
+    """
+    ends = np.cumsum([0, *(form.columns for form in forms.values())]).tolist()
+    groups = {_JOINT: tuple(slice(start, end) for start, end in pairwise(ends))}
+    groups |= {tap: form.channels for tap, form in forms.items() if form.channels}
+    predictions = sum(1 + len(slices) * config.repeats for slices in groups.values())
+    importance = {}
+    with progress_bar(predictions, "permutation importance", "prediction") as bar:
+        for name, slices in groups.items():
+            means, sds = measure_importance(
+                probes[name],
+                columns[name],
+                labels,
+                slices,
+                repeats=config.repeats,
+                seed=config.seed,
+                on_progress=bar.update,
+            )
+            importance[name] = [{"mean": float(mean), "sd": float(sd)} for mean, sd in zip(means, sds, strict=True)]
+    return importance
+
+
+def _rank_channels(importance: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Number the channels of a tap and sort them, the most important first."""
+    channels = [{"channel": channel, **values} for channel, values in enumerate(importance)]
+    return sorted(channels, key=lambda channel: -channel["mean"])

@@ -1,4 +1,4 @@
-"""The command of a student that is taught by one tap of a cache."""
+"""The command of a student with a hint from one tap of a cache."""
 
 import re
 from shlex import quote
@@ -9,26 +9,33 @@ from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.copied_commands import format_command
 
-_LOSS = {"pool": "concat_hint", "attention": "attention", "gram": "nst"}  # of a statistic that has its own loss
+_LOSS_OF_STATISTIC = {"pool": "concat_hint", "attention": "attention", "gram": "nst"}  # `hint` for all others
 
 
 def suggest_student(cache: Cache, tap: str) -> str:
-    """`student` with kd beside the loss that a tap is for: `hint` of a map, a vector or a grid.
+    """Format a `student` command with kd and the loss that fits a tap: `hint` for a map, a vector or a grid.
 
-    The arch is one that has a layer of that name: resnet8 for the stages of a CIFAR ResNet, else the teacher's own.
-    Code of a user's own, and folders of images, are left for them to name.
+    The arch is one that has a layer of the tap's name: resnet8 for the stages of a CIFAR ResNet, else the teacher's
+    arch. Placeholders stand for a folder of images and for an arch that is code of the user.
+
+    Args:
+        cache: The cache.
+        tap: One of its taps.
     """
-    path, kind = parse_tap(tap)
-    loss = f"{_LOSS[kind]}:teacher={path}" if kind in _LOSS else f"hint:teacher={tap}"
-    where = " --data folder:PATH" if cache.data == "folder" else ""
-    arch = f" --arch {_arch(cache.teacher, path)}"
-    said = format_command("student", StudentConfig(cache=(str(cache.folder),)))
-    return f"{said}{where}{arch} --loss kd --loss {quote(make_printable(loss, None))}"
+    layer, statistic = parse_tap(tap)
+    if statistic in _LOSS_OF_STATISTIC:
+        loss = f"{_LOSS_OF_STATISTIC[statistic]}:teacher={layer}"
+    else:
+        loss = f"hint:teacher={tap}"
+    command = format_command("student", StudentConfig(cache=(str(cache.folder),)))
+    data = " --data folder:PATH" if cache.data == "folder" else ""
+    arch = _choose_arch(cache.teacher, layer)
+    return f"{command}{data} --arch {arch} --loss kd --loss {quote(make_printable(loss, None))}"
 
 
-def _arch(teacher: str, path: str) -> str:
-    if re.fullmatch(r"resnet[0-9]+", teacher) and re.fullmatch(r"layer[123]", path):
+def _choose_arch(teacher: str, layer: str) -> str:
+    if re.fullmatch(r"resnet[0-9]+", teacher) and re.fullmatch(r"layer[123]", layer):
         return "resnet8"
     if ":" in teacher and not teacher.startswith(("mlp:", "torchvision:")):
-        return "my_package.module:factory"  # a manifest's word is not taken for what is imported
+        return "my_package.module:factory"  # a module named in a manifest is never suggested: it would be imported
     return quote(make_printable(teacher))

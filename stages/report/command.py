@@ -1,10 +1,10 @@
-"""`softcache report`: read the runs, measure what a image takes, draw, write one page and one text."""
+"""`softcache report`: runs of students as one HTML page, and as Markdown for a pull request."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import make_folder, publish_text
@@ -16,111 +16,139 @@ from softcache.stages.cli.extras import require_extra
 from softcache.stages.runs.cost import format_cost
 from softcache.stages.runs.folder import find_free_folder
 
+from .disagreements import TransferSets
 from .latency import measure_latencies
 from .load import LoadedRun, read_runs
-from .text import Group, format_markdown, format_summary
+from .summary import format_summary
+from .table import Group, list_networks, make_table_rows
 
 if TYPE_CHECKING:
     from softcache.stages.cli.plot_style import Plot
 
-    from .page import GroupPart
+    from .page import GroupSection
+
+_MOST_OPEN_RUNS = 4  # with more runs, their sections are folded at first
 
 
 def run(names: tuple[str, ...], config: ReportConfig) -> None:
-    """Everything is made before the first file is written."""
+    """Write the report of runs. Everything is made before the first file is written.
+
+    Args:
+        names: Folders of runs, or folders that contain such folders; all runs when empty.
+        config: Options of the command.
+
+    Raises:
+        UsageError: There is no run, an optional library is missing, or the folder is not one of a report.
+        CacheError: A run is damaged.
+    """
     require_extra("report needs", "report", "matplotlib", "jinja2")
     from softcache.stages.cli.plot_style import save_png
 
-    from .page import GroupPart, render_page
+    from .markdown import format_markdown
+    from .page import GroupSection, render_page
     from .sections import make_cost_plot, make_run_section
-    from .table import list_networks, make_table_rows
 
     console = Console(config.json)
     runs, inspections = read_runs(names)
-    folder = _folder(config)
-    groups = _groups(runs)
-    networks = {one.name: list_networks(one) for one in runs}
-    every = [network for of_run in networks.values() for some in of_run.values() for network in some]
-    found = measure_latencies(every) if config.latency else {}
-    loaded: dict[Any, Any] = {}
-    parts, texts = [], []
-    for group in groups:
-        rows = make_table_rows(group, networks, found)
-        words = format_summary(group, rows)
-        texts.append((group, rows, words))
-        each = [
-            make_run_section(one, group.split, inspections, config, loaded, len(runs) <= 4)
-            for one in progress(group.runs, len(group.runs), "report")
+    folder = _choose_folder(config)
+    networks = {loaded.name: list_networks(loaded) for loaded in runs}
+    every_network = [network for models in networks.values() for model in models.values() for network in model]
+    latencies = measure_latencies(every_network) if config.latency else {}
+    transfer_sets: TransferSets = {}
+    sections = []
+    for group in _group_runs(runs):
+        table = make_table_rows(group, networks, latencies)
+        summary = format_summary(group, table)
+        run_sections = [
+            make_run_section(
+                loaded,
+                group.split,
+                inspections=inspections,
+                config=config,
+                transfer_sets=transfer_sets,
+                is_open=len(runs) <= _MOST_OPEN_RUNS,
+            )
+            for loaded in progress(group.runs, len(group.runs), "report")
         ]
-        parts.append(GroupPart(group.title, group.split, group.rows, words, rows, make_cost_plot(rows), each))
-    again = _again(names, config)
-    title = f"Students of {', '.join(dict.fromkeys(group.title for group in groups))}"
-    images = _named(parts) if config.png else {}
-    files = {"report.html": render_page(title, parts, again), "report.md": format_markdown(texts, _bills(runs), again)}
+        sections.append(
+            GroupSection(group=group, summary=summary, table=table, costs=make_cost_plot(table), runs=run_sections)
+        )
+
+    title = f"Students of {', '.join(dict.fromkeys(section.group.title for section in sections))}"
+    command = _format_report_command(names, config)
+    costs = {loaded.name: format_cost(loaded.result["bill"]) for loaded in runs if loaded.result}
+    texts = {
+        "report.html": render_page(title, sections, command),
+        "report.md": format_markdown(sections, costs, command),
+    }
+    plots = _name_plots(sections) if config.png else {}
     make_folder(folder)
-    for name, text in files.items():
+    for name, text in texts.items():
         publish_text(folder / name, text)
-    for name, one in progress(images.items(), len(images), "PNGs"):
-        save_png(folder / name, one)
+    for name, plot in progress(plots.items(), len(plots), "PNGs"):
+        save_png(folder / name, plot)
+
     if config.json:
-        record = {"out": str(folder), "runs": [one.name for one in runs], "files": [*files, *images]}
+        record = {"out": str(folder), "runs": [loaded.name for loaded in runs], "files": [*texts, *plots]}
         return console.print_json(json.dumps(record))
-    for _, _, words in texts:
-        for line in words:
+    for section in sections:
+        for line in section.summary:
             console.print(line)
-    more = f", {len(images)} PNGs" if images else ""
-    console.print(f"files: {folder}/report.html ({len(files['report.html']) / 1e6:.1f} MB), {folder}/report.md{more}")
+    pngs = f", {len(plots)} PNGs" if plots else ""
+    size = len(texts["report.html"]) / 1e6
+    console.print(f"files: {folder}/report.html ({size:.1f} MB), {folder}/report.md{pngs}")
 
 
-def _folder(config: ReportConfig) -> Path:
-    """Where the report goes; one that lies there is replaced. Raises UsageError for a folder of something else."""
+def _choose_folder(config: ReportConfig) -> Path:
+    """Return the folder of the report. Raises UsageError for one with other files than those of an older report."""
     if not config.out:
         return find_free_folder("report")
     folder = Path(config.out)
-    if folder.exists() and (not folder.is_dir() or not all(_is_ours(path) for path in folder.iterdir())):
-        raise UsageError(f"'{folder}' exists and is no report: choose another --out")
+    if folder.exists() and (not folder.is_dir() or not all(_is_report_file(path) for path in folder.iterdir())):
+        raise UsageError(f"'{folder}' exists and is not the folder of a report: choose another --out")
     return folder
 
 
-def _is_ours(path: Path) -> bool:
+def _is_report_file(path: Path) -> bool:
     return path.name in ("report.html", "report.md") or path.suffix == ".png"
 
 
-def _named(groups: "Sequence[GroupPart]") -> "dict[str, Plot]":
-    """{file: image} of all that are drawn."""
-    found: dict[str, Plot] = {}
-    for group in groups:
-        each = [(group.title, [group.costs] if group.costs else [])] + [(run.name, run.images) for run in group.runs]
-        for name, images in each:
-            stem = "".join(c if c.isalnum() or c in "._" else "-" for c in name).strip("-.")
-            found |= {f"{stem}-{one.name}.png": one.image for one in images}
-    return found
-
-
-def _groups(runs: Sequence[LoadedRun]) -> list[Group]:
-    """The runs by the rows on which they were measured."""
-    found: dict[tuple[str, str], list[LoadedRun]] = {}
-    for one in runs:
-        teacher = one.logits["teacher"][0] if one.logits["teacher"] else {}
-        split = "test" if "test" in teacher or (one.result and "test" in one.result["teacher"]) else "val"
-        content = teacher[split].content if split in teacher else "".join(one.fingerprints[:1])
-        found.setdefault((split, content), []).append(one)
+def _group_runs(runs: Sequence[LoadedRun]) -> list[Group]:
+    """Group the runs by the rows on which they were measured."""
+    members: dict[tuple[str, str], list[LoadedRun]] = {}
+    for loaded in runs:
+        teacher = loaded.logits["teacher"][0] if loaded.logits["teacher"] else {}
+        has_test = "test" in teacher or (loaded.result is not None and "test" in loaded.result["teacher"])
+        split = "test" if has_test else "val"
+        content = teacher[split].content if split in teacher else "".join(loaded.fingerprints[:1])
+        members.setdefault((split, content), []).append(loaded)
     groups = []
-    for (split, _), some in found.items():
-        first = some[0]
+    for (split, _), group_runs in members.items():
+        first = group_runs[0]
         teacher = first.logits["teacher"][0] if first.logits["teacher"] else {}
-        figures = first.figures("teacher", split) or {}
-        rows = len(teacher[split].labels) if split in teacher else int(figures.get("rows", 0))
+        if split in teacher:
+            rows = len(teacher[split].labels)
+        else:
+            rows = int((first.get_metrics("teacher", split) or {}).get("rows", 0))
         data = short_name(first.config.data) if first.config.data else Path(first.config.cache[0]).name
-        groups.append(Group(make_printable(data), split, rows, some))
+        groups.append(Group(make_printable(data), split, rows, group_runs))
     return groups
 
 
-def _bills(runs: Sequence[LoadedRun]) -> dict[str, str]:
-    return {one.name: format_cost(one.result["bill"]) for one in runs if one.result}
+def _name_plots(sections: "Sequence[GroupSection]") -> "dict[str, Plot]":
+    """Return {name of a PNG file: plot} of all plots in the page."""
+    plots: dict[str, Plot] = {}
+    for section in sections:
+        owners = [(section.group.title, [section.costs] if section.costs else [])]
+        owners += [(run_section.name, run_section.images) for run_section in section.runs]
+        for name, images in owners:
+            stem = "".join(c if c.isalnum() or c in "._" else "-" for c in name).strip("-.")
+            plots |= {f"{stem}-{image.name}.png": image.plot for image in images}
+    return plots
 
 
-def _again(names: tuple[str, ...], config: ReportConfig) -> str:
-    program = f"{program_name()} report"
-    options = format_command("report", config, json=False).removeprefix(program)
-    return " ".join([program, *(quote(make_printable(name, None)) for name in names)]) + options
+def _format_report_command(names: tuple[str, ...], config: ReportConfig) -> str:
+    """Return the command that makes this report again."""
+    command = f"{program_name()} report"
+    options = format_command("report", config, json=False).removeprefix(command)
+    return " ".join([command, *(quote(make_printable(name, None)) for name in names)]) + options

@@ -1,4 +1,4 @@
-"""The images on which student and teacher differ most, where data and caches are at hand."""
+"""The images on which student and teacher differ most, where the data and caches of a run are available."""
 
 import base64
 import io
@@ -6,28 +6,36 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from scipy.special import softmax
+from scipy.special import rel_entr, softmax
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
+from softcache.pipeline.metrics.classification import log_softmax
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.student.teachers import load_shared_data, open_caches
 
 from .load import LoadedRun
-from .summary import largest_disagreements
 
-_SIDE = 96  # pixels at which a image is kept in the page
-_BARS, _LEAST = 3, 0.005  # classes of each distribution that have a bar, and what one has at least
-Loaded = dict[tuple[object, ...], tuple[TransferSet, ViewPolicy] | str]
+_SIDE = 96  # pixels to which larger images are reduced
+_BARS, _MIN_PROBABILITY = 3, 0.005  # classes of each distribution that get a bar, and the least that one needs
+TransferSets = dict[tuple[object, ...], tuple[TransferSet, ViewPolicy] | str]
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A image as a data URL, its row and true class (None where it has no label), the divergence of the two
-    distributions in bits, and of some classes (name, teacher's, student's probability)."""
+    """An image on which student and teacher differ.
+
+    Attributes:
+        url: The image as a data URL.
+        row: Its row in the split.
+        label: Name of its true class; None where it has no label.
+        divergence: Jensen-Shannon divergence of the two distributions in bits (0 … 1).
+        bars: (class name, teacher's probability, student's probability) of the most probable classes.
+    """
 
     url: str
     row: int
@@ -36,47 +44,91 @@ class Disagreement:
     bars: list[tuple[str, float, float]]
 
 
-def disagreements(run: LoadedRun, split: str, config: ReportConfig, loaded: Loaded) -> list[Disagreement] | str:
-    """Those of the run's first seed; or why there are none. loaded: transfer sets that are open already."""
+def collect_disagreements(
+    run: LoadedRun, split: str, config: ReportConfig, transfer_sets: TransferSets
+) -> list[Disagreement] | str:
+    """Collect the largest disagreements of a run's first seed.
+
+    Args:
+        run: The run.
+        split: Whose images are shown.
+        config: With the number of images, and where the data are.
+        transfer_sets: Those that are open already, or the errors of those that cannot be opened; added to.
+
+    Returns:
+        The disagreements, the largest first; a str says why there are none.
+    """
     if not run.logits["student"] or not run.logits["teacher"]:
-        return "the run is not finished" if run.result is None else "the run has kept no logits"
-    opened = _opened(run, config, loaded)
-    if isinstance(opened, str):
-        return opened
-    transfer_set, views = opened
-    kept, teacher = run.logits["student"][0][split], run.logits["teacher"][0][split]
-    rows = transfer_set.splits[split]
-    if rows.content != kept.content:
-        return f"the {split} split has other images now than the run was measured on"
-    chosen = largest_disagreements(kept.logits, teacher.logits, config.show)
-    batch = np.array([row for row, _ in chosen])
-    seen = next(iter(render_batches(rows.images, views.without_augmentation(), 0, [batch], 0, 0)))
-    found = []
-    for view, (row, divergence) in zip(seen, chosen, strict=True):
-        p, q = softmax(teacher.logits[row]), softmax(kept.logits[row])
-        first = dict.fromkeys([*np.argsort(-p)[:_BARS].tolist(), *np.argsort(-q)[:_BARS].tolist()])
-        bars = [(kept.class_names[c], float(p[c]), float(q[c])) for c in first if max(p[c], q[c]) >= _LEAST]
-        label = kept.class_names[kept.labels[row]] if kept.labels[row] >= 0 else None
-        found.append(Disagreement(_url(view), row, label, divergence, bars))
-    return found
+        return "the run is not finished" if run.result is None else "the run has no files of logits"
+    data = _open_transfer_set(run, config, transfer_sets)
+    if isinstance(data, str):
+        return data
+    transfer_set, views = data
+    student, teacher = run.logits["student"][0][split], run.logits["teacher"][0][split]
+    images = transfer_set.splits[split]
+    if images.content != student.content:
+        return f"the images of the {split} split have changed since the run was measured on them"
+    ranked = rank_disagreements(student.logits, teacher.logits, config.show)
+    batch = np.array([row for row, _ in ranked])
+    rendered = next(iter(render_batches(images.images, views.without_augmentation(), 0, [batch], 0, 0)))
+    disagreements = []
+    for view, (row, divergence) in zip(rendered, ranked, strict=True):
+        p, q = softmax(teacher.logits[row]), softmax(student.logits[row])
+        top_classes = dict.fromkeys([*np.argsort(-p)[:_BARS].tolist(), *np.argsort(-q)[:_BARS].tolist()])
+        bars = [
+            (student.class_names[c], float(p[c]), float(q[c]))
+            for c in top_classes
+            if max(p[c], q[c]) >= _MIN_PROBABILITY
+        ]
+        label = student.class_names[student.labels[row]] if student.labels[row] >= 0 else None
+        disagreements.append(
+            Disagreement(url=_encode_image(view), row=row, label=label, divergence=divergence, bars=bars)
+        )
+    return disagreements
 
 
-def _opened(run: LoadedRun, config: ReportConfig, loaded: Loaded) -> tuple[TransferSet, ViewPolicy] | str:
-    """The run's transfer set and the policy of its views, or why they cannot be had."""
-    own = run.config
-    here = replace(own, data=config.data or own.data, data_root=config.data_root or own.data_root)
-    key = (here.cache, here.data, here.data_root)
-    if key not in loaded:
+def rank_disagreements(
+    student: NDArray[np.floating], teacher: NDArray[np.floating], count: int
+) -> list[tuple[int, float]]:
+    """Find the rows whose two distributions differ most, by their Jensen-Shannon divergence.
+
+    Args:
+        student: Logits [N, K].
+        teacher: Logits [N, K].
+        count: Of rows to return, at most.
+
+    Returns:
+        (row, divergence in bits), the largest divergence first.
+
+    Source:
+        Lin 1991, Divergence measures based on the Shannon entropy.
+    """
+    p, q = np.exp(log_softmax(student)), np.exp(log_softmax(teacher))
+    mean = (p + q) / 2
+    divergence = (rel_entr(p, mean).sum(1) + rel_entr(q, mean).sum(1)) / 2 / np.log(2)
+    order = np.argsort(-divergence, kind="stable")[:count]
+    return [(int(row), float(divergence[row])) for row in order]
+
+
+def _open_transfer_set(
+    run: LoadedRun, config: ReportConfig, transfer_sets: TransferSets
+) -> tuple[TransferSet, ViewPolicy] | str:
+    """Open a run's transfer set and the policy of its views, or return why they are not available."""
+    run_config = replace(
+        run.config, data=config.data or run.config.data, data_root=config.data_root or run.config.data_root
+    )
+    key = (run_config.cache, run_config.data, run_config.data_root)
+    if key not in transfer_sets:
         try:
-            caches = open_caches(here.cache)
-            loaded[key] = (load_shared_data(caches, here), caches[0].views)
+            caches = open_caches(run_config.cache)
+            transfer_sets[key] = (load_shared_data(caches, run_config), caches[0].views)
         except (CacheError, UsageError) as error:
-            loaded[key] = str(error).splitlines()[0]
-    return loaded[key]
+            transfer_sets[key] = str(error).splitlines()[0]
+    return transfer_sets[key]
 
 
-def _url(view: torch.Tensor) -> str:
-    """uint8 [C, S, S] as a PNG in a URL; large ones made smaller."""
+def _encode_image(view: torch.Tensor) -> str:
+    """Encode a view uint8 [C, S, S] as a PNG in a data URL, reduced where it is large."""
     pixels = view.numpy().transpose(1, 2, 0)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     image.thumbnail((_SIDE, _SIDE))

@@ -1,4 +1,4 @@
-"""How long a image takes, each network in turn with the others, so that all are measured on the same machine."""
+"""Measure the latency of networks: in turn, so that all are measured under the same load of the machine."""
 
 import time
 from collections.abc import Sequence
@@ -12,62 +12,79 @@ from softcache.base.errors import UsageError
 from softcache.pipeline.models import MODELS, build, count_parameters
 from softcache.stages.cli.console import progress
 
-_ROUNDS, _TIMES = 7, 10
-_MOST = 500_000_000  # parameters: an arch in a stranger's file may ask for any number
+_ROUNDS, _IMAGES = 7, 10
+_MAX_PARAMETERS = 500_000_000  # the file of a run can come from anyone and name an arch of any size
 
 
 @dataclass(frozen=True)
 class Network:
-    """An arch and what it is built for."""
+    """An arch, and the numbers it is built for.
+
+    Attributes:
+        arch: Its spec, as `--arch` takes it.
+        classes: Number of logits.
+        channels: Of the input.
+        size: Height and width of the input in pixels.
+    """
 
     arch: str
     classes: int
     channels: int
     size: int
 
-    def image(self) -> torch.Tensor:
-        """An input float32 [1, channels, size, size]."""
+    def make_image(self) -> torch.Tensor:
+        """Make a random input, float32 [1, channels, size, size]."""
         return torch.rand(1, self.channels, self.size, self.size)
 
 
 def measure_latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
-    """{network: (parameters, median milliseconds)} of one image alone, by PyTorch on one thread of the CPU.
+    """Measure the forward pass of one image, by PyTorch on one thread of the CPU, with fresh weights.
 
-    The median of 7 rounds in which each network takes its turn of 10 images. Networks that are no arch of the table
-    (code of a user's own, which a report does not run) are left out.
+    In each of 7 rounds every network computes 10 images in turn. Networks whose arch is not in the table of archs are
+    left out: a report does not run code of others.
+
+    Args:
+        networks: To measure; repeated ones are measured once.
+
+    Returns:
+        {network: (parameters, median milliseconds)}.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one image is too little for two
+    torch.set_num_threads(1)  # one image is too little work for two
     try:
         with torch.inference_mode():
-            built = {network: made for network in dict.fromkeys(networks) if (made := _built(network)) is not None}
-            found: dict[Network, list[float]] = {network: [] for network in built}
+            modules: dict[Network, nn.Module] = {}
+            for network in dict.fromkeys(networks):
+                if (module := _build(network)) is not None:
+                    modules[network] = module
+            milliseconds: dict[Network, list[float]] = {network: [] for network in modules}
             for _ in progress(range(_ROUNDS), _ROUNDS, "latency"):
-                for network, made in built.items():
-                    found[network].append(_turn(made, network.image()))
+                for network, module in modules.items():
+                    milliseconds[network].append(_time_images(module, network.make_image()))
     finally:
         torch.set_num_threads(threads)
-    return {network: (count_parameters(built[network]), median(times)) for network, times in found.items()}
+    return {network: (count_parameters(modules[network]), median(times)) for network, times in milliseconds.items()}
 
 
-def _built(network: Network) -> nn.Module | None:
+def _build(network: Network) -> nn.Module | None:
+    """Build a network; None where its arch is unknown, too large, or cannot take its images."""
     arch = network.arch
     if arch.partition(":")[0] not in MODELS:
         return None
     try:
         with torch.device("meta"):
-            if count_parameters(build(arch, network.classes, network.channels, network.size)) > _MOST:
+            if count_parameters(build(arch, network.classes, network.channels, network.size)) > _MAX_PARAMETERS:
                 return None
-        made = build(arch, network.classes, network.channels, network.size).eval()
-        _turn(made, network.image())  # warm, and known to take such a image
-        return made
-    except (UsageError, RuntimeError, ValueError):  # what no command could have asked for
+        module = build(arch, network.classes, network.channels, network.size).eval()
+        _time_images(module, network.make_image())  # a warm-up, which also shows that it takes such images
+        return module
+    except (UsageError, RuntimeError, ValueError):  # numbers from a damaged file
         return None
 
 
-def _turn(network: nn.Module, image: torch.Tensor) -> float:
-    """Milliseconds of one image, the mean of some in a row."""
-    begun = time.perf_counter()
-    for _ in range(_TIMES):
-        network(image)
-    return 1000 * (time.perf_counter() - begun) / _TIMES
+def _time_images(module: nn.Module, image: torch.Tensor) -> float:
+    """Return the mean milliseconds of one image over 10 forward passes."""
+    start = time.perf_counter()
+    for _ in range(_IMAGES):
+        module(image)
+    return 1000 * (time.perf_counter() - start) / _IMAGES

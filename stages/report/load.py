@@ -1,4 +1,4 @@
-"""A run's folder as one record: finished, or as far as it came."""
+"""Read the runs of a report: each folder as one record, also of a run that is not finished."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
 MODELS = ("teacher", "baseline", "student")
 TRAININGS = ("distilled", "student", "baseline")
-_NUMBERS = (
+_METRICS = (
     "accuracy",
     "nll",
     "ece",
@@ -34,89 +34,119 @@ _NUMBERS = (
     "kl_to_teacher",
     "recall_tail",
 )
-Line = dict[str, Any]
+EpochMetrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A student's run. result: its result.json, None while it is not finished; fingerprints: of its
-    caches; lines: {training: of each seed a line per epoch}; said: {model: of each seed {split: logits}}."""
+    """A student's run.
+
+    Attributes:
+        name: Its folder, as it was named.
+        folder: The same as a path.
+        config: Its options.
+        result: Its result.json; None while it is not finished.
+        fingerprints: Of its caches.
+        epoch_metrics: {training: of each seed the metrics of each epoch}, for the names in TRAININGS. With
+            fine-tuning, `distilled` is the training before it and `student` the fine-tuning.
+        logits: {model: of each seed {split: logits}}, for the names in MODELS; the teacher as one seed.
+    """
 
     name: str
     folder: Path
     config: StudentConfig
     result: dict[str, Any] | None
     fingerprints: list[str]
-    lines: dict[str, list[list[Line]]]
+    epoch_metrics: dict[str, list[list[EpochMetrics]]]
     logits: dict[str, list[dict[str, SplitLogits]]]
 
     @property
     def epochs(self) -> int:
-        """Of a training from its first step to its last, fine-tuning included."""
+        """Number of epochs of one training, including fine-tuning."""
         return self.config.epochs + self.config.finetune_epochs
 
     @cached_property
     def state(self) -> str:
-        """`finished`, or how far it came, in words."""
+        """`finished`, or what was trained last: `unfinished: student, seed 1 of 2, epoch 3 of 3`."""
         if self.result:
             return "finished"
-        begun = max(len(seeds) for seeds in self.lines.values())
-        if not any(any(seeds) for seeds in self.lines.values()):
-            return "unfinished: no epoch is over"
-        name = [name for name in TRAININGS if len(self.lines[name]) == begun and self.lines[name][-1]][-1]
-        seeds = self.lines[name]
-        before = len(self.lines["distilled"][len(seeds) - 1]) if name == "student" and self.lines["distilled"] else 0
-        of = f", seed {len(seeds)} of {self.config.seeds}" if self.config.seeds > 1 else ""
-        total = self.config.epochs if name == "distilled" else self.epochs
-        return f"unfinished: {name}{of}, epoch {before + len(seeds[-1])} of {total}"
+        latest_seed = max(len(seeds) for seeds in self.epoch_metrics.values())
+        if latest_seed == 0:
+            return "unfinished: no epoch completed"
+        training = [name for name in TRAININGS if len(self.epoch_metrics[name]) == latest_seed][-1]
+        epoch = len(self.epoch_metrics[training][-1])
+        if training == "student" and self.epoch_metrics["distilled"]:
+            epoch += len(self.epoch_metrics["distilled"][latest_seed - 1])
+        seed = f", seed {latest_seed} of {self.config.seeds}" if self.config.seeds > 1 else ""
+        epochs = self.config.epochs if training == "distilled" else self.epochs
+        return f"unfinished: {training}{seed}, epoch {epoch} of {epochs}"
 
-    def figures(self, model: str, split: str) -> dict[str, Any] | None:
-        """Of the teacher, baseline or student on a split: means over the seeds. None where the run has none."""
+    def get_metrics(self, model: str, split: str) -> dict[str, Any] | None:
+        """Return the metrics of a model on a split, means over the seeds; None where the run has none.
+
+        Args:
+            model: "teacher", "baseline" or "student".
+            split: "val" or "test".
+        """
         if self.result:
             return dict(self.result[model][split]) if split in self.result.get(model, {}) else None
-        return self._teacher.get(split) if model == "teacher" else None
+        return self._teacher_metrics.get(split) if model == "teacher" else None
 
     @cached_property
-    def _teacher(self) -> dict[str, Any]:
-        """Of a run that is not finished, from what its teacher says."""
-        said = self.logits["teacher"][0] if self.logits["teacher"] else {}
-        return {split: {"rows": len(one.labels)} | evaluate(one.logits, one.labels) for split, one in said.items()}
+    def _teacher_metrics(self) -> dict[str, Any]:
+        """{split: metrics} of the teacher, computed from its logits: for a run without a result."""
+        splits = self.logits["teacher"][0] if self.logits["teacher"] else {}
+        return {
+            split: {"rows": len(stored.labels)} | evaluate(stored.logits, stored.labels)
+            for split, stored in splits.items()
+        }
 
-    def spread(self, model: str, split: str) -> dict[str, Any]:
-        """The standard deviations over the seeds, where there are several."""
+    def get_spread(self, model: str, split: str) -> dict[str, Any]:
+        """Return the standard deviations of the metrics over the seeds; an empty dict for a single seed."""
         if not self.result or model == "teacher" or self.config.seeds < 2:
             return {}
         return dict(self.result["spread"][model][split])
 
 
 def read_runs(names: tuple[str, ...]) -> tuple[list[LoadedRun], dict[str, dict[str, Any]]]:
-    """The students' runs in these folders and what `inspect` found there; a folder of runs stands for all in it.
+    """Read the runs of students, and the results of `inspect` for their caches.
 
-    Without names all under `runs`. {fingerprint: what `inspect` found}: in a folder that is named, else the latest
-    beside a run. Raises UsageError where there is no run, CacheError for a damaged one.
+    Args:
+        names: Folders of runs, or folders that contain such folders; `runs` when empty.
+
+    Returns:
+        The runs, and {fingerprint of a cache: inspect.json}. Of several inspections of a cache, the first in a folder
+        of `names` counts, else the latest one beside a run.
+
+    Raises:
+        UsageError: There is no run of a student.
+        CacheError: A run or an inspection is damaged.
     """
     folders = [folder for name in names or ("runs",) for folder in _expand_folder(Path(name), bool(names))]
-    runs = [_read(folder) for folder in dict.fromkeys(folders) if (folder / "settings.json").is_file()]
+    runs = [_read_run(folder) for folder in dict.fromkeys(folders) if (folder / "settings.json").is_file()]
     if not runs:
         raise UsageError(f"there is no run of a student in {', '.join(names) or 'runs'}: name folders of runs")
-    beside = {path.parent for run in runs for path in run.folder.parent.glob("*/inspect.json")}
-    latest = sorted(beside, key=lambda folder: -(folder / "inspect.json").stat().st_mtime)
-    named = [folder for folder in folders if (folder / "inspect.json").is_file()]
+    inspected = [folder for folder in folders if names and (folder / "inspect.json").is_file()]
+    beside_runs = {path.parent for run in runs for path in run.folder.parent.glob("*/inspect.json")}
+    inspected += sorted(beside_runs, key=lambda folder: -(folder / "inspect.json").stat().st_mtime)
     inspections: dict[Any, dict[str, Any]] = {}
-    for folder in [*(named if names else ()), *latest]:
+    for folder in inspected:
         record = read_json(folder / "inspect.json")
         _check_inspection(record, f"'{folder}/inspect.json'")
         inspections.setdefault(record["fingerprint"], record)
     return runs, inspections
 
 
-def _expand_folder(folder: Path, asked: bool) -> Iterator[Path]:
-    """The folder itself, or the runs that lie in it."""
+def _expand_folder(folder: Path, is_explicit: bool) -> Iterator[Path]:
+    """Yield the folder if it is one of a run or an inspection, else those in it.
+
+    Folders that were not named on the command line are left out where they are not of a student.
+    """
     if any((folder / name).is_file() for name in ("settings.json", "inspect.json")):
-        if asked or (folder / "inspect.json").is_file() or _is_student_run(folder):
+        if is_explicit or (folder / "inspect.json").is_file() or _is_student_run(folder):
             yield folder
         return
-    if asked and not folder.is_dir():
+    if is_explicit and not folder.is_dir():
         raise UsageError(f"there is no folder '{folder}'")
     for path in sorted(folder.glob("*/*.json")):
         if path.name == "inspect.json" or (path.name == "settings.json" and _is_student_run(path.parent)):
@@ -127,113 +157,133 @@ def _is_student_run(folder: Path) -> bool:
     return "cache" in read_json(folder / "settings.json")
 
 
-def _read(folder: Path) -> LoadedRun:
+def _read_run(folder: Path) -> LoadedRun:
     if not _is_student_run(folder):
-        raise UsageError(f"'{folder}' is a teacher's run: a report is of students, and has their teacher in it")
+        raise UsageError(f"'{folder}' is a teacher's run: name runs of students, whose reports include their teacher")
     config = read_config(folder, StudentConfig)
     result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
     if result is not None:
-        _check(result, f"'{folder}/result.json'")
+        _check_result(result, f"'{folder}/result.json'")
     seeds = [folder if config.seeds == 1 else folder / f"seed-{config.seed + i}" for i in range(config.seeds)]
-    lines = {name: _lines(name, seeds) for name in TRAININGS}
-    said = {
-        "teacher": _said([folder / TEACHER_LOGITS]),
-        "baseline": _said([one / "baseline" / LOGITS for one in seeds]),
-        "student": _said([one / LOGITS for one in seeds]),
+    epoch_metrics = {training: _read_epoch_metrics(training, seeds) for training in TRAININGS}
+    logits = {
+        "teacher": _read_existing_logits([folder / TEACHER_LOGITS]),
+        "baseline": _read_existing_logits([seed / "baseline" / LOGITS for seed in seeds]),
+        "student": _read_existing_logits([seed / LOGITS for seed in seeds]),
     }
-    _check_same_rows(said, folder)
+    _check_same_rows(logits, folder)
     path = folder / "cache.json"
     fingerprints = read_fingerprints(read_json(path), path) if path.is_file() else []
-    return LoadedRun(str(folder), folder, config, result, fingerprints, lines, said)
+    return LoadedRun(
+        name=str(folder),
+        folder=folder,
+        config=config,
+        result=result,
+        fingerprints=fingerprints,
+        epoch_metrics=epoch_metrics,
+        logits=logits,
+    )
 
 
-def _lines(training: str, seeds: list[Path]) -> list[list[Line]]:
-    """Of each seed that was begun. Raises CacheError for lines that are no record of epochs."""
-    places = [one if training == "student" else one / training for one in seeds]
-    found = [read_epoch_lines(place) for place in places if (place / METRICS_FILE).is_file()]
-    for place, lines in zip(places, found, strict=False):
-        for line in lines:
-            if not isinstance(line, dict) or "epoch" not in line or not all(map(_is_number, line.values())):
-                raise CacheError(f"'{place / METRICS_FILE}' is damaged: it is not a record of epochs")
-    return [lines for lines in found if lines]
+def _read_epoch_metrics(training: str, seeds: list[Path]) -> list[list[EpochMetrics]]:
+    """Read metrics.jsonl of each seed that has one with an epoch in it. Raises CacheError for a damaged one."""
+    trainings = []
+    for seed in seeds:
+        folder = seed if training == "student" else seed / training
+        if not (folder / METRICS_FILE).is_file():
+            continue
+        epochs = read_epoch_lines(folder)
+        for metrics in epochs:
+            if not isinstance(metrics, dict) or "epoch" not in metrics or not all(map(_is_number, metrics.values())):
+                raise CacheError(f"'{folder / METRICS_FILE}' is damaged: it is not a record of epochs")
+        if epochs:
+            trainings.append(epochs)
+    return trainings
 
 
-def _said(paths: list[Path]) -> list[dict[str, SplitLogits]]:
+def _read_existing_logits(paths: list[Path]) -> list[dict[str, SplitLogits]]:
     return [read_logits(path) for path in paths if path.is_file()]
 
 
-def _check_same_rows(said: dict[str, list[dict[str, SplitLogits]]], folder: Path) -> None:
-    """Raise CacheError where student, baseline and teacher do not speak of the same rows and classes."""
-    every = [seed for model in MODELS for seed in said[model]]
-    for other in every[1:]:
-        alike = other.keys() == every[0].keys() and all(
-            (one.content, one.classes, one.logits.shape) == (kept.content, kept.classes, kept.logits.shape)
-            and np.array_equal(one.labels, kept.labels)
-            for one, kept in zip(every[0].values(), (other[split] for split in every[0]), strict=True)
-        )
-        if not alike:
+def _check_same_rows(logits: dict[str, list[dict[str, SplitLogits]]], folder: Path) -> None:
+    """Raise CacheError where student, baseline and teacher are not of the same rows and classes."""
+    seeds = [splits for model in MODELS for splits in logits[model]]
+    for splits in seeds[1:]:
+        first = seeds[0]
+        if splits.keys() != first.keys() or not all(_has_same_rows(splits[name], first[name]) for name in splits):
             raise CacheError(f"'{folder}': its files of logits are not all of the same rows and classes")
 
 
-def _check(result: dict[str, Any], name: str) -> None:
-    """Raise CacheError for what is not a result.json of a student: everything that a report reads is looked at
-    here."""
+def _has_same_rows(a: SplitLogits, b: SplitLogits) -> bool:
+    same_content = a.content == b.content and a.classes == b.classes and a.logits.shape == b.logits.shape
+    return same_content and np.array_equal(a.labels, b.labels)
+
+
+# The files can come from anyone: all values that a report uses are checked here.
+
+
+def _check_result(result: dict[str, Any], name: str) -> None:
+    """Raise CacheError for what is not a result.json of a student."""
     try:
         for model in MODELS:
             if model == "baseline" and model not in result:
                 continue
+            if model != "teacher":
+                InputSpec.from_json(result[model]["preparation"])
             for split in ("val", "test"):
                 if split in result[model]:
-                    _check_figures(result[model][split])
+                    _check_metrics(result[model][split])
                     if model != "teacher":
-                        _check_figures(result["spread"][model][split])
+                        _check_metrics(result["spread"][model][split])
         for member in result.get("members", ()):
-            _check_figures(next(iter(member[split] for split in ("test", "val") if split in member)))
+            _check_metrics(member["test"] if "test" in member else member["val"])
             if not isinstance(member["arch"], str):
-                raise TypeError("no arch")
-        one = result["student"]
-        for model in ("baseline", "student"):
-            if model in result:
-                InputSpec.from_json(result[model]["preparation"])
-        numbers = [one[key] for key in ("parameters", "multiply_adds", "seconds")]
-        numbers += [result["cache"][key] for key in ("rows", "draws", "seconds")]
-        bill = result["bill"]
-        words = (one["arch"], result["teacher"]["arch"], result["cache"]["manifest"], result["machine"]["device"])
-        if not all(isinstance(word, str) for word in (*words, *result["versions"].values())):
-            raise TypeError("no words")
-        if not all(_is_number(number) and number is not None for number in numbers):
-            raise TypeError("no numbers")
-        if not all(map(_is_number, bill.values())) or not {"stage_one", "epoch", "saved", "live_epoch"} <= set(bill):
-            raise TypeError("no bill")
+                raise TypeError("the arch of a member is not text")
+        student, cache, cost = result["student"], result["cache"], result["bill"]
+        numbers = [student[key] for key in ("parameters", "multiply_adds", "seconds")]
+        numbers += [cache[key] for key in ("rows", "draws", "seconds")]
+        if None in numbers or not all(map(_is_number, numbers)):
+            raise TypeError("parameters, rows or seconds are not numbers")
+        if not {"stage_one", "epoch", "saved", "live_epoch"} <= set(cost) or not all(map(_is_number, cost.values())):
+            raise TypeError("the cost is not complete")
+        texts = [student["arch"], result["teacher"]["arch"], cache["manifest"], result["machine"]["device"]]
+        texts += result["versions"].values()
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("an arch, digest, device or version is not text")
         if not isinstance(result["seeds"], list):
-            raise TypeError("no seeds")
+            raise TypeError("the seeds are not a list")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise CacheError(f"{name} is not of a student's run") from None
 
 
+def _check_metrics(metrics: dict[str, Any]) -> None:
+    """Raise TypeError for metrics of a split, or their spread, that are not numbers and lists of equal length."""
+    if not all(_is_number(metrics.get(name)) for name in _METRICS):
+        raise TypeError("a metric is not a number")
+    lists = list(metrics["per_class"].values()) if "per_class" in metrics else []
+    lists += metrics.get("confusion") or []
+    if not all(isinstance(values, list) and all(map(_is_number, values)) for values in lists):
+        raise TypeError("a metric by class is not a list of numbers")
+    if len(set(map(len, lists))) > 1:
+        raise TypeError("the metrics by class are not of the same classes")
+
+
 def _check_inspection(record: dict[str, Any], name: str) -> None:
+    """Raise CacheError for what is not an inspect.json."""
     try:
-        numbers = [one["accuracy"] for one in record["taps"].values()]
-        numbers += [one["importance"][key] for one in record["taps"].values() for key in ("mean", "sd")]
-        numbers += [
-            one[key] for tap in record["channels"].values() for one in tap for key in ("mean", "sd", "channel")
-        ]
-        if record["taps"]:
+        taps = record["taps"].values()
+        channels = [channel for tap in record["channels"].values() for channel in tap]
+        numbers = [tap["accuracy"] for tap in taps]
+        numbers += [tap["importance"][key] for tap in taps for key in ("mean", "sd")]
+        numbers += [channel[key] for channel in channels for key in ("mean", "sd", "channel")]
+        if taps:
             numbers += [record["joint"]["teacher"], record["joint"]["majority"]]
-        if not all(map(_is_number, numbers)) or not isinstance(record["fingerprint"], str) or None in numbers:
-            raise TypeError("no numbers")
+        if None in numbers or not all(map(_is_number, numbers)) or not isinstance(record["fingerprint"], str):
+            raise TypeError("a value is not a number")
     except (KeyError, TypeError, AttributeError):
-        raise CacheError(f"{name} is not what inspect found") from None
-
-
-def _check_figures(figures: dict[str, Any]) -> None:
-    if not all(_is_number(figures.get(name)) for name in _NUMBERS):
-        raise TypeError("no numbers")
-    lists = list(figures["per_class"].values()) if "per_class" in figures else []
-    lists += figures.get("confusion") or []
-    if not all(isinstance(one, list) and all(map(_is_number, one)) for one in lists) or len(set(map(len, lists))) > 1:
-        raise TypeError("no table")
+        raise CacheError(f"{name} is not an inspection of a cache") from None
 
 
 def _is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number, or null for one that is not known."""
     return value is None or (type(value) in (int, float) and math.isfinite(value))

@@ -1,4 +1,13 @@
-"""One HTML file with everything in it: no script, style, font or image is fetched from anywhere."""
+"""report.html: the sections of the page as records, and the template that is filled in with them.
+
+The page is one file: no script, style, font or image is loaded from elsewhere. Its parts are made in
+
+- summary.py: the sentences at the top of a group of runs;
+- table.py: the table of students, baselines and teachers;
+- sections.py: the section of each run, and the plot of a group's costs;
+- plots.py: the plots, and disagreements.py: the images, in those sections;
+- page.html, page.css and page.js: how all of it is laid out.
+"""
 
 import base64
 from dataclasses import dataclass
@@ -13,18 +22,25 @@ from softcache import __version__
 from softcache.stages.cli.plot_style import Plot, render_svg
 
 from .disagreements import Disagreement
-from .text import COLUMNS, Cell, Row, column_title, is_better
+from .table import COLUMNS, Cell, Group, Row, describe_direction, format_column_title
 
-_HERE = Path(__file__).parent
+_TEMPLATE_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class PageImage:
-    """A image in the page: as a file without its ending, as a data URL, what it shows for those who do not see it,
-    and what stands below it."""
+    """A plot in the page.
+
+    Attributes:
+        name: Of its PNG file, without the ending.
+        plot: What is drawn.
+        url: The plot as an SVG in a data URL.
+        alt: What it shows, for readers who do not see it.
+        caption: Below it.
+    """
 
     name: str
-    image: Plot
+    plot: Plot
     url: str
     alt: str
     caption: str
@@ -32,58 +48,92 @@ class PageImage:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """The figures of a class."""
+    """A row of the table of classes.
+
+    Attributes:
+        name: Of the class.
+        cells: Rows, precision, recall, F1, F1 of the teacher, difference.
+    """
 
     name: str
     cells: list[Cell]
 
 
 @dataclass(frozen=True)
-class RunPart:
-    """What the page has of one run. not_apart: why there are no images; open: whether it is unfolded."""
+class RunSection:
+    """The section of one run.
+
+    Attributes:
+        name: Of the run.
+        state: See `LoadedRun.state`.
+        is_open: Whether the section is unfolded at first.
+        split: On which the run was measured.
+        images: The plots.
+        notes: Why some plots are missing.
+        classes: The table of classes.
+        disagreements: Images on which teacher and student differ most.
+        no_disagreements: Why there are none; else empty.
+        cost: Of the run; empty where it is not finished.
+        provenance: (name, value) of data, cache, versions and machine.
+        command: That trains the run again.
+    """
 
     name: str
     state: str
-    open: bool
+    is_open: bool
     split: str
     images: list[PageImage]
     notes: list[str]
     classes: list[ClassRow]
-    apart: list[Disagreement]
-    not_apart: str
-    bill: str
+    disagreements: list[Disagreement]
+    no_disagreements: str
+    cost: str
     provenance: list[tuple[str, str]]
     command: str
 
 
 @dataclass(frozen=True)
-class GroupPart:
-    """What the page has of runs that were measured on the same rows."""
+class GroupSection:
+    """The section of runs that were measured on the same rows.
 
-    title: str
-    split: str
-    rows: int
+    Attributes:
+        group: The runs.
+        summary: Sentences, see `summary.format_summary`.
+        table: See `table.make_table_rows`.
+        costs: Accuracy over size and latency; None where no size is known.
+        runs: The sections of the runs.
+    """
+
+    group: Group
     summary: list[str]
     table: list[Row]
     costs: PageImage | None
-    runs: list[RunPart]
+    runs: list[RunSection]
 
 
-def make_page_image(name: str, image: Plot, alt: str, caption: str) -> PageImage:
-    """A image as it stands in the page."""
-    url = "data:image/svg+xml;base64," + base64.b64encode(render_svg(image).encode()).decode()
-    return PageImage(name, image, url, alt, caption)
+def make_page_image(name: str, plot: Plot, alt: str, caption: str) -> PageImage:
+    """Render a plot for the page; for the arguments see `PageImage`."""
+    url = "data:image/svg+xml;base64," + base64.b64encode(render_svg(plot).encode()).decode()
+    return PageImage(name=name, plot=plot, url=url, alt=alt, caption=caption)
 
 
-def render_page(title: str, groups: list[GroupPart], again: str) -> str:
-    """The whole file. Every text is escaped; the one script that may run is named by its digest."""
-    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    columns: list[dict[str, Any]] = [{"name": n, "title": column_title(n), "better": is_better(n)} for n in COLUMNS]
+def render_page(title: str, sections: list[GroupSection], command: str) -> str:
+    """Fill in the page. All text is escaped; the content security policy allows only the page's own script.
+
+    Args:
+        title: Of the page.
+        sections: Of the groups of runs.
+        command: That makes the report again.
+    """
+    environment = Environment(loader=FileSystemLoader(_TEMPLATE_FOLDER), autoescape=True, undefined=StrictUndefined)
+    script = (_TEMPLATE_FOLDER / "page.js").read_text(encoding="utf-8")
+    columns: list[dict[str, Any]] = [
+        {"name": name, "title": format_column_title(name), "direction": describe_direction(name)} for name in COLUMNS
+    ]
     return environment.get_template("page.html").render(
         title=title,
-        groups=groups,
-        again=again,
+        sections=sections,
+        command=command,
         columns=columns,
         version=__version__,
         date=date.today().isoformat(),

@@ -1,4 +1,4 @@
-"""The images of a report."""
+"""The plots of a report."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,25 @@ from numpy.typing import NDArray
 
 from softcache.stages.cli.plot_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Plot, label_classes, plot_text
 
-from .load import Line
-from .summary import Agreement, find_pareto
+from .agreement import Agreement
+from .load import EpochMetrics
 
-_COUNTED = 12  # classes up to which a cell has its number in it
+_MAX_LABELS = 12  # networks up to which points have names, and classes up to which cells have numbers
 _KINDS = {"student": (BLUE, "o"), "baseline": (ORANGE, "s"), "teacher": (GREEN, "^")}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A network in the plot of what it costs and what it is worth. accuracy: 0 … 1; sd: over seeds; parameters and
-    milliseconds (of one image) None where they are not known."""
+    """A network in the plot of costs.
+
+    Attributes:
+        name: Its label.
+        kind: "teacher", "baseline" or "student".
+        accuracy: 0 … 1.
+        sd: Standard deviation of the accuracy over seeds.
+        parameters: Number of parameters; None where unknown.
+        milliseconds: Latency of one image; None where unknown.
+    """
 
     name: str
     kind: str
@@ -33,218 +41,289 @@ class Point:
 
 
 def plot_costs(points: Sequence[Point]) -> Plot:
-    """Accuracy over size and over latency, with those that no cheaper one equals joined by a line."""
+    """Plot accuracy over size and over latency, with the Pareto front as a line."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, what, key in zip(
-            panels, ("parameters", "ms a image, one thread"), ("parameters", "milliseconds"), strict=True
-        ):
-            some = [point for point in points if getattr(point, key)]
-            _cloud(axes, some, [getattr(point, key) for point in some])
+        costs = {"parameters": "parameters", "milliseconds": "ms per image, one thread"}
+        for axes, (attribute, label) in zip(panels, costs.items(), strict=True):
+            known = [point for point in points if getattr(point, attribute)]
+            _plot_points(axes, known, [getattr(point, attribute) for point in known])
             for point in points:
-                if point.kind == "teacher" and point not in some:
+                if point.kind == "teacher" and point not in known:
                     axes.axhline(100 * point.accuracy, color=GREEN, linestyle=":", label="teacher")
-            axes.set_xlabel(what)
+            axes.set_xlabel(label)
             axes.grid(alpha=0.6)
         panels[0].set_ylabel("accuracy, %")
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
     return Plot((9, 4.4), draw)
 
 
-def _cloud(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
+def _plot_points(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
+    """Plot accuracy over cost on a logarithmic axis. costs: of the points."""
     front = find_pareto(costs, [point.accuracy for point in points])
     if len(front) > 1:
         x, y = [costs[i] for i in front], [100 * points[i].accuracy for i in front]
         axes.plot(x, y, color=GREY, linewidth=1, zorder=1, label="Pareto front")
     for kind, (colour, marker) in _KINDS.items():
-        some = [(cost, point) for cost, point in zip(costs, points, strict=True) if point.kind == kind]
-        if some:
-            x, y = [cost for cost, _ in some], [100 * point.accuracy for _, point in some]
-            sd = [100 * point.sd for _, point in some]
+        of_kind = [(cost, point) for cost, point in zip(costs, points, strict=True) if point.kind == kind]
+        if of_kind:
+            x, y = [cost for cost, _ in of_kind], [100 * point.accuracy for _, point in of_kind]
+            sd = [100 * point.sd for _, point in of_kind]
             axes.errorbar(x, y, sd if any(sd) else None, fmt=marker, color=colour, capsize=3, label=kind)
     if points:
         axes.set_xscale("log")
         axes.margins(0.25, 0.15)
-        narrow = max(costs) < 30 * min(costs)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+        is_narrow = max(costs) < 30 * min(costs)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axes.xaxis.set_major_formatter(EngFormatter(sep="") if min(costs) >= 100 else "{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    named = [point for point in points if point.kind != "baseline"]  # which has its student's name, and stands below
-    for cost, point in zip(costs, points, strict=True):
-        if len(named) <= _COUNTED and point in named:
-            where, offset, ha, va = (cost, 100 * point.accuracy), (-7, 4), "right", "bottom"
-            if point.kind == "teacher":
-                offset, ha, va = (7, -4), "left", "top"
-            axes.annotate(
-                plot_text(point.name, 20), where, offset, ha=ha, va=va, textcoords="offset points", fontsize=8
-            )
+    # A baseline has no label: it has the name of its student, and is close to it.
+    labelled = [(cost, point) for cost, point in zip(costs, points, strict=True) if point.kind != "baseline"]
+    for cost, point in labelled if len(labelled) <= _MAX_LABELS else ():
+        offset, ha, va = (-7, 4), "right", "bottom"
+        if point.kind == "teacher":
+            offset, ha, va = (7, -4), "left", "top"
+        axes.annotate(
+            plot_text(point.name, 20),
+            (cost, 100 * point.accuracy),
+            offset,
+            ha=ha,
+            va=va,
+            textcoords="offset points",
+            fontsize=8,
+        )
 
 
-def plot_curves(trainings: dict[str, list[list[Line]]], finetuned_from: int) -> Plot:
-    """By epoch: the terms of the student's loss, their gradients, and accuracy and macro F1 of validation.
+def find_pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """Find the Pareto front of minimal cost and maximal value.
 
-    trainings: {student or baseline: of each seed its lines}; a line is the mean over seeds, the shade from the least
-    to the most. finetuned_from: the epoch after which hard targets alone are learned, 0 for none.
+    Args:
+        costs: Of the items.
+        values: Of the items.
+
+    Returns:
+        Indices of the items that are better than every item of the same or a lower cost, by rising cost.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i])):
+        if not front or values[i] > values[front[-1]]:
+            front.append(i)
+    return front
+
+
+def plot_curves(trainings: dict[str, list[list[EpochMetrics]]], finetuned_from: int) -> Plot:
+    """Plot the terms of the student's loss, their gradients, and validation accuracy and macro F1 by epoch.
+
+    A line is the mean over seeds, the shade around it spans all seeds.
+
+    Args:
+        trainings: {"student" or "baseline": of each seed the metrics of each epoch}.
+        finetuned_from: The epoch after which fine-tuning from hard targets alone begins; 0 without it.
     """
     student = trainings["student"]
-    terms, gradients = (_keys(student, prefix) for prefix in ("loss_", "gradient_"))
-    panels = [("terms of the loss", terms), ("gradient of each term, L2", gradients)]
-    shown = [(title, keys) for title, keys in panels if keys]
+    panels = [
+        ("terms of the loss", _list_keys(student, "loss_")),
+        ("gradient of each term, L2", _list_keys(student, "gradient_")),
+    ]
+    panels = [(title, keys) for title, keys in panels if keys]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
-        for panel, (title, keys) in zip(axes, shown, strict=False):
+        all_axes = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+        for axes, (title, keys) in zip(all_axes, panels, strict=False):
             for i, key in enumerate(keys):
-                label = plot_text(key.partition("_")[2])
-                _curve(panel, student, key, 1, SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)], label)
-            panel.set_yscale("log" if _positive(student, keys) else "linear")
-            panel.set_title(title)
-        _validation(axes[-1], trainings)
-        for panel in axes:
+                _plot_curve(
+                    axes,
+                    student,
+                    key,
+                    colour=SERIES[i % len(SERIES)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    label=plot_text(key.partition("_")[2]),
+                )
+            axes.set_yscale("log" if _are_positive(student, keys) else "linear")
+            axes.set_title(title)
+        _plot_validation(all_axes[-1], trainings)
+        for axes in all_axes:
             if finetuned_from:
-                panel.axvline(finetuned_from + 0.5, color=GREY, linestyle="--", label="fine-tuning")
-            panel.set_xlabel("epoch")
-            panel.grid(alpha=0.6)
-            if panel.get_legend_handles_labels()[0]:
-                panel.legend()
+                axes.axvline(finetuned_from + 0.5, color=GREY, linestyle="--", label="fine-tuning")
+            axes.set_xlabel("epoch")
+            axes.grid(alpha=0.6)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
 
-    return Plot((4.2 * (len(shown) + 1), 3.4), draw)
+    return Plot((4.2 * (len(panels) + 1), 3.4), draw)
 
 
-def _validation(axes: Axes, trainings: dict[str, list[list[Line]]]) -> None:
-    looks = (("student", BLUE, "o"), ("baseline", ORANGE, "s"))
-    for name, colour, marker in looks:
-        for key, style in (("val_accuracy", "-"), ("val_f1_macro", ":")):
-            label = f"{name}, {'accuracy' if key == 'val_accuracy' else 'macro F1'}"
-            _curve(axes, trainings.get(name, []), key, 100, colour, marker, label, style)
+def _plot_validation(axes: Axes, trainings: dict[str, list[list[EpochMetrics]]]) -> None:
+    for model in ("student", "baseline"):
+        colour, marker = _KINDS[model]
+        for key, name, style in (("val_accuracy", "accuracy", "-"), ("val_f1_macro", "macro F1", ":")):
+            _plot_curve(
+                axes,
+                trainings.get(model, []),
+                key,
+                scale=100,
+                colour=colour,
+                marker=marker,
+                label=f"{model}, {name}",
+                style=style,
+            )
     axes.set_title("validation, %")
 
 
-def _curve(
-    axes: Axes, seeds: list[list[Line]], key: str, scale: float, colour: str, marker: str, label: str, style: str = "-"
+def _plot_curve(
+    axes: Axes,
+    seeds: list[list[EpochMetrics]],
+    key: str,
+    *,
+    colour: str,
+    marker: str,
+    label: str,
+    scale: float = 1,
+    style: str = "-",
 ) -> None:
-    """The mean over the seeds that have come so far, with a shade over all of them."""
-    lines = [[scale * line[key] for line in seed if key in line] for seed in seeds]
-    lines = [values for values in lines if values]
-    if not lines:
+    """Plot the mean of a metric over the seeds that have reached each epoch, with a shade over all of them."""
+    curves = [[scale * metrics[key] for metrics in seed if key in metrics] for seed in seeds]
+    curves = [values for values in curves if values]
+    if not curves:
         return
-    epochs = np.arange(1, max(map(len, lines)) + 1)
-    padded = np.array([values + [np.nan] * (len(epochs) - len(values)) for values in lines])
-    every = max(1, len(epochs) // 8)
+    epochs = np.arange(1, max(map(len, curves)) + 1)
+    padded = np.array([values + [np.nan] * (len(epochs) - len(values)) for values in curves])
     mean = np.nanmean(padded, axis=0)
-    axes.plot(epochs, mean, style, color=colour, marker=marker, markevery=every, markersize=4, label=label)
-    if len(lines) > 1:
+    step = max(1, len(epochs) // 8)
+    axes.plot(epochs, mean, style, color=colour, marker=marker, markevery=step, markersize=4, label=label)
+    if len(curves) > 1:
         low, high = np.nanmin(padded, axis=0), np.nanmax(padded, axis=0)
         axes.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _keys(seeds: list[list[Line]], prefix: str) -> list[str]:
-    return list(dict.fromkeys(key for seed in seeds for line in seed for key in line if key.startswith(prefix)))
+def _list_keys(seeds: list[list[EpochMetrics]], prefix: str) -> list[str]:
+    return list(dict.fromkeys(key for seed in seeds for metrics in seed for key in metrics if key.startswith(prefix)))
 
 
-def _positive(seeds: list[list[Line]], keys: list[str]) -> bool:
-    """Whether all values can stand on a logarithmic axis."""
-    return all(line[key] > 0 for seed in seeds for line in seed for key in keys if key in line)
+def _are_positive(seeds: list[list[EpochMetrics]], keys: list[str]) -> bool:
+    """Whether all values can be drawn on a logarithmic axis."""
+    return all(metrics[key] > 0 for seed in seeds for metrics in seed for key in keys if key in metrics)
 
 
 def plot_confusion(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]], names: list[str]) -> Plot:
-    """Shares of each true class, and by how many points the student's differ from the teacher's."""
-    own, theirs = _shares(student), _shares(teacher)
+    """Plot the student's confusion matrix in % of each true class, and its difference from the teacher's in points.
+
+    Args:
+        student: Counts [K, K]: rows are true classes, columns predicted ones.
+        teacher: The same of the teacher.
+        names: Of the K classes.
+    """
+    student_shares, teacher_shares = _compute_row_shares(student), _compute_row_shares(teacher)
     side = min(7.0, 2.6 + 0.28 * len(names))
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        _matrix(figure, left, 100 * own, names, "student, % of each true class", "Blues", (0, 100))
-        change = 100 * (own - theirs)
-        most = float(max(np.nanmax(np.abs(change)), 1.0))
-        _matrix(figure, right, change, names, "student − teacher, points", "PuOr", (-most, most))
+        title = "student, % of each true class"
+        _plot_matrix(left, 100 * student_shares, names, title=title, colours="Blues", span=(0, 100))
+        difference = 100 * (student_shares - teacher_shares)
+        most = float(max(np.nanmax(np.abs(difference)), 1.0))
+        title = "student − teacher, points"
+        _plot_matrix(right, difference, names, title=title, colours="PuOr", span=(-most, most))
 
     return Plot((2 * side + 1.4, side), draw)
 
 
-def _shares(confusion: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """[K, K] of each row its shares; NaN where a class has no row."""
+def _compute_row_shares(confusion: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """Divide each row [K] of a matrix [K, K] by its sum; NaN where that is 0."""
     counts = np.array(confusion, np.float64)
     rows = counts.sum(1, keepdims=True)
     shares: NDArray[np.float64] = np.divide(counts, rows, out=np.full_like(counts, np.nan), where=rows > 0)
     return shares
 
 
-def _matrix(
-    figure: Figure,
+def _plot_matrix(
     axes: Axes,
     values: NDArray[np.float64],
     names: list[str],
+    *,
     title: str,
     colours: str,
     span: tuple[float, float],
 ) -> None:
+    """Plot a matrix [K, K] of classes, with its numbers where classes are few."""
     axes.set_facecolor("#DDDDDD")
     image = axes.imshow(values, cmap=colours, vmin=span[0], vmax=span[1])
-    figure.colorbar(image, ax=axes, shrink=0.75)
+    axes.figure.colorbar(image, ax=axes, shrink=0.75)
     label_classes(axes, names, 14)
-    counted = np.abs(np.nan_to_num(values)) >= 0.5
-    for i, j in zip(*np.nonzero(counted), strict=True) if len(names) <= _COUNTED else ():
-        colour = _legible(image.to_rgba(values[i, j])[:3])
-        axes.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="guessed class", ylabel="true class")
+    if len(names) <= _MAX_LABELS:
+        rounds_to_nonzero = np.abs(np.nan_to_num(values)) >= 0.5
+        for i, j in zip(*np.nonzero(rounds_to_nonzero), strict=True):
+            colour = _choose_text_colour(image.to_rgba(values[i, j])[:3])
+            axes.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(title)
     axes.spines[:].set_visible(False)
 
 
-def _legible(paper: Iterable[float]) -> str:
-    """Black or white, whichever has the more contrast (4.5 to 1 at least, WCAG 2.1) with an sRGB colour of 0 … 1."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in paper]
+def _choose_text_colour(background: Iterable[float]) -> str:
+    """Return black or white, whichever has the more contrast with an sRGB colour of 0 … 1; at least 4.5 to 1.
+
+    Source:
+        WCAG 2.1, relative luminance and contrast ratio.
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#FFFFFF"
 
 
 def plot_reliability(models: dict[str, dict[str, Any]]) -> Plot:
-    """Accuracy over mean confidence of each bin. models: {name: soft_targets.calibration of it}."""
+    """Plot accuracy over the mean confidence of each bin, and the share of rows in each bin.
+
+    Args:
+        models: {model: see `soft_targets.calibration`}.
+    """
 
     def draw(figure: Figure) -> None:
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        above.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="calibrated")
-        for i, (name, found) in enumerate(models.items()):
-            colour, marker = _KINDS[name]
-            bins = [one for one in found["bins"] if one["rows"]]
-            x, y = [100 * one["confidence"] for one in bins], [100 * one["accuracy"] for one in bins]
-            label = f"{name}, ECE {100 * found['ece']:.2f} %"
-            at = [100 * (one["low"] + one["high"]) / 2 for one in bins]
-            share, width = [100 * one["rows"] / found["rows"] for one in bins], 6.0 / len(models)
-            area = [12 + 1.6 * one for one in share]  # a bin of few rows says little
-            above.plot(x, y, color=colour, linewidth=0.7, alpha=0.6)
-            above.scatter(x, y, area, color=colour, marker=marker, label=label, clip_on=False, zorder=3)
-            below.bar([x + (i - (len(models) - 1) / 2) * width for x in at], share, width, color=colour)
-        above.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %")
-        below.set(xlabel="confidence, %", ylabel="rows, %")
-        above.legend(loc="upper left")
-        for axes in (above, below):
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, 100], [0, 100], color=GREY, linestyle="--", label="calibrated")
+        for i, (model, calibration) in enumerate(models.items()):
+            colour, marker = _KINDS[model]
+            bins = [bin_ for bin_ in calibration["bins"] if bin_["rows"]]
+            x, y = [100 * bin_["confidence"] for bin_ in bins], [100 * bin_["accuracy"] for bin_ in bins]
+            label = f"{model}, ECE {100 * calibration['ece']:.2f} %"
+            centre = [100 * (bin_["low"] + bin_["high"]) / 2 for bin_ in bins]
+            share, width = [100 * bin_["rows"] / calibration["rows"] for bin_ in bins], 6.0 / len(models)
+            area = [12 + 1.6 * percent for percent in share]  # the accuracy of few rows is uncertain
+            upper.plot(x, y, color=colour, linewidth=0.7, alpha=0.6)
+            upper.scatter(x, y, area, color=colour, marker=marker, label=label, clip_on=False, zorder=3)
+            lower.bar([x + (i - (len(models) - 1) / 2) * width for x in centre], share, width, color=colour)
+        upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %")
+        lower.set(xlabel="confidence, %", ylabel="rows, %")
+        upper.legend(loc="upper left")
+        for axes in (upper, lower):
             axes.grid(alpha=0.6)
             axes.set_axisbelow(True)
 
     return Plot((5.4, 4.8), draw)
 
 
-def plot_agreement(found: Agreement) -> Plot:
-    """Where the student follows its teacher, and where it should not have."""
-    names = [f"teacher right\n({found.rows[0]:,} rows)", f"teacher wrong\n({found.rows[1]:,} rows)"]
-    parts = ("says the same", "right, against the teacher", "wrong in its own way")
+def plot_agreement(agreement: Agreement) -> Plot:
+    """Plot the shares of Agreement as two bars: rows where the teacher is right, and where it is wrong."""
+    names = [
+        f"teacher right\n({agreement.rows[0]:,} rows)",
+        f"teacher wrong\n({agreement.rows[1]:,} rows)",
+    ]
+    styles = (("same class", BLUE, ""), ("right, other class", GREEN, "//"), ("wrong, other class", ORANGE, ".."))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         left = np.zeros(2)
-        for part, colour, hatch, shares in zip(
-            parts, (BLUE, GREEN, ORANGE), ("", "//", ".."), zip(found.right, found.wrong, strict=True), strict=True
-        ):
-            values = 100 * np.array(shares)
-            axes.barh(names, values, left=left, color=colour, hatch=hatch, edgecolor="#FFFFFF", label=part, height=0.6)
+        for (label, colour, hatch), right, wrong in zip(styles, agreement.right, agreement.wrong, strict=True):
+            values = 100 * np.array([right, wrong])
+            axes.barh(
+                names, values, left=left, color=colour, hatch=hatch, edgecolor="#FFFFFF", label=label, height=0.6
+            )
             left += values
         axes.invert_yaxis()
         axes.set(xlim=(0, 100), xlabel="% of the rows")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(parts))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(styles))
 
     return Plot((7.2, 2.3), draw)

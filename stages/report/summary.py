@@ -1,65 +1,98 @@
-"""What a report says of logits and figures: who agrees with whom, who is worth its size, which rows stand apart."""
+"""The sentences at the top of a report: the best student beside its teacher and baseline, and what the cache saved."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.special import rel_entr
+from softcache.base.errors import CacheError, make_printable
+from softcache.pipeline.metrics.significance import RESAMPLES
+from softcache.stages.cli.console import format_duration, progress_bar
+from softcache.stages.compare.candidates import read_candidate
+from softcache.stages.compare.significance import VERDICT_TEXT, compare_pairs
 
-from softcache.data.transfer_set import Labels
-from softcache.pipeline.metrics.classification import log_softmax
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Rows of a split by what teacher and student say of them, means over seeds. right: of rows that the teacher gets
-    right, wrong: of those that it gets wrong, the shares in which the student says the same, is right where the
-    teacher is not, or is wrong in its own way; rows: how many of each."""
-
-    rows: tuple[int, int]
-    right: tuple[float, float, float]
-    wrong: tuple[float, float, float]
+from .load import LoadedRun
+from .table import Group, Row
 
 
-def measure_agreement(
-    students: Sequence[NDArray[np.floating]], teacher: NDArray[np.floating], labels: Labels
-) -> Agreement:
-    """students: logits [N, K] of each seed; teacher [N, K]; labels [N], -1 for rows that are left out."""
-    known = labels >= 0
-    truth, said = labels[known], teacher.argmax(1)[known]
-    shares: list[list[Floats]] = [[], []]
-    for logits in students:
-        guess = logits.argmax(1)[known]
-        for i, rows in enumerate((said == truth, said != truth)):
-            some = guess[rows]
-            same, corrected = some == said[rows], (some == truth[rows]) & (some != said[rows])
-            shares[i].append(
-                np.array([same.mean(), corrected.mean(), (~same & ~corrected).mean()]) if rows.any() else np.zeros(3)
-            )
-    right, wrong = (tuple(np.mean(one, axis=0).tolist()) for one in shares)
-    count = int((said == truth).sum())
-    return Agreement((count, len(truth) - count), right, wrong)
+def format_summary(group: Group, rows: Sequence[Row]) -> list[str]:
+    """Summarise a group of runs, a sentence or two in each line.
+
+    Args:
+        group: The runs.
+        rows: Their table, see `table.make_table_rows`.
+    """
+    count = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
+    lines = [f"{count} on {group.title}, measured on the {group.rows:,} {group.split} images."]
+    students = [row for row in rows if row.kind == "student" and row.metrics["accuracy"].value is not None]
+    finished = [row for row in students if not row.note]
+    if finished:
+        best = max(finished, key=lambda row: row.metrics["accuracy"].value or 0)
+        lines.append(f"The best student is {best.name} ({best.arch}): {best.metrics['accuracy'].text} % accuracy.")
+        best_run = next(run for run in group.runs if run.name == best.name)
+        lines += _compare_best(best_run, group.split)
+    lines += _describe_smallest(finished, rows)
+    saved = sum(run.result["bill"]["saved"] or 0 for run in group.runs if run.result)
+    if saved:
+        lines.append(
+            f"Compared with a teacher in the training loop, the cache saved {format_duration(saved)} of teacher time."
+        )
+    lines += [f"{run.name} is {run.state}." for run in group.runs if not run.result]
+    return lines
 
 
-def largest_disagreements(
-    student: NDArray[np.floating], teacher: NDArray[np.floating], most: int
-) -> list[tuple[int, float]]:
-    """The rows whose two distributions differ most, and by how much: the Jensen-Shannon divergence (Lin 1991), in
-    bits, 0 … 1. student, teacher: logits [N, K]."""
-    p, q = np.exp(log_softmax(student)), np.exp(log_softmax(teacher))
-    middle = (p + q) / 2
-    divergence = (rel_entr(p, middle).sum(1) + rel_entr(q, middle).sum(1)) / 2 / np.log(2)
-    order = np.argsort(-divergence, kind="stable")[:most]
-    return [(int(row), float(divergence[row])) for row in order]
+def _compare_best(run: LoadedRun, split: str) -> list[str]:
+    """Compare the best student with its teacher and its baseline."""
+    student, teacher = run.get_metrics("student", split), run.get_metrics("teacher", split)
+    if not student or not teacher or student.get("accuracy") is None or teacher.get("accuracy") is None:
+        return []
+    lines = []
+    if run.result:
+        gap = _format_gap(student["accuracy"] - teacher["accuracy"])
+        lines.append(f"Its accuracy is {gap} that of its teacher {make_printable(run.result['teacher']['arch'])}.")
+    baseline = run.get_metrics("baseline", split)
+    if baseline and baseline.get("accuracy") is not None:
+        gap = _format_gap(student["accuracy"] - baseline["accuracy"])
+        verdict = _format_verdict(run)
+        lines.append(f"It is {gap} that of the same network trained from hard targets alone{verdict}.")
+    return lines
 
 
-def find_pareto(cost: Sequence[float], worth: Sequence[float]) -> list[int]:
-    """The places of those to which no other is cheaper or as cheap, and better; from cheap to dear."""
-    front: list[int] = []
-    for i in sorted(range(len(cost)), key=lambda i: (cost[i], -worth[i])):
-        if not front or worth[i] > worth[front[-1]]:
-            front.append(i)
-    return front
+def _format_gap(difference: float) -> str:
+    """Format a difference of accuracies (-1 … 1), to be followed by `that of`."""
+    points = 100 * difference
+    if abs(points) < 0.005:
+        return "equal to"
+    return f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
+
+
+def _format_verdict(run: LoadedRun) -> str:
+    """Format whether student and baseline differ significantly, as `compare` computes it; empty without a verdict."""
+    try:
+        baseline, student = (
+            read_candidate(run.name, model, run.result or {}, model) for model in ("baseline", "student")
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        raise CacheError(f"'{run.name}/result.json' is not of a student's run") from None
+    with progress_bar(RESAMPLES, "resamples", "", scale=True) as bar:
+        (record,) = compare_pairs([(baseline, student)], bar.update)
+    if record["verdict"] is None:
+        return ""
+    low, high = (f"{100 * record['accuracy'][key]:+.2f}" for key in ("low", "high"))
+    verdict = VERDICT_TEXT[record["verdict"]]
+    if record["about"] == "students":
+        verdict += " between these trained students"
+    return f" ({100 * record['level']:.4g} % interval {low} to {high}: {verdict})"
+
+
+def _describe_smallest(students: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """Name the smallest student within a point of the best teacher, where there are several students."""
+    accuracies = [row.metrics["accuracy"].value for row in rows if row.kind == "teacher"]
+    teacher = max((value for value in accuracies if value is not None), default=None)
+    if len(students) < 2 or teacher is None:
+        return []
+    near = [row for row in students if (row.metrics["accuracy"].value or 0) >= teacher - 0.01]
+    if not near:
+        return []
+    smallest = min(near, key=lambda row: row.parameters or 0)
+    return [
+        f"The smallest student within a point of the best teacher is {smallest.name}:"
+        f" {smallest.parameters:,} parameters."
+    ]

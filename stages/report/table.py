@@ -1,8 +1,8 @@
-"""The table of a report: students beside their baselines and teachers, and what each costs."""
+"""The table at the top of a report: students, baselines and teachers with their metrics, size and latency."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.cache.reader import Cache
@@ -10,107 +10,245 @@ from softcache.pipeline.models.prepared_model import InputSpec
 
 from .latency import Network
 from .load import LoadedRun
-from .text import COLUMNS, Cell, Group, Row, make_cell
 
-Found = Mapping[Network, tuple[int, float]]
+COLUMNS = {
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "precision_macro": "precision",
+    "recall_macro": "recall",
+    "auroc_macro": "AUROC",
+    "nll": "NLL",
+    "ece": "ECE",
+    "agreement": "agreement",
+}
+_IN_PERCENT = {"accuracy", "f1_macro", "precision_macro", "recall_macro", "auroc_macro", "ece", "agreement"}
+_LOWER_IS_BETTER = {"nll", "ece"}
+Latencies = Mapping[Network, tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: That is printed.
+        value: By which the column is sorted; None where there is none.
+        sd: Standard deviation over seeds, in the unit of `value`; None for a single seed.
+    """
+
+    text: str
+    value: float | None
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network of the table.
+
+    Attributes:
+        name: Of its run, or of the teacher.
+        kind: "teacher", "baseline" or "student".
+        arch: Its arch.
+        note: Why its metrics are not those of a finished run; else empty.
+        metrics: {name of a column: cell}.
+        parameters: Number of its parameters; None where unknown.
+        milliseconds: Its latency for one image; None where unknown.
+        seconds: Of its training, of a teacher those of the cache; None where unknown.
+    """
+
+    name: str
+    kind: str
+    arch: str
+    note: str
+    metrics: dict[str, Cell]
+    parameters: int | None
+    milliseconds: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that were measured on the same rows.
+
+    Attributes:
+        title: Name of the data.
+        split: On which they were measured.
+        rows: Number of rows of the split.
+        runs: The runs.
+    """
+
+    title: str
+    split: str
+    rows: int
+    runs: list[LoadedRun]
+
+
+def make_cell(name: str, value: float | None, sd: float | None = None) -> Cell:
+    """Format a metric, in percent or with four digits.
+
+    Args:
+        name: Of the metric, see COLUMNS.
+        value: The metric; None where there is none.
+        sd: Its standard deviation over seeds.
+    """
+    if value is None:
+        return Cell("–", None)
+    scale, digits = (100, 2) if name in _IN_PERCENT else (1, 4)
+    spread = f" ± {scale * sd:.{digits}f}" if sd is not None else ""
+    return Cell(f"{scale * value:.{digits}f}{spread}", value, sd)
+
+
+def format_column_title(name: str) -> str:
+    """Return the title of a column with its unit."""
+    return COLUMNS[name] + (", %" if name in _IN_PERCENT else "")
+
+
+def describe_direction(name: str) -> str:
+    """Say whether lower or higher values of a metric are better."""
+    return "lower is better" if name in _LOWER_IS_BETTER else "higher is better"
 
 
 def list_networks(run: LoadedRun) -> dict[str, list[Network]]:
-    """{model: what is to be built to measure it, the members of a blend one by one}, as far as it is known: of a
-    teacher only where its cache is here."""
-    found: dict[str, list[Network]] = {}
-    K = next((one.logits.shape[1] for seed in run.logits["student"] for one in seed.values()), 0)
-    for model in ("baseline", "student") if run.result and K else ():
-        if record := (run.result or {}).get(model):
-            input_spec = InputSpec.from_json(record["preparation"])
-            found[model] = [Network(record["arch"], K, input_spec.channels, input_spec.size)]
+    """List the networks of a run whose latency can be measured.
+
+    Returns:
+        {model: networks}: one of a student or baseline; of a teacher one for each of its caches, and only where the
+        run's caches are available.
+    """
+    networks: dict[str, list[Network]] = {}
+    K = next((stored.logits.shape[1] for splits in run.logits["student"] for stored in splits.values()), 0)
+    if run.result and K:
+        for model in ("baseline", "student"):
+            if record := run.result.get(model):
+                input_spec = InputSpec.from_json(record["preparation"])
+                networks[model] = [Network(record["arch"], K, input_spec.channels, input_spec.size)]
     try:
         caches = [Cache(Path(path)) for path in run.config.cache]
     except CacheError:
-        return found
+        return networks
     if [cache.manifest.fingerprint for cache in caches] == run.fingerprints:
-        found["teacher"] = [
-            Network(one.teacher, one.classes, one.input_spec.channels, one.input_spec.size) for one in caches
+        networks["teacher"] = [
+            Network(cache.teacher, cache.classes, cache.input_spec.channels, cache.input_spec.size) for cache in caches
         ]
-    return found
+    return networks
 
 
-def make_table_rows(group: Group, of_runs: Mapping[str, dict[str, list[Network]]], found: Found) -> list[Row]:
-    """A row of each student, baseline and teacher; a teacher of several students once. of_runs: networks_of each run,
-    by its name."""
+def make_table_rows(group: Group, networks: Mapping[str, dict[str, list[Network]]], latencies: Latencies) -> list[Row]:
+    """Make a row of each student, baseline and teacher.
+
+    Args:
+        group: The runs.
+        networks: {name of a run: see `list_networks`}.
+        latencies: See `latency.measure_latencies`.
+
+    Returns:
+        The rows, run after run; a teacher of several students has one row.
+    """
     rows: list[Row] = []
     for run in group.runs:
-        networks = of_runs[run.name]
+        run_networks = networks[run.name]
         for model in ("student", "baseline"):
-            if run.figures(model, group.split):
-                rows.append(_student(run, model, group.split, _costs(networks.get(model, []), found)))
+            if run.get_metrics(model, group.split):
+                model_networks = run_networks.get(model, [])
+                rows.append(_make_model_row(run, model, group.split, networks=model_networks, latencies=latencies))
         if not run.result:
-            rows.append(_unfinished(run))
-        if run.figures("teacher", group.split):
-            rows.append(_teacher(run, group.split, networks.get("teacher", []), found))
-        rows += _members(run, group.split, networks.get("teacher", []), found)
-    return [row for i, row in enumerate(rows) if row.kind != "teacher" or not _seen(row, rows[:i])]
-
-
-def _costs(networks: Sequence[Network], found: Found) -> tuple[int, float] | None:
-    """Parameters and milliseconds of all of them; None where one is not known."""
-    known = [found[network] for network in networks if network in found]
-    if not known or len(known) < len(networks):
-        return None
-    return sum(parameters for parameters, _ in known), sum(milliseconds for _, milliseconds in known)
-
-
-def _members(run: LoadedRun, split: str, networks: Sequence[Network], found: Found) -> list[Row]:
-    """The teachers of a blend, each as it is cached."""
-    rows = []
-    for i, member in enumerate((run.result or {}).get("members", ())):
-        cells = {name: make_cell(name, member.get(split, {}).get(name)) for name in COLUMNS}
-        parameters, milliseconds = _costs(networks[i : i + 1], found) or (None, None)
-        arch = make_printable(member["arch"])
-        rows.append(Row(f"{arch}, as cached", "teacher", arch, "", cells, parameters, milliseconds, None))
+            rows.append(_make_unfinished_row(run))
+        teachers = run_networks.get("teacher", [])
+        if run.get_metrics("teacher", group.split):
+            row = _make_teacher_row(run, group.split, teachers, latencies)
+            if not _has_teacher(rows, row):
+                rows.append(row)
+        for row in _make_member_rows(run, group.split, teachers, latencies):
+            if not _has_teacher(rows, row):
+                rows.append(row)
     return rows
 
 
-def _seen(row: Row, rows: Sequence[Row]) -> bool:
-    return any(one.kind == "teacher" and (one.name, one.figures) == (row.name, row.figures) for one in rows)
+def _has_teacher(rows: Sequence[Row], teacher: Row) -> bool:
+    """Whether one of the rows is a teacher of the same name and metrics."""
+    return any(row.kind == "teacher" and row.name == teacher.name and row.metrics == teacher.metrics for row in rows)
 
 
-def _student(run: LoadedRun, model: str, split: str, costs: tuple[int, float] | None) -> Row:
-    """Of a finished run, its student or its baseline."""
+def _sum_costs(networks: Sequence[Network], latencies: Latencies) -> tuple[int | None, float | None]:
+    """Return the parameters and milliseconds of all networks together; None where one is not known."""
+    costs = [latencies[network] for network in networks if network in latencies]
+    if not costs or len(costs) < len(networks):
+        return None, None
+    return sum(parameters for parameters, _ in costs), sum(milliseconds for _, milliseconds in costs)
+
+
+def _make_model_row(
+    run: LoadedRun, model: str, split: str, *, networks: Sequence[Network], latencies: Latencies
+) -> Row:
+    """Make the row of a finished run's student or baseline."""
     assert run.result is not None
-    record, spread = run.result[model], run.spread(model, split)
-    figures = run.figures(model, split) or {}
-    cells = {name: make_cell(name, figures.get(name), spread.get(name)) for name in COLUMNS}
-    milliseconds = costs[1] if costs else None
+    record, spread = run.result[model], run.get_spread(model, split)
+    metrics = run.get_metrics(model, split) or {}
+    _, milliseconds = _sum_costs(networks, latencies)
     return Row(
-        make_printable(run.name),
-        model,
-        make_printable(record["arch"]),
-        "",
-        cells,
-        int(record["parameters"]),
-        milliseconds,
-        record["seconds"],
+        name=make_printable(run.name),
+        kind=model,
+        arch=make_printable(record["arch"]),
+        note="",
+        metrics={name: make_cell(name, metrics.get(name), spread.get(name)) for name in COLUMNS},
+        parameters=int(record["parameters"]),
+        milliseconds=milliseconds,
+        seconds=record["seconds"],
     )
 
 
-def _teacher(run: LoadedRun, split: str, networks: Sequence[Network], found: Found) -> Row:
-    """What the student learned from, as one teacher."""
-    figures = run.figures("teacher", split) or {}
-    cells = {name: make_cell(name, figures.get(name)) for name in COLUMNS}
-    named = " + ".join(network.arch for network in networks) or "teacher"
-    arch = make_printable(run.result["teacher"]["arch"] if run.result else named)
-    how = [one for one in (run.config.combine, run.config.map) if one]
-    parameters, milliseconds = _costs(networks, found) or (None, None)
-    seconds = run.result["cache"]["seconds"] if run.result else None
-    return Row(make_printable(", ".join([arch, *how])), "teacher", arch, "", cells, parameters, milliseconds, seconds)
-
-
-def _unfinished(run: LoadedRun) -> Row:
-    """As far as it came, by its last epoch's figures of validation."""
-    last: dict[str, Any] = next(
-        (seeds[-1][-1] for seeds in map(run.lines.get, ("student", "distilled")) if seeds and seeds[-1]), {}
+def _make_unfinished_row(run: LoadedRun) -> Row:
+    """Make the row of an unfinished run, with the validation metrics of its last epoch."""
+    trainings = (run.epoch_metrics["student"], run.epoch_metrics["distilled"])
+    metrics = next((seeds[-1][-1] for seeds in trainings if seeds), {})
+    return Row(
+        name=make_printable(run.name),
+        kind="student",
+        arch=make_printable(run.config.arch),
+        note=f"{run.state}; validation metrics" if metrics else run.state,
+        metrics={name: make_cell(name, metrics.get(f"val_{name}")) for name in COLUMNS},
+        parameters=None,
+        milliseconds=None,
+        seconds=None,
     )
-    cells: dict[str, Cell] = {name: make_cell(name, last.get(f"val_{name}")) for name in COLUMNS}
-    note = f"{run.state}; figures of validation" if last else run.state
-    return Row(make_printable(run.name), "student", make_printable(run.config.arch), note, cells, None, None, None)
+
+
+def _make_teacher_row(run: LoadedRun, split: str, networks: Sequence[Network], latencies: Latencies) -> Row:
+    """Make the row of a run's teacher; several caches are one teacher."""
+    metrics = run.get_metrics("teacher", split) or {}
+    archs = " + ".join(network.arch for network in networks) or "teacher"
+    arch = make_printable(run.result["teacher"]["arch"] if run.result else archs)
+    options = [option for option in (run.config.combine, run.config.map) if option]
+    parameters, milliseconds = _sum_costs(networks, latencies)
+    return Row(
+        name=make_printable(", ".join([arch, *options])),
+        kind="teacher",
+        arch=arch,
+        note="",
+        metrics={name: make_cell(name, metrics.get(name)) for name in COLUMNS},
+        parameters=parameters,
+        milliseconds=milliseconds,
+        seconds=run.result["cache"]["seconds"] if run.result else None,
+    )
+
+
+def _make_member_rows(run: LoadedRun, split: str, networks: Sequence[Network], latencies: Latencies) -> list[Row]:
+    """Make a row of each teacher that is a member of a combined one, with the metrics stored in its cache."""
+    rows = []
+    for i, member in enumerate((run.result or {}).get("members", ())):
+        metrics = member.get(split, {})
+        arch = make_printable(member["arch"])
+        parameters, milliseconds = _sum_costs(networks[i : i + 1], latencies)
+        rows.append(
+            Row(
+                name=f"{arch}, as cached",
+                kind="teacher",
+                arch=arch,
+                note="",
+                metrics={name: make_cell(name, metrics.get(name)) for name in COLUMNS},
+                parameters=parameters,
+                milliseconds=milliseconds,
+                seconds=None,
+            )
+        )
+    return rows

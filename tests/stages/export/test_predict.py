@@ -1,4 +1,4 @@
-"""`softcache predict` sees images as held-out ones are seen, and trusts nothing that a file says."""
+"""`softcache predict`: images are prepared as the held-out ones, and files from anyone are refused safely."""
 
 import json
 import math
@@ -23,36 +23,37 @@ from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli import extras
-from softcache.stages.export import onnx_model as onnx_file
+from softcache.stages.export import onnx_model
 from softcache.stages.export.metadata import ExportMetadata
 from softcache.stages.export.predict import load_input
 from tests.helpers.commands import Stages
 from tests.helpers.paths import ROOT
 
 
-def about(channels: int, size: int, resize: int, K: int = 10) -> ExportMetadata:
+def make_metadata(channels: int, size: int, resize: int, K: int = 10) -> ExportMetadata:
     return ExportMetadata(tuple(map(str, range(K))), channels, size, resize, "cnn", (), {})
 
 
-def digits() -> torch.Tensor:
+def read_digits() -> torch.Tensor:
+    """The digits' test split, uint8 [360, 1, 8, 8]."""
     images: torch.Tensor = load_source("digits", Path()).splits["test"].images.pixels  # type: ignore[union-attr]
     return images
 
 
 def save_digit(path: Path, number: int, scale: int = 1) -> None:
-    image = Image.fromarray(digits()[number, 0].numpy())
+    image = Image.fromarray(read_digits()[number, 0].numpy())
     image.resize((8 * scale, 8 * scale), Image.Resampling.NEAREST).save(path)
 
 
-# Pixels
+# Input
 
 
 @pytest.mark.parametrize("spec", ["none:size=16", "none:size=12,resize=20", "none:size=9,resize=4", "none:size=40"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-def test_pictures_are_seen_as_the_held_out_ones_of_a_folder(
+def test_images_are_prepared_as_the_held_out_ones_of_a_folder(
     spec: str, mode: str, tmp_path: Path, save_image: Callable[..., Any]
 ) -> None:
-    """Of every shape; a grey one among coloured ones too."""
+    """For images of every shape, and for a grey one among colour images."""
     shapes = ((16, 16), (31, 20), (20, 33), (9, 50), (16, 17))
     for split in ("train", "test"):
         for name in ("a", "b"):
@@ -63,45 +64,52 @@ def test_pictures_are_seen_as_the_held_out_ones_of_a_folder(
     transfer_set = load_transfer_set(f"folder:{tmp_path}", tmp_path, val_fraction=0.5)
     split, policy = transfer_set.splits["test"], parse_views(spec)
     views = render(split.images, policy, 0, np.arange(len(split)), 0).numpy()
-    how = about(transfer_set.channels, policy.size, max(policy.size, policy.resize))
+    metadata = make_metadata(transfer_set.channels, policy.size, max(policy.size, policy.resize))
     for path, view in zip(split.images.names, views, strict=True):  # type: ignore[union-attr]
-        seen = load_input(tmp_path / path, how)
-        assert seen.dtype == np.float32
-        assert np.array_equal(seen[0], view.astype(np.float32) / 255)
+        prepared = load_input(tmp_path / path, metadata)
+        assert prepared.dtype == np.float32
+        assert np.array_equal(prepared[0], view.astype(np.float32) / 255)
 
 
-def test_a_grey_picture_of_a_data_set_in_memory_is_seen_as_it_is(tmp_path: Path) -> None:
+def test_the_pixels_of_a_grey_image_stay_as_they_are(tmp_path: Path) -> None:
     for number in range(5):
         save_digit(tmp_path / "d.png", number)
-        assert np.array_equal(load_input(tmp_path / "d.png", about(1, 8, 8))[0] * 255, digits()[number].numpy())
+        assert np.array_equal(
+            load_input(tmp_path / "d.png", make_metadata(1, 8, 8))[0] * 255, read_digits()[number].numpy()
+        )
 
 
-# What is said
+# Predictions
 
 
-def test_the_probabilities_are_the_students_own(exported: Path, tiny: Path, tmp_path: Path, stages: Stages) -> None:
+def test_probabilities_are_those_of_the_student_in_pytorch(
+    exported: Path, tiny: Path, tmp_path: Path, stages: Stages
+) -> None:
     names = [f"{number}.png" for number in range(6)]
     for number, name in enumerate(names):
         save_digit(tmp_path / name, number)
-    found = stages("predict", exported / "student.onnx", *names, "--top", 10)
+    predictions = stages("predict", exported / "student.onnx", *names, "--top", 10)["pictures"]
     seed = json.loads((exported / "export.json").read_text())["seed"]
     network = build("cnn", 10, 1, 8)
     load_weights(network, read_state_dict(exported / f"seed-{seed}/student.pt"), "")
     with torch.inference_mode():
-        p = PreparedModel(network, Cache(tiny / "cache").input_spec).eval()(digits()[:6]).softmax(1).numpy()
-    assert [one["picture"] for one in found["pictures"]] == names
-    for one, row in zip(found["pictures"], p, strict=True):
-        assert [best["class"] for best in one["top"]] == [str(c) for c in np.argsort(-row)]
-        for best in one["top"]:
-            assert best["probability"] == pytest.approx(row[int(best["class"])], abs=1e-5)
-        assert math.isclose(sum(best["probability"] for best in one["top"]), 1)
+        expected = (
+            PreparedModel(network, Cache(tiny / "cache").input_spec).eval()(read_digits()[:6]).softmax(1).numpy()
+        )
+    assert [prediction["picture"] for prediction in predictions] == names
+    for prediction, row in zip(predictions, expected, strict=True):
+        top = prediction["top"]
+        assert [c["class"] for c in top] == [str(c) for c in np.argsort(-row)]
+        for c in top:
+            assert c["probability"] == pytest.approx(row[int(c["class"])], abs=1e-5)
+        assert math.isclose(sum(c["probability"] for c in top), 1)
     assert len(stages("predict", exported / "student.onnx", "0.png")["pictures"][0]["top"]) == 3
     code, out, _ = stages.call("predict", exported / "student-int8.onnx", "0.png", "1.png", "--top", 2)
     assert code == 0
     assert [len(line.split()) for line in out.splitlines()] == [5, 5]
 
 
-def test_no_pytorch_is_loaded(exported: Path, tmp_path: Path) -> None:
+def test_pytorch_is_not_loaded(exported: Path, tmp_path: Path) -> None:
     save_digit(tmp_path / "d.png", 0)
     arguments = ["-X", "importtime", "-m", "softcache", "predict", str(exported / "student.onnx"), "d.png"]
     done = subprocess.run(
@@ -113,7 +121,7 @@ def test_no_pytorch_is_loaded(exported: Path, tmp_path: Path) -> None:
     assert not loaded & {"torch", "torchvision", "h5py", "sklearn"}
 
 
-# What is refused
+# Refused files
 
 
 @pytest.fixture
@@ -122,7 +130,7 @@ def image(tmp_path: Path) -> str:
     return "d.png"
 
 
-def test_what_is_not_there_or_cannot_be_read_is_named(exported: Path, image: str, stages: Stages) -> None:
+def test_missing_and_unreadable_files_are_named(exported: Path, image: str, stages: Stages) -> None:
     model = exported / "student.onnx"
     assert stages.fails(2, "predict", "none.onnx", image) == "Error: there is no model 'none.onnx'"
     assert stages.fails(2, "predict", model, image, "no.png") == "Error: there is no image 'no.png'"
@@ -134,15 +142,17 @@ def test_what_is_not_there_or_cannot_be_read_is_named(exported: Path, image: str
     assert "deep.png has more than 8 bits" in stages.fails(1, "predict", model, "deep.png")
 
 
-def test_a_missing_library_is_named(image: str, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_with_the_command_that_installs_it(
+    image: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    said = stages.fails(2, "predict", "m.onnx", image)
-    assert said == "Error: predict needs onnxruntime, which is not installed: pip install 'softcache[export]'"
+    error = stages.fails(2, "predict", "m.onnx", image)
+    assert error == "Error: predict needs onnxruntime, which is not installed: pip install 'softcache[export]'"
 
 
 def test_a_damaged_file_is_refused(exported: Path, image: str, stages: Stages) -> None:
-    whole = (exported / "student.onnx").read_bytes()
-    for damaged in (b"", b"PK\x03\x04 no protobuf", whole[:1000], whole[: len(whole) // 2]):
+    content = (exported / "student.onnx").read_bytes()
+    for damaged in (b"", b"PK\x03\x04 no protobuf", content[:1000], content[: len(content) // 2]):
         Path("m.onnx").write_bytes(damaged)
         assert "Error: 'm.onnx' " in stages.fails(1, "predict", "m.onnx", image)
 
@@ -172,24 +182,24 @@ def test_a_damaged_file_is_refused(exported: Path, image: str, stages: Stages) -
         ("cache", "{"),
     ],
 )
-def test_missing_and_malformed_metadata_get_one_line(
+def test_missing_and_malformed_metadata_are_refused_in_one_line(
     key: str, text: str | None, exported: Path, image: str, stages: Stages
 ) -> None:
     model = onnx.load(exported / "student.onnx")
-    kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != key}
+    metadata = {entry.key: entry.value for entry in model.metadata_props if entry.key != key}
     del model.metadata_props[:]
-    helper.set_model_props(model, kept if text is None else kept | {key: text})
+    helper.set_model_props(model, metadata if text is None else metadata | {key: text})
     onnx.save(model, "m.onnx")
-    said = stages.fails(1, "predict", "m.onnx", image)
-    assert said.startswith("Error: 'm.onnx' ")
-    assert len(said) < 500
+    error = stages.fails(1, "predict", "m.onnx", image)
+    assert error.startswith("Error: 'm.onnx' ")
+    assert len(error) < 500
 
 
 @pytest.mark.parametrize("where", ["initializer", "constant", "subgraph", "function", "sparse"])
-def test_values_in_another_file_are_refused_before_anything_is_run(
+def test_external_data_are_refused_before_the_network_is_loaded(
     where: str, exported: Path, image: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever in the file the tensor is hidden; not even where the other file exists."""
+    """At any place in the file, and also where the other file exists."""
     model = onnx.load(exported / "student.onnx")
     Path("secret").write_bytes(bytes(4000))
     tensor = numpy_helper.from_array(np.zeros(1000, np.float32), "far")
@@ -210,52 +220,52 @@ def test_values_in_another_file_are_refused_before_anything_is_run(
         sparse = model.graph.sparse_initializer.add()
         sparse.values.CopyFrom(tensor)
     Path("m.onnx").write_bytes(model.SerializeToString())
-    monkeypatch.setattr(onnx_file.OnnxStudent, "from_session", lambda *_: pytest.fail("the file was run"))
-    said = stages.fails(1, "predict", "m.onnx", image)
-    assert said == "Error: 'm.onnx' keeps the tensor 'far' in another file, which is not followed"
+    monkeypatch.setattr(onnx_model.OnnxStudent, "from_bytes", lambda *_: pytest.fail("the network was loaded"))
+    error = stages.fails(1, "predict", "m.onnx", image)
+    assert error == "Error: 'm.onnx' keeps the tensor 'far' in another file: external data are not read"
 
 
-def made(K: int = 10, kind: int = TensorProto.FLOAT, takes: str = "pictures") -> onnx.ModelProto:
-    """A network that says 0 of everything, with the metadata of 10 classes of 1 x 8 x 8."""
+def make_model(K: int = 10, dtype: int = TensorProto.FLOAT, input_name: str = "pictures") -> onnx.ModelProto:
+    """A network whose logits are all 0, with metadata of 10 classes and images 1 x 8 x 8."""
     shape = numpy_helper.from_array(np.array([1, K], np.int64), "shape")
-    zero = helper.make_tensor("value", kind, [1], [0])
+    zero = helper.make_tensor("value", dtype, [1], [0])
     graph = helper.make_graph(
         [helper.make_node("ConstantOfShape", ["shape"], ["logits"], value=zero)],
         "g",
-        [helper.make_tensor_value_info(takes, TensorProto.FLOAT, ["batch", 1, 8, 8])],
-        [helper.make_tensor_value_info("logits", kind, [1, K])],
+        [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", dtype, [1, K])],
         [shape],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    helper.set_model_props(model, about(1, 8, 8).to_metadata())
+    helper.set_model_props(model, make_metadata(1, 8, 8).to_dict())
     return model
 
 
-def test_a_network_that_is_not_what_its_metadata_say_is_refused(image: str, stages: Stages) -> None:
-    sound = made()
-    onnx.save(sound, "m.onnx")
+def test_a_network_whose_metadata_do_not_fit_is_refused(image: str, stages: Stages) -> None:
+    valid = make_model()
+    onnx.save(valid, "m.onnx")
     assert stages("predict", "m.onnx", image)["pictures"][0]["top"][0]["probability"] == pytest.approx(0.1)
-    for model in (made(K=9), made(kind=TensorProto.INT64), made(takes="images")):
+    for model in (make_model(K=9), make_model(dtype=TensorProto.INT64), make_model(input_name="images")):
         onnx.save(model, "m.onnx")
         assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", image)
-    sound.graph.node[0].op_type = "NoSuchOperator"
-    onnx.save(sound, "m.onnx")
+    valid.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(valid, "m.onnx")
     assert "'m.onnx' cannot be run: " in stages.fails(1, "predict", "m.onnx", image)
 
 
-def test_logits_that_are_no_numbers_are_refused(image: str, stages: Stages) -> None:
-    model = made()
+def test_logits_that_are_not_finite_are_refused(image: str, stages: Stages) -> None:
+    model = make_model()
     nan = helper.make_tensor("value", TensorProto.FLOAT, [1], [float("nan")])
     model.graph.node[0].attribute[0].t.CopyFrom(nan)
     onnx.save(model, "m.onnx")
-    assert "gives no logits of its 10 classes for 'd.png'" in stages.fails(1, "predict", "m.onnx", image)
+    assert "does not compute 10 finite logits for 'd.png'" in stages.fails(1, "predict", "m.onnx", image)
 
 
-def test_names_of_classes_reach_a_terminal_without_control_characters(image: str, stages: Stages) -> None:
-    model = made()
-    evil = ExportMetadata(("\x1b[31mred\n", *"123456789"), 1, 8, 8, "cnn", (), {})
+def test_class_names_are_printed_without_control_characters(image: str, stages: Stages) -> None:
+    model = make_model()
+    metadata = ExportMetadata(("\x1b[31mred\n", *"123456789"), 1, 8, 8, "cnn", (), {})
     del model.metadata_props[:]
-    helper.set_model_props(model, evil.to_metadata())
+    helper.set_model_props(model, metadata.to_dict())
     onnx.save(model, "m.onnx")
     code, out, _ = stages.call("predict", "m.onnx", image)
     assert code == 0

@@ -1,4 +1,4 @@
-"""stages report: what a page says of runs is what the runs say, whatever their state and whoever named them."""
+"""`softcache report`: the page has the metrics of the runs, of unfinished ones too, and is safe with any names."""
 
 import base64
 import json
@@ -12,7 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from softcache.pipeline.metrics.classification import log_softmax
-from softcache.stages.report.summary import find_pareto, largest_disagreements, measure_agreement
+from softcache.stages.compare.significance import VERDICT_TEXT
+from softcache.stages.report.agreement import measure_agreement
+from softcache.stages.report.disagreements import rank_disagreements
+from softcache.stages.report.plots import find_pareto
 from softcache.stages.runs.logits import read_logits
 from tests.helpers.commands import Stages
 from tests.helpers.reported import make_runs, report
@@ -33,34 +36,35 @@ def page(home: Path) -> str:
     return (home / "report/report.html").read_text()
 
 
-def part_of(page: str, run: str) -> str:
-    """What the page has of a run."""
-    (found,) = (part for part in re.findall(r"<details.*?</details>", page, re.S) if f"<h3>{run}</h3>" in part)
-    return str(found)
+def extract_section(page: str, run: str) -> str:
+    """The section of a run in the page."""
+    sections = re.findall(r"<details.*?</details>", page, re.S)
+    (section,) = (section for section in sections if f"<h3>{run}</h3>" in section)
+    return str(section)
 
 
-def rows_of(page: str) -> dict[tuple[str, str], list[str]]:
+def extract_rows(page: str) -> dict[tuple[str, str], list[str]]:
     """{(name, role): the cells after arch} of the first table."""
     table = re.search(r"<tbody>(.*?)</tbody>", page, re.S)
     assert table
-    found = {}
+    rows = {}
     for row in re.findall(r"<tr.*?</tr>", table[1], re.S):
         cells = [
             unescape(re.sub(r"<[^>]*>", "", cell)).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)
         ]
-        found[cells[0].split(" ")[0], cells[1]] = cells[3:]
-    return found
+        rows[cells[0].split(" ")[0], cells[1]] = cells[3:]
+    return rows
 
 
-def test_the_table_says_what_the_results_say(home: Path, page: str) -> None:
-    rows = rows_of(page)
+def test_the_table_has_the_metrics_of_the_results(home: Path, page: str) -> None:
+    rows = extract_rows(page)
     result = json.loads((home / "runs/hints/result.json").read_text())
     for model in ("student", "baseline"):
-        figures, spread = result[model]["test"], result["spread"][model]["test"]
+        metrics, spread = result[model]["test"], result["spread"][model]["test"]
         cells = rows["runs/hints", model]
-        assert cells[0] == f"{100 * figures['accuracy']:.2f} ± {100 * spread['accuracy']:.2f}"
-        assert cells[1] == f"{100 * figures['f1_macro']:.2f} ± {100 * spread['f1_macro']:.2f}"
-        assert cells[5] == f"{figures['nll']:.4f} ± {spread['nll']:.4f}"
+        assert cells[0] == f"{100 * metrics['accuracy']:.2f} ± {100 * spread['accuracy']:.2f}"
+        assert cells[1] == f"{100 * metrics['f1_macro']:.2f} ± {100 * spread['f1_macro']:.2f}"
+        assert cells[5] == f"{metrics['nll']:.4f} ± {spread['nll']:.4f}"
         assert cells[8] == f"{result[model]['parameters']:,.0f}"
         assert float(cells[9]) > 0
     assert rows["cnn", "teacher"][0] == f"{100 * result['teacher']['test']['accuracy']:.2f}"
@@ -68,107 +72,109 @@ def test_the_table_says_what_the_results_say(home: Path, page: str) -> None:
     assert [name for name, role in rows if role == "teacher"] == ["cnn"]  # of all three runs, once
 
 
-def test_a_run_that_was_stopped_is_there_and_marked(page: str) -> None:
-    cells = rows_of(page)["runs/stopped", "student"]
+def test_an_unfinished_run_is_in_the_page_and_marked(page: str) -> None:
+    cells = extract_rows(page)["runs/stopped", "student"]
     assert re.fullmatch(r"\d+\.\d\d", cells[0])
-    assert "unfinished: student, epoch 1 of 3; figures of validation" in page
-    part = part_of(page, "runs/stopped")
-    assert "unfinished: student, epoch 1 of 3" in part
-    assert part.count('alt="Curves over 1 epochs') == 1
-    assert "Not shown: the run is not finished" in part
+    assert "unfinished: student, epoch 1 of 3; validation metrics" in page
+    section = extract_section(page, "runs/stopped")
+    assert "unfinished: student, epoch 1 of 3" in section
+    assert section.count('alt="Curves over 1 epochs') == 1
+    assert "Not shown: the run is not finished" in section
     assert "runs/stopped is unfinished" in page
 
 
 @pytest.mark.parametrize(
     ("step", "state"),
     [
-        (2, "unfinished: no epoch is over"),
+        (2, "unfinished: no epoch completed"),
         (5, "unfinished: distilled, seed 1 of 2, epoch 2 of 2"),
         (8, "unfinished: student, seed 1 of 2, epoch 3 of 3"),
         (10, "unfinished: baseline, seed 1 of 2, epoch 1 of 3"),
         (15, "unfinished: distilled, seed 2 of 2, epoch 1 of 2"),
     ],
 )
-def test_it_is_said_how_far_a_stopped_run_has_come(tiny: Path, stages: Stages, step: int, state: str) -> None:
-    """2 + 1 epochs of 2 steps for each of 2 seeds, distilled, fine-tuned and as a baseline."""
+def test_the_state_of_an_unfinished_run_names_its_last_epoch(
+    tiny: Path, stages: Stages, step: int, state: str
+) -> None:
+    """Each of 2 seeds is distilled for 2 epochs, fine-tuned for 1, and a baseline for 3; an epoch has 2 steps."""
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, step)
-        more = ("--finetune-epochs", 1, "--seeds", 2, "--baseline", "--batch-size", 150, "--out", "r")
-        code, *_ = stages.call("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2, *more)
+        options = ("--finetune-epochs", 1, "--seeds", 2, "--baseline", "--batch-size", 150, "--out", "r")
+        code, *_ = stages.call("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2, *options)
     assert code == 130
     stages("report", "r", "--no-latency", "--out", "o")
-    part = part_of(Path("o/report.html").read_text(), "r")
-    assert f">{state}<" in part
-    assert ("Reliability diagram" in part) == (step > 6)  # the student of the first seed is measured
+    section = extract_section(Path("o/report.html").read_text(), "r")
+    assert f">{state}<" in section
+    assert ("Reliability diagram" in section) == (step > 6)  # the student of the first seed is measured
 
 
-def test_every_picture_of_a_finished_run_is_there_and_says_what_it_shows(home: Path, page: str) -> None:
-    part = part_of(page, "runs/hints")
-    alts = [unescape(alt) for alt in re.findall(r'<figure>\s*<img src="[^"]*" alt="([^"]*)"', part)]
-    for words in ("Curves over 3 epochs", "Confusion", "Reliability", "Agreement", "Feature importance of the taps"):
-        assert sum(alt.startswith(words) for alt in alts) == 1, words
+def test_a_finished_run_has_every_plot_with_alternative_text(home: Path, page: str) -> None:
+    section = extract_section(page, "runs/hints")
+    alts = [unescape(alt) for alt in re.findall(r'<figure>\s*<img src="[^"]*" alt="([^"]*)"', section)]
+    for start in ("Curves over 3 epochs", "Confusion", "Reliability", "Agreement", "Feature importance of the taps"):
+        assert sum(alt.startswith(start) for alt in alts) == 1, start
     result = json.loads((home / "runs/hints/result.json").read_text())
     (alt,) = (alt for alt in alts if alt.startswith("Reliability"))
     assert f"teacher {100 * result['teacher']['test']['ece']:.2f} %" in alt
-    curves = decoded(part, "Curves")
+    curves = decode_svg(section, "Curves")
     for label in (">kd<", ">hint<", ">fine-tuning<", ">student, accuracy<", ">baseline, macro F1<"):
         assert label in curves
 
 
-def decoded(part: str, alt: str) -> str:
-    """The SVG of a image."""
-    found = re.search(rf'src="data:image/svg\+xml;base64,([^"]*)" alt="{alt}', part)
-    assert found
-    return base64.b64decode(found[1]).decode()
+def decode_svg(section: str, alt: str) -> str:
+    """The SVG of the plot whose alternative text begins so."""
+    match = re.search(rf'src="data:image/svg\+xml;base64,([^"]*)" alt="{alt}', section)
+    assert match
+    return base64.b64decode(match[1]).decode()
 
 
-def test_a_picture_has_its_own_ink_for_dark_pages(page: str) -> None:
-    drawn = decoded(page, "Reliability")
-    assert "@media screen and (prefers-color-scheme: dark)" in drawn
-    for colour in ("#1f2328", "#c8cdd3"):  # the ink and the grid that it changes are those that are used
-        assert drawn.count(f": {colour}") > 4, colour
-        assert f'[style*="fill: {colour}"]' in drawn
+def test_a_plot_has_other_colours_of_text_and_grid_for_dark_pages(page: str) -> None:
+    svg = decode_svg(page, "Reliability")
+    assert "@media screen and (prefers-color-scheme: dark)" in svg
+    for colour in ("#1f2328", "#c8cdd3"):  # the colours that are replaced are those of text and grid
+        assert svg.count(f": {colour}") > 4, colour
+        assert f'[style*="fill: {colour}"]' in svg
 
 
-def test_the_pictures_apart_are_those_of_the_rows_whose_distributions_differ_most(home: Path, page: str) -> None:
+def test_disagreements_are_the_rows_with_the_largest_divergence(home: Path, page: str) -> None:
     student = read_logits(home / "runs/plain/logits.safetensors")["test"]
     teacher = read_logits(home / "runs/plain/teacher-logits.safetensors")["test"]
-    p, q = (np.exp(log_softmax(one.logits)) for one in (student, teacher))
+    p, q = (np.exp(log_softmax(model.logits)) for model in (student, teacher))
     m = (p + q) / 2
     divergence = (p * np.log2(p / m) + q * np.log2(q / m)).sum(1) / 2
     rows = np.argsort(-divergence)[:3]
-    part = part_of(page, "runs/plain")
-    found = re.findall(r"row (\d+), true class <b>(\d)</b>, ([\d.]+) bits", part)
-    assert found == [(str(r), str(student.labels[r]), f"{divergence[r]:.2f}") for r in rows]
-    assert part.count('<div class="card">') == part.count('src="data:image/png;base64,') == 3
+    section = extract_section(page, "runs/plain")
+    cards = re.findall(r"row (\d+), true class <b>(\d)</b>, ([\d.]+) bits", section)
+    assert cards == [(str(r), str(student.labels[r]), f"{divergence[r]:.2f}") for r in rows]
+    assert section.count('<div class="card">') == section.count('src="data:image/png;base64,') == 3
 
 
-def test_the_text_for_a_pull_request_has_the_same_figures(home: Path) -> None:
+def test_the_markdown_has_the_same_metrics(home: Path) -> None:
     text = (home / "report/report.md").read_text()
     result = json.loads((home / "runs/hints/result.json").read_text())
-    figures, spread = result["student"]["test"], result["spread"]["student"]["test"]
-    assert f"| runs/hints | cnn | {100 * figures['accuracy']:.2f} ± {100 * spread['accuracy']:.2f} |" in text
-    assert "runs/stopped (unfinished: student, epoch 1 of 3; figures of validation)" in text
+    metrics, spread = result["student"]["test"], result["spread"]["student"]["test"]
+    assert f"| runs/hints | cnn | {100 * metrics['accuracy']:.2f} ± {100 * spread['accuracy']:.2f} |" in text
+    assert "runs/stopped (unfinished: student, epoch 1 of 3; validation metrics)" in text
     assert result["cache"]["fingerprint"][:12] in text
-    assert "## Bill" in text
+    assert "## Cost" in text
 
 
-def test_the_command_in_the_page_makes_the_run_again(home: Path, page: str) -> None:
-    found = re.search(r"Again: <code>(.*?)</code>", part_of(page, "runs/plain"))
-    assert found
-    command = unescape(found[1])
+def test_the_command_in_the_page_trains_the_run_again(home: Path, page: str) -> None:
+    match = re.search(r"Command: <code>(.*?)</code>", extract_section(page, "runs/plain"))
+    assert match
+    command = unescape(match[1])
     assert " student " in command
-    for words in ("--arch mlp:8", "--epochs 2", "--batch-size 100", "--out runs/plain"):
-        assert words in command
+    for option in ("--arch mlp:8", "--epochs 2", "--batch-size 100", "--out runs/plain"):
+        assert option in command
 
 
-def test_the_summary_says_what_compare_says_of_student_and_baseline(home: Path, page: str, stages: Stages) -> None:
-    (found,) = stages("compare", home / "runs/hints")["comparisons"]
-    low, high = (f"{100 * found['accuracy'][key]:+.2f}" for key in ("low", "high"))
-    assert f"(95 % interval {low} to {high}: {found['verdict']})" in unescape(page)
+def test_the_summary_has_the_verdict_of_compare_on_student_and_baseline(home: Path, page: str, stages: Stages) -> None:
+    (comparison,) = stages("compare", home / "runs/hints")["comparisons"]
+    low, high = (f"{100 * comparison['accuracy'][key]:+.2f}" for key in ("low", "high"))
+    assert f"(95 % interval {low} to {high}: {VERDICT_TEXT[comparison['verdict']]})" in unescape(page)
 
 
-def test_equal_runs_give_an_equal_page(home: Path, tmp_path: Path) -> None:
+def test_the_same_runs_give_the_same_page(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "runs", tmp_path / "runs")
     report(tmp_path, "--show", 3, "--no-latency")
     first = (tmp_path / "report/report.html").read_text()
@@ -176,20 +182,20 @@ def test_equal_runs_give_an_equal_page(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report/report.html").read_text() == first
 
 
-def test_names_are_text_and_not_markup(tiny: Path, stages: Stages) -> None:
+def test_markup_in_names_is_escaped(tiny: Path, stages: Stages) -> None:
     name = 'r/<script>alert("x")</script> & $x_1^2$|*b*'
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", name)
-    done = stages("report", name, "--no-latency", "--png", "--out", "o")
+    output = stages("report", name, "--no-latency", "--png", "--out", "o")
     page = Path("o/report.html").read_text()
     assert page.count("<script>") == 1
     assert unescape(page).count('<script>alert("x")') > 2
     assert r"\<script\>alert" in Path("o/report.md").read_text()
     assert r"\*b\*" in Path("o/report.md").read_text()
-    assert all((Path("o") / file).is_file() for file in done["files"])
-    assert any(file.endswith("-curves.png") for file in done["files"])
+    assert all((Path("o") / file).is_file() for file in output["files"])
+    assert any(file.endswith("-curves.png") for file in output["files"])
 
 
-def test_without_data_logits_or_cache_the_rest_is_shown(tiny: Path, stages: Stages, tmp_path: Path) -> None:
+def test_without_data_logits_or_cache_the_rest_is_in_the_page(tiny: Path, stages: Stages, tmp_path: Path) -> None:
     shutil.copytree(tiny / "cache", "c")
     stages("student", "--cache", "c", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
     shutil.rmtree("c")
@@ -200,7 +206,7 @@ def test_without_data_logits_or_cache_the_rest_is_shown(tiny: Path, stages: Stag
     for file in ("r/logits.safetensors", "r/teacher-logits.safetensors"):
         Path(file).unlink()
     stages("report", "r", "--out", "o")
-    assert "The run has kept no logits" in Path("o/report.html").read_text()
+    assert "The run has no files of logits" in Path("o/report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -215,45 +221,46 @@ def test_without_data_logits_or_cache_the_rest_is_shown(tiny: Path, stages: Stag
         ("settings.json", lambda r: r.update(epochs="many"), "is damaged"),
     ],
 )
-def test_damaged_runs_are_refused_by_name(tiny: Path, stages: Stages, file: str, change: object, wrong: str) -> None:
+def test_damaged_runs_are_refused_with_the_file_named(
+    tiny: Path, stages: Stages, file: str, change: object, wrong: str
+) -> None:
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--baseline", "--out", "r")
     record = json.loads(Path("r", file).read_text())
     change(record)  # type: ignore[operator]
     Path("r", file).write_text(json.dumps(record))
-    said = stages.fails(1, "report", "r", "--out", "o")
-    assert f"'r/{file}' {wrong}" in said
+    assert f"'r/{file}' {wrong}" in stages.fails(1, "report", "r", "--out", "o")
     assert not Path("o").exists()
 
 
 def test_logits_of_other_rows_are_refused(tiny: Path, stages: Stages) -> None:
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
     arrays, record = load_file("r/logits.safetensors"), {"form": "softcache logits 1", "classes": "[]"}
-    kept = read_logits(Path("r/logits.safetensors"))
-    record["content"] = json.dumps({split: one.content for split, one in kept.items()})
+    splits = read_logits(Path("r/logits.safetensors"))
+    record["content"] = json.dumps({split: stored.content for split, stored in splits.items()})
     save_file({name: value[:9] for name, value in arrays.items()}, "r/logits.safetensors", record)
-    said = stages.fails(1, "report", "r", "--out", "o")
-    assert said == "Error: 'r': its files of logits are not all of the same rows and classes"
+    error = stages.fails(1, "report", "r", "--out", "o")
+    assert error == "Error: 'r': its files of logits are not all of the same rows and classes"
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
-def test_without_its_extra_it_is_one_line(
+def test_a_missing_library_is_reported_with_the_command_that_installs_it(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     from softcache.stages.cli import extras
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else True)
-    said = stages.fails(2, "report", tiny)
-    assert said == f"Error: report needs {missing}, which is not installed: pip install 'softcache[report]'"
+    error = stages.fails(2, "report", tiny)
+    assert error == f"Error: report needs {missing}, which is not installed: pip install 'softcache[report]'"
 
 
-def test_lines_that_are_no_numbers_are_refused(tiny: Path, stages: Stages) -> None:
+def test_metrics_of_epochs_that_are_not_numbers_are_refused(tiny: Path, stages: Stages) -> None:
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
     for line in ('{"epoch": 1, "loss": "x"}', '{"epoch": 1, "loss": NaN}', "[1]", "{"):
         Path("r/metrics.jsonl").write_text(line + "\n")
         assert "'r/metrics.jsonl' is damaged" in stages.fails(1, "report", "r", "--out", "o")
 
 
-def test_what_is_no_run_is_a_wrong_command(tiny: Path, stages: Stages) -> None:
+def test_folders_without_a_run_of_a_student_are_refused(tiny: Path, stages: Stages) -> None:
     assert "there is no run of a student in runs" in stages.fails(2, "report")
     assert "there is no folder 'nowhere'" in stages.fails(2, "report", "nowhere")
     Path("other").mkdir()
@@ -261,12 +268,12 @@ def test_what_is_no_run_is_a_wrong_command(tiny: Path, stages: Stages) -> None:
     assert "there is no run of a student in other" in stages.fails(2, "report", "other")
     assert "is a teacher's run" in stages.fails(2, "report", tiny / "runs/teacher")
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "runs/r")
-    assert "'other' exists and is no report" in stages.fails(2, "report", "--out", "other")
+    assert "'other' exists and is not the folder of a report" in stages.fails(2, "report", "--out", "other")
     assert Path("other/mine.txt").read_text() == "mine"
 
 
-def test_an_arch_from_a_file_is_not_imported(tiny: Path, stages: Stages) -> None:
-    """A report looks at runs of strangers: their own code is not run, nor a network of any size built."""
+def test_an_arch_from_a_file_is_neither_imported_nor_built_at_any_size(tiny: Path, stages: Stages) -> None:
+    """A report can be of runs from anyone."""
     result = stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
     Path("trap.py").write_text("raise SystemExit('imported')\n")
     for arch in ("trap:make", "mlp:1000000,1000000", "mlp:-3", "resnet9"):
@@ -281,26 +288,26 @@ def test_an_arch_from_a_file_is_not_imported(tiny: Path, stages: Stages) -> None
     assert "is not of a student's run" in stages.fails(1, "report", "r", "--out", "o")
 
 
-def test_agreement_is_split_by_the_teacher_being_right() -> None:
+def test_agreement_is_measured_by_whether_the_teacher_is_right() -> None:
     labels = np.array([0, 0, 0, 1, 1, -1])
     teacher = np.eye(3)[[0, 0, 0, 0, 2, 1]]  # right, right, right, wrong, wrong
-    student = np.eye(3)[[0, 0, 1, 1, 2, 1]]  # same, same, other; corrected, copied
-    other = np.eye(3)[[0, 0, 0, 2, 2, 0]]  # same, same, same; wrong in its own way, copied
-    found = measure_agreement([student, other], teacher, labels)
-    assert found.rows == (3, 2)
-    assert found.right == pytest.approx((5 / 6, 0, 1 / 6))
-    assert found.wrong == pytest.approx((0.5, 0.25, 0.25))
+    first = np.eye(3)[[0, 0, 1, 1, 2, 1]]  # same, same, wrong; right with another class, same
+    second = np.eye(3)[[0, 0, 0, 2, 2, 0]]  # same, same, same; wrong with another class, same
+    agreement = measure_agreement([first, second], teacher, labels)
+    assert agreement.rows == (3, 2)
+    assert agreement.right == pytest.approx((5 / 6, 0, 1 / 6))
+    assert agreement.wrong == pytest.approx((0.5, 0.25, 0.25))
 
 
-def test_opposite_certainties_are_a_bit_apart() -> None:
-    one = np.array([[50.0, 0.0], [0.0, 0.0], [3.0, 1.0]])
-    other = np.array([[0.0, 50.0], [0.0, 0.0], [1.0, 3.0]])
-    rows = largest_disagreements(one, other, 2)
+def test_certain_and_opposite_distributions_have_a_divergence_of_one_bit() -> None:
+    student = np.array([[50.0, 0.0], [0.0, 0.0], [3.0, 1.0]])
+    teacher = np.array([[0.0, 50.0], [0.0, 0.0], [1.0, 3.0]])
+    rows = rank_disagreements(student, teacher, 2)
     assert [row for row, _ in rows] == [0, 2]
     assert rows[0][1] == pytest.approx(1.0)
-    assert largest_disagreements(one, one, 3) == [(0, 0.0), (1, 0.0), (2, 0.0)]
+    assert rank_disagreements(student, student, 3) == [(0, 0.0), (1, 0.0), (2, 0.0)]
 
 
-def test_the_front_is_of_those_that_no_cheaper_one_equals() -> None:
+def test_the_pareto_front_has_the_items_that_are_better_than_all_cheaper_ones() -> None:
     assert find_pareto([3, 1, 2, 4, 1], [0.9, 0.5, 0.5, 0.8, 0.4]) == [1, 0]
     assert find_pareto([], []) == []

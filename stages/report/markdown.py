@@ -1,0 +1,62 @@
+"""report.md: the summaries, tables, costs and provenance of a report as Markdown, for a pull request."""
+
+from collections.abc import Sequence
+
+from softcache.base.errors import make_printable
+
+from .load import LoadedRun
+from .page import GroupSection
+from .table import Row, format_column_title
+
+_COLUMNS = ("accuracy", "f1_macro", "auroc_macro", "nll", "agreement")  # of the page's columns, to fit in width
+
+
+def format_markdown(sections: Sequence[GroupSection], costs: dict[str, str], command: str) -> str:
+    """Format report.md. Markup in names is escaped.
+
+    Args:
+        sections: Of the page.
+        costs: {name of a run: its cost}.
+        command: That makes the report again.
+    """
+    lines = ["# Report", ""]
+    for section in sections:
+        lines += [f"## {_escape(section.group.title)}", "", *(f"{_escape(line)}  " for line in section.summary), ""]
+        lines += [*_table_lines(section.table), ""]
+    if costs:
+        lines += ["## Cost", "", *(f"- {_escape(name)}: {cost}" for name, cost in costs.items()), ""]
+    runs = [run for section in sections for run in section.group.runs]
+    lines += ["## Provenance", "", *(f"- {_escape(run.name)}: {_escape(_format_provenance(run))}" for run in runs)]
+    return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+
+
+def _table_lines(rows: Sequence[Row]) -> list[str]:
+    titles = ["", "network", *map(format_column_title, _COLUMNS), "parameters", "ms per image"]
+    lines = [_table_line(titles), _table_line(["---", "---", *["---:"] * (len(titles) - 2)])]
+    for row in rows:
+        name = row.name if row.kind == "student" else f"{row.name}, {row.kind}"
+        note = f" ({row.note})" if row.note else ""
+        parameters = f"{row.parameters:,}" if row.parameters else "–"
+        milliseconds = f"{row.milliseconds:.2f}" if row.milliseconds else "–"
+        metrics = [row.metrics[column].text for column in _COLUMNS]
+        lines.append(_table_line([name + note, row.arch, *metrics, parameters, milliseconds]))
+    return lines
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
+
+
+def _format_provenance(run: LoadedRun) -> str:
+    """Format caches, seeds, versions and machine of a run in one line."""
+    caches = ", ".join(fingerprint[:12] for fingerprint in run.fingerprints)
+    seeds = f"seed {run.config.seed}" if run.config.seeds == 1 else f"{run.config.seeds} seeds"
+    if not run.result:
+        return f"{run.state}; cache {caches}, {seeds}"
+    versions = ", ".join(f"{name} {version}" for name, version in run.result["versions"].items())
+    return f"cache {caches}, {seeds}, {versions}, {run.result['machine']['device']}"
+
+
+def _escape(text: str) -> str:
+    """Escape what is markup in Markdown or HTML."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in make_printable(text, None))
