@@ -1,16 +1,13 @@
-"""The newcomer's door: make, its variables, and every command that the README shows."""
+"""make: its targets, and its variables as options of the commands."""
 
 import os
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 
-from softcache.stages.main import commands
 from tests.helpers.paths import ROOT
 
 TARGETS = [
@@ -33,7 +30,6 @@ TARGETS = [
     "check",
     "clean",
 ]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -155,34 +151,3 @@ def test_an_interpreter_without_the_packages_is_refused_and_nothing_installed(tm
     failed = make("student", f"VENV={python}")
     assert failed.returncode != 0
     assert f"Error: {python} lacks one of: torch" in failed.stderr
-
-
-def shown(prefix: str) -> list[str]:
-    """The README's commands that begin so, without comments, with continued lines joined."""
-    blocks = "\n".join(re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    lines = (line.split("  #")[0].strip() for line in blocks.splitlines())
-    return [line for line in lines if line.startswith(prefix)]
-
-
-@pytest.mark.parametrize("line", shown("make"))
-def test_every_make_command_of_the_readme_exists(line: str) -> None:
-    done = make("-n", *shlex.split(line)[1:], f"VENV={sys.executable}")
-    assert done.returncode == 0, done.stderr
-    text = (ROOT / "Makefile").read_text()
-    for word in shlex.split(line)[1:]:
-        name = word.partition("=")[0]
-        assert "=" not in word or re.search(rf"\b{name}\b", text), f"the Makefile knows no {name}"
-
-
-@pytest.mark.parametrize("line", shown("python -m softcache"))
-def test_every_stages_command_of_the_readme_can_be_parsed(line: str) -> None:
-    name, *rest = shlex.split(line)[3:]
-    command = commands.get_command(click.Context(commands), name)
-    assert command is not None, f"there is no command {name}"
-    command.make_context(name, rest)
-
-
-def test_the_readme_shows_both_kinds_of_command() -> None:
-    assert "make student" in shown("make")
-    assert "make test" in shown("make")
-    assert len(shown("python -m softcache")) >= 5
