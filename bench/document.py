@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def make_machine_line(results: Results) -> str:
     machine, versions = results["machine"], results["versions"]
     names = {"python": "Python", "torch": "PyTorch", "numpy": "NumPy", "pillow": "Pillow", "lmdb": "LMDB"}
     parts = ", ".join(f"{names.get(name, name)} {version}" for name, version in versions.items())
-    return f"{machine['cpus']} CPU cores ({machine['cpu']}), {machine['threads']} threads; {parts}."
+    text = f"{machine['cpus']} CPU cores ({machine['cpu']}), {machine['threads']} threads; {parts}."
+    return "\n".join(textwrap.wrap(text, 120))
 
 
 def _make_lines(results: Results, lines: tuple[tuple[str, str], ...]) -> str:
