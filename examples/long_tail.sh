@@ -2,7 +2,7 @@
 # Rare classes: a long tail of MNIST (2,478 images), six ways to learn it, 5 seeds each, side by side. The table of
 # docs/guides/rare-classes.md.
 #
-# Takes some 20 minutes on 2 CPU cores. MNIST is downloaded into datasets/ where it is not there; further arguments go to
+# Takes less than half an hour on 2 CPU cores. MNIST is downloaded into datasets/ where it is not there; further arguments go to
 # each command: examples/long_tail.sh --data-root /where/mnist/is
 # What is finished is not done again: stopped, the same command goes on.
 set -euo pipefail
