@@ -91,7 +91,8 @@ bench: $(BENCH_INSTALLED) ## measure every claim about speed and size as a ratio
 	$(PY) -m bench $(foreach name,$(GIVEN),--$(shell echo $(name) | tr A-Z_ a-z-) '$($(name))')
 
 docs: $(INSTALLED) ## write the generated documents anew: the command line and the benchmarks
-	$(PY) -m docs
+	$(PY) docs/make_cli_reference.py
+	$(PY) -m bench.document
 
 check: lint test ## lint and test
 
