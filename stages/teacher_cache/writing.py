@@ -1,71 +1,197 @@
-"""The shards of a cache, one after the other, each rank its share; one is written while the next is asked for."""
+"""The shards of a cache, one after the other, and its manifest. A shard is written while the next one is computed."""
 
 import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
-from softcache.base.errors import Interrupted
-from softcache.pipeline.cache.manifest import ShardSpec
-from softcache.pipeline.cache.writer import CacheWriter
+from softcache.base.errors import CacheError, Interrupted
+from softcache.base.files import make_folder
+from softcache.base.lock import hold_lock
+from softcache.base.threads import Future, ThreadPool
+from softcache.pipeline.cache.manifest import Manifest, ShardSpec
+from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.verification import verify_views
+from softcache.pipeline.cache.writer import CacheWriter, clean_up
+from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.distributed import ranks
+from softcache.stages.runs.environment import library_versions
 
-from .background import BackgroundWriter
-from .precision import ChosenPrecision, TrialViews, compile_teacher
+from .cache_readme import write_readme
+from .precision import TrialViews, compile_teacher
+from .preparation import PreparedCache
+from .reproducibility import check_reproducibility
 from .targets import TargetGenerator
 
 
-def write_shards(writer: CacheWriter, ask: TargetGenerator, chosen: ChosenPrecision, console: Console) -> None:
-    """Every shard that is not there yet, each rank its share; then rank 0 takes over what the others wrote."""
-    if chosen.is_resumed and ask.config.compile:
-        compile_teacher(ask.inference, TrialViews(ask.transfer_set, ask.views, ask.config), console)
-    ranks.barrier()  # all have looked at what there is, before the first new shard changes that
-    own = ranks.own_share(writer.missing)
-    if kept := ranks.sum_over_ranks(_write(writer, own, ask, console)):
-        console.print(f"went on from {kept} of {len(writer.missing)} shards that were there, whole")
-    mine = {piece.path for piece in own}
-    others = [piece for piece in writer.missing if piece.path not in mine]
+def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
+    """Write the shards that are missing, then the manifest. The first rank calls this.
+
+    Returns:
+        The manifest: the present one, where nothing is missing.
+
+    Raises:
+        CacheMismatchError: The folder holds another cache.
+        CacheError: Another process is writing it; files of it are damaged; or a cache that grows cannot be reproduced
+            here, because a library or the teacher's code has changed.
+        Interrupted: Ctrl-C. The same command continues.
+    """
+    out, generator, transfer_set = Path(prepared.config.out), prepared.generator, prepared.generator.transfer_set
+    writer = CacheWriter.examine(out, prepared.plan)
+    if writer.previous and writer.is_complete:  # needs no lock: the cache may be on a read-only mount
+        clean_up(out)
+        return _report_nothing_missing(writer.previous, out, console)
+    make_folder(out)
+    with hold_lock(out):
+        writer = CacheWriter.examine(out, prepared.plan)  # again: another process may have written meanwhile
+        if writer.previous and writer.missing:
+            console.print(f"the cache '{out}' grows by {len(writer.missing)} shards; its files stay as they are")
+            cache = Cache(out)
+            verify_views(cache, transfer_set, writer.previous.draws)
+            check_reproducibility(cache, generator).raise_if_different()
+        writer.start()
+        if writer.previous and not writer.missing:
+            return _report_nothing_missing(writer.previous, out, console)
+        if set(writer.plan.taps) != set(generator.taps):
+            raise CacheError(f"another process added taps to '{out}' meanwhile: run the same command again")
+        _print_resumed_precision(prepared, console)
+        ranks.broadcast_from_first(lambda: True)
+        write_shards(writer, prepared, console)
+        head = find_head(generator.teacher.network, generator.classes)
+        head_record = None
+        if head is not None and not writer.previous:
+            head_record = writer.add_head(*get_head_arrays(head, generator.classes))
+        labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
+        manifest = writer.build_manifest(head_record, labelled, library_versions())
+        write_readme(out, writer.previous, manifest)
+        writer.publish_manifest(manifest)
+        return manifest
+
+
+def write_share_of_rank(prepared: PreparedCache, console: Console) -> None:
+    """Write this rank's share of the shards, once the first rank has started the folder. The other ranks call this."""
+    is_needed = ranks.broadcast_from_first(lambda: True)
+    if is_needed:
+        write_shards(CacheWriter.examine(Path(prepared.config.out), prepared.plan), prepared, console)
+
+
+def write_shards(writer: CacheWriter, prepared: PreparedCache, console: Console) -> None:
+    """Write the missing shards, each rank its share; then the first rank records those of the others."""
+    generator = prepared.generator
+    if prepared.choice.is_resumed and prepared.config.compile:
+        trial_views = TrialViews(generator.transfer_set, generator.views, prepared.config)
+        compile_teacher(generator.inference, trial_views, console)
+    ranks.barrier()  # all ranks have examined the folder before the first new shard changes it
+    share = ranks.own_share(writer.missing)
+    if adopted := ranks.sum_over_ranks(_write_share(writer, share, generator, console)):
+        console.print(f"continued: {adopted} of {len(writer.missing)} shards were there and intact")
+    paths = {spec.path for spec in share}
+    others = [spec for spec in writer.missing if spec.path not in paths]
     if others and ranks.is_first():
-        for piece in others:
-            ranks.wait_for_file(writer.folder / piece.path)
-        _write(writer, others, ask, console)  # asks for what is not there: a rank may have planned otherwise
+        for spec in others:
+            ranks.wait_for_file(writer.folder / spec.path)
+        _write_share(writer, others, generator, console)  # writes what is not there: a rank may have planned otherwise
         writer.sort_records()
 
 
-def _write(writer: CacheWriter, pieces: list[ShardSpec], ask: TargetGenerator, console: Console) -> int:
-    """Those of the shards that are not there yet; how many were there. One is written while the teacher is asked for
-    the next: bounded memory.
+def _write_share(writer: CacheWriter, specs: list[ShardSpec], generator: TargetGenerator, console: Console) -> int:
+    """Write those of the shards that are not there, in their order; return how many were there.
 
-    In the order of the pieces, and noted in that order: a shard that is there is looked at when nothing is written.
+    Memory is bounded: one shard is written while one is computed. A shard that is there is adopted when none is being
+    written, so that the records keep the order of the shards.
     """
-    total = sum(piece.rows for piece in pieces)
-    kept = done = 0
-    long_work = LongWorkNotice(console, "Running the teacher", total, "; stopped, the same command goes on from there")
+    total = sum(spec.rows for spec in specs)
+    adopted = rows_done = 0
+    notice = LongWorkNotice(console, "Running the teacher", total, "; if it is stopped, the same command continues")
     try:
-        with progress_bar(total, "teacher-cache", "images") as shown, BackgroundWriter() as writing:
+        with progress_bar(total, "teacher-cache", "images") as bar, BackgroundWriter() as background:
 
             def count(rows: int) -> None:
-                nonlocal done
-                writing.raise_failure()
-                shown.update(rows)
-                done += rows
-                long_work.update(done)
+                nonlocal rows_done
+                background.raise_failure()
+                bar.update(rows)
+                rows_done += rows
+                notice.update(rows_done)
 
-            begun = time.monotonic()
-            for piece in pieces:
-                if (writer.folder / piece.path).exists():
-                    writing.wait()
-                    if writer.adopt(piece):
-                        kept += 1
-                        done += piece.rows
-                        shown.total -= piece.rows
-                        begun = time.monotonic()
+            started = time.monotonic()
+            for spec in specs:
+                if (writer.folder / spec.path).exists():
+                    background.wait()
+                    if writer.adopt(spec):
+                        adopted += 1
+                        rows_done += spec.rows
+                        bar.total -= spec.rows
+                        started = time.monotonic()
                         continue
-                arrays, facts = ask.compute_shard(piece, count)
-                writing.wait()
+                arrays, measurements = generator.compute_shard(spec, count)
+                background.wait()
                 now = time.monotonic()
-                writing.submit(writer.write_shard, piece, arrays, {**facts, "seconds": round(now - begun, 4)})
-                begun = now
+                measurements |= {"seconds": round(now - started, 4)}
+                background.submit(writer.write_shard, spec, arrays, measurements)
+                started = now
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped after {len(writer.records)} of {len(writer.missing)} shards; the same command goes on from there"
+            f"stopped after {len(writer.records)} of {len(writer.missing)} shards; the same command continues"
         ) from None
-    return kept
+    return adopted
+
+
+def _report_nothing_missing(manifest: Manifest, out: Path, console: Console) -> Manifest:
+    console.print(f"the cache '{out}' is complete: it holds all that is requested")
+    ranks.broadcast_from_first(lambda: False)
+    return manifest
+
+
+def _print_resumed_precision(prepared: PreparedCache, console: Console) -> None:
+    record = prepared.choice.precision_record
+    if prepared.choice.is_resumed and (record or prepared.config.precision == "auto"):
+        details = f", {record.describe()}" if record else ""
+        console.print(f"precision: {prepared.plan.identity['precision']}{details}; as this cache was started")
+
+
+class BackgroundWriter:
+    """A thread that writes one thing while the next is computed.
+
+        with BackgroundWriter() as background:
+            background.submit(write, shard)
+
+    At most one task runs and none waits: `submit` returns once the task before it has ended. What a task raises is
+    raised by the next call, or at the end of the block; after a task that failed none is started. When an exception,
+    Ctrl-C or another, leaves the block, the running task is waited for, so that the shard is written completely; what
+    the task raises then is dropped in favour of that exception.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPool(1)
+        self._last: Future[object] | None = None
+
+    def submit(self, task: Callable[..., object], *arguments: Any) -> None:
+        """Start a task, once the one before it has ended. Raises what that one raised."""
+        self.wait()
+        self._last = self._thread.submit(task, *arguments)
+
+    def wait(self) -> None:
+        """Wait until no task runs. Raises what the last one raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def raise_failure(self) -> None:
+        """Raise what the last task raised, if it has ended: the next one need not be computed to its end then."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._thread:
+            try:
+                self.wait()
+            except BaseException:
+                if kind is None:
+                    raise

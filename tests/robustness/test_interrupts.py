@@ -14,7 +14,7 @@ import torch
 
 from softcache.base.threads import map_in_threads
 from softcache.pipeline.loading.prefetch import prefetch
-from softcache.stages.teacher_cache.background import BackgroundWriter
+from softcache.stages.teacher_cache.writing import BackgroundWriter
 from tests.helpers.commands import Stages, tiny_cache_command
 
 TIMES = 1000

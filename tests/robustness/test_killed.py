@@ -293,7 +293,7 @@ def test_sigterm_ends_both_stages_at_once_with_one_line_and_nothing_left_over(
     child = forks.start(*cache_command(tiny, cache, *small))
     wait_until(lambda: len(shards(cache)) > 9)
     assert child.terminate() == 130, child.output
-    assert "of 48 shards; the same command goes on from there" in child.error
+    assert "of 48 shards; the same command continues" in child.error
     assert [*temporaries(cache), *cache.glob(".lock")] == []
     forks.succeeds(*cache_command(tiny, cache, *small))
     assert_equal_caches(forks, cache, whole)

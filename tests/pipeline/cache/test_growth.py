@@ -117,7 +117,7 @@ def test_a_command_for_less_than_the_cache_holds_writes_nothing(
     before = files(small)
     code, out, err = stages.call(*ASKED, *options, "--out", "c")
     assert code == 0, err
-    assert "whole already, with all that is asked for" in out
+    assert "is complete: it holds all that is requested" in out
     assert files(small) == before
 
 
@@ -191,12 +191,12 @@ def test_an_interrupted_addition_does_not_hide_the_complete_cache(
     before = files(small)
     code, out, err = stages.call(*ASKED, *FIRST, "--out", "c")
     assert code == 0, err
-    assert "whole already" in out
+    assert "is complete" in out
     assert files(small) == before
     assert "draws  3          4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
     code, out, err = stages.call(*ASKED, "--draws", "4", "--out", "c")
     assert code == 0, err
-    assert "went on from 1 of 4 shards" in out
+    assert "continued: 1 of 4 shards" in out
 
 
 @pytest.mark.parametrize("options", [("--draws", "4"), ("--taps", "flatten")])
@@ -206,7 +206,7 @@ def test_an_interrupted_addition_leaves_the_old_cache_usable_and_goes_on(
     before, manifest = files(small), (small / "manifest.json").read_bytes()
     with monkeypatch.context() as patch:
         stop_after(2, patch)
-        assert "the same command goes on" in stages.fails(130, *ASKED, *options, "--out", "c")
+        assert "the same command continues" in stages.fails(130, *ASKED, *options, "--out", "c")
     assert (small / "manifest.json").read_bytes() == manifest
     code, out, err = stages.call("check-cache", small, "--deep")
     assert code == 0, err
@@ -216,7 +216,7 @@ def test_an_interrupted_addition_leaves_the_old_cache_usable_and_goes_on(
     computed = count_shards_asked(monkeypatch)
     code, out, err = stages.call(*ASKED, *options, "--out", "c")
     assert code == 0, err
-    assert "went on from 2 of " in out
+    assert "continued: 2 of " in out
     assert len(computed) == len(payloads(small)) - 7 - 2
     assert set(list_unchanged_files(before, small)) == before.keys() - {"manifest.json", "README.md"}
     all_taps = ("--taps", "pool1,flatten") if "--taps" in options else ()

@@ -147,7 +147,7 @@ def test_stage_one_refuses_another_identity_and_prints_the_command_for_a_cache_o
     assert (result["draws"], list(Cache(Path("p-2")).manifest.taps)) == (2, ["hidden1"])
     code, out, err = stages.call(*PETS, *options, "--out", "p-2")
     assert code == 0, err
-    assert "whole already" in out
+    assert "is complete" in out
 
 
 def get_field(identity: Any, field: str) -> Any:

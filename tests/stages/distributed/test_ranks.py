@@ -112,7 +112,7 @@ def test_a_cache_is_the_same_by_any_number_of_ranks_also_after_one_was_killed(
     assert not (many / "manifest.json").exists()
     said = succeeds(3, *cache_command(tiny, many, *smaller), cwd=tmp_path)
     assert said.count("next:") == 1
-    assert f"went on from {there} of {len(payloads(one))} shards that were there, whole" in said
+    assert f"continued: {there} of {len(payloads(one))} shards were there and intact" in said
     assert_same_rows(many, one)
     if dose(0, 1):
         stages(*cache_command(tiny, one, *larger))

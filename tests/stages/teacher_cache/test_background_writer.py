@@ -13,8 +13,8 @@ from softcache.base.errors import CacheError
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.writer import CacheWriter
-from softcache.stages.teacher_cache.background import BackgroundWriter
 from softcache.stages.teacher_cache.targets import TargetGenerator, _store_batch
+from softcache.stages.teacher_cache.writing import BackgroundWriter
 from tests.helpers.caches import stop_after
 from tests.helpers.commands import Stages, tiny_cache_command
 

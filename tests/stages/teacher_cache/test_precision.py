@@ -246,7 +246,7 @@ def test_a_cache_of_another_precision_than_is_named_is_refused_by_name(
     error = stages.fails(1, *tiny_cache_command(tiny), "--precision", "bfloat16")
     assert ["precision", '"bfloat16"', '"float32"'] in [line.split() for line in error.splitlines()]
     assert asked == []
-    assert "whole already" in stages.call(*tiny_cache_command(tiny), "--precision", "auto")[1]
+    assert "is complete" in stages.call(*tiny_cache_command(tiny), "--precision", "auto")[1]
 
 
 def test_a_bfloat16_cache_of_before_goes_on_unfolded(tiny: Path, stages: Stages, tmp_path: Path) -> None:

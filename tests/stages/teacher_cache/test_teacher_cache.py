@@ -140,7 +140,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     monkeypatch.setattr(CacheWriter, "write_shard", stop_after_four)
     line = stages.fails(130, *command, out)
     assert "4 of 14 shards" in line
-    assert "the same command goes on" in line
+    assert "the same command continues" in line
     assert not (out / "manifest.json").exists()
     assert "no finished cache" in stages.fails(1, "student", "--cache", out)
 
@@ -150,7 +150,7 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     monkeypatch.setattr(CacheWriter, "write_shard", add)
     code, text, err = stages.call(*command, out)
     assert code == 0, err
-    assert "went on from 3 of 14 shards" in text
+    assert "continued: 3 of 14 shards" in text
     kept = [path for path in written if (out / path).stat().st_mtime_ns == before[path]]
     assert kept == [path for path in written if out / path != damaged]
     assert payloads(out) == payloads(tiny / "cache")
@@ -162,7 +162,7 @@ def test_a_whole_cache_is_left_alone_and_another_one_refused(tiny: Path, stages:
     before = (tiny / "cache/manifest.json").stat().st_mtime_ns
     code, text, _ = stages.call(*command)
     assert code == 0
-    assert "whole already" in text
+    assert "is complete" in text
     error = stages.fails(1, *command, "--views", "crop:pad=2")
     assert ["views.pad", "2", "1"] in [line.split() for line in error.splitlines()]
     assert "--train-size 300 --data digits" in error.splitlines()[-1]

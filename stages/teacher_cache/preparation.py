@@ -1,0 +1,155 @@
+"""What a cache is to hold, worked out before anything is written: data, views, teacher, identity, precision, plan."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
+from softcache.data.sources import short_name
+from softcache.data.views import parse_views
+from softcache.pipeline.cache.codecs import CODECS
+from softcache.pipeline.cache.existing import Complete, read_existing, read_inference_settings
+from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
+from softcache.pipeline.cache.plan import CachePlan
+from softcache.pipeline.cache.writer import check_same_identity
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.state_dicts import hash_weights
+from softcache.pipeline.taps.statistics import normalize_tap
+from softcache.stages.cli.configs import CacheConfig
+from softcache.stages.cli.console import Console
+from softcache.stages.cli.copied_commands import find_free_name, format_command
+from softcache.stages.cli.defaults import find_defaults
+from softcache.stages.distributed import ranks
+from softcache.stages.runs.environment import select_device
+from softcache.stages.teacher import command as teacher_stage
+
+from .precision import ChosenPrecision, TrialViews, choose_precision, restore_precision, resume_precision
+from .targets import TargetGenerator
+from .teacher_source import load_teacher
+
+
+@dataclass(frozen=True)
+class PreparedCache:
+    """What a cache is to hold, and how its rows are computed.
+
+    Attributes:
+        config: The options of the command, with the defaults of the data set.
+        plan: Identity, draws, taps and sizes of the cache.
+        generator: Computes the rows: it holds the data, the views and the teacher.
+        choice: The arithmetic of the teacher, with what was measured when it was chosen.
+    """
+
+    config: CacheConfig
+    plan: CachePlan
+    generator: TargetGenerator
+    choice: ChosenPrecision
+
+
+def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
+    """Work out what the cache is to hold. Nothing is written, but for a teacher that has to be trained first.
+
+    Every rank calls this. The first loads the data before the others do and chooses the precision for all.
+
+    Raises:
+        UsageError: An option does not fit the data or the teacher.
+        CacheMismatchError: The folder holds a cache of another identity.
+        CacheError: Weights or files of the folder cannot be used, or the ranks see other files.
+    """
+    config = fill_defaults(config)
+    if config.codec not in CODECS:
+        raise unknown_name_error("codec", config.codec, CODECS)
+    requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
+    views = parse_views(config.views)
+    transfer_set = ranks.first_rank_first(lambda: teacher_stage.load_data(config))
+    views = teacher_stage.fill_size(views, transfer_set, console)
+    teacher, arch = load_teacher(config, transfer_set, views, console)
+    teacher = teacher.to(select_device(config.device)).eval()
+
+    known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
+    identity = make_identity(transfer_set, views, config.seed, known_teacher, config.codec, config.precision)
+    identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+    trial_views = TrialViews(transfer_set, views, config)
+    choice = _choose_precision_and_taps(identity, teacher, requested_taps, trial_views, console)
+    identity = {**identity, "precision": choice.inference.precision}
+    ranks.check_equal("identity of the cache", compute_fingerprint(identity))
+
+    generator = TargetGenerator(transfer_set, views, choice.inference, config)
+    plan = CachePlan(
+        identity=identity,
+        classes=generator.classes,
+        draws=config.draws,
+        splits={split: len(rows) for split, rows in transfer_set.splits.items()},
+        taps=generator.shapes,
+        shard_rows=config.shard_rows,
+        settings=_select_portable_settings(config),
+        precision_record=choice.precision_record,
+    )
+    return PreparedCache(config, plan, generator, choice)
+
+
+def fill_defaults(config: CacheConfig) -> CacheConfig:
+    """Fill in the options that were not given, from the defaults of the data set."""
+    data = config.data or "digits"
+    defaults = find_defaults(data)
+    return replace(
+        config,
+        data=data,
+        views=config.views or defaults.views,
+        draws=config.draws or defaults.draws,
+        val_fraction=config.val_fraction or defaults.val_fraction,
+        out=config.out or f"caches/{short_name(data)}",
+    )
+
+
+@contextmanager
+def suggest_other_command(config: CacheConfig) -> Iterator[None]:
+    """Where the folder holds another cache, add the command that makes the requested one in another folder."""
+    try:
+        yield
+    except CacheMismatchError as error:
+        command = format_command("teacher-cache", config, out=find_free_name(config.out))
+        raise CacheError(f"{error}\nMake the requested one with  {command}") from None
+
+
+def _choose_precision_and_taps(
+    identity: Identity,
+    teacher: PreparedModel,
+    requested_taps: tuple[str, ...],
+    trial_views: TrialViews,
+    console: Console,
+) -> ChosenPrecision:
+    """Choose the precision as the first rank finds it; add the taps that the cache in the folder has already.
+
+    An existing cache keeps the arithmetic in which it was started: a second timing does not change it.
+    """
+    config = trial_views.config
+    choice: ChosenPrecision | None = None
+
+    def choose() -> dict[str, Any]:
+        nonlocal choice
+        out = Path(config.out)
+        existing = read_existing(out)
+        previous = read_inference_settings(out, existing, identity)
+        if isinstance(existing, Complete):  # before the teacher computes the layers that another cache holds
+            manifest = existing.manifest
+            precision = manifest.identity["precision"] if config.precision == "auto" else config.precision
+            check_same_identity(out, {**identity, "precision": precision}, {}, manifest)
+        taps = tuple(dict.fromkeys((*(previous.taps if previous else ()), *requested_taps)))
+        choice = resume_precision(config, previous, teacher, taps)
+        choice = choice or choose_precision(config, trial_views, teacher, taps, console)
+        return {"taps": list(taps), **choice.to_json()}
+
+    record = ranks.broadcast_from_first(choose)
+    return choice or restore_precision(record, teacher, tuple(record["taps"]), trial_views, console)
+
+
+def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
+    """Return the options that another machine can repeat: of a path, its last part."""
+    local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
+    settings = {name: value for name, value in asdict(config).items() if name not in local}
+    settings["weights"] = Path(config.weights).name
+    settings["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
+    return settings
