@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.sparse import csr_array
 
 Ints = NDArray[np.int64]
@@ -36,6 +35,8 @@ def mcnemar(first_alone: int, second_alone: int) -> float:
     two are right on the same rows. Dietterich 1998, section 3.1, recommends the test for one training of each.
     """
     rows = first_alone + second_alone
+    from scipy import stats  # here, as below: importing it takes 0.7 s of a CPU, and few commands need it
+
     return float(stats.binomtest(first_alone, rows).pvalue) if rows else 1.0
 
 
@@ -144,4 +145,6 @@ def _stretch(seeds: Sequence[Floats], variance: float, tail: float) -> float:
     if not spread:
         return 1.0
     degrees = max(1.0, variance**2 / spread)
+    from scipy import stats
+
     return float(stats.t.ppf(tail, degrees) / stats.norm.ppf(tail))

@@ -1,9 +1,12 @@
-"""The classification models of torchvision, adapted to the classes, channels and image size of the data."""
+"""The classification models of torchvision, adapted to the classes, channels and image size of the data.
+
+torchvision is imported where it is used: it loads PyTorch's compiler, and commands start in 3 s of a CPU less
+without it.
+"""
 
 from typing import NamedTuple
 
 import torch
-import torchvision
 from torch import nn
 
 from softcache.base.errors import CacheError, UsageError, unknown_name_error
@@ -25,8 +28,9 @@ def build_torchvision(name: str, classes: int, channels: int, size: int) -> nn.M
     Raises:
         UsageError: There is no such model, or it cannot take such images.
     """
-    if not is_torchvision_model(name):
-        raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
+    from torchvision import models
+
+    check_torchvision_model(name)
     options: dict[str, object] = {"weights": None, "num_classes": classes}
     if name in _AUXILIARY_OUTPUTS:
         options |= {
@@ -36,7 +40,7 @@ def build_torchvision(name: str, classes: int, channels: int, size: int) -> nn.M
     if name.startswith("vit_"):
         options["image_size"] = size
     try:
-        network: nn.Module = torchvision.models.get_model(name, **options)
+        network: nn.Module = models.get_model(name, **options)
         _fit_stem(network, channels, size)
         with torch.no_grad():
             network.eval()(torch.zeros(1, channels, size, size))
@@ -49,7 +53,21 @@ def build_torchvision(name: str, classes: int, channels: int, size: int) -> nn.M
 
 def is_torchvision_model(name: str) -> bool:
     """Whether torchvision has a classification model of that name."""
-    return name in torchvision.models.list_models(module=torchvision.models)
+    return name in list_torchvision_models()
+
+
+def list_torchvision_models() -> list[str]:
+    """List the names of torchvision's classification models."""
+    from torchvision import models
+
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+def check_torchvision_model(name: str) -> None:
+    """Raise UsageError where torchvision has no classification model of that name."""
+    if not is_torchvision_model(name):
+        raise unknown_name_error("torchvision model", name, list_torchvision_models())
 
 
 class PublishedWeights(NamedTuple):
@@ -76,9 +94,10 @@ def load_published_weights(name: str) -> PublishedWeights:
         UsageError: There is no such model.
         CacheError: The weights cannot be downloaded, or their file is damaged.
     """
-    if not is_torchvision_model(name):
-        raise unknown_name_error("torchvision model", name, torchvision.models.list_models(module=torchvision.models))
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+    from torchvision import models
+
+    check_torchvision_model(name)
+    weights = models.get_model_weights(name).DEFAULT
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # a download can raise anything: of urllib or http, for a wrong hash, a damaged file …
