@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -28,14 +27,10 @@ Rows = NDArray[np.float16]
 ReadAll = Callable[[], Iterator[torch.Tensor]]  # reads all rows once, in shuffled batches
 
 
-class _OnDisk:
-    """Stands for a cache whose draws are larger than memory, so that the stream reads it by blocks."""
+class _OnDiskCache(Cache):
+    """A cache whose draws count as larger than memory, so that a stream reads it by blocks."""
 
-    def __init__(self, cache: Cache):
-        self.order = cache.row_order
-        self.targets = cache.read_targets
-
-    def resident(self, *_: Any) -> bool:
+    def fits_in_memory(self, *_: object, **__: object) -> bool:
         return False
 
 
@@ -111,9 +106,9 @@ def _write_cache(options: BenchOptions) -> tuple[Cache, Stream]:
     """Write a cache of rows of 2 kB; return it and a stream that reads it by blocks."""
     data = fixtures.add_data_set(options.scale(61_225, 1200), channels=1, size=8, classes=CLASSES)
     rows = fixtures.load_data(data).splits["train"]
-    cache = Cache(fixtures.write_random_cache(options.folder / "reads", data))
-    source: Any = _OnDisk(cache)
-    stream = Stream(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=source)
+    folder = fixtures.write_random_cache(options.folder / "reads", data)
+    cache, on_disk = Cache(folder), _OnDiskCache(folder)
+    stream = Stream(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=on_disk)
     cache.read_rows("train", 0, "logits", np.arange(1))  # opens the files and verifies every checksum, once
     return cache, stream
 

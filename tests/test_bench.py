@@ -53,6 +53,12 @@ def test_rows_are_measured_and_earlier_records_are_kept(tmp_path: Path) -> None:
     assert read_records(out)["bytes-100"]["median"] > 212
 
 
+def test_a_row_about_reading_is_measured(tmp_path: Path) -> None:
+    process = run_bench("--quick", "--out", str(tmp_path / "r.json"), "--row", "reads-warm")
+    assert process.returncode == 0, process.stdout
+    assert read_records(tmp_path / "r.json")["reads-warm"]["median"] > 0
+
+
 def test_an_unknown_row_is_an_error_that_names_it(tmp_path: Path) -> None:
     process = run_bench("--out", str(tmp_path / "r.json"), "--row", "bytes-10,fastest")
     assert process.returncode != 0
