@@ -1,4 +1,4 @@
-"""Ctrl-C may come between any two steps of Python: nothing hangs, nothing turns it into another error."""
+"""An interrupt may come between any two steps of Python: nothing hangs, and it is not turned into another error."""
 
 import multiprocessing
 import os
@@ -18,38 +18,38 @@ from softcache.pipeline.loading.prefetch import prefetch
 from softcache.stages.teacher_cache.background import BackgroundWriter
 from tests.helpers.commands import Stages, tiny_cache_command
 
-TIMES = 1000
+INTERRUPTS = 1000
 
 
-def ahead() -> None:
+def consume_prefetch() -> None:
     for _ in prefetch(iter(range(1 << 40))):
         pass
 
 
-def behind() -> None:
+def submit_writes() -> None:
     with BackgroundWriter() as writing:
         while True:
             writing.submit(int)
             writing.raise_failure()
 
 
-def at_once() -> None:
+def consume_thread_map() -> None:
     for _ in map_in_threads(str, range(1 << 40), 2):
         pass
 
 
-def interrupted_after(seconds: float, work: Callable[[], None]) -> None:
+def run_until_interrupt(seconds: float, work: Callable[[], None]) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     work()
 
 
-def interrupted(work: Callable[[], None]) -> None:
-    """In a process of its own: exit code 0 when every interrupt came out as one and no thread is left."""
+def run_many_interrupts(work: Callable[[], None]) -> None:
+    """Run work many times, each time interrupted: every interrupt must be raised as one, and no thread may be left."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    chance, before = random.Random(0), len(os.listdir("/proc/self/task"))
-    for _ in range(TIMES):
+    rng, before = random.Random(0), len(os.listdir("/proc/self/task"))
+    for _ in range(INTERRUPTS):
         with pytest.raises(KeyboardInterrupt):
-            interrupted_after(chance.uniform(0.0005, 0.003), work)
+            run_until_interrupt(rng.uniform(0.0005, 0.003), work)
     end = time.monotonic() + 10
     while len(os.listdir("/proc/self/task")) > before and time.monotonic() < end:
         time.sleep(0.01)
@@ -57,15 +57,15 @@ def interrupted(work: Callable[[], None]) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
-@pytest.mark.parametrize("work", [ahead, behind, at_once])
+@pytest.mark.parametrize("work", [consume_prefetch, submit_writes, consume_thread_map])
 def test_a_thread_ends_whenever_an_interrupt_comes(work: Callable[[], None]) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=interrupted, args=(work,))
+    process = multiprocessing.get_context("spawn").Process(target=run_many_interrupts, args=(work,))
     process.start()
     process.join(90)
-    hangs = process.is_alive()
+    is_hung = process.is_alive()
     process.kill()
     process.join()
-    assert not hangs
+    assert not is_hung
     assert process.exitcode == 0
 
 
@@ -87,25 +87,25 @@ def test_answers_of_threads_come_in_order_and_errors_where_they_belong() -> None
 
 def test_no_more_is_asked_of_threads_than_they_can_soon_do() -> None:
     taken: list[int] = []
-    answers = map_in_threads(str, (taken.append(i) or i for i in range(1000)), 2)  # type: ignore[func-returns-value]
-    assert [next(answers) for _ in range(3)] == ["0", "1", "2"]
+    results = map_in_threads(str, (taken.append(i) or i for i in range(1000)), 2)  # type: ignore[func-returns-value]
+    assert [next(results) for _ in range(3)] == ["0", "1", "2"]
     assert len(taken) < 20
-    answers.close()
+    results.close()
     assert len(taken) < 20
 
 
 def test_what_a_library_makes_of_an_interrupt_is_one(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading weights is cut short: they are not damaged."""
+    """Weights whose reading is interrupted are not reported as damaged."""
 
-    def cut_short(*_: object, **__: object) -> None:
+    def load_interrupted(*_: object, **__: object) -> None:
         try:
             raise KeyboardInterrupt
         finally:
             raise RuntimeError("PytorchStreamReader failed reading zip archive")
 
-    monkeypatch.setattr(torch, "load", cut_short)
+    monkeypatch.setattr(torch, "load", load_interrupted)
     code, out, err = stages.call(*tiny_cache_command(tiny)[:-1], "c")
     assert code == 130, (out, err)
     assert "stopped" in err

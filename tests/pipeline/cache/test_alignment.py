@@ -13,14 +13,14 @@ import pytest
 
 from softcache.data import views
 from tests.helpers.commands import Stages
-from tests.helpers.damage import SHARD, rewrite
+from tests.helpers.damage import SHARD, edit_shard
 
 MORE = ("--arch", "mlp:8", "--epochs", 1, "--out", "r")
 
 
 def test_a_mended_but_unchanged_cache_is_accepted(cache: Path, stages: Stages) -> None:
     """The tool of the tests below does no harm itself."""
-    rewrite(cache, lambda arrays: None)
+    edit_shard(cache, lambda arrays: None)
     stages("check-cache", cache, "--deep")
     stages("student", "--cache", cache, *MORE)
 
@@ -32,7 +32,7 @@ def test_permuted_rows_are_refused(cache: Path, stages: Stages) -> None:
         for key in arrays:
             arrays[key] = arrays[key][::-1]
 
-    rewrite(cache, permute)
+    edit_shard(cache, permute)
     assert "not in the order of this cache" in stages.fails(1, "student", "--cache", cache, *MORE)
     assert not Path("r/student.pt").exists()
 
@@ -43,7 +43,7 @@ def test_permuted_logits_are_refused(cache: Path, stages: Stages) -> None:
     def permute(arrays: dict[str, np.ndarray]) -> None:
         arrays["logits"] = np.roll(arrays["logits"], 1, axis=0)
 
-    rewrite(cache, permute)
+    edit_shard(cache, permute)
     line = stages.fails(1, "student", "--cache", cache, *MORE, "--epochs", 3)
     assert "rows and logits do not belong together" in line
 
@@ -52,7 +52,7 @@ def test_labels_that_differ_are_refused(cache: Path, stages: Stages) -> None:
     def relabel(arrays: dict[str, np.ndarray]) -> None:
         arrays["label"][5] = (arrays["label"][5] + 1) % 10
 
-    rewrite(cache, relabel)
+    edit_shard(cache, relabel)
     line = stages.fails(1, "student", "--cache", cache, *MORE, "--epochs", 3)
     assert "1 labels are not those of the data" in line
 
@@ -61,7 +61,7 @@ def test_logits_that_are_not_finite_are_refused(cache: Path, stages: Stages) -> 
     def spoil(arrays: dict[str, np.ndarray]) -> None:
         arrays["logits"][3, 3] = np.nan
 
-    rewrite(cache, spoil)
+    edit_shard(cache, spoil)
     assert f"{SHARD}: logits that are not finite" in stages.call("check-cache", cache)[1]
 
 

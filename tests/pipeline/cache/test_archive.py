@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from softcache.pipeline.cache import archive as packing
-from tests.helpers.caches import ASKED, everything, files, home_with_cache, payloads
+from tests.helpers.caches import CACHE_COMMAND, make_folder_with_cache, read_payloads, stat_files, stat_tree
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
 from tests.helpers.paths import ROOT
@@ -24,8 +24,8 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher, a cache `c` of 2 draws and a tap that was added later, and it packed: `c.tar`."""
     from softcache.stages.main import main
 
-    folder = home_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2")
-    home_with_cache(tiny, folder, "--taps", "flatten")
+    folder = make_folder_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2")
+    make_folder_with_cache(tiny, folder, "--taps", "flatten")
     main(["cache-pack", f"{folder}/c", f"{folder}/c.tar"])
     return folder
 
@@ -93,9 +93,9 @@ def make_a_link(path: Path) -> None:
 @pytest.mark.parametrize("name", ["draw-001/shard-00001-1.h5", "head.h5", "manifest.json"])
 def test_a_damaged_cache_is_not_packed(small: Path, stages: Stages, name: str, damage: Callable[[Path], None]) -> None:
     damage(small / name)
-    before = files(Path.cwd())
+    before = stat_files(Path.cwd())
     assert name in stages.fails(1, "cache-pack", "c", "new.tar")
-    assert files(Path.cwd()) == before
+    assert stat_files(Path.cwd()) == before
 
 
 def test_a_file_that_exists_is_not_packed_over(small: Path, stages: Stages) -> None:
@@ -108,18 +108,18 @@ def test_a_file_that_exists_is_not_packed_over(small: Path, stages: Stages) -> N
 
 def test_a_cache_that_is_there_already_is_left_as_it_is(small: Path, stages: Stages) -> None:
     (small / "README.md").write_text("# My own words\n")
-    before = files(small)
+    before = stat_files(small)
     stages("cache-unpack", "c.tar", "c")
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_unpacking_puts_back_what_is_missing_or_damaged_and_nothing_else(small: Path, stages: Stages) -> None:
-    whole, before = contents(small), files(small)
+    whole, before = contents(small), stat_files(small)
     flip(small / "draw-000/shard-00000.h5")
     remove(small / "val/shard-00000.h5")
     stages("cache-unpack", "c.tar", "c")
     assert contents(small) == whole
-    now = files(small)
+    now = stat_files(small)
     assert {n for n in before if now[n] != before[n]} == {"draw-000/shard-00000.h5", "val/shard-00000.h5"}
 
 
@@ -127,10 +127,10 @@ def test_unpacking_puts_back_what_is_missing_or_damaged_and_nothing_else(small: 
 def test_another_cache_is_not_unpacked_over(small: Path, stages: Stages, more: tuple[str, ...]) -> None:
     """Of another identity, or the same one grown since: the tar holds less than the folder."""
     out = "c" if "--draws" in more else "d"
-    stages(*ASKED, *more, "--out", out)
-    before = files(Path(out))
+    stages(*CACHE_COMMAND, *more, "--out", out)
+    before = stat_files(Path(out))
     assert f"'{out}' holds another cache than 'c.tar'" in stages.fails(1, "cache-unpack", "c.tar", out)
-    assert files(Path(out)) == before
+    assert stat_files(Path(out)) == before
 
 
 def test_a_folder_or_a_file_of_something_else_is_not_unpacked_over(small: Path, stages: Stages) -> None:
@@ -161,14 +161,14 @@ def test_unpacking_that_is_stopped_leaves_no_cache_and_goes_on(
     assert "manifest.json" not in published
     assert sorted(contents(Path("d"))) == sorted(published)
     assert "'d' is no cache" in stages.fails(1, "student", "--cache", "d")
-    before = files(Path("d"))
+    before = stat_files(Path("d"))
     with monkeypatch.context() as patch:
         count = 1000
         patch.setattr(packing, "publish", stopping)
         stages("cache-unpack", "c.tar", "d")
     assert published[-1] == "manifest.json"
     assert contents(Path("d")) == contents(small)
-    now = files(Path("d"))
+    now = stat_files(Path("d"))
     assert {name for name in before if now[name] != before[name]} <= {"README.md"}
 
 
@@ -198,7 +198,7 @@ def test_a_folder_of_any_name_can_be_packed(small: Path, stages: Stages, name: s
     small.rename(name)
     stages("cache-pack", name, "any.tar")
     stages("cache-unpack", "any.tar", "d")
-    assert payloads(Path("d")) == payloads(Path(name))
+    assert read_payloads(Path("d")) == read_payloads(Path(name))
 
 
 READERS = (
@@ -212,10 +212,10 @@ READERS = (
 
 def test_those_who_read_a_cache_leave_no_trace_in_it(small: Path, stages: Stages) -> None:
     """Not even a file that is removed again, which a folder's time would show."""
-    before = everything(small)
+    before = stat_tree(small)
     for command in READERS:
         stages(*command.split())
-        assert everything(small) == before, command
+        assert stat_tree(small) == before, command
 
 
 def test_a_cache_on_a_read_only_mount_is_read(small: Path) -> None:

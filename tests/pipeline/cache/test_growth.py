@@ -11,15 +11,15 @@ import torch
 
 from softcache.pipeline.cache.reader import Cache
 from tests.helpers.caches import (
-    ASKED,
+    CACHE_COMMAND,
     Files,
-    count_shards_asked,
-    drift,
-    files,
-    home_with_cache,
-    payloads,
-    save_teacher_with_a_volume,
-    stop_after,
+    interrupt_after_shards,
+    make_folder_with_cache,
+    read_payloads,
+    record_computed_shards,
+    save_scaled_teacher,
+    shift_one_pixel,
+    stat_files,
 )
 from tests.helpers.commands import Stages
 
@@ -41,7 +41,7 @@ IN_THE_END = {
 @pytest.fixture(scope="module")
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap pool1."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("made"), *LITTLE)
+    return make_folder_with_cache(tiny, tmp_path_factory.mktemp("made"), *LITTLE)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def small(made: Path, tmp_path: Path) -> Path:
 
 def unchanged(before: Files, cache: Path) -> list[str]:
     """The files of before that are still the same ones."""
-    now = files(cache)
+    now = stat_files(cache)
     return sorted(name for name, facts in before.items() if now.get(name) == facts)
 
 
@@ -81,11 +81,11 @@ def assert_equal_rows(one: Path, other: Path) -> None:
 def test_a_grown_cache_is_the_one_made_with_all_at_once_and_no_file_was_written_again(
     small: Path, stages: Stages, way: str
 ) -> None:
-    before = files(small)
+    before = stat_files(small)
     for more in WAYS[way]:
-        stages(*ASKED, *more, "--out", "c")
+        stages(*CACHE_COMMAND, *more, "--out", "c")
     assert set(unchanged(before, small)) == before.keys() - {"manifest.json", "README.md"}
-    stages(*ASKED, *IN_THE_END[way], "--out", "whole")
+    stages(*CACHE_COMMAND, *IN_THE_END[way], "--out", "whole")
     assert_equal_rows(small, Path("whole"))
     stages("check-cache", small, "--deep")
 
@@ -100,29 +100,29 @@ def test_a_grown_cache_is_the_one_made_with_all_at_once_and_no_file_was_written_
 def test_growing_asks_the_teacher_for_what_is_missing_alone(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = count_shards_asked(monkeypatch)
-    stages(*ASKED, "--draws", "4", "--out", "c")
+    asked = record_computed_shards(monkeypatch)
+    stages(*CACHE_COMMAND, "--draws", "4", "--out", "c")
     assert asked == [f"draw-00{draw}/shard-0000{part}.h5" for draw in (2, 3) for part in (0, 1)]
     asked.clear()
-    stages(*ASKED, "--taps", "flatten", "--out", "c")
+    stages(*CACHE_COMMAND, "--taps", "flatten", "--out", "c")
     assert len(asked) == 4 * 2 + 1 + 2
     assert all(name.endswith("-1.h5") for name in asked)
 
 
 @pytest.mark.parametrize("less", [("--draws", "1", "--taps", "pool1"), ("--draws", "2"), ("--draws", "1")])
 def test_asking_for_less_than_there_is_writes_nothing(small: Path, stages: Stages, less: tuple[str, ...]) -> None:
-    before = files(small)
-    code, out, err = stages.call(*ASKED, *less, "--out", "c")
+    before = stat_files(small)
+    code, out, err = stages.call(*CACHE_COMMAND, *less, "--out", "c")
     assert code == 0, err
     assert "whole already, with all that is asked for" in out
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_a_cache_of_another_identity_is_refused_when_it_is_asked_to_grow(small: Path, stages: Stages) -> None:
-    before = files(small)
-    error = stages.fails(1, *ASKED, "--draws", "4", "--views", "crop:pad=2", "--out", "c")
+    before = stat_files(small)
+    error = stages.fails(1, *CACHE_COMMAND, "--draws", "4", "--views", "crop:pad=2", "--out", "c")
     assert ["views.pad", "2", "1"] in [line.split() for line in error.splitlines()]
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_a_tap_that_now_has_another_shape_is_refused(
@@ -142,40 +142,40 @@ def test_a_tap_that_now_has_another_shape_is_refused(
     torch.save({"linear.weight": torch.eye(10, 64), "linear.bias": torch.zeros(10)}, tmp_path / "w.pt")
     asked = ("teacher-cache", "--train-size", "50", "--teacher", "resized:make", "--weights", "w.pt", "--out", "c")
     stages(*asked, "--taps", "pool")
-    before = files(tmp_path / "c")
+    before = stat_files(tmp_path / "c")
     import resized
 
     monkeypatch.setattr(resized, "SIDE", 4)
     error = stages.fails(1, *asked, "--taps", "pool", "--draws", "2")
     assert ["taps.pool", "[1,", "4,", "4]", "[1,", "2,", "2]"] in [line.split() for line in error.splitlines()]
-    assert files(tmp_path / "c") == before
+    assert stat_files(tmp_path / "c") == before
 
 
 def test_drift_of_the_renderer_is_found_before_a_cache_grows(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New draws must come from the renderer of the old ones: not even the claim of an addition is written."""
-    before = files(small)
+    before = stat_files(small)
     with monkeypatch.context() as patch:
-        drift(patch)
-        assert "come out differently here" in stages.fails(1, *ASKED, "--draws", "4", "--out", "c")
-    assert files(small) == before
-    stages(*ASKED, "--draws", "3", "--out", "c")
+        shift_one_pixel(patch)
+        assert "come out differently here" in stages.fails(1, *CACHE_COMMAND, "--draws", "4", "--out", "c")
+    assert stat_files(small) == before
+    stages(*CACHE_COMMAND, "--draws", "3", "--out", "c")
 
 
 def test_a_teacher_whose_code_changed_is_found_before_a_cache_grows(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights in another forward pass: the new draws would be what another teacher says."""
-    save_teacher_with_a_volume(tmp_path, "louder")
+    save_scaled_teacher(tmp_path, "louder")
     asked = ("teacher-cache", "--train-size", "50", "--teacher", "louder:make", "--weights", "w.pt", "--out", "c")
     stages(*asked)
-    before = files(tmp_path / "c")
+    before = stat_files(tmp_path / "c")
     import louder
 
     monkeypatch.setattr(louder, "VOLUME", 1.5)
     assert "the teacher now says something else" in stages.fails(1, *asked, "--draws", "2")
-    assert files(tmp_path / "c") == before
+    assert stat_files(tmp_path / "c") == before
 
 
 def test_an_addition_that_was_stopped_does_not_hide_what_is_there(
@@ -183,15 +183,15 @@ def test_an_addition_that_was_stopped_does_not_hide_what_is_there(
 ) -> None:
     """Who asks for the old cache alone is told that it is whole; the addition still goes on by its own command."""
     with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        stages.fails(130, *ASKED, "--draws", "4", "--out", "c")
-    before = files(small)
-    code, out, err = stages.call(*ASKED, *LITTLE, "--out", "c")
+        interrupt_after_shards(1, patch)
+        stages.fails(130, *CACHE_COMMAND, "--draws", "4", "--out", "c")
+    before = stat_files(small)
+    code, out, err = stages.call(*CACHE_COMMAND, *LITTLE, "--out", "c")
     assert code == 0, err
     assert "whole already" in out
-    assert files(small) == before
-    assert "draws  3      4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
-    code, out, err = stages.call(*ASKED, "--draws", "4", "--out", "c")
+    assert stat_files(small) == before
+    assert "draws  3      4" in stages.fails(1, *CACHE_COMMAND, "--draws", "3", "--out", "c")
+    code, out, err = stages.call(*CACHE_COMMAND, "--draws", "4", "--out", "c")
     assert code == 0, err
     assert "went on from 1 of 4 shards" in out
 
@@ -200,23 +200,25 @@ def test_an_addition_that_was_stopped_does_not_hide_what_is_there(
 def test_growth_that_is_stopped_leaves_the_old_cache_usable_and_goes_on(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
-    before, old = files(small), (small / "manifest.json").read_bytes()
+    before, old = stat_files(small), (small / "manifest.json").read_bytes()
     with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        assert "the same command goes on" in stages.fails(130, *ASKED, *more, "--out", "c")
+        interrupt_after_shards(2, patch)
+        assert "the same command goes on" in stages.fails(130, *CACHE_COMMAND, *more, "--out", "c")
     assert (small / "manifest.json").read_bytes() == old
     code, out, err = stages.call("check-cache", small, "--deep")
     assert code == 0, err
     assert out.count("of an addition that is not finished") == 2
     stages("student", "--cache", small, "--arch", "mlp:8", "--epochs", 2)
 
-    asked = count_shards_asked(monkeypatch)
-    code, out, err = stages.call(*ASKED, *more, "--out", "c")
+    asked = record_computed_shards(monkeypatch)
+    code, out, err = stages.call(*CACHE_COMMAND, *more, "--out", "c")
     assert code == 0, err
     assert "went on from 2 of " in out
-    assert len(asked) == len(payloads(small)) - 7 - 2
+    assert len(asked) == len(read_payloads(small)) - 7 - 2
     assert set(unchanged(before, small)) == before.keys() - {"manifest.json", "README.md"}
-    stages(*ASKED, *LITTLE, *more, *(("--taps", "pool1,flatten") if "--taps" in more else ()), "--out", "whole")
+    stages(
+        *CACHE_COMMAND, *LITTLE, *more, *(("--taps", "pool1,flatten") if "--taps" in more else ()), "--out", "whole"
+    )
     assert_equal_rows(small, Path("whole"))
 
 
@@ -228,14 +230,14 @@ def test_a_lost_manifest_is_made_again_from_the_shards_without_asking_the_teache
 ) -> None:
     """By the command that asks for all that the cache held."""
     for more in grown:
-        stages(*ASKED, *more, "--out", "c")
-    before, record = payloads(small), record_of(small)
+        stages(*CACHE_COMMAND, *more, "--out", "c")
+    before, record = read_payloads(small), record_of(small)
     (small / "manifest.json").unlink()
-    old = files(small)
-    asked = count_shards_asked(monkeypatch)
-    stages(*ASKED, "--draws", record["draws"], "--taps", ",".join(record["taps"]), "--out", "c")
+    old = stat_files(small)
+    asked = record_computed_shards(monkeypatch)
+    stages(*CACHE_COMMAND, "--draws", record["draws"], "--taps", ",".join(record["taps"]), "--out", "c")
     assert asked == []
-    assert payloads(small) == before
+    assert read_payloads(small) == before
     assert set(unchanged(old, small)) >= before.keys()
     assert record_of(small)["teacher"] == record["teacher"]
     assert record_of(small)["fidelity"] == pytest.approx(record["fidelity"], rel=1e-9)
@@ -255,10 +257,10 @@ def test_a_lost_manifest_and_a_command_that_asks_for_less_lose_no_shard(
     small: Path, stages: Stages, less: tuple[str, ...]
 ) -> None:
     """It is refused, or makes a cache that can be read; the shards that it does not ask for stay in any case."""
-    stages(*ASKED, "--draws", "3", "--taps", "flatten", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "3", "--taps", "flatten", "--out", "c")
     (small / "manifest.json").unlink()
-    before = {name: facts for name, facts in files(small).items() if name.endswith(".h5") and "/" in name}
-    code, _, err = stages.call(*ASKED, *less, "--out", "c")
+    before = {name: facts for name, facts in stat_files(small).items() if name.endswith(".h5") and "/" in name}
+    code, _, err = stages.call(*CACHE_COMMAND, *less, "--out", "c")
     assert unchanged(before, small) == sorted(before)
     if code == 0:
         stages("check-cache", small)
@@ -274,8 +276,8 @@ def test_shards_of_another_cache_are_refused_and_not_overwritten(
     small: Path, stages: Stages, other: tuple[str, str]
 ) -> None:
     """A cache that lost its manifest is not the place for another one, whatever form the other one's shards have."""
-    asked = (*ASKED, *LITTLE, "--views", "crop:pad=2", *other, "--out", "c")
+    asked = (*CACHE_COMMAND, *LITTLE, "--views", "crop:pad=2", *other, "--out", "c")
     (small / "manifest.json").unlink()
-    before = files(small)
+    before = stat_files(small)
     assert "of another cache" in stages.fails(1, *asked)
     assert set(unchanged(before, small)) >= {name for name in before if name.endswith(".h5")}

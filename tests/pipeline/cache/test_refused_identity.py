@@ -16,7 +16,7 @@ from PIL import Image
 
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
-from tests.helpers.caches import PETS, files, printed_command, save_pets, save_pets_teacher
+from tests.helpers.caches import PETS_CACHE_COMMAND, parse_printed_command, save_pets, save_pets_teacher, stat_files
 from tests.helpers.commands import Stages
 
 STUDENT = ("student", "--data", "folder:pets", "--cache", "p", "--arch", "mlp:4", "--epochs", "1")
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> Path:
     save_pets(folder / "pets", save_image)
     save_pets_teacher(folder / "pets.pt")
     with contextlib.chdir(folder):
-        main([*PETS, "--out", "p"])
+        main([*PETS_CACHE_COMMAND, "--out", "p"])
     return folder
 
 
@@ -128,14 +128,14 @@ def test_stage_one_refuses_what_a_cache_is_not_and_prints_the_command_that_makes
     """The command is run: it makes a cache in a new folder, which is the one that was asked for."""
     change, options, fields = ASKED[case]
     change()
-    before, there = files(Path("p")), Cache(Path("p")).manifest.identity
-    error = stages.fails(1, *PETS, *options, "--out", "p")
+    before, there = stat_files(Path("p")), Cache(Path("p")).manifest.identity
+    error = stages.fails(1, *PETS_CACHE_COMMAND, *options, "--out", "p")
     assert "'p' holds another cache:" in error
     found = side_by_side(error, "asked", "there")
     assert set(found) == set(fields)
-    assert files(Path("p")) == before
+    assert stat_files(Path("p")) == before
 
-    arguments = printed_command(error)
+    arguments = parse_printed_command(error)
     assert arguments[arguments.index("--out") + 1] == "p-2"
     made = stages(*arguments)
     asked = Cache(Path("p-2")).manifest.identity
@@ -144,7 +144,7 @@ def test_stage_one_refuses_what_a_cache_is_not_and_prints_the_command_that_makes
         values = [value_of(identity, field) for identity in (asked, there)]
         assert [shown(value) for value in values] == list(found[field])
     assert (made["draws"], list(Cache(Path("p-2")).manifest.taps)) == (2, ["hidden1"])
-    code, out, err = stages.call(*PETS, *options, "--out", "p-2")
+    code, out, err = stages.call(*PETS_CACHE_COMMAND, *options, "--out", "p-2")
     assert code == 0, err
     assert "whole already" in out
 
@@ -186,7 +186,7 @@ def test_stage_two_refuses_other_pictures_and_prints_the_command_for_a_cache_of_
         assert [shown(value_of(it, field)) for it in (here, there["transfer_set"])] == list(values)
     assert not Path("new").exists()
 
-    stages(*printed_command(error))
+    stages(*parse_printed_command(error))
     of_these = ["p-2" if word == "p" else word for word in STUDENT]
     assert stages(*of_these, "--out", "new")["cache"]["draws"] == 2
     assert list(Cache(Path("p-2")).manifest.taps) == ["hidden1"]
@@ -197,7 +197,7 @@ def test_stage_two_refuses_a_tap_that_is_not_there(home: Path, stages: Stages) -
     asked = (*STUDENT, "--loss", "hint:teacher=relu1,student=relu1", "--out", "r")
     error = stages.fails(1, *asked)
     assert "has not kept relu1 (it has: hidden1)" in error
-    arguments = [word.replace("folder:PATH", "folder:pets") for word in printed_command(error)]
+    arguments = [word.replace("folder:PATH", "folder:pets") for word in parse_printed_command(error)]
     stages(*arguments)
     assert list(Cache(Path("p")).manifest.taps) == ["hidden1", "relu1"]
     stages(*asked)
@@ -220,7 +220,7 @@ def test_the_folder_of_the_command_is_the_first_that_is_free(home: Path, stages:
     Path("p-2").mkdir()
     Path("p-3").write_text("mine")
     other_weights()
-    arguments = printed_command(stages.fails(1, *PETS, "--out", "p"))
+    arguments = parse_printed_command(stages.fails(1, *PETS_CACHE_COMMAND, "--out", "p"))
     assert arguments[arguments.index("--out") + 1] == "p-4"
 
 
@@ -230,10 +230,10 @@ def test_names_with_spaces_and_quotes_come_back_from_the_command(home: Path, sta
     Path("pets").rename("tom's pets & more")
     Path("pets.pt").rename("a teacher.pt")
     one_changed_picture_in("tom's pets & more")
-    asked = list(PETS)
+    asked = list(PETS_CACHE_COMMAND)
     asked[asked.index("folder:pets")] = "folder:tom's pets & more"
     asked[asked.index("pets.pt")] = "a teacher.pt"
-    arguments = printed_command(stages.fails(1, *asked, "--out", "tom's cache"))
+    arguments = parse_printed_command(stages.fails(1, *asked, "--out", "tom's cache"))
     assert arguments[arguments.index("--out") + 1] == "tom's cache-2"
     stages(*arguments)
 
@@ -246,4 +246,6 @@ def test_weights_that_differ_in_one_bit_are_other_weights(home: Path, stages: St
     state = torch.load("pets.pt", weights_only=True)
     state["hidden1.weight"].view(torch.int32)[0, 0] ^= 1
     torch.save(state, "pets.pt")
-    assert set(side_by_side(stages.fails(1, *PETS, "--out", "p"), "asked", "there")) == {"teacher.weights"}
+    assert set(side_by_side(stages.fails(1, *PETS_CACHE_COMMAND, "--out", "p"), "asked", "there")) == {
+        "teacher.weights"
+    }

@@ -17,7 +17,7 @@ from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights
-from tests.helpers.networks import logits_of, one_line
+from tests.helpers.networks import compute_logits, get_one_line_message
 
 QUICK = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
 LONG = (
@@ -44,7 +44,7 @@ LONG = (
 def torchvision_answers(name: str, channels: int, size: int) -> None:
     network = build(f"torchvision:{name}", 7, channels, size)
     assert network.training
-    assert logits_of(network, channels, size, B=2).shape == (2, 7)
+    assert compute_logits(network, channels, size, B=2).shape == (2, 7)
     trained = network.train()(torch.rand(2, channels, size, size))
     assert isinstance(trained, torch.Tensor), "one output in training too"
     trained.sum().backward()
@@ -68,8 +68,8 @@ def test_every_other_family_of_torchvision_learns_from_small_pictures(name: str,
 def test_a_torchvision_model_that_cannot_take_such_pictures_says_so(name: str, size: int) -> None:
     with pytest.raises(UsageError) as error:
         build(f"torchvision:{name}", 7, 3, size)
-    assert f"torchvision:{name} cannot take images of {size} px" in one_line(error)
-    assert "try another --views size" in one_line(error)
+    assert f"torchvision:{name} cannot take images of {size} px" in get_one_line_message(error)
+    assert "try another --views size" in get_one_line_message(error)
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_a_torchvision_model_takes_images_of_a_size_or_says_in_one_line_that_it_
         refused = str(error)
     else:
         refused = ""
-        assert logits_of(network, 1, size, B=1).shape == (1, 7)
+        assert compute_logits(network, 1, size, B=1).shape == (1, 7)
     assert "\n" not in refused
     assert not refused or size < 224, "every one takes 224 px"
 
@@ -219,8 +219,8 @@ def test_published_weights_that_cannot_be_had_are_refused_with_where_to_put_them
     offer(monkeypatch, "resnet18", fails)
     with pytest.raises(CacheError) as refused:
         load_published_weights("resnet18")
-    assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(refused)
-    assert "resnet18-f37072fd.pth" in one_line(refused)
+    assert "published weights of torchvision:resnet18 cannot be downloaded" in get_one_line_message(refused)
+    assert "resnet18-f37072fd.pth" in get_one_line_message(refused)
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_code_in_place_of_published_weights_is_refused_and_not_run(hub_file: Pat
     torch.save({"fc.bias": Trap(tmp_path / "sprung")}, hub_file)
     with pytest.raises(CacheError) as refused:
         load_published_weights("resnet18")
-    one_line(refused)
+    get_one_line_message(refused)
     assert not (tmp_path / "sprung").exists()
 
 

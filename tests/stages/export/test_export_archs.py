@@ -13,7 +13,7 @@ from softcache.pipeline.models import MODELS
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.export.formats import ExportedModel, capture_program, make_onnx
 from softcache.stages.export.onnx_model import OnnxStudent
-from tests.helpers.settled import input_spec, settled
+from tests.helpers.trained_networks import make_input_spec, train_briefly
 
 ROWS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # an argument where a row wants one
 SIMKD = "simkd(resnet8;layer3;256)"
@@ -71,11 +71,11 @@ def compared(arch: str, shown: Shown, rows: int, steps: int) -> tuple[float, int
     """The largest difference of a logit over so many rows, flips, PyTorch's logits, bytes of the file."""
     views = shown[0]
     channels, size = views.shape[1], views.shape[-1]
-    network = settled(arch, *shown, channels, steps)
-    model = PreparedModel(network, input_spec(channels, size)).eval()
+    network = train_briefly(arch, *shown, channels, steps)
+    model = PreparedModel(network, make_input_spec(channels, size)).eval()
     with torch.inference_mode():
         said = torch.cat([model(some) for some in views[:rows].split(100)])
-    program = capture_program(ExportedModel(network, input_spec(channels, size)), arch, channels, size)
+    program = capture_program(ExportedModel(network, make_input_spec(channels, size)), arch, channels, size)
     content = make_onnx(program, arch, {}, "0")
     runner = OnnxStudent.from_session(content, 1)
     images = views[:rows].numpy().astype(np.float32) / 255

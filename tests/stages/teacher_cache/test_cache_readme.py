@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.caches import ASKED, PETS, home_with_cache, save_pets, save_pets_teacher
+from tests.helpers.caches import (
+    CACHE_COMMAND,
+    PETS_CACHE_COMMAND,
+    make_folder_with_cache,
+    save_pets,
+    save_pets_teacher,
+)
 from tests.helpers.commands import Stages
 
 LITTLE = ("--draws", "2", "--taps", "flatten")
@@ -18,7 +24,7 @@ LITTLE = ("--draws", "2", "--taps", "flatten")
 @pytest.fixture(scope="module")
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap flatten."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("made"), *LITTLE)
+    return make_folder_with_cache(tiny, tmp_path_factory.mktemp("made"), *LITTLE)
 
 
 @pytest.fixture
@@ -65,16 +71,16 @@ def test_the_card_says_what_the_manifest_says(small: Path) -> None:
 
 
 def test_a_licence_is_stated_where_it_was_given(small: Path, stages: Stages) -> None:
-    stages(*ASKED, *LITTLE, "--license", "CC-BY-4.0", "--out", "licensed")
+    stages(*CACHE_COMMAND, *LITTLE, "--license", "CC-BY-4.0", "--out", "licensed")
     assert table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
-    stages(*ASKED, "--draws", "3", "--out", "licensed")
+    stages(*CACHE_COMMAND, "--draws", "3", "--out", "licensed")
     assert table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
 
 
 @pytest.mark.parametrize("name", ["c", "what my teacher's head said"])
 def test_the_commands_that_the_card_names_work_where_the_cache_lies(small: Path, stages: Stages, name: str) -> None:
     if name != "c":
-        stages(*ASKED, *LITTLE, "--out", name)
+        stages(*CACHE_COMMAND, *LITTLE, "--out", name)
     check, student = commands(Path(name, "README.md").read_text())
     assert (check[0], student[0]) == ("check-cache", "student")
     stages(*check)
@@ -86,7 +92,7 @@ def test_the_card_of_a_folder_of_pictures_says_where_to_put_their_path(
 ) -> None:
     save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
-    stages(*PETS, "--out", "p")
+    stages(*PETS_CACHE_COMMAND, "--out", "p")
     for command in commands((tmp_path / "p/README.md").read_text()):
         assert "folder:PATH" in command
         more = ("--epochs", "1") if command[0] == "student" else ()
@@ -99,7 +105,7 @@ def test_the_card_grows_with_the_cache(small: Path, stages: Stages, moved: bool)
     out = "c"
     if moved:
         small.rename(out := "moved")
-    stages(*ASKED, "--draws", "3", "--taps", "pool2", "--out", out)
+    stages(*CACHE_COMMAND, "--draws", "3", "--taps", "pool2", "--out", out)
     card = Path(out, "README.md").read_text()
     assert "; 3 of each training image" in table(card)["views"]
     assert "`pool2`" in table(card)["kept"]
@@ -109,7 +115,7 @@ def test_the_card_grows_with_the_cache(small: Path, stages: Stages, moved: bool)
 def test_a_card_that_someone_edited_is_theirs(small: Path, stages: Stages) -> None:
     mine = (small / "README.md").read_text().replace("not stated: ask whoever gave it to you", "CC0")
     (small / "README.md").write_text(mine)
-    stages(*ASKED, "--draws", "3", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "3", "--out", "c")
     assert (small / "README.md").read_text() == mine
 
 
@@ -118,7 +124,7 @@ def test_no_path_of_this_machine_is_in_a_cache(stages: Stages, tmp_path: Path, s
     here = tmp_path / "private-place"
     save_pets(here / "pets", save_image)
     save_pets_teacher(here / "pets.pt")
-    absolute = [word.replace("folder:pets", f"folder:{here}/pets") for word in PETS]
+    absolute = [word.replace("folder:pets", f"folder:{here}/pets") for word in PETS_CACHE_COMMAND]
     absolute[absolute.index("pets.pt")] = f"{here}/pets.pt"
     asked = (*absolute, "--data-root", here / "root", "--out", here / "c")
     stages(*asked)
