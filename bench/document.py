@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .__main__ import RESULTS
-from .targets_table import ROWS
+from .rows import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -107,7 +107,7 @@ def make_results_table(results: Results) -> str:
     for row in results["rows"]:
         definition = definitions[row["name"]]
         goal = "" if row["goal"] is None else f"{'≥' if definition.at_least else '≤'} {row['goal']:g}"
-        lines.append(f"| `{row['name']}` | {goal} | {_format_result(row)} | {definition.words} |")
+        lines.append(f"| `{row['name']}` | {goal} | {_format_result(row)} | {definition.description} |")
     return "\n".join(lines)
 
 

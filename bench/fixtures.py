@@ -1,5 +1,5 @@
-"""What is measured on: smooth random images in memory or as JPEGs, a teacher of random weights, and caches of what
-no teacher said, made by the project's own writer."""
+"""Made-up data for the rows: smooth random images in memory or as JPEGs, teachers with random weights, and caches of
+random logits, written by the project's own writer."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -34,29 +34,40 @@ from softcache.stages.student.command import fill_defaults
 from softcache.stages.student.setup import DistillationSetup
 
 VAL_FRACTION = 0.02
-_BLOCK = 2048  # rows of features that are made, and repeated
+_BLOCK = 2048  # rows of random features that are drawn; a shard repeats them
 
 
-def smooth(n: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
-    """uint8 [n, channels, size, size]: colours that change slowly, and a little noise, as photographs have."""
-    chance = torch.Generator().manual_seed(seed)
-    found = torch.empty(n, channels, size, size, dtype=torch.uint8)
-    for a in range(0, n, 4096):
-        coarse = torch.rand(min(4096, n - a), channels, 5, 5, generator=chance) * 255
+def make_images(n: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
+    """Return uint8 [n, channels, size, size]: colours that change slowly with a little noise, as in photographs."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.empty(n, channels, size, size, dtype=torch.uint8)
+    for start in range(0, n, 4096):
+        coarse = torch.rand(min(4096, n - start), channels, 5, 5, generator=generator) * 255
         fine = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
-        found[a : a + 4096] = (fine + 6 * torch.randn(fine.shape, generator=chance)).clamp(0, 255).byte()
-    return found
+        noisy = fine + 6 * torch.randn(fine.shape, generator=generator)
+        images[start : start + 4096] = noisy.clamp(0, 255).byte()
+    return images
 
 
-def in_memory(n: int, channels: int = 3, size: int = 32, classes: int = 10) -> str:
-    """The name of a data set of n training rows (2 % of them validation) and 128 to test, as --data would have it."""
+def add_data_set(n: int, channels: int = 3, size: int = 32, classes: int = 10) -> str:
+    """Add a data set of made-up images to the table of transfer sets.
+
+    Args:
+        n: training rows, 2 % of which become validation rows. There are max(128, classes) test rows.
+        channels: 3, or 1 for images as MNIST's.
+        size: height and width in pixels.
+        classes: number of classes; labels go round in order.
+
+    Returns:
+        Its name, as --data takes it.
+    """
     name = f"smooth-{n}x{channels}x{size}x{size}-{classes}"
 
     def load_smooth_images(root: Path) -> SourceData:
         splits = {}
         for seed, (split, rows) in enumerate((("train", n), ("test", max(128, classes)))):
             labels = np.arange(rows, dtype=np.int64) % classes
-            splits[split] = LabelledImages(ImageArrays(smooth(rows, channels, size, seed)), labels)
+            splits[split] = LabelledImages(ImageArrays(make_images(rows, channels, size, seed)), labels)
         return SourceData(splits, tuple(f"c{i}" for i in range(classes)))
 
     SOURCES.setdefault(name, load_smooth_images)
@@ -64,11 +75,15 @@ def in_memory(n: int, channels: int = 3, size: int = 32, classes: int = 10) -> s
     return name
 
 
-def jpegs(folder: Path, n: int, size: int, classes: int = 10) -> str:
-    """`folder:PATH` with n training images of size x size as JPEGs of quality 90, and 64 to test."""
+def write_jpegs(folder: Path, n: int, size: int, classes: int = 10) -> str:
+    """Write n training and 64 test images of size x size as JPEGs of quality 90, unless the folder is there.
+
+    Returns:
+        `folder:PATH`, as --data takes it.
+    """
     if not folder.exists():
         for split, rows in (("train", n), ("test", 64)):
-            for i, pixels in enumerate(smooth(rows, 3, size, seed=len(split))):
+            for i, pixels in enumerate(make_images(rows, 3, size, seed=len(split))):
                 path = folder / split / f"c{i % classes}" / f"{i:06d}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=90)
@@ -76,28 +91,32 @@ def jpegs(folder: Path, n: int, size: int, classes: int = 10) -> str:
 
 
 @lru_cache(maxsize=2)
-def transfer_set(data: str) -> TransferSet:
+def load_data(data: str) -> TransferSet:
+    """Load a transfer set, 2 % of its training rows as validation rows."""
     return load_transfer_set(data, Path("."), val_fraction=VAL_FRACTION)
 
 
-def teacher(arch: str, size: int = 32) -> PreparedModel:
-    """A teacher of random weights in eval mode, whose batch norms have seen images: its logits are not huge."""
+def make_teacher(arch: str, size: int = 32) -> PreparedModel:
+    """Return a teacher with random weights, in eval mode.
+
+    Its batch norms have running statistics of 8 batches, without which its logits would be huge.
+    """
     torch.manual_seed(0)
     input_spec = InputSpec(3, size, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
-    made = PreparedModel(build(arch, 10, 3, size), input_spec)
-    views = smooth(256, 3, size)
+    teacher = PreparedModel(build(arch, 10, 3, size), input_spec)
+    views = make_images(256, 3, size)
     with torch.no_grad():
         for _ in range(8):
-            made(views)
-    return made.eval()
+            teacher(views)
+    return teacher.eval()
 
 
-def usual_teacher(device: torch.device) -> nn.Module:
-    """The network of a ResNet-56 alone, in the layout that PyTorch gives it: float32 [B, 3, 32, 32] -> [B, 10]."""
-    return teacher("resnet56").network.to(memory_format=torch.contiguous_format).to(device)
+def make_plain_teacher(device: torch.device) -> nn.Module:
+    """Return the bare network of a ResNet-56 in PyTorch's default layout: float32 [B, 3, 32, 32] -> [B, 10]."""
+    return make_teacher("resnet56").network.to(memory_format=torch.contiguous_format).to(device)
 
 
-def fake_cache(
+def write_random_cache(
     folder: Path,
     data: str,
     views: str = "",
@@ -105,61 +124,83 @@ def fake_cache(
     taps: dict[str, list[int]] | None = None,
     codec: str = "float16",
 ) -> Path:
-    """A cache whose views are those of the data and whose logits are random, written as stage one writes. taps:
-    {name: row shape}, of random float16. A cache that is there already is taken as it is."""
+    """Write a cache with the views of a data set and random logits, as stage one writes it.
+
+    Args:
+        folder: of the cache. A finished cache in it is left as it is.
+        data: name of the transfer set.
+        views: view policy; by default the data set's own.
+        draws: number of draws.
+        taps: {name: shape of a row} of random float16 features.
+        codec: how logits are stored.
+
+    Returns:
+        The folder.
+    """
     if (folder / "manifest.json").exists():
         return folder
-    rows, views = transfer_set(data), views or find_defaults(data).views
+    rows, views = load_data(data), views or find_defaults(data).views
     policy = parse_views(views)
     policy = replace(policy, size=policy.size or rows.size)
     classes, seed = len(rows.classes), 0
     input_spec = InputSpec(rows.channels, policy.size, (0.5,) * rows.channels, (0.25,) * rows.channels)
-    known = {"arch": "resnet56", "weights": "0" * 64, **input_spec.to_json()}
-    identity: Identity = make_identity(rows, policy, seed, known, codec, "float32")
+    teacher = {"arch": "resnet56", "weights": "0" * 64, **input_spec.to_json()}
+    identity: Identity = make_identity(rows, policy, seed, teacher, codec, "float32")
     splits = {split: len(part) for split, part in rows.splits.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder):
         writer = CacheWriter.examine(folder, CachePlan(identity, classes, draws, splits, taps or {}))
         writer.start()
-        for piece in writer.missing:
-            arrays, facts = _made_up(piece, rows, policy, seed, codec)
-            writer.write_shard(piece, arrays, {**facts, "seconds": 0.0})
-        writer.publish_manifest(writer.build_manifest(None, {s: len(part) for s, part in rows.splits.items()}, {}))
+        for spec in writer.missing:
+            arrays, facts = _make_shard(spec, rows, policy, seed, codec)
+            writer.write_shard(spec, arrays, {**facts, "seconds": 0.0})
+        writer.publish_manifest(writer.build_manifest(None, splits, {}))
     return folder
 
 
-def _made_up(
-    piece: ShardSpec, rows: TransferSet, policy: ViewPolicy, seed: int, codec: str
+def _make_shard(
+    spec: ShardSpec, rows: TransferSet, policy: ViewPolicy, seed: int, codec: str
 ) -> tuple[Arrays, dict[str, float]]:
-    """The rows of a shard, its logits and features out of the air."""
-    part = rows.splits[piece.split]
-    index = make_row_order(seed, piece.split, len(part))[piece.start : piece.start + piece.rows]
-    own = policy if piece.split == "train" else policy.without_augmentation()
-    seen = [
-        compute_crc32(render(part.images, own, seed, index[a : a + 1024], piece.draw))
-        for a in range(0, len(index), 1024)
+    """Return the arrays of a shard, with random logits and features, and its facts."""
+    part = rows.splits[spec.split]
+    index = make_row_order(seed, spec.split, len(part))[spec.start : spec.start + spec.rows]
+    split_policy = policy if spec.split == "train" else policy.without_augmentation()
+    checksums = [
+        compute_crc32(render(part.images, split_policy, seed, index[start : start + 1024], spec.draw))
+        for start in range(0, len(index), 1024)
     ]
-    chance = np.random.default_rng(piece.draw + 1000 * piece.start)
-    logits = chance.standard_normal((piece.rows, len(rows.classes)), np.float32) * 3
+    generator = np.random.default_rng(spec.draw + 1000 * spec.start)
+    logits = generator.standard_normal((spec.rows, len(rows.classes)), np.float32) * 3
     stored = CODECS[codec].encode(logits)
     decoded = CODECS[codec].decode(stored)
-    features = {name: _feature(piece.rows, shape) for name, (shape, _) in piece.datasets.items() if "/" in name}
+    features = {name: _make_features(spec.rows, shape) for name, (shape, _) in spec.datasets.items() if "/" in name}
     keys = {
         "index": index.astype("<u4"),
         "label": part.labels[index].astype("<i4"),
-        "view_crc32": np.concatenate(seen),
+        "view_crc32": np.concatenate(checksums),
     }
-    hits = int((decoded.argmax(1) == part.labels[index]).sum())
-    return {**stored, **features, **keys}, {"correct": hits, **measure_fidelity(logits[:_BLOCK], decoded[:_BLOCK])}
+    correct = int((decoded.argmax(1) == part.labels[index]).sum())
+    facts = {"correct": correct, **measure_fidelity(logits[:_BLOCK], decoded[:_BLOCK])}
+    return {**stored, **features, **keys}, facts
 
 
-def _feature(rows: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
-    """Random numbers of the size of a layer's, a block of rows again and again: real bytes, made quickly."""
+def _make_features(rows: int, shape: tuple[int, ...]) -> NDArray[np.float16]:
+    """Return random rows of a tap. One block is repeated, which is quick and still costs the same to read."""
     block = np.random.default_rng(0).standard_normal((min(rows, _BLOCK), *shape), np.float32).astype(np.float16)
     return np.resize(block, (rows, *shape))
 
 
-def opened(cache: Path, data: str, arch: str, **more: object) -> tuple[StudentConfig, DistillationSetup]:
-    """A student's settings with defaults filled in, and what it is trained from, as `softcache student` opens it."""
-    config = fill_defaults(StudentConfig(data=data, cache=(str(cache),), arch=arch, **more))  # type: ignore[arg-type]
+def open_setup(cache: Path, data: str, arch: str, **options: object) -> tuple[StudentConfig, DistillationSetup]:
+    """Open what a student is trained from, as `softcache student` does.
+
+    Args:
+        cache: folder of the cache.
+        data: its transfer set.
+        arch: of the student.
+        options: further options of `softcache student`.
+
+    Returns:
+        The config, with the data set's defaults filled in, and the setup.
+    """
+    config = fill_defaults(StudentConfig(data=data, cache=(str(cache),), arch=arch, **options))  # type: ignore[arg-type]
     return config, DistillationSetup.open(config)

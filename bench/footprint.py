@@ -1,4 +1,8 @@
-"""What a cache takes on disk, and its reader in memory."""
+"""Rows about bytes: what a cache takes on disk, and what its reader takes in memory.
+
+`python -m bench.footprint CACHE ROWS FOLDER` is the process that `measure_peak_memory` starts: it reads CACHE for one
+epoch and prints what that took in memory, as JSON.
+"""
 
 import json
 import shutil
@@ -14,124 +18,130 @@ import torch
 
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.models import build
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.student.phases import make_training_run
 
 from . import fixtures
-from .interleaved import Found, Given, Missing
+from .measurement import BenchOptions, Measurement, NotMeasurable
+from .student import TrainingLoop
 
 WIDE = {"wide": [4096]}  # 8 kB a row in float16
 
 
-def _views(cache: Cache) -> int:
-    return sum(n * (cache.manifest.draws if split == "train" else 1) for split, n in cache.manifest.splits.items())
+def measure_bytes_per_view(options: BenchOptions, classes: int, codec: str = "float16") -> Measurement:
+    """Size of all files of a cache of logits / number of its views, of 100,000 rows or a little more."""
+    cache = _write_cache(options, classes, codec)
+    size, views = _count_bytes(cache.folder), _count_views(cache)
+    row_bytes = count_row_bytes(cache.manifest.datasets)
+    return Measurement([size / views], f"{size:,} bytes of {views:,} views, {row_bytes} a row")
 
 
-def _on_disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def measure_overhead(options: BenchOptions) -> Measurement:
+    """Bytes that are no rows, in per cent of the rows; with 10 classes, where the share is largest."""
+    cache = _write_cache(options, classes=10)
+    row_bytes = _count_views(cache) * count_row_bytes(cache.manifest.datasets)
+    overhead = _count_bytes(cache.folder) - row_bytes
+    return Measurement([100 * overhead / row_bytes], f"{overhead:,} bytes beside {row_bytes:,}")
 
 
-def made(given: Given, rows: int, classes: int, codec: str = "float16") -> Cache:
-    """A cache of so many rows, with nothing but logits."""
-    data = fixtures.in_memory(given.few(rows, 2 * classes + 400), channels=1, size=8, classes=classes)
-    return Cache(fixtures.fake_cache(given.folder / f"rows-{rows}-{classes}-{codec}", data, codec=codec))
-
-
-def bytes_per_view(given: Given, classes: int, codec: str = "float16") -> Found:
-    """Every file of a cache of some 100,000 rows, by the views in it."""
-    cache = made(given, 100_000, classes, codec)
-    size, views = _on_disk(cache.folder), _views(cache)
-    return Found(
-        [size / views], f"{size:,} bytes of {views:,} views, {count_row_bytes(cache.manifest.datasets)} a row"
-    )
-
-
-def overhead(given: Given) -> Found:
-    """What is not rows, as a share of the rows, with 10 classes, where it is largest."""
-    cache = made(given, 100_000, 10)
-    payload = _views(cache) * count_row_bytes(cache.manifest.datasets)
-    size = _on_disk(cache.folder)
-    return Found([100 * (size - payload) / payload], f"{size - payload:,} bytes beside {payload:,}")
-
-
-def index_memory(given: Given) -> Found:
-    """MiB that an open cache of 1.28 million rows keeps: order, labels of the rows, manifest; no row itself."""
-    data = fixtures.in_memory(given.few(1_306_123, 1000), channels=1, size=8)
-    folder = fixtures.fake_cache(given.folder / "long", data)
-    shown = fixtures.transfer_set(data)
+def measure_index_memory(options: BenchOptions) -> Measurement:
+    """MiB that an open cache of 1.28 million rows keeps: order and labels of the rows and the manifest, but no row."""
+    data = fixtures.add_data_set(options.scale(1_306_123, 1000), channels=1, size=8)
+    folder = fixtures.write_random_cache(options.folder / "long", data)
+    transfer_set = fixtures.load_data(data)
     tracemalloc.start()
     try:
         cache = Cache(folder)
-        cache.check_transfer_set(shown)
+        cache.check_transfer_set(transfer_set)
         cache.row_order("train")
         cache.read_stored("train", 0, np.arange(128))
-        kept = tracemalloc.get_traced_memory()[0]
+        allocated = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    return Found([kept / 2**20], f"{kept:,} bytes of {cache.manifest.splits['train']:,} rows")
+    return Measurement([allocated / 2**20], f"{allocated:,} bytes of {cache.manifest.splits['train']:,} rows")
 
 
-def memory(given: Given, gigabytes: float) -> Found:
-    """Peak MiB of stage two over a cache that is read from disk, above the model and the images; its own process."""
-    rows = given.few(round(gigabytes * 1e9 / 8192), 1000)
-    room = shutil.disk_usage(given.folder).free
-    if room < 1.2e9 * gigabytes:
-        raise Missing(f"{gigabytes:g} GB of rows do not fit: {room / 1e9:.0f} GB are free at {given.folder}")
-    begun = time.perf_counter()
-    data = fixtures.in_memory(rows, channels=1, size=8)
-    cache = fixtures.fake_cache(given.folder / "wide", data, taps=WIDE)
-    size, wrote = _on_disk(cache), time.perf_counter() - begun
+def measure_peak_memory(options: BenchOptions, gigabytes: float) -> Measurement:
+    """Peak MiB of stage two above model and images, while it reads every row of a cache from disk.
+
+    Args:
+        options: of the benchmark.
+        gigabytes: size of the cache.
+
+    Raises:
+        NotMeasurable: when the disk has too little space, or the process that trains fails.
+    """
+    rows = options.scale(round(gigabytes * 1e9 / 8192), 1000)
+    free = shutil.disk_usage(options.folder).free
+    if free < 1.2e9 * gigabytes:
+        raise NotMeasurable(f"{gigabytes:g} GB of rows do not fit: {free / 1e9:.0f} GB are free at {options.folder}")
+    start = time.perf_counter()
+    data = fixtures.add_data_set(rows, channels=1, size=8)
+    cache = fixtures.write_random_cache(options.folder / "wide", data, taps=WIDE)
+    size, write_seconds = _count_bytes(cache), time.perf_counter() - start
     try:
-        command = [sys.executable, "-m", "bench.footprint", str(cache), str(rows), str(given.folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            raise Missing((done.stderr.strip().splitlines() or ["its process failed"])[-1][:120])
-        seen = json.loads(done.stdout)
+        command = [sys.executable, "-m", "bench.footprint", str(cache), str(rows), str(options.folder)]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        if process.returncode:
+            raise NotMeasurable((process.stderr.strip().splitlines() or ["its process failed"])[-1][:120])
+        epoch = json.loads(process.stdout)
     finally:
         shutil.rmtree(cache)
-    return Found(
-        [(seen["peak"] - seen["before"]) / 2**20],
-        f"{size / 1e9:.1f} GB, written in {wrote:.0f} s, one epoch in {seen['seconds']:.0f} s, of"
-        f" {seen['before'] / 2**20:.0f} MiB before",
+    return Measurement(
+        [(epoch["peak"] - epoch["before"]) / 2**20],
+        f"{size / 1e9:.1f} GB, written in {write_seconds:.0f} s, one epoch in {epoch['seconds']:.0f} s, of"
+        f" {epoch['before'] / 2**20:.0f} MiB before",
     )
 
 
-def _resident() -> tuple[int, int]:
-    """Bytes of this process in memory: now, and at most so far."""
-    lines = dict(
-        line.split(":", 1)
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if "VmRSS" in line or "VmHWM" in line
-    )
-    return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
+def _write_cache(options: BenchOptions, classes: int, codec: str = "float16") -> Cache:
+    """Write a cache of 100,000 training rows with nothing but logits."""
+    rows = options.scale(100_000, 2 * classes + 400)
+    data = fixtures.add_data_set(rows, channels=1, size=8, classes=classes)
+    return Cache(fixtures.write_random_cache(options.folder / f"rows-100000-{classes}-{codec}", data, codec=codec))
 
 
-def _epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
-    """An epoch of a small student that reads every row with its 8 kB; memory before the cache is opened, and at most.
+def _count_views(cache: Cache) -> int:
+    manifest = cache.manifest
+    return sum(rows * (manifest.draws if split == "train" else 1) for split, rows in manifest.splits.items())
 
-    Before: PyTorch, the images, the model and a step of it.
+
+def _count_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _run_epoch(cache: Path, rows: int, folder: Path) -> dict[str, float]:
+    """Train a small student for one epoch that reads every row with its 8 kB.
+
+    Returns:
+        Bytes of this process before the cache is opened (with PyTorch, the images, the model and a step of it) and at
+        the peak, and the seconds of the epoch.
     """
-    data = fixtures.in_memory(rows, channels=1, size=8)
-    shown: object = fixtures.transfer_set(data)
-    from softcache.pipeline.models import build
-
+    data = fixtures.add_data_set(rows, channels=1, size=8)
+    transfer_set: object = fixtures.load_data(data)
     network = build("mlp:64", 10, 1, 8)
     network(torch.zeros(1024, 1, 8, 8)).sum().backward()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of making the images
-    before = _resident()[0]
-    del shown
-    fixtures.transfer_set.cache_clear()  # they are read again below
-    from .student import Ours
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which so far is that of making the images
+    before = _read_memory("VmRSS")
+    del transfer_set
+    fixtures.load_data.cache_clear()  # the images are loaded again below
+    config, setup = fixtures.open_setup(cache, data, "mlp:64", batch_size=1024)
+    labels = setup.transfer_set.splits["train"].labels
+    run = make_training_run("student", config, setup, network, setup.losses, labels, folder / "memory-run")
+    run = replace(run, stream=replace(run.stream, taps=tuple(WIDE)))
+    start = time.perf_counter()
+    TrainingLoop(run, run.steps)()
+    return {"before": before, "peak": _read_memory("VmHWM"), "seconds": time.perf_counter() - start}
 
-    config, opened = fixtures.opened(cache, data, "mlp:64", batch_size=1024)
-    labels = opened.transfer_set.splits["train"].labels
-    ours = make_training_run("student", config, opened, network, opened.losses, labels, folder / "memory-run")
-    ours = replace(ours, stream=replace(ours.stream, taps=tuple(WIDE)))
-    begun = time.perf_counter()
-    Ours(ours, ours.steps)()
-    return {"before": before, "peak": _resident()[1], "seconds": time.perf_counter() - begun}
+
+def _read_memory(field: str) -> int:
+    """Return bytes of this process in memory: VmRSS is now, VmHWM the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kilobytes) * 1024
 
 
 if __name__ == "__main__":
-    keep_large_blocks()  # as `stages` does
-    print(json.dumps(_epoch(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
+    keep_large_blocks()  # as the commands of softcache do
+    print(json.dumps(_run_epoch(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

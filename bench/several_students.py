@@ -1,4 +1,4 @@
-"""Several students at once, against the same ones one after another."""
+"""Rows about several students at once, against the same students one after another."""
 
 import time
 from collections.abc import Sequence
@@ -8,100 +8,126 @@ from torch import nn
 
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.training import vectorized
 from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.loop import _begin_epoch, step_each
 
 from . import fixtures
-from .interleaved import Found, Given, Side, interleaved, over, parts
-from .student import Ours, job, mnist
+from .measurement import BenchOptions, Measurement
+from .student import TrainingLoop, make_run, write_mnist_cache
+from .timing import Contender, divide, format_medians, time_in_turns
 
 FOUR = ("resnet8", "cnn", "mlp:64", "mlp:128")
 LIGHT = ("resnet8", "mlp:512", "mlp:64", "mlp:128")  # decoding counts: a step of cnn at 64 px takes four times as long
 
 
-class Together:
-    """Several trainings on one stream, as fit_together takes their steps; seconds of a image."""
+class OneLoaderLoop:
+    """A contender: several students of one loader, each of which takes a step on every batch.
 
-    def __init__(self, alone: Sequence[Ours]):
-        self.first, self.trainings = alone[0], [one.training for one in alone]
+    A turn returns the seconds per image, which all students share.
+
+    Args:
+        loops: the students; batches come from the loader of the first.
+    """
+
+    def __init__(self, loops: Sequence[TrainingLoop]):
+        self.first, self.trainings = loops[0], [loop.training for loop in loops]
 
     def __call__(self) -> float:
-        first, images, begun = self.first, 0, time.perf_counter()
+        first, images, start = self.first, 0, time.perf_counter()
         for training in self.trainings:
             _begin_epoch(training, 0)
-        for batch in first.job.stream.batches(first.at, first.at + first.count):
-            step_each(self.trainings, batch.to(first.job.device))
+        for batch in first.run.stream.batches(first.next_step, first.next_step + first.steps):
+            step_each(self.trainings, batch.to(first.run.device))
             images += len(batch.views)
         for training in self.trainings:
-            training.term_sums.tolist()
-        first.at += first.count
-        return (time.perf_counter() - begun) / images
+            training.term_sums.tolist()  # waits for a GPU
+        first.next_step += first.steps
+        return (time.perf_counter() - start) / images
 
 
-def _trainings(
-    given: Given, config: StudentConfig, opened: DistillationSetup, archs: Sequence[str], steps: int
-) -> list[Ours]:
-    return [
-        Ours(job(given, replace(config, arch=arch), opened, False, f"s{i}"), steps) for i, arch in enumerate(archs)
-    ]
+class VectorizedLoop:
+    """A contender: students of one arch as one vectorised model. A turn returns the seconds per image.
 
+    Args:
+        loops: the students, equal but for their seeds; batches come from the loader of the first.
+    """
 
-def one_stream(given: Given, from_files: bool, archs: Sequence[str] = FOUR) -> Found:
-    """Four students from one stream, as a share of the time of four runs. from_files: 224 px JPEGs, views of 64 px."""
-    if from_files:
-        data = fixtures.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
-        cache = fixtures.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
-        steps, batch = given.few(8, 1), 32
-    else:
-        data = fixtures.in_memory(given.few(6400, 300))
-        cache = fixtures.fake_cache(given.folder / "cifar", data, draws=2)
-        steps, batch = given.few(20, 2), 128
-    config, opened = fixtures.opened(cache, data, archs[0], batch_size=batch, precision="bfloat16")
-    alone = _trainings(given, config, opened, archs, steps)
-    together = Together(_trainings(given, config, opened, archs, steps))
-    found = interleaved({"one stream": together, "four runs": lambda: sum(one() for one in alone)}, given.few(5, 1))
-    return Found(over(found["one stream"], found["four runs"]), f"{', '.join(archs)}: {parts(found)}")
-
-
-class Stacked:
-    """Trainings as one vectorised model, as fit_stacked takes its steps; seconds of a image."""
-
-    def __init__(self, alone: Sequence[Ours]):
-        from softcache.stages.training.vectorized import VectorizedModel, _begin_epoch, check_vectorizable
-
-        self.jobs = [one.job for one in alone]
-        check_vectorizable(self.jobs)
-        first = self.jobs[0]
-        self.stack = VectorizedModel([job.model for job in self.jobs]).to(first.device)
-        self.state = TrainState.create(self.stack, nn.ModuleDict(), first.config, first.schedule)
-        self.weights, self.count, self.at = _begin_epoch(self.jobs, 0), alone[0].count, 0
+    def __init__(self, loops: Sequence[TrainingLoop]):
+        self.runs = [loop.run for loop in loops]
+        vectorized.check_vectorizable(self.runs)
+        first = self.runs[0]
+        self.model = vectorized.VectorizedModel([run.model for run in self.runs]).to(first.device)
+        self.state = TrainState.create(self.model, nn.ModuleDict(), first.config, first.schedule)
+        self.weights, self.steps, self.next_step = vectorized._begin_epoch(self.runs, 0), loops[0].steps, 0
 
     def __call__(self) -> float:
-        from softcache.stages.training.vectorized import _step
-
-        job, images, begun = self.jobs[0], 0, time.perf_counter()
-        self.stack.train()
-        for batch in job.stream.batches(self.at, self.at + self.count):
-            with job.rng_state:
-                terms = _step(job, self.stack, self.state, batch.to(job.device), self.weights)
+        run, images, start = self.runs[0], 0, time.perf_counter()
+        self.model.train()
+        for batch in run.stream.batches(self.next_step, self.next_step + self.steps):
+            with run.rng_state:
+                terms = vectorized._step(run, self.model, self.state, batch.to(run.device), self.weights)
             images += len(batch.views)
-        terms.tolist()
-        self.at += self.count
-        return (time.perf_counter() - begun) / images
+        terms.tolist()  # waits for a GPU
+        self.next_step += self.steps
+        return (time.perf_counter() - start) / images
 
 
-def vectorised(given: Given, arch: str, students: int, on_digits: bool) -> Found:
-    """Students of one arch and of as many seeds as one model, as a share of the time of as many runs."""
+def compare_one_loader(options: BenchOptions, from_files: bool, archs: Sequence[str] = FOUR) -> Measurement:
+    """Time of four students of one loader / of four runs.
+
+    Args:
+        options: of the benchmark.
+        from_files: views of 64 px from 224 px JPEGs, else images in memory as CIFAR-10's.
+        archs: of the students.
+    """
+    if from_files:
+        data = fixtures.write_jpegs(options.folder / "jpegs-224", options.scale(384, 40), 224)
+        folder = options.folder / "jpegs-224-cache"
+        cache = fixtures.write_random_cache(folder, data, "resized-crop-flip:size=64", draws=4)
+        steps, batch_size = options.scale(8, 1), 32
+    else:
+        data = fixtures.add_data_set(options.scale(6400, 300))
+        cache = fixtures.write_random_cache(options.folder / "cifar", data, draws=2)
+        steps, batch_size = options.scale(20, 2), 128
+    config, setup = fixtures.open_setup(cache, data, archs[0], batch_size=batch_size, precision="bfloat16")
+    configs = [replace(config, arch=arch) for arch in archs]
+    runs = _make_loops(options, configs, setup, steps)
+    one_loader = OneLoaderLoop(_make_loops(options, configs, setup, steps))
+    contenders: dict[str, Contender] = {"one stream": one_loader, "four runs": lambda: sum(run() for run in runs)}
+    seconds = time_in_turns(contenders, options.scale(5, 1))
+    return Measurement(
+        divide(seconds["one stream"], seconds["four runs"]), f"{', '.join(archs)}: {format_medians(seconds)}"
+    )
+
+
+def compare_vectorized(options: BenchOptions, arch: str, students: int, on_digits: bool) -> Measurement:
+    """Time of students of one arch with different seeds as one model / of as many runs.
+
+    Args:
+        options: of the benchmark.
+        arch: of all students.
+        students: how many.
+        on_digits: images of the digits, else images as MNIST's.
+    """
     if on_digits:
         data = "digits"
-        cache = fixtures.fake_cache(given.folder / "digits", data)
+        cache = fixtures.write_random_cache(options.folder / "digits", data)
     else:
-        data, cache = mnist(given)
-    config, opened = fixtures.opened(cache, data, arch, loss=("kd:temperature=4",))
-    steps = given.few(44 if on_digits else 12, 2)
-    alone = [
-        Ours(job(given, replace(config, seed=i), opened, False, f"s{i}"), steps) for i in range(given.few(students, 2))
+        data, cache = write_mnist_cache(options)
+    config, setup = fixtures.open_setup(cache, data, arch, loss=("kd:temperature=4",))
+    steps = options.scale(44 if on_digits else 12, 2)
+    configs = [replace(config, seed=seed) for seed in range(options.scale(students, 2))]
+    runs = _make_loops(options, configs, setup, steps)
+    contenders: dict[str, Contender] = {"as one": VectorizedLoop(runs), "runs": lambda: sum(run() for run in runs)}
+    seconds = time_in_turns(contenders, options.scale(5, 1))
+    return Measurement(divide(seconds["as one"], seconds["runs"]), format_medians(seconds))
+
+
+def _make_loops(
+    options: BenchOptions, configs: Sequence[StudentConfig], setup: DistillationSetup, steps: int
+) -> list[TrainingLoop]:
+    """Return a contender for each config."""
+    return [
+        TrainingLoop(make_run(options, config, setup, f"s{number}"), steps) for number, config in enumerate(configs)
     ]
-    sides: dict[str, Side] = {"as one": Stacked(alone), "runs": lambda: sum(one() for one in alone)}
-    found = interleaved(sides, given.few(5, 1))
-    return Found(over(found["as one"], found["runs"]), parts(found))

@@ -1,7 +1,8 @@
-"""Rows of stage two: epochs from a cache, against hard targets alone, bare loops and the live teacher.
+"""Rows about training: an epoch from a cache, against hard targets alone, a bare loop and a live teacher.
 
-Ours is the loop of `softcache student` itself, without what it does once an epoch: validation, checkpoint.
-A turn begins a stream of its own and takes every batch of it, so that nothing is rendered ahead at the cost of others.
+Softcache's contenders run the loop of `softcache student` itself, without what it does once an epoch (validation,
+checkpoint). Each turn starts the loader anew and takes every batch of it, so that no batch is rendered ahead while
+another contender is timed.
 """
 
 import time
@@ -27,161 +28,203 @@ from softcache.stages.training.loop import WORTH_THREADS, _begin_epoch, _start, 
 from softcache.stages.training.run import TrainingRun
 
 from . import fixtures
-from .interleaved import Found, Given, Side, interleaved, over, parts
+from .measurement import BenchOptions, Measurement
+from .timing import Contender, divide, format_medians, time_in_turns
 
-FEATURE = {"layer3": [64, 8, 8]}  # of ResNet-56: 4,096 numbers, 8 kB a row
-
-
-def job(given: Given, config: StudentConfig, opened: DistillationSetup, hard: bool, name: str) -> TrainingRun:
-    """The training from the cache, or its baseline from hard targets alone, as `softcache student` makes them."""
-    losses: tuple[Loss, ...] = (Hard(),) if hard else opened.losses
-    labels = opened.transfer_set.splits["train"].labels
-    where = given.folder / "runs" / f"{name}-{time.monotonic_ns()}"
-    kind = "baseline" if hard else "student"
-    return make_training_run(kind, config, opened, opened.build_student(config, losses), losses, labels, where)
+FEATURE = {"layer3": [64, 8, 8]}  # a layer of ResNet-56: 4,096 numbers, 8 kB a row
 
 
-class Ours:
-    """A training that takes so many steps in a turn; the seconds of a image."""
+def make_run(
+    options: BenchOptions, config: StudentConfig, setup: DistillationSetup, name: str, *, is_baseline: bool = False
+) -> TrainingRun:
+    """Return a training as `softcache student` makes it.
 
-    def __init__(self, job: TrainingRun, steps: int, teacher: PreparedModel | None = None):
-        """teacher: asked about every batch in place of the cache."""
-        self.job, self.count, self.teacher, self.at = job, steps, teacher, 0
-        self.opened = ExitStack()  # of the hooks on the tapped layers: gone with it
-        training = _start(job, self.opened)
+    Args:
+        options: of the benchmark.
+        config: of the student, defaults filled in.
+        setup: what it is trained from.
+        name: of its folder.
+        is_baseline: train from hard targets alone, in place of the losses of the setup.
+    """
+    losses: tuple[Loss, ...] = (Hard(),) if is_baseline else setup.losses
+    labels = setup.transfer_set.splits["train"].labels
+    folder = options.folder / "runs" / f"{name}-{time.monotonic_ns()}"
+    kind = "baseline" if is_baseline else "student"
+    return make_training_run(kind, config, setup, setup.build_student(config, losses), losses, labels, folder)
+
+
+class TrainingLoop:
+    """A contender: softcache's training loop. A turn returns the seconds per image of some steps.
+
+    Args:
+        run: the training.
+        steps: steps of a turn. A turn goes on where the one before it ended.
+        teacher: computes the logits of every batch, in place of those of the cache.
+    """
+
+    def __init__(self, run: TrainingRun, steps: int, teacher: PreparedModel | None = None):
+        self.run, self.steps, self.teacher, self.next_step = run, steps, teacher, 0
+        self._hooks = ExitStack()  # keeps the hooks on tapped layers as long as this object is there
+        training = _start(run, self._hooks)
         assert training is not None
         self.training = training
 
     def __call__(self) -> float:
-        images, begun = 0, time.perf_counter()
+        images, start = 0, time.perf_counter()
         _begin_epoch(self.training, 0)
-        for batch in self.job.stream.batches(self.at, self.at + self.count):
-            here = batch.to(self.job.device)
-            step_each([self.training], here if self.teacher is None else self._asked(here))
+        for cpu_batch in self.run.stream.batches(self.next_step, self.next_step + self.steps):
+            batch = cpu_batch.to(self.run.device)
+            step_each([self.training], batch if self.teacher is None else self._replace_logits(batch, self.teacher))
             images += len(batch.views)
         self.training.term_sums.tolist()  # waits for a GPU
-        self.at += self.count
-        return (time.perf_counter() - begun) / images
+        self.next_step += self.steps
+        return (time.perf_counter() - start) / images
 
-    def _asked(self, batch: Batch) -> Batch:
-        assert self.teacher is not None
-        with torch.no_grad(), autocast(self.job.device, self.job.config.precision):
-            return replace(batch, logits=self.teacher(batch.views))
+    def _replace_logits(self, batch: Batch, teacher: PreparedModel) -> Batch:
+        with torch.no_grad(), autocast(self.run.device, self.run.config.precision):
+            return replace(batch, logits=teacher(batch.views))
 
 
-class Bare:
-    """A loop that its author wrote for this model alone, over views that were augmented beforehand."""
+class BareLoop:
+    """A contender: a minimal loop written for one model alone, with hard targets, over views rendered beforehand.
 
-    def __init__(self, job: TrainingRun, steps: int):
-        batches = list(job.stream.batches(0, steps))
-        self.views = [b.views.to(job.device) for b in batches]
-        self.labels = [b.labels.to(job.device) for b in batches]
-        self.job, self.state = job, TrainState.create(job.model, nn.ModuleDict(), job.config, job.schedule)
-        # As many threads as ours takes: with two, a step of mlp:64 is no faster on an idle machine, and slower on a
-        # busy one.
-        self.threads = 1 if job.multiply_adds * job.stream.batch_size < WORTH_THREADS else torch.get_num_threads()
+    Args:
+        run: model, schedule and batches.
+        steps: steps of a turn; every turn takes the same batches.
+    """
+
+    def __init__(self, run: TrainingRun, steps: int):
+        batches = list(run.stream.batches(0, steps))
+        self.views = [batch.views.to(run.device) for batch in batches]
+        self.labels = [batch.labels.to(run.device) for batch in batches]
+        self.run, self.state = run, TrainState.create(run.model, nn.ModuleDict(), run.config, run.schedule)
+        # As many threads as softcache's loop takes: with two, a step of mlp:64 is no faster on an idle machine, and
+        # slower on a busy one.
+        self.threads = 1 if run.multiply_adds * run.stream.batch_size < WORTH_THREADS else torch.get_num_threads()
 
     def __call__(self) -> float:
         torch.set_num_threads(self.threads)
-        job, state = self.job, self.state
-        images, begun = 0, time.perf_counter()
-        job.model.train()
+        run, state = self.run, self.state
+        images, start = 0, time.perf_counter()
+        run.model.train()
         for views, labels in zip(self.views, self.labels, strict=True):
-            with autocast(job.device, job.config.precision):
-                loss = F.cross_entropy(job.model(views), labels)
+            with autocast(run.device, run.config.precision):
+                loss = F.cross_entropy(run.model(views), labels)
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             state.optimizer.step()
             state.schedule.step()
             images += len(views)
         loss.item()
-        return (time.perf_counter() - begun) / images
+        return (time.perf_counter() - start) / images
 
 
-def asking(job: TrainingRun, teacher: PreparedModel, steps: int) -> Side:
-    """The teacher alone, over views that are there."""
-    views = [b.views.to(job.device) for b in job.stream.batches(0, steps)]
+def make_teacher_contender(run: TrainingRun, teacher: PreparedModel, steps: int) -> Contender:
+    """Return a contender that runs the teacher alone, over views of the run that are rendered beforehand."""
+    batches = [batch.views.to(run.device) for batch in run.stream.batches(0, steps)]
 
-    def turn() -> float:
-        begun = time.perf_counter()
-        with torch.no_grad(), autocast(job.device, job.config.precision):
-            for batch in views:
-                said = teacher(batch)
-        said.sum().item()
-        return (time.perf_counter() - begun) / sum(map(len, views))
+    def take_turn() -> float:
+        start = time.perf_counter()
+        with torch.no_grad(), autocast(run.device, run.config.precision):
+            for views in batches:
+                logits = teacher(views)
+        logits.sum().item()
+        return (time.perf_counter() - start) / sum(map(len, batches))
 
-    return turn
-
-
-def cifar(given: Given, taps: bool = False) -> tuple[str, Path]:
-    """Images as CIFAR-10's, and their cache."""
-    data = fixtures.in_memory(given.few(6400, 300))
-    name = "cifar-8kB" if taps else "cifar"
-    return data, fixtures.fake_cache(given.folder / name, data, draws=2, taps=FEATURE if taps else None)
+    return take_turn
 
 
-def mnist(given: Given) -> tuple[str, Path]:
-    """Images as MNIST's, and their cache."""
-    data = fixtures.in_memory(given.few(61_225, 400), channels=1, size=28)
-    return data, fixtures.fake_cache(given.folder / "mnist", data)
+def write_cifar_cache(options: BenchOptions, with_features: bool = False) -> tuple[str, Path]:
+    """Make images like CIFAR-10's and a cache of two draws; return the data set's name and the cache's folder."""
+    data = fixtures.add_data_set(options.scale(6400, 300))
+    folder = options.folder / ("cifar-8kB" if with_features else "cifar")
+    return data, fixtures.write_random_cache(folder, data, draws=2, taps=FEATURE if with_features else None)
 
 
-def cached_over_hard(given: Given, arch: str, feature: str = "", steps: int = 8, rounds: int = 15) -> Found:
-    """Epochs with and without what the teacher said. feature: `read`, or `hint` for a term that uses it, too."""
-    data, cache = mnist(given) if arch.startswith("mlp") else cifar(given, bool(feature))
-    hint = ("hint:teacher=layer3,student=layer3",) if feature == "hint" else ()
-    # As the recipes of MNIST and CIFAR-10 have it.
-    usual = ("kd:temperature=20",) if arch.startswith("mlp") else ("kd:temperature=4,weight=0.9", "hard:weight=0.1")
-    config, opened = fixtures.opened(cache, data, arch, loss=(*usual, *hint))
-    ours = job(given, config, opened, False, "cached")
-    if feature == "read":
-        ours = replace(ours, stream=replace(ours.stream, taps=tuple(FEATURE)))
-    steps = given.few(steps, 2)
-    sides = {"cached": Ours(ours, steps), "hard": Ours(job(given, config, opened, True, "hard"), steps)}
-    found = interleaved(sides, given.few(rounds, 1))
-    return Found(over(found["cached"], found["hard"]), parts(found))
+def write_mnist_cache(options: BenchOptions) -> tuple[str, Path]:
+    """Make images like MNIST's and their cache; return the data set's name and the cache's folder."""
+    data = fixtures.add_data_set(options.scale(61_225, 400), channels=1, size=28)
+    return data, fixtures.write_random_cache(options.folder / "mnist", data)
 
 
-def hard_over_bare(given: Given, arch: str, steps: int = 8, rounds: int = 15) -> Found:
-    """What our loop and its renderer cost beside a bare loop over views in memory."""
-    data, cache = mnist(given) if arch.startswith("mlp") else cifar(given)
-    config, opened = fixtures.opened(cache, data, arch)
-    steps = given.few(steps, 2)
-    one, other = (job(given, config, opened, True, name) for name in ("hard", "bare"))
-    found = interleaved({"hard": Ours(one, steps), "bare": Bare(other, steps)}, given.few(rounds, 1))
-    return Found(over(found["hard"], found["bare"]), parts(found))
+def compare_cached_with_hard(
+    options: BenchOptions, arch: str, features: str = "", steps: int = 8, rounds: int = 15
+) -> Measurement:
+    """Time of an epoch from the cache / from hard targets alone.
+
+    Args:
+        options: of the benchmark.
+        arch: of the student; an mlp gets images like MNIST's, others like CIFAR-10's.
+        features: `read`: 8 kB of features a row are read, too; `hint`: a loss term uses them, too.
+        steps: of a turn.
+        rounds: of the comparison.
+    """
+    is_mnist = arch.startswith("mlp")
+    data, cache = write_mnist_cache(options) if is_mnist else write_cifar_cache(options, bool(features))
+    # The losses that are the defaults of MNIST and of CIFAR-10.
+    losses = ("kd:temperature=20",) if is_mnist else ("kd:temperature=4,weight=0.9", "hard:weight=0.1")
+    if features == "hint":
+        losses = (*losses, "hint:teacher=layer3,student=layer3")
+    config, setup = fixtures.open_setup(cache, data, arch, loss=losses)
+    cached = make_run(options, config, setup, "cached")
+    if features == "read":
+        cached = replace(cached, stream=replace(cached.stream, taps=tuple(FEATURE)))
+    hard = make_run(options, config, setup, "hard", is_baseline=True)
+    steps = options.scale(steps, 2)
+    contenders = {"cached": TrainingLoop(cached, steps), "hard": TrainingLoop(hard, steps)}
+    seconds = time_in_turns(contenders, options.scale(rounds, 1))
+    return Measurement(divide(seconds["cached"], seconds["hard"]), format_medians(seconds))
 
 
-def live_over_cached(given: Given, precision: str, of_the_sum: bool = False) -> Found:
-    """The teacher asked about every batch, against its cache. of_the_sum: by (teacher + student) / student."""
-    data, cache = cifar(given)
-    config, opened = fixtures.opened(cache, data, "resnet8", precision=precision)
-    teacher = fixtures.teacher("resnet56").to(opened.device)
-    steps = given.few(8, 1)
-    live = replace(job(given, config, opened, False, "live"))
+def compare_hard_with_bare(options: BenchOptions, arch: str, steps: int = 8, rounds: int = 15) -> Measurement:
+    """Time of softcache's loop with its renderer / of a bare loop over views in memory; both from hard targets."""
+    data, cache = write_mnist_cache(options) if arch.startswith("mlp") else write_cifar_cache(options)
+    config, setup = fixtures.open_setup(cache, data, arch)
+    steps = options.scale(steps, 2)
+    hard = make_run(options, config, setup, "hard", is_baseline=True)
+    bare = make_run(options, config, setup, "bare", is_baseline=True)
+    contenders: dict[str, Contender] = {"hard": TrainingLoop(hard, steps), "bare": BareLoop(bare, steps)}
+    seconds = time_in_turns(contenders, options.scale(rounds, 1))
+    return Measurement(divide(seconds["hard"], seconds["bare"]), format_medians(seconds))
+
+
+def compare_live_with_cached(options: BenchOptions, precision: str, relative_to_sum: bool = False) -> Measurement:
+    """Time of softcache's loop with the teacher run on every batch / with the teacher's cache.
+
+    Args:
+        options: of the benchmark.
+        precision: of teacher and student.
+        relative_to_sum: divide the ratio by (teacher + student) / student, the gain to expect from their times alone.
+    """
+    data, cache = write_cifar_cache(options)
+    config, setup = fixtures.open_setup(cache, data, "resnet8", precision=precision)
+    teacher = fixtures.make_teacher("resnet56").to(setup.device)
+    steps = options.scale(8, 1)
+    live = make_run(options, config, setup, "live")
     live = replace(live, stream=replace(live.stream, read_targets=False))
-    sides: dict[str, Side] = {
-        "live": Ours(live, steps, teacher),
-        "cached": Ours(job(given, config, opened, False, "cached"), 2 * steps),
+    contenders: dict[str, Contender] = {
+        "live": TrainingLoop(live, steps, teacher),
+        "cached": TrainingLoop(make_run(options, config, setup, "cached"), 2 * steps),
     }
-    if of_the_sum:
-        bare = job(given, config, opened, True, "student")
-        sides |= {"teacher": asking(bare, teacher, steps), "student": Bare(bare, 2 * steps)}
-    found = interleaved(sides, given.few(5, 1))
-    ratios = over(found["live"], found["cached"])
-    if of_the_sum:
-        sums = np.array(found["teacher"]) + found["student"]
-        ratios = over(ratios, over(sums.tolist(), found["student"]))
-    return Found(ratios, parts(found))
+    if relative_to_sum:
+        bare = make_run(options, config, setup, "student", is_baseline=True)
+        contenders |= {"teacher": make_teacher_contender(bare, teacher, steps), "student": BareLoop(bare, 2 * steps)}
+    seconds = time_in_turns(contenders, options.scale(5, 1))
+    ratios = divide(seconds["live"], seconds["cached"])
+    if relative_to_sum:
+        sums = np.array(seconds["teacher"]) + seconds["student"]
+        ratios = divide(ratios, divide(sums.tolist(), seconds["student"]))
+    return Measurement(ratios, format_medians(seconds))
 
 
-def many_views_of_a_decode(given: Given) -> Found:
-    """A folder of 224 px: one view of each decode, against four of them for as many cached epochs."""
-    data = fixtures.jpegs(given.folder / "jpegs-224", given.few(384, 40), 224)
-    cache = fixtures.fake_cache(given.folder / "jpegs-224-cache", data, "resized-crop-flip:size=64", draws=4)
-    usual, opened = fixtures.opened(cache, data, "resnet8", batch_size=64, precision="bfloat16")
-    several = replace(usual, draws_per_decode=4)
-    one, four = job(given, usual, opened, True, "hard"), job(given, several, opened, False, "cached")
-    sides = {"hard": Ours(one, 4 * one.steps), "cached": Ours(four, 4 * four.steps)}
-    found = interleaved(sides, given.few(4, 1))
-    return Found(over(found["hard"], found["cached"]), parts(found))
+def compare_draws_per_decode(options: BenchOptions) -> Measurement:
+    """Time from hard targets with one view per decoded image / from a cache with four, on a folder of 224 px JPEGs."""
+    data = fixtures.write_jpegs(options.folder / "jpegs-224", options.scale(384, 40), 224)
+    folder = options.folder / "jpegs-224-cache"
+    cache = fixtures.write_random_cache(folder, data, "resized-crop-flip:size=64", draws=4)
+    config, setup = fixtures.open_setup(cache, data, "resnet8", batch_size=64, precision="bfloat16")
+    hard = make_run(options, config, setup, "hard", is_baseline=True)
+    cached = make_run(options, replace(config, draws_per_decode=4), setup, "cached")
+    contenders = {"hard": TrainingLoop(hard, 4 * hard.steps), "cached": TrainingLoop(cached, 4 * cached.steps)}
+    seconds = time_in_turns(contenders, options.scale(4, 1))
+    return Measurement(divide(seconds["hard"], seconds["cached"]), format_medians(seconds))

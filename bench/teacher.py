@@ -1,4 +1,4 @@
-"""Rows of stage one: what it takes beside the teacher alone, and beside what one writes without thinking."""
+"""Rows about stage one: against the teacher's bare inference, a naive loop, and two processes."""
 
 import os
 import shutil
@@ -19,137 +19,170 @@ from softcache.stages.cli.console import Console
 from softcache.stages.teacher_cache.command import make_cache
 
 from . import fixtures
-from .interleaved import Found, Given, Missing, Side, interleaved, over, parts, timed
-from .subprocess_side import apart
+from .measurement import BenchOptions, Measurement, NotMeasurable
+from .other_process import start_in_other_process
+from .timing import Contender, divide, format_medians, make_contender, time_in_turns
 
-FULL = 50_000  # images, to which the seconds of a part are scaled
+FULL_SIZE = 50_000  # images; the seconds of a part are scaled to as many
 
 
-def settings_of(given: Given, data: str, weights: Path, **more: Any) -> CacheConfig:
-    """Stage one over ResNet-56 with these weights, as a command would ask for it."""
+def compare_with_bare_inference(options: BenchOptions, precision: str) -> Measurement:
+    """Images per second of stage one / of the teacher's bare inference.
+
+    Stage one renders, computes, checks, encodes and writes. Bare inference runs the same network in the same
+    precision: channels last, and in bfloat16 with batch norms folded, as stage one does.
+    """
+    data = fixtures.add_data_set(options.scale(8192 if precision == "bfloat16" else 3072, 150))
+    rows = fixtures.load_data(data)
+    config = _make_config(options, data, _save_teacher(options), precision=precision)
+    teacher = fixtures.make_teacher("resnet56").to(options.device).eval()
+    if precision == "bfloat16":
+        teacher = fold_batch_norm(teacher)
+    batches = torch.split(fixtures.make_images(len(rows.splits["train"]), 3, 32), config.batch_size)
+
+    def infer() -> int:
+        with torch.inference_mode(), autocast(options.device, precision):
+            for views in batches:
+                logits = teacher(views.to(options.device))
+        logits.sum().item()
+        return sum(map(len, batches))
+
+    stage_one = StageOne(options, data, precision=precision)
+    seconds = time_in_turns({"bare": make_contender(infer), "stage one": stage_one}, options.scale(4, 1))
+    return Measurement(
+        divide(seconds["bare"], seconds["stage one"]),
+        f"{format_medians(seconds)}; besides, {stage_one.median_fixed_seconds():.2g} s once",
+    )
+
+
+def compare_with_naive_loop(options: BenchOptions, precision: str) -> Measurement:
+    """Seconds of a naive loop over 50,000 images / of stage one, its fixed costs included.
+
+    Both are scaled up from parts, of 1,024 and of 3,072 images.
+    """
+    data = fixtures.add_data_set(options.scale(3072, 150))
+    if precision == "bfloat16":
+        more: dict[str, Any] = {"precision": "bfloat16"}  # compiling would take longer than it saves on 50,000 images
+    else:
+        more = {"precision": "auto", "tolerance": 1e-9}  # float32, with batch norms folded where that is faster
+    stage_one = StageOne(options, data, **more)
+    naive = (make_naive_loop, (options, options.scale(1024, 150)))
+    with start_in_other_process({"naive": naive}) as contenders:
+        seconds = time_in_turns({**contenders, "ours": stage_one}, options.scale(4, 1))
+    fixed = stage_one.median_fixed_seconds()
+    naive_seconds = [FULL_SIZE * per_image for per_image in seconds["naive"]]
+    our_seconds = [FULL_SIZE * per_image + fixed for per_image in seconds["ours"]]
+    return Measurement(
+        divide(naive_seconds, our_seconds),
+        f"scaled to {FULL_SIZE:,} images, {statistics.median(naive_seconds):.0f} s against"
+        f" {statistics.median(our_seconds):.0f} s: {format_medians(seconds)}; besides, {fixed:.2g} s once",
+    )
+
+
+def compare_two_ranks(options: BenchOptions) -> Measurement:
+    """Seconds of stage one in one process / in two gloo ranks. Fails where their payload digests differ."""
+    data = fixtures.write_jpegs(options.folder / "jpegs-ranks", options.scale(512, 40), 32)
+    weights = _save_teacher(options)
+    digests: dict[str, set[str]] = {"one": set(), "two": set()}
+
+    def make_command_contender(name: str, program: list[str]) -> Contender:
+        def take_turn() -> float:
+            out = options.folder / f"ranks-{name}-{time.monotonic_ns()}"
+            arguments = ["teacher-cache", "--data", data, "--teacher", "resnet56", "--weights", str(weights)]
+            arguments += ["--views", "crop-flip", "--draws", "1", "--shard-rows", "128", "--out", str(out)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"} if name == "two" else dict(os.environ)
+            start = time.perf_counter()
+            process = subprocess.run(
+                [*program, *arguments], env=environment, capture_output=True, text=True, timeout=200
+            )
+            if process.returncode:
+                raise NotMeasurable(f"{name}: {(process.stderr.strip().splitlines() or ['it failed'])[-1][:120]}")
+            seconds = time.perf_counter() - start
+            digests[name].add(repr([shard.payload for shard in read_manifest(out).shards]))
+            shutil.rmtree(out)
+            return seconds
+
+        return take_turn
+
+    one = [sys.executable, "-m", "softcache"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "softcache"]
+    contenders = {"one": make_command_contender("one", one), "two": make_command_contender("two", two)}
+    seconds = time_in_turns(contenders, options.scale(2, 1))
+    if digests["one"] != digests["two"] or len(digests["one"]) != 1:
+        raise AssertionError("two ranks wrote other payloads than one process")
+    return Measurement(
+        divide(seconds["one"], seconds["two"]),
+        "the same payloads; with starting PyTorch. " + format_medians(seconds, 1, "s"),
+    )
+
+
+class StageOne:
+    """A contender: `softcache teacher-cache` with a ResNet-56. A turn returns the seconds per row of its shards.
+
+    What else it takes (reading the data, measuring precisions, compiling, the manifest) does not grow with the number
+    of rows; it is collected apart, in fixed_seconds.
+
+    Args:
+        options: of the benchmark.
+        data: name of the transfer set.
+        more: further options of stage one.
+    """
+
+    def __init__(self, options: BenchOptions, data: str, **more: Any):
+        self.options, self.data, self.more = options, data, more
+        self.weights = _save_teacher(options)
+        self.fixed_seconds: list[float] = []
+
+    def __call__(self) -> float:
+        out = self.options.folder / f"one-{time.monotonic_ns()}"
+        start = time.perf_counter()
+        config = _make_config(self.options, self.data, self.weights, out=str(out), **self.more)
+        manifest = make_cache(config, Console(True, epoch_lines=False))[1]
+        self.fixed_seconds.append(time.perf_counter() - start - manifest.seconds)
+        shutil.rmtree(out)
+        return manifest.seconds / sum(manifest.splits.values())
+
+    def median_fixed_seconds(self) -> float:
+        """Return the median over all turns."""
+        return statistics.median(self.fixed_seconds)
+
+
+def make_naive_loop(options: BenchOptions, count: int) -> Contender:
+    """Return a contender: the simplest loop over tensors in float32, in batches of 128, with torch.save at the end."""
+    images = fixtures.make_images(count, 3, 32).float() / 255
+    network = fixtures.make_plain_teacher(options.device)
+    mean, std = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
+
+    def infer_and_save() -> int:
+        logits = []
+        with torch.no_grad():
+            for start in range(0, len(images), 128):
+                batch = (images[start : start + 128] - mean) / std
+                logits.append(network(batch.to(options.device)).cpu())
+        torch.save(torch.cat(logits), options.folder / "logits.pt")
+        return len(images)
+
+    return make_contender(infer_and_save)
+
+
+def _make_config(options: BenchOptions, data: str, weights: Path, **more: Any) -> CacheConfig:
+    """Return the options of stage one for a ResNet-56 with these weights."""
     return CacheConfig(
         data=data,
         teacher="resnet56",
         weights=str(weights),
         views="crop-flip",
         draws=1,
-        device=str(given.device),
+        device=str(options.device),
         val_fraction=fixtures.VAL_FRACTION,
         json=True,
         **more,
     )
 
 
-def saved_teacher(given: Given) -> Path:
-    path = given.folder / "teacher.pt"
+def _save_teacher(options: BenchOptions) -> Path:
+    """Save the weights of a ResNet-56, unless they are there."""
+    path = options.folder / "teacher.pt"
     if not path.exists():
-        torch.save(fixtures.teacher("resnet56").network.state_dict(), path)
+        torch.save(fixtures.make_teacher("resnet56").network.state_dict(), path)
     return path
-
-
-def stage_one(given: Given, data: str, once: list[float], **more: Any) -> Side:
-    """`softcache teacher-cache`: seconds of a row, by its shards. What it takes besides (reading the data, trying
-    arithmetics, compiling, the manifest) does not grow with the rows that are asked, and goes to once."""
-    weights = saved_teacher(given)
-
-    def turn() -> float:
-        out = given.folder / f"one-{time.monotonic_ns()}"
-        begun = time.perf_counter()
-        made = make_cache(settings_of(given, data, weights, out=str(out), **more), Console(True, epoch_lines=False))[1]
-        once.append(time.perf_counter() - begun - made.seconds)
-        shutil.rmtree(out)
-        return made.seconds / sum(made.splits.values())
-
-    return turn
-
-
-def over_bare_inference(given: Given, precision: str) -> Found:
-    """Views of stage one per second: rendered, asked, checked, encoded and written, as a share of asking alone, in the
-    same arithmetic: channels last, and with batch norm folded in bfloat16, as stage one does."""
-    data = fixtures.in_memory(given.few(8192 if precision == "bfloat16" else 3072, 150))
-    rows = fixtures.transfer_set(data)
-    config = settings_of(given, data, saved_teacher(given), precision=precision)
-    teacher = fixtures.teacher("resnet56").to(given.device).eval()
-    if precision == "bfloat16":
-        teacher = fold_batch_norm(teacher)
-    batches = torch.split(fixtures.smooth(len(rows.splits["train"]), 3, 32), config.batch_size)
-
-    def bare() -> int:
-        with torch.inference_mode(), autocast(given.device, precision):
-            for views in batches:
-                said = teacher(views.to(given.device))
-        said.sum().item()
-        return sum(map(len, batches))
-
-    once: list[float] = []
-    sides = {"bare": timed(bare), "stage one": stage_one(given, data, once, precision=precision)}
-    found = interleaved(sides, given.few(4, 1))
-    return Found(over(found["bare"], found["stage one"]), parts(found) + in_words(once))
-
-
-def in_words(once: list[float]) -> str:
-    return f"; besides, once, {statistics.median(once):.2g} s"
-
-
-def naive_side(given: Given, count: int) -> Side:
-    """What one writes first: a loop over tensors, float32, batches of 128, torch.save at the end."""
-    images = fixtures.smooth(count, 3, 32).float() / 255
-    network = fixtures.usual_teacher(given.device)
-    mean, std = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
-
-    def naive() -> int:
-        logits = []
-        with torch.no_grad():
-            for a in range(0, len(images), 128):
-                logits.append(network(((images[a : a + 128] - mean) / std).to(given.device)).cpu())
-        torch.save(torch.cat(logits), given.folder / "logits.pt")
-        return len(images)
-
-    return timed(naive)
-
-
-def naive_over_ours(given: Given, precision: str) -> Found:
-    """Seconds of the naive loop over 50,000 images against all seconds of ours, from parts of 1,024 and 3,072."""
-    data = fixtures.in_memory(given.few(3072, 150))
-    more: dict[str, Any] = {"precision": "auto", "tolerance": 1e-9}  # float32, its batch norm folded where that pays
-    if precision == "bfloat16":
-        more = {"precision": "bfloat16"}  # compiling takes longer than it saves on 50,000
-    once: list[float] = []
-    with apart({"naive": (naive_side, (given, given.few(1024, 150)))}) as sides:
-        found = interleaved({**sides, "ours": stage_one(given, data, once, **more)}, given.few(4, 1))
-    fixed = statistics.median(once)
-    ours = [FULL * seconds + fixed for seconds in found["ours"]]
-    whole = f"scaled to 50,000 images, {FULL * statistics.median(found['naive']):.0f} s against"
-    said = f"{whole} {statistics.median(ours):.0f} s: {parts(found)}{in_words(once)}"
-    return Found(over([FULL * s for s in found["naive"]], ours), said)
-
-
-def two_ranks(given: Given) -> Found:
-    """Seconds of stage one in one process, over those of two gloo ranks; the digests must be the same."""
-    data = fixtures.jpegs(given.folder / "jpegs-ranks", given.few(512, 40), 32)
-    weights = saved_teacher(given)
-    digests: dict[str, set[str]] = {"one": set(), "two": set()}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "softcache"]
-
-    def side(name: str, command: list[str]) -> Side:
-        def turn() -> float:
-            out = given.folder / f"ranks-{name}-{time.monotonic_ns()}"
-            arguments = ["teacher-cache", "--data", data, "--teacher", "resnet56", "--weights", str(weights)]
-            arguments += ["--views", "crop-flip", "--draws", "1", "--shard-rows", "128", "--out", str(out)]
-            threads = {**os.environ, "OMP_NUM_THREADS": "1"} if name == "two" else dict(os.environ)
-            begun = time.perf_counter()
-            done = subprocess.run([*command, *arguments], env=threads, capture_output=True, text=True, timeout=200)
-            if done.returncode:
-                raise Missing(f"{name}: {(done.stderr.strip().splitlines() or ['it failed'])[-1][:120]}")
-            seconds = time.perf_counter() - begun
-            digests[name].add(repr([shard.payload for shard in read_manifest(out).shards]))
-            shutil.rmtree(out)
-            return seconds
-
-        return turn
-
-    one = [sys.executable, "-m", "softcache"]
-    found = interleaved({"one": side("one", one), "two": side("two", start)}, given.few(2, 1))
-    if digests["one"] != digests["two"] or len(digests["one"]) != 1:
-        raise AssertionError("two ranks wrote other payloads than one process")
-    return Found(over(found["one"], found["two"]), "the same payloads; with starting PyTorch. " + parts(found, 1, "s"))

@@ -1,4 +1,4 @@
-"""Small caches that take 50 ms to make, and what several tests ask about a cache's folder."""
+"""Small caches that take 50 ms to make, and functions that inspect the folder of a cache."""
 
 import contextlib
 import json
@@ -16,9 +16,9 @@ from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
 from softcache.stages.teacher_cache.targets import TargetGenerator
 
-# In the folder of home_with_cache: weights named by one word are found again by a command that a message prints.
-# It makes 2 shards of a draw, 1 of val and 2 of test; as many again where taps are added.
-ASKED = (
+# To run in the folder of make_folder_with_cache: the relative name of the weights is valid in a command that a message
+# prints. It makes 2 shards per draw, 1 of val and 2 of test, and as many again when taps are added.
+CACHE_COMMAND = (
     "teacher-cache",
     "--train-size",
     "200",
@@ -29,7 +29,7 @@ ASKED = (
     "--shard-rows",
     "190",
 )
-PETS = (
+PETS_CACHE_COMMAND = (
     "teacher-cache",
     "--data",
     "folder:pets",
@@ -49,18 +49,24 @@ PETS = (
 Files = dict[str, tuple[int, int, int]]  # {name: (inode, time of the last change, size)}
 
 
-def home_with_cache(tiny: Path, folder: Path, *more: str) -> Path:
-    """The folder with the run of `tiny`'s teacher as `teacher`, and its cache `c`, made or grown by ASKED and more."""
+def make_folder_with_cache(tiny: Path, folder: Path, *more: str) -> Path:
+    """Copy the run of `tiny`'s teacher to folder/teacher, make or grow its cache folder/c, and return the folder.
+
+    Args:
+        tiny: folder of the fixture.
+        folder: to fill.
+        more: options added to CACHE_COMMAND.
+    """
     from softcache.stages.main import main
 
     shutil.copytree(tiny / "runs/teacher", folder / "teacher", dirs_exist_ok=True)
     with contextlib.chdir(folder):
-        main([*ASKED, *more, "--out", "c"])
+        main([*CACHE_COMMAND, *more, "--out", "c"])
     return folder
 
 
 def save_pets(root: Path, save_image: Callable[..., Any]) -> None:
-    """A folder of RGB images of 8 x 8: the classes cat and dog, 12 of each to train on, 3 to test."""
+    """Save RGB images of 8 x 8 pixels: the classes cat and dog, 12 training and 3 test images of each."""
     for split, count in (("train", 12), ("test", 3)):
         for c, name in enumerate(("cat", "dog")):
             for k in range(count):
@@ -68,78 +74,78 @@ def save_pets(root: Path, save_image: Callable[..., Any]) -> None:
 
 
 def save_pets_teacher(path: Path, seed: int = 0) -> None:
-    """Weights of an `mlp:4` for two classes of images, 3 x 8 x 8."""
+    """Save the weights of an `mlp:4` for two classes of images, 3 x 8 x 8."""
     torch.manual_seed(seed)
     torch.save(build("mlp:4", 2, 3, 8).state_dict(), path)
 
 
-def printed_command(error: str) -> list[str]:
-    """The arguments of the command that the last line of a message ends with, as a shell would split them."""
-    program, found, arguments = error.splitlines()[-1].partition(" -m softcache ")
-    assert found, error
+def parse_printed_command(error: str) -> list[str]:
+    """Return the arguments of the command at the end of a message's last line, split as a shell does."""
+    program, separator, arguments = error.splitlines()[-1].partition(" -m softcache ")
+    assert separator, error
     assert program
     return shlex.split(arguments)
 
 
-def payloads(cache: Path) -> dict[str, str]:
-    """{path: payload} of the shards in the manifest."""
+def read_payloads(cache: Path) -> dict[str, str]:
+    """Return {path: payload digest} of the shards in the manifest."""
     return {shard["path"]: shard["payload"] for shard in json.loads((cache / "manifest.json").read_text())["shards"]}
 
 
-def files(folder: Path) -> Files:
-    """Every file below a folder, with what changes when it is written again."""
-    found = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*") if not path.is_dir()}
-    return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
+def stat_files(folder: Path) -> Files:
+    """Return the stat of every file below a folder, which changes when the file is written again."""
+    stats = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*") if not path.is_dir()}
+    return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
-def everything(folder: Path) -> Files:
-    """The same with the folders: whoever makes a file and removes it again is seen, too."""
+def stat_tree(folder: Path) -> Files:
+    """Return the stat of every file and folder, which also shows files that were made and removed again."""
     folders = {str(path): path.stat() for path in (folder, *folder.rglob("*")) if path.is_dir()}
     times = {f"{name}/": (stat.st_ino, stat.st_mtime_ns, 0) for name, stat in folders.items()}
-    return files(folder) | times
+    return stat_files(folder) | times
 
 
-def count_shards_asked(patch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the shards that the teacher is asked for from now on."""
-    asked: list[str] = []
-    piece = TargetGenerator.compute_shard
+def record_computed_shards(patch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that receives the path of every shard that the teacher computes from now on."""
+    paths: list[str] = []
+    compute_shard = TargetGenerator.compute_shard
 
-    def counted(self: TargetGenerator, wanted: Any, shown: Any) -> Any:
-        asked.append(wanted.path)
-        return piece(self, wanted, shown)
+    def record_shard(self: TargetGenerator, spec: Any, progress: Any) -> Any:
+        paths.append(spec.path)
+        return compute_shard(self, spec, progress)
 
-    patch.setattr(TargetGenerator, "compute_shard", counted)
-    return asked
+    patch.setattr(TargetGenerator, "compute_shard", record_shard)
+    return paths
 
 
-def drift(patch: pytest.MonkeyPatch) -> None:
-    """From now on one pixel of every view is one level off, as a new decoder or library would have it."""
+def shift_one_pixel(patch: pytest.MonkeyPatch) -> None:
+    """Change one pixel of every view by one level from now on, as a new decoder or library might."""
     render_one = views._render_unmixed
 
-    def drifted(*arguments: Any) -> torch.Tensor:
+    def render_shifted(*arguments: Any) -> torch.Tensor:
         pixels = render_one(*arguments).clone()
         pixels[:, 0, 3, 4] ^= 1
         return pixels
 
-    patch.setattr(views, "_render_unmixed", drifted)
+    patch.setattr(views, "_render_unmixed", render_shifted)
 
 
-def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C once so many shards are written."""
-    add = CacheWriter.write_shard
+def interrupt_after_shards(count: int, patch: pytest.MonkeyPatch) -> None:
+    """Raise KeyboardInterrupt in place of writing a shard once `count` shards are written."""
+    write_shard = CacheWriter.write_shard
     written: list[str] = []
 
-    def stopping(self: CacheWriter, piece: Any, arrays: Any, facts: Any) -> None:
+    def write_or_interrupt(self: CacheWriter, spec: Any, arrays: Any, facts: Any) -> None:
         if len(written) == count:
             raise KeyboardInterrupt
-        written.append(piece.path)
-        add(self, piece, arrays, facts)
+        written.append(spec.path)
+        write_shard(self, spec, arrays, facts)
 
-    patch.setattr(CacheWriter, "write_shard", stopping)
+    patch.setattr(CacheWriter, "write_shard", write_or_interrupt)
 
 
-def save_teacher_with_a_volume(folder: Path, name: str) -> None:
-    """folder/NAME.py, whose network says VOLUME times what its weights, folder/w.pt, say."""
+def save_scaled_teacher(folder: Path, name: str) -> None:
+    """Save folder/NAME.py, whose network outputs VOLUME times a linear layer, and its weights folder/w.pt."""
     (folder / f"{name}.py").write_text(
         "import torch\n"
         "VOLUME = 1.0\n"

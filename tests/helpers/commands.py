@@ -1,4 +1,4 @@
-"""The commands, as tests call them."""
+"""Call the commands of softcache from tests."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 
 class Stages:
-    """`stages("student", "--cache", …)` returns the JSON result; `stages.fails(code, …)` the one line of the error."""
+    """Calls commands: `stages("student", …)` returns the JSON result, `stages.fails(code, …)` the error's text."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]):
         self.capsys = capsys
@@ -16,11 +16,11 @@ class Stages:
     def __call__(self, *arguments: object) -> dict[str, Any]:
         code, out, err = self.call(*arguments, "--json")
         assert code == 0, err
-        found: dict[str, Any] = json.loads(out)
-        return found
+        result: dict[str, Any] = json.loads(out)
+        return result
 
     def call(self, *arguments: object) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error."""
+        """Run a command. Returns its exit code, standard output and standard error."""
         from softcache.stages.main import main
 
         self.capsys.readouterr()
@@ -33,9 +33,9 @@ class Stages:
         return code, out, err
 
     def fails(self, code: int, *arguments: object) -> str:
-        """The error, fields side by side included; there must be one alone, without a traceback."""
-        found, out, err = self.call(*arguments)
-        assert found == code, (found, out, err)
+        """Run a command that must end with this exit code and one error, without a traceback; return the error."""
+        exit_code, out, err = self.call(*arguments)
+        assert exit_code == code, (exit_code, out, err)
         lines = [line for line in err.splitlines() if line.startswith("Error: ")]
         assert len(lines) == 1, err
         assert "Traceback" not in err
@@ -43,7 +43,7 @@ class Stages:
 
 
 def tiny_cache_command(folder: Path, out: str = "cache") -> list[str]:
-    """The command that made `tiny`'s cache."""
+    """Return the command that made `tiny`'s cache."""
     return [
         "teacher-cache",
         "--train-size",

@@ -1,6 +1,6 @@
-"""torchrun … tests/dying_rank.py RANK CALL COUNT COMMAND …: a command whose rank RANK is killed at its COUNT-th CALL.
+"""`torchrun … dying_rank.py RANK CALL COUNT COMMAND …` runs a command whose rank RANK is killed at its COUNT-th CALL.
 
-CALL: `write_shard`, or `train_step`. SIGKILL, as an out-of-memory killer sends it: nothing is cleaned up.
+CALL is `write_shard` or `train_step`. The signal is SIGKILL, as an out-of-memory killer sends it: no clean-up runs.
 """
 
 import os
@@ -9,17 +9,18 @@ import sys
 from typing import Any
 
 
-def deadly(call: Any, count: int) -> Any:
+def kill_at_call(call: Any, count: int) -> Any:
+    """Wrap a function: the process kills itself at the count-th call."""
     calls = 0
 
-    def counted(*arguments: Any) -> Any:
+    def call_or_die(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*arguments)
 
-    return counted
+    return call_or_die
 
 
 if __name__ == "__main__":
@@ -29,6 +30,6 @@ if __name__ == "__main__":
 
     rank, name, count = sys.argv[1:4]
     if os.environ["RANK"] == rank:
-        place: Any = CacheWriter if name == "write_shard" else training
-        setattr(place, name, deadly(getattr(place, name), int(count)))
+        owner: Any = CacheWriter if name == "write_shard" else training
+        setattr(owner, name, kill_at_call(getattr(owner, name), int(count)))
     main(sys.argv[4:])

@@ -1,7 +1,7 @@
-"""The process that forks: it loads PyTorch once and runs each command in a child of its own, in 20 ms instead of 4 s.
+"""A server that loads PyTorch once and forks a child for each command, which takes 20 ms instead of 4 s.
 
-Started by processes.py; one JSON object a line in and out. A child can have a trap between the command and the file
-system: each call that changes a disk has a point before it, one after it, and a write one in its middle.
+processes.py starts it; requests and replies are JSON objects, one a line. A child can have a trap between the command
+and the file system. Every call that changes a disk has a point before it and one after it, a write also one halfway.
 """
 
 import builtins
@@ -25,7 +25,14 @@ CALLS = ("fsync", "replace", "mkdir", "unlink", "pwrite")  # of os, which the pr
 
 
 class Trap:
-    """act: kill, stop, fork, or full: what happens at point number at. room: bytes that can still be written."""
+    """Acts at one point of the calls that change a disk, and logs all points.
+
+    Args:
+        log: file for the points, a JSON object a line; none for an empty name.
+        at: number of the point, from 1.
+        act: what happens there: kill, stop, fork or full (no space left).
+        room: bytes that can be written before the disk is full; -1 for no limit.
+    """
 
     def __init__(self, log: str = "", at: int = 0, act: str = "kill", room: int = -1):
         self.at, self.act, self.room, self.points = at, act, room, 0
@@ -33,20 +40,20 @@ class Trap:
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644) if log else -1
 
     def install(self) -> None:
-        """From now on, in this process."""
+        """Wrap the calls of this process."""
         for name in CALLS:
             setattr(os, name, self._around(name, getattr(os, name)))
         builtins.open = io.open = self._open  # type: ignore[assignment]
 
     def point(self, when: str, call: str, path: str, to: str = "") -> None:
-        """Write down where we are; act if this is the point."""
+        """Log a point, and act if it is the one."""
         self.points += 1
         if self.log >= 0:
-            os.write(self.log, (json.dumps(self._facts(when, call, path, to)) + "\n").encode())
+            os.write(self.log, (json.dumps(self._describe(when, call, path, to)) + "\n").encode())
         if self.points == self.at:
             getattr(self, f"_{self.act}")()
 
-    def _facts(self, when: str, call: str, path: str, to: str) -> dict[str, Any]:
+    def _describe(self, when: str, call: str, path: str, to: str) -> dict[str, Any]:
         facts: dict[str, Any] = {"when": when, "call": call, "path": path, "to": to}
         if os.path.lexists(path):
             facts["inode"] = os.lstat(path).st_ino
@@ -58,18 +65,18 @@ class Trap:
         return facts
 
     def _around(self, name: str, real: Real) -> Real:
-        def around(*arguments: Any, **more: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
             first, *others = arguments
             path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else os.path.abspath(first)
             to = os.path.abspath(others[0]) if name == "replace" else ""
             self.point("before", name, path, to)
             if name == "pwrite":
                 self.take(len(others[0]))
-            found = real(*arguments, **more)
+            result = real(*arguments, **more)
             self.point("after", name, path, to)
-            return found
+            return result
 
-        return around
+        return call
 
     def _open(
         self, path: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *rest: Any, **more: Any
@@ -82,7 +89,7 @@ class Trap:
         return file if "b" in mode else io.TextIOWrapper(file, encoding, *rest, **more)
 
     def take(self, count: int) -> int:
-        """So many of count bytes find room on the disk. Raises OSError when none does."""
+        """Return how many of `count` bytes can be written. Raises OSError when none can."""
         if self.room < 0 or not count:
             return count
         if not self.room:
@@ -101,7 +108,7 @@ class Trap:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def _fork(self) -> None:
-        """A child that outlives its parent, as a worker that decodes images may; it prints its number."""
+        """Fork a child that outlives its parent, as a decoding worker may; print its process id."""
         pid = os.fork()
         while pid == 0:
             signal.pause()
@@ -110,7 +117,7 @@ class Trap:
 
 
 class Raw(io.FileIO):
-    """A file whose every write is seen by a trap."""
+    """A file whose writes pass a trap."""
 
     def __init__(self, trap: Trap, path: Any, mode: str):
         super().__init__(path, mode.replace("b", "").replace("t", ""))
@@ -120,15 +127,15 @@ class Raw(io.FileIO):
         view = memoryview(data).cast("B")
         self.trap.point("before", "write", self.path)
         view = view[: self.trap.take(len(view))]
-        done = super().write(view[: len(view) // 2]) or 0
+        written = super().write(view[: len(view) // 2]) or 0
         self.trap.point("half", "write", self.path)
-        done += super().write(view[done:]) or 0
+        written += super().write(view[written:]) or 0
         self.trap.point("after", "write", self.path)
-        return done
+        return written
 
 
-def starve(at: int, kind: str) -> None:
-    """At its call number at, the teacher asks for more memory than there is."""
+def exhaust_memory(at: int, kind: str) -> None:
+    """Make the teacher allocate more memory than there is, in its forward call number `at`, by numpy or torch."""
     import numpy as np
     import torch
 
@@ -136,17 +143,17 @@ def starve(at: int, kind: str) -> None:
 
     forward, calls = PreparedModel.forward, iter(range(1, 1 << 30))
 
-    def hungry(self: PreparedModel, views: torch.Tensor) -> torch.Tensor:
+    def forward_or_fail(self: PreparedModel, views: torch.Tensor) -> torch.Tensor:
         if next(calls) == at:
             np.empty(1 << 50, np.uint8) if kind == "numpy" else torch.empty(1 << 50, dtype=torch.uint8)
-        answer: torch.Tensor = forward(self, views)
-        return answer
+        logits: torch.Tensor = forward(self, views)
+        return logits
 
-    PreparedModel.forward = hungry  # type: ignore[method-assign]
+    PreparedModel.forward = forward_or_fail  # type: ignore[method-assign]
 
 
-def child(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> NoReturn:
-    """Run a command; what it says goes to the file said."""
+def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> NoReturn:
+    """Run a command in this child and exit. All that it prints goes to the file `output`."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
@@ -162,7 +169,7 @@ def child(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> 
         if more.get("unchecked"):
             shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 60, 0, 1 << 60)
         if more.get("starve"):
-            starve(*more["starve"])
+            exhaust_memory(*more["starve"])
         if "trap" in more:
             Trap(**more["trap"]).install()
         from softcache.stages.main import main
@@ -180,7 +187,10 @@ def child(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> 
 
 
 def serve() -> None:
-    """Fork on demand; tell how a child ended: exit code, signal as a negative number, None where it is stopped."""
+    """Serve requests: start a child and reply with its process id, or wait for one and reply with how it ended.
+
+    The reply is the exit code, the signal as a negative number, or None where the child is stopped.
+    """
     import torch
 
     commands = (f"softcache.stages.{name}.command" for name in ("check_cache", "student", "teacher_cache", "tune"))
@@ -190,13 +200,13 @@ def serve() -> None:
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            _, status = os.waitpid(asked["wait"], os.WUNTRACED)
-            answer = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], os.WUNTRACED)
+            reply = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
         else:
-            answer = os.fork() or child(**asked)
-        print(json.dumps(answer), flush=True)
+            reply = os.fork() or run_command(**request)
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The independent formula of every loss."""
+"""The independent implementation of every loss, which tests compare with softcache's."""
 
 from collections.abc import Callable
 
@@ -26,12 +26,12 @@ FORMULAS: dict[str, Callable[[Case], float]] = {
     "hint": layers.hint,
     "concat_hint": layers.concat_hint,
     "vid": layers.vid,
-    "attention": layers.over_pairs(layers.attention),
-    "nst": layers.over_pairs(layers.nst),
-    "similarity": layers.over_pairs(layers.similarity),
-    "rkd": layers.over_pairs(layers.rkd),
-    "pkt": layers.over_pairs(layers.pkt),
-    "cc": layers.over_pairs(layers.cc),
+    "attention": layers.sum_over_pairs(layers.attention),
+    "nst": layers.sum_over_pairs(layers.nst),
+    "similarity": layers.sum_over_pairs(layers.similarity),
+    "rkd": layers.sum_over_pairs(layers.rkd),
+    "pkt": layers.sum_over_pairs(layers.pkt),
+    "cc": layers.sum_over_pairs(layers.cc),
     "srrl": layers.srrl,
     "cat_kd": layers.cat_kd,
     "simkd": layers.simkd,

@@ -1,4 +1,4 @@
-"""The losses between layers once more, from the layers' whole outputs: loops, and convolutions written out."""
+"""Independent implementations of the losses between layers, by loops and explicit convolutions."""
 
 import itertools
 import math
@@ -16,20 +16,21 @@ Floats = NDArray[np.float64]
 
 
 def arrays(case: Case) -> list[tuple[Floats, Floats]]:
-    """(student's, teacher's) whole outputs of each pair of layers."""
-    mine = list(case.mine.values())[: len(case.loss.student_taps())]
-    theirs = list(case.theirs.values())[: len(case.loss.teacher_taps())]
-    return [(s.detach().numpy(), t.numpy()) for s, t in zip(mine, theirs, strict=True)]
+    """Return (student's, teacher's) full outputs of each pair of layers."""
+    student_outputs = list(case.student_outputs.values())[: len(case.loss.student_taps())]
+    teacher_outputs = list(case.teacher_outputs.values())[: len(case.loss.teacher_taps())]
+    return [(s.detach().numpy(), t.numpy()) for s, t in zip(student_outputs, teacher_outputs, strict=True)]
 
 
-def over_pairs(one: Callable[[Case, Floats, Floats], float]) -> Callable[[Case], float]:
-    """A loss that is a sum over its pairs of layers."""
-    return lambda case: math.fsum(one(case, s, t) for s, t in arrays(case))
+def sum_over_pairs(term: Callable[[Case, Floats, Floats], float]) -> Callable[[Case], float]:
+    """Return the loss that is the sum of a term over its pairs of layers."""
+    return lambda case: math.fsum(term(case, s, t) for s, t in arrays(case))
 
 
 def weight(layer: nn.Module | torch.Tensor | None, name: str = "") -> Floats:
-    found = layer if isinstance(layer, torch.Tensor) else getattr(layer, name)
-    array: Floats = found.detach().numpy()
+    """Return a tensor, or the parameter `name` of a layer, as an array."""
+    tensor = layer if isinstance(layer, torch.Tensor) else getattr(layer, name)
+    array: Floats = tensor.detach().numpy()
     return array
 
 
@@ -38,7 +39,7 @@ def mean_square_of(a: Floats, b: Floats) -> float:
 
 
 def unit(x: Floats) -> Floats:
-    """A vector of norm 1, or one of zeros."""
+    """Divide a vector by its norm; a vector of zeros stays."""
     norm = math.sqrt(math.fsum(float(v) ** 2 for v in x.ravel()))
     return x / norm if norm else x
 
@@ -48,7 +49,7 @@ def pooled(x: Floats) -> Floats:
 
 
 def cells(x: Floats, height: int, width: int) -> Floats:
-    """Means over the cells of a grid; cells as torch cuts them: from floor(i H / h) to ceil((i + 1) H / h)."""
+    """Average over the cells of a grid, with torch's bounds: from floor(i H / h) to ceil((i + 1) H / h)."""
     H, W = x.shape[-2:]
     made = np.empty((*x.shape[:-2], height, width))
     for i, j in itertools.product(range(height), range(width)):
@@ -58,7 +59,7 @@ def cells(x: Floats, height: int, width: int) -> Floats:
 
 
 def smaller_of(s: Floats, t: Floats) -> tuple[Floats, Floats]:
-    """Both averaged down to the smaller height and width."""
+    """Average both down to the smaller height and width."""
     size = min(s.shape[-2], t.shape[-2]), min(s.shape[-1], t.shape[-1])
     return cells(s, *size), cells(t, *size)
 
@@ -68,7 +69,7 @@ def as_map(x: Floats) -> Floats:
 
 
 def convolved(x: Floats, kernel: Floats, pad: int = 0) -> Floats:
-    """kernel [O, I, h, w] over x [B, I, H, W], step 1."""
+    """Convolve x [B, I, H, W] with kernel [O, I, h, w], stride 1."""
     x = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     h, w = kernel.shape[2:]
     H, W = x.shape[2] - h + 1, x.shape[3] - w + 1
@@ -79,7 +80,7 @@ def convolved(x: Floats, kernel: Floats, pad: int = 0) -> Floats:
 
 
 def convolved_up(x: Floats, kernel: Floats) -> Floats:
-    """kernel [I, O, 4, 4], transposed, step 2, one row and column cut off all around."""
+    """Convolve x with kernel [I, O, 4, 4], transposed, stride 2, padding 1."""
     B, _, H, W = x.shape
     made = np.zeros((B, kernel.shape[1], 2 * H + 2, 2 * W + 2))
     for y, z, i, j in itertools.product(range(H), range(W), range(4), range(4)):
@@ -88,11 +89,11 @@ def convolved_up(x: Floats, kernel: Floats) -> Floats:
 
 
 def normalised(x: Floats, layer: nn.Module) -> Floats:
-    """Batch norm in training: by mean and variance of the batch."""
+    """Batch norm in training mode: by mean and variance of the batch."""
     assert isinstance(layer, nn.BatchNorm2d)
-    middle, variance = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    mean_value, variance = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
     scale, shift = (weight(layer, name)[:, None, None] for name in ("weight", "bias"))
-    made: Floats = (x - middle) / np.sqrt(variance + layer.eps) * scale + shift
+    made: Floats = (x - mean_value) / np.sqrt(variance + layer.eps) * scale + shift
     return made
 
 
@@ -112,8 +113,8 @@ def hint(case: Case) -> float:
 
 
 def concat_hint(case: Case) -> float:
-    mine, theirs = (np.concatenate([pooled(x) for x in xs], 1) for xs in zip(*arrays(case), strict=True))
-    return mean_square_of(mine @ weight(case.module, "weight").T + weight(case.module, "bias"), theirs)
+    student, teacher = (np.concatenate([pooled(x) for x in xs], 1) for xs in zip(*arrays(case), strict=True))
+    return mean_square_of(student @ weight(case.module, "weight").T + weight(case.module, "bias"), teacher)
 
 
 def vid(case: Case) -> float:
@@ -127,8 +128,8 @@ def vid(case: Case) -> float:
         terms = []
         for c, rho in enumerate(weight(part, "rho").ravel().tolist()):
             variance = math.log1p(math.exp(rho)) + 1e-5
-            gaps = (s[:, c] - t[:, c]).ravel().tolist()
-            terms += [0.5 * (gap**2 / variance + math.log(variance)) for gap in gaps]
+            differences = (s[:, c] - t[:, c]).ravel().tolist()
+            terms += [0.5 * (d**2 / variance + math.log(variance)) for d in differences]
         total += mean(terms)
     return total
 
@@ -169,8 +170,8 @@ def similarity(case: Case, s: Floats, t: Floats) -> float:
     return math.fsum(((of(s) - of(t)) ** 2).ravel().tolist()) / len(s) ** 2
 
 
-def huber(gap: float) -> float:
-    return 0.5 * gap**2 if abs(gap) < 1 else abs(gap) - 0.5
+def huber(x: float) -> float:
+    return 0.5 * x**2 if abs(x) < 1 else abs(x) - 0.5
 
 
 def rkd(case: Case, s: Floats, t: Floats) -> float:
@@ -220,9 +221,9 @@ def cc(case: Case, s: Floats, t: Floats) -> float:
 def srrl(case: Case) -> float:
     ((s, t),) = arrays(case)
     guess = pooled(s) @ weight(case.module.map, "weight").T + weight(case.module.map, "bias")
-    said = guess @ weight(case.teacher_head.weight).T + weight(case.teacher_head.bias)
+    logits = guess @ weight(case.teacher_head.weight).T + weight(case.teacher_head.bias)
     assert case.target.logits is not None
-    by_outputs = mean_square_of(said, case.target.logits.numpy())
+    by_outputs = mean_square_of(logits, case.target.logits.numpy())
     return float(case.loss.features * mean_square_of(guess, pooled(t)) + case.loss.outputs * by_outputs)
 
 
@@ -241,12 +242,12 @@ def simkd(case: Case) -> float:
 
 
 def crd(case: Case) -> float:
-    """The rows that seed 11 draws. Z as it was kept, or the mean of e over this batch's negatives."""
+    """With the rows that seed 11 draws. Z is the stored one, or the mean of e over this batch's negatives."""
     torch.manual_seed(11)
     T, rows = case.loss.temperature, case.bank
     drawn = torch.randint(len(rows.index), (case.loss.negatives,)).tolist()
     s, t = (pooled(x) for x in arrays(case)[0])
-    mine, right, stored = (
+    student, teacher, stored = (
         [unit(weight(layer, "weight") @ row + weight(layer, "bias")) for row in x]
         for layer, x in (
             (case.module.student, s),
@@ -258,14 +259,14 @@ def crd(case: Case) -> float:
     for i, y in enumerate(case.target.labels.tolist()):
         exponents.append([])
         for j in drawn:
-            known = y >= 0 and rows.labels[j] >= 0
-            if y != rows.labels[j] if known else case.target.index[i] != rows.index[j]:
-                exponents[i].append(float(mine[i] @ stored[j]) / T)
-    kept = float(case.module.log_z)
-    Z = mean([math.exp(x) for row in exponents for x in row]) if math.isnan(kept) else math.exp(kept)
+            has_labels = y >= 0 and rows.labels[j] >= 0
+            if y != rows.labels[j] if has_labels else case.target.index[i] != rows.index[j]:
+                exponents[i].append(float(student[i] @ stored[j]) / T)
+    log_z = float(case.module.log_z)
+    Z = mean([math.exp(x) for row in exponents for x in row]) if math.isnan(log_z) else math.exp(log_z)
     terms = []
     for i, row in enumerate(exponents):
-        e, N = math.exp(float(mine[i] @ right[i]) / T), max(len(row), 1)
+        e, N = math.exp(float(student[i] @ teacher[i]) / T), max(len(row), 1)
         terms.append(-math.log(e / (e + N * Z)) - math.fsum(math.log(N * Z / (math.exp(x) + N * Z)) for x in row))
     return mean(terms)
 
@@ -282,8 +283,8 @@ def review_kd(case: Case) -> float:
         x = normalised(convolved(s, weight(fuse.enter[0], "weight")), fuse.enter[1])
         if deeper is not None:
             deeper = nearest(deeper, x.shape[2])
-            asked = convolved(np.concatenate([x, deeper], 1), weight(fuse.attend[0], "weight"))
-            share = 1 / (1 + np.exp(-(asked + weight(fuse.attend[0], "bias")[:, None, None])))
+            attention_logits = convolved(np.concatenate([x, deeper], 1), weight(fuse.attend[0], "weight"))
+            share = 1 / (1 + np.exp(-(attention_logits + weight(fuse.attend[0], "bias")[:, None, None])))
             x = x * share[:, :1] + deeper * share[:, 1:]
         deeper = x
         out = normalised(convolved(nearest(x, t.shape[2]), weight(fuse.leave[0], "weight"), pad=1), fuse.leave[1])

@@ -1,8 +1,8 @@
-"""Changes anywhere in a manifest, drawn by hypothesis, and what becomes of their text."""
+"""Random changes of a manifest, drawn by hypothesis."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import xxhash
 from hypothesis import strategies as st
 
 from softcache.pipeline.cache.identity import compute_fingerprint
-from tests.helpers.damage import Record, seal_of
+from tests.helpers.damage import Record, seal_text
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
-DEEP, BIG = "\0deep\0", "\0big\0"  # stand for what json.dumps cannot write
+DEEP, BIG = "\0deep\0", "\0big\0"  # placeholders for what json.dumps cannot write
 
 ODD_TEXT = [
     "",
@@ -90,104 +90,109 @@ values = _plain | st.recursive(
 )
 
 
-class Doubled(dict[str, Any]):
-    """An object that is written with one of its keys twice."""
+class ObjectWithDuplicateKey(dict[str, Any]):
+    """A JSON object that is written with one of its keys twice."""
 
-    def __init__(self, whole: Record, key: str, value: Any):
-        super().__init__(whole)
+    def __init__(self, record: Record, key: str, value: Any):
+        super().__init__(record)
         self.extra = (key, value)
 
     def items(self) -> Any:
         return [*super().items(), self.extra]
 
 
-def _places(record: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in a record, from the outside in."""
-    for key in list(record) if isinstance(record, dict) else range(len(record)) if isinstance(record, list) else ():
+def _iterate_paths(record: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value in a record, outer ones first."""
+    keys: Iterable[Any] = ()
+    if isinstance(record, dict):
+        keys = list(record)
+    elif isinstance(record, list):
+        keys = range(len(record))
+    for key in keys:
         yield (*path, key)
-        yield from _places(record[key], (*path, key))
+        yield from _iterate_paths(record[key], (*path, key))
 
 
-def _at(record: Any, path: tuple[Any, ...]) -> Any:
+def _get_value(record: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
         record = record[key]
     return record
 
 
 def mutate(record: Record, draw: Draw) -> None:
-    """One change, anywhere."""
-    found = list(_places(record))
-    path = draw(st.sampled_from(found))
-    where, key = _at(record, path[:-1]), path[-1]
-    how = draw(st.sampled_from(["replace", "replace", "nudge", "delete", "add", "exchange", "copy", "double"]))
-    if how == "replace":
-        where[key] = draw(values)
-    elif how == "nudge":
-        where[key] = _nudged(where[key], draw)
-    elif how == "delete":
-        del where[key]
-    elif how == "add" and isinstance(where, dict):
-        where[draw(_keys | st.text(max_size=8))] = draw(values)
-    elif how == "add":
-        where.insert(draw(st.integers(0, len(where))), draw(values))
-    elif how == "double" and isinstance(where, dict) and len(path) > 1:
-        _at(record, path[:-2])[path[-2]] = Doubled(where, key, draw(values))
-    elif how in ("exchange", "copy"):
-        other = draw(st.sampled_from(found))
-        mine, its = json.loads(json.dumps([where[key], _at(record, other)]))
-        where[key] = its
-        with contextlib.suppress(KeyError, IndexError, TypeError):  # one lay inside the other
-            if how == "exchange":
-                _at(record, other[:-1])[other[-1]] = mine
+    """Make one change anywhere in a record."""
+    paths = list(_iterate_paths(record))
+    path = draw(st.sampled_from(paths))
+    parent, key = _get_value(record, path[:-1]), path[-1]
+    change = draw(st.sampled_from(["replace", "replace", "nudge", "delete", "add", "exchange", "copy", "double"]))
+    if change == "replace":
+        parent[key] = draw(values)
+    elif change == "nudge":
+        parent[key] = _nudge(parent[key], draw)
+    elif change == "delete":
+        del parent[key]
+    elif change == "add" and isinstance(parent, dict):
+        parent[draw(_keys | st.text(max_size=8))] = draw(values)
+    elif change == "add":
+        parent.insert(draw(st.integers(0, len(parent))), draw(values))
+    elif change == "double" and isinstance(parent, dict) and len(path) > 1:
+        _get_value(record, path[:-2])[path[-2]] = ObjectWithDuplicateKey(parent, key, draw(values))
+    elif change in ("exchange", "copy"):
+        other_path = draw(st.sampled_from(paths))
+        value, other_value = json.loads(json.dumps([parent[key], _get_value(record, other_path)]))
+        parent[key] = other_value
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # one is inside the other
+            if change == "exchange":
+                _get_value(record, other_path[:-1])[other_path[-1]] = value
 
 
-def _nudged(value: Any, draw: Draw) -> Any:
-    """Another value of the same kind."""
+def _nudge(value: Any, draw: Draw) -> Any:
+    """Return another value of the same type."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        by = draw(st.sampled_from([1, -1, 2, -2]))
-        return value + by if draw(st.booleans()) else value * by
+        number = draw(st.sampled_from([1, -1, 2, -2]))
+        return value + number if draw(st.booleans()) else value * number
     if isinstance(value, str):
         cut = draw(st.integers(0, len(value)))
         return value[:cut] + draw(st.sampled_from(ODD_TEXT[:12])) + value[cut + draw(st.integers(0, 1)) :]
     return value * draw(st.integers(0, 3)) if isinstance(value, list) else value
 
 
-def mutated_bytes(text: bytes, draw: Draw) -> bytes:
-    """Other bytes than these: some changed, cut out, put in, or put in twice."""
+def mutate_bytes(text: bytes, draw: Draw) -> bytes:
+    """Return other bytes: some changed, removed, inserted, repeated or reversed."""
     begin = draw(st.integers(0, len(text) - 1))
     end = draw(st.integers(begin, min(len(text), begin + 200)))
     new = draw(
         st.binary(max_size=8) | st.sampled_from([b"", b"\xff", b"\0", b'"', b"{", b"[" * 5000, b"NaN", b"1e999"])
     )
     part: bytes = draw(st.sampled_from([new, text[begin:end] * 2, text[begin:end][::-1]]))
-    found = text[:begin] + part + text[end:]
-    return found if found != text else text[:-1]
+    mutated = text[:begin] + part + text[end:]
+    return mutated if mutated != text else text[:-1]
 
 
-def written(record: Record) -> bytes:
-    """As JSON under a seal, with what json.dumps cannot write put in."""
+def encode_record(record: Record) -> bytes:
+    """Return a sealed JSON text, in which placeholders are replaced by what json.dumps cannot write."""
     text = json.dumps(record, indent=1)
-    for stand_in, real in ((DEEP, "[" * 100_000 + "]" * 100_000), (BIG, "9" * 5000)):
-        text = text.replace(json.dumps(stand_in), real)
-    return seal_of(text.encode())
+    for placeholder, real in ((DEEP, "[" * 100_000 + "]" * 100_000), (BIG, "9" * 5000)):
+        text = text.replace(json.dumps(placeholder), real)
+    return seal_text(text.encode())
 
 
-def with_its_fingerprint(record: Record) -> None:
-    """Mend the fingerprint, of whatever is there in the identity's place."""
+def update_fingerprint(record: Record) -> None:
+    """Compute the fingerprint of the identity, of whatever type that is."""
     with contextlib.suppress(KeyError, TypeError, RecursionError):
         record["fingerprint"] = compute_fingerprint(record["identity"])
 
 
-def agree(cache: Path, record: Record) -> None:
-    """Every shard says that it is of this identity, and the manifest knows its bytes, as far as it is still one."""
-    with_its_fingerprint(record)
-    known = {str(path.relative_to(cache)): path for path in cache.rglob("*.h5")}
-    said = str(record.get("fingerprint")).encode(errors="replace")[:1000]
-    for path in known.values():
+def make_shards_agree(cache: Path, record: Record) -> None:
+    """Write the fingerprint into every shard and the shards' checksums into the record, as far as it has any."""
+    update_fingerprint(record)
+    paths = {str(path.relative_to(cache)): path for path in cache.rglob("*.h5")}
+    fingerprint = str(record.get("fingerprint")).encode(errors="replace")[:1000]
+    for path in paths.values():
         with h5py.File(path, "r+") as file:
-            file.attrs["fingerprint"] = np.bytes_(said)
+            file.attrs["fingerprint"] = np.bytes_(fingerprint)
     shards = record.get("shards")
-    for its in [*(shards if isinstance(shards, list) else []), record.get("head")]:
-        if isinstance(its, dict) and isinstance(its.get("path"), str) and its["path"] in known:
-            whole = known[its["path"]].read_bytes()
-            its.update(bytes=len(whole), checksum=xxhash.xxh3_128_hexdigest(whole))
+    for file_record in [*(shards if isinstance(shards, list) else []), record.get("head")]:
+        if isinstance(file_record, dict) and isinstance(file_record.get("path"), str) and file_record["path"] in paths:
+            content = paths[file_record["path"]].read_bytes()
+            file_record.update(bytes=len(content), checksum=xxhash.xxh3_128_hexdigest(content))

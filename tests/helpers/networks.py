@@ -1,19 +1,19 @@
-"""Small things that tests of networks share."""
+"""Functions that tests of networks share."""
 
 import pytest
 import torch
 from torch import nn
 
 
-def logits_of(network: nn.Module, channels: int, size: int, B: int = 3) -> torch.Tensor:
-    """What a network in eval mode says about B random images."""
+def compute_logits(network: nn.Module, channels: int, size: int, B: int = 3) -> torch.Tensor:
+    """Return the logits of a network in eval mode for B random images."""
     with torch.no_grad():
         logits: torch.Tensor = network.eval()(torch.rand(B, channels, size, size))
     return logits
 
 
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    """The error's text, which must be one line."""
+def get_one_line_message(error: pytest.ExceptionInfo[Exception]) -> str:
+    """Return the text of an error, which must be one line."""
     text = str(error.value)
     assert "\n" not in text
     return text

@@ -1,4 +1,4 @@
-"""One step of training as the program takes it: a real teacher's outputs as they come from a cache, a real student."""
+"""One training step as softcache takes it, with a teacher's outputs as a cache returns them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,33 +21,37 @@ from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.step import build_loss_parts, start_training, train_step
-from tests.helpers.tensors import counts_of, labels_of, loss_of
+from tests.helpers.tensors import draw_labels, make_class_counts, make_loss
 
-PREPARATION = InputSpec(1, 8, (0.5,), (0.25,))
+INPUT_SPEC = InputSpec(1, 8, (0.5,), (0.25,))
 LAYERS = ("layer1", "layer2", "layer3")
 TEACHER = "resnet8x4"
 
 
 @cache
-def taught(B: int, K: int) -> tuple[Batch, LinearHead, dict[str, torch.Tensor]]:
-    """What a teacher says of B images of noise, as a cache gives it; its last layer; 40 rows of each tap."""
+def run_teacher(B: int, K: int) -> tuple[Batch, LinearHead, dict[str, torch.Tensor]]:
+    """Run a teacher on B images of noise.
+
+    Returns:
+        The batch with its logits and features, as a cache returns them; its last layer; 40 more rows of each tap.
+    """
     torch.manual_seed(0)
     network = build(TEACHER, K, 1, 8)
-    teacher = PreparedModel(network, PREPARATION).eval()
+    teacher = PreparedModel(network, INPUT_SPEC).eval()
     views = torch.randint(256, (B + 40, 1, 8, 8), dtype=torch.uint8)
-    with torch.no_grad(), capture_features(network, LAYERS) as kept:
+    with torch.no_grad(), capture_features(network, LAYERS) as outputs:
         logits = teacher(views)
-    features = {tap: x.half() for tap, x in kept.items()}
+    features = {tap: x.half() for tap, x in outputs.items()}
     cached = {tap: x[:B] for tap, x in features.items()}
     layer = find_head(network, K)
     assert layer is not None
     head = LinearHead(layer.weight.detach().clone(), layer.bias.detach().clone())
-    target = Batch(torch.arange(B), 0, views[:B], labels_of(B, K), logits[:B].clone(), cached)
+    target = Batch(torch.arange(B), 0, views[:B], draw_labels(B, K), logits[:B].clone(), cached)
     return target, head, {tap: x[B:] for tap, x in features.items()}
 
 
 class OneBatch:
-    """A stream that has nothing else."""
+    """A stream that repeats one batch."""
 
     def __init__(self, batch: Batch):
         self.batch, self.batch_size = batch, len(batch.index)
@@ -58,7 +62,7 @@ class OneBatch:
 
 @dataclass
 class Step:
-    """What is there after a step: gradients included."""
+    """The state after a step, with gradients."""
 
     student: PreparedModel
     state: TrainState
@@ -67,12 +71,13 @@ class Step:
     terms: torch.Tensor
 
     @property
-    def own(self) -> dict[str, torch.nn.Parameter]:
-        """The losses' own trainable parameters."""
+    def loss_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """{name: trainable parameter of the losses}."""
         return {f"{m}.{n}": p for m, module in self.state.parts.items() for n, p in module.named_parameters()}
 
 
-def network_for(loss: Loss, K: int, head: LinearHead, arch: str) -> torch.nn.Module:
+def build_network(loss: Loss, K: int, head: LinearHead, arch: str) -> torch.nn.Module:
+    """Build the student, with the teacher's head where the loss is SimKD."""
     torch.manual_seed(1)
     if not isinstance(loss, SimKD):
         return build(arch, K, 1, 8)
@@ -82,7 +87,7 @@ def network_for(loss: Loss, K: int, head: LinearHead, arch: str) -> torch.nn.Mod
     return network
 
 
-def one_step(
+def take_one_step(
     spec: str,
     B: int = 6,
     K: int = 10,
@@ -91,17 +96,29 @@ def one_step(
     arch: str = "resnet8",
     change: Any = lambda network: None,
 ) -> Step:
-    """A step of a student with one loss. batch: in place of the teacher's; change: done to the student first."""
-    loss = loss_of(spec, "layer2+layer3", "layer3")
-    taught_batch, head, rows = taught(B, K)
-    batch = taught_batch if batch is None else batch
+    """Take a step of a student with one loss.
+
+    Args:
+        spec: of the loss.
+        B: rows of the batch.
+        K: classes.
+        batch: in place of the batch of `run_teacher`.
+        precision: of the step.
+        arch: of the student.
+        change: called with the student's network before the step.
+    """
+    loss = make_loss(spec, "layer2+layer3", "layer3")
+    teacher_batch, head, rows = run_teacher(B, K)
+    batch = teacher_batch if batch is None else batch
 
     def bank(tap: str) -> MemoryBank:
-        return MemoryBank(derive_features(rows, (tap,))[tap].half(), torch.arange(100, 140), labels_of(40, K, seed=8))
+        return MemoryBank(
+            derive_features(rows, (tap,))[tap].half(), torch.arange(100, 140), draw_labels(40, K, seed=8)
+        )
 
-    network = network_for(loss, K, head, arch)
+    network = build_network(loss, K, head, arch)
     change(network)
-    student = PreparedModel(network, PREPARATION)
+    student = PreparedModel(network, INPUT_SPEC)
     settings = StudentConfig(learning_rate=1e-3, weight_decay=0.0, precision=precision)
     stream: Any = OneBatch(batch)
     run = TrainingRun(
@@ -115,7 +132,7 @@ def one_step(
         device=torch.device("cpu"),
         folder=Path("none"),
         multiply_adds=0,
-        context=LossContext(head, bank, counts_of(K)),
+        context=LossContext(head, bank, make_class_counts(K)),
     )
     live_head = build_loss_parts(run)
     state = TrainState.create(student, run.criterion.parts, settings, run.schedule)

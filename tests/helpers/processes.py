@@ -1,6 +1,6 @@
-"""Commands in processes that can be killed, stopped and starved, and what must be true of a disk afterwards.
+"""Run commands in processes that can be killed, stopped or made to run out of memory; check the files afterwards.
 
-A test module has the fixture `forks` after `forks = processes.forks`.
+A test module gets the fixture `forks` by `forks = processes.forks`.
 """
 
 import json
@@ -27,32 +27,38 @@ Event = dict[str, Any]  # of forked.Trap.point
 KILLED = -9
 ONE_DRAW = ("--draws", 1, "--shard-rows", 150)
 TWO_DRAWS = ("--draws", 2, "--shard-rows", 150)
-_PATIENCE = 120  # seconds that a command may take
+_TIMEOUT = 120  # seconds that a command may take
 
 
 class Child:
-    """A command under way. code: see wait; said: all that it printed."""
+    """A process that runs a command.
+
+    Attributes:
+        pid: process id.
+        code: the result of `wait`; None before.
+        output: all that it has printed.
+    """
 
     def __init__(self, forks: "Forks", pid: int, log: Path):
         self.forks, self.pid, self.log = forks, pid, log
         self.code: int | None = None
 
     def kill(self) -> int | None:
-        """SIGKILL, unless it is over."""
+        """Send SIGKILL, and wait."""
         os.kill(self.pid, signal.SIGKILL)
         return self.wait()
 
     def terminate(self) -> int | None:
-        """SIGTERM, as a scheduler sends it."""
+        """Send SIGTERM, as a scheduler does, and wait."""
         os.kill(self.pid, signal.SIGTERM)
         return self.wait()
 
     def wait(self) -> int | None:
-        """Its exit code, -9 when it was killed, None when it has stopped itself and can go on."""
-        watch = threading.Timer(_PATIENCE, os.kill, (self.pid, signal.SIGKILL))
-        watch.start()
-        self.code = self.forks.ask(wait=self.pid)
-        watch.cancel()
+        """Wait for its end. Returns the exit code, -9 when it was killed, None when it has stopped itself."""
+        timer = threading.Timer(_TIMEOUT, os.kill, (self.pid, signal.SIGKILL))
+        timer.start()
+        self.code = self.forks.request(wait=self.pid)
+        timer.cancel()
         return self.code
 
     @property
@@ -61,7 +67,7 @@ class Child:
 
     @property
     def error(self) -> str:
-        """The one line of its error."""
+        """The error line; there must be one, without a traceback."""
         lines = [line for line in self.output.splitlines() if line.startswith("Error: ")]
         assert len(lines) == 1, self.output
         assert "Traceback" not in self.output
@@ -69,17 +75,21 @@ class Child:
 
 
 class Forks:
-    """`forks.start("student", …)` is a process that runs a command; `forks.run(…)` waits for its end.
+    """Starts commands of softcache in forked processes.
 
-    more: trap={at, act, room, log}, see forked.Trap; starve=(call, kind); file_size=bytes; unchecked=True, with which
-    a disk has room for everything until it is full; program=True for a command that is not one of ours.
+    `start("student", …)` starts one, and `run(…)` waits for its end. Both take as keywords: trap={at, act, room, log},
+    see forked.Trap; starve=(call, kind), see forked.exhaust_memory; file_size=bytes, a limit for every file;
+    unchecked=True, with which free disk space is reported as unlimited; program=True for another program's command.
+
+    Args:
+        folder: working directory of the commands.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.children: list[Child] = []
-        prefix = ("unshare", "--map-root-user", "--mount")  # so that they can have a disk of their own
-        self.can_mount = _works(*prefix, "mount", "-t", "tmpfs", "tmpfs", folder)
+        prefix = ("unshare", "--map-root-user", "--mount")  # so that the commands can have a disk of their own
+        self.can_mount = _succeeds(*prefix, "mount", "-t", "tmpfs", "tmpfs", folder)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [*(prefix if self.can_mount else ()), sys.executable, str(ROOT / "tests/helpers/forked.py")]
         self.server = subprocess.Popen(
@@ -88,37 +98,41 @@ class Forks:
         assert self.server.stdout is not None
         assert self.server.stdout.readline() == "ready\n"
 
-    def ask(self, **question: Any) -> Any:
+    def request(self, **message: Any) -> Any:
+        """Send a message to the server and return its reply."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(question) + "\n")
+        self.server.stdin.write(json.dumps(message) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
     def start(self, *arguments: object, **more: Any) -> Child:
-        said = self.folder / f"said-{len(self.children)}"
-        pid = self.ask(arguments=[str(a) for a in arguments], cwd=str(self.folder), output=str(said), more=more)
-        self.children.append(Child(self, pid, said))
+        """Start a command."""
+        log = self.folder / f"output-{len(self.children)}"
+        pid = self.request(arguments=[str(a) for a in arguments], cwd=str(self.folder), output=str(log), more=more)
+        self.children.append(Child(self, pid, log))
         return self.children[-1]
 
     def run(self, *arguments: object, **more: Any) -> Child:
-        found = self.start(*arguments, **more)
-        found.wait()
-        return found
+        """Run a command to its end."""
+        child = self.start(*arguments, **more)
+        child.wait()
+        return child
 
     def succeeds(self, *arguments: object, **more: Any) -> Child:
-        found = self.run(*arguments, **more)
-        assert found.code == 0, found.output
-        return found
+        """Run a command that must end with exit code 0."""
+        child = self.run(*arguments, **more)
+        assert child.code == 0, child.output
+        return child
 
     def fails(self, *arguments: object, **more: Any) -> str:
-        """The error of a command that must end with exit code 1 and one line."""
-        found = self.run(*arguments, **more)
-        assert found.code == 1, (found.code, found.output)
-        return found.error
+        """Run a command that must end with exit code 1 and one error line; return the line."""
+        child = self.run(*arguments, **more)
+        assert child.code == 1, (child.code, child.output)
+        return child.error
 
     def close(self) -> None:
-        """The end, also of children that a failed test has left behind."""
+        """End the server, and children that a failed test has left running."""
         for child in self.children:
             if child.code is None:
                 os.kill(child.pid, signal.SIGKILL)
@@ -127,7 +141,7 @@ class Forks:
 
 @pytest.fixture(scope="session")
 def forks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """Processes that start in 20 ms. Needs fork and /proc."""
+    """A server whose processes start in 20 ms. Needs fork and /proc."""
     if not sys.platform.startswith("linux"):
         pytest.skip("needs Linux")
     if not _SERVERS:
@@ -136,38 +150,39 @@ def forks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return _SERVERS[0]
 
 
-def _works(*command: object) -> bool:
+def _succeeds(*command: object) -> bool:
     try:
         return subprocess.run(list(map(str, command)), capture_output=True).returncode == 0
     except OSError:
         return False
 
 
-_SERVERS: list[Forks] = []  # one for all test modules: it takes as long to start as PyTorch takes to load
+_SERVERS: list[Forks] = []  # one for all test modules, because its start loads PyTorch
 
 
-def payloads(cache: Path) -> dict[str, str]:
-    """{path: payload} of the shards, as the manifest has them."""
+def read_payloads(cache: Path) -> dict[str, str]:
+    """Return {path: payload digest} of the shards in the manifest."""
     return {shard["path"]: shard["payload"] for shard in json.loads((cache / "manifest.json").read_text())["shards"]}
 
 
-def files(folder: Path) -> set[str]:
-    """The names of all files below a folder."""
+def list_files(folder: Path) -> set[str]:
+    """Return the names of all files below a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
 
 
-def temporaries(folder: Path) -> list[str]:
-    return sorted(name for name in files(folder) if re.search(r"(^|/)\.[^/]*\.tmp$", name))
+def list_temporary_files(folder: Path) -> list[str]:
+    """Return the names of softcache's temporary files below a folder."""
+    return sorted(name for name in list_files(folder) if re.search(r"(^|/)\.[^/]*\.tmp$", name))
 
 
-def shards(cache: Path) -> dict[str, tuple[int, int]]:
-    """{path: (inode, time of the last change)} of what lies under the name of a shard."""
-    found = {str(path.relative_to(cache)): path.stat() for path in cache.glob("*/shard-*.h5")}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+def stat_shards(cache: Path) -> dict[str, tuple[int, int]]:
+    """Return {path: (inode, time of the last change)} of the files that have the name of a shard."""
+    stats = {str(path.relative_to(cache)): path.stat() for path in cache.glob("*/shard-*.h5")}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def payload_of(path: Path) -> str:
-    """The digest of a shard's datasets, read with h5py alone; what is no whole file has another."""
+def compute_payload(path: Path) -> str:
+    """Return the digest of a shard's datasets, read with h5py alone; an error's text where the file is incomplete."""
     try:
         with h5py.File(path) as file:
             arrays = {key: file[key][:] for key in file if key != "features"}
@@ -177,36 +192,39 @@ def payload_of(path: Path) -> str:
     return hash_arrays(arrays)
 
 
-def bad_shards(cache: Path, expected: dict[str, str]) -> list[str]:
-    """What lies under the name of a shard and does not hold what the uninterrupted cache holds there."""
-    return [name for name in shards(cache) if payload_of(cache / name) != expected.get(name)]
+def find_bad_shards(cache: Path, expected: dict[str, str]) -> list[str]:
+    """Return the names of the shards whose payload differs from that of the uninterrupted cache."""
+    return [name for name in stat_shards(cache) if compute_payload(cache / name) != expected.get(name)]
 
 
-def events(log: Path) -> list[Event]:
+def read_events(log: Path) -> list[Event]:
+    """Read the log of a trap."""
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def point_of(log: Path, when: str, call: str, name: str) -> int:
-    """The number of the first point of that kind at a file whose path ends so."""
+def find_point(log: Path, when: str, call: str, name: str) -> int:
+    """Return the number of the first point of this kind at a file whose path ends with `name`."""
     return next(
         i
-        for i, event in enumerate(events(log), 1)
+        for i, event in enumerate(read_events(log), 1)
         if (event["when"], event["call"]) == (when, call) and (event["to"] or event["path"]).endswith(name)
     )
 
 
-def sweep(log: Path, most: int) -> list[int]:
-    """The numbers of the points in a log: all, or about so many of them, evenly spread."""
-    points = len(events(log))
+def select_points(log: Path, most: int) -> list[int]:
+    """Return the numbers of the points in a log: all, or about `most` of them, evenly spread."""
+    points = len(read_events(log))
     stride = max(1, points // most)
     return list(range(1 + stride // 2, points + 1, stride))
 
 
-def cache_command(tiny: Path, out: Path, *more: object) -> list[object]:
+def make_cache_command(tiny: Path, out: Path, *more: object) -> list[object]:
+    """Return the command that makes the cache of `tiny` in another folder, with more options."""
     return [*tiny_cache_command(tiny)[:-1], out, *more]
 
 
-def student_command(cache: Path, out: Path, epochs: int, *more: object) -> list[object]:
+def make_student_command(cache: Path, out: Path, epochs: int, *more: object) -> list[object]:
+    """Return the command that trains a small student from a cache."""
     return [
         "student",
         "--cache",
@@ -223,65 +241,68 @@ def student_command(cache: Path, out: Path, epochs: int, *more: object) -> list[
     ]
 
 
-def going_on(run: Path, command: list[object]) -> list[object]:
-    """--resume, once there is a run; until then the same command."""
+def make_resume_command(run: Path, command: list[object]) -> list[object]:
+    """Return the command that continues a run: --resume once it has settings, else the command itself."""
     return ["student", "--resume", "--out", run] if (run / "settings.json").exists() else command
 
 
-def figures(run: Path) -> object:
+def read_test_metrics(run: Path) -> object:
+    """Return {model: test metrics} of a run's result."""
     result = json.loads((run / "result.json").read_text())
     return {name: result[name]["test"] for name in ("student", "baseline") if name in result}
 
 
-def lines(path: Path) -> list[dict[str, float]]:
+def read_metric_lines(path: Path) -> list[dict[str, float]]:
+    """Return the lines of metrics.jsonl without their seconds."""
     return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in path.read_text().splitlines()]
 
 
 def assert_done(folder: Path) -> None:
-    """Nothing is left of the work."""
+    """Check that no temporary file, lock, marker or checkpoint is left."""
     assert [
-        name for name in files(folder) if name.endswith(("tmp", ".lock", "unfinished.json", "checkpoint.pt"))
+        name for name in list_files(folder) if name.endswith(("tmp", ".lock", "unfinished.json", "checkpoint.pt"))
     ] == []
 
 
 def assert_same_files(folder: Path, expected: Path) -> None:
-    more, fewer = set(files(folder)) - set(files(expected)), set(files(expected)) - set(files(folder))
-    assert not more, f"left over: {sorted(more)}"
-    assert not fewer, f"missing: {sorted(fewer)}"
+    """Check that two folders have files of the same names."""
+    extra, missing = list_files(folder) - list_files(expected), list_files(expected) - list_files(folder)
+    assert not extra, f"left over: {sorted(extra)}"
+    assert not missing, f"missing: {sorted(missing)}"
 
 
 def assert_equal_runs(run: Path, expected: Path) -> None:
-    """The same weights to the bit, in the same bytes; the same figures and lines; nothing besides."""
+    """Check that two runs have the same files: the same weights in the same bytes, the same metrics."""
     assert_same_files(run, expected)
     assert_done(run)
-    for name in files(expected):
+    for name in list_files(expected):
         if name.endswith(".pt"):
-            found, wanted = (torch.load(folder / name, weights_only=True) for folder in (run, expected))
-            assert found.keys() == wanted.keys()
-            assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+            weights, expected_weights = (torch.load(folder / name, weights_only=True) for folder in (run, expected))
+            assert weights.keys() == expected_weights.keys()
+            assert all(torch.equal(weights[key], expected_weights[key]) for key in expected_weights), name
             assert (run / name).read_bytes() == (expected / name).read_bytes()
         elif name.endswith("metrics.jsonl"):
-            assert lines(run / name) == lines(expected / name)
-    assert figures(run) == figures(expected)
+            assert read_metric_lines(run / name) == read_metric_lines(expected / name)
+    assert read_test_metrics(run) == read_test_metrics(expected)
 
 
-def readme(cache: Path) -> list[str]:
-    """The card's lines, without the one of the size: a shard keeps the seconds that it took."""
+def read_readme_lines(cache: Path) -> list[str]:
+    """Return the lines of README.md without the size, which depends on the seconds stored in the shards."""
     return [line for line in (cache / "README.md").read_text().splitlines() if not line.startswith("| size")]
 
 
 def assert_equal_caches(forks: Forks, cache: Path, expected: Path) -> None:
-    """The same rows under the same names, every file whole, the same card, nothing besides."""
-    assert payloads(cache) == payloads(expected)
-    assert bad_shards(cache, payloads(expected)) == []
+    """Check that two caches have the same files, payloads and README.md, and that the first passes check-cache."""
+    assert read_payloads(cache) == read_payloads(expected)
+    assert find_bad_shards(cache, read_payloads(expected)) == []
     assert_same_files(cache, expected)
     assert_done(cache)
-    assert readme(cache) == readme(expected)
+    assert read_readme_lines(cache) == read_readme_lines(expected)
     forks.succeeds("check-cache", cache)
 
 
-def wait_until(seen: Callable[[], bool]) -> None:
-    """Until something is on disk, or for 5 seconds."""
+def wait_until(is_reached: Callable[[], bool]) -> None:
+    """Wait until a condition holds, for at most 5 seconds."""
     end = time.monotonic() + 5
-    while not seen() and time.monotonic() < end:
+    while not is_reached() and time.monotonic() < end:
         time.sleep(0.001)

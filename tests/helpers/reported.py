@@ -1,4 +1,4 @@
-"""Runs of all kinds in one folder, and the report of them."""
+"""Runs of all kinds in one folder, and their report."""
 
 import contextlib
 from pathlib import Path
@@ -9,8 +9,11 @@ from tests.helpers.stopping import stop_at
 
 
 def make_runs(tiny: Path, folder: Path) -> None:
-    """In folder/runs: `plain`, `hints` (2 seeds with baselines, from hard targets in the end), `stopped` in its second
-    epoch of 3, and what `inspect` found in the cache."""
+    """Make runs in folder/runs.
+
+    `plain`; `hints` has 2 seeds with baselines and ends with an epoch from hard targets; `stopped` was interrupted in
+    epoch 2 of 3; `inspected` is the output of `inspect`.
+    """
     _call(folder, "inspect", tiny / "cache", "--out", "runs/inspected", "--repeats", 2)
     common = ("student", "--cache", tiny / "cache", "--batch-size", 100)
     _call(folder, *common, "--arch", "mlp:8", "--epochs", 2, "--out", "runs/plain")
@@ -39,17 +42,17 @@ def make_runs(tiny: Path, folder: Path) -> None:
 
 
 def report(folder: Path, *arguments: object) -> None:
-    """folder/report."""
+    """Write the report to folder/report."""
     _call(folder, "report", *arguments, "--out", "report")
 
 
 def _call(folder: Path, *arguments: object, code: int = 0) -> None:
     from softcache.stages.main import main
 
-    found = 0
+    exit_code = 0
     with contextlib.chdir(folder):
         try:
-            main([str(one) for one in arguments])
+            main([str(argument) for argument in arguments])
         except SystemExit as stop:
-            found = int(stop.code or 0)
-    assert found == code
+            exit_code = int(stop.code or 0)
+    assert exit_code == code

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a training."""
+"""An interrupt in the middle of a training."""
 
 from typing import Any
 
@@ -8,13 +8,14 @@ from softcache.stages.training import loop as training
 
 
 def stop_at(patch: pytest.MonkeyPatch, *numbers: int) -> None:
-    """A KeyboardInterrupt in place of each of these steps, counted from 1 over all trainings from now on."""
-    step, taken = training.train_step, [0]
+    """Raise KeyboardInterrupt in place of each of these steps, counted from 1 over all trainings from now on."""
+    train_step, count = training.train_step, 0
 
-    def stopping(*arguments: Any) -> Any:
-        taken[0] += 1
-        if taken[0] in numbers:
+    def train_or_interrupt(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in numbers:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return train_step(*arguments)
 
-    patch.setattr(training, "train_step", stopping)
+    patch.setattr(training, "train_step", train_or_interrupt)

@@ -1,4 +1,4 @@
-"""Numbers, batches and one worked case of every loss, as tests of losses share them."""
+"""Random tensors, batches, and a case of every loss with its inputs, for the tests of losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +16,17 @@ Shape = tuple[int, ...]
 PAIRS = (((3, 4, 4), (5, 4, 4)), ((4, 2, 2), (6, 2, 2)))
 
 
-def numbers(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    """float64 normal numbers."""
+def draw_normal(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    """Draw float64 normal numbers."""
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def labels_of(B: int, K: int, seed: int = 5) -> torch.Tensor:
+def draw_labels(B: int, K: int, seed: int = 5) -> torch.Tensor:
+    """Draw B labels of K classes."""
     return torch.randint(K, (B,), generator=torch.Generator().manual_seed(seed))
 
 
-def batch(
+def make_batch(
     B: int,
     logits: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
@@ -33,7 +34,7 @@ def batch(
     partner: torch.Tensor | None = None,
     share: torch.Tensor | None = None,
 ) -> Batch:
-    """A batch with what a test needs."""
+    """Make a batch of B rows. Labels are -1 (hidden) by default."""
     return Batch(
         index=torch.arange(B),
         draw=0,
@@ -46,74 +47,91 @@ def batch(
     )
 
 
-def counts_of(K: int) -> torch.Tensor:
-    """Training rows of each class, from 1 to 101, the same for the first classes however many follow."""
+def make_class_counts(K: int) -> torch.Tensor:
+    """Return the training rows of each class, 1 to 101. The first classes have the same numbers for every K."""
     return 1 + torch.arange(K) * 37 % 101
 
 
 @dataclass
 class Case:
-    """A loss, what student and teacher said, and their layers' outputs as they are before any statistic."""
+    """A loss and its inputs.
+
+    Attributes:
+        loss: the loss.
+        logits: of the student, [B, K].
+        student_outputs: {layer: full output of the student}, before any statistic is computed.
+        teacher_outputs: the same of the teacher.
+        target: the batch, with the teacher's logits and features.
+        context: the teacher's head, its memory bank and the class counts.
+        head: last layer of the student.
+        module: trainable parts of the loss.
+    """
 
     loss: Any
     logits: torch.Tensor
-    mine: dict[str, torch.Tensor]
-    theirs: dict[str, torch.Tensor]
+    student_outputs: dict[str, torch.Tensor]
+    teacher_outputs: dict[str, torch.Tensor]
     target: Batch
-    known: LossContext
+    context: LossContext
     head: LinearHead
     module: Any = None
 
     @property
     def outputs(self) -> ModelOutputs:
-        return ModelOutputs(self.logits, features_of(self.mine, self.loss.student_taps()), self.head)
+        return ModelOutputs(self.logits, compute_features(self.student_outputs, self.loss.student_taps()), self.head)
 
     @property
     def teacher_head(self) -> LinearHead:
-        assert self.known.head is not None
-        return self.known.head
+        assert self.context.head is not None
+        return self.context.head
 
     @property
     def bank(self) -> MemoryBank:
-        assert self.known.bank is not None
-        return self.known.bank("layer1:pool")
+        assert self.context.bank is not None
+        return self.context.bank("layer1:pool")
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """The loss's own trainable numbers."""
+        """The trainable parameters of the loss."""
         return [] if self.module is None else list(self.module.parameters())
 
     def value(self) -> torch.Tensor:
-        """The term. Rows that `crd` draws are always those of seed 11."""
+        """Compute the term. The rows that `crd` draws are always those of seed 11."""
         torch.manual_seed(11)
         term: torch.Tensor = self.loss(self.outputs, self.target, self.module)
         return term
 
     def leaves(self) -> list[torch.Tensor]:
-        """What the term is differentiated by: the student's own numbers that the loss reads, asking for gradients."""
+        """Return the student's outputs that the loss reads, with requires_grad set."""
         if self.loss.student_taps():
-            found = list(self.mine.values())[: len(self.loss.student_taps())]
-            return [x.requires_grad_() for x in ([*found, self.head.weight] if self.loss.name == "cat_kd" else found)]
+            leaves = list(self.student_outputs.values())[: len(self.loss.student_taps())]
+            if self.loss.name == "cat_kd":
+                leaves.append(self.head.weight)
+            return [x.requires_grad_() for x in leaves]
         return [self.logits.requires_grad_()]
 
 
-def features_of(raw: dict[str, torch.Tensor], taps: Sequence[str]) -> dict[str, torch.Tensor]:
-    made = {}
+def compute_features(raw: dict[str, torch.Tensor], taps: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Compute the statistic of each tap from {layer: full output}."""
+    features = {}
     for tap in taps:
         path, kind = parse_tap(tap)
-        made[tap] = compute_statistic(raw[path], kind, path)
-    return made
+        features[tap] = compute_statistic(raw[path], kind, path)
+    return features
 
 
-def loss_of(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1") -> Loss:
-    """A loss on these layers where it names none, or on one where it takes one; ramps in the fifth of 10 epochs."""
+def make_loss(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1") -> Loss:
+    """Parse a loss, with its ramps at epoch 5 of 10.
+
+    A loss between layers whose spec names none gets `layers`, or `one_layer` where it takes a single one.
+    """
     (loss,) = parse_losses((spec,))
     if isinstance(loss, FeatureLoss) and not loss.teacher:
         loss = replace(loss, teacher=one_layer if loss.single_layer else layers)
     return at_epoch(loss, 4, 10)
 
 
-def case(
+def make_case(
     spec: str,
     B: int = 5,
     K: int = 10,
@@ -123,26 +141,43 @@ def case(
     seed: int = 0,
     scale: float = 2.0,
 ) -> Case:
-    """A loss with B rows of K classes; pairs: shape of each layer in the student and in the teacher."""
-    loss = loss_of(spec)
+    """Make a loss with random inputs: B rows of K classes.
 
-    def made(*shape: int, salt: int, scale: float = scale) -> torch.Tensor:
-        return numbers(*shape, seed=100 * seed + salt, scale=scale).to(dtype)
+    Args:
+        spec: of the loss.
+        B: rows.
+        K: classes.
+        pairs: (shape in the student, shape in the teacher) of each layer, without the batch.
+        labels: [B]; drawn by default.
+        dtype: of all inputs.
+        seed: of all inputs.
+        scale: standard deviation of the numbers.
+    """
+    loss = make_loss(spec)
+
+    def draw(*shape: int, salt: int, scale: float = scale) -> torch.Tensor:
+        return draw_normal(*shape, seed=100 * seed + salt, scale=scale).to(dtype)
 
     names = [f"layer{i}" for i in range(1, len(pairs) + 1)]
-    mine = {name: made(B, *own, salt=10 + i) for i, (name, (own, _)) in enumerate(zip(names, pairs, strict=True))}
-    theirs = {name: made(B, *its, salt=20 + i) for i, (name, (_, its)) in enumerate(zip(names, pairs, strict=True))}
+    student_outputs = {
+        name: draw(B, *shape, salt=10 + i) for i, (name, (shape, _)) in enumerate(zip(names, pairs, strict=True))
+    }
+    teacher_outputs = {
+        name: draw(B, *shape, salt=20 + i) for i, (name, (_, shape)) in enumerate(zip(names, pairs, strict=True))
+    }
     if loss.name == "simkd":
-        mine = {"projector": made(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
-    labels = labels_of(B, K) if labels is None else labels
-    width, own_width = pairs[0][1][0], pairs[0][0][0]
-    rows = MemoryBank(made(40, width, salt=30).half(), torch.arange(40) % (B + 3), labels_of(40, K, seed=8))
+        student_outputs = {"projector": draw(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
+    labels = draw_labels(B, K) if labels is None else labels
+    teacher_width, student_width = pairs[0][1][0], pairs[0][0][0]
+    rows = MemoryBank(draw(40, teacher_width, salt=30).half(), torch.arange(40) % (B + 3), draw_labels(40, K, seed=8))
     rows.labels[::7] = -1
-    known = LossContext(LinearHead(made(K, width, salt=31), made(K, salt=32)), lambda tap: rows, counts_of(K))
-    head = LinearHead(made(K, own_width, salt=33), made(K, salt=34))
-    target = batch(B, made(B, K, salt=2), labels, features_of(theirs, loss.teacher_taps()))
-    found = Case(loss, made(B, K, salt=1), mine, theirs, target, known, head)
+    context = LossContext(
+        LinearHead(draw(K, teacher_width, salt=31), draw(K, salt=32)), lambda tap: rows, make_class_counts(K)
+    )
+    head = LinearHead(draw(K, student_width, salt=33), draw(K, salt=34))
+    target = make_batch(B, draw(B, K, salt=2), labels, compute_features(teacher_outputs, loss.teacher_taps()))
+    case = Case(loss, draw(B, K, salt=1), student_outputs, teacher_outputs, target, context, head)
     torch.manual_seed(3)
-    module = loss.build_module(found.outputs, target, known)
-    found.module = None if module is None else module.to(dtype)
-    return found
+    module = loss.build_module(case.outputs, target, context)
+    case.module = None if module is None else module.to(dtype)
+    return case

@@ -1,4 +1,4 @@
-"""One attempt in a process of its own, so that a crash, a hang and a swollen memory are findings and not the end."""
+"""Run a piece of work in a forked process, so that a crash, a hang or too much memory is a result of the test."""
 
 import contextlib
 import ctypes
@@ -23,70 +23,73 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import verify_shard
 
-SECONDS, MEMORY = 2.0, 200 << 20  # that a refusal may take
+SECONDS, MEMORY = 2.0, 200 << 20  # the most that reporting an error may take
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an attempt.
+    """The result of an attempt.
 
-    refused: the line with which the program refused, "" when it did not; failed: a traceback, a signal or a hang, ""
-    when there was none; value: what the attempt returned, as JSON; seconds; extra: bytes of memory at its height,
-    beyond what the process began with.
+    Attributes:
+        error_line: text of the CacheError or UsageError that ended it; empty when there was none.
+        failure: a traceback, a signal or a hang; empty when there was none.
+        value: what the work returned, after a round trip through JSON.
+        seconds: how long it took.
+        extra_memory: peak bytes of memory above those at the start of the process.
     """
 
-    refused: str
-    failed: str
+    error_line: str
+    failure: str
     value: Any
     seconds: float
-    extra: int
+    extra_memory: int
 
 
 def attempt(work: Callable[[], Any], limit: float = 5.0) -> Outcome:
-    """Call work in a forked child that is killed after limit seconds."""
+    """Call work in a forked child, which is killed after `limit` seconds."""
     read_end, write_end = os.pipe()
-    begun = time.monotonic()
+    start = time.monotonic()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads; the child uses none of them
         pid = os.fork()
     if pid == 0:
         os.close(read_end)
         _child(work, write_end)
     os.close(write_end)
-    said, hung = _all_of(read_end, begun + limit)
+    text, is_hung = _read_until_end(read_end, start + limit)
     os.close(read_end)
-    if hung:
+    if is_hung:
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
-    seconds = time.monotonic() - begun
-    if hung:
+    seconds = time.monotonic() - start
+    if is_hung:
         return Outcome("", f"hangs: more than {limit} s", None, seconds, 0)
-    if os.WIFSIGNALED(status) or not said:
+    if os.WIFSIGNALED(status) or not text:
         return Outcome("", f"died, status {status}", None, seconds, 0)
-    refused, failed, value, extra = json.loads(said)
-    return Outcome(refused, failed, value, seconds, extra)
+    error_line, failure, value, extra_memory = json.loads(text)
+    return Outcome(error_line, failure, value, seconds, extra_memory)
 
 
 def _child(work: Callable[[], Any], write_end: int) -> None:
-    """Never returns."""
-    refused = failed = ""
+    """Run the work, write the result as JSON to a pipe and exit. Never returns."""
+    error_line = failure = ""
     value = None
-    gc.disable()  # it would touch, and so copy, all that the parent has
+    gc.disable()  # a collection would touch, and so copy, the memory shared with the parent
     before = _memory("VmRSS")
     try:
         value = work()
     except (CacheError, UsageError) as error:
-        refused = str(error) or "(nothing said)"
+        error_line = str(error) or "(no text)"
     except BaseException:
-        failed = traceback.format_exc()[-3000:]
-    text = json.dumps([refused, failed, value, _memory("VmHWM") - before])
+        failure = traceback.format_exc()[-3000:]
+    text = json.dumps([error_line, failure, value, _memory("VmHWM") - before])
     with os.fdopen(write_end, "w") as file:
         file.write(text)
     os._exit(0)
 
 
-def _all_of(fd: int, deadline: float) -> tuple[str, bool]:
-    """What the child says until it ends, and whether it did not in time."""
+def _read_until_end(fd: int, deadline: float) -> tuple[str, bool]:
+    """Read a pipe until its end. Returns the text, and whether the deadline passed before the end."""
     blocks: list[bytes] = []
     while True:
         ready = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]
@@ -99,30 +102,31 @@ def _all_of(fd: int, deadline: float) -> tuple[str, bool]:
 
 
 def _memory(name: str) -> int:
+    """Return bytes of memory of this process: VmRSS is now, VmHWM the peak."""
     with open("/proc/self/status", encoding="ascii") as file:
-        found = re.search(rf"{name}:\s+([0-9]+) kB", file.read())
-    assert found is not None
-    return int(found[1]) * 1024
+        match = re.search(rf"{name}:\s+([0-9]+) kB", file.read())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
-def line_of(work: Callable[[], object]) -> str:
-    """The line with which something is refused, "" when it is not."""
+def get_error_line(work: Callable[[], object]) -> str:
+    """Return the text of the error that work raises; empty when it raises none."""
     try:
         work()
     except (CacheError, UsageError) as error:
-        return str(error) or "(nothing said)"
+        return str(error) or "(no text)"
     return ""
 
 
 def read_like_a_student(cache: Cache, name: str = "") -> None:
-    """Every row of every draw, with its features; of the draw that this shard is of, where one is named."""
-    of = {(record.split, record.draw) for record in cache.manifest.shards if record.path == name}
-    for split, draw in of or cache.manifest.iter_views():
+    """Read every row of every draw with its features, or of the one draw to which the shard `name` belongs."""
+    selected = {(record.split, record.draw) for record in cache.manifest.shards if record.path == name}
+    for split, draw in selected or cache.manifest.iter_views():
         cache.read_targets(split, draw, np.arange(cache.manifest.splits[split]), tuple(cache.manifest.taps))
 
 
 def read_like_check_cache(cache: Cache, name: str = "") -> None:
-    """Every file, or the one that is named."""
+    """Verify every file, or the file `name` alone."""
     for record in cache.manifest.shards:
         if name in ("", record.path):
             verify_shard(cache, record)
@@ -130,26 +134,26 @@ def read_like_check_cache(cache: Cache, name: str = "") -> None:
         cache.read_head()
 
 
-def both(folder: Path, name: str = "") -> list[str]:
-    """What is said to a student, and what check-cache finds, of all or of one file; "" where nothing is wrong."""
+def get_both_error_lines(folder: Path, name: str = "") -> list[str]:
+    """Return the errors of reading as a student does and as check-cache does; empty where nothing is wrong."""
     return [
-        line_of(lambda: read_like_a_student(Cache(folder), name)),
-        line_of(lambda: read_like_check_cache(Cache(folder), name)),
+        get_error_line(lambda: read_like_a_student(Cache(folder), name)),
+        get_error_line(lambda: read_like_check_cache(Cache(folder), name)),
     ]
 
 
-def refused_quickly(folder: Path, name: str) -> list[str]:
-    """The lines with which both readers refuse a cache, which name that file; within the limits of time and memory."""
-    found = attempt(lambda: both(folder, name if name.endswith(".h5") else ""), limit=10)
-    assert not found.failed, found.failed
-    assert all(name in line for line in found.value), found.value
-    assert found.seconds < SECONDS
-    assert found.extra < MEMORY, f"{found.extra / 1e6:.0f} MB"
-    return list(found.value)
+def get_quick_refusals(folder: Path, name: str) -> list[str]:
+    """Return the errors of both readers. Both must name the file and stay within the limits of time and memory."""
+    outcome = attempt(lambda: get_both_error_lines(folder, name if name.endswith(".h5") else ""), limit=10)
+    assert not outcome.failure, outcome.failure
+    assert all(name in line for line in outcome.value), outcome.value
+    assert outcome.seconds < SECONDS
+    assert outcome.extra_memory < MEMORY, f"{outcome.extra_memory / 1e6:.0f} MB"
+    return list(outcome.value)
 
 
-def command(*arguments: object) -> tuple[object, str, str]:
-    """Exit code, or a traceback in its place, and what a command prints."""
+def run_command(*arguments: object) -> tuple[object, str, str]:
+    """Run a command. Returns its exit code or the traceback of an unexpected error, standard output and error."""
     from softcache.stages.main import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -164,9 +168,9 @@ def command(*arguments: object) -> tuple[object, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def one_line(said: tuple[object, str, str]) -> int:
-    """The exit code of a command whose output is as it should be: printable, with one error or none."""
-    code, out, err = said
+def check_output(result: tuple[object, str, str]) -> int:
+    """Check that the output of a command is printable and has one error line, or none on success; return its code."""
+    code, out, err = result
     assert code in (0, 1, 2), code
     assert all(c.isprintable() or c == "\n" for c in out + err), out + err
     errors = [line for line in err.splitlines() if line.startswith("Error: ")]
@@ -179,8 +183,8 @@ _IN_ACCESS, _IN_OPEN = 0x1, 0x20
 
 
 @contextlib.contextmanager
-def untouched(folder: Path) -> Iterator[None]:
-    """Fails at the end when any process has opened or read a file of this folder in between."""
+def assert_unopened(folder: Path) -> Iterator[None]:
+    """Fail at the end of the context when any process has opened or read a file of this folder during it."""
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     assert watch >= 0

@@ -1,4 +1,4 @@
-"""A run whose weights, checkpoint or records were damaged: one line, no code is run, no figure changes unnoticed."""
+"""Damaged weights, checkpoints or records of a run are one error line; no code runs, no metric changes unnoticed."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
 from tests.helpers.mutations import BIG, DEEP, mutate
-from tests.helpers.trial import MEMORY, Outcome, attempt, command, one_line
+from tests.helpers.trial import MEMORY, Outcome, attempt, check_output, run_command
 
 Dose = Callable[[int, int], int]
 SECONDS = 10.0
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example]
-LOSSES = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=relu1")  # the second has weights of its own
+LOSSES = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=relu1")  # the second has trainable weights
 
 
-def stopped_after(steps: int) -> None:
-    """From now on a training is interrupted after so many steps, in this process."""
+def interrupt_after_steps(steps: int) -> None:
+    """Interrupt every training of this process after `steps` steps from now on."""
     from softcache.stages.training import loop as training
 
     step, done = training.train_step, [0]
@@ -42,15 +42,15 @@ def stopped_after(steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run `done` and one that was stopped after two of four epochs, `half`."""
+    """A folder with a finished run `done` and a run `half` that was stopped after two of four epochs."""
     folder = tmp_path_factory.mktemp("runs")
-    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", *LOSSES, "--ema", 0.9, "--batch-size", 100)
+    case = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", *LOSSES, "--ema", 0.9, "--batch-size", 100)
 
     def half() -> Any:
-        stopped_after(7)
-        return command(*asked, "--epochs", 4, "--out", folder / "half")
+        interrupt_after_steps(7)
+        return run_command(*case, "--epochs", 4, "--out", folder / "half")
 
-    assert attempt(lambda: command(*asked, "--epochs", 1, "--out", folder / "done"), 60).value[0] == 0
+    assert attempt(lambda: run_command(*case, "--epochs", 1, "--out", folder / "done"), 60).value[0] == 0
     assert attempt(half, 60).value[0] == 130
     assert sorted(path.name for path in (folder / "half").iterdir()) == [
         "cache.json",
@@ -70,43 +70,43 @@ def done(runs: Path, tmp_path: Path, stages: Stages) -> Path:
 
 @pytest.fixture
 def half(runs: Path, tmp_path: Path, stages: Stages) -> Path:
-    """A copy of the one that was stopped."""
+    """A copy of the stopped run."""
     return Path(shutil.copytree(runs / "half", tmp_path / "half"))
 
 
-def well_behaved(found: Outcome) -> tuple[int, str]:
-    """Exit code and error of a command that ended as it should."""
-    assert not found.failed, found.failed
+def check_outcome(found: Outcome) -> tuple[int, str]:
+    """Check the outcome of a command: no crash, few seconds and little memory. Returns its exit code and error."""
+    assert not found.failure, found.failure
     assert found.seconds < SECONDS
-    assert found.extra < MEMORY, f"{found.extra / 1e6:.0f} MB"
+    assert found.extra_memory < MEMORY, f"{found.extra_memory / 1e6:.0f} MB"
     code, out, err = found.value
-    if code == 130:  # stopped by the test itself: it would train
+    if code == 130:  # the test stops a training before its first step
         return 130, err
-    return one_line((code, out, err)), err
+    return check_output((code, out, err)), err
 
 
 # Weights
 
 
-def figures(done: Path) -> Any:
-    code, out, err = command("evaluate", done, "--json")
+def evaluate_run(done: Path) -> Any:
+    code, out, err = run_command("evaluate", done, "--json")
     return code, json.loads(out) if code == 0 else "", err
 
 
-def resumed(half: Path) -> Any:
-    """The weights that a stopped run ends with."""
-    code, _, err = command("student", "--resume", "--out", half)
+def resume_run(half: Path) -> Any:
+    """Resume a stopped run and return its final weights."""
+    code, _, err = run_command("student", "--resume", "--out", half)
     if code:
         return code, "", err
     state = torch.load(half / "student.pt", weights_only=True)
     return code, {name: weights.tolist() for name, weights in state.items()}, err
 
 
-@pytest.mark.parametrize(("name", "use"), [("student.pt", figures), ("checkpoint.pt", resumed)])
+@pytest.mark.parametrize(("name", "use"), [("student.pt", evaluate_run), ("checkpoint.pt", resume_run)])
 def test_a_flipped_bit_in_weights_is_refused_or_changes_nothing(
     runs: Path, tmp_path: Path, dose: Dose, name: str, use: Callable[[Path], Any]
 ) -> None:
-    """A figure from weights that are not those that were trained would be believed."""
+    """A metric computed from damaged weights would look like a valid one."""
     draw, trials, counts = random.Random(11), dose(8, 100), Counter[str]()
     home, folder = runs / ("done" if name == "student.pt" else "half"), tmp_path / "run"
 
@@ -121,10 +121,10 @@ def test_a_flipped_bit_in_weights_is_refused_or_changes_nothing(
         fresh()
         bit = draw.randrange(8 * (folder / name).stat().st_size)
         flip_bit(folder / name, bit)
-        found = attempt(lambda: use(folder), 60)
-        assert not found.failed, (bit, found.failed)
-        assert found.extra < MEMORY
-        code, value, err = found.value
+        outcome = attempt(lambda: use(folder), 60)
+        assert not outcome.failure, (bit, outcome.failure)
+        assert outcome.extra_memory < MEMORY
+        code, value, err = outcome.value
         if code == 0:
             assert value == expected[1], (name, bit)
             counts["without effect"] += 1
@@ -137,14 +137,14 @@ def test_a_flipped_bit_in_weights_is_refused_or_changes_nothing(
 
 
 class Trap:
-    """Loaded as a pickle, it would make a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mkdir, ("sprung",)
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "case",
     [
         ("half", "checkpoint.pt", "student --resume --out half"),
         ("done", "student.pt", "evaluate done"),
@@ -152,8 +152,8 @@ class Trap:
         ("done", "student.pt", "teacher-cache --weights done --views none --draws 1 --out c"),
     ],
 )
-def test_no_code_in_weights_is_run(done: Path, half: Path, stages: Stages, asked: tuple[str, str, str]) -> None:
-    run, name, line = asked
+def test_no_code_in_weights_is_run(done: Path, half: Path, stages: Stages, case: tuple[str, str, str]) -> None:
+    run, name, line = case
     state = torch.load(Path(run, name), weights_only=True)
     for evil in (Trap(), {**state, "more": Trap()}):
         torch.save(evil, Path(run, name))
@@ -169,7 +169,7 @@ def test_weights_that_were_cut_are_one_line(done: Path, half: Path, stages: Stag
 
 
 def test_a_checkpoint_without_its_lines_or_of_other_kinds_is_one_line(half: Path, stages: Stages, dose: Dose) -> None:
-    whole = torch.load(half / "checkpoint.pt", weights_only=True)
+    original = torch.load(half / "checkpoint.pt", weights_only=True)
     wrong: dict[str, list[Any]] = {
         "epoch": [-1, 10**6, "2", 1.5, None],
         "lines": ["[]", "5", "[1, 2]", "[" * 5000, "", None],
@@ -182,7 +182,7 @@ def test_a_checkpoint_without_its_lines_or_of_other_kinds_is_one_line(half: Path
     }
     for key, others in wrong.items():
         for value in others[: dose(1, len(others))]:
-            torch.save({**whole, key: value}, half / "checkpoint.pt")
+            torch.save({**original, key: value}, half / "checkpoint.pt")
             line = stages.fails(1, "student", "--resume", "--out", half)
             assert "checkpoint.pt" in line, (key, value)
 
@@ -264,7 +264,7 @@ def test_a_record_of_a_run_that_is_no_record_is_one_line(
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "0", "-1e300", '"1"', "null", "[]", "1e999"])
 def test_seconds_that_are_no_number_are_one_line(done: Path, stages: Stages, value: str) -> None:
-    """Of a run that is finished: its result is written again from its lines."""
+    """The result of a finished run is written again from its lines."""
     (done / "result.json").unlink()
     lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     text = json.dumps({**lines[0], "seconds": 0.125}).replace("0.125", value)
@@ -292,19 +292,19 @@ def test_a_run_that_says_that_it_was_begun_with_other_shards_does_not_go_on(half
 
 
 def test_a_damaged_run_does_not_stop_another_one(runs: Path, tiny: Path, stages: Stages) -> None:
-    """It lies in the same folder, and a new run looks there for one that was stopped."""
-    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1)
+    """Both are in the same folder, where a new run looks for a stopped one."""
+    case = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1)
     for i, text in enumerate(("{", "[]", "[" * 100_000), 1):
         Path(f"runs/digits-mlp-8-{i}").mkdir(parents=True)
         Path(f"runs/digits-mlp-8-{i}/settings.json").write_text(text)
-    stages(*asked)
+    stages(*case)
     assert Path("runs/digits-mlp-8-4/student.pt").exists()
 
 
 def test_any_record_of_a_run_is_used_or_refused_in_one_line(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dose: Dose
 ) -> None:
-    """Mutated anywhere; a training that would begin is stopped at once."""
+    """Records are mutated anywhere; a training that starts is stopped before its first step."""
     monkeypatch.chdir(tmp_path)
     counts = Counter[str]()
     report = "report half done --no-latency --show 0 --out o"
@@ -336,10 +336,10 @@ def test_any_record_of_a_run_is_used_or_refused_in_one_line(
         Path(name).write_text(text.replace(json.dumps(BIG), "9" * 5000) + "\n")
 
         def work() -> Any:
-            stopped_after(0)
-            return command(*line.split())
+            interrupt_after_steps(0)
+            return run_command(*line.split())
 
-        code, _ = well_behaved(attempt(work, limit=20))
+        code, _ = check_outcome(attempt(work, limit=20))
         counts[{0: "used", 130: "used"}.get(code, "refused")] += 1
 
     examples = dose(15, 300)

@@ -1,6 +1,6 @@
-"""A cache whose folder or manifest someone made on purpose: refused by name, quickly, and nothing outside is touched.
+"""A cache whose folder or manifest was crafted is refused quickly and by name, and nothing outside it is touched.
 
-Every checksum is mended: only the structure gives these caches away.
+Every checksum is valid: only the structure reveals these caches.
 """
 
 import os
@@ -13,23 +13,23 @@ from typing import Any
 import pytest
 
 from tests.helpers.commands import Stages, tiny_cache_command
-from tests.helpers.damage import SHARD, Record, edit_manifest, read_manifest, shard_of
-from tests.helpers.trial import attempt, both, refused_quickly, untouched
+from tests.helpers.damage import SHARD, Record, edit_manifest, find_shard, read_manifest
+from tests.helpers.trial import assert_unopened, attempt, get_both_error_lines, get_quick_refusals
 
-MORE = ("--arch", "mlp:8", "--epochs", 3, "--out", "r")
+STUDENT_OPTIONS = ("--arch", "mlp:8", "--epochs", 3, "--out", "r")
 Forge = Callable[[Path, Path], None]  # (cache, outside)
 
 
 @pytest.fixture
 def outside(tiny: Path, tmp_path: Path) -> Path:
-    """What nobody may open: a whole copy of the cache, and a pipe at which an opening would hang."""
+    """A folder that no reader may open: a copy of the cache, and a pipe that would block whoever opens it."""
     folder = Path(shutil.copytree(tiny / "cache", tmp_path / "outside", copy_function=os.link))
     os.mkfifo(folder / "pipe")
     return folder
 
 
-def linked(name: str, target: str) -> Forge:
-    """A name in the cache is a link to something else, whole and with the right bytes where that can be."""
+def replace_by_link(name: str, target: str) -> Forge:
+    """Replace a name in the cache by a link, to a file with the right bytes where there is one."""
 
     def forge(cache: Path, outside: Path) -> None:
         path = cache / name
@@ -42,7 +42,7 @@ def linked(name: str, target: str) -> Forge:
     return forge
 
 
-def a_pipe(name: str) -> Forge:
+def replace_by_pipe(name: str) -> Forge:
     def forge(cache: Path, outside: Path) -> None:
         (cache / name).unlink()
         os.mkfifo(cache / name)
@@ -50,19 +50,19 @@ def a_pipe(name: str) -> Forge:
     return forge
 
 
-def a_socket(name: str) -> Forge:
+def replace_by_socket(name: str) -> Forge:
     def forge(cache: Path, outside: Path) -> None:
         (cache / name).unlink()
-        here = Path.cwd()
+        working_directory = Path.cwd()
         os.chdir((cache / name).parent)  # the name of a socket has 108 bytes at most
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind((cache / name).name)
-        os.chdir(here)
+        with socket.socket(socket.AF_UNIX) as new_socket:
+            new_socket.bind((cache / name).name)
+        os.chdir(working_directory)
 
     return forge
 
 
-def a_folder(name: str) -> Forge:
+def replace_by_folder(name: str) -> Forge:
     def forge(cache: Path, outside: Path) -> None:
         (cache / name).unlink()
         (cache / name).mkdir()
@@ -70,8 +70,8 @@ def a_folder(name: str) -> Forge:
     return forge
 
 
-def a_terabyte(name: str) -> Forge:
-    """A sparse file: it takes no room on the disk."""
+def extend_to_terabyte(name: str) -> Forge:
+    """Extend a file to a terabyte; as a sparse file it takes no disk space."""
 
     def forge(cache: Path, outside: Path) -> None:
         os.truncate(cache / name, 1 << 40)
@@ -79,45 +79,45 @@ def a_terabyte(name: str) -> Forge:
     return forge
 
 
-def a_terabyte_by_its_manifest(cache: Path, outside: Path) -> None:
+def extend_to_terabyte_with_manifest(cache: Path, outside: Path) -> None:
     os.truncate(cache / SHARD, 1 << 40)
-    edit_manifest(cache, lambda record: shard_of(record).update(bytes=1 << 40))
+    edit_manifest(cache, lambda record: find_shard(record).update(bytes=1 << 40))
 
 
 @pytest.mark.parametrize(
     ("forge", "name"),
     [
-        (linked(SHARD, SHARD), SHARD),
-        (linked(SHARD, "pipe"), SHARD),
-        (linked(SHARD, "/dev/zero"), SHARD),
-        (linked(SHARD, "/proc/self/mem"), SHARD),
-        (linked(SHARD, "nowhere"), SHARD),
-        (linked("draw-001", "draw-001"), "draw-001/shard-0000"),
-        (linked("draw-001", "nowhere"), "draw-001/shard-0000"),
-        (linked("draw-001", "/dev/fd"), "draw-001/shard-0000"),
-        (linked("val", "val"), "val/shard-0000"),
-        (linked("manifest.json", "manifest.json"), "manifest.json"),
-        (linked("manifest.json", "pipe"), "manifest.json"),
-        (linked("manifest.json", "/dev/zero"), "manifest.json"),
-        (a_pipe(SHARD), SHARD),
-        (a_socket(SHARD), SHARD),
-        (a_folder(SHARD), SHARD),
-        (a_pipe("manifest.json"), "manifest.json"),
-        (a_socket("manifest.json"), "manifest.json"),
-        (a_folder("manifest.json"), "manifest.json"),
-        (a_terabyte(SHARD), SHARD),
-        (a_terabyte("val/shard-00000.h5"), "val/shard-00000.h5"),
-        (a_terabyte("manifest.json"), "manifest.json"),
-        (a_terabyte_by_its_manifest, SHARD),
+        (replace_by_link(SHARD, SHARD), SHARD),
+        (replace_by_link(SHARD, "pipe"), SHARD),
+        (replace_by_link(SHARD, "/dev/zero"), SHARD),
+        (replace_by_link(SHARD, "/proc/self/mem"), SHARD),
+        (replace_by_link(SHARD, "nowhere"), SHARD),
+        (replace_by_link("draw-001", "draw-001"), "draw-001/shard-0000"),
+        (replace_by_link("draw-001", "nowhere"), "draw-001/shard-0000"),
+        (replace_by_link("draw-001", "/dev/fd"), "draw-001/shard-0000"),
+        (replace_by_link("val", "val"), "val/shard-0000"),
+        (replace_by_link("manifest.json", "manifest.json"), "manifest.json"),
+        (replace_by_link("manifest.json", "pipe"), "manifest.json"),
+        (replace_by_link("manifest.json", "/dev/zero"), "manifest.json"),
+        (replace_by_pipe(SHARD), SHARD),
+        (replace_by_socket(SHARD), SHARD),
+        (replace_by_folder(SHARD), SHARD),
+        (replace_by_pipe("manifest.json"), "manifest.json"),
+        (replace_by_socket("manifest.json"), "manifest.json"),
+        (replace_by_folder("manifest.json"), "manifest.json"),
+        (extend_to_terabyte(SHARD), SHARD),
+        (extend_to_terabyte("val/shard-00000.h5"), "val/shard-00000.h5"),
+        (extend_to_terabyte("manifest.json"), "manifest.json"),
+        (extend_to_terabyte_with_manifest, SHARD),
     ],
 )
 def test_what_is_no_plain_file_of_its_size_is_refused_and_not_opened(
     cache: Path, outside: Path, stages: Stages, forge: Forge, name: str
 ) -> None:
-    """Also a link to the very bytes that are expected: what lies outside may be another file tomorrow."""
+    """Also a link to the expected bytes is refused, because a file outside the cache may change."""
     forge(cache, outside)
-    with untouched(outside):
-        refused_quickly(cache, name)
+    with assert_unopened(outside):
+        get_quick_refusals(cache, name)
         code, out, err = stages.call("check-cache", cache)
         assert code == 1
         assert name in out + err
@@ -125,26 +125,28 @@ def test_what_is_no_plain_file_of_its_size_is_refused_and_not_opened(
     assert not Path("c.tar").exists()
 
 
-@pytest.mark.parametrize("forge", [linked("head.h5", "head.h5"), linked("head.h5", "pipe"), a_terabyte("head.h5")])
+@pytest.mark.parametrize(
+    "forge", [replace_by_link("head.h5", "head.h5"), replace_by_link("head.h5", "pipe"), extend_to_terabyte("head.h5")]
+)
 def test_a_head_that_is_no_plain_file_is_named_by_check_cache_and_not_packed(
     cache: Path, outside: Path, stages: Stages, forge: Forge
 ) -> None:
     forge(cache, outside)
-    with untouched(outside):
+    with assert_unopened(outside):
         assert f"head.h5: {cache}" in stages.call("check-cache", cache)[1]
         stages.fails(1, "check-cache", cache)
         assert "head.h5" in stages.fails(1, "cache-pack", cache, "c.tar")
 
 
 def test_the_cache_itself_may_be_reached_through_a_link(cache: Path, stages: Stages) -> None:
-    """The user named it: what is above the cache is trusted."""
+    """The user chose the path of the cache, so folders above it are trusted."""
     Path("link").symlink_to(cache)
     stages("check-cache", "link")
-    stages("student", "--cache", "link", *MORE)
+    stages("student", "--cache", "link", *STUDENT_OPTIONS)
 
 
 def test_names_of_stray_files_reach_no_terminal_unchanged(cache: Path, stages: Stages) -> None:
-    """Beside an addition that is not finished, when they are listed, and without one, when they are refused."""
+    """With an unfinished addition they are listed; without one they are an error."""
     for name in (b"\x1b[2J\x1b]0;owned\x07.h5", b"a\nhead.h5: good.h5", b"\xff\xfe.h5"):
         Path(os.fsdecode(os.fsencode(cache / "draw-000") + b"/" + name)).write_bytes(b"")
     for code in (1, 0):
@@ -159,7 +161,7 @@ def test_names_of_stray_files_reach_no_terminal_unchanged(cache: Path, stages: S
 # Writing into a cache that leads elsewhere
 
 
-def grow(tiny: Path, cache: Path) -> tuple[str, ...]:
+def make_growing_command(tiny: Path, cache: Path) -> tuple[str, ...]:
     return (*tiny_cache_command(tiny)[:-1], str(cache), "--draws", "4")
 
 
@@ -167,33 +169,36 @@ def grow(tiny: Path, cache: Path) -> tuple[str, ...]:
 def test_a_cache_does_not_grow_through_a_link(
     tiny: Path, cache: Path, outside: Path, stages: Stages, target: str
 ) -> None:
-    """The draw that will be added lies elsewhere: nothing is written, or written over, there."""
+    """The folder of the new draw is a link: nothing is written or overwritten at its target."""
     (outside / "empty").mkdir()
     before = {path: path.read_bytes() for path in outside.rglob("*.h5")}
     (cache / "draw-003").symlink_to(outside / target)
-    line = stages.fails(1, *grow(tiny, cache))
+    line = stages.fails(1, *make_growing_command(tiny, cache))
     assert "draw-003" in line
     assert {path: path.read_bytes() for path in outside.rglob("*.h5")} == before
     stages("check-cache", cache)
 
 
-@pytest.mark.parametrize("forge", [linked("README.md", "pipe"), linked("README.md", "/dev/zero"), a_pipe("README.md")])
+@pytest.mark.parametrize(
+    "forge",
+    [replace_by_link("README.md", "pipe"), replace_by_link("README.md", "/dev/zero"), replace_by_pipe("README.md")],
+)
 def test_a_card_that_is_no_plain_file_is_not_read_when_a_cache_grows(
     tiny: Path, cache: Path, outside: Path, stages: Stages, forge: Forge
 ) -> None:
-    """Reading it would hang, or never end."""
+    """Reading it would block or never end."""
     forge(cache, outside)
 
     def work() -> None:
         from softcache.stages.main import main
 
-        main([*grow(tiny, cache), "--json"])
+        main([*make_growing_command(tiny, cache), "--json"])
 
-    with untouched(outside):
-        found = attempt(work, limit=20)
-    assert not found.failed, found.failed
-    assert found.extra < 400 << 20
-    assert both(cache) == ["", ""]
+    with assert_unopened(outside):
+        outcome = attempt(work, limit=20)
+    assert not outcome.failure, outcome.failure
+    assert outcome.extra_memory < 400 << 20
+    assert get_both_error_lines(cache) == ["", ""]
     assert read_manifest(cache)["draws"] == 4
 
 
@@ -207,7 +212,7 @@ def test_a_lock_that_is_no_plain_file_is_one_line(tiny: Path, cache: Path, stage
     else:
         os.mkfifo(lock)
     before = (cache / "manifest.json").read_bytes()
-    stages.fails(1, *grow(tiny, cache))
+    stages.fails(1, *make_growing_command(tiny, cache))
     assert (cache / "manifest.json").read_bytes() == before
     stages("check-cache", cache)
 
@@ -241,7 +246,7 @@ def test_a_lock_that_is_no_plain_file_is_one_line(tiny: Path, cache: Path, stage
     ],
 )
 def test_a_manifests_paths_stay_inside_the_cache(cache: Path, stages: Stages, name: str) -> None:
-    edit_manifest(cache, lambda record: shard_of(record).update(path=name))
+    edit_manifest(cache, lambda record: find_shard(record).update(path=name))
     line = stages.fails(1, "check-cache", cache)
     assert "is not the file of a shard" in line or "two shards have one path" in line
     assert len(line) < 1000
@@ -255,7 +260,7 @@ def test_the_path_of_the_head_is_its_name(cache: Path, stages: Stages, name: str
 
 def test_an_edited_identity_is_refused(cache: Path, stages: Stages) -> None:
     edit_manifest(cache, lambda record: record["identity"]["views"].update(pad=2))
-    assert "its identity was edited" in stages.fails(1, "student", "--cache", cache, *MORE)
+    assert "its identity was edited" in stages.fails(1, "student", "--cache", cache, *STUDENT_OPTIONS)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 2}', "\x00", '{"format": "1"}'])
@@ -292,7 +297,7 @@ def test_a_manifest_that_claims_too_much_is_refused_before_memory_is_taken(
     edit_manifest(cache, edit)
     for path in (cache / "test").glob("*-0000[12].h5"):
         path.unlink()
-    for line in refused_quickly(cache, "manifest.json"):
+    for line in get_quick_refusals(cache, "manifest.json"):
         assert reason in line
 
 

@@ -1,4 +1,4 @@
-"""A cache whose author lies about what it is of, and whose shards, fingerprint and checksums all agree with him."""
+"""Caches with a false identity, with which shards, fingerprint and checksums all agree."""
 
 import json
 from pathlib import Path
@@ -11,28 +11,28 @@ import torch
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import PreparedModel
 from tests.helpers.commands import Stages
-from tests.helpers.damage import Record, edit_manifest, read_manifest, reforge, sealed
-from tests.helpers.mutations import with_its_fingerprint
-from tests.helpers.trial import attempt, line_of
+from tests.helpers.damage import Record, edit_manifest, edit_whole_cache, read_manifest, seal_record
+from tests.helpers.mutations import update_fingerprint
+from tests.helpers.trial import attempt, get_error_line
 
-MORE = ("--arch", "mlp:8", "--epochs", 1, "--out", "r")
+STUDENT_OPTIONS = ("--arch", "mlp:8", "--epochs", 1, "--out", "r")
 CUT = {"val_fraction": 0.125, "seed": 0, "train_size": 300}
 
 
-def lied(cache: Path, section: str, key: str, value: Any) -> None:
-    """Everything agrees with this identity."""
+def forge_identity(cache: Path, section: str, key: str, value: Any) -> None:
+    """Change a field of the identity, and make shards, fingerprint and checksums agree with it."""
 
     def change(record: Record) -> None:
         identity = record["identity"]
         (identity[section] if section else identity)[key] = value
 
-    reforge(cache, change)
+    edit_whole_cache(cache, change)
 
 
 def test_the_tool_of_these_tests_does_no_harm_itself(tiny: Path, cache: Path, stages: Stages) -> None:
-    reforge(cache, lambda record: None)
+    edit_whole_cache(cache, lambda record: None)
     stages("check-cache", cache, "--deep", "--weights", tiny / "runs/teacher")
-    stages("student", "--cache", cache, *MORE)
+    stages("student", "--cache", cache, *STUDENT_OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_tool_of_these_tests_does_no_harm_itself(tiny: Path, cache: Path, st
 def test_an_identity_that_does_not_hold_together_is_refused_when_the_cache_is_opened(
     cache: Path, section: str, key: str, value: object
 ) -> None:
-    """In one line, before anything is made of it: not as a traceback from inside a training."""
+    """The error is one line before the identity is used, not a traceback from inside a training."""
 
     def change(record: Record) -> None:
         identity = record["identity"]
@@ -97,9 +97,9 @@ def test_an_identity_that_does_not_hold_together_is_refused_when_the_cache_is_op
 
     record = read_manifest(cache)
     change(record)
-    with_its_fingerprint(record)
-    (cache / "manifest.json").write_bytes(sealed(record))
-    line = line_of(lambda: Cache(cache))
+    update_fingerprint(record)
+    (cache / "manifest.json").write_bytes(seal_record(record))
+    line = get_error_line(lambda: Cache(cache))
     assert "identity" in line
     assert "\n" not in line
     assert len(line) < 1000
@@ -109,7 +109,7 @@ def test_an_identity_that_does_not_hold_together_is_refused_when_the_cache_is_op
 def test_an_identity_that_is_nested_deeply_is_one_line(cache: Path, stages: Stages, depth: int) -> None:
     nested: Any = json.loads("[" * depth + "]" * depth)
     edit_manifest(cache, lambda record: record["identity"]["transfer_set"].update(classes=nested), True)
-    for asked in (("student", "--cache", cache, *MORE), ("check-cache", cache, "--deep")):
+    for asked in (("student", "--cache", cache, *STUDENT_OPTIONS), ("check-cache", cache, "--deep")):
         stages.fails(1, *asked)
 
 
@@ -118,24 +118,28 @@ def test_an_identity_that_is_nested_deeply_is_one_line(cache: Path, stages: Stag
 def test_enormous_views_are_found_to_be_others_without_enormous_memory(
     cache: Path, tmp_path: Path, command: str, key: str, value: int
 ) -> None:
-    """A few of them, of 16 to 67 MB each, are rendered before the first difference is told."""
-    lied(cache, "views", key, value)
+    """A few of them, of 16 to 67 MB each, are rendered before the first difference is reported."""
+    forge_identity(cache, "views", key, value)
 
     def work() -> None:
         from softcache.stages.main import commands
 
         name, *deep = command.split()
-        asked = [name, "--cache", str(cache), *map(str, MORE)] if name == "student" else [name, str(cache), *deep]
+        asked = (
+            [name, "--cache", str(cache), *map(str, STUDENT_OPTIONS)]
+            if name == "student"
+            else [name, str(cache), *deep]
+        )
         commands.main(asked, prog_name="softcache", standalone_mode=False)
 
-    found = attempt(work, limit=30)
-    assert not found.failed, found.failed
-    assert "come out differently here" in found.refused or "files are bad" in found.refused
-    assert found.extra < 600 << 20, f"{found.extra / 1e6:.0f} MB"
+    outcome = attempt(work, limit=30)
+    assert not outcome.failure, outcome.failure
+    assert "come out differently here" in outcome.error_line or "files are bad" in outcome.error_line
+    assert outcome.extra_memory < 600 << 20, f"{outcome.extra_memory / 1e6:.0f} MB"
 
 
 def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: Stages) -> None:
-    """Logits of five classes for images of ten, in shards that are whole."""
+    """The shards are valid, but have logits of five classes for images of ten."""
     from softcache.pipeline.cache.folder import HEAD_FILE
     from softcache.pipeline.cache.shards import Shard, write_shard
 
@@ -154,9 +158,9 @@ def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: 
         arrays = {name: rows[:5] for name, rows in head.read_all().items()}
         write_shard(cache / HEAD_FILE, arrays, {"fingerprint": record["fingerprint"]})
 
-    reforge(cache, change)
+    edit_whole_cache(cache, change)
     for losses in (("--loss", "kd"), ("--loss", "hard")):
-        line = stages.fails(1, "student", "--cache", cache, *MORE, *losses)
+        line = stages.fails(1, "student", "--cache", cache, *STUDENT_OPTIONS, *losses)
         assert "classes" in line
 
 
@@ -164,23 +168,23 @@ def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: 
 def test_a_teacher_that_answers_with_no_number_is_not_taken_for_the_right_one(
     tiny: Path, cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
-    """Compared with NaN, nothing is larger: a check that asks for the largest difference must not pass by it."""
+    """Every comparison with NaN is false, so a check of the largest difference must handle it explicitly."""
     forward = PreparedModel.forward
 
-    def lost(self: PreparedModel, views: torch.Tensor) -> torch.Tensor:
+    def forward_nan(self: PreparedModel, views: torch.Tensor) -> torch.Tensor:
         answer: torch.Tensor = forward(self, views)
         return answer * float("nan")
 
     if asked == "--repair":
         (cache / "val/shard-00000.h5").unlink()
-    monkeypatch.setattr(PreparedModel, "forward", lost)
+    monkeypatch.setattr(PreparedModel, "forward", forward_nan)
     line = stages.fails(1, "check-cache", cache, asked, "--weights", tiny / "runs/teacher")
     assert "nan" in line
     assert not (cache / "val/shard-00000.h5").exists() or asked == "--deep"
 
 
 def test_words_of_a_manifest_reach_no_terminal_unchanged(cache: Path, stages: Stages) -> None:
-    """Its settings, which commands to be copied are made of, its taps and its versions: refused when it is opened."""
+    """Settings (from which copied commands are made), taps and versions are checked when the cache is opened."""
     evil = "\x1b[2J\x1b]0;owned\x07\nError: there is nothing wrong\r\ud800\u202e"
 
     def change(record: Record) -> None:
@@ -188,11 +192,11 @@ def test_words_of_a_manifest_reach_no_terminal_unchanged(cache: Path, stages: St
         record["versions"] |= {evil: evil}
         record["identity"]["transfer_set"]["content"]["test"] = "0" * 64
 
-    reforge(cache, change)
+    edit_whole_cache(cache, change)
     for asked in (
-        ("student", "--cache", cache, *MORE),
-        ("student", "--cache", cache, *MORE, "--draws", 9),
-        ("student", "--cache", cache, *MORE, "--loss", "hint:teacher=conv1,student=relu1"),
+        ("student", "--cache", cache, *STUDENT_OPTIONS),
+        ("student", "--cache", cache, *STUDENT_OPTIONS, "--draws", 9),
+        ("student", "--cache", cache, *STUDENT_OPTIONS, "--loss", "hint:teacher=conv1,student=relu1"),
         ("check-cache", cache),
         ("check-cache", cache, "--deep"),
     ):

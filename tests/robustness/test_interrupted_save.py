@@ -1,4 +1,4 @@
-"""Ctrl-C while a checkpoint is written is Ctrl-C, and leaves the file as it was."""
+"""An interrupt while a checkpoint is written is raised as KeyboardInterrupt, and leaves the file unchanged."""
 
 import io
 from pathlib import Path
@@ -11,24 +11,24 @@ from softcache.stages.training import checkpoint
 
 
 def test_an_interrupt_at_any_write_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch turns one into a RuntimeError of its own where it comes between two parts of its zip file."""
+    """PyTorch turns an interrupt between two parts of its zip file into a RuntimeError."""
     path, record = tmp_path / "c.pt", {"model": {"w": torch.ones(300)}, "lines": "x" * 100}
     checkpoint.save_tensors(path, {"old": torch.zeros(1)})
     old = path.read_bytes()
-    at, interrupts = [0], 0
+    failing_write, interrupts = [0], 0
 
     class Stopping(io.FileIO):
         writes = 0
 
         def write(self, content: Any, /) -> int:
             self.writes += 1
-            if self.writes == at[0]:
+            if self.writes == failing_write[0]:
                 raise KeyboardInterrupt
             return super().write(content)
 
     monkeypatch.setattr(checkpoint, "open", lambda name, _: Stopping(name, "w"), raising=False)
     for number in range(1, 200):
-        at[0] = number
+        failing_write[0] = number
         try:
             checkpoint.save_tensors(path, record)
         except KeyboardInterrupt:

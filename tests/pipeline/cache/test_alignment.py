@@ -13,14 +13,14 @@ import pytest
 
 from softcache.data import views
 from tests.helpers.commands import Stages
-from tests.helpers.damage import SHARD, rewrite
+from tests.helpers.damage import SHARD, edit_shard
 
 OPTIONS = ("--arch", "mlp:8", "--epochs", 1, "--out", "r")
 
 
 def test_a_rewritten_cache_with_the_same_rows_is_accepted(cache: Path, stages: Stages) -> None:
     """The helper of the tests below does no harm itself."""
-    rewrite(cache, lambda arrays: None)
+    edit_shard(cache, lambda arrays: None)
     stages("check-cache", cache, "--deep")
     stages("student", "--cache", cache, *OPTIONS)
 
@@ -32,7 +32,7 @@ def test_permuted_rows_are_refused(cache: Path, stages: Stages) -> None:
         for key in arrays:
             arrays[key] = arrays[key][::-1]
 
-    rewrite(cache, permute)
+    edit_shard(cache, permute)
     assert "not in the order of this cache" in stages.fails(1, "student", "--cache", cache, *OPTIONS)
     assert not Path("r/student.pt").exists()
 
@@ -43,7 +43,7 @@ def test_permuted_logits_are_refused(cache: Path, stages: Stages) -> None:
     def permute(arrays: dict[str, np.ndarray]) -> None:
         arrays["logits"] = np.roll(arrays["logits"], 1, axis=0)
 
-    rewrite(cache, permute)
+    edit_shard(cache, permute)
     line = stages.fails(1, "student", "--cache", cache, *OPTIONS, "--epochs", 3)
     assert "rows and logits do not belong together" in line
 
@@ -52,7 +52,7 @@ def test_labels_that_differ_are_refused(cache: Path, stages: Stages) -> None:
     def change_label(arrays: dict[str, np.ndarray]) -> None:
         arrays["label"][5] = (arrays["label"][5] + 1) % 10
 
-    rewrite(cache, change_label)
+    edit_shard(cache, change_label)
     line = stages.fails(1, "student", "--cache", cache, *OPTIONS, "--epochs", 3)
     assert "1 labels are not those of the data" in line
 
@@ -61,7 +61,7 @@ def test_logits_that_are_not_finite_are_refused(cache: Path, stages: Stages) -> 
     def set_nan(arrays: dict[str, np.ndarray]) -> None:
         arrays["logits"][3, 3] = np.nan
 
-    rewrite(cache, set_nan)
+    edit_shard(cache, set_nan)
     assert f"{SHARD}: logits that are not finite" in stages.call("check-cache", cache)[1]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from softcache.pipeline.cache import archive
-from tests.helpers.caches import ASKED, everything, files, home_with_cache, payloads
+from tests.helpers.caches import CACHE_COMMAND, make_folder_with_cache, read_payloads, stat_files, stat_tree
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
 from tests.helpers.paths import ROOT
@@ -24,8 +24,8 @@ def home(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher, a cache `c` of 2 draws and a tap that was added later, and `c.tar`, packed of it."""
     from softcache.stages.main import main
 
-    folder = home_with_cache(tiny, tmp_path_factory.mktemp("home"), "--draws", "2")
-    home_with_cache(tiny, folder, "--taps", "flatten")
+    folder = make_folder_with_cache(tiny, tmp_path_factory.mktemp("home"), "--draws", "2")
+    make_folder_with_cache(tiny, folder, "--taps", "flatten")
     main(["cache-pack", f"{folder}/c", f"{folder}/c.tar"])
     return folder
 
@@ -38,7 +38,7 @@ def small(home: Path, tmp_path: Path, stages: Stages) -> Path:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """{name: content} of all files below a folder."""
+    """{name: content} of all stat_files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -81,7 +81,7 @@ def test_a_folder_of_any_name_can_be_packed(small: Path, stages: Stages, name: s
     small.rename(name)
     stages("cache-pack", name, "any.tar")
     stages("cache-unpack", "any.tar", "d")
-    assert payloads(Path("d")) == payloads(Path(name))
+    assert read_payloads(Path("d")) == read_payloads(Path(name))
 
 
 # What is not packed
@@ -108,9 +108,9 @@ def replace_by_link(path: Path) -> None:
 @pytest.mark.parametrize("name", ["draw-001/shard-00001-1.h5", "head.h5", "manifest.json"])
 def test_a_damaged_cache_is_not_packed(small: Path, stages: Stages, name: str, damage: Callable[[Path], None]) -> None:
     damage(small / name)
-    before = files(Path.cwd())
+    before = stat_files(Path.cwd())
     assert name in stages.fails(1, "cache-pack", "c", "new.tar")
-    assert files(Path.cwd()) == before
+    assert stat_files(Path.cwd()) == before
 
 
 def test_an_existing_file_is_not_overwritten_by_a_tar(small: Path, stages: Stages) -> None:
@@ -121,23 +121,23 @@ def test_an_existing_file_is_not_overwritten_by_a_tar(small: Path, stages: Stage
     assert "there is no cache at 'd'" in stages.fails(1, "cache-pack", "d", "d.tar")
 
 
-# Unpacking where files exist
+# Unpacking where stat_files exist
 
 
 def test_unpacking_over_the_same_cache_changes_nothing(small: Path, stages: Stages) -> None:
     (small / "README.md").write_text("# My own words\n")
-    before = files(small)
+    before = stat_files(small)
     stages("cache-unpack", "c.tar", "c")
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_unpacking_restores_missing_and_damaged_files_and_no_others(small: Path, stages: Stages) -> None:
-    contents, before = read_files(small), files(small)
+    contents, before = read_files(small), stat_files(small)
     flip_one_bit(small / "draw-000/shard-00000.h5")
     remove(small / "val/shard-00000.h5")
     stages("cache-unpack", "c.tar", "c")
     assert read_files(small) == contents
-    now = files(small)
+    now = stat_files(small)
     assert {n for n in before if now[n] != before[n]} == {"draw-000/shard-00000.h5", "val/shard-00000.h5"}
 
 
@@ -145,10 +145,10 @@ def test_unpacking_restores_missing_and_damaged_files_and_no_others(small: Path,
 def test_unpacking_over_another_cache_is_refused(small: Path, stages: Stages, options: tuple[str, ...]) -> None:
     """It is of another identity; or it is the same cache, grown since, of which the tar holds only a part."""
     out = "c" if "--draws" in options else "d"
-    stages(*ASKED, *options, "--out", out)
-    before = files(Path(out))
+    stages(*CACHE_COMMAND, *options, "--out", out)
+    before = stat_files(Path(out))
     assert f"'{out}' holds another cache than 'c.tar'" in stages.fails(1, "cache-unpack", "c.tar", out)
-    assert files(Path(out)) == before
+    assert stat_files(Path(out)) == before
 
 
 def test_unpacking_over_foreign_files_is_refused(small: Path, stages: Stages) -> None:
@@ -182,14 +182,14 @@ def test_interrupted_unpacking_leaves_no_cache_and_goes_on(
     assert "manifest.json" not in published
     assert sorted(read_files(Path("d"))) == sorted(published)
     assert "'d' is no cache" in stages.fails(1, "student", "--cache", "d")
-    before = files(Path("d"))
+    before = stat_files(Path("d"))
     with monkeypatch.context() as patch:
         count = 1000
         patch.setattr(archive, "publish", publish_until_stopped)
         stages("cache-unpack", "c.tar", "d")
     assert published[-1] == "manifest.json"
     assert read_files(Path("d")) == read_files(small)
-    now = files(Path("d"))
+    now = stat_files(Path("d"))
     assert {name for name in before if now[name] != before[name]} <= {"README.md"}
 
 
@@ -227,10 +227,10 @@ READERS = (
 
 def test_commands_that_read_a_cache_write_nothing_into_it(small: Path, stages: Stages) -> None:
     """Not even a file that is removed again, which the time of a folder would show."""
-    before = everything(small)
+    before = stat_tree(small)
     for command in READERS:
         stages(*command.split())
-        assert everything(small) == before, command
+        assert stat_tree(small) == before, command
 
 
 def test_a_cache_on_a_read_only_mount_can_be_read(small: Path) -> None:

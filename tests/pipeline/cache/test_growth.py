@@ -11,15 +11,15 @@ import torch
 
 from softcache.pipeline.cache.reader import Cache
 from tests.helpers.caches import (
-    ASKED,
+    CACHE_COMMAND,
     Files,
-    count_shards_asked,
-    drift,
-    files,
-    home_with_cache,
-    payloads,
-    save_teacher_with_a_volume,
-    stop_after,
+    interrupt_after_shards,
+    make_folder_with_cache,
+    read_payloads,
+    record_computed_shards,
+    save_scaled_teacher,
+    shift_one_pixel,
+    stat_files,
 )
 from tests.helpers.commands import Stages
 
@@ -41,19 +41,19 @@ TOTALS = {
 @pytest.fixture(scope="module")
 def home(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap pool1."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("home"), *FIRST)
+    return make_folder_with_cache(tiny, tmp_path_factory.mktemp("home"), *FIRST)
 
 
 @pytest.fixture
 def small(home: Path, tmp_path: Path) -> Path:
-    """A copy of the cache `c` in the folder of the test, where ASKED extends it."""
+    """A copy of the cache `c` in the folder of the test, where CACHE_COMMAND extends it."""
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     return tmp_path / "c"
 
 
 def list_unchanged_files(before: Files, cache: Path) -> list[str]:
-    """The files of `before` that nobody has written since."""
-    now = files(cache)
+    """The stat_files of `before` that nobody has written since."""
+    now = stat_files(cache)
     return sorted(name for name, facts in before.items() if now.get(name) == facts)
 
 
@@ -82,11 +82,11 @@ def assert_equal_rows(first: Path, second: Path) -> None:
 def test_a_grown_cache_equals_one_made_in_one_command_and_no_shard_is_rewritten(
     small: Path, stages: Stages, addition: str
 ) -> None:
-    before = files(small)
+    before = stat_files(small)
     for options in ADDITIONS[addition]:
-        stages(*ASKED, *options, "--out", "c")
+        stages(*CACHE_COMMAND, *options, "--out", "c")
     assert set(list_unchanged_files(before, small)) == before.keys() - {"manifest.json", "README.md"}
-    stages(*ASKED, *TOTALS[addition], "--out", "reference")
+    stages(*CACHE_COMMAND, *TOTALS[addition], "--out", "reference")
     assert_equal_rows(small, Path("reference"))
     stages("check-cache", small, "--deep")
 
@@ -101,11 +101,11 @@ def test_a_grown_cache_equals_one_made_in_one_command_and_no_shard_is_rewritten(
 def test_growing_runs_the_teacher_only_for_what_is_missing(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed = count_shards_asked(monkeypatch)
-    stages(*ASKED, "--draws", "4", "--out", "c")
+    computed = record_computed_shards(monkeypatch)
+    stages(*CACHE_COMMAND, "--draws", "4", "--out", "c")
     assert computed == [f"draw-00{draw}/shard-0000{part}.h5" for draw in (2, 3) for part in (0, 1)]
     computed.clear()
-    stages(*ASKED, "--taps", "flatten", "--out", "c")
+    stages(*CACHE_COMMAND, "--taps", "flatten", "--out", "c")
     assert len(computed) == 4 * 2 + 1 + 2
     assert all(name.endswith("-1.h5") for name in computed)
 
@@ -114,18 +114,18 @@ def test_growing_runs_the_teacher_only_for_what_is_missing(
 def test_a_command_for_less_than_the_cache_holds_writes_nothing(
     small: Path, stages: Stages, options: tuple[str, ...]
 ) -> None:
-    before = files(small)
-    code, out, err = stages.call(*ASKED, *options, "--out", "c")
+    before = stat_files(small)
+    code, out, err = stages.call(*CACHE_COMMAND, *options, "--out", "c")
     assert code == 0, err
     assert "is complete: it holds all that is requested" in out
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_growing_a_cache_of_another_identity_is_refused(small: Path, stages: Stages) -> None:
-    before = files(small)
-    error = stages.fails(1, *ASKED, "--draws", "4", "--views", "crop:pad=2", "--out", "c")
+    before = stat_files(small)
+    error = stages.fails(1, *CACHE_COMMAND, "--draws", "4", "--views", "crop:pad=2", "--out", "c")
     assert ["views.pad", "2", "1"] in [line.split() for line in error.splitlines()]
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_a_tap_whose_shape_has_changed_is_refused(
@@ -145,40 +145,40 @@ def test_a_tap_whose_shape_has_changed_is_refused(
     torch.save({"linear.weight": torch.eye(10, 64), "linear.bias": torch.zeros(10)}, tmp_path / "w.pt")
     command = ("teacher-cache", "--train-size", "50", "--teacher", "resized:make", "--weights", "w.pt", "--out", "c")
     stages(*command, "--taps", "pool")
-    before = files(tmp_path / "c")
+    before = stat_files(tmp_path / "c")
     import resized
 
     monkeypatch.setattr(resized, "SIDE", 4)
     error = stages.fails(1, *command, "--taps", "pool", "--draws", "2")
     assert ["taps.pool", "[1,", "4,", "4]", "[1,", "2,", "2]"] in [line.split() for line in error.splitlines()]
-    assert files(tmp_path / "c") == before
+    assert stat_files(tmp_path / "c") == before
 
 
 def test_a_renderer_that_has_drifted_is_detected_before_a_cache_grows(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New draws must come from the renderer of the old ones. Not even unfinished.json is written."""
-    before = files(small)
+    before = stat_files(small)
     with monkeypatch.context() as patch:
-        drift(patch)
-        assert "come out differently here" in stages.fails(1, *ASKED, "--draws", "4", "--out", "c")
-    assert files(small) == before
-    stages(*ASKED, "--draws", "3", "--out", "c")
+        shift_one_pixel(patch)
+        assert "come out differently here" in stages.fails(1, *CACHE_COMMAND, "--draws", "4", "--out", "c")
+    assert stat_files(small) == before
+    stages(*CACHE_COMMAND, "--draws", "3", "--out", "c")
 
 
 def test_a_teacher_whose_code_has_changed_is_detected_before_a_cache_grows(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same weights in another forward pass, the new draws would hold the outputs of another teacher."""
-    save_teacher_with_a_volume(tmp_path, "louder")
+    save_scaled_teacher(tmp_path, "louder")
     command = ("teacher-cache", "--train-size", "50", "--teacher", "louder:make", "--weights", "w.pt", "--out", "c")
     stages(*command)
-    before = files(tmp_path / "c")
+    before = stat_files(tmp_path / "c")
     import louder
 
     monkeypatch.setattr(louder, "VOLUME", 1.5)
     assert "the teacher now says something else" in stages.fails(1, *command, "--draws", "2")
-    assert files(tmp_path / "c") == before
+    assert stat_files(tmp_path / "c") == before
 
 
 def test_an_interrupted_addition_does_not_hide_the_complete_cache(
@@ -186,15 +186,15 @@ def test_an_interrupted_addition_does_not_hide_the_complete_cache(
 ) -> None:
     """A command for the old cache alone finds it complete; the addition still goes on by its own command."""
     with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        stages.fails(130, *ASKED, "--draws", "4", "--out", "c")
-    before = files(small)
-    code, out, err = stages.call(*ASKED, *FIRST, "--out", "c")
+        interrupt_after_shards(1, patch)
+        stages.fails(130, *CACHE_COMMAND, "--draws", "4", "--out", "c")
+    before = stat_files(small)
+    code, out, err = stages.call(*CACHE_COMMAND, *FIRST, "--out", "c")
     assert code == 0, err
     assert "is complete" in out
-    assert files(small) == before
-    assert "draws  3          4" in stages.fails(1, *ASKED, "--draws", "3", "--out", "c")
-    code, out, err = stages.call(*ASKED, "--draws", "4", "--out", "c")
+    assert stat_files(small) == before
+    assert "draws  3          4" in stages.fails(1, *CACHE_COMMAND, "--draws", "3", "--out", "c")
+    code, out, err = stages.call(*CACHE_COMMAND, "--draws", "4", "--out", "c")
     assert code == 0, err
     assert "continued: 1 of 4 shards" in out
 
@@ -203,24 +203,24 @@ def test_an_interrupted_addition_does_not_hide_the_complete_cache(
 def test_an_interrupted_addition_leaves_the_old_cache_usable_and_goes_on(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    before, manifest = files(small), (small / "manifest.json").read_bytes()
+    before, manifest = stat_files(small), (small / "manifest.json").read_bytes()
     with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        assert "the same command continues" in stages.fails(130, *ASKED, *options, "--out", "c")
+        interrupt_after_shards(2, patch)
+        assert "the same command continues" in stages.fails(130, *CACHE_COMMAND, *options, "--out", "c")
     assert (small / "manifest.json").read_bytes() == manifest
     code, out, err = stages.call("check-cache", small, "--deep")
     assert code == 0, err
     assert out.count("of an addition that is not finished") == 2
     stages("student", "--cache", small, "--arch", "mlp:8", "--epochs", 2)
 
-    computed = count_shards_asked(monkeypatch)
-    code, out, err = stages.call(*ASKED, *options, "--out", "c")
+    computed = record_computed_shards(monkeypatch)
+    code, out, err = stages.call(*CACHE_COMMAND, *options, "--out", "c")
     assert code == 0, err
     assert "continued: 2 of " in out
-    assert len(computed) == len(payloads(small)) - 7 - 2
+    assert len(computed) == len(read_payloads(small)) - 7 - 2
     assert set(list_unchanged_files(before, small)) == before.keys() - {"manifest.json", "README.md"}
     all_taps = ("--taps", "pool1,flatten") if "--taps" in options else ()
-    stages(*ASKED, *FIRST, *options, *all_taps, "--out", "reference")
+    stages(*CACHE_COMMAND, *FIRST, *options, *all_taps, "--out", "reference")
     assert_equal_rows(small, Path("reference"))
 
 
@@ -232,14 +232,14 @@ def test_a_lost_manifest_is_rebuilt_from_the_shards_without_running_the_teacher(
 ) -> None:
     """By the command for all that the cache held."""
     for options in additions:
-        stages(*ASKED, *options, "--out", "c")
-    before, record = payloads(small), load_manifest(small)
+        stages(*CACHE_COMMAND, *options, "--out", "c")
+    before, record = read_payloads(small), load_manifest(small)
     (small / "manifest.json").unlink()
-    old_files = files(small)
-    computed = count_shards_asked(monkeypatch)
-    stages(*ASKED, "--draws", record["draws"], "--taps", ",".join(record["taps"]), "--out", "c")
+    old_files = stat_files(small)
+    computed = record_computed_shards(monkeypatch)
+    stages(*CACHE_COMMAND, "--draws", record["draws"], "--taps", ",".join(record["taps"]), "--out", "c")
     assert computed == []
-    assert payloads(small) == before
+    assert read_payloads(small) == before
     assert set(list_unchanged_files(old_files, small)) >= before.keys()
     assert load_manifest(small)["teacher"] == record["teacher"]
     assert load_manifest(small)["fidelity"] == pytest.approx(record["fidelity"], rel=1e-9)
@@ -259,10 +259,10 @@ def test_a_command_for_less_than_a_cache_without_a_manifest_held_loses_no_shard(
     small: Path, stages: Stages, options: tuple[str, ...]
 ) -> None:
     """It is refused, or makes a cache that can be read; in both cases all shards stay."""
-    stages(*ASKED, "--draws", "3", "--taps", "flatten", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "3", "--taps", "flatten", "--out", "c")
     (small / "manifest.json").unlink()
-    before = {name: facts for name, facts in files(small).items() if name.endswith(".h5") and "/" in name}
-    code, _, err = stages.call(*ASKED, *options, "--out", "c")
+    before = {name: facts for name, facts in stat_files(small).items() if name.endswith(".h5") and "/" in name}
+    code, _, err = stages.call(*CACHE_COMMAND, *options, "--out", "c")
     assert list_unchanged_files(before, small) == sorted(before)
     if code == 0:
         stages("check-cache", small)
@@ -278,8 +278,8 @@ def test_shards_of_another_cache_are_refused_and_not_overwritten(
     small: Path, stages: Stages, options: tuple[str, str]
 ) -> None:
     """A folder whose manifest is lost does not take another cache, whatever datasets and rows its shards hold."""
-    command = (*ASKED, *FIRST, "--views", "crop:pad=2", *options, "--out", "c")
+    command = (*CACHE_COMMAND, *FIRST, "--views", "crop:pad=2", *options, "--out", "c")
     (small / "manifest.json").unlink()
-    before = files(small)
+    before = stat_files(small)
     assert "of another cache" in stages.fails(1, *command)
     assert set(list_unchanged_files(before, small)) >= {name for name in before if name.endswith(".h5")}

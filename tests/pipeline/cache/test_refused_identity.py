@@ -16,7 +16,7 @@ from PIL import Image
 
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
-from tests.helpers.caches import PETS, files, printed_command, save_pets, save_pets_teacher
+from tests.helpers.caches import PETS_CACHE_COMMAND, parse_printed_command, save_pets, save_pets_teacher, stat_files
 from tests.helpers.commands import Stages
 
 STUDENT = ("student", "--data", "folder:pets", "--cache", "p", "--arch", "mlp:4", "--epochs", "1")
@@ -34,7 +34,7 @@ def pets_home(tmp_path_factory: pytest.TempPathFactory, save_image: Any) -> Path
     save_pets(folder / "pets", save_image)
     save_pets_teacher(folder / "pets.pt")
     with contextlib.chdir(folder):
-        main([*PETS, "--out", "p"])
+        main([*PETS_CACHE_COMMAND, "--out", "p"])
     return folder
 
 
@@ -129,14 +129,14 @@ def test_stage_one_refuses_another_identity_and_prints_the_command_for_a_cache_o
     """The printed command is run: it makes the requested cache in a new folder."""
     change, options, fields = CASES[case]
     change()
-    before, existing = files(Path("p")), Cache(Path("p")).manifest.identity
-    error = stages.fails(1, *PETS, *options, "--out", "p")
+    before, existing = stat_files(Path("p")), Cache(Path("p")).manifest.identity
+    error = stages.fails(1, *PETS_CACHE_COMMAND, *options, "--out", "p")
     assert "'p' holds another cache:" in error
     differences = parse_differences(error, "requested", "in the cache")
     assert set(differences) == set(fields)
-    assert files(Path("p")) == before
+    assert stat_files(Path("p")) == before
 
-    arguments = printed_command(error)
+    arguments = parse_printed_command(error)
     assert arguments[arguments.index("--out") + 1] == "p-2"
     result = stages(*arguments)
     requested = Cache(Path("p-2")).manifest.identity
@@ -145,7 +145,7 @@ def test_stage_one_refuses_another_identity_and_prints_the_command_for_a_cache_o
         values = [get_field(identity, field) for identity in (requested, existing)]
         assert [format_value(value) for value in values] == list(differences[field])
     assert (result["draws"], list(Cache(Path("p-2")).manifest.taps)) == (2, ["hidden1"])
-    code, out, err = stages.call(*PETS, *options, "--out", "p-2")
+    code, out, err = stages.call(*PETS_CACHE_COMMAND, *options, "--out", "p-2")
     assert code == 0, err
     assert "is complete" in out
 
@@ -185,7 +185,7 @@ def test_stage_two_refuses_other_images_and_prints_the_command_for_a_cache_of_th
         assert [format_value(get_field(identity, field)) for identity in (loaded, cached)] == list(values)
     assert not Path("new").exists()
 
-    stages(*printed_command(error))
+    stages(*parse_printed_command(error))
     student = ["p-2" if word == "p" else word for word in STUDENT]
     assert stages(*student, "--out", "new")["cache"]["draws"] == 2
     assert list(Cache(Path("p-2")).manifest.taps) == ["hidden1"]
@@ -196,7 +196,7 @@ def test_stage_two_refuses_a_tap_that_the_cache_does_not_hold(home: Path, stages
     command = (*STUDENT, "--loss", "hint:teacher=relu1,student=relu1", "--out", "r")
     error = stages.fails(1, *command)
     assert "has not kept relu1 (it has: hidden1)" in error
-    arguments = [word.replace("folder:PATH", "folder:pets") for word in printed_command(error)]
+    arguments = [word.replace("folder:PATH", "folder:pets") for word in parse_printed_command(error)]
     stages(*arguments)
     assert list(Cache(Path("p")).manifest.taps) == ["hidden1", "relu1"]
     stages(*command)
@@ -219,7 +219,7 @@ def test_the_printed_command_has_the_first_folder_that_does_not_exist(home: Path
     Path("p-2").mkdir()
     Path("p-3").write_text("mine")
     change_weights()
-    arguments = printed_command(stages.fails(1, *PETS, "--out", "p"))
+    arguments = parse_printed_command(stages.fails(1, *PETS_CACHE_COMMAND, "--out", "p"))
     assert arguments[arguments.index("--out") + 1] == "p-4"
 
 
@@ -229,10 +229,10 @@ def test_names_with_spaces_and_quotes_are_quoted_in_the_printed_command(home: Pa
     Path("pets").rename("tom's pets & more")
     Path("pets.pt").rename("a teacher.pt")
     Image.new("RGB", (8, 8), (1, 2, 3)).save("tom's pets & more/test/cat/1.png")
-    command = list(PETS)
+    command = list(PETS_CACHE_COMMAND)
     command[command.index("folder:pets")] = "folder:tom's pets & more"
     command[command.index("pets.pt")] = "a teacher.pt"
-    arguments = printed_command(stages.fails(1, *command, "--out", "tom's cache"))
+    arguments = parse_printed_command(stages.fails(1, *command, "--out", "tom's cache"))
     assert arguments[arguments.index("--out") + 1] == "tom's cache-2"
     stages(*arguments)
 
@@ -241,5 +241,5 @@ def test_weights_that_differ_in_one_bit_are_other_weights(home: Path, stages: St
     state = torch.load("pets.pt", weights_only=True)
     state["hidden1.weight"].view(torch.int32)[0, 0] ^= 1
     torch.save(state, "pets.pt")
-    error = stages.fails(1, *PETS, "--out", "p")
+    error = stages.fails(1, *PETS_CACHE_COMMAND, "--out", "p")
     assert set(parse_differences(error, "requested", "in the cache")) == {"teacher.weights"}

@@ -19,7 +19,7 @@ from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.stages.training.step import ActiveTraining
-from tests.helpers.caches import PETS, save_pets, save_pets_teacher
+from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.stopping import stop_at
 
@@ -153,7 +153,7 @@ def test_a_folder_by_processes_gives_the_same_batches_as_by_a_thread(
 ) -> None:
     save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
-    asked = [*PETS]
+    asked = [*PETS_CACHE_COMMAND]
     asked[asked.index("--views") + 1], asked[asked.index("--draws") + 1] = "resized-crop-flip:mixup=1", "4"
     stages(*asked, "--out", "p")
     more: dict[str, Any] = {"data": "folder:pets", "train_size": 0, "draws": 4, "batch_size": 8, "draws_per_decode": 2}

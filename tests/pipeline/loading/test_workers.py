@@ -12,7 +12,7 @@ from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import compute_crc32
 from softcache.pipeline.loading.loader import CacheLoader
-from tests.helpers.caches import PETS, save_pets, save_pets_teacher
+from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
 
 # Python warns of a fork where threads run; workers are forked all the same when a user asks for it.
@@ -28,7 +28,7 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     """A folder of images: the checksum of each view is the one that is stored with its logits."""
     save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
-    stages(*PETS, "--out", "p")
+    stages(*PETS_CACHE_COMMAND, "--out", "p")
     found, cache = load_transfer_set("folder:pets", Path(), val_fraction=0.1), Cache(Path("p"))
     cache.check_transfer_set(found)
     rows, n = found.splits["train"], len(found.splits["train"])

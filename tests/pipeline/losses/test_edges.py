@@ -11,8 +11,8 @@ from softcache.base.errors import UsageError
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.losses import LOSSES
 from tests.helpers.formulas import FORMULAS
-from tests.helpers.one_step import one_step, taught
-from tests.helpers.tensors import PAIRS, Case, Shape, case, labels_of, numbers
+from tests.helpers.one_step import run_teacher, take_one_step
+from tests.helpers.tensors import PAIRS, Case, Shape, draw_labels, draw_normal, make_case
 
 CRD = "crd:negatives=12,width=4"
 SPECS = [CRD if name == "crd" else name for name in LOSSES]
@@ -44,7 +44,7 @@ def agrees(made: Case, rel: float = 1e-9) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_step_in_bfloat16_is_nearly_the_step_in_float32(spec: str) -> None:
-    full, half = (one_step(spec, precision=p) for p in ("float32", "bfloat16"))
+    full, half = (take_one_step(spec, precision=p) for p in ("float32", "bfloat16"))
     assert half.terms.dtype == torch.float32
     assert float(half.terms) == pytest.approx(float(full.terms), rel=0.05)
     assert (float(half.terms) != float(full.terms)) or spec == "tf_kd"
@@ -57,12 +57,12 @@ def test_a_step_in_bfloat16_is_nearly_the_step_in_float32(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", MORE)
 def test_one_row_is_enough(spec: str) -> None:
-    agrees(case(spec, 1, 4))
+    agrees(make_case(spec, 1, 4))
 
 
 @pytest.mark.parametrize("spec", ["hint", "concat_hint", "vid", "srrl", "simkd", CRD])
 def test_one_row_of_vectors_is_enough_where_nothing_is_normalised_over_the_batch(spec: str) -> None:
-    agrees(case(spec, 1, 4, VECTORS))
+    agrees(make_case(spec, 1, 4, VECTORS))
 
 
 @pytest.mark.parametrize(
@@ -75,16 +75,16 @@ def test_one_row_of_vectors_is_enough_where_nothing_is_normalised_over_the_batch
     ],
 )
 def test_batch_norm_over_one_vector_is_refused(spec: str, pairs: Pairs) -> None:
-    made = case(spec, 1, 4, pairs)
+    made = make_case(spec, 1, 4, pairs)
     with pytest.raises(UsageError, match="normalises over the batch: a --batch-size of 1 leaves nothing"):
         made.value()
-    finite(case(spec, 2, 4, pairs))
+    finite(make_case(spec, 2, 4, pairs))
 
 
 @pytest.mark.parametrize("spec", ["rkd", "pkt", "cc", "similarity", "dist:between=0"])
 def test_one_row_has_no_relations(spec: str) -> None:
     """cc and similarity compare a row with itself, which is the same in both; dist's second part is then constant."""
-    made = case(spec, 1, 4)
+    made = make_case(spec, 1, 4)
     leaves = made.leaves()
     constant = 16.0 if spec.startswith("dist") else 0.0  # T²
     assert float(made.value().detach()) == pytest.approx(constant, abs=1e-9)
@@ -96,11 +96,11 @@ def test_one_row_has_no_relations(spec: str) -> None:
 def test_rows_that_are_equal_give_a_finite_term_and_gradient(spec: str) -> None:
     """Three of six rows are one, in the student and in the teacher, then all are."""
     for same in ([0, 1, 1, 1, 4, 5], [2] * 6):
-        made = case(spec, 6, 4)
+        made = make_case(spec, 6, 4)
         assert made.target.logits is not None
         made.logits = made.logits[same]
-        made.mine = {name: x[same] for name, x in made.mine.items()}
-        made.theirs = {name: x[same] for name, x in made.theirs.items()}
+        made.student_outputs = {name: x[same] for name, x in made.student_outputs.items()}
+        made.teacher_outputs = {name: x[same] for name, x in made.teacher_outputs.items()}
         features = {tap: x[same] for tap, x in made.target.features.items()}
         made.target = replace(made.target, logits=made.target.logits[same], features=features)
         agrees(made, rel=1e-7)
@@ -108,25 +108,27 @@ def test_rows_that_are_equal_give_a_finite_term_and_gradient(spec: str) -> None:
 
 def test_student_rows_that_are_equal_where_the_teachers_are_not_have_no_gradient_from_their_angles() -> None:
     """A direction between equal rows has none: its gradient was 1e11."""
-    made = case("rkd:teacher=layer1:pool", 6, 4)
-    made.mine = {name: x[[0, 1, 1, 3, 4, 5]].detach().requires_grad_() for name, x in made.mine.items()}
+    made = make_case("rkd:teacher=layer1:pool", 6, 4)
+    made.student_outputs = {
+        name: x[[0, 1, 1, 3, 4, 5]].detach().requires_grad_() for name, x in made.student_outputs.items()
+    }
     made.value().backward()
-    assert all(float(x.grad.abs().max()) < 1e3 for x in made.mine.values() if x.grad is not None)
-    assert any(x.grad is not None for x in made.mine.values())
+    assert all(float(x.grad.abs().max()) < 1e3 for x in made.student_outputs.values() if x.grad is not None)
+    assert any(x.grad is not None for x in made.student_outputs.values())
 
 
 @pytest.mark.parametrize("spec", BETWEEN_LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("whose", ["student", "teacher", "both", "one row", "one channel"])
 def test_features_that_are_all_zero_give_a_finite_term_and_gradient(spec: str, dtype: torch.dtype, whose: str) -> None:
-    made = case(spec, 4, 4, dtype=dtype)
+    made = make_case(spec, 4, 4, dtype=dtype)
     if whose in ("student", "both"):
-        made.mine = {name: torch.zeros_like(x) for name, x in made.mine.items()}
+        made.student_outputs = {name: torch.zeros_like(x) for name, x in made.student_outputs.items()}
     if whose in ("teacher", "both"):
         made.target = replace(
             made.target, features={tap: torch.zeros_like(x) for tap, x in made.target.features.items()}
         )
-    for x in made.mine.values():
+    for x in made.student_outputs.values():
         if whose == "one row":
             x[1] = 0
         if whose == "one channel":
@@ -145,9 +147,9 @@ def test_a_student_whose_layers_are_dead_takes_a_finite_step(spec: str) -> None:
                 nn.init.constant_(module.bias, -1.0)
 
     for precision in ("float32", "bfloat16"):
-        done = one_step(spec, change=kill, precision=precision)
+        done = take_one_step(spec, change=kill, precision=precision)
         assert done.terms.isfinite().all()
-        for name, p in [*done.student.named_parameters(), *done.own.items()]:
+        for name, p in [*done.student.named_parameters(), *done.loss_parameters.items()]:
             assert p.isfinite().all(), name
             assert p.grad is None or p.grad.isfinite().all(), name
             assert p.grad is None or float(p.grad.abs().max()) < 1e6, name
@@ -158,17 +160,17 @@ def test_a_student_whose_layers_are_dead_takes_a_finite_step(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ON_LOGITS)
 def test_two_classes_and_a_thousand(spec: str) -> None:
-    agrees(case(spec, 4, 2))
-    agrees(case(spec, 3, 1000))
-    in_single = finite(case(spec, 3, 1000, dtype=torch.float32))
+    agrees(make_case(spec, 4, 2))
+    agrees(make_case(spec, 3, 1000))
+    in_single = finite(make_case(spec, 3, 1000, dtype=torch.float32))
     # logarithms of about -log K, rounded, times T²
     T = getattr(LOSSES[spec.partition(":")[0]], "temperature", 4.0)
-    assert in_single == pytest.approx(finite(case(spec, 3, 1000)), rel=1e-5, abs=T**2 * 2**-23 * math.log(1000))
+    assert in_single == pytest.approx(finite(make_case(spec, 3, 1000)), rel=1e-5, abs=T**2 * 2**-23 * math.log(1000))
 
 
 @pytest.mark.parametrize("part", ["target", "nontarget"])
 def test_of_two_classes_there_is_nothing_beside_the_target(part: str) -> None:
-    made = case(f"dkd:{part}=0", 4, 2)
+    made = make_case(f"dkd:{part}=0", 4, 2)
     leaves = made.leaves()
     gradient = torch.autograd.grad(made.value(), leaves)[0]
     assert (float(gradient.abs().max()) == 0) is (part == "target")
@@ -176,7 +178,7 @@ def test_of_two_classes_there_is_nothing_beside_the_target(part: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_classes_that_are_absent_from_the_batch_change_nothing(spec: str) -> None:
-    agrees(case(spec, 6, 10, labels=torch.full((6,), 7)))
+    agrees(make_case(spec, 6, 10, labels=torch.full((6,), 7)))
 
 
 # Labels that are hidden
@@ -186,7 +188,7 @@ def test_classes_that_are_absent_from_the_batch_change_nothing(spec: str) -> Non
 def test_rows_without_labels_count_where_the_loss_needs_no_labels(spec: str) -> None:
     loss = LOSSES[spec.partition(":")[0]]
     for labels in ([-1, 3, -1, 0, 2], [-1] * 5):
-        made = case(spec, 5, 4, labels=torch.tensor(labels))
+        made = make_case(spec, 5, 4, labels=torch.tensor(labels))
         agrees(made)
         known = made.target.labels >= 0
         leaves = made.leaves()
@@ -199,11 +201,13 @@ def test_rows_without_labels_count_where_the_loss_needs_no_labels(spec: str) -> 
 
 @pytest.mark.parametrize("spec", ["dkd", "nkd"])
 def test_where_a_label_is_hidden_the_class_that_the_teacher_chose_stands_in_for_it(spec: str) -> None:
-    hidden = case(spec, 5, 4, labels=torch.full((5,), -1))
+    hidden = make_case(spec, 5, 4, labels=torch.full((5,), -1))
     assert hidden.target.logits is not None
-    labelled = case(spec, 5, 4, labels=hidden.target.logits.argmax(1))
+    labelled = make_case(spec, 5, 4, labels=hidden.target.logits.argmax(1))
     assert float(hidden.value()) == float(labelled.value())
-    assert float(hidden.value()) != float(case(spec, 5, 4, labels=(hidden.target.logits.argmax(1) + 1) % 4).value())
+    assert float(hidden.value()) != float(
+        make_case(spec, 5, 4, labels=(hidden.target.logits.argmax(1) + 1) % 4).value()
+    )
 
 
 # Mixup
@@ -215,17 +219,17 @@ def test_which_losses_are_of_one_label_is_said_by_their_formula() -> None:
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if not LOSSES[s.partition(":")[0]].needs_single_label])
 def test_a_mixed_view_trains_every_loss_that_is_not_of_one_label(spec: str) -> None:
-    plain = taught(6, 10)[0]
+    plain = run_teacher(6, 10)[0]
     share = torch.tensor([0.0, 0.2, 0.5, 0.6, 0.9, 1.0])
-    mixed = replace(plain, partner=labels_of(6, 10, seed=9), share=share)
-    terms = [float(one_step(spec, batch=b).terms) for b in (plain, mixed)]
+    mixed = replace(plain, partner=draw_labels(6, 10, seed=9), share=share)
+    terms = [float(take_one_step(spec, batch=b).terms) for b in (plain, mixed)]
     assert math.isfinite(terms[1])
     assert (terms[0] != terms[1]) == (spec in ("hard", "wsld", "soft_f1", "logit_adjusted", "balanced_softmax"))
 
 
 def test_weighted_soft_labels_of_a_mixed_view_weigh_by_both_labels() -> None:
-    made = case("wsld", 5, 4, labels=torch.tensor([0, 1, 2, -1, 3]))
-    partner, share = torch.tensor([3, 3, -1, 0, 1]), numbers(5, seed=4).sigmoid()
+    made = make_case("wsld", 5, 4, labels=torch.tensor([0, 1, 2, -1, 3]))
+    partner, share = torch.tensor([3, 3, -1, 0, 1]), draw_normal(5, seed=4).sigmoid()
     made.target = replace(made.target, partner=partner, share=share)
     terms = []
     for i in (0, 1, 4):  # both halves have a label
@@ -247,7 +251,7 @@ def test_saturated_logits_give_a_finite_term_and_gradient(spec: str, dtype: torc
     sure = torch.full((4, 5), -1e4, dtype=dtype)
     sure[torch.arange(4), torch.tensor([0, 1, 1, 4])] = 1e4
     for labels in ([0, 1, 1, 4], [3, 2, 0, 0], [-1, -1, 0, 4]):
-        made = case(spec, 4, 5, labels=torch.tensor(labels), dtype=dtype)
+        made = make_case(spec, 4, 5, labels=torch.tensor(labels), dtype=dtype)
         if whose != "teacher":
             made.logits = sure.clone()
         if whose != "student":
@@ -258,7 +262,7 @@ def test_saturated_logits_give_a_finite_term_and_gradient(spec: str, dtype: torc
 @pytest.mark.parametrize("spec", ON_LOGITS)
 def test_constant_logits_give_a_finite_term_and_gradient(spec: str) -> None:
     for whose in ("logits", "teacher"):
-        made = case(spec, 4, 5, dtype=torch.float32)
+        made = make_case(spec, 4, 5, dtype=torch.float32)
         flat = torch.full((4, 5), 0.1)
         if whose == "logits":
             made.logits = flat
@@ -275,28 +279,28 @@ def test_constant_logits_give_a_finite_term_and_gradient(spec: str) -> None:
 def test_a_loss_of_one_statistic_takes_no_other(name: str, kind: str) -> None:
     spec = f"{name}:teacher=layer1:{kind}"
     if kind == LOSSES[name].statistic:  # type: ignore[attr-defined]
-        agrees(case(spec, 4, 3, PAIRS))
+        agrees(make_case(spec, 4, 3, PAIRS))
         return
     for wrong in (spec, f"{name}:teacher=layer1,student=layer1:{kind}"):
         with pytest.raises(UsageError, match=f"loss '{name}' is of .* and not of {kind}: name the layer, 'layer1'"):
-            case(wrong)
+            make_case(wrong)
 
 
 @pytest.mark.parametrize("spec", ["vid", "review_kd", "simkd"])
 @pytest.mark.parametrize("pairs", [(((7, 6), (7, 6)),) * 2, (((7, 6), (7, 4)),) * 2])
 def test_tokens_are_refused_where_a_map_is_wanted(spec: str, pairs: Pairs) -> None:
     with pytest.raises(UsageError, match=r"features of 7x\d are neither a map CxHxW nor a vector"):
-        case(spec, 4, 3, pairs).value()
+        make_case(spec, 4, 3, pairs).value()
 
 
 def test_maps_of_different_sizes_have_no_common_gram() -> None:
     with pytest.raises(UsageError, match="'nst': the student's 16x16 and the teacher's 4x4: choose layers whose maps"):
-        case("nst", 4, 3, (((3, 4, 4), (5, 2, 2)),) * 2).value()
+        make_case("nst", 4, 3, (((3, 4, 4), (5, 2, 2)),) * 2).value()
 
 
 @pytest.mark.parametrize("spec", ["srrl", "cat_kd"])
 def test_a_last_layer_that_does_not_read_that_layer_is_refused(spec: str) -> None:
-    made = case(spec, 4, 3)
+    made = make_case(spec, 4, 3)
     narrow = LinearHead(made.teacher_head.weight[:, :-1], made.teacher_head.bias)
     for known, why in ((LossContext(), "it has none"), (LossContext(narrow), "its last linear layer takes 4 values")):
         with pytest.raises(UsageError, match=f"loss '{spec}' needs the last linear layer of the cache's.*{why}"):
@@ -304,4 +308,4 @@ def test_a_last_layer_that_does_not_read_that_layer_is_refused(spec: str) -> Non
     if spec == "cat_kd":
         for head in (None, LinearHead(made.head.weight[:, :-1], made.head.bias)):
             with pytest.raises(UsageError, match="the student's last linear layer does not read that map"):
-                made.loss.build_module(replace(made.outputs, head=head), made.target, made.known)
+                made.loss.build_module(replace(made.outputs, head=head), made.target, made.context)

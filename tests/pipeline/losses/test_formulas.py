@@ -5,7 +5,7 @@ import torch
 
 from softcache.pipeline.losses import LOSSES
 from tests.helpers.formulas import FORMULAS
-from tests.helpers.tensors import PAIRS, Case, case
+from tests.helpers.tensors import PAIRS, Case, make_case
 
 # Of each loss its defaults, and every knob of its formula at another value.
 SPECS = [
@@ -103,31 +103,31 @@ def test_every_row_of_the_table_has_a_formula_here_and_is_compared_with_it() -> 
 @pytest.mark.parametrize(("B", "K"), [(5, 10), (6, 2), (1, 10), (2, 3), (3, 100)])
 @pytest.mark.parametrize("spec", OF_LOGITS)
 def test_a_loss_on_logits_is_its_formula(spec: str, B: int, K: int) -> None:
-    agrees(case(spec, B, K))
+    agrees(make_case(spec, B, K))
 
 
 @pytest.mark.parametrize("spec", OF_LOGITS)
 def test_a_loss_on_logits_is_its_formula_where_some_labels_are_hidden(spec: str) -> None:
-    agrees(case(spec, labels=torch.tensor([3, -1, 0, -1, 9])))
+    agrees(make_case(spec, labels=torch.tensor([3, -1, 0, -1, 9])))
 
 
 @pytest.mark.parametrize("B", [5, 2])
 @pytest.mark.parametrize("spec", OF_LAYERS)
 def test_a_loss_between_layers_is_its_formula(spec: str, B: int) -> None:
-    agrees(case(spec, B, 4, PAIRS))
+    agrees(make_case(spec, B, 4, PAIRS))
 
 
 @pytest.mark.parametrize("spec", [s for s in OF_LAYERS if s not in ("nst", "review_kd")])
 def test_a_loss_between_maps_of_different_sizes_is_its_formula(spec: str) -> None:
     for pairs in (SMALLER, LARGER, ODD):
         if spec != "hint" or pairs is not ODD:
-            agrees(case(spec, 4, 3, pairs))
+            agrees(make_case(spec, 4, 3, pairs))
 
 
 def test_review_of_maps_of_different_sizes_and_a_pooled_last_layer_is_its_formula() -> None:
     for pairs in (SMALLER, LARGER, LAST_POOLED, (((3, 9, 9), (4, 6, 6)), ((5, 4, 4), (3, 3, 3)))):
         names = "+".join(f"layer{i}" for i in range(1, len(pairs) + 1))
-        agrees(case(f"review_kd:teacher={names}", 4, 3, pairs))
+        agrees(make_case(f"review_kd:teacher={names}", 4, 3, pairs))
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_review_of_maps_of_different_sizes_and_a_pooled_last_layer_is_its_formul
     ["hint", "concat_hint", "vid", "similarity", "rkd", "pkt", "cc", "srrl", "simkd", "crd:negatives=9,width=5"],
 )
 def test_a_loss_between_vectors_is_its_formula(spec: str) -> None:
-    agrees(case(spec, 4, 3, VECTORS))
+    agrees(make_case(spec, 4, 3, VECTORS))
 
 
 @pytest.mark.parametrize("pairs", [SAME, (((4, 5, 6), (7, 3, 2)),) * 2, (((2, 3), (2, 3)),) * 2])
 def test_a_hint_is_its_formula_with_some_regressors_or_none(pairs: tuple[tuple[tuple[int, ...], ...], ...]) -> None:
-    agrees(case("hint", 4, 3, pairs))
+    agrees(make_case("hint", 4, 3, pairs))
 
 
 @pytest.mark.parametrize("hidden", [[0, 2], [0, 1, 2, 3, 4]])
@@ -150,11 +150,11 @@ def test_contrast_leaves_out_rows_of_the_same_class_or_where_labels_are_hidden_t
     """Z is of the first batch and stays."""
     labels = torch.arange(5) % 3
     labels[hidden] = -1
-    made = case("crd:negatives=35,width=6", 5, 3, labels=labels)
+    made = make_case("crd:negatives=35,width=6", 5, 3, labels=labels)
     agrees(made)
     kept = made.module.log_z.clone()
     assert kept.isfinite()
-    for x in made.mine.values():
+    for x in made.student_outputs.values():
         x.mul_(-1.5)
     agrees(made)
     assert torch.equal(made.module.log_z, kept)

@@ -8,8 +8,8 @@ import torch
 
 from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.taps.statistics import derive_features
-from tests.helpers.one_step import one_step, taught
-from tests.helpers.tensors import case
+from tests.helpers.one_step import run_teacher, take_one_step
+from tests.helpers.tensors import make_case
 
 CRD = "crd:negatives=12,width=4"
 PAIRS = (((2, 3, 3), (3, 3, 3)), ((3, 2, 2), (2, 2, 2)))
@@ -81,7 +81,7 @@ def test_every_row_of_the_table_is_among_the_terms() -> None:
 
 
 def checked(spec: str, *shapes: object) -> None:
-    made = case(spec, 4, 4, *shapes, scale=1.0)  # type: ignore[arg-type]
+    made = make_case(spec, 4, 4, *shapes, scale=1.0)  # type: ignore[arg-type]
     made.value()  # crd keeps the constant of its first batch
     leaves = [*made.leaves(), *(made.weights if made.loss.name != "ctkd" else [])]
     assert torch.autograd.gradcheck(lambda *_: made.value(), leaves)
@@ -107,7 +107,7 @@ def test_the_gradient_between_vectors_is_that_of_the_value(spec: str) -> None:
 
 def test_the_gradient_of_weighted_soft_labels_is_that_of_the_soft_part_with_its_weights_as_they_are() -> None:
     """T w (softmax(z_s / T) - softmax(z_t / T)) / rows with a label; nothing from w."""
-    made = case("wsld:temperature=2", 4, 5, labels=torch.tensor([0, 3, -1, 4]))
+    made = make_case("wsld:temperature=2", 4, 5, labels=torch.tensor([0, 3, -1, 4]))
     leaves = made.leaves()
     (gradient,) = torch.autograd.grad(made.value(), leaves)
     assert made.target.logits is not None
@@ -120,7 +120,7 @@ def test_the_gradient_of_weighted_soft_labels_is_that_of_the_soft_part_with_its_
 
 @pytest.mark.parametrize(("reversal", "strength"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (1 / 3, 0.25)])
 def test_the_learned_temperature_climbs_with_the_strength_of_its_reversal(reversal: float, strength: float) -> None:
-    made = case(f"ctkd:start=1.5,span=5,reversal={reversal}")
+    made = make_case(f"ctkd:start=1.5,span=5,reversal={reversal}")
     theta = made.module.theta
     (found,) = torch.autograd.grad(made.value(), theta)
     values = []
@@ -143,11 +143,11 @@ def test_the_reversal_of_the_learned_temperature_rises_over_ten_epochs_as_a_cosi
 
 @pytest.mark.parametrize("spec", TERMS)
 def test_the_gradient_reaches_the_student_and_the_losss_own_part_and_changes_nothing_that_is_cached(spec: str) -> None:
-    batch, head, rows = taught(6, 10)
+    batch, head, rows = run_teacher(6, 10)
     cached = {"logits": batch.logits, "labels": batch.labels, "views": batch.views, **batch.features}
     cached |= {f"bank {tap}": x for tap, x in rows.items()} | {"weight": head.weight, "bias": head.bias}
     before = {name: x.clone() for name, x in cached.items() if x is not None}
-    done = one_step(spec)
+    done = take_one_step(spec)
     assert done.terms.isfinite().all()
     reads_logits = not hasattr(LOSSES[name_of(spec)], "teacher")
     for name, p in done.student.network.named_parameters():
@@ -158,8 +158,8 @@ def test_the_gradient_reaches_the_student_and_the_losss_own_part_and_changes_not
             assert p.grad is not None, name
             assert p.grad.isfinite().all(), name
             assert p.grad.abs().sum() > 0, name
-    assert bool(done.own) == (name_of(spec) in WITH_A_TRAINED_PART)
-    for name, p in done.own.items():
+    assert bool(done.loss_parameters) == (name_of(spec) in WITH_A_TRAINED_PART)
+    for name, p in done.loss_parameters.items():
         assert p.grad is not None, name
         assert p.grad.abs().sum() > 0, name
         assert any(p is w for w in done.state.weights), f"{name} is not trained"
@@ -174,7 +174,7 @@ def test_the_gradient_reaches_the_student_and_the_losss_own_part_and_changes_not
 
 @pytest.mark.parametrize("spec", ["srrl", "cat_kd", CRD])
 def test_what_a_loss_keeps_of_the_teacher_is_not_trained(spec: str) -> None:
-    done = one_step(spec)
+    done = take_one_step(spec)
     (module,) = done.state.parts.values()
     buffers = dict(module.named_buffers())
     assert set(buffers) == {"srrl": {"weight", "bias"}, "cat_kd": {"weight"}}.get(
@@ -187,7 +187,7 @@ def test_what_a_loss_keeps_of_the_teacher_is_not_trained(spec: str) -> None:
 
 
 def test_a_simkd_student_does_not_train_the_teachers_layer_that_it_answers_through() -> None:
-    done = one_step("simkd:teacher=layer3,student=layer3")
+    done = take_one_step("simkd:teacher=layer3,student=layer3")
     network = done.student.network
     assert torch.equal(network.linear.weight, done.head.weight)  # type: ignore[union-attr,arg-type]
     assert torch.equal(network.linear.bias, done.head.bias)  # type: ignore[union-attr,arg-type]
@@ -196,7 +196,7 @@ def test_a_simkd_student_does_not_train_the_teachers_layer_that_it_answers_throu
 
 
 def test_losses_train_on_float32_statistics_of_the_float16_maps_that_were_cached() -> None:
-    batch, _, _ = taught(6, 10)
+    batch, _, _ = run_teacher(6, 10)
     made = derive_features(batch.features, ("layer3:pool", "layer3", "layer2:attention"))
     assert all(x.dtype == torch.float32 for x in made.values())
     assert torch.equal(made["layer3"].half(), batch.features["layer3"])

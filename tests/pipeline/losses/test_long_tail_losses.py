@@ -19,7 +19,7 @@ from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.losses.long_tail import require_counts
 from tests.helpers.commands import Stages
 from tests.helpers.formulas_of_logits import soft_f1
-from tests.helpers.tensors import Case, case, counts_of, labels_of, numbers
+from tests.helpers.tensors import Case, draw_labels, draw_normal, make_case, make_class_counts
 
 COUNTING = ["logit_adjusted", "balanced_softmax", "balanced_kd"]
 SPECS = [*COUNTING, "dive", "soft_f1", "soft_f1:average=weighted", "soft_f1:average=micro"]
@@ -31,8 +31,8 @@ def value(made: Case) -> float:
 
 
 def with_counts(made: Case, counts: torch.Tensor) -> Case:
-    made.known = LossContext(counts=counts)
-    made.module = made.loss.build_module(made.outputs, made.target, made.known)
+    made.context = LossContext(counts=counts)
+    made.module = made.loss.build_module(made.outputs, made.target, made.context)
     return made
 
 
@@ -45,9 +45,12 @@ def test_on_certain_predictions_it_is_one_less_the_f1_of_scikit_learn(average: s
     """Classes that are said and never are, and classes of neither, are among them."""
     seen = set()
     for seed in range(5):
-        labels, guess = labels_of(40, labels_from, seed), labels_of(40, max(2, K // 2), seed + 50) + K - max(2, K // 2)
+        labels, guess = (
+            draw_labels(40, labels_from, seed),
+            draw_labels(40, max(2, K // 2), seed + 50) + K - max(2, K // 2),
+        )
         guess = torch.where(torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.5, labels, guess)
-        made = case(f"soft_f1:average={average}", 40, K, labels=labels)
+        made = make_case(f"soft_f1:average={average}", 40, K, labels=labels)
         made.logits = 1e4 * torch.nn.functional.one_hot(guess, K).double()
         present = np.unique(labels) if average == "macro" else None
         expected = 1 - f1_score(labels, guess, labels=present, average=average, zero_division=0)
@@ -57,17 +60,17 @@ def test_on_certain_predictions_it_is_one_less_the_f1_of_scikit_learn(average: s
 
 
 def test_the_f1_of_all_classes_together_is_the_mean_probability_of_the_labels() -> None:
-    made = case("soft_f1:average=micro", 7, 5)
+    made = make_case("soft_f1:average=micro", 7, 5)
     p = made.logits.softmax(1)[torch.arange(7), made.target.labels]
     assert value(made) == pytest.approx(1 - float(p.mean()), rel=1e-12)
 
 
 def test_the_f1_of_a_batch_is_not_the_mean_of_its_rows() -> None:
     labels = torch.tensor([0, 0, 0, 1])
-    whole = case("soft_f1", 4, 3, labels=labels)
+    whole = make_case("soft_f1", 4, 3, labels=labels)
     single = []
     for i in range(4):
-        row = case("soft_f1", 1, 3, labels=labels[i : i + 1])
+        row = make_case("soft_f1", 1, 3, labels=labels[i : i + 1])
         row.logits = whole.logits[i : i + 1]
         single.append(value(row))
     assert abs(value(whole) - sum(single) / 4) > 1e-3
@@ -75,7 +78,7 @@ def test_the_f1_of_a_batch_is_not_the_mean_of_its_rows() -> None:
 
 @pytest.mark.parametrize("average", ["macro", "weighted", "micro"])
 def test_f1_of_mixed_views_counts_both_labels_by_their_shares(average: str) -> None:
-    made = case(f"soft_f1:average={average}", 6, 5, labels=torch.tensor([0, 1, 2, -1, 3, 4]))
+    made = make_case(f"soft_f1:average={average}", 6, 5, labels=torch.tensor([0, 1, 2, -1, 3, 4]))
     share = torch.tensor([0.0, 0.2, 0.5, 0.6, 1.0, 0.9], dtype=torch.float64)
     made.target = replace(made.target, partner=torch.tensor([3, 3, 2, 0, 1, -1]), share=share)
     assert value(made) == pytest.approx(soft_f1(made), rel=1e-9)
@@ -87,7 +90,7 @@ def test_f1_of_mixed_views_counts_both_labels_by_their_shares(average: str) -> N
 
 @pytest.mark.parametrize("average", ["macro", "weighted", "micro"])
 def test_a_better_student_has_a_smaller_term_and_a_right_one_none(average: str) -> None:
-    made = case(f"soft_f1:average={average}", 30, 10)
+    made = make_case(f"soft_f1:average={average}", 30, 10)
     right = torch.nn.functional.one_hot(made.target.labels, 10).double()
     found = []
     for sure in (0.0, 1.0, 3.0, 10.0, 100.0):
@@ -102,10 +105,10 @@ def test_a_better_student_has_a_smaller_term_and_a_right_one_none(average: str) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_f1_of_logits_in_half_precision_is_that_of_the_same_numbers_in_double(spec: str, dtype: torch.dtype) -> None:
     """512 rows: a sum of them in bfloat16 has two digits."""
-    labels = labels_of(512, 10)
+    labels = draw_labels(512, 10)
     labels[::5] = -1
-    made = case(spec, 512, 10, labels=labels, dtype=dtype)
-    exact = case(spec, 512, 10, labels=labels)
+    made = make_case(spec, 512, 10, labels=labels, dtype=dtype)
+    exact = make_case(spec, 512, 10, labels=labels)
     exact.logits = made.logits.double()
     assert value(made) == pytest.approx(value(exact), rel=1e-5)
 
@@ -115,7 +118,7 @@ def test_f1_of_logits_in_half_precision_is_that_of_the_same_numbers_in_double(sp
 
 def test_balanced_softmax_is_logit_adjustment_at_tau_1() -> None:
     for seed in range(5):
-        one, other = (case(spec, seed=seed) for spec in ("balanced_softmax", "logit_adjusted"))
+        one, other = (make_case(spec, seed=seed) for spec in ("balanced_softmax", "logit_adjusted"))
         assert value(one) == pytest.approx(value(other), rel=1e-12)
         leaves = one.leaves() + other.leaves()
         gradients = torch.autograd.grad(one.value() + other.value(), leaves)
@@ -125,19 +128,19 @@ def test_balanced_softmax_is_logit_adjustment_at_tau_1() -> None:
 @pytest.mark.parametrize("labels", [None, [3, -1, 0, -1, 9]])
 def test_where_all_classes_are_as_common_or_tau_is_0_it_is_plain_cross_entropy(labels: list[int] | None) -> None:
     kept = None if labels is None else torch.tensor(labels)
-    hard = value(case("hard", labels=kept))
-    assert value(case("logit_adjusted:tau=0", labels=kept)) == pytest.approx(hard, rel=1e-12)
+    hard = value(make_case("hard", labels=kept))
+    assert value(make_case("logit_adjusted:tau=0", labels=kept)) == pytest.approx(hard, rel=1e-12)
     for spec in ("logit_adjusted:tau=3", "balanced_softmax"):
-        even = with_counts(case(spec, labels=kept), torch.full((10,), 70))
+        even = with_counts(make_case(spec, labels=kept), torch.full((10,), 70))
         assert value(even) == pytest.approx(hard, rel=1e-12)
-        assert value(case(spec, labels=kept)) != pytest.approx(hard, rel=1e-3)
+        assert value(make_case(spec, labels=kept)) != pytest.approx(hard, rel=1e-3)
 
 
 @pytest.mark.parametrize(("spec", "balanced"), [("balanced_softmax", True), ("logit_adjusted", True), ("hard", False)])
 def test_pictures_that_say_nothing_leave_the_classes_even_however_rare_they_are(spec: str, balanced: bool) -> None:
     """The labels come as often as their classes, all logits are equal: nothing pulls at the logits of any class."""
     counts = torch.tensor([100, 10, 1])
-    made = case(spec, 111, 3, labels=torch.repeat_interleave(torch.arange(3), counts))
+    made = make_case(spec, 111, 3, labels=torch.repeat_interleave(torch.arange(3), counts))
     made.logits = torch.zeros(111, 3, dtype=torch.float64)
     made = with_counts(made, counts)
     leaves = made.leaves()
@@ -147,14 +150,14 @@ def test_pictures_that_say_nothing_leave_the_classes_even_however_rare_they_are(
 
 @pytest.mark.parametrize("spec", ["logit_adjusted", "balanced_softmax"])
 def test_a_mixed_view_is_weighed_between_its_two_labels(spec: str) -> None:
-    share = numbers(5, seed=4).sigmoid()
+    share = draw_normal(5, seed=4).sigmoid()
     partner, own = torch.tensor([3, 3, 0, 7, 1]), torch.tensor([0, 1, 2, 9, 3])
-    made = case(spec, labels=own)
+    made = make_case(spec, labels=own)
     made.target = replace(made.target, partner=partner, share=share)
     expected = 0.0
     for i in range(5):
         for label, part in ((own[i], share[i]), (partner[i], 1 - share[i])):
-            row = case(spec, 1, 10, labels=label[None])
+            row = make_case(spec, 1, 10, labels=label[None])
             row.logits = made.logits[i : i + 1]
             expected += float(part) * value(row) / 5
     assert value(made) == pytest.approx(expected, rel=1e-12)
@@ -165,26 +168,26 @@ def test_a_mixed_view_is_weighed_between_its_two_labels(spec: str) -> None:
 
 @pytest.mark.parametrize("T", [0.5, 2.0, 20.0])
 def test_an_unweighted_teacher_is_plain_distillation(T: float) -> None:
-    plain = value(case(f"kd:temperature={T}"))
+    plain = value(make_case(f"kd:temperature={T}"))
     for spec in (f"balanced_kd:beta=0,temperature={T}", f"dive:power=1,temperature={T}"):
-        assert value(case(spec)) == pytest.approx(plain, rel=1e-12)
-    even = with_counts(case(f"balanced_kd:temperature={T}"), torch.full((10,), 70))
+        assert value(make_case(spec)) == pytest.approx(plain, rel=1e-12)
+    even = with_counts(make_case(f"balanced_kd:temperature={T}"), torch.full((10,), 70))
     assert value(even) == pytest.approx(plain, rel=1e-12)
-    assert value(case(f"balanced_kd:temperature={T}")) != pytest.approx(plain, rel=1e-3)
+    assert value(make_case(f"balanced_kd:temperature={T}")) != pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("power", [0.25, 0.5, 2.0])
 def test_a_flattened_teacher_is_one_of_smaller_logits(power: float) -> None:
-    made, plain = case(f"dive:power={power}"), case("kd:temperature=2")
+    made, plain = make_case(f"dive:power={power}"), make_case("kd:temperature=2")
     assert plain.target.logits is not None
     plain.target = replace(plain.target, logits=power * plain.target.logits)
     assert value(made) == pytest.approx(value(plain), rel=1e-12)
 
 
 def test_with_beta_near_one_a_class_weighs_as_the_inverse_of_its_rows() -> None:
-    made, plain = case("balanced_kd:beta=0.999999999999"), case("kd:temperature=2")
+    made, plain = make_case("balanced_kd:beta=0.999999999999"), make_case("kd:temperature=2")
     assert plain.target.logits is not None
-    plain.target = replace(plain.target, logits=plain.target.logits - 2 * counts_of(10).log())
+    plain.target = replace(plain.target, logits=plain.target.logits - 2 * make_class_counts(10).log())
     assert value(made) == pytest.approx(value(plain), rel=1e-6)
 
 
@@ -197,8 +200,8 @@ def test_counts_from_one_to_a_hundred_million_are_as_right_as_the_logits(
     spec: str, dtype: torch.dtype, rel: float
 ) -> None:
     counts = torch.tensor([1, 2, 10**8, 70_000])
-    made = with_counts(case(spec, 6, 4, dtype=dtype), counts)
-    exact = with_counts(case(spec, 6, 4), counts)
+    made = with_counts(make_case(spec, 6, 4, dtype=dtype), counts)
+    exact = with_counts(make_case(spec, 6, 4), counts)
     leaves = made.leaves()
     assert torch.autograd.grad(made.value(), leaves)[0].isfinite().all()
     assert value(made) == pytest.approx(value(exact), rel=rel)
@@ -214,7 +217,7 @@ def test_counts_are_of_visible_labels() -> None:
 
 @pytest.mark.parametrize("name", COUNTING)
 def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
-    made = case(name, K=4)
+    made = make_case(name, K=4)
     for counts, classes, says in (
         ([5, 0, 2, 1], (), "class 1 has no labelled training row: leave the loss out, or keep labels of every class"),
         ([5, 0, 2, 0], (), "class 1 has no labelled training row (2 of 4 classes have none): leave the loss out"),
@@ -232,9 +235,9 @@ def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
 def test_only_losses_that_count_have_a_part_and_it_is_no_part_of_a_checkpoint() -> None:
     assert {name for name, loss in LOSSES.items() if loss.needs_counts} == set(COUNTING)
     for spec in SPECS:
-        module = case(spec).module
+        module = make_case(spec).module
         assert (module is not None) == (spec in COUNTING)
-        assert module is None or (module.counts.tolist() == counts_of(10).tolist() and not module.state_dict())
+        assert module is None or (module.counts.tolist() == make_class_counts(10).tolist() and not module.state_dict())
 
 
 # A student

@@ -19,7 +19,7 @@ from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.losses.hint import Hint, regressor
 from softcache.pipeline.losses.kd import KD, LogitMSE
 from softcache.pipeline.losses.long_tail import CountingLoss
-from tests.helpers.tensors import batch, labels_of, numbers
+from tests.helpers.tensors import draw_labels, draw_normal, make_batch
 
 SHAPES = [(5, 10), (1, 10), (6, 2), (1, 2), (3, 1000)]
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
@@ -82,16 +82,16 @@ def mean_square_by_hand(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("T", TEMPERATURES)
 @pytest.mark.parametrize(("B", "K"), SHAPES)
 def test_kd_is_the_formula(B: int, K: int, T: float) -> None:
-    z_s, z_t = numbers(B, K, seed=1), numbers(B, K, seed=2)
-    found = term(KD(temperature=T), z_s, batch(B, z_t))
+    z_s, z_t = draw_normal(B, K, seed=1), draw_normal(B, K, seed=2)
+    found = term(KD(temperature=T), z_s, make_batch(B, z_t))
     assert found.shape == ()
     assert float(found.detach()) == pytest.approx(kd_by_hand(z_s, z_t, T), rel=1e-9)
 
 
 @pytest.mark.parametrize(("B", "K"), SHAPES)
 def test_logit_mse_is_the_formula(B: int, K: int) -> None:
-    z_s, z_t = numbers(B, K, seed=1), numbers(B, K, seed=2)
-    found = term(LogitMSE(), z_s, batch(B, z_t))
+    z_s, z_t = draw_normal(B, K, seed=1), draw_normal(B, K, seed=2)
+    found = term(LogitMSE(), z_s, make_batch(B, z_t))
     assert found.shape == ()
     assert float(found.detach()) == pytest.approx(mean_square_by_hand(z_s, z_t), rel=1e-9)
 
@@ -99,34 +99,34 @@ def test_logit_mse_is_the_formula(B: int, K: int) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize(("B", "K"), SHAPES)
 def test_hard_is_the_formula(B: int, K: int, smoothing: float) -> None:
-    z, labels = numbers(B, K), labels_of(B, K)
-    found = term(Hard(smoothing=smoothing), z, batch(B, labels=labels))
+    z, labels = draw_normal(B, K), draw_labels(B, K)
+    found = term(Hard(smoothing=smoothing), z, make_batch(B, labels=labels))
     assert found.shape == ()
     assert float(found.detach()) == pytest.approx(hard_by_hand(z, labels, smoothing), rel=1e-9)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_hard_of_a_mixup_view_weighs_both_labels_by_their_shares(smoothing: float) -> None:
-    z, labels, partner = numbers(6, 4), labels_of(6, 4), labels_of(6, 4, seed=8)
+    z, labels, partner = draw_normal(6, 4), draw_labels(6, 4), draw_labels(6, 4, seed=8)
     share = torch.tensor([0.0, 0.25, 0.5, 0.7, 0.99, 1.0], dtype=torch.float64)
-    found = term(Hard(smoothing=smoothing), z, batch(6, labels=labels, partner=partner, share=share))
+    found = term(Hard(smoothing=smoothing), z, make_batch(6, labels=labels, partner=partner, share=share))
     assert float(found.detach()) == pytest.approx(hard_by_hand(z, labels, smoothing, partner, share), rel=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_mixup_view_of_one_picture_alone_is_that_picture(share: float) -> None:
-    z, labels, partner = numbers(4, 3), labels_of(4, 3), labels_of(4, 3, seed=8)
+    z, labels, partner = draw_normal(4, 3), draw_labels(4, 3), draw_labels(4, 3, seed=8)
     shares = torch.full((4,), share, dtype=torch.float64)
-    mixed = term(Hard(), z, batch(4, labels=labels, partner=partner, share=shares))
-    alone = term(Hard(), z, batch(4, labels=labels if share else partner))
+    mixed = term(Hard(), z, make_batch(4, labels=labels, partner=partner, share=shares))
+    alone = term(Hard(), z, make_batch(4, labels=labels if share else partner))
     assert float(mixed) == pytest.approx(float(alone.detach()), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (1, 6), (3, 2, 4, 4)])
 def test_hint_is_the_formula(shape: tuple[int, ...]) -> None:
-    f_s, f_t = numbers(*shape, seed=1), numbers(*shape, seed=2)
-    target = batch(shape[0], features={"layer3": f_t, "other": f_t + 1})
-    student = ModelOutputs(numbers(shape[0], 2), {"relu2": f_s, "other": f_s + 2})
+    f_s, f_t = draw_normal(*shape, seed=1), draw_normal(*shape, seed=2)
+    target = make_batch(shape[0], features={"layer3": f_t, "other": f_t + 1})
+    student = ModelOutputs(draw_normal(shape[0], 2), {"relu2": f_s, "other": f_s + 2})
     found = Hint(teacher="layer3", student="relu2")(student, target, None)
     assert found.shape == ()
     assert float(found.detach()) == pytest.approx(mean_square_by_hand(f_s, f_t), rel=1e-9)
@@ -134,9 +134,9 @@ def test_hint_is_the_formula(shape: tuple[int, ...]) -> None:
 
 def test_hint_puts_the_students_features_through_the_regressor() -> None:
     torch.manual_seed(0)
-    f_s, f_t = numbers(4, 3, seed=1), numbers(4, 5, seed=2)
+    f_s, f_t = draw_normal(4, 3, seed=1), draw_normal(4, 5, seed=2)
     loss = Hint(teacher="t", student="s")
-    student, target = ModelOutputs(numbers(4, 2), {"s": f_s}), batch(4, features={"t": f_t})
+    student, target = ModelOutputs(draw_normal(4, 2), {"s": f_s}), make_batch(4, features={"t": f_t})
     module = loss.build_module(student, target, LossContext())
     assert module is not None
     module.double()
@@ -149,7 +149,7 @@ def test_hint_puts_the_students_features_through_the_regressor() -> None:
 def test_hint_compares_float16_features_from_a_cache_in_the_students_precision() -> None:
     f_s = torch.full((1, 2), 2049.0)  # between two float16 numbers
     loss = Hint(teacher="t", student="s")
-    target = batch(1, features={"t": torch.full((1, 2), 2048.0, dtype=torch.float16)})
+    target = make_batch(1, features={"t": torch.full((1, 2), 2048.0, dtype=torch.float16)})
     found = loss(ModelOutputs(torch.zeros(1, 2), {"s": f_s}), target, None)
     assert found.dtype == torch.float32
     assert float(found.detach()) == 1.0
@@ -157,8 +157,8 @@ def test_hint_compares_float16_features_from_a_cache_in_the_students_precision()
 
 @pytest.mark.parametrize("loss", [KD(temperature=4.0), LogitMSE(), Hard()], ids=lambda loss: loss.name)
 def test_a_term_of_float32_logits_is_a_float32_number(loss: Loss) -> None:
-    z_s, z_t = numbers(4, 3, seed=1).float(), numbers(4, 3, seed=2).float()
-    found = term(loss, z_s, batch(4, z_t, labels_of(4, 3)))
+    z_s, z_t = draw_normal(4, 3, seed=1).float(), draw_normal(4, 3, seed=2).float()
+    found = term(loss, z_s, make_batch(4, z_t, draw_labels(4, 3)))
     assert (found.shape, found.dtype) == ((), torch.float32)
 
 
@@ -185,8 +185,8 @@ GRADED: dict[str, tuple[Loss, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", GRADED)
 def test_the_gradient_of_a_term_is_that_of_its_value(name: str) -> None:
     loss, more = GRADED[name]
-    z_s = numbers(3, 4, seed=1).requires_grad_()
-    target = batch(3, numbers(3, 4, seed=2), **more)
+    z_s = draw_normal(3, 4, seed=1).requires_grad_()
+    target = make_batch(3, draw_normal(3, 4, seed=2), **more)
     assert torch.autograd.gradcheck(lambda z: term(loss, z, target), (z_s,))
     (gradient,) = torch.autograd.grad(term(loss, z_s, target), z_s)
     assert gradient.abs().sum() > 0
@@ -199,8 +199,8 @@ def test_the_gradient_of_a_hint_is_that_of_its_value_in_student_and_regressor(
     own: tuple[int, ...], theirs: tuple[int, ...]
 ) -> None:
     loss = Hint(teacher="t", student="s")
-    f_s = numbers(4, *own, seed=1).requires_grad_()
-    target = batch(4, features={"t": numbers(4, *theirs, seed=2)})
+    f_s = draw_normal(4, *own, seed=1).requires_grad_()
+    target = make_batch(4, features={"t": draw_normal(4, *theirs, seed=2)})
     made = loss.build_module(ModelOutputs(torch.zeros(4, 2), {"s": f_s}), target, LossContext())
     module = made.double().train() if made is not None else None
     weights = list(module.parameters()) if module is not None else []
@@ -218,17 +218,17 @@ def test_the_gradient_of_a_hint_is_that_of_its_value_in_student_and_regressor(
 def test_a_term_changes_nothing_in_the_batch(name: str) -> None:
     """Batches lie in memory and come again in the next epoch."""
     loss, more = GRADED[name]
-    target = batch(3, numbers(3, 4, seed=2), **more)
+    target = make_batch(3, draw_normal(3, 4, seed=2), **more)
     before = {key: value.clone() for key, value in vars(target).items() if isinstance(value, torch.Tensor)}
-    term(loss, numbers(3, 4, seed=1).requires_grad_(), target).backward()
+    term(loss, draw_normal(3, 4, seed=1).requires_grad_(), target).backward()
     assert {"index", "labels", "logits", "views"} <= set(before)
     assert all(torch.equal(getattr(target, key), value) for key, value in before.items())
 
 
 def test_a_hint_changes_no_cached_features_and_not_their_type() -> None:
-    f_t, f_s = numbers(3, 4, seed=2).half(), numbers(3, 4).float().requires_grad_()
+    f_t, f_s = draw_normal(3, 4, seed=2).half(), draw_normal(3, 4).float().requires_grad_()
     before = f_t.clone()
-    target = batch(3, features={"t": f_t})
+    target = make_batch(3, features={"t": f_t})
     Hint(teacher="t", student="s")(ModelOutputs(torch.zeros(3, 2), {"s": f_s}), target, None).backward()
     assert f_s.grad is not None
     assert target.features["t"] is f_t
@@ -240,8 +240,8 @@ def test_a_hint_changes_no_cached_features_and_not_their_type() -> None:
 
 @pytest.mark.parametrize("T", TEMPERATURES)
 def test_kd_of_the_teacher_itself_is_zero_and_asks_for_nothing(T: float) -> None:
-    z = numbers(4, 7).requires_grad_()
-    found = term(KD(temperature=T), z, batch(4, z.detach()))
+    z = draw_normal(4, 7).requires_grad_()
+    found = term(KD(temperature=T), z, make_batch(4, z.detach()))
     (gradient,) = torch.autograd.grad(found, z)
     assert abs(float(found.detach())) <= 1e-12
     assert float(gradient.abs().max()) <= 1e-12
@@ -249,36 +249,38 @@ def test_kd_of_the_teacher_itself_is_zero_and_asks_for_nothing(T: float) -> None
 
 def test_kd_is_never_negative_and_does_not_see_a_constant_added_to_a_row() -> None:
     for seed in range(20):
-        z_s, z_t = numbers(3, 5, seed=seed), numbers(3, 5, seed=seed + 100)
-        found = float(term(KD(), z_s, batch(3, z_t)))
+        z_s, z_t = draw_normal(3, 5, seed=seed), draw_normal(3, 5, seed=seed + 100)
+        found = float(term(KD(), z_s, make_batch(3, z_t)))
         assert found > 0
-        moved = term(KD(), z_s + numbers(3, 1, seed=seed), batch(3, z_t - numbers(3, 1, seed=seed + 7)))
+        moved = term(KD(), z_s + draw_normal(3, 1, seed=seed), make_batch(3, z_t - draw_normal(3, 1, seed=seed + 7)))
         assert float(moved) == pytest.approx(found, rel=1e-9)
 
 
 def test_kd_puts_the_teacher_first() -> None:
     """KL(teacher || student) is not KL(student || teacher)."""
-    z_s, z_t = numbers(4, 5, seed=1), numbers(4, 5, seed=2)
+    z_s, z_t = draw_normal(4, 5, seed=1), draw_normal(4, 5, seed=2)
     assert kd_by_hand(z_s, z_t, 1.0) != pytest.approx(kd_by_hand(z_t, z_s, 1.0), rel=0.01)
-    assert float(term(KD(temperature=1.0), z_s, batch(4, z_t))) == pytest.approx(kd_by_hand(z_s, z_t, 1.0), rel=1e-9)
+    assert float(term(KD(temperature=1.0), z_s, make_batch(4, z_t))) == pytest.approx(
+        kd_by_hand(z_s, z_t, 1.0), rel=1e-9
+    )
 
 
 def test_kd_at_a_large_temperature_is_the_square_distance_of_centred_logits() -> None:
     """T² KL -> (1 / 2K) sum of squares of the centred differences as T grows (Hinton et al. 2015, section 2.1)."""
-    z_s, z_t = numbers(4, 10, seed=1, scale=1.0), numbers(4, 10, seed=2, scale=1.0)
+    z_s, z_t = draw_normal(4, 10, seed=1, scale=1.0), draw_normal(4, 10, seed=2, scale=1.0)
     d = (z_s - z_s.mean(1, keepdim=True)) - (z_t - z_t.mean(1, keepdim=True))
     limit = float((d**2).sum(1).mean() / 20)
-    errors = [abs(float(term(KD(temperature=T), z_s, batch(4, z_t))) - limit) / limit for T in (1e2, 1e3)]
+    errors = [abs(float(term(KD(temperature=T), z_s, make_batch(4, z_t))) - limit) / limit for T in (1e2, 1e3)]
     assert errors[0] < 0.05
     assert errors[1] < errors[0] / 5
 
 
 def test_t_squared_keeps_the_size_of_the_gradient() -> None:
-    z_t = numbers(64, 100, seed=2)
+    z_t = draw_normal(64, 100, seed=2)
 
     def size(T: float) -> float:
-        z_s = numbers(64, 100, seed=1).requires_grad_()
-        (gradient,) = torch.autograd.grad(term(KD(temperature=T), z_s, batch(64, z_t)), z_s)
+        z_s = draw_normal(64, 100, seed=1).requires_grad_()
+        (gradient,) = torch.autograd.grad(term(KD(temperature=T), z_s, make_batch(64, z_t)), z_s)
         return float(gradient.norm())
 
     sizes = [size(T) for T in (1.0, 4.0, 20.0)]
@@ -287,8 +289,8 @@ def test_t_squared_keeps_the_size_of_the_gradient() -> None:
 
 def test_the_gradient_of_kd_is_t_times_the_difference_of_the_softened_probabilities() -> None:
     T, B = 4.0, 5
-    z_s, z_t = numbers(B, 6, seed=1).requires_grad_(), numbers(B, 6, seed=2)
-    (gradient,) = torch.autograd.grad(term(KD(temperature=T), z_s, batch(B, z_t)), z_s)
+    z_s, z_t = draw_normal(B, 6, seed=1).requires_grad_(), draw_normal(B, 6, seed=2)
+    (gradient,) = torch.autograd.grad(term(KD(temperature=T), z_s, make_batch(B, z_t)), z_s)
     expected = T * ((z_s / T).softmax(1) - (z_t / T).softmax(1)) / B
     torch.testing.assert_close(gradient, expected.detach(), rtol=1e-9, atol=1e-12)
 
@@ -296,12 +298,12 @@ def test_the_gradient_of_kd_is_t_times_the_difference_of_the_softened_probabilit
 @pytest.mark.parametrize("T", [1.0, 4.0])
 def test_classes_that_nobody_believes_in_change_nothing(T: float) -> None:
     """Logits of -1000 in both: a probability of zero, whose logarithm is not asked for."""
-    z_s, z_t, labels = numbers(4, 3, seed=1), numbers(4, 3, seed=2), labels_of(4, 3)
+    z_s, z_t, labels = draw_normal(4, 3, seed=1), draw_normal(4, 3, seed=2), draw_labels(4, 3)
     nobody = torch.full((4, 5), -1000.0, dtype=torch.float64)
     wide_s, wide_t = torch.cat([z_s, nobody], 1), torch.cat([z_t, nobody], 1)
     for loss in (KD(temperature=T), Hard()):
-        narrow = term(loss, z_s, batch(4, z_t, labels))
-        wide = term(loss, wide_s, batch(4, wide_t, labels))
+        narrow = term(loss, z_s, make_batch(4, z_t, labels))
+        wide = term(loss, wide_s, make_batch(4, wide_t, labels))
         assert float(wide) == pytest.approx(float(narrow), rel=1e-12)
 
 
@@ -310,7 +312,7 @@ def test_opposite_certainties_give_a_large_number_and_no_nan(dtype: torch.dtype)
     z_s = torch.tensor([[1000.0, -1000.0, 0.0]], dtype=dtype).requires_grad_()
     z_t = torch.tensor([[-1000.0, 1000.0, 0.0]], dtype=dtype)
     for loss, expected in ((KD(temperature=1.0), 2000.0), (KD(temperature=4.0), 8000.0), (Hard(), 2000.0)):
-        found = term(loss, z_s, batch(1, z_t, torch.tensor([1])))
+        found = term(loss, z_s, make_batch(1, z_t, torch.tensor([1])))
         (gradient,) = torch.autograd.grad(found, z_s)
         assert float(found.detach()) == pytest.approx(expected, rel=1e-6)
         assert torch.isfinite(gradient).all()
@@ -318,9 +320,9 @@ def test_opposite_certainties_give_a_large_number_and_no_nan(dtype: torch.dtype)
 
 @pytest.mark.parametrize("loss", [KD(temperature=4.0), LogitMSE(), Hard(smoothing=0.1)], ids=lambda loss: loss.name)
 def test_a_term_is_the_mean_over_rows_so_that_batch_size_does_not_scale_it(loss: Loss) -> None:
-    z_s, z_t, labels = numbers(6, 4, seed=1), numbers(6, 4, seed=2), labels_of(6, 4)
-    whole = float(term(loss, z_s, batch(6, z_t, labels)))
-    single = [float(term(loss, z_s[i : i + 1], batch(1, z_t[i : i + 1], labels[i : i + 1]))) for i in range(6)]
+    z_s, z_t, labels = draw_normal(6, 4, seed=1), draw_normal(6, 4, seed=2), draw_labels(6, 4)
+    whole = float(term(loss, z_s, make_batch(6, z_t, labels)))
+    single = [float(term(loss, z_s[i : i + 1], make_batch(1, z_t[i : i + 1], labels[i : i + 1]))) for i in range(6)]
     assert whole == pytest.approx(sum(single) / 6, rel=1e-12)
 
 
@@ -329,9 +331,9 @@ def test_a_term_is_the_mean_over_rows_so_that_batch_size_does_not_scale_it(loss:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_rows_without_a_label_count_for_nothing(smoothing: float) -> None:
-    z, labels = numbers(6, 4).requires_grad_(), torch.tensor([1, -1, 3, -1, -1, 0])
-    found = term(Hard(smoothing=smoothing), z, batch(6, labels=labels))
-    alone = term(Hard(smoothing=smoothing), z[labels >= 0], batch(3, labels=labels[labels >= 0]))
+    z, labels = draw_normal(6, 4).requires_grad_(), torch.tensor([1, -1, 3, -1, -1, 0])
+    found = term(Hard(smoothing=smoothing), z, make_batch(6, labels=labels))
+    alone = term(Hard(smoothing=smoothing), z[labels >= 0], make_batch(3, labels=labels[labels >= 0]))
     assert float(found.detach()) == pytest.approx(float(alone.detach()), rel=1e-12)
     (gradient,) = torch.autograd.grad(found, z)
     assert (gradient[labels < 0] == 0).all()
@@ -341,9 +343,9 @@ def test_rows_without_a_label_count_for_nothing(smoothing: float) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_batch_without_any_label_gives_zero_and_a_finite_gradient(smoothing: float, mixed: bool) -> None:
-    z, none = numbers(3, 4).requires_grad_(), torch.full((3,), -1)
+    z, none = draw_normal(3, 4).requires_grad_(), torch.full((3,), -1)
     more = {"partner": none, "share": torch.full((3,), 0.5, dtype=torch.float64)} if mixed else {}
-    found = term(Hard(smoothing=smoothing), z, batch(3, labels=none, **more))
+    found = term(Hard(smoothing=smoothing), z, make_batch(3, labels=none, **more))
     found.backward()
     assert float(found.detach()) == 0
     assert z.grad is not None
@@ -351,18 +353,20 @@ def test_a_batch_without_any_label_gives_zero_and_a_finite_gradient(smoothing: f
 
 
 def test_a_mixup_view_with_one_unlabelled_half_counts_for_nothing() -> None:
-    z, labels, partner = numbers(4, 3), torch.tensor([0, -1, 2, -1]), torch.tensor([1, 2, -1, -1])
+    z, labels, partner = draw_normal(4, 3), torch.tensor([0, -1, 2, -1]), torch.tensor([1, 2, -1, -1])
     share = torch.full((4,), 0.75, dtype=torch.float64)
-    found = term(Hard(), z, batch(4, labels=labels, partner=partner, share=share))
+    found = term(Hard(), z, make_batch(4, labels=labels, partner=partner, share=share))
     assert float(found.detach()) == pytest.approx(hard_by_hand(z, labels, 0.0, partner, share), rel=1e-12)
     assert labels.tolist() == [0, -1, 2, -1]
 
 
 def test_soft_targets_need_no_labels() -> None:
-    z_s, z_t = numbers(4, 3, seed=1), numbers(4, 3, seed=2)
+    z_s, z_t = draw_normal(4, 3, seed=1), draw_normal(4, 3, seed=2)
     for loss in (KD(), LogitMSE()):
         assert not loss.needs_labels
-        assert float(term(loss, z_s, batch(4, z_t))) == float(term(loss, z_s, batch(4, z_t, labels_of(4, 3))))
+        assert float(term(loss, z_s, make_batch(4, z_t))) == float(
+            term(loss, z_s, make_batch(4, z_t, draw_labels(4, 3)))
+        )
 
 
 # Regressors
@@ -526,10 +530,10 @@ def test_a_ramp_is_linear_and_meets_both_its_ends(progress: float, T: float) -> 
 
 
 def test_a_ramp_changes_the_term() -> None:
-    z_s, z_t = numbers(4, 3, seed=1), numbers(4, 3, seed=2)
+    z_s, z_t = draw_normal(4, 3, seed=1), draw_normal(4, 3, seed=2)
     (loss,) = parse_losses(("kd:temperature=8->1",))
     for epoch, T in ((0, 8.0), (6, 1.0)):
-        found = term(at_epoch(loss, epoch, 7), z_s, batch(4, z_t))
+        found = term(at_epoch(loss, epoch, 7), z_s, make_batch(4, z_t))
         assert float(found.detach()) == pytest.approx(kd_by_hand(z_s, z_t, T), rel=1e-9)
 
 
@@ -550,7 +554,7 @@ def test_a_warm_up_reaches_its_end_in_the_epoch_it_names_and_stays(epoch: int, w
 def test_a_ramp_that_was_not_resolved_is_not_taken_for_a_number(spec: str) -> None:
     (loss,) = parse_losses((spec,))
     with pytest.raises(TypeError, match="was not resolved"):
-        term(loss, numbers(2, 3), batch(2, numbers(2, 3), labels_of(2, 3)))
+        term(loss, draw_normal(2, 3), make_batch(2, draw_normal(2, 3), draw_labels(2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -558,8 +562,8 @@ def test_a_ramp_that_was_not_resolved_is_not_taken_for_a_number(spec: str) -> No
     [(lambda s: f"kd:temperature={s}", "temperature"), (lambda s: f"hard:smoothing={s}", "smoothing")],
 )
 def test_every_knob_of_a_formula_changes_its_value(make: Callable[[str], str], knob: str) -> None:
-    z_s, z_t, labels = numbers(4, 3, seed=1), numbers(4, 3, seed=2), labels_of(4, 3)
-    values = {float(term(parse_losses((make(s),))[0], z_s, batch(4, z_t, labels))) for s in ("0.1", "0.2", "0.4")}
+    z_s, z_t, labels = draw_normal(4, 3, seed=1), draw_normal(4, 3, seed=2), draw_labels(4, 3)
+    values = {float(term(parse_losses((make(s),))[0], z_s, make_batch(4, z_t, labels))) for s in ("0.1", "0.2", "0.4")}
     assert len(values) == 3
 
 
@@ -571,11 +575,13 @@ def test_a_loss_cannot_be_changed_after_it_was_made() -> None:
 
 def test_records_cut_their_rows_all_alike() -> None:
     share = torch.rand(5)
-    whole = batch(5, numbers(5, 3), labels_of(5, 3), {"t": numbers(5, 2)}, labels_of(5, 3, seed=9), share)
+    whole = make_batch(
+        5, draw_normal(5, 3), draw_labels(5, 3), {"t": draw_normal(5, 2)}, draw_labels(5, 3, seed=9), share
+    )
     part = whole.slice(1, 3)
     assert part.index.tolist() == [1, 2]
     for name in ("labels", "logits", "partner", "share", "views"):
         assert np.array_equal(getattr(part, name), getattr(whole, name)[1:3])
     assert torch.equal(part.features["t"], whole.features["t"][1:3])
-    bare = batch(5).slice(0, 2)
+    bare = make_batch(5).slice(0, 2)
     assert (bare.logits, bare.partner, bare.share, bare.features) == (None, None, None, {})

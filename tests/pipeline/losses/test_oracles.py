@@ -10,7 +10,7 @@ from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.models import build, find_head
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import compute_statistic
-from tests.helpers.tensors import PAIRS, Case, case, features_of, numbers
+from tests.helpers.tensors import PAIRS, Case, compute_features, draw_normal, make_case
 
 SAME = (((3, 4, 4), (3, 4, 4)), ((5, 2, 2), (5, 2, 2)))
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
@@ -51,7 +51,7 @@ def value(made: Case) -> float:
 
 @pytest.mark.parametrize("spec", [*DIVERGENCES, *DISTANCES])
 def test_a_student_that_says_what_the_teacher_says_has_nothing_to_learn(spec: str) -> None:
-    made = case(spec)
+    made = make_case(spec)
     assert made.target.logits is not None
     made.logits = made.target.logits.clone()
     leaves = made.leaves()
@@ -62,8 +62,10 @@ def test_a_student_that_says_what_the_teacher_says_has_nothing_to_learn(spec: st
 
 @pytest.mark.parametrize("spec", LAYERS_AND_SIMKD)
 def test_layers_that_are_the_teachers_have_nothing_to_learn(spec: str) -> None:
-    made = case(spec, pairs=SAME)
-    made.mine = {name: theirs.clone() for name, theirs in zip(made.mine, made.theirs.values(), strict=False)}
+    made = make_case(spec, pairs=SAME)
+    made.student_outputs = {
+        name: theirs.clone() for name, theirs in zip(made.student_outputs, made.teacher_outputs.values(), strict=False)
+    }
     leaves = made.leaves()
     assert abs(value(made)) <= 1e-12
     for gradient in torch.autograd.grad(made.value(), leaves):
@@ -74,7 +76,7 @@ def test_layers_that_are_the_teachers_have_nothing_to_learn(spec: str) -> None:
 @pytest.mark.parametrize("spec", [*DIVERGENCES, *DISTANCES, *LAYERS_AND_SIMKD])
 def test_every_other_student_has_a_term_above_zero(spec: str) -> None:
     for seed in range(10):
-        assert value(case(spec, pairs=SAME, seed=seed)) > 1e-6
+        assert value(make_case(spec, pairs=SAME, seed=seed)) > 1e-6
 
 
 # One loss in terms of another
@@ -85,20 +87,20 @@ def test_kd_is_its_target_part_and_the_rest_weighed_by_what_the_teacher_leaves_f
     """KD = TCKD + (1 - p_t[y]) NCKD in every row (Zhao et al. 2022, equation 6), of rows one by one."""
     rows, classes = 6, 5
     for seed in range(rows):
-        kd = case(f"kd:temperature={T}", 1, classes, seed=seed)
+        kd = make_case(f"kd:temperature={T}", 1, classes, seed=seed)
         y = kd.target.labels
         assert kd.target.logits is not None
         left = 1 - float((kd.target.logits / T).softmax(1)[0, int(y)])
-        of_target = value(case(f"dkd:temperature={T},nontarget=0", 1, classes, seed=seed, labels=y))
-        rest = value(case(f"dkd:temperature={T},target=0,nontarget=1", 1, classes, seed=seed, labels=y))
+        of_target = value(make_case(f"dkd:temperature={T},nontarget=0", 1, classes, seed=seed, labels=y))
+        rest = value(make_case(f"dkd:temperature={T},target=0,nontarget=1", 1, classes, seed=seed, labels=y))
         assert value(kd) == pytest.approx(of_target + left * rest, rel=1e-9)
 
 
 @pytest.mark.parametrize("T", TEMPERATURES)
 def test_output_is_kd_and_logit_mse_and_its_cross_entropy_has_the_gradient_of_kd(T: float) -> None:
-    made = {kind: case(f"output:kind={kind},temperature={T}") for kind in ("kl", "mse", "soft_ce")}
-    assert value(made["kl"]) == value(case(f"kd:temperature={T}"))
-    assert value(made["mse"]) == value(case("logit_mse"))
+    made = {kind: make_case(f"output:kind={kind},temperature={T}") for kind in ("kl", "mse", "soft_ce")}
+    assert value(made["kl"]) == value(make_case(f"kd:temperature={T}"))
+    assert value(made["mse"]) == value(make_case("logit_mse"))
     assert value(made["soft_ce"]) > value(made["kl"])
     leaves = {kind: m.leaves() for kind, m in made.items()}
     kl, soft_ce = (torch.autograd.grad(made[kind].value(), leaves[kind])[0] for kind in ("kl", "soft_ce"))
@@ -106,19 +108,19 @@ def test_output_is_kd_and_logit_mse_and_its_cross_entropy_has_the_gradient_of_kd
 
 
 def test_the_learned_temperature_gives_kd_at_that_temperature() -> None:
-    made = case("ctkd")
+    made = make_case("ctkd")
     T = 1 + 20 / (1 + math.exp(-1))
-    assert value(made) == pytest.approx(value(case(f"kd:temperature={T}")), rel=1e-12)
+    assert value(made) == pytest.approx(value(make_case(f"kd:temperature={T}")), rel=1e-12)
 
 
 def test_several_temperatures_are_the_sum_of_kd_at_each() -> None:
-    made = case("multi_temperature:temperatures=1+2.5+7,batch=0,classes=0")
-    assert value(made) == pytest.approx(sum(value(case(f"kd:temperature={T}")) for T in (1, 2.5, 7)), rel=1e-12)
+    made = make_case("multi_temperature:temperatures=1+2.5+7,batch=0,classes=0")
+    assert value(made) == pytest.approx(sum(value(make_case(f"kd:temperature={T}")) for T in (1, 2.5, 7)), rel=1e-12)
 
 
 @pytest.mark.parametrize("spec", ["kd:temperature=1000", "output:temperature=1000", "ctkd:start=1000,span=0"])
 def test_t_squared_kl_becomes_half_the_mean_square_of_centred_logits(spec: str) -> None:
-    made = case(spec, 6, 10, scale=0.5)
+    made = make_case(spec, 6, 10, scale=0.5)
     assert made.target.logits is not None
     z_s, z_t = (z - z.mean(1, keepdim=True) for z in (made.logits, made.target.logits))
     limit = float((z_s - z_t).square().sum(1).mean()) / (2 * 10)
@@ -129,7 +131,7 @@ def test_t_squared_kl_becomes_half_the_mean_square_of_centred_logits(spec: str) 
 def test_t_squared_keeps_the_size_of_the_gradient_whatever_the_temperature(kind: str) -> None:
     sizes = []
     for T in (1.0, 4.0, 20.0, 100.0):
-        made = case(f"output:kind={kind},temperature={T}", 32, 50)
+        made = make_case(f"output:kind={kind},temperature={T}", 32, 50)
         leaves = made.leaves()
         sizes.append(float(torch.autograd.grad(made.value(), leaves)[0].norm()))
     assert max(sizes) / min(sizes) < 5, "without T² the last is a thousandth of the first"
@@ -140,11 +142,11 @@ def test_t_squared_keeps_the_size_of_the_gradient_whatever_the_temperature(kind:
 
 @pytest.mark.parametrize("spec", ["kd:standardize=true", "dkd:standardize=true", "multi_temperature:standardize=true"])
 def test_z_scored_logits_may_be_stretched_and_moved_row_by_row(spec: str) -> None:
-    made = case(spec)
+    made = make_case(spec)
     before = value(made)
-    made.logits = made.logits * numbers(5, 1, seed=7).abs() + numbers(5, 1, seed=8)
+    made.logits = made.logits * draw_normal(5, 1, seed=7).abs() + draw_normal(5, 1, seed=8)
     assert value(made) == pytest.approx(before, rel=1e-6)  # 1e-7 beside the standard deviation
-    plain = case(spec.partition(":")[0])
+    plain = make_case(spec.partition(":")[0])
     assert value(plain) != pytest.approx(before, rel=1e-3)
 
 
@@ -152,12 +154,12 @@ def test_classes_that_nobody_believes_in_change_no_divergence() -> None:
     """Sums over the classes, not means: a mean of 15 classes would be a third of that of 5."""
     plain = [spec for spec in DIVERGENCES if "standardize" not in spec and spec != "multi_temperature"]
     for spec in (*plain, "multi_temperature:classes=0", "output:kind=soft_ce", "hard", "nkd", "wsld", *RARE):
-        made = case(spec, 5, 5)
+        made = make_case(spec, 5, 5)
         before = value(made)
         assert made.target.logits is not None
         nobody = torch.full((5, 10), -1e4, dtype=torch.float64)
         made.logits = torch.cat([made.logits, nobody], 1)
-        wide = case(spec, 5, 15, labels=made.target.labels)
+        wide = make_case(spec, 5, 15, labels=made.target.labels)
         wide.logits = made.logits
         assert wide.target.logits is not None
         wide.target.logits.copy_(torch.cat([made.target.logits, nobody], 1))
@@ -166,24 +168,24 @@ def test_classes_that_nobody_believes_in_change_no_divergence() -> None:
 
 def turned(x: torch.Tensor) -> torch.Tensor:
     """x [B, D] in a basis turned at random, three times as large."""
-    basis = torch.linalg.qr(numbers(x.shape[1], x.shape[1], seed=9))[0]
+    basis = torch.linalg.qr(draw_normal(x.shape[1], x.shape[1], seed=9))[0]
     return 3 * x @ basis
 
 
 @pytest.mark.parametrize("spec", ["rkd", "rkd:distance=0", "rkd:angle=0", "similarity", "pkt", "cc"])
 def test_relations_do_not_see_a_rotation_or_a_scale(spec: str) -> None:
-    made = case(spec, pairs=(((6,), (4,)), ((3,), (5,))))
+    made = make_case(spec, pairs=(((6,), (4,)), ((3,), (5,))))
     before = value(made)
-    made.mine = {name: turned(x) for name, x in made.mine.items()}
+    made.student_outputs = {name: turned(x) for name, x in made.student_outputs.items()}
     assert value(made) == pytest.approx(before, rel=1e-9)
-    made.mine = {name: x * torch.arange(1.0, x.shape[1] + 1) for name, x in made.mine.items()}
+    made.student_outputs = {name: x * torch.arange(1.0, x.shape[1] + 1) for name, x in made.student_outputs.items()}
     assert value(made) != pytest.approx(before, rel=1e-3)
 
 
 def test_distances_and_angles_do_not_see_where_the_rows_lie() -> None:
-    made = case("rkd")
+    made = make_case("rkd")
     before = value(made)
-    made.mine = {name: x + 10 for name, x in made.mine.items()}
+    made.student_outputs = {name: x + 10 for name, x in made.student_outputs.items()}
     assert value(made) == pytest.approx(before, rel=1e-9)
 
 
@@ -192,30 +194,32 @@ def test_distances_and_angles_do_not_see_where_the_rows_lie() -> None:
     [("attention", False), ("pkt", False), ("cc", False), ("nst", False), ("similarity", True), ("rkd", True)],
 )
 def test_a_scale_of_its_own_for_every_row(spec: str, sees: bool) -> None:
-    made = case(spec)
+    made = make_case(spec)
     before = value(made)
     scales = torch.tensor([0.5, 1.0, 2.0, 7.0, 3.0], dtype=torch.float64)[:, None, None, None]
-    made.mine = {name: x * scales for name, x in made.mine.items()}
+    made.student_outputs = {name: x * scales for name, x in made.student_outputs.items()}
     assert (value(made) == pytest.approx(before, rel=1e-9)) is not sees
 
 
 def test_selectivity_does_not_see_the_scale_or_the_order_of_channels() -> None:
-    made = case("nst")
+    made = make_case("nst")
     before = value(made)
-    made.mine = {name: (x * numbers(1, x.shape[1], 1, 1).abs()).flip(1) for name, x in made.mine.items()}
+    made.student_outputs = {
+        name: (x * draw_normal(1, x.shape[1], 1, 1).abs()).flip(1) for name, x in made.student_outputs.items()
+    }
     assert value(made) == pytest.approx(before, rel=1e-9)
 
 
 def test_a_gram_of_unit_channels_gives_the_maximum_mean_discrepancy_of_the_polynomial_kernel() -> None:
     """Explicit pairs of channels, for one row: mean over (i, i'), (j, j') less twice the mean over (i, j)."""
-    made = case("nst", 1)
-    s, t = made.mine["layer1"][0].flatten(1), made.theirs["layer1"][0].flatten(1)
+    made = make_case("nst", 1)
+    s, t = made.student_outputs["layer1"][0].flatten(1), made.teacher_outputs["layer1"][0].flatten(1)
     s, t = s / s.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
     total = sum(float(a @ b) ** 2 for a in s for b in s) / 9 + sum(float(a @ b) ** 2 for a in t for b in t) / 25
     total -= 2 * sum(float(a @ b) ** 2 for a in s for b in t) / 15
     g_s, g_t = (
-        features_of({"layer1": x}, ("layer1:gram",))["layer1:gram"]
-        for x in (made.mine["layer1"], made.theirs["layer1"])
+        compute_features({"layer1": x}, ("layer1:gram",))["layer1:gram"]
+        for x in (made.student_outputs["layer1"], made.teacher_outputs["layer1"])
     )
     assert float((g_s - g_t).square().sum()) == pytest.approx(total, rel=1e-9)
 
@@ -240,10 +244,10 @@ def test_a_gram_of_unit_channels_gives_the_maximum_mean_discrepancy_of_the_polyn
     ],
 )
 def test_a_term_on_logits_is_the_mean_of_its_rows(spec: str) -> None:
-    whole = case(spec, 6, 4)
+    whole = make_case(spec, 6, 4)
     single = []
     for i in range(6):
-        row = case(spec, 1, 4, labels=whole.target.labels[i : i + 1])
+        row = make_case(spec, 1, 4, labels=whole.target.labels[i : i + 1])
         row.logits = whole.logits[i : i + 1]
         assert row.target.logits is not None
         assert whole.target.logits is not None
@@ -255,8 +259,8 @@ def test_a_term_on_logits_is_the_mean_of_its_rows(spec: str) -> None:
 @pytest.mark.parametrize("spec", BETWEEN_LAYERS)
 def test_two_pairs_of_layers_are_the_sum_of_each_alone(spec: str) -> None:
     knobs = spec + ("," if ":" in spec else ":")
-    whole = case(spec, pairs=SAME)
-    alone = [value(case(f"{knobs}teacher={name}", pairs=SAME)) for name in ("layer1", "layer2")]
+    whole = make_case(spec, pairs=SAME)
+    alone = [value(make_case(f"{knobs}teacher={name}", pairs=SAME)) for name in ("layer1", "layer2")]
     assert value(whole) == pytest.approx(sum(alone), rel=1e-12)
 
 
@@ -286,7 +290,7 @@ def test_the_cells_of_a_class_activation_map_and_the_linear_layer_of_the_pooled_
 
 
 def test_cells_that_do_not_divide_the_map_are_cut_as_the_reference_here_cuts_them() -> None:
-    x = numbers(2, 3, 5, 7)
+    x = draw_normal(2, 3, 5, 7)
     for kind, n in (("grid1", 1), ("grid2", 2), ("grid4", 4)):
         torch.testing.assert_close(compute_statistic(x, kind), torch.from_numpy(by_hand.cells(x.numpy(), n, n)))
     assert [s[1] for pair in PAIRS for s in pair] == [4, 4, 2, 2]

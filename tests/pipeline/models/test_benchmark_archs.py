@@ -14,7 +14,7 @@ from softcache.pipeline.models.archs.mobilenet import Block as MobileNetBlock
 from softcache.pipeline.models.archs.shufflenet import UnitV1, UnitV2, shuffle
 from softcache.pipeline.models.archs.wide_resnet import Block as WideBlock
 from softcache.pipeline.taps.hooks import capture_features
-from tests.helpers.networks import logits_of, one_line
+from tests.helpers.networks import compute_logits, get_one_line_message
 
 PARAMETERS = {  # with 100 classes and three channels
     "resnet8x4": 1_233_540,
@@ -106,7 +106,7 @@ def test_every_stage_can_be_tapped_and_the_head_reads_the_mean_of_the_last_map(a
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 8)])
 def test_images_of_other_sizes_and_channels_are_taken(arch: str, channels: int, size: int) -> None:
-    logits = logits_of(build(arch, 7, channels, size), channels, size)
+    logits = compute_logits(build(arch, 7, channels, size), channels, size)
     assert logits.shape == (3, 7)
     assert torch.isfinite(logits).all()
 
@@ -128,19 +128,19 @@ def test_no_relu_overwrites_what_a_tap_or_a_loss_holds(arch: str) -> None:
 def test_an_argument_is_refused(arch: str) -> None:
     with pytest.raises(UsageError) as error:
         build(f"{arch}:4", 10, 3, 32)
-    assert one_line(error) == f"arch '{arch}:4': {arch} takes no argument"
+    assert get_one_line_message(error) == f"arch '{arch}:4': {arch} takes no argument"
 
 
 @pytest.mark.parametrize("arch", ["vgg8", "vgg13"])
 def test_vgg_refuses_images_that_are_too_small_for_three_poolings(arch: str) -> None:
     with pytest.raises(UsageError) as error:
         build(arch, 10, 3, 7)
-    assert one_line(error) == f"arch '{arch}' needs images of at least 8 px, these are 7 px"
+    assert get_one_line_message(error) == f"arch '{arch}' needs images of at least 8 px, these are 7 px"
 
 
 @pytest.mark.parametrize("arch", sorted(set(ARCHS) - {"vgg8", "vgg13"}))
 def test_the_others_downsample_by_padded_strides_and_take_images_of_any_size(arch: str) -> None:
-    assert logits_of(build(arch, 2, 1, 1), 1, 1).shape == (3, 2)
+    assert compute_logits(build(arch, 2, 1, 1), 1, 1).shape == (3, 2)
 
 
 def test_the_table_has_each_arch_under_its_name() -> None:

@@ -15,7 +15,7 @@ from softcache.pipeline.models import MODELS, build, count_multiply_adds, count_
 from softcache.pipeline.models.archs.cifar_resnet import Block, CifarResNet
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
-from tests.helpers.networks import logits_of, one_line
+from tests.helpers.networks import compute_logits, get_one_line_message
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 SHALLOW = {"mlp": "mlp:16,8", "cnn": "cnn", "resnet8": "resnet8", "torchvision": "torchvision:resnet18"}
@@ -28,7 +28,7 @@ SHALLOW = {"mlp": "mlp:16,8", "cnn": "cnn", "resnet8": "resnet8", "torchvision":
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("arch", SHALLOW.values())
 def test_an_arch_outputs_one_row_of_logits_for_each_image(arch: str, channels: int, size: int) -> None:
-    logits = logits_of(build(arch, 7, channels, size), channels, size)
+    logits = compute_logits(build(arch, 7, channels, size), channels, size)
     assert logits.shape == (3, 7)
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
@@ -36,13 +36,13 @@ def test_an_arch_outputs_one_row_of_logits_for_each_image(arch: str, channels: i
 
 @pytest.mark.parametrize("arch", sorted(set(MODELS) - set(SHALLOW)))
 def test_the_other_archs_of_the_table_build_and_output_logits_too(arch: str) -> None:
-    assert logits_of(build(arch, 100, 3, 16), 3, 16, B=2).shape == (2, 100)
+    assert compute_logits(build(arch, 100, 3, 16), 3, 16, B=2).shape == (2, 100)
 
 
 @pytest.mark.parametrize("size", [4, 5, 7, 15])
 def test_cnn_and_mlp_take_images_of_any_size(size: int) -> None:
     for arch in ("cnn", "mlp:5"):
-        assert logits_of(build(arch, 2, 1, size), 1, size).shape == (3, 2)
+        assert compute_logits(build(arch, 2, 1, size), 1, size).shape == (3, 2)
 
 
 def test_cnn_refuses_images_that_are_too_small_for_two_poolings() -> None:
@@ -75,7 +75,7 @@ def test_building_twice_from_one_seed_gives_the_same_weights() -> None:
 def test_an_unknown_arch_is_refused_with_a_suggestion(arch: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         build(arch, 10, 3, 32)
-    assert message in one_line(error)
+    assert message in get_one_line_message(error)
 
 
 # mlp and cnn
@@ -215,7 +215,7 @@ def test_a_user_factory_is_called_with_classes_channels_and_size(user_folder: Pa
         "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes))\n"
     )
     network = build("my_nets.small:make", 5, 3, 6)
-    assert logits_of(network, 3, 6).shape == (3, 5)
+    assert compute_logits(network, 3, 6).shape == (3, 5)
 
 
 def test_the_current_folder_is_put_on_the_import_path_once_and_first(user_folder: Path) -> None:
@@ -241,8 +241,8 @@ def test_a_user_factory_that_is_missing_or_wrong_is_refused_in_one_line(
     (user_folder / "nets_in_a_file.py").write_text("def make(classes, channels, size):\n    return 3\n")
     with pytest.raises(UsageError) as error:
         build(arch, 5, 1, 8)
-    assert f"arch '{arch}' " in one_line(error)
-    assert message in one_line(error)
+    assert f"arch '{arch}' " in get_one_line_message(error)
+    assert message in get_one_line_message(error)
 
 
 # Properties of a network

@@ -17,7 +17,7 @@ from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights
-from tests.helpers.networks import logits_of, one_line
+from tests.helpers.networks import compute_logits, get_one_line_message
 
 FAST = ("resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet")
 SLOW = (
@@ -44,7 +44,7 @@ SLOW = (
 def check_torchvision_model(name: str, channels: int, size: int) -> None:
     network = build(f"torchvision:{name}", 7, channels, size)
     assert network.training
-    assert logits_of(network, channels, size, B=2).shape == (2, 7)
+    assert compute_logits(network, channels, size, B=2).shape == (2, 7)
     output = network.train()(torch.rand(2, channels, size, size))
     assert isinstance(output, torch.Tensor), "one output in training too"
     output.sum().backward()
@@ -68,8 +68,8 @@ def test_every_other_family_of_torchvision_trains_on_small_images(name: str, cha
 def test_a_torchvision_model_that_cannot_take_such_images_is_refused(name: str, size: int) -> None:
     with pytest.raises(UsageError) as error:
         build(f"torchvision:{name}", 7, 3, size)
-    assert f"torchvision:{name} cannot take images of {size} px" in one_line(error)
-    assert "try another --views size" in one_line(error)
+    assert f"torchvision:{name} cannot take images of {size} px" in get_one_line_message(error)
+    assert "try another --views size" in get_one_line_message(error)
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_a_torchvision_model_takes_images_of_a_size_or_is_refused_in_one_line(na
         message = str(error)
     else:
         message = ""
-        assert logits_of(network, 1, size, B=1).shape == (1, 7)
+        assert compute_logits(network, 1, size, B=1).shape == (1, 7)
     assert "\n" not in message
     assert not message or size < 224, "every one takes 224 px"
 
@@ -223,8 +223,8 @@ def test_a_failed_download_is_an_error_that_says_where_to_put_the_file(
     replace_download(monkeypatch, "resnet18", fail)
     with pytest.raises(CacheError) as error_info:
         load_published_weights("resnet18")
-    assert "published weights of torchvision:resnet18 cannot be downloaded" in one_line(error_info)
-    assert "resnet18-f37072fd.pth" in one_line(error_info)
+    assert "published weights of torchvision:resnet18 cannot be downloaded" in get_one_line_message(error_info)
+    assert "resnet18-f37072fd.pth" in get_one_line_message(error_info)
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_code_in_the_file_of_published_weights_is_refused_and_not_run(hub_file: 
     torch.save({"fc.bias": Trap(tmp_path / "made_by_trap")}, hub_file)
     with pytest.raises(CacheError) as error_info:
         load_published_weights("resnet18")
-    one_line(error_info)
+    get_one_line_message(error_info)
     assert not (tmp_path / "made_by_trap").exists()
 
 

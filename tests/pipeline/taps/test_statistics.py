@@ -23,9 +23,9 @@ from softcache.pipeline.taps.statistics import (
     parse_tap,
     to_feature_map,
 )
-from tests.helpers.caches import printed_command
+from tests.helpers.caches import parse_printed_command
 from tests.helpers.commands import Stages, tiny_cache_command
-from tests.helpers.tensors import numbers
+from tests.helpers.tensors import draw_normal
 
 SHAPES = [(2, 3, 4, 4), (1, 5, 7, 6), (3, 2, 1, 1), (2, 4, 5, 3)]
 
@@ -66,7 +66,7 @@ def compute_by_hand(x: torch.Tensor, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", STATISTICS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_statistic_equals_its_formula(shape: tuple[int, ...], kind: str) -> None:
-    x = numbers(*shape)
+    x = draw_normal(*shape)
     statistic = compute_statistic(x, kind, "layer3")
     assert statistic.dtype == torch.float64
     np.testing.assert_allclose(statistic.numpy(), compute_by_hand(x, kind), rtol=1e-12, atol=1e-14)
@@ -79,7 +79,7 @@ def test_every_statistic_is_compared_with_its_formula() -> None:
 
 
 def test_a_vector_and_tokens_have_only_the_map_and_the_mean() -> None:
-    vector, tokens = numbers(3, 5), numbers(3, 4, 5)
+    vector, tokens = draw_normal(3, 5), draw_normal(3, 4, 5)
     assert compute_statistic(vector, "map") is vector
     assert compute_statistic(vector, "pool") is vector
     assert torch.equal(compute_statistic(tokens, "pool"), torch.stack([t.sum(0) / 4 for t in tokens]))
@@ -90,7 +90,7 @@ def test_a_vector_and_tokens_have_only_the_map_and_the_mean() -> None:
             ):
                 compute_statistic(x, kind, "relu1")
     with pytest.raises(UsageError, match="outputs 2x2x2x2, and pool needs a map CxHxW"):
-        compute_statistic(numbers(1, 2, 2, 2, 2), "pool", "conv")
+        compute_statistic(draw_normal(1, 2, 2, 2, 2), "pool", "conv")
 
 
 def test_statistics_of_zeros_are_zeros_and_not_nan() -> None:
@@ -123,7 +123,7 @@ def test_every_statistic_can_be_computed_from_a_cached_map_and_from_no_other_sta
 
 
 def test_derived_features_are_float32_and_cached_statistics_are_not_computed_again() -> None:
-    x, pool = numbers(3, 4, 4, 4).half(), numbers(3, 4).half()
+    x, pool = draw_normal(3, 4, 4, 4).half(), draw_normal(3, 4).half()
     derived = derive_features(
         {"layer3": x, "layer2:pool": pool}, [*(f"layer3:{kind}" for kind in STATISTICS), "layer2:pool"]
     )
@@ -137,11 +137,11 @@ def test_derived_features_are_float32_and_cached_statistics_are_not_computed_aga
 
 
 def test_a_vector_is_a_map_of_one_pixel() -> None:
-    x = numbers(2, 3)
+    x = draw_normal(2, 3)
     assert torch.equal(to_feature_map(x), x.view(2, 3, 1, 1))
     assert to_feature_map(x.view(2, 3, 1, 1)).shape == (2, 3, 1, 1)
     with pytest.raises(UsageError, match="features of 3x4 are neither a map CxHxW nor a vector"):
-        to_feature_map(numbers(2, 3, 4))
+        to_feature_map(draw_normal(2, 3, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,7 +208,7 @@ def test_the_message_for_a_missing_statistic_has_the_command_that_adds_it(home: 
     line = stages.fails(1, *student, "--out", "r")
     assert "has not kept layer2:attention, layer3:attention (it has: layer3:pool)" in line
     assert not Path("r").exists()
-    code, _, err = stages.call(*printed_command(line))
+    code, _, err = stages.call(*parse_printed_command(line))
     assert code == 0, err
     assert set(Cache(Path("c")).manifest.taps) == {"layer3:pool", "layer2:attention", "layer3:attention"}
     result = stages(*student, "--out", "r")

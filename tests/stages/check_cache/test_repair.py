@@ -13,14 +13,14 @@ import torch
 
 from softcache.pipeline.cache.manifest import Manifest
 from tests.helpers.caches import (
-    ASKED,
-    count_shards_asked,
-    drift,
-    everything,
-    files,
-    home_with_cache,
-    payloads,
-    stop_after,
+    CACHE_COMMAND,
+    interrupt_after_shards,
+    make_folder_with_cache,
+    read_payloads,
+    record_computed_shards,
+    shift_one_pixel,
+    stat_files,
+    stat_tree,
 )
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
@@ -33,8 +33,8 @@ Damage = Callable[[Path], None]
 @pytest.fixture(scope="module")
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and 2 taps, one of them added later: 15 files."""
-    folder = home_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2", "--taps", "pool2")
-    return home_with_cache(tiny, folder, "--taps", "flatten")
+    folder = make_folder_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2", "--taps", "pool2")
+    return make_folder_with_cache(tiny, folder, "--taps", "flatten")
 
 
 @pytest.fixture
@@ -102,22 +102,22 @@ def bad_files(stages: Stages, *more: object) -> set[str]:
 def test_a_bad_shard_is_named_alone_and_repaired_alone(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, damage: Damage, name: str
 ) -> None:
-    before, said = files(small), payloads(small)
+    before, said = stat_files(small), read_payloads(small)
     damage(small / name)
     bad = {name, name.replace("00000", "00001")} if damage is swap else {name}
     assert bad_files(stages) == bad
-    asked = count_shards_asked(monkeypatch)
+    asked = record_computed_shards(monkeypatch)
     stages(*REPAIR)
     assert set(asked) == bad
     assert len(asked) == len(bad)
-    now = files(small)
+    now = stat_files(small)
     assert {n for n in before if now[n] != before[n]} == bad | {"manifest.json"}
-    assert payloads(small) == said
+    assert read_payloads(small) == said
     assert bad_files(stages) == set()
 
 
 def some(small: Path, *endings: str) -> list[str]:
-    return [name for name in payloads(small) if name.endswith(endings) or name.startswith(endings)]
+    return [name for name in read_payloads(small) if name.endswith(endings) or name.startswith(endings)]
 
 
 @pytest.mark.parametrize(
@@ -131,35 +131,35 @@ def some(small: Path, *endings: str) -> list[str]:
     ids=["a whole draw", "all that was added later", "half of them", "everything"],
 )
 def test_many_bad_shards_are_repaired(small: Path, stages: Stages, which: tuple[str, ...]) -> None:
-    said, bad = payloads(small), some(small, *which)
+    said, bad = read_payloads(small), some(small, *which)
     for i, name in enumerate(bad):
         (flip, cut, remove)[i % 3](small / name)
     assert bad_files(stages) == set(bad)
     stages(*REPAIR)
-    assert payloads(small) == said
+    assert read_payloads(small) == said
     assert bad_files(stages, "--deep") == set()
     stages("student", "--cache", "c", "--arch", "mlp:8", "--epochs", "2")
 
 
 @pytest.mark.parametrize("damage", [flip, remove])
 def test_the_teachers_head_is_repaired(small: Path, stages: Stages, damage: Damage) -> None:
-    before, head = files(small), (small / "head.h5").read_bytes()
+    before, head = stat_files(small), (small / "head.h5").read_bytes()
     damage(small / "head.h5")
     assert bad_files(stages) == {"head.h5"}
     stages(*REPAIR)
     assert bad_files(stages) == set()
     assert (small / "head.h5").read_bytes() == head
-    now = files(small)
+    now = stat_files(small)
     assert {n for n in before if now[n] != before[n]} == {"head.h5", "manifest.json"}
 
 
 def test_repairing_what_is_whole_asks_nobody_and_writes_nothing(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, asked = everything(small), count_shards_asked(monkeypatch)
+    before, asked = stat_tree(small), record_computed_shards(monkeypatch)
     stages(*REPAIR)
     assert asked == []
-    assert everything(small) == before
+    assert stat_tree(small) == before
 
 
 def test_other_weights_are_refused_with_both_digests_and_nothing_is_changed(small: Path, stages: Stages) -> None:
@@ -167,23 +167,23 @@ def test_other_weights_are_refused_with_both_digests_and_nothing_is_changed(smal
     state["linear.bias"][0] += 1e-3
     torch.save(state, "other.pt")
     (small / "val/shard-00000.h5").unlink()
-    before = files(small)
+    before = stat_files(small)
     line = stages.fails(1, *REPAIR[:-1], "other.pt")
     record = json.loads((small / "manifest.json").read_text())
     assert "teacher.weights" in line
     assert record["identity"]["teacher"]["weights"][:16] in line
     assert len(set(re.findall(r"([0-9a-f]{16})…", line))) == 2
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_without_weights_it_says_that_it_cannot_and_names_the_option(small: Path, stages: Stages) -> None:
     (small / "val/shard-00000.h5").unlink()
-    before = files(small)
+    before = stat_files(small)
     line = stages.fails(1, "check-cache", "c", "--repair")
     assert "cannot be repaired without the teacher" in line
     assert "--weights" in line
     assert "--repair --weights" in stages.fails(1, "check-cache", "c")
-    assert files(small) == before
+    assert stat_files(small) == before
 
 
 def test_the_teacher_that_was_kept_beside_the_cache_is_used(small: Path, stages: Stages) -> None:
@@ -238,11 +238,11 @@ def test_views_that_drifted_are_refused_before_anything_is_written(
     """Also when a deep check finds every shard's views different: what is on disk is right, and stays."""
     for name in bad:
         flip(small / name)
-    before = files(small)
+    before = stat_files(small)
     with monkeypatch.context() as patch:
-        drift(patch)
+        shift_one_pixel(patch)
         assert "come out differently here" in stages.fails(1, *REPAIR, *deep)
-    assert files(small) == before
+    assert stat_files(small) == before
     stages(*REPAIR)
     assert bad_files(stages, "--deep") == set()
 
@@ -250,7 +250,7 @@ def test_views_that_drifted_are_refused_before_anything_is_written(
 def test_stopped_between_shard_and_manifest_it_is_as_bad_as_before_and_repaired_again(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = payloads(small)
+    said = read_payloads(small)
     bad = {"draw-000/shard-00001.h5", "test/shard-00001-1.h5"}
     for name in bad:
         cut(small / name)
@@ -263,7 +263,7 @@ def test_stopped_between_shard_and_manifest_it_is_as_bad_as_before_and_repaired_
         assert stages.call(*REPAIR)[0] == 130
     assert bad_files(stages) == bad
     stages(*REPAIR)
-    assert payloads(small) == said
+    assert read_payloads(small) == said
     assert bad_files(stages, "--deep") == set()
 
 
@@ -272,12 +272,12 @@ def test_a_cache_is_repaired_while_an_addition_to_it_is_unfinished(
 ) -> None:
     """The addition then goes on from the repaired cache."""
     with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        stages.fails(130, *ASKED, "--draws", "4", "--out", "c")
+        interrupt_after_shards(1, patch)
+        stages.fails(130, *CACHE_COMMAND, "--draws", "4", "--out", "c")
     (small / "draw-000/shard-00000.h5").unlink()
     stages(*REPAIR)
     assert bad_files(stages, "--deep") == set()
-    asked = count_shards_asked(monkeypatch)
-    stages(*ASKED, "--draws", "4", "--out", "c")
+    asked = record_computed_shards(monkeypatch)
+    stages(*CACHE_COMMAND, "--draws", "4", "--out", "c")
     assert len(asked) == 3
     stages("check-cache", "c", "--deep")

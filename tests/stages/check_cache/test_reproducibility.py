@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.caches import ASKED, files, home_with_cache, save_teacher_with_a_volume
+from tests.helpers.caches import CACHE_COMMAND, make_folder_with_cache, save_scaled_teacher, stat_files
 from tests.helpers.commands import Stages
-from tests.helpers.damage import rewrite
+from tests.helpers.damage import edit_shard
 
 ASK = ("check-cache", "c", "--deep", "--weights", "teacher")
 SHARD = "draw-001/shard-00001.h5"
@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap flatten."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2", "--taps", "flatten")
+    return make_folder_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2", "--taps", "flatten")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def scale_features(arrays: Arrays) -> None:
 def test_rows_that_the_teacher_did_not_say_are_found_where_no_checksum_tells(
     small: Path, stages: Stages, change: Any, what: str
 ) -> None:
-    rewrite(small, change, SHARD)
+    edit_shard(small, change, SHARD)
     stages("check-cache", "c", "--deep")  # every checksum, label, hit and view is right
     line = stages.fails(1, *ASK)
     assert f"the teacher now says something else: {what} differ by " in line
@@ -79,7 +79,7 @@ def test_the_right_teacher_differs_by_its_rounding_and_the_figures_say_by_how_mu
     small: Path, stages: Stages, more: tuple[str, ...], logits: float, share: float
 ) -> None:
     shutil.rmtree(small)
-    stages(*ASKED, *more, "--taps", "flatten", "--out", "c")
+    stages(*CACHE_COMMAND, *more, "--taps", "flatten", "--out", "c")
     asked = stages(*ASK)["teacher"]
     assert asked["rows"] >= 256
     assert 0 <= asked["logits"] < logits
@@ -110,7 +110,7 @@ def test_a_teacher_whose_code_changed_is_found_and_repairs_nothing(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights, and another forward pass: only what it says can tell."""
-    save_teacher_with_a_volume(tmp_path, "loud")
+    save_scaled_teacher(tmp_path, "loud")
     named = ("--teacher", "loud:make", "--weights", "w.pt")
     stages("teacher-cache", "--train-size", "50", *named, "--shard-rows", "30", "--out", "c")
     import loud
@@ -118,8 +118,8 @@ def test_a_teacher_whose_code_changed_is_found_and_repairs_nothing(
     monkeypatch.setattr(loud, "VOLUME", 1.1)
     assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--deep", *named)
     (tmp_path / "c/draw-000/shard-00001.h5").unlink()
-    before = files(tmp_path / "c")
+    before = stat_files(tmp_path / "c")
     assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--repair", *named)
-    assert files(tmp_path / "c") == before
+    assert stat_files(tmp_path / "c") == before
     monkeypatch.setattr(loud, "VOLUME", 1.0)
     stages("check-cache", "c", "--repair", *named)

@@ -21,7 +21,7 @@ from softcache.pipeline.loading.loader import CacheLoader
 from softcache.stages.distributed.ranks import Ranks, read_ranks
 from tests.helpers.commands import Stages
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import assert_done, cache_command, files, lines, payloads
+from tests.helpers.processes import assert_done, list_files, make_cache_command, read_metric_lines, read_payloads
 
 PLAIN = """
 from collections import OrderedDict
@@ -101,36 +101,36 @@ def furthest(run: Path, expected: Path) -> float:
 def test_a_cache_is_the_same_by_any_number_of_ranks_also_after_one_was_killed(
     tiny: Path, stages: Stages, tmp_path: Path, dose: Callable[[int, int], int]
 ) -> None:
-    """Killed under 2 ranks, finished under 3; under --torture grown under 2: the same payloads."""
+    """Killed under 2 ranks, finished under 3; under --torture grown under 2: the same read_payloads."""
     smaller = ("--draws", 2, "--shard-rows", 60, "--taps", "pool1")
     larger = ("--draws", 3, "--shard-rows", 60, "--taps", "pool1,flatten")
     one, many = tmp_path / "one", tmp_path / "many"
-    stages(*cache_command(tiny, one, *smaller))
-    error(torchrun(2, DYING_RANK, 1, "write_shard", 3, *cache_command(tiny, many, *smaller), cwd=tmp_path))
+    stages(*make_cache_command(tiny, one, *smaller))
+    error(torchrun(2, DYING_RANK, 1, "write_shard", 3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path))
     there = len(list(many.glob("*/shard-*.h5")))
-    assert 0 < there < len(payloads(one))
+    assert 0 < there < len(read_payloads(one))
     assert not (many / "manifest.json").exists()
-    said = succeeds(3, *cache_command(tiny, many, *smaller), cwd=tmp_path)
+    said = succeeds(3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path)
     assert said.count("next:") == 1
-    assert f"continued: {there} of {len(payloads(one))} shards were there and intact" in said
+    assert f"continued: {there} of {len(read_payloads(one))} shards were there and intact" in said
     assert_same_rows(many, one)
     if dose(0, 1):
-        stages(*cache_command(tiny, one, *larger))
-        succeeds(2, *cache_command(tiny, many, *larger), cwd=tmp_path)
+        stages(*make_cache_command(tiny, one, *larger))
+        succeeds(2, *make_cache_command(tiny, many, *larger), cwd=tmp_path)
         assert_same_rows(many, one)
         # What the growth added, which nothing interrupted, stands in the same order too.
-        assert list(payloads(many))[-12:] == list(payloads(one))[-12:]
+        assert list(read_payloads(many))[-12:] == list(read_payloads(one))[-12:]
     stages("check-cache", many)
 
 
 def assert_same_rows(cache: Path, expected: Path) -> None:
     """The same shards, hits and head, and no file more or less."""
     one, other = (json.loads((folder / "manifest.json").read_text()) for folder in (cache, expected))
-    assert payloads(cache) == payloads(expected)
+    assert read_payloads(cache) == read_payloads(expected)
     assert {s["path"]: s["correct"] for s in one["shards"]} == {s["path"]: s["correct"] for s in other["shards"]}
     assert one["head"]["checksum"] == other["head"]["checksum"]
     assert one["fidelity"] == pytest.approx(other["fidelity"], rel=1e-12)
-    assert files(cache) == files(expected)
+    assert list_files(cache) == list_files(expected)
     assert_done(cache)
 
 
@@ -143,8 +143,8 @@ def test_a_teacher_that_is_wanting_is_trained_by_one_rank(
     asked = ("teacher-cache", "--train-size", 200, "--views", "crop:pad=1", "--shard-rows", 50, "--teacher", "mlp:8")
     stages(*asked, "--out", "one")
     succeeds(count, *asked, "--out", "many", cwd=tmp_path)
-    assert payloads(tmp_path / "many") == payloads(tmp_path / "one")
-    assert files(tmp_path / "many-teacher") == files(tmp_path / "one-teacher")
+    assert read_payloads(tmp_path / "many") == read_payloads(tmp_path / "one")
+    assert list_files(tmp_path / "many-teacher") == list_files(tmp_path / "one-teacher")
 
 
 # Stage two
@@ -221,7 +221,7 @@ def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss
         for folder in tmp_path.glob("*-together"):
             name = folder.name.removesuffix("-together")
             for here, there in zip(
-                *(lines(tmp_path / f / "metrics.jsonl") for f in (folder, f"{name}-alone-0")), strict=True
+                *(read_metric_lines(tmp_path / f / "metrics.jsonl") for f in (folder, f"{name}-alone-0")), strict=True
             ):
                 for key in (key for key in there if key.startswith("gradient") and name != "simkd"):
                     assert here[key] == pytest.approx(there[key], rel=1e-3), (name, key)
@@ -261,7 +261,7 @@ def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages
     expected = stages(*command, "--out", "one")
     died = error(torchrun(2, DYING_RANK, 1, "train_step", 10, *command, "--out", "many", cwd=tmp_path))
     assert "another rank has ended" in died or "stopped" in died
-    assert len(lines(tmp_path / "many/seed-0/distilled/metrics.jsonl")) == 1
+    assert len(read_metric_lines(tmp_path / "many/seed-0/distilled/metrics.jsonl")) == 1
     done = torchrun(3, "student", "--resume", "--tensorboard", "--out", "many", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -271,13 +271,13 @@ def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages
     for folder in list((tmp_path / "many").rglob("tensorboard")):
         assert len(list(folder.iterdir())) == 1
         shutil.rmtree(folder)
-    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert list_files(tmp_path / "many") == list_files(tmp_path / "one")
     assert_done(tmp_path / "many")
-    for name in files(tmp_path / "one"):
+    for name in list_files(tmp_path / "one"):
         if name.endswith(".pt"):
             assert furthest(tmp_path / "many" / name, tmp_path / "one" / name) < 1e-5, name
         if name.endswith("metrics.jsonl"):
-            there, here = lines(tmp_path / "one" / name), lines(tmp_path / "many" / name)
+            there, here = read_metric_lines(tmp_path / "one" / name), read_metric_lines(tmp_path / "many" / name)
             assert [line["epoch"] for line in here] == [line["epoch"] for line in there], name
             assert [line.keys() for line in here] == [line.keys() for line in there], name
             for key in (key for key in here[0] if key.startswith(("loss", "gradient", "learning_rate"))):

@@ -13,7 +13,7 @@ from softcache.pipeline.models import MODELS
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.export.formats import ExportedModel, capture_program, make_onnx
 from softcache.stages.export.onnx_model import OnnxStudent
-from tests.helpers.settled import input_spec, settled
+from tests.helpers.trained_networks import make_input_spec, train_briefly
 
 ARCHS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # those that need an argument
 SIMKD = "simkd(resnet8;layer3;256)"
@@ -73,11 +73,11 @@ def measure_parity(arch: str, data: Images, rows: int, steps: int) -> tuple[floa
     """The largest difference of a logit, changed top-1 predictions, PyTorch's logits [rows, 10], bytes of the file."""
     views = data[0]
     channels, size = views.shape[1], views.shape[-1]
-    network = settled(arch, *data, channels, steps)
-    model = PreparedModel(network, input_spec(channels, size)).eval()
+    network = train_briefly(arch, *data, channels, steps)
+    model = PreparedModel(network, make_input_spec(channels, size)).eval()
     with torch.inference_mode():
         expected = torch.cat([model(batch) for batch in views[:rows].split(100)])
-    program = capture_program(ExportedModel(network, input_spec(channels, size)), arch, channels, size)
+    program = capture_program(ExportedModel(network, make_input_spec(channels, size)), arch, channels, size)
     content = make_onnx(program, arch, {}, "0")
     onnx_student = OnnxStudent.from_bytes(content, 1)
     images = views[:rows].numpy().astype(np.float32) / 255

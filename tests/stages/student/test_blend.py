@@ -314,14 +314,14 @@ def test_caches_of_other_views_order_or_rows_are_refused(
 def test_caches_whose_classes_are_in_another_order_are_refused(
     tmp_path: Path, stages: Stages, save_image: Any
 ) -> None:
-    from tests.helpers.caches import PETS, save_pets, save_pets_teacher
+    from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 
     save_pets_teacher(tmp_path / "pets.pt")
     save_pets(tmp_path / "pets", save_image)
-    stages(*PETS, "--out", "a")
+    stages(*PETS_CACHE_COMMAND, "--out", "a")
     for split in ("train", "test"):  # dog becomes first: the images are the same
         (tmp_path / "pets" / split / "dog").rename(tmp_path / "pets" / split / "ant")
-    stages(*PETS, "--out", "b")
+    stages(*PETS_CACHE_COMMAND, "--out", "b")
     refused = stages.fails(1, "blend", "--cache", "a", "--cache", "b")
     assert "transfer_set.classes" in refused
 

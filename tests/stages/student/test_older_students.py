@@ -13,9 +13,17 @@ import softcache.stages.training.loop as training
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.training.step import ActiveTraining
-from tests.helpers.caches import ASKED, PETS, home_with_cache, payloads, printed_command, save_pets, save_pets_teacher
+from tests.helpers.caches import (
+    CACHE_COMMAND,
+    PETS_CACHE_COMMAND,
+    make_folder_with_cache,
+    parse_printed_command,
+    read_payloads,
+    save_pets,
+    save_pets_teacher,
+)
 from tests.helpers.commands import Stages
-from tests.helpers.damage import rewrite
+from tests.helpers.damage import edit_shard
 
 STUDENT = (
     "student",
@@ -36,7 +44,7 @@ HINT = "hint:teacher=flatten,student=relu1"
 @pytest.fixture(scope="module")
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap linear."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2", "--taps", "linear")
+    return make_folder_with_cache(tiny, tmp_path_factory.mktemp("made"), "--draws", "2", "--taps", "linear")
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def stop_at_step(number: int, patch: pytest.MonkeyPatch) -> None:
 
 def test_a_student_of_the_first_draws_comes_out_again_after_more_were_added(small: Path, stages: Stages) -> None:
     stages(*STUDENT, "--out", "before")
-    stages(*ASKED, "--draws", "4", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "4", "--out", "c")
     stages(*STUDENT, "--draws", "2", "--out", "after")
     stages(*STUDENT, "--out", "of-all")
     assert weights("after") == weights("before")
@@ -83,7 +91,7 @@ def test_a_student_comes_out_again_after_taps_were_added(
     used = 2 * 10 + 4 * 3 + (2 * 10 if "hint" in loss else 0)  # bytes of a row: logits, keys, linear
     monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 200 * used if resident else 200 * used - 1)
     stages(*STUDENT, "--loss", loss, "--out", "before")
-    stages(*ASKED, "--taps", "flatten,pool2", "--out", "c")
+    stages(*CACHE_COMMAND, "--taps", "flatten,pool2", "--out", "c")
     stages(*STUDENT, "--loss", loss, "--out", "after")
     assert weights("after") == weights("before")
     assert Cache(small).fits_in_memory("train", 0, ("linear",) if "hint" in loss else ()) == resident
@@ -112,9 +120,9 @@ def test_more_draws_than_there_are_are_refused_with_the_command_that_adds_them(s
     error = stages.fails(1, *STUDENT, "--draws", "4", "--out", "r")
     assert "--draws 4, but the cache 'c' has 2. Add them with  " in error
     assert not Path("r").exists()
-    old = payloads(small)
-    stages(*printed_command(error))
-    assert old.items() <= payloads(small).items()
+    old = read_payloads(small)
+    stages(*parse_printed_command(error))
+    assert old.items() <= read_payloads(small).items()
     assert stages(*STUDENT, "--draws", "4", "--out", "r")["cache"]["draws"] == 4
 
 
@@ -122,7 +130,7 @@ def test_a_loss_that_wants_a_missing_tap_is_refused_with_the_command_that_adds_i
     error = stages.fails(1, *STUDENT, "--loss", HINT, "--out", "r")
     assert "the cache 'c' has not kept flatten (it has: linear). Add them with  " in error
     assert not Path("r").exists()
-    stages(*printed_command(error))
+    stages(*parse_printed_command(error))
     assert set(Cache(small).manifest.taps) == {"linear", "flatten"}
     stages(*STUDENT, "--loss", HINT, "--out", "r")
 
@@ -133,20 +141,20 @@ def test_the_command_that_adds_says_where_the_pictures_are_as_the_student_did(
     """A manifest does not know; who trains has just said it."""
     save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
-    stages(*PETS, "--out", "p")
+    stages(*PETS_CACHE_COMMAND, "--out", "p")
     asked = ("student", "--data", "folder:pets", "--cache", "p", "--arch", "mlp:4", "--epochs", "1")
     for more in (("--draws", "3"), ("--loss", "hint:teacher=linear,student=relu1")):
-        stages(*printed_command(stages.fails(1, *asked, *more)))
+        stages(*parse_printed_command(stages.fails(1, *asked, *more)))
         stages(*asked, *more)
 
 
 def test_a_run_says_which_draws_and_shards_it_was_trained_from(small: Path, stages: Stages) -> None:
-    stages(*ASKED, "--draws", "3", "--taps", "flatten,pool2", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "3", "--taps", "flatten,pool2", "--out", "c")
     result = stages(*STUDENT, "--loss", HINT, "--draws", "2", "--out", "r")
     assert result["cache"]["draws"] == 2
     used = json.loads(Path("r/cache.json").read_text())
     assert (used["fingerprint"], used["draws"], used["taps"]) == (Cache(small).manifest.fingerprint, 2, ["flatten"])
-    there = payloads(small)
+    there = read_payloads(small)
     # of draws 0 and 1 the logits, with linear, and the file that holds flatten, with pool2
     trained = {f"draw-00{d}/shard-0000{part}{more}.h5" for d in (0, 1) for part in (0, 1) for more in ("", "-1")}
     held_out = {path for path in there if path.startswith(("val/", "test/"))}
@@ -165,7 +173,7 @@ def test_a_run_that_was_begun_before_the_growth_ends_after_it_with_the_same_weig
         stop_at_step(7, patch)
         stages.fails(130, *STUDENT, "--out", "stopped")
     begun_with = Path("stopped/cache.json").read_bytes()
-    stages(*ASKED, "--draws", "4", "--taps", "flatten", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "4", "--taps", "flatten", "--out", "c")
     stages("student", "--resume", "--out", "stopped")
     assert weights("stopped") == weights("whole")
     assert Path("stopped/cache.json").read_bytes() == begun_with
@@ -179,21 +187,21 @@ def test_going_on_with_other_shards_than_the_run_was_begun_with_is_refused_namin
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rewritten with every checksum mended: only the run knows that they were others."""
-    stages(*ASKED, "--draws", "3", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "3", "--out", "c")
     with monkeypatch.context() as patch:
         stop_at_step(7, patch)
         stages.fails(130, *STUDENT, "--draws", "2", "--out", "r")
     kept = Path("r/checkpoint.pt").read_bytes()
-    rewrite(small, nudge, "draw-002/shard-00000.h5")  # of no concern to a student of two draws
+    edit_shard(small, nudge, "draw-002/shard-00000.h5")  # of no concern to a student of two draws
     shutil.copytree(small, "other")
     shard = "draw-001/shard-00000.h5"
-    rewrite(Path("other"), nudge, shard)
+    edit_shard(Path("other"), nudge, shard)
 
     error = stages.fails(1, "student", "--resume", "--out", "r", "--cache", "other")
     assert "'r' was begun with other shards than 'other' now has" in error
     rows = [line.split() for line in error.splitlines()[1:]]
     assert rows[0] == ["here", "begun", "with"]
-    here, begun = payloads(Path("other"))[shard], payloads(small)[shard]
+    here, begun = read_payloads(Path("other"))[shard], read_payloads(small)[shard]
     assert [name for name, *_ in rows[1:]] == [f"shards.{shard}"]
     assert here[:30] in rows[1][1]
     assert begun[:30] in rows[1][2]
@@ -208,6 +216,6 @@ def test_going_on_with_another_cache_is_refused_naming_the_fingerprint(
     with monkeypatch.context() as patch:
         stop_at_step(7, patch)
         stages.fails(130, *STUDENT, "--out", "r")
-    stages(*ASKED, "--draws", "2", "--codec", "float32", "--out", "other")
+    stages(*CACHE_COMMAND, "--draws", "2", "--codec", "float32", "--out", "other")
     error = stages.fails(1, "student", "--resume", "--out", "r", "--cache", "other")
     assert "fingerprint" in [line.split()[0] for line in error.splitlines()[1:]]

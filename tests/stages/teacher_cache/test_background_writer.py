@@ -15,7 +15,7 @@ from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.writer import CacheWriter
 from softcache.stages.teacher_cache.targets import TargetGenerator, _store_batch
 from softcache.stages.teacher_cache.writing import BackgroundWriter
-from tests.helpers.caches import stop_after
+from tests.helpers.caches import interrupt_after_shards
 from tests.helpers.commands import Stages, tiny_cache_command
 
 
@@ -94,7 +94,7 @@ def test_shards_are_noted_in_their_order_though_some_are_there(
 ) -> None:
     command = [*tiny_cache_command(tiny)[:-1], tmp_path / "c"]
     with monkeypatch.context() as patch:
-        stop_after(5, patch)
+        interrupt_after_shards(5, patch)
         stages.fails(130, *command)
     for path in ("draw-000/shard-00001.h5", "draw-001/shard-00000.h5"):
         (tmp_path / "c" / path).unlink()

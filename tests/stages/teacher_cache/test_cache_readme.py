@@ -12,7 +12,13 @@ import pytest
 
 from softcache.pipeline.cache.manifest import Manifest, PrecisionRecord, ShardRecord
 from softcache.stages.teacher_cache.cache_readme import format_readme, write_readme
-from tests.helpers.caches import ASKED, PETS, home_with_cache, save_pets, save_pets_teacher
+from tests.helpers.caches import (
+    CACHE_COMMAND,
+    PETS_CACHE_COMMAND,
+    make_folder_with_cache,
+    save_pets,
+    save_pets_teacher,
+)
 from tests.helpers.commands import Stages
 
 OPTIONS = ("--draws", "2", "--taps", "flatten")
@@ -21,7 +27,7 @@ OPTIONS = ("--draws", "2", "--taps", "flatten")
 @pytest.fixture(scope="module")
 def home(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the teacher and, as `c`, a cache of 2 draws and the tap flatten."""
-    return home_with_cache(tiny, tmp_path_factory.mktemp("home"), *OPTIONS)
+    return make_folder_with_cache(tiny, tmp_path_factory.mktemp("home"), *OPTIONS)
 
 
 @pytest.fixture
@@ -68,16 +74,16 @@ def test_the_readme_has_the_facts_of_the_manifest(small: Path) -> None:
 
 
 def test_the_licence_is_the_one_of_the_command_that_made_the_cache(small: Path, stages: Stages) -> None:
-    stages(*ASKED, *OPTIONS, "--license", "CC-BY-4.0", "--out", "licensed")
+    stages(*CACHE_COMMAND, *OPTIONS, "--license", "CC-BY-4.0", "--out", "licensed")
     assert parse_table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
-    stages(*ASKED, "--draws", "3", "--out", "licensed")
+    stages(*CACHE_COMMAND, "--draws", "3", "--out", "licensed")
     assert parse_table(Path("licensed/README.md").read_text())["licence"] == "CC-BY-4.0"
 
 
 @pytest.mark.parametrize("name", ["c", "the cache of my teacher's logits"])
 def test_the_commands_in_the_readme_work_in_the_folder_above_the_cache(small: Path, stages: Stages, name: str) -> None:
     if name != "c":
-        stages(*ASKED, *OPTIONS, "--out", name)
+        stages(*CACHE_COMMAND, *OPTIONS, "--out", name)
     check, student = parse_commands(Path(name, "README.md").read_text())
     assert (check[0], student[0]) == ("check-cache", "student")
     stages(*check)
@@ -89,7 +95,7 @@ def test_the_commands_for_a_folder_of_images_have_a_place_for_its_path(
 ) -> None:
     save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
-    stages(*PETS, "--out", "p")
+    stages(*PETS_CACHE_COMMAND, "--out", "p")
     for command in parse_commands((tmp_path / "p/README.md").read_text()):
         assert "folder:PATH" in command
         more = ("--epochs", "1") if command[0] == "student" else ()
@@ -102,7 +108,7 @@ def test_the_readme_is_refreshed_when_the_cache_grows(small: Path, stages: Stage
     out = "c"
     if moved:
         small.rename(out := "moved")
-    stages(*ASKED, "--draws", "3", "--taps", "pool2", "--out", out)
+    stages(*CACHE_COMMAND, "--draws", "3", "--taps", "pool2", "--out", out)
     readme = Path(out, "README.md").read_text()
     assert "; 3 of each training image" in parse_table(readme)["views"]
     assert "`pool2`" in parse_table(readme)["contents"]
@@ -112,7 +118,7 @@ def test_the_readme_is_refreshed_when_the_cache_grows(small: Path, stages: Stage
 def test_a_readme_that_someone_edited_is_left(small: Path, stages: Stages) -> None:
     edited = (small / "README.md").read_text().replace("not stated: ask whoever gave it to you", "CC0")
     (small / "README.md").write_text(edited)
-    stages(*ASKED, "--draws", "3", "--out", "c")
+    stages(*CACHE_COMMAND, "--draws", "3", "--out", "c")
     assert (small / "README.md").read_text() == edited
 
 
@@ -307,7 +313,7 @@ def test_no_path_of_this_machine_is_in_a_cache(stages: Stages, tmp_path: Path, s
     folder = tmp_path / "private-place"
     save_pets(folder / "pets", save_image)
     save_pets_teacher(folder / "pets.pt")
-    absolute = [word.replace("folder:pets", f"folder:{folder}/pets") for word in PETS]
+    absolute = [word.replace("folder:pets", f"folder:{folder}/pets") for word in PETS_CACHE_COMMAND]
     absolute[absolute.index("pets.pt")] = f"{folder}/pets.pt"
     command = (*absolute, "--data-root", folder / "root", "--out", folder / "c")
     stages(*command)

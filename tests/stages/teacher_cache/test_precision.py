@@ -20,7 +20,7 @@ from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.teacher_cache.inference import TeacherInference
-from tests.helpers.caches import stop_after
+from tests.helpers.caches import interrupt_after_shards
 from tests.helpers.commands import Stages, tiny_cache_command
 
 VIEWS = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -221,7 +221,7 @@ def test_auto_goes_on_as_it_was_begun_whatever_a_timing_says(
     with monkeypatch.context() as patch:
         pace(patch, float32=1.0, bfloat16=0.5)
         if lost == "claim":
-            stop_after(3, patch)
+            interrupt_after_shards(3, patch)
             stages.fails(130, *auto(tiny, out))
             kept = json.loads((out / "unfinished.json").read_text())["arithmetic"]
             assert not (out / "manifest.json").exists()

@@ -20,7 +20,7 @@ import softcache.stages.training.loop as training
 import softcache.stages.tune.study as shared_study
 from tests.helpers import processes
 from tests.helpers.commands import Stages
-from tests.helpers.processes import KILLED, Forks, temporaries
+from tests.helpers.processes import KILLED, Forks, list_temporary_files
 
 forks = processes.forks
 Dose = Callable[[int, int], int]
@@ -91,7 +91,7 @@ def assert_equal_searches(out: Path, whole: Path) -> None:
     assert sorted(str(path.relative_to(out)) for path in out.glob("trial-*/*")) == names
     for path in whole.glob("trial-*/student.pt"):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
-    assert temporaries(out) == []
+    assert list_temporary_files(out) == []
     assert list(out.rglob("*.lock")) == []
 
 
