@@ -62,7 +62,7 @@ def teacher_cache(context: click.Context, /, **_: Any) -> None:
 @click.pass_context
 def student(context: click.Context, /, **_: Any) -> None:
     """Stage two: train a student, or several from one stream, from a cache. No teacher is needed, or looked for."""
-    from .student import several as stage
+    from .student import several_students as stage
 
     stage.run(*read_options(context, StudentsConfig))
 

@@ -37,7 +37,7 @@ def make_quantized_file(
     content = quantize_onnx(model, views, about.to_metadata(), __version__)
     small = OnnxStudent.from_session(content, torch.get_num_threads())
     found = run_in_batches(rows, lambda views: small.logits(to_unit_range(views)), f"checking {INT8}")
-    teacher = setup.teacher[split].numpy()
+    teacher = setup.teacher_logits[split].numpy()
     before, after = (evaluate(logits, rows.labels, teacher, setup.class_counts) for logits in (said, found))
     flips = int((found.argmax(1) != said.argmax(1)).sum())
     # Without labels, what changes its first class is the most that can have been lost.

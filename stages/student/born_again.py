@@ -29,6 +29,7 @@ from softcache.stages.runs.folder import find_free_folder
 from softcache.stages.teacher_cache import command as cache_stage
 
 from . import command as student_stage
+from .defaults import fill_defaults, to_student_config
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 
@@ -40,7 +41,7 @@ def run(config: BornAgainConfig, said: set[str]) -> None:
         raise UsageError("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
     folder = Path(config.out) if config.out else find_free_folder("born-again")
     archs = _archs(config)
-    first = student_stage.fill_defaults(apply_recipe(student_stage.student_config(config), said))
+    first = fill_defaults(apply_recipe(to_student_config(config), said))
     setup = DistillationSetup.open(first)
     _check(archs, first, setup)
     student_stage.print_notes(first, setup, console)
@@ -135,7 +136,7 @@ def _result(
             split: evaluate(
                 np.log(np.maximum(p, 1e-30)).astype(np.float32),
                 setup.held_out[split].labels,
-                setup.teacher[split].numpy(),
+                setup.teacher_logits[split].numpy(),
                 setup.class_counts,
             )
             for split, p in together.items()

@@ -3,15 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from softcache.base.errors import CacheError
 from softcache.base.files import publish_json, remove_stale_files
-from softcache.data.transfer_set import TRANSFER_SETS, find_source, short_name
-from softcache.pipeline.cache.reader import Cache
+from softcache.data.transfer_set import short_name
 from softcache.pipeline.metrics.classification import mean_and_spread
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
@@ -19,11 +16,12 @@ from softcache.stages.cli.copied_commands import format_command, program_name
 from softcache.stages.distributed.ranks import broadcast_from_first, is_first, process_group
 from softcache.stages.runs.cost import compute_cost, format_cost
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory
-from softcache.stages.runs.folder import check_installed, check_same_config, find_unfinished_runs, open_run, start_run
+from softcache.stages.runs.folder import check_same_config, find_unfinished_runs, open_run, start_run
 from softcache.stages.runs.logits import TEACHER_LOGITS, save_logits
 from softcache.stages.runs.results_table import print_table
 from softcache.stages.training.data_parallel import check_batches_shareable, note_batch_norm
 
+from .defaults import fill_defaults
 from .phases import StudentTraining, train_phases
 from .recipes import apply_recipe
 from .setup import DistillationSetup
@@ -145,44 +143,8 @@ def _record_targets(config: StudentConfig, setup: DistillationSetup, folder: Pat
     check_same_shards(setup.teachers, config, setup.taps, folder)
     save_targets_record(setup.teachers, folder)
     if not (folder / TEACHER_LOGITS).is_file():
-        said = {split: logits.numpy() for split, logits in setup.teacher.items()}
+        said = {split: logits.numpy() for split, logits in setup.teacher_logits.items()}
         save_logits(folder / TEACHER_LOGITS, said, setup.transfer_set)
-
-
-def student_config(config: StudentConfig) -> StudentConfig:
-    """The settings of one student, of a command that has more; what it prints is not one JSON object."""
-    own = {f.name: getattr(config, f.name) for f in fields(StudentConfig)}
-    return StudentConfig(**own | {"json": False})
-
-
-def fill_defaults(config: StudentConfig) -> StudentConfig:
-    """Every setting that was left open, from the recipe of the cache's data set. What is asked for can be had."""
-    check_installed(config)
-    if config.data:
-        find_source(config.data)
-    caches = config.cache or (f"caches/{short_name(config.data or 'digits')}",)
-    for cache in caches:
-        if not Path(cache).exists():
-            data = f" --data {quote(config.data)}" if config.data else ""
-            make = f"{program_name()} teacher-cache{data} --out {quote(cache)}"
-            raise CacheError(f"there is no cache at '{cache}': make one with  {make}")
-    opened = Cache(Path(caches[0]))
-    name = opened.data
-    if name not in TRANSFER_SETS:
-        raise CacheError(f"the cache '{caches[0]}' is of '{name}', a data set that this program does not know")
-    recipe = TRANSFER_SETS[name].recipe
-    return replace(
-        config,
-        cache=caches,
-        data=config.data or ("" if name == "folder" else name),
-        draws=config.draws or opened.manifest.draws,
-        arch=config.arch or recipe.student,
-        loss=config.loss or recipe.losses,
-        epochs=config.epochs or recipe.student_epochs,
-        batch_size=config.batch_size or recipe.batch_size,
-        learning_rate=config.learning_rate or recipe.learning_rate,
-        weight_decay=config.weight_decay if config.weight_decay >= 0 else recipe.weight_decay,
-    )
 
 
 def assemble_result(config: StudentConfig, setup: DistillationSetup, results: list[dict[str, Any]]) -> dict[str, Any]:

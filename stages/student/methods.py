@@ -24,6 +24,7 @@ from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.step import build_loss_parts, start_training, train_step
 
 from . import command as student_stage
+from .defaults import fill_defaults, to_student_config
 from .phases import make_training_run
 from .recipes import apply_recipe
 from .setup import DistillationSetup
@@ -88,9 +89,7 @@ def run(config: MethodsConfig, said: set[str]) -> None:
     if config.resume or config.seeds > 1 or config.baseline or config.loss:
         raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
     folder = Path(config.out) if config.out else find_free_folder("methods")
-    first = student_stage.fill_defaults(
-        replace(apply_recipe(student_stage.student_config(config), said), loss=("hard",))
-    )
+    first = fill_defaults(replace(apply_recipe(to_student_config(config), said), loss=("hard",)))
     shared = DistillationSetup.open(first)
     student_stage.print_notes(first, shared, console)
     layers = config.layers or _cached_layers(shared, first)

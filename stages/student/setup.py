@@ -118,7 +118,7 @@ class DistillationSetup:
         return self.teachers.members[0]
 
     @cached_property
-    def teacher(self) -> dict[str, torch.Tensor]:
+    def teacher_logits(self) -> dict[str, torch.Tensor]:
         """{split: logits [N, K] in index order} of what the student learns from, as one teacher."""
         return {split: self.teachers.as_single_teacher(logits) for split, logits in self.member_outputs.items()}
 
@@ -170,14 +170,14 @@ class DistillationSetup:
     def compute_metrics(self, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
         """Every figure of a student on each held-out split, from what it says there."""
         return {
-            split: evaluate(said, self.held_out[split].labels, self.teacher[split].numpy(), self.class_counts)
+            split: evaluate(said, self.held_out[split].labels, self.teacher_logits[split].numpy(), self.class_counts)
             for split, said in logits.items()
         }
 
     @cached_property
     def teacher_metrics(self) -> dict[str, Any]:
         """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
-        return self._figures(" + ".join(cache.teacher for cache in self.teachers.members), self.teacher)
+        return self._figures(" + ".join(cache.teacher for cache in self.teachers.members), self.teacher_logits)
 
     @cached_property
     def member_metrics(self) -> list[dict[str, Any]]:

@@ -18,10 +18,11 @@ from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
 from softcache.stages.student import command as student_stage
+from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.phases import StudentTraining, first_phase
 from softcache.stages.student.recipes import apply_recipe
 from softcache.stages.student.setup import DistillationSetup
-from softcache.stages.student.several import train_students as train_together
+from softcache.stages.student.several_students import train_students as train_together
 from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
 from .folder import (
@@ -49,7 +50,7 @@ def run(config: TuneConfig, said: set[str]) -> None:
     if config.grid and "trials" in said:
         raise UsageError("--grid tries every combination once: leave out --trials")
     # The recipe is in the settings by now; said again, it would fill in what a trial sets to a default.
-    first = replace(student_stage.fill_defaults(apply_recipe(student_stage.student_config(config), said)), recipe="")
+    first = replace(fill_defaults(apply_recipe(to_student_config(config), said)), recipe="")
     parse_milestones(first)
     space = parse_space(config.search, first, said)
     grid = _grid(space) if config.grid else []

@@ -19,6 +19,7 @@ from softcache.stages.distributed.ranks import current_ranks
 from softcache.stages.runs.folder import find_free_folder, parse_milestones
 
 from . import command as student_stage
+from .defaults import fill_defaults
 from .phases import StudentTraining, check_together, train_phases
 from .recipes import apply_recipe
 from .setup import DistillationSetup
@@ -42,7 +43,7 @@ def run(config: StudentsConfig, said: set[str]) -> None:
             f"{len(asked)} students of one stream take no --resume (the same command with --out goes on), --seeds"
             " (say --seed for each) or --missing"
         )
-    filled = {name: student_stage.fill_defaults(apply_recipe(own, said)) for name, own in asked.items()}
+    filled = {name: fill_defaults(apply_recipe(own, said)) for name, own in asked.items()}
     first = next(iter(filled.values()))
     parse_milestones(first)
     folder = Path(config.out) if config.out else find_free_folder(f"{short_name(first.data)}-students")
