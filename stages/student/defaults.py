@@ -13,36 +13,55 @@ from softcache.stages.runs.folder import check_installed
 
 
 def to_student_config(config: StudentConfig) -> StudentConfig:
-    """The settings of one student, of a command that has more; what it prints is not one JSON object."""
-    own = {f.name: getattr(config, f.name) for f in fields(StudentConfig)}
-    return StudentConfig(**own | {"json": False})
+    """Return the options of one student without those of the command that trains it.
+
+    Args:
+        config: the options of `born-again`, `methods` or `tune`, which extend those of `student`.
+
+    Returns:
+        A plain StudentConfig. Its `json` is off, because the command prints the one JSON object.
+    """
+    options = {field.name: getattr(config, field.name) for field in fields(StudentConfig)}
+    return StudentConfig(**options | {"json": False})
 
 
 def fill_defaults(config: StudentConfig) -> StudentConfig:
-    """Every setting that was left open, from the recipe of the cache's data set. What is asked for can be had."""
+    """Fill in the options that are not set from the defaults of the cache's data set.
+
+    Args:
+        config: the options of a student, in which "", 0 and a weight decay below 0 stand for "not set".
+
+    Returns:
+        The options with at least one cache, all of whose draws are used where `draws` was not set.
+
+    Raises:
+        CacheError: when a cache does not exist, with the command that makes it; when its data set is not known.
+        UsageError: when `data` is not known, or an optional package that the options need is not installed.
+    """
     check_installed(config)
     if config.data:
         find_source(config.data)
-    caches = config.cache or (f"caches/{short_name(config.data or 'digits')}",)
-    for cache in caches:
-        if not Path(cache).exists():
+    folders = config.cache or (f"caches/{short_name(config.data or 'digits')}",)
+    for folder in folders:
+        if not Path(folder).exists():
             data = f" --data {quote(config.data)}" if config.data else ""
-            make = f"{program_name()} teacher-cache{data} --out {quote(cache)}"
-            raise CacheError(f"there is no cache at '{cache}': make one with  {make}")
-    opened = Cache(Path(caches[0]))
-    name = opened.data
-    if name not in TRANSFER_SETS:
-        raise CacheError(f"the cache '{caches[0]}' is of '{name}', a data set that this program does not know")
-    recipe = TRANSFER_SETS[name].recipe
+            command = f"{program_name()} teacher-cache{data} --out {quote(folder)}"
+            raise CacheError(f"there is no cache at '{folder}': make one with  {command}")
+    cache = Cache(Path(folders[0]))
+    if cache.data not in TRANSFER_SETS:
+        raise CacheError(
+            f"the cache '{folders[0]}' is of '{cache.data}', a data set that this version of softcache does not have"
+        )
+    defaults = TRANSFER_SETS[cache.data].recipe
     return replace(
         config,
-        cache=caches,
-        data=config.data or ("" if name == "folder" else name),
-        draws=config.draws or opened.manifest.draws,
-        arch=config.arch or recipe.student,
-        loss=config.loss or recipe.losses,
-        epochs=config.epochs or recipe.student_epochs,
-        batch_size=config.batch_size or recipe.batch_size,
-        learning_rate=config.learning_rate or recipe.learning_rate,
-        weight_decay=config.weight_decay if config.weight_decay >= 0 else recipe.weight_decay,
+        cache=folders,
+        data=config.data or ("" if cache.data == "folder" else cache.data),
+        draws=config.draws or cache.manifest.draws,
+        arch=config.arch or defaults.student,
+        loss=config.loss or defaults.losses,
+        epochs=config.epochs or defaults.student_epochs,
+        batch_size=config.batch_size or defaults.batch_size,
+        learning_rate=config.learning_rate or defaults.learning_rate,
+        weight_decay=config.weight_decay if config.weight_decay >= 0 else defaults.weight_decay,
     )

@@ -17,12 +17,13 @@ from softcache.data.transfer_set import short_name
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
-from softcache.stages.student import command as student_stage
+from softcache.stages.student.command import print_notes
 from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.phases import StudentTraining, first_phase
 from softcache.stages.student.recipes import apply_recipe
 from softcache.stages.student.setup import DistillationSetup
-from softcache.stages.student.several_students import train_students as train_together
+from softcache.stages.student.several_students import train_students
+from softcache.stages.student.student_run import resume_if_started
 from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
 from .folder import (
@@ -56,7 +57,7 @@ def run(config: TuneConfig, said: set[str]) -> None:
     grid = _grid(space) if config.grid else []
     setup = DistillationSetup.open(first)
     _check(space, first, setup)
-    student_stage.print_notes(first, setup, console)
+    print_notes(first, setup, console)
     begun = _search_record(config, first, setup)
     default = f"{short_name(first.data)}-{first.arch.replace(':', '-')}"
     folder = Path(config.out) if config.out else find_free_folder(f"tune-{default}")
@@ -157,11 +158,11 @@ class Search:
         if not students:
             return []
         try:
-            return train_together(students, False, self.console)
+            return train_students(students, False, self.console)
         except (UsageError, torch.OutOfMemoryError) as error:
             if len(students) == 1:
                 return [TrainingStopped(str(error))]
-        lock_search = [replace(one, config=student_stage.resume_if_started(one.config)) for one in students]
+        lock_search = [replace(one, config=resume_if_started(one.config)) for one in students]
         return [result for one in lock_search for result in self._results([one])]
 
     def _tell(self, run: "_Run") -> None:
@@ -210,7 +211,7 @@ class _Run:
         except (UsageError, torch.OutOfMemoryError) as error:
             self.ended = error
             return
-        own = student_stage.resume_if_started(self.config)
+        own = resume_if_started(self.config)
         self.student = StudentTraining(own, setup, Path(own.out), self.after_epoch)
 
     def lines(self) -> list[dict[str, Any]]:

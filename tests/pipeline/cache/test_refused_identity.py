@@ -196,7 +196,7 @@ def test_stage_two_refuses_a_tap_that_is_not_there(home: Path, stages: Stages) -
     """With the taps that are; the command adds the one that is wanted."""
     asked = (*STUDENT, "--loss", "hint:teacher=relu1,student=relu1", "--out", "r")
     error = stages.fails(1, *asked)
-    assert "has not kept relu1 (it has: hidden1)" in error
+    assert "does not contain relu1 (it has: hidden1)" in error
     arguments = [word.replace("folder:PATH", "folder:pets") for word in printed_command(error)]
     stages(*arguments)
     assert list(Cache(Path("p")).manifest.taps) == ["hidden1", "relu1"]

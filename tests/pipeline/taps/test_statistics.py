@@ -203,7 +203,7 @@ def test_a_student_is_told_how_to_add_the_statistic_that_it_wants_and_then_train
     asked = ("student", "--cache", "c", "--arch", "resnet8", "--epochs", 1, "--loss", "kd")
     asked += ("--loss", "attention:teacher=layer2+layer3")
     line = stages.fails(1, *asked, "--out", "r")
-    assert "has not kept layer2:attention, layer3:attention (it has: layer3:pool)" in line
+    assert "does not contain layer2:attention, layer3:attention (it has: layer3:pool)" in line
     assert not Path("r").exists()
     code, _, err = stages.call(*printed_command(line))
     assert code == 0, err

@@ -156,7 +156,7 @@ def test_a_student_learns_from_the_mapped_teacher_and_the_map_is_kept_with_the_r
     code, out, _ = stages.call(*command, "--map", "vector", "--out", "w")
     assert code == 0
     assert f"teacher cnn as cached: val NLL {result['members'][0]['val']['nll']:.4f}" in out
-    assert "what students learn from, map vector, fitted to val: val NLL" in out
+    assert "targets of the student, map vector, fitted to val: val NLL" in out
 
 
 def test_a_run_that_goes_on_takes_the_map_it_was_begun_with(
