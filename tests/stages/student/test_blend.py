@@ -263,12 +263,12 @@ def test_a_stopped_run_of_several_caches_continues_to_the_same_weights(
     pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("student", *pair, *STUDENT, "--combine", "learned")
-    stages(*command, "--out", "whole")
+    stages(*command, "--out", "uninterrupted")
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         assert stages.call(*command, "--out", "r")[0] == 130
     stages("student", "--resume", "--out", "r")
-    assert Path("r/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
+    assert Path("r/student.pt").read_bytes() == Path("uninterrupted/student.pt").read_bytes()
     others = json.loads(Path("r/cache.json").read_text())["others"]
     assert [other["fingerprint"] for other in others] == [Cache(Path("b")).manifest.fingerprint]
 
@@ -539,15 +539,15 @@ def test_hidden_labels_cannot_replace_missing_targets(pair: tuple[str, ...], sta
 def test_a_finished_run_is_resumed_only_with_the_same_rows_missing(pair: tuple[str, ...], stages: Stages) -> None:
     """A shard that was restored or deleted in between would change what the rest of a training learns from."""
     command = ("student", "--cache", "a", *STUDENT, "--missing", "skip", "--out")
-    stages(*command, "whole")
+    stages(*command, "uninterrupted")
     shard = Path("a/draw-001/shard-00001.h5").rename("elsewhere.h5")
     stages(*command, "less")
     assert json.loads(Path("less/cache.json").read_text())["missing"] == {"1": [[100, 200]]}
     stages("student", "--resume", "--out", "less")
-    assert "missing" in stages.fails(1, "student", "--resume", "--out", "whole")
+    assert "missing" in stages.fails(1, "student", "--resume", "--out", "uninterrupted")
     shard.rename("a/draw-001/shard-00001.h5")
     assert "[[100, 200]]" in stages.fails(1, "student", "--resume", "--out", "less")
-    stages("student", "--resume", "--out", "whole")
+    stages("student", "--resume", "--out", "uninterrupted")
 
 
 def test_the_next_commands_keep_combination_map_and_missing_rows(pair: tuple[str, ...], stages: Stages) -> None:

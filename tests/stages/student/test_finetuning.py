@@ -99,7 +99,7 @@ def test_a_run_that_is_stopped_in_either_phase_continues_to_the_same_weights(
 ) -> None:
     """Stopped in the second epoch of distillation, in the first and the second of fine-tuning."""
     command = ("student", "--cache", tiny / "cache", *STUDENT, *FINETUNE)
-    stages(*command, "--out", "whole")
+    stages(*command, "--out", "uninterrupted")
     with monkeypatch.context() as patch:
         record_steps(patch, stop_at)
         line = stages.fails(130, *command, "--out", "stopped")
@@ -112,11 +112,11 @@ def test_a_run_that_is_stopped_in_either_phase_continues_to_the_same_weights(
     assert len(steps) == 6 * (DISTILLATION + FINETUNING) - finished
     assert ("distilled" in {phase for phase, _, _ in steps}) == (stop_at < 6 * DISTILLATION)
     for name in ("student.pt", "distilled/distilled.pt"):
-        assert read_weights(f"stopped/{name}") == read_weights(f"whole/{name}")
+        assert read_weights(f"stopped/{name}") == read_weights(f"uninterrupted/{name}")
     for folder in ("", "distilled"):
         metrics = [
             [{k: v for k, v in line.items() if k != "seconds"} for line in read_epoch_lines(f"{run}/{folder}")]
-            for run in ("stopped", "whole")
+            for run in ("stopped", "uninterrupted")
         ]
         assert metrics[0] == metrics[1]
 

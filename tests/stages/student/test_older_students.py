@@ -147,14 +147,14 @@ def test_a_run_records_the_draws_and_shards_that_it_was_trained_from(small: Path
 def test_a_run_that_is_stopped_before_the_cache_grows_ends_with_the_same_weights(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages(*STUDENT, "--out", "whole")
+    stages(*STUDENT, "--out", "uninterrupted")
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         stages.fails(130, *STUDENT, "--out", "stopped")
     record = Path("stopped/cache.json").read_bytes()
     stages(*ASKED, "--draws", "4", "--taps", "flatten", "--out", "c")
     stages("student", "--resume", "--out", "stopped")
-    assert read_weights("stopped") == read_weights("whole")
+    assert read_weights("stopped") == read_weights("uninterrupted")
     assert Path("stopped/cache.json").read_bytes() == record
 
 

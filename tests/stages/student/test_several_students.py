@@ -104,7 +104,7 @@ def test_the_same_command_continues_after_a_stop_at_any_step(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, dropout: str
 ) -> None:
     command = ("student", *COMMON, "--cache", tiny / "cache", "--loss", "kd", "--arch", dropout, "--arch", "mlp:16")
-    stages(*command, "--out", "whole")
+    stages(*command, "--out", "uninterrupted")
     stop_at(monkeypatch, 7, 20)
     for _ in range(2):
         code, _, err = stages.call(*command, "--out", "stopped")
@@ -112,7 +112,7 @@ def test_the_same_command_continues_after_a_stop_at_any_step(
         assert "the same command with --out stopped continues" in err
     stages(*command, "--out", "stopped")
     for name in ("dropout_net-make", "mlp-16"):
-        assert_same_run(f"stopped/{name}", f"whole/{name}")
+        assert_same_run(f"stopped/{name}", f"uninterrupted/{name}")
 
 
 def test_a_student_that_diverges_does_not_stop_the_others(tiny: Path, stages: Stages) -> None:

@@ -202,7 +202,7 @@ def test_a_stopped_run_continues_to_the_same_weights(
 ) -> None:
     """Ctrl-C in the third of four epochs: dropout, moving average, regressor and schedule continue as they were."""
     command = ("student", "--cache", tiny / "cache", *CASES[case], "--epochs", 4, "--batch-size", 60, "--seed", 7)
-    stages(*command, "--out", "whole")
+    stages(*command, "--out", "uninterrupted")
 
     with monkeypatch.context() as patch:
         stop_at(patch, 13)
@@ -211,11 +211,14 @@ def test_a_stopped_run_continues_to_the_same_weights(
     assert not Path("stopped/result.json").exists()
     stages("student", "--resume", "--out", "stopped")
 
-    whole, stopped = (torch.load(f"{run}/student.pt", weights_only=True) for run in ("whole", "stopped"))
-    assert whole.keys() == stopped.keys()
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    uninterrupted, stopped = (
+        torch.load(f"{run}/student.pt", weights_only=True) for run in ("uninterrupted", "stopped")
+    )
+    assert uninterrupted.keys() == stopped.keys()
+    assert all(torch.equal(uninterrupted[name], stopped[name]) for name in uninterrupted)
     lines = [
-        [json.loads(x) for x in Path(f"{r}/metrics.jsonl").read_text().splitlines()] for r in ("whole", "stopped")
+        [json.loads(x) for x in Path(f"{r}/metrics.jsonl").read_text().splitlines()]
+        for r in ("uninterrupted", "stopped")
     ]
     assert [x["epoch"] for x in lines[1]] == [1, 2, 3, 4]
     for a, b in zip(*lines, strict=True):
