@@ -65,7 +65,7 @@ def first_phase(config: StudentConfig) -> str:
 def train_phases(students: Sequence[StudentTraining], console: Console, vectorize: bool = False) -> None:
     """Run every phase of one student or several; the figures go into `results` of each.
 
-    A student whose training ends early has its `stop_reason` set; the others go on.
+    A student whose training ends early has its `stop_reason` set; the others continue.
 
     Args:
         students: one or several; several read each batch once, and have the same number of epochs.
@@ -111,7 +111,7 @@ def _train_phase(phase: str, students: Sequence[StudentTraining], console: Conso
         if isinstance(outcome, TrainingStopped):
             student.stop_reason = outcome
         else:
-            student.results[phase] = _figures(run, student, outcome)
+            student.results[phase] = _compute_figures(run, student, outcome)
 
 
 def _train_alone(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> FinishedTraining | TrainingStopped:
@@ -161,9 +161,10 @@ def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
     return replace(run, after_epoch=student.after_epoch if phase == first_phase(student.config) else None)
 
 
-def _figures(run: TrainingRun, student: StudentTraining, finished: FinishedTraining) -> dict[str, Any]:
+def _compute_figures(run: TrainingRun, student: StudentTraining, finished: FinishedTraining) -> dict[str, Any]:
     """Return what is reported of a phase: the network, the time, and the figures on the held-out splits."""
-    setup, rows = student.setup, len(run.stream.rows) / run.stream.steps_per_round
+    setup = student.setup
+    rows_per_step = len(run.stream.rows) / run.stream.steps_per_round
     figures: dict[str, Any] = {
         "arch": setup.student_arch(student.config, setup.losses if run.name != "baseline" else run.criterion.losses),
         "preparation": setup.input_spec.to_json(),
@@ -171,12 +172,12 @@ def _figures(run: TrainingRun, student: StudentTraining, finished: FinishedTrain
         "multiply_adds": run.multiply_adds,
         "seconds": finished.seconds,
         "epoch": finished.epoch,
-        "images_per_second": run.epochs * run.steps * rows / finished.seconds,
+        "images_per_second": run.epochs * run.steps * rows_per_step / finished.seconds,
     }
-    return figures | broadcast_from_first(lambda: _measure(run, setup))
+    return figures | broadcast_from_first(lambda: _evaluate_and_save(run, setup))
 
 
-def _measure(run: TrainingRun, setup: DistillationSetup) -> dict[str, Any]:
+def _evaluate_and_save(run: TrainingRun, setup: DistillationSetup) -> dict[str, Any]:
     """Compute the student's logits on the held-out splits, save them beside the weights, return their figures."""
     logits = setup.compute_logits(run.model)
     remove_stale_files(run.folder, (LOGITS,))

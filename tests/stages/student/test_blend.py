@@ -1,4 +1,4 @@
-"""Several caches as one teacher: the targets of a student, what is refused, and rows without targets."""
+"""Several caches as one teacher: the targets of a student, errors, and rows without targets."""
 
 import json
 import shlex
@@ -273,7 +273,7 @@ def test_a_stopped_run_of_several_caches_continues_to_the_same_weights(
     assert [other["fingerprint"] for other in others] == [Cache(Path("b")).manifest.fingerprint]
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
