@@ -30,7 +30,7 @@ from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.defaults import DEFAULTS, Defaults, find_defaults
-from softcache.stages.student.command import fill_defaults
+from softcache.stages.student.defaults import fill_defaults
 from softcache.stages.student.setup import DistillationSetup
 
 VAL_FRACTION = 0.02

@@ -22,7 +22,7 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import find_weights_file, load_weights, read_state_dict
 from softcache.stages.cli.configs import CacheConfig, StudentConfig, TeacherConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.student.command import fill_defaults
+from softcache.stages.student.defaults import fill_defaults
 from softcache.stages.student.phases import make_training_run
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.teacher import command as teacher_stage

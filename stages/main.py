@@ -75,7 +75,7 @@ def teacher_cache(context: click.Context, /, **_: Any) -> None:
 @click.pass_context
 def student(context: click.Context, /, **_: Any) -> None:
     """Train students from a cache. No teacher is needed. Several students read each batch once."""
-    from .student import several as stage
+    from .student import several_students as stage
 
     stage.run(*read_options(context, StudentsConfig))
 

@@ -69,7 +69,7 @@ def make_int8_file(
     logits = run_in_batches(
         held_out, lambda views: int8_student.compute_logits(to_unit_range(views)), f"checking {INT8}"
     )
-    teacher = setup.teacher[split].numpy()
+    teacher = setup.teacher_logits[split].numpy()
     before = evaluate(expected, held_out.labels, teacher, setup.class_counts)
     after = evaluate(logits, held_out.labels, teacher, setup.class_counts)
     changed_predictions = int((logits.argmax(1) != expected.argmax(1)).sum())

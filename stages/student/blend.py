@@ -1,4 +1,4 @@
-"""`softcache blend`: what several caches make of one another, before any student is trained."""
+"""`softcache blend`: compare the ways to combine several caches into one teacher, before a student is trained."""
 
 import json
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.teachers.combine import PER_TEACHER, SINGLE_OUTPUT, Combination, parse_combination
@@ -17,65 +18,80 @@ from softcache.stages.cli.copied_commands import format_command
 
 from .teachers import format_weights, open_caches, resolve_combination
 
-_COLUMNS = ("nll", "accuracy", "f1_macro")
+_TITLES = {"nll": "NLL", "accuracy": "accuracy", "f1_macro": "macro F1"}  # of the columns, by figure
 
 
 def run(config: BlendConfig) -> None:
-    """Each cache alone and each way to combine them, by the figures of the held-out splits."""
+    """Print the figures of each cache alone and of each way to combine them, on the held-out splits.
+
+    Raises:
+        CacheError: when the validation or test split has no labels.
+        UsageError: for fewer than two caches, or a way to combine losses instead of teachers.
+    """
     console = Console(config.json)
     if len(config.cache) < 2:
         raise UsageError("blend compares several caches: --cache A --cache B")
     if config.combine in PER_TEACHER:
-        raise UsageError(f"--combine {config.combine} blends losses, not teachers: it has no row here")
+        raise UsageError(f"--combine {config.combine} combines losses, not teachers: it has no row here")
     caches = open_caches(config.cache)
-    teachers = TeacherEnsemble(caches)
+    ensemble = TeacherEnsemble(caches)
     splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
-    said = {split: teachers.read_held_out(split) for split in splits}
-    labels = {split: _labels(caches[0], split) for split in splits}
-    if "val" not in splits or not all((of_split >= 0).any() for of_split in labels.values()):
+    logits = {split: ensemble.read_held_out(split) for split in splits}
+    labels = {split: _read_labels(caches[0], split) for split in splits}
+    if "val" not in splits or not all((split_labels >= 0).any() for split_labels in labels.values()):
         raise CacheError(f"'{caches[0].folder}' has no labels to compare with")
-    rows: list[dict[str, Any]] = [
-        {"name": f"{cache.teacher} ({cache.folder})", **_figures({s: said[s][:, k] for s in splits}, labels)}
-        for k, cache in enumerate(caches)
-    ]
-    for combine in _ways(config, said["val"], labels["val"]):
-        figures = _figures({split: combine(logits) for split, logits in said.items()}, labels)
-        rows.append({"name": combine.name, **combine.to_json(), **figures})
+
+    rows: list[dict[str, Any]] = []
+    for k, cache in enumerate(caches):
+        figures = _evaluate({split: logits[split][:, k] for split in splits}, labels)
+        rows.append({"name": f"{cache.teacher} ({cache.folder})", **figures})
+    for combination in _list_combinations(config, logits["val"], labels["val"]):
+        figures = _evaluate({split: combination(logits[split]) for split in splits}, labels)
+        rows.append({"name": combination.name, **combination.to_json(), **figures})
+
     if config.json:
         return console.print_json(json.dumps({"caches": list(config.cache), "rows": rows}))
-    _print(rows, splits, console)
+    _print_table(rows, splits, console)
     best = min(rows[len(caches) :], key=lambda row: row["val"]["nll"])["name"]  # the least NLL on validation
-    student = StudentConfig(cache=config.cache, combine=config.combine if best == "weighted" else best)
-    console.print(f"next:  {format_command('student', student)}")
+    student_config = StudentConfig(cache=config.cache, combine=config.combine if best == "weighted" else best)
+    console.print(f"next:  {format_command('student', student_config)}")
 
 
-def _labels(cache: Cache, split: str) -> Any:
-    """int64 [N] by index, from the cache: no image is read."""
+def _read_labels(cache: Cache, split: str) -> Labels:
+    """Read the labels of a held-out split from the cache, int64 [N] by index, without decoding an image."""
     labels = np.empty(cache.manifest.splits[split], np.int64)
     labels[cache.row_order(split)] = cache.read_column(split, 0, "label")
     return labels
 
 
-def _ways(config: BlendConfig, val: torch.Tensor, labels: Any) -> list[Combination]:
-    """Every way to combine that has no knobs, and the one that is asked for."""
-    plain = [name for name in SINGLE_OUTPUT if name not in ("weighted", "learned")]
-    names = plain if config.combine in ("", "learned", *plain) else [*plain, config.combine]
-    members = val.shape[1]
-    return [*(parse_combination(name, members) for name in names), resolve_combination("learned", val, labels)]
+def _list_combinations(config: BlendConfig, logits: torch.Tensor, labels: Labels) -> list[Combination]:
+    """Every way to combine that has no parameters, that of --combine, and `learned`, fitted to validation.
+
+    Args:
+        config: `combine`.
+        logits: float32 [N, M, K] of M caches on the validation split.
+        labels: int64 [N].
+    """
+    names = [name for name in SINGLE_OUTPUT if name not in ("weighted", "learned")]
+    if config.combine not in ("", "learned", *names):
+        names.append(config.combine)
+    combinations = [parse_combination(name, logits.shape[1]) for name in names]
+    return [*combinations, resolve_combination("learned", logits, labels)]
 
 
-def _figures(logits: dict[str, torch.Tensor], labels: dict[str, Any]) -> dict[str, Any]:
-    found = {split: evaluate(z.numpy(), labels[split]) for split, z in logits.items()}
-    return {split: {key: figures.get(key) for key in _COLUMNS} for split, figures in found.items()}
+def _evaluate(logits: dict[str, torch.Tensor], labels: dict[str, Labels]) -> dict[str, Any]:
+    """{split: {figure: value}} of the figures that the table shows. logits: {split: [N, K]}; labels: {split: [N]}."""
+    figures = {split: evaluate(z.numpy(), labels[split]) for split, z in logits.items()}
+    return {split: {key: figures[split].get(key) for key in _TITLES} for split in figures}
 
 
-def _print(rows: list[dict[str, Any]], splits: list[str], console: Console) -> None:
+def _print_table(rows: list[dict[str, Any]], splits: list[str], console: Console) -> None:
     width = max(len(row["name"]) for row in rows)
-    titles = {"nll": "NLL", "accuracy": "accuracy", "f1_macro": "macro F1"}
-    console.print(" " * width + "".join(f"{f'{split} {titles[key]}':>15}" for split in splits for key in _COLUMNS))
+    titles = "".join(f"{f'{split} {title}':>15}" for split in splits for title in _TITLES.values())
+    console.print(" " * width + titles)
     for row in rows:
-        cells = "".join(f"{row[split][key]:>15.4f}" for split in splits for key in _COLUMNS)
+        cells = "".join(f"{row[split][key]:>15.4f}" for split in splits for key in _TITLES)
         console.print(f"{row['name']:<{width}}{cells}")
     learned = rows[-1]
     console.print(f"learned, on val: {format_weights(learned['weights'], learned['temperatures'])}")
-    console.print("per_teacher and ca_mkd blend losses, not teachers: they have no row here")
+    console.print("per_teacher and ca_mkd combine losses, not teachers: they have no row here")

@@ -1,4 +1,4 @@
-"""`softcache born-again`: each student becomes the next one's teacher; at the end all of them answer together.
+"""`softcache born-again`: each student is the teacher of the next one; at the end all of them form an ensemble.
 
 Born-again networks: Furlanello et al. 2018 (arXiv 1805.04770). With an arch for each generation it is a chain of
 teacher assistants: Mirzadeh et al. 2020 (arXiv 1902.03393).
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder, publish_json
@@ -28,53 +29,46 @@ from softcache.stages.cli.copied_commands import program_name, read_cache_config
 from softcache.stages.runs.folder import find_free_folder
 from softcache.stages.teacher_cache import command as cache_stage
 
-from . import command as student_stage
+from .command import print_notes
+from .defaults import fill_defaults, to_student_config
 from .recipes import apply_recipe
 from .setup import DistillationSetup
+from .student_run import train_or_resume
 
 
-def run(config: BornAgainConfig, said: set[str]) -> None:
-    """Student, cache, student, cache …; then the ensemble. The same command with --out goes on with what is there."""
+def run(config: BornAgainConfig, explicit: set[str]) -> None:
+    """Train a student, make a cache of it, train the next student from that cache, and so on; evaluate the ensemble.
+
+    The same command with the same --out continues a chain that was stopped.
+
+    Args:
+        config: the options of the command.
+        explicit: the names of the options that were typed on the command line.
+    """
     console = Console(config.json)
     if config.resume or config.seeds > 1 or config.labelled:
-        raise UsageError("born-again takes no --resume (the same command with --out goes on), --seeds or --labelled")
+        raise UsageError("born-again takes no --resume (the same command with --out continues), --seeds or --labelled")
     folder = Path(config.out) if config.out else find_free_folder("born-again")
-    archs = _archs(config)
-    first = student_stage.fill_defaults(apply_recipe(student_stage.student_config(config), said))
-    setup = DistillationSetup.open(first)
-    _check(archs, first, setup)
-    student_stage.print_notes(first, setup, console)
+    archs = _list_archs(config)
+    base_config = fill_defaults(apply_recipe(to_student_config(config), explicit))
+    setup = DistillationSetup.open(base_config)
+    _check_chain(archs, base_config, setup)
+    print_notes(base_config, setup, console)
     make_folder(folder)
-    caches, results = first.cache, []
     try:
-        for generation, arch in enumerate(archs, 1):
-            own = replace(
-                first,
-                arch=arch or first.arch,
-                cache=caches,
-                seed=first.seed + generation - 1,
-                out=str(folder / f"generation-{generation}"),
-                baseline=first.baseline and generation == 1,
-            )
-            console.print(f"generation {generation} of {len(archs)}: {own.arch}, taught by {' and '.join(caches)}")
-            results.append(
-                student_stage.train_or_resume(own, DistillationSetup.open(own), console) | {"cache_folder": caches[0]}
-            )
-            if generation < len(archs):
-                caches = (_next_cache(own, setup, folder / f"cache-{generation}", console),)
-                # The students learned from the blend, and what the map has mended is mended in them.
-                first = replace(first, combine="", map="", missing="")
+        results = _train_chain(archs, base_config, setup, folder, console)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
-    result = _result(config, setup, folder, results)
+        raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+    result = _assemble_result(config, setup, folder, results)
     publish_json(folder / "result.json", result)
     if config.json:
-        return console.print_json(json.dumps(result))
-    _report(result, folder, console)
+        console.print_json(json.dumps(result))
+    else:
+        _report(result, folder, console)
 
 
-def _archs(config: BornAgainConfig) -> list[str]:
-    """One arch per generation; "" where --arch, or the recipe, says which."""
+def _list_archs(config: BornAgainConfig) -> list[str]:
+    """One arch per generation; "" stands for --arch, or the default of the data set."""
     if not config.archs:
         return [""] * config.generations
     archs = config.archs.replace(" ", "+").split("+")
@@ -83,93 +77,130 @@ def _archs(config: BornAgainConfig) -> list[str]:
     return archs
 
 
-def _check(archs: list[str], first: StudentConfig, setup: DistillationSetup) -> None:
-    """Find what would stop the chain later before anything is made. Raises UsageError."""
+def _check_chain(archs: list[str], base_config: StudentConfig, setup: DistillationSetup) -> None:
+    """Check, before anything is written, that every student can be trained and can teach the next one."""
     if any(isinstance(loss, SimKD) for loss in setup.losses):
-        raise UsageError("born-again cannot go on from 'simkd': its students answer through their teacher's layer")
+        raise UsageError("born-again does not go with 'simkd': its students end in their teacher's last layer")
     layers = {parse_tap(tap)[0] for tap in list_teacher_taps(setup.losses)}
     for arch in dict.fromkeys(archs):
-        network = setup.build_student(replace(first, arch=arch or first.arch), setup.losses)
+        network = setup.build_student(replace(base_config, arch=arch or base_config.arch), setup.losses)
         missing = sorted(layers - set(list_layers(network)))
         if missing and arch in archs[:-1]:
             raise UsageError(
-                f"{arch or first.arch} is to teach and has no '{missing[0]}', which the losses ask of a teacher"
+                f"{arch or base_config.arch} would be a teacher and has no '{missing[0]}', which a loss reads of the"
+                " teacher"
             )
 
 
-def _next_cache(config: StudentConfig, setup: DistillationSetup, out: Path, console: Console) -> str:
-    """The cache of a student, of the same views as the first one, with the taps that the losses want."""
-    like = read_cache_config(setup.cache)
-    asked = replace(
-        like,
-        data=config.data or like.data,
-        data_root=config.data_root,
+def _train_chain(
+    archs: list[str], base_config: StudentConfig, setup: DistillationSetup, folder: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Train the students one after the other.
+
+    Args:
+        archs: one per generation, "" for that of base_config.
+        base_config: the options of the first student; the others differ in seed, arch and cache.
+        setup: what the first student is trained from.
+        folder: the folder of the chain.
+        console: for progress.
+
+    Returns:
+        The result.json of each student, with `cache_folder`, the first cache that it was trained from.
+    """
+    caches, results = base_config.cache, []
+    for generation, arch in enumerate(archs, 1):
+        student_config = replace(
+            base_config,
+            arch=arch or base_config.arch,
+            cache=caches,
+            seed=base_config.seed + generation - 1,
+            out=str(folder / f"generation-{generation}"),
+            baseline=base_config.baseline and generation == 1,
+        )
+        console.print(
+            f"generation {generation} of {len(archs)}: {student_config.arch}, trained from {' and '.join(caches)}"
+        )
+        result = train_or_resume(student_config, DistillationSetup.open(student_config), console)
+        results.append(result | {"cache_folder": caches[0]})
+        if generation < len(archs):
+            caches = (_make_cache(student_config, setup, folder / f"cache-{generation}", console),)
+            # The student has learned the combination and the map of the first teachers: they are not applied twice.
+            base_config = replace(base_config, combine="", map="", missing="")
+    return results
+
+
+def _make_cache(student_config: StudentConfig, setup: DistillationSetup, folder: Path, console: Console) -> str:
+    """Make the cache of a student, of the views of the first cache and with the taps that the losses read."""
+    base_config = read_cache_config(setup.cache)
+    cache_config = replace(
+        base_config,
+        data=student_config.data or base_config.data,
+        data_root=student_config.data_root,
         teacher="",
-        weights=config.out,
+        weights=student_config.out,
         normalize="",
         taps=",".join(list_teacher_taps(setup.losses)),
-        device=config.device,
-        workers=config.workers,
-        out=str(out),
+        device=student_config.device,
+        workers=student_config.workers,
+        out=str(folder),
         json=False,
         license="",
     )
-    cache_stage.make_cache(asked, console)
-    return str(out)
+    cache_stage.make_cache(cache_config, console)
+    return str(folder)
 
 
-def _result(
+def _assemble_result(
     config: BornAgainConfig, setup: DistillationSetup, folder: Path, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    said = list(_probabilities(setup, folder, results))
-    together = {split: np.mean([one[split] for one in said], axis=0) for split in said[0]}
+    """Assemble result.json: the figures of each student and of their ensemble, the mean of their probabilities."""
+    probabilities = list(_compute_probabilities(setup, folder, results))
+    ensemble = {}
+    for split, held_out in setup.held_out.items():
+        mean = np.mean([of_student[split] for of_student in probabilities], axis=0)
+        logits = np.log(np.maximum(mean, 1e-30)).astype(np.float32)
+        ensemble[split] = evaluate(logits, held_out.labels, setup.teacher_logits[split].numpy(), setup.class_counts)
     return {
         "settings": asdict(config),
         "teacher": results[0]["teacher"],
         "generations": [
-            {"run": str(folder / f"generation-{g}"), "cache": r["cache_folder"], "student": r["student"]}
-            for g, r in enumerate(results, 1)
+            {"run": str(folder / f"generation-{g}"), "cache": result["cache_folder"], "student": result["student"]}
+            for g, result in enumerate(results, 1)
         ],
         "baseline": results[0].get("baseline"),
-        "ensemble": {
-            split: evaluate(
-                np.log(np.maximum(p, 1e-30)).astype(np.float32),
-                setup.held_out[split].labels,
-                setup.teacher[split].numpy(),
-                setup.class_counts,
-            )
-            for split, p in together.items()
-        },
+        "ensemble": ensemble,
     }
 
 
-def _probabilities(setup: DistillationSetup, folder: Path, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """{split: softmax [N, K]} of each generation: probabilities are averaged: logits have no common scale."""
+def _compute_probabilities(
+    setup: DistillationSetup, folder: Path, results: list[dict[str, Any]]
+) -> Iterator[dict[str, NDArray[np.float64]]]:
+    """Yield {split: softmax [N, K]} of each student. Probabilities are averaged, as logits have no common scale."""
     for generation, result in enumerate(results, 1):
         path = folder / f"generation-{generation}" / "student.pt"
         network = setup.build_network(result["student"]["arch"])
         load_weights(network, read_state_dict(path), str(path))
         model = PreparedModel(network, setup.input_spec).to(setup.device)
         yield {
-            split: torch.from_numpy(rows.logits(model)).double().softmax(1).numpy()
-            for split, rows in setup.held_out.items()
+            split: torch.from_numpy(logits).double().softmax(1).numpy()
+            for split, logits in setup.compute_logits(model).items()
         }
 
 
 def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
+    """Print a line for the first teacher, each student and the ensemble, and a command to run next."""
     split = "test" if "test" in result["ensemble"] else "val"
-
-    def line(name: str, figures: dict[str, Any]) -> None:
-        agreement = f", agreement with the first teacher {figures['agreement']:.4f}" if "agreement" in figures else ""
-        console.print(f"{name}: {split} accuracy {figures['accuracy']:.4f}, NLL {figures['nll']:.4f}{agreement}")
-
-    line("teacher", result["teacher"][split])
+    teacher, ensemble = result["teacher"][split], result["ensemble"][split]
+    console.print(f"teacher: {split} accuracy {teacher['accuracy']:.4f}, NLL {teacher['nll']:.4f}")
     for number, generation in enumerate(result["generations"], 1):
         student = generation["student"]
         console.print(
             f"generation {number} ({student['arch']}): {split} accuracy {student[split]['accuracy']:.4f},"
             f" agreement with its teacher {student[split]['agreement']:.4f}"
         )
-    line(f"all {len(result['generations'])} together", result["ensemble"][split])
+    console.print(
+        f"ensemble of all {len(result['generations'])}: {split} accuracy {ensemble['accuracy']:.4f},"
+        f" NLL {ensemble['nll']:.4f}, agreement with the first teacher {ensemble['agreement']:.4f}"
+    )
     console.print(f"run:   {folder}")
     console.print(f"next:  {program_name()} evaluate {folder / 'generation-1'}")

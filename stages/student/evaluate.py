@@ -1,4 +1,4 @@
-"""`softcache evaluate`: a student's figures again, from its weights."""
+"""`softcache evaluate`: compute the figures of a trained student again, from its weights."""
 
 import json
 from dataclasses import replace
@@ -11,49 +11,68 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import EvaluateConfig, StudentConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.copied_commands import program_name
 from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
 
 from .setup import DistillationSetup
-from .teachers import open_caches
+from .teachers import SHARDS_FILE, open_caches
 
 
-def run(name: str, config: EvaluateConfig, said: set[str]) -> None:
-    """Every student of the run: its weights, the held-out splits, the teacher's cached logits."""
+def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
+    """Evaluate the student of each seed on the held-out splits, against labels and the cached logits of its teacher.
+
+    Args:
+        name: the folder of the run.
+        config: the options of the command: where caches and images are on this machine.
+        explicit: the names of the options that were typed on the command line; the others are those of the run.
+    """
     console, folder = Console(config.json), Path(name)
-    kept = read_json(folder / "settings.json")
-    if "cache" not in kept:
-        raise UsageError(f"'{folder}' is no run of a student")
-    begun = read_config(folder, StudentConfig)
-    here = {name: getattr(config, name) for name in said - {"json"}}
-    begun = replace(begun, out=str(folder), **here)  # where things lie on this machine; the rest is as the run says
-    check_same_teachers(folder, open_caches(begun.cache))
-    setup = DistillationSetup.open(begun)
-    seeds = range(begun.seed, begun.seed + begun.seeds)
-    found: dict[str, Any] = {}
-    for seed in seeds:
-        own = folder if begun.seeds == 1 else folder / f"seed-{seed}"
-        found[str(seed)] = _figures(own, begun, setup)
+    if "cache" not in read_json(folder / "settings.json"):
+        raise UsageError(f"'{folder}' is not the run of a student")
+    locations = {name: getattr(config, name) for name in explicit - {"json"}}
+    student_config = replace(read_config(folder, StudentConfig), out=str(folder), **locations)
+    check_same_teachers(folder, open_caches(student_config.cache))
+    setup = DistillationSetup.open(student_config)
+    metrics: dict[str, Any] = {}
+    for seed in range(student_config.seed, student_config.seed + student_config.seeds):
+        seed_folder = folder if student_config.seeds == 1 else folder / f"seed-{seed}"
+        metrics[str(seed)] = _evaluate_student(seed_folder, student_config, setup)
     if config.json:
-        return console.print_json(json.dumps(found))
-    for number, splits in found.items():
+        return console.print_json(json.dumps(metrics))
+    for seed_name, splits in metrics.items():
         for split, figures in splits.items():
-            numbers = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
-            console.print(f"seed {number}, {split}: {numbers}")
+            numbers = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if isinstance(value, float))
+            console.print(f"seed {seed_name}, {split}: {numbers}")
 
 
 def check_same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
-    """Figures against the teacher are of the run's own caches, in its order, wherever they lie now."""
-    record = read_json(folder / "cache.json")
-    begun = read_fingerprints(record, folder / "cache.json")
-    if begun != (here := [cache.manifest.fingerprint for cache in caches]):
-        theirs, mine = (", ".join(str(one)[:12] for one in names) for names in (begun, here))
-        raise CacheError(f"'{folder}' was trained from the caches {make_printable(theirs)}, these are {mine}")
+    """Check that caches are those that a run was trained from, in the same order, wherever they lie.
+
+    Args:
+        folder: the folder of the run.
+        caches: the caches that its figures are to be compared with.
+
+    Raises:
+        CacheError: when they are others.
+    """
+    path = folder / SHARDS_FILE
+    saved = read_fingerprints(read_json(path), path)
+    current = [cache.manifest.fingerprint for cache in caches]
+    if saved != current:
+        saved_text, current_text = (", ".join(fingerprint[:12] for fingerprint in names) for names in (saved, current))
+        raise CacheError(
+            f"'{folder}' was trained from the caches {make_printable(saved_text)}, and these are {current_text}:"
+            " name its own, in their order, with --cache"
+        )
 
 
-def _figures(folder: Path, config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
+def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
     path = folder / "student.pt"
     if not path.is_file():
-        raise CacheError(f"'{folder}' has no student.pt: it was not finished; go on with --resume --out {config.out}")
+        command = f"{program_name()} student --resume --out {config.out}"
+        raise CacheError(
+            f"'{folder}' has no student.pt, because its training is not finished: continue with  {command}"
+        )
     network = setup.build_student(config, setup.losses)
     load_weights(network, read_state_dict(path), str(path))
     model = PreparedModel(network, setup.input_spec).to(setup.device)

@@ -1,4 +1,4 @@
-"""`softcache losses`: every loss with its knobs, their defaults, and what it reads."""
+"""`softcache losses`: list every loss with its parameters, their defaults, and what it reads."""
 
 import json
 from dataclasses import fields
@@ -12,27 +12,40 @@ from softcache.stages.cli.console import Console
 
 
 def run(config: ListConfig) -> None:
-    """One line per loss, and one of its knobs."""
+    """Print each loss: its first line of documentation, its parameters, and what it reads."""
     console = Console(config.json)
     if config.json:
-        return console.print_json(json.dumps({name: _record(loss) for name, loss in LOSSES.items()}))
+        return console.print_json(json.dumps({name: describe_loss(loss) for name, loss in LOSSES.items()}))
     for name, loss in LOSSES.items():
-        record = _record(loss)
-        console.print(f"{name}: {record['what']}")
-        console.print("    " + ", ".join(f"{k}={v}" for k, v in record["knobs"].items()))
-        console.print(f"    reads {', '.join(record['reads'])}")
+        description = describe_loss(loss)
+        console.print(f"{name}: {description['what']}")
+        console.print("    " + ", ".join(f"{parameter}={value}" for parameter, value in description["knobs"].items()))
+        console.print(f"    reads {', '.join(description['reads'])}")
 
 
-def _record(loss: Loss) -> dict[str, Any]:
-    knobs = {f.name: _format_value(getattr(loss, f.name)) for f in fields(loss)}  # type: ignore[arg-type]
-    reads = ["labels"] * loss.needs_labels + ["logits"] * loss.needs_logits
+def describe_loss(loss: Loss) -> dict[str, Any]:
+    """Describe a loss as plain values.
+
+    Returns:
+        what: the first line of its documentation; knobs: {parameter: default, as --loss takes it}; reads: what it
+        needs of labels and teacher.
+    """
+    parameters = {f.name: _format_default(getattr(loss, f.name)) for f in fields(loss)}  # type: ignore[arg-type]
+    reads = []
+    if loss.needs_labels:
+        reads.append("labels")
+    if loss.needs_logits:
+        reads.append("logits")
     if isinstance(loss, FeatureLoss):
         reads.append(f"taps ({loss.statistic})")
-    reads += ["the teacher's last layer"] * loss.needs_head + ["counts of the classes"] * loss.needs_counts
-    return {"what": (loss.__doc__ or "").splitlines()[0], "knobs": knobs, "reads": reads}
+    if loss.needs_head:
+        reads.append("the teacher's last layer")
+    if loss.needs_counts:
+        reads.append("counts of the classes")
+    return {"what": (loss.__doc__ or "").splitlines()[0], "knobs": parameters, "reads": reads}
 
 
-def _format_value(value: Any) -> Any:
+def _format_default(value: Any) -> Any:
     if isinstance(value, Ramp):
         return f"{value.start:g}->{value.end:g}" + (f"@{value.epochs}" if value.epochs else "")
-    return value if not isinstance(value, bool) else str(value).lower()
+    return str(value).lower() if isinstance(value, bool) else value

@@ -1,4 +1,8 @@
-"""The phases of a student's training: distilled, fine-tuned, and as a baseline; of one student, or of several."""
+"""The phases of a student's training: distillation, fine-tuning and the baseline, of one student or of several.
+
+One phase is one TrainingRun. Its name is that of its weights: `student`, `distilled` where fine-tuning follows, and
+`baseline`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,15 +38,15 @@ from .setup import DistillationSetup
 
 @dataclass
 class StudentTraining:
-    """One seed of one student.
+    """The training of one student with one seed.
 
     Attributes:
-        config: its options.
+        config: the options of the student.
         setup: what it is trained from.
-        folder: where it is kept.
-        after_epoch: called with each line of its training from the cache; may raise TrainingStopped.
-        results: {phase: figures} of the phases that are over.
-        stopped: why it ended early.
+        folder: where its weights and metrics are written.
+        after_epoch: called with the metrics of each epoch of the training from the cache; may raise TrainingStopped.
+        results: {phase: figures} of the finished phases.
+        stop_reason: why the training ended early, None while it has not.
     """
 
     config: StudentConfig
@@ -50,21 +54,23 @@ class StudentTraining:
     folder: Path
     after_epoch: AfterEpoch | None = None
     results: dict[str, Any] = field(default_factory=dict)
-    stopped: TrainingStopped | None = None
+    stop_reason: TrainingStopped | None = None
 
 
 def first_phase(config: StudentConfig) -> str:
-    """Return the name of the training from the cache: `student`, or `distilled` where fine-tuning follows."""
+    """Return the name of the phase that trains from the cache: `student`, or `distilled` before fine-tuning."""
     return "distilled" if config.finetune_epochs else "student"
 
 
 def train_phases(students: Sequence[StudentTraining], console: Console, vectorize: bool = False) -> None:
-    """Train students, and their baselines where asked for; the figures go into `results` of each.
+    """Run every phase of one student or several; the figures go into `results` of each.
+
+    A student whose training ends early has its `stop_reason` set; the others continue.
 
     Args:
-        students: one or several; several have as many epochs and read each batch once.
+        students: one or several; several read each batch once, and have the same number of epochs.
         console: for progress.
-        vectorize: train those of one arch as one model.
+        vectorize: train the students of one arch as one model.
     """
     config = students[0].config
     first = first_phase(config)
@@ -72,14 +78,18 @@ def train_phases(students: Sequence[StudentTraining], console: Console, vectoriz
     if first != "student":
         _train_phase("student", students, console, vectorize)
         for student in students:
-            if student.stopped is None:
+            if student.stop_reason is None:
                 student.results["student"]["seconds"] += student.results.pop(first)["seconds"]
     if config.baseline:
         _train_phase("baseline", students, console, vectorize)
 
 
-def check_together(students: Sequence[StudentTraining], vectorize: bool) -> None:
-    """Raise UsageError for students that cannot be trained together, before anything is written."""
+def check_shared_stream(students: Sequence[StudentTraining], vectorize: bool) -> None:
+    """Check, before anything is written, that several students can be trained on the same batches.
+
+    Raises:
+        UsageError: when their batches differ, or with `vectorize` when an arch cannot be trained as one model.
+    """
     runs = _share_stream([_make_phase(first_phase(student.config), student) for student in students])
     if vectorize:
         for group in _group_by_arch(runs):
@@ -87,8 +97,8 @@ def check_together(students: Sequence[StudentTraining], vectorize: bool) -> None
 
 
 def _train_phase(phase: str, students: Sequence[StudentTraining], console: Console, vectorize: bool) -> None:
-    """Train a phase of the students that have not ended."""
-    active = [student for student in students if student.stopped is None]
+    """Train one phase of every student whose training has not ended early."""
+    active = [student for student in students if student.stop_reason is None]
     runs = [_make_phase(phase, student) for student in active]
     held_out = students[0].setup.held_out["val"]
     if len(students) == 1:
@@ -99,9 +109,9 @@ def _train_phase(phase: str, students: Sequence[StudentTraining], console: Conso
         outcomes = train_several(_share_stream(runs), held_out, console)
     for student, run, outcome in zip(active, runs, outcomes, strict=True):
         if isinstance(outcome, TrainingStopped):
-            student.stopped = outcome
+            student.stop_reason = outcome
         else:
-            student.results[phase] = _figures(run, student, outcome)
+            student.results[phase] = _compute_figures(run, student, outcome)
 
 
 def _train_alone(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> FinishedTraining | TrainingStopped:
@@ -114,7 +124,7 @@ def _train_alone(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> 
 def _train_vectorized(
     runs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
 ) -> list[FinishedTraining | TrainingStopped]:
-    """Train those of one arch as one model, arch after arch."""
+    """Train the students of one arch as one model, one arch after the other; outcomes in the order of the runs."""
     outcomes: dict[Path, FinishedTraining | TrainingStopped] = {}
     for group in _group_by_arch(_share_stream(runs)):
         folders = [run.folder for run in group]
@@ -131,7 +141,7 @@ def _group_by_arch(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
 
 
 def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
-    """Put together one phase of a student: its losses, options, folder and the weights that it starts from."""
+    """Make the training of one phase: its losses, options and folder, and the weights that it starts from."""
     config, setup = student.config, student.setup
     smoothing = next((loss.smoothing for loss in setup.losses if isinstance(loss, Hard)), 0.0)
     hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
@@ -141,9 +151,9 @@ def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
     if phase == "baseline":
         config = replace(config, epochs=config.epochs + config.finetune_epochs)
     elif phase == "student" and config.finetune_epochs:
-        start = student.folder / "distilled/distilled.pt"
-        wait_for_file(start)
-        load_weights(network, read_state_dict(start), str(start))
+        weights_file = student.folder / "distilled/distilled.pt"
+        wait_for_file(weights_file)
+        load_weights(network, read_state_dict(weights_file), str(weights_file))
         rate = config.finetune_learning_rate or config.learning_rate / 10
         config = replace(config, epochs=config.finetune_epochs, learning_rate=rate)
     labels = hide_labels(config, setup.transfer_set.splits["train"].labels)
@@ -151,9 +161,10 @@ def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
     return replace(run, after_epoch=student.after_epoch if phase == first_phase(student.config) else None)
 
 
-def _figures(run: TrainingRun, student: StudentTraining, finished: FinishedTraining) -> dict[str, Any]:
-    """Return what is reported of a phase: the network, the time, and every figure of the held-out splits."""
-    setup, rows = student.setup, len(run.stream.rows) / run.stream.steps_per_epoch
+def _compute_figures(run: TrainingRun, student: StudentTraining, finished: FinishedTraining) -> dict[str, Any]:
+    """Return what is reported of a phase: the network, the time, and the figures on the held-out splits."""
+    setup = student.setup
+    rows_per_step = len(run.stream.rows) / run.stream.steps_per_epoch
     figures: dict[str, Any] = {
         "arch": setup.student_arch(student.config, setup.losses if run.name != "baseline" else run.criterion.losses),
         "preparation": setup.input_spec.to_json(),
@@ -161,13 +172,13 @@ def _figures(run: TrainingRun, student: StudentTraining, finished: FinishedTrain
         "multiply_adds": run.multiply_adds,
         "seconds": finished.seconds,
         "epoch": finished.epoch,
-        "images_per_second": run.epochs * run.steps * rows / finished.seconds,
+        "images_per_second": run.epochs * run.steps * rows_per_step / finished.seconds,
     }
-    return figures | broadcast_from_first(lambda: _measure(run, setup))
+    return figures | broadcast_from_first(lambda: _evaluate_and_save(run, setup))
 
 
-def _measure(run: TrainingRun, setup: DistillationSetup) -> dict[str, Any]:
-    """Measure the held-out splits; the logits are saved beside the weights."""
+def _evaluate_and_save(run: TrainingRun, setup: DistillationSetup) -> dict[str, Any]:
+    """Compute the student's logits on the held-out splits, save them beside the weights, return their figures."""
     logits = setup.compute_logits(run.model)
     remove_stale_files(run.folder, (LOGITS,))
     save_logits(run.folder / LOGITS, logits, setup.transfer_set)
@@ -183,18 +194,18 @@ def make_training_run(
     labels: Labels,
     folder: Path,
 ) -> TrainingRun:
-    """Put together one training of a student.
+    """Make one training of a student from its parts.
 
-    A baseline takes as many steps as its student, on the labelled rows alone.
+    A baseline takes as many steps as its student, on the labelled rows only.
 
     Args:
         name: student, distilled or baseline.
-        config: its options.
+        config: the options of the student.
         setup: what it is trained from.
-        network: the student.
-        losses: the terms.
-        labels: int64 [N] of the training split, -1 where hidden.
-        folder: where it is kept.
+        network: the student, with its initial weights.
+        losses: the terms of the loss.
+        labels: int64 [N] of the training split by index, -1 where hidden.
+        folder: where weights and metrics are written.
     """
     input_spec = setup.input_spec
     only_labelled = all(loss.needs_labels for loss in losses)
@@ -207,7 +218,7 @@ def make_training_run(
         criterion=DistillationLoss(losses, combination, missing_to_labels=config.missing == "hard"),
         stream=setup.make_stream(config, labels, only_labelled, read_targets),
         epochs=config.epochs,
-        steps=setup.make_stream(config, labels, False, read_targets).steps_per_epoch,
+        steps=setup.make_stream(config, labels, only_labelled=False, read_targets=read_targets).steps_per_epoch,
         config=config,
         device=setup.device,
         folder=folder,
@@ -217,25 +228,31 @@ def make_training_run(
 
 
 def _share_stream(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """Return the runs with one stream that reads what each needs. Raises UsageError where their batches differ."""
+    """Return the runs with one stream, which reads the features that any of them needs.
+
+    Raises:
+        UsageError: when the runs do not have the same batches, epochs and steps.
+    """
     if not runs:
         return []
     first = runs[0].stream
     for run in runs[1:]:
-        if not _same_batches(first, run.stream) or (run.epochs, run.steps) != (runs[0].epochs, runs[0].steps):
+        if not _have_same_batches(first, run.stream) or (run.epochs, run.steps) != (runs[0].epochs, runs[0].steps):
             raise UsageError(
-                f"'{runs[0].folder}' and '{run.folder}' do not see the same batches, as students of one stream do:"
-                " other labels (--labelled goes by the seed), or a loss that wants labels beside one that does not."
-                " Train them one after the other"
+                f"'{runs[0].folder}' and '{run.folder}' do not see the same batches, as students of one stream must:"
+                " their labels differ (--labelled depends on the seed), or one has only losses that need labels and"
+                " the other has not. Train them one after the other"
             )
     taps = tuple(dict.fromkeys(tap for run in runs for tap in run.stream.taps))
     shared = replace(first, taps=taps, read_targets=any(run.stream.read_targets for run in runs))
     return [replace(run, stream=shared) for run in runs]
 
 
-def _same_batches(stream: CacheLoader, other: CacheLoader) -> bool:
-    """Return whether two streams of the same caches and images differ at most in what is read of a row."""
-    alike = replace(
+def _have_same_batches(stream: CacheLoader, other: CacheLoader) -> bool:
+    """Whether two streams of the same caches and images differ at most in which targets they read of a row."""
+    same_rows = np.array_equal(stream.labels, other.labels) and np.array_equal(stream.rows, other.rows)
+    # Arrays and caches are replaced by the same objects, because == of two arrays is an array.
+    other_with_same_rows = replace(
         other,
         split=stream.split,
         labels=stream.labels,
@@ -244,5 +261,4 @@ def _same_batches(stream: CacheLoader, other: CacheLoader) -> bool:
         taps=stream.taps,
         read_targets=stream.read_targets,
     )
-    same_rows = np.array_equal(stream.labels, other.labels) and np.array_equal(stream.rows, other.rows)
-    return same_rows and alike == stream
+    return same_rows and other_with_same_rows == stream

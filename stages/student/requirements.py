@@ -1,4 +1,4 @@
-"""Whether a cache can serve what a student asks of it: found before the first step, in one line with the way out."""
+"""Checks, before the first step, that a cache and its images have what a student needs; a message says what to do."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,19 +25,33 @@ from softcache.stages.cli.copied_commands import format_remake_command
 from softcache.stages.cli.options import to_flag
 from softcache.stages.training.validation import check_select
 
-# Of the logits' range: float16 features and sqrt8 logits are off by under 1 %, the cells of an uneven grid (7 x 7 into
-# 2 x 2) by more, another layer by half or all.
-_MOST_GAP = 0.2
+# Largest error of the logits that the head computes from a tap, as a share of their range. float16 features and sqrt8
+# logits are off by under 1 %, the cells of an uneven grid (7 x 7 into 2 x 2) by more, another layer by half or all.
+_MAX_HEAD_ERROR = 0.2
+_HEAD_ROWS = 64  # rows on which it is measured
 
 
 def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...]:
-    """The losses of a run on this cache. Raises UsageError for those that it cannot serve, or that do not exist."""
+    """Parse the losses of a student and check that they can be computed from this cache.
+
+    Args:
+        config: the options of the student; `loss` holds one text a term.
+        cache: the first cache.
+
+    Returns:
+        The terms of the loss, in the order of the options.
+
+    Raises:
+        UsageError: for a loss that does not exist, or that this cache does not allow.
+    """
     cached = tuple(cache.manifest.taps)
     losses = tuple(loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(config.loss))
-    if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.needs_single_label]):
-        raise UsageError(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
-    if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):
-        raise UsageError(f"loss '{wrong[0]}' needs the teacher's last linear layer, and this teacher has none")
+    if cache.views.mixup and (names := [loss.name for loss in losses if loss.needs_single_label]):
+        raise UsageError(
+            f"loss '{names[0]}' needs one label per view, and the cache's views are mixtures of two images"
+        )
+    if cache.manifest.head is None and (names := [loss.name for loss in losses if loss.needs_head]):
+        raise UsageError(f"loss '{names[0]}' needs the teacher's last linear layer, and this teacher has none")
     return losses
 
 
@@ -45,16 +59,16 @@ def check_caches(config: StudentConfig, caches: Sequence[Cache], losses: tuple[L
     """Check that the caches have what a student reads of them.
 
     Args:
-        config: draws and draws_per_decode.
-        caches: of the same views; layers are read of the first.
-        losses: the terms.
+        config: `draws` and `draws_per_decode`.
+        caches: of the same views; features are read from the first.
+        losses: the terms of the loss.
 
     Returns:
-        The cached taps from which those of the losses are made.
+        The cached taps from which the features of the losses are computed.
 
     Raises:
-        CacheError: with the command that adds what is missing.
-        UsageError: for draws that do not go into a batch.
+        CacheError: for missing taps or draws, with the command that adds them.
+        UsageError: when `draws_per_decode` does not divide the draws or the batch size.
     """
     taps = _find_cached_taps(config, caches[0], losses)
     for cache in caches:
@@ -69,58 +83,76 @@ def check_caches(config: StudentConfig, caches: Sequence[Cache], losses: tuple[L
 
 
 def _find_cached_taps(config: StudentConfig, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
-    wanted, cached = list_teacher_taps(losses), list(cache.manifest.taps)
-    missing = [tap for tap in wanted if find_source_tap(tap, cached) is None]
+    taps, cached = list_teacher_taps(losses), list(cache.manifest.taps)
+    missing = [tap for tap in taps if find_source_tap(tap, cached) is None]
     if missing:
         command = _format_growth(config, cache, taps=",".join([*cached, *missing]))
         raise CacheError(
-            f"the cache '{cache.folder}' has not kept {', '.join(missing)} (it has: {', '.join(cached) or 'none'})."
-            f" Add them with  {command}"
+            f"the cache '{cache.folder}' does not contain {', '.join(missing)}"
+            f" (it has: {', '.join(cached) or 'none'}). Add them with  {command}"
         )
-    return tuple(dict.fromkeys(source for tap in wanted if (source := find_source_tap(tap, cached))))
+    return tuple(dict.fromkeys(source for tap in taps if (source := find_source_tap(tap, cached))))
 
 
 def _check_draws_per_decode(config: StudentConfig) -> None:
-    """Every draw is to come once before one comes again, and a batch to hold all draws of its images."""
-    k, draws, batch = config.draws_per_decode, config.draws, config.batch_size
+    """Check that every draw is seen once before one is seen again, and that a batch holds all draws of its images."""
+    k, draws, batch_size = config.draws_per_decode, config.draws, config.batch_size
     if draws % k:
         divisors = [n for n in range(1, draws + 1) if draws % n == 0]
-        near = " or ".join(str(n) for n in [*[n for n in divisors if n < k][-1:], *[n for n in divisors if n > k][:1]])
+        nearest = [*[n for n in divisors if n < k][-1:], *[n for n in divisors if n > k][:1]]
         fewer = f", or --draws {draws - draws % k}" if draws > k else ""
-        raise UsageError(f"--draws-per-decode {k} does not divide the {draws} draws that are used: {near} does{fewer}")
-    if batch % k:
-        near = " or ".join(f"--batch-size {n}" for n in (batch - batch % k, batch - batch % k + k) if n)
-        raise UsageError(f"--batch-size {batch} is not a multiple of --draws-per-decode {k}: {near}")
+        raise UsageError(
+            f"--draws-per-decode {k} does not divide the {draws} draws that are used:"
+            f" {' or '.join(map(str, nearest))} does{fewer}"
+        )
+    if batch_size % k:
+        multiples = [n for n in (batch_size - batch_size % k, batch_size - batch_size % k + k) if n]
+        raise UsageError(
+            f"--batch-size {batch_size} is not a multiple of --draws-per-decode {k}:"
+            f" {' or '.join(f'--batch-size {n}' for n in multiples)}"
+        )
 
 
 def _format_growth(config: StudentConfig, cache: Cache, **changes: Any) -> str:
-    """The command that adds to the cache, for the data as they lie here."""
-    here = {"data": config.data} if config.data else {}
-    return format_remake_command(cache, out=str(cache.folder), data_root=config.data_root, **here, **changes)
+    """Format the command that adds draws or taps to the cache, with the images where this machine has them."""
+    data = {"data": config.data} if config.data else {}
+    return format_remake_command(cache, out=str(cache.folder), data_root=config.data_root, **data, **changes)
 
 
 def hide_labels(config: StudentConfig, labels: Labels) -> Labels:
-    """The labels [N] of the training split, -1 where --labelled hides them. Which rows keep theirs goes by the seed,
-    how many of each class does not."""
+    """Hide all labels but `config.labelled` of them, drawn by class.
+
+    Args:
+        config: `labelled`, 0 for all; `seed`, on which depends which rows keep their label, not how many of a class.
+        labels: int64 [N] of the training split by index.
+
+    Returns:
+        int64 [N], -1 where hidden.
+    """
     if not config.labelled:
         return labels
-    kept = draw_stratified(labels, config.labelled, key=(config.seed, 50))
-    return np.where(np.isin(np.arange(len(labels)), kept), labels, -1)
+    labelled_rows = draw_stratified(labels, config.labelled, key=(config.seed, 50))
+    return np.where(np.isin(np.arange(len(labels)), labelled_rows), labels, -1)
 
 
 def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: TransferSet) -> None:
-    """Check that the losses and options of a student go with the labels there are, and with the number of caches.
+    """Check the losses and options of a student against the labels of the images and the number of caches.
+
+    Args:
+        config: the options of the student.
+        losses: the terms of the loss.
+        transfer_set: the images, with -1 as the label of those that have none.
 
     Raises:
         UsageError: with the option to leave out or to change.
     """
     labels, classes = transfer_set.splits["train"].labels, transfer_set.classes
-    unlabelled = bool((labels < 0).any())
+    lacks_labels = bool((labels < 0).any())
     needy_losses = [loss.name for loss in losses if loss.needs_labels]
-    if unlabelled and needy_losses:
+    if lacks_labels and needy_losses:
         raise UsageError(f"loss '{needy_losses[0]}' needs labels, and these images have none: leave it out")
     needy_options = [name for name in ("baseline", "labelled", "finetune_epochs", "sampler") if getattr(config, name)]
-    if unlabelled and needy_options:
+    if lacks_labels and needy_options:
         raise UsageError(f"{to_flag(needy_options[0])} needs labels, and these images have none: leave it out")
     if config.labelled and config.sampler:
         raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
@@ -129,48 +161,60 @@ def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: 
     for loss in losses:
         if loss.needs_counts:
             require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)
-    _check_several(config, losses, labels)
+    _check_teachers(config, losses, lacks_labels)
     check_select(config, transfer_set)
 
 
-def _check_several(config: StudentConfig, losses: tuple[Loss, ...], labels: Labels) -> None:
-    """Whether these losses can be led by several teachers, or by none in some rows. Raises UsageError."""
+def _check_teachers(config: StudentConfig, losses: tuple[Loss, ...], lacks_labels: bool) -> None:
+    """Check that the losses can learn from several teachers, or from labels where targets are missing."""
     several = len(config.cache) > 1
     if config.combine and not several:
-        raise UsageError(f"--combine {config.combine} is of several caches: --cache A --cache B")
-    if several and (wrong := [loss.name for loss in losses if loss.needs_head]):
-        raise UsageError(f"loss '{wrong[0]}' goes through the last layer of one teacher, and there are several")
-    unweighed = [loss.name for loss in losses if loss.needs_logits and not loss.is_row_mean]
-    if config.combine == "ca_mkd" and unweighed:
+        raise UsageError(f"--combine {config.combine} is for several caches: --cache A --cache B")
+    if several and (names := [loss.name for loss in losses if loss.needs_head]):
+        raise UsageError(f"loss '{names[0]}' uses the last layer of one teacher, and there are several caches")
+    names = [loss.name for loss in losses if loss.needs_logits and not loss.is_row_mean]
+    if config.combine == "ca_mkd" and names:
         raise UsageError(
-            f"--combine ca_mkd weighs single rows, which loss '{unweighed[0]}' has not: kd, output and logit_mse have"
+            f"--combine ca_mkd weights each row, and loss '{names[0]}' is not a mean over rows: use kd, output or"
+            " logit_mse"
         )
     if config.missing == "hard" and config.labelled:
-        raise UsageError("--missing hard needs the labels of all rows, --labelled hides some: --missing skip")
-    if config.missing == "hard" and (labels < 0).any():
-        raise UsageError("--missing hard needs labels, and some of these images have none: --missing skip")
+        raise UsageError("--missing hard needs the labels of all rows, --labelled hides some: use --missing skip")
+    if config.missing == "hard" and lacks_labels:
+        raise UsageError("--missing hard needs labels, and some of these images have none: use --missing skip")
 
 
-def available_positions(cache: Cache, gaps: MissingTargets) -> NDArray[np.int64]:
-    """The positions of the training split whose rows are there in the first draw. Raises CacheError for none."""
-    gone = gaps.get(0, np.zeros(cache.manifest.splits["train"], bool))
-    if gone.all():
-        raise CacheError(f"'{cache.folder}' has no row of the first draw, which these losses want: repair it")
-    return np.flatnonzero(~gone)
+def find_available_positions(cache: Cache, missing: MissingTargets) -> NDArray[np.int64]:
+    """Return the positions of the training split whose targets the first draw has, int64 [n].
+
+    Args:
+        cache: the first cache.
+        missing: {draw: bool [rows], which positions lack targets}.
+
+    Raises:
+        CacheError: when it has none.
+    """
+    is_missing = missing.get(0, np.zeros(cache.manifest.splits["train"], bool))
+    if is_missing.all():
+        raise CacheError(f"'{cache.folder}' has no row of the first draw, which these losses read: repair it")
+    return np.flatnonzero(~is_missing)
 
 
 def read_head(cache: Cache, losses: tuple[Loss, ...], missing: MissingTargets) -> LinearHead | None:
-    """Read the teacher's last linear layer, where a loss asks for it.
+    """Read the teacher's last linear layer, where a loss needs it.
 
     Args:
-        cache: the first cache, its transfer set known to be the right one: labels of rows that are read before that
-            would not be compared.
-        losses: the terms.
-        missing: rows without targets.
+        cache: the first cache, already compared with its transfer set: rows that are read before that would not have
+            their labels compared.
+        losses: the terms of the loss.
+        missing: {draw: bool [rows], which positions lack targets}.
+
+    Returns:
+        The layer, None where no loss needs it.
 
     Raises:
-        UsageError: where the layer does not give the cached logits for the features that a loss leads through it.
-            Another layer of the same width, before an activation say, would be taken without notice.
+        UsageError: when the layer does not compute the cached logits from the features that a loss puts through it.
+            Another layer of the same width, before an activation say, would otherwise pass unnoticed.
     """
     if not any(loss.needs_head for loss in losses):
         return None
@@ -186,14 +230,16 @@ def _check_head(cache: Cache, loss: FeatureLoss, head: LinearHead, missing: Miss
     tap = loss.teacher_taps()[0]
     source = find_source_tap(tap, cache.manifest.taps)
     assert source is not None
-    logits, features = cache.read_stored("train", 0, available_positions(cache, missing)[:64], (source,))
-    x = derive_features(features, (tap,))[tap]
-    pooled = compute_statistic(x, "pool", tap)
+    positions = find_available_positions(cache, missing)[:_HEAD_ROWS]
+    logits, features = cache.read_stored("train", 0, positions, (source,))
+    feature = derive_features(features, (tap,))[tap]
+    pooled = compute_statistic(feature, "pool", tap)
     require_head(loss, LossContext(head), pooled.shape[1])
-    span = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
-    gap = float(((pooled @ head.weight.T + head.bias - logits).abs().amax(1) / span).max())
-    if gap > _MOST_GAP:
+    logit_range = (logits.amax(1) - logits.amin(1)).clamp(1e-3)
+    difference = (pooled @ head.weight.T + head.bias - logits).abs().amax(1)
+    error = float((difference / logit_range).max())
+    if error > _MAX_HEAD_ERROR:
         raise loss.head_error(
-            f"it does not read the mean of '{tap}', from which it gives logits that are off by {gap:.0%} of their"
+            f"it does not read the mean of '{tap}', from which it computes logits that are off by {error:.0%} of their"
             " range: choose the layer just before the pooling"
         )

@@ -1,4 +1,4 @@
-"""What a student is trained from: one cache or several and their transfer set, known to belong together."""
+"""What a student is trained from: one cache or several and their transfer set, checked against each other."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,7 +32,8 @@ from softcache.stages.training.validation import HeldOutSplit
 from . import requirements
 from .teachers import load_shared_data, load_teachers, map_head, open_caches
 
-_BANK_BYTES = 1 << 30
+_BANK_BYTES = 1 << 30  # largest memory bank
+_BANK_CHUNK = 4096  # rows read at once for a memory bank
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class DistillationSetup:
     """What all seeds and phases of a student share.
 
     Attributes:
-        teachers: the cache, or several as one teacher.
+        teachers: the cache, or several caches as one teacher.
         transfer_set: images and labels.
-        losses: the terms.
-        taps: the cached layers that are read, of the first cache.
-        input_spec: how a student's input is normalised: as the teacher's, at the size of the views.
+        losses: the terms of the loss.
+        taps: the cached features that are read, all from the first cache.
+        input_spec: how a student's input is normalised: like the teacher's, at the size of the views.
         device: where students are trained.
-        held_out: {split: validation or test}.
-        member_outputs: {split: the logits of each teacher, float32 [N, K], or [N, M, K] of several} by index.
-        head: the teacher's last linear layer, where a loss asks for it.
+        held_out: {split: its images, labels and views} of `val` and, where there is one, `test`.
+        member_logits: {split: logits by index, float32 [N, K] of one cache, [N, M, K] of M caches}, before they are
+            combined and mapped.
+        head: the teacher's last linear layer where a loss needs it, else None.
     """
 
     teachers: TeacherEnsemble
@@ -58,7 +60,7 @@ class DistillationSetup:
     input_spec: InputSpec
     device: torch.device
     held_out: dict[str, HeldOutSplit]
-    member_outputs: dict[str, torch.Tensor]
+    member_logits: dict[str, torch.Tensor]
     head: LinearHead | None
 
     @staticmethod
@@ -66,11 +68,11 @@ class DistillationSetup:
         """Read and check everything that a student is trained from, before the first step.
 
         Args:
-            config: the options of a student, every default filled in.
+            config: the options of a student, with every default filled in.
 
         Raises:
-            CacheError: for a cache that cannot serve them, or is of other images.
-            UsageError: for options that do not go together.
+            CacheError: when a cache lacks what a loss reads, or was made from other images.
+            UsageError: when options contradict each other.
         """
         caches = open_caches(config.cache)
         losses = requirements.parse_student_losses(config, caches[0])
@@ -81,7 +83,7 @@ class DistillationSetup:
         head = requirements.read_head(caches[0], losses, missing)
         for cache in caches:
             verify_views(cache, transfer_set, config.draws, missing)
-        teachers, outputs = load_teachers(caches, config, transfer_set, missing)
+        teachers, member_logits = load_teachers(caches, config, transfer_set, missing)
         device, views = select_device(config.device), caches[0].views
         return DistillationSetup(
             teachers=teachers,
@@ -90,16 +92,20 @@ class DistillationSetup:
             taps=taps,
             input_spec=replace(caches[0].input_spec, size=views.size),
             device=device,
-            held_out={s: HeldOutSplit(transfer_set.splits[s], views, device, config) for s in outputs},
-            member_outputs=outputs,
+            held_out={s: HeldOutSplit(transfer_set.splits[s], views, device, config) for s in member_logits},
+            member_logits=member_logits,
             head=map_head(teachers, head),
         )
 
     def with_options(self, config: StudentConfig) -> "DistillationSetup":
-        """Return the setup of another student of the same caches and data: its losses and options are checked anew.
+        """Return the setup of another student of the same caches and data, with its own losses.
+
+        Args:
+            config: the options of that student, of the same caches and with the same combination and map.
 
         Raises:
-            CacheError, UsageError: as `open`.
+            CacheError: as in `open`.
+            UsageError: as in `open`.
         """
         caches = self.teachers.members
         losses = requirements.parse_student_losses(config, caches[0])
@@ -118,12 +124,12 @@ class DistillationSetup:
         return self.teachers.members[0]
 
     @cached_property
-    def teacher(self) -> dict[str, torch.Tensor]:
-        """{split: logits [N, K] in index order} of what the student learns from, as one teacher."""
-        return {split: self.teachers.as_single_teacher(logits) for split, logits in self.member_outputs.items()}
+    def teacher_logits(self) -> dict[str, torch.Tensor]:
+        """{split: logits [N, K] by index} of the teacher that the student learns from, combined and mapped."""
+        return {split: self.teachers.as_single_teacher(logits) for split, logits in self.member_logits.items()}
 
     def student_arch(self, config: StudentConfig, losses: tuple[Loss, ...]) -> str:
-        """The arch that is asked for; with `simkd`, led through the teacher's last layer."""
+        """Return the arch of a student: that of `config`, which `simkd` extends by the teacher's last layer."""
         simkd = next((loss for loss in losses if isinstance(loss, SimKD)), None)
         if simkd is None:
             return config.arch
@@ -131,7 +137,7 @@ class DistillationSetup:
         return format_simkd_arch(config.arch, simkd.through(), width)
 
     def build_student(self, config: StudentConfig, losses: tuple[Loss, ...]) -> nn.Module:
-        """The network that these losses train, with the initial weights of its seed."""
+        """Build the network that these losses train, with the initial weights of `config.seed`."""
         torch.manual_seed(config.seed)
         network = self.build_network(self.student_arch(config, losses))
         if isinstance(network, SimKDStudent) and self.head is not None:
@@ -139,100 +145,130 @@ class DistillationSetup:
         return network
 
     def build_network(self, arch: str) -> nn.Module:
-        """A network for these data, with fresh weights."""
+        """Build a network for these images and classes, with weights from the current random state."""
         return build(arch, self.cache.classes, self.input_spec.channels, self.input_spec.size)
 
     def make_context(self, labels: Labels) -> LossContext:
-        """What losses may ask of the teacher beside its rows. labels [N]: of the training split, -1 where hidden."""
+        """Return what losses may use beside a batch: the teacher's head, memory banks, and the counts of the classes.
+
+        Args:
+            labels: int64 [N] of the training split by index, -1 where hidden.
+        """
         cache = self.cache
 
-        def bank(tap: str) -> MemoryBank:
-            """Rows of the first draw: all there are, or so many as 1 GiB holds. (They are stored in a mixed order.)"""
+        def build_bank(tap: str) -> MemoryBank:
+            """Read a tap of the first draw: every row, or as many as fit into 1 GiB (rows are stored shuffled)."""
             source = find_source_tap(tap, cache.manifest.taps)
             assert source is not None
             name = f"features/{source}"
-            size = count_row_bytes({name: cache.manifest.datasets[name]})
-            positions = requirements.available_positions(cache, self.teachers.missing)[: max(1, _BANK_BYTES // size)]
-            parts = (
-                cache.read_stored("train", 0, some, (source,))[1]
-                for some in np.array_split(positions, -(-len(positions) // 4096))
+            row_bytes = count_row_bytes({name: cache.manifest.datasets[name]})
+            positions = requirements.find_available_positions(cache, self.teachers.missing)
+            positions = positions[: max(1, _BANK_BYTES // row_bytes)]
+            chunks = (
+                cache.read_stored("train", 0, chunk, (source,))[1]
+                for chunk in np.array_split(positions, -(-len(positions) // _BANK_CHUNK))
             )
-            features = torch.cat([derive_features(part, (tap,))[tap].half() for part in parts])
+            features = torch.cat([derive_features(chunk, (tap,))[tap].half() for chunk in chunks])
             index = cache.index_at("train", positions)
             return MemoryBank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
 
-        return LossContext(self.head, bank, torch.from_numpy(count_classes(labels, cache.classes)))
+        return LossContext(self.head, build_bank, torch.from_numpy(count_classes(labels, cache.classes)))
 
     def compute_logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
-        """{split: float32 [N, K]}: what a student says of each held-out split."""
-        return {split: rows.logits(model) for split, rows in self.held_out.items()}
+        """Compute a model's logits on each held-out split: {split: float32 [N, K]}."""
+        return {split: held_out.logits(model) for split, held_out in self.held_out.items()}
 
     def compute_metrics(self, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
-        """Every figure of a student on each held-out split, from what it says there."""
+        """Compute every figure of a student on each held-out split.
+
+        Args:
+            logits: {split: float32 [N, K]} of the student, see `compute_logits`.
+        """
         return {
-            split: evaluate(said, self.held_out[split].labels, self.teacher[split].numpy(), self.class_counts)
-            for split, said in logits.items()
+            split: evaluate(
+                split_logits, self.held_out[split].labels, self.teacher_logits[split].numpy(), self.class_counts
+            )
+            for split, split_logits in logits.items()
         }
 
     @cached_property
     def teacher_metrics(self) -> dict[str, Any]:
-        """Of what the student learns from, as one teacher: archs and every figure of each held-out split."""
-        return self._figures(" + ".join(cache.teacher for cache in self.teachers.members), self.teacher)
+        """The archs of the teacher that the student learns from, and its figures on each held-out split."""
+        archs = " + ".join(cache.teacher for cache in self.teachers.members)
+        return self._evaluate_teacher(archs, self.teacher_logits)
 
     @cached_property
     def member_metrics(self) -> list[dict[str, Any]]:
-        """The same of each cache as it is."""
+        """The same of each cache by itself, before logits are combined and mapped."""
         return [
-            self._figures(cache.teacher, {s: z[:, k] if z.ndim == 3 else z for s, z in self.member_outputs.items()})
+            self._evaluate_teacher(
+                cache.teacher,
+                {split: z[:, k] if z.ndim == 3 else z for split, z in self.member_logits.items()},
+            )
             for k, cache in enumerate(self.teachers.members)
         ]
 
-    def _figures(self, arch: str, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
-        rows = {split: self.transfer_set.splits[split].labels for split in logits}
-        return {"arch": arch, **{s: evaluate(z.numpy(), rows[s], counts=self.class_counts) for s, z in logits.items()}}
+    def _evaluate_teacher(self, arch: str, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+        figures = {
+            split: evaluate(z.numpy(), self.transfer_set.splits[split].labels, counts=self.class_counts)
+            for split, z in logits.items()
+        }
+        return {"arch": arch, **figures}
 
     @cached_property
     def class_counts(self) -> Labels:
         """int64 [K]: rows of each class in the training split, where they have labels."""
         return count_classes(self.transfer_set.splits["train"].labels, self.cache.classes)
 
-    def make_stream(self, config: StudentConfig, labels: Labels, only_labelled: bool, targets: bool) -> CacheLoader:
-        """The training stream of one seed."""
+    def make_stream(
+        self, config: StudentConfig, labels: Labels, only_labelled: bool, read_targets: bool
+    ) -> CacheLoader:
+        """Make the stream of training batches of one student.
+
+        Args:
+            config: the options of the student.
+            labels: int64 [N] of the training split by index, -1 where hidden.
+            only_labelled: leave out the rows without a label.
+            read_targets: read logits and features from the caches.
+
+        Raises:
+            CacheError: when no row is left.
+            UsageError: when a batch would have no image.
+        """
         order = self.cache.row_order("train")
-        wanted = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
+        is_used = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
         if config.missing == "skip":
-            wanted &= ~self.missing_rows
-        if not wanted.any():
-            raise CacheError("no row of the training split is left: each lacks an answer in some draw, or a label")
-        seed = config.seed if config.order_seed < 0 else config.order_seed
+            is_used &= ~self.missing_rows
+        if not is_used.any():
+            raise CacheError("no row of the training split is left: each lacks targets in some draw, or a label")
         stream = CacheLoader(
-            self.transfer_set.splits["train"],
-            self.cache.views,
-            self.cache.seed,
-            seed,
-            config.batch_size,
-            labels,
-            np.flatnonzero(wanted),
-            config.draws,
-            self.teachers,
-            self.taps,
-            targets,
-            config.workers,
+            split=self.transfer_set.splits["train"],
+            views=self.cache.views,
+            view_seed=self.cache.seed,
+            order_seed=config.seed if config.order_seed < 0 else config.order_seed,
+            batch_size=config.batch_size,
+            labels=labels,
+            rows=np.flatnonzero(is_used),
+            draws=config.draws,
+            cache=self.teachers,
+            taps=self.taps,
+            read_targets=read_targets,
+            workers=config.workers,
             sampler=config.sampler,
             draws_per_decode=config.draws_per_decode,
             device=self.device,
         )
         if len(stream.rows) < config.draws_per_decode * stream.steps_per_epoch:
             raise UsageError(
-                f"--draws-per-decode {config.draws_per_decode} leaves a batch of {config.batch_size} without a"
-                f" image: there are {len(stream.rows)} rows; choose fewer, or a larger --batch-size"
+                f"--draws-per-decode {config.draws_per_decode} leaves a batch of {config.batch_size} without an"
+                f" image: there are {len(stream.rows)} rows; lower it, or take a larger --batch-size"
             )
         return stream
 
     @property
     def missing_rows(self) -> NDArray[np.bool_]:
-        """bool [rows]: which positions of the training split have no answer of a teacher in some draw."""
-        gone = np.zeros(self.cache.manifest.splits["train"], bool)
-        for in_draw in self.teachers.missing.values():
-            gone |= in_draw
-        return gone
+        """bool [rows]: which positions of the training split lack a teacher's targets in some draw."""
+        is_missing = np.zeros(self.cache.manifest.splits["train"], bool)
+        for missing_in_draw in self.teachers.missing.values():
+            is_missing |= missing_in_draw
+        return is_missing

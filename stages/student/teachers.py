@@ -1,4 +1,4 @@
-"""What the student's teacher says: one cache or several as one, and the map of its distribution, kept with the run."""
+"""A student's teacher: one cache, or several combined as one, and the map of its distribution; recorded in the run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,93 +22,169 @@ from softcache.stages.runs.data import load_cache_data
 from softcache.stages.runs.folder import read_json
 
 TARGETS_FILE = "targets.json"
-_STEPS = 500  # of a fit, about
-SplitOutputs = dict[str, torch.Tensor]
+SHARDS_FILE = "cache.json"
+_FIT_STEPS = 500  # of a fit, roughly: the length of its progress bar
 
 
 def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
-    """The caches, of the same rows and views. Raises CacheError or UsageError."""
+    """Open the caches that a student learns from.
+
+    Raises:
+        CacheError: when no folder is given, one holds no valid cache, or their rows or views differ.
+        UsageError: when the same cache is given twice.
+    """
     if not folders:
-        raise CacheError("the run's settings name no cache: say where it is with --cache")
+        raise CacheError("the run's settings name no cache: name it with --cache")
     caches = tuple(Cache(Path(folder)) for folder in folders)
     check_same_views(caches)
     return caches
 
 
 def load_shared_data(caches: tuple[Cache, ...], config: StudentConfig) -> TransferSet:
-    """The transfer set of all of them, which each compares with its own rows."""
+    """Load the transfer set of the caches and compare it with each of them.
+
+    Args:
+        caches: of the same rows and views.
+        config: `data` and `data_root`, where the images are on this machine.
+
+    Raises:
+        CacheError: when the images are not those of a cache.
+    """
     transfer_set = first_rank_first(lambda: load_cache_data(caches[0], config.data, Path(config.data_root)))
-    for other in caches[1:]:
-        other.check_transfer_set(transfer_set)
+    for cache in caches[1:]:
+        cache.check_transfer_set(transfer_set)
     return transfer_set
 
 
 def load_teachers(
-    caches: tuple[Cache, ...], config: StudentConfig, transfer_set: TransferSet, gaps: MissingTargets
-) -> tuple[TeacherEnsemble, SplitOutputs]:
-    """The caches as one teacher, as a run has kept it or fitted to validation; and {split: what each said}."""
-    plain = TeacherEnsemble(caches, missing=gaps)
-    said: SplitOutputs = {
-        split: plain.read_held_out(split) for split in ("val", "test") if split in transfer_set.splits
+    caches: tuple[Cache, ...], config: StudentConfig, transfer_set: TransferSet, missing: MissingTargets
+) -> tuple[TeacherEnsemble, dict[str, torch.Tensor]]:
+    """Make one teacher of the caches.
+
+    A run that was started before has a record of how they are combined and mapped, which is used as it is. Otherwise
+    both are fitted to the validation split, where they need fitting.
+
+    Args:
+        caches: of the same rows and views.
+        config: `combine` and `map`; `out`, the folder with the record.
+        transfer_set: the images and labels.
+        missing: {draw: bool [rows], which positions lack targets}.
+
+    Returns:
+        The teacher, and {val and test: logits by index, float32 [N, K] of one cache, [N, M, K] of M caches} before
+        they are combined and mapped.
+
+    Raises:
+        CacheError: when the record is damaged.
+        UsageError: when a fit needs labels and there are none.
+    """
+    members = TeacherEnsemble(caches, missing=missing)
+    logits: dict[str, torch.Tensor] = {
+        split: members.read_held_out(split) for split in ("val", "test") if split in transfer_set.splits
     }
     if config.out and (Path(config.out) / TARGETS_FILE).is_file():
-        return _read_targets_record(Path(config.out), plain, config), said
-    labels, val = transfer_set.splits["val"].labels, said["val"]
-    combine = resolve_combination(_combination_spec(config), val, labels) if len(caches) > 1 else None
+        return _read_targets_record(Path(config.out), members, config), logits
+    labels = transfer_set.splits["val"].labels
+    combination = None
+    if len(caches) > 1:
+        combination = resolve_combination(_combination_spec(config), logits["val"], labels)
     maps: tuple[DistributionMap, ...] = ()
     if config.map:
         counts = count_classes(transfer_set.splits["train"].labels, caches[0].classes)
-        heard = TeacherEnsemble(caches, combine).combine_logits(val)
-        each = heard.unbind(1) if heard.ndim == 3 else (heard,)
-        with progress_bar(_STEPS, f"fitting --map {config.map}", "step") as shown:
-            maps = tuple(fit_map(config.map, z.numpy(), labels, counts, shown.update) for z in each)
-    return TeacherEnsemble(caches, combine, maps, gaps), said
+        combined = TeacherEnsemble(caches, combination).combine_logits(logits["val"])
+        outputs = combined.unbind(1) if combined.ndim == 3 else (combined,)
+        with progress_bar(_FIT_STEPS, f"fitting --map {config.map}", "step") as bar:
+            maps = tuple(fit_map(config.map, z.numpy(), labels, counts, bar.update) for z in outputs)
+    return TeacherEnsemble(caches, combination, maps, missing), logits
 
 
-def resolve_combination(spec: str, val: torch.Tensor, labels: Labels) -> Combination:
-    """The way to combine that is asked for; `learned` is fitted to validation. val: logits [N, M, K]; labels [N]."""
+def resolve_combination(spec: str, logits: torch.Tensor, labels: Labels) -> Combination:
+    """Make a way to combine teachers from its text; `learned` is fitted.
+
+    Args:
+        spec: the value of --combine.
+        logits: float32 [N, M, K] of M teachers on the validation split.
+        labels: int64 [N].
+
+    Raises:
+        UsageError: for a text that is no way to combine M teachers, or a fit without labels.
+    """
     if spec != "learned":
-        return parse_combination(spec, val.shape[1])
-    with progress_bar(_STEPS, "fitting --combine learned", "step") as shown:
-        return fit_combination(val.numpy(), labels, shown.update)
+        return parse_combination(spec, logits.shape[1])
+    with progress_bar(_FIT_STEPS, "fitting --combine learned", "step") as bar:
+        return fit_combination(logits.numpy(), labels, bar.update)
 
 
 def _combination_spec(config: StudentConfig) -> str:
     return config.combine or "mean_probability"
 
 
-def _read_targets_record(folder: Path, plain: TeacherEnsemble, config: StudentConfig) -> TeacherEnsemble:
-    """As the run has it: a fit on another machine may differ in the last bit."""
-    record = read_json(folder / TARGETS_FILE)
-    members, spec = len(plain.members), _combination_spec(config)
+def _read_targets_record(folder: Path, members: TeacherEnsemble, config: StudentConfig) -> TeacherEnsemble:
+    """Read the combination and maps of a run. (A fit on another machine may differ in the last bit.)"""
+    path = folder / TARGETS_FILE
+    record = read_json(path)
     try:
-        combine = Combination.from_json(record["combine"]) if record["combine"] is not None else None
-        maps = tuple(DistributionMap.from_json(one) for one in record["maps"])
-        if (combine is not None) != (members > 1) or (combine and len(combine.weights) != members):
-            raise ValueError(f"it is not of {members} caches")
-        if combine and (combine.name != spec if spec == "learned" else combine != parse_combination(spec, members)):
-            raise ValueError(f"it is not of --combine {spec}")
-        if len(maps) != (bool(config.map) * (members if combine and combine.is_per_teacher else 1)):
-            raise ValueError(f"{len(maps)} maps")
-        if any(one.spec != config.map for one in maps):
-            raise ValueError(f"a map that is not --map {config.map}")
-        if any(len(one.bias) != plain.members[0].classes for one in maps):
-            raise ValueError("a map of other classes")
+        combination = Combination.from_json(record["combine"]) if record["combine"] is not None else None
+        maps = tuple(DistributionMap.from_json(map_record) for map_record in record["maps"])
+        _check_combination(combination, _combination_spec(config), len(members.members))
+        _check_maps(maps, config.map, combination, members)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
-        raise CacheError(f"'{folder / TARGETS_FILE}' is damaged: {make_printable(error, 80)}") from None
-    return TeacherEnsemble(plain.members, combine, maps, plain.missing)
+        raise CacheError(f"'{path}' is damaged: {make_printable(error, 80)}") from None
+    return TeacherEnsemble(members.members, combination, maps, members.missing)
+
+
+def _check_combination(combination: Combination | None, spec: str, caches: int) -> None:
+    """Raise ValueError when a recorded combination is not the one that the run's options ask for."""
+    if combination is None:
+        if caches > 1:
+            raise ValueError(f"it has no combination of the {caches} caches")
+        return
+    if caches == 1 or len(combination.weights) != caches:
+        raise ValueError(f"it combines {len(combination.weights)} caches, and the run has {caches}")
+    is_same = combination.name == spec if spec == "learned" else combination == parse_combination(spec, caches)
+    if not is_same:
+        raise ValueError(f"its combination is not --combine {spec}")
+
+
+def _check_maps(
+    maps: tuple[DistributionMap, ...], spec: str, combination: Combination | None, members: TeacherEnsemble
+) -> None:
+    """Raise ValueError when recorded maps are not those that the run's options ask for."""
+    is_per_teacher = combination is not None and combination.is_per_teacher
+    expected = 0
+    if spec:
+        expected = len(members.members) if is_per_teacher else 1
+    if len(maps) != expected:
+        raise ValueError(f"it has {len(maps)} maps instead of {expected}")
+    for mapping in maps:
+        if mapping.spec != spec:
+            raise ValueError(f"it has the map {mapping.spec} instead of --map {spec}")
+        if len(mapping.bias) != members.members[0].classes:
+            raise ValueError(f"its map is for {len(mapping.bias)} classes instead of {members.members[0].classes}")
 
 
 def save_targets_record(teachers: TeacherEnsemble, folder: Path) -> None:
-    """Publish targets.json, where there is more to say than one cache's logits."""
+    """Publish targets.json, once, unless the student learns from the logits of one cache as they are."""
     if teachers.is_single_cache or (folder / TARGETS_FILE).is_file():
         return
-    combine = teachers.combine.to_json() if teachers.combine else None
-    publish_json(folder / TARGETS_FILE, {"combine": combine, "maps": [one.to_json() for one in teachers.maps]})
+    combination = teachers.combine.to_json() if teachers.combine else None
+    publish_json(
+        folder / TARGETS_FILE, {"combine": combination, "maps": [mapping.to_json() for mapping in teachers.maps]}
+    )
 
 
-def check_same_shards(teachers: TeacherEnsemble, config: StudentConfig, taps: tuple[str, ...], folder: Path) -> None:
-    """Write down which shards the run is trained from; a run that goes on must find the same ones."""
+def save_shards_record(teachers: TeacherEnsemble, config: StudentConfig, taps: tuple[str, ...], folder: Path) -> None:
+    """Publish cache.json, which lists the shards that the run is trained from, or compare with the one that exists.
+
+    Args:
+        teachers: the caches.
+        config: `draws`, of which the shards are used.
+        taps: the cached features that are read.
+        folder: the folder of the run.
+
+    Raises:
+        CacheError: when a run to continue was trained from other shards, with the differences.
+    """
     first, *others = teachers.members
     used: dict[str, Any] = {
         "fingerprint": first.manifest.fingerprint,
@@ -118,48 +194,65 @@ def check_same_shards(teachers: TeacherEnsemble, config: StudentConfig, taps: tu
     }
     if others:
         used["others"] = [
-            {"fingerprint": c.manifest.fingerprint, "shards": c.list_used_shards(config.draws, ())} for c in others
+            {"fingerprint": cache.manifest.fingerprint, "shards": cache.list_used_shards(config.draws, ())}
+            for cache in others
         ]
-    if gaps := teachers.missing:
-        used["missing"] = list_missing_runs(gaps)
-    if not (folder / "cache.json").is_file():
-        return publish_json(folder / "cache.json", used)
-    begun = read_json(folder / "cache.json")
-    if begun != used:
-        fields = format_differences(used, begun, ("here", "begun with"))
-        named = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
-        raise CacheError(f"'{folder}' was begun with other shards than {named} now has:{fields}")
+    if teachers.missing:
+        used["missing"] = list_missing_runs(teachers.missing)
+    path = folder / SHARDS_FILE
+    if not path.is_file():
+        return publish_json(path, used)
+    saved = read_json(path)
+    if saved != used:
+        differences = format_differences(used, saved, ("now", "before"))
+        folders = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
+        raise CacheError(f"'{folder}' was trained from other shards than {folders} now has:{differences}")
 
 
 def map_head(teachers: TeacherEnsemble, head: LinearHead | None) -> LinearHead | None:
-    """The teacher's last linear layer with the map behind it."""
+    """Return the teacher's last linear layer followed by the map of its distribution, where there are both."""
     return teachers.maps[0].map_head(head) if head and teachers.maps else head
 
 
-def describe_teachers(teachers: TeacherEnsemble, members: list[dict[str, Any]], one: dict[str, Any]) -> list[str]:
-    """Each member and what becomes of them, by the figures of each held-out split."""
-    lines = [f"teacher {m['arch']} as cached: {_figures(m)}" for m in members]
-    how = []
-    if combine := teachers.combine:
-        fitted = format_weights(combine.weights, combine.temperatures) if combine.name == "learned" else ""
-        how.append(combine.name + (f" ({fitted}, fitted to val)" if fitted else ""))
+def describe_teachers(
+    teachers: TeacherEnsemble, member_metrics: list[dict[str, Any]], metrics: dict[str, Any]
+) -> list[str]:
+    """Describe each cache, and what they are combined and mapped to, by the figures of the held-out splits.
+
+    Args:
+        teachers: the caches as one teacher.
+        member_metrics: {arch, val, test} of each cache.
+        metrics: the same of the one teacher that they make.
+
+    Returns:
+        Lines to print.
+    """
+    lines = [f"teacher {member['arch']} as cached: {_format_metrics(member)}" for member in member_metrics]
+    changes = []
+    if combination := teachers.combine:
+        fit = ""
+        if combination.name == "learned":
+            fit = f" ({format_weights(combination.weights, combination.temperatures)}, fitted to val)"
+        changes.append(combination.name + fit)
     for mapping in teachers.maps:
-        fitted = "" if mapping.spec.startswith("prior") else ", fitted to val"
+        fit = "" if mapping.spec.startswith("prior") else ", fitted to val"
         if mapping.spec == "temperature":
-            fitted = f" {1 / float(mapping.weight[0]):.3f}{fitted}"
-        how.append(f"map {mapping.spec}{fitted}")
-    each = " (each)" if len(teachers.maps) > 1 else ""
-    return [*lines, f"what students learn from, {'; '.join(dict.fromkeys(how))}{each}: {_figures(one)}"] if how else []
+            fit = f" {1 / float(mapping.weight[0]):.3f}{fit}"
+        changes.append(f"map {mapping.spec}{fit}")
+    if changes:
+        each = " (each)" if len(teachers.maps) > 1 else ""
+        lines.append(f"targets of the student, {'; '.join(dict.fromkeys(changes))}{each}: {_format_metrics(metrics)}")
+    return lines
 
 
 def format_weights(weights: Sequence[float], temperatures: Sequence[float]) -> str:
-    """What each teacher weighs in a fitted blend, and its temperature."""
+    """Format the weight and the temperature of each teacher in a learned combination."""
     return ", ".join(f"{w:.3f} at T = {t:.3f}" for w, t in zip(weights, temperatures, strict=True))
 
 
-def _figures(record: dict[str, Any]) -> str:
-    words = []
+def _format_metrics(metrics: dict[str, Any]) -> str:
+    parts = []
     for split in ("val", "test"):
-        if (found := record.get(split)) and "nll" in found:
-            words.append(f"{split} NLL {found['nll']:.4f}, accuracy {found['accuracy']:.4f}")
-    return "; ".join(words) or "no labels to compare with"
+        if (figures := metrics.get(split)) and "nll" in figures:
+            parts.append(f"{split} NLL {figures['nll']:.4f}, accuracy {figures['accuracy']:.4f}")
+    return "; ".join(parts) or "no labels to compare with"

@@ -1,28 +1,22 @@
-"""`softcache tune`: a search for a student's loss weights and training settings; a trial costs a student."""
+"""`softcache tune`: search a student's loss weights and training options. Each trial trains one student."""
 
 import json
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from softcache.base.errors import Interrupted, TrainingStopped, UsageError
+from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
-from softcache.stages.student import command as student_stage
-from softcache.stages.student.phases import StudentTraining, first_phase
+from softcache.stages.student.command import print_notes
+from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.recipes import apply_recipe
 from softcache.stages.student.setup import DistillationSetup
-from softcache.stages.student.several import train_students as train_together
-from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
 from .folder import (
     DATABASE,
@@ -34,259 +28,137 @@ from .folder import (
     start_search,
 )
 from .space import SearchedOption, Value, apply_values, parse_space
-from .study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, open_study, optuna, report_epochs
-from .summary import format_row, make_rows, print_rows, validation_figure, write_report
+from .study import SharedStudy, open_study
+from .summary import make_rows, print_rows, validation_figure, write_report
+from .trials import Search
 
-_MOST_POINTS = 100_000
-_HERE = ("cache", "data", "data_root", "device", "workers")  # may differ from machine to machine
+_MAX_GRID = 100_000  # trials
+_LOCATION_OPTIONS = ("cache", "data", "data_root", "device", "workers")  # may differ between the machines of a search
 
 
-def run(config: TuneConfig, said: set[str]) -> None:
-    """Everything is checked; then trial after trial, beside other processes; then the best. --out goes on."""
+def run(config: TuneConfig, explicit: set[str]) -> None:
+    """Train trials, beside other processes of the same search, until all are finished; then report the best.
+
+    The same command with the same --out continues a search that was stopped.
+
+    Args:
+        config: the options of the command.
+        explicit: the names of the options that were typed on the command line.
+    """
     console = Console(config.json, epoch_lines=False)
     if config.resume or config.seeds > 1 or config.baseline:
         raise UsageError("tune takes no --resume (run it again with the same --out), --seeds or --baseline")
-    if config.grid and "trials" in said:
+    if config.grid and "trials" in explicit:
         raise UsageError("--grid tries every combination once: leave out --trials")
-    # The recipe is in the settings by now; said again, it would fill in what a trial sets to a default.
-    first = replace(student_stage.fill_defaults(apply_recipe(student_stage.student_config(config), said)), recipe="")
-    parse_milestones(first)
-    space = parse_space(config.search, first, said)
-    grid = _grid(space) if config.grid else []
-    setup = DistillationSetup.open(first)
-    _check(space, first, setup)
-    student_stage.print_notes(first, setup, console)
-    begun = _search_record(config, first, setup)
-    default = f"{short_name(first.data)}-{first.arch.replace(':', '-')}"
-    folder = Path(config.out) if config.out else find_free_folder(f"tune-{default}")
-    check_folder(folder, begun)
+    # The recipe is applied here and removed: in the command of a trial it would replace a searched value that equals
+    # the default of its option.
+    base_config = replace(fill_defaults(apply_recipe(to_student_config(config), explicit)), recipe="")
+    parse_milestones(base_config)
+    space = parse_space(config.search, base_config, explicit)
+    grid = _list_grid(space) if config.grid else []
+    setup = DistillationSetup.open(base_config)
+    _check_space(space, base_config, setup)
+    print_notes(base_config, setup, console)
+
+    settings = _describe_search(config, base_config, setup)
+    default_name = f"{short_name(base_config.data)}-{base_config.arch.replace(':', '-')}"
+    folder = Path(config.out) if config.out else find_free_folder(f"tune-{default_name}")
+    check_folder(folder, settings)
     if not config.out:
-        for stopped in find_unfinished_searches(folder, begun):
-            console.print(f"'{stopped}' was stopped; the same command with --out {stopped} goes on")
+        for unfinished in find_unfinished_searches(folder, settings):
+            console.print(f"'{unfinished}' was stopped; the same command with --out {unfinished} continues it")
     if not config.storage:
         make_folder(folder)
-    url = config.storage or f"sqlite:///{folder.resolve()}/{DATABASE}"
-    everywhere = {name: value for name, value in begun.items() if name not in _HERE}
-    warm = _fewest_epochs(first, space) // 4
-    with open_study(url, config.study or default, validation_figure(first) != "nll", everywhere, warm) as (
-        study,
-        storage,
-    ):
-        check_same_search(study.user_attrs["begun"], everywhere, f"the study '{study.study_name}'")
-        slots, mark = len(grid) or config.trials, start_search(folder, begun)
-        shared = SharedStudy(study, storage, folder, mark, space, first.seed, slots, grid)
+    shared_settings = {name: value for name, value in settings.items() if name not in _LOCATION_OPTIONS}
+    with open_study(
+        config.storage or f"sqlite:///{folder.resolve()}/{DATABASE}",
+        config.study or default_name,
+        maximize=validation_figure(base_config) != "nll",
+        settings=shared_settings,
+        warmup_epochs=_find_fewest_epochs(base_config, space) // 4,
+    ) as (study, storage):
+        check_same_search(study.user_attrs["begun"], shared_settings, f"the study '{study.study_name}'")
+        shared_study = SharedStudy(
+            study=study,
+            storage=storage,
+            folder=folder,
+            folder_id=start_search(folder, settings),
+            space=space,
+            seed=base_config.seed,
+            slots=len(grid) or config.trials,
+            grid=grid,
+        )
+        search = Search(
+            shared_study=shared_study,
+            base_config=base_config,
+            setup=setup,
+            prune=config.prune,
+            trials_at_once=config.together,
+            console=console,
+        )
         try:
-            Search(shared, first, setup, config.prune, config.together, console).run()
+            search.run()
         except (KeyboardInterrupt, Interrupted):
-            raise Interrupted(f"stopped; the same command with --out {folder} goes on") from None
-        rows = make_rows(shared.holders(), space)
+            raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+        rows = make_rows(shared_study.read_trials(), space)
+
     with lock_search(folder):
         clean_up(folder)
-        record = write_report(folder, rows, first, space, begun)
+        record = write_report(folder, rows, base_config, space, settings)
     if config.json:
         return console.print_json(json.dumps(record))
-    print_rows(record, validation_figure(first), space, folder, console)
+    print_rows(record, validation_figure(base_config), space, folder, console)
 
 
-def _search_record(config: TuneConfig, first: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
-    """What the trials of a search have in common, as JSON has it; with another of these it is another search."""
-    common = {name: value for name, value in asdict(first).items() if name not in IGNORED_OPTIONS}
+def _describe_search(config: TuneConfig, base_config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
+    """Return what all trials of a search have in common, as plain JSON values; two searches are one if it is equal."""
+    common = {name: value for name, value in asdict(base_config).items() if name not in IGNORED_OPTIONS}
     searched = {name: getattr(config, name) for name in ("search", "grid", "prune")}
-    caches = [cache.manifest.fingerprint for cache in setup.teachers.members]
-    found: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": caches}))
-    return found
+    fingerprints = [cache.manifest.fingerprint for cache in setup.teachers.members]
+    settings: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": fingerprints}))
+    return settings
 
 
-def _fewest_epochs(first: StudentConfig, space: tuple[SearchedOption, ...]) -> int:
-    """Of a trial, where epochs are searched."""
-    return min([int(v) for one in space if one.name == "epochs" for v in one.ends()] or [first.epochs])
+def _find_fewest_epochs(base_config: StudentConfig, space: tuple[SearchedOption, ...]) -> int:
+    """Return the epochs of the shortest possible trial: the number may itself be searched."""
+    for option in space:
+        if option.name == "epochs":
+            return min(int(value) for value in option.list_bounds())
+    return base_config.epochs
 
 
-@dataclass(frozen=True)
-class Search:
-    """Trials of a study, so many together, in this process. first: the settings of all but for what is searched."""
+def _list_grid(space: tuple[SearchedOption, ...]) -> list[dict[str, Value]]:
+    """List every combination as {name: value}; the value of the last name changes first.
 
-    shared: SharedStudy
-    first: StudentConfig
-    setup: DistillationSetup
-    prune: bool
-    together: int
-    console: Console
-
-    @property
-    def figure(self) -> str:
-        """By which trials are compared."""
-        return validation_figure(self.first)
-
-    def run(self) -> None:
-        """Until every slot's trial is over, those of other processes included."""
-        waiting = False
-        while True:
-            with self.shared.next_trials(self.together) as trials:
-                if trials:
-                    self._train(trials)
-                    continue
-            left = [s for s, t in self.shared.holders().items() if not t.state.is_finished() and s < self.shared.slots]
-            if not left:
-                return
-            if not waiting:
-                numbers = ", ".join(map(str, left))
-                self.console.print(f"waiting for other processes, which train: {numbers} (Ctrl-C loses nothing)")
-            waiting = True
-            time.sleep(0.5)
-
-    def _train(self, trials: Sequence[Trial]) -> None:
-        """Train some trials, those that see the same batches from one stream, and write down what came of each."""
-        runs = [_Run.of(trial, self) for trial in trials]
-        for run in runs:
-            run.open(self.setup)
-        for group in _groups([run for run in runs if run.student is not None]):
-            for run in group:
-                run.told()  # of an earlier process, which may have been killed before it did
-            left = [run for run in group if run.ended is None]
-            results = self._results([run.student for run in left if run.student is not None])
-            for run, result in zip(left, results, strict=True):
-                run.finish(result)
-        for run in runs:
-            self._tell(run)
-
-    def _results(self, students: Sequence[StudentTraining]) -> list[dict[str, Any] | TrainingStopped]:
-        """Of each its result, or how it ended. What does not fit, or not into memory, is tried one by one: then it is
-        that trial's own."""
-        if not students:
-            return []
-        try:
-            return train_together(students, False, self.console)
-        except (UsageError, torch.OutOfMemoryError) as error:
-            if len(students) == 1:
-                return [TrainingStopped(str(error))]
-        lock_search = [replace(one, config=student_stage.resume_if_started(one.config)) for one in students]
-        return [result for one in lock_search for result in self._results([one])]
-
-    def _tell(self, run: "_Run") -> None:
-        """The study what came of a trial."""
-        state, value, facts = run.outcome()
-        try:
-            if isinstance(run.ended, UpdateFinishedTrialError):
-                raise run.ended
-            for name, fact in facts.items():
-                run.trial.set_user_attr(name, fact)
-            self.shared.study.tell(run.trial, value, state)
-        except UpdateFinishedTrialError:
-            return self.console.print(f"trial {run.slot}: another process has taken it over")
-        rows = make_rows(self.shared.holders(), self.shared.space)
-        row = next(row for row in rows if row["trial"] == run.slot)
-        self.console.print(format_row(row, rows, self.shared.slots, self.figure))
+    Raises:
+        UsageError: for a range without steps, or too many combinations.
+    """
+    for option in space:
+        if not option.choices and not option.step:
+            raise UsageError(
+                f"search '{option.spec}' has no steps, which --grid needs: {option.name}=LOW..HIGH:step=S or a|b|c"
+            )
+    count = prod(len(option.list_points()) for option in space)
+    if count > _MAX_GRID:
+        raise UsageError(f"--grid would be {count:,} trials, more than {_MAX_GRID:,}: use wider steps")
+    names = [option.name for option in space]
+    return [dict(zip(names, values, strict=True)) for values in product(*(option.list_points() for option in space))]
 
 
-@dataclass
-class _Run:
-    """A trial as a student's run. ended: how it ended early, result: its result.json."""
+def _check_space(space: tuple[SearchedOption, ...], base_config: StudentConfig, setup: DistillationSetup) -> None:
+    """Check, before anything is written, that the students at all bounds of the space can be built.
 
-    trial: Trial
-    slot: int
-    config: StudentConfig
-    figure: str
-    prune: bool
-    student: StudentTraining | None = None
-    ended: Exception | None = None
-    result: dict[str, Any] | None = None
-
-    @staticmethod
-    def of(trial: Trial, search: Search) -> "_Run":
-        """Of the settings that the trial's values make."""
-        slot, space = int(trial.user_attrs["slot"]), search.shared.space
-        values = {one.name: one.decimal(trial.params[one.name]) for one in space}
-        folder = search.shared.folder / f"trial-{slot:04d}"
-        own = replace(apply_values(search.first, space, values), out=str(folder))
-        return _Run(trial, slot, own, search.figure, search.prune)
-
-    def open(self, like: DistillationSetup) -> None:
-        """What it is trained from. One that cannot be trained counts as tried."""
-        try:
-            setup = like.with_options(self.config)
-            setup.build_student(self.config, setup.losses)
-        except (UsageError, torch.OutOfMemoryError) as error:
-            self.ended = error
-            return
-        own = student_stage.resume_if_started(self.config)
-        self.student = StudentTraining(own, setup, Path(own.out), self.after_epoch)
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Of the epochs that are done."""
-        name, folder = first_phase(self.config), Path(self.config.out)
-        where = folder if name == "student" else folder / name
-        return read_epoch_lines(where) if (where / METRICS_FILE).is_file() else []
-
-    def told(self) -> None:
-        """Tell the study every epoch; it may end the trial, or another process may have."""
-        try:
-            report_epochs(self.trial, self.lines(), self.figure, self.config.epochs, self.prune)
-        except (optuna.TrialPruned, UpdateFinishedTrialError) as why:
-            self.ended = why
-
-    def after_epoch(self, _: dict[str, Any]) -> None:
-        """The same while it trains."""
-        self.told()
-        if self.ended:
-            raise TrainingStopped(f"trial {self.slot} is over")
-
-    def finish(self, result: dict[str, Any] | TrainingStopped) -> None:
-        """What its training has come to."""
-        if isinstance(result, TrainingStopped):
-            self.ended = self.ended or result
-            return
-        self.told()
-        self.result = result
-
-    def outcome(self) -> tuple[TrialState, float | None, dict[str, Any]]:
-        """State and figure, its seconds and why it failed."""
-        seconds = {"seconds": sum(line["seconds"] for line in self.lines())}
-        if self.result is not None and self.ended is None:
-            student = self.result["student"]
-            return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
-        if isinstance(self.ended, optuna.TrialPruned):
-            return TrialState.PRUNED, None, seconds
-        return TrialState.PRUNED, None, seconds | {"failed": str(self.ended).splitlines()[0][:500]}
-
-
-_OF_A_STREAM = ("epochs", "finetune_epochs", "batch_size", "sampler", "draws", "labelled")
-
-
-def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
-    """Those that see the same batches together. Where labels are hidden, which rows are seen goes by the losses."""
-    found: dict[Any, list[_Run]] = {}
-    for run in runs:
-        lock_search = run.config.labelled or run.config.missing
-        key = run.slot if lock_search else tuple(getattr(run.config, name) for name in _OF_A_STREAM)
-        found.setdefault(key, []).append(run)
-    return list(found.values())
-
-
-def _grid(space: tuple[SearchedOption, ...]) -> list[dict[str, Value]]:
-    """Every combination, the last name changing first. Raises UsageError where there is no end of them."""
-    for one in space:
-        if not one.choices and not one.step:
-            raise UsageError(f"search '{one.spec}' has no steps: --grid wants {one.name}=LOW..HIGH:step=S or a|b|c")
-    count = prod(len(one.points()) for one in space)
-    if count > _MOST_POINTS:
-        raise UsageError(f"--grid would be {count:,} trials, more than {_MOST_POINTS:,}: take wider steps")
-    return [
-        dict(zip([one.name for one in space], values, strict=True))
-        for values in product(*(one.points() for one in space))
-    ]
-
-
-def _check(space: tuple[SearchedOption, ...], first: StudentConfig, setup: DistillationSetup) -> None:
-    """Find what would stop a trial before anything is made: labels; archs and losses at every end of the space."""
+    Raises:
+        UsageError: when one cannot, or the validation split has no labels.
+    """
     if not (setup.held_out["val"].labels >= 0).any():
         raise UsageError("tune compares students on the labels of the validation split, and these images have none")
-    middle = {one.name: one.ends()[0] for one in space}
-    for one in space:
-        for value in one.ends():
-            own = apply_values(first, space, {**middle, one.name: value})
+    values = {option.name: option.list_bounds()[0] for option in space}
+    for option in space:
+        for value in option.list_bounds():
+            student_config = apply_values(base_config, space, {**values, option.name: value})
             try:
-                material_of = setup.with_options(own)
-                material_of.build_student(own, material_of.losses)
+                student_setup = setup.with_options(student_config)
+                student_setup.build_student(student_config, student_setup.losses)
             except UsageError as error:
-                raise UsageError(f"search '{one.spec}': {error}") from None
+                raise UsageError(f"search '{option.spec}': {error}") from None

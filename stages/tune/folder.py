@@ -1,4 +1,4 @@
-"""The folder of a search: what it was begun with, its mark, and whose it is for a moment."""
+"""The folder of a search: the record of its settings, and the locks of the processes that work in it."""
 
 import time
 from collections.abc import Iterator
@@ -14,69 +14,102 @@ from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.runs.folder import read_json
 
 DATABASE = "study.db"
-_SEARCH = "search.json"
+_SEARCH = "search.json"  # {mark: identifier of the folder, begun: settings of the search}
 
 
-def check_folder(folder: Path, begun: dict[str, Any]) -> None:
-    """Raise UsageError for a folder that holds something else, CacheError for one of another search."""
+def check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Check that a search can be started or continued in a folder.
+
+    Args:
+        folder: the folder, which need not exist.
+        settings: those of the search.
+
+    Raises:
+        CacheError: when it holds another search.
+        UsageError: when it holds something else, or its path cannot be that of a database.
+    """
     if "?" in str(folder.resolve()):
-        raise UsageError(f"--out {folder}: the path of a database has no '?'")
+        raise UsageError(f"--out {folder}: the path of a database must not contain '?'")
     if (folder / _SEARCH).exists():
-        return check_same_search(read_json(folder / _SEARCH, {"mark", "begun"})["begun"], begun, f"'{folder}'")
-    if folder.exists() and not (folder.is_dir() and all(_left_over(path) for path in folder.iterdir())):
-        raise UsageError(f"'{folder}' exists and is no search: choose another --out")
+        record = read_json(folder / _SEARCH, {"mark", "begun"})
+        return check_same_search(record["begun"], settings, f"'{folder}'")
+    if folder.exists() and not (folder.is_dir() and all(_is_left_by_killed_start(path) for path in folder.iterdir())):
+        raise UsageError(f"'{folder}' exists and is not the folder of a search: choose another --out")
 
 
-def find_unfinished_searches(folder: Path, begun: dict[str, Any]) -> list[Path]:
-    """The same search, stopped, in other folders beside one whose name was chosen for this one."""
-    found = []
-    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{_SEARCH}")):
-        with suppress(CacheError):  # damaged: that is for those who go on with it
-            if read_json(path).get("begun") == begun and not (path.parent / "tune.json").exists():
-                found.append(path.parent)
-    return found
-
-
-def _left_over(path: Path) -> bool:
-    """Whether a process that was killed before it began a search left this."""
+def _is_left_by_killed_start(path: Path) -> bool:
+    """Whether a file is one that exists before search.json does, as when a process is killed at its start."""
     return path.name.startswith((f".{_SEARCH}.", LOCK, DATABASE))
 
 
-def start_search(folder: Path, begun: dict[str, Any]) -> str:
-    """Make the folder of a search, or go on in it; its mark. Raises CacheError when it was begun otherwise."""
+def find_unfinished_searches(folder: Path, settings: dict[str, Any]) -> list[Path]:
+    """Return the folders of the same search that was stopped, among those named like `folder` up to the number."""
+    unfinished = []
+    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{_SEARCH}")):
+        with suppress(CacheError):  # a damaged record is an error only for the command that continues the search
+            if read_json(path).get("begun") == settings and not (path.parent / "tune.json").exists():
+                unfinished.append(path.parent)
+    return unfinished
+
+
+def start_search(folder: Path, settings: dict[str, Any]) -> str:
+    """Make the folder of a search, or continue in it.
+
+    Args:
+        folder: the folder.
+        settings: those of the search.
+
+    Returns:
+        The identifier of the folder.
+
+    Raises:
+        CacheError: when the folder holds another search.
+    """
     path = folder / _SEARCH
     make_folder(folder)
     with lock_search(folder):
         remove_stale_files(folder, (_SEARCH, "tune.json", "tune.png"))
         if not path.exists():
-            publish_json(path, {"mark": uuid4().hex, "begun": begun})
+            publish_json(path, {"mark": uuid4().hex, "begun": settings})
         record = read_json(path, {"mark", "begun"})
-    check_same_search(record["begun"], begun, f"'{folder}'")
+    check_same_search(record["begun"], settings, f"'{folder}'")
     return str(record["mark"])
 
 
-def trial_lock(slot: int) -> str:
-    """The name by which a process holds a trial of this folder."""
+def format_lock_name(slot: int) -> str:
+    """Return the name of the lock that a process holds while it trains the trial of a slot."""
     return f".trial-{slot:04d}.lock"
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the locks that killed processes left, of trials that were over or had only to be pruned."""
+    """Remove the locks that killed processes left of trials that nobody trains again: finished and pruned ones."""
     for path in [*folder.glob(".trial-*.lock"), *folder.glob(f"trial-*/{LOCK}")]:
         with suppress(LockedError), hold_lock(path.parent, path.name):
             pass
 
 
-def check_same_search(theirs: Any, mine: dict[str, Any], what: str) -> None:
-    """Raise CacheError, naming what differs, when a search was begun otherwise than it is asked for now."""
-    if differ := [f"{n} {a} there, {b} asked" for n, a, b in find_differences(theirs, mine)]:
-        other = "another --out" if what.startswith("'") else "another --study"
-        raise CacheError(f"{what} was begun otherwise ({'; '.join(differ[:4])}): choose {other}")
+def check_same_search(recorded: Any, settings: dict[str, Any], place: str) -> None:
+    """Compare the recorded settings of a search with those of this command.
+
+    Args:
+        recorded: the settings in a folder or study.
+        settings: those of the command.
+        place: what holds the record, for the message: a folder in quotes, or a study.
+
+    Raises:
+        CacheError: when they differ, with the first differences.
+    """
+    differences = [f"{name} {old} there, {new} here" for name, old, new in find_differences(recorded, settings)]
+    if differences:
+        option = "--out" if place.startswith("'") else "--study"
+        raise CacheError(
+            f"{place} holds a search with other settings ({'; '.join(differences[:4])}): choose another {option}"
+        )
 
 
 @contextmanager
 def lock_search(folder: Path) -> Iterator[None]:
-    """Hold a search's folder for a moment; other processes of it are done with it soon."""
+    """Hold the lock of a search's folder. Waits for another process that holds it, which is for a moment only."""
     with ExitStack() as stack:
         while True:
             try:

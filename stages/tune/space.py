@@ -1,6 +1,6 @@
-"""What a search changes: `kd.temperature=1..20:log`, `hard.weight=0..1:step=0.1`, `batch_size=32|64`.
+"""The space of a search: `kd.temperature=1..20:log`, `hard.weight=0..1:step=0.1`, `batch_size=32|64`.
 
-A name is that of a loss's knob, of a term that --loss gives, or that of a training setting.
+A name is TERM.PARAMETER, for a parameter of a loss given with --loss, or that of a training option.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,9 @@ from softcache.stages.cli.options import to_flag
 
 Value = bool | int | float | str
 
-# Settings that are the student's training. Not among them: what says where it is done, and --select, by which
-# trials are compared.
-SETTINGS = (
+# Training options that can be searched. Options that say where a student is trained are not among them, nor is
+# --select, by which trials are compared.
+TRAINING_OPTIONS = (
     "arch",
     "batch_size",
     "clip_norm",
@@ -37,141 +37,179 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class SearchedOption:
-    """One name of the search: its choices, or low … high with both ends. spec: as the command said it; term: the
-    position of its loss in --loss, -1 for a setting; step: 0 where any value may be taken."""
+    """One name that is searched, with its choices or its range.
+
+    Attributes:
+        spec: the text on the command line.
+        name: the name of the value in the study and in tune.json.
+        term_index: position of the loss in --loss, -1 for a training option.
+        parameter: the parameter of the loss, or the training option.
+        choices: the values, empty for a range.
+        low, high: both ends of a range, which belong to it.
+        log: sample a range on a logarithmic scale.
+        step: distance of the values of a range, 0 where any value may be taken.
+    """
 
     spec: str
     name: str
-    term: int
-    knob: str
+    term_index: int
+    parameter: str
     choices: tuple[Value, ...] = ()
     low: float = 0.0
     high: float = 0.0
     log: bool = False
     step: float = 0.0
 
-    def ends(self) -> tuple[Value, ...]:
-        """The values between which all others are."""
+    def list_bounds(self) -> tuple[Value, ...]:
+        """Return all choices, or both ends of the range."""
         return self.choices or (self.low, self.high)
 
-    def points(self) -> list[Value]:
-        """Every value of choices or steps, decimal: 0.3 and not 0.1 + 0.1 + 0.1."""
+    def list_points(self) -> list[Value]:
+        """Return every choice or step, in decimal arithmetic: 0.3 instead of 0.1 + 0.1 + 0.1."""
         if self.choices:
             return list(self.choices)
         low, high, step = (Decimal(repr(x)) for x in (self.low, self.high, self.step))
         return [type(self.low)(low + i * step) for i in range(int((high - low) / step) + 1)]
 
-    def decimal(self, value: Value) -> Value:
-        """A value as Optuna's arithmetic has it -> the one of points() that it stands for."""
+    def round_to_point(self, value: Value) -> Value:
+        """Return the element of list_points() for a value with the rounding errors of Optuna's arithmetic."""
         if self.choices or not self.step:
             return value
-        points = self.points()
+        points = self.list_points()
         return points[round((float(value) - self.low) / self.step)]
 
 
-def parse_space(specs: Sequence[str], config: StudentConfig, said: set[str]) -> tuple[SearchedOption, ...]:
-    """What --search says, of the losses of these settings. Raises UsageError for what cannot be searched.
+def parse_space(specs: Sequence[str], config: StudentConfig, explicit: set[str]) -> tuple[SearchedOption, ...]:
+    """Parse the values of --search.
 
-    said: the settings that the command fixes.
+    Args:
+        specs: the texts.
+        config: the options of a student, whose losses are searched.
+        explicit: the names of the options that were typed on the command line, which cannot be searched.
+
+    Raises:
+        UsageError: for a text or a name that is not valid, or a value that the option does not take.
     """
     if not specs:
         raise UsageError("nothing to search: --search kd.temperature=1..20:log, or --search batch_size=32|64")
-    space = tuple(_parse_search(spec, config) for spec in specs)
-    for one in space:
-        if [other.name for other in space].count(one.name) > 1:
-            raise UsageError(f"'{one.name}' is searched twice: one --search for each name")
-        if one.term < 0 and one.knob in said:
-            raise UsageError(f"'{one.name}' is searched: leave out {to_flag(one.knob)}")
-        for value in one.ends():
-            _check_limits(one, value, config)
+    space = tuple(_parse_option(spec, config) for spec in specs)
+    names = [option.name for option in space]
+    for option in space:
+        if names.count(option.name) > 1:
+            raise UsageError(f"'{option.name}' is searched twice: one --search for each name")
+        if option.term_index < 0 and option.parameter in explicit:
+            raise UsageError(f"'{option.name}' is searched: leave out {to_flag(option.parameter)}")
+        for value in option.list_bounds():
+            _check_value(option, value, config)
     return space
 
 
 def apply_values(config: StudentConfig, space: Sequence[SearchedOption], values: dict[str, Any]) -> StudentConfig:
-    """The settings of a student with values, {name: value}, in their places. Floats are written exactly."""
+    """Return the options of a student with the values of a trial.
+
+    Args:
+        config: the other options.
+        space: what is searched.
+        values: {name: value}. Floats are written into the text of a loss exactly.
+    """
     losses = list(config.loss)
-    for one in space:
-        if one.term < 0:
-            config = replace(config, **{one.knob: values[one.name]})
+    for option in space:
+        value = values[option.name]
+        if option.term_index < 0:
+            config = replace(config, **{option.parameter: value})
         else:
-            losses[one.term] = _with_knob(losses[one.term], one.knob, values[one.name])
+            losses[option.term_index] = _replace_parameter(losses[option.term_index], option.parameter, value)
     return replace(config, loss=tuple(losses))
 
 
-def _with_knob(spec: str, knob: str, value: Value) -> str:
-    name, given = parse_spec(spec, "loss")
+def _replace_parameter(spec: str, parameter: str, value: Value) -> str:
+    name, parameters = parse_spec(spec, "loss")
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    return f"{name}:" + ",".join(f"{k}={v}" for k, v in {**given, knob: text}.items())
+    return f"{name}:" + ",".join(f"{k}={v}" for k, v in {**parameters, parameter: text}.items())
 
 
-def _parse_search(spec: str, config: StudentConfig) -> SearchedOption:
-    said, _, text = spec.partition("=")
-    term, knob, kind = _target(spec, said.strip(), config)
-    name = said.strip() if term >= 0 else knob
+def _parse_option(spec: str, config: StudentConfig) -> SearchedOption:
+    """Parse one --search: NAME=LOW..HIGH, with :log or :step=S, or NAME=a|b|c."""
+    left, _, text = spec.partition("=")
+    typed_name = left.strip()
+    term_index, parameter, kind = _find_parameter(spec, typed_name, config)
+    name = typed_name if term_index >= 0 else parameter
+    option = SearchedOption(spec, name, term_index, parameter)
     if "|" in text:
-        choices = tuple(_value(spec, name, part, kind) for part in text.split("|"))
+        choices = tuple(_parse_value(spec, name, choice, kind) for choice in text.split("|"))
         if len(set(choices)) < len(choices):
             raise UsageError(f"search '{spec}': a choice is given twice")
-        return SearchedOption(spec, name, term, knob, choices)
+        return replace(option, choices=choices)
     if ".." not in text:
         raise UsageError(f"search '{spec}' is not NAME=LOW..HIGH, with :log or :step=S, nor NAME=a|b|c")
     if kind not in (int, float):
-        raise UsageError(f"search '{spec}': {name} is no number: give choices, {name}=a|b")
-    return _range(SearchedOption(spec, name, term, knob), text, kind)
+        raise UsageError(f"search '{spec}': {name} is not a number: give choices, {name}=a|b")
+    return _parse_range(option, text, kind)
 
 
-def _range(one: SearchedOption, text: str, kind: type) -> SearchedOption:
-    spec, name = one.spec, one.name
-    body, *more = text.split(":")
-    low_text, _, high_text = body.partition("..")
-    low, high = (_number(spec, name, part, kind) for part in (low_text, high_text))
+def _parse_range(option: SearchedOption, text: str, kind: type) -> SearchedOption:
+    """Parse LOW..HIGH with :log, :step=S or neither. Integers have a step of 1 by default."""
+    spec, name = option.spec, option.name
+    ends, *suffixes = text.split(":")
+    low_text, _, high_text = ends.partition("..")
+    low, high = (_parse_number(spec, name, end, kind) for end in (low_text, high_text))
     if low >= high:
-        raise UsageError(f"search '{spec}': {low} is not below {high}, so there is nothing between them")
-    log = "log" in more
-    steps = [part.removeprefix("step=") for part in more if part.startswith("step=")]
-    if len(more) != log + len(steps) or len(more) > 1:
+        raise UsageError(f"search '{spec}': {low} is not below {high}: the range is empty")
+    log = "log" in suffixes
+    steps = [suffix.removeprefix("step=") for suffix in suffixes if suffix.startswith("step=")]
+    if len(suffixes) != log + len(steps) or len(suffixes) > 1:
         raise UsageError(f"search '{spec}': after the range comes :log, or :step=S, or nothing")
     if log and low <= 0:
         raise UsageError(f"search '{spec}': a logarithmic range begins above 0, not at {low}")
-    step = _number(spec, "step", steps[0], kind) if steps else 1 if kind is int and not log else 0.0
-    if steps and not 0 < step <= high - low:
+    if not steps:
+        step = 1 if kind is int and not log else 0.0
+        return replace(option, low=low, high=high, log=log, step=step)
+    step = _parse_number(spec, "step", steps[0], kind)
+    if not 0 < step <= high - low:
         raise UsageError(f"search '{spec}': a step of {step} does not fit between {low} and {high}")
-    stepped = replace(one, low=low, high=high, log=log, step=step)
-    return replace(stepped, high=kind(stepped.points()[-1])) if steps else stepped
+    option = replace(option, low=low, high=high, log=log, step=step)
+    return replace(option, high=kind(option.list_points()[-1]))
 
 
-def _target(spec: str, name: str, config: StudentConfig) -> tuple[int, str, type]:
-    """Which loss, -1 for none, which knob, and of what kind it is: str, bool, int or float."""
+def _find_parameter(spec: str, name: str, config: StudentConfig) -> tuple[int, str, type]:
+    """Find what a name stands for.
+
+    Returns:
+        The position of its loss in --loss, -1 for a training option; the name of the parameter or option; and its
+        type: str, bool, int or float.
+    """
     losses = parse_losses(config.loss)
     terms = term_names(losses)
-    term, dot, knob = name.rpartition(".")
+    term, dot, parameter = name.rpartition(".")
     if not dot:
-        setting = name.replace("-", "_")
-        if setting not in SETTINGS:
-            raise unknown_name_error("setting to search", name, [*SETTINGS, *_knobs_of(losses)])
-        return -1, setting, type(_setting(setting).default)
+        training_option = name.replace("-", "_")
+        if training_option not in TRAINING_OPTIONS:
+            raise unknown_name_error("setting to search", name, [*TRAINING_OPTIONS, *_list_parameters(losses)])
+        return -1, training_option, type(_get_field(training_option).default)
     if term not in terms:
         raise unknown_name_error("loss to search", term, terms)
-    loss = losses[terms.index(term)]
-    kinds: dict[str, Any] = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
-    if knob not in kinds:
-        raise unknown_name_error("parameter", knob, kinds, owner=f"loss '{term}'")
-    if isinstance(getattr(loss, knob), Ramp):
-        given = config.loss[terms.index(term)]
-        raise UsageError(f"search '{spec}': {knob} is a ramp in --loss '{given}': take one or the other away")
-    return terms.index(term), knob, kinds[knob] if kinds[knob] in (str, bool, int) else float
+    term_index = terms.index(term)
+    loss = losses[term_index]
+    types: dict[str, Any] = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
+    if parameter not in types:
+        raise unknown_name_error(f"parameter of loss '{term}'", parameter, types)
+    if isinstance(getattr(loss, parameter), Ramp):
+        raise UsageError(
+            f"search '{spec}': {parameter} is a ramp in --loss '{config.loss[term_index]}': remove one of the two"
+        )
+    return term_index, parameter, types[parameter] if types[parameter] in (str, bool, int) else float
 
 
-def _knobs_of(losses: Sequence[Loss]) -> Iterator[str]:
+def _list_parameters(losses: Sequence[Loss]) -> Iterator[str]:
     for term, loss in zip(term_names(losses), losses, strict=True):
         yield from (f"{term}.{f.name}" for f in fields(loss))  # type: ignore[arg-type]
 
 
-def _setting(name: str) -> Field[Any]:
+def _get_field(name: str) -> Field[Any]:
     return next(f for f in fields(StudentConfig) if f.name == name)
 
 
-def _value(spec: str, name: str, text: str, kind: type) -> Value:
+def _parse_value(spec: str, name: str, text: str, kind: type) -> Value:
     if kind is str:
         if not text:
             raise UsageError(f"search '{spec}': a choice is empty")
@@ -180,28 +218,32 @@ def _value(spec: str, name: str, text: str, kind: type) -> Value:
         if text not in ("true", "false"):
             raise UsageError(f"search '{spec}': {name}={text} is neither true nor false")
         return text == "true"
-    return _number(spec, name, text, kind)
+    return _parse_number(spec, name, text, kind)
 
 
-def _number(spec: str, name: str, text: str, kind: type) -> float:
+def _parse_number(spec: str, name: str, text: str, kind: type) -> float:
     value = parse_number(spec, "search", name, text)
     if kind is int and value != int(value):
-        raise UsageError(f"search '{spec}': {name}={text} is not a whole number")
+        raise UsageError(f"search '{spec}': {name}={text} is not an integer")
     return int(value) if kind is int else value
 
 
-def _check_limits(one: SearchedOption, value: Value, config: StudentConfig) -> None:
-    """Raise UsageError for a value that the command line would not take."""
-    if one.term >= 0:
+def _check_value(option: SearchedOption, value: Value, config: StudentConfig) -> None:
+    """Check a value as the command line would.
+
+    Raises:
+        UsageError: when the option or the parameter of the loss does not take it.
+    """
+    if option.term_index >= 0:
         try:
-            parse_losses(apply_values(config, (one,), {one.name: value}).loss)
+            parse_losses(apply_values(config, (option,), {option.name: value}).loss)
         except UsageError as error:
-            raise UsageError(f"search '{one.spec}': {error}") from None
+            raise UsageError(f"search '{option.spec}': {error}") from None
         return
-    limits = _setting(one.knob).metadata
+    limits = _get_field(option.parameter).metadata
     if "choices" in limits and value not in limits["choices"]:
-        raise unknown_name_error(one.knob, str(value), limits["choices"])
+        raise unknown_name_error(option.parameter, str(value), limits["choices"])
     if not isinstance(value, str) and "least" in limits and value < limits["least"]:
-        raise UsageError(f"search '{one.spec}': {one.knob} {value} is below {limits['least']}")
+        raise UsageError(f"search '{option.spec}': {option.parameter} {value} is below {limits['least']}")
     if not isinstance(value, str) and "most" in limits and value > limits["most"]:
-        raise UsageError(f"search '{one.spec}': {one.knob} {value} is above {limits['most']}")
+        raise UsageError(f"search '{option.spec}': {option.parameter} {value} is above {limits['most']}")

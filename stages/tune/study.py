@@ -1,10 +1,11 @@
-"""A study in a storage that several processes share: which of them trains which trial.
+"""The study of a search in a storage that several processes share, and which of them trains which trial.
 
-A trial has a slot, 0 … --trials - 1. Whoever begins one adds it to the storage with all its parameters in one
-transaction. Of the trials of a slot that have not failed the first holds it, so that of two processes which begin
-the same slot at once one gives way; a process that is gone leaves a slot that is free again. While a trial is
-trained its process holds a lock of the kernel in its folder, which others see there at once, and counts up `beat` in
-the storage, which is how other machines see it.
+A search has slots, 0 … --trials - 1, and each gets one trial. A process adds a trial with all of its parameters in
+one transaction of the storage. The slot belongs to the first of its trials that has not failed: if two processes add
+one for the same slot at once, the later one is withdrawn; the trial of a process that was killed is set to failed or
+continued, and the slot is free again. While a process trains a trial, it holds a kernel lock in its folder, which
+processes of the same folder see at once, and it increments the attribute `beat` in the storage, by which other
+machines see that it is alive.
 """
 
 import threading
@@ -20,7 +21,7 @@ from zlib import crc32
 from softcache.base.errors import CacheError, LockedError, UsageError
 from softcache.base.lock import hold_lock
 
-from .folder import trial_lock
+from .folder import format_lock_name
 from .space import SearchedOption
 
 try:
@@ -44,185 +45,226 @@ __all__ = [
     "report_epochs",
 ]
 
-BEAT_SECONDS = 20.0
-DEAD_SECONDS = 180.0  # after so long without a beat a process of another folder is taken to be gone
-_PATIENCE = 60  # seconds for which one waits for another process's transaction in SQLite
+HEARTBEAT_SECONDS = 20.0
+DEAD_SECONDS = 180.0  # without a heartbeat, after which a process of another folder counts as dead
+_SQLITE_TIMEOUT = 60  # seconds to wait for the transaction of another process
 
 
 @dataclass
 class SharedStudy:
-    """The study and what this process needs to take part. folder: of its trials, with its mark, by which a trial of
-    this folder is known; grid: the parameters of every slot, none where they are chosen by what is known so far."""
+    """A study as one of its processes sees it.
+
+    Attributes:
+        study: the study of Optuna.
+        storage: where it is stored.
+        folder: the folder of the search, in which this process trains.
+        folder_id: identifies the folder in the attributes of its trials.
+        space: what is searched.
+        seed: of the sampler.
+        slots: number of trials of the search.
+        grid: the parameters of every slot, empty where a sampler chooses them.
+        heartbeats: {trial: (beat, time at which this process read it first)} of other folders.
+    """
 
     study: optuna.Study
     storage: RDBStorage
     folder: Path
-    mark: str
+    folder_id: str
     space: tuple[SearchedOption, ...]
     seed: int
     slots: int
     grid: list[dict[str, Any]]
-    beats: dict[int, tuple[int, float]] = field(default_factory=dict)
+    heartbeats: dict[int, tuple[int, float]] = field(default_factory=dict)
 
-    def holders(self) -> dict[int, FrozenTrial]:
-        """{slot: the trial that holds it}. Raises CacheError for trials of another search."""
-        found: dict[int, FrozenTrial] = {}
+    def read_trials(self) -> dict[int, FrozenTrial]:
+        """Read the trial of each slot that has one, in the order of the slots.
+
+        Raises:
+            CacheError: when the study has trials of another search.
+        """
+        trials: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
-            if set(trial.params) != {one.name for one in self.space} or "slot" not in trial.user_attrs:
+            if set(trial.params) != {option.name for option in self.space} or "slot" not in trial.user_attrs:
                 raise CacheError(
-                    f"the study '{self.study.study_name}' has trials of another search: name another --study"
+                    f"the study '{self.study.study_name}' has trials of another search: choose another --study"
                 )
             if trial.state != TrialState.FAIL:
-                found.setdefault(trial.user_attrs["slot"], trial)
-        return dict(sorted(found.items()))
+                trials.setdefault(trial.user_attrs["slot"], trial)
+        return dict(sorted(trials.items()))
 
     @contextmanager
-    def next_trials(self, most: int) -> Iterator[list[Trial]]:
-        """The first trials that are to be trained and that nobody trains, held; none when there are none just now.
+    def take_trials(self, count: int) -> Iterator[list[Trial]]:
+        """Take the first trials that have to be trained and that no other process trains, and hold their locks.
 
-        They are of one block of so many slots: then what a sampler knows of finished ones does not depend on kills.
+        Args:
+            count: most trials. All are of the same block of `count` slots, so that which finished trials the sampler
+                uses does not depend on when a process was killed.
+
+        Yields:
+            The trials, none when there is none at the moment.
         """
-        with ExitStack() as stack:
+        with ExitStack() as locks:
             trials: list[Trial] = []
-            while len(trials) < most and (trial := self._held_trial(stack, [*map(_slot, trials)], most)):
+            while len(trials) < count:
+                trial = self._take_trial(locks, [int(taken.user_attrs["slot"]) for taken in trials], count)
+                if trial is None:
+                    break
                 trials.append(trial)
             yield trials
 
-    def _held_trial(self, stack: ExitStack, have: list[int], most: int) -> Trial | None:
-        holders = self.holders()
-        first = have[0] // most * most if have else 0
-        for slot in range(first, min(first + most, self.slots) if have else self.slots):
-            if slot in have or not self._may_be_free(holders.get(slot)):
+    def _take_trial(self, locks: ExitStack, taken_slots: list[int], count: int) -> Trial | None:
+        """Take the first trial that is available, of the block of the slots taken before if there are any."""
+        trials = self.read_trials()
+        slots = range(self.slots)
+        if taken_slots:
+            block = taken_slots[0] // count * count
+            slots = range(block, min(block + count, self.slots))
+        for slot in slots:
+            if slot in taken_slots or not self._may_be_available(trials.get(slot)):
                 continue
-            with ExitStack() as own:
+            with ExitStack() as trial_lock:
                 try:
-                    own.enter_context(hold_lock(self.folder, trial_lock(slot)))
+                    trial_lock.enter_context(hold_lock(self.folder, format_lock_name(slot)))
                 except LockedError:
                     continue
-                if trial := self._taken(slot):
-                    own.enter_context(self._beating(trial._trial_id))
-                    stack.enter_context(own.pop_all())
+                if trial := self._continue_or_add_trial(slot):
+                    trial_lock.enter_context(self._send_heartbeats(trial._trial_id))
+                    locks.enter_context(trial_lock.pop_all())
                     return trial
         return None
 
-    def _may_be_free(self, holder: FrozenTrial | None) -> bool:
-        if holder is None:
+    def _may_be_available(self, trial: FrozenTrial | None) -> bool:
+        """Whether a slot has no trial, or one whose process may be dead. In this folder its lock decides."""
+        if trial is None:
             return True
-        return holder.state == TrialState.RUNNING and (self._of_this_folder(holder) or self._silent(holder))
+        return trial.state == TrialState.RUNNING and (self._is_of_this_folder(trial) or self._is_silent(trial))
 
-    def _of_this_folder(self, trial: FrozenTrial) -> bool:
-        return bool(trial.user_attrs["folder"] == self.mark)
+    def _is_of_this_folder(self, trial: FrozenTrial) -> bool:
+        return bool(trial.user_attrs["folder"] == self.folder_id)
 
-    def _silent(self, trial: FrozenTrial) -> bool:
-        """Whether a process elsewhere has not been heard of for too long, by this process's own clock."""
+    def _is_silent(self, trial: FrozenTrial) -> bool:
+        """Whether a trial has had no new heartbeat for DEAD_SECONDS, by the clock of this process."""
         beat, now = trial.user_attrs["beat"], time.monotonic()
-        known = self.beats.get(trial._trial_id)
-        if known is None or known[0] != beat:
-            self.beats[trial._trial_id] = (beat, now)
+        last = self.heartbeats.get(trial._trial_id)
+        if last is None or last[0] != beat:
+            self.heartbeats[trial._trial_id] = (beat, now)
             return False
-        return now - known[1] > DEAD_SECONDS
+        return now - last[1] > DEAD_SECONDS
 
-    def _taken(self, slot: int) -> Trial | None:
-        """The trial of a slot whose lock is held: the one that a dead process left here, or a new one."""
-        holder = self.holders().get(slot)
-        if holder is not None:
-            if not self._may_be_free(holder):
+    def _continue_or_add_trial(self, slot: int) -> Trial | None:
+        """Return the trial of a slot whose lock is held: that of a dead process of this folder, or a new one.
+
+        None when another process has the slot.
+        """
+        trial = self.read_trials().get(slot)
+        if trial is not None:
+            if not self._may_be_available(trial):
                 return None
-            if self._of_this_folder(holder):
-                return Trial(self.study, holder._trial_id)
-            self._fail(holder)
+            if self._is_of_this_folder(trial):
+                return Trial(self.study, trial._trial_id)
+            self._set_failed(trial)
         claim = uuid4().hex
-        attributes = {"slot": slot, "folder": self.mark, "beat": 0, "claim": claim}
-        trial = create_trial(
-            state=TrialState.RUNNING,
-            params=self._parameters(slot),
-            distributions=self._distributions(),
-            user_attrs=attributes,
+        self.study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=self._choose_parameters(slot),
+                distributions=self._make_distributions(),
+                user_attrs={"slot": slot, "folder": self.folder_id, "beat": 0, "claim": claim},
+            )
         )
-        self.study.add_trial(trial)
-        mine = next(t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("claim") == claim)
-        if self.holders()[slot].number == mine.number:
-            return Trial(self.study, mine._trial_id)
-        self._fail(mine)  # another process was first
+        added = next(t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("claim") == claim)
+        if self.read_trials()[slot].number == added.number:
+            return Trial(self.study, added._trial_id)
+        self._set_failed(added)  # another process was first
         return None
 
-    def _fail(self, trial: FrozenTrial) -> None:
-        with suppress(UpdateFinishedTrialError):  # by another process that saw the same
+    def _set_failed(self, trial: FrozenTrial) -> None:
+        with suppress(UpdateFinishedTrialError):  # another process has set it already
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
-    def _distributions(self) -> dict[str, BaseDistribution]:
-        return {one.name: _distribution(one) for one in self.space}
+    def _make_distributions(self) -> dict[str, BaseDistribution]:
+        return {option.name: _make_distribution(option) for option in self.space}
 
-    def _parameters(self, slot: int) -> dict[str, Any]:
-        """Those that the slot had before, or the grid's, or what TPE makes of the trials so far.
+    def _choose_parameters(self, slot: int) -> dict[str, Any]:
+        """Return the parameters of an earlier trial of the slot, or those of the grid, or those that TPE samples.
 
-        The sampler's seed is the slot's own: a search that was killed goes on as if it had not been.
+        The seed of the sampler depends on the slot alone, so that a search that was killed continues with the
+        parameters that it would have had.
         """
-        before = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs["slot"] == slot]
-        if before:
-            return before[0].params
+        earlier = [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs["slot"] == slot]
+        if earlier:
+            return earlier[0].params
         if self.grid:
             return self.grid[slot]
         sampler = optuna.samplers.TPESampler(seed=crc32(f"{self.seed}/{slot}".encode()), constant_liar=False)
-        blank = create_trial(state=TrialState.RUNNING)
-        together = sampler.infer_relative_search_space(self.study, blank)
-        found = sampler.sample_relative(self.study, blank, together)
-        for name, distribution in self._distributions().items():
-            if name not in found:
-                found[name] = sampler.sample_independent(self.study, blank, name, distribution)
-        return found
+        trial = create_trial(state=TrialState.RUNNING)
+        relative_space = sampler.infer_relative_search_space(self.study, trial)
+        parameters = sampler.sample_relative(self.study, trial, relative_space)
+        for name, distribution in self._make_distributions().items():
+            if name not in parameters:
+                parameters[name] = sampler.sample_independent(self.study, trial, name, distribution)
+        return parameters
 
     @contextmanager
-    def _beating(self, trial: int) -> Iterator[None]:
-        over = threading.Event()
-        beat = int(self.storage.get_trial(trial).user_attrs["beat"])
+    def _send_heartbeats(self, trial_id: int) -> Iterator[None]:
+        """Increment the attribute `beat` of a trial, in a thread, until the block ends."""
+        is_over = threading.Event()
+        first_beat = int(self.storage.get_trial(trial_id).user_attrs["beat"]) + 1
 
-        def count() -> None:
-            number = beat
+        def send() -> None:
+            beat = first_beat
             while True:
-                number += 1
-                with suppress(StorageInternalError):  # the next one will do
+                with suppress(StorageInternalError):  # the next one may succeed
                     try:
-                        self.storage.set_trial_user_attr(trial, "beat", number)
-                    except UpdateFinishedTrialError:  # it is over, or was taken over
+                        self.storage.set_trial_user_attr(trial_id, "beat", beat)
+                    except UpdateFinishedTrialError:  # the trial is finished, or another process has taken it over
                         return
-                if over.wait(BEAT_SECONDS):
+                beat += 1
+                if is_over.wait(HEARTBEAT_SECONDS):
                     self.storage.remove_session()
                     return
 
-        thread = threading.Thread(target=count, daemon=True)
+        thread = threading.Thread(target=send, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            is_over.set()
             thread.join()
-
-
-def _slot(trial: Trial) -> int:
-    return int(trial.user_attrs["slot"])
 
 
 @contextmanager
 def open_study(
-    url: str, name: str, maximize: bool, begun: dict[str, Any], warm: int
+    url: str, name: str, maximize: bool, settings: dict[str, Any], warmup_epochs: int
 ) -> Iterator[tuple[Any, RDBStorage]]:
-    """The study of that name, made where there is none, and its storage. begun: what it is of, kept as `begun`.
+    """Open a study, or create it where there is none of that name.
 
-    warm: epochs of a trial before which it is not pruned. Raises CacheError when it was begun otherwise.
+    Args:
+        url: of the database, as SQLAlchemy takes it.
+        name: of the study.
+        maximize: whether larger figures are better.
+        settings: what the trials have in common, recorded in a new study as its attribute `begun`.
+        warmup_epochs: epochs of a trial before which it is not pruned.
+
+    Yields:
+        The study and its storage.
+
+    Raises:
+        CacheError: when the storage cannot be opened, or fails later.
+        UsageError: when the text is not the URL of a database.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = _storage(url)
+    storage = _open_storage(url)
     try:
         study = optuna.create_study(
             storage=storage,
             study_name=name,
             direction="maximize" if maximize else "minimize",
             load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=warm),
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=warmup_epochs),
         )
         if "begun" not in study.user_attrs:
-            study.set_user_attr("begun", begun)
+            study.set_user_attr("begun", settings)
         yield study, storage
     except StorageInternalError as error:
         raise CacheError(f"the storage failed: {str(error.__cause__ or error).splitlines()[0]}") from None
@@ -231,35 +273,47 @@ def open_study(
         storage.engine.dispose()
 
 
-def _storage(url: str) -> RDBStorage:
-    """Raises UsageError for what is no URL of a database, CacheError for one that does not answer."""
+def _open_storage(url: str) -> RDBStorage:
+    """Open a database, in several attempts: of two processes that create the tables at once, one gets an error."""
     if url.startswith("sqlite") and (":memory:" in url or url.rstrip("/") == "sqlite:"):
-        raise UsageError(f"--storage {url}: a database in memory is gone with its process: name a file")
-    more = {"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite") else {}
+        raise UsageError(f"--storage {url}: a database in memory is lost when its process ends: name a file")
+    engine_options = {"connect_args": {"timeout": _SQLITE_TIMEOUT}} if url.startswith("sqlite") else {}
     for attempt in range(10):
         try:
-            return RDBStorage(url, engine_kwargs=more)
+            return RDBStorage(url, engine_kwargs=engine_options)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise UsageError(f"--storage: {str(error).splitlines()[0]}") from None
-        except SQLAlchemyError as error:  # also of two processes that make the same tables at once
-            why = str(error).splitlines()[0]
+        except SQLAlchemyError as error:
+            reason = str(error).splitlines()[0]
             time.sleep(0.1 * (attempt + 1))
-    raise CacheError(f"the storage cannot be opened: {why}")
+    raise CacheError(f"the storage cannot be opened: {reason}")
 
 
-def _distribution(one: SearchedOption) -> BaseDistribution:
-    if one.choices:
-        return CategoricalDistribution(one.choices)
-    if isinstance(one.low, int):
-        return IntDistribution(one.low, int(one.high), log=one.log, step=int(one.step) or 1)
-    return FloatDistribution(one.low, one.high, log=one.log, step=one.step or None)
+def _make_distribution(option: SearchedOption) -> BaseDistribution:
+    if option.choices:
+        return CategoricalDistribution(option.choices)
+    if isinstance(option.low, int):
+        return IntDistribution(option.low, int(option.high), log=option.log, step=int(option.step) or 1)
+    return FloatDistribution(option.low, option.high, log=option.log, step=option.step or None)
 
 
 def report_epochs(trial: Trial, lines: Sequence[dict[str, Any]], figure: str, epochs: int, prune: bool) -> None:
-    """Tell the storage the figure of every epoch that it does not know. Raises optuna.TrialPruned where the trial is
-    to end; a trial that has come to its last epoch is not pruned."""
+    """Write the figure of every epoch that the study does not have yet.
+
+    Args:
+        trial: the trial.
+        lines: metrics of its finished epochs.
+        figure: the figure of the validation split to report.
+        epochs: of the whole training; a trial is not pruned after the last one.
+        prune: whether it is pruned at all.
+
+    Raises:
+        optuna.TrialPruned: when the trial is below the median of the others.
+        UpdateFinishedTrialError: when another process has taken it over.
+    """
     known = trial.storage.get_trial(trial._trial_id).intermediate_values
-    for line in lines[max(len(known) - 1, 0) :]:  # the last known one too: it may not have been judged
+    # Begins with the last known epoch: a process killed after the report had not yet decided whether to prune.
+    for line in lines[max(len(known) - 1, 0) :]:
         if line["epoch"] not in known:
             trial.report(line[f"val_{figure}"], line["epoch"])
         if prune and line["epoch"] < epochs and trial.should_prune():

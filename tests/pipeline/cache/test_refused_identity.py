@@ -195,7 +195,7 @@ def test_stage_two_refuses_a_tap_that_the_cache_does_not_hold(home: Path, stages
     """The message lists those that it holds; the printed command adds the missing one."""
     command = (*STUDENT, "--loss", "hint:teacher=relu1,student=relu1", "--out", "r")
     error = stages.fails(1, *command)
-    assert "has not kept relu1 (it has: hidden1)" in error
+    assert "does not contain relu1 (it has: hidden1)" in error
     arguments = [word.replace("folder:PATH", "folder:pets") for word in parse_printed_command(error)]
     stages(*arguments)
     assert list(Cache(Path("p")).manifest.taps) == ["hidden1", "relu1"]

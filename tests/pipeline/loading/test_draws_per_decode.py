@@ -261,9 +261,9 @@ def test_what_does_not_divide_is_refused_with_both_numbers_and_the_way_out(twelv
     assert "does not divide the 2 draws that are used: 2 does" in stages.fails(2, *asked, 4, "--draws", 2)
     code, out, _ = stages.call(*asked[:-3], "--draws-per-decode", 4, "--epochs", 3, "--out", "three")
     assert code == 0
-    assert "--epochs 3 is no multiple of --draws-per-decode 4: some images are shown in fewer draws" in out
+    assert "--epochs 3 is not a multiple of --draws-per-decode 4: some images are seen in fewer draws" in out
     line = stages.fails(2, *asked, 12)
     assert "--batch-size 32 is not a multiple of --draws-per-decode 12: --batch-size 24 or --batch-size 36" in line
     few = ("--loss", "hard", "--labelled", 13, "--batch-size", 12)
     line = stages.fails(2, *asked, 12, *few)
-    assert "--draws-per-decode 12 leaves a batch of 12 without a image: there are 13 rows; choose fewer" in line
+    assert "--draws-per-decode 12 leaves a batch of 12 without an image: there are 13 rows; lower it" in line

@@ -155,7 +155,7 @@ def test_a_student_learns_from_the_mapped_teacher_and_the_run_stores_the_map(tin
     code, out, _ = stages.call(*command, "--map", "vector", "--out", "w")
     assert code == 0
     assert f"teacher cnn as cached: val NLL {result['members'][0]['val']['nll']:.4f}" in out
-    assert "what students learn from, map vector, fitted to val: val NLL" in out
+    assert "targets of the student, map vector, fitted to val: val NLL" in out
 
 
 def test_a_resumed_run_uses_its_stored_map(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(tiny: Path, stages: Stages,
         ("student --cache CACHE --data mnist", "is of digits, not of mnist"),
         (
             "student --cache CACHE --loss hint:teacher=layer3,student=relu1",
-            "has not kept layer3 (it has: pool1, flatten)",
+            "does not contain layer3 (it has: pool1, flatten)",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_run_that_was_stopped_is_mentioned_by_the_next_with_the_same_settings(
         stages.fails(130, *asked)
     code, out, _ = stages.call(*asked)
     assert code == 0
-    assert "'runs/digits-mlp-8-1' was stopped; it goes on with" in out
+    assert "'runs/digits-mlp-8-1' was stopped; continue it with" in out
     assert "run:   runs/digits-mlp-8-2" in out
     code, out, err = stages.call("student", "--resume", "--out", "runs/digits-mlp-8-1")
     assert code == 0, err

@@ -41,5 +41,5 @@ def test_the_bill_of_a_student_follows_from_the_manifest_and_its_seconds(tiny: P
 def test_the_bill_is_said(tiny: Path, stages: Stages) -> None:
     code, out, _ = stages.call("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2, "--out", "r")
     assert code == 0
-    assert "bill:  stage one" in out
+    assert "cost:  stage one" in out
     assert "the cache is paid for after" in out

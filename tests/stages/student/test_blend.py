@@ -1,4 +1,4 @@
-"""Several caches, one teacher: what a student is told, what is refused, rows that are missing."""
+"""Several caches as one teacher: the targets of a student, errors, and rows without targets."""
 
 import json
 import shlex
@@ -22,16 +22,17 @@ from softcache.pipeline.teachers.combine import confidence_weights
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.training.step import ActiveTraining
 from tests.helpers.commands import Stages, tiny_cache_command
+from tests.helpers.stopping import stop_at
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 2, "--loss", "kd:temperature=2")
 
 
 @pytest.fixture(scope="session")
-def two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The caches `a` (the tiny one) and `b`, of another teacher over the same views."""
+def two_caches(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the caches `a` (the tiny one) and `b`, of another teacher on the same views; `t` is its run."""
     from softcache.stages.main import main
 
-    home = tmp_path_factory.mktemp("two")
+    home = tmp_path_factory.mktemp("two_caches")
     shutil.copytree(tiny / "cache", home / "a")
     main(["teacher", "--train-size", "300", "--arch", "mlp:16", "--epochs", "20", "--seed", "3", "--out", f"{home}/t"])
     main(
@@ -55,59 +56,46 @@ def two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pair(two: Path, tmp_path: Path) -> tuple[str, ...]:
-    """Copies of both caches as arguments of a command."""
+def pair(two_caches: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Copies of both caches, as options of a command."""
     for name in ("a", "b"):
-        shutil.copytree(two / name, tmp_path / name)
+        shutil.copytree(two_caches / name, tmp_path / name)
     return ("--cache", "a", "--cache", "b")
 
 
-def logits_of(folder: str, split: str = "test") -> torch.Tensor:
+def read_logits(folder: str, split: str = "test") -> torch.Tensor:
     """float32 [N, K] by index."""
     cache = Cache(Path(folder))
     order = cache.row_order(split)
-    found = torch.empty(len(order), 10)
-    found[torch.from_numpy(order)] = cache.read_targets(split, 0, np.arange(len(order)))[0]
-    return found
+    logits = torch.empty(len(order), 10)
+    logits[torch.from_numpy(order)] = cache.read_targets(split, 0, np.arange(len(order)))[0]
+    return logits
 
 
-def labels_of(split: str) -> torch.Tensor:
+def load_labels(split: str) -> torch.Tensor:
     return torch.from_numpy(
         load_transfer_set("digits", Path(), val_fraction=0.125, train_size=300).splits[split].labels
     )
 
 
-def batches_of_a_training(patch: pytest.MonkeyPatch) -> list[Batch]:
-    """Every batch that a student is trained on from now on."""
-    seen: list[Batch] = []
-    step = training.train_step
+def record_batches(patch: pytest.MonkeyPatch) -> list[Batch]:
+    """List every batch that a student is trained on from now on."""
+    batches: list[Batch] = []
+    train_step = training.train_step
 
-    def noting(active: ActiveTraining, batch: Batch, *rest: Any) -> torch.Tensor:
+    def record_batch(active: ActiveTraining, batch: Batch, *rest: Any) -> torch.Tensor:
         if active.run.name == "student":
-            seen.append(batch)
-        return step(active, batch, *rest)
+            batches.append(batch)
+        return train_step(active, batch, *rest)
 
-    patch.setattr(training, "train_step", noting)
-    return seen
-
-
-def stop_at_the_seventh_step(patch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C when that step is about to be taken."""
-    step, taken = training.train_step, [0]
-
-    def stopping(*arguments: Any) -> torch.Tensor:
-        taken[0] += 1
-        if taken[0] == 7:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    patch.setattr(training, "train_step", stopping)
+    patch.setattr(training, "train_step", record_batch)
+    return batches
 
 
-# The table
+# The table of `softcache blend`
 
 
-def test_the_table_has_every_member_and_every_way_with_its_figures(pair: tuple[str, ...], stages: Stages) -> None:
+def test_the_table_has_the_figures_of_every_cache_and_every_combination(pair: tuple[str, ...], stages: Stages) -> None:
     rows = {row["name"]: row for row in stages("blend", *pair, "--combine", "weighted:0.9,0.1")["rows"]}
     assert list(rows) == [
         "cnn (a)",
@@ -119,7 +107,7 @@ def test_the_table_has_every_member_and_every_way_with_its_figures(pair: tuple[s
         "weighted",
         "learned",
     ]
-    a, b, labels = logits_of("a"), logits_of("b"), labels_of("test")
+    a, b, labels = read_logits("a"), read_logits("b"), load_labels("test")
     mean = (F.softmax(a.double(), 1) + F.softmax(b.double(), 1)) / 2
     for name, p in (
         ("cnn (a)", F.softmax(a.double(), 1)),
@@ -137,56 +125,59 @@ def test_the_table_has_every_member_and_every_way_with_its_figures(pair: tuple[s
     assert "learned, on val:" in out
 
 
-def test_one_cache_is_no_blend(pair: tuple[str, ...], stages: Stages) -> None:
+def test_one_cache_is_refused(pair: tuple[str, ...], stages: Stages) -> None:
     assert "blend compares several caches" in stages.fails(2, "blend", "--cache", "a")
 
 
-# What a student is told
+# The targets of a student
 
 
 @pytest.mark.parametrize("spec", ["", "mean_logit", "weighted:0.25,0.75", "vote", "learned"])
-def test_a_student_is_told_the_blend_of_its_own_rows(
+def test_the_targets_of_a_student_are_the_combination_of_its_own_rows(
     pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, spec: str
 ) -> None:
-    seen = batches_of_a_training(monkeypatch)
-    asked = ("--combine", spec) if spec else ()
-    result = stages("student", *pair, *STUDENT, *asked, "--out", "r")
-    rows = {row["name"]: row for row in stages("blend", *pair, *asked)["rows"]}
+    batches = record_batches(monkeypatch)
+    combine = ("--combine", spec) if spec else ()
+    result = stages("student", *pair, *STUDENT, *combine, "--out", "r")
+    rows = {row["name"]: row for row in stages("blend", *pair, *combine)["rows"]}
     name = spec.partition(":")[0] or "mean_probability"
     for split in ("val", "test"):
         assert result["teacher"][split]["nll"] == pytest.approx(rows[name][split]["nll"], rel=1e-9)
         assert result["members"][1][split]["nll"] == pytest.approx(rows["mlp:16 (b)"][split]["nll"], rel=1e-9)
     assert result["teacher"]["arch"] == "cnn + mlp:16"
-    kept = json.loads(Path("r/targets.json").read_text())["combine"]
-    assert kept["weights"] == pytest.approx(rows[name]["weights"])
+    record = json.loads(Path("r/targets.json").read_text())["combine"]
+    assert record["weights"] == pytest.approx(rows[name]["weights"])
     caches = Cache(Path("a")), Cache(Path("b"))
-    place = np.argsort(caches[0].row_order("train"))
-    weights, temperatures = torch.tensor(kept["weights"]), torch.tensor(kept["temperatures"])
-    for batch in seen:
-        each = [c.read_stored("train", batch.draw, place[batch.index.numpy()])[0] for c in caches]
+    position_of_index = np.argsort(caches[0].row_order("train"))
+    weights, temperatures = torch.tensor(record["weights"]), torch.tensor(record["temperatures"])
+    for batch in batches:
+        positions = position_of_index[batch.index.numpy()]
+        logits = [cache.read_stored("train", batch.draw, positions)[0] for cache in caches]
         assert batch.logits is not None
         if name in ("mean_probability", "weighted", "learned"):
-            p = sum(w * F.softmax(z / t, 1) for w, z, t in zip(weights, each, temperatures, strict=True))
+            p = sum(w * F.softmax(z / t, 1) for w, z, t in zip(weights, logits, temperatures, strict=True))
         elif name == "mean_logit":
-            p = F.softmax((each[0] + each[1]) / 2, 1)
+            p = F.softmax((logits[0] + logits[1]) / 2, 1)
         else:
-            p = 0.999 * sum(F.one_hot(z.argmax(1), 10) for z in each) / 2
-            p = p + 0.001 * (F.softmax(each[0], 1) + F.softmax(each[1], 1)) / 2
+            p = 0.999 * sum(F.one_hot(z.argmax(1), 10) for z in logits) / 2
+            p = p + 0.001 * (F.softmax(logits[0], 1) + F.softmax(logits[1], 1)) / 2
         torch.testing.assert_close(F.softmax(batch.logits, 1), p, rtol=1e-4, atol=1e-6)
     again = stages("evaluate", "r")["0"]["test"]
     assert again["kl_to_teacher"] == pytest.approx(result["student"]["test"]["kl_to_teacher"], rel=1e-6)
 
 
-def test_features_are_the_first_caches(pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = batches_of_a_training(monkeypatch)
+def test_features_are_those_of_the_first_cache(
+    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = record_batches(monkeypatch)
     stages("student", *pair, "--arch", "cnn", "--epochs", 1, "--loss", "kd", "--loss", "hint:teacher=pool1")
     cache = Cache(Path("a"))
-    place = np.argsort(cache.row_order("train"))
-    expected = cache.read_stored("train", seen[0].draw, place[seen[0].index.numpy()], ("pool1",))[1]["pool1"]
-    assert torch.equal(seen[0].features["pool1"], expected)
+    positions = np.argsort(cache.row_order("train"))[batches[0].index.numpy()]
+    expected = cache.read_stored("train", batches[0].draw, positions, ("pool1",))[1]["pool1"]
+    assert torch.equal(batches[0].features["pool1"], expected)
 
 
-def batch_of(M: int = 3, B: int = 6, K: int = 4) -> tuple[ModelOutputs, Batch]:
+def make_batch(M: int = 3, B: int = 6, K: int = 4) -> tuple[ModelOutputs, Batch]:
     torch.manual_seed(0)
     labels = torch.tensor([0, 1, 2, 3, -1, 1])[:B]
     logits = torch.randn(B, M, K, dtype=torch.float64)
@@ -196,8 +187,8 @@ def batch_of(M: int = 3, B: int = 6, K: int = 4) -> tuple[ModelOutputs, Batch]:
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "logit_mse", "hard"])
-def test_per_teacher_is_the_mean_of_the_losses(name: str) -> None:
-    student, target = batch_of()
+def test_per_teacher_is_the_mean_of_the_losses_of_the_teachers(name: str) -> None:
+    student, target = make_batch()
     assert target.logits is not None
     loss = LOSSES[name]
     single = [loss(student, replace(target, logits=target.logits[:, k]), None) for k in range(3)]
@@ -205,8 +196,8 @@ def test_per_teacher_is_the_mean_of_the_losses(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "scale"), [("kd", 16), ("output", 16), ("logit_mse", 1)])
-def test_confidence_weighted_weighs_every_row_by_how_right_each_teacher_is(name: str, scale: float) -> None:
-    student, target = batch_of()
+def test_confidence_weighted_weighs_each_row_by_the_cross_entropy_of_each_teacher(name: str, scale: float) -> None:
+    student, target = make_batch()
     assert target.logits is not None
     z_s, z_t, total = student.logits, target.logits, torch.zeros((), dtype=torch.float64)
     for i, y in enumerate(target.labels.tolist()):
@@ -219,80 +210,74 @@ def test_confidence_weighted_weighs_every_row_by_how_right_each_teacher_is(name:
                 p, q = F.softmax(z_t[i, k] / 4, 0), F.log_softmax(z_s[i] / 4, 0)
                 row = (p * (p.log() - q)).sum()
             total = total + scale * weights[k].double() * row / 6
-    found = ConfidenceWeighted(LOSSES[name])(student, target, None)
-    torch.testing.assert_close(found, total, rtol=1e-6, atol=1e-9)
-    found.backward()  # type: ignore[no-untyped-call]
+    loss = ConfidenceWeighted(LOSSES[name])(student, target, None)
+    torch.testing.assert_close(loss, total, rtol=1e-6, atol=1e-9)
+    loss.backward()  # type: ignore[no-untyped-call]
     assert student.logits.grad is not None
     assert student.logits.grad.abs().sum() > 0
 
 
-def test_rows_without_an_answer_cost_their_cross_entropy() -> None:
-    student, target = batch_of(M=1)
+def test_the_loss_of_rows_without_targets_is_their_cross_entropy() -> None:
+    student, target = make_batch(M=1)
     assert target.logits is not None
     logits = target.logits[:, 0].clone()
     logits[1] = logits[5] = torch.nan
     target = replace(target, logits=logits)
-    kept = torch.tensor([0, 2, 3, 4])
-    soft = LOSSES["kd"](student.select(kept), target.select(kept), None)
+    rows = torch.tensor([0, 2, 3, 4])
+    soft = LOSSES["kd"](student.select(rows), target.select(rows), None)
     hard = F.cross_entropy(student.logits[[1, 5]], target.labels[[1, 5]])
-    found = HardFallback(LOSSES["kd"])(student, target, None)
-    torch.testing.assert_close(found, (4 * soft + 2 * hard) / 6)
-    found.backward()  # type: ignore[no-untyped-call]
+    loss = HardFallback(LOSSES["kd"])(student, target, None)
+    torch.testing.assert_close(loss, (4 * soft + 2 * hard) / 6)
+    loss.backward()  # type: ignore[no-untyped-call]
     assert student.logits.grad is not None
     assert student.logits.grad.isfinite().all()
     torch.testing.assert_close(
         wrap_loss(LOSSES["hard"], missing_to_labels=True)(student, target, None),
         LOSSES["hard"](student, target, None),
     )
-    none = replace(target, logits=torch.full_like(logits, torch.nan))
-    torch.testing.assert_close(HardFallback(LOSSES["kd"])(student, none, None), LOSSES["hard"](student, target, None))
+    no_targets = replace(target, logits=torch.full_like(logits, torch.nan))
+    loss = HardFallback(LOSSES["kd"])(student, no_targets, None)
+    torch.testing.assert_close(loss, LOSSES["hard"](student, target, None))
 
 
 @pytest.mark.parametrize("combine", ["per_teacher", "ca_mkd"])
-def test_a_student_hears_each_teacher_by_itself(
+def test_a_student_can_have_the_logits_of_each_teacher(
     pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, combine: str
 ) -> None:
-    seen = batches_of_a_training(monkeypatch)
+    batches = record_batches(monkeypatch)
     result = stages("student", *pair, *STUDENT, "--combine", combine, "--map", "temperature", "--out", "r")
-    assert seen[0].logits is not None
-    assert seen[0].logits.shape[1:] == (2, 10)
+    assert batches[0].logits is not None
+    assert batches[0].logits.shape[1:] == (2, 10)
     maps = json.loads(Path("r/targets.json").read_text())["maps"]
     assert len(maps) == 2
-    place = np.argsort(Cache(Path("a")).row_order("train"))[seen[0].index.numpy()]
+    positions = np.argsort(Cache(Path("a")).row_order("train"))[batches[0].index.numpy()]
     for k, name in enumerate("ab"):
-        raw = Cache(Path(name)).read_stored("train", seen[0].draw, place)[0]
-        torch.testing.assert_close(seen[0].logits[:, k], raw * maps[k]["weight"][0])
+        logits = Cache(Path(name)).read_stored("train", batches[0].draw, positions)[0]
+        torch.testing.assert_close(batches[0].logits[:, k], logits * maps[k]["weight"][0])
     assert result["student"]["test"]["agreement"] > 0
-    one = stages("student", *pair, *STUDENT, "--out", "one")
-    assert one["student"]["val"]["nll"] != result["student"]["val"]["nll"]
+    of_mean = stages("student", *pair, *STUDENT, "--out", "of-mean")
+    assert of_mean["student"]["val"]["nll"] != result["student"]["val"]["nll"]
 
 
-def test_a_run_of_several_caches_is_stopped_and_goes_on_to_the_same_weights(
+def test_a_stopped_run_of_several_caches_continues_to_the_same_weights(
     pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("student", *pair, *STUDENT, "--combine", "learned")
-    stages(*command, "--out", "whole")
+    stages(*command, "--out", "uninterrupted")
     with monkeypatch.context() as patch:
-        stop_at_the_seventh_step(patch)
+        stop_at(patch, 7)
         assert stages.call(*command, "--out", "r")[0] == 130
     stages("student", "--resume", "--out", "r")
-    assert Path("r/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
+    assert Path("r/student.pt").read_bytes() == Path("uninterrupted/student.pt").read_bytes()
     others = json.loads(Path("r/cache.json").read_text())["others"]
     assert [other["fingerprint"] for other in others] == [Cache(Path("b")).manifest.fingerprint]
 
 
-# What is refused
-
-
-def made(folder: Path, *more: str) -> None:
-    """The tiny cache's command, with another policy, seed, data or order of classes."""
-    from softcache.stages.main import main
-
-    main([*tiny_cache_command(folder, "other"), *more])
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("more", "field"),
+    ("options", "field"),
     [
         (("--views", "crop:pad=2"), "views.pad"),
         (("--seed", "1"), "views.seed"),  # another order of rows, and another cut
@@ -300,14 +285,14 @@ def made(folder: Path, *more: str) -> None:
     ],
 )
 def test_caches_of_other_views_order_or_rows_are_refused(
-    tiny: Path, tmp_path: Path, stages: Stages, more: tuple[str, ...], field: str
+    tiny: Path, tmp_path: Path, stages: Stages, options: tuple[str, ...], field: str
 ) -> None:
     shutil.copytree(tiny / "runs", tmp_path / "runs")
-    made(tmp_path, *more)
+    stages(*tiny_cache_command(tmp_path, "other"), *options)
     for command in (("student", *STUDENT), ("blend",)):
-        refused = stages.fails(1, *command, "--cache", tiny / "cache", "--cache", "other")
-        assert "are not of the same rows and views" in refused
-        assert field in refused
+        error = stages.fails(1, *command, "--cache", tiny / "cache", "--cache", "other")
+        assert "are not of the same rows and views" in error
+        assert field in error
         assert not Path("runs").joinpath("digits-mlp-8-1").exists()
 
 
@@ -322,84 +307,87 @@ def test_caches_whose_classes_are_in_another_order_are_refused(
     for split in ("train", "test"):  # dog becomes first: the images are the same
         (tmp_path / "pets" / split / "dog").rename(tmp_path / "pets" / split / "ant")
     stages(*PETS_CACHE_COMMAND, "--out", "b")
-    refused = stages.fails(1, "blend", "--cache", "a", "--cache", "b")
-    assert "transfer_set.classes" in refused
+    assert "transfer_set.classes" in stages.fails(1, "blend", "--cache", "a", "--cache", "b")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "wrong"),
+    ("options", "code", "message"),
     [
         (("--cache", "a", "--cache", "a"), 2, "'a' and 'a' are the same cache: one --cache is enough"),
         (("--cache", "a", "--cache", "b", "--cache", "b"), 2, "'b' and 'b' are the same cache"),
-        (("--cache", "a", "--combine", "vote"), 2, "--combine vote is of several caches: --cache A --cache B"),
+        (("--cache", "a", "--combine", "vote"), 2, "--combine vote is for several caches: --cache A --cache B"),
         (("--cache", "a", "--cache", "c"), 1, "there is no cache at 'c'"),
         (("--cache", "a", "--cache", "b", "--combine", "weighted:0.5,0.4"), 2, "add up to 1, these to 0.9"),
-        (("--cache", "a", "--cache", "b", "--combine", "ca_mkd", "--loss", "dkd"), 2, "which loss 'dkd' has not"),
+        (
+            ("--cache", "a", "--cache", "b", "--combine", "ca_mkd", "--loss", "dkd"),
+            2,
+            "loss 'dkd' is not a mean over rows",
+        ),
         (
             ("--cache", "a", "--cache", "b", "--loss", "srrl:teacher=flatten,student=flatten"),
             2,
-            "loss 'srrl' goes through the last layer of one teacher, and there are several",
+            "loss 'srrl' uses the last layer of one teacher, and there are several caches",
         ),
     ],
 )
-def test_what_does_not_fit_together_is_refused_before_a_run_is_begun(
-    pair: tuple[str, ...], stages: Stages, arguments: tuple[str, ...], code: int, wrong: str
+def test_options_that_do_not_fit_together_are_refused_before_a_folder_is_made(
+    pair: tuple[str, ...], stages: Stages, options: tuple[str, ...], code: int, message: str
 ) -> None:
-    loss = () if "--loss" in arguments else ("--loss", "kd")
-    assert wrong in stages.fails(code, "student", "--arch", "cnn", "--epochs", 1, *loss, *arguments, "--out", "r")
+    loss = () if "--loss" in options else ("--loss", "kd")
+    assert message in stages.fails(code, "student", "--arch", "cnn", "--epochs", 1, *loss, *options, "--out", "r")
     assert not Path("r").exists()
 
 
-def test_a_cache_with_fewer_draws_says_how_to_get_more(pair: tuple[str, ...], two: Path, stages: Stages) -> None:
+def test_a_cache_with_fewer_draws_is_refused_with_the_command_that_adds_them(
+    pair: tuple[str, ...], two_caches: Path, stages: Stages
+) -> None:
     shutil.rmtree("b")
-    stages("teacher-cache", "--train-size", 300, "--weights", two / "t", "--views", "crop:pad=1", "--out", "b")
-    refused = stages.fails(1, "student", *pair, *STUDENT)
-    assert "--draws 3, but the cache 'b' has 1" in refused
-    assert "teacher-cache" in refused
+    stages("teacher-cache", "--train-size", 300, "--weights", two_caches / "t", "--views", "crop:pad=1", "--out", "b")
+    error = stages.fails(1, "student", *pair, *STUDENT)
+    assert "--draws 3, but the cache 'b' has 1" in error
+    assert "teacher-cache" in error
     stages("student", *pair, *STUDENT, "--draws", 1)
 
 
 @pytest.mark.parametrize("combine", ["per_teacher", "ca_mkd"])
-def test_ways_that_blend_losses_have_no_row_in_the_table(pair: tuple[str, ...], stages: Stages, combine: str) -> None:
-    assert "blends losses, not teachers" in stages.fails(2, "blend", *pair, "--combine", combine)
+def test_combinations_of_losses_have_no_row_in_the_table(pair: tuple[str, ...], stages: Stages, combine: str) -> None:
+    assert "combines losses, not teachers" in stages.fails(2, "blend", *pair, "--combine", combine)
 
 
-def test_a_student_is_evaluated_against_its_own_teachers_in_their_order(pair: tuple[str, ...], stages: Stages) -> None:
+def test_a_student_is_evaluated_against_its_own_caches_in_their_order(pair: tuple[str, ...], stages: Stages) -> None:
     stages("student", *pair, *STUDENT, "--combine", "weighted:0.9,0.1", "--out", "r")
     shutil.move("a", "moved-a")
     shutil.move("b", "moved-b")
     a, b = ("--cache", "moved-a"), ("--cache", "moved-b")
     stages("evaluate", "r", *a, *b)
-    for others in ((*b, *a), a):
-        refused = stages.fails(1, "evaluate", "r", *others)
-        assert "was trained from the caches" in refused
-    assert "with other shards than 'moved-b', 'moved-a'" in stages.fails(
-        1, "student", "--resume", "--out", "r", *b, *a
-    )
+    for caches in ((*b, *a), a):
+        assert "was trained from the caches" in stages.fails(1, "evaluate", "r", *caches)
+    error = stages.fails(1, "student", "--resume", "--out", "r", *b, *a)
+    assert "was trained from other shards than 'moved-b', 'moved-a'" in error
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda kept: kept["combine"].update(weights=[10**400, 1]),
-        lambda kept: kept["combine"].update(weights=[2, 3]),
-        lambda kept: kept["combine"].update(weights=[0.25, 0.75]),
-        lambda kept: kept["combine"].update(combine="vote"),
-        lambda kept: kept.update(combine=None),
-        lambda kept: kept["maps"][0].update(weight=[10**400] * 10),
-        lambda kept: kept["maps"][0].update(weight=[0] * 10),
-        lambda kept: kept["maps"][0].update(map="vector"),
-        lambda kept: kept["maps"].append(kept["maps"][0]),
-        lambda kept: kept.pop("maps"),
+        lambda record: record["combine"].update(weights=[10**400, 1]),
+        lambda record: record["combine"].update(weights=[2, 3]),
+        lambda record: record["combine"].update(weights=[0.25, 0.75]),
+        lambda record: record["combine"].update(combine="vote"),
+        lambda record: record.update(combine=None),
+        lambda record: record["maps"][0].update(weight=[10**400] * 10),
+        lambda record: record["maps"][0].update(weight=[0] * 10),
+        lambda record: record["maps"][0].update(map="vector"),
+        lambda record: record["maps"].append(record["maps"][0]),
+        lambda record: record.pop("maps"),
     ],
 )
-def test_targets_that_are_not_of_the_runs_settings_are_refused(
+def test_a_record_of_targets_that_contradicts_the_options_of_the_run_is_refused(
     pair: tuple[str, ...], stages: Stages, damage: Any
 ) -> None:
     stages("student", *pair, *STUDENT, "--epochs", 1, "--map", "temperature", "--out", "r")
-    kept = json.loads(Path("r/targets.json").read_text())
-    damage(kept)
-    Path("r/targets.json").write_text(json.dumps(kept))
+    record = json.loads(Path("r/targets.json").read_text())
+    damage(record)
+    Path("r/targets.json").write_text(json.dumps(record))
     assert "'r/targets.json' is damaged" in stages.fails(1, "evaluate", "r")
 
 
@@ -411,98 +399,96 @@ def test_settings_without_a_cache_are_refused(pair: tuple[str, ...], stages: Sta
         assert "the run's settings name no cache" in stages.fails(1, *command)
 
 
-def test_what_is_said_afterwards_is_a_command_with_the_same_teachers(pair: tuple[str, ...], stages: Stages) -> None:
-    asked = (*pair, "--combine", "mean_logit", "--map", "prior:tau=0.5", "--data-root", "some where")
-    _, out, _ = stages.call("student", *asked, "--arch", "mlp:8", "--epochs", 1, "--loss", "hard")
-    assert "no loss here reads what the teacher says" in out
-    said = next(line for line in out.splitlines() if line.startswith("next:"))
-    command = shlex.split(said.partition(" -m softcache ")[2])
-    assert set(map(str, asked)) <= set(command)
+def test_the_command_to_run_next_has_the_same_teachers(pair: tuple[str, ...], stages: Stages) -> None:
+    options = (*pair, "--combine", "mean_logit", "--map", "prior:tau=0.5", "--data-root", "some where")
+    _, out, _ = stages.call("student", *options, "--arch", "mlp:8", "--epochs", 1, "--loss", "hard")
+    assert "no loss reads the teacher's logits: --combine and --map change the reported figures only" in out
+    line = next(line for line in out.splitlines() if line.startswith("next:"))
+    command = shlex.split(line.partition(" -m softcache ")[2])
+    assert set(map(str, options)) <= set(command)
     assert command.count("--cache") == 2
     assert stages.call(*command, "--epochs", 1)[0] == 0
     _, out, _ = stages.call("student", *pair, *STUDENT)
-    assert "no loss here" not in out
+    assert "no loss reads" not in out
 
 
-def test_the_table_of_methods_is_of_the_blend(pair: tuple[str, ...], stages: Stages) -> None:
+def test_the_table_of_methods_is_of_the_combined_teacher(pair: tuple[str, ...], stages: Stages) -> None:
     methods = stages(
         "methods", *pair, "--arch", "mlp:8", "--epochs", 1, "--only", "kd", "--layers", "flatten", "--time-steps", 1
     )
-    blended = {row["name"]: row for row in stages("blend", *pair)["rows"]}["mean_probability"]
+    mean = {row["name"]: row for row in stages("blend", *pair)["rows"]}["mean_probability"]
     assert methods["teacher"]["arch"] == "cnn + mlp:16"
-    assert methods["teacher"]["test"]["accuracy"] == blended["test"]["accuracy"]
+    assert methods["teacher"]["test"]["accuracy"] == mean["test"]["accuracy"]
     assert [row["bytes_a_view"] for row in methods["methods"]] == [0, 2 * 10 * 2]
 
 
-# Missing rows
+# Rows without targets
 
 
-def lose(folder: str, name: str) -> None:
+def delete_shard(folder: str, name: str) -> None:
     Path(folder, name).unlink()
 
 
-def test_a_lost_shard_is_an_error_unless_it_is_said_what_to_do(pair: tuple[str, ...], stages: Stages) -> None:
-    lose("b", "draw-001/shard-00001.h5")
+def test_a_deleted_shard_is_an_error_without_the_option_missing(pair: tuple[str, ...], stages: Stages) -> None:
+    delete_shard("b", "draw-001/shard-00001.h5")
     assert "shard-00001.h5" in stages.fails(1, "student", *pair, *STUDENT)
 
 
-@pytest.mark.parametrize("how", ["skip", "hard"])
+@pytest.mark.parametrize("treatment", ["skip", "hard"])
 @pytest.mark.parametrize("caches", [("--cache", "a"), ("--cache", "b", "--cache", "a")])
 def test_missing_rows_are_skipped_or_learned_from_labels_and_counted(
-    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, how: str, caches: tuple[str, ...]
+    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, treatment: str, caches: tuple[str, ...]
 ) -> None:
-    lose("a", "draw-001/shard-00001.h5")
-    gone = set(Cache(Path("a")).row_order("train")[100:200].tolist())
-    seen = batches_of_a_training(monkeypatch)
-    code, out, _ = stages.call("student", *caches, *STUDENT, "--epochs", 3, "--missing", how, "--out", "r")
+    delete_shard("a", "draw-001/shard-00001.h5")
+    missing = set(Cache(Path("a")).row_order("train")[100:200].tolist())
+    batches = record_batches(monkeypatch)
+    code, out, _ = stages.call("student", *caches, *STUDENT, "--epochs", 3, "--missing", treatment, "--out", "r")
     assert code == 0
-    assert f"--missing {how}: 100 of 300 rows have no answer in some draw" in out
-    shown = {int(i) for batch in seen for i in batch.index}
-    if how == "skip":
-        assert shown == set(range(300)) - gone
-        assert not any(batch.logits.isnan().any() for batch in seen if batch.logits is not None)
+    assert f"--missing {treatment}: 100 of 300 rows have no targets in some draw" in out
+    rows = {int(i) for batch in batches for i in batch.index}
+    if treatment == "skip":
+        assert rows == set(range(300)) - missing
+        assert not any(batch.logits.isnan().any() for batch in batches if batch.logits is not None)
         return
-    assert shown == set(range(300))
-    for batch in seen:
+    assert rows == set(range(300))
+    for batch in batches:
         assert batch.logits is not None
-        lost = {int(i) for i in batch.index[batch.logits.isnan().any(1)]}
-        assert lost == ({int(i) for i in batch.index} & gone if batch.draw == 1 else set())
+        without_targets = {int(i) for i in batch.index[batch.logits.isnan().any(1)]}
+        assert without_targets == ({int(i) for i in batch.index} & missing if batch.draw == 1 else set())
 
 
-def test_a_draw_without_any_row_is_learned_from_labels_or_there_is_nothing_to_skip_to(
+def test_a_draw_without_any_targets_is_learned_from_labels_or_no_row_is_left(
     pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3):
-        lose("a", f"draw-001/shard-0000{number}.h5")
-    seen = batches_of_a_training(monkeypatch)
+        delete_shard("a", f"draw-001/shard-0000{number}.h5")
+    batches = record_batches(monkeypatch)
     for caches in (("--cache", "a"), pair, (*pair, "--combine", "ca_mkd")):
         stages("student", *caches, *STUDENT, "--epochs", 3, "--missing", "hard")
-    for batch in seen:
+    for batch in batches:
         assert batch.logits is not None
         assert bool(batch.logits.isnan().all()) == bool(batch.logits.isnan().any()) == (batch.draw == 1)
-    refused = stages.fails(1, "student", "--cache", "a", *STUDENT, "--missing", "skip", "--out", "r")
-    assert "no row of the training split is left" in refused
+    error = stages.fails(1, "student", "--cache", "a", *STUDENT, "--missing", "skip", "--out", "r")
+    assert "no row of the training split is left" in error
     assert not Path("r").exists()
 
 
 @pytest.mark.parametrize("loss", ["crd", "srrl"])
-def test_losses_that_read_rows_beforehand_do_without_the_missing_ones(
+def test_losses_that_read_rows_before_training_leave_out_the_missing_ones(
     pair: tuple[str, ...], stages: Stages, loss: str
 ) -> None:
-    lose("a", "draw-000/shard-00000.h5")
+    delete_shard("a", "draw-000/shard-00000.h5")
     terms = ("--loss", "kd", "--loss", f"{loss}:teacher=flatten,student=flatten", "--clip-norm", 1)
-    for how in ("skip", "hard"):
-        stages("student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", how)
+    for treatment in ("skip", "hard"):
+        stages("student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", treatment)
     for number in (1, 2):
-        lose("a", f"draw-000/shard-0000{number}.h5")
-    refused = stages.fails(1, "student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", "hard")
-    assert "has no row of the first draw" in refused
+        delete_shard("a", f"draw-000/shard-0000{number}.h5")
+    error = stages.fails(1, "student", "--cache", "a", "--arch", "cnn", "--epochs", 1, *terms, "--missing", "hard")
+    assert "has no row of the first draw" in error
 
 
-def test_the_features_of_other_caches_than_the_first_are_not_missed(
-    pair: tuple[str, ...], tiny: Path, stages: Stages
-) -> None:
-    make = (
+def test_missing_features_count_in_the_first_cache_only(pair: tuple[str, ...], tiny: Path, stages: Stages) -> None:
+    command = (
         "teacher-cache",
         "--train-size",
         300,
@@ -519,84 +505,84 @@ def test_the_features_of_other_caches_than_the_first_are_not_missed(
         "--out",
         "c",
     )
-    assert stages.call(*make)[0] == 0
-    assert stages.call(*make, "--taps", "pool1")[0] == 0
-    lose("c", "draw-000/shard-00000-1.h5")
+    assert stages.call(*command)[0] == 0
+    assert stages.call(*command, "--taps", "pool1")[0] == 0
+    delete_shard("c", "draw-000/shard-00000-1.h5")
     hint = ("--arch", "cnn", "--epochs", 1, "--loss", "kd", "--loss", "hint:teacher=pool1", "--missing", "skip")
     _, out, _ = stages.call("student", "--cache", "a", "--cache", "c", *hint)
-    assert ": 0 of 300 rows have no answer" in out
+    assert ": 0 of 300 rows have no targets" in out
     _, out, _ = stages.call("student", "--cache", "c", "--cache", "a", *hint)
-    assert ": 100 of 300 rows have no answer" in out
+    assert ": 100 of 300 rows have no targets" in out
 
 
-@pytest.mark.parametrize("how", ["skip", "hard"])
-def test_a_run_goes_on_with_the_same_rows_missing_and_no_others(
-    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, how: str
+@pytest.mark.parametrize("treatment", ["skip", "hard"])
+def test_a_stopped_run_is_continued_only_with_the_same_rows_missing(
+    pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, treatment: str
 ) -> None:
-    kept = Path("a/draw-000/shard-00000.h5").read_bytes()
-    lose("a", "draw-000/shard-00000.h5")
+    shard = Path("a/draw-000/shard-00000.h5").read_bytes()
+    delete_shard("a", "draw-000/shard-00000.h5")
     with monkeypatch.context() as patch:
-        stop_at_the_seventh_step(patch)
-        assert stages.call("student", "--cache", "a", *STUDENT, "--missing", how, "--out", "r")[0] == 130
-    Path("a/draw-000/shard-00000.h5").write_bytes(kept)
+        stop_at(patch, 7)
+        assert stages.call("student", "--cache", "a", *STUDENT, "--missing", treatment, "--out", "r")[0] == 130
+    Path("a/draw-000/shard-00000.h5").write_bytes(shard)
     assert '{"0": [[0, 100]]}' in stages.fails(1, "student", "--resume", "--out", "r")
-    lose("a", "draw-000/shard-00000.h5")
-    lose("a", "draw-002/shard-00001.h5")
+    delete_shard("a", "draw-000/shard-00000.h5")
+    delete_shard("a", "draw-002/shard-00001.h5")
     assert "missing.2" in stages.fails(1, "student", "--resume", "--out", "r")
 
 
-def test_labels_that_are_hidden_cannot_stand_in_for_answers(pair: tuple[str, ...], stages: Stages) -> None:
+def test_hidden_labels_cannot_replace_missing_targets(pair: tuple[str, ...], stages: Stages) -> None:
     command = ("student", "--cache", "a", *STUDENT, "--missing", "hard", "--labelled", 50)
     assert "--missing hard needs the labels of all rows" in stages.fails(2, *command)
 
 
-def test_a_run_goes_on_with_the_rows_it_was_begun_with_alone(pair: tuple[str, ...], stages: Stages) -> None:
-    """A shard that was put back, or lost, between two halves of a training would change what it learns from."""
-    asked = ("student", "--cache", "a", *STUDENT, "--missing", "skip", "--out")
-    stages(*asked, "whole")
+def test_a_finished_run_is_resumed_only_with_the_same_rows_missing(pair: tuple[str, ...], stages: Stages) -> None:
+    """A shard that was restored or deleted in between would change what the rest of a training learns from."""
+    command = ("student", "--cache", "a", *STUDENT, "--missing", "skip", "--out")
+    stages(*command, "uninterrupted")
     shard = Path("a/draw-001/shard-00001.h5").rename("elsewhere.h5")
-    stages(*asked, "less")
+    stages(*command, "less")
     assert json.loads(Path("less/cache.json").read_text())["missing"] == {"1": [[100, 200]]}
     stages("student", "--resume", "--out", "less")
-    assert "missing" in stages.fails(1, "student", "--resume", "--out", "whole")
+    assert "missing" in stages.fails(1, "student", "--resume", "--out", "uninterrupted")
     shard.rename("a/draw-001/shard-00001.h5")
     assert "[[100, 200]]" in stages.fails(1, "student", "--resume", "--out", "less")
-    stages("student", "--resume", "--out", "whole")
+    stages("student", "--resume", "--out", "uninterrupted")
 
 
-def test_the_next_commands_keep_blend_map_and_what_is_missing(pair: tuple[str, ...], stages: Stages) -> None:
-    how = ("--combine", "vote", "--map", "prior", "--missing", "skip")
-    _, out, _ = stages.call("student", *pair, *STUDENT, *how, "--out", "r")
-    assert f"student {' '.join((*pair, *how))} --arch cnn --baseline" in out
+def test_the_next_commands_keep_combination_map_and_missing_rows(pair: tuple[str, ...], stages: Stages) -> None:
+    options = ("--combine", "vote", "--map", "prior", "--missing", "skip")
+    _, out, _ = stages.call("student", *pair, *STUDENT, *options, "--out", "r")
+    assert f"student {' '.join((*pair, *options))} --arch cnn --baseline" in out
     rows = {row["name"]: row["val"]["nll"] for row in stages("blend", *pair)["rows"][2:]}
     _, out, _ = stages.call("blend", *pair)
     assert f"student {' '.join(pair)} --combine {min(rows, key=rows.__getitem__)}" in out
 
 
-def test_with_every_row_there_nothing_changes(pair: tuple[str, ...], stages: Stages) -> None:
+def test_the_option_missing_changes_nothing_when_no_row_is_missing(pair: tuple[str, ...], stages: Stages) -> None:
     plain = stages("student", "--cache", "a", *STUDENT, "--out", "p")
-    for how in ("skip", "hard"):
-        asked = stages("student", "--cache", "a", *STUDENT, "--missing", how, "--out", how)
-        assert asked["student"] == plain["student"] | {
-            k: asked["student"][k] for k in ("seconds", "images_per_second")
-        }
+    for treatment in ("skip", "hard"):
+        student = stages("student", "--cache", "a", *STUDENT, "--missing", treatment, "--out", treatment)["student"]
+        assert student == plain["student"] | {k: student[k] for k in ("seconds", "images_per_second")}
 
 
 def test_a_held_out_row_that_is_missing_is_always_an_error(pair: tuple[str, ...], stages: Stages) -> None:
-    lose("a", "val/shard-00000.h5")
+    delete_shard("a", "val/shard-00000.h5")
     assert "val/shard-00000.h5" in stages.fails(1, "student", "--cache", "a", *STUDENT, "--missing", "skip")
 
 
-def test_the_teachers_of_a_cache_alone_are_the_cache(two: Path) -> None:
-    cache = Cache(two / "a")
-    alone, positions = TeacherEnsemble((cache,)), np.array([5, 250, 17])
-    logits, features = alone.read_targets("train", 1, positions, ("pool1",))
-    expected, theirs = cache.read_targets("train", 1, positions, ("pool1",))
-    assert torch.equal(logits, expected)
-    assert torch.equal(features["pool1"], theirs["pool1"])
+def test_an_ensemble_of_one_cache_has_the_targets_of_the_cache(two_caches: Path) -> None:
+    cache = Cache(two_caches / "a")
+    ensemble, positions = TeacherEnsemble((cache,)), np.array([5, 250, 17])
+    logits, features = ensemble.read_targets("train", 1, positions, ("pool1",))
+    expected_logits, expected_features = cache.read_targets("train", 1, positions, ("pool1",))
+    assert torch.equal(logits, expected_logits)
+    assert torch.equal(features["pool1"], expected_features["pool1"])
 
 
-def test_a_chain_begins_with_the_blend_and_goes_on_with_its_student(pair: tuple[str, ...], stages: Stages) -> None:
+def test_a_chain_starts_from_the_combined_teacher_and_continues_from_its_student(
+    pair: tuple[str, ...], stages: Stages
+) -> None:
     chain = stages(
         "born-again",
         *pair,
@@ -620,11 +606,22 @@ def test_a_chain_begins_with_the_blend_and_goes_on_with_its_student(pair: tuple[
     assert not Path("chain/generation-2/targets.json").exists()
 
 
-def test_a_search_over_several_caches_ends_with_a_command_that_gives_the_best_again(
+def test_the_best_of_a_search_over_several_caches_is_reproduced_by_its_command(
     pair: tuple[str, ...], stages: Stages
 ) -> None:
-    asked = ("--combine", "learned", "--map", "prior", "--search", "kd.temperature=1..8", "--trials", 2, "--out", "s")
-    best = stages("tune", *pair, *STUDENT, *asked)["best"]
+    options = (
+        "--combine",
+        "learned",
+        "--map",
+        "prior",
+        "--search",
+        "kd.temperature=1..8",
+        "--trials",
+        2,
+        "--out",
+        "s",
+    )
+    best = stages("tune", *pair, *STUDENT, *options)["best"]
     stages(*shlex.split(best["command"].split(" -m softcache ")[1]), "--out", "again")
-    found = Path("again/student.pt").read_bytes()
-    assert found == Path(f"s/trial-{best['trial']:04d}/student.pt").read_bytes()
+    weights = Path("again/student.pt").read_bytes()
+    assert weights == Path(f"s/trial-{best['trial']:04d}/student.pt").read_bytes()

@@ -1,4 +1,4 @@
-"""The table of methods: every loss is in it, what it says of costs is measured, and failures are rows, not ends."""
+"""The table of methods: every loss is in it, its costs are those measured, and a failure is a row of the table."""
 
 import json
 import shutil
@@ -16,15 +16,15 @@ SHORT = ("--arch", "cnn", "--epochs", 1, "--draws", 1, "--time-steps", 1)
 
 
 def test_every_loss_is_in_a_method() -> None:
-    words = {"all": "a+b", "last": "b", "s_all": "c+d", "s_last": "d"}
-    used = {loss.name for specs in METHODS.values() for loss in parse_losses([s.format(**words) for s in specs])}
-    assert used == set(LOSSES)
+    layers = {"all": "a+b", "last": "b", "s_all": "c+d", "s_last": "d"}
+    losses = [loss for specs in METHODS.values() for loss in parse_losses([s.format(**layers) for s in specs])]
+    assert {loss.name for loss in losses} == set(LOSSES)
 
 
 @pytest.fixture(scope="module")
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished table of seven methods."""
-    out = tmp_path_factory.mktemp("compared") / "m"
+    out = tmp_path_factory.mktemp("methods") / "m"
     only = ("--only", "kd,dkd,hint,srrl,concat_hint,crd", "--layers", "pool1")
     main([str(word) for word in ("methods", "--cache", tiny / "cache", *only, *SHORT, "--out", out)])
     return out
@@ -32,11 +32,11 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def table(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "methods.json").read_text())
-    return found
+    record: dict[str, Any] = json.loads((folder / "methods.json").read_text())
+    return record
 
 
-def test_the_table_has_hard_and_what_was_asked_for(table: dict[str, Any], folder: Path) -> None:
+def test_the_table_has_hard_and_the_given_methods(table: dict[str, Any], folder: Path) -> None:
     rows = {row["method"]: row for row in table["methods"]}
     assert set(rows) == {"hard", "kd", "dkd", "hint", "srrl", "concat_hint", "crd"}
     text = (folder / "methods.md").read_text()
@@ -46,19 +46,19 @@ def test_the_table_has_hard_and_what_was_asked_for(table: dict[str, Any], folder
         assert rows[name]["accuracy"]["test"] == run["student"]["test"]["accuracy"]
 
 
-def test_bytes_of_a_view_are_those_of_what_the_losses_read(table: dict[str, Any]) -> None:
-    """10 float16 logits; pool1 of the teacher is 64 x 4 x 4 in float16, from which a pooled value is had as well."""
-    found = {row["method"]: row.get("bytes_a_view") for row in table["methods"]}
-    assert found["hard"] == 0
-    assert found["kd"] == found["dkd"] == 20
-    assert found["hint"] == found["concat_hint"] == found["crd"] == 2 * 64 * 4 * 4
+def test_bytes_of_a_view_are_those_that_the_losses_read(table: dict[str, Any]) -> None:
+    """10 float16 logits; pool1 of the teacher is 64 x 4 x 4 in float16, from which its pooled values are computed."""
+    size = {row["method"]: row.get("bytes_a_view") for row in table["methods"]}
+    assert size["hard"] == 0
+    assert size["kd"] == size["dkd"] == 20
+    assert size["hint"] == size["concat_hint"] == size["crd"] == 2 * 64 * 4 * 4
 
 
-def test_own_bytes_are_those_of_the_losses_own_parts(table: dict[str, Any]) -> None:
-    found = {row["method"]: row.get("own_bytes") for row in table["methods"]}
-    assert found["hard"] == found["kd"] == 0
-    assert found["concat_hint"] == 4 * (64 * 64 + 64)
-    assert found["crd"] > 300 * (2 * 64)  # two embeddings, and the bank of 300 rows
+def test_own_bytes_are_those_of_the_parts_that_losses_have(table: dict[str, Any]) -> None:
+    size = {row["method"]: row.get("own_bytes") for row in table["methods"]}
+    assert size["hard"] == size["kd"] == 0
+    assert size["concat_hint"] == 4 * (64 * 64 + 64)
+    assert size["crd"] > 300 * (2 * 64)  # two embeddings, and the bank of 300 rows
 
 
 def test_times_are_ratios_to_hard_of_the_same_round(table: dict[str, Any]) -> None:
@@ -70,61 +70,63 @@ def test_times_are_ratios_to_hard_of_the_same_round(table: dict[str, Any]) -> No
 
 
 def test_a_method_that_the_pair_does_not_allow_is_a_row_with_the_reason(table: dict[str, Any]) -> None:
-    """cnn's last layer reads a flattened map, not a mean: srrl has nothing to go through."""
+    """The last layer of cnn reads a flattened map, not its mean, so that srrl cannot use it."""
     row = next(row for row in table["methods"] if row["method"] == "srrl")
     assert "last linear layer takes" in row["failed"]
 
 
 def test_a_method_that_diverges_is_a_row_too(tiny: Path, tmp_path: Path, stages: Stages) -> None:
-    wild = ("--only", "logit_mse", "--learning-rate", 1e9, "--layers", "pool1")
-    found = stages("methods", "--cache", tiny / "cache", *wild, *SHORT, "--out", tmp_path / "m")
-    assert any("diverged" in row.get("failed", "") for row in found["methods"])
+    options = ("--only", "logit_mse", "--learning-rate", 1e9, "--layers", "pool1")
+    record = stages("methods", "--cache", tiny / "cache", *options, *SHORT, "--out", tmp_path / "m")
+    assert any("diverged" in row.get("failed", "") for row in record["methods"])
 
 
-def test_the_same_command_goes_on_with_what_is_there(
+def test_the_same_command_keeps_students_that_are_finished(
     table: dict[str, Any], folder: Path, tiny: Path, tmp_path: Path, stages: Stages
 ) -> None:
-    out, seen = tmp_path / "m", (folder / "kd/metrics.jsonl").read_text()
+    out, metrics = tmp_path / "m", (folder / "kd/metrics.jsonl").read_text()
     shutil.copytree(folder, out)
     only = ("--only", "kd,cc", "--layers", "pool1", *SHORT)
-    again = {
-        row["method"]: row for row in stages("methods", "--cache", tiny / "cache", *only, "--out", out)["methods"]
-    }
-    assert set(again) == {"hard", "kd", "cc"}
-    assert (out / "kd/metrics.jsonl").read_text() == seen
-    assert again["kd"]["accuracy"] == next(row["accuracy"] for row in table["methods"] if row["method"] == "kd")
+    rows = {row["method"]: row for row in stages("methods", "--cache", tiny / "cache", *only, "--out", out)["methods"]}
+    assert set(rows) == {"hard", "kd", "cc"}
+    assert (out / "kd/metrics.jsonl").read_text() == metrics
+    assert rows["kd"]["accuracy"] == next(row["accuracy"] for row in table["methods"] if row["method"] == "kd")
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("options", "message"),
     [
         (("--only", "kdd"), "Did you mean 'kd'"),
         (("--seeds", 2), "takes no"),
         (("--loss", "kd"), "takes no"),
     ],
 )
-def test_what_the_table_cannot_do_is_one_line(tiny: Path, stages: Stages, more: Any, says: str) -> None:
-    assert says in stages.fails(2, "methods", "--cache", tiny / "cache", *SHORT, *more)
+def test_options_that_the_table_does_not_take_are_one_line(
+    tiny: Path, stages: Stages, options: Any, message: str
+) -> None:
+    assert message in stages.fails(2, "methods", "--cache", tiny / "cache", *SHORT, *options)
 
 
-def test_layers_go_from_shallow_to_deep_however_they_were_cached(tiny: Path, tmp_path: Path, stages: Stages) -> None:
-    """The cache was first made with a deep tap, then grew by a shallow one."""
-    made = ("teacher-cache", "--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", "grown")
-    stages(*made, "--taps", "pool2")
-    stages(*made, "--taps", "conv1:pool")
-    asked = ("methods", "--cache", "grown", "--only", "concat_hint", *SHORT, "--out", tmp_path / "m")
-    row = stages(*asked)["methods"][1]
+def test_layers_go_from_shallow_to_deep_in_whatever_order_they_were_cached(
+    tiny: Path, tmp_path: Path, stages: Stages
+) -> None:
+    """The cache is made with a deep tap, then a shallow one is added."""
+    options = ("--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", "grown")
+    stages("teacher-cache", *options, "--taps", "pool2")
+    stages("teacher-cache", *options, "--taps", "conv1:pool")
+    only = ("--only", "concat_hint", *SHORT, "--out", tmp_path / "m")
+    row = stages("methods", "--cache", "grown", *only)["methods"][1]
     assert row["losses"][1] == "concat_hint:teacher=conv1+pool2,student=conv1+pool2"
-    other = ("methods", "--cache", "grown", *SHORT, "--arch", "mlp:8")
-    assert "name them from shallow to deep with --layers" in stages.fails(2, *other)
+    line = stages.fails(2, "methods", "--cache", "grown", *SHORT, "--arch", "mlp:8")
+    assert "name them from shallow to deep with --layers" in line
 
 
 def test_without_taps_the_methods_of_layers_are_left_out_and_named(tiny: Path, tmp_path: Path, stages: Stages) -> None:
-    bare = ("--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", tmp_path / "bare")
-    stages("teacher-cache", *bare)
-    assert "is of layers" in stages.fails(2, "methods", "--cache", tmp_path / "bare", "--only", "hint", *SHORT)
+    options = ("--train-size", 300, "--weights", tiny / "runs/teacher", "--draws", 1, "--out", tmp_path / "bare")
+    stages("teacher-cache", *options)
+    assert "'hint' reads layers" in stages.fails(2, "methods", "--cache", tmp_path / "bare", "--only", "hint", *SHORT)
     code, out, _ = stages.call("methods", "--cache", tmp_path / "bare", *SHORT, "--out", tmp_path / "m")
     assert code == 0
-    assert "the cache has no taps: without output + hint, hint, concat_hint" in out
+    assert "the cache has no taps: left out are output + hint, hint, concat_hint" in out
     assert "| dkd |" in out
     assert "| hint |" not in out

@@ -1,4 +1,4 @@
-"""Stage two trains on exactly what the teacher said, needs no teacher, and can be stopped at any time."""
+"""Stage two trains on exactly the cached outputs, without the teacher, and can be stopped at any time."""
 
 import json
 import math
@@ -23,86 +23,93 @@ from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.stopping import stop_at
 
-MORE = ("--epochs", 2, "--batch-size", 50)
+SHORT = ("--epochs", 2, "--batch-size", 50)
 
 
-def the_teacher(tiny: Path) -> PreparedModel:
+def load_teacher(tiny: Path) -> PreparedModel:
     record = json.loads((tiny / "runs/teacher/result.json").read_text())["teacher"]
     network = build("cnn", 10, 1, 8)
     network.load_state_dict(torch.load(tiny / "runs/teacher/teacher.pt", weights_only=True))
     return PreparedModel(network, InputSpec.from_json(record["preparation"])).eval()
 
 
-def flat(record: dict[str, Any]) -> list[float]:
-    """Every number of a nested record."""
-    items = [dict(enumerate(v)) if isinstance(v, list) else v for v in record.values()]
-    inner = (flat(v) if isinstance(v, dict) else [v] for v in items)
-    return [number for part in inner for number in part if number is not None]
+def list_numbers(record: dict[str, Any]) -> list[float]:
+    """Every number of a nested record, in order."""
+    numbers: list[float] = []
+    for value in record.values():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            numbers += list_numbers(value)
+        elif value is not None:
+            numbers.append(value)
+    return numbers
 
 
-def stream_of(folder: Path, **more: Any) -> CacheLoader:
+def make_stream(folder: Path, **changes: Any) -> CacheLoader:
     cache, transfer_set = Cache(folder), load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300)
     cache.check_transfer_set(transfer_set)
-    rows = transfer_set.splits["train"]
-    settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
-    settings |= {"draws": 3, "cache": cache, "split": rows, "views": cache.views, "view_seed": cache.seed}
-    return CacheLoader(**(settings | more))
+    split = transfer_set.splits["train"]
+    options: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": split.labels, "rows": np.arange(300)}
+    options |= {"draws": 3, "cache": cache, "split": split, "views": cache.views, "view_seed": cache.seed}
+    return CacheLoader(**(options | changes))
 
 
-def losses_of_training(batches: list[Batch], tiny: Path, arch: str, live: bool) -> list[tuple[float, float]]:
-    """SGD on kd + hard, targets from the batches or from the teacher on the same views.
+def train_by_hand(batches: list[Batch], tiny: Path, arch: str, live: bool) -> list[tuple[float, float]]:
+    """Take SGD steps on kd + hard, with cached targets, or with those of the live teacher on the same views.
 
-    (loss trained on, loss that the other kind of target gives for the very same student) at each step.
+    Returns:
+        At each step the loss that is minimised, and that of the same student with the other targets.
     """
     torch.manual_seed(3)
-    teacher = the_teacher(tiny)
+    teacher = load_teacher(tiny)
     student = PreparedModel(build(arch, 10, 1, 8), teacher.input_spec)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     kd, hard = parse_losses(("kd:temperature=4,weight=0.9", "hard:weight=0.1"))
-    found = []
-    for cached in batches:
+    history = []
+    for batch in batches:
         with torch.no_grad():
-            said = teacher(cached.views)
-        asked = Batch(cached.index, cached.draw, cached.views, cached.labels, said)
-        outputs = ModelOutputs(student(cached.views))
-        losses = [0.9 * kd(outputs, b, None) + 0.1 * hard(outputs, b, None) for b in (cached, asked)]
+            logits = teacher(batch.views)
+        live_batch = Batch(batch.index, batch.draw, batch.views, batch.labels, logits)
+        outputs = ModelOutputs(student(batch.views))
+        losses = [0.9 * kd(outputs, b, None) + 0.1 * hard(outputs, b, None) for b in (batch, live_batch)]
         optimizer.zero_grad()
         losses[live].backward()
         optimizer.step()
-        found.append((float(losses[live].detach()), float(losses[not live].detach())))
-    return found
+        history.append((float(losses[live].detach()), float(losses[not live].detach())))
+    return history
 
 
 @pytest.mark.parametrize(
     ("arch", "codec", "tolerance"),
     [("mlp:64", "float32", 1e-6), ("resnet8", "float32", 1e-6), ("mlp:64", "float16", 1e-3)],
 )
-def test_thirty_steps_from_the_cache_are_thirty_steps_with_the_teacher(
+def test_thirty_steps_from_the_cache_equal_thirty_steps_with_the_live_teacher(
     tiny: Path, stages: Stages, tmp_path: Path, arch: str, codec: str, tolerance: float
 ) -> None:
     stages(*tiny_cache_command(tiny)[:-1], tmp_path / "c", "--codec", codec)
-    batches = list(stream_of(tmp_path / "c", batch_size=64).batches(0, 30))
-    cached, live = (losses_of_training(batches, tiny, arch, live=way) for way in (False, True))
+    batches = list(make_stream(tmp_path / "c", batch_size=64).batches(0, 30))
+    cached, live = (train_by_hand(batches, tiny, arch, live=live) for live in (False, True))
     worst = max(abs(a - b) / b for (a, _), (b, _) in zip(cached, live, strict=True))
     print(f"{arch}, {codec}: largest relative difference of 30 losses {worst:.1e}")
     assert worst <= tolerance
 
 
 def test_half_precision_changes_a_loss_by_less_than_a_thousandth_at_the_same_weights(tiny: Path) -> None:
-    """For a student with batch norm, which amplifies any rounding from step to step, its own included."""
-    batches = list(stream_of(tiny / "cache", batch_size=64).batches(0, 30))
-    worst = max(abs(a - b) / b for a, b in losses_of_training(batches, tiny, "resnet8", live=False))
+    """For a student with batch norm, which amplifies any rounding from step to step, also that of its own weights."""
+    batches = list(make_stream(tiny / "cache", batch_size=64).batches(0, 30))
+    worst = max(abs(a - b) / b for a, b in train_by_hand(batches, tiny, "resnet8", live=False))
     print(f"resnet8, float16: largest relative difference at equal weights {worst:.1e}")
     assert 0 < worst <= 1e-3
 
 
-def test_a_round_shows_every_row_once_and_draws_come_once_before_any_repeats(tiny: Path) -> None:
-    stream = stream_of(tiny / "cache")
-    per_round = stream.steps_per_epoch
+def test_an_epoch_shows_every_row_once_and_every_draw_comes_once_before_one_repeats(tiny: Path) -> None:
+    stream = make_stream(tiny / "cache")
+    steps = stream.steps_per_epoch
     for cycle in range(2):
         draws = []
-        for round_ in range(3 * cycle, 3 * cycle + 3):
-            batches = list(stream.batches(round_ * per_round, (round_ + 1) * per_round))
+        for epoch in range(3 * cycle, 3 * cycle + 3):
+            batches = list(stream.batches(epoch * steps, (epoch + 1) * steps))
             assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(300))
             assert len({len(b.index) for b in batches}) <= 2
             draws.append(batches[0].draw)
@@ -110,63 +117,63 @@ def test_a_round_shows_every_row_once_and_draws_come_once_before_any_repeats(tin
         assert sorted(draws) == [0, 1, 2]
 
 
-def test_batches_depend_on_the_seed_and_the_step_alone(tiny: Path) -> None:
-    whole = list(stream_of(tiny / "cache").batches(0, 25))
-    for a, b in zip(whole[13:], stream_of(tiny / "cache").batches(13, 25), strict=True):
+def test_batches_depend_only_on_the_seed_and_the_step(tiny: Path) -> None:
+    batches = list(make_stream(tiny / "cache").batches(0, 25))
+    for a, b in zip(batches[13:], make_stream(tiny / "cache").batches(13, 25), strict=True):
         assert torch.equal(a.index, b.index)
         assert torch.equal(a.views, b.views)
         assert torch.equal(a.logits, b.logits)
-    other = next(stream_of(tiny / "cache", order_seed=6).batches(0, 1))
-    assert not torch.equal(other.index, whole[0].index)
+    other_seed = next(make_stream(tiny / "cache", order_seed=6).batches(0, 1))
+    assert not torch.equal(other_seed.index, batches[0].index)
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_each_row_gets_its_own_targets_from_memory_and_from_disk(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, resident: bool
 ) -> None:
-    """Against the teacher itself, row by row; from disk the order is by shuffled blocks, and still whole."""
+    """Compared with the teacher itself, row by row; from disk the order is by shuffled blocks, with every row once."""
     if not resident:
         monkeypatch.setattr(cache_module, "RESIDENT_BYTES", 0)
-    teacher, seen = the_teacher(tiny), []
-    for batch in stream_of(tiny / "cache", taps=("flatten",)).batches(0, 10):
+    teacher, index = load_teacher(tiny), []
+    for batch in make_stream(tiny / "cache", taps=("flatten",)).batches(0, 10):
         with torch.no_grad():
-            said = teacher(batch.views)
+            expected = teacher(batch.views)
         assert batch.logits is not None
-        torch.testing.assert_close(batch.logits, said, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(batch.logits, expected, rtol=1e-3, atol=1e-3)
         with torch.no_grad():
             logits = torch.nn.functional.linear(
                 batch.features["flatten"].float(), teacher.network.linear.weight, teacher.network.linear.bias
             )
-        torch.testing.assert_close(logits, said, rtol=1e-2, atol=2e-2)
-        seen += batch.index.tolist()
-    assert sorted(seen) == list(range(300))
+        torch.testing.assert_close(logits, expected, rtol=1e-2, atol=2e-2)
+        index += batch.index.tolist()
+    assert sorted(index) == list(range(300))
 
 
-def test_students_of_other_archs_train_when_the_teacher_is_gone(
+def test_students_of_other_archs_train_after_the_teacher_was_deleted(
     stages: Stages, tmp_path: Path, stages_process: Any
 ) -> None:
-    """The teacher is a user's class; then its weights are deleted and its module cannot be imported."""
+    """The teacher is a class of the user's; its weights are deleted and its module can no longer be imported."""
     (tmp_path / "elsewhere.py").write_text(
         "import torch\n"
         "def make(classes, channels, size):\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * size * size, classes))\n"
     )
-    asked = ("--train-size", 200, "--epochs", 20, "--arch", "elsewhere:make", "--out", "runs/t")
-    assert stages_process("teacher", *asked, cwd=tmp_path).returncode == 0
-    made = stages_process("teacher-cache", "--train-size", 200, "--weights", "runs/t", "--out", "c", cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
+    options = ("--train-size", 200, "--epochs", 20, "--arch", "elsewhere:make", "--out", "runs/t")
+    assert stages_process("teacher", *options, cwd=tmp_path).returncode == 0
+    caching = stages_process("teacher-cache", "--train-size", 200, "--weights", "runs/t", "--out", "c", cwd=tmp_path)
+    assert caching.returncode == 0, caching.stderr
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "elsewhere.py").write_text("raise ImportError('the teacher is not on this machine')\n")
     for arch in ("mlp:16", "cnn"):
-        done = stages_process("student", "--cache", "c", "--arch", arch, "--epochs", 15, "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout)
+        student = stages_process("student", "--cache", "c", "--arch", arch, "--epochs", 15, "--json", cwd=tmp_path)
+        assert student.returncode == 0, student.stderr
+        result = json.loads(student.stdout)
         assert result["student"]["arch"] == arch
         assert result["teacher"]["arch"] == "elsewhere:make"
         assert result["student"]["test"]["agreement"] > 0.5
 
 
-HARD_CASES = {
+CASES = {
     "plain": ("--arch", "mlp:16", "--loss", "kd:temperature=8->1", "--loss", "hard:weight=0->1"),
     "everything": (
         "--arch",
@@ -189,34 +196,37 @@ HARD_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", HARD_CASES)
-def test_a_stopped_run_goes_on_to_the_same_weights(
+@pytest.mark.parametrize("case", CASES)
+def test_a_stopped_run_continues_to_the_same_weights(
     tiny: Path, stages: Stages, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in the third of four epochs: dropout, moving average, regressor and schedule all go on as they were."""
-    asked = ("student", "--cache", tiny / "cache", *HARD_CASES[case], "--epochs", 4, "--batch-size", 60, "--seed", 7)
-    stages(*asked, "--out", "whole")
+    """Ctrl-C in the third of four epochs: dropout, moving average, regressor and schedule continue as they were."""
+    command = ("student", "--cache", tiny / "cache", *CASES[case], "--epochs", 4, "--batch-size", 60, "--seed", 7)
+    stages(*command, "--out", "uninterrupted")
 
     with monkeypatch.context() as patch:
         stop_at(patch, 13)
-        line = stages.fails(130, *asked, "--out", "stopped")
+        line = stages.fails(130, *command, "--out", "stopped")
     assert "student --resume --out stopped" in line
     assert not Path("stopped/result.json").exists()
     stages("student", "--resume", "--out", "stopped")
 
-    one, other = (torch.load(f"{run}/student.pt", weights_only=True) for run in ("whole", "stopped"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[k], other[k]) for k in one)
+    uninterrupted, stopped = (
+        torch.load(f"{run}/student.pt", weights_only=True) for run in ("uninterrupted", "stopped")
+    )
+    assert uninterrupted.keys() == stopped.keys()
+    assert all(torch.equal(uninterrupted[name], stopped[name]) for name in uninterrupted)
     lines = [
-        [json.loads(x) for x in Path(f"{r}/metrics.jsonl").read_text().splitlines()] for r in ("whole", "stopped")
+        [json.loads(x) for x in Path(f"{r}/metrics.jsonl").read_text().splitlines()]
+        for r in ("uninterrupted", "stopped")
     ]
     assert [x["epoch"] for x in lines[1]] == [1, 2, 3, 4]
     for a, b in zip(*lines, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
-def test_the_result_is_complete_and_its_figures_can_be_measured_again(tiny: Path, stages: Stages) -> None:
-    result = stages("student", "--cache", tiny / "cache", "--arch", "mlp:16", *MORE, "--baseline", "--out", "r")
+def test_the_result_is_complete_and_evaluate_computes_the_same_figures(tiny: Path, stages: Stages) -> None:
+    result = stages("student", "--cache", tiny / "cache", "--arch", "mlp:16", *SHORT, "--baseline", "--out", "r")
     assert result == json.loads(Path("r/result.json").read_text())
     figures = {"accuracy", "top5", "nll", "brier", "ece", "precision_macro", "recall_macro", "f1_macro"}
     figures |= {"f1_weighted", "auroc_macro", "per_class"}
@@ -233,13 +243,13 @@ def test_the_result_is_complete_and_its_figures_can_be_measured_again(tiny: Path
     assert result["teacher"]["test"]["accuracy"] == pytest.approx(manifest.teacher["test"]["accuracy"], abs=1e-12)
     again = stages("evaluate", "r")
     assert stages.fails(1, "evaluate", "r", "--cache", "nowhere")
-    assert flat(again["0"]["test"]) == pytest.approx(flat(result["student"]["test"]), abs=1e-9)
+    assert list_numbers(again["0"]["test"]) == pytest.approx(list_numbers(result["student"]["test"]), abs=1e-9)
 
 
 def test_seeds_give_mean_and_spread_and_each_is_a_run_of_its_own(tiny: Path, stages: Stages) -> None:
-    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", *MORE)
-    result = stages(*asked, "--seeds", 3, "--seed", 4, "--out", "three")
-    single = [stages(*asked, "--seed", s, "--out", f"one-{s}")["student"]["test"]["accuracy"] for s in (4, 5, 6)]
+    command = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", *SHORT)
+    result = stages(*command, "--seeds", 3, "--seed", 4, "--out", "three")
+    single = [stages(*command, "--seed", s, "--out", f"one-{s}")["student"]["test"]["accuracy"] for s in (4, 5, 6)]
     assert [s["student"]["test"]["accuracy"] for s in result["seeds"]] == single
     assert result["student"]["test"]["accuracy"] == pytest.approx(np.mean(single), abs=1e-12)
     assert result["spread"]["student"]["test"]["accuracy"] == pytest.approx(np.std(single, ddof=1), abs=1e-12)
@@ -249,59 +259,59 @@ def test_seeds_give_mean_and_spread_and_each_is_a_run_of_its_own(tiny: Path, sta
 
 
 def test_hidden_labels_are_never_used(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--labelled 20: 20 rows keep their labels, by class; the baseline sees these rows alone, for as many steps."""
-    seen: dict[str, list[Batch]] = {"student": [], "baseline": []}
-    step = training.train_step
+    """--labelled 20: 20 rows keep their labels, by class; the baseline sees only these rows, for as many steps."""
+    batches: dict[str, list[Batch]] = {"student": [], "baseline": []}
+    train_step = training.train_step
 
-    def noted(active, batch, *rest):  # type: ignore[no-untyped-def]
-        seen[active.run.name].append(batch)
-        return step(active, batch, *rest)
+    def record_batch(active, batch, *rest):  # type: ignore[no-untyped-def]
+        batches[active.run.name].append(batch)
+        return train_step(active, batch, *rest)
 
-    monkeypatch.setattr(training, "train_step", noted)
+    monkeypatch.setattr(training, "train_step", record_batch)
     losses = ("--loss", "kd", "--loss", "hard:weight=0.1")
-    stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", *MORE, *losses, "--labelled", 20, "--baseline")
-    assert len(seen["student"]) == len(seen["baseline"])
-    index, labels = (torch.cat([getattr(b, k) for b in seen["student"]]) for k in ("index", "labels"))
-    known = {(i, y) for i, y in zip(index.tolist(), labels.tolist(), strict=True) if y >= 0}
-    assert len(known) == 20
-    assert sorted(np.bincount([y for _, y in known], minlength=10)) == [2] * 10
+    stages("student", "--cache", tiny / "cache", "--arch", "mlp:8", *SHORT, *losses, "--labelled", 20, "--baseline")
+    assert len(batches["student"]) == len(batches["baseline"])
+    index, labels = (torch.cat([getattr(b, k) for b in batches["student"]]) for k in ("index", "labels"))
+    labelled = {(i, y) for i, y in zip(index.tolist(), labels.tolist(), strict=True) if y >= 0}
+    assert len(labelled) == 20
+    assert sorted(np.bincount([y for _, y in labelled], minlength=10)) == [2] * 10
     assert set(index.tolist()) == set(range(300))
-    baseline = {(i, y) for b in seen["baseline"] for i, y in zip(b.index.tolist(), b.labels.tolist(), strict=True)}
-    assert baseline == known
+    baseline = {(i, y) for b in batches["baseline"] for i, y in zip(b.index.tolist(), b.labels.tolist(), strict=True)}
+    assert baseline == labelled
 
 
 def test_mixup_views_carry_both_labels_and_their_shares(tiny: Path, stages: Stages, tmp_path: Path) -> None:
     stages(*tiny_cache_command(tiny)[:-1], tmp_path / "c", "--views", "none:mixup=1")
-    stream = stream_of(tmp_path / "c")
+    stream = make_stream(tmp_path / "c")
     batch = next(stream.batches(0, 1))
     assert batch.partner is not None
     assert batch.share is not None
-    plain = stream.split.images.pixels
-    teacher = the_teacher(tiny)
+    pixels = stream.split.images.pixels
+    teacher = load_teacher(tiny)
     with torch.no_grad():
         torch.testing.assert_close(batch.logits, teacher(batch.views), rtol=1e-3, atol=1e-3)
-    found = 0
+    mixtures = 0
     for view, label, partner, share, i in zip(
         batch.views, batch.labels, batch.partner, batch.share, batch.index, strict=True
     ):
-        others = torch.from_numpy(np.flatnonzero(stream.labels == int(partner)))
-        mixed = share * plain[i].float() + (1 - share) * plain[others].float()
-        found += bool(((mixed - view.float()).abs().flatten(1).max(1).values <= 0.51).any())
+        partners = torch.from_numpy(np.flatnonzero(stream.labels == int(partner)))
+        mixed = share * pixels[i].float() + (1 - share) * pixels[partners].float()
+        mixtures += bool(((mixed - view.float()).abs().flatten(1).max(1).values <= 0.51).any())
         assert int(label) == stream.labels[int(i)]
-    assert found == len(batch.views)
-    asked = ("student", "--cache", tmp_path / "c", "--arch", "mlp:8", *MORE)
-    stages(*asked, "--loss", "hard", "--loss", "kd")
+    assert mixtures == len(batch.views)
+    command = ("student", "--cache", tmp_path / "c", "--arch", "mlp:8", *SHORT)
+    stages(*command, "--loss", "hard", "--loss", "kd")
     for name in ("dkd", "nkd", "tf_kd"):
-        line = stages.fails(2, *asked, "--loss", name, "--out", "r")
-        assert f"loss '{name}' is of one label a view, and the cache's views are mixed of two" in line
+        line = stages.fails(2, *command, "--loss", name, "--out", "r")
+        assert f"loss '{name}' needs one label per view, and the cache's views are mixtures of two images" in line
     assert not Path("r").exists()
-    stages(*asked, "--loss", "wsld:weight=0.1", "--out", "r")
+    stages(*command, "--loss", "wsld:weight=0.1", "--out", "r")
 
 
 @pytest.mark.parametrize("loss", ["logit_mse:weight=0.01", "hint:teacher=pool1,student=pool1", "hard:smoothing=0.1"])
 def test_each_loss_trains(tiny: Path, stages: Stages, loss: str) -> None:
-    asked = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--epochs", 4, "--learning-rate", 0.01)
-    stages(*asked, "--loss", loss, "--out", "r")
+    command = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--epochs", 4, "--learning-rate", 0.01)
+    stages(*command, "--loss", loss, "--out", "r")
     lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
 
@@ -331,47 +341,47 @@ def test_a_student_that_diverges_stops_with_epoch_term_and_a_suggestion(tiny: Pa
     assert not Path("r/student.pt").exists()
 
 
-def test_a_last_step_that_was_too_large_is_seen_in_the_logits(
+def test_a_last_step_that_was_too_large_is_found_in_the_logits(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every term was finite, and the weights no longer are: neither figures nor weights are kept."""
-    step = training.train_step
+    """Every term is finite, and the weights are no longer: neither figures nor weights are written."""
+    train_step = training.train_step
 
-    def too_large(active, *rest):  # type: ignore[no-untyped-def]
-        terms = step(active, *rest)
+    def break_weights(active, *rest):  # type: ignore[no-untyped-def]
+        terms = train_step(active, *rest)
         with torch.no_grad():
             next(active.run.model.parameters()).mul_(torch.nan)
         return terms
 
-    monkeypatch.setattr(training, "train_step", too_large)
-    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:16", "--epochs", 1, "--batch-size", 300)
-    line = stages.fails(1, *asked, "--out", "r")
+    monkeypatch.setattr(training, "train_step", break_weights)
+    command = ("student", "--cache", tiny / "cache", "--arch", "mlp:16", "--epochs", 1, "--batch-size", 300)
+    line = stages.fails(1, *command, "--out", "r")
     assert "training the student diverged: its logits are no longer finite after epoch 1. Lower --learning" in line
     assert not Path("r/student.pt").exists()
 
 
 def test_bfloat16_trains_nearly_as_float32_does(tiny: Path, stages: Stages) -> None:
-    asked = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--epochs", 20, "--learning-rate", 0.02)
-    found = [stages(*asked, "--precision", p)["student"]["test"] for p in ("float32", "bfloat16")]
-    assert found[0]["nll"] != found[1]["nll"]
-    assert found[0]["accuracy"] > 0.8
-    assert abs(found[0]["accuracy"] - found[1]["accuracy"]) < 0.05
+    command = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--epochs", 20, "--learning-rate", 0.02)
+    float32, bfloat16 = (stages(*command, "--precision", p)["student"]["test"] for p in ("float32", "bfloat16"))
+    assert float32["nll"] != bfloat16["nll"]
+    assert float32["accuracy"] > 0.8
+    assert abs(float32["accuracy"] - bfloat16["accuracy"]) < 0.05
 
 
-def test_pictures_without_classes_give_soft_targets_only(stages: Stages, tmp_path: Path) -> None:
-    """A folder without class folders: kd trains, losses that want labels refuse."""
+def test_images_without_classes_have_soft_targets_only(stages: Stages, tmp_path: Path) -> None:
+    """A folder without class folders: kd trains, losses and options that need labels are refused."""
     digits = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=60).splits["train"]
     (tmp_path / "images").mkdir()
     for i in range(60):
         Image.fromarray(digits.images.pixels[i, 0].numpy()).save(tmp_path / f"images/{i:02d}.png")
     stages("teacher", "--train-size", 100, "--arch", "mlp:16", "--epochs", 3, "--out", "t")
     data = ("--data", f"folder:{tmp_path / 'images'}")
-    made = stages("teacher-cache", *data, "--weights", "t", "--views", "crop:pad=1", "--draws", 2, "--out", "c")
-    assert made["teacher"]["train"]["accuracy"] is None
-    asked = ("student", *data, "--cache", "c", "--arch", "mlp:8", "--epochs", 2)
-    result = stages(*asked, "--loss", "kd", "--out", "r")
+    cache = stages("teacher-cache", *data, "--weights", "t", "--views", "crop:pad=1", "--draws", 2, "--out", "c")
+    assert cache["teacher"]["train"]["accuracy"] is None
+    command = ("student", *data, "--cache", "c", "--arch", "mlp:8", "--epochs", 2)
+    result = stages(*command, "--loss", "kd", "--out", "r")
     assert 0 <= result["student"]["val"]["agreement"] <= 1
     assert "accuracy" not in result["student"]["val"]
-    assert "loss 'hard' needs labels" in stages.fails(2, *asked, "--loss", "kd", "--loss", "hard", "--out", "s")
-    assert "--baseline needs labels" in stages.fails(2, *asked, "--loss", "kd", "--baseline", "--out", "s")
+    assert "loss 'hard' needs labels" in stages.fails(2, *command, "--loss", "kd", "--loss", "hard", "--out", "s")
+    assert "--baseline needs labels" in stages.fails(2, *command, "--loss", "kd", "--baseline", "--out", "s")
     assert not math.isnan(result["student"]["val"]["kl_to_teacher"])

@@ -89,7 +89,7 @@ def test_one_that_diverges_leaves_the_others_as_they_are(tiny: Path, stages: Sta
     said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
     losses = ("--losses", "logit_mse:weight=1e12", "--losses", "logit_mse:weight=0.1")
     line = stages.fails(1, *said, *losses, "--vectorize", "--out", "all")
-    assert "1 of 2 students, 'loss-0' the first: training the student diverged" in line
+    assert "1 of 2 students ended early, first 'loss-0': training the student diverged" in line
     stages(*said, "--loss", "logit_mse:weight=0.1", "--out", "alone")
     same_run("all/loss-1", "alone")
 

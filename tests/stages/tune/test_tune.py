@@ -1,4 +1,4 @@
-"""The search: every trial once, whoever trains it and whatever kills it; the best comes out again from its command."""
+"""tune: every trial is trained once, however many processes train and die; its command trains the best again."""
 
 import json
 import re
@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 
 import softcache.stages.training.loop as training
-import softcache.stages.tune.study as shared_study
+import softcache.stages.tune.study as tune_study
 from tests.helpers import processes
 from tests.helpers.commands import Stages
 from tests.helpers.processes import KILLED, Forks, list_temporary_files
 
 forks = processes.forks
 Dose = Callable[[int, int], int]
-Words = tuple[object, ...]
+Command = tuple[object, ...]
 
 STUDENT = ("--arch", "mlp:8", "--epochs", 4, "--batch-size", 100)
 LOSSES = ("--loss", "kd:temperature=4,weight=0.9", "--loss", "hard:weight=0.1")
@@ -36,89 +36,90 @@ SPACE = (
     "--search",
     "learning_rate=0.001..0.3:log",
 )
-TRIALS = 12  # the first ten are drawn blindly, the others from what is known
+TRIALS = 12  # the first ten are sampled at random, the others from the results of earlier ones
 
 
-def search(tiny: Path, out: object, *more: object) -> Words:
-    return ("tune", "--cache", tiny / "cache", *STUDENT, *LOSSES, "--out", out, *more)
+def tune_command(tiny: Path, out: object, *options: object) -> Command:
+    return ("tune", "--cache", tiny / "cache", *STUDENT, *LOSSES, "--out", out, *options)
 
 
-def record_of(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "tune.json").read_text())
-    return found
+def read_record(out: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((out / "tune.json").read_text())
+    return record
 
 
-def found_by(record: dict[str, Any]) -> list[dict[str, Any]]:
+def drop_seconds(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The trials without their seconds."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in record["trials"]]
 
 
-def states_of(storage: Path) -> list[tuple[int, int, str]]:
+def read_states(storage: Path) -> list[tuple[int, int, str]]:
     """(number, slot, state) of every trial in a database, read with SQLite alone."""
-    asked = """select number, value_json, state from trials join trial_user_attributes
+    query = """select number, value_json, state from trials join trial_user_attributes
                using (trial_id) where key = 'slot' order by number"""
     with sqlite3.connect(storage) as database:
-        rows = [(number, json.loads(slot), state) for number, slot, state in database.execute(asked)]
+        rows = [(number, json.loads(slot), state) for number, slot, state in database.execute(query)]
     database.close()
     return rows
 
 
-def assert_once_each(storage: Path, trials: int) -> None:
-    """Every slot is held by one trial that is over; what failed gave way to another."""
-    rows = states_of(storage)
+def assert_each_trained_once(storage: Path, trials: int) -> None:
+    """Every slot has exactly one finished trial; a failed trial was replaced by another one."""
+    rows = read_states(storage)
     assert [number for number, _, _ in rows] == list(range(len(rows)))
-    over = sorted(slot for _, slot, state in rows if state in ("COMPLETE", "PRUNED"))
-    assert over == list(range(trials))
+    finished = sorted(slot for _, slot, state in rows if state in ("COMPLETE", "PRUNED"))
+    assert finished == list(range(trials))
     assert {state for _, _, state in rows} <= {"COMPLETE", "PRUNED", "FAIL"}
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search that nobody has disturbed; `seconds` beside it are those that it took."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    begun = time.monotonic()
-    forks.succeeds(*search(tiny, out, *SPACE, "--trials", TRIALS))
-    out.with_name("seconds").write_text(str(time.monotonic() - begun))
+def uninterrupted(tiny: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search that was never stopped; the file `seconds` beside it holds the time that it took."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    start = time.monotonic()
+    forks.succeeds(*tune_command(tiny, out, *SPACE, "--trials", TRIALS))
+    out.with_name("seconds").write_text(str(time.monotonic() - start))
     return out
 
 
-def assert_equal_searches(out: Path, whole: Path) -> None:
-    """The same trials with the same parameters, figures and weights, the same best, nothing besides."""
-    mine, theirs = record_of(out), record_of(whole)
-    assert found_by(mine) == found_by(theirs)
-    assert mine["best"]["command"] == theirs["best"]["command"]
-    names = sorted(str(path.relative_to(whole)) for path in whole.glob("trial-*/*"))
+def assert_equal_searches(out: Path, uninterrupted: Path) -> None:
+    """The same trials with the same parameters, figures and weights, the same best, and no other files."""
+    record, expected = read_record(out), read_record(uninterrupted)
+    assert drop_seconds(record) == drop_seconds(expected)
+    assert record["best"]["command"] == expected["best"]["command"]
+    names = sorted(str(path.relative_to(uninterrupted)) for path in uninterrupted.glob("trial-*/*"))
     assert sorted(str(path.relative_to(out)) for path in out.glob("trial-*/*")) == names
-    for path in whole.glob("trial-*/student.pt"):
-        assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    for path in uninterrupted.glob("trial-*/student.pt"):
+        assert (out / path.relative_to(uninterrupted)).read_bytes() == path.read_bytes()
     assert list_temporary_files(out) == []
     assert list(out.rglob("*.lock")) == []
 
 
-# What it finds
+# Results
 
 
-def test_a_trial_is_a_students_run_and_its_figure_that_of_the_validation_split(whole: Path) -> None:
-    record = record_of(whole)
-    done = [row for row in record["trials"] if row["state"] == "complete"]
-    for row in done:
-        result = json.loads((whole / f"trial-{row['trial']:04d}/result.json").read_text())
+def test_a_trial_is_the_run_of_a_student_with_its_figure_on_the_validation_split(uninterrupted: Path) -> None:
+    record = read_record(uninterrupted)
+    complete = [row for row in record["trials"] if row["state"] == "complete"]
+    for row in complete:
+        result = json.loads((uninterrupted / f"trial-{row['trial']:04d}/result.json").read_text())
         assert row["value"] == result["student"]["val"]["accuracy"]
         assert row["seconds"] == result["student"]["seconds"]
         assert result["settings"]["learning_rate"] == row["parameters"]["learning_rate"]
         temperature, weight = row["parameters"]["kd.temperature"], row["parameters"]["hard.weight"]
         assert result["settings"]["loss"] == [f"kd:temperature={temperature},weight=0.9", f"hard:weight={weight}"]
-    best = max(done, key=lambda row: row["value"])
+    best = max(complete, key=lambda row: row["value"])
     assert record["best"]["trial"] == best["trial"]
     limits = {"kd.temperature": (1, 20), "hard.weight": (0.1, 10), "learning_rate": (0.001, 0.3)}
-    assert all(limits[n][0] <= v <= limits[n][1] for row in done for n, v in row["parameters"].items())
-    with Image.open(whole / "tune.png") as image:
+    for row in complete:
+        assert all(limits[name][0] <= value <= limits[name][1] for name, value in row["parameters"].items())
+    with Image.open(uninterrupted / "tune.png") as image:
         assert image.format == "PNG"
         assert min(image.size) > 500
 
 
 @pytest.mark.parametrize(
-    "more",
+    "options",
     [
         (*STUDENT[:4], "--select", "f1_macro", "--search", "batch_size=20|50", "--search", "warmup=0..0.4:step=0.1"),
         (*STUDENT, "--select", "nll", "--no-nesterov", "--finetune-epochs", 1, "--labelled", 100),
@@ -126,48 +127,52 @@ def test_a_trial_is_a_students_run_and_its_figure_that_of_the_validation_split(w
         (*STUDENT[2:], "--recipe", "crd", "--schedule", "cosine", "--search", "arch=mlp:8|mlp:12,8"),
     ],
 )
-def test_the_command_of_the_best_gives_its_weights_again_byte_for_byte(
-    tiny: Path, stages: Stages, tmp_path: Path, more: Words
+def test_the_command_of_the_best_trains_the_same_weights_byte_for_byte(
+    tiny: Path, stages: Stages, tmp_path: Path, options: Command
 ) -> None:
-    searched = ("--search", "kd.temperature=1..8", "--trials", 4, "--out", "s")
-    code, out, err = stages.call("tune", "--cache", tiny / "cache", *more, *searched)
+    search = ("--search", "kd.temperature=1..8", "--trials", 4, "--out", "s")
+    code, out, err = stages.call("tune", "--cache", tiny / "cache", *options, *search)
     assert code == 0, err
     command = next(line for line in out.splitlines() if line.startswith("again: "))
     again = stages(*shlex.split(command.split("-m softcache ")[1]), "--out", "again")
-    best = tmp_path / f"s/trial-{record_of(tmp_path / 's')['best']['trial']:04d}"
+    best = tmp_path / f"s/trial-{read_record(tmp_path / 's')['best']['trial']:04d}"
     assert (tmp_path / "again/student.pt").read_bytes() == (best / "student.pt").read_bytes()
-    kept = json.loads((best / "result.json").read_text())["student"]
-    assert {s: again["student"][s] for s in ("val", "test")} == {s: kept[s] for s in ("val", "test")}
+    student = json.loads((best / "result.json").read_text())["student"]
+    for split in ("val", "test"):
+        assert again["student"][split] == student[split]
 
 
-def test_nll_is_made_small(tiny: Path, stages: Stages) -> None:
-    record = stages(*search(tiny, "s", "--search", "learning_rate=0.001|0.1", "--grid", "--select", "nll"))
+def test_nll_is_minimised(tiny: Path, stages: Stages) -> None:
+    record = stages(*tune_command(tiny, "s", "--search", "learning_rate=0.001|0.1", "--grid", "--select", "nll"))
     values = {row["parameters"]["learning_rate"]: row["value"] for row in record["trials"]}
     assert record["best"]["value"] == min(values.values()) < max(values.values())
 
 
-def test_a_pruned_trial_is_marked_and_can_be_trained_to_its_end(whole: Path, stages: Stages, tmp_path: Path) -> None:
-    pruned = [row for row in record_of(whole)["trials"] if row["state"] == "pruned"]
+def test_a_pruned_trial_is_marked_and_its_training_can_be_resumed(
+    uninterrupted: Path, stages: Stages, tmp_path: Path
+) -> None:
+    pruned = [row for row in read_record(uninterrupted)["trials"] if row["state"] == "pruned"]
     assert pruned
     for row in pruned:
-        lines = (whole / f"trial-{row['trial']:04d}/metrics.jsonl").read_text().splitlines()
+        lines = (uninterrupted / f"trial-{row['trial']:04d}/metrics.jsonl").read_text().splitlines()
         assert len(lines) == row["epochs"] < 4
         assert row["last"] == json.loads(lines[-1])["val_accuracy"]
         assert row["value"] is None
-        assert not (whole / f"trial-{row['trial']:04d}/student.pt").exists()
+        assert not (uninterrupted / f"trial-{row['trial']:04d}/student.pt").exists()
     name = f"trial-{pruned[0]['trial']:04d}"
-    shutil.copytree(whole / name, tmp_path / name)
+    shutil.copytree(uninterrupted / name, tmp_path / name)
     assert stages("student", "--resume", "--out", tmp_path / name)["student"]["epoch"] == 4
 
 
-def test_without_pruning_every_trial_comes_to_its_end(tiny: Path, stages: Stages) -> None:
+def test_without_pruning_every_trial_is_complete(tiny: Path, stages: Stages) -> None:
     rates = "learning_rate=" + "|".join(f"{10**-k:.6f}" for k in range(1, 7))
-    for more, states in (((), {"complete", "pruned"}), (("--no-prune",), {"complete"})):
-        rows = stages(*search(tiny, f"s{len(more)}", "--search", rates, "--grid", "--select", "nll", *more))["trials"]
+    for options, states in (((), {"complete", "pruned"}), (("--no-prune",), {"complete"})):
+        command = tune_command(tiny, f"s{len(options)}", "--search", rates, "--grid", "--select", "nll", *options)
+        rows = stages(*command)["trials"]
         assert {row["state"] for row in rows} == states
 
 
-def test_a_trial_that_diverges_is_one_row_and_not_tried_again(tiny: Path, stages: Stages) -> None:
+def test_a_trial_that_diverges_is_one_row_and_is_not_repeated(tiny: Path, stages: Stages) -> None:
     command = (
         "tune",
         "--cache",
@@ -188,14 +193,14 @@ def test_a_trial_that_diverges_is_one_row_and_not_tried_again(tiny: Path, stages
     assert code == 0, err
     assert "trial 1 failed: training the student diverged" in out
     assert "2 complete, 0 pruned, 1 failed" in out
-    assert "goes on" not in out
-    assert found_by(record_of(Path("s"))) == [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert "continues" not in out
+    assert drop_seconds(read_record(Path("s"))) == [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-# Every trial once
+# Every trial is trained once
 
 
-def combinations(record: dict[str, Any]) -> list[tuple[float, float]]:
+def list_combinations(record: dict[str, Any]) -> list[tuple[float, float]]:
     return sorted((row["parameters"]["kd.weight"], row["parameters"]["hard.weight"]) for row in record["trials"])
 
 
@@ -203,223 +208,227 @@ GRID = ("--search", "kd.weight=0.1..0.7:step=0.2", "--search", "hard.weight=0|1"
 POINTS = sorted(product([0.1, 0.3, 0.5, 0.7], [0.0, 1.0]))
 
 
-def test_a_grid_is_every_combination_once(tiny: Path, stages: Stages) -> None:
-    assert combinations(stages(*search(tiny, "s", *GRID))) == POINTS
-    assert_once_each(Path("s/study.db"), 8)
+def test_a_grid_has_every_combination_once(tiny: Path, stages: Stages) -> None:
+    assert list_combinations(stages(*tune_command(tiny, "s", *GRID))) == POINTS
+    assert_each_trained_once(Path("s/study.db"), 8)
 
 
 @pytest.mark.parametrize(("one_folder", "grid"), [(True, False), (False, True)])
-def test_processes_at_once_share_the_trials(
+def test_concurrent_processes_share_the_trials(
     tiny: Path, forks: Forks, tmp_path: Path, dose: Dose, one_folder: bool, grid: bool
 ) -> None:
-    for again in range(dose(1, 10)):
-        outs = [tmp_path / f"{again}-{0 if one_folder else i}" for i in range(dose(2, 4))]
-        database = outs[0] / "study.db" if one_folder else tmp_path / f"study-{again}.db"
+    for repetition in range(dose(1, 10)):
+        outs = [tmp_path / f"{repetition}-{0 if one_folder else i}" for i in range(dose(2, 4))]
+        database = outs[0] / "study.db" if one_folder else tmp_path / f"study-{repetition}.db"
         storage = () if one_folder else ("--storage", f"sqlite:///{database}")
         space = GRID if grid else (*SPACE, "--trials", 8)
-        children = [forks.start(*search(tiny, out, *space, *storage)) for out in outs]
+        children = [forks.start(*tune_command(tiny, out, *space, *storage)) for out in outs]
         for child in children:
             assert child.wait() == 0, child.output
-        assert_once_each(database, 8)
-        records = [record_of(out) for out in outs]
+        assert_each_trained_once(database, 8)
+        records = [read_record(out) for out in outs]
         assert all(record["trials"] == records[0]["trials"] for record in records)
         assert [row["trial"] for row in records[0]["trials"]] == list(range(8))
         if grid:
-            assert combinations(records[0]) == POINTS
-        trained = [path for out in set(outs) for path in out.glob("trial-*")]
-        assert len(trained) == 8
-        said = [line for child in children for line in child.output.splitlines() if re.match(r"trial \d", line)]
-        assert len(said) == 8
+            assert list_combinations(records[0]) == POINTS
+        trial_folders = [path for out in set(outs) for path in out.glob("trial-*")]
+        assert len(trial_folders) == 8
+        lines = [line for child in children for line in child.output.splitlines() if re.match(r"trial \d", line)]
+        assert len(lines) == 8
 
 
-def test_more_trials_may_be_asked_for_later(tiny: Path, stages: Stages) -> None:
-    first = stages(*search(tiny, "s", *SPACE, "--trials", 2))
-    for lock in (".trial-0001.lock", "trial-0001/.lock"):  # as of a process that was killed when its trial was over
+def test_a_search_can_be_continued_with_more_trials(tiny: Path, stages: Stages) -> None:
+    first = stages(*tune_command(tiny, "s", *SPACE, "--trials", 2))
+    for lock in (".trial-0001.lock", "trial-0001/.lock"):  # as of a process that was killed at the end of its trial
         Path("s", lock).touch()
-    more = stages(*search(tiny, "s", *SPACE, "--trials", 4))
-    assert more["trials"][:2] == first["trials"]
+    second = stages(*tune_command(tiny, "s", *SPACE, "--trials", 4))
+    assert second["trials"][:2] == first["trials"]
     assert list(Path("s").rglob("*.lock")) == []
-    assert_once_each(Path("s/study.db"), 4)
+    assert_each_trained_once(Path("s/study.db"), 4)
 
 
-# Killed
+# Stopped and killed
 
 
-def test_killed_at_random_moments_it_goes_on_to_the_same_search(
-    tiny: Path, forks: Forks, whole: Path, tmp_path: Path, dose: Dose
+def test_a_search_killed_at_random_moments_continues_to_the_same_result(
+    tiny: Path, forks: Forks, uninterrupted: Path, tmp_path: Path, dose: Dose
 ) -> None:
-    """Parameters, figures, weights and the command of the best are those of the search that nobody disturbed."""
+    """Parameters, figures, weights and the command of the best are those of a search that was never stopped."""
     random, kills = Random(3), 0
-    seconds = float(whole.with_name("seconds").read_text())
+    seconds = float(uninterrupted.with_name("seconds").read_text())
     for search_number in range(dose(1, 20)):
         out = tmp_path / str(search_number)
-        command = search(tiny, out, *SPACE, "--trials", TRIALS)
+        command = tune_command(tiny, out, *SPACE, "--trials", TRIALS)
         for _ in range(2):
             child = forks.start(*command)
             time.sleep(random.uniform(0, seconds))
             kills += child.kill() == KILLED
         forks.succeeds(*command)
-        assert_once_each(out / "study.db", TRIALS)
-        assert len(states_of(out / "study.db")) == TRIALS
-        assert_equal_searches(out, whole)
+        assert_each_trained_once(out / "study.db", TRIALS)
+        assert len(read_states(out / "study.db")) == TRIALS
+        assert_equal_searches(out, uninterrupted)
     print(f"\na search killed {kills} times: the same trials, weights and best")
     assert kills
 
 
-@pytest.mark.parametrize("moment", ["kept", "told"])
-def test_stopped_at_any_epoch_it_goes_on_to_the_same_search(
-    tiny: Path, stages: Stages, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, dose: Dose
+@pytest.mark.parametrize("moment", ["after_checkpoint", "after_report"])
+def test_a_search_stopped_at_any_epoch_continues_to_the_same_result(
+    tiny: Path,
+    stages: Stages,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    dose: Dose,
 ) -> None:
-    """Between an epoch's checkpoint and the word to the study of it, or after: also where a trial is to be pruned."""
-    command, stops = search(tiny, tmp_path / "s", *SPACE, "--trials", TRIALS), 0
-    keep, follow = training.TrainState.save, shared_study.report_epochs
+    """Between the checkpoint of an epoch and its report to the study, or after it, also before a trial is pruned."""
+    command, stops = tune_command(tiny, tmp_path / "s", *SPACE, "--trials", TRIALS), 0
+    save, report_epochs = training.TrainState.save, tune_study.report_epochs
 
-    def keeping(*arguments: Any) -> None:
-        keep(*arguments)
+    def save_and_stop(*arguments: Any) -> None:
+        save(*arguments)
         raise KeyboardInterrupt
 
-    def following(trial: Any, lines: Any, *arguments: Any) -> None:
+    def report_and_stop(trial: Any, lines: Any, **options: Any) -> None:
         known = len(trial.storage.get_trial(trial._trial_id).intermediate_values)
-        follow(trial, lines, *arguments)
+        report_epochs(trial, lines, **options)
         if len(lines) > known:
             raise KeyboardInterrupt
 
     code = 130
     while code == 130 and stops < dose(5, 100):
         with monkeypatch.context() as patch:
-            if moment == "kept":
-                patch.setattr(training.TrainState, "save", keeping)
+            if moment == "after_checkpoint":
+                patch.setattr(training.TrainState, "save", save_and_stop)
             else:
-                patch.setattr("softcache.stages.tune.command.report_epochs", following)
+                patch.setattr("softcache.stages.tune.trials.report_epochs", report_and_stop)
             code, _, err = stages.call(*command)
         stops += code == 130
-        assert code == 0 or f"Error: stopped; the same command with --out {tmp_path / 's'} goes on" in err
+        assert code == 0 or f"Error: stopped; the same command with --out {tmp_path / 's'} continues" in err
     assert stops > 4
     stages(*command)
-    assert_equal_searches(tmp_path / "s", whole)
+    assert_equal_searches(tmp_path / "s", uninterrupted)
 
 
-def test_a_trial_of_a_dead_process_elsewhere_is_taken_over(
+def test_the_trial_of_a_dead_process_of_another_folder_is_taken_over(
     tiny: Path, forks: Forks, tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has another folder, so its lock is not seen: that it counts no more says so."""
+    """The lock is in the other folder: the process is dead when its heartbeats stop."""
     storage = ("--storage", f"sqlite:///{tmp_path}/study.db", "--search", "learning_rate=0.01..0.1", "--trials", 2)
-    child = forks.start(*search(tiny, tmp_path / "far", *storage, "--epochs", 400))
+    child = forks.start(*tune_command(tiny, tmp_path / "far", *storage, "--epochs", 400))
     processes.wait_until(lambda: (tmp_path / "far/trial-0000/metrics.jsonl").exists())
     assert child.kill() == KILLED
-    [(_, slot, state)] = states_of(tmp_path / "study.db")
+    [(_, slot, state)] = read_states(tmp_path / "study.db")
     assert (slot, state) == (0, "RUNNING")
     with sqlite3.connect(tmp_path / "study.db") as database:
-        (chosen,) = database.execute("select param_value from trial_params").fetchone()
+        (learning_rate,) = database.execute("select param_value from trial_params").fetchone()
     database.close()
-    # The same search with fewer epochs would be another one: only the record of it is made the same.
+    # A search with other epochs is another search, so the record is edited to continue this one with fewer.
     with sqlite3.connect(tmp_path / "study.db") as database:
         database.execute("update study_user_attributes set value_json = replace(value_json, '400', '4')")
     database.close()
-    monkeypatch.setattr(shared_study, "DEAD_SECONDS", 1.0)
-    record = stages(*search(tiny, tmp_path / "near", *storage))
-    assert record["trials"][0]["parameters"]["learning_rate"] == chosen
-    assert_once_each(tmp_path / "study.db", 2)
-    assert [state for _, _, state in states_of(tmp_path / "study.db")].count("FAIL") == 1
+    monkeypatch.setattr(tune_study, "DEAD_SECONDS", 1.0)
+    record = stages(*tune_command(tiny, tmp_path / "near", *storage))
+    assert record["trials"][0]["parameters"]["learning_rate"] == learning_rate
+    assert_each_trained_once(tmp_path / "study.db", 2)
+    assert [state for _, _, state in read_states(tmp_path / "study.db")].count("FAIL") == 1
 
 
-def test_a_process_that_was_taken_for_dead_gives_its_trial_up(
+def test_a_process_that_was_taken_for_dead_stops_its_trial(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a long sleep of its machine: another has begun the slot anew."""
-    keep, epochs = training.TrainState.save, []
+    """As after a long sleep of its machine, in which another process has started the slot again."""
+    save, epochs = training.TrainState.save, [0]
 
-    def keeping(*arguments: Any) -> None:
-        keep(*arguments)
-        epochs.append(arguments)
-        if len(epochs) == 2:
+    def save_and_fail_trial(*arguments: Any) -> None:
+        save(*arguments)
+        epochs[0] += 1
+        if epochs[0] == 2:
             with sqlite3.connect("s/study.db") as database:
                 database.execute("update trials set state = 'FAIL'")
             database.close()
 
-    monkeypatch.setattr(training.TrainState, "save", keeping)
-    code, out, err = stages.call(*search(tiny, "s", "--search", "learning_rate=0.01..0.1", "--trials", 2))
+    monkeypatch.setattr(training.TrainState, "save", save_and_fail_trial)
+    code, out, err = stages.call(*tune_command(tiny, "s", "--search", "learning_rate=0.01..0.1", "--trials", 2))
     assert code == 0, err
     assert "trial 0: another process has taken it over" in out
-    assert_once_each(Path("s/study.db"), 2)
+    assert_each_trained_once(Path("s/study.db"), 2)
 
 
-def test_of_two_that_begin_a_slot_at_once_the_first_has_it(
+def test_of_two_processes_that_add_a_trial_of_one_slot_the_first_trains_it(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rival adds its trial after this process has looked and before it adds its own; then the rival dies."""
-    monkeypatch.setattr(shared_study, "DEAD_SECONDS", 0.5)
-    parameters, rival = shared_study.SharedStudy._parameters, []
+    """A rival adds its trial after this process has read the study and before it adds its own; then the rival dies."""
+    monkeypatch.setattr(tune_study, "DEAD_SECONDS", 0.5)
+    choose_parameters, rival_parameters = tune_study.SharedStudy._choose_parameters, []
 
-    def slow(self: Any, slot: int) -> Any:
-        found = parameters(self, slot)
-        if not rival:
-            rival.append({"learning_rate": 0.0123})
+    def add_rival(self: Any, slot: int) -> Any:
+        parameters = choose_parameters(self, slot)
+        if not rival_parameters:
+            rival_parameters.append({"learning_rate": 0.0123})
             attributes = {"slot": slot, "folder": "elsewhere", "beat": 0, "claim": "rival"}
             self.study.add_trial(
-                shared_study.create_trial(
-                    state=shared_study.TrialState.RUNNING,
-                    params=rival[0],
-                    distributions=self._distributions(),
+                tune_study.create_trial(
+                    state=tune_study.TrialState.RUNNING,
+                    params=rival_parameters[0],
+                    distributions=self._make_distributions(),
                     user_attrs=attributes,
                 )
             )
-        return found
+        return parameters
 
-    monkeypatch.setattr(shared_study.SharedStudy, "_parameters", slow)
-    record = stages(*search(tiny, "s", "--search", "learning_rate=0.01..0.1", "--trials", 2))
-    assert record["trials"][0]["parameters"] == rival[0]
-    assert_once_each(Path("s/study.db"), 2)
-    assert [state for _, slot, state in states_of(Path("s/study.db")) if slot == 0] == ["FAIL", "FAIL", "COMPLETE"]
+    monkeypatch.setattr(tune_study.SharedStudy, "_choose_parameters", add_rival)
+    record = stages(*tune_command(tiny, "s", "--search", "learning_rate=0.01..0.1", "--trials", 2))
+    assert record["trials"][0]["parameters"] == rival_parameters[0]
+    assert_each_trained_once(Path("s/study.db"), 2)
+    assert [state for _, slot, state in read_states(Path("s/study.db")) if slot == 0] == ["FAIL", "FAIL", "COMPLETE"]
 
 
-def test_a_search_that_was_stopped_is_mentioned_when_another_is_begun(
+def test_a_search_that_was_stopped_is_mentioned_when_the_same_is_started_again(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*_: Any) -> None:
+    def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    command = [word for word in search(tiny, "", "--search", "learning_rate=0.01|0.1", "--grid") if word != ""]
-    command.remove("--out")
+    command = ("tune", "--cache", tiny / "cache", *STUDENT, *LOSSES, "--search", "learning_rate=0.01|0.1", "--grid")
     with monkeypatch.context() as patch:
-        patch.setattr(training.TrainState, "save", stopped)
+        patch.setattr(training.TrainState, "save", stop)
         assert stages.call(*command)[0] == 130
     _, out, _ = stages.call(*command)
-    assert (
-        "'runs/tune-digits-mlp-8-1' was stopped; the same command with --out runs/tune-digits-mlp-8-1 goes on" in out
-    )
+    folder = "runs/tune-digits-mlp-8-1"
+    assert f"'{folder}' was stopped; the same command with --out {folder} continues it" in out
     _, out, _ = stages.call(*command, "--select", "nll")
     assert "was stopped" not in out
 
 
-def test_a_process_that_lives_elsewhere_is_waited_for(
+def test_a_search_waits_for_a_process_of_another_folder(
     tiny: Path, forks: Forks, tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_study, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(tune_study, "HEARTBEAT_SECONDS", 0.1)
     storage = ("--storage", f"sqlite:///{tmp_path}/study.db", "--search", "learning_rate=0.01..0.1", "--trials", 1)
-    child = forks.start(*search(tiny, tmp_path / "far", *storage, "--epochs", 100))
+    child = forks.start(*tune_command(tiny, tmp_path / "far", *storage, "--epochs", 100))
     processes.wait_until(lambda: (tmp_path / "far/trial-0000/metrics.jsonl").exists())
-    code, out, err = stages.call(*search(tiny, tmp_path / "near", *storage, "--epochs", 100))
+    code, out, err = stages.call(*tune_command(tiny, tmp_path / "near", *storage, "--epochs", 100))
     assert code == 0, err
     assert child.wait() == 0, child.output
     assert "waiting for other processes, which train: 0" in out
-    assert [state for _, _, state in states_of(tmp_path / "study.db")] == ["COMPLETE"]
+    assert [state for _, _, state in read_states(tmp_path / "study.db")] == ["COMPLETE"]
 
 
-def test_a_scheduler_that_ends_it_gets_one_line(tiny: Path, forks: Forks, tmp_path: Path) -> None:
-    command = search(tiny, tmp_path / "s", "--search", "learning_rate=0.01..0.1", "--epochs", 2000)
+def test_a_search_that_a_scheduler_ends_prints_one_line(tiny: Path, forks: Forks, tmp_path: Path) -> None:
+    command = tune_command(tiny, tmp_path / "s", "--search", "learning_rate=0.01..0.1", "--epochs", 2000)
     child = forks.start(*command)
     processes.wait_until(lambda: (tmp_path / "s/trial-0000/metrics.jsonl").exists())
     assert child.terminate() == 130
-    assert child.error == f"Error: stopped; the same command with --out {tmp_path / 's'} goes on"
+    assert child.error == f"Error: stopped; the same command with --out {tmp_path / 's'} continues"
     assert list((tmp_path / "s").rglob("*.lock")) == []
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("options", "message"),
     [
         ((), "nothing to search"),
         (("--search", "kd"), "no setting to search 'kd'"),
@@ -439,12 +448,12 @@ def test_a_scheduler_that_ends_it_gets_one_line(tiny: Path, forks: Forks, tmp_pa
         (("--search", "kd.temperature=1..5:log:step=1"), "comes :log, or :step=S"),
         (("--search", "kd.temperature=1..5:lin"), "comes :log, or :step=S"),
         (("--search", "kd.temperature=1|1.0"), "a choice is given twice"),
-        (("--search", "kd.standardize=1..2"), "is no number: give choices"),
+        (("--search", "kd.standardize=1..2"), "is not a number: give choices"),
         (("--search", "kd.standardize=yes|no"), "neither true nor false"),
         (("--search", "hard.smoothing=0..2"), "smoothing=2.0 is above 1"),
         (("--search", "momentum=0..1"), "momentum 1.0 is above 0.9999"),
         (("--search", "weight_decay=-1..1"), "weight_decay -1.0 is below 0"),
-        (("--search", "epochs=1..2.5"), "epochs=2.5 is not a whole number"),
+        (("--search", "epochs=1..2.5"), "epochs=2.5 is not an integer"),
         (("--search", "optimizer=sgd|adam"), "no optimizer 'adam'. Did you mean 'adamw'?"),
         (("--search", "learning_rate=0.1..1", "--search", "learning-rate=1..2"), "'learning_rate' is searched twice"),
         (("--search", "learning_rate=0.1..1", "--learning-rate", 0.1), "leave out --learning-rate"),
@@ -456,43 +465,45 @@ def test_a_scheduler_that_ends_it_gets_one_line(tiny: Path, forks: Forks, tmp_pa
         (("--search", "kd.weight=0..1", "--baseline"), "tune takes no --resume"),
         (("--search", "kd.weight=0..1", "--resume"), "tune takes no --resume"),
         (("--search", "kd.weight=0..1", "--storage", "nowhere"), "--storage: "),
-        (("--search", "kd.weight=0..1", "--storage", "sqlite://"), "in memory is gone with its process"),
+        (("--search", "kd.weight=0..1", "--storage", "sqlite://"), "in memory is lost when its process ends"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_trained(tiny: Path, stages: Stages, more: Words, says: str) -> None:
-    assert says in stages.fails(2, *search(tiny, "s", *more))
+def test_bad_input_is_one_line_and_nothing_is_trained(
+    tiny: Path, stages: Stages, options: Command, message: str
+) -> None:
+    assert message in stages.fails(2, *tune_command(tiny, "s", *options))
     assert not Path("s").exists()
 
 
-def test_an_arch_or_layer_that_does_not_exist_is_found_before_the_first_trial(tiny: Path, stages: Stages) -> None:
-    base = ("tune", "--cache", tiny / "cache", "--loss", "hard", "--loss", "hint:teacher=pool1", "--out", "s")
-    assert "no arch 'cmn'" in stages.fails(2, *base, "--search", "arch=cnn|cmn")
-    assert "pool9" in stages.fails(1, *base, "--arch", "cnn", "--search", "hint.teacher=pool1|pool9")
+def test_an_arch_or_layer_that_does_not_exist_is_refused_before_the_first_trial(tiny: Path, stages: Stages) -> None:
+    command = ("tune", "--cache", tiny / "cache", "--loss", "hard", "--loss", "hint:teacher=pool1", "--out", "s")
+    assert "no arch 'cmn'" in stages.fails(2, *command, "--search", "arch=cnn|cmn")
+    assert "pool9" in stages.fails(1, *command, "--arch", "cnn", "--search", "hint.teacher=pool1|pool9")
     assert not Path("s").exists()
 
 
 def test_another_search_in_the_same_folder_or_study_is_refused(tiny: Path, stages: Stages) -> None:
     shared = ("--storage", "sqlite:///study.db", "--search", "kd.weight=0.1|1", "--trials", 1)
-    stages(*search(tiny, "s", *shared))
-    for more, differs in (
-        (("--epochs", 5), "epochs 4 there, 5 asked"),
+    stages(*tune_command(tiny, "s", *shared))
+    for options, difference in (
+        (("--epochs", 5), "epochs 4 there, 5 here"),
         (("--search", "hard.weight=1|2"), "search ['kd.weight=0.1|1'] there"),
-        (("--select", "nll"), "select last there, nll asked"),
+        (("--select", "nll"), "select last there, nll here"),
     ):
-        said = stages.fails(1, *search(tiny, "s", *shared, *more))
-        assert "'s' was begun otherwise" in said
-        assert differs in said
-        said = stages.fails(1, *search(tiny, "other", *shared, *more))
-        assert "the study 'digits-mlp-8' was begun otherwise" in said
-        assert differs in said
-    stages(*search(tiny, "third", *shared, "--epochs", 5, "--study", "own"))
-    assert "is no search" in stages.fails(2, *search(tiny, "s/trial-0000", *shared))
+        error = stages.fails(1, *tune_command(tiny, "s", *shared, *options))
+        assert "'s' holds a search with other settings" in error
+        assert difference in error
+        error = stages.fails(1, *tune_command(tiny, "other", *shared, *options))
+        assert "the study 'digits-mlp-8' holds a search with other settings" in error
+        assert difference in error
+    stages(*tune_command(tiny, "third", *shared, "--epochs", 5, "--study", "own"))
+    assert "is not the folder of a search" in stages.fails(2, *tune_command(tiny, "s/trial-0000", *shared))
 
 
-# What may be missing
+# Optional packages
 
 
-def test_without_optuna_one_line_says_how_to_get_it(
+def test_without_optuna_the_error_names_the_package_to_install(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [*sys.modules]:
@@ -500,23 +511,24 @@ def test_without_optuna_one_line_says_how_to_get_it(
             "softcache.stages.tune.command",
             "softcache.stages.tune.study",
             "softcache.stages.tune.summary",
+            "softcache.stages.tune.trials",
         ) or name.startswith("optuna"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delattr("softcache.stages.tune.command", raising=False)
-    said = stages.fails(2, *search(tiny, "s", "--search", "kd.weight=0|1"))
-    assert said.startswith("Error: tune needs Optuna 4.3 or later (")
-    assert said.endswith("): pip install 'softcache[tune]'")
+    error = stages.fails(2, *tune_command(tiny, "s", "--search", "kd.weight=0|1"))
+    assert error.startswith("Error: tune needs Optuna 4.3 or later (")
+    assert error.endswith("): pip install 'softcache[tune]'")
 
 
-def test_without_matplotlib_the_picture_alone_is_missing(
+def test_without_matplotlib_only_the_image_is_missing(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "softcache.stages.tune.plots", raising=False)
     monkeypatch.delattr("softcache.stages.tune.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    code, out, err = stages.call(*search(tiny, "s", "--search", "kd.weight=0.1|1", "--grid"))
+    code, out, err = stages.call(*tune_command(tiny, "s", "--search", "kd.weight=0.1|1", "--grid"))
     assert code == 0, err
     assert "no image without matplotlib: pip install 'softcache[report]'" in out
     assert not Path("s/tune.png").exists()
-    assert len(record_of(Path("s"))["trials"]) == 2
+    assert len(read_record(Path("s"))["trials"]) == 2

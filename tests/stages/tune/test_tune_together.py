@@ -1,4 +1,4 @@
-"""tune --together: trials that read each batch once come out as one after the other."""
+"""tune --together: trials that share one stream of batches end as if they were trained one after the other."""
 
 import json
 from pathlib import Path
@@ -27,24 +27,26 @@ SEARCH = (
 )
 
 
-def trials_of(folder: str) -> list[dict[str, Any]]:
+def read_trials(folder: str) -> list[dict[str, Any]]:
     rows = json.loads(Path(folder, "tune.json").read_text())["trials"]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def test_trials_together_are_those_one_after_the_other(tiny: Path, stages: Stages) -> None:
-    said = ("tune", "--cache", tiny / "cache", *SEARCH)
-    stages(*said, "--out", "one")
-    stages(*said, "--together", 5, "--out", "five")
-    assert trials_of("five") == trials_of("one")
-    states = [row["state"] for row in trials_of("one")]
-    assert states.count("failed") == 6  # the rate of 1e9
+def test_trials_at_once_are_the_same_as_one_after_the_other(tiny: Path, stages: Stages) -> None:
+    command = ("tune", "--cache", tiny / "cache", *SEARCH)
+    stages(*command, "--out", "one")
+    stages(*command, "--together", 5, "--out", "five")
+    assert read_trials("five") == read_trials("one")
+    states = [row["state"] for row in read_trials("one")]
+    assert states.count("failed") == 6  # those with a learning rate of 1e9
     for trial in sorted(Path("one").glob("trial-*/student.pt")):
         assert Path("five", trial.parent.name, "student.pt").read_bytes() == trial.read_bytes()
 
 
-def test_stopped_it_makes_the_same_search(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = (
+def test_a_stopped_search_continues_to_the_same_result(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
         "tune",
         "--cache",
         tiny / "cache",
@@ -63,16 +65,18 @@ def test_stopped_it_makes_the_same_search(tiny: Path, stages: Stages, monkeypatc
         "--trials",
         16,
     )
-    stages(*said, "--out", "whole")
+    stages(*command, "--out", "uninterrupted")
     stop_at(monkeypatch, 30, 90)
     for _ in range(2):
-        assert stages.call(*said, "--out", "stopped")[0] == 130
-    stages(*said, "--out", "stopped")
-    assert trials_of("stopped") == trials_of("whole")
+        assert stages.call(*command, "--out", "stopped")[0] == 130
+    stages(*command, "--out", "stopped")
+    assert read_trials("stopped") == read_trials("uninterrupted")
 
 
-def test_a_trial_that_does_not_fit_is_a_row_and_the_others_of_its_stream_go_on(tiny: Path, stages: Stages) -> None:
-    said = (
+def test_a_trial_that_cannot_be_trained_is_a_row_and_the_others_of_its_stream_continue(
+    tiny: Path, stages: Stages
+) -> None:
+    command = (
         "tune",
         "--cache",
         tiny / "cache",
@@ -89,8 +93,8 @@ def test_a_trial_that_does_not_fit_is_a_row_and_the_others_of_its_stream_go_on(t
         "--search",
         "arch=cnn|mlp:8",
     )
-    stages(*said, "--together", 2, "--out", "two")
-    stages(*said, "--out", "one")
-    assert trials_of("two") == trials_of("one")
-    assert [row["state"] for row in trials_of("two")] == ["complete", "failed"]
-    assert "pool1" in trials_of("two")[1]["failed"]
+    stages(*command, "--together", 2, "--out", "two")
+    stages(*command, "--out", "one")
+    assert read_trials("two") == read_trials("one")
+    assert [row["state"] for row in read_trials("two")] == ["complete", "failed"]
+    assert "pool1" in read_trials("two")[1]["failed"]

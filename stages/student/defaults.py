@@ -1,0 +1,68 @@
+"""The options of one student, complete: what the command line leaves open comes from the cache's data set."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from shlex import quote
+
+from softcache.base.errors import CacheError
+from softcache.data.sources import parse_data, short_name
+from softcache.pipeline.cache.reader import Cache
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.cli.defaults import DEFAULTS
+from softcache.stages.runs.folder import check_installed
+
+
+def to_student_config(config: StudentConfig) -> StudentConfig:
+    """Return the options of one student without those of the command that trains it.
+
+    Args:
+        config: the options of `born-again`, `methods` or `tune`, which extend those of `student`.
+
+    Returns:
+        A plain StudentConfig. Its `json` is off, because the command prints the one JSON object.
+    """
+    options = {field.name: getattr(config, field.name) for field in fields(StudentConfig)}
+    return StudentConfig(**options | {"json": False})
+
+
+def fill_defaults(config: StudentConfig) -> StudentConfig:
+    """Fill in the options that are not set from the defaults of the cache's data set.
+
+    Args:
+        config: the options of a student, in which "", 0 and a weight decay below 0 stand for "not set".
+
+    Returns:
+        The options with at least one cache, all of whose draws are used where `draws` was not set.
+
+    Raises:
+        CacheError: when a cache does not exist, with the command that makes it; when its data set is not known.
+        UsageError: when `data` is not known, or an optional package that the options need is not installed.
+    """
+    check_installed(config)
+    if config.data:
+        parse_data(config.data)
+    folders = config.cache or (f"caches/{short_name(config.data or 'digits')}",)
+    for folder in folders:
+        if not Path(folder).exists():
+            data = f" --data {quote(config.data)}" if config.data else ""
+            command = f"{program_name()} teacher-cache{data} --out {quote(folder)}"
+            raise CacheError(f"there is no cache at '{folder}': make one with  {command}")
+    cache = Cache(Path(folders[0]))
+    if cache.data not in DEFAULTS:
+        raise CacheError(
+            f"the cache '{folders[0]}' is of '{cache.data}', a data set that this version of softcache does not have"
+        )
+    defaults = DEFAULTS[cache.data]
+    return replace(
+        config,
+        cache=folders,
+        data=config.data or ("" if cache.data == "folder" else cache.data),
+        draws=config.draws or cache.manifest.draws,
+        arch=config.arch or defaults.student,
+        loss=config.loss or defaults.losses,
+        epochs=config.epochs or defaults.student_epochs,
+        batch_size=config.batch_size or defaults.batch_size,
+        learning_rate=config.learning_rate or defaults.learning_rate,
+        weight_decay=config.weight_decay if config.weight_decay >= 0 else defaults.weight_decay,
+    )
