@@ -25,7 +25,7 @@ from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
 
-__all__ = ["LOSSES", "Loss", "at", "parse_losses"]
+__all__ = ["LOSSES", "Loss", "parse_losses", "resolve_ramps"]
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
@@ -128,8 +128,8 @@ def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
 
 
-def at_epoch(loss: Loss, epoch: int, epochs: int) -> Loss:
+def resolve_ramps(loss: Loss, epoch: int, epochs: int) -> Loss:
     """The loss with every ramp at its value for an epoch, 0 … epochs - 1, of the training."""
     ramps = {f.name: getattr(loss, f.name) for f in fields(loss)}  # type: ignore[arg-type]
-    now = {k: v.at(epoch, epochs) for k, v in ramps.items() if isinstance(v, Ramp)}
+    now = {k: v.value_at(epoch, epochs) for k, v in ramps.items() if isinstance(v, Ramp)}
     return replace(loss, **now) if now else loss  # type: ignore[type-var]

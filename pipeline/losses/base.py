@@ -22,13 +22,13 @@ class Ramp:
     end: float
     epochs: int = 0
 
-    def at(self, epoch: int, epochs: int) -> float:
+    def value_at(self, epoch: int, epochs: int) -> float:
         """The value in an epoch, 0 … epochs - 1, of a training of so many."""
         progress = min((epoch + 1) / self.epochs, 1.0) if self.epochs else epoch / max(epochs - 1, 1)
         return self.start + (self.end - self.start) * progress
 
 
-def resolved(knob: float | Ramp) -> float:
+def to_float(knob: float | Ramp) -> float:
     """The value of a knob whose ramps have been resolved; a ramp left in is a mistake of ours."""
     if isinstance(knob, Ramp):
         raise TypeError(f"ramp {knob} was not resolved for this epoch")
@@ -63,11 +63,11 @@ class Loss(Protocol):
         """Layers of the student that the loss reads."""
         return ()
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
         """The loss's own part, made from one example of each; None where it has none."""
         return None
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """The unweighted term, a scalar in the dtype of the student's outputs."""
         ...
 

@@ -10,19 +10,21 @@ from torch import nn
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
 from softcache.pipeline.taps.statistics import to_feature_map
 
-from .base import Ramp, resolved
+from .base import Ramp, to_float
 from .feature_base import FeatureLoss, match_size
 from .kd import teacher_logits
 
 
-def require_head(loss: FeatureLoss, known: LossContext, width: int) -> LinearHead:
+def require_head(loss: FeatureLoss, context: LossContext, width: int) -> LinearHead:
     """The teacher's head, if it takes features so wide. Raises UsageError."""
     tap = loss.teacher_taps()[0]
-    if known.head is None:
+    if context.head is None:
         raise loss.head_error()
-    if known.head.weight.shape[1] != width:
-        raise loss.head_error(f"its last linear layer takes {known.head.weight.shape[1]} values, '{tap}' has {width}")
-    return known.head
+    if context.head.weight.shape[1] != width:
+        raise loss.head_error(
+            f"its last linear layer takes {context.head.weight.shape[1]} values, '{tap}' has {width}"
+        )
+    return context.head
 
 
 class Connector(nn.Module):
@@ -60,17 +62,17 @@ class SRRL(FeatureLoss):
     needs_head: ClassVar[bool] = True
     single_layer: ClassVar[bool] = True
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        s, t = self.feature_pairs(student, target)[0]
-        return Connector(s.flatten(1).shape[1], require_head(self, known, t.flatten(1).shape[1]))
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        s, t = self.feature_pairs(student, batch)[0]
+        return Connector(s.flatten(1).shape[1], require_head(self, context, t.flatten(1).shape[1]))
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert module is not None
-        s, t = self.feature_pairs(student, target)[0]
-        guess, logits = module(s.flatten(1))
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert part is not None
+        s, t = self.feature_pairs(student, batch)[0]
+        guess, logits = part(s.flatten(1))
         by_features = F.mse_loss(guess, t.flatten(1))
-        return resolved(self.features) * by_features + resolved(self.outputs) * F.mse_loss(
-            logits, teacher_logits(student, target)
+        return to_float(self.features) * by_features + to_float(self.outputs) * F.mse_loss(
+            logits, teacher_logits(student, batch)
         )
 
 
@@ -101,18 +103,18 @@ class CatKD(FeatureLoss):
     needs_head: ClassVar[bool] = True
     single_layer: ClassVar[bool] = True
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        s, t = self.feature_pairs(student, target)[0]
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        s, t = self.feature_pairs(student, batch)[0]
         if student.head is None or student.head.weight.shape[1] != s.shape[1]:
             raise self.head_error("the student's last linear layer does not read that map", whose="the student")
-        return HeadWeights(require_head(self, known, t.shape[1]))
+        return HeadWeights(require_head(self, context, t.shape[1]))
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert isinstance(module, HeadWeights)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert isinstance(part, HeadWeights)
         assert student.head is not None
-        s, t = self.feature_pairs(student, target)[0]
+        s, t = self.feature_pairs(student, batch)[0]
         mine = torch.einsum("kc,bchw->bkhw", student.head.weight.to(s.dtype), s)
-        theirs = torch.einsum("kc,bchw->bkhw", module.weight.to(t.dtype), t)
+        theirs = torch.einsum("kc,bchw->bkhw", part.weight.to(t.dtype), t)
         return F.mse_loss(mine, theirs)
 
 
@@ -130,13 +132,13 @@ class SimKD(FeatureLoss):
     needs_head: ClassVar[bool] = True
     single_layer: ClassVar[bool] = True
 
-    def through(self) -> str:
+    def projected_layer(self) -> str:
         """The student's layer that is led through the projector."""
         return super().student_taps()[0]
 
     def student_taps(self) -> tuple[str, ...]:
         return ("projector",)
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        s, t = student.features["projector"], target.features[self.teacher_taps()[0]].to(student.logits.dtype)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        s, t = student.features["projector"], batch.features[self.teacher_taps()[0]].to(student.logits.dtype)
         return F.mse_loss(*match_size(to_feature_map(s), to_feature_map(t)))

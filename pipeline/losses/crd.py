@@ -10,7 +10,7 @@ from torch import nn
 
 from softcache.pipeline.batch import Batch, LossContext, MemoryBank, ModelOutputs
 
-from .base import Ramp, resolved
+from .base import Ramp, to_float
 from .feature_base import FeatureLoss
 
 
@@ -35,18 +35,18 @@ class CRD(FeatureLoss):
     single_layer: ClassVar[bool] = True
     needs_single_label: ClassVar[bool] = True
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        s, t = self.feature_pairs(student, target)[0]
-        assert known.bank is not None
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        s, t = self.feature_pairs(student, batch)[0]
+        assert context.bank is not None
         return ContrastiveModule(
-            s.flatten(1).shape[1], t.flatten(1).shape[1], self.width, known.bank(self.teacher_taps()[0])
+            s.flatten(1).shape[1], t.flatten(1).shape[1], self.width, context.bank(self.teacher_taps()[0])
         )
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert isinstance(module, ContrastiveModule)
-        s, t = (x.flatten(1) for x in self.feature_pairs(student, target)[0])
-        chosen = torch.randint(len(module.index), (self.negatives,), device=s.device)
-        term: torch.Tensor = module(s, t, target.labels, target.index, chosen, resolved(self.temperature))
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert isinstance(part, ContrastiveModule)
+        s, t = (x.flatten(1) for x in self.feature_pairs(student, batch)[0])
+        chosen = torch.randint(len(part.index), (self.negatives,), device=s.device)
+        term: torch.Tensor = part(s, t, batch.labels, batch.index, chosen, to_float(self.temperature))
         return term
 
 

@@ -10,13 +10,13 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, ModelOutputs
 
-from .base import Loss, Ramp, resolved
+from .base import Loss, Ramp, to_float
 from .kd import kd_mean, standardize_logits, teacher_logits
 
 
-def target_class(target: Batch, z_t: torch.Tensor) -> torch.Tensor:
+def target_class(batch: Batch, z_t: torch.Tensor) -> torch.Tensor:
     """int64 [B]: the label, or where it is hidden the class that the teacher chose."""
-    return torch.where(target.labels >= 0, target.labels, z_t.argmax(1))
+    return torch.where(batch.labels >= 0, batch.labels, z_t.argmax(1))
 
 
 def decouple(z: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,13 +51,13 @@ class DKD(Loss):
     name: ClassVar[str] = "dkd"
     needs_single_label: ClassVar[bool] = True
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, target), resolved(self.temperature)
-        chosen = target_class(target, z_t)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
+        chosen = target_class(batch, z_t)
         if self.standardize:
             z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
         (both_s, others_s), (both_t, others_t) = decouple(z_s / t, chosen), decouple(z_t / t, chosen)
-        parts = resolved(self.target) * _kl(both_t, both_s) + resolved(self.nontarget) * _kl(others_t, others_s)
+        parts = to_float(self.target) * _kl(both_t, both_s) + to_float(self.nontarget) * _kl(others_t, others_s)
         return parts * t**2
 
 
@@ -76,13 +76,13 @@ class NKD(Loss):
     name: ClassVar[str] = "nkd"
     needs_single_label: ClassVar[bool] = True
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, target), resolved(self.temperature)
-        chosen = target_class(target, z_t)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
+        chosen = target_class(batch, z_t)
         first = -(decouple(z_t, chosen)[0][:, 0].exp() * decouple(z_s, chosen)[0][:, 0])
         others_t, others_s = decouple(z_t / t, chosen)[1], decouple(z_s / t, chosen)[1]
         rest = -(others_t.exp() * others_s).sum(1) * t**2
-        return (resolved(self.target) * first + resolved(self.nontarget) * rest).mean()
+        return (to_float(self.target) * first + to_float(self.nontarget) * rest).mean()
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class DIST(Loss):
     within: float | Ramp = 1.0
     name: ClassVar[str] = "dist"
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        t = resolved(self.temperature)
-        p_s, p_t = F.softmax(student.logits / t, dim=1), F.softmax(teacher_logits(student, target) / t, dim=1)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        t = to_float(self.temperature)
+        p_s, p_t = F.softmax(student.logits / t, dim=1), F.softmax(teacher_logits(student, batch) / t, dim=1)
         rows, classes = 1 - _pearson_correlation(p_s, p_t).mean(), 1 - _pearson_correlation(p_s.T, p_t.T).mean()
-        return (resolved(self.between) * rows + resolved(self.within) * classes) * t**2
+        return (to_float(self.between) * rows + to_float(self.within) * classes) * t**2
 
 
 def _pearson_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -137,8 +137,8 @@ class MultiTemperature(Loss):
         if not values or not all(1e-3 <= t <= 1e30 for t in values):
             raise UsageError(f"loss '{self.name}': temperatures={self.temperatures} is not such as 2+3+4")
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        z_s, z_t = student.logits, teacher_logits(student, target)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        z_s, z_t = student.logits, teacher_logits(student, batch)
         if self.standardize:
             z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
         terms = [self._at(z_s, z_t, float(t)) for t in self.temperatures.split("+")]
@@ -148,4 +148,4 @@ class MultiTemperature(Loss):
         p_s, p_t = F.softmax(z_s / t, dim=1), F.softmax(z_t / t, dim=1)
         rows = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / p_s.shape[0]
         columns = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / p_s.shape[1]
-        return kd_mean(z_s, z_t, t) + resolved(self.batch) * rows + resolved(self.classes) * columns
+        return kd_mean(z_s, z_t, t) + to_float(self.batch) * rows + to_float(self.classes) * columns

@@ -9,8 +9,8 @@ from torch import nn
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 from softcache.pipeline.taps.statistics import derive_features
 
-from . import at_epoch
-from .base import Loss, list_student_taps, list_teacher_taps, resolved
+from . import resolve_ramps
+from .base import Loss, list_student_taps, list_teacher_taps, to_float
 from .multi_teacher import wrap_loss
 
 
@@ -53,9 +53,9 @@ class DistillationLoss(nn.Module):
             epoch: 0 to epochs - 1.
             epochs: the epochs of the training.
         """
-        current = [at_epoch(loss, epoch, epochs) for loss in self.losses]
+        current = [resolve_ramps(loss, epoch, epochs) for loss in self.losses]
         self.terms = [wrap_loss(loss, **self._wrapped) for loss in current]  # type: ignore[arg-type]
-        self.weights = [resolved(loss.weight) for loss in current]
+        self.weights = [to_float(loss.weight) for loss in current]
 
     def build_parts(self, student: ModelOutputs, batch: Batch, context: LossContext) -> None:
         """Make the losses' own trainable parts from an example.
@@ -70,7 +70,7 @@ class DistillationLoss(nn.Module):
         """
         batch = self.with_teacher_taps(batch)
         for name, loss in zip(self.names, self.losses, strict=True):
-            if (part := loss.build_module(student, batch, context)) is not None:
+            if (part := loss.build_part(student, batch, context)) is not None:
                 self.parts[name] = part.to(batch.views.device)
 
     def with_teacher_taps(self, batch: Batch) -> Batch:

@@ -59,23 +59,23 @@ class FeatureLoss(Loss):
             raise UsageError(f"loss '{self.name}' is of {self.statistic} and not of {named}: name the layer, '{path}'")
         return normalize_tap(tap if ":" in tap or not kind else f"{tap}:{kind}")
 
-    def feature_pairs(self, student: ModelOutputs, target: Batch) -> list[Pair]:
+    def feature_pairs(self, student: ModelOutputs, batch: Batch) -> list[Pair]:
         """(student's, teacher's) features of each pair of layers, in the student's dtype."""
         mine = [student.features[tap] for tap in self.student_taps()]
-        theirs = [target.features[tap] for tap in self.teacher_taps()]
+        theirs = [batch.features[tap] for tap in self.teacher_taps()]
         return [(s, t.to(s.dtype)) for s, t in zip(mine, theirs, strict=True)]
 
     def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The term of one pair, of a loss that has no trainable part."""
         raise NotImplementedError(f"{self.name} is no sum over its pairs")
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """The sum over the pairs."""
-        return torch.stack([self.pair_loss(s, t) for s, t in self.feature_pairs(student, target)]).sum()
+        return torch.stack([self.pair_loss(s, t) for s, t in self.feature_pairs(student, batch)]).sum()
 
-    def check_normalized_rows(self, x: torch.Tensor, module: nn.Module | None) -> None:
+    def check_normalized_rows(self, x: torch.Tensor, part: nn.Module | None) -> None:
         """Raise UsageError for batch norm in training over one vector: there is no spread to divide by."""
-        if module is not None and module.training and len(x) == 1 and x[0, 0].numel() == 1:
+        if part is not None and part.training and len(x) == 1 and x[0, 0].numel() == 1:
             raise UsageError(f"loss '{self.name}' normalises over the batch: a --batch-size of 1 leaves nothing")
 
     def shape_error(self, student: torch.Tensor, teacher: torch.Tensor, why: str) -> UsageError:

@@ -9,22 +9,22 @@ from torch import nn
 
 from softcache.pipeline.batch import Batch, ModelOutputs
 
-from .base import Loss, Ramp, resolved
+from .base import Loss, Ramp, to_float
 
 
 def cross_entropy_rows(
-    logits: torch.Tensor, target: Batch, smoothing: float = 0.0
+    logits: torch.Tensor, batch: Batch, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy [B] of each row with its label, or its two labels by their shares; and which rows have one [B]."""
 
     def rows(labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing, reduction="none")
 
-    known, terms = target.labels >= 0, rows(target.labels)
-    if target.partner is not None and target.share is not None:
-        known = known & (target.partner >= 0)
-        share = target.share.to(terms.dtype)
-        terms = share * terms + (1 - share) * rows(target.partner)
+    known, terms = batch.labels >= 0, rows(batch.labels)
+    if batch.partner is not None and batch.share is not None:
+        known = known & (batch.partner >= 0)
+        share = batch.share.to(terms.dtype)
+        terms = share * terms + (1 - share) * rows(batch.partner)
     return terms, known
 
 
@@ -48,8 +48,8 @@ class Hard(Loss):
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        return masked_mean(*cross_entropy_rows(student.logits, target, resolved(self.smoothing)))
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        return masked_mean(*cross_entropy_rows(student.logits, batch, to_float(self.smoothing)))
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class TfKD(Loss):
     needs_logits: ClassVar[bool] = False
     needs_single_label: ClassVar[bool] = True
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        z, known, t = student.logits, target.labels >= 0, resolved(self.temperature)
-        classes, correct = z.shape[1], resolved(self.correct)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        z, known, t = student.logits, batch.labels >= 0, to_float(self.temperature)
+        classes, correct = z.shape[1], to_float(self.correct)
         p = torch.full_like(z, (1 - correct) / (classes - 1))
-        p.scatter_(1, target.labels.clamp(min=0)[:, None], correct)
+        p.scatter_(1, batch.labels.clamp(min=0)[:, None], correct)
         log_p = F.log_softmax(p.clamp(min=1e-12).log() / t, dim=1)
         log_q = F.log_softmax(z / t, dim=1)
         return masked_mean((log_p.exp() * (log_p - log_q)).sum(1) * t**2, known)

@@ -30,21 +30,21 @@ class Hint(FeatureLoss):
     name: ClassVar[str] = "hint"
     repeatable: ClassVar[bool] = True
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        made = [regressor(s.shape, t.shape) for s, t in self.feature_pairs(student, target)]
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        made = [build_regressor(s.shape, t.shape) for s, t in self.feature_pairs(student, batch)]
         return nn.ModuleList(r or nn.Identity() for r in made) if any(made) else None
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        pairs = self.feature_pairs(student, target)
-        if isinstance(module, nn.ModuleList):
-            for r, (_, t) in zip(module, pairs, strict=True):
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        pairs = self.feature_pairs(student, batch)
+        if isinstance(part, nn.ModuleList):
+            for r, (_, t) in zip(part, pairs, strict=True):
                 if isinstance(r, nn.Sequential):  # with batch norm
-                    self.check_normalized_rows(t, module)
-            pairs = [(r(s), t) for r, (s, t) in zip(module, pairs, strict=True)]
+                    self.check_normalized_rows(t, part)
+            pairs = [(r(s), t) for r, (s, t) in zip(part, pairs, strict=True)]
         return torch.stack([F.mse_loss(s, t) for s, t in pairs]).sum()
 
 
-def regressor(student: torch.Size, teacher: torch.Size) -> nn.Module | None:
+def build_regressor(student: torch.Size, teacher: torch.Size) -> nn.Module | None:
     """A map from the student's shape [B, …] to the teacher's, None where they are equal.
 
     Vectors: linear. Maps: a convolution as large as the shrinking asks for (valid, Romero et al. 2015, section
@@ -81,7 +81,7 @@ class ConcatHint(FeatureLoss):
     name: ClassVar[str] = "concat_hint"
     statistic: ClassVar[str] = "pool"
 
-    def of_all(self, cached: tuple[str, ...]) -> "ConcatHint":
+    def with_default_layers(self, cached: tuple[str, ...]) -> "ConcatHint":
         """The same loss with the taps that are cached for its teacher, where it names none."""
         layers = dict.fromkeys(path for path, kind in map(parse_tap, cached) if kind in ("map", "pool"))
         return self if self.teacher or not layers else replace(self, teacher="+".join(layers))
@@ -91,18 +91,18 @@ class ConcatHint(FeatureLoss):
             return super().student_taps()
         return tuple(self._tap(tap, "pool") for tap in self.student.split("+"))
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        s, t = self._both(student, target)
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        s, t = self._both(student, batch)
         return nn.Linear(s.shape[1], t.shape[1])
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert module is not None
-        s, t = self._both(student, target)
-        return F.mse_loss(module(s), t)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert part is not None
+        s, t = self._both(student, batch)
+        return F.mse_loss(part(s), t)
 
-    def _both(self, student: ModelOutputs, target: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _both(self, student: ModelOutputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         mine = torch.cat([student.features[tap].flatten(1) for tap in self.student_taps()], dim=1)
-        theirs = torch.cat([target.features[tap].flatten(1) for tap in self.teacher_taps()], dim=1)
+        theirs = torch.cat([batch.features[tap].flatten(1) for tap in self.teacher_taps()], dim=1)
         return mine, theirs.to(mine.dtype)
 
 
@@ -118,13 +118,13 @@ class VID(FeatureLoss):
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "vid"
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        return nn.ModuleList(_Gaussian(s.shape[1], t.shape[1]) for s, t in self.feature_pairs(student, target))
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        return nn.ModuleList(_Gaussian(s.shape[1], t.shape[1]) for s, t in self.feature_pairs(student, batch))
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert isinstance(module, nn.ModuleList)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert isinstance(part, nn.ModuleList)
         terms = []
-        for gaussian, (s, t) in zip(module, self.feature_pairs(student, target), strict=True):
+        for gaussian, (s, t) in zip(part, self.feature_pairs(student, batch), strict=True):
             s, t = match_size(to_feature_map(s), to_feature_map(t))
             mean, variance = gaussian(s)
             terms.append(0.5 * ((mean - t).square() / variance + variance.log()).mean())

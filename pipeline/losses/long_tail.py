@@ -12,7 +12,7 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
-from .base import Loss, Ramp, resolved
+from .base import Loss, Ramp, to_float
 from .hard import cross_entropy_rows, masked_mean
 from .kd import kd_mean, teacher_logits
 
@@ -50,17 +50,17 @@ class ClassCounts(nn.Module):
         return self.counts.to(torch.promote_types(z.dtype, torch.float32))
 
 
-class CountingLoss(Loss):
+class ClassCountLoss(Loss):
     """A loss whose own part is the counts of the classes."""
 
     needs_counts: ClassVar[bool] = True
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        return ClassCounts(require_counts(self, known.counts))
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        return ClassCounts(require_counts(self, context.counts))
 
 
 @dataclass(frozen=True)
-class LogitAdjusted(CountingLoss):
+class LogitAdjusted(ClassCountLoss):
     """Logit-adjusted cross entropy, Menon et al. 2021 (arXiv 2007.07314, equation 10).
 
     loss = mean over the labelled rows of -log softmax(z + tau log pi)_y, pi the shares of the classes among the
@@ -74,15 +74,15 @@ class LogitAdjusted(CountingLoss):
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert module is not None
-        counts = module(student.logits)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert part is not None
+        counts = part(student.logits)
         log_share = counts.log() - counts.sum().log()
-        return masked_mean(*cross_entropy_rows(student.logits + resolved(self.tau) * log_share, target))
+        return masked_mean(*cross_entropy_rows(student.logits + to_float(self.tau) * log_share, batch))
 
 
 @dataclass(frozen=True)
-class BalancedSoftmax(CountingLoss):
+class BalancedSoftmax(ClassCountLoss):
     """Balanced softmax, Ren et al. 2020 (arXiv 2007.10740, equations 3 and 4).
 
     loss = mean over the labelled rows of -log (n_y exp(z_y) / sum_c n_c exp(z_c)), n_c the labelled training rows of
@@ -94,13 +94,13 @@ class BalancedSoftmax(CountingLoss):
     needs_labels: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = False
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert module is not None
-        return masked_mean(*cross_entropy_rows(student.logits + module(student.logits).log(), target))
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert part is not None
+        return masked_mean(*cross_entropy_rows(student.logits + part(student.logits).log(), batch))
 
 
 @dataclass(frozen=True)
-class BalancedKD(CountingLoss):
+class BalancedKD(ClassCountLoss):
     """Balanced knowledge distillation, Zhang et al. 2021 (arXiv 2104.10510).
 
     loss = T² KL(N(w softmax(z_t / T)) || softmax(z_s / T)), mean over the rows, N making each row sum to 1, w_c =
@@ -114,12 +114,12 @@ class BalancedKD(CountingLoss):
     beta: float | Ramp = 0.9999
     name: ClassVar[str] = "balanced_kd"
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert module is not None
-        z_t, t, beta = teacher_logits(student, target), resolved(self.temperature), resolved(self.beta)
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert part is not None
+        z_t, t, beta = teacher_logits(student, batch), to_float(self.temperature), to_float(self.beta)
         # N(w softmax(z / T)) = softmax(z / T + log w). N takes 1 - beta out of w; 1 - beta^n would round to 0.
         log_beta = math.log(beta) if beta else -math.inf
-        log_w = -(-torch.expm1(module(z_t) * log_beta)).log()
+        log_w = -(-torch.expm1(part(z_t) * log_beta)).log()
         return kd_mean(student.logits, z_t + t * log_w, t)
 
 
@@ -137,10 +137,10 @@ class DiVE(Loss):
     power: float | Ramp = 0.5
     name: ClassVar[str] = "dive"
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         # N(softmax(z / T)^power) = softmax(power z / T)
-        z_t = resolved(self.power) * teacher_logits(student, target)
-        return kd_mean(student.logits, z_t, resolved(self.temperature))
+        z_t = to_float(self.power) * teacher_logits(student, batch)
+        return kd_mean(student.logits, z_t, to_float(self.temperature))
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,10 @@ class SoftF1(Loss):
         if self.average not in ("macro", "weighted", "micro"):
             raise UsageError(f"loss 'soft_f1': average={self.average} is none of macro, weighted, micro")
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z = student.logits
         p = F.softmax(z, dim=1, dtype=torch.promote_types(z.dtype, torch.float32))
-        y, known = label_shares(target, p)
+        y, known = label_shares(batch, p)
         right, said, n, rows = (p * y).sum(0), (p * known[:, None]).sum(0), y.sum(0), known.sum().clamp(min=1)
         if self.average == "micro":
             return (n - right).sum() / rows
@@ -178,15 +178,15 @@ class SoftF1(Loss):
         return (share * (1 - f1)).sum() / share.sum().clamp(min=1)
 
 
-def label_shares(target: Batch, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def label_shares(batch: Batch, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What each row [B, K] has of each class by its labels, 0 for rows without; and which rows have one [B]."""
 
     def one_hot(labels: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(p).scatter_(1, labels.clamp(min=0)[:, None], 1.0)
 
-    known, y = target.labels >= 0, one_hot(target.labels)
-    if target.partner is not None and target.share is not None:
-        known = known & (target.partner >= 0)
-        share = target.share.to(p.dtype)[:, None]
-        y = share * y + (1 - share) * one_hot(target.partner)
+    known, y = batch.labels >= 0, one_hot(batch.labels)
+    if batch.partner is not None and batch.share is not None:
+        known = known & (batch.partner >= 0)
+        share = batch.share.to(p.dtype)[:, None]
+        y = share * y + (1 - share) * one_hot(batch.partner)
     return y * known[:, None], known

@@ -26,10 +26,10 @@ class PerTeacher:
 
     loss: Loss
 
-    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the mean of the terms, a scalar. batch.logits: [B, M, K] of M teachers."""
         assert batch.logits is not None
-        terms = [self.loss(student, replace(batch, logits=z), module) for z in batch.logits.unbind(1)]
+        terms = [self.loss(student, replace(batch, logits=z), part) for z in batch.logits.unbind(1)]
         return torch.stack(terms).mean()
 
 
@@ -46,14 +46,14 @@ class ConfidenceWeighted:
 
     loss: Loss
 
-    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the weighted sum, a scalar. batch.logits: [B, M, K] of M teachers."""
         assert batch.logits is not None
         each = batch.logits.unbind(1)
         cross_entropies = [cross_entropy_rows(z.float(), batch) for z in each]
         weights = confidence_weights(torch.stack([rows for rows, _ in cross_entropies], 1), cross_entropies[0][1])
         terms = [
-            self.loss(student, replace(batch, logits=z, row_weights=w), module)
+            self.loss(student, replace(batch, logits=z, row_weights=w), part)
             for z, w in zip(each, weights.unbind(1), strict=True)
         ]
         return torch.stack(terms).sum()
@@ -69,17 +69,17 @@ class HardFallback:
 
     term: Term
 
-    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the mean over all rows, a scalar."""
         assert batch.logits is not None
         missing = batch.logits.flatten(1).isnan().any(1)
         if not missing.any():
-            return self.term(student, batch, module)
+            return self.term(student, batch, part)
         without, rest = missing.nonzero()[:, 0], (~missing).nonzero()[:, 0]
         hard = masked_mean(*cross_entropy_rows(student.logits[without], batch.select(without)))
         if not len(rest):
             return hard
-        soft = self.term(student.select(rest), batch.select(rest), module)
+        soft = self.term(student.select(rest), batch.select(rest), part)
         return (len(rest) * soft + len(without) * hard) / len(missing)
 
 

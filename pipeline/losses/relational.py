@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Ramp, resolved
+from .base import Ramp, to_float
 from .feature_base import FeatureLoss
 
 # Norms that rows are divided by. A row of zeros, such as of a dead layer, has a gradient of at most 1e6 so; with the
@@ -92,7 +92,7 @@ class RKD(FeatureLoss):
         s, t = s.flatten(1), t.flatten(1)
         by_distance = F.smooth_l1_loss(_distances(s), _distances(t))
         by_angle = F.smooth_l1_loss(_angles(s), _angles(t))
-        return resolved(self.distance) * by_distance + resolved(self.angle) * by_angle
+        return to_float(self.distance) * by_distance + to_float(self.angle) * by_angle
 
 
 def _distances(x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ class CC(FeatureLoss):
         return (self._kernel(s) - self._kernel(t)).square().mean()
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
-        unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST), 2 * resolved(self.gamma)
+        unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST), 2 * to_float(self.gamma)
         cosine = unit @ unit.T
         kernel: torch.Tensor = math.exp(-g) * (1 + g * cosine + g**2 / 2 * cosine.square())
         return kernel

@@ -27,18 +27,18 @@ class ReviewKD(FeatureLoss):
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "review_kd"
 
-    def build_module(self, student: ModelOutputs, target: Batch, known: LossContext) -> nn.Module | None:
-        pairs = [(to_feature_map(s), to_feature_map(t)) for s, t in self.feature_pairs(student, target)]
+    def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
+        pairs = [(to_feature_map(s), to_feature_map(t)) for s, t in self.feature_pairs(student, batch)]
         middle = min(512, max(s.shape[1] for s, _ in pairs))
         return ReviewModule([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], middle)
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        assert module is not None
-        pairs = [(to_feature_map(s), to_feature_map(t)) for s, t in self.feature_pairs(student, target)]
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        assert part is not None
+        pairs = [(to_feature_map(s), to_feature_map(t)) for s, t in self.feature_pairs(student, batch)]
         for pair in pairs:
             for x in pair:
-                self.check_normalized_rows(x, module)
-        found = module([s for s, _ in pairs], [t.shape[2] for _, t in pairs])
+                self.check_normalized_rows(x, part)
+        found = part([s for s, _ in pairs], [t.shape[2] for _, t in pairs])
         return torch.stack([hierarchical_context_loss(r, t) for r, (_, t) in zip(found, pairs, strict=True)]).sum()
 
 

@@ -32,7 +32,10 @@ _MOST_GAP = 0.2
 def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...]:
     """The losses of a run on this cache. Raises UsageError for those that it cannot serve, or that do not exist."""
     cached = tuple(cache.manifest.taps)
-    losses = tuple(loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(config.loss))
+    losses = tuple(
+        loss.with_default_layers(cached) if isinstance(loss, ConcatHint) else loss
+        for loss in parse_losses(config.loss)
+    )
     if cache.views.mixup and (wrong := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(f"loss '{wrong[0]}' is of one label a view, and the cache's views are mixed of two")
     if cache.manifest.head is None and (wrong := [loss.name for loss in losses if loss.needs_head]):

@@ -119,7 +119,7 @@ def check_vectorizable(runs: Sequence[TrainingRun]) -> None:
 
 
 def _reads_features(loss: Loss) -> bool:
-    has_part = type(loss).build_module is not Loss.build_module
+    has_part = type(loss).build_part is not Loss.build_part
     return bool(loss.student_taps() or loss.teacher_taps() or loss.needs_head or has_part)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, MemoryBank, ModelOutputs
-from softcache.pipeline.losses import Loss, at_epoch, parse_losses
+from softcache.pipeline.losses import Loss, parse_losses, resolve_ramps
 from softcache.pipeline.losses.feature_base import FeatureLoss
 from softcache.pipeline.taps.statistics import compute_statistic, parse_tap
 
@@ -110,7 +110,7 @@ def loss_of(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1")
     (loss,) = parse_losses((spec,))
     if isinstance(loss, FeatureLoss) and not loss.teacher:
         loss = replace(loss, teacher=one_layer if loss.single_layer else layers)
-    return at_epoch(loss, 4, 10)
+    return resolve_ramps(loss, 4, 10)
 
 
 def case(
@@ -143,6 +143,6 @@ def case(
     target = batch(B, made(B, K, salt=2), labels, features_of(theirs, loss.teacher_taps()))
     found = Case(loss, made(B, K, salt=1), mine, theirs, target, known, head)
     torch.manual_seed(3)
-    module = loss.build_module(found.outputs, target, known)
+    module = loss.build_part(found.outputs, target, known)
     found.module = None if module is None else module.to(dtype)
     return found

@@ -300,8 +300,8 @@ def test_a_last_layer_that_does_not_read_that_layer_is_refused(spec: str) -> Non
     narrow = LinearHead(made.teacher_head.weight[:, :-1], made.teacher_head.bias)
     for known, why in ((LossContext(), "it has none"), (LossContext(narrow), "its last linear layer takes 4 values")):
         with pytest.raises(UsageError, match=f"loss '{spec}' needs the last linear layer of the cache's.*{why}"):
-            made.loss.build_module(made.outputs, made.target, known)
+            made.loss.build_part(made.outputs, made.target, known)
     if spec == "cat_kd":
         for head in (None, LinearHead(made.head.weight[:, :-1], made.head.bias)):
             with pytest.raises(UsageError, match="the student's last linear layer does not read that map"):
-                made.loss.build_module(replace(made.outputs, head=head), made.target, made.known)
+                made.loss.build_part(replace(made.outputs, head=head), made.target, made.known)

@@ -134,10 +134,10 @@ def test_the_learned_temperature_climbs_with_the_strength_of_its_reversal(revers
 
 
 def test_the_reversal_of_the_learned_temperature_rises_over_ten_epochs_as_a_cosine() -> None:
-    from softcache.pipeline.losses import at_epoch
+    from softcache.pipeline.losses import resolve_ramps
 
     loss = LOSSES["ctkd"]
-    found = [at_epoch(loss, epoch, 240).reversal for epoch in (0, 4, 9, 200)]  # type: ignore[attr-defined]
+    found = [resolve_ramps(loss, epoch, 240).reversal for epoch in (0, 4, 9, 200)]  # type: ignore[attr-defined]
     assert found == pytest.approx([0.1, 0.5, 1.0, 1.0])
 
 

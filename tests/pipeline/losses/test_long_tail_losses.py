@@ -32,7 +32,7 @@ def value(made: Case) -> float:
 
 def with_counts(made: Case, counts: torch.Tensor) -> Case:
     made.known = LossContext(counts=counts)
-    made.module = made.loss.build_module(made.outputs, made.target, made.known)
+    made.module = made.loss.build_part(made.outputs, made.target, made.known)
     return made
 
 
@@ -224,9 +224,9 @@ def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
             require_counts(LOSSES[name], torch.tensor(counts), classes)
         assert f"loss '{name}': {says}" in str(error.value)
         with pytest.raises(UsageError, match="has no labelled training row"):
-            made.loss.build_module(made.outputs, made.target, LossContext(counts=torch.tensor(counts)))
+            made.loss.build_part(made.outputs, made.target, LossContext(counts=torch.tensor(counts)))
     with pytest.raises(UsageError, match=f"loss '{name}' counts the labels of each class, and these images have"):
-        made.loss.build_module(made.outputs, made.target, LossContext())
+        made.loss.build_part(made.outputs, made.target, LossContext())
 
 
 def test_only_losses_that_count_have_a_part_and_it_is_no_part_of_a_checkpoint() -> None:

@@ -12,13 +12,13 @@ from torch import nn
 
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
-from softcache.pipeline.losses import LOSSES, Loss, at_epoch, parse_losses
+from softcache.pipeline.losses import LOSSES, Loss, parse_losses, resolve_ramps
 from softcache.pipeline.losses.base import Ramp
 from softcache.pipeline.losses.feature_base import FeatureLoss
 from softcache.pipeline.losses.hard import Hard
-from softcache.pipeline.losses.hint import Hint, regressor
+from softcache.pipeline.losses.hint import Hint, build_regressor
 from softcache.pipeline.losses.kd import KD, LogitMSE
-from softcache.pipeline.losses.long_tail import CountingLoss
+from softcache.pipeline.losses.long_tail import ClassCountLoss
 from tests.helpers.tensors import batch, labels_of, numbers
 
 SHAPES = [(5, 10), (1, 10), (6, 2), (1, 2), (3, 1000)]
@@ -137,7 +137,7 @@ def test_hint_puts_the_students_features_through_the_regressor() -> None:
     f_s, f_t = numbers(4, 3, seed=1), numbers(4, 5, seed=2)
     loss = Hint(teacher="t", student="s")
     student, target = ModelOutputs(numbers(4, 2), {"s": f_s}), batch(4, features={"t": f_t})
-    module = loss.build_module(student, target, LossContext())
+    module = loss.build_part(student, target, LossContext())
     assert module is not None
     module.double()
     weight, bias = (p.tolist() for p in module.parameters())
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_hint_is_that_of_its_value_in_student_and_regressor(
     loss = Hint(teacher="t", student="s")
     f_s = numbers(4, *own, seed=1).requires_grad_()
     target = batch(4, features={"t": numbers(4, *theirs, seed=2)})
-    made = loss.build_module(ModelOutputs(torch.zeros(4, 2), {"s": f_s}), target, LossContext())
+    made = loss.build_part(ModelOutputs(torch.zeros(4, 2), {"s": f_s}), target, LossContext())
     module = made.double().train() if made is not None else None
     weights = list(module.parameters()) if module is not None else []
     assert bool(weights) is (own != theirs)
@@ -375,7 +375,7 @@ def shape_after(module: nn.Module | None, shape: tuple[int, ...]) -> tuple[int, 
 
 @pytest.mark.parametrize("shape", [(8,), (3, 4, 5), (2, 3)])
 def test_equal_shapes_need_no_regressor(shape: tuple[int, ...]) -> None:
-    assert regressor(torch.Size((2, *shape)), torch.Size((7, *shape))) is None
+    assert build_regressor(torch.Size((2, *shape)), torch.Size((7, *shape))) is None
 
 
 @pytest.mark.parametrize(
@@ -393,13 +393,13 @@ def test_equal_shapes_need_no_regressor(shape: tuple[int, ...]) -> None:
 def test_a_regressor_takes_the_students_shape_to_the_teachers(
     student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> None:
-    module = regressor(torch.Size((2, *student)), torch.Size((2, *teacher)))
+    module = build_regressor(torch.Size((2, *student)), torch.Size((2, *teacher)))
     assert shape_after(module, student) == teacher
 
 
 def test_a_regressor_for_maps_is_a_valid_convolution_with_batch_norm_or_a_transposed_one() -> None:
-    down = regressor(torch.Size((2, 3, 8, 8)), torch.Size((2, 5, 6, 7)))
-    up = regressor(torch.Size((2, 3, 4, 4)), torch.Size((2, 5, 8, 8)))
+    down = build_regressor(torch.Size((2, 3, 8, 8)), torch.Size((2, 5, 6, 7)))
+    up = build_regressor(torch.Size((2, 3, 4, 4)), torch.Size((2, 5, 8, 8)))
     assert isinstance(down, nn.Sequential)
     assert isinstance(up, nn.Sequential)
     assert (type(down[0]), down[0].kernel_size, down[0].padding) == (nn.Conv2d, (3, 2), (0, 0))
@@ -414,7 +414,7 @@ def test_shapes_that_no_regressor_joins_are_refused_with_both(
     student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> None:
     with pytest.raises(UsageError) as error:
-        regressor(torch.Size((2, *student)), torch.Size((2, *teacher)))
+        build_regressor(torch.Size((2, *student)), torch.Size((2, *teacher)))
     text = str(error.value)
     assert "x".join(map(str, student)) in text
     assert "x".join(map(str, teacher)) in text
@@ -433,8 +433,8 @@ def test_a_hint_asks_for_its_layers_and_takes_the_teachers_name_for_the_students
 
 
 def test_the_table_has_every_loss_under_its_own_name() -> None:
-    kinds = {*Loss.__subclasses__(), *FeatureLoss.__subclasses__(), *CountingLoss.__subclasses__()}
-    kinds -= {FeatureLoss, CountingLoss}
+    kinds = {*Loss.__subclasses__(), *FeatureLoss.__subclasses__(), *ClassCountLoss.__subclasses__()}
+    kinds -= {FeatureLoss, ClassCountLoss}
     assert {name: type(loss) for name, loss in LOSSES.items()} == {kind.name: kind for kind in kinds}
     assert all(loss.name == name for name, loss in LOSSES.items())
 
@@ -521,7 +521,7 @@ def test_a_hint_may_be_given_for_several_pairs_of_layers() -> None:
 @pytest.mark.parametrize(("progress", "T"), [(0.0, 8.0), (0.25, 6.25), (0.5, 4.5), (1.0, 1.0)])
 def test_a_ramp_is_linear_and_meets_both_its_ends(progress: float, T: float) -> None:
     (loss,) = parse_losses(("kd:temperature=8->1,weight=0->1",))
-    now = at_epoch(loss, round(4 * progress), 5)
+    now = resolve_ramps(loss, round(4 * progress), 5)
     assert now == KD(temperature=T, weight=progress)
 
 
@@ -529,21 +529,21 @@ def test_a_ramp_changes_the_term() -> None:
     z_s, z_t = numbers(4, 3, seed=1), numbers(4, 3, seed=2)
     (loss,) = parse_losses(("kd:temperature=8->1",))
     for epoch, T in ((0, 8.0), (6, 1.0)):
-        found = term(at_epoch(loss, epoch, 7), z_s, batch(4, z_t))
+        found = term(resolve_ramps(loss, epoch, 7), z_s, batch(4, z_t))
         assert float(found.detach()) == pytest.approx(kd_by_hand(z_s, z_t, T), rel=1e-9)
 
 
 def test_a_loss_without_ramps_stays_what_it_is() -> None:
     for loss in LOSSES.values():
         if loss.name != "ctkd":  # its gradient reversal rises
-            assert at_epoch(loss, 3, 10) is loss
+            assert resolve_ramps(loss, 3, 10) is loss
 
 
 @pytest.mark.parametrize(("epoch", "weight"), [(0, 0.05), (1, 0.1), (9, 0.5), (19, 1.0), (20, 1.0), (99, 1.0)])
 def test_a_warm_up_reaches_its_end_in_the_epoch_it_names_and_stays(epoch: int, weight: float) -> None:
     """min(epoch / 20, 1), epochs counted from 1."""
     (loss,) = parse_losses(("kd:weight=0->1@20",))
-    assert at_epoch(loss, epoch, 100) == KD(weight=pytest.approx(weight))
+    assert resolve_ramps(loss, epoch, 100) == KD(weight=pytest.approx(weight))
 
 
 @pytest.mark.parametrize("spec", ["kd:temperature=8->1", "hard:smoothing=0.1->0"])

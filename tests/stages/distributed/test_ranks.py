@@ -227,6 +227,7 @@ def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss
             (folder / "metrics.jsonl").unlink()
             (folder / "student.pt").unlink()
 
+
 SKIPPING = """
 import torch
 from torch import nn
