@@ -16,7 +16,16 @@ from .kd import teacher_logits
 
 
 def require_head(loss: FeatureLoss, context: LossContext, width: int) -> LinearHead:
-    """The teacher's head, if it takes features so wide. Raises UsageError."""
+    """Return the teacher's head.
+
+    Args:
+        loss: the loss that needs it; its first tap is the head's input.
+        context: the head, where the cache has one.
+        width: number of features of that tap.
+
+    Raises:
+        UsageError: where the cache has no head, or one for another number of features.
+    """
     tap = loss.teacher_taps()[0]
     if context.head is None:
         raise loss.head_error()
@@ -28,18 +37,23 @@ def require_head(loss: FeatureLoss, context: LossContext, width: int) -> LinearH
 
 
 class Connector(nn.Module):
-    """A trained map between vectors, and the teacher's head as it is."""
+    """A trainable linear map to the teacher's features, followed by the teacher's frozen head.
 
-    def __init__(self, inside: int, head: LinearHead):
+    Args:
+        in_features: number of features of the student.
+        head: the teacher's head, weight [K, T].
+    """
+
+    def __init__(self, in_features: int, head: LinearHead):
         super().__init__()
-        self.map = nn.Linear(inside, head.weight.shape[1])
+        self.map = nn.Linear(in_features, head.weight.shape[1])
         self.weight: torch.Tensor
         self.bias: torch.Tensor
         self.register_buffer("weight", head.weight.clone(), persistent=False)
         self.register_buffer("bias", head.bias.clone(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, S] -> features [B, T] and the logits [B, K] that the teacher's head gives them."""
+        """Map the student's features [B, S] to features [B, T], and those to logits [B, K] by the teacher's head."""
         features = self.map(x)
         return features, F.linear(features, self.weight, self.bias)
 
@@ -49,8 +63,18 @@ class SRRL(FeatureLoss):
     """Softmax regression representation learning, Yang et al. 2021 (ICLR, equations 3 and 5).
 
     loss = features mean (A f_s - f_t)² + outputs mean (W A f_s + b - z_t)², f the pooled features before the last
-    linear layer, A trained, W and b the teacher's last layer. teacher: the tap whose mean that layer reads. (The
-    authors' program has batch norm and ReLU behind A; here it is linear alone, which a batch of one can train.)
+    linear layer, A trained, W and b the teacher's last layer. The authors' program has batch norm and ReLU behind A;
+    here A is linear alone, which a batch of one can train.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        features: factor of the part between features.
+        outputs: factor of the part between logits.
+        teacher: the tap whose mean the teacher's last layer reads.
+        student: the student's layer.
+
+    Source: Yang et al. 2021, "Knowledge distillation via softmax regression representation learning" (ICLR, equations
+        3 and 5).
     """
 
     weight: float | Ramp = 1.0
@@ -69,15 +93,14 @@ class SRRL(FeatureLoss):
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         assert part is not None
         s, t = self.feature_pairs(student, batch)[0]
-        guess, logits = part(s.flatten(1))
-        by_features = F.mse_loss(guess, t.flatten(1))
-        return to_float(self.features) * by_features + to_float(self.outputs) * F.mse_loss(
-            logits, teacher_logits(student, batch)
-        )
+        features, logits = part(s.flatten(1))
+        feature_term = F.mse_loss(features, t.flatten(1))
+        logit_term = F.mse_loss(logits, teacher_logits(student, batch))
+        return to_float(self.features) * feature_term + to_float(self.outputs) * logit_term
 
 
 class HeadWeights(nn.Module):
-    """The weights of the teacher's head, not trained."""
+    """The weights of the teacher's head [K, D] as a buffer, not trained."""
 
     def __init__(self, head: LinearHead):
         super().__init__()
@@ -90,10 +113,16 @@ class CatKD(FeatureLoss):
     """Class attention transfer, Guo et al. 2023 (arXiv 2304.12777, equation 4).
 
     loss = mean over all values of (C_s - C_t)², C = W F the class activation maps [B, K, 2, 2]: the last linear layer
-    as a 1 x 1 convolution of the map before pooling, here of its 2 x 2 means. Of both networks: the mean over the
-    cells plus the bias is the logits. Both must have a last linear layer that reads the mean of that map. The weight
-    is that of ResNet-32x4 with resnet8x4; the authors' others run from 0.7 (ResNet-56 with resnet20) to 12, and for
-    ShuffleNets they normalise the maps, which this does not.
+    as a 1 x 1 convolution of the map before pooling, here of its 2 x 2 means. The mean of C over the four cells plus
+    the bias gives the logits, so both networks must have a last linear layer that reads the mean of that map. For
+    ShuffleNets the authors normalise the maps, which this loss does not.
+
+    Args:
+        weight: factor of the term in the sum of losses. The default is the authors' for ResNet-32x4 with resnet8x4;
+            their other weights are between 0.7 (ResNet-56 with resnet20) and 12.
+        teacher, student: the last maps before pooling.
+
+    Source: Guo et al. 2023, "Class Attention Transfer Based Knowledge Distillation" (arXiv 2304.12777, equation 4).
     """
 
     weight: float | Ramp = 15.0
@@ -113,9 +142,9 @@ class CatKD(FeatureLoss):
         assert isinstance(part, HeadWeights)
         assert student.head is not None
         s, t = self.feature_pairs(student, batch)[0]
-        mine = torch.einsum("kc,bchw->bkhw", student.head.weight.to(s.dtype), s)
-        theirs = torch.einsum("kc,bchw->bkhw", part.weight.to(t.dtype), t)
-        return F.mse_loss(mine, theirs)
+        student_maps = torch.einsum("kc,bchw->bkhw", student.head.weight.to(s.dtype), s)
+        teacher_maps = torch.einsum("kc,bchw->bkhw", part.weight.to(t.dtype), t)
+        return F.mse_loss(student_maps, teacher_maps)
 
 
 @dataclass(frozen=True)
@@ -123,8 +152,17 @@ class SimKD(FeatureLoss):
     """The teacher's classifier reused, Chen et al. 2022 (arXiv 2203.14001, equation 2).
 
     loss = mean over all values of (m(F_s) - F_t)², F_t the teacher's last map, m a projector that is part of the
-    student: it answers through m, the mean over space and the teacher's own last layer (see SimKDStudent), is
-    measured, counted and kept so. Alone, without `hard` and `kd`. Of maps that differ in size the larger is averaged.
+    student. The student's logits are those of the teacher's last layer on the spatial mean of m(F_s), see
+    SimKDStudent; its metrics, size and saved weights include the projector. The loss takes no other loss beside it.
+    The larger of two maps of different sizes is averaged down.
+
+    Args:
+        weight: factor of the loss.
+        teacher: the teacher's last map.
+        student: the student's layer that the projector reads.
+
+    Source: Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier" (arXiv 2203.14001, equation
+        2).
     """
 
     weight: float | Ramp = 1.0
@@ -133,7 +171,7 @@ class SimKD(FeatureLoss):
     single_layer: ClassVar[bool] = True
 
     def projected_layer(self) -> str:
-        """The student's layer that is led through the projector."""
+        """Return the student's layer that the projector reads."""
         return super().student_taps()[0]
 
     def student_taps(self) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def test_one_row_of_vectors_is_enough_where_nothing_is_normalised_over_the_batch
 )
 def test_batch_norm_over_one_vector_is_refused(spec: str, pairs: Pairs) -> None:
     made = case(spec, 1, 4, pairs)
-    with pytest.raises(UsageError, match="normalises over the batch: a --batch-size of 1 leaves nothing"):
+    with pytest.raises(UsageError, match="has batch norm: it needs a --batch-size of 2 or more"):
         made.value()
     finite(case(spec, 2, 4, pairs))
 
@@ -278,7 +278,8 @@ def test_a_loss_of_one_statistic_takes_no_other(name: str, kind: str) -> None:
         agrees(case(spec, 4, 3, PAIRS))
         return
     for wrong in (spec, f"{name}:teacher=layer1,student=layer1:{kind}"):
-        with pytest.raises(UsageError, match=f"loss '{name}' is of .* and not of {kind}: name the layer, 'layer1'"):
+        message = f"loss '{name}' reads .*, not {kind}: name the layer alone, 'layer1'"
+        with pytest.raises(UsageError, match=message):
             case(wrong)
 
 

@@ -225,7 +225,8 @@ def test_a_class_without_a_row_is_refused_by_its_name(name: str) -> None:
         assert f"loss '{name}': {says}" in str(error.value)
         with pytest.raises(UsageError, match="has no labelled training row"):
             made.loss.build_part(made.outputs, made.target, LossContext(counts=torch.tensor(counts)))
-    with pytest.raises(UsageError, match=f"loss '{name}' counts the labels of each class, and these images have"):
+    missing = f"loss '{name}' needs the number of labels of each class, and these images have none: leave it out"
+    with pytest.raises(UsageError, match=missing):
         made.loss.build_part(made.outputs, made.target, LossContext())
 
 

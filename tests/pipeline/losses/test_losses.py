@@ -425,7 +425,7 @@ def test_a_hint_asks_for_its_layers_and_takes_the_teachers_name_for_the_students
     assert (loss.teacher_taps(), loss.student_taps()) == (("layer3",), ("relu1",))
     assert Hint(teacher="layer3").student_taps() == ("layer3",)
     for half in (Hint(), Hint(student="relu1")):
-        with pytest.raises(UsageError, match="wants layers"):
+        with pytest.raises(UsageError, match="needs layers"):
             half.teacher_taps()
 
 
@@ -488,8 +488,8 @@ def test_losses_keep_the_order_they_were_named_in() -> None:
         (("crd:negatives=4->8",), "negatives=4->8 is not a whole number from 1 on"),
         (("ctkd:span=4->8",), "span cannot change during training"),
         (("output:kind=l1",), "kind=l1 is none of kl, mse, soft_ce"),
-        (("multi_temperature:temperatures=2+x",), "temperatures=2+x is not such as 2+3+4"),
-        (("simkd:teacher=layer3", "kd"), "'simkd' goes alone"),
+        (("multi_temperature:temperatures=2+x",), "temperatures=2+x is no list of numbers such as 2+3+4"),
+        (("simkd:teacher=layer3", "kd"), "'simkd' takes no other loss"),
         (("soft_f1:average=samples",), "average=samples is none of macro, weighted, micro"),
         (("balanced_kd:beta=1",), "beta=1 is not below 1"),
         (("balanced_kd:beta=0->1",), "beta=0->1 is not below 1"),

@@ -202,9 +202,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
 @pytest.mark.parametrize(
     ("more", "code", "says"),
     [
-        (("--loss", "simkd:teacher=layer3", "--loss", "hard"), 2, "'simkd' goes alone"),
+        (("--loss", "simkd:teacher=layer3", "--loss", "hard"), 2, "'simkd' takes no other loss"),
         (("--loss", "simkd:teacher=layer2"), 2, "its last linear layer takes 256 values, 'layer2' has 128"),
-        (("--loss", "simkd:teacher=layer2+layer3"), 2, "'simkd' is of one layer of the teacher, not of 2"),
+        (("--loss", "simkd:teacher=layer2+layer3"), 2, "'simkd' takes one layer of the teacher, not 2"),
         (("--loss", "simkd:teacher=layer1"), 1, "has not kept layer1"),
         (("--loss", "simkd:teacher=layer3,student=layer9"), 2, "no tap 'layer9'"),
         (("--loss", "simkd"), 2, "--loss simkd:teacher=layer3,student=layer3"),

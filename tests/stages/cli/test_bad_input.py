@@ -43,7 +43,7 @@ from tests.helpers.paths import ROOT
         ("student --cache CACHE --loss kd:temprature=4", "Did you mean 'temperature'?"),
         ("student --cache CACHE --loss kd:temperature=0", "is below 0.001"),
         ("student --cache CACHE --loss kd:temperature", "is not knob=value"),
-        ("student --cache CACHE --loss hint", "wants layers: --loss hint:teacher=layer3"),
+        ("student --cache CACHE --loss hint", "needs layers: --loss hint:teacher=layer3"),
         ("student --cache CACHE --loss kd --loss kd", "given twice"),
         ("student --cache CACHE --labelled 4", "not between 10 classes and 300 rows"),
         ("student --cache CACHE --labelled 400", "not between 10 classes and 300 rows"),
