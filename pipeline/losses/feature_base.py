@@ -40,7 +40,7 @@ class FeatureLoss(Loss):
     def teacher_taps(self) -> tuple[str, ...]:
         if not self.teacher:
             raise UsageError(f"loss '{self.name}' needs layers: --loss {self.name}:teacher=layer3,student=layer3")
-        taps = tuple(self._tap(tap, self.statistic) for tap in self.teacher.split("+"))
+        taps = tuple(self._resolve_tap(tap, self.statistic) for tap in self.teacher.split("+"))
         if self.single_layer and len(taps) > 1:
             raise UsageError(f"loss '{self.name}' takes one layer of the teacher, not {len(taps)}")
         return taps
@@ -55,9 +55,9 @@ class FeatureLoss(Loss):
                 f"loss '{self.name}' has {len(teacher)} layers of the teacher, {len(taps)} of the student"
             )
         kinds = [tap.partition(":")[2] for tap in teacher]
-        return tuple(self._tap(tap, kind) for tap, kind in zip(taps, kinds, strict=True))
+        return tuple(self._resolve_tap(tap, kind) for tap, kind in zip(taps, kinds, strict=True))
 
-    def _tap(self, tap: str, kind: str) -> str:
+    def _resolve_tap(self, tap: str, kind: str) -> str:
         """Normalise the name of a tap, with the statistic `kind` where it names none."""
         if not tap:
             raise UsageError(f"loss '{self.name}': a layer without a name in '{self.teacher}' or '{self.student}'")

@@ -114,7 +114,7 @@ class ConcatHint(FeatureLoss):
     def student_taps(self) -> tuple[str, ...]:
         if not self.student:
             return super().student_taps()
-        return tuple(self._tap(tap, "pool") for tap in self.student.split("+"))
+        return tuple(self._resolve_tap(tap, "pool") for tap in self.student.split("+"))
 
     def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
         s, t = self._concatenate(student, batch)

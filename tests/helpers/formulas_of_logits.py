@@ -165,7 +165,7 @@ def wsld(case: Case) -> float:
 
 
 def ctkd(case: Case) -> float:
-    theta = float(case.module.theta.detach())
+    theta = float(case.part.theta.detach())
     return kd_at(case, case.loss.start + case.loss.span / (1 + math.exp(-theta)))
 
 
@@ -185,8 +185,8 @@ def reweighed(p: Row, weights: Row) -> list[float]:
 
 
 def counts(case: Case) -> list[int]:
-    assert case.known.counts is not None
-    return [int(n) for n in case.known.counts]
+    assert case.context.counts is not None
+    return [int(n) for n in case.context.counts]
 
 
 def logit_adjusted(case: Case) -> float:

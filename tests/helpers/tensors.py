@@ -53,56 +53,58 @@ def counts_of(K: int) -> torch.Tensor:
 
 @dataclass
 class Case:
-    """A loss, what student and teacher said, and their layers' outputs as they are before any statistic."""
+    """A loss, a batch with the outputs of student and teacher, and their layers' outputs before any statistic."""
 
     loss: Any
     logits: torch.Tensor
-    mine: dict[str, torch.Tensor]
-    theirs: dict[str, torch.Tensor]
+    student_layers: dict[str, torch.Tensor]
+    teacher_layers: dict[str, torch.Tensor]
     target: Batch
-    known: LossContext
+    context: LossContext
     head: LinearHead
-    module: Any = None
+    part: Any = None
 
     @property
     def outputs(self) -> ModelOutputs:
-        return ModelOutputs(self.logits, features_of(self.mine, self.loss.student_taps()), self.head)
+        return ModelOutputs(self.logits, features_of(self.student_layers, self.loss.student_taps()), self.head)
 
     @property
     def teacher_head(self) -> LinearHead:
-        assert self.known.head is not None
-        return self.known.head
+        assert self.context.head is not None
+        return self.context.head
 
     @property
     def bank(self) -> MemoryBank:
-        assert self.known.bank is not None
-        return self.known.bank("layer1:pool")
+        assert self.context.bank is not None
+        return self.context.bank("layer1:pool")
 
     @property
     def weights(self) -> list[nn.Parameter]:
         """The loss's own trainable numbers."""
-        return [] if self.module is None else list(self.module.parameters())
+        return [] if self.part is None else list(self.part.parameters())
 
     def value(self) -> torch.Tensor:
         """The term. Rows that `crd` draws are always those of seed 11."""
         torch.manual_seed(11)
-        term: torch.Tensor = self.loss(self.outputs, self.target, self.module)
+        term: torch.Tensor = self.loss(self.outputs, self.target, self.part)
         return term
 
     def leaves(self) -> list[torch.Tensor]:
-        """What the term is differentiated by: the student's own numbers that the loss reads, asking for gradients."""
+        """Return the student's tensors that the loss reads, with requires_grad set."""
         if self.loss.student_taps():
-            found = list(self.mine.values())[: len(self.loss.student_taps())]
-            return [x.requires_grad_() for x in ([*found, self.head.weight] if self.loss.name == "cat_kd" else found)]
+            layers = list(self.student_layers.values())[: len(self.loss.student_taps())]
+            if self.loss.name == "cat_kd":
+                layers.append(self.head.weight)
+            return [x.requires_grad_() for x in layers]
         return [self.logits.requires_grad_()]
 
 
 def features_of(raw: dict[str, torch.Tensor], taps: Sequence[str]) -> dict[str, torch.Tensor]:
-    made = {}
+    features = {}
     for tap in taps:
         path, kind = parse_tap(tap)
-        made[tap] = compute_statistic(raw[path], kind, path)
-    return made
+        features[tap] = compute_statistic(raw[path], kind, path)
+    return features
 
 
 def loss_of(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1") -> Loss:
@@ -126,23 +128,22 @@ def case(
     """A loss with B rows of K classes; pairs: shape of each layer in the student and in the teacher."""
     loss = loss_of(spec)
 
-    def made(*shape: int, salt: int, scale: float = scale) -> torch.Tensor:
+    def random(*shape: int, salt: int, scale: float = scale) -> torch.Tensor:
         return numbers(*shape, seed=100 * seed + salt, scale=scale).to(dtype)
 
-    names = [f"layer{i}" for i in range(1, len(pairs) + 1)]
-    mine = {name: made(B, *own, salt=10 + i) for i, (name, (own, _)) in enumerate(zip(names, pairs, strict=True))}
-    theirs = {name: made(B, *its, salt=20 + i) for i, (name, (_, its)) in enumerate(zip(names, pairs, strict=True))}
+    student_layers = {f"layer{i + 1}": random(B, *shape, salt=10 + i) for i, (shape, _) in enumerate(pairs)}
+    teacher_layers = {f"layer{i + 1}": random(B, *shape, salt=20 + i) for i, (_, shape) in enumerate(pairs)}
     if loss.name == "simkd":
-        mine = {"projector": made(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
+        student_layers = {"projector": random(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
     labels = labels_of(B, K) if labels is None else labels
     width, own_width = pairs[0][1][0], pairs[0][0][0]
-    rows = MemoryBank(made(40, width, salt=30).half(), torch.arange(40) % (B + 3), labels_of(40, K, seed=8))
+    rows = MemoryBank(random(40, width, salt=30).half(), torch.arange(40) % (B + 3), labels_of(40, K, seed=8))
     rows.labels[::7] = -1
-    known = LossContext(LinearHead(made(K, width, salt=31), made(K, salt=32)), lambda tap: rows, counts_of(K))
-    head = LinearHead(made(K, own_width, salt=33), made(K, salt=34))
-    target = batch(B, made(B, K, salt=2), labels, features_of(theirs, loss.teacher_taps()))
-    found = Case(loss, made(B, K, salt=1), mine, theirs, target, known, head)
+    context = LossContext(LinearHead(random(K, width, salt=31), random(K, salt=32)), lambda tap: rows, counts_of(K))
+    head = LinearHead(random(K, own_width, salt=33), random(K, salt=34))
+    target = batch(B, random(B, K, salt=2), labels, features_of(teacher_layers, loss.teacher_taps()))
+    example = Case(loss, random(B, K, salt=1), student_layers, teacher_layers, target, context, head)
     torch.manual_seed(3)
-    module = loss.build_part(found.outputs, target, known)
-    found.module = None if module is None else module.to(dtype)
-    return found
+    part = loss.build_part(example.outputs, target, context)
+    example.part = None if part is None else part.to(dtype)
+    return example
