@@ -18,7 +18,7 @@ def write_shards(writer: CacheWriter, ask: TargetGenerator, chosen: ChosenPrecis
     if chosen.is_resumed and ask.config.compile:
         compile_teacher(ask.inference, TrialViews(ask.transfer_set, ask.views, ask.config), console)
     ranks.barrier()  # all have looked at what there is, before the first new shard changes that
-    own = ranks.own_share(writer.missing)
+    own = ranks.take_rank_items(writer.missing)
     if kept := ranks.sum_over_ranks(_write(writer, own, ask, console)):
         console.print(f"went on from {kept} of {len(writer.missing)} shards that were there, whole")
     mine = {piece.path for piece in own}
