@@ -1,11 +1,11 @@
-"""Losses: one frozen dataclass each, rows of one table. A loss sees tensors, never models.
+"""Distillation losses: one frozen dataclass each, listed in the table LOSSES. A loss reads tensors, never models.
 
-`--loss kd:temperature=4,weight=0.9` names a row and sets its knobs. Any numeric knob may be a ramp,
-`temperature=8->1`: linear over the training, which is what temperature annealing and teacher annealing are;
-`weight=0->1@20` reaches its end in epoch 20 and stays there.
+`--loss kd:temperature=4,weight=0.9` selects a loss by its name and sets its parameters. A numeric parameter may be a
+ramp: `temperature=8->1` changes it linearly over the training (temperature annealing, teacher annealing), and
+`weight=0->1@20` reaches the end value in epoch 20 and keeps it.
 
-May import base, pipeline.batch, pipeline.taps and pipeline.teachers. Begin with `kd.py`; a new loss is a dataclass in
-the file of its family and a row of LOSSES.
+May import base, pipeline.batch, pipeline.taps and pipeline.teachers. Begin with `kd.py`. A new loss is a dataclass in
+the file of its family and an entry of LOSSES.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
 
-__all__ = ["LOSSES", "Loss", "at", "parse_losses"]
+__all__ = ["LOSSES", "Loss", "parse_losses", "resolve_ramps"]
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
@@ -65,8 +65,19 @@ LOSSES: dict[str, Loss] = {
 
 
 def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
-    """`("kd:temperature=4", "hard:weight=0.1")` -> losses. Raises UsageError for what does not exist."""
-    losses = tuple(_parse_one(spec) for spec in specs)
+    """Parse the losses of a training.
+
+    Args:
+        specs: one for each loss, such as `("kd:temperature=4", "hard:weight=0.1")`.
+
+    Returns:
+        The losses in the order of specs. Beside `output`, a `hint` without a weight has the weight 0.5.
+
+    Raises:
+        UsageError: for no loss, an unknown name or parameter, a value out of range, a loss that occurs twice, or
+            `simkd` beside another loss.
+    """
+    losses = tuple(_parse_loss(spec) for spec in specs)
     names = [loss.name for loss in losses]
     for loss in losses:
         if names.count(loss.name) > 1 and not loss.repeatable:
@@ -74,62 +85,72 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
     if not losses:
         raise UsageError("no loss: name at least one, such as --loss kd:temperature=4")
     if "simkd" in names and len(names) > 1:
-        raise UsageError("loss 'simkd' goes alone: its student answers through the teacher's own last layer")
-    if "output" in names:  # the two halves of one cost function, 0.5 each unless said
-        unsaid = [spec.partition(":")[0] == "hint" and "weight" not in parse_spec(spec, "loss")[1] for spec in specs]
+        raise UsageError("loss 'simkd' takes no other loss: its student uses the teacher's last layer as its own")
+    if "output" in names:  # output and hint are the two halves of one cost function: 0.5 each by default
+        is_half = [spec.partition(":")[0] == "hint" and "weight" not in parse_spec(spec, "loss")[1] for spec in specs]
         losses = tuple(
             replace(loss, weight=0.5) if half else loss  # type: ignore[type-var]
-            for loss, half in zip(losses, unsaid, strict=True)
+            for loss, half in zip(losses, is_half, strict=True)
         )
     return losses
 
 
-def _parse_one(spec: str) -> Loss:
-    name, given = parse_spec(spec, "loss")
+def _parse_loss(spec: str) -> Loss:
+    name, parameters = parse_spec(spec, "loss")
     if name not in LOSSES:
         raise unknown_name_error("loss", name, LOSSES)
     loss = LOSSES[name]
     kinds = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
-    check_parameters(spec, "loss", given, kinds)
-    values = {k: _value(spec, k, text, kinds[k]) for k, text in given.items()}
+    check_parameters(spec, "loss", parameters, kinds)
+    values = {key: _parse_value(spec, key, text, kinds[key]) for key, text in parameters.items()}
     return replace(loss, **values)  # type: ignore[type-var]
 
 
-def _value(spec: str, knob: str, text: str, kind: object) -> str | bool | float | Ramp:
+def _parse_value(spec: str, parameter: str, text: str, kind: object) -> str | bool | float | Ramp:
+    """Parse the value of a parameter whose field has the type `kind`."""
     if kind is str:
         return text
     if kind is bool:
         if text not in ("true", "false"):
-            raise UsageError(f"loss '{spec}': {knob}={text} is neither true nor false")
+            raise UsageError(f"loss '{spec}': {parameter}={text} is neither true nor false")
         return text == "true"
-    value = _numeric(spec, knob, text)
+    value = _parse_number_or_ramp(spec, parameter, text)
     if kind is int:
         if not isinstance(value, float) or value != int(value) or value < 1:
-            raise UsageError(f"loss '{spec}': {knob}={text} is not a whole number from 1 on")
+            raise UsageError(f"loss '{spec}': {parameter}={text} is not a whole number from 1 on")
         return int(value)
     if kind is float and isinstance(value, Ramp):
-        raise UsageError(f"loss '{spec}': {knob}={text}: {knob} cannot change during training")
+        raise UsageError(f"loss '{spec}': {parameter}={text}: {parameter} cannot change during training")
     return value
 
 
-def _numeric(spec: str, knob: str, text: str) -> float | Ramp:
+def _parse_number_or_ramp(spec: str, parameter: str, text: str) -> float | Ramp:
     start, arrow, rest = text.partition("->")
     end, mark, epochs = rest.partition("@")
-    low = 1e-3 if knob in ("temperature", "power") else 0.0
-    values = [parse_number(spec, "loss", knob, part) for part in ((start, end) if arrow else (start,))]
+    low = 1e-3 if parameter in ("temperature", "power") else 0.0
+    values = [parse_number(spec, "loss", parameter, number) for number in ((start, end) if arrow else (start,))]
     if min(values) < low:
-        raise UsageError(f"loss '{spec}': {knob}={text} is below {low:g}")
-    if knob in ("smoothing", "correct", "reversal") and max(values) > 1:
-        raise UsageError(f"loss '{spec}': {knob}={text} is above 1")
-    if knob == "beta" and max(values) >= 1:
-        raise UsageError(f"loss '{spec}': {knob}={text} is not below 1")
+        raise UsageError(f"loss '{spec}': {parameter}={text} is below {low:g}")
+    if parameter in ("smoothing", "correct", "reversal") and max(values) > 1:
+        raise UsageError(f"loss '{spec}': {parameter}={text} is above 1")
+    if parameter == "beta" and max(values) >= 1:
+        raise UsageError(f"loss '{spec}': {parameter}={text} is not below 1")
     if mark and not (epochs.isdecimal() and 0 < int(epochs) <= 1_000_000):
-        raise UsageError(f"loss '{spec}': {knob}={text}: after @ comes the epoch in which {end} is reached")
+        raise UsageError(f"loss '{spec}': {parameter}={text}: after @ comes the epoch in which {end} is reached")
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
 
 
-def at_epoch(loss: Loss, epoch: int, epochs: int) -> Loss:
-    """The loss with every ramp at its value for an epoch, 0 … epochs - 1, of the training."""
-    ramps = {f.name: getattr(loss, f.name) for f in fields(loss)}  # type: ignore[arg-type]
-    now = {k: v.at(epoch, epochs) for k, v in ramps.items() if isinstance(v, Ramp)}
-    return replace(loss, **now) if now else loss  # type: ignore[type-var]
+def resolve_ramps(loss: Loss, epoch: int, epochs: int) -> Loss:
+    """Replace every ramp of a loss by its value in an epoch.
+
+    Args:
+        loss: the loss.
+        epoch: 0 to epochs - 1.
+        epochs: the epochs of the training.
+
+    Returns:
+        A copy whose parameters are numbers; the loss itself where it has no ramp.
+    """
+    values = {f.name: getattr(loss, f.name) for f in fields(loss)}  # type: ignore[arg-type]
+    resolved = {key: value.value_at(epoch, epochs) for key, value in values.items() if isinstance(value, Ramp)}
+    return replace(loss, **resolved) if resolved else loss  # type: ignore[type-var]

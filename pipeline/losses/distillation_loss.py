@@ -1,4 +1,4 @@
-"""The one place that knows a loss as a weighted sum of terms."""
+"""The training criterion of a student: a weighted sum of losses."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,8 +9,8 @@ from torch import nn
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 from softcache.pipeline.taps.statistics import derive_features
 
-from . import at_epoch
-from .base import Loss, list_student_taps, list_teacher_taps, resolved
+from . import resolve_ramps
+from .base import Loss, list_student_taps, list_teacher_taps, to_float
 from .multi_teacher import wrap_loss
 
 
@@ -24,7 +24,7 @@ class DistillationLoss(nn.Module):
     Args:
         losses: the losses, each with its weight.
         combination: "per_teacher" or "ca_mkd" where a batch has the logits of each of several teachers, else "".
-        missing_to_labels: learn rows whose targets are missing from their labels.
+        missing_to_labels: use the cross entropy with the label for rows whose targets are missing.
 
     Attributes:
         names: a name for each term: `kd`, or `hint-0`, `hint-1` where there are several of a kind.
@@ -53,28 +53,28 @@ class DistillationLoss(nn.Module):
             epoch: 0 to epochs - 1.
             epochs: the epochs of the training.
         """
-        current = [at_epoch(loss, epoch, epochs) for loss in self.losses]
+        current = [resolve_ramps(loss, epoch, epochs) for loss in self.losses]
         self.terms = [wrap_loss(loss, **self._wrapped) for loss in current]  # type: ignore[arg-type]
-        self.weights = [resolved(loss.weight) for loss in current]
+        self.weights = [to_float(loss.weight) for loss in current]
 
     def build_parts(self, student: ModelOutputs, batch: Batch, context: LossContext) -> None:
-        """Make the losses' own trainable parts from an example.
+        """Build the losses' own trainable parts from an example.
 
         Args:
             student: the student's outputs for the batch.
-            batch: a batch as training will have it, of two rows or more.
-            context: what losses may ask of the teacher and of the training rows.
+            batch: a batch with the shapes of those in training, of two rows or more.
+            context: the teacher's head, its memory bank and the class counts.
 
         Raises:
             UsageError: for layers that do not fit together.
         """
         batch = self.with_teacher_taps(batch)
         for name, loss in zip(self.names, self.losses, strict=True):
-            if (part := loss.build_module(student, batch, context)) is not None:
+            if (part := loss.build_part(student, batch, context)) is not None:
                 self.parts[name] = part.to(batch.views.device)
 
     def with_teacher_taps(self, batch: Batch) -> Batch:
-        """Return the batch with the teacher's features that the losses read, float32, made from what is cached."""
+        """Return the batch with the teacher's features that the losses read, float32, derived from the cached ones."""
         if not self.teacher_taps:
             return batch
         return replace(batch, features=derive_features(batch.features, self.teacher_taps))
@@ -84,7 +84,8 @@ class DistillationLoss(nn.Module):
 
         Args:
             student: logits [B, K], and the features of student_taps.
-            batch: targets as cached; features may be statistics' sources, see `derive_features`.
+            batch: targets as cached; its features may be those that statistics are computed from, see
+                `derive_features`.
         """
         batch = self.with_teacher_taps(batch)
         parts = self.parts
@@ -95,11 +96,11 @@ class DistillationLoss(nn.Module):
 
     def forward(self, student: ModelOutputs, batch: Batch) -> torch.Tensor:
         """Compute the loss, a scalar; arguments as in `weighted_terms`."""
-        return total(self.weighted_terms(student, batch))
+        return sum_terms(self.weighted_terms(student, batch))
 
 
-def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Add the terms of a loss; one alone is taken as it is, which saves 10 us of the 840 us of a step of `mlp:64`."""
+def sum_terms(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add the terms of a loss. A single term is returned as it is: a stack and a sum would cost time in each step."""
     return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum()
 
 

@@ -1,4 +1,4 @@
-"""Losses between layers: which layer of the teacher goes with which of the student."""
+"""The base of losses on features: pairs of a teacher's layer and a student's layer."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,10 +18,16 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class FeatureLoss(Loss):
-    """A loss on pairs of layers, joined by +: `teacher=layer1+layer2,student=layer1+layer2`.
+    """A loss on pairs of layers.
 
-    statistic: what it needs of each, where the tap names none; no_other: it can do with that alone. Without
-    `student`, its layers have the teacher's names.
+    Args:
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many as of the teacher; "" where they have the same names.
+
+    Attributes:
+        statistic: the statistic of a layer that the loss reads where a tap names none, such as `map` or `pool`.
+        statistic_only: whether the loss is defined for that statistic alone.
+        single_layer: whether it takes one layer of the teacher only.
     """
 
     teacher: str = ""
@@ -33,10 +39,10 @@ class FeatureLoss(Loss):
 
     def teacher_taps(self) -> tuple[str, ...]:
         if not self.teacher:
-            raise UsageError(f"loss '{self.name}' wants layers: --loss {self.name}:teacher=layer3,student=layer3")
-        taps = tuple(self._tap(tap, self.statistic) for tap in self.teacher.split("+"))
+            raise UsageError(f"loss '{self.name}' needs layers: --loss {self.name}:teacher=layer3,student=layer3")
+        taps = tuple(self._resolve_tap(tap, self.statistic) for tap in self.teacher.split("+"))
         if self.single_layer and len(taps) > 1:
-            raise UsageError(f"loss '{self.name}' is of one layer of the teacher, not of {len(taps)}")
+            raise UsageError(f"loss '{self.name}' takes one layer of the teacher, not {len(taps)}")
         return taps
 
     def student_taps(self) -> tuple[str, ...]:
@@ -49,50 +55,64 @@ class FeatureLoss(Loss):
                 f"loss '{self.name}' has {len(teacher)} layers of the teacher, {len(taps)} of the student"
             )
         kinds = [tap.partition(":")[2] for tap in teacher]
-        return tuple(self._tap(tap, kind) for tap, kind in zip(taps, kinds, strict=True))
+        return tuple(self._resolve_tap(tap, kind) for tap, kind in zip(taps, kinds, strict=True))
 
-    def _tap(self, tap: str, kind: str) -> str:
+    def _resolve_tap(self, tap: str, kind: str) -> str:
+        """Normalise the name of a tap, with the statistic `kind` where it names none."""
         if not tap:
             raise UsageError(f"loss '{self.name}': a layer without a name in '{self.teacher}' or '{self.student}'")
         path, named = parse_tap(tap)
         if self.statistic_only and ":" in tap and named != self.statistic:
-            raise UsageError(f"loss '{self.name}' is of {self.statistic} and not of {named}: name the layer, '{path}'")
+            raise UsageError(f"loss '{self.name}' reads {self.statistic}, not {named}: name the layer alone, '{path}'")
         return normalize_tap(tap if ":" in tap or not kind else f"{tap}:{kind}")
 
-    def feature_pairs(self, student: ModelOutputs, target: Batch) -> list[Pair]:
-        """(student's, teacher's) features of each pair of layers, in the student's dtype."""
-        mine = [student.features[tap] for tap in self.student_taps()]
-        theirs = [target.features[tap] for tap in self.teacher_taps()]
-        return [(s, t.to(s.dtype)) for s, t in zip(mine, theirs, strict=True)]
+    def feature_pairs(self, student: ModelOutputs, batch: Batch) -> list[Pair]:
+        """Return the (student's, teacher's) features of each pair of layers, in the student's dtype."""
+        student_features = [student.features[tap] for tap in self.student_taps()]
+        teacher_features = [batch.features[tap] for tap in self.teacher_taps()]
+        return [(s, t.to(s.dtype)) for s, t in zip(student_features, teacher_features, strict=True)]
 
     def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The term of one pair, of a loss that has no trainable part."""
+        """Compute the term of one pair of layers, for a loss without a trainable part.
+
+        Args:
+            s: the student's features [B, …].
+            t: the teacher's features [B, …], in the same dtype.
+
+        Returns:
+            A scalar.
+        """
         raise NotImplementedError(f"{self.name} is no sum over its pairs")
 
-    def __call__(self, student: ModelOutputs, target: Batch, module: nn.Module | None) -> torch.Tensor:
-        """The sum over the pairs."""
-        return torch.stack([self.pair_loss(s, t) for s, t in self.feature_pairs(student, target)]).sum()
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        """Compute the sum of `pair_loss` over the pairs of layers."""
+        return torch.stack([self.pair_loss(s, t) for s, t in self.feature_pairs(student, batch)]).sum()
 
-    def check_normalized_rows(self, x: torch.Tensor, module: nn.Module | None) -> None:
-        """Raise UsageError for batch norm in training over one vector: there is no spread to divide by."""
-        if module is not None and module.training and len(x) == 1 and x[0, 0].numel() == 1:
-            raise UsageError(f"loss '{self.name}' normalises over the batch: a --batch-size of 1 leaves nothing")
+    def check_normalized_rows(self, x: torch.Tensor, part: nn.Module | None) -> None:
+        """Raise UsageError for batch norm in training over a single value per channel, whose variance is 0.
+
+        Args:
+            x: what is normalised, [B, C, …].
+            part: the loss's module.
+        """
+        if part is not None and part.training and len(x) == 1 and x[0, 0].numel() == 1:
+            raise UsageError(f"loss '{self.name}' has batch norm: it needs a --batch-size of 2 or more")
 
     def shape_error(self, student: torch.Tensor, teacher: torch.Tensor, why: str) -> UsageError:
-        """What to raise when a pair of layers does not fit."""
+        """Return the error for a pair of layers whose shapes do not fit; why: what to do about it."""
         s, t = ("x".join(map(str, x.shape[1:])) for x in (student, teacher))
         return UsageError(f"loss '{self.name}': the student's {s} and the teacher's {t}: {why}")
 
     def head_error(self, why: str = "it has none", whose: str = "the cache") -> UsageError:
-        """What to raise when a network has no last linear layer that fits."""
+        """Return the error for a network, of `the cache` or `the student`, without a fitting last linear layer."""
         return UsageError(f"loss '{self.name}' needs the last linear layer of {whose}'s network: {why}")
 
 
 def match_size(s: torch.Tensor, t: torch.Tensor) -> Pair:
-    """Two maps [B, C, H, W], the larger averaged down to the smaller's height and width."""
+    """Average two maps [B, C, H, W] down to the smaller height and width of both."""
     size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
-    return _pool_to(s, size), _pool_to(t, size)
+    return _pool_to_size(s, size), _pool_to_size(t, size)
 
 
-def _pool_to(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _pool_to_size(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size)

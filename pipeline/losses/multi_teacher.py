@@ -1,5 +1,4 @@
-"""Losses with several teachers, and with rows whose targets are missing: wrappers that are called like the loss
-itself."""
+"""Wrappers of a loss for several teachers and for rows whose targets are missing. They are called like a loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,35 +25,36 @@ class PerTeacher:
 
     loss: Loss
 
-    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the mean of the terms, a scalar. batch.logits: [B, M, K] of M teachers."""
         assert batch.logits is not None
-        terms = [self.loss(student, replace(batch, logits=z), module) for z in batch.logits.unbind(1)]
+        terms = [self.loss(student, replace(batch, logits=z), part) for z in batch.logits.unbind(1)]
         return torch.stack(terms).mean()
 
 
 @dataclass(frozen=True)
 class ConfidenceWeighted:
-    """The sum of a loss over the teachers, each row weighted by how right each teacher is about it.
-
-    Source: confidence-aware multi-teacher distillation, Zhang, Chen and Wang 2022 (arXiv 2201.00007, equation 3), see
-    `confidence_weights`.
+    """The sum of a loss over the teachers, each row weighted by the teacher's confidence in the label.
 
     Args:
-        loss: a mean over rows that reads the teacher's logits and Batch.row_weights.
+        loss: a mean over rows that reads the teacher's logits and Batch.row_weights. The smaller the cross entropy of
+            a teacher with the label, the larger its weight.
+
+    Source: Zhang, Chen and Wang 2022, "Confidence-Aware Multi-Teacher Knowledge Distillation" (arXiv 2201.00007,
+        equation 3); see `confidence_weights`.
     """
 
     loss: Loss
 
-    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the weighted sum, a scalar. batch.logits: [B, M, K] of M teachers."""
         assert batch.logits is not None
-        each = batch.logits.unbind(1)
-        cross_entropies = [cross_entropy_rows(z.float(), batch) for z in each]
+        logits = batch.logits.unbind(1)
+        cross_entropies = [cross_entropy_rows(z.float(), batch) for z in logits]
         weights = confidence_weights(torch.stack([rows for rows, _ in cross_entropies], 1), cross_entropies[0][1])
         terms = [
-            self.loss(student, replace(batch, logits=z, row_weights=w), module)
-            for z, w in zip(each, weights.unbind(1), strict=True)
+            self.loss(student, replace(batch, logits=z, row_weights=w), part)
+            for z, w in zip(logits, weights.unbind(1), strict=True)
         ]
         return torch.stack(terms).sum()
 
@@ -69,18 +69,18 @@ class HardFallback:
 
     term: Term
 
-    def __call__(self, student: ModelOutputs, batch: Batch, module: nn.Module | None) -> torch.Tensor:
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the mean over all rows, a scalar."""
         assert batch.logits is not None
-        missing = batch.logits.flatten(1).isnan().any(1)
-        if not missing.any():
-            return self.term(student, batch, module)
-        without, rest = missing.nonzero()[:, 0], (~missing).nonzero()[:, 0]
-        hard = masked_mean(*cross_entropy_rows(student.logits[without], batch.select(without)))
-        if not len(rest):
+        is_missing = batch.logits.flatten(1).isnan().any(1)
+        if not is_missing.any():
+            return self.term(student, batch, part)
+        missing, available = is_missing.nonzero()[:, 0], (~is_missing).nonzero()[:, 0]
+        hard = masked_mean(*cross_entropy_rows(student.logits[missing], batch.select(missing)))
+        if not len(available):
             return hard
-        soft = self.term(student.select(rest), batch.select(rest), module)
-        return (len(rest) * soft + len(without) * hard) / len(missing)
+        soft = self.term(student.select(available), batch.select(available), part)
+        return (len(available) * soft + len(missing) * hard) / len(is_missing)
 
 
 def wrap_loss(loss: Loss, combination: str = "", missing_to_labels: bool = False) -> Term:
@@ -88,11 +88,11 @@ def wrap_loss(loss: Loss, combination: str = "", missing_to_labels: bool = False
 
     Args:
         loss: the loss.
-        combination: "per_teacher" or "ca_mkd" where the batch has the logits of each teacher, "" where of one.
-        missing_to_labels: learn rows without targets from their labels.
+        combination: "per_teacher" or "ca_mkd" for batches with the logits of each teacher, "" for those of one.
+        missing_to_labels: use the cross entropy with the label for rows without targets.
 
     Returns:
-        A callable like the loss; the loss itself where nothing is to be wrapped.
+        A callable with the arguments of the loss; the loss itself where it needs no wrapper.
     """
     term: Term = loss
     if loss.needs_logits and combination:

@@ -1,4 +1,4 @@
-"""Relations: how the rows of a batch, or the places of a map, stand to each other. No trainable parts."""
+"""Losses on relations between the rows of a batch, or between the positions of a map. They have no trainable parts."""
 
 import math
 from dataclasses import dataclass
@@ -7,21 +7,28 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .base import Ramp, resolved
+from .base import Ramp, to_float
 from .feature_base import FeatureLoss
 
-# Norms that rows are divided by. A row of zeros, such as of a dead layer, has a gradient of at most 1e6 so; with the
-# usual 1e-12 it was 1e11, enough to end a training.
-_LEAST = 1e-6
+# The least norm that a row is divided by. With it, a row of zeros (a dead layer) has a gradient of at most 1e6; with
+# the usual 1e-12 the gradient was 1e11, enough to make a training diverge.
+_LEAST_NORM = 1e-6
 
 
 @dataclass(frozen=True)
 class Attention(FeatureLoss):
     """Attention transfer, Zagoruyko and Komodakis 2017 (arXiv 1612.03928, section 3.1).
 
-    loss = sum over the pairs of the mean over rows and places of (q_s - q_t)², q the mean over the channels of F²,
-    of norm 1 over the places. Maps of different sizes: the larger attention is averaged down. (The paper writes a
-    norm, the common programs this mean; the weight goes with the mean.)
+    loss = sum over the pairs of the mean over rows and positions of (q_s - q_t)², q the mean over the channels of F²,
+    normalised to norm 1 over the positions. The larger attention map of two of different sizes is averaged down. The
+    paper has a norm where common programs have this mean; the default weight is for the mean.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        teacher, student: the layers, see `FeatureLoss`.
+
+    Source: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention: Improving the Performance of
+        Convolutional Neural Networks via Attention Transfer" (arXiv 1612.03928, section 3.1).
     """
 
     weight: float | Ramp = 1000.0
@@ -33,8 +40,8 @@ class Attention(FeatureLoss):
         if s.shape != t.shape:
             size = (min(s.shape[1], t.shape[1]), min(s.shape[2], t.shape[2]))
             s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
-        # Again of norm 1: after averaging down, and after the teacher's was rounded to float16.
-        s, t = (F.normalize(x.flatten(1), dim=1, eps=_LEAST) for x in (s, t))
+        # Normalised again: averaging down and the rounding of the teacher's map to float16 change the norm.
+        s, t = (F.normalize(x.flatten(1), dim=1, eps=_LEAST_NORM) for x in (s, t))
         return (s - t).square().mean()
 
 
@@ -43,7 +50,14 @@ class NST(FeatureLoss):
     """Neuron selectivity transfer, Huang and Wang 2017 (arXiv 1707.01219, equation 7, the kernel (x'y)²).
 
     loss = sum over the pairs of the mean over rows of |G_s - G_t|², G = F'F / C [HW, HW] with every channel of norm
-    1 over the places: the squared maximum mean discrepancy of that kernel. Maps must have the same size.
+    1 over the positions: the squared maximum mean discrepancy of that kernel. Maps must have the same size.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        teacher, student: the layers, see `FeatureLoss`.
+
+    Source: Huang and Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer" (arXiv
+        1707.01219, equation 7).
     """
 
     weight: float | Ramp = 50.0
@@ -63,14 +77,20 @@ class Similarity(FeatureLoss):
 
     loss = sum over the pairs of |N(A_s A_s') - N(A_t A_t')|² / B², A the flattened features [B, D], N divides every
     row by its norm.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        teacher, student: the layers, see `FeatureLoss`.
+
+    Source: Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation" (arXiv 1907.09682, equation 4).
     """
 
     weight: float | Ramp = 3000.0
     name: ClassVar[str] = "similarity"
 
     def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        mine, theirs = (F.normalize(x.flatten(1) @ x.flatten(1).T, dim=1, eps=_LEAST) for x in (s, t))
-        return (mine - theirs).square().mean()
+        n_s, n_t = (F.normalize(x.flatten(1) @ x.flatten(1).T, dim=1, eps=_LEAST_NORM) for x in (s, t))
+        return (n_s - n_t).square().mean()
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,14 @@ class RKD(FeatureLoss):
     loss = distance l(d_s / m_s, d_t / m_t) + angle l(a_s, a_t), d the Euclidean distances of all pairs of rows, m
     their mean over the pairs that differ, a the cosines of the angles of all triples, l the Huber loss, mean over
     all entries. Memory grows with B² D and B³.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        distance: factor of the part of the distances.
+        angle: factor of the part of the angles.
+        teacher, student: the layers, see `FeatureLoss`.
+
+    Source: Park et al. 2019, "Relational Knowledge Distillation" (arXiv 1904.05068, equations 5 to 10).
     """
 
     weight: float | Ramp = 1.0
@@ -90,24 +118,24 @@ class RKD(FeatureLoss):
 
     def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         s, t = s.flatten(1), t.flatten(1)
-        by_distance = F.smooth_l1_loss(_distances(s), _distances(t))
-        by_angle = F.smooth_l1_loss(_angles(s), _angles(t))
-        return resolved(self.distance) * by_distance + resolved(self.angle) * by_angle
+        distance_term = F.smooth_l1_loss(_relative_distances(s), _relative_distances(t))
+        angle_term = F.smooth_l1_loss(_angle_cosines(s), _angle_cosines(t))
+        return to_float(self.distance) * distance_term + to_float(self.angle) * angle_term
 
 
-def _distances(x: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances [B, B] over their mean. Equal rows have distance 0, and no gradient."""
+def _relative_distances(x: torch.Tensor) -> torch.Tensor:
+    """Compute Euclidean distances [B, B] divided by their mean. Equal rows have distance 0 and no gradient."""
     square = (x[:, None] - x[None]).square().sum(2)
-    differ = square > 0
-    d = torch.where(differ, square, 1).sqrt() * differ
-    return d / (d.sum() / differ.sum().clamp(min=1)).clamp(min=1e-12)
+    is_different = square > 0
+    d = torch.where(is_different, square, 1).sqrt() * is_different
+    return d / (d.sum() / is_different.sum().clamp(min=1)).clamp(min=1e-12)
 
 
-def _angles(x: torch.Tensor) -> torch.Tensor:
-    """Cosines [B, B, B] of the angle at row i between rows j and k; 0, with no gradient, where two are equal."""
-    apart = x[None] - x[:, None]
-    square = apart.square().sum(2, keepdim=True)
-    unit = apart * (torch.where(square > 0, square, 1).rsqrt() * (square > 0))
+def _angle_cosines(x: torch.Tensor) -> torch.Tensor:
+    """Compute the cosine [B, B, B] of the angle at row i between rows j and k; 0 without gradient for equal rows."""
+    difference = x[None] - x[:, None]
+    square = difference.square().sum(2, keepdim=True)
+    unit = difference * (torch.where(square > 0, square, 1).rsqrt() * (square > 0))
     return unit @ unit.transpose(1, 2)
 
 
@@ -116,7 +144,14 @@ class PKT(FeatureLoss):
     """Probabilistic knowledge transfer, Passalis and Tefas 2018 (arXiv 1803.10837, equations 3 to 6).
 
     loss = sum over the pairs of the mean over all B² entries of p_t log(p_t / p_s), p the rows of (1 + cosine) / 2
-    between the rows of the batch, made to sum to 1; 1e-7 is added inside the logarithm.
+    between the rows of the batch, normalised to sum 1; 1e-7 is added inside the logarithm.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        teacher, student: the layers, see `FeatureLoss`.
+
+    Source: Passalis and Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer" (arXiv
+        1803.10837, equations 3 to 6).
     """
 
     weight: float | Ramp = 30000.0
@@ -124,12 +159,13 @@ class PKT(FeatureLoss):
     statistic: ClassVar[str] = "pool"
 
     def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        mine, theirs = _affinity(s.flatten(1)), _affinity(t.flatten(1))
-        return (theirs * ((theirs + 1e-7) / (mine + 1e-7)).log()).mean()
+        p_s, p_t = _affinities(s.flatten(1)), _affinities(t.flatten(1))
+        return (p_t * ((p_t + 1e-7) / (p_s + 1e-7)).log()).mean()
 
 
-def _affinity(x: torch.Tensor) -> torch.Tensor:
-    unit = F.normalize(x, dim=1, eps=_LEAST)
+def _affinities(x: torch.Tensor) -> torch.Tensor:
+    """Compute (1 + cosine) / 2 between the rows of x [B, D], each row [B] normalised to sum 1."""
+    unit = F.normalize(x, dim=1, eps=_LEAST_NORM)
     kernel = (1 + unit @ unit.T) / 2
     return kernel / kernel.sum(1, keepdim=True).clamp(min=1e-12)
 
@@ -139,7 +175,15 @@ class CC(FeatureLoss):
     """Correlation congruence, Peng et al. 2019 (arXiv 1904.01802, equations 6 and 9).
 
     loss = sum over the pairs of |K_s - K_t|² / B², K = exp(-2 g) sum over p = 0 … 2 of (2 g)^p / p! (f_i'f_j)^p, the
-    Taylor series of a Gaussian kernel between rows f of norm 1; g is `gamma`.
+    Taylor series of a Gaussian kernel between rows f normalised to norm 1; g is `gamma`.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        gamma: g, from 0 on.
+        teacher, student: the layers, see `FeatureLoss`.
+
+    Source: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation" (arXiv 1904.01802, equations 6 and
+        9).
     """
 
     weight: float | Ramp = 100.0
@@ -151,7 +195,8 @@ class CC(FeatureLoss):
         return (self._kernel(s) - self._kernel(t)).square().mean()
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
-        unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST), 2 * resolved(self.gamma)
+        """Compute the kernel [B, B] between the rows of x [B, …]."""
+        unit, g = F.normalize(x.flatten(1), dim=1, eps=_LEAST_NORM), 2 * to_float(self.gamma)
         cosine = unit @ unit.T
         kernel: torch.Tensor = math.exp(-g) * (1 + g * cosine + g**2 / 2 * cosine.square())
         return kernel

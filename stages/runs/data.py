@@ -1,4 +1,4 @@
-"""A cache's transfer set, found and checked."""
+"""The transfer set of a cache."""
 
 from pathlib import Path
 
@@ -10,9 +10,18 @@ from softcache.stages.cli.copied_commands import format_remake_command
 
 
 def load_cache_data(cache: Cache, data: str, root: Path) -> TransferSet:
-    """The cache's transfer set; when it is another one, the message ends with the command for a cache of that."""
+    """Load the transfer set of a cache and check it.
+
+    Args:
+        cache: the cache.
+        data: name of the transfer set; "" for the one in the cache's manifest.
+        root: folder of data sets.
+
+    Raises:
+        CacheError: for another transfer set than the cache's; the message has the command that makes a cache of it.
+    """
     try:
         return cache.load_transfer_set(data, root, progress)
     except CacheMismatchError as error:
-        right = format_remake_command(cache, data=data or cache.data)
-        raise CacheError(f"{error}\nMake a cache of these data with  {right}") from None
+        command = format_remake_command(cache, data=data or cache.data)
+        raise CacheError(f"{error}\nMake a cache of these data with  {command}") from None

@@ -1,4 +1,4 @@
-"""Where a command runs: its device, memory and the versions of what it runs on."""
+"""The environment of a command: device, memory and versions of libraries."""
 
 import platform
 import resource
@@ -12,29 +12,36 @@ from softcache.stages.distributed.ranks import current_ranks
 
 
 def library_versions() -> dict[str, str]:
-    """Of everything that can change a pixel, a logit or a byte."""
+    """Return the versions of Python and of the libraries that can change a pixel, a logit or a byte."""
     names = ("torch", "torchvision", "numpy", "pillow", "h5py")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Where a result was made."""
+    """Describe the machine of a result: device, CPU threads and operating system."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"device": f"{device.type} {name}", "threads": torch.get_num_threads(), "system": platform.platform()}
 
 
 def measure_peak_memory(device: torch.device) -> dict[str, int]:
-    """In bytes: of the process, and of the GPU where there is one."""
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """Return the peak memory in bytes of the process, and of the GPU where there is one."""
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if device.type == "cuda":
-        found["cuda"] = torch.cuda.max_memory_allocated(device)
-    return found
+        peak["cuda"] = torch.cuda.max_memory_allocated(device)
+    return peak
 
 
 def select_device(name: str) -> torch.device:
-    """`auto` is a GPU when there is one, each rank's own. Raises UsageError for a device that is not there."""
-    if name in ("auto", "cuda") and current_ranks().here > 1 and torch.cuda.is_available():
-        return torch.device("cuda", current_ranks().local)
+    """Return the device of an option.
+
+    Args:
+        name: as in --device; `auto` is a GPU where there is one. Each rank gets its own GPU.
+
+    Raises:
+        UsageError: for a device that does not exist.
+    """
+    if name in ("auto", "cuda") and current_ranks().local_world > 1 and torch.cuda.is_available():
+        return torch.device("cuda", current_ranks().local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

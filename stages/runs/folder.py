@@ -1,4 +1,4 @@
-"""Folders of runs: settings.json, result.json, metrics.jsonl and the weights."""
+"""The folder of a run: settings.json, result.json, metrics.jsonl and the weights."""
 
 import json
 import math
@@ -18,40 +18,57 @@ from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is
 
 from .logits import TEACHER_LOGITS
 
-# Settings that say where a run lies and what it prints and keeps besides: with others it is the same run.
+# Options that do not change what a run computes: where its folder is, what it prints, and extra files.
 IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard")
+# Options that may differ when a run is resumed, because they depend on the machine.
+_RESUME_OPTIONS = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data", "tensorboard"}
 S = TypeVar("S", TeacherConfig, StudentConfig)
 
 
-def open_run(config: S, said: set[str], default: str) -> tuple[S, Path]:
-    """The folder of a run and the settings it goes by. Nothing is written yet: see begin_run.
+def open_run(config: S, explicit_options: set[str], default: str) -> tuple[S, Path]:
+    """Find the folder and the settings of a run. Nothing is written; `start_run` does that.
 
-    A new run gets a new folder (default-1, default-2 … when --out does not name one). With --resume the
-    settings are those the run was begun with, and what the command says besides must agree with them.
-    Raises UsageError for a folder that holds something else. Of several ranks the first looks, for all.
+    A new run gets a new folder. With --resume the settings are those that the run was started with. Rank 0 does this
+    for all ranks.
+
+    Args:
+        config: the options of the command.
+        explicit_options: names of the options on the command line; with --resume they must agree with the run's.
+        default: name of the folder without --out: runs/default-1, runs/default-2 …
+
+    Returns:
+        The settings, with `out` set, and the folder.
+
+    Raises:
+        UsageError: for a folder that is not empty, or options that differ from those of the run to resume.
+        CacheError: for damaged settings.
     """
-    record = broadcast_from_first(lambda: asdict(_resolve_run(config, said, default)))
-    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    config = replace(config, **plain)
+    record = broadcast_from_first(lambda: asdict(_resolve_run(config, explicit_options, default)))
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    config = replace(config, **settings)
     return config, Path(config.out)
 
 
-def _resolve_run(config: S, said: set[str], default: str) -> S:
+def _resolve_run(config: S, explicit_options: set[str], default: str) -> S:
     parse_milestones(config)
     if config.resume:
-        kept = _resume_config(config, said)
-        check_installed(kept)
-        return kept
+        config = _resume_config(config, explicit_options)
+        check_installed(config)
+        return config
     check_installed(config)
     folder = Path(config.out) if config.out else find_free_folder(default)
     if folder.exists() and (not folder.is_dir() or any(not _is_stale(path) for path in folder.iterdir())):
-        other = _describe_other_run(folder, config)
-        raise UsageError(f"'{folder}' exists{other}: continue it with --resume, or choose another --out")
+        description = _describe_existing_run(folder, config)
+        raise UsageError(f"'{folder}' exists{description}: continue it with --resume, or choose another --out")
     return replace(config, out=str(folder))
 
 
 def parse_milestones(config: TrainingOptions) -> list[float]:
-    """The shares of the training at which the schedule goes down. Raises UsageError for what is none."""
+    """Return the shares of the training, between 0 and 1, at which the step schedule lowers the learning rate.
+
+    Raises:
+        UsageError: for text that is no list of such numbers.
+    """
     try:
         shares = [float(text) for text in config.milestones.split(",")]
     except ValueError:
@@ -62,36 +79,52 @@ def parse_milestones(config: TrainingOptions) -> list[float]:
 
 
 def check_installed(config: TeacherConfig | StudentConfig) -> None:
-    """Raise UsageError for an optional part that is asked for and is not there, before anything is done."""
+    """Raise UsageError for an option whose optional dependency is not installed."""
     if config.tensorboard:
         require_extra("--tensorboard wants", "tensorboard", "tensorboard")
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether a process that was killed before it began a run left this: no more than a lock, or half its settings."""
+    """Return whether a file is left from a process that was killed before its run started."""
     return path.name == LOCK or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
 
 
 def find_unfinished_runs(config: TeacherConfig | StudentConfig, folder: Path) -> list[Path]:
-    """Other runs with the same settings that were stopped, beside a folder whose name was chosen for this one."""
-    found = []
+    """Find runs with the same settings that were stopped.
+
+    Args:
+        config: the settings.
+        folder: a folder with a default name, such as runs/digits-mlp-8-2; only those with the same default name count.
+
+    Returns:
+        Their folders, without `folder`.
+    """
+    unfinished = []
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/settings.json")):
         if path.parent == folder or (path.parent / "result.json").exists():
             continue
         try:
-            kept = read_json(path)
-        except CacheError:  # damaged: that is for those who go on with it
+            settings = read_json(path)
+        except CacheError:  # damaged: reported when that run is resumed
             continue
-        if not _list_differences(kept, config):
-            found.append(path.parent)
-    return found
+        if not _list_differences(settings, config):
+            unfinished.append(path.parent)
+    return unfinished
 
 
 @contextmanager
 def start_run(config: TeacherConfig | StudentConfig, folder: Path) -> Iterator[None]:
-    """Make the folder of a run, hold it, and publish its settings.json, once all that can be refused has been checked.
+    """Make the folder of a run, lock it and publish its settings.json. Check the options before this call.
 
-    Raises CacheError when another process holds it. Of several ranks the first does all this; the others wait for it.
+    Rank 0 does this; the others wait for it.
+
+    Args:
+        config: the settings.
+        folder: the run's folder.
+
+    Raises:
+        LockedError: when another process has the lock.
+        UsageError: when another process has started a run in the folder.
     """
     if not is_first():
         barrier()
@@ -102,85 +135,114 @@ def start_run(config: TeacherConfig | StudentConfig, folder: Path) -> Iterator[N
         remove_stale_files(folder, ("settings.json", "result.json", "cache.json", TEACHER_LOGITS))
         if not config.resume:
             if (folder / "settings.json").exists():
-                raise UsageError(f"'{folder}' was begun by another process just now: choose another --out")
+                raise UsageError(f"'{folder}' was started by another process just now: choose another --out")
             publish_json(folder / "settings.json", asdict(config))
         barrier()
         yield
 
 
 def check_same_config(folder: Path, config: StudentConfig) -> None:
-    """Raise CacheError, naming what differs, when a run was begun with other settings than these."""
-    kept = asdict(read_config(folder, type(config)))
-    if differ := _list_differences(json.loads(json.dumps(kept)), config):
-        raise CacheError(f"'{folder}' was begun with other settings ({'; '.join(differ[:4])}): choose another --out")
+    """Raise CacheError, naming the differences, when a run was started with other settings."""
+    settings = asdict(read_config(folder, type(config)))
+    if differences := _list_differences(json.loads(json.dumps(settings)), config):
+        raise CacheError(
+            f"'{folder}' was started with other settings ({'; '.join(differences[:4])}): choose another --out"
+        )
 
 
 def find_free_folder(default: str) -> Path:
-    """runs/default-1, -2 …: the first that is not there."""
+    """Return the first of runs/default-1, runs/default-2 … that does not exist."""
     numbers = range(1, 1_000_000)
-    return next(p for n in numbers if not (p := Path("runs") / f"{default}-{n}").exists())
+    return next(path for n in numbers if not (path := Path("runs") / f"{default}-{n}").exists())
 
 
-def _resume_config(config: S, said: set[str]) -> S:
+def _resume_config(config: S, explicit_options: set[str]) -> S:
+    """Return the settings of the run in --out, with the explicit options that may differ."""
     if not config.out:
-        raise UsageError("--resume wants the run's folder: --resume --out runs/…")
+        raise UsageError("--resume needs the run's folder: --resume --out runs/…")
     folder = Path(config.out)
-    kept = read_config(folder, type(config))
-    own = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data", "tensorboard"}
-    wrong = [
-        f"--{n.replace('_', '-')}"
-        for n in sorted(said - own)
-        if _plain(getattr(config, n)) != _plain(getattr(kept, n))
+    settings = read_config(folder, type(config))
+    different = [
+        f"--{name.replace('_', '-')}"
+        for name in sorted(explicit_options - _RESUME_OPTIONS)
+        if _to_list(getattr(config, name)) != _to_list(getattr(settings, name))
     ]
-    if wrong:
-        raise UsageError(f"'{folder}' was begun with another {', '.join(wrong)}: leave out what is not to change")
-    here = {n: getattr(config, n) for n in own & {f.name for f in fields(config)} if n in said}
-    return replace(kept, **here)
+    if different:
+        raise UsageError(
+            f"'{folder}' was started with another {', '.join(different)}: leave out what is not to change"
+        )
+    names = _RESUME_OPTIONS & explicit_options & {f.name for f in fields(config)}
+    return replace(settings, **{name: getattr(config, name) for name in names})
 
 
-def _plain(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _describe_other_run(folder: Path, config: S) -> str:
+def _describe_existing_run(folder: Path, config: S) -> str:
+    """Describe what a folder that is not empty contains, for a message."""
     path = folder / "settings.json"
     if not path.is_file():
         return " and is no run"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return " and its settings.json is damaged"
-    differ = _list_differences(kept, config)
-    return f", begun with other settings ({'; '.join(differ[:4])})" if differ else ", begun with the same settings"
+    differences = _list_differences(settings, config)
+    if not differences:
+        return ", started with the same settings"
+    return f", started with other settings ({'; '.join(differences[:4])})"
 
 
-def _list_differences(kept: Any, config: TeacherConfig | StudentConfig) -> list[str]:
-    """The settings in which a run differs from what is asked, in words; where it lies and what it prints aside."""
-    asked = json.loads(json.dumps(asdict(config)))
-    return [f"{n} {a} there, {b} asked" for n, a, b in find_differences(kept, asked) if n not in IGNORED_OPTIONS]
+def _list_differences(settings: Any, config: TeacherConfig | StudentConfig) -> list[str]:
+    """List the differences between the settings of a run and those of the command, without IGNORED_OPTIONS."""
+    requested = json.loads(json.dumps(asdict(config)))
+    return [
+        f"{name} {a} there, {b} asked"
+        for name, a, b in find_differences(settings, requested)
+        if name not in IGNORED_OPTIONS
+    ]
 
 
 def read_config(folder: Path, kind: type[S]) -> S:
-    """The settings of a run. Raises UsageError when it is none, CacheError for what no command could have given."""
+    """Read the settings of a run.
+
+    Args:
+        folder: the run's folder.
+        kind: TeacherConfig or StudentConfig.
+
+    Raises:
+        UsageError: for a folder without settings.json.
+        CacheError: for names or values that the command line would not have accepted.
+    """
     path = folder / "settings.json"
     record = read_json(path, {f.name for f in fields(kind)})
-    if wrong := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _is_valid_value(f, record[f.name])]:
-        raise CacheError(f"'{path}' is damaged: {make_printable(', '.join(wrong))}")
+    if invalid := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _is_valid_value(f, record[f.name])]:
+        raise CacheError(f"'{path}' is damaged: {make_printable(', '.join(invalid))}")
     return kind(**record)
 
 
 def _is_valid_value(field: Field[Any], value: Any) -> bool:
-    """Whether a value of settings.json is the default, or one that the command line would have taken."""
+    """Return whether a value of settings.json is the default, or one that the command line would have accepted."""
     kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
     if type(value) not in kinds or (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
         return False
     least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", math.inf)
-    number = not isinstance(value, int | float) or (least <= value <= most and math.isfinite(value))
-    return bool(value == field.default or (number and value in field.metadata.get("choices", (value,))))
+    is_in_range = not isinstance(value, int | float) or (least <= value <= most and math.isfinite(value))
+    return bool(value == field.default or (is_in_range and value in field.metadata.get("choices", (value,))))
 
 
-def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:
-    """A record from a run's folder. Raises UsageError when it is not there, CacheError when it is damaged."""
+def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
+    """Read a JSON object from a run's folder.
+
+    Args:
+        path: the file.
+        keys: the keys that it must have; None for any. With keys, lists become tuples.
+
+    Raises:
+        UsageError: for a file that does not exist.
+        CacheError: for a file that is no JSON object, or has other keys.
+    """
     if not path.is_file():
         raise UsageError(f"'{path.parent}' is no run: it has no {path.name}")
     try:
@@ -188,16 +250,25 @@ def read_json(path: Path, known: set[str] | None = None) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise CacheError(f"'{path}' is damaged: it is no JSON") from None
     if not isinstance(record, dict):
-        raise CacheError(f"'{path}' is damaged: it is no record")
-    if known is not None and set(record) != known:
-        raise CacheError(f"'{path}' is not of this program's making: {sorted(set(record) ^ known)[:4]}")
-    return {k: tuple(v) if isinstance(v, list) and known else v for k, v in record.items()}
+        raise CacheError(f"'{path}' is damaged: it is no JSON object")
+    if keys is not None and set(record) != keys:
+        raise CacheError(
+            f"'{path}' has other keys than this version writes: {sorted(set(record) ^ keys)[:4]} missing or unknown"
+        )
+    return {key: tuple(value) if isinstance(value, list) and keys else value for key, value in record.items()}
 
 
 def read_fingerprints(record: dict[str, Any], path: Path) -> list[str]:
-    """Of the caches that a run was trained from, in its order. record: cache.json, which lies at path. Raises
-    CacheError where it names none."""
+    """Return the fingerprints of the caches that a run was trained from, in its order.
+
+    Args:
+        record: the content of cache.json.
+        path: of that file, for the message.
+
+    Raises:
+        CacheError: for a record without a fingerprint.
+    """
     try:
-        return [str(one["fingerprint"]) for one in (record, *record.get("others", ()))]
+        return [str(cache["fingerprint"]) for cache in (record, *record.get("others", ()))]
     except (KeyError, TypeError):
         raise CacheError(f"'{path}' is damaged: it names no fingerprint") from None

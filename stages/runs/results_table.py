@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""The table of results that is printed at the end of a run."""
 
 from typing import Any
 
@@ -9,22 +9,27 @@ _TAIL = (("tail recall", "recall_tail"),)
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Teacher, baseline and student on the test split (or validation), and where a gain comes from."""
+    """Print the metrics of teacher, baseline and student on the test split (or validation), and explain the gain.
+
+    Args:
+        result: the content of result.json.
+        console: where to print.
+    """
     split = "test" if "test" in result["teacher"] else "val"
     seeds = len(result["seeds"])
-    models = [m for m in ("teacher", "baseline", "student") if m in result]
-    mapped = result["settings"]["map"]
+    models = [model for model in ("teacher", "baseline", "student") if model in result]
+    distribution_map = result["settings"]["map"]
     names = {
-        "teacher": f"teacher {result['teacher']['arch']}" + (f", map {mapped}" if mapped else ""),
+        "teacher": f"teacher {result['teacher']['arch']}" + (f", map {distribution_map}" if distribution_map else ""),
         "baseline": f"{result['student']['arch']}, hard targets only",
         "student": f"{result['student']['arch']}, from the cache",
     }
-    of_seeds = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
+    seeds_note = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
     width = max(len(name) for name in names.values())
     columns = _COLUMNS + (_TAIL if result["teacher"][split].get("recall_tail") is not None else ())
     console.print()
     console.print(
-        f"{split + ' split' + of_seeds:<{width}}"
+        f"{split + ' split' + seeds_note:<{width}}"
         + "".join(f"{title:>17}" for title, _ in columns)
         + f"{'seconds':>10}"
     )
@@ -32,23 +37,28 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         figures, spread = result[model][split], result["spread"].get(model, {}).get(split, {})
         cells = [format_cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
         seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
-        console.print(
-            f"{names[model]:<{width}}" + "".join(f"{format_cell:>17}" for format_cell in cells) + f"{seconds:>10.1f}"
-        )
-    console.print("(seconds: of the teacher, stage one, paid once; of a student, its training)")
+        console.print(f"{names[model]:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + f"{seconds:>10.1f}")
+    console.print("(seconds: of the teacher, stage one, needed once; of a student, its training)")
     for line in _explain_gain(result, split):
         console.print(line)
 
 
 def format_cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:
-    """A figure, with its spread where it is a mean of several seeds."""
+    """Format a metric, with its standard deviation where it is a mean of several seeds.
+
+    Args:
+        value: the metric; None where it is unknown.
+        spread: its standard deviation over the seeds.
+        seeds: number of seeds.
+        unknown: the text for None.
+    """
     if value is None:
         return unknown
     return f"{value:.4f} ± {spread:.4f}" if seeds > 1 and spread is not None else f"{value:.4f}"
 
 
 def _explain_gain(result: dict[str, Any], split: str) -> list[str]:
-    """In words: what was gained, and from what."""
+    """Explain how much accuracy the cache gained over the baseline, and why."""
     if "baseline" not in result or "accuracy" not in result["student"][split]:
         return []
     points = 100 * (result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])
@@ -59,6 +69,6 @@ def _explain_gain(result: dict[str, Any], split: str) -> list[str]:
     return [
         f"{gain} The baseline learned from {labelled} labels; the student from the teacher's logits on all {rows:,}"
         " images.",
-        f"The gain is the other {rows - labelled:,} images, whose labels the teacher had seen: on the same"
-        f" {labelled} rows alone distillation gains next to nothing.",
+        f"The gain comes from the other {rows - labelled:,} images, whose labels the teacher was trained on: on"
+        f" the same {labelled} rows alone distillation gains next to nothing.",
     ]

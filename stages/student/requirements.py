@@ -45,7 +45,10 @@ def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...
         UsageError: for a loss that does not exist, or that this cache does not allow.
     """
     cached = tuple(cache.manifest.taps)
-    losses = tuple(loss.of_all(cached) if isinstance(loss, ConcatHint) else loss for loss in parse_losses(config.loss))
+    losses = tuple(
+        loss.with_default_layers(cached) if isinstance(loss, ConcatHint) else loss
+        for loss in parse_losses(config.loss)
+    )
     if cache.views.mixup and (names := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(
             f"loss '{names[0]}' needs one label per view, and the cache's views are mixtures of two images"

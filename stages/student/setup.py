@@ -134,7 +134,7 @@ class DistillationSetup:
         if simkd is None:
             return config.arch
         width = self.cache.manifest.taps[self.taps[0]][0]
-        return format_simkd_arch(config.arch, simkd.through(), width)
+        return format_simkd_arch(config.arch, simkd.projected_layer(), width)
 
     def build_student(self, config: StudentConfig, losses: tuple[Loss, ...]) -> nn.Module:
         """Build the network that these losses train, with the initial weights of `config.seed`."""

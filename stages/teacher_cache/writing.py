@@ -84,7 +84,7 @@ def write_shards(writer: CacheWriter, prepared: PreparedCache, console: Console)
         trial_views = TrialViews(generator.transfer_set, generator.views, prepared.config)
         compile_teacher(generator.inference, trial_views, console)
     ranks.barrier()  # all ranks have examined the folder before the first new shard changes it
-    share = ranks.own_share(writer.missing)
+    share = ranks.take_rank_items(writer.missing)
     if adopted := ranks.sum_over_ranks(_write_share(writer, share, generator, console)):
         console.print(f"continued: {adopted} of {len(writer.missing)} shards were there and intact")
     paths = {spec.path for spec in share}

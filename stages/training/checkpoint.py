@@ -1,4 +1,4 @@
-"""A training that can be stopped: everything that changes while it runs, on disk after every epoch."""
+"""The state of a training, saved as a checkpoint after every epoch, so that it can be stopped and resumed."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from softcache.stages.cli.configs import TrainingOptions
 from softcache.stages.distributed.ranks import is_first
 
 CHECKPOINT_FILE, METRICS_FILE = "checkpoint.pt", "metrics.jsonl"
-VECTORIZED_FOLDER = "stack"  # the folder, in that of the first one, of students that train as one model
+VECTORIZED_FOLDER = "stack"  # subfolder of the first student's folder, for students that train as one model
 
 
 @dataclass
@@ -32,11 +32,10 @@ class TrainState:
         optimizer, schedule: of all trained weights.
         weights: all trained weights, in the order of the optimiser.
         averaged_model: the moving average of the weights, with --ema.
-        epoch_lines: what is written into metrics.jsonl, one for each epoch that is done.
+        epoch_lines: the records in metrics.jsonl, one for each finished epoch.
         best_weights: of the best epoch so far, with --select.
-        json_lines: the lines as JSON. 150 lines that are encoded anew after each epoch cost 2 ms, an eighth of an
-        epoch
-            of `mlp:64` on digits.
+        json_lines: the records as JSON. Encoding 150 of them again after each epoch would take 2 ms, an eighth of an
+            epoch of `mlp:64` on digits.
     """
 
     model: nn.Module
@@ -53,7 +52,7 @@ class TrainState:
     def create(
         model: nn.Module, parts: nn.ModuleDict, config: TrainingOptions, schedule: Callable[[int], float]
     ) -> "TrainState":
-        """Make the state before the first step.
+        """Create the state before the first step.
 
         Args:
             model: the model.
@@ -71,11 +70,17 @@ class TrainState:
 
     @property
     def result_model(self) -> nn.Module:
-        """The model as it would be kept now."""
+        """The model to evaluate and save: with --ema the averaged one."""
         return self.model if self.averaged_model is None else self.averaged_model.module
 
     def save(self, folder: Path, line: dict[str, Any], select: str) -> None:
-        """Publish the state after an epoch, then its line."""
+        """Publish the state after an epoch, then metrics.jsonl with its line.
+
+        Args:
+            folder: of the training.
+            line: the record of the epoch.
+            select: which epoch's weights are kept, as in --select.
+        """
         self.epoch_lines.append(line)
         self.json_lines.append(json.dumps(line))
         if select != "last" and select_epoch(self.epoch_lines, select) == line["epoch"]:
@@ -102,22 +107,33 @@ class TrainState:
         publish_text(folder / METRICS_FILE, "".join(f"{text}\n" for text in self.json_lines))
 
     def restore(self, folder: Path, device: torch.device) -> int:
-        """Go back to the checkpoint, if there is one; the number of epochs that are done."""
+        """Restore the state of the checkpoint, where there is one.
+
+        Args:
+            folder: of the training.
+            device: where the model is.
+
+        Returns:
+            The number of finished epochs; 0 without a checkpoint.
+
+        Raises:
+            CacheError: for a damaged checkpoint.
+        """
         if not (folder / CHECKPOINT_FILE).is_file():
             return 0
         path = folder / CHECKPOINT_FILE
         try:
             verify_zip(path)
             epoch = self._restore(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # pickle, zip, key, shape …: whatever bytes that are no checkpoint can raise
+        except Exception as error:  # a damaged file can raise anything: errors of pickle, zip, keys, shapes …
             if isinstance(error, OSError) and error.filename:
                 raise
-            why = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
             raise CacheError(
-                f"'{path}' is damaged ({why}): put it back from a copy, or delete it to train from the first epoch"
+                f"'{path}' is damaged ({reason}): put it back from a copy, or delete it to train from the first epoch"
             ) from None
         if is_first():
-            self._publish_lines(folder)  # stopped between the two, the checkpoint was one epoch ahead
+            self._publish_lines(folder)  # a stop between the two writes left metrics.jsonl one epoch behind
         return epoch
 
     def _restore(self, record: dict[str, Any]) -> int:
@@ -128,7 +144,7 @@ class TrainState:
             self.averaged_model.load_state_dict(record["average"])
         self.optimizer.load_state_dict(record["optimizer"])
         if type(record["schedule"]) is not int:
-            raise ValueError("its schedule is at no step")
+            raise ValueError("the step of its schedule is no integer")
         self.schedule.last_epoch = record["schedule"]
         torch.set_rng_state(record["random"].cpu())
         if len(record["random_cuda"]) == torch.cuda.device_count():
@@ -136,23 +152,24 @@ class TrainState:
         self.best_weights = record["best"]
         self.epoch_lines, epoch = json.loads(record["lines"]), record["epoch"]
         if not all(isinstance(line, dict) for line in self.epoch_lines) or len(self.epoch_lines) != epoch:
-            raise ValueError(f"{len(self.epoch_lines)} lines of {epoch} epochs")
+            raise ValueError(f"{len(self.epoch_lines)} lines for {epoch} epochs")
         self.json_lines = [json.dumps(line) for line in self.epoch_lines]
         return int(epoch)
 
 
 class RngState:
-    """The random state of one training: inside `with`, PyTorch's generators go on from where it left them.
+    """The states of PyTorch's random generators for one training, as a context manager.
 
-    So whatever else draws in the process, another training among it, does not change it. It begins as the generators
-    are when it is made. It may be entered again inside.
+    Inside `with`, the generators continue from where the training left them, so other random numbers in the process,
+    such as those of another training, do not change it. The first state is that of the generators when the object is
+    created. The context may be nested.
     """
 
     def __init__(self) -> None:
-        self._cpu, self._cuda, self._depth = torch.get_rng_state(), self._of_cuda(), 0
+        self._cpu, self._cuda, self._depth = torch.get_rng_state(), self._get_cuda_states(), 0
 
     @staticmethod
-    def _of_cuda() -> list[torch.Tensor]:
+    def _get_cuda_states() -> list[torch.Tensor]:
         return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
     def __enter__(self) -> None:
@@ -165,20 +182,24 @@ class RngState:
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._cpu, self._cuda = torch.get_rng_state(), self._of_cuda()
+            self._cpu, self._cuda = torch.get_rng_state(), self._get_cuda_states()
 
 
 def save_tensors(path: Path, record: dict[str, Any]) -> None:
-    """Publish what torch.save makes of tensors and plain values. Equal content gives equal bytes.
+    """Publish a file of torch.save. Equal content gives equal bytes.
 
-    (Given a path, torch.save writes that path's name into the file: here it would be the temporary one.)
+    torch.save gets an open file, because it writes the name of a path into the file, here a temporary one.
+
+    Args:
+        path: the file.
+        record: tensors and plain values.
     """
 
     def write(temporary: Path) -> None:
         try:
             with open(temporary, "wb") as file:
                 torch.save(record, file)
-        except RuntimeError as error:  # what PyTorch makes of an interrupt in the middle of its zip file
+        except RuntimeError as error:  # PyTorch raises it for an interrupt while it writes its zip file
             if is_interrupt(error):
                 raise KeyboardInterrupt from None
             raise
@@ -187,7 +208,12 @@ def save_tensors(path: Path, record: dict[str, Any]) -> None:
 
 
 def select_epoch(lines: list[dict[str, Any]], select: str) -> int:
-    """The epoch, from 1, whose weights are kept: the last, or the first that is best by a figure of validation."""
+    """Return the epoch, from 1, whose weights are kept.
+
+    Args:
+        lines: the records of the epochs.
+        select: `last`, or a metric on the validation split, of which the first best epoch is taken.
+    """
     if select == "last":
         return len(lines)
     sign = -1 if select == "nll" else 1
@@ -196,19 +222,28 @@ def select_epoch(lines: list[dict[str, Any]], select: str) -> int:
 
 @dataclass(frozen=True)
 class FinishedTraining:
-    """A training that is over: how long it took, and the epoch, from 1, whose weights were kept."""
+    """A finished training.
+
+    Attributes:
+        seconds: how long it took.
+        epoch: the epoch, from 1, whose weights were kept.
+    """
 
     seconds: float
     epoch: int
 
 
 def format_epoch_lines(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines of epochs as they stand in metrics.jsonl."""
+    """Format the records of epochs as the text of metrics.jsonl."""
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def read_epoch_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the epochs that are done. Raises CacheError when they are damaged."""
+    """Read the records of the finished epochs from metrics.jsonl.
+
+    Raises:
+        CacheError: for a damaged file.
+    """
     try:
         return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError):
@@ -220,7 +255,15 @@ def _damaged_error(folder: Path) -> CacheError:
 
 
 def read_finished(folder: Path, select: str) -> FinishedTraining:
-    """What the lines of a training that is over say. Raises CacheError when they are damaged."""
+    """Read the time and the selected epoch of a finished training from metrics.jsonl.
+
+    Args:
+        folder: of the training.
+        select: as in --select.
+
+    Raises:
+        CacheError: for a damaged file.
+    """
     lines = read_epoch_lines(folder)
     try:
         seconds = float(sum(line["seconds"] for line in lines))
@@ -232,7 +275,7 @@ def read_finished(folder: Path, select: str) -> FinishedTraining:
 
 
 def _build_optimizer(config: TrainingOptions, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Fused: one call for all weights, 28 us instead of 114 for the four of `mlp:64`."""
+    """Build the optimiser. Fused: one call for all weights, 28 us instead of 114 for the four of `mlp:64`."""
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)

@@ -1,8 +1,8 @@
-"""A batch that several ranks share: each runs the network on its own rows, every rank computes the loss of all rows.
+"""Data-parallel training: each rank runs the network on its rows of a batch, every rank computes the loss of all rows.
 
 Every rank reads the targets of the whole batch and renders the views of its own rows. The student's outputs (logits
 and features) are gathered from all ranks, and the loss is computed for the whole batch on every rank. So a loss need
-not be a mean over rows: relations between rows, F1 of a batch and contrast are as exact as `kd`.
+not be a mean over rows: relations between rows, F1 of a batch and contrastive losses are as exact as `kd`.
 
 The gradient of the loss L with respect to a weight w is the sum over the ranks r of J_r' g_r, with g_r = dL /
 d(outputs of the rows of r) and J_r = d(outputs) / dw. Every rank has g_r for its own rows. Gradients are averaged
@@ -10,11 +10,13 @@ over the ranks after the backward pass, so `_GatherRows` multiplies g_r by their
 is that sum. What the loss reads directly (its own parts, the student's last layer) has its full gradient on every
 rank, and the mean leaves it as it is.
 
-DistributedDataParallel is not used: it waits for a gradient of every parameter, and a loss of hidden layers alone
-reaches only some. One all-reduce of the flat gradients costs its overlap with the backward pass.
+DistributedDataParallel is not used: it waits for a gradient of every parameter, and a loss of hidden layers alone has
+gradients for some only. The price of one all-reduce of the flat gradients is that it does not overlap with the
+backward pass.
 
-Not as in one process: dropout, whose mask follows from seed, step and rank; and batch norm on a CPU, where PyTorch has
-no SyncBatchNorm: each rank normalises by its own rows, and rank 0's running mean is kept.
+Two results differ from those of one process: dropout, whose mask is drawn from seed, step and rank; and batch norm on
+a CPU, where PyTorch has no SyncBatchNorm: each rank normalises by its own rows, and the saved running mean is rank
+0's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +47,7 @@ Features = dict[str, torch.Tensor]
 
 
 def split_over_ranks(stream: CacheLoader) -> CacheLoader:
-    """Return the stream that renders this rank's rows alone."""
+    """Return the stream that renders the rows of this rank alone."""
     ranks = current_ranks()
     return replace(stream, rank=ranks.rank, world=ranks.world) if ranks.world > 1 else stream
 
@@ -53,13 +55,17 @@ def split_over_ranks(stream: CacheLoader) -> CacheLoader:
 def check_batches_shareable(
     model: nn.Module, stream: CacheLoader, device: torch.device, config: TrainingOptions
 ) -> None:
-    """Raise UsageError for a training that several ranks cannot share, before anything is written."""
+    """Check, before anything is written, that several ranks can share the batches.
+
+    Raises:
+        UsageError: for --compile, or batches with too few rows for each rank.
+    """
     if (world := current_ranks().world) == 1:
         return
     if config.compile:
         raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
     k = stream.draws_per_decode
-    rows = k * (len(stream.rows) // (k * stream.steps_per_epoch))  # of the smallest batch
+    rows = k * (len(stream.rows) // (k * stream.steps_per_epoch))  # rows of the smallest batch
     least = 2 if has_batch_norm(model) and device.type == "cpu" else 1
     if rows // world < least:
         raise UsageError(
@@ -69,7 +75,7 @@ def check_batches_shareable(
 
 
 def convert_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Normalise over the rows of all ranks, on a GPU."""
+    """Replace batch norm by SyncBatchNorm on a GPU, which normalises over the rows of all ranks."""
     if current_ranks().world > 1 and device.type == "cuda" and has_batch_norm(model):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
@@ -80,10 +86,10 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def note_batch_norm(model: nn.Module, device: torch.device, console: Console) -> None:
-    """Print a note, once, where batches are not normalised as in one process."""
+    """Print a note where batch norm differs from that of one process."""
     if current_ranks().world > 1 and device.type == "cpu" and has_batch_norm(model):
         console.print(
-            "batch norm on a CPU is each rank's own, over its rows of a batch: PyTorch has no SyncBatchNorm there"
+            "on a CPU, batch norm normalises over the rows of each rank alone: PyTorch has no SyncBatchNorm there"
         )
 
 
@@ -93,11 +99,11 @@ class DataParallelStep:
     Args:
         model: uint8 views -> logits; rank 0's weights are sent to every rank.
         parts: the losses' own trainable parts; rank 0's are sent to every rank.
-        features: what the forward hooks capture while the model runs, {tap: [B, …]}.
-        head: the student's last layer, where a loss reads it.
+        features: features that the forward hooks capture, {tap: [B, …]}.
+        head: the student's last linear layer, where a loss reads it.
         device: where the model is.
         precision: of the forward pass.
-        seed: of dropout.
+        seed: seed of dropout.
     """
 
     def __init__(
@@ -117,15 +123,15 @@ class DataParallelStep:
                 dist.broadcast(value, 0)
 
     def forward(self, batch: Batch, step: int) -> tuple[ModelOutputs, Batch]:
-        """Run the model on this rank's rows and gather the outputs of all.
+        """Run the model on this rank's rows and gather the outputs of all ranks.
 
         Args:
             batch: targets of all rows, views of this rank's rows, on the device.
             step: of the training, for dropout.
 
         Returns:
-            The outputs for all rows, through which a gradient comes back for this rank's rows; and the batch without
-            views, which no loss reads.
+            The outputs for all rows, with gradients for this rank's rows; and the batch without views, which no loss
+            reads.
         """
         rows = len(batch.index)
         with self._fork_rng(step), autocast(self._device, self._precision):
@@ -137,7 +143,7 @@ class DataParallelStep:
 
     @contextmanager
     def _fork_rng(self, step: int) -> Iterator[None]:
-        """Draw this rank's own dropout of a step; losses go on drawing what every rank draws."""
+        """Seed dropout for this rank and step. The random numbers of losses stay the same on every rank."""
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             rank = np.array([current_ranks().rank])
@@ -146,11 +152,18 @@ class DataParallelStep:
 
 
 def gather_rows(local: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
-    """Gather tensors [n, …] of each rank's rows as float32 [rows, …] of all ranks', by one collective.
+    """Gather the rows of all ranks by one collective.
 
     Gradients flow to this rank's rows alone, multiplied by the number of ranks; see the module's docstring. A tensor
-    that no loss reads gets no gradient, as in one process: with one of zeros, weight decay would change the layers
-    behind it.
+    that no loss reads gets no gradient, as in one process: a gradient of zeros would let weight decay change the
+    layers behind it.
+
+    Args:
+        local: tensors [n, …] of this rank's rows.
+        rows: rows of the whole batch.
+
+    Returns:
+        Tensors float32 [rows, …] of all ranks' rows.
     """
     flat = _GatherRows.apply(rows, *(x.flatten(1).float() for x in local))
     return [x.reshape(rows, *like.shape[1:]) for x, like in zip(flat, local, strict=True)]
@@ -163,14 +176,15 @@ class _GatherRows(Function):
     def forward(ctx: Any, rows: int, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ranks = current_ranks()
-        cuts = [get_rank_rows(rows, rank, ranks.world) for rank in range(ranks.world)]
-        ctx.rows, ctx.world = slice(*cuts[ranks.rank]), ranks.world
+        ranges = [get_rank_rows(rows, rank, ranks.world) for rank in range(ranks.world)]
+        ctx.rows, ctx.world = slice(*ranges[ranks.rank]), ranks.world
         columns = [x.shape[1] for x in local]
-        sent = local[0].new_zeros(max(stop - start for start, stop in cuts), sum(columns))  # all send as many rows
-        sent[: len(local[0])] = torch.cat(local, 1)
-        received = [torch.empty_like(sent) for _ in cuts]
-        dist.all_gather(received, sent)
-        gathered = torch.cat([part[: stop - start] for part, (start, stop) in zip(received, cuts, strict=True)])
+        most_rows = max(stop - start for start, stop in ranges)
+        padded = local[0].new_zeros(most_rows, sum(columns))  # all_gather needs equal shapes
+        padded[: len(local[0])] = torch.cat(local, 1)
+        received = [torch.empty_like(padded) for _ in ranges]
+        dist.all_gather(received, padded)
+        gathered = torch.cat([part[: stop - start] for part, (start, stop) in zip(received, ranges, strict=True)])
         return tuple(x.contiguous() for x in torch.split(gathered, columns, 1))
 
     @staticmethod
@@ -181,15 +195,18 @@ class _GatherRows(Function):
 def average_gradients(weights: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the ranks, by one collective.
 
-    A weight that no rank has a gradient of keeps none, as in one process. One that only some ranks have a gradient of
-    (a network that leaves out layers at random does this) counts as zero on the others.
+    A weight without a gradient on any rank keeps none, as in one process. Where only some ranks have a gradient, as in
+    a network that skips layers at random, it counts as zero on the others.
+
+    Args:
+        weights: all trained weights.
     """
     present = torch.tensor([weight.grad is not None for weight in weights], device=weights[0].device)
     flat = average(torch.cat([flatten_gradients([weight.grad for weight in weights], weights), present.float()]))
     *means, shares = torch.split(flat, [*(weight.numel() for weight in weights), len(weights)])
     for weight, mean, share in zip(weights, means, shares.tolist(), strict=True):
         if share > 0:
-            # Into memory laid out as the weight's (channels last, say): the fused optimisers take that for granted.
+            # In the memory layout of the weight (such as channels last), which the fused optimisers assume.
             weight.grad = torch.empty_like(weight) if weight.grad is None else weight.grad
             weight.grad.copy_(mean.view_as(weight))
 

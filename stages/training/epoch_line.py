@@ -1,4 +1,4 @@
-"""A line of metrics.jsonl: what an epoch came to."""
+"""The record of an epoch, one line of metrics.jsonl."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,22 @@ from .run import TrainingRun
 def make_epoch_line(
     run: TrainingRun, epoch: int, means: Sequence[float], norms: Sequence[float], validation: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Make the line of an epoch, without its seconds.
+    """Make the record of an epoch, without its seconds.
 
     Args:
         run: the training.
         epoch: counted from 0.
         means: each weighted term, averaged over the steps.
         norms: the L2 norm of each weighted term's own gradient with respect to all trained weights, at the epoch's
-            last step and before clipping (GradNorm, Chen et al. 2018, section 3, balances terms by it).
-        validation: figures of the validation split.
+            last step and before clipping.
+        validation: metrics on the validation split.
 
     Returns:
         `epoch` (from 1), `loss`, `loss_TERM`, `gradient_TERM` where it is finite, `learning_rate` of the last step,
-        `val_FIGURE`.
+        `val_METRIC`.
+
+    Source: the gradient norms: Chen et al. 2018, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
+        Multitask Networks", section 3, where they balance the terms.
     """
     names = run.criterion.names
     gradients = {name: norm for name, norm in zip(names, norms, strict=True) if math.isfinite(norm)}

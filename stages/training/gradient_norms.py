@@ -1,8 +1,7 @@
-"""The size of each term's gradient, measured on the graph of one step.
+"""The gradient norm of each term, measured on the graph of one step.
 
-Each epoch's line in metrics.jsonl has the L2 norm of the gradient of each weighted term alone, with respect to all
-trained weights, at the epoch's last step and before clipping: which term leads (GradNorm, Chen et al. 2018, section
-3).
+Each line of metrics.jsonl has the L2 norm of the gradient of each weighted term alone, with respect to all trained
+weights, at the epoch's last step and before clipping. It shows which term dominates.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +11,20 @@ from torch import nn
 
 
 class GradientNorms:
-    """Gradient norms of the terms of a step. Make it before the step's backward pass, `complete` it afterwards.
+    """The gradient norms of the terms of a step. Create it before the step's backward pass, `complete` it afterwards.
 
-    It changes no bit of a weight: gradients of single terms are taken beside the step's own, on the same graph. The
-    largest term's is what the others leave of the step's, which is right but for rounding and saves a pass through
-    the network; one term alone costs no pass.
+    It changes no bit of a weight: gradients of single terms are computed on the graph of the step, beside its backward
+    pass. The gradient of the largest term is the step's gradient minus those of the other terms, which is correct up
+    to rounding and saves a pass through the network. A single term needs no additional pass.
 
     Args:
         terms: the weighted terms, scalars.
         weights: all trained weights.
-        average: the mean over ranks of a flat gradient, where there are several.
+        average: returns the mean over ranks of a flat gradient.
         sizes: the absolute values of the terms, the same on every rank.
+
+    Source: Chen et al. 2018, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
+        Networks", section 3.
     """
 
     def __init__(
@@ -41,20 +43,20 @@ class GradientNorms:
         }
 
     def complete(self) -> torch.Tensor:
-        """Return the norms, float32 [terms], from the gradients that the step's backward pass has left."""
-        whole = flatten_gradients([weight.grad for weight in self._weights], self._weights)
-        gradients = self._others | {self._largest: whole - sum(self._others.values())}
+        """Return the norms, float32 [terms], after the step's backward pass and before its gradients are clipped."""
+        step_gradient = flatten_gradients([weight.grad for weight in self._weights], self._weights)
+        gradients = self._others | {self._largest: step_gradient - sum(self._others.values())}
         return torch.stack([gradients[i].norm() for i in range(self._count)])
 
 
 def _term_gradient(term: torch.Tensor, weights: Sequence[nn.Parameter]) -> Sequence[torch.Tensor | None]:
-    """Return the gradient of a term alone; NaN where the network's own code refuses this pass."""
-    if not term.requires_grad:  # of a layer that is not trained
+    """Return the gradient of a single term; NaN where the network's code does not allow this pass."""
+    if not term.requires_grad:  # a term of frozen layers
         return [None] * len(weights)
     try:
         return torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        if "checkpoint is incompatible with .grad()" not in str(error):  # a reentrant one of torch.utils.checkpoint
+        if "checkpoint is incompatible with .grad()" not in str(error):  # raised by reentrant torch.utils.checkpoint
             raise
         return [torch.full_like(weight, torch.nan) for weight in weights]
 
@@ -67,7 +69,7 @@ def flatten_gradients(
     Args:
         gradients: one for each weight, or None.
         weights: the weights.
-        keep: leading dimensions of the weights that stay, such as 1 for the students of a vectorised model.
+        keep: number of leading dimensions that are not flattened, 1 for the students of a vectorised model.
     """
-    each = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
-    return torch.cat([g.reshape(*g.shape[:keep], -1) for g in each], keep)
+    filled = [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
+    return torch.cat([g.reshape(*g.shape[:keep], -1) for g in filled], keep)

@@ -1,7 +1,7 @@
-"""The one training loop: a teacher, a baseline and a student differ in their stream and criterion alone.
+"""The training loop of teachers, baselines and students, which differ in their stream and criterion alone.
 
 Several students may train from one stream: each batch is read, decoded and rendered once, and each student takes its
-step on it, as it would alone, to the bit.
+step on it. Their weights equal, to the bit, those of a student that trains alone.
 """
 
 import time
@@ -46,36 +46,38 @@ from .validation import HeldOutSplit
 if TYPE_CHECKING:
     from .tensorboard import EventFileWriter
 
-# Multiply-adds of a step under which a second CPU thread gains nothing. mlp:64 on digits has 0.3 million and took
-# 3.4 s with one thread or two; with two, beside another busy program, each step waited for it: 65 s.
+# Multiply-adds of a step below which a second CPU thread gains nothing. A step of mlp:64 on digits has 0.3 million:
+# the training took 3.4 s with one thread or two, but 65 s with two threads while another program was busy, because
+# each step waited for the second thread.
 WORTH_THREADS = 10_000_000
 
 
 def train(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> FinishedTraining:
     """Train run.model in place.
 
-    After every epoch the state is published as checkpoint.pt and a line added to metrics.jsonl; a later call goes on
-    from there and ends with the same weights. At the end the weights are published as NAME.pt. Under torchrun all
-    ranks train it, see data_parallel; rank 0 reads and writes the folder.
+    After every epoch the state is published as checkpoint.pt and a line is added to metrics.jsonl; a later call
+    continues from there and ends with the same weights. At the end the weights are published as NAME.pt. Under
+    torchrun all ranks train the model, see `data_parallel`; rank 0 reads and writes the folder.
 
     Args:
-        run: what is trained.
-        held_out: the validation split, measured after each epoch.
+        run: the training.
+        held_out: the validation split, evaluated after each epoch.
         console: for progress.
 
     Returns:
-        How long it took, seconds before an interruption included, and the epoch whose weights were kept.
+        The time, including that before an interruption, and the epoch whose weights were kept.
 
     Raises:
-        TrainingStopped: where run.after_epoch ends it; DivergedError where a loss or the logits are no longer finite.
-        Interrupted: on Ctrl-C, with the command that goes on.
+        TrainingStopped: where run.after_epoch stops it.
+        DivergedError: where a loss or the logits are no longer finite.
+        Interrupted: on Ctrl-C, with the command that continues.
     """
     try:
         (finished,) = train_several([run], held_out, console)
     except KeyboardInterrupt:
         command = "teacher" if run.name == "teacher" else "student"
-        go_on = f"{program_name()} {command} --resume --out {run.config.out}"
-        raise Interrupted(f"stopped; go on with  {go_on}") from None
+        resume = f"{program_name()} {command} --resume --out {run.config.out}"
+        raise Interrupted(f"stopped; go on with  {resume}") from None
     if isinstance(finished, TrainingStopped):
         raise finished
     return finished
@@ -84,21 +86,29 @@ def train(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> Finishe
 def train_several(
     runs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
 ) -> list[FinishedTraining | TrainingStopped]:
-    """Train several with as many epochs and steps, from the stream of the first one; see `train`.
+    """Train several models from the stream of the first one; see `train`.
 
     Each ends with the weights that it would have alone. One that diverges, or whose after_epoch raises
     TrainingStopped, does not stop the others.
+
+    Args:
+        runs: trainings of equal epochs and steps.
+        held_out: the validation split.
+        console: for progress.
+
+    Returns:
+        For each run its time and selected epoch, or the error that stopped it.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C.
     """
     threads = torch.get_num_threads()
-    with ExitStack() as opened:
-        trainings = [_start(run, opened) for run in runs]
+    with ExitStack() as stack:
+        trainings = [_start(run, stack) for run in runs]
         active = [training for training in trainings if training is not None]
         try:
             if active:
-                _run_epochs(active, held_out, console, opened)
+                _run_epochs(active, held_out, console, stack)
         finally:
             torch.set_num_threads(threads)
     return [
@@ -107,8 +117,8 @@ def train_several(
     ]
 
 
-def _start(run: TrainingRun, opened: ExitStack) -> ActiveTraining | None:
-    """Begin a training, or go on with it; None where it is over, with its weights in the model."""
+def _start(run: TrainingRun, stack: ExitStack) -> ActiveTraining | None:
+    """Start or continue a training. For a finished one, load its weights into the model and return None."""
     if broadcast_from_first(lambda: _prepare_folder(run)):
         load_weights(run.model.network, read_state_dict(run.weights_file), str(run.weights_file))
         return None
@@ -120,9 +130,9 @@ def _start(run: TrainingRun, opened: ExitStack) -> ActiveTraining | None:
         first_epoch = state.restore(run.folder, run.device)
     check_equal("checkpoint", f"epoch {first_epoch}")
     if current_ranks().world > 1:
-        vars(run.stream).pop("_device_cache", None)  # what lies on a GPU for it: the split stream has its own
+        vars(run.stream).pop("_device_cache", None)  # its data on a GPU; the split stream makes its own
         run = replace(run, stream=split_over_ranks(run.stream))
-    features = opened.enter_context(capture_features(run.model.network, run.criterion.student_taps))
+    features = stack.enter_context(capture_features(run.model.network, run.criterion.student_taps))
     training = start_training(run, state, features, head)
     if run.multiply_adds * run.stream.batch_size < WORTH_THREADS:
         training.threads = 1
@@ -130,26 +140,26 @@ def _start(run: TrainingRun, opened: ExitStack) -> ActiveTraining | None:
 
 
 def _prepare_folder(run: TrainingRun) -> bool:
-    """Make the folder, remove what a killed process left there; return whether the training was over before."""
+    """Make the folder, remove stale files of a killed process, and return whether the training is finished."""
     make_folder(run.folder)
     if (run.folder / VECTORIZED_FOLDER).is_dir():
-        raise CacheError(f"'{run.folder}' was begun with --vectorize: go on with it, or choose another --out")
+        raise CacheError(f"'{run.folder}' was started with --vectorize: continue with it, or choose another --out")
     weights = [run.weights_file, *map(run.epoch_weights_file, range(run.epochs))]
     remove_stale_files(run.folder, (CHECKPOINT_FILE, METRICS_FILE, *(path.name for path in weights)))
     return run.weights_file.is_file()
 
 
 def _run_epochs(
-    trainings: Sequence[ActiveTraining], held_out: HeldOutSplit, console: Console, opened: ExitStack
+    trainings: Sequence[ActiveTraining], held_out: HeldOutSplit, console: Console, stack: ExitStack
 ) -> None:
-    """Run the epochs from the first that is left; measure each on the held-out split and save it."""
+    """Run the epochs that are left; evaluate each on the held-out split and save it."""
     run, first = trainings[0].run, min(training.first_epoch for training in trainings)
-    what = f"the {run.name}" if len(trainings) == 1 else f"{len(trainings)} of {run.name} together"
-    event_files = [_open_event_file(one.run, one.state.epoch_lines, opened) for one in trainings]
+    title = f"the {run.name}" if len(trainings) == 1 else f"{len(trainings)} of {run.name} together"
+    event_files = [_open_event_file(training.run, training.state.epoch_lines, stack) for training in trainings]
     runs = [training.run for training in trainings]
     with (
-        show_progress(runs, first, lambda i: trainings[i].term_sums, what, console) as shown,
-        _alone(trainings),
+        show_progress(runs, first, lambda i: trainings[i].term_sums, title, console) as progress,
+        _single_training_context(trainings),
     ):
         batches = run.stream.batches(first * run.steps, run.epochs * run.steps)
         for epoch in range(first, run.epochs):
@@ -160,20 +170,23 @@ def _run_epochs(
             for step in range(run.steps):
                 batch = next(batches).to(run.device)
                 step_each(active, batch, measure_gradients=step == run.steps - 1)
-                shown.step(len(batch.index))
-            own = sum(training.seconds for training in active)
-            shared = (time.perf_counter() - started - own) / max(len(active), 1)
+                progress.step(len(batch.index))
+            step_seconds = sum(training.seconds for training in active)
+            stream_seconds = (time.perf_counter() - started - step_seconds) / max(len(active), 1)
             for training, events in zip(trainings, event_files, strict=True):
                 if training.is_active(epoch):
-                    _end_epoch(training, epoch, held_out, shared, events)
-            shown.epoch([one.state.epoch_lines[-1] if one.is_active(epoch) else None for one in trainings])
+                    _end_epoch(training, epoch, held_out, stream_seconds, events)
+            progress.epoch([t.state.epoch_lines[-1] if t.is_active(epoch) else None for t in trainings])
             if all(training.stopped for training in trainings):
                 return
 
 
 @contextmanager
-def _alone(trainings: Sequence[ActiveTraining]) -> Iterator[None]:
-    """Give one training the threads and the generators for all of its epochs; several take them step by step."""
+def _single_training_context(trainings: Sequence[ActiveTraining]) -> Iterator[None]:
+    """Set the threads and random generators of a single training for all of its epochs.
+
+    With several trainings `step_each` sets them for each step.
+    """
     if len(trainings) > 1:
         yield
         return
@@ -191,9 +204,15 @@ def _begin_epoch(training: ActiveTraining, epoch: int) -> None:
 
 
 def step_each(trainings: Sequence[ActiveTraining], batch: Batch, measure_gradients: bool = False) -> None:
-    """Take a step of each training on one batch; each with its own threads and random numbers where there are several.
+    """Take a step of each training on one batch.
 
-    Sums of floats depend on the number of threads in the last bit.
+    Each of several trainings has its own number of threads, which changes the last bit of sums of floats, and its own
+    random numbers.
+
+    Args:
+        trainings: the trainings.
+        batch: on their device.
+        measure_gradients: measure the gradient norm of each term as well.
     """
     for training in trainings:
         started = time.perf_counter()
@@ -207,13 +226,17 @@ def step_each(trainings: Sequence[ActiveTraining], batch: Batch, measure_gradien
 
 
 def _end_epoch(
-    training: ActiveTraining, epoch: int, held_out: HeldOutSplit, shared: float, events: "EventFileWriter | None"
+    training: ActiveTraining,
+    epoch: int,
+    held_out: HeldOutSplit,
+    stream_seconds: float,
+    events: "EventFileWriter | None",
 ) -> None:
-    """Measure and save an epoch. shared: seconds of it that were the stream's."""
+    """Evaluate and save an epoch. stream_seconds: its share of the time that the stream took."""
     run = training.run
     torch.set_num_threads(training.threads)
     try:
-        line = _measure_epoch(training, epoch, held_out, shared)
+        line = _measure_epoch(training, epoch, held_out, stream_seconds)
         with run.rng_state:
             training.state.save(run.folder, line, run.config.select)
         if events:
@@ -224,15 +247,17 @@ def _end_epoch(
         training.stopped = stopped
 
 
-def _measure_epoch(training: ActiveTraining, epoch: int, held_out: HeldOutSplit, shared: float) -> dict[str, Any]:
-    """Return the line of an epoch. Raises DivergedError where a term is not finite."""
+def _measure_epoch(
+    training: ActiveTraining, epoch: int, held_out: HeldOutSplit, stream_seconds: float
+) -> dict[str, Any]:
+    """Return the record of an epoch. Raises DivergedError where a term is not finite."""
     run = training.run
-    # The one synchronisation of an epoch with a GPU.
+    # The only synchronisation with a GPU in an epoch.
     means, norms = torch.stack([training.term_sums / run.steps, training.gradient_norms]).tolist()
     for name, mean in zip(run.criterion.names, means, strict=True):
         if not np.isfinite(mean):
             raise divergence_error(run, f"the term '{name}' is {mean} in epoch {epoch + 1}")
-    return broadcast_from_first(partial(_validate_epoch, training, epoch, means, norms, held_out, shared))
+    return broadcast_from_first(partial(_validate_epoch, training, epoch, means, norms, held_out, stream_seconds))
 
 
 def _validate_epoch(
@@ -241,21 +266,21 @@ def _validate_epoch(
     means: list[float],
     norms: list[float],
     held_out: HeldOutSplit,
-    shared: float,
+    stream_seconds: float,
 ) -> dict[str, Any]:
-    """Measure an epoch on the held-out split; publish its weights with --keep-every. By the first rank."""
+    """Evaluate an epoch on the held-out split and, with --keep-every, publish its weights; on rank 0."""
     run, model, started = training.run, training.state.result_model, time.perf_counter()
     logits = held_out.logits(model)
-    if not np.isfinite(logits).all():  # the last step can be the one too many
+    if not np.isfinite(logits).all():  # the terms were finite before the last step; the weights may not be after it
         raise divergence_error(run, f"its logits are no longer finite after epoch {epoch + 1}")
     if run.config.keep_every and (epoch + 1) % run.config.keep_every == 0:
         save_weights(run.epoch_weights_file(epoch), model)
     line = make_epoch_line(run, epoch, means, norms, summarize(logits, held_out.labels))
-    return line | {"seconds": round(training.seconds + shared + time.perf_counter() - started, 4)}
+    return line | {"seconds": round(training.seconds + stream_seconds + time.perf_counter() - started, 4)}
 
 
 def _finish(training: ActiveTraining) -> FinishedTraining | TrainingStopped:
-    """Publish the weights that are kept."""
+    """Load the selected weights into the model and publish them; return the error of a training that was stopped."""
     run, state = training.run, training.state
     if training.stopped:
         return training.stopped
@@ -270,31 +295,36 @@ def _finish(training: ActiveTraining) -> FinishedTraining | TrainingStopped:
 
 
 def _report_finished(run: TrainingRun) -> FinishedTraining:
-    """Read what a training that was over before came to; its event file may be asked for only now."""
+    """Read the result of a training that an earlier process finished; write its event file with --tensorboard."""
 
     def read() -> dict[str, Any]:
-        (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # it may have been stopped just before that
+        (run.folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # left when that process was stopped just before this
         write_event_file(run, read_epoch_lines(run.folder))
         return asdict(read_finished(run.folder, run.config.select))
 
     return FinishedTraining(**broadcast_from_first(read))
 
 
-def _open_event_file(run: TrainingRun, lines: list[dict[str, Any]], opened: ExitStack) -> "EventFileWriter | None":
-    """Open TensorBoard's file of a training, with its lines so far, where that is asked for; by the first rank."""
+def _open_event_file(run: TrainingRun, lines: list[dict[str, Any]], stack: ExitStack) -> "EventFileWriter | None":
+    """Open TensorBoard's file of a training, with its lines so far; None without --tensorboard and on other ranks."""
     if not run.config.tensorboard or not is_first():
         return None
     from .tensorboard import EventFileWriter
 
     events = EventFileWriter(run.folder, lines)
-    opened.callback(events.close)
+    stack.callback(events.close)
     return events
 
 
 def write_event_file(run: TrainingRun, lines: list[dict[str, Any]]) -> None:
-    """Write TensorBoard's file of a training that is over, where that is asked for."""
-    with ExitStack() as opened:
-        _open_event_file(run, lines, opened)
+    """Write TensorBoard's file of a finished training, with --tensorboard.
+
+    Args:
+        run: the training.
+        lines: the records of its epochs.
+    """
+    with ExitStack() as stack:
+        _open_event_file(run, lines, stack)
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -304,7 +334,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def divergence_error(run: TrainingRun, how: str) -> DivergedError:
-    """Return the error of a training that diverged; how: the figure that shows it."""
+    """Return the error of a training that diverged; how: the value that is not finite, as a clause."""
     return DivergedError(
         f"training the {run.name} diverged: {how}."
         f" Lower --learning-rate (now {run.config.learning_rate:g}), or set --clip-norm 1"

@@ -1,4 +1,4 @@
-"""What a person sees of a training: one line, drawn again and again, on a terminal; a line an epoch elsewhere."""
+"""The progress of a training: one line that is redrawn on a terminal, a line for each epoch elsewhere."""
 
 import sys
 import time
@@ -14,25 +14,26 @@ from softcache.stages.distributed.ranks import is_first
 
 from .run import TrainingRun
 
-_DELAY, _EVERY = 1.0, 0.2  # seconds before the first drawing, and between two: only they ask a GPU for the loss
+# Seconds before the line is first drawn, and between two drawings. Only drawings synchronise with a GPU, for the loss.
+_DELAY, _INTERVAL = 1.0, 0.2
 Line = dict[str, Any]
 
 
 @contextmanager
 def show_progress(
-    runs: Sequence[TrainingRun], first: int, sums: Callable[[int], torch.Tensor], what: str, console: Console
+    runs: Sequence[TrainingRun], first: int, sums: Callable[[int], torch.Tensor], title: str, console: Console
 ) -> Iterator["TrainingProgress"]:
     """Show the progress of a training, or of several from one stream.
 
     Args:
         runs: the trainings.
-        first: the epoch that they begin with.
+        first: the epoch, from 0, with which they start.
         sums: i -> the terms of training i, summed over the steps of the epoch so far.
-        what: the training in a sentence: `the student`.
-        console: where lines go.
+        title: the trainings, such as `the student`.
+        console: where lines are printed.
     """
     total = runs[0].epochs * runs[0].steps
-    notice = LongWorkNotice(console, f"Training {what}", total, runs[0].interrupt_advice)
+    notice = LongWorkNotice(console, f"Training {title}", total, runs[0].interrupt_advice)
     progress = TrainingProgress(runs, first, sums, notice)
     try:
         yield progress
@@ -41,10 +42,16 @@ def show_progress(
 
 
 class TrainingProgress:
-    """How far a training is.
+    """The progress of one training, or of several from one stream.
 
-    Of several trainings the figures are those of the best on validation, by accuracy, in the last epoch; of the first
-    before there are any. Of several ranks the first alone shows something.
+    Of several trainings the line has the metrics of the one with the best validation accuracy in the last epoch; in
+    the first epoch, those of the first training. Only rank 0 prints.
+
+    Args:
+        runs: the trainings.
+        first: the epoch, from 0, with which they start.
+        sums: i -> the terms of training i, summed over the steps of the epoch so far.
+        long_work: the notice of a long training.
     """
 
     def __init__(
@@ -57,16 +64,16 @@ class TrainingProgress:
         self.runs, self.sums, self.long_work, self.console = runs, sums, long_work, long_work.console
         self.epochs, self.steps = runs[0].epochs, runs[0].steps
         self.steps_done, self.steps_of_epoch, self.epochs_done = first * self.steps, 0, first
-        self.best, self.line = 0, Line()  # whose figures are shown, and those of its last epoch
-        # The pace is that since the end of the first step, which also compiles, allocates and warms up.
+        self.best, self.line = 0, Line()  # the training whose metrics are printed, and its last epoch
+        # The pace is measured from the end of the first step, which also compiles, allocates and warms up.
         self.pace_start, self.pace_first_step, self.images = 0.0, 0, 0
         self.is_terminal = is_first() and sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
         self.next_drawing = time.monotonic() + _DELAY
-        self.next_look = 0.0
+        self.next_notice = 0.0
 
     def step(self, images: int) -> None:
-        """Count a step of all trainings, on so many images."""
+        """Count a step of all trainings on a batch of `images` images."""
         self.steps_done, self.steps_of_epoch = self.steps_done + 1, self.steps_of_epoch + 1
         now = time.monotonic()
         if not self.pace_first_step:
@@ -76,13 +83,17 @@ class TrainingProgress:
             self.images += images
         if self.is_terminal and now > self.next_drawing:
             self._draw()
-            self.next_drawing = time.monotonic() + _EVERY
-        if now > self.next_look:
-            self.next_look = now + _EVERY
+            self.next_drawing = time.monotonic() + _INTERVAL
+        if now > self.next_notice:
+            self.next_notice = now + _INTERVAL
             self.long_work.update(self.steps_done)
 
     def epoch(self, lines: Sequence[Line | None]) -> None:
-        """Count an epoch. lines: of each training, None of one that is over or already further."""
+        """Count an epoch.
+
+        Args:
+            lines: the record of each training; None for one that has ended, or resumes at a later epoch.
+        """
         self.steps_of_epoch, self.epochs_done = 0, self.epochs_done + 1
         current = {i: line for i, line in enumerate(lines) if line is not None}
         if not current:
@@ -93,7 +104,7 @@ class TrainingProgress:
             self.console.note(self._format_epoch())
 
     def close(self) -> None:
-        """Take the line from the terminal."""
+        """Remove the line from the terminal."""
         if self.bar is not None:
             self.bar.close()
 
@@ -103,30 +114,34 @@ class TrainingProgress:
         self.bar.set_description_str(self.format_line(self.bar.format_dict["ncols"] or 80))
 
     def format_line(self, columns: int) -> str:
-        """Format the line of a terminal, shorter or with less where all would not fit into so many columns.
+        """Format the line of a terminal, shortened to fit into its columns.
 
         `student, seed 0: 43 % 12/30 epochs, loss 0.213, val accuracy 0.981, F1 0.980, 41,200 images/s, 0:12 left`
+
+        Args:
+            columns: width of the terminal in characters.
         """
         sums, (pace, left) = self.sums(self.best), self._pace()
         epochs, accuracy = f"{self.epochs_done}/{self.epochs}", self.line.get("val_accuracy")
-        # Of one that is further than the others, as a stop can leave it, there are no sums yet.
+        # A training that resumes at a later epoch than the others has no sums yet.
         has_sums = len(sums) and self.steps_of_epoch
         loss = _format_part("loss {:.3g}", float(sums.sum()) / self.steps_of_epoch if has_sums else None)
         f1 = _format_part("F1 {:.3f}", self.line.get("val_f1_macro"))
-        rest = f"{format_clock(left)} left" if left is not None else ""
+        time_left = f"{format_clock(left)} left" if left is not None else ""
         long = [
             f"{epochs} epochs",
             loss,
             _format_part("val accuracy {:.3f}", accuracy),
             f1,
             _format_part("{:,.0f} images/s", pace),
-            rest,
+            time_left,
         ]
         short_pace = f"{pace / 1000:.0f}k/s" if pace and pace >= 10_000 else _format_part("{:.0f}/s", pace)
-        short = [epochs, loss, _format_part("acc {:.3f}", accuracy), f1, short_pace, rest]
+        short = [epochs, loss, _format_part("acc {:.3f}", accuracy), f1, short_pace, time_left]
         head = f"{self._name()}: {100 * self.steps_done // (self.epochs * self.steps)} % "
-        choices = [head + ", ".join(filter(None, p)) for p in (long, short, [*short[:4], rest], [*short[:3], rest])]
-        return next((text for text in choices if len(text) < columns), choices[-1][: columns - 1])
+        variants = (long, short, [*short[:4], time_left], [*short[:3], time_left])
+        texts = [head + ", ".join(filter(None, parts)) for parts in variants]
+        return next((text for text in texts if len(text) < columns), texts[-1][: columns - 1])
 
     def _format_epoch(self) -> str:
         """Format the line of an epoch.
@@ -136,9 +151,9 @@ class TrainingProgress:
         """
         line, (pace, left) = self.line, self._pace()
         terms = {name[5:]: value for name, value in line.items() if name.startswith("loss_")}
-        each = f" ({', '.join(f'{name} {value:.3g}' for name, value in terms.items())})" if len(terms) > 1 else ""
+        term_texts = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         parts = [
-            f"loss {line['loss']:.4g}{each}",
+            f"loss {line['loss']:.4g}" + (f" ({term_texts})" if len(terms) > 1 else ""),
             _format_part("val accuracy {:.4f}", line.get("val_accuracy")),
             _format_part("F1 {:.4f}", line.get("val_f1_macro")),
             _format_part("{:,.0f} images/s", pace),
@@ -147,20 +162,21 @@ class TrainingProgress:
         return f"{self._name()}, epoch {line['epoch']}/{self.epochs}: {', '.join(filter(None, parts))}"
 
     def _name(self) -> str:
+        """Name the training, or the number of trainings and the best of them."""
         run = self.runs[self.best]
         if len(self.runs) == 1:
             return f"{run.name}, seed {run.config.seed}"
-        several = run.name if run.name == "distilled" else f"{run.name}s"
+        plural = run.name if run.name == "distilled" else f"{run.name}s"
         folder = run.folder if run.name == "student" else run.folder.parent
-        return f"{len(self.runs)} {several}, {'best' if 'val_accuracy' in self.line else 'first'} {folder.name}"
+        return f"{len(self.runs)} {plural}, {'best' if 'val_accuracy' in self.line else 'first'} {folder.name}"
 
     def _pace(self) -> tuple[float | None, float | None]:
-        """Return images a second and the seconds that are left; None while only one step has been taken."""
+        """Return images per second and the remaining seconds; None before the second step."""
         seconds, steps = time.monotonic() - self.pace_start, self.steps_done - self.pace_first_step
         if not self.pace_first_step or not steps or not seconds:
             return None, None
         return self.images / seconds, (self.epochs * self.steps - self.steps_done) * seconds / steps
 
 
-def _format_part(form: str, value: float | None) -> str:
-    return "" if value is None else form.format(value)
+def _format_part(template: str, value: float | None) -> str:
+    return "" if value is None else template.format(value)

@@ -1,4 +1,4 @@
-"""What is trained: one training, as a record."""
+"""The record of one training: model, criterion, batches and settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,22 +22,23 @@ AfterEpoch = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A teacher, a baseline or a student to be trained; they differ in stream and criterion alone.
+    """The training of a teacher, a baseline or a student; these differ in stream and criterion alone.
 
     Attributes:
         name: teacher, baseline, student, or distilled (before fine-tuning).
         model: uint8 views -> logits; trained in place.
         criterion: the loss.
         stream: the batches.
-        epochs, steps: so many epochs of so many steps each.
+        epochs: number of epochs.
+        steps: steps of an epoch.
         config: the options of the command.
         device: where the model is.
-        folder: where checkpoint, metrics and weights are kept.
+        folder: where checkpoint, metrics and weights are saved.
         multiply_adds: of the model for one image.
         interrupt_advice: printed where the training will take long.
-        context: what losses may ask of the teacher and of the training rows.
-        after_epoch: called with each epoch's line once it is saved; may raise TrainingStopped.
-        rng_state: what is random in the training, from here on.
+        context: the teacher's head, its memory bank and the class counts, for losses that need them.
+        after_epoch: called with each epoch's record once it is saved; may raise TrainingStopped.
+        rng_state: the random generators of the training.
     """
 
     name: str
@@ -62,7 +63,7 @@ class TrainingRun:
 
     @property
     def weights_file(self) -> Path:
-        """Where the weights are published once the training is over."""
+        """Where the weights of the finished training are published."""
         return self.folder / f"{self.name}.pt"
 
     def epoch_weights_file(self, epoch: int) -> Path:

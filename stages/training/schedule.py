@@ -1,4 +1,4 @@
-"""The learning rate over a training."""
+"""The learning rate schedule of a training."""
 
 import math
 
@@ -7,7 +7,7 @@ from softcache.stages.runs.folder import parse_milestones
 
 
 class LearningRateSchedule:
-    """The learning rate of each step as a share of the highest: a linear warm-up, then the schedule.
+    """The learning rate of each step as a share of the peak: a linear warm-up, then the schedule.
 
     Args:
         config: schedule, warmup (a share of the steps) and milestones (shares of the training).

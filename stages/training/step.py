@@ -1,4 +1,4 @@
-"""One training under way, and its step: forward, criterion, backward, clip, optimiser, schedule, average."""
+"""A running training, and its step: forward, criterion, backward, clip, optimiser, schedule, average."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 
 from softcache.base.errors import TrainingStopped, UsageError
 from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
-from softcache.pipeline.losses.distillation_loss import total
+from softcache.pipeline.losses.distillation_loss import sum_terms
 from softcache.pipeline.models import find_head
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.taps.hooks import capture_features
@@ -25,22 +25,22 @@ Features = dict[str, torch.Tensor]
 
 @dataclass
 class ActiveTraining:
-    """A training under way: everything that does not change between its steps, and the sums of the epoch.
+    """A running training: what does not change between its steps, and the sums of the epoch.
 
     Attributes:
-        run: what is trained.
-        state: model, optimiser and schedule, and what is saved of them.
-        model: the model as it is run in training, compiled where that is asked for.
-        features: what the forward hooks capture while it runs, {tap: [B, …]}.
-        head: the student's own last layer, live, where a loss reads it.
+        run: the training.
+        state: model, optimiser, schedule and records of epochs, as saved in checkpoints.
+        model: the model of the forward pass; with --compile, the compiled one.
+        features: features that the forward hooks capture, {tap: [B, …]}.
+        head: the student's last linear layer with its trained weights, where a loss reads it.
         data_parallel: this rank's part of each step, None in one process.
-        precision: a context for the forward pass.
-        threads: of the CPU.
-        first_epoch: the epoch that it begins or goes on with.
+        precision: the autocast context of the forward pass.
+        threads: number of CPU threads.
+        first_epoch: the epoch, from 0, with which it starts or continues.
         term_sums: the weighted terms, summed over the steps of the epoch, float32 [terms].
         gradient_norms: of each term at the epoch's last step, float32 [terms].
-        seconds: that its own steps took in the epoch.
-        stopped: why it ended before its last epoch.
+        seconds: time of its steps in the epoch.
+        stopped: why it ended before its last epoch, None while it runs.
     """
 
     run: TrainingRun
@@ -58,7 +58,7 @@ class ActiveTraining:
     stopped: TrainingStopped | None = None
 
     def is_active(self, epoch: int) -> bool:
-        """Return whether it trains in an epoch."""
+        """Return whether the training takes part in an epoch, counted from 0."""
         return self.first_epoch <= epoch and self.stopped is None
 
 
@@ -83,11 +83,11 @@ def train_step(training: ActiveTraining, batch: Batch, measure_gradients: bool =
         outputs, batch = parallel.forward(batch, state.schedule.last_epoch)
 
     terms = run.criterion.weighted_terms(outputs, batch)
-    norms = _begin_norms(training, terms) if measure_gradients else None
+    norms = _start_gradient_norms(training, terms) if measure_gradients else None
 
     for weight in state.weights:
         weight.grad = None
-    total(terms).backward()  # type: ignore[no-untyped-call]
+    sum_terms(terms).backward()  # type: ignore[no-untyped-call]
     if parallel is not None:
         average_gradients(state.weights)
     if norms is not None:
@@ -101,11 +101,11 @@ def train_step(training: ActiveTraining, batch: Batch, measure_gradients: bool =
     return torch.stack([term.detach() for term in terms])
 
 
-def _begin_norms(training: ActiveTraining, terms: list[torch.Tensor]) -> GradientNorms | None:
-    """Begin to measure the gradient of each term; NaN and None where that cannot be done."""
+def _start_gradient_norms(training: ActiveTraining, terms: list[torch.Tensor]) -> GradientNorms | None:
+    """Start to measure the gradient of each term; where that is impossible, set the norms to NaN and return None."""
     if training.run.config.compile and len(terms) > 1:
-        # A compiled backward pass gives its buffers away, and cannot be taken for each term alone first. Told to keep
-        # them, it was wrong by a tenth of the gradient in some processes, in the step itself as well.
+        # A compiled backward pass frees its buffers, so it cannot run for each term first. With retain_graph the
+        # gradients, those of the step included, were wrong by a tenth in some processes.
         training.gradient_norms.fill_(torch.nan)
         return None
     weights = training.state.weights
@@ -118,29 +118,34 @@ def _begin_norms(training: ActiveTraining, terms: list[torch.Tensor]) -> Gradien
 
 
 def compile_model(run: TrainingRun) -> nn.Module:
-    """Return the model as it is run in training. Batches have two sizes at most, each compiled for itself."""
+    """Return the model of the forward pass, compiled with --compile. Batches have two sizes at most, each compiled."""
     if not run.config.compile:
         return run.model
-    torch._dynamo.config.recompile_limit = 256  # of one code, which all archs share: by default the fifth is not
+    # The limit counts the compilations of one code object, which all archs share: with the default limit, the fifth
+    # arch of a process would not be compiled.
+    torch._dynamo.config.recompile_limit = 256
     compiled: nn.Module = torch.compile(run.model, dynamic=False)  # type: ignore[assignment]
     return compiled
 
 
 def build_loss_parts(run: TrainingRun) -> LinearHead | None:
-    """Make the criterion's own trainable parts from the shapes of one batch.
+    """Build the criterion's own trainable parts from the shapes of one batch.
+
+    Args:
+        run: the training, whose criterion gets the parts.
 
     Returns:
-        The student's last linear layer, live, where a loss reads it.
+        The student's last linear layer with its trained weights, where a loss reads it; else None.
 
     Raises:
-        UsageError: where the student has other classes than the cache, or layers do not fit together.
+        UsageError: where student and cache differ in the number of classes, or layers do not fit together.
     """
     batch = next(run.stream.batches(0, 1)).slice(0, 2).to(run.device)
     run.model.eval()
     with torch.no_grad(), capture_features(run.model.network, run.criterion.student_taps) as features:
         logits = run.model(batch.views)
         classes = logits.shape[1]
-        head = _find_live_head(run.model.network, classes) if run.criterion.needs_head else None
+        head = _find_trained_head(run.model.network, classes) if run.criterion.needs_head else None
         outputs = ModelOutputs(logits, dict(features), head)
     if batch.logits is not None and batch.logits.shape[-1] != classes:
         raise UsageError(f"the student has {classes} classes, the cache {batch.logits.shape[-1]}")
@@ -148,8 +153,8 @@ def build_loss_parts(run: TrainingRun) -> LinearHead | None:
     return head
 
 
-def _find_live_head(network: nn.Module, classes: int) -> LinearHead | None:
-    """Return the network's last linear layer with its own weights; zeros for a bias that it has not."""
+def _find_trained_head(network: nn.Module, classes: int) -> LinearHead | None:
+    """Return the network's last linear layer, sharing its parameters; with a bias of zeros where it has none."""
     layer = find_head(network, classes)
     if layer is None:
         return None
@@ -157,12 +162,25 @@ def _find_live_head(network: nn.Module, classes: int) -> LinearHead | None:
 
 
 def start_training(run: TrainingRun, state: TrainState, features: Features, head: LinearHead | None) -> ActiveTraining:
-    """Put together what does not change between the steps of a training that begins, or goes on, now."""
+    """Create what does not change between the steps of a training.
+
+    Args:
+        run: the training.
+        state: its state, from the checkpoint where there is one.
+        features: features that the forward hooks capture.
+        head: the student's last linear layer, where a loss reads it.
+    """
     config = run.config
     parallel = None
     if current_ranks().world > 1:
         parallel = DataParallelStep(
-            run.model, run.criterion.parts, features, head, run.device, config.precision, config.seed
+            model=run.model,
+            parts=run.criterion.parts,
+            features=features,
+            head=head,
+            device=run.device,
+            precision=config.precision,
+            seed=config.seed,
         )
     return ActiveTraining(
         run=run,

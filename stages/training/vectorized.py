@@ -1,7 +1,8 @@
-"""Students of one arch as one vectorised model (torch.func): one step moves all, of different seeds or loss weights.
+"""Students of one arch, with different seeds or loss weights, trained as one vectorised model (torch.func).
 
-Small students leave most of a processor idle: what a step of one costs is calls, and 32 of them take no more calls
-than one. Batched products add in another order: the weights are those of a student alone but for rounding.
+The time of a step of a small student is mostly the overhead of calls, and 32 vectorised students take no more calls
+than one. Batched products add in another order, so the weights equal those of a student that trains alone except for
+rounding.
 """
 
 import copy
@@ -47,7 +48,11 @@ _MEMBERS = "members.txt"
 
 
 class VectorizedModel(nn.Module):
-    """S models of one arch as one: uint8 views [B, C, H, W] -> float32 logits [B, S, K]."""
+    """S models of one arch as one model.
+
+    Args:
+        models: the models, of equal shapes.
+    """
 
     def __init__(self, models: Sequence[PreparedModel]):
         super().__init__()
@@ -57,16 +62,16 @@ class VectorizedModel(nn.Module):
         self.stacked = nn.ParameterList(nn.Parameter(x.detach(), trained[name]) for name, x in weights.items())
         for i, value in enumerate(buffers.values()):
             self.register_buffer(f"buffer{i}", value)
-        self._plain = [copy.deepcopy(models[0])]  # in a list: its own weights are not trained
+        self._template = [copy.deepcopy(models[0])]  # in a list, so that its weights are no parameters of this module
 
     def train(self, mode: bool = True) -> "VectorizedModel":
-        """Of the networks as well: dropout, batch norm."""
-        self._plain[0].train(mode)
+        """Set the mode, also of the template network, which has the dropout and batch norm layers."""
+        self._template[0].train(mode)
         super().train(mode)
         return self
 
     def state_of(self, i: int) -> dict[str, torch.Tensor]:
-        """The network's state dict of one of them."""
+        """Return the state dict of the network of model i."""
         weights = zip(self._names, self.stacked, strict=True)
         return {name: x[i].detach().clone() for name, x in (*weights, *self._buffers_by_name().items())}
 
@@ -74,20 +79,26 @@ class VectorizedModel(nn.Module):
         return {name: self.get_buffer(f"buffer{i}") for i, name in enumerate(self._buffer_names)}
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
-        plain = self._plain[0]
-        x = plain.prepare_input(views)
+        """Compute the logits of all models, float32 [B, S, K], for views uint8 [B, C, H, W]."""
+        template = self._template[0]
+        x = template.prepare_input(views)
         weights = dict(zip(self._names, self.stacked, strict=True))
 
-        def one(weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
-            logits: torch.Tensor = functional_call(plain.network, (weights, buffers), (x,))
+        def run_network(weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> torch.Tensor:
+            logits: torch.Tensor = functional_call(template.network, (weights, buffers), (x,))
             return logits
 
-        each = torch.vmap(one, randomness="different")(weights, self._buffers_by_name())
-        return each.float().movedim(0, 1)
+        logits = torch.vmap(run_network, randomness="different")(weights, self._buffers_by_name())
+        return logits.float().movedim(0, 1)
 
 
 def check_vectorizable(runs: Sequence[TrainingRun]) -> None:
-    """Raise UsageError for trainings that cannot be one vectorised model."""
+    """Raise UsageError for trainings that cannot be one vectorised model.
+
+    These are: losses that read features, need the head or have a part; options that need each student's weights after
+    an epoch, or --compile; losses that differ in more than their weights; networks whose state dict is not their
+    parameters and buffers; and networks that torch.vmap refuses.
+    """
     first = runs[0]
     for run in runs:
         config, losses = run.config, run.criterion.losses
@@ -114,12 +125,12 @@ def check_vectorizable(runs: Sequence[TrainingRun]) -> None:
         with torch.no_grad():
             VectorizedModel([run.model for run in runs[:2]]).to(first.device).eval()(views)
     except RuntimeError as error:
-        why = str(error).splitlines()[0][:120]
-        raise UsageError(f"--vectorize cannot take this network ({why}): leave it out") from None
+        reason = str(error).splitlines()[0][:120]
+        raise UsageError(f"--vectorize cannot take this network ({reason}): leave it out") from None
 
 
 def _reads_features(loss: Loss) -> bool:
-    has_part = type(loss).build_module is not Loss.build_module
+    has_part = type(loss).build_part is not Loss.build_part
     return bool(loss.student_taps() or loss.teacher_taps() or loss.needs_head or has_part)
 
 
@@ -130,33 +141,49 @@ def _without_weight(loss: Loss) -> Loss:
 def train_vectorized(
     runs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
 ) -> list[FinishedTraining | TrainingStopped]:
-    """Train as `train_several` does, as one model of those that are not finished.
+    """Train the unfinished students as one vectorised model.
 
-    Its checkpoint lies in a folder of the first one's; with other students it starts over.
+    Its checkpoint is in a subfolder of the first student's folder. It is used only for the same students; for others
+    the training starts over. A single unfinished student trains alone.
+
+    Args:
+        runs: trainings of equal epochs and steps, see `check_vectorizable`.
+        held_out: the validation split.
+        console: for progress.
+
+    Returns:
+        For each run its time and selected epoch, or the error that stopped it.
+
+    Raises:
+        CacheError: for a folder whose training was started without --vectorize.
     """
     unfinished = _find_unfinished(runs)
     for run in runs:
         make_folder(run.folder)
         if (run.folder / CHECKPOINT_FILE).is_file():
             raise CacheError(
-                f"'{run.folder}' was begun without --vectorize: go on without it, or choose another --out"
+                f"'{run.folder}' was started without --vectorize: continue without it, or choose another --out"
             )
-        is_of_others = len(unfinished) < 2 or run is not unfinished[0] or _read_members(run) != _names(unfinished)
-        if (run.folder / VECTORIZED_FOLDER).is_dir() and is_of_others:
+        is_unusable = len(unfinished) < 2 or run is not unfinished[0] or _read_members(run) != _names(unfinished)
+        if (run.folder / VECTORIZED_FOLDER).is_dir() and is_unusable:
             console.print(f"'{run.folder / VECTORIZED_FOLDER}' is of other students together: these start over")
             shutil.rmtree(run.folder / VECTORIZED_FOLDER)
     results: dict[str, FinishedTraining | TrainingStopped] = {}
     if len(unfinished) > 1:
         results = dict(zip(_names(unfinished), _train_as_one(unfinished, held_out, console), strict=True))
-    if rest := [run for run in runs if str(run.folder) not in results]:  # finished, or alone
-        results |= dict(zip(_names(rest), train_several(rest, held_out, console), strict=True))
+    if others := [run for run in runs if str(run.folder) not in results]:  # finished, or a single unfinished one
+        results |= dict(zip(_names(others), train_several(others, held_out, console), strict=True))
     return [results[name] for name in _names(runs)]
 
 
 def _find_unfinished(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """Find those that one model is, or was begun to be, also where it was stopped while it published their weights."""
+    """Find the students of the vectorised model.
+
+    Where a checkpoint names its students, these are all of them, including those whose weights were published before
+    a stop.
+    """
     for run in runs:
-        members = [other for other in runs if str(other.folder) in _read_members(run)]
+        members = [member for member in runs if str(member.folder) in _read_members(run)]
         if members and _names(members) == _read_members(run):
             return members
     return [run for run in runs if not run.weights_file.is_file()]
@@ -167,7 +194,7 @@ def _names(runs: Sequence[TrainingRun]) -> list[str]:
 
 
 def _read_members(run: TrainingRun) -> list[str]:
-    """Read the folders of the students of the model that was begun in a student's folder."""
+    """Read the folders of the students whose vectorised checkpoint is in a student's folder."""
     path = run.folder / VECTORIZED_FOLDER / _MEMBERS
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
@@ -175,6 +202,7 @@ def _read_members(run: TrainingRun) -> list[str]:
 def _train_as_one(
     runs: Sequence[TrainingRun], held_out: HeldOutSplit, console: Console
 ) -> list[FinishedTraining | TrainingStopped]:
+    """Train students as one model, from its checkpoint where there is one, and publish each."""
     first, folder = runs[0], runs[0].folder / VECTORIZED_FOLDER
     for run in runs:
         remove_stale_files(run.folder, (METRICS_FILE, run.weights_file.name))
@@ -198,10 +226,12 @@ def _run_epochs(
     held_out: HeldOutSplit,
     console: Console,
 ) -> None:
+    """Run the epochs that are left; evaluate and save each."""
     run, students = runs[0], len(runs)
     batches = run.stream.batches(first_epoch * run.steps, run.epochs * run.steps)
     sums = torch.zeros(len(run.criterion.losses), students, device=run.device)  # the weighted terms of each student
-    with show_progress(runs, first_epoch, lambda i: sums[:, i], f"{students} of {run.name} as one", console) as shown:
+    title = f"{students} of {run.name} as one"
+    with show_progress(runs, first_epoch, lambda i: sums[:, i], title, console) as progress:
         for epoch in range(first_epoch, run.epochs):
             started = time.perf_counter()
             weights = _begin_epoch(runs, epoch)
@@ -210,11 +240,18 @@ def _run_epochs(
             for step in range(run.steps):
                 batch = next(batches).to(run.device)
                 sums += _step(run, model, state, batch, weights, norms if step == run.steps - 1 else None)
-                shown.step(len(batch.index))
-            line = _measure_epoch(runs, sums / run.steps, norms, held_out.logits(model), held_out, epoch)
+                progress.step(len(batch.index))
+            line = _measure_epoch(
+                runs,
+                means=sums / run.steps,
+                norms=norms,
+                logits=held_out.logits(model),
+                held_out=held_out,
+                epoch=epoch,
+            )
             share = round((time.perf_counter() - started) / students, 6)
             state.save(run.folder / VECTORIZED_FOLDER, line | {"share": share}, "last")
-            shown.epoch(line["students"])
+            progress.epoch(line["students"])
 
 
 def _begin_epoch(runs: Sequence[TrainingRun], epoch: int) -> torch.Tensor:
@@ -235,12 +272,12 @@ def _step(
     """Take one step of all students.
 
     Args:
-        run: the first training; the others' losses differ in their weights alone.
-        model: the students as one.
+        run: the first training; the losses of the others differ in their weights alone.
+        model: the vectorised model.
         state: its optimiser and schedule.
         batch: on the device.
         weights: of each term in each student, float32 [terms, S].
-        norms: where given, gets the L2 norm of each weighted term's gradient, float32 [terms, S].
+        norms: overwritten with the L2 norm of each weighted term's gradient, float32 [terms, S]; None to skip it.
 
     Returns:
         The weighted terms [terms, S], detached.
@@ -248,20 +285,26 @@ def _step(
     with autocast(run.device, run.config.precision):
         logits = model(batch.views)
 
-    def of_one(term: Term) -> Any:
+    def compute_term(term: Term) -> Any:
         return lambda z: term(ModelOutputs(z), batch, None)
 
-    each = [torch.vmap(of_one(term), in_dims=1, randomness="different")(logits) for term in run.criterion.terms]
-    terms = weights * torch.stack(each)
+    unweighted = [
+        torch.vmap(compute_term(term), in_dims=1, randomness="different")(logits) for term in run.criterion.terms
+    ]
+    terms = weights * torch.stack(unweighted)
     if norms is not None:
         largest = int(terms.detach().abs().sum(1).argmax())
-        others = sum(_measure_gradient(state, each[i], weights[i], norms[i]) for i in range(len(each)) if i != largest)
+        others = sum(
+            _measure_gradient(state, unweighted[i], weights[i], norms[i])
+            for i in range(len(unweighted))
+            if i != largest
+        )
     for weight in state.weights:
         weight.grad = None
     terms.sum().backward()  # type: ignore[no-untyped-call]
     if norms is not None:
-        whole = flatten_gradients([weight.grad for weight in state.weights], state.weights, keep=1)
-        norms[largest] = (whole - others).norm(dim=1)
+        gradient = flatten_gradients([weight.grad for weight in state.weights], state.weights, keep=1)
+        norms[largest] = (gradient - others).norm(dim=1)
     if run.config.clip_norm:
         _clip_gradients(state.weights, run.config.clip_norm)
     state.optimizer.step()
@@ -281,12 +324,12 @@ def _measure_gradient(
 
 
 def _clip_gradients(weights: list[nn.Parameter], max_norm: float) -> None:
-    """Clip each student's gradient to a norm of its own, as torch.nn.utils.clip_grad_norm_ does with one."""
+    """Clip the gradient norm of each student, as torch.nn.utils.clip_grad_norm_ does for one model."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    share = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    for g in gradients:
-        g.mul_(share.view(-1, *[1] * (g.ndim - 1)))
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
 
 def _measure_epoch(
@@ -297,14 +340,14 @@ def _measure_epoch(
     held_out: HeldOutSplit,
     epoch: int,
 ) -> dict[str, Any]:
-    """Return the line of an epoch, with one for each student; None for a student that has diverged.
+    """Return the record of an epoch, with one for each student, None for a student that has diverged.
 
     Args:
         runs: the students.
-        means: of their terms, [terms, S].
+        means: of the weighted terms, [terms, S].
         norms: of the terms' gradients, [terms, S].
-        logits: of validation, [N, S, K].
-        held_out: validation.
+        logits: on the validation split, [N, S, K].
+        held_out: the validation split.
         epoch: counted from 0.
     """
     finite = np.isfinite(logits).all((0, 2)) & np.isfinite(means.cpu().numpy()).all(0)
@@ -319,7 +362,7 @@ def _measure_epoch(
 
 
 def _finish(run: TrainingRun, model: VectorizedModel, state: TrainState, i: int) -> FinishedTraining | TrainingStopped:
-    """Publish the weights and lines of one student, or return how it diverged."""
+    """Publish the weights and records of student i, or return the error of its divergence."""
     lines = []
     for epoch in state.epoch_lines:
         if epoch["students"][i] is None:

@@ -17,9 +17,9 @@ Floats = NDArray[np.float64]
 
 def arrays(case: Case) -> list[tuple[Floats, Floats]]:
     """Return (student's, teacher's) full outputs of each pair of layers."""
-    student_outputs = list(case.student_outputs.values())[: len(case.loss.student_taps())]
-    teacher_outputs = list(case.teacher_outputs.values())[: len(case.loss.teacher_taps())]
-    return [(s.detach().numpy(), t.numpy()) for s, t in zip(student_outputs, teacher_outputs, strict=True)]
+    student_layers = list(case.student_layers.values())[: len(case.loss.student_taps())]
+    teacher_layers = list(case.teacher_layers.values())[: len(case.loss.teacher_taps())]
+    return [(s.detach().numpy(), t.numpy()) for s, t in zip(student_layers, teacher_layers, strict=True)]
 
 
 def sum_over_pairs(term: Callable[[Case, Floats, Floats], float]) -> Callable[[Case], float]:
@@ -99,7 +99,7 @@ def normalised(x: Floats, layer: nn.Module) -> Floats:
 
 def hint(case: Case) -> float:
     total = 0.0
-    regressors = list(case.module) if isinstance(case.module, nn.ModuleList) else itertools.repeat(None)
+    regressors = list(case.part) if isinstance(case.part, nn.ModuleList) else itertools.repeat(None)
     for r, (s, t) in zip(regressors, arrays(case), strict=False):
         if isinstance(r, nn.Linear):
             s = s @ weight(r, "weight").T + weight(r, "bias")
@@ -114,13 +114,13 @@ def hint(case: Case) -> float:
 
 def concat_hint(case: Case) -> float:
     student, teacher = (np.concatenate([pooled(x) for x in xs], 1) for xs in zip(*arrays(case), strict=True))
-    return mean_square_of(student @ weight(case.module, "weight").T + weight(case.module, "bias"), teacher)
+    return mean_square_of(student @ weight(case.part, "weight").T + weight(case.part, "bias"), teacher)
 
 
 def vid(case: Case) -> float:
     total = 0.0
-    assert isinstance(case.module, nn.ModuleList)
-    for part, (s, t) in zip(case.module, arrays(case), strict=True):
+    assert isinstance(case.part, nn.ModuleList)
+    for part, (s, t) in zip(case.part, arrays(case), strict=True):
         s, t = smaller_of(as_map(s), as_map(t))
         for i in (0, 2, 4):
             s = np.einsum("oc,bchw->bohw", weight(part.mean[i], "weight")[:, :, 0, 0], s)
@@ -220,7 +220,7 @@ def cc(case: Case, s: Floats, t: Floats) -> float:
 
 def srrl(case: Case) -> float:
     ((s, t),) = arrays(case)
-    guess = pooled(s) @ weight(case.module.map, "weight").T + weight(case.module.map, "bias")
+    guess = pooled(s) @ weight(case.part.map, "weight").T + weight(case.part.map, "bias")
     logits = guess @ weight(case.teacher_head.weight).T + weight(case.teacher_head.bias)
     assert case.target.logits is not None
     by_outputs = mean_square_of(logits, case.target.logits.numpy())
@@ -250,9 +250,9 @@ def crd(case: Case) -> float:
     student, teacher, stored = (
         [unit(weight(layer, "weight") @ row + weight(layer, "bias")) for row in x]
         for layer, x in (
-            (case.module.student, s),
-            (case.module.teacher, t),
-            (case.module.teacher, rows.features.double().numpy()),
+            (case.part.student, s),
+            (case.part.teacher, t),
+            (case.part.teacher, rows.features.double().numpy()),
         )
     )
     exponents: list[list[float]] = []
@@ -262,7 +262,7 @@ def crd(case: Case) -> float:
             has_labels = y >= 0 and rows.labels[j] >= 0
             if y != rows.labels[j] if has_labels else case.target.index[i] != rows.index[j]:
                 exponents[i].append(float(student[i] @ stored[j]) / T)
-    log_z = float(case.module.log_z)
+    log_z = float(case.part.log_z)
     Z = mean([math.exp(x) for row in exponents for x in row]) if math.isnan(log_z) else math.exp(log_z)
     terms = []
     for i, row in enumerate(exponents):
@@ -278,7 +278,7 @@ def nearest(x: Floats, size: int) -> Floats:
 
 def review_kd(case: Case) -> float:
     total, deeper = 0.0, None
-    for fuse, (s, t) in reversed(list(zip(case.module.fuse, arrays(case), strict=True))):
+    for fuse, (s, t) in reversed(list(zip(case.part.fuse, arrays(case), strict=True))):
         s, t = as_map(s), as_map(t)
         x = normalised(convolved(s, weight(fuse.enter[0], "weight")), fuse.enter[1])
         if deeper is not None:

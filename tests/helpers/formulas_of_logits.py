@@ -166,7 +166,7 @@ def wsld(case: Case) -> float:
 
 
 def ctkd(case: Case) -> float:
-    theta = float(case.module.theta.detach())
+    theta = float(case.part.theta.detach())
     return kd_at(case, case.loss.start + case.loss.span / (1 + math.exp(-theta)))
 
 

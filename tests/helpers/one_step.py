@@ -81,7 +81,7 @@ def build_network(loss: Loss, K: int, head: LinearHead, arch: str) -> torch.nn.M
     torch.manual_seed(1)
     if not isinstance(loss, SimKD):
         return build(arch, K, 1, 8)
-    network = build(f"simkd({arch};{loss.through()};{head.weight.shape[1]})", K, 1, 8)
+    network = build(f"simkd({arch};{loss.projected_layer()};{head.weight.shape[1]})", K, 1, 8)
     assert isinstance(network, SimKDStudent)
     network.use_head(head)
     return network

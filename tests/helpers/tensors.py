@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, MemoryBank, ModelOutputs
-from softcache.pipeline.losses import Loss, at_epoch, parse_losses
+from softcache.pipeline.losses import Loss, parse_losses, resolve_ramps
 from softcache.pipeline.losses.feature_base import FeatureLoss
 from softcache.pipeline.taps.statistics import compute_statistic, parse_tap
 
@@ -59,26 +59,26 @@ class Case:
     Attributes:
         loss: the loss.
         logits: of the student, [B, K].
-        student_outputs: {layer: full output of the student}, before any statistic is computed.
-        teacher_outputs: the same of the teacher.
+        student_layers: {layer: full output of the student}, before any statistic is computed.
+        teacher_layers: the same of the teacher.
         target: the batch, with the teacher's logits and features.
         context: the teacher's head, its memory bank and the class counts.
         head: last layer of the student.
-        module: trainable parts of the loss.
+        part: trainable parts of the loss.
     """
 
     loss: Any
     logits: torch.Tensor
-    student_outputs: dict[str, torch.Tensor]
-    teacher_outputs: dict[str, torch.Tensor]
+    student_layers: dict[str, torch.Tensor]
+    teacher_layers: dict[str, torch.Tensor]
     target: Batch
     context: LossContext
     head: LinearHead
-    module: Any = None
+    part: Any = None
 
     @property
     def outputs(self) -> ModelOutputs:
-        return ModelOutputs(self.logits, compute_features(self.student_outputs, self.loss.student_taps()), self.head)
+        return ModelOutputs(self.logits, compute_features(self.student_layers, self.loss.student_taps()), self.head)
 
     @property
     def teacher_head(self) -> LinearHead:
@@ -93,18 +93,18 @@ class Case:
     @property
     def weights(self) -> list[nn.Parameter]:
         """The trainable parameters of the loss."""
-        return [] if self.module is None else list(self.module.parameters())
+        return [] if self.part is None else list(self.part.parameters())
 
     def value(self) -> torch.Tensor:
         """Compute the term. The rows that `crd` draws are always those of seed 11."""
         torch.manual_seed(11)
-        term: torch.Tensor = self.loss(self.outputs, self.target, self.module)
+        term: torch.Tensor = self.loss(self.outputs, self.target, self.part)
         return term
 
     def leaves(self) -> list[torch.Tensor]:
         """Return the student's outputs that the loss reads, with requires_grad set."""
         if self.loss.student_taps():
-            leaves = list(self.student_outputs.values())[: len(self.loss.student_taps())]
+            leaves = list(self.student_layers.values())[: len(self.loss.student_taps())]
             if self.loss.name == "cat_kd":
                 leaves.append(self.head.weight)
             return [x.requires_grad_() for x in leaves]
@@ -128,7 +128,7 @@ def make_loss(spec: str, layers: str = "layer1+layer2", one_layer: str = "layer1
     (loss,) = parse_losses((spec,))
     if isinstance(loss, FeatureLoss) and not loss.teacher:
         loss = replace(loss, teacher=one_layer if loss.single_layer else layers)
-    return at_epoch(loss, 4, 10)
+    return resolve_ramps(loss, 4, 10)
 
 
 def make_case(
@@ -159,14 +159,14 @@ def make_case(
         return draw_normal(*shape, seed=100 * seed + salt, scale=scale).to(dtype)
 
     names = [f"layer{i}" for i in range(1, len(pairs) + 1)]
-    student_outputs = {
+    student_layers = {
         name: draw(B, *shape, salt=10 + i) for i, (name, (shape, _)) in enumerate(zip(names, pairs, strict=True))
     }
-    teacher_outputs = {
+    teacher_layers = {
         name: draw(B, *shape, salt=20 + i) for i, (name, (_, shape)) in enumerate(zip(names, pairs, strict=True))
     }
     if loss.name == "simkd":
-        student_outputs = {"projector": draw(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
+        student_layers = {"projector": draw(B, pairs[0][1][0], *pairs[0][0][1:], salt=10)}
     labels = draw_labels(B, K) if labels is None else labels
     teacher_width, student_width = pairs[0][1][0], pairs[0][0][0]
     rows = MemoryBank(draw(40, teacher_width, salt=30).half(), torch.arange(40) % (B + 3), draw_labels(40, K, seed=8))
@@ -175,9 +175,9 @@ def make_case(
         LinearHead(draw(K, teacher_width, salt=31), draw(K, salt=32)), lambda tap: rows, make_class_counts(K)
     )
     head = LinearHead(draw(K, student_width, salt=33), draw(K, salt=34))
-    target = make_batch(B, draw(B, K, salt=2), labels, compute_features(teacher_outputs, loss.teacher_taps()))
-    case = Case(loss, draw(B, K, salt=1), student_outputs, teacher_outputs, target, context, head)
+    target = make_batch(B, draw(B, K, salt=2), labels, compute_features(teacher_layers, loss.teacher_taps()))
+    case = Case(loss, draw(B, K, salt=1), student_layers, teacher_layers, target, context, head)
     torch.manual_seed(3)
-    module = loss.build_module(case.outputs, target, context)
-    case.module = None if module is None else module.to(dtype)
+    part = loss.build_part(case.outputs, target, context)
+    case.part = None if part is None else part.to(dtype)
     return case

@@ -38,7 +38,7 @@ def small(home: Path, tmp_path: Path, stages: Stages) -> Path:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """{name: content} of all stat_files below a folder."""
+    """{name: content} of all files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -121,7 +121,7 @@ def test_an_existing_file_is_not_overwritten_by_a_tar(small: Path, stages: Stage
     assert "there is no cache at 'd'" in stages.fails(1, "cache-pack", "d", "d.tar")
 
 
-# Unpacking where stat_files exist
+# Unpacking where files exist
 
 
 def test_unpacking_over_the_same_cache_changes_nothing(small: Path, stages: Stages) -> None:

@@ -52,7 +52,7 @@ def small(home: Path, tmp_path: Path) -> Path:
 
 
 def list_unchanged_files(before: Files, cache: Path) -> list[str]:
-    """The stat_files of `before` that nobody has written since."""
+    """The files of `before` that nobody has written since."""
     now = stat_files(cache)
     return sorted(name for name, facts in before.items() if now.get(name) == facts)
 

@@ -1,4 +1,4 @@
-"""Every loss of the table is its formula, to nine digits, at several shapes and knobs."""
+"""Every loss of the table agrees with its formula to nine digits, at several shapes and parameters."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from softcache.pipeline.losses import LOSSES
 from tests.helpers.formulas import FORMULAS
 from tests.helpers.tensors import PAIRS, Case, make_case
 
-# Of each loss its defaults, and every knob of its formula at another value.
+# Each loss with its defaults, and with every parameter of its formula at another value.
 SPECS = [
     "hard",
     "hard:smoothing=0.1",
@@ -88,10 +88,10 @@ ODD = (((3, 7, 7), (5, 5, 5)), ((4, 5, 5), (6, 2, 2)))
 LAST_POOLED = (((3, 8, 8), (5, 8, 8)), ((4, 4, 4), (6, 4, 4)), ((4,), (6,)))
 
 
-def agrees(made: Case) -> None:
-    name = made.loss.name
-    expected = FORMULAS[name](made)
-    found = made.value()
+def agrees(example: Case) -> None:
+    name = example.loss.name
+    expected = FORMULAS[name](example)
+    found = example.value()
     assert (found.shape, found.dtype) == ((), torch.float64)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-9, abs=1e-13)
 
@@ -147,14 +147,14 @@ def test_a_hint_is_its_formula_with_some_regressors_or_none(pairs: tuple[tuple[t
 def test_contrast_leaves_out_rows_of_the_same_class_or_where_labels_are_hidden_the_same_picture(
     hidden: list[int],
 ) -> None:
-    """Z is of the first batch and stays."""
+    """Z is computed from the first batch and stays constant."""
     labels = torch.arange(5) % 3
     labels[hidden] = -1
-    made = make_case("crd:negatives=35,width=6", 5, 3, labels=labels)
-    agrees(made)
-    kept = made.module.log_z.clone()
+    example = make_case("crd:negatives=35,width=6", 5, 3, labels=labels)
+    agrees(example)
+    kept = example.part.log_z.clone()
     assert kept.isfinite()
-    for x in made.student_outputs.values():
+    for x in example.student_layers.values():
         x.mul_(-1.5)
-    agrees(made)
-    assert torch.equal(made.module.log_z, kept)
+    agrees(example)
+    assert torch.equal(example.part.log_z, kept)

@@ -1,4 +1,4 @@
-"""What is known of the losses beside their formulas: identities, limits, what they do not see, where they are zero."""
+"""Properties of the losses beside their formulas: identities, limits, invariances and zeros."""
 
 import math
 
@@ -42,39 +42,40 @@ BETWEEN_LAYERS = ["hint", "attention", "nst", "similarity", "rkd", "rkd:distance
 LAYERS_AND_SIMKD = [*BETWEEN_LAYERS, "simkd"]
 
 
-def value(made: Case) -> float:
-    return float(made.value().detach())
+def value(example: Case) -> float:
+    return float(example.value().detach())
 
 
-# Zero at the teacher, and above it elsewhere
+# Zero for equal outputs, positive for others
 
 
 @pytest.mark.parametrize("spec", [*DIVERGENCES, *DISTANCES])
-def test_a_student_that_says_what_the_teacher_says_has_nothing_to_learn(spec: str) -> None:
-    made = make_case(spec)
-    assert made.target.logits is not None
-    made.logits = made.target.logits.clone()
-    leaves = made.leaves()
-    assert abs(value(made)) <= 1e-12
-    (gradient,) = torch.autograd.grad(made.value(), leaves)
+def test_equal_logits_give_a_zero_term_and_gradient(spec: str) -> None:
+    example = make_case(spec)
+    assert example.target.logits is not None
+    example.logits = example.target.logits.clone()
+    leaves = example.leaves()
+    assert abs(value(example)) <= 1e-12
+    (gradient,) = torch.autograd.grad(example.value(), leaves)
     assert float(gradient.abs().max()) <= 1e-12
 
 
 @pytest.mark.parametrize("spec", LAYERS_AND_SIMKD)
-def test_layers_that_are_the_teachers_have_nothing_to_learn(spec: str) -> None:
-    made = make_case(spec, pairs=SAME)
-    made.student_outputs = {
-        name: theirs.clone() for name, theirs in zip(made.student_outputs, made.teacher_outputs.values(), strict=False)
+def test_equal_features_give_a_zero_term_and_gradient(spec: str) -> None:
+    example = make_case(spec, pairs=SAME)
+    example.student_layers = {
+        name: theirs.clone()
+        for name, theirs in zip(example.student_layers, example.teacher_layers.values(), strict=False)
     }
-    leaves = made.leaves()
-    assert abs(value(made)) <= 1e-12
-    for gradient in torch.autograd.grad(made.value(), leaves):
+    leaves = example.leaves()
+    assert abs(value(example)) <= 1e-12
+    for gradient in torch.autograd.grad(example.value(), leaves):
         # pkt adds 1e-7 inside its logarithm, to the student's half alone where the gradient goes
         assert float(gradient.abs().max()) <= (1e-8 if spec == "pkt" else 1e-10)
 
 
 @pytest.mark.parametrize("spec", [*DIVERGENCES, *DISTANCES, *LAYERS_AND_SIMKD])
-def test_every_other_student_has_a_term_above_zero(spec: str) -> None:
+def test_different_outputs_give_a_positive_term(spec: str) -> None:
     for seed in range(10):
         assert value(make_case(spec, pairs=SAME, seed=seed)) > 1e-6
 
@@ -83,8 +84,8 @@ def test_every_other_student_has_a_term_above_zero(spec: str) -> None:
 
 
 @pytest.mark.parametrize("T", TEMPERATURES)
-def test_kd_is_its_target_part_and_the_rest_weighed_by_what_the_teacher_leaves_for_it(T: float) -> None:
-    """KD = TCKD + (1 - p_t[y]) NCKD in every row (Zhao et al. 2022, equation 6), of rows one by one."""
+def test_kd_is_the_target_part_plus_the_weighted_nontarget_part(T: float) -> None:
+    """KD = TCKD + (1 - p_t[y]) NCKD in every row (Zhao et al. 2022, equation 6)."""
     rows, classes = 6, 5
     for seed in range(rows):
         kd = make_case(f"kd:temperature={T}", 1, classes, seed=seed)
@@ -98,128 +99,132 @@ def test_kd_is_its_target_part_and_the_rest_weighed_by_what_the_teacher_leaves_f
 
 @pytest.mark.parametrize("T", TEMPERATURES)
 def test_output_is_kd_and_logit_mse_and_its_cross_entropy_has_the_gradient_of_kd(T: float) -> None:
-    made = {kind: make_case(f"output:kind={kind},temperature={T}") for kind in ("kl", "mse", "soft_ce")}
-    assert value(made["kl"]) == value(make_case(f"kd:temperature={T}"))
-    assert value(made["mse"]) == value(make_case("logit_mse"))
-    assert value(made["soft_ce"]) > value(made["kl"])
-    leaves = {kind: m.leaves() for kind, m in made.items()}
-    kl, soft_ce = (torch.autograd.grad(made[kind].value(), leaves[kind])[0] for kind in ("kl", "soft_ce"))
+    example = {kind: make_case(f"output:kind={kind},temperature={T}") for kind in ("kl", "mse", "soft_ce")}
+    assert value(example["kl"]) == value(make_case(f"kd:temperature={T}"))
+    assert value(example["mse"]) == value(make_case("logit_mse"))
+    assert value(example["soft_ce"]) > value(example["kl"])
+    leaves = {kind: m.leaves() for kind, m in example.items()}
+    kl, soft_ce = (torch.autograd.grad(example[kind].value(), leaves[kind])[0] for kind in ("kl", "soft_ce"))
     torch.testing.assert_close(kl, soft_ce, rtol=1e-9, atol=1e-13)
 
 
 def test_the_learned_temperature_gives_kd_at_that_temperature() -> None:
-    made = make_case("ctkd")
+    example = make_case("ctkd")
     T = 1 + 20 / (1 + math.exp(-1))
-    assert value(made) == pytest.approx(value(make_case(f"kd:temperature={T}")), rel=1e-12)
+    assert value(example) == pytest.approx(value(make_case(f"kd:temperature={T}")), rel=1e-12)
 
 
 def test_several_temperatures_are_the_sum_of_kd_at_each() -> None:
-    made = make_case("multi_temperature:temperatures=1+2.5+7,batch=0,classes=0")
-    assert value(made) == pytest.approx(sum(value(make_case(f"kd:temperature={T}")) for T in (1, 2.5, 7)), rel=1e-12)
+    example = make_case("multi_temperature:temperatures=1+2.5+7,batch=0,classes=0")
+    assert value(example) == pytest.approx(
+        sum(value(make_case(f"kd:temperature={T}")) for T in (1, 2.5, 7)), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("spec", ["kd:temperature=1000", "output:temperature=1000", "ctkd:start=1000,span=0"])
 def test_t_squared_kl_becomes_half_the_mean_square_of_centred_logits(spec: str) -> None:
-    made = make_case(spec, 6, 10, scale=0.5)
-    assert made.target.logits is not None
-    z_s, z_t = (z - z.mean(1, keepdim=True) for z in (made.logits, made.target.logits))
+    example = make_case(spec, 6, 10, scale=0.5)
+    assert example.target.logits is not None
+    z_s, z_t = (z - z.mean(1, keepdim=True) for z in (example.logits, example.target.logits))
     limit = float((z_s - z_t).square().sum(1).mean()) / (2 * 10)
-    assert value(made) == pytest.approx(limit, rel=1e-3)
+    assert value(example) == pytest.approx(limit, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["kl", "soft_ce"])
 def test_t_squared_keeps_the_size_of_the_gradient_whatever_the_temperature(kind: str) -> None:
     sizes = []
     for T in (1.0, 4.0, 20.0, 100.0):
-        made = make_case(f"output:kind={kind},temperature={T}", 32, 50)
-        leaves = made.leaves()
-        sizes.append(float(torch.autograd.grad(made.value(), leaves)[0].norm()))
+        example = make_case(f"output:kind={kind},temperature={T}", 32, 50)
+        leaves = example.leaves()
+        sizes.append(float(torch.autograd.grad(example.value(), leaves)[0].norm()))
     assert max(sizes) / min(sizes) < 5, "without T² the last is a thousandth of the first"
 
 
-# What a loss does not see
+# Invariances
 
 
 @pytest.mark.parametrize("spec", ["kd:standardize=true", "dkd:standardize=true", "multi_temperature:standardize=true"])
-def test_z_scored_logits_may_be_stretched_and_moved_row_by_row(spec: str) -> None:
-    made = make_case(spec)
-    before = value(made)
-    made.logits = made.logits * draw_normal(5, 1, seed=7).abs() + draw_normal(5, 1, seed=8)
-    assert value(made) == pytest.approx(before, rel=1e-6)  # 1e-7 beside the standard deviation
+def test_standardised_losses_are_invariant_to_scale_and_shift_of_each_row(spec: str) -> None:
+    example = make_case(spec)
+    before = value(example)
+    example.logits = example.logits * draw_normal(5, 1, seed=7).abs() + draw_normal(5, 1, seed=8)
+    assert value(example) == pytest.approx(before, rel=1e-6)  # 1e-7 beside the standard deviation
     plain = make_case(spec.partition(":")[0])
     assert value(plain) != pytest.approx(before, rel=1e-3)
 
 
-def test_classes_that_nobody_believes_in_change_no_divergence() -> None:
+def test_classes_with_probability_zero_change_no_divergence() -> None:
     """Sums over the classes, not means: a mean of 15 classes would be a third of that of 5."""
     plain = [spec for spec in DIVERGENCES if "standardize" not in spec and spec != "multi_temperature"]
     for spec in (*plain, "multi_temperature:classes=0", "output:kind=soft_ce", "hard", "nkd", "wsld", *RARE):
-        made = make_case(spec, 5, 5)
-        before = value(made)
-        assert made.target.logits is not None
+        example = make_case(spec, 5, 5)
+        before = value(example)
+        assert example.target.logits is not None
         nobody = torch.full((5, 10), -1e4, dtype=torch.float64)
-        made.logits = torch.cat([made.logits, nobody], 1)
-        wide = make_case(spec, 5, 15, labels=made.target.labels)
-        wide.logits = made.logits
+        example.logits = torch.cat([example.logits, nobody], 1)
+        wide = make_case(spec, 5, 15, labels=example.target.labels)
+        wide.logits = example.logits
         assert wide.target.logits is not None
-        wide.target.logits.copy_(torch.cat([made.target.logits, nobody], 1))
+        wide.target.logits.copy_(torch.cat([example.target.logits, nobody], 1))
         assert value(wide) == pytest.approx(before, rel=1e-9), spec
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    """x [B, D] in a basis turned at random, three times as large."""
+    """Rotate x [B, D] at random and scale it by 3."""
     basis = torch.linalg.qr(draw_normal(x.shape[1], x.shape[1], seed=9))[0]
     return 3 * x @ basis
 
 
 @pytest.mark.parametrize("spec", ["rkd", "rkd:distance=0", "rkd:angle=0", "similarity", "pkt", "cc"])
-def test_relations_do_not_see_a_rotation_or_a_scale(spec: str) -> None:
-    made = make_case(spec, pairs=(((6,), (4,)), ((3,), (5,))))
-    before = value(made)
-    made.student_outputs = {name: turned(x) for name, x in made.student_outputs.items()}
-    assert value(made) == pytest.approx(before, rel=1e-9)
-    made.student_outputs = {name: x * torch.arange(1.0, x.shape[1] + 1) for name, x in made.student_outputs.items()}
-    assert value(made) != pytest.approx(before, rel=1e-3)
+def test_relations_are_invariant_to_rotation_and_scale(spec: str) -> None:
+    example = make_case(spec, pairs=(((6,), (4,)), ((3,), (5,))))
+    before = value(example)
+    example.student_layers = {name: turned(x) for name, x in example.student_layers.items()}
+    assert value(example) == pytest.approx(before, rel=1e-9)
+    example.student_layers = {
+        name: x * torch.arange(1.0, x.shape[1] + 1) for name, x in example.student_layers.items()
+    }
+    assert value(example) != pytest.approx(before, rel=1e-3)
 
 
-def test_distances_and_angles_do_not_see_where_the_rows_lie() -> None:
-    made = make_case("rkd")
-    before = value(made)
-    made.student_outputs = {name: x + 10 for name, x in made.student_outputs.items()}
-    assert value(made) == pytest.approx(before, rel=1e-9)
+def test_distances_and_angles_are_invariant_to_translation() -> None:
+    example = make_case("rkd")
+    before = value(example)
+    example.student_layers = {name: x + 10 for name, x in example.student_layers.items()}
+    assert value(example) == pytest.approx(before, rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("spec", "sees"),
     [("attention", False), ("pkt", False), ("cc", False), ("nst", False), ("similarity", True), ("rkd", True)],
 )
-def test_a_scale_of_its_own_for_every_row(spec: str, sees: bool) -> None:
-    made = make_case(spec)
-    before = value(made)
+def test_invariance_to_a_scale_of_each_row(spec: str, sees: bool) -> None:
+    example = make_case(spec)
+    before = value(example)
     scales = torch.tensor([0.5, 1.0, 2.0, 7.0, 3.0], dtype=torch.float64)[:, None, None, None]
-    made.student_outputs = {name: x * scales for name, x in made.student_outputs.items()}
-    assert (value(made) == pytest.approx(before, rel=1e-9)) is not sees
+    example.student_layers = {name: x * scales for name, x in example.student_layers.items()}
+    assert (value(example) == pytest.approx(before, rel=1e-9)) is not sees
 
 
-def test_selectivity_does_not_see_the_scale_or_the_order_of_channels() -> None:
-    made = make_case("nst")
-    before = value(made)
-    made.student_outputs = {
-        name: (x * draw_normal(1, x.shape[1], 1, 1).abs()).flip(1) for name, x in made.student_outputs.items()
+def test_selectivity_is_invariant_to_scale_and_order_of_channels() -> None:
+    example = make_case("nst")
+    before = value(example)
+    example.student_layers = {
+        name: (x * draw_normal(1, x.shape[1], 1, 1).abs()).flip(1) for name, x in example.student_layers.items()
     }
-    assert value(made) == pytest.approx(before, rel=1e-9)
+    assert value(example) == pytest.approx(before, rel=1e-9)
 
 
 def test_a_gram_of_unit_channels_gives_the_maximum_mean_discrepancy_of_the_polynomial_kernel() -> None:
-    """Explicit pairs of channels, for one row: mean over (i, i'), (j, j') less twice the mean over (i, j)."""
-    made = make_case("nst", 1)
-    s, t = made.student_outputs["layer1"][0].flatten(1), made.teacher_outputs["layer1"][0].flatten(1)
+    """Explicit pairs of channels of one row: mean over (i, i') plus (j, j') minus twice the mean over (i, j)."""
+    example = make_case("nst", 1)
+    s, t = example.student_layers["layer1"][0].flatten(1), example.teacher_layers["layer1"][0].flatten(1)
     s, t = s / s.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
     total = sum(float(a @ b) ** 2 for a in s for b in s) / 9 + sum(float(a @ b) ** 2 for a in t for b in t) / 25
     total -= 2 * sum(float(a @ b) ** 2 for a in s for b in t) / 15
     g_s, g_t = (
         compute_features({"layer1": x}, ("layer1:gram",))["layer1:gram"]
-        for x in (made.student_outputs["layer1"], made.teacher_outputs["layer1"])
+        for x in (example.student_layers["layer1"], example.teacher_layers["layer1"])
     )
     assert float((g_s - g_t).square().sum()) == pytest.approx(total, rel=1e-9)
 
@@ -264,7 +269,7 @@ def test_two_pairs_of_layers_are_the_sum_of_each_alone(spec: str) -> None:
     assert value(whole) == pytest.approx(sum(alone), rel=1e-12)
 
 
-def test_every_loss_without_a_trained_part_is_here_or_compares_with_labels_alone() -> None:
+def test_every_loss_without_a_trained_part_is_tested_or_reads_labels_alone() -> None:
     here = {spec.partition(":")[0] for spec in (*DIVERGENCES, *DISTANCES, *LAYERS_AND_SIMKD)}
     modules = {"concat_hint", "vid", "srrl", "cat_kd", "crd", "review_kd"}
     with_labels = {"hard", "tf_kd", "nkd", "wsld", "logit_adjusted", "balanced_softmax", "soft_f1"}
@@ -289,7 +294,7 @@ def test_the_cells_of_a_class_activation_map_and_the_linear_layer_of_the_pooled_
     torch.testing.assert_close(cam.mean((2, 3)) + layer.bias, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_cells_that_do_not_divide_the_map_are_cut_as_the_reference_here_cuts_them() -> None:
+def test_cells_that_do_not_divide_the_map_match_the_reference() -> None:
     x = draw_normal(2, 3, 5, 7)
     for kind, n in (("grid1", 1), ("grid2", 2), ("grid4", 4)):
         torch.testing.assert_close(compute_statistic(x, kind), torch.from_numpy(by_hand.cells(x.numpy(), n, n)))

@@ -1,4 +1,4 @@
-"""A SimKD student answers through a projector and the teacher's last layer: trained, measured, counted, kept so."""
+"""SimKD students, which classify by a projector and the teacher's last layer: training, metrics and saved weights."""
 
 import contextlib
 import json
@@ -41,13 +41,13 @@ def simkd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(simkd_run: Path, tmp_path: Path, stages: Stages) -> Path:
-    """A copy of that folder, where a test is."""
+    """A copy of that folder, as the working directory of a test."""
     shutil.copytree(simkd_run, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
-def test_a_layer_that_the_teachers_last_one_does_not_read_is_refused(tmp_path: Path, stages: Stages) -> None:
-    """Of the same width: a wide ResNet's layer3 is before the activation that its last layer reads the mean of."""
+def test_a_layer_that_the_teachers_last_layer_does_not_read_raises_an_error(tmp_path: Path, stages: Stages) -> None:
+    """layer3 of a wide ResNet has the width of its last layer, which reads the mean after another activation."""
     stages("teacher", "--train-size", 150, "--arch", "wrn_16_1", "--epochs", 1, "--out", "t")
     made = (
         "teacher-cache",
@@ -64,26 +64,26 @@ def test_a_layer_that_the_teachers_last_one_does_not_read_is_refused(tmp_path: P
     )
     stages(*made)
     for loss in ("srrl", "simkd", "cat_kd"):
-        asked = ("student", "--cache", "c", "--arch", "resnet8", "--epochs", 1, "--learning-rate", 0.01)
-        said = stages.fails(2, *asked, "--loss", f"{loss}:teacher=layer3,student=layer3")
-        assert "it does not read the mean of 'layer3" in said
-        stages(*asked, "--loss", f"{loss}:teacher=last,student=layer3")
+        command = ("student", "--cache", "c", "--arch", "resnet8", "--epochs", 1, "--learning-rate", 0.01)
+        message = stages.fails(2, *command, "--loss", f"{loss}:teacher=layer3,student=layer3")
+        assert "it does not read the mean of 'layer3" in message
+        stages(*command, "--loss", f"{loss}:teacher=last,student=layer3")
 
 
 def a_student(folder: Path) -> nn.Module:
-    """student.pt without the program's own network: a plain resnet8, convolutions and a product of matrices."""
+    """Load student.pt without the library's SimKD network: a plain resnet8, convolutions and a matrix product."""
     state = torch.load(folder / "student.pt", weights_only=True)
     backbone = build("resnet8", 10, 1, 8)
-    own = {name.removeprefix("backbone."): x for name, x in state.items() if name.startswith("backbone.")}
-    missing, extra = backbone.load_state_dict(own, strict=False)
+    weights = {name.removeprefix("backbone."): x for name, x in state.items() if name.startswith("backbone.")}
+    missing, extra = backbone.load_state_dict(weights, strict=False)
     assert set(missing) == {"linear.weight", "linear.bias"}
     assert not extra
 
     class ByHand(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), capture_features(backbone.eval(), ("layer3",)) as kept:
+            with torch.no_grad(), capture_features(backbone.eval(), ("layer3",)) as features:
                 backbone(x)
-            x = kept["layer3"]
+            x = features["layer3"]
             for conv, norm, pad in ((0, 1, 0), (3, 4, 1), (6, 7, 0)):
                 x = F.conv2d(x, state[f"projector.{conv}.weight"], padding=pad)
                 of_norm = (state[f"projector.{norm}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
@@ -111,7 +111,7 @@ def test_a_student_is_measured_through_its_projector_and_the_teachers_last_layer
     assert result["test"]["accuracy"] > 0.3
 
 
-def test_its_figures_and_its_loss_are_those_of_a_student_that_learned(simkd_run: Path) -> None:
+def test_metrics_and_loss_show_that_the_student_learned(simkd_run: Path) -> None:
     lines = [json.loads(line) for line in (simkd_run / "r/metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]) >= {"loss", "loss_simkd", "val_accuracy"}
     assert lines[-1]["loss_simkd"] < 0.7 * lines[0]["loss_simkd"]
@@ -119,8 +119,8 @@ def test_its_figures_and_its_loss_are_those_of_a_student_that_learned(simkd_run:
     assert result["student"]["test"]["agreement"] > 0.3
 
 
-def test_arch_parameters_and_work_are_those_of_what_answers(simkd_run: Path) -> None:
-    """With the projector and the teacher's layer, without the student's own last layer, which does nothing."""
+def test_arch_parameters_and_multiply_adds_include_the_projector(simkd_run: Path) -> None:
+    """The projector and the teacher's layer are included; the student's last layer, which is unused, is not."""
     result = json.loads((simkd_run / "r/result.json").read_text())
     student, baseline = result["student"], result["baseline"]
     assert student["arch"] == f"simkd(resnet8;layer3;{WIDTH})"
@@ -136,7 +136,7 @@ def test_arch_parameters_and_work_are_those_of_what_answers(simkd_run: Path) -> 
     assert baseline["multiply_adds"] == count_multiply_adds(build("resnet8", 10, 1, 8), 1, 8)
 
 
-def test_evaluate_gives_the_figures_again(home: Path, stages: Stages) -> None:
+def test_evaluate_reproduces_the_metrics(home: Path, stages: Stages) -> None:
     result = json.loads(Path("r/result.json").read_text())["student"]
     again = stages("evaluate", "r")["0"]
     for split in ("val", "test"):
@@ -164,16 +164,16 @@ def test_the_run_is_a_teacher_of_the_next_generation(home: Path, stages: Stages)
     assert cache.teacher == f"simkd(resnet8;layer3;{WIDTH})"
     assert list(cache.manifest.taps["projector"]) == [WIDTH, 2, 2]
     stages("check-cache", "next", "--deep", "--weights", "r")
-    asked = ("student", "--cache", "next", "--arch", "resnet8", "--epochs", 1)
-    stages(*asked, "--loss", "kd", "--out", "by-kd")
-    result = stages(*asked, "--loss", "simkd:teacher=projector,student=layer3", "--out", "by-simkd")
+    command = ("student", "--cache", "next", "--arch", "resnet8", "--epochs", 1)
+    stages(*command, "--loss", "kd", "--out", "by-kd")
+    result = stages(*command, "--loss", "simkd:teacher=projector,student=layer3", "--out", "by-simkd")
     assert result["student"]["arch"] == f"simkd(resnet8;layer3;{WIDTH})"
     state = torch.load("by-simkd/student.pt", weights_only=True)
     assert torch.equal(state["linear.weight"], torch.load("r/student.pt", weights_only=True)["linear.weight"])
 
 
 @pytest.mark.parametrize("loss", ["simkd:teacher=layer3,student=layer2", "simkd:teacher=layer3:pool"])
-def test_it_may_start_from_a_larger_map_or_the_pooled_one(home: Path, stages: Stages, loss: str) -> None:
+def test_the_projector_takes_a_larger_map_or_a_pooled_one(home: Path, stages: Stages, loss: str) -> None:
     layer = "layer2" if "layer2" in loss else "layer3:pool"
     result = stages(*STUDENT, "--loss", loss, "--epochs", 1, "--out", "s")
     assert result["student"]["arch"] == f"simkd(resnet8;{layer};{WIDTH})"
@@ -181,30 +181,30 @@ def test_it_may_start_from_a_larger_map_or_the_pooled_one(home: Path, stages: St
     assert again["nll"] == pytest.approx(result["student"]["test"]["nll"], abs=1e-9)
 
 
-def test_one_pooled_row_at_a_time_is_refused_in_words(home: Path, stages: Stages) -> None:
-    asked = ("--loss", "simkd:teacher=layer3:pool", "--epochs", 1, "--batch-size", 1, "--out", "s")
-    assert "a --batch-size of 1 leaves nothing" in stages.fails(2, *STUDENT[:-2], *asked)
+def test_a_batch_of_one_pooled_row_raises_an_error(home: Path, stages: Stages) -> None:
+    options = ("--loss", "simkd:teacher=layer3:pool", "--epochs", 1, "--batch-size", 1, "--out", "s")
+    assert "a --batch-size of 1 leaves nothing" in stages.fails(2, *STUDENT[:-2], *options)
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
+def test_a_stopped_run_resumes_to_the_same_weights(
     home: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = (*STUDENT, *SIMKD, "--epochs", 3, "--precision", "bfloat16")
-    stages(*asked, "--out", "whole")
+    command = (*STUDENT, *SIMKD, "--epochs", 3, "--precision", "bfloat16")
+    stages(*command, "--out", "whole")
 
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
-        stages.fails(130, *asked, "--out", "stopped")
+        stages.fails(130, *command, "--out", "stopped")
     stages("student", "--resume", "--out", "stopped")
     assert Path("whole/student.pt").read_bytes() == Path("stopped/student.pt").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "says"),
+    ("more", "code", "message"),
     [
-        (("--loss", "simkd:teacher=layer3", "--loss", "hard"), 2, "'simkd' goes alone"),
+        (("--loss", "simkd:teacher=layer3", "--loss", "hard"), 2, "'simkd' takes no other loss"),
         (("--loss", "simkd:teacher=layer2"), 2, "its last linear layer takes 256 values, 'layer2' has 128"),
-        (("--loss", "simkd:teacher=layer2+layer3"), 2, "'simkd' is of one layer of the teacher, not of 2"),
+        (("--loss", "simkd:teacher=layer2+layer3"), 2, "'simkd' takes one layer of the teacher, not 2"),
         (("--loss", "simkd:teacher=layer1"), 1, "does not contain layer1"),
         (("--loss", "simkd:teacher=layer3,student=layer9"), 2, "no tap 'layer9'"),
         (("--loss", "simkd"), 2, "--loss simkd:teacher=layer3,student=layer3"),
@@ -212,14 +212,14 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
         (("--arch", "simkd(resnet8;layer3;16)", *SIMKD), 2, "is not of the form simkd(resnet8;layer3;256)"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_a_step(
-    home: Path, stages: Stages, more: tuple[str, ...], code: int, says: str
+def test_what_does_not_fit_raises_an_error_before_a_step(
+    home: Path, stages: Stages, more: tuple[str, ...], code: int, message: str
 ) -> None:
-    assert says in stages.fails(code, *STUDENT, "--epochs", 1, *more, "--out", "s")
+    assert message in stages.fails(code, *STUDENT, "--epochs", 1, *more, "--out", "s")
     assert not Path("s").exists()
 
 
-def test_the_name_of_the_arch_is_read_as_it_is_written() -> None:
+def test_parse_the_name_of_the_arch() -> None:
     for backbone, layer, width in (("resnet8", "layer3", 256), ("torchvision:resnet18", "layer4.1:pool", 1)):
         assert parse_simkd_arch(format_simkd_arch(backbone, layer, width)) == (backbone, layer, width)
     assert parse_simkd_arch("resnet8") is None
@@ -228,7 +228,7 @@ def test_the_name_of_the_arch_is_read_as_it_is_written() -> None:
             parse_simkd_arch(wrong)
 
 
-def test_the_students_own_last_layer_is_taken_out_and_the_teachers_does_not_ask_for_gradients() -> None:
+def test_the_students_last_layer_is_removed_and_the_teachers_is_frozen() -> None:
     network = build("simkd(resnet8;layer3;12)", 5, 1, 8)
     assert isinstance(network, SimKDStudent)
     assert isinstance(network.backbone.get_submodule("linear"), nn.Identity)

@@ -43,11 +43,11 @@ from tests.helpers.paths import ROOT
         ("student --cache CACHE --loss kd:temprature=4", "Did you mean 'temperature'?"),
         ("student --cache CACHE --loss kd:temperature=0", "is below 0.001"),
         ("student --cache CACHE --loss kd:temperature", "is not parameter=value"),
-        ("student --cache CACHE --loss hint", "wants layers: --loss hint:teacher=layer3"),
+        ("student --cache CACHE --loss hint", "needs layers: --loss hint:teacher=layer3"),
         ("student --cache CACHE --loss kd --loss kd", "given twice"),
         ("student --cache CACHE --labelled 4", "not between 10 classes and 300 rows"),
         ("student --cache CACHE --labelled 400", "not between 10 classes and 300 rows"),
-        ("student --cache CACHE --resume", "--resume wants the run's folder"),
+        ("student --cache CACHE --resume", "--resume needs the run's folder"),
         ("student --cache CACHE --resume --out nowhere", "is no run"),
         ("evaluate nowhere", "is no run"),
         ("student --data digts", "Did you mean 'digits'?"),
@@ -175,7 +175,7 @@ def test_an_existing_run_with_other_settings_is_kept(tiny: Path, stages: Stages)
     line = stages.fails(2, *asked, "--epochs", 2)
     assert "epochs 1 there, 2 asked" in line
     assert "continue it with --resume" in stages.fails(2, *asked)
-    assert "begun with another --epochs" in stages.fails(2, "student", "--resume", "--out", "r", "--epochs", 2)
+    assert "started with another --epochs" in stages.fails(2, "student", "--resume", "--out", "r", "--epochs", 2)
     assert Path("r/student.pt").read_bytes() == before
     Path("not_a_run").mkdir()
     Path("not_a_run/precious.txt").write_text("mine")

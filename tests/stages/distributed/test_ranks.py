@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on loopback: the same cache, the same student, and one end for all."""
+"""Several processes under torchrun on one host: the same cache and student as one process, and errors."""
 
 import json
 import os
@@ -56,8 +56,8 @@ EVERYTHING = (
     "--seeds",
     2,
 )
-# Of those that read: logits alone; relations between rows; labels by class; hidden layers alone, so that the last
-# layer has no gradient at all; random contrasts; the student's own last layer.
+# One loss for each kind of input: logits alone; relations between rows; labels by class; hidden layers alone, so that
+# the last layer has no gradient; random negatives; the student's last layer.
 SOME = ("kd", "similarity", "soft_f1", "hint:teacher=relu2,student=relu2", "crd", "cat_kd")
 DYING_RANK = ROOT / "tests/helpers/dying_rank.py"
 
@@ -73,23 +73,23 @@ def torchrun(count: int, *arguments: object, cwd: Path) -> "subprocess.Completed
 
 
 def succeeds(count: int, *arguments: object, cwd: Path) -> str:
-    """Its standard output."""
+    """Run torchrun, assert that it succeeds, and return its standard output."""
     done = torchrun(count, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def error(done: "subprocess.CompletedProcess[str]") -> str:
-    """The one line with which all ranks ended. (torchrun adds a report of its own.)"""
+    """Return the error line of the ranks, which must be printed once. torchrun adds its own report."""
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ") or line == "Stopped."]
-    assert len(said) == 1, done.stderr
+    error_lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ") or line == "Stopped."]
+    assert len(error_lines) == 1, done.stderr
     assert "[rank" not in done.stderr  # the traceback of a rank
-    return said[0]
+    return error_lines[0]
 
 
 def furthest(run: Path, expected: Path) -> float:
-    """How far the weights of two runs are apart, at most."""
+    """Return the largest difference of the weights of two runs."""
     one, other = torch.load(run, weights_only=True), torch.load(expected, weights_only=True)
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
@@ -98,10 +98,10 @@ def furthest(run: Path, expected: Path) -> float:
 # Stage one
 
 
-def test_a_cache_is_the_same_by_any_number_of_ranks_also_after_one_was_killed(
+def test_any_number_of_ranks_writes_the_same_cache_also_after_a_kill(
     tiny: Path, stages: Stages, tmp_path: Path, dose: Callable[[int, int], int]
 ) -> None:
-    """Killed under 2 ranks, finished under 3; under --torture grown under 2: the same read_payloads."""
+    """Killed with 2 ranks and finished with 3; under --torture also grown with 2: the same payloads."""
     smaller = ("--draws", 2, "--shard-rows", 60, "--taps", "pool1")
     larger = ("--draws", 3, "--shard-rows", 60, "--taps", "pool1,flatten")
     one, many = tmp_path / "one", tmp_path / "many"
@@ -110,9 +110,9 @@ def test_a_cache_is_the_same_by_any_number_of_ranks_also_after_one_was_killed(
     there = len(list(many.glob("*/shard-*.h5")))
     assert 0 < there < len(read_payloads(one))
     assert not (many / "manifest.json").exists()
-    said = succeeds(3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path)
-    assert said.count("next:") == 1
-    assert f"continued: {there} of {len(read_payloads(one))} shards were there and intact" in said
+    output = succeeds(3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path)
+    assert output.count("next:") == 1
+    assert f"continued: {there} of {len(read_payloads(one))} shards were there and intact" in output
     assert_same_rows(many, one)
     if dose(0, 1):
         stages(*make_cache_command(tiny, one, *larger))
@@ -124,7 +124,7 @@ def test_a_cache_is_the_same_by_any_number_of_ranks_also_after_one_was_killed(
 
 
 def assert_same_rows(cache: Path, expected: Path) -> None:
-    """The same shards, hits and head, and no file more or less."""
+    """Assert equal shards, correct predictions, heads and file names."""
     one, other = (json.loads((folder / "manifest.json").read_text()) for folder in (cache, expected))
     assert read_payloads(cache) == read_payloads(expected)
     assert {s["path"]: s["correct"] for s in one["shards"]} == {s["path"]: s["correct"] for s in other["shards"]}
@@ -135,14 +135,14 @@ def assert_same_rows(cache: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_teacher_that_is_wanting_is_trained_by_one_rank(
+def test_a_missing_teacher_is_trained_by_one_rank(
     stages: Stages, tmp_path: Path, count: int, dose: Callable[[int, int], int]
 ) -> None:
     if count > dose(2, 3):
         pytest.skip("under --torture")
-    asked = ("teacher-cache", "--train-size", 200, "--views", "crop:pad=1", "--shard-rows", 50, "--teacher", "mlp:8")
-    stages(*asked, "--out", "one")
-    succeeds(count, *asked, "--out", "many", cwd=tmp_path)
+    command = ("teacher-cache", "--train-size", 200, "--views", "crop:pad=1", "--shard-rows", 50, "--teacher", "mlp:8")
+    stages(*command, "--out", "one")
+    succeeds(count, *command, "--out", "many", cwd=tmp_path)
     assert read_payloads(tmp_path / "many") == read_payloads(tmp_path / "one")
     assert list_files(tmp_path / "many-teacher") == list_files(tmp_path / "one-teacher")
 
@@ -150,7 +150,7 @@ def test_a_teacher_that_is_wanting_is_trained_by_one_rank(
 # Stage two
 
 
-def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> None:
+def test_ranks_render_the_views_of_their_rows_and_read_the_targets_of_all(tiny: Path) -> None:
     cache = Cache(tiny / "cache")
     rows = load_transfer_set("digits", Path(), **cache.cut).splits["train"]
     whole = CacheLoader(
@@ -179,10 +179,10 @@ def test_ranks_render_their_own_rows_and_read_the_targets_of_all(tiny: Path) -> 
             assert torch.equal(p.features["pool1"], batch.features["pool1"])
 
 
-def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss(
+def test_a_student_of_several_ranks_equals_that_of_one_process_for_every_kind_of_loss(
     stages: Stages, tmp_path: Path, dose: Callable[[int, int], int]
 ) -> None:
-    """Batches of 20 rows: 7, 6 and 7 of 3 ranks. Under --torture by every method there is, and 2 and 4 ranks too."""
+    """Batches of 20 rows: 7, 6 and 7 for 3 ranks. Under --torture every method, and 2 and 4 ranks too."""
     (tmp_path / "plain.py").write_text(PLAIN)
     sys.path.insert(0, str(tmp_path))
     try:
@@ -212,7 +212,7 @@ def test_a_student_of_several_ranks_is_that_of_one_process_by_every_kind_of_loss
         sys.modules.pop("plain", None)
     for count in (3, 2, 4)[: dose(1, 3)]:
         methods = SOME if dose(0, 1) == 0 else ()
-        out = succeeds(count, ROOT / "tests/helpers/side_by_side.py", "c", "plain:net", 23, *methods, cwd=tmp_path)
+        out = succeeds(count, ROOT / "tests/helpers/compare_ranks.py", "c", "plain:net", 23, *methods, cwd=tmp_path)
         found = json.loads(out)
         found.pop("simkd", None)  # its projector has batch norm, which on a CPU is each rank's own
         assert len(found) >= len(SOME)
@@ -247,16 +247,16 @@ class Skipping(nn.Module):
 """
 
 
-def test_ranks_may_leave_out_different_layers_of_a_network(tiny: Path, tmp_path: Path) -> None:
-    """Then a weight has a gradient on some ranks alone: the others' counts as zero."""
+def test_ranks_may_skip_different_layers_of_a_network(tiny: Path, tmp_path: Path) -> None:
+    """Then a weight has a gradient on some ranks only; on the others it counts as zero."""
     (tmp_path / "skipping.py").write_text(SKIPPING)
     command = ("student", "--cache", tiny / "cache", "--arch", "skipping:Skipping", "--epochs", 2, "--batch-size", 60)
     succeeds(2, *command, "--device", "cpu", "--clip-norm", 1, "--out", "r", cwd=tmp_path)
     assert (tmp_path / "r/student.pt").is_file()
 
 
-def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages: Stages, tmp_path: Path) -> None:
-    """With everything that a run may have: two seeds, fine-tuning, a baseline, averaged weights, a chosen epoch."""
+def test_a_student_is_resumed_by_another_number_of_ranks(tiny: Path, stages: Stages, tmp_path: Path) -> None:
+    """A run with two seeds, fine-tuning, a baseline, averaged weights and a selected epoch."""
     command = ("student", "--cache", tiny / "cache", *EVERYTHING)
     expected = stages(*command, "--out", "one")
     died = error(torchrun(2, DYING_RANK, 1, "train_step", 10, *command, "--out", "many", cwd=tmp_path))
@@ -265,9 +265,9 @@ def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages
     done = torchrun(3, "student", "--resume", "--tensorboard", "--out", "many", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    told = [line for line in done.stderr.splitlines() if ", epoch " in line]
-    assert told[-1].startswith("baseline, seed 1, epoch 5/5: loss ")
-    assert len(told) == len(set(told)) == 2 * (3 + 2 + 5) - 1  # by the first rank alone
+    epoch_lines = [line for line in done.stderr.splitlines() if ", epoch " in line]
+    assert epoch_lines[-1].startswith("baseline, seed 1, epoch 5/5: loss ")
+    assert len(epoch_lines) == len(set(epoch_lines)) == 2 * (3 + 2 + 5) - 1  # by the first rank alone
     for folder in list((tmp_path / "many").rglob("tensorboard")):
         assert len(list(folder.iterdir())) == 1
         shutil.rmtree(folder)
@@ -287,27 +287,27 @@ def test_a_student_is_gone_on_with_by_another_number_of_ranks(tiny: Path, stages
     assert [seed["student"]["epoch"] for seed in found["seeds"]] == [s["student"]["epoch"] for s in expected["seeds"]]
 
 
-# One end for all
+# Errors
 
 
-def test_an_error_of_all_ranks_is_one_line(tiny: Path, tmp_path: Path) -> None:
-    asked = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--batch-size", 3, "--out", "r")
-    line = error(torchrun(2, *asked, cwd=tmp_path))
+def test_an_error_in_all_ranks_is_printed_once(tiny: Path, tmp_path: Path) -> None:
+    command = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--batch-size", 3, "--out", "r")
+    line = error(torchrun(2, *command, cwd=tmp_path))
     assert line == (
         "Error: 2 ranks share batches of 3 rows, and each needs 2 of one: a larger --batch-size, or fewer ranks"
     )
 
 
-def test_commands_for_one_process_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+def test_commands_for_one_process_raise_an_error_under_torchrun(tmp_path: Path) -> None:
     line = "Error: torchrun is for teacher-cache and student: run `tune` without it, in one process"
-    for rank, said in (("0", line), ("1", "")):
+    for rank, message in (("0", line), ("1", "")):
         environment = {**os.environ, **ONE_RANK, "RANK": rank, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "softcache", "tune"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stderr.strip(), done.stdout) == (2, said, "")
+        assert (done.returncode, done.stderr.strip(), done.stdout) == (2, message, "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_is_a_rank_only_where_torchrun_says_everything() -> None:
+def test_read_ranks_needs_all_variables_of_torchrun() -> None:
     assert read_ranks({}) == read_ranks({"RANK": "1", "WORLD_SIZE": "4"}) == Ranks()
     assert read_ranks({**ONE_RANK, "LOCAL_WORLD_SIZE": "1"}) == Ranks(0, 2, 0, 1)

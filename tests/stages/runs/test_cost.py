@@ -1,4 +1,4 @@
-"""The bill: what stage one and the student took, and what a teacher in the loop would have added."""
+"""The cost of a student: time of stage one and of training, and what a teacher in the loop would have added."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.commands import Stages
 
 
-def test_the_bill_of_a_student_follows_from_the_manifest_and_its_seconds(tiny: Path, stages: Stages) -> None:
+def test_the_cost_of_a_student_follows_from_the_manifest_and_its_seconds(tiny: Path, stages: Stages) -> None:
     epochs, finetune = 4, 1
     result = stages(
         "student",
@@ -33,12 +33,13 @@ def test_the_bill_of_a_student_follows_from_the_manifest_and_its_seconds(tiny: P
     assert bill["epoch"] == pytest.approx(result["student"]["seconds"] / (epochs + finetune))
     assert bill["live_epoch"] == pytest.approx(bill["epoch"] + bill["teacher_epoch"])
     assert bill["saved"] == pytest.approx(epochs * bill["teacher_epoch"])
-    # Stage one asked about each training view of three draws, and the held-out ones: so many epochs of a live teacher.
+    # Stage one ran the teacher on the training views of three draws and on the held-out views: as many views as in
+    # these epochs with a live teacher.
     assert bill["paid_after_epochs"] == pytest.approx(rows / splits["train"])
     assert bill["paid_after_students"] == pytest.approx(rows / splits["train"] / epochs)
 
 
-def test_the_bill_is_said(tiny: Path, stages: Stages) -> None:
+def test_the_cost_is_printed(tiny: Path, stages: Stages) -> None:
     code, out, _ = stages.call("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2, "--out", "r")
     assert code == 0
     assert "cost:  stage one" in out

@@ -1,4 +1,4 @@
-"""What students and their teacher say of the held-out splits is kept with the run, and only sound files are read."""
+"""Logits of students and teacher on the held-out splits are saved with the run; damaged files raise an error."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.helpers.commands import Stages
 STUDENT = ("--arch", "mlp:8", "--epochs", 2)
 
 
-def test_the_figures_of_a_run_come_out_of_what_it_keeps(tiny: Path, stages: Stages) -> None:
+def test_the_metrics_of_a_run_follow_from_its_saved_logits(tiny: Path, stages: Stages) -> None:
     more = ("--seeds", 2, "--baseline", "--finetune-epochs", 1, "--out", "r")
     result = stages("student", "--cache", tiny / "cache", *STUDENT, *more)
     teacher = read_logits(Path("r/teacher-logits.safetensors"))
@@ -34,7 +34,7 @@ def test_the_figures_of_a_run_come_out_of_what_it_keeps(tiny: Path, stages: Stag
         assert evaluate(teacher[split].logits, teacher[split].labels)["nll"] == result["teacher"][split]["nll"]
 
 
-def test_equal_rows_have_equal_contents_and_other_rows_have_not(tiny: Path, stages: Stages) -> None:
+def test_only_equal_rows_have_equal_content_digests(tiny: Path, stages: Stages) -> None:
     stages("student", "--cache", tiny / "cache", *STUDENT, "--out", "a")
     val, test = read_logits(Path("a/logits.safetensors")).values()
     assert val.content != test.content
@@ -42,11 +42,11 @@ def test_equal_rows_have_equal_contents_and_other_rows_have_not(tiny: Path, stag
     assert test.content == cache["identity"]["transfer_set"]["content"]["test"]
 
 
-def test_a_damaged_file_is_refused_by_name(tiny: Path, stages: Stages) -> None:
+def test_a_damaged_file_raises_an_error_with_its_name(tiny: Path, stages: Stages) -> None:
     stages("student", "--cache", tiny / "cache", *STUDENT, "--out", "r")
     path = Path("r/logits.safetensors")
     whole = path.read_bytes()
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist: only a finished training has logits"):
         read_logits(Path("r/none.safetensors"))
     for damaged in (whole[:-1], whole[:100], b"", whole + b"x", b"\xff" * 8 + whole[8:]):
         path.write_bytes(damaged)

@@ -12,7 +12,15 @@ import softcache.stages.training.loop as training
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.training.step import ActiveTraining
-from tests.helpers.caches import CACHE_COMMAND, PETS_CACHE_COMMAND, make_folder_with_cache, read_payloads, parse_printed_command, save_pets, save_pets_teacher
+from tests.helpers.caches import (
+    CACHE_COMMAND,
+    PETS_CACHE_COMMAND,
+    make_folder_with_cache,
+    parse_printed_command,
+    read_payloads,
+    save_pets,
+    save_pets_teacher,
+)
 from tests.helpers.commands import Stages
 from tests.helpers.damage import edit_shard
 from tests.helpers.stopping import stop_at

@@ -1,4 +1,4 @@
-"""--compile: the same student but for rounding, and one line where there is no compiler."""
+"""--compile: the same student up to rounding, and an error of one line without a compiler."""
 
 import json
 import shutil
@@ -16,10 +16,10 @@ LOSSES = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=linear,weight=
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_a_compiled_student_is_the_plain_one_but_for_rounding(tiny: Path, stages: Stages) -> None:
-    said = ("student", "--cache", tiny / "cache", *STUDENT, *LOSSES)
-    stages(*said, "--out", "plain")
-    stages(*said, "--compile", "--out", "compiled")
+def test_a_compiled_student_equals_the_uncompiled_one_up_to_rounding(tiny: Path, stages: Stages) -> None:
+    command = ("student", "--cache", tiny / "cache", *STUDENT, *LOSSES)
+    stages(*command, "--out", "plain")
+    stages(*command, "--compile", "--out", "compiled")
     ours, theirs = (read_state_dict(Path(run, "student.pt")) for run in ("compiled", "plain"))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -34,7 +34,7 @@ def test_a_compiled_student_is_the_plain_one_but_for_rounding(tiny: Path, stages
     assert all(json.loads(line)["gradient_kd"] > 0 for line in Path("one/metrics.jsonl").read_text().splitlines())
 
 
-def test_a_network_that_cannot_be_compiled_is_one_line(
+def test_a_network_that_cannot_be_compiled_gives_an_error_of_one_line(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.exc import Unsupported

@@ -1,4 +1,4 @@
-"""A line of metrics.jsonl: the gradient of each term alone, the learning rate, and that measuring changes nothing."""
+"""The records of metrics.jsonl: gradient norms of terms, which change nothing in the training, and learning rates."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def lines_of(folder: str) -> list[dict[str, Any]]:
 
 
 class Before:
-    """What each measured step of a student has begun with: its batch, weights and the losses' own, in float64."""
+    """The batch, weights and loss parts before each measured step of a student, in float64."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.steps: list[tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor], float]] = []
@@ -72,10 +72,10 @@ def norm(term: torch.Tensor, weights: list[torch.Tensor]) -> float:
     return sum(float((g**2).sum()) for g in found if g is not None) ** 0.5
 
 
-def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
+def test_the_gradient_norm_of_each_term_agrees_with_float64(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the last step of each epoch, by all that is trained, the hint's regressor included, and before clipping."""
+    """At the last step of each epoch, over all trained weights including the hint's regressor, before clipping."""
     before = Before(monkeypatch)
     stages(
         "student",
@@ -100,10 +100,10 @@ def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
         x = ((batch.views.double() / 255 - mean) / std).flatten(1)
         hidden = F.linear(x, *first)
         logits = F.linear(hidden.relu(), *last)
-        said, heard = (logits / 4).log_softmax(1), (batch.logits.double() / 4).softmax(1)
+        log_student, teacher = (logits / 4).log_softmax(1), (batch.logits.double() / 4).softmax(1)
         regressed = F.linear(hidden, *own.values())
         terms = {
-            "kd": 0.9 * 16 * F.kl_div(said, heard, reduction="batchmean"),
+            "kd": 0.9 * 16 * F.kl_div(log_student, teacher, reduction="batchmean"),
             "hard": 0.1 * F.cross_entropy(logits, batch.labels),
             "hint": 0.1 * F.mse_loss(regressed, batch.features["flatten"].double()),
         }
@@ -115,7 +115,7 @@ def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
 
 
 @pytest.mark.parametrize(
-    "said",
+    "options",
     [
         ("--arch", "mlp:16", *KD, *HINT, "--baseline"),
         ("--arch", "owned:dropping", *KD),
@@ -125,12 +125,12 @@ def test_the_gradient_of_each_term_is_that_of_its_formula_in_float64(
         ("--arch", "mlp:16", "--seed", 0, "--seed", 1, "--losses", "kd hard:weight=0.1", "--vectorize"),
     ],
 )
-def test_measuring_changes_no_bit_of_a_weight(
-    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, own_archs: None, said: tuple[Any, ...]
+def test_measuring_gradient_norms_changes_no_bit_of_a_weight(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, own_archs: None, options: tuple[Any, ...]
 ) -> None:
     import softcache.stages.training.vectorized as stacked
 
-    command = ("student", *COMMON, "--cache", tiny / "cache", *said)
+    command = ("student", *COMMON, "--cache", tiny / "cache", *options)
     stages(*command, "--out", "measured")
     for module, name in ((training, "train_step"), (stacked, "_step")):
         step = getattr(module, name)
@@ -142,7 +142,7 @@ def test_measuring_changes_no_bit_of_a_weight(
         assert Path("measured", path).read_bytes() == Path("plain", path).read_bytes(), path
 
 
-def test_one_term_alone_costs_no_pass_of_its_own(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_term_needs_no_additional_pass(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a second pass"))
     taken, step = [], training.train_step
 
@@ -157,26 +157,26 @@ def test_one_term_alone_costs_no_pass_of_its_own(tiny: Path, stages: Stages, mon
     assert [line["gradient_kd"] for line in lines_of("r")] == pytest.approx([taken[4], taken[9]], rel=1e-5)
 
 
-def test_a_term_that_reaches_no_trained_weight_has_no_gradient(tiny: Path, stages: Stages, own_archs: None) -> None:
+def test_a_term_without_trained_weights_has_a_zero_gradient_norm(tiny: Path, stages: Stages, own_archs: None) -> None:
     more = ("--loss", "kd", "--loss", "similarity:teacher=flatten,student=1,weight=1e-6")
     stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "owned:frozen", *more, "--out", "r")
     assert [line["gradient_similarity"] for line in lines_of("r")] == [0, 0]
     assert all(line["gradient_kd"] > 0 for line in lines_of("r"))
 
 
-def test_a_network_that_cannot_be_gone_through_for_a_term_is_trained_all_the_same(
+def test_a_network_that_refuses_the_pass_of_a_term_is_trained_without_norms(
     tiny: Path, stages: Stages, own_archs: None
 ) -> None:
-    """Reentrant checkpoints of PyTorch refuse it."""
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "owned:checkpointed")
-    stages(*said, *KD, "--out", "r")
+    """PyTorch's reentrant checkpoints refuse it."""
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "owned:checkpointed")
+    stages(*command, *KD, "--out", "r")
     assert [line["epoch"] for line in lines_of("r")] == [1, 2]
     assert not [name for line in lines_of("r") for name in line if name.startswith("gradient")]
-    stages(*said, "--loss", "kd", "--out", "one")
+    stages(*command, "--loss", "kd", "--out", "one")
     assert all(line["gradient_kd"] > 0 for line in lines_of("one"))
 
 
-def test_a_term_whose_weight_falls_to_nothing_has_none_left(tiny: Path, stages: Stages) -> None:
+def test_a_term_with_weight_0_has_a_zero_gradient_norm(tiny: Path, stages: Stages) -> None:
     more = ("--loss", "kd", "--loss", "hard:weight=1->0")
     stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", *more, "--out", "r")
     first, last = lines_of("r")
@@ -184,7 +184,7 @@ def test_a_term_whose_weight_falls_to_nothing_has_none_left(tiny: Path, stages: 
     assert last["gradient_hard"] == last["loss_hard"] == 0
 
 
-def test_the_learning_rate_is_the_last_steps_under_every_schedule(tiny: Path, stages: Stages) -> None:
+def test_the_learning_rate_of_an_epoch_is_that_of_its_last_step(tiny: Path, stages: Stages) -> None:
     more = ("--cache", tiny / "cache", "--arch", "mlp:8", "--loss", "kd", "--epochs", 4, "--warmup", 0)
     for schedule in ("constant", "step"):
         stages("student", *COMMON, *more, "--schedule", schedule, "--milestones", "0.4", "--out", schedule)

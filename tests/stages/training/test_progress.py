@@ -1,4 +1,4 @@
-"""What a person sees of a training: on a terminal one line, drawn again and again; elsewhere a line an epoch."""
+"""The progress of a training: one line that is redrawn on a terminal, a line for each epoch elsewhere."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from softcache.stages.cli.console import Console, LongWorkNotice, format_clock
-from softcache.stages.training import progress as showing
+from softcache.stages.training import progress as progress_module
 from tests.helpers.commands import Stages
 
 COMMON = ("--epochs", 3, "--batch-size", 60, "--learning-rate", 0.05)
@@ -35,7 +35,7 @@ def lines_of(folder: str) -> list[dict[str, Any]]:
 
 @dataclass
 class Terminal:
-    """What was written on it, and each state of its line."""
+    """The text that was written to a terminal."""
 
     text: str = ""
 
@@ -46,9 +46,9 @@ class Terminal:
 
 @contextmanager
 def terminal(patch: pytest.MonkeyPatch, columns: int) -> Iterator[Terminal]:
-    """A pseudo-terminal as standard error, on which every step is drawn at once."""
-    patch.setattr(showing, "_DELAY", 0.0)
-    patch.setattr(showing, "_EVERY", 0.0)
+    """A pseudo-terminal as standard error, on which every step is drawn without a delay."""
+    patch.setattr(progress_module, "_DELAY", 0.0)
+    patch.setattr(progress_module, "_INTERVAL", 0.0)
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     seen, pieces = Terminal(), []
@@ -64,8 +64,8 @@ def terminal(patch: pytest.MonkeyPatch, columns: int) -> Iterator[Terminal]:
             pieces.append(piece)
 
     reader = threading.Thread(target=read)
-    with patch.context() as here, open(theirs, "w", encoding="utf-8") as file:
-        here.setattr(sys, "stderr", file)
+    with patch.context() as context, open(theirs, "w", encoding="utf-8") as file:
+        context.setattr(sys, "stderr", file)
         reader.start()
         yield seen
     reader.join()
@@ -76,8 +76,8 @@ def terminal(patch: pytest.MonkeyPatch, columns: int) -> Iterator[Terminal]:
 # A pipe
 
 
-def test_a_pipe_gets_a_line_of_each_epoch_with_the_figures_that_are_kept(tiny: Path, stages: Stages) -> None:
-    said = (
+def test_a_pipe_gets_a_line_of_each_epoch_with_the_saved_metrics(tiny: Path, stages: Stages) -> None:
+    command = (
         "student",
         *COMMON,
         "--cache",
@@ -91,12 +91,12 @@ def test_a_pipe_gets_a_line_of_each_epoch_with_the_figures_that_are_kept(tiny: P
         "--out",
         "r",
     )
-    code, out, err = stages.call(*said, "--json")
+    code, out, err = stages.call(*command, "--json")
     assert code == 0
     assert json.loads(out)["student"]
-    told = [line for line in err.splitlines() if ", epoch " in line]
-    assert len(told) == 6
-    for i, (line, kept) in enumerate(zip(told[:3], lines_of("r"), strict=True), 1):
+    epoch_lines = [line for line in err.splitlines() if ", epoch " in line]
+    assert len(epoch_lines) == 6
+    for i, (line, kept) in enumerate(zip(epoch_lines[:3], lines_of("r"), strict=True), 1):
         found = re.fullmatch(
             rf"student, seed 3, epoch {i}/3: loss ({NUMBER}) \(kd ({NUMBER}), hard ({NUMBER})\),"
             rf" val accuracy ({NUMBER}), F1 ({NUMBER}), {NUMBER} images/s(, .* left)?",
@@ -106,31 +106,31 @@ def test_a_pipe_gets_a_line_of_each_epoch_with_the_figures_that_are_kept(tiny: P
         figures = [kept[name] for name in ("loss", "loss_kd", "loss_hard", "val_accuracy", "val_f1_macro")]
         assert [float(x) for x in found.groups()[:5]] == pytest.approx(figures, rel=5e-3)
         assert bool(found[6]) == (i < 3)
-    assert all(re.match(rf"baseline, seed 3, epoch {i}/3: loss {NUMBER}, val", told[2 + i]) for i in (1, 2, 3))
+    assert all(re.match(rf"baseline, seed 3, epoch {i}/3: loss {NUMBER}, val", epoch_lines[2 + i]) for i in (1, 2, 3))
     assert "it/s" not in err
     assert "|" not in err  # no bar
 
 
-def test_several_students_are_one_line_that_names_the_best(tiny: Path, stages: Stages) -> None:
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--arch", "cnn", "--out", "all")
-    _, _, err = stages.call(*said)
-    told = [line for line in err.splitlines() if ", epoch " in line]
+def test_several_students_share_a_line_that_names_the_best(tiny: Path, stages: Stages) -> None:
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--arch", "cnn", "--out", "all")
+    _, _, err = stages.call(*command)
+    epoch_lines = [line for line in err.splitlines() if ", epoch " in line]
     kept = {name: lines_of(f"all/{name}") for name in ("mlp-8", "cnn")}
-    assert len(told) == 3
-    for i, line in enumerate(told):
+    assert len(epoch_lines) == 3
+    for i, line in enumerate(epoch_lines):
         best = max(kept, key=lambda name: kept[name][i]["val_accuracy"])
         assert line.startswith(f"2 students, best {best}, epoch {i + 1}/3: loss {kept[best][i]['loss']:.4g}, val")
 
 
-def test_students_as_one_model_are_one_line_too(tiny: Path, stages: Stages) -> None:
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--seed", 0, "--seed", 1)
-    _, _, err = stages.call(*said, "--vectorize", "--baseline", "--out", "all")
-    told = [line for line in err.splitlines() if ", epoch " in line]
-    assert [line.partition(",")[0] for line in told] == ["2 students"] * 3 + ["2 baselines"] * 3
-    assert all(re.search(r"best seed-[01], epoch \d/3: loss", line) for line in told)
+def test_vectorised_students_share_a_line(tiny: Path, stages: Stages) -> None:
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--seed", 0, "--seed", 1)
+    _, _, err = stages.call(*command, "--vectorize", "--baseline", "--out", "all")
+    epoch_lines = [line for line in err.splitlines() if ", epoch " in line]
+    assert [line.partition(",")[0] for line in epoch_lines] == ["2 students"] * 3 + ["2 baselines"] * 3
+    assert all(re.search(r"best seed-[01], epoch \d/3: loss", line) for line in epoch_lines)
 
 
-def test_commands_with_lines_of_their_own_leave_the_epochs_out(tiny: Path, stages: Stages) -> None:
+def test_commands_that_print_other_lines_omit_those_of_epochs(tiny: Path, stages: Stages) -> None:
     common = (*COMMON, "--cache", tiny / "cache", "--arch", "mlp:8")
     code, out, err = stages.call("tune", *common, "--search", "momentum=0.8|0.9", "--grid", "--out", "t")
     assert (code, len(re.findall(r"^trial \d", out, re.MULTILINE))) == (0, 2), (out, err)
@@ -145,7 +145,7 @@ def test_commands_with_lines_of_their_own_leave_the_epochs_out(tiny: Path, stage
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_a_terminal_gets_one_line_that_fits_and_goes_away(
+def test_a_terminal_gets_one_line_that_fits_and_is_removed(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     with terminal(monkeypatch, columns) as seen:
@@ -167,7 +167,7 @@ def test_a_terminal_gets_one_line_that_fits_and_goes_away(
     assert seen.text.rstrip("\r").endswith(" ")  # overwritten with blanks
 
 
-def test_the_loss_that_is_drawn_is_the_mean_of_the_epoch_so_far(
+def test_the_printed_loss_is_the_mean_of_the_epoch_so_far(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with terminal(monkeypatch, 120) as seen:
@@ -177,10 +177,12 @@ def test_the_loss_that_is_drawn_is_the_mean_of_the_epoch_so_far(
     assert losses == pytest.approx([line["loss"] for line in lines_of("r")], rel=5e-3)
 
 
-def test_a_message_stands_above_the_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_is_printed_above_the_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (
         terminal(monkeypatch, 80) as seen,
-        showing.show_progress([job()], 0, lambda _: torch.ones(1), "it", Console(True)) as s,
+        progress_module.show_progress([job()], 0, lambda _: torch.ones(1), "it", Console(True)) as s,
     ):
         s.step(10)
         Console(True).print("a message")
@@ -189,7 +191,7 @@ def test_a_message_stands_above_the_line(capsys: pytest.CaptureFixture[str], mon
 
 
 class LockInterrupted:
-    """Ctrl-C comes as it is about to be taken; what was never taken cannot be let go."""
+    """A lock whose acquire is interrupted by Ctrl-C; it cannot be released then."""
 
     def acquire(self) -> None:
         raise KeyboardInterrupt
@@ -204,7 +206,7 @@ class LockInterrupted:
 
 
 @pytest.mark.parametrize("print_it", [Console(True).print, Console(False).print, Console(True).note])
-def test_an_interrupt_while_a_line_is_printed_stays_one(print_it: Callable[[str], None]) -> None:
+def test_an_interrupt_while_a_line_is_printed_is_raised(print_it: Callable[[str], None]) -> None:
     whole = tqdm.get_lock()
     tqdm.set_lock(LockInterrupted())
     try:
@@ -231,19 +233,21 @@ def job() -> Any:
     return FakeJob()
 
 
-def shown(jobs: list[Any], sums: Any = lambda _: torch.tensor([10.0, 2.0])) -> showing.TrainingProgress:
-    return showing.TrainingProgress(jobs, 0, sums, LongWorkNotice(Console(True), "", 1, ""))
+def make_progress(
+    jobs: list[Any], sums: Any = lambda _: torch.tensor([10.0, 2.0])
+) -> progress_module.TrainingProgress:
+    return progress_module.TrainingProgress(jobs, 0, sums, LongWorkNotice(Console(True), "", 1, ""))
 
 
 @pytest.mark.parametrize("students", [1, 12])
-def test_it_fits_every_terminal_and_says_the_most_important_first(students: int) -> None:
-    here = shown([job()] * students)
+def test_the_line_fits_every_terminal_with_the_most_important_parts_first(students: int) -> None:
+    progress = make_progress([job()] * students)
     line = {"epoch": 12, "loss": 0.2, "val_accuracy": 0.98123, "val_f1_macro": 0.97987}
     for number in range(1, 1243):
-        here.step(64)
+        progress.step(64)
         if number % 100 == 0:
-            here.epoch([line] + [None] * (students - 1))
-    widths = {columns: here.format_line(columns) for columns in range(20, 200)}
+            progress.epoch([line] + [None] * (students - 1))
+    widths = {columns: progress.format_line(columns) for columns in range(20, 200)}
     assert all(len(text) < columns for columns, text in widths.items())
     assert re.search(
         r": 41 % 12/30 epochs, loss 0.286, val accuracy 0.981, F1 0.980, [\d,]+ images/s, 0:0\d left$", widths[199]
@@ -254,43 +258,41 @@ def test_it_fits_every_terminal_and_says_the_most_important_first(students: int)
     assert "41 % 12/30, loss 0.286" in widths[70]
 
 
-def test_the_loss_is_not_asked_for_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU would have to stop for it."""
-    asked = []
+def test_the_loss_is_not_read_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it would synchronise with a GPU."""
+    reads = []
 
     def sums(_: int) -> torch.Tensor:
-        asked.append(1)
+        reads.append(1)
         return torch.ones(1)
 
-    monkeypatch.setattr(showing, "_DELAY", 0.1)
-    monkeypatch.setattr(showing, "_EVERY", 0.1)
+    monkeypatch.setattr(progress_module, "_DELAY", 0.1)
+    monkeypatch.setattr(progress_module, "_INTERVAL", 0.1)
     with terminal(monkeypatch, 80):
-        monkeypatch.setattr(showing, "_DELAY", 0.1)
-        monkeypatch.setattr(showing, "_EVERY", 0.1)
-        here = shown([job()], sums)
-        begun = showing.time.monotonic()
-        while showing.time.monotonic() - begun < 0.55:
-            here.step(64)
-        here.close()
-    assert here.steps_done > 1000
-    assert 1 <= len(asked) <= 5
+        monkeypatch.setattr(progress_module, "_DELAY", 0.1)
+        monkeypatch.setattr(progress_module, "_INTERVAL", 0.1)
+        progress = make_progress([job()], sums)
+        start = progress_module.time.monotonic()
+        while progress_module.time.monotonic() - start < 0.55:
+            progress.step(64)
+        progress.close()
+    assert progress.steps_done > 1000
+    assert 1 <= len(reads) <= 5
 
 
-def test_of_several_ranks_the_first_alone_shows_something(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_rank_0_prints_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     line = {"epoch": 1, "loss": 0.2}
     for module in ("softcache.stages.training.progress", "softcache.stages.cli.console"):
         monkeypatch.setattr(f"{module}.is_first", lambda: False)
-    shown([job()]).epoch([line])
+    make_progress([job()]).epoch([line])
     assert capsys.readouterr() == ("", "")
     with terminal(monkeypatch, 80) as seen:
-        here = shown([job()])
+        progress = make_progress([job()])
         for _ in range(20):
-            here.step(1)
-        here.close()
+            progress.step(1)
+        progress.close()
     assert seen.text == ""
 
 
-def test_hours_are_written_as_hours() -> None:
+def test_format_clock_writes_hours() -> None:
     assert [format_clock(s) for s in (0, 12.4, 59.6, 725, 7800)] == ["0:00", "0:12", "1:00", "12:05", "2:10:00"]

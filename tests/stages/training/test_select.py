@@ -1,4 +1,4 @@
-"""--select: the weights of the epoch that is best on validation are kept, also where a training was stopped."""
+"""--select: the weights of the best epoch on validation are saved, also after a stop."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import softcache.stages.training.loop as training
 from tests.helpers.commands import Stages
 
-# At this rate a small student rises and falls.
+# With this learning rate the accuracy of a small student rises and falls.
 STUDENT = (
     "--arch",
     "mlp:8",
@@ -31,7 +31,7 @@ def lines_of(folder: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("select", "best"), [("accuracy", max), ("f1_macro", max), ("nll", min)])
-def test_the_kept_weights_are_those_of_the_epoch_that_is_best_on_validation(
+def test_the_saved_weights_are_those_of_the_best_epoch_on_validation(
     tiny: Path, stages: Stages, select: str, best: Any
 ) -> None:
     cache = ("student", "--cache", tiny / "cache", *STUDENT)
@@ -47,7 +47,7 @@ def test_the_kept_weights_are_those_of_the_epoch_that_is_best_on_validation(
     assert lines_of("chosen")[-1]["val_nll"] == lines_of("last")[-1]["val_nll"], "training itself is the same"
 
 
-def test_a_training_that_is_stopped_after_its_best_epoch_still_keeps_it(
+def test_a_training_stopped_after_its_best_epoch_still_saves_it(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("student", "--cache", tiny / "cache", *STUDENT, "--select", "accuracy", "--ema", 0.5)
@@ -68,14 +68,14 @@ def test_a_training_that_is_stopped_after_its_best_epoch_still_keeps_it(
     assert Path("stopped/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
 
 
-def test_a_teacher_may_be_chosen_too(stages: Stages) -> None:
+def test_select_works_for_teachers(stages: Stages) -> None:
     result = stages("teacher", "--train-size", 100, "--arch", "mlp:8", "--epochs", 3, "--select", "nll", "--out", "t")
     values = [line["val_nll"] for line in lines_of("t")]
     assert result["teacher"]["epoch"] == values.index(min(values)) + 1
     assert result["teacher"]["val"]["nll"] == pytest.approx(min(values), abs=1e-6)
 
 
-def test_a_figure_that_is_not_watched_cannot_choose(stages: Stages) -> None:
+def test_select_needs_a_metric_of_validation(stages: Stages) -> None:
     code, _, err = stages.call("teacher", "--train-size", 100, "--arch", "mlp:8", "--select", "f1", "--out", "t")
     assert code == 2
     assert "'last', 'accuracy', 'f1_macro', 'nll'" in err

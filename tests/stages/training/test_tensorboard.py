@@ -1,4 +1,4 @@
-"""--tensorboard: the numbers of metrics.jsonl as event files, also of a training that was stopped."""
+"""--tensorboard: the numbers of metrics.jsonl as event files, also after a stop."""
 
 import json
 import sys
@@ -33,13 +33,13 @@ def lines_of(folder: str) -> list[dict[str, Any]]:
 
 
 def events_of(folder: str) -> dict[str, list[tuple[int, float]]]:
-    """{tag: (step, value) of each event}, of all files in the folder."""
+    """Read {tag: (step, value) of each event} from all event files of a folder."""
     read = EventAccumulator(str(Path(folder, "tensorboard"))).Reload()
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
 def same(folder: str, epochs: int = 3) -> None:
-    """Every number of every line is there once, with the epoch as its step, and nothing else is."""
+    """Assert that the events are the numbers of metrics.jsonl, each once, with the epoch as the step."""
     lines, events = lines_of(folder), events_of(folder)
     names = {name for line in lines for name in line} - {"epoch"}
     assert len(lines) == epochs
@@ -49,7 +49,7 @@ def same(folder: str, epochs: int = 3) -> None:
         assert events[TAGS[name]] == kept, name
 
 
-def test_every_number_of_a_line_is_an_event_of_that_trainings_folder(tiny: Path, stages: Stages) -> None:
+def test_every_number_of_a_record_is_an_event_in_the_folder_of_its_training(tiny: Path, stages: Stages) -> None:
     more = ("--seeds", 2, "--baseline", "--finetune-epochs", 2, "--tensorboard")
     stages("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD, *more, "--out", "r")
     for seed in (0, 1):
@@ -59,27 +59,27 @@ def test_every_number_of_a_line_is_an_event_of_that_trainings_folder(tiny: Path,
     assert {"loss/kd", "gradient/kd", "val/accuracy", "learning_rate"} <= set(events_of("r/seed-0/distilled"))
 
 
-def test_a_teacher_writes_them_too(stages: Stages) -> None:
+def test_a_teacher_writes_event_files(stages: Stages) -> None:
     stages("teacher", "--train-size", 200, "--arch", "mlp:8", "--epochs", 3, "--tensorboard", "--out", "t")
     same("t")
 
 
 @pytest.mark.parametrize("how", [(), ("--vectorize",)])
-def test_several_students_have_one_each(tiny: Path, stages: Stages, how: tuple[str, ...]) -> None:
+def test_each_of_several_students_has_an_event_file(tiny: Path, stages: Stages, how: tuple[str, ...]) -> None:
     seeds = ("--seed", 0, "--seed", 1, *how)
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD, *seeds)
-    stages(*said, "--tensorboard", "--out", "all")
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD, *seeds)
+    stages(*command, "--tensorboard", "--out", "all")
     for seed in (0, 1):
         same(f"all/seed-{seed}")
 
 
-def test_stopped_and_gone_on_with_no_step_is_there_twice_and_none_is_missing(
+def test_after_a_stop_no_step_is_missing_or_written_twice(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the second epoch and in the third; between the two a file as a process that was killed leaves it."""
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD)
+    """Stopped in the second and in the third epoch, with the event file of a killed process in between."""
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD)
     stop_at(monkeypatch, 7, 14)
-    assert stages.call(*said, "--tensorboard", "--out", "r")[0] == 130
+    assert stages.call(*command, "--tensorboard", "--out", "r")[0] == 130
     same("r", 1)
     (file,) = Path("r/tensorboard").iterdir()
     file.write_bytes(file.read_bytes()[:-7])
@@ -89,32 +89,30 @@ def test_stopped_and_gone_on_with_no_step_is_there_twice_and_none_is_missing(
     same("r")
 
 
-def test_a_run_that_goes_on_may_ask_for_them_first(
-    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the middle, when it is over, and for several students by the same command; the weights are the same."""
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD)
-    stages(*said, "--out", "whole")
+def test_a_resumed_run_can_add_event_files(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped run, a finished one and several students of one command; the weights stay the same."""
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD)
+    stages(*command, "--out", "whole")
     stop_at(monkeypatch, 7)
-    assert stages.call(*said, "--out", "r")[0] == 130
+    assert stages.call(*command, "--out", "r")[0] == 130
     stages("student", "--resume", "--tensorboard", "--out", "r")
     stages("student", "--resume", "--tensorboard", "--out", "whole")
     assert Path("r/student.pt").read_bytes() == Path("whole/student.pt").read_bytes()
-    stages(*said, "--seed", 0, "--seed", 1, "--out", "all")
-    stages(*said, "--seed", 0, "--seed", 1, "--tensorboard", "--out", "all")
+    stages(*command, "--seed", 0, "--seed", 1, "--out", "all")
+    stages(*command, "--seed", 0, "--seed", 1, "--tensorboard", "--out", "all")
     for folder in ("r", "whole", "all/seed-0", "all/seed-1"):
         same(folder)
 
 
-def test_a_search_may_ask_for_them_later(tiny: Path, stages: Stages) -> None:
-    said = ("tune", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD, "--search", "momentum=0.8|0.9")
-    stages(*said, "--trials", 1, "--no-prune", "--out", "s")
-    stages(*said, "--trials", 2, "--no-prune", "--tensorboard", "--out", "s")
+def test_a_resumed_search_can_add_event_files(tiny: Path, stages: Stages) -> None:
+    command = ("tune", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", *KD, "--search", "momentum=0.8|0.9")
+    stages(*command, "--trials", 1, "--no-prune", "--out", "s")
+    stages(*command, "--trials", 2, "--no-prune", "--tensorboard", "--out", "s")
     assert not Path("s/trial-0000/tensorboard").exists()  # that one is over
     same("s/trial-0001")
 
 
-def test_it_is_not_imported_where_it_is_not_asked_for(
+def test_tensorboard_is_not_imported_without_the_option(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "softcache.stages.training.tensorboard", raising=False)
@@ -134,22 +132,22 @@ def test_it_is_not_imported_where_it_is_not_asked_for(
         ("born-again", "--cache", "CACHE"),
     ],
 )
-def test_without_the_package_one_line_says_how_to_get_it_before_any_training(
+def test_without_the_package_an_error_of_one_line_names_the_installation(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, command: tuple[Any, ...]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    said = [tiny / "cache" if word == "CACHE" else word for word in command]
-    line = stages.fails(2, *said, "--arch", "mlp:8", "--tensorboard", "--out", "r")
+    arguments = [tiny / "cache" if word == "CACHE" else word for word in command]
+    line = stages.fails(2, *arguments, "--arch", "mlp:8", "--tensorboard", "--out", "r")
     want = "Error: --tensorboard wants TensorBoard, which is not installed: pip install 'softcache[tensorboard]'"
     assert line == want
     assert not Path("r").exists()
 
 
-def test_a_run_that_has_asked_for_them_says_so_where_it_goes_on_without_the_package(
+def test_resuming_without_the_package_raises_an_error(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_at(monkeypatch, 7)
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--tensorboard", "--out", "r")
-    assert stages.call(*said)[0] == 130
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--tensorboard", "--out", "r")
+    assert stages.call(*command)[0] == 130
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install 'softcache[tensorboard]'" in stages.fails(2, "student", "--resume", "--out", "r")

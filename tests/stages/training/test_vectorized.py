@@ -1,4 +1,4 @@
-"""--vectorize: students of one arch as one model, equal to each alone but for rounding."""
+"""--vectorize: students of one arch as one model equal each student alone up to rounding."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def same_run(one: str, other: str) -> None:
 
 
 def stop_at(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Ctrl-C when that step is about to be taken, once."""
+    """Raise KeyboardInterrupt before that step, once."""
     step, taken = stacked._step, [0]
 
     def stopping(*of: Any) -> torch.Tensor:
@@ -72,90 +72,93 @@ def stop_at(patch: pytest.MonkeyPatch, number: int) -> None:
 @pytest.mark.parametrize(
     "more", [(), ("--clip-norm", 0.5), ("--optimizer", "adamw", "--learning-rate", 1e-3, "--finetune-epochs", 1)]
 )
-def test_seeds_and_weights_as_one_model_end_as_each_alone(
+def test_vectorised_seeds_and_weights_equal_each_student_alone(
     tiny: Path, stages: Stages, arch: str, more: tuple[Any, ...]
 ) -> None:
-    said = ("student", *COMMON, *more, "--cache", tiny / "cache", "--arch", arch)
-    stages(*said, "--seed", 0, "--seed", 1, *LOSSES, "--vectorize", "--baseline", "--out", "all")
+    command = ("student", *COMMON, *more, "--cache", tiny / "cache", "--arch", arch)
+    stages(*command, "--seed", 0, "--seed", 1, *LOSSES, "--vectorize", "--baseline", "--out", "all")
     assert not list(Path("all").rglob("stack"))
     alone = ("--loss", "kd:temperature=4,weight=1->0", "--loss", "hard:weight=0.7")
-    stages(*said, "--seed", 1, "--order-seed", 0, *alone, "--out", "alone")
+    stages(*command, "--seed", 1, "--order-seed", 0, *alone, "--out", "alone")
     same_run("all/seed-1-loss-1", "alone")
     result = json.loads(Path("all/seed-1-loss-1/result.json").read_text())
     assert {"student", "baseline"} <= set(result)
 
 
-def test_one_that_diverges_leaves_the_others_as_they_are(tiny: Path, stages: Stages) -> None:
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
+def test_a_diverging_student_does_not_change_the_others(tiny: Path, stages: Stages) -> None:
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
     losses = ("--losses", "logit_mse:weight=1e12", "--losses", "logit_mse:weight=0.1")
-    line = stages.fails(1, *said, *losses, "--vectorize", "--out", "all")
+    line = stages.fails(1, *command, *losses, "--vectorize", "--out", "all")
     assert "1 of 2 students ended early, first 'loss-0': training the student diverged" in line
-    stages(*said, "--loss", "logit_mse:weight=0.1", "--out", "alone")
+    stages(*command, "--loss", "logit_mse:weight=0.1", "--out", "alone")
     same_run("all/loss-1", "alone")
 
 
-def test_stopped_it_goes_on_to_the_same_weights(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--seed", 0, "--seed", 1, "--vectorize")
-    stages(*said, "--out", "whole")
+def test_a_stopped_vectorised_training_resumes_to_the_same_weights(
+    tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = ("--seed", 0, "--seed", 1)
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", *seeds, "--vectorize")
+    stages(*command, "--out", "whole")
     stop_at(monkeypatch, 9)
-    assert stages.call(*said, "--out", "stopped")[0] == 130
-    stages(*said, "--out", "stopped")
+    assert stages.call(*command, "--out", "stopped")[0] == 130
+    stages(*command, "--out", "stopped")
     for seed in (0, 1):
         weights = [Path(run, f"seed-{seed}/student.pt").read_bytes() for run in ("whole", "stopped")]
         assert weights[0] == weights[1]
 
 
-def test_what_cannot_be_one_model_is_refused(tiny: Path, stages: Stages) -> None:
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--vectorize")
+def test_what_cannot_be_vectorised_raises_an_error(tiny: Path, stages: Stages) -> None:
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16", "--vectorize")
     seeds = ("--seed", 0, "--seed", 1)
     hint = ("--loss", "kd", "--loss", "hint:teacher=flatten,student=linear")
-    assert "read logits and labels alone" in stages.fails(2, *said, *seeds, *hint, "--out", "a")
+    assert "read logits and labels alone" in stages.fails(2, *command, *seeds, *hint, "--out", "a")
     part = ("--loss", "kd", "--loss", "balanced_softmax")
-    assert "no part of their own" in stages.fails(2, *said, *seeds, *part, "--out", "a")
+    assert "no part of their own" in stages.fails(2, *command, *seeds, *part, "--out", "a")
     assert not Path("a").exists()
-    assert "--select" in stages.fails(2, *said, *seeds, "--select", "nll", "--out", "b")
+    assert "--select" in stages.fails(2, *command, *seeds, "--select", "nll", "--out", "b")
     other = ("--losses", "kd:temperature=2", "--losses", "kd:temperature=3")
-    assert "differ in their weights alone" in stages.fails(2, *said, *other, "--out", "c")
-    assert "several students" in stages.fails(2, *said, "--out", "d")
+    assert "differ in their weights alone" in stages.fails(2, *command, *other, "--out", "c")
+    assert "several students" in stages.fails(2, *command, "--out", "d")
 
 
-def test_students_that_were_added_or_left_out_begin_anew_and_finished_ones_stay(
+def test_with_other_students_the_training_starts_over_and_finished_ones_stay(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:16")
     stop_at(monkeypatch, 9)
-    assert stages.call(*said, "--seed", 0, "--seed", 1, "--vectorize", "--out", "all")[0] == 130
-    assert "begun with --vectorize" in stages.fails(1, *said, "--seed", 0, "--seed", 1, "--out", "all")
-    stages(*said, "--seed", 0, "--seed", 2, "--vectorize", "--out", "all")
+    assert stages.call(*command, "--seed", 0, "--seed", 1, "--vectorize", "--out", "all")[0] == 130
+    assert "started with --vectorize" in stages.fails(1, *command, "--seed", 0, "--seed", 1, "--out", "all")
+    stages(*command, "--seed", 0, "--seed", 2, "--vectorize", "--out", "all")
     kept = Path("all/seed-0/student.pt").read_bytes()
-    stages(*said, "--seed", 0, "--seed", 2, "--seed", 3, "--vectorize", "--out", "all")
+    stages(*command, "--seed", 0, "--seed", 2, "--seed", 3, "--vectorize", "--out", "all")
     assert Path("all/seed-0/student.pt").read_bytes() == kept
     for seed in (2, 3):
-        stages(*said, "--seed", seed, "--order-seed", 0, "--out", f"alone-{seed}")
+        stages(*command, "--seed", seed, "--order-seed", 0, "--out", f"alone-{seed}")
         same_run(f"all/seed-{seed}", f"alone-{seed}")
     assert not list(Path("all").rglob("stack"))
 
 
-def test_what_a_network_does_not_train_stays_and_what_cannot_be_stacked_is_refused(
+def test_frozen_weights_stay_and_networks_that_vmap_refuses_raise_an_error(
     tiny: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "odd.py").write_text(ODD)
     monkeypatch.syspath_prepend(str(tmp_path))
-    said = ("student", *COMMON, "--cache", tiny / "cache", "--seed", 0, "--seed", 1, "--vectorize")
-    stages(*said, "--arch", "odd:frozen", "--out", "frozen")
+    command = ("student", *COMMON, "--cache", tiny / "cache", "--seed", 0, "--seed", 1, "--vectorize")
+    stages(*command, "--arch", "odd:frozen", "--out", "frozen")
     torch.manual_seed(1)
-    begun = {}
-    exec(ODD, begun)
+    namespace = {}
+    exec(ODD, namespace)
     torch.testing.assert_close(
         read_state_dict(Path("frozen/seed-1/student.pt"))["1.weight"],
-        begun["frozen"](classes=10, channels=1, size=8)[1].weight,
+        namespace["frozen"](classes=10, channels=1, size=8)[1].weight,
     )
-    assert "tied weights" in stages.fails(2, *said, "--arch", "odd:tied", "--out", "tied")
-    assert "cannot take this network" in stages.fails(2, *said, "--arch", "odd:branching", "--out", "branching")
+    assert "tied weights" in stages.fails(2, *command, "--arch", "odd:tied", "--out", "tied")
+    assert "cannot take this network" in stages.fails(2, *command, "--arch", "odd:branching", "--out", "branching")
 
 
 @pytest.mark.parametrize("K", [2, 10])
-def test_the_f1_of_an_epoch_is_scikit_learns(K: int) -> None:
+def test_the_f1_of_an_epoch_is_that_of_scikit_learn(K: int) -> None:
     from sklearn.metrics import f1_score
 
     rng = np.random.default_rng(K)
