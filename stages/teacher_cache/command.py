@@ -39,7 +39,7 @@ from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions, select_device
-from softcache.stages.teacher import command as teacher_stage
+from softcache.stages.teacher.data import fill_size, load_data
 
 from .cache_readme import write_readme
 from .precision import ChosenPrecision, TrialViews, choose_precision, restore_precision, resume_precision
@@ -87,8 +87,8 @@ def _name_other_cache(config: CacheConfig) -> Iterator[None]:
 def _prepare(config: CacheConfig, console: Console) -> tuple[CacheConfig, Identity, TargetGenerator, ChosenPrecision]:
     """The settings with the defaults filled in, what the rows are to be, and who is asked about what."""
     config, views, taps = _fill_defaults(config)
-    transfer_set = ranks.first_rank_first(lambda: teacher_stage.load_data(config))
-    views = teacher_stage.fill_size(views, transfer_set, console)
+    transfer_set = ranks.first_rank_first(lambda: load_data(config))
+    views = fill_size(views, transfer_set, console)
     teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
     identity = _identity(config, transfer_set, views, teacher, arch)

@@ -17,7 +17,8 @@ from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
-from softcache.stages.teacher import command as teacher_stage
+from softcache.stages.teacher.command import fill_defaults, train_teacher
+from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
 
 
 def load_teacher(
@@ -43,7 +44,7 @@ def load_teacher(
         raise UsageError(f"--weights {path} does not say which arch it is: name it with --teacher")
     state = read_state_dict(find_weights_file(path))
     if input_spec is None:
-        input_spec = teacher_stage.make_input_spec(config.normalize or "data", transfer_set, views)
+        input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
@@ -103,7 +104,7 @@ def _note_another_cut(path: Path, config: CacheConfig, console: Console) -> None
     if not (path / "settings.json").is_file():
         return
     kept = read_json(path / "settings.json")
-    cut = [name for name in teacher_stage.CUT_OPTIONS if name in kept]
+    cut = [name for name in SPLIT_OPTIONS if name in kept]
     differ = [f"{n} {kept[n]} there, {here} here" for n in cut if kept[n] != (here := getattr(config, n))]
     if "val_fraction" in cut and kept.get("data") == config.data and differ:
         console.print(
@@ -115,7 +116,7 @@ def _note_another_cut(path: Path, config: CacheConfig, console: Console) -> None
 def _train_teacher(config: CacheConfig, console: Console) -> str:
     """No teacher was named: train one by the recipe, and keep it beside the cache; its folder."""
     folder = Path(f"{config.out}-teacher")
-    asked = teacher_stage.fill_defaults(
+    asked = fill_defaults(
         TeacherConfig(
             data=config.data,
             data_root=config.data_root,
@@ -124,12 +125,12 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
             device=config.device,
             workers=config.workers,
             out=str(folder),
-            **{name: getattr(config, name) for name in teacher_stage.CUT_OPTIONS},
+            **{name: getattr(config, name) for name in SPLIT_OPTIONS},
         )
     )
     if (folder / "settings.json").is_file():
         kept = read_json(folder / "settings.json")
-        same = ("data", "arch", "normalize", *teacher_stage.CUT_OPTIONS)
+        same = ("data", "arch", "normalize", *SPLIT_OPTIONS)
         differ = [f"{k} {kept.get(k)} there, {v} asked" for k in same if kept.get(k) != (v := getattr(asked, k))]
         if differ:
             raise CacheError(
@@ -141,7 +142,7 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
     else:
         console.print(f"no --weights: training the teacher {asked.arch} first, kept in '{folder}'")
         asked = replace(asked, resume=(folder / "settings.json").is_file())  # stopped before: it goes on
-        result = teacher_stage.train_teacher(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
+        result = train_teacher(asked, folder, console, advice="; WEIGHTS=… (--weights) skips it")
         figures = result["teacher"]["test"] or result["teacher"]["val"]
         seconds = format_duration(result["seconds"]["train"])
         console.print(f"teacher {asked.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
