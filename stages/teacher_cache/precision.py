@@ -40,7 +40,7 @@ class ChosenPrecision:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, for other ranks; see chosen_as."""
         a, arithmetic = self.inference, self.precision_record.to_json() if self.precision_record else None
-        how = {"precision": a.precision, "folded": a.folded, "compiled": a.compiled}
+        how = {"precision": a.precision, "folded": a.is_folded, "compiled": a.is_compiled}
         return {**how, "arithmetic": arithmetic, "begun": self.is_resumed}
 
 
@@ -104,7 +104,7 @@ class _Trial:
     def compared(self, plain: "_Trial") -> PrecisionRecord:
         """What there is to write down."""
         return PrecisionRecord(
-            self.inference.folded, self.inference.compiled, sum(map(len, self.outputs)), *self.cost(plain)
+            self.inference.is_folded, self.inference.is_compiled, sum(map(len, self.outputs)), *self.cost(plain)
         )
 
     def is_worth_it(self, plain: "_Trial", tolerance: float) -> bool:
@@ -184,7 +184,7 @@ def _list_faster(config: CacheConfig, teacher: PreparedModel, taps: tuple[str, .
         yield TeacherInference(teacher, taps, "bfloat16", fold=True)
     if config.precision == "auto":
         folded = TeacherInference(teacher, taps, "float32", fold=True)
-        if folded.folded:
+        if folded.is_folded:
             yield folded
 
 
@@ -212,7 +212,7 @@ def _try_compiled(
 ) -> _Trial:
     """The same compiled, where that works and is faster and not another function; the trial as it was elsewhere."""
     a, config = best.inference, probe.config
-    trial = _Trial(TeacherInference(a.teacher, a.taps, a.precision, a.folded))
+    trial = _Trial(TeacherInference(a.teacher, a.taps, a.precision, a.is_folded))
     if not compile_teacher(trial.inference, probe, console):
         return best
     again = _Trial(a)  # in turns with the other: what it took before, it took on a machine that was less busy

@@ -118,7 +118,7 @@ class Odd(nn.Module):
 def test_what_cannot_be_folded_goes_on_as_it_is(kind: str) -> None:
     teacher = teacher_of(Odd(kind))
     assert fold_batch_norm(teacher) is teacher
-    assert TeacherInference(teacher, (), fold=True).folded is False
+    assert TeacherInference(teacher, (), fold=True).is_folded is False
 
 
 def test_only_a_batch_norm_right_after_its_convolution_is_folded() -> None:
@@ -142,7 +142,7 @@ class Sly(Odd):
 def test_a_network_that_goes_another_way_when_traced_is_found_out_and_asked_as_it_is() -> None:
     teacher = teacher_of(Sly(""))
     assert fold_batch_norm(teacher) is not teacher
-    assert TeacherInference(teacher, (), fold=True).folded is False
+    assert TeacherInference(teacher, (), fold=True).is_folded is False
 
 
 # What is chosen
@@ -155,7 +155,7 @@ def pace(patch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
 
     def paced(answering: TeacherInference, views: torch.Tensor) -> tuple[Any, float]:
         asked.append(answering.precision)
-        return timed(answering, views)[0], seconds[answering.precision] / (2 if answering.compiled else 1)
+        return timed(answering, views)[0], seconds[answering.precision] / (2 if answering.is_compiled else 1)
 
     patch.setattr(precision_module, "time_inference", paced)
     return asked
@@ -327,7 +327,7 @@ def test_a_batch_that_is_padded_says_of_its_rows_what_it_says_without_and_anothe
     taps = ("layer1", "layer3:pool")
     plain, compiled = TeacherInference(teacher, taps), TeacherInference(teacher, taps)
     compiled.compile(VIEWS[:2], 8)
-    assert compiled.compiled
+    assert compiled.is_compiled
     for n in (8, 1, 3, 8, 7):
         with plain.open() as ask:
             logits, features = copy.deepcopy(ask(VIEWS[:n]))
