@@ -123,5 +123,5 @@ def test_one_value_that_cannot_be_kept_is_found_and_said(bad: float) -> None:
     values = torch.zeros(4, 3)
     values[2, 1] = bad
     piece = ShardSpec("p", "train", 5, 0, 4, {})
-    with pytest.raises(CacheError, match=rf"train index 12, draw 5 is {bad}: it cannot be kept \(largest 65504\)"):
+    with pytest.raises(CacheError, match=rf"train index 12, draw 5 is {bad}: it cannot be stored \(largest 65504\)"):
         _store_batch(values, np.empty((4, 3), np.float16), 65504.0, piece, np.arange(10, 14), "output")
