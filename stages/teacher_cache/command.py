@@ -42,10 +42,11 @@ from softcache.stages.runs.environment import library_versions, select_device
 from softcache.stages.teacher.data import fill_size, load_data
 
 from .cache_readme import write_readme
-from .precision import ChosenPrecision, TrialViews, choose_precision, restore_precision, resume_precision
+from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .reproducibility import check_reproducibility
 from .targets import TargetGenerator
 from .teacher_source import load_teacher
+from .trials import TrialViews
 from .writing import write_shards
 
 

@@ -9,8 +9,9 @@ from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.distributed import ranks
 
 from .background import BackgroundWriter
-from .precision import ChosenPrecision, TrialViews, compile_teacher
+from .precision import ChosenPrecision, compile_teacher
 from .targets import TargetGenerator
+from .trials import TrialViews
 
 
 def write_shards(writer: CacheWriter, ask: TargetGenerator, chosen: ChosenPrecision, console: Console) -> None:

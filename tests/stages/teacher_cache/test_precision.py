@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import softcache.stages.teacher_cache.precision as precision_module
+import softcache.stages.teacher_cache.trials as trials_module
 from softcache.pipeline.cache.manifest_reader import read_manifest
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
@@ -151,13 +151,13 @@ def test_a_network_that_goes_another_way_when_traced_is_found_out_and_asked_as_i
 def pace(patch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
     """From now on a batch takes so many seconds, by precision; what was asked, by precision."""
     asked: list[str] = []
-    timed = precision_module.time_inference
+    timed = trials_module.time_inference
 
     def paced(answering: TeacherInference, views: torch.Tensor) -> tuple[Any, float]:
         asked.append(answering.precision)
         return timed(answering, views)[0], seconds[answering.precision] / (2 if answering.is_compiled else 1)
 
-    patch.setattr(precision_module, "time_inference", paced)
+    patch.setattr(trials_module, "time_inference", paced)
     return asked
 
 
@@ -302,7 +302,7 @@ def test_compiling_that_fails_is_one_line_and_the_rows_are_those_of_the_teacher(
     monkeypatch.setattr(torch, "compile", no_compiler)
     code, out, err = stages.call(*tiny_cache_command(tiny)[:-1], tmp_path / "c", "--compile")
     assert code == 0, err
-    assert out.count("not compiled, it goes on as it is: RuntimeError: no working C++ compiler\n") == 1
+    assert out.count("not compiled, the teacher runs as it is: RuntimeError: no working C++ compiler\n") == 1
     found = read_manifest(tmp_path / "c")
     assert found.arithmetic is None
     assert [s.payload for s in found.shards] == [s.payload for s in read_manifest(tiny / "cache").shards]
@@ -379,6 +379,6 @@ def test_a_teacher_that_bfloat16_breaks_is_asked_in_float32(tiny: Path, stages: 
         assert "precision: float32, the teacher as it is" in out
         assert "bfloat16: Index put requires" in out
         line = stages.fails(1, *more, "--precision", "bfloat16", "--out", "half")
-        assert "--precision bfloat16: the teacher cannot be asked so" in line
+        assert "the teacher cannot be run with --precision bfloat16: " in line
     finally:
         sys.path.remove(str(tmp_path))
