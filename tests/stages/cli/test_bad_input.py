@@ -38,7 +38,7 @@ from tests.helpers.paths import ROOT
         ("teacher --device tpu", "--device tpu"),
         ("teacher-cache --codec float61", "no codec 'float61'. Did you mean 'float16'?"),
         ("teacher-cache --weights nowhere.pt --teacher cnn", "there are no weights at 'nowhere.pt'"),
-        ("teacher-cache --weights DEFAULT --teacher cnn", "wants --teacher torchvision:NAME"),
+        ("teacher-cache --weights DEFAULT --teacher cnn", "needs --teacher torchvision:NAME"),
         ("student --cache CACHE --loss kdd", "no loss 'kdd'. Did you mean 'kd'?"),
         ("student --cache CACHE --loss kd:temprature=4", "Did you mean 'temperature'?"),
         ("student --cache CACHE --loss kd:temperature=0", "is below 0.001"),
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_another_shape_names_the_first_keys(tiny: Path, stages: 
     assert "hidden1.weight is missing" in line
     assert "more)" in line
     assert "but the run" in stages.fails(2, *asked[:-1], weights.parent, "--teacher", "mlp:8")
-    assert "does not say which arch" in stages.fails(2, *asked)
+    assert "does not record its arch" in stages.fails(2, *asked)
 
 
 def test_class_counts_that_differ_are_refused(stages: Stages, tmp_path: Path) -> None:
