@@ -59,7 +59,7 @@ def test_rows_that_the_teacher_did_not_say_are_found_where_no_checksum_tells(
     rewrite(small, change, SHARD)
     stages("check-cache", "c", "--deep")  # every checksum, label, hit and view is right
     line = stages.fails(1, *ASK)
-    assert f"the teacher now says something else: {what} differ by " in line
+    assert f"the teacher's outputs have changed: {what} differ by " in line
     code, out, _ = stages.call(*ASK, "--json")
     asked = json.loads(out)["teacher"]
     assert code == 1
@@ -86,14 +86,14 @@ def test_the_right_teacher_differs_by_its_rounding_and_the_figures_say_by_how_mu
     assert 0 <= asked["share"] < share
     assert asked["features"].keys() == {"flatten"}
     assert 0 <= asked["features"]["flatten"] < max(share, 1e-3)
-    assert f"asked again about {asked['rows']} rows: logits differ by {asked['logits']:.3g}" in stages.call(*ASK)[1]
+    assert f"run again on {asked['rows']} rows: logits differ by {asked['logits']:.3g}" in stages.call(*ASK)[1]
 
 
 def test_other_weights_are_refused_before_a_word_is_compared(small: Path, stages: Stages) -> None:
     state = torch.load("teacher/teacher.pt", weights_only=True)
     state["linear.bias"][0] += 1e-6
     torch.save(state, "other.pt")
-    assert "other weights: teacher.weights" in stages.fails(1, *ASK[:-1], "other.pt")
+    assert "are not those of the cache: teacher.weights" in stages.fails(1, *ASK[:-1], "other.pt")
     assert "there are no weights at 'nowhere.pt'" in stages.fails(2, *ASK[:-1], "nowhere.pt")
     assert "the cache's teacher is 'cnn'" in stages.fails(2, *ASK, "--teacher", "mlp:8")
 
