@@ -76,7 +76,7 @@ def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
 
 
 def fill_defaults(config: TeacherConfig) -> TeacherConfig:
-    """Return the options with those that were not given filled in from the defaults of the data set."""
+    """Fill in the options that were not given, from the defaults of the data set."""
     data = config.data or "digits"
     defaults = find_defaults(data)
     return replace(

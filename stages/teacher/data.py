@@ -29,12 +29,12 @@ def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
 
 
 def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
-    """Return the policy with its size in pixels: its own, else that of the images, or 224 where they differ in size.
+    """Fill in the size of the views: that of the images, or 224 pixels where the images differ in size.
 
     Args:
-        views: The policy; size 0 where the user named none.
+        views: The view policy; size 0 where the user named none.
         transfer_set: Its images.
-        console: Prints a line where 224 is taken.
+        console: Prints a line where 224 is used.
     """
     if not views.size and not transfer_set.size:
         console.print(

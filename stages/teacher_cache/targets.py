@@ -89,9 +89,10 @@ class TargetGenerator:
         for batch_crcs, batch_logits, batch_features in self._infer_batches(spec.split, spec.draw, index):
             rows = slice(start, start + len(batch_crcs))
             crcs[rows] = batch_crcs
-            _store_batch(batch_logits, logits[rows], codec.max_value, spec, index[rows], name="output")
+            _store_batch(batch_logits, logits[rows], codec.max_value, spec=spec, index=index[rows], name="output")
             for tap, values in features.items():
-                _store_batch(batch_features[tap], values[rows], _MAX_FLOAT16, spec, index[rows], name=f"tap '{tap}'")
+                name = f"tap '{tap}'"
+                _store_batch(batch_features[tap], values[rows], _MAX_FLOAT16, spec=spec, index=index[rows], name=name)
             on_progress(len(batch_crcs))
             start += len(batch_crcs)
         labels = split.labels[index]
