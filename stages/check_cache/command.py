@@ -1,8 +1,7 @@
-"""`softcache check-cache`: is every byte what it was? --deep: every image, and the teacher too."""
+"""`softcache check-cache`: verify every byte of a cache; with --deep every view, and the teacher's outputs, too."""
 
 import json
 import os
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,25 @@ from softcache.stages.teacher_cache.reproducibility import (
 
 from .repair import repair
 
+_GOOD = "good"
 _VIEWS_AT_ONCE = 512
-Findings = dict[str, str]  # {file: "good", or what is wrong with it}
+Findings = dict[str, str]  # {file: _GOOD, or what is wrong with it}
 
 
 def run(name: str, config: CheckConfig) -> None:
-    """A verdict per shard; CacheError at the end when one is bad."""
+    """Check every file of a cache, and print what was found.
+
+    With --repair, damaged files are computed again first. Damaged are those whose bytes changed; a file whose views
+    come out differently on this machine is reported by --deep, and left as it is.
+
+    Args:
+        name: Folder of the cache.
+        config: Options of the command.
+
+    Raises:
+        UsageError: --weights without --deep or --repair.
+        CacheError: A file is damaged, a view comes out differently, or the teacher's outputs have changed.
+    """
     console = Console(config.json)
     if config.weights and not (config.deep or config.repair):
         raise UsageError("--weights is for --deep or --repair")
@@ -41,90 +53,102 @@ def run(name: str, config: CheckConfig) -> None:
     transfer_set = None
     if config.deep or config.repair:
         transfer_set = load_cache_data(cache, config.data, Path(config.data_root))
-    if config.repair and transfer_set is not None:  # bad are those whose bytes changed, not whose views drifted
-        repair(cache, _damaged(_check_files(cache, None)), transfer_set, config, console)
+    if config.repair and transfer_set is not None:
+        repair(cache, _select_bad(_check_files(cache, None)), transfer_set, config, console)
         clean_up(cache.folder)
         cache = Cache(Path(name))
         cache.check_transfer_set(transfer_set)
-    verdicts = _check_files(cache, transfer_set if config.deep else None)
-    asked = None
-    if config.deep and config.weights and transfer_set is not None and not _damaged(verdicts):
-        asked = check_reproducibility(cache, make_target_generator(cache, transfer_set, config))
-    _print_report(name, cache, verdicts, asked, config, console)
+    findings = _check_files(cache, transfer_set if config.deep else None)
+    report = None
+    if config.deep and config.weights and transfer_set is not None and not _select_bad(findings):
+        report = check_reproducibility(cache, make_target_generator(cache, transfer_set, config))
+    _print_report(name, cache, findings, report, config, console)
 
 
 def _check_files(cache: Cache, transfer_set: TransferSet | None) -> Findings:
-    """Of every file, by as many threads as there are processors: reading and hashing leave Python alone."""
+    """Check every file, in as many threads as there are processors: reading and hashing release the GIL.
+
+    Args:
+        cache: The cache.
+        transfer_set: Its images, to render every view again; None to check the bytes alone.
+    """
     records = cache.manifest.shards
-    verdicts: Findings = {}
+    findings: Findings = {}
     with (
-        progress_bar(sum(record.rows for record in records), "check-cache", "row") as counted,
-        closing(map_in_threads(lambda r: _check_file(cache, r, transfer_set), records, os.cpu_count() or 1)) as found,
+        progress_bar(sum(record.rows for record in records), "check-cache", "row") as bar,
+        closing(
+            map_in_threads(lambda record: _check_shard(cache, record, transfer_set), records, os.cpu_count() or 1)
+        ) as results,
     ):
-        for record, verdict in zip(records, found, strict=True):
-            verdicts[record.path] = verdict
-            counted.update(record.rows)
+        for record, finding in zip(records, results, strict=True):
+            findings[record.path] = finding
+            bar.update(record.rows)
     if cache.manifest.head:
-        verdicts[HEAD_FILE] = _refusal(cache.read_head)
-    return verdicts
+        try:
+            cache.read_head()
+            findings[HEAD_FILE] = _GOOD
+        except CacheError as error:
+            findings[HEAD_FILE] = str(error)
+    return findings
 
 
-def _check_file(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
-    def check() -> None:
-        seen = verify_shard(cache, record)
-        if transfer_set is None or record.correct is None:  # features added later were compared with the logits' views
-            return
-        for at in range(0, record.rows, _VIEWS_AT_ONCE):
-            part = seen[at : at + _VIEWS_AT_ONCE]
-            positions = record.start + at + np.arange(len(part))
-            compare_views(cache, transfer_set, record.split, record.draw, positions, part)
-
-    return _refusal(check)
-
-
-def _refusal(check: Callable[[], object]) -> str:
+def _check_shard(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
+    """Check one shard, and return what is wrong with it."""
     try:
-        check()
-    except CacheError as refusal:
-        return str(refusal)
-    return "good"
+        crcs = verify_shard(cache, record)
+        # The views of features that were added later have been compared with those of the logits.
+        if transfer_set is not None and record.correct is not None:
+            for start in range(0, record.rows, _VIEWS_AT_ONCE):
+                batch_crcs = crcs[start : start + _VIEWS_AT_ONCE]
+                positions = record.start + start + np.arange(len(batch_crcs))
+                compare_views(cache, transfer_set, record.split, record.draw, positions, batch_crcs)
+    except CacheError as error:
+        return str(error)
+    return _GOOD
 
 
-def _damaged(verdicts: Findings) -> Findings:
-    return {path: verdict for path, verdict in verdicts.items() if verdict != "good"}
+def _select_bad(findings: Findings) -> Findings:
+    return {path: finding for path, finding in findings.items() if finding != _GOOD}
 
 
 def _print_report(
     name: str,
     cache: Cache,
-    verdicts: Findings,
-    asked: ReproducibilityReport | None,
+    findings: Findings,
+    report: ReproducibilityReport | None,
     config: CheckConfig,
     console: Console,
 ) -> None:
-    manifest, bad = cache.manifest, _damaged(verdicts)
+    """Print what is wrong with each file and a summary, or all of it as JSON.
+
+    Raises:
+        CacheError: A file is bad, or the teacher's outputs have changed.
+    """
+    manifest, bad = cache.manifest, _select_bad(findings)
     if config.json:
-        record: dict[str, Any] = {"cache": name, "fingerprint": manifest.fingerprint, "manifest": manifest.digest}
-        console.print_json(json.dumps(record | {"shards": verdicts, "teacher": asked and asked.to_json()}))
+        record: dict[str, Any] = {
+            "cache": name,
+            "fingerprint": manifest.fingerprint,
+            "manifest": manifest.digest,
+            "shards": findings,
+            "teacher": report.to_json() if report else None,
+        }
+        console.print_json(json.dumps(record))
     else:
-        for path, verdict in verdicts.items():
-            console.print(f"{path}: {make_printable(verdict, 2000)}")
+        for path, finding in findings.items():
+            console.print(f"{path}: {make_printable(finding, 2000)}")
         for path in cache.unlisted_files:
-            unfinished = "of an addition that is not finished: run the same teacher-cache command again"
-            console.print(f"{make_printable(path)}: {unfinished}")
+            advice = "run the same teacher-cache command again"
+            console.print(f"{make_printable(path)}: of an addition that is not finished: {advice}")
     if bad:
-        first = next(iter(bad.values()))
+        advice = "" if config.repair else ". --repair --weights … computes the damaged ones again, and no others"
         raise CacheError(
-            f"'{name}': {len(bad)} of {len(verdicts)} files are bad. The first: {first}{_suggest_repair(config)}"
+            f"'{name}': {len(bad)} of {len(findings)} files are bad. The first: {next(iter(bad.values()))}{advice}"
         )
     deep = ", every view rendered again and equal" if config.deep else ""
     console.print(
-        f"'{name}' is whole: {len(verdicts)} files, {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws{deep}"
+        f"'{name}' is intact: {len(findings)} files, {manifest.bytes / 1e6:.1f} MB, {manifest.draws} draws{deep}"
     )
-    if asked:
-        console.print(asked.describe())
-        asked.raise_if_different()
-
-
-def _suggest_repair(config: CheckConfig) -> str:
-    return "" if config.repair else ". --repair --weights … asks the teacher again for damaged ones alone"
+    if report:
+        console.print(report.describe())
+        report.raise_if_different()

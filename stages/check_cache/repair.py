@@ -1,5 +1,6 @@
-"""Asking the teacher again for the shards that are bad, and for no others."""
+"""Repairing a cache: the damaged files are computed again, and no others."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,74 +21,108 @@ from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility, make_target_generator
 from softcache.stages.teacher_cache.targets import TargetGenerator
 
+_SAMPLED_SHARDS, _SAMPLED_ROWS = 16, 16  # whose views are rendered again before a repair
+
 
 def repair(
-    cache: Cache, bad: dict[str, str], transfer_set: TransferSet, config: CheckConfig, console: Console
+    cache: Cache, bad: Collection[str], transfer_set: TransferSet, config: CheckConfig, console: Console
 ) -> None:
-    """Put whole shards in the place of bad ones, if there are any. Raises CacheError with the reason when it cannot.
+    """Replace the damaged files of a cache. Nothing is done where there are none.
 
-    The teacher must have the weights of the identity, and must say about good shards' rows what they hold.
+    Before anything is written, views and outputs of intact shards are computed again and compared.
+
+    Args:
+        cache: The cache.
+        bad: Paths of the damaged files.
+        transfer_set: Its images.
+        config: Options of the command. Without weights, a teacher that was trained for this cache is used.
+        console: Prints a line for each file.
+
+    Raises:
+        CacheError: There is no teacher, it has other weights than those of the cache, or the views or the outputs for
+            intact shards come out differently.
+        UsageError: The weights do not fit the arch, or the arch is a user's code that --teacher does not name.
     """
     if not bad:
         return
-    beside = Path(f"{cache.folder}-teacher")
-    if not config.weights and (beside / "result.json").is_file():
-        config = replace(config, weights=str(beside))
+    trained_teacher = Path(f"{cache.folder}-teacher")
+    if not config.weights and (trained_teacher / "result.json").is_file():
+        config = replace(config, weights=str(trained_teacher))
     if not config.weights:
         raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
     with hold_lock(cache.folder):
-        ask = make_target_generator(cache, transfer_set, config)
-        _check_good_shards(cache, bad, transfer_set, ask)
+        generator = make_target_generator(cache, transfer_set, config)
+        _check_intact_shards(cache, bad, transfer_set, generator)
         manifest = cache.manifest
-        with progress_bar(len(bad), "repair", "shard") as shown:
-            for record in [r for r in manifest.shards if r.path in bad]:
-                manifest = _repair_shard(cache, manifest, record, ask, console)
-                shown.update()
+        with progress_bar(len(bad), "repair", "shard") as bar:
+            for record in cache.manifest.shards:
+                if record.path in bad:
+                    manifest = _repair_shard(cache, manifest, record, generator, console)
+                    bar.update()
         if HEAD_FILE in bad:
-            _repair_head(cache, manifest, ask, console)
+            _repair_head(cache, manifest, generator, console)
 
 
-def _check_good_shards(cache: Cache, bad: dict[str, str], transfer_set: TransferSet, ask: TargetGenerator) -> None:
-    """What is not damaged must still come out as it did: the views and the teacher's words."""
-    good = [r for r in cache.manifest.shards if r.path not in bad]
-    for record in [r for r in good if r.correct is not None][:16]:
-        positions = np.unique(np.linspace(record.start, record.start + record.rows - 1, 16).astype(int))
-        seen = cache.read_rows(record.split, record.draw, "view_crc32", positions)
-        compare_views(cache, transfer_set, record.split, record.draw, positions, seen)
-    check_reproducibility(cache, ask, bad).raise_if_different()
+def _check_intact_shards(
+    cache: Cache, bad: Collection[str], transfer_set: TransferSet, generator: TargetGenerator
+) -> None:
+    """Check that the views and the teacher's outputs of intact shards still come out as they are stored."""
+    intact = [record for record in cache.manifest.shards if record.path not in bad and record.correct is not None]
+    for record in intact[:_SAMPLED_SHARDS]:
+        last = record.start + record.rows - 1
+        positions = np.unique(np.linspace(record.start, last, _SAMPLED_ROWS).astype(int))
+        crcs = cache.read_rows(record.split, record.draw, "view_crc32", positions)
+        compare_views(cache, transfer_set, record.split, record.draw, positions, crcs)
+    check_reproducibility(cache, generator, bad).raise_if_different()
 
 
 def _repair_shard(
-    cache: Cache, manifest: Manifest, record: ShardRecord, ask: TargetGenerator, console: Console
+    cache: Cache, manifest: Manifest, record: ShardRecord, generator: TargetGenerator, console: Console
 ) -> Manifest:
-    """Publish one shard anew, then the manifest that knows it: stopped in between, the shard is as bad as before."""
-    if (cache.folder / record.path).parent.is_symlink():
-        raise CacheError(f"'{(cache.folder / record.path).parent}' is a link: remove it, then repair")
+    """Publish one shard again, then the manifest with its new checksum.
+
+    If it is interrupted between the two, the shard is as bad as before, and can be repaired again.
+
+    Returns:
+        The new manifest.
+    """
+    folder = (cache.folder / record.path).parent
+    if folder.is_symlink():
+        raise CacheError(f"'{folder}' is a link: remove it, then repair")
     datasets = {name: manifest.datasets[name] for name in record.datasets}
-    piece = ShardSpec(record.path, record.split, record.draw, record.start, record.rows, datasets)
-    writer = CacheWriter(cache.folder, _make_plan(manifest), [piece])
-    arrays, facts = ask.compute_shard(piece, lambda rows: None)
-    writer.write_shard(piece, arrays, {**facts, "seconds": 0.0})
-    new = writer.records[0]
-    shards = tuple(new if r.path == record.path else r for r in manifest.shards)
-    labelled = {split: int((rows.labels >= 0).sum()) for split, rows in ask.transfer_set.splits.items()}
-    teacher = compute_label_accuracy(shards, manifest.splits, manifest.draws, labelled)
+    spec = ShardSpec(record.path, record.split, record.draw, record.start, record.rows, datasets)
+    writer = CacheWriter(cache.folder, _make_plan(manifest), [spec])
+    arrays, measurements = generator.compute_shard(spec, lambda rows: None)
+    writer.write_shard(spec, arrays, {**measurements, "seconds": 0.0})
+    new_record = writer.records[0]
+    shards = tuple(new_record if shard.path == record.path else shard for shard in manifest.shards)
+    labelled_rows = {split: int((rows.labels >= 0).sum()) for split, rows in generator.transfer_set.splits.items()}
+    teacher = compute_label_accuracy(shards, manifest.splits, manifest.draws, labelled_rows)
     manifest = replace(manifest, shards=shards, teacher=teacher)
     manifest.write(cache.folder)
-    same = "the same rows as before" if new.payload == record.payload else "asked anew, not the bits of before"
-    console.print(f"{record.path}: repaired, {same}")
+    is_identical = new_record.payload == record.payload
+    result = "the same rows as before" if is_identical else "its rows are not bit for bit those of before"
+    console.print(f"{record.path}: repaired, {result}")
     return manifest
 
 
-def _repair_head(cache: Cache, manifest: Manifest, ask: TargetGenerator, console: Console) -> None:
-    head = find_head(ask.teacher.network, ask.classes)
+def _repair_head(cache: Cache, manifest: Manifest, generator: TargetGenerator, console: Console) -> None:
+    """Publish the teacher's last linear layer again, then the manifest with its new checksum."""
+    head = find_head(generator.teacher.network, generator.classes)
     if head is None:
-        raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {ask.classes} outputs")
-    record = CacheWriter(cache.folder, _make_plan(manifest), []).add_head(*get_head_arrays(head, ask.classes))
-    replace(manifest, head=record).write(cache.folder)
+        raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {generator.classes} outputs")
+    writer = CacheWriter(cache.folder, _make_plan(manifest), [])
+    head_record = writer.add_head(*get_head_arrays(head, generator.classes))
+    replace(manifest, head=head_record).write(cache.folder)
     console.print(f"{HEAD_FILE}: repaired")
 
 
 def _make_plan(manifest: Manifest) -> CachePlan:
-    kept = (manifest.identity, manifest.classes, manifest.draws, manifest.splits, manifest.taps)
-    return CachePlan(*kept, precision_record=manifest.arithmetic)
+    return CachePlan(
+        identity=manifest.identity,
+        classes=manifest.classes,
+        draws=manifest.draws,
+        splits=manifest.splits,
+        taps=manifest.taps,
+        precision_record=manifest.arithmetic,
+    )

@@ -1,4 +1,4 @@
-"""`softcache teacher`: train a teacher, for those who have none."""
+"""`softcache teacher`: train a teacher from hard targets."""
 
 import json
 from dataclasses import asdict, replace
@@ -11,17 +11,17 @@ import torch
 from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
 from softcache.data.sources import short_name
-from softcache.data.transfer_set import TransferSet, count_classes, load_transfer_set
-from softcache.data.views import ViewPolicy, parse_views, render
+from softcache.data.transfer_set import count_classes
+from softcache.data.views import parse_views
 from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, count_multiply_adds, count_parameters
-from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
+from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
-from softcache.stages.cli.console import Console, progress
+from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
@@ -30,15 +30,23 @@ from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.validation import HeldOutSplit, check_select
 
-CUT_OPTIONS = ("val_fraction", "seed", "train_size", "imbalance", "head_size")  # what `load` cuts a data set by
-FOLDER_SIZE = 224  # of views of a folder whose images differ in size
+from .data import SPLIT_OPTIONS, fill_size, load_data, make_input_spec
 
 
-def run(config: TeacherConfig, said: set[str]) -> None:
-    """Train, report, and say what to do next."""
+def run(config: TeacherConfig, explicit_options: set[str]) -> None:
+    """Train a teacher, and print its accuracy and the command that runs it over the data.
+
+    Args:
+        config: Options of the command.
+        explicit_options: Names of the options that were given on the command line.
+
+    Raises:
+        UsageError: An option is out of range or does not fit the data.
+        CacheError: A file is damaged, or the folder is in use.
+    """
     console = Console(config.json)
     config = fill_defaults(config)
-    config, folder = open_run(config, said, f"{short_name(config.data)}-teacher")
+    config, folder = open_run(config, explicit_options, f"{short_name(config.data)}-teacher")
     result = train_teacher(config, folder, console)
     if config.json:
         return console.print_json(json.dumps(result))
@@ -49,21 +57,26 @@ def run(config: TeacherConfig, said: set[str]) -> None:
 
 
 def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
-    """Stage one with these weights and this cut: of another one, validation may hold rows that the teacher learned."""
-    usual = f"caches/{short_name(config.data)}"
-    fraction = config.val_fraction if config.val_fraction != find_defaults(config.data).val_fraction else 0.0
-    asked = CacheConfig(
+    """Format the command of stage one with these weights and this split.
+
+    With another split the validation rows could be rows that the teacher was trained on.
+    """
+    default_out = f"caches/{short_name(config.data)}"
+    split_options = {name: getattr(config, name) for name in SPLIT_OPTIONS}
+    if config.val_fraction == find_defaults(config.data).val_fraction:
+        split_options["val_fraction"] = 0.0
+    cache_config = CacheConfig(
         data=config.data,
         data_root=config.data_root,
         weights=str(folder),
-        out=find_free_name(usual) if Path(usual).exists() else "",
-        **{name: getattr(config, name) for name in CUT_OPTIONS} | {"val_fraction": fraction},
+        out=find_free_name(default_out) if Path(default_out).exists() else "",
+        **split_options,
     )
-    return format_command("teacher-cache", asked)
+    return format_command("teacher-cache", cache_config)
 
 
 def fill_defaults(config: TeacherConfig) -> TeacherConfig:
-    """Every setting that was left out, from the defaults of the data set."""
+    """Fill in the options that were not given, from the defaults of the data set."""
     data = config.data or "digits"
     defaults = find_defaults(data)
     return replace(
@@ -80,7 +93,21 @@ def fill_defaults(config: TeacherConfig) -> TeacherConfig:
 
 
 def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
-    """Train a teacher on hard targets with a fresh view each epoch; result.json and teacher.pt go to folder."""
+    """Train a teacher on hard targets with a fresh view of each image in each epoch, and measure it.
+
+    Args:
+        config: Options of the command, with defaults filled in.
+        folder: Of the run; settings.json, metrics.jsonl, teacher.pt and result.json are written there.
+        console: Prints the progress.
+        advice: Appended to the line that a long training prints.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UsageError: The images have no labels, or an option does not fit the data.
+        CacheError: Another process holds the folder, or a file is damaged.
+    """
     device = select_device(config.device)
     transfer_set = load_data(config)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
@@ -92,15 +119,15 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size)
     with start_run(config, folder):
         model = PreparedModel(network, input_spec).to(device)
-        rows = transfer_set.splits["train"]
+        train_rows = transfer_set.splits["train"]
         stream = CacheLoader(
-            rows,
-            views,
-            config.seed,
-            config.seed,
-            config.batch_size,
-            rows.labels,
-            np.arange(len(rows)),
+            split=train_rows,
+            views=views,
+            view_seed=config.seed,
+            order_seed=config.seed,
+            batch_size=config.batch_size,
+            labels=train_rows.labels,
+            rows=np.arange(len(train_rows)),
             workers=config.workers,
             sampler=config.sampler,
             device=device,
@@ -110,7 +137,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             for split in ("val", "test")
             if split in transfer_set.splits
         }
-        counts = count_classes(rows.labels, len(transfer_set.classes))
+        counts = count_classes(train_rows.labels, len(transfer_set.classes))
         run = TrainingRun(
             name="teacher",
             model=model,
@@ -125,8 +152,8 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             interrupt_advice=advice,
             context=LossContext(counts=torch.from_numpy(counts)),
         )
-        done = train(run, held_out["val"], console)
-        measured = {s: evaluate(held.logits(model), held.labels, counts=counts) for s, held in held_out.items()}
+        finished = train(run, held_out["val"], console)
+        figures = {split: evaluate(rows.logits(model), rows.labels, counts=counts) for split, rows in held_out.items()}
         result = {
             "settings": asdict(config),
             "teacher": {
@@ -134,43 +161,14 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
                 "preparation": input_spec.to_json(),
                 "parameters": count_parameters(network),
                 "multiply_adds": run.multiply_adds,
-                "epoch": done.epoch,
-                "val": measured["val"],
-                "test": measured.get("test"),
+                "epoch": finished.epoch,
+                "val": figures["val"],
+                "test": figures.get("test"),
             },
-            "seconds": {"train": done.seconds},
+            "seconds": {"train": finished.seconds},
             "peak_memory": measure_peak_memory(device),
             "versions": library_versions(),
             "machine": describe_machine(device),
         }
         publish_json(folder / "result.json", result)
         return result
-
-
-def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
-    """The data, cut as the settings say."""
-    cut = {name: getattr(config, name) for name in CUT_OPTIONS}
-    return load_transfer_set(config.data, Path(config.data_root), **cut, progress=progress)
-
-
-def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
-    """The policy with its size in pixels: as asked, as the images are, or 224 where they differ."""
-    if not views.size and not transfer_set.size:
-        console.print(
-            f"the images differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
-        )
-    return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
-
-
-def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> InputSpec:
-    """Mean and standard deviation per channel: ImageNet's, the training views' own, or none."""
-    channels, size = transfer_set.channels, views.size
-    if normalize == "imagenet":
-        return InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
-    if normalize == "none":
-        return InputSpec(channels, size, (0.0,) * channels, (1.0,) * channels)
-    rows = transfer_set.splits["train"]
-    sample = np.arange(min(len(rows), 4096)) * len(rows) // min(len(rows), 4096)
-    pixels = render(rows.images, views.without_augmentation(), 0, sample, 0).double() / 255
-    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
-    return InputSpec(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))

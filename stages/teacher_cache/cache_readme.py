@@ -1,4 +1,4 @@
-"""The README.md of a cache: what it is, for people who find it and do not know this program."""
+"""The README.md of a cache: what the cache is, for people who find it and do not know this program."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from softcache.base.files import publish_text, read_regular_file
 from softcache.pipeline.cache.folder import README_FILE
 from softcache.pipeline.cache.manifest import Manifest
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20  # of a README.md that is read
 _TEXT = """\
 # A cache of a teacher's outputs
 
@@ -43,7 +43,8 @@ softcache student --cache {name}{where} --arch resnet8
 Images are read from your own copy of the data; a copy that differs in one pixel is refused. `manifest.json` has the
 same facts for programs, and a checksum of every file.
 """
-# What the first versions of this program wrote. Who left it as it was gets the text above when the cache grows.
+# The text of the first versions of this program. Unless a user has edited it, the text above replaces it when the
+# cache grows.
 _FIRST_TEXT = """\
 # A cache of what a teacher said
 
@@ -81,7 +82,7 @@ def write_readme(folder: Path, previous: Manifest | None, manifest: Manifest) ->
 
     Args:
         folder: Of the cache.
-        previous: Its manifest before it grew; None of a new cache.
+        previous: Its manifest before it grew; None for a new cache.
         manifest: Its manifest now.
     """
     path = folder / README_FILE
@@ -91,9 +92,9 @@ def write_readme(folder: Path, previous: Manifest | None, manifest: Manifest) ->
 
 
 def _is_unedited(folder: Path, manifest: Manifest) -> bool:
-    """Return whether README.md is what this program, or its first versions, wrote for a manifest.
+    """Return whether README.md is the text that this program, or one of its first versions, wrote for a manifest.
 
-    The folder may have had another name: the name is read off the command in the text.
+    The folder may have had another name then, so the name is read from the command in the text.
     """
     try:
         content = read_regular_file(folder, README_FILE, _MAX_BYTES)
@@ -106,25 +107,34 @@ def _is_unedited(folder: Path, manifest: Manifest) -> bool:
     try:
         name = shlex.split(match[1])[0]
         return content in (format_readme(name, manifest).encode(), _format_first_readme(name, manifest).encode())
-    except (ValueError, IndexError):
+    except (ValueError, IndexError):  # no name that a shell could read
         return False
 
 
 def format_readme(name: str, manifest: Manifest) -> str:
-    """Format the README.md of a cache whose folder has this name."""
+    """Format the README.md of a cache.
+
+    Args:
+        name: Of the cache's folder, for the commands in the text.
+        manifest: Of the cache.
+    """
     return _TEXT.format(**_format_fields(name, manifest))
 
 
 def _format_first_readme(name: str, manifest: Manifest) -> str:
+    """Format the README.md that the first versions of this program wrote."""
     fields = _format_fields(name, manifest)
-    return _FIRST_TEXT.format(**{**fields, "faster": fields["faster"].replace("top-1 class", "first class")})
+    fields["faster"] = fields["faster"].replace("top-1 class", "first class")
+    return _FIRST_TEXT.format(**fields)
 
 
 def _format_fields(name: str, manifest: Manifest) -> dict[str, Any]:
+    """Format the values of the fields in both texts."""
     identity, fidelity = manifest.identity, manifest.fidelity
     teacher, data, views = identity["teacher"], identity["transfer_set"], identity["views"]
-    parameters = ", ".join(f"{k} {v}" for k, v in views.items() if k != "policy")
+    parameters = ", ".join(f"{key} {value}" for key, value in views.items() if key != "policy")
     features = ", ".join(f"`{tap}` {shape}" for tap, shape in manifest.taps.items())
+    accuracies = {split: figures["accuracy"] for split, figures in manifest.teacher.items()}
     return {
         "format": identity["format"],
         "and_features": " and some layers' features" if features else "",
@@ -140,7 +150,7 @@ def _format_fields(name: str, manifest: Manifest) -> dict[str, Any]:
         "classes": manifest.classes,
         "views": f"`{views['policy']}` ({parameters})",
         "draws": manifest.draws,
-        "accuracy": ", ".join(f"{s} {_format_accuracy(t['accuracy'])}" for s, t in manifest.teacher.items()),
+        "accuracy": ", ".join(f"{split} {_format_accuracy(accuracy)}" for split, accuracy in accuracies.items()),
         "contents": "logits" + (f"; features {features}" if features else ""),
         "codec": identity["codec"],
         "kl": f"{fidelity['kl_4']:.1e}",
@@ -148,7 +158,7 @@ def _format_fields(name: str, manifest: Manifest) -> dict[str, Any]:
         "size": manifest.bytes / 1e6,
         "files": len(manifest.shards),
         "fingerprint": manifest.fingerprint,
-        "versions": ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
+        "versions": ", ".join(f"{library} {version}" for library, version in manifest.versions.items()),
         "license": manifest.settings.get("license") or "not stated: ask whoever gave it to you",
         "name": shlex.quote(name),
         "where": " --data folder:PATH" if data["name"] == "folder" else "",

@@ -1,4 +1,4 @@
-"""A teacher as it is asked: its arithmetic, the layers that are tapped, compiled or not."""
+"""Running a teacher: its numeric precision, its taps, batch norm folded or not, compiled or not."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -14,121 +14,148 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import parse_tap
 
-TeacherOutputs = tuple[torch.Tensor, dict[str, torch.Tensor]]
+TeacherOutputs = tuple[torch.Tensor, dict[str, torch.Tensor]]  # logits float32 [B, K], features {tap: [B, …]}
 InferFunction = Callable[[torch.Tensor], TeacherOutputs]
 
-_MAX_DIFFERENCE = 1e-3  # of the largest value: rounding of float32 is a thousandth of it
+_MAX_DIFFERENCE = 1e-3  # as a share of the largest value; float32 rounds to a thousandth of this
 
 
 class TeacherInference:
-    """What answers: the teacher itself, or a copy of it with batch norm folded, in float32 or bfloat16.
+    """A teacher and the way in which it is run.
 
-    teacher: in eval mode, on its device, and never changed. In float32 and not folded the answers are the teacher's
-    own to the last bit. folded: whether something was folded.
+    In float32, neither folded nor compiled, the outputs are the teacher's own to the last bit.
+
+    Args:
+        teacher: In eval mode, on its device. It is never changed.
+        taps: Layers whose outputs are read.
+        precision: "float32" or "bfloat16".
+        fold: Fold batch norm into convolutions, where that is possible and gives the same outputs.
+
+    Attributes:
+        teacher, taps, precision: As given.
+        differs_when_folded: Whether the teacher was not folded because its outputs would have changed.
     """
 
     def __init__(self, teacher: PreparedModel, taps: tuple[str, ...], precision: str = "float32", fold: bool = False):
         self.teacher, self.taps, self.precision = teacher, taps, precision
         self._model = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
         self._compiled: InferFunction | None = None
-        self.differs_when_folded = self.folded and not self._matches_when_folded()
+        self.differs_when_folded = self.is_folded and not self._matches_when_folded()
         if self.differs_when_folded:
             self._model = teacher
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the teacher."""
         return self.teacher.scale.device
 
     @property
-    def folded(self) -> bool:
-        """Whether batch norm was folded, at one place or more."""
+    def is_folded(self) -> bool:
+        """Whether at least one batch norm was folded."""
         return self._model is not self.teacher
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is the teacher as it is."""
-        return self.precision == "float32" and not self.folded and not self.compiled
+    def is_compiled(self) -> bool:
+        """Whether `compile` succeeded."""
+        return self._compiled is not None
 
     @property
-    def compiled(self) -> bool:
-        """Whether it was compiled."""
-        return self._compiled is not None
+    def is_plain(self) -> bool:
+        """Whether the outputs are the teacher's own to the last bit: float32, neither folded nor compiled."""
+        return self.precision == "float32" and not self.is_folded and not self.is_compiled
 
     @contextmanager
     def open(self) -> Iterator[InferFunction]:
-        """A function uint8 [B, C, S, S] on its device -> logits float32 [B, K] and {tap: [B, …]}, for the time of a
-        with statement; the features are overwritten by the next call's."""
+        """Prepare to run the teacher on many batches.
+
+        Yields:
+            A function of uint8 views [B, C, S, S] on `device` that returns logits float32 [B, K] and features
+            {tap: [B, …]}. The next call overwrites the features.
+        """
         if self._compiled is not None:
             yield self._compiled
             return
-        asked = self._model
-        # autocast once and not for each batch: it keeps the weights that it has cast
+        model = self._model
+        # One autocast for all batches: it caches the weights that it has cast.
         with (
             torch.inference_mode(),
             autocast(self.device, self.precision),
-            capture_features(asked.network, self.taps) as kept,
+            capture_features(model.network, self.taps) as features,
         ):
-            yield lambda views: (asked(views), kept)
+            yield lambda views: (model(views), features)
 
     def compile(self, views: torch.Tensor, rows: int) -> None:
-        """Compile it for batches of so many rows, by asking about some views. Raises whatever the compiler does, and
-        is then as it was before.
+        """Compile the teacher for batches of one size, and run it once.
 
-        A smaller batch is padded with its own views: another shape would be compiled again, and rows of a network
-        in eval mode do not see each other.
+        A smaller batch is padded with its own views: another shape would be compiled again. Padding changes no
+        output, because the rows of a network in eval mode do not depend on each other.
+
+        Args:
+            views: uint8 [B, C, S, S], for the first run.
+            rows: Size of the largest batch.
+
+        Raises:
+            Exception: Whatever the compiler raises; the teacher then runs as before.
         """
-        torch.compiler.reset()  # what is compiled is known by its code, which all of these share, eight times at most
-        own = copy.deepcopy(self._model)
+        torch.compiler.reset()  # compiled code is cached for the function `infer` below, at most eight versions of it
+        model = copy.deepcopy(self._model)
         hooks = ExitStack()
-        kept = hooks.enter_context(capture_features(own.network, self.taps))
+        features = hooks.enter_context(capture_features(model.network, self.taps))
 
-        def ask(views: torch.Tensor) -> TeacherOutputs:
+        def infer(views: torch.Tensor) -> TeacherOutputs:
             with autocast(self.device, self.precision):
-                logits = own(views)
-            return logits, dict(kept)
+                logits = model(views)
+            return logits, dict(features)
 
-        # freezing: weights become constants, cast and packed once; of use on CPUs
+        # freezing: weights become constants, cast and packed once. Useful on CPUs.
         options: dict[str, Any] = {"freezing": True} if self.device.type == "cpu" else {}
-        compiled = torch.compile(ask, fullgraph=True, dynamic=False, options=options)
+        compiled = torch.compile(infer, fullgraph=True, dynamic=False, options=options)
 
-        def padded(views: torch.Tensor) -> TeacherOutputs:
-            kept.clear()  # guarded: with the last batch's in it the function would be compiled again
+        def infer_padded(views: torch.Tensor) -> TeacherOutputs:
+            features.clear()  # a guard of the compiled code: with the features of the last batch it is compiled again
             n = len(views)
             with torch.no_grad():  # inference mode would be another guard
                 if n < rows:
                     views = views[torch.arange(rows, device=views.device) % n]
-                logits, features = compiled(views)
-            return logits[:n], {tap: x[:n] for tap, x in features.items()}
+                logits, padded_features = compiled(views)
+            return logits[:n], {tap: x[:n] for tap, x in padded_features.items()}
 
-        padded(views.to(self.device))
-        self._compiled, self._hooks = padded, hooks  # the hooks of the copy stay for as long as this lives
+        infer_padded(views.to(self.device))
+        self._compiled, self._hooks = infer_padded, hooks  # the copy's hooks are needed as long as the compiled code
 
     def _matches_when_folded(self) -> bool:
-        """A trace may have seen another way through a network than a batch takes: asked about a few views, in float32.
+        """Compare the folded model with the teacher on four views, in float32.
 
-        They are noise: what is folded is affine, and wrong anywhere if it is wrong.
+        A network may take another path through its code when it is traced than with a batch. The views are noise:
+        folding is affine, so where it is wrong, it is wrong for any input.
         """
         channels, size = self.teacher.input_spec.channels, self.teacher.input_spec.size
-        noise = torch.Generator().manual_seed(0)
-        views = torch.randint(0, 256, (4, channels, size, size), dtype=torch.uint8, generator=noise).to(self.device)
-        said, cudnn = [], torch.backends.cudnn
-        for asked in (self.teacher, self._model):
-            exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 rounds by more than what is looked for
-            with exact, torch.inference_mode(), capture_features(asked.network, self.taps) as kept:
-                said.append([asked(views), *(kept[tap] for tap in self.taps)])
-        return all(
-            bool((a - b).abs().max() <= _MAX_DIFFERENCE * a.abs().max().clamp(min=1e-6))
-            for a, b in zip(*said, strict=True)
-        )
+        generator = torch.Generator().manual_seed(0)
+        views = torch.randint(0, 256, (4, channels, size, size), dtype=torch.uint8, generator=generator)
+        views = views.to(self.device)
+        cudnn = torch.backends.cudnn
+        outputs = []
+        for model in (self.teacher, self._model):
+            without_tf32 = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 rounds more than the tolerance
+            with without_tf32, torch.inference_mode(), capture_features(model.network, self.taps) as features:
+                outputs.append([model(views), *(features[tap] for tap in self.taps)])
+        for expected, folded in zip(*outputs, strict=True):
+            tolerance = _MAX_DIFFERENCE * expected.abs().max().clamp(min=1e-6)
+            if not (expected - folded).abs().max() <= tolerance:  # NaN is a difference, too
+                return False
+        return True
 
 
 def restore_inference(teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool) -> TeacherInference:
-    """What answers as a cache was begun. Raises CacheError where its batch norm was folded and cannot be here."""
-    answering = TeacherInference(teacher, taps, precision, fold)
-    if answering.differs_when_folded:
+    """Make the inference that an existing cache was written with.
+
+    Raises:
+        CacheError: Batch norm was folded then, and cannot be folded now without changing the outputs.
+    """
+    inference = TeacherInference(teacher, taps, precision, fold)
+    if inference.differs_when_folded:
         raise CacheError(
-            "the cache was begun with batch norm folded, and that says something else than the teacher here: go on"
-            " with the versions that it was begun with, or make a new one"
+            "the cache was started with batch norm folded, and here that changes the teacher's outputs: continue with"
+            " the library versions that it was started with, or make a new cache"
         )
-    return answering
+    return inference

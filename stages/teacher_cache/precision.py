@@ -1,123 +1,67 @@
-"""Which arithmetic the teacher is asked in: tried on some of its own views, compared with plain float32."""
+"""Choosing the numeric precision of the teacher: tried on some of its own views, compared with plain float32."""
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, make_printable
-from softcache.data.transfer_set import TransferSet
-from softcache.data.views import ViewPolicy, render
-from softcache.pipeline.cache.codecs import measure_fidelity
 from softcache.pipeline.cache.existing import InferenceSettings
 from softcache.pipeline.cache.manifest import PrecisionRecord
 from softcache.pipeline.cache.manifest_reader import parse_precision_record
-from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 
 from .inference import TeacherInference, restore_inference
-
-_VIEWS, _BATCHES = 512, 2
-_TURNS, _QUICK = 3, 1.0  # at most so many rounds over the views, and no further one after one of so many seconds
-# How much faster something must be to be taken in place of plain float32, which is the teacher to the last bit.
-_WORTH = 1.05
+from .trials import Trial, TrialViews, run_trials
 
 
 @dataclass(frozen=True)
 class ChosenPrecision:
-    """What answers, and what there is to write down about it; None for the teacher as it is. begun: goes on so."""
+    """How the teacher is run for a cache.
+
+    Attributes:
+        inference: The teacher and the way in which it is run.
+        precision_record: This way and its cost, for the manifest; None where the teacher is run simply in its
+            precision.
+        is_resumed: Whether an existing cache decided it.
+    """
 
     inference: TeacherInference
     precision_record: PrecisionRecord | None = None
     is_resumed: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, for other ranks; see chosen_as."""
-        a, arithmetic = self.inference, self.precision_record.to_json() if self.precision_record else None
-        how = {"precision": a.precision, "folded": a.folded, "compiled": a.compiled}
-        return {**how, "arithmetic": arithmetic, "begun": self.is_resumed}
-
-
-@dataclass(frozen=True)
-class TrialViews:
-    """Views of the first draw, 512 or all, that a teacher is tried on: those of the first rows that are written."""
-
-    transfer_set: TransferSet
-    views: ViewPolicy
-    config: CacheConfig
-
-    @property
-    def batch_rows(self) -> int:
-        """The largest batch of stage one."""
-        rows = max(len(split) for split in self.transfer_set.splits.values())
-        return min(self.config.batch_size, self.config.shard_rows or rows, rows)
-
-    def render(self) -> list[torch.Tensor]:
-        """uint8 [B, C, S, S], two at least: the first ones of everything also warm up."""
-        rows = self.transfer_set.splits["train"]
-        index = make_row_order(self.config.seed, "train", len(rows))[:_VIEWS]
-        size = min(self.batch_rows, -(-len(index) // _BATCHES))
-        parts = [index[i : i + size] for i in range(0, len(index), size)]
-        return [render(rows.images, self.views, self.config.seed, part, 0) for part in parts]
-
-
-@dataclass
-class _Trial:
-    """What one answering said about the views, float32 [n, K] by batch, and the least seconds of a view."""
-
-    inference: TeacherInference
-    outputs: list[NDArray[np.float32]] = field(default_factory=list)
-    seconds: float = float("inf")
-    failure: str = ""
-
-    def run(self, views: torch.Tensor, keep: bool) -> None:
-        """One batch more. What another arithmetic than the teacher's own raises is noted, and it is asked no more."""
-        if self.failure:
-            return
-        try:
-            logits, seconds = time_inference(self.inference, views)
-        except (RuntimeError, TypeError, ValueError) as error:  # a network is anyone's code
-            if self.inference.is_plain:
-                raise
-            self.failure = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            return
-        self.seconds = min(self.seconds, seconds / len(views))
-        self.outputs += [logits] * keep
-
-    def pace(self) -> float:
-        """Seconds a view."""
-        return self.seconds
-
-    def cost(self, plain: "_Trial") -> tuple[float, float, float]:
-        """Mean KL to plain float32 at T = 1 and 4, in nats, and the share of flips of the first class."""
-        if self.failure or not all(np.isfinite(said).all() for said in self.outputs):
-            return float("inf"), float("inf"), 1.0
-        sums = measure_fidelity(np.concatenate(plain.outputs), np.concatenate(self.outputs))
-        return sums["kl_1"] / sums["rows"], sums["kl_4"] / sums["rows"], sums["flips"] / sums["rows"]
-
-    def compared(self, plain: "_Trial") -> PrecisionRecord:
-        """What there is to write down."""
-        return PrecisionRecord(
-            self.inference.folded, self.inference.compiled, sum(map(len, self.outputs)), *self.cost(plain)
-        )
-
-    def is_worth_it(self, plain: "_Trial", tolerance: float) -> bool:
-        """Whether it is faster than plain float32, and says the same within the tolerance, in nats."""
-        return self.seconds * _WORTH < plain.seconds and max(self.cost(plain)[:2]) <= tolerance
+        """Return the choice as plain JSON values, from which `restore_precision` makes it again on another rank."""
+        return {
+            "precision": self.inference.precision,
+            "folded": self.inference.is_folded,
+            "compiled": self.inference.is_compiled,
+            "arithmetic": self.precision_record.to_json() if self.precision_record else None,
+            "begun": self.is_resumed,
+        }
 
 
 def resume_precision(
     config: CacheConfig, previous: InferenceSettings | None, teacher: PreparedModel, taps: tuple[str, ...]
 ) -> ChosenPrecision | None:
-    """As a cache in the folder was begun: a timing does not change it half-way. None where there is nothing begun.
+    """Run the teacher as for the rows that a cache has already, so that a timing cannot change it half-way.
 
-    A precision that is asked for by name stays: another one there is refused later, by name.
+    A precision that the command names is kept; the writer refuses it where it is not that of the cache.
+
+    Args:
+        config: Options of the command.
+        previous: How the rows of the cache were computed; None where there are none.
+        teacher: In eval mode, on its device.
+        taps: Layers whose outputs are written.
+
+    Returns:
+        The choice; None where there are no rows yet.
+
+    Raises:
+        CacheError: Batch norm was folded then, and cannot be folded now without changing the outputs.
     """
     if previous is None:
         return None
@@ -127,121 +71,132 @@ def resume_precision(
 
 
 def choose_precision(
-    config: CacheConfig, probe: TrialViews, teacher: PreparedModel, taps: tuple[str, ...], console: Console
+    config: CacheConfig, trial_views: TrialViews, teacher: PreparedModel, taps: tuple[str, ...], console: Console
 ) -> ChosenPrecision:
-    """For a new cache. Plain float32 is the teacher as it is, to the last bit, and asks nothing; bfloat16 is folded.
+    """Choose how to run the teacher for a new cache.
 
-    auto is the fastest of bfloat16 and float32, both with batch norm folded, and plain float32, that is within the
-    tolerance at T = 1 and at T = 4: what is worth learning from a teacher is beside its first class, which only the
-    higher temperature shows. What is taken is said with its cost, and written down.
+    `float32` is the teacher as it is, to the last bit, and needs no trial. `bfloat16` is run with batch norm folded.
+    `auto` is the fastest of bfloat16 and float32, both with batch norm folded, and plain float32, among those whose KL
+    is within the tolerance at T = 1 and at T = 4. Both are needed: what a student learns from soft targets lies in the
+    classes below the first one, and only the higher temperature shows those.
+
+    Args:
+        config: Options of the command; precision, compile and tolerance are read.
+        trial_views: Views to try it on.
+        teacher: In eval mode, on its device.
+        taps: Layers whose outputs are written.
+        console: Prints the choice and its cost.
+
+    Raises:
+        CacheError: The teacher fails in the precision that the command names, or its logits are not finite.
     """
-    plain = _Trial(TeacherInference(teacher, taps))
+    plain = Trial(TeacherInference(teacher, taps))
     if config.precision == "float32" and not config.compile:
         return ChosenPrecision(plain.inference)
-    others = [_Trial(a) for a in _list_faster(config, teacher, taps)]
-    batches = probe.render()
-    _time_trials([plain, *others], batches)
+    candidates = [Trial(inference) for inference in _list_candidates(config, teacher, taps)]
+    batches = trial_views.render()
+    run_trials([plain, *candidates], batches)
     if config.precision == "auto":
-        best = min(filter(lambda t: t.is_worth_it(plain, config.tolerance), others), key=_Trial.pace, default=plain)
+        preferable = [trial for trial in candidates if trial.is_preferable(plain, config.tolerance)]
+        best = min(preferable, key=lambda trial: trial.seconds, default=plain)
     else:
-        best = (others or [plain])[0]
-        if max(best.cost(plain)) == float("inf"):
-            why = best.failure or "its logits are not finite"
-            raise CacheError(f"--precision {config.precision}: the teacher cannot be asked so ({make_printable(why)})")
+        best = candidates[0] if candidates else plain
+        if best.problem:
+            raise CacheError(
+                f"the teacher cannot be run with --precision {config.precision}: {make_printable(best.problem)}"
+            )
     if config.compile:
-        best = _try_compiled(best, plain, probe, batches, console)
-    arithmetic = best.compared(plain) if best is not plain else None
-    if config.precision != "float32" or arithmetic:
-        _print_choice(best, plain, others, config, console)
-    return ChosenPrecision(best.inference, arithmetic)
+        best = _try_compiled(best, plain, trial_views, batches, console)
+    precision_record = best.make_record(plain) if best is not plain else None
+    if config.precision != "float32" or precision_record:
+        _print_choice(best, plain, candidates, console)
+    return ChosenPrecision(best.inference, precision_record)
 
 
 def restore_precision(
-    record: dict[str, Any], teacher: PreparedModel, taps: tuple[str, ...], probe: TrialViews, console: Console
+    record: dict[str, Any], teacher: PreparedModel, taps: tuple[str, ...], trial_views: TrialViews, console: Console
 ) -> ChosenPrecision:
-    """As another rank has chosen: the inverse of Chosen.record."""
-    answering = restore_inference(teacher, taps, record["precision"], record["folded"])
+    """Run the teacher as the first rank has chosen; the inverse of `ChosenPrecision.to_json`.
+
+    Args:
+        record: What `to_json` returned.
+        teacher: In eval mode, on its device.
+        taps: Layers whose outputs are written.
+        trial_views: Views to compile it with, where the first rank has compiled it.
+        console: Prints that it is being compiled.
+    """
+    inference = restore_inference(teacher, taps, record["precision"], record["folded"])
     if record["compiled"]:
-        compile_teacher(answering, probe, console)
-    return ChosenPrecision(answering, parse_precision_record(record["arithmetic"]), record["begun"])
+        compile_teacher(inference, trial_views, console)
+    return ChosenPrecision(inference, parse_precision_record(record["arithmetic"]), record["begun"])
 
 
-def compile_teacher(answering: TeacherInference, probe: TrialViews, console: Console) -> bool:
-    """Compile, or say in one line why not."""
+def compile_teacher(inference: TeacherInference, trial_views: TrialViews, console: Console) -> bool:
+    """Compile a teacher, or print in one line why that failed.
+
+    Returns:
+        Whether it was compiled. If not, it runs as before.
+    """
     console.print("compiling the teacher, 5 to 25 s")
     try:
-        answering.compile(probe.render()[0], probe.batch_rows)
-    except Exception as error:  # no compiler, or a network that it cannot take: whatever it raises, there is a way
-        why = str(error).strip().splitlines() or [""]
-        console.print(f"not compiled, it goes on as it is: {type(error).__name__}: {make_printable(why[0], 120)}")
+        inference.compile(trial_views.render()[0], trial_views.batch_rows)
+    except Exception as error:  # no compiler, or a network that it cannot compile: the teacher runs without
+        reason = make_printable((str(error).strip().splitlines() or [""])[0], 120)
+        console.print(f"not compiled, the teacher runs as it is: {type(error).__name__}: {reason}")
         return False
     return True
 
 
-def _list_faster(config: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[TeacherInference]:
-    """What is tried beside plain float32."""
+def _list_candidates(config: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[TeacherInference]:
+    """Yield the ways to run the teacher that are compared with plain float32."""
     if config.precision != "float32":
         yield TeacherInference(teacher, taps, "bfloat16", fold=True)
     if config.precision == "auto":
         folded = TeacherInference(teacher, taps, "float32", fold=True)
-        if folded.folded:
+        if folded.is_folded:
             yield folded
 
 
-def _time_trials(trials: list[_Trial], batches: list[torch.Tensor]) -> None:
-    """Every trial about every batch, in turns, so that a busy moment meets all; again while that is quick."""
-    for turn in range(_TURNS):
-        begun = time.monotonic()
-        for views in batches:
-            for trial in trials:
-                trial.run(views, keep=turn == 0)
-        if time.monotonic() - begun > _QUICK:
-            return
-
-
-def time_inference(answering: TeacherInference, views: torch.Tensor) -> tuple[NDArray[np.float32], float]:
-    """logits float32 [B, K], and the seconds that they took."""
-    with answering.open() as answer:
-        begun = time.perf_counter()
-        logits = answer(views.to(answering.device))[0].cpu()
-        return logits.numpy(), time.perf_counter() - begun
-
-
 def _try_compiled(
-    best: _Trial, plain: _Trial, probe: TrialViews, batches: list[torch.Tensor], console: Console
-) -> _Trial:
-    """The same compiled, where that works and is faster and not another function; the trial as it was elsewhere."""
-    a, config = best.inference, probe.config
-    trial = _Trial(TeacherInference(a.teacher, a.taps, a.precision, a.folded))
-    if not compile_teacher(trial.inference, probe, console):
+    best: Trial, plain: Trial, trial_views: TrialViews, batches: list[torch.Tensor], console: Console
+) -> Trial:
+    """Return the best trial compiled, if it can be compiled, is faster so and within the tolerance; else as it was."""
+    inference, config = best.inference, trial_views.config
+    compiled = Trial(
+        TeacherInference(inference.teacher, inference.taps, inference.precision, fold=inference.is_folded)
+    )
+    if not compile_teacher(compiled.inference, trial_views, console):
         return best
-    again = _Trial(a)  # in turns with the other: what it took before, it took on a machine that was less busy
-    _time_trials([trial, again], batches)
-    if max(trial.cost(plain)) == float("inf"):
-        console.print(f"not compiled: {make_printable(trial.failure or 'its logits are not finite')}")
+    uncompiled = Trial(inference)  # timed again, in turns with the other: the machine may have been less busy before
+    run_trials([compiled, uncompiled], batches)
+    if compiled.problem:
+        console.print(f"not compiled: {make_printable(compiled.problem)}")
         return best
-    found = trial.compared(plain)
-    if config.precision == "auto" and max(found.kl_1, found.kl_4) > config.tolerance:
-        console.print(f"not compiled: {found.describe()}, more than --tolerance {config.tolerance:g}")
-    elif trial.pace() >= again.pace():
-        console.print(f"not compiled: {1 / trial.pace():,.0f} images a second, {1 / again.pace():,.0f} as it was")
-    else:
-        return trial
-    return best
+    record = compiled.make_record(plain)
+    if config.precision == "auto" and max(record.kl_1, record.kl_4) > config.tolerance:
+        console.print(f"not compiled: {record.describe()}, more than --tolerance {config.tolerance:g}")
+        return best
+    if compiled.seconds >= uncompiled.seconds:
+        console.print(f"not compiled: {compiled.rate:,.0f} images a second, {uncompiled.rate:,.0f} without")
+        return best
+    return compiled
 
 
-def _print_choice(best: _Trial, plain: _Trial, others: list[_Trial], config: CacheConfig, console: Console) -> None:
-    """One line: what was chosen, what it costs, and what it brings."""
-    pace = f"{1 / best.pace():,.0f} images a second"
-    if best is plain:
-        tried = "; ".join(
-            f"{t.inference.precision}: {make_printable(t.failure)}"
-            if t.failure
-            else f"{t.inference.precision} {1 / t.pace():,.0f} a second, KL {max(t.cost(plain)[:2]):.1e}"
-            for t in others
+def _print_choice(best: Trial, plain: Trial, candidates: list[Trial], console: Console) -> None:
+    """Print in one line what was chosen, what it costs and how fast it is."""
+    if best is not plain:
+        return console.print(
+            f"precision: {best.inference.precision}, {best.make_record(plain).describe()};"
+            f" {best.rate:,.0f} images a second instead of {plain.rate:,.0f}"
         )
-        return console.print(f"precision: float32, the teacher as it is, {pace}; not taken: {tried or 'nothing else'}")
+    rejected = []
+    for trial in candidates:
+        if trial.failure:
+            rejected.append(f"{trial.inference.precision}: {make_printable(trial.failure)}")
+        else:
+            kl = max(trial.measure_cost(plain)[:2])
+            rejected.append(f"{trial.inference.precision} {trial.rate:,.0f} a second, KL {kl:.1e}")
     console.print(
-        f"precision: {best.inference.precision}, {best.compared(plain).describe()};"
-        f" {pace} instead of {1 / plain.pace():,.0f}"
+        f"precision: float32, the teacher as it is, {plain.rate:,.0f} images a second;"
+        f" rejected: {'; '.join(rejected) or 'none'}"
     )

@@ -24,11 +24,12 @@ from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
-from softcache.stages.teacher import command as teacher_stage
+from softcache.stages.teacher.data import fill_size, load_data
 
-from .precision import ChosenPrecision, TrialViews, choose_precision, restore_precision, resume_precision
+from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
 from .teacher_source import load_teacher
+from .trials import TrialViews
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
         raise unknown_name_error("codec", config.codec, CODECS)
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     views = parse_views(config.views)
-    transfer_set = ranks.first_rank_first(lambda: teacher_stage.load_data(config))
-    views = teacher_stage.fill_size(views, transfer_set, console)
+    transfer_set = ranks.first_rank_first(lambda: load_data(config))
+    views = fill_size(views, transfer_set, console)
     teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
 

@@ -1,4 +1,4 @@
-"""Asking the teacher again about rows that are in a cache: is it still the one that was asked?"""
+"""The reproducibility check: does the teacher still output what a cache holds of it?"""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -18,16 +18,23 @@ from .inference import restore_inference
 from .targets import TargetGenerator
 from .teacher_source import load_cache_teacher
 
-_ROWS, _SHARDS = 256, 16
-# Of a row's range. float16 and sqrt8 cost 0.4 % at most, another processor's arithmetic less; rows of two other
-# images differ by 40 % and more.
-_MAX_DIFFERENCE = {"float32": 0.02, "bfloat16": 0.1}
+_ROWS, _MAX_SHARDS = 256, 16
+# {precision: share of a row's range}. float16 and sqrt8 cost 0.4 % at most, the rounding of another processor less;
+# rows of two different images differ by 40 % and more.
+_TOLERANCE = {"float32": 0.02, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
 class ReproducibilityReport:
-    """What came out. rows: how many were asked; logits: the largest difference of one; share: of its row's range;
-    features: per tap, the largest difference as a share of the largest value; most: what is taken for the same."""
+    """How far the teacher's outputs are from those in a cache.
+
+    Attributes:
+        rows: Rows that were compared.
+        absolute: Largest difference of a logit.
+        relative: Largest difference of a logit, as a share of the range of its row.
+        features: {tap: largest difference, as a share of the largest value}.
+        tolerance: Share up to which outputs count as equal.
+    """
 
     rows: int
     absolute: float
@@ -36,7 +43,7 @@ class ReproducibilityReport:
     tolerance: float
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the report as plain JSON values."""
         return {
             "rows": self.rows,
             "logits": self.absolute,
@@ -46,66 +53,94 @@ class ReproducibilityReport:
         }
 
     def describe(self) -> str:
-        """A line for people."""
-        taps = "".join(f", {tap} by {share:.2%} of the largest" for tap, share in self.features.items())
+        """Describe the report in one line."""
+        taps = "".join(f", {tap} by {share:.2%} of the largest value" for tap, share in self.features.items())
         return (
-            f"the teacher was asked again about {self.rows} rows: logits differ by {self.absolute:.3g} at most,"
+            f"the teacher was run again on {self.rows} rows: logits differ by {self.absolute:.3g} at most,"
             f" {self.relative:.3%} of their row's range{taps}"
         )
 
     def raise_if_different(self) -> None:
-        """Raises CacheError when this is not the teacher's rounding any more."""
+        """Check that the outputs are equal within the tolerance.
+
+        Raises:
+            CacheError: They are not, or they are NaN.
+        """
         for name, share in {"logits": self.relative, **self.features}.items():
             if not share <= self.tolerance:
                 raise CacheError(
-                    f"the teacher now says something else: {name} differ by {share:.2%},"
+                    f"the teacher's outputs have changed: {name} differ by {share:.2%},"
                     f" more than {self.tolerance:.0%}: its code or a library changed"
                 )
 
 
 def make_target_generator(cache: Cache, transfer_set: TransferSet, config: CheckConfig) -> TargetGenerator:
-    """The cache's teacher, ready to be asked what stage one asked it. Raises CacheError for other weights."""
+    """Load the teacher of a cache, to be run as when the cache was written.
+
+    Args:
+        cache: The cache.
+        transfer_set: Its images.
+        config: Options of the command; weights, teacher, device and workers are read.
+
+    Raises:
+        CacheError: The weights are not those of the cache, or the outputs have other shapes.
+        UsageError: There are no such weights, or they do not fit the arch.
+    """
     teacher = load_cache_teacher(cache, config.weights, config.teacher).to(select_device(config.device))
-    identity = cache.manifest.identity
-    asked = replace(
+    identity, precision_record = cache.manifest.identity, cache.manifest.arithmetic
+    cache_config = replace(
         read_cache_config(cache),
         seed=cache.seed,
         codec=identity["codec"],
         precision=identity["precision"],
         workers=config.workers,
     )
-    arithmetic = cache.manifest.arithmetic
-    fold = arithmetic is not None and arithmetic.folded
-    answering = restore_inference(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
-    ask = TargetGenerator(transfer_set, cache.views, answering, asked)
-    if (ask.classes, ask.shapes) != (cache.classes, cache.manifest.taps):
-        raise CacheError(f"the teacher's outputs are {ask.classes}, {ask.shapes} here, others in the cache")
-    return ask
+    fold = precision_record is not None and precision_record.folded
+    inference = restore_inference(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
+    generator = TargetGenerator(transfer_set, cache.views, inference, cache_config)
+    if (generator.classes, generator.shapes) != (cache.classes, cache.manifest.taps):
+        raise CacheError(
+            f"the teacher outputs {generator.classes} classes and features {generator.shapes}, the cache has"
+            f" {cache.classes} and {cache.manifest.taps}: its code or a library changed"
+        )
+    return generator
 
 
-def check_reproducibility(cache: Cache, ask: TargetGenerator, bad: Collection[str] = ()) -> ReproducibilityReport:
-    """Ask the teacher about some rows of the shards that are not bad, and compare with what they hold."""
-    records = [r for r in cache.manifest.shards if r.correct is not None and r.path not in bad]
-    damaged = {(r.split, r.draw, name) for r in cache.manifest.shards if r.path in bad for name in r.datasets}
-    some = [records[i * len(records) // _SHARDS] for i in range(_SHARDS)] if len(records) > _SHARDS else records
-    count, logits, share = 0, 0.0, 0.0
-    features = dict.fromkeys(cache.manifest.taps, 0.0)
-    for record in some:
-        n = min(record.rows, -(-_ROWS // len(some)))
-        positions = record.start + np.arange(n) * record.rows // n
-        good = tuple(t for t in features if (record.split, record.draw, f"features/{t}") not in damaged)
-        stored, kept = cache.read_stored(record.split, record.draw, positions, good)
-        said, tapped = ask.compute_rows(record.split, record.draw, cache.index_at(record.split, positions))
-        gap = np.abs(stored.numpy() - said).max(1)
-        logits = _max_with_nan(logits, gap)
-        share = _max_with_nan(share, gap / np.maximum(np.ptp(said, 1), 1e-3))
-        for tap in good:
-            largest = max(float(np.abs(tapped[tap]).max()), 1e-3)
-            features[tap] = _max_with_nan(features[tap], np.abs(kept[tap].numpy() - tapped[tap]) / largest)
-        count += n
-    return ReproducibilityReport(count, logits, share, features, _MAX_DIFFERENCE[cache.manifest.identity["precision"]])
+def check_reproducibility(
+    cache: Cache, generator: TargetGenerator, bad: Collection[str] = ()
+) -> ReproducibilityReport:
+    """Run the teacher again on some rows, and compare its outputs with those in the cache.
+
+    Args:
+        cache: The cache.
+        generator: Its teacher, see `make_target_generator`.
+        bad: Paths of shards that are damaged. They are not read.
+    """
+    manifest = cache.manifest
+    records = [record for record in manifest.shards if record.correct is not None and record.path not in bad]
+    damaged = {(r.split, r.draw, name) for r in manifest.shards if r.path in bad for name in r.datasets}
+    if len(records) > _MAX_SHARDS:
+        records = [records[i * len(records) // _MAX_SHARDS] for i in range(_MAX_SHARDS)]
+    rows, absolute, relative = 0, 0.0, 0.0
+    features = dict.fromkeys(manifest.taps, 0.0)
+    for record in records:
+        count = min(record.rows, -(-_ROWS // len(records)))
+        positions = record.start + np.arange(count) * record.rows // count
+        taps = tuple(tap for tap in features if (record.split, record.draw, f"features/{tap}") not in damaged)
+        stored_logits, stored_features = cache.read_stored(record.split, record.draw, positions, taps)
+        index = cache.index_at(record.split, positions)
+        new_logits, new_features = generator.compute_rows(record.split, record.draw, index)
+        difference = np.abs(stored_logits.numpy() - new_logits).max(1)
+        absolute = _max_with_nan(absolute, difference)
+        relative = _max_with_nan(relative, difference / np.maximum(np.ptp(new_logits, 1), 1e-3))
+        for tap in taps:
+            largest = max(float(np.abs(new_features[tap]).max()), 1e-3)
+            difference = np.abs(stored_features[tap].numpy() - new_features[tap])
+            features[tap] = _max_with_nan(features[tap], difference / largest)
+        rows += count
+    return ReproducibilityReport(rows, absolute, relative, features, _TOLERANCE[manifest.identity["precision"]])
 
 
-def _max_with_nan(most: float, values: NDArray[np.floating]) -> float:
-    """The largest of all; NaN where one is, which `max` would pass over."""
-    return float(np.max([most, values.max()]))
+def _max_with_nan(largest: float, values: NDArray[np.floating]) -> float:
+    """Return the largest of all these; NaN where one is, which `max` would pass over."""
+    return float(np.max([largest, values.max()]))

@@ -1,4 +1,4 @@
-"""Asking the teacher: views in, rows of a shard out."""
+"""Computing the rows of a cache: views in, the teacher's outputs and the keys of the rows out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,15 +20,29 @@ from softcache.stages.cli.configs import CacheConfig
 
 from .inference import TeacherInference, TeacherOutputs
 
-_HALF = 65504.0  # the largest float16
-InferredBatch = tuple[NDArray[np.uint32], torch.Tensor, dict[str, torch.Tensor]]
+_MAX_FLOAT16 = 65504.0
+InferredBatch = tuple[NDArray[np.uint32], torch.Tensor, dict[str, torch.Tensor]]  # CRC-32 of views, logits, features
 
 
 @dataclass
 class TargetGenerator:
-    """The teacher, and the views it is asked about. classes and shapes: K, and {tap: row shape}, seen on two views.
+    """Renders views, runs the teacher on them and makes the rows of a cache of its outputs.
 
-    Of settings it reads seed, codec, batch_size and workers.
+    Two views are run at once, to find out the shapes of the outputs.
+
+    Args:
+        transfer_set: Images and labels.
+        views: The view policy of the training split; held-out splits have its plain views.
+        inference: The teacher and the way in which it is run.
+        config: Options of the command, of which seed, codec, batch_size and workers are read.
+
+    Attributes:
+        teacher, taps: Those of the inference.
+        classes: K, the width of the logits.
+        shapes: {tap: row shape} of the features.
+
+    Raises:
+        UsageError: The teacher does not output logits [B, K], or K is not the number of classes of the data.
     """
 
     transfer_set: TransferSet
@@ -44,98 +58,147 @@ class TargetGenerator:
         self.shapes = {tap: list(x.shape[1:]) for tap, x in features.items()}
         if self.transfer_set.classes and self.classes != len(self.transfer_set.classes):
             raise UsageError(
-                f"the teacher knows {self.classes} classes, the data have {len(self.transfer_set.classes)}"
+                f"the teacher outputs {self.classes} classes, the data have {len(self.transfer_set.classes)}"
             )
 
-    def compute_shard(self, piece: ShardSpec, shown: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
-        """The rows of a shard, those datasets that it is to hold, and what its codec cost where it holds logits."""
-        order = make_row_order(self.config.seed, piece.split, len(self.transfer_set.splits[piece.split]))
-        index = order[piece.start : piece.start + piece.rows]
-        logits = np.empty((piece.rows, self.classes), np.float32)
-        features = {
-            tap: np.empty((piece.rows, *shape), np.float16)
-            for tap, shape in self.shapes.items()
-            if f"features/{tap}" in piece.datasets
-        }
+    def compute_shard(self, spec: ShardSpec, on_progress: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
+        """Compute the rows of a shard.
+
+        Args:
+            spec: Which rows and datasets.
+            on_progress: Called with the number of rows of each batch.
+
+        Returns:
+            {dataset: rows}, those of the spec; and, where it holds logits, `correct`, the rows whose label is the
+            top-1 class, with the sums of `measure_fidelity`.
+
+        Raises:
+            CacheError: An image cannot be read, or an output is too large or not finite.
+        """
+        split = self.transfer_set.splits[spec.split]
+        index = make_row_order(self.config.seed, spec.split, len(split))[spec.start : spec.start + spec.rows]
         codec = CODECS[self.config.codec]
-        crcs, at = np.empty(piece.rows, np.uint32), 0
-        for crc, said, tapped in self._infer_batches(piece.split, piece.draw, index):
-            rows = slice(at, at := at + len(crc))
-            crcs[rows] = crc
-            _store_batch(said, logits[rows], codec.max_value, piece, index[rows], "output")
-            for tap, kept in features.items():
-                _store_batch(tapped[tap], kept[rows], _HALF, piece, index[rows], f"tap '{tap}'")
-            shown(len(crc))
-        labels = self.transfer_set.splits[piece.split].labels[index]
-        keys = {"index": index.astype("<u4"), "label": labels.astype("<i4"), "view_crc32": crcs.astype("<u4")}
-        arrays: Arrays = {**{f"features/{tap}": x for tap, x in features.items()}, **keys}
-        if "logits" not in piece.datasets:
+        crcs = np.empty(spec.rows, np.uint32)
+        logits = np.empty((spec.rows, self.classes), np.float32)
+        features = {
+            tap: np.empty((spec.rows, *shape), np.float16)
+            for tap, shape in self.shapes.items()
+            if f"features/{tap}" in spec.datasets
+        }
+        start = 0
+        for batch_crcs, batch_logits, batch_features in self._infer_batches(spec.split, spec.draw, index):
+            rows = slice(start, start + len(batch_crcs))
+            crcs[rows] = batch_crcs
+            _store_batch(batch_logits, logits[rows], codec.max_value, spec=spec, index=index[rows], name="output")
+            for tap, values in features.items():
+                name = f"tap '{tap}'"
+                _store_batch(batch_features[tap], values[rows], _MAX_FLOAT16, spec=spec, index=index[rows], name=name)
+            on_progress(len(batch_crcs))
+            start += len(batch_crcs)
+        labels = split.labels[index]
+        arrays: Arrays = {
+            **{f"features/{tap}": values for tap, values in features.items()},
+            "index": index.astype("<u4"),
+            "label": labels.astype("<i4"),
+            "view_crc32": crcs.astype("<u4"),
+        }
+        if "logits" not in spec.datasets:
             return arrays, {}
-        stored = codec.encode(logits)
-        decoded = codec.decode(stored)
-        hits = int((decoded.argmax(1) == labels).sum())
-        return {**stored, **arrays}, {"correct": hits, **measure_fidelity(logits, decoded)}
+        encoded = codec.encode(logits)
+        decoded = codec.decode(encoded)
+        correct = int((decoded.argmax(1) == labels).sum())
+        return {**encoded, **arrays}, {"correct": correct, **measure_fidelity(logits, decoded)}
 
     def compute_rows(
         self, split: str, draw: int, index: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
-        """logits [n, K] and features {tap: [n, …]} of a few rows, as they are before the codec."""
-        said = [(logits, features) for _, logits, features in self._infer_batches(split, draw, index)]
-        features = {tap: torch.cat([one[1][tap] for one in said]).float().numpy() for tap in self.taps}
-        return torch.cat([one[0] for one in said]).numpy(), features
+        """Compute the outputs for a few rows, as they are before the codec.
+
+        Args:
+            split: `train`, `val` or `test`.
+            draw: Draw of the views.
+            index: [n], of the images in the split.
+
+        Returns:
+            Logits [n, K] and features {tap: [n, …]}.
+        """
+        batches = [(logits, features) for _, logits, features in self._infer_batches(split, draw, index)]
+        logits = torch.cat([batch_logits for batch_logits, _ in batches]).numpy()
+        features = {tap: torch.cat([x[tap] for _, x in batches]).float().numpy() for tap in self.taps}
+        return logits, features
 
     def _infer_batches(self, split: str, draw: int, index: NDArray[np.int64]) -> Iterator[InferredBatch]:
-        """CRC-32 [B] of batches of views, and what the teacher says about them: logits float32 [B, K] and features
-        {tap: [B, …]} in the dtype that they were computed in, on the CPU."""
+        """Run the teacher on the views of some images, batch by batch.
+
+        Yields:
+            CRC-32 [B] of the views; on the CPU, logits float32 [B, K] and features {tap: [B, …]} in the dtype in which
+            they were computed.
+        """
         policy = self.views if split == "train" else self.views.without_augmentation()
-        size, s, device = self.config.batch_size, self.config, self.inference.device
-        batches = [index[i : i + size] for i in range(0, len(index), size)]
-        images = self.transfer_set.splits[split].images
+        config, device = self.config, self.inference.device
         rendered = render_with_checksums(
-            images, policy, s.seed, batches, draw, s.workers, pinned=device.type == "cuda"
+            self.transfer_set.splits[split].images,
+            policy,
+            config.seed,
+            batches=[index[i : i + config.batch_size] for i in range(0, len(index), config.batch_size)],
+            draw=draw,
+            workers=config.workers,
+            pinned=device.type == "cuda",
         )
-        with self.inference.open() as answer, closing(rendered):
-            for views, crc in rendered:
-                said = answer(views.to(device, non_blocking=True))
-                if said[0].ndim != 2:
-                    raise UsageError(f"the teacher gives {list(said[0].shape)} for {len(views)} views, not [B, K]")
-                yield crc, *_copy_to_cpu(said)
+        with self.inference.open() as infer, closing(rendered):
+            for views, crcs in rendered:
+                outputs = infer(views.to(device, non_blocking=True))
+                if outputs[0].ndim != 2:
+                    shape = list(outputs[0].shape)
+                    raise UsageError(f"the teacher outputs {shape} for {len(views)} views, not logits [B, K]")
+                yield crcs, *_copy_to_cpu(outputs)
 
 
-def _copy_to_cpu(said: TeacherOutputs) -> TeacherOutputs:
-    """The same on the CPU. From a GPU all copies are under way before the first is waited for."""
-    logits, features = said
+def _copy_to_cpu(outputs: TeacherOutputs) -> TeacherOutputs:
+    """Copy outputs to the CPU. From a GPU, all copies are started before the first is waited for."""
+    logits, features = outputs
     if logits.device.type == "cpu":
         return logits, dict(features)
-    here = logits.to("cpu", non_blocking=True), {tap: x.to("cpu", non_blocking=True) for tap, x in features.items()}
+    copies = logits.to("cpu", non_blocking=True), {tap: x.to("cpu", non_blocking=True) for tap, x in features.items()}
     if logits.device.type == "cuda":
         torch.cuda.current_stream(logits.device).synchronize()
-    return here
+    return copies
 
 
 def _store_batch(
     values: torch.Tensor,
     rows: NDArray[np.floating],
-    largest: float,
-    piece: ShardSpec,
+    max_value: float,
+    spec: ShardSpec,
     index: NDArray[np.int64],
-    what: str,
+    name: str,
 ) -> None:
-    """Write a batch [B, …] into the rows of a shard, in their dtype: the one copy that is made.
+    """Write a batch into the rows of a shard; this is the only copy that is made of it.
 
-    Raises CacheError for a value that cannot be kept. What is looked at first is the extremes of what was written, one
-    pass over half the bytes; only where they are at the end of the range are the values themselves.
+    First the smallest and the largest number written are compared with the range, one pass over half the bytes. The
+    values themselves are searched only where one of these is at its end.
+
+    Args:
+        values: [B, …] in any dtype.
+        rows: [B, …], written in place in their dtype.
+        max_value: Largest absolute value that can be stored.
+        spec, index, name: Shard, indices [B] and output that a message names.
+
+    Raises:
+        CacheError: A value is not finite, or larger than max_value.
     """
-    kept = torch.from_numpy(rows)
-    kept.copy_(values)
-    low, high = torch.aminmax(kept)
-    if -largest < float(low) and float(high) < largest:  # NaN is neither
+    stored = torch.from_numpy(rows)
+    stored.copy_(values)
+    low, high = torch.aminmax(stored)
+    if -max_value < float(low) and float(high) < max_value:  # False for NaN
         return
     exact = values.float().flatten(1).numpy()
-    bad = np.flatnonzero(~(np.abs(exact) <= largest).all(1))
-    if len(bad):
-        worst = exact[bad[0]][~(np.abs(exact[bad[0]]) <= largest)][0]
+    is_valid = np.abs(exact) <= max_value
+    invalid_rows = np.flatnonzero(~is_valid.all(1))
+    if len(invalid_rows):
+        row = invalid_rows[0]
+        value = exact[row][~is_valid[row]][0]
         raise CacheError(
-            f"the teacher's {what} for {piece.split} index {index[bad[0]]}, draw {piece.draw} is {worst}:"
-            f" it cannot be kept (largest {largest:g})"
+            f"the teacher's {name} for {spec.split} index {index[row]}, draw {spec.draw} is {value}:"
+            f" it cannot be stored (largest {max_value:g})"
         )

@@ -20,10 +20,11 @@ from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions
 
 from .cache_readme import write_readme
-from .precision import TrialViews, compile_teacher
+from .precision import compile_teacher
 from .preparation import PreparedCache
 from .reproducibility import check_reproducibility
 from .targets import TargetGenerator
+from .trials import TrialViews
 
 
 def write_cache(prepared: PreparedCache, console: Console) -> Manifest:

@@ -118,7 +118,7 @@ def test_a_teacher_that_stage_one_trains_is_trained_on_the_long_tail(stages: Sta
     stages("teacher-cache", *cut, "--out", "c")
     recorded = json.loads(Path("c-teacher/settings.json").read_text())
     assert (recorded["imbalance"], recorded["head_size"]) == ("10", 20)
-    assert "the teacher in 'c-teacher' is another one" in stages.fails(
+    assert "the teacher in 'c-teacher' was trained with other options" in stages.fails(
         1, "teacher-cache", "--teacher", "mlp:4", "--out", "c"
     )
 
@@ -126,9 +126,9 @@ def test_a_teacher_that_stage_one_trains_is_trained_on_the_long_tail(stages: Sta
 def test_a_teacher_of_another_cut_causes_a_note(stages: Stages) -> None:
     stages("teacher", *SMALL, "--seed", 3, "--out", "t")
     _, out, _ = stages.call("teacher-cache", "--weights", "t", "--out", "c")
-    assert "the teacher in 't' was trained on another cut (seed 3 there, 0 here): it may have learned rows" in out
+    assert "the teacher in 't' was trained on another split (seed 3 there, 0 here): validation may hold rows" in out
     _, out, _ = stages.call("teacher-cache", "--weights", "t", "--seed", 3, "--out", "d")
-    assert "another cut" not in out
+    assert "another split" not in out
 
 
 # Held-out splits that lack a class

@@ -1,4 +1,4 @@
-"""A bad shard is named, alone, and `--repair` asks its own teacher for that one again, and for no other."""
+"""A bad shard is reported, and `--repair` computes that one again and no other."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(made: Path, tmp_path: Path, stages: Stages) -> Path:
-    """The cache `c` in the folder where a test is."""
+    """A copy of the cache `c` in the folder of the test."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "c"
 
@@ -59,24 +59,24 @@ def remove(path: Path) -> None:
 def swap(path: Path) -> None:
     """With the next shard of the same folder."""
     other = path.with_name(path.name.replace("00000", "00001"))
-    one, two = path.read_bytes(), other.read_bytes()
-    path.write_bytes(two)
-    other.write_bytes(one)
+    content, other_content = path.read_bytes(), other.read_bytes()
+    path.write_bytes(other_content)
+    other.write_bytes(content)
 
 
-def make_a_pipe(path: Path) -> None:
+def replace_by_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
 
-def make_a_link(path: Path) -> None:
+def replace_by_link(path: Path) -> None:
     shutil.copy(path, "elsewhere.h5")
     path.unlink()
     path.symlink_to(Path("elsewhere.h5").resolve())
 
 
-def bad_files(stages: Stages, *more: object) -> set[str]:
-    """Those that check-cache calls bad; its exit code must say the same."""
+def find_bad_files(stages: Stages, *more: object) -> set[str]:
+    """The files that check-cache reports as bad; its exit code must agree."""
     code, out, err = stages.call("check-cache", "c", "--json", *more)
     verdicts = json.loads(out)["shards"]
     bad = {name for name, verdict in verdicts.items() if verdict != "good"}
@@ -93,30 +93,30 @@ def bad_files(stages: Stages, *more: object) -> set[str]:
         (cut, "draw-000/shard-00000.h5"),
         (remove, "val/shard-00000.h5"),
         (swap, "draw-001/shard-00000.h5"),
-        (make_a_pipe, "test/shard-00000.h5"),
-        (make_a_link, "draw-000/shard-00000.h5"),
+        (replace_by_pipe, "test/shard-00000.h5"),
+        (replace_by_link, "draw-000/shard-00000.h5"),
         (flip, "draw-000/shard-00000-1.h5"),
         (swap, "test/shard-00000-1.h5"),
     ],
 )
-def test_a_bad_shard_is_named_alone_and_repaired_alone(
+def test_only_the_bad_shard_is_reported_and_repaired(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, damage: Damage, name: str
 ) -> None:
-    before, said = stat_files(small), read_payloads(small)
+    before, expected = stat_files(small), read_payloads(small)
     damage(small / name)
     bad = {name, name.replace("00000", "00001")} if damage is swap else {name}
-    assert bad_files(stages) == bad
-    asked = record_computed_shards(monkeypatch)
+    assert find_bad_files(stages) == bad
+    computed = record_computed_shards(monkeypatch)
     stages(*REPAIR)
-    assert set(asked) == bad
-    assert len(asked) == len(bad)
-    now = stat_files(small)
-    assert {n for n in before if now[n] != before[n]} == bad | {"manifest.json"}
-    assert read_payloads(small) == said
-    assert bad_files(stages) == set()
+    assert set(computed) == bad
+    assert len(computed) == len(bad)
+    after = stat_files(small)
+    assert {n for n in before if after[n] != before[n]} == bad | {"manifest.json"}
+    assert read_payloads(small) == expected
+    assert find_bad_files(stages) == set()
 
 
-def some(small: Path, *endings: str) -> list[str]:
+def select_shards(small: Path, *endings: str) -> list[str]:
     return [name for name in read_payloads(small) if name.endswith(endings) or name.startswith(endings)]
 
 
@@ -128,16 +128,16 @@ def some(small: Path, *endings: str) -> list[str]:
         ("0.h5", "1-1.h5"),
         (".h5",),
     ],
-    ids=["a whole draw", "all that was added later", "half of them", "everything"],
+    ids=["a draw", "all that was added later", "half of them", "everything"],
 )
 def test_many_bad_shards_are_repaired(small: Path, stages: Stages, which: tuple[str, ...]) -> None:
-    said, bad = read_payloads(small), some(small, *which)
+    expected, bad = read_payloads(small), select_shards(small, *which)
     for i, name in enumerate(bad):
         (flip, cut, remove)[i % 3](small / name)
-    assert bad_files(stages) == set(bad)
+    assert find_bad_files(stages) == set(bad)
     stages(*REPAIR)
-    assert read_payloads(small) == said
-    assert bad_files(stages, "--deep") == set()
+    assert read_payloads(small) == expected
+    assert find_bad_files(stages, "--deep") == set()
     stages("student", "--cache", "c", "--arch", "mlp:8", "--epochs", "2")
 
 
@@ -145,20 +145,20 @@ def test_many_bad_shards_are_repaired(small: Path, stages: Stages, which: tuple[
 def test_the_teachers_head_is_repaired(small: Path, stages: Stages, damage: Damage) -> None:
     before, head = stat_files(small), (small / "head.h5").read_bytes()
     damage(small / "head.h5")
-    assert bad_files(stages) == {"head.h5"}
+    assert find_bad_files(stages) == {"head.h5"}
     stages(*REPAIR)
-    assert bad_files(stages) == set()
+    assert find_bad_files(stages) == set()
     assert (small / "head.h5").read_bytes() == head
-    now = stat_files(small)
-    assert {n for n in before if now[n] != before[n]} == {"head.h5", "manifest.json"}
+    after = stat_files(small)
+    assert {n for n in before if after[n] != before[n]} == {"head.h5", "manifest.json"}
 
 
-def test_repairing_what_is_whole_asks_nobody_and_writes_nothing(
+def test_repairing_an_intact_cache_computes_and_writes_nothing(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, asked = stat_tree(small), record_computed_shards(monkeypatch)
+    before, computed = stat_tree(small), record_computed_shards(monkeypatch)
     stages(*REPAIR)
-    assert asked == []
+    assert computed == []
     assert stat_tree(small) == before
 
 
@@ -176,7 +176,7 @@ def test_other_weights_are_refused_with_both_digests_and_nothing_is_changed(smal
     assert stat_files(small) == before
 
 
-def test_without_weights_it_says_that_it_cannot_and_names_the_option(small: Path, stages: Stages) -> None:
+def test_without_weights_nothing_is_repaired_and_the_message_names_the_option(small: Path, stages: Stages) -> None:
     (small / "val/shard-00000.h5").unlink()
     before = stat_files(small)
     line = stages.fails(1, "check-cache", "c", "--repair")
@@ -186,14 +186,14 @@ def test_without_weights_it_says_that_it_cannot_and_names_the_option(small: Path
     assert stat_files(small) == before
 
 
-def test_the_teacher_that_was_kept_beside_the_cache_is_used(small: Path, stages: Stages) -> None:
+def test_the_teacher_in_the_folder_beside_the_cache_is_used(small: Path, stages: Stages) -> None:
     Path("teacher").rename("c-teacher")
     cut(small / "val/shard-00000.h5")
     stages("check-cache", "c", "--repair")
-    assert bad_files(stages, "--deep") == set()
+    assert find_bad_files(stages, "--deep") == set()
 
 
-def test_a_damaged_manifest_is_not_repaired_and_the_line_says_what_to_do(small: Path, stages: Stages) -> None:
+def test_a_damaged_manifest_is_not_repaired_and_the_message_says_what_to_do(small: Path, stages: Stages) -> None:
     flip(small / "manifest.json")
     line = stages.fails(1, *REPAIR)
     assert "manifest.json: " in line
@@ -211,8 +211,8 @@ def test_code_that_a_cache_names_is_not_run_until_the_user_names_it_too(
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
     )
     torch.save({"1.weight": torch.eye(10, 64), "1.bias": torch.zeros(10)}, "w.pt")
-    asked = ("teacher-cache", "--train-size", "50", "--teacher", "my_teacher:make", "--weights", "w.pt")
-    stages(*asked, "--out", "c")
+    command = ("teacher-cache", "--train-size", "50", "--teacher", "my_teacher:make", "--weights", "w.pt")
+    stages(*command, "--out", "c")
     shard = tmp_path / "c/val/shard-00000.h5"
     shard.unlink()
     Path("was_run").unlink()
@@ -232,10 +232,10 @@ def test_code_that_a_cache_names_is_not_run_until_the_user_names_it_too(
     ("bad", "deep"),
     [(("draw-001/shard-00000.h5", "head.h5"), ()), (("val/shard-00000.h5",), ("--deep",)), ((), ("--deep",))],
 )
-def test_views_that_drifted_are_refused_before_anything_is_written(
+def test_views_that_come_out_differently_are_refused_before_anything_is_written(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, bad: tuple[str, ...], deep: tuple[str, ...]
 ) -> None:
-    """Also when a deep check finds every shard's views different: what is on disk is right, and stays."""
+    """Also with --deep, for which every shard's views are different: the files are right, and stay."""
     for name in bad:
         flip(small / name)
     before = stat_files(small)
@@ -244,40 +244,40 @@ def test_views_that_drifted_are_refused_before_anything_is_written(
         assert "come out differently here" in stages.fails(1, *REPAIR, *deep)
     assert stat_files(small) == before
     stages(*REPAIR)
-    assert bad_files(stages, "--deep") == set()
+    assert find_bad_files(stages, "--deep") == set()
 
 
-def test_stopped_between_shard_and_manifest_it_is_as_bad_as_before_and_repaired_again(
+def test_a_repair_that_is_interrupted_between_shard_and_manifest_can_be_repeated(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = read_payloads(small)
+    expected = read_payloads(small)
     bad = {"draw-000/shard-00001.h5", "test/shard-00001-1.h5"}
     for name in bad:
         cut(small / name)
 
-    def stopped(self: Manifest, folder: Path) -> None:
+    def interrupt(self: Manifest, folder: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Manifest, "write", stopped)
+        patch.setattr(Manifest, "write", interrupt)
         assert stages.call(*REPAIR)[0] == 130
-    assert bad_files(stages) == bad
+    assert find_bad_files(stages) == bad
     stages(*REPAIR)
-    assert read_payloads(small) == said
-    assert bad_files(stages, "--deep") == set()
+    assert read_payloads(small) == expected
+    assert find_bad_files(stages, "--deep") == set()
 
 
 def test_a_cache_is_repaired_while_an_addition_to_it_is_unfinished(
     small: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The addition then goes on from the repaired cache."""
+    """The addition is then continued from the repaired cache."""
     with monkeypatch.context() as patch:
         interrupt_after_shards(1, patch)
         stages.fails(130, *CACHE_COMMAND, "--draws", "4", "--out", "c")
     (small / "draw-000/shard-00000.h5").unlink()
     stages(*REPAIR)
-    assert bad_files(stages, "--deep") == set()
-    asked = record_computed_shards(monkeypatch)
+    assert find_bad_files(stages, "--deep") == set()
+    computed = record_computed_shards(monkeypatch)
     stages(*CACHE_COMMAND, "--draws", "4", "--out", "c")
-    assert len(asked) == 3
+    assert len(computed) == 3
     stages("check-cache", "c", "--deep")

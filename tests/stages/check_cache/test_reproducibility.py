@@ -1,4 +1,4 @@
-"""`check-cache --deep --weights` asks the teacher again: all but its own rounding is refused."""
+"""`check-cache --deep --weights` runs the teacher again: differences larger than rounding are refused."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.helpers.caches import CACHE_COMMAND, make_folder_with_cache, save_sca
 from tests.helpers.commands import Stages
 from tests.helpers.damage import edit_shard
 
-ASK = ("check-cache", "c", "--deep", "--weights", "teacher")
+CHECK = ("check-cache", "c", "--deep", "--weights", "teacher")
 SHARD = "draw-001/shard-00001.h5"
 Arrays = dict[str, np.ndarray]
 
@@ -26,22 +26,22 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(made: Path, tmp_path: Path, stages: Stages) -> Path:
-    """The cache `c` in the folder where a test is."""
+    """A copy of the cache `c` in the folder of the test."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "c"
 
 
 def scale_logits(arrays: Arrays) -> None:
-    """As a head with other weights would: every first class stays what it was."""
+    """As a head with other weights would: no top-1 class changes."""
     arrays["logits"] *= np.float16(1.5)
 
 
 def exchange_two_rows(arrays: Arrays) -> None:
-    """The first row's logits and those of another image of its class: as many labels are hit as before."""
+    """Those of the first row and of another image of its class: the accuracy does not change."""
     logits, label = arrays["logits"], arrays["label"]
-    hit = logits.argmax(1) == label
-    like = np.flatnonzero((label == label[0]) & (hit == hit[0]))
-    other = like[np.abs(logits[like] - logits[0]).max(1).argmax()]
+    correct = logits.argmax(1) == label
+    similar = np.flatnonzero((label == label[0]) & (correct == correct[0]))
+    other = similar[np.abs(logits[similar] - logits[0]).max(1).argmax()]
     assert other != 0
     logits[[0, other]] = logits[[other, 0]]
 
@@ -53,17 +53,17 @@ def scale_features(arrays: Arrays) -> None:
 @pytest.mark.parametrize(
     ("change", "what"), [(scale_logits, "logits"), (exchange_two_rows, "logits"), (scale_features, "flatten")]
 )
-def test_rows_that_the_teacher_did_not_say_are_found_where_no_checksum_tells(
+def test_rows_that_are_not_the_teachers_outputs_are_found_where_every_checksum_is_right(
     small: Path, stages: Stages, change: Any, what: str
 ) -> None:
     edit_shard(small, change, SHARD)
-    stages("check-cache", "c", "--deep")  # every checksum, label, hit and view is right
-    line = stages.fails(1, *ASK)
-    assert f"the teacher now says something else: {what} differ by " in line
-    code, out, _ = stages.call(*ASK, "--json")
-    asked = json.loads(out)["teacher"]
+    stages("check-cache", "c", "--deep")  # every checksum, label, accuracy and view is right
+    line = stages.fails(1, *CHECK)
+    assert f"the teacher's outputs have changed: {what} differ by " in line
+    code, out, _ = stages.call(*CHECK, "--json")
+    report = json.loads(out)["teacher"]
     assert code == 1
-    assert (asked["share"] if what == "logits" else asked["features"][what]) > asked["most"] == 0.02
+    assert (report["share"] if what == "logits" else report["features"][what]) > report["most"] == 0.02
 
 
 @pytest.mark.parametrize(
@@ -75,30 +75,30 @@ def test_rows_that_the_teacher_did_not_say_are_found_where_no_checksum_tells(
         (("--precision", "bfloat16"), 0.5, 0.05),
     ],
 )
-def test_the_right_teacher_differs_by_its_rounding_and_the_figures_say_by_how_much(
+def test_the_same_teacher_differs_by_rounding_and_the_report_says_by_how_much(
     small: Path, stages: Stages, more: tuple[str, ...], logits: float, share: float
 ) -> None:
     shutil.rmtree(small)
     stages(*CACHE_COMMAND, *more, "--taps", "flatten", "--out", "c")
-    asked = stages(*ASK)["teacher"]
-    assert asked["rows"] >= 256
-    assert 0 <= asked["logits"] < logits
-    assert 0 <= asked["share"] < share
-    assert asked["features"].keys() == {"flatten"}
-    assert 0 <= asked["features"]["flatten"] < max(share, 1e-3)
-    assert f"asked again about {asked['rows']} rows: logits differ by {asked['logits']:.3g}" in stages.call(*ASK)[1]
+    report = stages(*CHECK)["teacher"]
+    assert report["rows"] >= 256
+    assert 0 <= report["logits"] < logits
+    assert 0 <= report["share"] < share
+    assert report["features"].keys() == {"flatten"}
+    assert 0 <= report["features"]["flatten"] < max(share, 1e-3)
+    assert f"run again on {report['rows']} rows: logits differ by {report['logits']:.3g}" in stages.call(*CHECK)[1]
 
 
-def test_other_weights_are_refused_before_a_word_is_compared(small: Path, stages: Stages) -> None:
+def test_other_weights_are_refused_before_any_output_is_compared(small: Path, stages: Stages) -> None:
     state = torch.load("teacher/teacher.pt", weights_only=True)
     state["linear.bias"][0] += 1e-6
     torch.save(state, "other.pt")
-    assert "other weights: teacher.weights" in stages.fails(1, *ASK[:-1], "other.pt")
-    assert "there are no weights at 'nowhere.pt'" in stages.fails(2, *ASK[:-1], "nowhere.pt")
-    assert "the cache's teacher is 'cnn'" in stages.fails(2, *ASK, "--teacher", "mlp:8")
+    assert "are not those of the cache: teacher.weights" in stages.fails(1, *CHECK[:-1], "other.pt")
+    assert "there are no weights at 'nowhere.pt'" in stages.fails(2, *CHECK[:-1], "nowhere.pt")
+    assert "the cache's teacher is 'cnn'" in stages.fails(2, *CHECK, "--teacher", "mlp:8")
 
 
-def test_without_weights_nobody_is_asked(small: Path, stages: Stages) -> None:
+def test_without_weights_the_teacher_is_not_run(small: Path, stages: Stages) -> None:
     assert stages("check-cache", "c", "--deep")["teacher"] is None
 
 
@@ -109,17 +109,17 @@ def test_weights_are_for_deep_or_repair_alone(small: Path, stages: Stages) -> No
 def test_a_teacher_whose_code_changed_is_found_and_repairs_nothing(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same weights, and another forward pass: only what it says can tell."""
+    """The same weights and another forward pass: only the outputs show the difference."""
     save_scaled_teacher(tmp_path, "loud")
-    named = ("--teacher", "loud:make", "--weights", "w.pt")
-    stages("teacher-cache", "--train-size", "50", *named, "--shard-rows", "30", "--out", "c")
+    options = ("--teacher", "loud:make", "--weights", "w.pt")
+    stages("teacher-cache", "--train-size", "50", *options, "--shard-rows", "30", "--out", "c")
     import loud
 
     monkeypatch.setattr(loud, "VOLUME", 1.1)
-    assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--deep", *named)
+    assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--deep", *options)
     (tmp_path / "c/draw-000/shard-00001.h5").unlink()
     before = stat_files(tmp_path / "c")
-    assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--repair", *named)
+    assert "its code or a library changed" in stages.fails(1, "check-cache", "c", "--repair", *options)
     assert stat_files(tmp_path / "c") == before
     monkeypatch.setattr(loud, "VOLUME", 1.0)
-    stages("check-cache", "c", "--repair", *named)
+    stages("check-cache", "c", "--repair", *options)

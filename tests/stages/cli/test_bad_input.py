@@ -1,4 +1,4 @@
-"""Bad input gets one clear line and nothing is lost."""
+"""Bad input is reported in one clear line, and nothing is lost."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("teacher --data digit", "no data set 'digit'. Did you mean 'digits'?"),
         ("teacher --data folder", "--data folder:PATH"),
@@ -38,7 +38,7 @@ from tests.helpers.paths import ROOT
         ("teacher --device tpu", "--device tpu"),
         ("teacher-cache --codec float61", "no codec 'float61'. Did you mean 'float16'?"),
         ("teacher-cache --weights nowhere.pt --teacher cnn", "there are no weights at 'nowhere.pt'"),
-        ("teacher-cache --weights DEFAULT --teacher cnn", "wants --teacher torchvision:NAME"),
+        ("teacher-cache --weights DEFAULT --teacher cnn", "needs --teacher torchvision:NAME"),
         ("student --cache CACHE --loss kdd", "no loss 'kdd'. Did you mean 'kd'?"),
         ("student --cache CACHE --loss kd:temprature=4", "Did you mean 'temperature'?"),
         ("student --cache CACHE --loss kd:temperature=0", "is below 0.001"),
@@ -56,15 +56,15 @@ from tests.helpers.paths import ROOT
         ("teacher-cache --weights nowhere.pt", "there are no weights at 'nowhere.pt'"),
     ],
 )
-def test_a_wrong_command_is_one_line_and_exit_code_2(tiny: Path, stages: Stages, command: str, said: str) -> None:
+def test_a_wrong_command_is_one_line_and_exit_code_2(tiny: Path, stages: Stages, command: str, message: str) -> None:
     line = stages.fails(2, *command.replace("CACHE", str(tiny / "cache")).split())
-    assert said in line
+    assert message in line
     assert not Path("runs").exists()
     assert not Path("caches/digits").exists()
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("student --cache nowhere", "there is no cache at 'nowhere'"),
         ("check-cache nowhere", "there is no cache at 'nowhere'"),
@@ -79,8 +79,10 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(tiny: Path, stages: Stages,
         ),
     ],
 )
-def test_what_lies_on_disk_and_does_not_do_is_exit_code_1(tiny: Path, stages: Stages, command: str, said: str) -> None:
-    assert said in stages.fails(1, *command.replace("CACHE", str(tiny / "cache")).split())
+def test_a_file_or_folder_that_does_not_fit_is_one_line_and_exit_code_1(
+    tiny: Path, stages: Stages, command: str, message: str
+) -> None:
+    assert message in stages.fails(1, *command.replace("CACHE", str(tiny / "cache")).split())
 
 
 def test_every_value_outside_its_range_is_named_at_once(tiny: Path, stages: Stages) -> None:
@@ -105,20 +107,20 @@ def test_a_file_is_no_cache(tiny: Path, stages: Stages) -> None:
 def test_a_run_that_was_stopped_is_mentioned_by_the_next_with_the_same_settings(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2)
+    arguments = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2)
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        stages.fails(130, *asked)
-    code, out, _ = stages.call(*asked)
+        stages.fails(130, *arguments)
+    code, out, _ = stages.call(*arguments)
     assert code == 0
     assert "'runs/digits-mlp-8-1' was stopped; continue it with" in out
     assert "run:   runs/digits-mlp-8-2" in out
     code, out, err = stages.call("student", "--resume", "--out", "runs/digits-mlp-8-1")
     assert code == 0, err
-    assert "was stopped" not in stages.call(*asked)[1]
+    assert "was stopped" not in stages.call(*arguments)[1]
 
 
-def test_an_unknown_option_or_command_is_told_with_what_was_meant(stages: Stages) -> None:
+def test_an_unknown_option_or_command_is_named_with_a_similar_one(stages: Stages) -> None:
     code, _, err = stages.call("student", "--temprature", "4")
     assert code == 2
     assert "No such option" in err
@@ -127,7 +129,7 @@ def test_an_unknown_option_or_command_is_told_with_what_was_meant(stages: Stages
     assert "student" in err
 
 
-def test_a_tap_that_the_teacher_has_not_lists_those_it_has(tiny: Path, stages: Stages) -> None:
+def test_an_unknown_tap_is_reported_with_the_taps_that_there_are(tiny: Path, stages: Stages) -> None:
     line = stages.fails(2, *tiny_cache_command(tiny)[:-1], "x", "--taps", "pool3")
     assert "no tap 'pool3'. Did you mean 'pool" in line
     assert "conv1" in line
@@ -140,12 +142,12 @@ def test_a_tap_that_the_teacher_has_not_lists_those_it_has(tiny: Path, stages: S
 
 def test_a_checkpoint_of_another_shape_names_the_first_keys(tiny: Path, stages: Stages) -> None:
     weights = tiny / "runs/teacher/teacher.pt"
-    asked = ("teacher-cache", "--train-size", 300, "--weights", weights)
-    line = stages.fails(2, *asked, "--teacher", "mlp:8")
+    arguments = ("teacher-cache", "--train-size", 300, "--weights", weights)
+    line = stages.fails(2, *arguments, "--teacher", "mlp:8")
     assert "hidden1.weight is missing" in line
     assert "more)" in line
-    assert "but the run" in stages.fails(2, *asked[:-1], weights.parent, "--teacher", "mlp:8")
-    assert "does not say which arch" in stages.fails(2, *asked)
+    assert "but the run" in stages.fails(2, *arguments[:-1], weights.parent, "--teacher", "mlp:8")
+    assert "does not record its arch" in stages.fails(2, *arguments)
 
 
 def test_class_counts_that_differ_are_refused(stages: Stages, tmp_path: Path) -> None:
@@ -168,23 +170,23 @@ def test_a_pickle_that_needs_code_is_refused_and_not_run(stages: Stages, tmp_pat
     assert not Path("was_run").exists()
 
 
-def test_an_existing_run_with_other_settings_is_kept(tiny: Path, stages: Stages) -> None:
-    asked = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
-    stages(*asked)
+def test_an_existing_run_with_other_settings_is_not_overwritten(tiny: Path, stages: Stages) -> None:
+    arguments = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 1, "--out", "r")
+    stages(*arguments)
     before = Path("r/student.pt").read_bytes()
-    line = stages.fails(2, *asked, "--epochs", 2)
+    line = stages.fails(2, *arguments, "--epochs", 2)
     assert "epochs 1 there, 2 asked" in line
-    assert "continue it with --resume" in stages.fails(2, *asked)
+    assert "continue it with --resume" in stages.fails(2, *arguments)
     assert "started with another --epochs" in stages.fails(2, "student", "--resume", "--out", "r", "--epochs", 2)
     assert Path("r/student.pt").read_bytes() == before
     Path("not_a_run").mkdir()
     Path("not_a_run/precious.txt").write_text("mine")
-    assert "is no run" in stages.fails(2, *asked[:-1], "not_a_run")
+    assert "is no run" in stages.fails(2, *arguments[:-1], "not_a_run")
     assert "holds precious.txt and no cache" in stages.fails(1, *tiny_cache_command(tiny)[:-1], "not_a_run")
     assert sorted(p.name for p in Path("not_a_run").iterdir()) == ["precious.txt"]
 
 
-def test_a_folder_of_one_class_or_a_broken_picture_is_named(stages: Stages, tmp_path: Path) -> None:
+def test_a_folder_of_one_class_or_a_broken_image_is_named(stages: Stages, tmp_path: Path) -> None:
     for name in ("p/train/a/1.png", "p/train/b/1.png", "p/test/a/1.png", "p/test/b/1.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / name)
@@ -192,12 +194,12 @@ def test_a_folder_of_one_class_or_a_broken_picture_is_named(stages: Stages, tmp_
         for i in range(2, 9):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
     data = ("--data", f"folder:{tmp_path / 'p'}")
-    whole = (tmp_path / "p/train/b/5.png").read_bytes()
+    content = (tmp_path / "p/train/b/5.png").read_bytes()
     stages("teacher", *data, "--arch", "cnn", "--epochs", 1, "--views", "none", "--out", "t")
-    (tmp_path / "p/train/b/5.png").write_bytes(whole[:40])
+    (tmp_path / "p/train/b/5.png").write_bytes(content[:40])
     line = stages.fails(1, "teacher-cache", *data, "--weights", "t", "--views", "none", "--draws", 1)
     assert "p/train/b/5.png cannot be decoded" in line
-    (tmp_path / "p/train/b/5.png").write_bytes(whole)
+    (tmp_path / "p/train/b/5.png").write_bytes(content)
     os.rename(tmp_path / "p/train/b", tmp_path / "elsewhere")
     assert "has one class, 'a'" in stages.fails(2, "teacher", *data, "--arch", "cnn")
 
@@ -216,8 +218,8 @@ def test_a_file_system_that_cannot_be_written_is_one_line(
     assert "Read-only file system: c" in stages.fails(1, *tiny_cache_command(tiny)[:-1], "c")
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny: Path, tmp_path: Path, stages: Stages) -> None:
-    """A limit on the size of a file stands for the disk: the first shard that does not fit is given up."""
+def test_a_full_disk_is_one_line_and_the_same_command_continues(tiny: Path, tmp_path: Path, stages: Stages) -> None:
+    """A limit on the size of a file stands for the disk: the first shard that does not fit is not written."""
     command = [sys.executable, "-m", "softcache", *tiny_cache_command(tiny)[:-1], "c"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -225,19 +227,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny: Path, tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    full = subprocess.run(
+    result = subprocess.run(
         command, cwd=tmp_path, env=environment, preexec_fn=limit, capture_output=True, text=True, timeout=120
     )
-    assert full.returncode == 1, full.stderr
-    assert "Error: " in full.stderr
-    assert "File too large" in full.stderr
-    assert "Traceback" not in full.stderr
+    assert result.returncode == 1, result.stderr
+    assert "Error: " in result.stderr
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not list((tmp_path / "c").rglob("*.tmp"))
     stages(*tiny_cache_command(tiny)[:-1], "c")
     stages("check-cache", "c")
 
 
-def test_too_little_space_is_said_before_the_teacher_runs(
+def test_too_little_space_is_reported_before_the_teacher_runs(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
@@ -248,21 +250,21 @@ def test_too_little_space_is_said_before_the_teacher_runs(
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_ctrl_c_says_how_to_go_on(tiny: Path, tmp_path: Path, stage: str) -> None:
-    """A real signal to a real process, once it trains."""
-    asked = {
+def test_ctrl_c_prints_how_to_continue(tiny: Path, tmp_path: Path, stage: str) -> None:
+    """With a signal to another process, once it trains."""
+    arguments = {
         "teacher": ["teacher", "--arch", "mlp:8", "--epochs", "100000", "--out", "r"],
         "student": ["student", "--cache", f"{tiny}/cache", "--arch", "mlp:8", "--epochs", "100000", "--out", "r"],
     }[stage]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    handle_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(
-        [sys.executable, "-m", "softcache", *asked],
+        [sys.executable, "-m", "softcache", *arguments],
         cwd=tmp_path,
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed,
+        preexec_fn=handle_interrupts,
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "r/checkpoint.pt").exists() and time.monotonic() < deadline:

@@ -61,8 +61,8 @@ def test_the_readme_has_the_facts_of_the_manifest(small: Path) -> None:
     assert rows["data"] == "digits: train 200, val 180, test 360; 10 classes"
     assert rows["views"].startswith("`crop` (pad 1, ")
     assert "seed 0); 2 of each training image" in rows["views"]
-    for split, found in record["teacher"].items():
-        assert f"{split} {found['accuracy']:.4f}" in rows["teacher's accuracy"]
+    for split, figures in record["teacher"].items():
+        assert f"{split} {figures['accuracy']:.4f}" in rows["teacher's accuracy"]
     assert rows["contents"] == "logits; features `flatten` [512]"
     assert "float16" in rows["codec"]
     size = sum(path.stat().st_size for path in small.glob("*/*.h5"))
@@ -281,7 +281,7 @@ PRECISION = digits_manifest("sqrt8", "bfloat16", {}, 0.8577777777777778, 1.9155e
 def test_the_text_of_the_first_versions_is_replaced_when_the_cache_grows(
     tmp_path: Path, text: str, previous: Manifest
 ) -> None:
-    """Nobody has edited it. The name in its commands need not be that of the folder any more."""
+    """Nobody has edited it. The folder may have had another name, which is in its commands."""
     (tmp_path / "README.md").write_text(text)
     grown = replace(previous, draws=4)
     write_readme(tmp_path, previous, grown)
@@ -298,7 +298,7 @@ def test_the_text_of_the_first_versions_is_replaced_when_the_cache_grows(
         (FEATURES_README, PRECISION),
         (FEATURES_README, None),
     ],
-    ids=["another licence", "a line more", "other words", "the text of another cache", "no manifest before"],
+    ids=["another licence", "a line more", "another word", "the text of another cache", "no manifest before"],
 )
 def test_a_text_of_the_first_versions_that_someone_edited_is_left(
     tmp_path: Path, text: str, previous: Manifest | None

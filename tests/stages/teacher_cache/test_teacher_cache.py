@@ -1,4 +1,4 @@
-"""Stage one keeps exactly what the teacher said, once, and goes on where it was left."""
+"""Stage one stores exactly what the teacher outputs, and continues an interrupted cache."""
 
 import json
 import shutil
@@ -18,30 +18,30 @@ from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from tests.helpers.commands import Stages, tiny_cache_command
 
 
-def payloads(folder: Path) -> dict[str, str]:
+def read_payloads(folder: Path) -> dict[str, str]:
     manifest = json.loads((folder / "manifest.json").read_text())
     return {shard["path"]: shard["payload"] for shard in manifest["shards"]}
 
 
-def the_teacher(tiny: Path) -> PreparedModel:
+def load_teacher(tiny: Path) -> PreparedModel:
     record = json.loads((tiny / "runs/teacher/result.json").read_text())["teacher"]
     network = build("cnn", 10, 1, 8)
     network.load_state_dict(torch.load(tiny / "runs/teacher/teacher.pt", weights_only=True))
     return PreparedModel(network, InputSpec.from_json(record["preparation"])).eval()
 
 
-def test_every_row_is_what_the_teacher_says_about_that_view(tiny: Path) -> None:
-    """Read with h5py alone and compared with a teacher run here, for every split and draw."""
+def test_every_row_holds_the_teachers_outputs_for_that_view(tiny: Path) -> None:
+    """Read with h5py alone and compared with a plain run of the teacher, for every split and draw."""
     transfer_set = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300)
-    teacher, policy = the_teacher(tiny), parse_views("crop:pad=1,size=8")
+    teacher, policy = load_teacher(tiny), parse_views("crop:pad=1,size=8")
     manifest = json.loads((tiny / "cache/manifest.json").read_text())
-    seen = {"train": 0, "val": 0, "test": 0}
+    counts = {"train": 0, "val": 0, "test": 0}
     for shard in manifest["shards"]:
         with h5py.File(tiny / "cache" / shard["path"]) as file:
             index = file["index"][:].astype(np.int64)
             rows = transfer_set.splits[shard["split"]]
-            seen_policy = policy if shard["split"] == "train" else policy.without_augmentation()
-            views = render(rows.images, seen_policy, 0, index, shard["draw"])
+            split_policy = policy if shard["split"] == "train" else policy.without_augmentation()
+            views = render(rows.images, split_policy, 0, index, shard["draw"])
             with torch.no_grad():
                 logits = teacher(views).numpy()
                 x = torch.addcmul(teacher.shift, views.float(), teacher.scale)
@@ -53,8 +53,8 @@ def test_every_row_is_what_the_teacher_says_about_that_view(tiny: Path) -> None:
             for name, values in features.items():
                 np.testing.assert_allclose(file[f"features/{name}"][:], values.numpy(), rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(file["label"][:], rows.labels[index])
-            seen[shard["split"]] += len(index)
-    assert seen == {"train": 900, "val": 180, "test": 360}
+            counts[shard["split"]] += len(index)
+    assert counts == {"train": 900, "val": 180, "test": 360}
 
 
 def test_each_draw_holds_every_index_once(tiny: Path) -> None:
@@ -73,47 +73,48 @@ def test_rows_are_stored_in_a_class_mixed_order(tiny: Path) -> None:
 def test_twice_gives_equal_payload_digests(tiny: Path, stages: Stages, tmp_path: Path) -> None:
     command = tiny_cache_command(tiny)
     stages(*command[:-1], tmp_path / "again")
-    assert payloads(tmp_path / "again") == payloads(tiny / "cache")
+    assert read_payloads(tmp_path / "again") == read_payloads(tiny / "cache")
 
 
 def test_the_same_weights_in_another_file_make_the_same_cache(tiny: Path, stages: Stages, tmp_path: Path) -> None:
-    """A bare state dict, with what the run knew said on the command line: the mean and std of the data."""
+    """A bare state dict, whose arch is an option; mean and std are measured on the data, as in the run."""
     state = torch.load(tiny / "runs/teacher/teacher.pt", weights_only=True)
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pth")
     command = tiny_cache_command(tiny)
     command[command.index("--weights") + 1] = str(tmp_path / "w.pth")
     stages(*command[:-1], tmp_path / "again", "--teacher", "cnn")
-    assert payloads(tmp_path / "again") == payloads(tiny / "cache")
+    assert read_payloads(tmp_path / "again") == read_payloads(tiny / "cache")
     assert Cache(tmp_path / "again").manifest.fingerprint == Cache(tiny / "cache").manifest.fingerprint
 
 
 def test_the_manifest_reports_the_teachers_accuracy_on_each_split(tiny: Path) -> None:
     cache = Cache(tiny / "cache")
     for split in ("train", "val", "test"):
-        hits = [
+        accuracies = [
             (cache.read_column(split, draw, "logits").argmax(1) == cache.read_column(split, draw, "label")).mean()
             for draw in range(3 if split == "train" else 1)
         ]
-        assert cache.manifest.teacher[split]["accuracy"] == pytest.approx(np.mean(hits), abs=1e-12)
+        assert cache.manifest.teacher[split]["accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-12)
 
 
 def test_the_codecs_cost_is_measured_on_the_caches_own_rows(tiny: Path, stages: Stages, tmp_path: Path) -> None:
-    """float32 costs nothing; half precision and sqrt8 cost what a naive comparison with float32 says."""
-    said = {}
+    """float32 costs nothing; half precision and sqrt8 cost what a plain comparison with float32 gives."""
+    caches = {}
+    held_out = (("val", 180), ("test", 360))
     for codec in ("float32", "float16", "sqrt8"):
         command = tiny_cache_command(tiny)
         stages(*command[:-1], tmp_path / codec, "--codec", codec)
-        said[codec] = Cache(tmp_path / codec)
-    true = torch.cat([said["float32"].read_targets(s, 0, np.arange(n))[0] for s, n in (("val", 180), ("test", 360))])
-    assert said["float32"].manifest.fidelity["kl_4"] == 0
-    for codec, most in (("float16", 1e-6), ("sqrt8", 2e-4)):
-        found = said[codec].manifest.fidelity
-        assert found["rows"] == 900 + 180 + 360
-        assert 0 < found["kl_4"] < most
-        kept = torch.cat([said[codec].read_targets(s, 0, np.arange(n))[0] for s, n in (("val", 180), ("test", 360))])
-        p, q = (torch.log_softmax(x.double() / 4, 1) for x in (true, kept))
+        caches[codec] = Cache(tmp_path / codec)
+    exact = torch.cat([caches["float32"].read_targets(s, 0, np.arange(n))[0] for s, n in held_out])
+    assert caches["float32"].manifest.fidelity["kl_4"] == 0
+    for codec, largest in (("float16", 1e-6), ("sqrt8", 2e-4)):
+        fidelity = caches[codec].manifest.fidelity
+        assert fidelity["rows"] == 900 + 180 + 360
+        assert 0 < fidelity["kl_4"] < largest
+        decoded = torch.cat([caches[codec].read_targets(s, 0, np.arange(n))[0] for s, n in held_out])
+        p, q = (torch.log_softmax(x.double() / 4, 1) for x in (exact, decoded))
         kl = float((p.exp() * (p - q)).sum(1).mean())
-        assert kl == pytest.approx(found["kl_4"], rel=0.5)  # held-out rows against all rows
+        assert kl == pytest.approx(fidelity["kl_4"], rel=0.5)  # held-out rows against all rows
 
 
 def test_the_teachers_head_gives_the_logits_from_the_features_below_it(tiny: Path) -> None:
@@ -129,13 +130,13 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     tiny: Path, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, out = tiny_cache_command(tiny)[:-1], tmp_path / "c"
-    add, written = CacheWriter.write_shard, []
+    write_shard, written = CacheWriter.write_shard, []
 
-    def stop_after_four(self, piece, arrays, facts):  # type: ignore[no-untyped-def]
+    def stop_after_four(self, spec, arrays, measurements):  # type: ignore[no-untyped-def]
         if len(written) == 4:
             raise KeyboardInterrupt
-        written.append(piece.path)
-        add(self, piece, arrays, facts)
+        written.append(spec.path)
+        write_shard(self, spec, arrays, measurements)
 
     monkeypatch.setattr(CacheWriter, "write_shard", stop_after_four)
     line = stages.fails(130, *command, out)
@@ -147,17 +148,17 @@ def test_an_interrupted_run_keeps_its_shards_and_ends_with_the_same_digests(
     before = {path: (out / path).stat().st_mtime_ns for path in written}
     damaged = out / written[2]
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    monkeypatch.setattr(CacheWriter, "write_shard", add)
+    monkeypatch.setattr(CacheWriter, "write_shard", write_shard)
     code, text, err = stages.call(*command, out)
     assert code == 0, err
     assert "continued: 3 of 14 shards" in text
-    kept = [path for path in written if (out / path).stat().st_mtime_ns == before[path]]
-    assert kept == [path for path in written if out / path != damaged]
-    assert payloads(out) == payloads(tiny / "cache")
+    unchanged = [path for path in written if (out / path).stat().st_mtime_ns == before[path]]
+    assert unchanged == [path for path in written if out / path != damaged]
+    assert read_payloads(out) == read_payloads(tiny / "cache")
     assert not [p for p in out.rglob("*") if p.suffix == ".tmp" or p.name == "unfinished.json"]
 
 
-def test_a_whole_cache_is_left_alone_and_another_one_refused(tiny: Path, stages: Stages) -> None:
+def test_a_complete_cache_is_not_written_again_and_another_one_is_refused(tiny: Path, stages: Stages) -> None:
     command = tiny_cache_command(tiny)
     before = (tiny / "cache/manifest.json").stat().st_mtime_ns
     code, text, _ = stages.call(*command)
@@ -197,28 +198,28 @@ def test_other_weights_are_another_cache(tiny: Path, stages: Stages, tmp_path: P
     assert "teacher.weights" in stages.fails(1, *command, "--teacher", "cnn")
 
 
-def test_a_teacher_is_trained_kept_and_used_again_when_none_is_named(stages: Stages, tmp_path: Path) -> None:
-    asked = ("teacher-cache", "--train-size", "150", "--teacher", "mlp:8")
-    code, text, err = stages.call(*asked, "--out", tmp_path / "c")
+def test_without_weights_a_teacher_is_trained_and_used_again_later(stages: Stages, tmp_path: Path) -> None:
+    command = ("teacher-cache", "--train-size", "150", "--teacher", "mlp:8")
+    code, text, err = stages.call(*command, "--out", tmp_path / "c")
     assert code == 0, err
     assert "training the teacher mlp:8 first" in text
     assert (tmp_path / "c-teacher/teacher.pt").is_file()
     shutil.rmtree(tmp_path / "c")
-    code, text, err = stages.call(*asked, "--out", tmp_path / "c")
+    code, text, err = stages.call(*command, "--out", tmp_path / "c")
     assert code == 0, err
-    assert "using the teacher kept in" in text
+    assert "using the teacher in" in text
 
 
 def test_a_student_is_the_next_generations_teacher(tiny: Path, stages: Stages, tmp_path: Path) -> None:
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:24", "--epochs", "2", "--out", "runs/one")
-    found = stages("teacher-cache", "--train-size", "300", "--weights", "runs/one", "--out", "next")
+    report = stages("teacher-cache", "--train-size", "300", "--weights", "runs/one", "--out", "next")
     student = json.loads(Path("runs/one/result.json").read_text())["student"]
     assert Cache(tmp_path / "next").manifest.identity["teacher"]["arch"] == "mlp:24"
-    assert found["teacher"]["test"]["accuracy"] == pytest.approx(student["test"]["accuracy"], abs=1e-9)
+    assert report["teacher"]["test"]["accuracy"] == pytest.approx(student["test"]["accuracy"], abs=1e-9)
 
 
 def test_a_row_that_is_not_finite_is_named(stages: Stages, tmp_path: Path) -> None:
-    """A teacher that says NaN about one image: the brightest of the training split."""
+    """A teacher that outputs NaN for one image, the brightest of the training split."""
     (tmp_path / "spoiled.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
@@ -252,7 +253,7 @@ def test_a_row_that_is_not_finite_is_named(stages: Stages, tmp_path: Path) -> No
     assert not (tmp_path / "c/manifest.json").exists()
 
 
-def test_logits_too_large_for_the_codec_are_refused_not_kept_as_infinity(stages: Stages, tmp_path: Path) -> None:
+def test_logits_too_large_for_the_codec_are_refused_and_not_stored_as_infinity(stages: Stages, tmp_path: Path) -> None:
     weight = torch.zeros(10, 64)
     weight[3] = 1e6
     torch.save({"linear.weight": weight, "linear.bias": torch.zeros(10)}, tmp_path / "w.pt")
@@ -262,7 +263,7 @@ def test_logits_too_large_for_the_codec_are_refused_not_kept_as_infinity(stages:
         "    parts = [('flatten', torch.nn.Flatten()), ('linear', torch.nn.Linear(64, 10))]\n"
         "    return torch.nn.Sequential(collections.OrderedDict(parts))\n"
     )
-    asked = ("teacher-cache", "--train-size", "50", "--teacher", "linear_net:make", "--weights", tmp_path / "w.pt")
-    line = stages.fails(1, *asked, "--normalize", "none", "--out", tmp_path / "c")
+    command = ("teacher-cache", "--train-size", "50", "--teacher", "linear_net:make", "--weights", tmp_path / "w.pt")
+    line = stages.fails(1, *command, "--normalize", "none", "--out", tmp_path / "c")
     assert "largest 65504" in line
-    stages(*asked, "--normalize", "none", "--codec", "float32", "--out", tmp_path / "d")
+    stages(*command, "--normalize", "none", "--codec", "float32", "--out", tmp_path / "d")

@@ -1,0 +1,65 @@
+"""The transfer set, the size of its views and the preparation of the input, as the options of a command name them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from softcache.data.transfer_set import TransferSet, load_transfer_set
+from softcache.data.views import ViewPolicy, render
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec
+from softcache.stages.cli.configs import CacheConfig, TeacherConfig
+from softcache.stages.cli.console import Console, progress
+
+# Options that decide which rows of a data set are in which split: those of SplitOptions, and the seed.
+SPLIT_OPTIONS = ("val_fraction", "seed", "train_size", "imbalance", "head_size")
+FOLDER_SIZE = 224  # pixels; size of the views of a folder whose images differ in size
+_SAMPLE_ROWS = 4096  # training rows whose mean and standard deviation are measured
+
+
+def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
+    """Load the transfer set that the options name, split as they say.
+
+    Raises:
+        UsageError: There is no such data set, or an option of the split is out of range.
+        CacheError: An image is damaged.
+    """
+    split_options = {name: getattr(config, name) for name in SPLIT_OPTIONS}
+    return load_transfer_set(config.data, Path(config.data_root), **split_options, progress=progress)
+
+
+def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
+    """Fill in the size of the views: that of the images, or 224 pixels where the images differ in size.
+
+    Args:
+        views: The view policy; size 0 where the user named none.
+        transfer_set: Its images.
+        console: Prints a line where 224 is used.
+    """
+    if not views.size and not transfer_set.size:
+        console.print(
+            f"the images differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
+        )
+    return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
+
+
+def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> InputSpec:
+    """Make the input preparation of a network.
+
+    Args:
+        normalize: "imagenet" for ImageNet's mean and standard deviation, of three channels; "data" for those of the
+            plain views of up to 4,096 training rows, at regular distances; "none" for pixels divided by 255.
+        transfer_set: Its images.
+        views: The view policy, with a size.
+    """
+    channels, size = transfer_set.channels, views.size
+    if normalize == "imagenet":
+        return InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
+    if normalize == "none":
+        return InputSpec(channels, size, (0.0,) * channels, (1.0,) * channels)
+    train = transfer_set.splits["train"]
+    count = min(len(train), _SAMPLE_ROWS)
+    sample = np.arange(count) * len(train) // count
+    pixels = render(train.images, views.without_augmentation(), 0, sample, 0).double() / 255
+    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    return InputSpec(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))
