@@ -1,4 +1,4 @@
-"""What a result reports about a model's logits on a split."""
+"""Classification metrics: what a result reports about a model's logits on a split."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from softcache.data.transfer_set import Labels
 
 Floats = NDArray[np.float64]
 ECE_BINS = 15
-_MATRIX = 100  # classes up to which a confusion matrix is part of a result: 10,000 numbers
+_MAX_MATRIX_CLASSES = 100  # up to which a confusion matrix is part of a result: 10,000 numbers
 
 
 def evaluate(
@@ -20,87 +20,118 @@ def evaluate(
     teacher: NDArray[np.floating] | None = None,
     counts: Labels | None = None,
 ) -> dict[str, Any]:
-    """Every figure of a split. logits [N, K]; labels [N], -1 where there is none; teacher [N, K] or None; counts [K]:
-    training rows of each class.
+    """Compute every metric of a split.
 
-    accuracy, top5 (None up to 5 classes), nll and brier (per row, in nats and 0 … 2), ece (15 equal bins, Guo et
-    al. 2017), precision, recall and F1 (macro over the classes that occur; F1 also weighted by class), auroc_macro
-    (one class against the rest, None when a class has no row), per_class (None where it has no row), confusion
-    [K][K] (rows of the true class by guessed class; None over 100 classes), recall_head, _medium and _tail (see
-    groups_of; None where training rows are about balanced); and, against the teacher, agreement and
-    kl_to_teacher (KL(teacher || student) per row at temperature 1, in nats). Without labels only the last two.
+    Args:
+        logits: float [N, K].
+        labels: int64 [N], -1 where there is none.
+        teacher: Its logits, float [N, K]; None where there is no teacher.
+        counts: int64 [K], the training rows of each class; None where they are not known.
+
+    Returns:
+        {name: value}. Without labels only rows, labelled, agreement and kl_to_teacher.
+
+        rows, labelled: Numbers of rows.
+        agreement: Share of rows in which the model and the teacher predict the same class.
+        kl_to_teacher: Mean of KL(teacher || model) at temperature 1, in nats.
+        accuracy, top5: Shares of rows; top5 is None up to 5 classes.
+        nll, brier: Means over the rows; in nats, and in 0 … 2.
+        ece: Expected calibration error, 15 bins of equal width.
+        precision_macro, recall_macro, f1_macro: Over the classes that occur.
+        f1_weighted: F1 of each class, weighted by its rows.
+        auroc_macro: One class against the rest; None when a class has no row.
+        per_class: precision, recall, f1 and support, each [K]; None for a class that has no row.
+        confusion: [K][K], rows of the true class by predicted class; None over 100 classes.
+        recall_head, recall_medium, recall_tail: Mean recall of the classes of `group_classes`; None without groups.
+
+    Source:
+        Guo et al. 2017, "On calibration of modern neural networks" (ece).
     """
-    known = labels >= 0
+    is_labelled = labels >= 0
     log_p = log_softmax(logits)
-    result: dict[str, Any] = {"rows": len(labels), "labelled": int(known.sum())}
+    result: dict[str, Any] = {"rows": len(labels), "labelled": int(is_labelled.sum())}
     if teacher is not None:
         log_t = log_softmax(teacher)
         result["agreement"] = float((log_p.argmax(1) == log_t.argmax(1)).mean())
         result["kl_to_teacher"] = float((np.exp(log_t) * (log_t - log_p)).sum(1).mean())
-    if known.any():
-        result |= _label_metrics(log_p[known], labels[known])
-        result |= _recall_by_group(result["per_class"]["recall"], counts)
+    if is_labelled.any():
+        result |= _compute_label_metrics(log_p[is_labelled], labels[is_labelled])
+        result |= _compute_recall_by_group(result["per_class"]["recall"], counts)
     return result
 
 
 def summarize(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:
-    """The figures that are watched during training: accuracy, macro F1 and NLL, nothing without labels."""
-    known = labels >= 0
-    if not known.any():
+    """Compute the metrics that are shown during training: accuracy, f1_macro and nll; none without labels.
+
+    Args:
+        logits: float [N, K].
+        labels: int64 [N], -1 where there is none.
+    """
+    is_labelled = labels >= 0
+    if not is_labelled.any():
         return {}
-    labels, guess = labels[known], logits.argmax(1)[known]
+    labels, predicted = labels[is_labelled], logits.argmax(1)[is_labelled]
     return {
-        "accuracy": float((guess == labels).mean()),
-        "f1_macro": _f1_macro(labels, guess),
-        "nll": mean_nll(log_softmax(logits[known]), labels),
+        "accuracy": float((predicted == labels).mean()),
+        "f1_macro": _compute_f1_macro(labels, predicted),
+        "nll": mean_nll(log_softmax(logits[is_labelled]), labels),
     }
 
 
-def _f1_macro(labels: Labels, guess: Labels) -> float:
-    """As scikit-learn's f1_score over the classes that occur, in 0.03 ms instead of 3: it is asked for in each epoch,
-    and one of a small student takes 15."""
-    K = int(max(labels.max(), guess.max())) + 1
-    rows, guessed, right = (np.bincount(x, minlength=K) for x in (labels, guess, labels[labels == guess]))
-    return float((2 * right / np.maximum(rows + guessed, 1))[rows > 0].mean())
+def _compute_f1_macro(labels: Labels, predicted: Labels) -> float:
+    """Compute scikit-learn's f1_score over the classes that occur.
+
+    It takes 0.03 ms where scikit-learn takes 3: every epoch needs it, and an epoch of a small student takes 15 ms.
+    """
+    K = int(max(labels.max(), predicted.max())) + 1
+    rows, predictions, hits = (np.bincount(x, minlength=K) for x in (labels, predicted, labels[labels == predicted]))
+    return float((2 * hits / np.maximum(rows + predictions, 1))[rows > 0].mean())
 
 
-def _label_metrics(log_p: Floats, labels: Labels) -> dict[str, Any]:
-    p, guess, K = np.exp(log_p), log_p.argmax(1), log_p.shape[1]
+def _compute_label_metrics(log_p: Floats, labels: Labels) -> dict[str, Any]:
+    p, predicted, K = np.exp(log_p), log_p.argmax(1), log_p.shape[1]
     one_hot = np.eye(K)[labels]
     present = np.unique(labels)
     precision, recall, f1, support = sk.precision_recall_fscore_support(
-        labels, guess, labels=np.arange(K), zero_division=0
+        labels, predicted, labels=np.arange(K), zero_division=0
     )
     return {
-        "accuracy": float(sk.accuracy_score(labels, guess)),
+        "accuracy": float(sk.accuracy_score(labels, predicted)),
         "top5": float(sk.top_k_accuracy_score(labels, log_p, k=5, labels=np.arange(K))) if K > 5 else None,
         "nll": mean_nll(log_p, labels),
         "brier": float(((p - one_hot) ** 2).sum(1).mean()),
-        "ece": calibration_error(p.max(1), guess == labels),
+        "ece": calibration_error(p.max(1), predicted == labels),
         "precision_macro": float(precision[present].mean()),
         "recall_macro": float(recall[present].mean()),
         "f1_macro": float(f1[present].mean()),
-        "f1_weighted": float(sk.f1_score(labels, guess, average="weighted", zero_division=0)),
-        "auroc_macro": _auroc(p, one_hot) if len(present) == K > 1 else None,
+        "f1_weighted": float(sk.f1_score(labels, predicted, average="weighted", zero_division=0)),
+        "auroc_macro": float(sk.roc_auc_score(one_hot, p, average="macro")) if len(present) == K > 1 else None,
         "per_class": {
-            "precision": _where_present(support, precision),
-            "recall": _where_present(support, recall),
-            "f1": _where_present(support, f1),
+            "precision": _mask_absent_classes(support, precision),
+            "recall": _mask_absent_classes(support, recall),
+            "f1": _mask_absent_classes(support, f1),
             "support": support.tolist(),
         },
-        "confusion": np.bincount(K * labels + guess, minlength=K * K).reshape(K, K).tolist() if K <= _MATRIX else None,
+        "confusion": np.bincount(K * labels + predicted, minlength=K * K).reshape(K, K).tolist()
+        if K <= _MAX_MATRIX_CLASSES
+        else None,
     }
 
 
-def _where_present(support: Labels, values: Floats) -> list[float | None]:
-    """The values of classes that occur; nothing, not 0, is known of the others."""
+def _mask_absent_classes(support: Labels, values: Floats) -> list[float | None]:
+    """Return the values as a list, with None for a class that has no row: its value is unknown, not 0."""
     return [value if rows else None for rows, value in zip(support.tolist(), values.tolist(), strict=True)]
 
 
 def group_classes(counts: Labels) -> dict[str, list[int]]:
-    """{head, medium, tail: classes}: the third with the most training rows, the rest, the third with the fewest.
+    """Group the classes by their number of training rows.
 
-    counts [K]; of equals the first comes first. Nothing when the largest class has under twice the smallest's rows.
+    Args:
+        counts: int64 [K], the rows of each class.
+
+    Returns:
+        {head, medium, tail: classes}: the third with the most rows, the rest, the third with the fewest; of classes
+        with equally many the first comes first. All empty when the largest has less than twice the smallest's rows.
     """
     if len(counts) < 2 or not counts.any() or counts.max() < 2 * counts.min():
         return {"head": [], "medium": [], "tail": []}
@@ -108,44 +139,50 @@ def group_classes(counts: Labels) -> dict[str, list[int]]:
     return {"head": order[:third], "medium": order[third:-third], "tail": order[-third:]}
 
 
-def _recall_by_group(recall: list[float | None], counts: Labels | None) -> dict[str, float | None]:
-    """Mean recall of the classes of each group that occur; None where there is none."""
-    found: dict[str, float | None] = {}
+def _compute_recall_by_group(recall: list[float | None], counts: Labels | None) -> dict[str, float | None]:
+    """Compute the mean recall of the classes of each group that occur; None where none occurs."""
+    recalls: dict[str, float | None] = {}
     for name, classes in group_classes(np.zeros(0, np.int64) if counts is None else counts).items():
-        some = [r for c in classes if (r := recall[c]) is not None]
-        found[f"recall_{name}"] = float(np.mean(some)) if some else None
-    return found
+        present = [r for c in classes if (r := recall[c]) is not None]
+        recalls[f"recall_{name}"] = float(np.mean(present)) if present else None
+    return recalls
 
 
-def _auroc(p: Floats, one_hot: Floats) -> float:
-    return float(sk.roc_auc_score(one_hot, p, average="macro"))
+def calibration_error(confidence: Floats, is_correct: NDArray[np.bool_]) -> float:
+    """Compute the expected calibration error: the mean over the rows of |accuracy - confidence| of the row's bin.
 
-
-def calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
-    """Expected calibration error: mean over rows of |accuracy - confidence| of the row's bin."""
-    gap = np.bincount(assign_bins(confidence), right - confidence, minlength=ECE_BINS)
-    return float(np.abs(gap).sum() / len(right))
+    Args:
+        confidence: float64 [N], the probability of the predicted class.
+        is_correct: bool [N].
+    """
+    gap = np.bincount(assign_bins(confidence), is_correct - confidence, minlength=ECE_BINS)
+    return float(np.abs(gap).sum() / len(is_correct))
 
 
 def assign_bins(confidence: Floats) -> NDArray[np.int64]:
-    """The bin of each confidence, 0 … ECE_BINS - 1, of equal width; an edge belongs to the bin below it."""
+    """Return the bin of each confidence, 0 … ECE_BINS - 1, of equal width; an edge belongs to the bin below it."""
     return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
 
 def mean_nll(log_p: Floats, labels: Labels) -> float:
-    """In nats. log_p [N, K]; labels [N], all known."""
+    """Compute the mean negative log-likelihood in nats. log_p: [N, K]; labels: [N], none hidden."""
     return 0.0 - float(log_p[np.arange(len(labels)), labels].mean())
 
 
 def log_softmax(z: NDArray[np.floating]) -> Floats:
-    """Over the last axis, in float64."""
+    """Compute log softmax over the last axis, in float64."""
     return np.asarray(torch.log_softmax(torch.from_numpy(np.asarray(z, np.float64)), -1))
 
 
 def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Mean and standard deviation (n - 1; 0 for one) of every number in equal nested records; words and None stay.
+    """Compute the mean and the standard deviation of every number of several results.
 
-    A list is taken place by place, None where one of them has None.
+    Args:
+        results: Nested dicts of the same keys, one of each seed. Of a list, each place is averaged; a place is None
+            where one of the results has None there. Text and None are taken from the first.
+
+    Returns:
+        Two dicts of the same form: means, and standard deviations with n - 1 in the denominator, 0 for one result.
     """
     mean: dict[str, Any] = {}
     spread: dict[str, Any] = {}
@@ -164,7 +201,7 @@ def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
 
 
 def _to_list(places: Floats) -> list[Any]:
-    """As a list, with None for NaN, which is what a None becomes."""
+    """Return a list with None for NaN: NumPy turns None into NaN."""
     listed = places.astype(object)
     listed[np.isnan(places)] = None
     return list(listed.tolist())

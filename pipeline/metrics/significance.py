@@ -1,4 +1,4 @@
-"""Whether two classifiers differ beyond chance: a bootstrap of the rows, and of the seeds; McNemar's exact test."""
+"""Tests whether two classifiers differ: a paired bootstrap of rows and seeds, and McNemar's exact test."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,12 @@ _BLOCK = 4_000_000  # counts of resamples that are in memory at once: 32 MB
 
 @dataclass(frozen=True)
 class Difference:
-    """Second less first, as shares (-1 … 1): as measured, and the interval from low to high around it."""
+    """The second classifier's metric minus the first's.
+
+    Attributes:
+        value: As measured, in -1 … 1.
+        low, high: Its confidence interval.
+    """
 
     value: float
     low: float
@@ -24,26 +29,35 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval is on one side of 0; what rounding leaves of a 0 is one."""
+        """Whether the interval does not contain 0, apart from rounding."""
         return self.low > 1e-12 or self.high < -1e-12
 
 
 def mcnemar(first_alone: int, second_alone: int) -> float:
-    """The two-sided p of McNemar's test in its exact form: rows that one of the two alone has right are a fair coin.
+    """Compute the two-sided p-value of McNemar's exact test.
 
-    Sum over the outcomes that are no likelier than this one, of Binomial(first_alone + second_alone, 1/2); 1 where the
-    two are right on the same rows. Dietterich 1998, section 3.1, recommends the test for one training of each.
+    Args:
+        first_alone: Rows that only the first classifier predicts correctly.
+        second_alone: Rows that only the second does.
+
+    Returns:
+        The probability, under Binomial(first_alone + second_alone, 1/2), of an outcome that is no likelier than this
+        one; 1 where both numbers are 0.
+
+    Source:
+        Dietterich 1998, "Approximate statistical tests for comparing supervised classification learning algorithms",
+        section 3.1, which recommends it for one training of each.
     """
-    rows = first_alone + second_alone
     from scipy import stats  # here, as below: importing it takes 0.7 s of a CPU, and few commands need it
 
+    rows = first_alone + second_alone
     return float(stats.binomtest(first_alone, rows).pvalue) if rows else 1.0
 
 
 def count_right_alone(labels: Ints, first: Ints, second: Ints) -> tuple[int, int]:
-    """Rows that the first alone has right, and the second alone. All [N]."""
-    one, other = first == labels, second == labels
-    return int((one & ~other).sum()), int((other & ~one).sum())
+    """Count the rows that the first classifier alone predicts correctly, and the second alone. All: int64 [N]."""
+    first_right, second_right = first == labels, second == labels
+    return int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
 
 
 def paired_bootstrap(
@@ -53,98 +67,131 @@ def paired_bootstrap(
     level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    done: Callable[[int], object] = lambda resamples: None,
+    on_progress: Callable[[int], object] = lambda resamples: None,
 ) -> dict[str, Difference]:
-    """{accuracy, f1_macro}: the difference of two classifiers that were measured on the same rows, with percentile
-    intervals (Efron & Tibshirani 1993, section 13.3).
+    """Compute the difference of two classifiers on the same rows, with percentile intervals.
 
-    labels [N], all known; first [n, N] and second [m, N]: the guesses of n and m seeds, whose figures are averaged;
-    level: of the intervals; done: told of every so many resamples. The same call gives the same numbers, and with
-    first and second exchanged the same with the other sign.
+    A resample draws N rows with replacement, the same for all seeds. Rows with equal label and predictions are
+    interchangeable, so a resample is a multinomial count of such groups: 10,000 rows of ten classes have some hundred.
+    With several seeds it also draws n - 1 of the n with replacement, for each classifier separately: n of n would
+    give (n - 1) / n of the variance of a mean. Percentiles of so few seeds do not reach as far as other seeds lie, so
+    the interval is widened, see `_compute_stretch`. Noise of a single seed and row counts twice, with the rows and
+    with the seeds, so the intervals are a little too wide.
 
-    A resample draws N rows with replacement, the same for all seeds. Rows with equal label and guesses are
-    interchangeable, so it is a multinomial count of such groups: 10,000 rows of ten classes have some hundred. Where
-    there are several seeds it also draws n - 1 of the n with replacement, of each classifier by itself: n of n would
-    give (n - 1) / n of the variance of a mean (Rao & Wu 1988, section 2). Percentiles of so few seeds do not reach as
-    far as other seeds lie, so the interval is stretched around the difference, see `_stretch`. Noise that is of one
-    seed and one row is counted with the rows and with the seeds: a little too wide (Owen 2007).
+    Args:
+        labels: int64 [N], none hidden.
+        first, second: int64 [n, N] and [m, N], predictions of n and m seeds, whose metrics are averaged.
+        level: Confidence level of the intervals, 0 … 1.
+        resamples: Number of resamples.
+        seed: Of the resamples. The same call returns the same numbers; with first and second exchanged, the same
+            with the opposite sign.
+        on_progress: Called with a number of resamples whenever they are done.
+
+    Returns:
+        {accuracy, f1_macro: second minus first}.
+
+    Source:
+        Efron & Tibshirani 1993, "An introduction to the bootstrap", section 13.3 (percentile intervals); Rao & Wu
+        1988, section 2 (n - 1 of n); Owen 2007, "The pigeonhole bootstrap" (rows and seeds).
     """
     if first.tobytes() > second.tobytes():  # one order, so that exchanging them cannot move an interval across 0
-        turned = paired_bootstrap(labels, second, first, level, resamples, seed, done)
-        return {name: Difference(-one.value, -one.high, -one.low) for name, one in turned.items()}
+        exchanged = paired_bootstrap(labels, second, first, level, resamples, seed, on_progress)
+        return {name: Difference(-d.value, -d.high, -d.low) for name, d in exchanged.items()}
     groups, counts = np.unique(np.stack([labels, *first, *second]), axis=1, return_counts=True)
     n, rng = len(first), np.random.default_rng(seed)
-    measured = {name: values[0] for name, values in _compute_figures(groups, counts[None].astype(float)).items()}
-    drawn: dict[str, list[Floats]] = {name: [] for name in measured}
+    measured = {name: values[0] for name, values in _compute_metrics(groups, counts[None].astype(float)).items()}
+    resampled: dict[str, list[Floats]] = {name: [] for name in measured}
     for rows in _resample_rows(counts, resamples, rng):
         weights = np.hstack([-_resample_seeds(n, len(rows), rng), _resample_seeds(len(second), len(rows), rng)])
-        for name, values in _compute_figures(groups, rows).items():
-            drawn[name].append((weights * values).sum(1))
-        done(len(rows))
+        for name, values in _compute_metrics(groups, rows).items():
+            resampled[name].append((weights * values).sum(1))
+        on_progress(len(rows))
     return {
-        name: _interval(values[:n], values[n:], np.concatenate(drawn[name]), level)
+        name: _compute_interval(values[:n], values[n:], np.concatenate(resampled[name]), level)
         for name, values in measured.items()
     }
 
 
 def _resample_rows(counts: Ints, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Blocks [R, G] of how often each group of rows is drawn."""
+    """Yield blocks [R, G]: how often each resample draws each group of rows."""
     block = max(1, _BLOCK // len(counts))
-    for begin in range(0, resamples, block):
-        size = min(block, resamples - begin)
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
         yield rng.multinomial(counts.sum(), counts / counts.sum(), size).astype(np.float64)
 
 
 def _resample_seeds(n: int, resamples: int, rng: np.random.Generator) -> Floats:
-    """[R, n]: what each seed weighs in each resample; one seed weighs 1."""
+    """Return the weight of each seed in each resample, [R, n]; a single seed has weight 1."""
     return rng.multinomial(n - 1, [1 / n] * n, resamples) / (n - 1) if n > 1 else np.ones((resamples, 1))
 
 
-def _compute_figures(groups: Ints, counts: Floats) -> dict[str, Floats]:
-    """Each figure [R, seeds]. groups [1 + seeds, G]: label and guesses; counts [R, G]: rows of each group.
+def _compute_metrics(groups: Ints, counts: Floats) -> dict[str, Floats]:
+    """Compute accuracy and macro F1 of each resample and seed, [R, seeds], as `classification.summarize` does.
 
-    As `metrics.summary` has them: macro F1 is over the classes that occur among the labels.
+    Args:
+        groups: [1 + seeds, G], the label and the predictions of each group of rows.
+        counts: [R, G], the rows of each group in each resample.
     """
-    labels, guesses = groups[0], groups[1:]
+    labels, predictions = groups[0], groups[1:]
     K = int(groups.max()) + 1
     rows = counts @ _one_hot(labels, np.ones(len(labels)), K)
-    there = rows > 0
+    is_present = rows > 0
     f1 = []
-    for guess in guesses:
-        right = counts @ _one_hot(labels, guess == labels, K)
-        guessed = counts @ _one_hot(guess, np.ones(len(guess)), K)
-        of_class = 2 * right / np.maximum(rows + guessed, 1)
-        f1.append((of_class * there).sum(1) / there.sum(1))
-    accuracy = counts @ (guesses == labels).T.astype(np.float64) / counts.sum(1, keepdims=True)
+    for predicted in predictions:
+        hits = counts @ _one_hot(labels, predicted == labels, K)
+        predicted_rows = counts @ _one_hot(predicted, np.ones(len(predicted)), K)
+        class_f1 = 2 * hits / np.maximum(rows + predicted_rows, 1)
+        f1.append((class_f1 * is_present).sum(1) / is_present.sum(1))
+    accuracy = counts @ (predictions == labels).T.astype(np.float64) / counts.sum(1, keepdims=True)
     return {"accuracy": accuracy, "f1_macro": np.stack(f1, 1)}
 
 
 def _one_hot(classes: Ints, weights: NDArray[Any], K: int) -> Any:
-    """[G, K], sparse: the weight of each group in the column of its class."""
+    """Return a sparse [G, K] with the weight of each group in the column of its class."""
     return csr_array((weights.astype(np.float64), (np.arange(len(classes)), classes)), shape=(len(classes), K))
 
 
-def _interval(first: Floats, second: Floats, drawn: Floats, level: float) -> Difference:
-    """first [n], second [m]: a figure of each seed on all rows; drawn [R]: the difference in each resample."""
+def _compute_interval(first: Floats, second: Floats, resampled: Floats, level: float) -> Difference:
+    """Compute a difference and its interval.
+
+    Args:
+        first, second: [n] and [m], a metric of each seed on all rows.
+        resampled: [R], the difference in each resample.
+        level: Confidence level.
+    """
     value = float(second.mean() - first.mean())
     tail = (1 - level) / 2
-    low, high = float(np.quantile(drawn, tail, method="lower")), float(np.quantile(drawn, 1 - tail, method="higher"))
-    stretch = _stretch((first, second), float(drawn.var()), tail)
+    low, high = (
+        float(np.quantile(resampled, tail, method="lower")),
+        float(np.quantile(resampled, 1 - tail, method="higher")),
+    )
+    stretch = _compute_stretch((first, second), float(resampled.var()), tail)
     return Difference(value, max(-1.0, value - stretch * (value - low)), min(1.0, value + stretch * (high - value)))
 
 
-def _stretch(seeds: Sequence[Floats], variance: float, tail: float) -> float:
-    """By how much wider an interval is when part of its variance is known from few seeds; 1 for one seed each.
+def _compute_stretch(seeds: Sequence[Floats], variance: float, tail: float) -> float:
+    """Compute by which factor an interval widens because part of its variance is estimated from few seeds.
 
-    The quantile of Student's t to that of the normal distribution, with Welch's degrees of freedom (Welch 1947): the
-    variance squared over the sum of each estimated part squared over its degrees. Rows have so many that they add
-    nothing.
+    It is the quantile of Student's t over that of the normal distribution, with Welch's degrees of freedom: the
+    variance squared over the sum of each estimated part squared over its degrees of freedom. Rows have so many that
+    their part adds nothing.
+
+    Args:
+        seeds: The metric of each seed, [n] of each classifier.
+        variance: Of the difference over the resamples.
+        tail: Probability beyond one end of the interval.
+
+    Returns:
+        The factor; 1 for one seed each.
+
+    Source:
+        Welch 1947, "The generalization of Student's problem when several different population variances are involved".
     """
-    parts = [(len(one), one.var(ddof=1) / len(one)) for one in seeds if len(one) > 1]
+    parts = [(len(values), values.var(ddof=1) / len(values)) for values in seeds if len(values) > 1]
     spread = sum(part**2 / (n - 1) for n, part in parts)
     if not spread:
         return 1.0
-    degrees = max(1.0, variance**2 / spread)
     from scipy import stats
 
+    degrees = max(1.0, variance**2 / spread)
     return float(stats.t.ppf(tail, degrees) / stats.norm.ppf(tail))

@@ -94,7 +94,7 @@ def _compare_pair(
             f" {len(second_predictions.labels):,} rows)"
         }
     differences = paired_bootstrap(
-        labels, first_predictions.predictions, second_predictions.predictions, 1 - alpha, done=on_progress
+        labels, first_predictions.predictions, second_predictions.predictions, 1 - alpha, on_progress=on_progress
     )
     accuracy, has_several_seeds = differences["accuracy"], min(len(first.seeds), len(second.seeds)) > 1
     tests = _test_seeds(first, second, first_predictions, second_predictions)

@@ -144,7 +144,7 @@ def test_seeds_alone_are_called_a_difference_in_one_case_of_twenty_at_most(seeds
 
 def test_percentiles_alone_call_them_one_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why the interval is stretched: the test above can fail."""
-    monkeypatch.setattr(significance, "_stretch", lambda *_: 1.0)
+    monkeypatch.setattr(significance, "_compute_stretch", lambda *_: 1.0)
     rng, trials = np.random.default_rng(3), 300
     labels = np.zeros(2000, np.int64)
     said = sum(accuracy(labels, *simulated(rng, 2, 0.5)).is_significant for _ in range(trials))
@@ -189,6 +189,6 @@ def test_the_resamples_are_counted_as_they_are_drawn(monkeypatch: pytest.MonkeyP
     whole = paired_bootstrap(labels, labels[None], guess[None], resamples=500)
     counted: list[int] = []
     monkeypatch.setattr(significance, "_BLOCK", 1000)
-    assert paired_bootstrap(labels, labels[None], guess[None], resamples=500, done=counted.append) == whole
+    assert paired_bootstrap(labels, labels[None], guess[None], resamples=500, on_progress=counted.append) == whole
     assert sum(counted) == 500
     assert len(counted) == 5
