@@ -238,7 +238,7 @@ def test_a_run_without_logits_is_in_the_table_and_student_resume_writes_them(run
     for names in (("a", "b"), ("b", "a"), ("a", "b", "random")):
         code, out, _ = stages.call("compare", *names)
         assert code == 0
-        assert "no verdict: 'b/logits.safetensors' is not there" in out
+        assert "no verdict: 'b/logits.safetensors' does not exist" in out
         assert "student --resume --out b" in out
     assert ": significant difference\n" in out  # with the other run
     assert stages.call("student", "--resume", "--out", "b")[0] == 0

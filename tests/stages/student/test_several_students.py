@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import softcache.pipeline.loading.stream as stream
 import torch
 
+from softcache.pipeline.loading import loader, rendering
 from tests.helpers.commands import Stages
 from tests.helpers.stopping import stop_at
 
@@ -84,14 +84,15 @@ def test_seeds_and_losses_share_the_order_of_the_first_seed(tiny: Path, stages: 
 
 
 def test_each_view_is_rendered_once_for_all(tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    views, render = [0], stream.render
+    views, render = [0], rendering.render
 
     def count_views(images: Any, policy: Any, seed: Any, index: Any, draw: Any) -> torch.Tensor:
         views[0] += len(index)
         return render(images, policy, seed, index, draw)
 
     options = (*COMMON, "--cache", tiny / "cache", "--loss", "kd")
-    monkeypatch.setattr(stream, "render", count_views)
+    for module in (loader, rendering):
+        monkeypatch.setattr(module, "render", count_views)
     stages("student", *options, "--arch", "mlp:16", "--out", "one")
     views_of_one = views[0]
     stages("student", *options, "--arch", "mlp:16", "--arch", "mlp:8", "--arch", "cnn", "--out", "three")
