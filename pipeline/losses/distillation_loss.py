@@ -88,11 +88,11 @@ class DistillationLoss(nn.Module):
                 `derive_features`.
         """
         batch = self.with_teacher_taps(batch)
-        parts = self.parts
-        return [
-            weight * term(student, batch, parts[name] if name in parts else None)  # noqa: SIM401 (no `get`)
-            for name, weight, term in zip(self.names, self.weights, self.terms, strict=True)
-        ]
+        terms = []
+        for name, weight, term in zip(self.names, self.weights, self.terms, strict=True):
+            value = term(student, batch, self.parts[name] if name in self.parts else None)  # noqa: SIM401 (no `get`)
+            terms.append(value if weight == 1 else weight * value)  # a product costs time forward and backward
+        return terms
 
     def forward(self, student: ModelOutputs, batch: Batch) -> torch.Tensor:
         """Compute the loss, a scalar; arguments as in `weighted_terms`."""

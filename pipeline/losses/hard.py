@@ -42,6 +42,14 @@ def masked_mean(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (rows * mask).sum() / mask.sum().clamp(min=1)
 
 
+def mean_cross_entropy(logits: torch.Tensor, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
+    """Compute the mean of `cross_entropy_rows` over the labelled rows, a scalar; 0 when no row has a label."""
+    rows, is_labelled = cross_entropy_rows(logits, batch, smoothing)
+    if batch.partner is None:  # rows without a label are 0 already, so that the mask would only cost time
+        return rows.sum() / is_labelled.sum().clamp(min=1)
+    return masked_mean(rows, is_labelled)
+
+
 @dataclass(frozen=True)
 class Hard(Loss):
     """Cross entropy with the labels, in nats.
@@ -65,7 +73,7 @@ class Hard(Loss):
     needs_logits: ClassVar[bool] = False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        return masked_mean(*cross_entropy_rows(student.logits, batch, to_float(self.smoothing)))
+        return mean_cross_entropy(student.logits, batch, to_float(self.smoothing))
 
 
 @dataclass(frozen=True)

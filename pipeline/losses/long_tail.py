@@ -13,7 +13,7 @@ from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
 from .base import Loss, Ramp, to_float
-from .hard import cross_entropy_rows, masked_mean
+from .hard import mean_cross_entropy
 from .kd import kd_mean, teacher_logits
 
 
@@ -96,7 +96,7 @@ class LogitAdjusted(ClassCountLoss):
         assert part is not None
         counts = part(student.logits)
         log_share = counts.log() - counts.sum().log()
-        return masked_mean(*cross_entropy_rows(student.logits + to_float(self.tau) * log_share, batch))
+        return mean_cross_entropy(student.logits + to_float(self.tau) * log_share, batch)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class BalancedSoftmax(ClassCountLoss):
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         assert part is not None
-        return masked_mean(*cross_entropy_rows(student.logits + part(student.logits).log(), batch))
+        return mean_cross_entropy(student.logits + part(student.logits).log(), batch)
 
 
 @dataclass(frozen=True)

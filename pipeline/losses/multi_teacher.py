@@ -10,7 +10,7 @@ from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.teachers.combine import confidence_weights
 
 from .base import Loss
-from .hard import cross_entropy_rows, masked_mean
+from .hard import cross_entropy_rows, mean_cross_entropy
 
 Term = Callable[[ModelOutputs, Batch, nn.Module | None], torch.Tensor]
 
@@ -76,7 +76,7 @@ class HardFallback:
         if not is_missing.any():
             return self.term(student, batch, part)
         missing, available = is_missing.nonzero()[:, 0], (~is_missing).nonzero()[:, 0]
-        hard = masked_mean(*cross_entropy_rows(student.logits[missing], batch.select(missing)))
+        hard = mean_cross_entropy(student.logits[missing], batch.select(missing))
         if not len(available):
             return hard
         soft = self.term(student.select(available), batch.select(available), part)
