@@ -22,35 +22,53 @@ def to_arguments(command: str, variables: list[str]) -> list[str]:
         command: its name.
         variables: "NAME=VALUE" each. One that the command does not know becomes an option all the same, so that the
             command itself reports it, with the nearest name that exists.
+
+    Raises:
+        click.UsageError: A flag is neither 1 nor 0, or a quote in a value is not closed.
     """
     options = {parameter.name: parameter for parameter in commands.commands[command].params}
     values = dict(variable.split("=", 1) for variable in variables)
     arguments = [command]
     for name, value in values.items():
         flag, option = to_flag(name.lower()), options.get(name.lower())
-        if isinstance(option, click.Option) and option.is_flag and value in ("0", "1"):
+        if isinstance(option, click.Option) and option.is_flag:
+            if value not in ("0", "1"):
+                raise click.UsageError(f"{name}={value}: {name} is 1 or 0")
             arguments += [flag] if value == "1" else option.secondary_opts
         elif option is not None and option.multiple:
-            arguments += [text for word in shlex.split(value) for text in (flag, word)]
+            arguments += [text for word in _split(name, value) for text in (flag, word)]
         else:
             arguments += [flag, value]
     return arguments
 
 
-def check(line: list[str]) -> None:
-    """Parse a command line and run nothing. Exits with code 2 and one line where it is wrong."""
+def _split(name: str, value: str) -> list[str]:
+    """Split a value at blanks, as a shell does. Raises click.UsageError for a quote that is not closed."""
     try:
-        commands.commands[line[0]].make_context(f"softcache {line[0]}", line[1:])
+        return shlex.split(value)
+    except ValueError as error:
+        raise click.UsageError(f"{name}={value}: {error}") from None
+
+
+def run(words: list[str]) -> None:
+    """Run a command with variables, or with --check parse it alone. Exits with code 2 and one line for a wrong one.
+
+    Args:
+        words: [--check] COMMAND NAME=VALUE …
+    """
+    is_check = words[0] == "--check"
+    command, *variables = words[1:] if is_check else words
+    try:
+        line = to_arguments(command, variables)
+        if is_check:
+            commands.commands[command].make_context(f"softcache {command}", line[1:])
     except click.ClickException as error:
         error.show()
         sys.exit(2)
+    if not is_check:
+        print("softcache", shlex.join(line), file=sys.stderr)
+        main(line)
 
 
 if __name__ == "__main__":
-    only_check, words = sys.argv[1] == "--check", [word for word in sys.argv[1:] if word != "--check"]
-    line = to_arguments(words[0], words[1:])
-    if only_check:
-        check(line)
-    else:
-        print("softcache", shlex.join(line), file=sys.stderr)
-        main(line)
+    run(sys.argv[1:])

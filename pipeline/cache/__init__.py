@@ -4,8 +4,10 @@ May import base, data, pipeline.batch and pipeline.models. Begin with `folder.py
 `manifest.py` (what it records of them), `writer.py` and `reader.py`.
 
     folder           names of the files, and which of them exist
-    identity         what makes two caches the same; its fingerprint
-    manifest         the record of a cache and of its shards; manifest_reader validates one
+    identity         what makes two caches the same; its fingerprint. The reader compares it with the data of a student
+                     (`Cache.check_transfer_set`), the writer with a cache in the folder (`check_same_identity`)
+    manifest         the record of a cache and of its shards; manifest_reader validates one. The writer writes it last
+                     (`CacheWriter.publish_manifest`), and the repair of a cache writes it anew
     shards           HDF5 in and out
     codecs           logits as bytes
     plan             what a cache is to hold, and the shards that it is cut into

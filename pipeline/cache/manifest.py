@@ -1,6 +1,7 @@
 """The manifest of a cache: what the cache holds, file by file, and how it was made.
 
-The manifest is written last: where there is one, the cache is complete. `manifest_reader.py` reads and validates it.
+The manifest is written last, by `CacheWriter.publish_manifest`: where there is one, the cache is complete.
+`manifest_reader.py` reads and validates it.
 """
 
 import json

@@ -49,7 +49,7 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.is_file():
         raise CacheError(f"'{folder}' is a file: a cache is a folder")
     if not folder.is_dir():
-        raise CacheError(f"there is no cache at '{folder}': make one with teacher-cache --out {folder}")
+        raise CacheError(f"there is no cache at '{folder}': make one with  softcache teacher-cache --out {folder}")
     if not path.is_file():
         if (folder / IN_PROGRESS_FILE).is_file():
             raise CacheError(

@@ -1,4 +1,4 @@
-"""The environment of a command: device, memory and versions of libraries."""
+"""The environment of a command: which device it uses, CPU or GPU (`select_device`), memory, versions of libraries."""
 
 import platform
 import resource

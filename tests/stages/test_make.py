@@ -143,3 +143,19 @@ def test_an_interpreter_without_the_packages_is_refused_and_nothing_installed(tm
     assert failed.returncode != 0
     assert "No module named torch" in failed.stderr
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [("BASELINE=yes", "BASELINE=yes: BASELINE is 1 or 0"), ("LOSS=kd 'hard", "LOSS=kd 'hard: No closing quotation")],
+)
+def test_a_wrong_value_is_one_line(variable: str, message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "softcache.stages.make_variables", "--check", "student", variable],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"Error: {message}"
