@@ -100,8 +100,8 @@ class CacheLoader:
         """Number of batches of an epoch."""
         return self.order.steps_per_epoch
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of the steps start to stop - 1, on the device.
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """Yield the batches of the steps start to stop - 1, on the device. The caller closes the generator.
 
         They are prepared ahead by a thread or, with workers, by processes. What lies on the device is gathered there
         when it is needed.

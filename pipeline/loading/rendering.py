@@ -1,6 +1,6 @@
 """Views rendered ahead of the teacher or of a validation, by a thread or by worker processes."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,10 @@ class ViewRenderer(Dataset[Any]):
 
 def render_batches(
     images: ImageSource, views: ViewPolicy, seed: int, batches: list[Rows], draw: int, workers: int = 0
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """Yield the views uint8 [B, C, S, S] of each batch of indices, in order, rendered ahead.
+
+    The caller closes the generator, see contextlib.closing: else its thread or its processes outlive an error.
 
     Args:
         images: Where the pixels come from.

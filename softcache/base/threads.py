@@ -7,6 +7,7 @@ this pool none did. It synchronises with SimpleQueue and start_new_thread alone,
 """
 
 import queue
+import sys
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -79,10 +80,11 @@ class ThreadPool:
 
     def __exit__(self, *_error: object) -> None:
         self._is_closed = True
-        for _ in range(
-            self._max_threads
-        ):  # not _started: an interrupt may come between a thread's start and its count
+        # Not _started: an interrupt may come between a thread's start and its count.
+        for _ in range(self._max_threads):
             self._tasks.put(None)
+        if sys.is_finalizing():  # a generator that nobody closed, at the end of Python: its threads no longer run
+            return
         for _ in range(self._started):
             self._ended_threads.get()
 

@@ -1,6 +1,7 @@
 """Parity check: an exported file computes PyTorch's logits, on a whole held-out split and in several batch sizes."""
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ def run_in_batches(
         float32 [N, K], in row order of the split.
     """
     batches = -(-len(held_out.labels) // held_out.batch_size)
-    return np.concatenate([compute_logits(views) for views in progress(held_out.batches(), batches, description)])
+    with closing(held_out.batches()) as all_views:
+        return np.concatenate([compute_logits(views) for views in progress(all_views, batches, description)])
 
 
 def to_unit_range(views: torch.Tensor) -> Images:

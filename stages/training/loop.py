@@ -6,7 +6,7 @@ step on it. Their weights equal, to the bit, those of a student that trains alon
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -160,8 +160,8 @@ def _run_epochs(
     with (
         show_progress(runs, first, lambda i: trainings[i].term_sums, title, console) as progress,
         _single_training_context(trainings),
+        closing(run.stream.batches(first * run.steps, run.epochs * run.steps)) as batches,
     ):
-        batches = run.stream.batches(first * run.steps, run.epochs * run.steps)
         for epoch in range(first, run.epochs):
             started = time.perf_counter()
             active = [training for training in trainings if training.is_active(epoch)]

@@ -1,6 +1,7 @@
 """Held-out splits: the logits of a model on their views without augmentation."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -37,25 +38,27 @@ class HeldOutSplit:
         """Compute the logits of a model in eval mode, float32 [N, K], in row order of the split."""
         was_training = model.training
         model.eval()
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            outputs = [model(views.to(self.device)).float().cpu() for views in self.batches()]
+        with torch.inference_mode(), autocast(self.device, self.precision), closing(self.batches()) as batches:
+            outputs = [model(views.to(self.device)).float().cpu() for views in batches]
         model.train(was_training)
         logits: NDArray[np.float32] = torch.cat(outputs).numpy()
         return logits
 
-    def batches(self) -> Iterator[torch.Tensor]:
-        """Yield the views, uint8 [B, C, S, S] with B up to batch_size, in row order of the split."""
+    def batches(self) -> Generator[torch.Tensor, None, None]:
+        """Yield the views, uint8 [B, C, S, S] with B up to batch_size, in row order of the split. The caller closes
+        it."""
         if self._cached_batches:
             yield from self._cached_batches
             return
         rows = np.arange(len(self.split))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         rendered, size = [], 0
-        for views in render_batches(self.split.images, self.views, 0, batches, 0, self.workers):
-            size += views.numel()
-            if size <= self._MAX_CACHED_BYTES:
-                rendered.append(views)
-            yield views
+        with closing(render_batches(self.split.images, self.views, 0, batches, 0, self.workers)) as all_views:
+            for views in all_views:
+                size += views.numel()
+                if size <= self._MAX_CACHED_BYTES:
+                    rendered.append(views)
+                yield views
         if size <= self._MAX_CACHED_BYTES:
             self._cached_batches = rendered
 

@@ -9,6 +9,7 @@ import copy
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -228,10 +229,12 @@ def _run_epochs(
 ) -> None:
     """Run the epochs that are left; evaluate and save each."""
     run, students = runs[0], len(runs)
-    batches = run.stream.batches(first_epoch * run.steps, run.epochs * run.steps)
     sums = torch.zeros(len(run.criterion.losses), students, device=run.device)  # the weighted terms of each student
     title = f"{students} of {run.name} as one"
-    with show_progress(runs, first_epoch, lambda i: sums[:, i], title, console) as progress:
+    with (
+        show_progress(runs, first_epoch, lambda i: sums[:, i], title, console) as progress,
+        closing(run.stream.batches(first_epoch * run.steps, run.epochs * run.steps)) as batches,
+    ):
         for epoch in range(first_epoch, run.epochs):
             started = time.perf_counter()
             weights = _begin_epoch(runs, epoch)
