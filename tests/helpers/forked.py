@@ -177,6 +177,7 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
     os.chdir(cwd)
     if more.get("program"):
         os.execvp(arguments[0], arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code = 1
     try:
         if more.get("file_size"):
