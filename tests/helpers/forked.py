@@ -162,8 +162,17 @@ def become_rank(environment: dict[str, str], folder: str) -> None:
     ranks.LAUNCHED = ranks.read_ranks(os.environ)
 
 
+def become_fresh(path: list[str]) -> None:
+    """Forget the project's modules, and import from these folders in place of the checkout, as PYTHONPATH has them."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("softcache", "tests")]:
+        del sys.modules[name]
+    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[:] = [*path, *(x for x in sys.path if x not in (checkout, os.path.dirname(os.path.abspath(__file__))))]
+    sys.path_importer_cache.clear()
+
+
 def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> NoReturn:
-    """Run a command, or a script whose name ends with .py, in this child and exit.
+    """Run a command, a script whose name ends with .py, or a module after `-m`, in this child and exit.
 
     All that it prints goes to the file `output`; its errors to the file more["errors"] where there is one.
     """
@@ -190,8 +199,15 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
             Trap(**more["trap"]).install()
         if more.get("environment"):
             become_rank(more["environment"], cwd)
-        if arguments[0].endswith(".py"):
+        if "path" in more:
+            become_fresh(more["path"])
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            sys.path.insert(0, cwd)
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0].endswith(".py"):
             sys.argv = arguments
+            sys.path.insert(0, os.path.dirname(arguments[0]))
             runpy.run_path(arguments[0], run_name="__main__")
         else:
             from softcache.stages.main import main

@@ -84,7 +84,8 @@ class Forks:
     `start("student", …)` starts one, and `run(…)` waits for its end. Both take as keywords: trap={at, act, room, log},
     see forked.Trap; starve=(call, kind), see forked.exhaust_memory; file_size=bytes, a limit for every file;
     unchecked=True, with which free disk space is reported as unlimited; program=True for another program's command;
-    environment={…}, the variables of torchrun; errors=file, for standard error; cwd=folder, in place of `folder`.
+    environment={…}, the variables of torchrun; errors=file, for standard error; cwd=folder, in place of `folder`;
+    path=[folder, …], see forked.become_fresh.
 
     Args:
         folder: working directory of the commands.
