@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,11 @@ import torch
 from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.models import build
 from softcache.stages.main import main
+from tests.helpers import processes
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import Forks
+
+forks = processes.forks
 
 Process = subprocess.CompletedProcess[str]
 
@@ -62,13 +66,22 @@ def python(*arguments: object, folder: Path, path: str) -> Process:
     )
 
 
+def fork(forks: Forks, *arguments: object, folder: Path, path: list[object]) -> Process:
+    """Run Python in a folder with a PYTHONPATH, in a process that has PyTorch loaded and nothing of the project."""
+    errors = folder / "errors.txt"
+    child = forks.run(*arguments, cwd=folder, path=[str(x) for x in path], errors=str(errors))
+    assert child.code is not None
+    return Process([], child.code, child.output, errors.read_text())
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with softcache alone in it, as an installation has it, and its console script."""
     site = tmp_path_factory.mktemp("site")
     (site / "softcache").symlink_to(ROOT / "softcache")
     (site / "bin").mkdir()
-    (site / "bin/softcache").write_text("from softcache.__main__ import main\nmain()\n")
+    for name in ("softcache", "console.py"):
+        (site / "bin" / name).write_text("from softcache.__main__ import main\nmain()\n")
     return site
 
 
@@ -84,17 +97,22 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def losses(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Process]:
-    """`python -m softcache losses` in every folder, with and without the folder on PYTHONPATH; two at a time."""
-    cases = [(content, is_on_path) for content in FOLDERS for is_on_path in (False, True)]
-    folders = [make_folder(tmp_path_factory.mktemp("losses"), content) for content, _ in cases]
+def losses(forks: Forks, site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Process]:
+    """`python -m softcache losses` in every folder, with and without the folder on PYTHONPATH.
 
-    def run(folder: Path, is_on_path: bool) -> Process:
-        return python("-m", "softcache", "losses", folder=folder, path=f".:{site}" if is_on_path else str(site))
-
-    with ThreadPoolExecutor(2) as pool:
-        done = pool.map(run, folders, [is_on_path for _, is_on_path in cases])
-        return dict(zip(cases, done, strict=True))
+    A fresh interpreter runs it in the folder that has all modules; it loads PyTorch beside them too.
+    """
+    done = {}
+    for content, is_on_path in product(FOLDERS, (False, True)):
+        folder = make_folder(tmp_path_factory.mktemp("losses"), content)
+        if content == "all":
+            path = f".:{site}" if is_on_path else str(site)
+            process = python("-m", "softcache", "losses", folder=folder, path=path)
+        else:
+            path_folders = [folder, site] if is_on_path else [site]
+            process = fork(forks, "-m", "softcache", "losses", folder=folder, path=path_folders)
+        done[content, is_on_path] = process
+    return done
 
 
 @pytest.mark.parametrize("is_on_path", [False, True])
@@ -109,8 +127,13 @@ def test_a_command_runs_beside_the_users_modules(
 
 
 @pytest.fixture(scope="module")
-def students(site: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Process]:
-    """`softcache student` with the arch of a user's module that imports the user's data; two at a time."""
+def students(
+    forks: Forks, site: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Process]:
+    """`softcache student` with the arch of a user's module that imports the user's data.
+
+    A fresh interpreter runs it in the folder that has all modules.
+    """
 
     def train(content: str) -> Process:
         folder = make_folder(tmp_path_factory.mktemp("student"), content)
@@ -127,10 +150,11 @@ def students(site: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFac
             "run",
             "--json",
         )
-        return python(site / "bin/softcache", *student, folder=folder, path=str(site))
+        if content == "all":
+            return python(site / "bin/softcache", *student, folder=folder, path=str(site))
+        return fork(forks, site / "bin/console.py", *student, folder=folder, path=[site])
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WITH_WIDTH, pool.map(train, WITH_WIDTH), strict=True))
+    return {content: train(content) for content in WITH_WIDTH}
 
 
 @pytest.mark.parametrize("content", WITH_WIDTH)

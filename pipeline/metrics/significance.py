@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -97,7 +96,7 @@ def paired_bootstrap(
     if first.tobytes() > second.tobytes():  # one order, so that exchanging them cannot move an interval across 0
         exchanged = paired_bootstrap(labels, second, first, level, resamples, seed, on_progress)
         return {name: Difference(-d.value, -d.high, -d.low) for name, d in exchanged.items()}
-    groups, counts = np.unique(np.stack([labels, *first, *second]), axis=1, return_counts=True)
+    groups, counts = _group_rows(np.stack([labels, *first, *second]))
     n, rng = len(first), np.random.default_rng(seed)
     measured = {name: values[0] for name, values in _compute_metrics(groups, counts[None].astype(float)).items()}
     resampled: dict[str, list[Floats]] = {name: [] for name in measured}
@@ -110,6 +109,22 @@ def paired_bootstrap(
         name: _compute_interval(values[:n], values[n:], np.concatenate(resampled[name]), level)
         for name, values in measured.items()
     }
+
+
+def _group_rows(columns: Ints) -> tuple[Ints, Ints]:
+    """Return the distinct columns in lexicographic order, [C, G], and how many rows each stands for, [G].
+
+    As `np.unique(columns, axis=1, return_counts=True)`, but faster: it sorts numbers in place of records.
+
+    Args:
+        columns: int64 [C, N], the label and the predictions of each row, none negative.
+    """
+    K = int(columns.max()) + 1
+    codes = columns[0]
+    for values in columns[1:]:
+        codes = np.unique(codes, return_inverse=True)[1] * K + values  # below N * K, whatever the number of columns
+    _, first_rows, counts = np.unique(codes, return_index=True, return_counts=True)
+    return columns[:, first_rows], counts
 
 
 def _resample_rows(counts: Ints, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
@@ -134,21 +149,30 @@ def _compute_metrics(groups: Ints, counts: Floats) -> dict[str, Floats]:
     """
     labels, predictions = groups[0], groups[1:]
     K = int(groups.max()) + 1
-    rows = counts @ _one_hot(labels, np.ones(len(labels)), K)
+    columns = np.ascontiguousarray(counts.T)
+    rows = _count_classes(columns, labels, K)
     is_present = rows > 0
     f1 = []
     for predicted in predictions:
-        hits = counts @ _one_hot(labels, predicted == labels, K)
-        predicted_rows = counts @ _one_hot(predicted, np.ones(len(predicted)), K)
-        class_f1 = 2 * hits / np.maximum(rows + predicted_rows, 1)
+        outcomes = _count_classes(columns, np.where(predicted == labels, predicted, K + predicted), 2 * K)
+        hits, mistakes = outcomes[:, :K], outcomes[:, K:]
+        class_f1 = 2 * hits / np.maximum(rows + hits + mistakes, 1)
         f1.append((class_f1 * is_present).sum(1) / is_present.sum(1))
     accuracy = counts @ (predictions == labels).T.astype(np.float64) / counts.sum(1, keepdims=True)
     return {"accuracy": accuracy, "f1_macro": np.stack(f1, 1)}
 
 
-def _one_hot(classes: Ints, weights: NDArray[Any], K: int) -> Any:
-    """Return a sparse [G, K] with the weight of each group in the column of its class."""
-    return csr_array((weights.astype(np.float64), (np.arange(len(classes)), classes)), shape=(len(classes), K))
+def _count_classes(columns: Floats, classes: Ints, K: int) -> Floats:
+    """Return the rows of each class in each resample, [R, K].
+
+    Args:
+        columns: [G, R], the rows of each group in each resample.
+        classes: [G], the class 0 … K - 1 of each group.
+    """
+    G = len(classes)
+    one_hot = csc_array((np.ones(G), classes, np.arange(G + 1)), shape=(K, G))
+    in_classes: Floats = one_hot @ columns
+    return in_classes.T
 
 
 def _compute_interval(first: Floats, second: Floats, resampled: Floats, level: float) -> Difference:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -152,16 +153,40 @@ def exhaust_memory(at: int, kind: str) -> None:
     PreparedModel.forward = forward_or_fail  # type: ignore[method-assign]
 
 
+def become_rank(environment: dict[str, str], folder: str) -> None:
+    """Take the environment variables of torchrun, as a fresh interpreter has them whose PYTHONPATH has the folder."""
+    from softcache.stages.distributed import ranks
+
+    os.environ |= environment
+    sys.path.insert(0, folder)
+    ranks.LAUNCHED = ranks.read_ranks(os.environ)
+
+
+def become_fresh(path: list[str]) -> None:
+    """Forget the project's modules, and import from these folders in place of the checkout, as PYTHONPATH has them."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("softcache", "tests")]:
+        del sys.modules[name]
+    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[:] = [*path, *(x for x in sys.path if x not in (checkout, os.path.dirname(os.path.abspath(__file__))))]
+    sys.path_importer_cache.clear()
+
+
 def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> NoReturn:
-    """Run a command in this child and exit. All that it prints goes to the file `output`."""
+    """Run a command, a script whose name ends with .py, or a module after `-m`, in this child and exit.
+
+    All that it prints goes to the file `output`; its errors to the file more["errors"] where there is one.
+    """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    if more.get("errors"):
+        os.dup2(os.open(more["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     os.chdir(cwd)
     if more.get("program"):
         os.execvp(arguments[0], arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code = 1
     try:
         if more.get("file_size"):
@@ -172,9 +197,22 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
             exhaust_memory(*more["starve"])
         if "trap" in more:
             Trap(**more["trap"]).install()
-        from softcache.stages.main import main
+        if more.get("environment"):
+            become_rank(more["environment"], cwd)
+        if "path" in more:
+            become_fresh(more["path"])
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            sys.path.insert(0, cwd)
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0].endswith(".py"):
+            sys.argv = arguments
+            sys.path.insert(0, os.path.dirname(arguments[0]))
+            runpy.run_path(arguments[0], run_name="__main__")
+        else:
+            from softcache.stages.main import main
 
-        main(arguments)
+            main(arguments)
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)

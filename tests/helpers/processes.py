@@ -61,6 +61,10 @@ class Child:
         timer.cancel()
         return self.code
 
+    def has_ended(self) -> bool:
+        """Return whether the process has ended, without waiting for it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
     @property
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8")
@@ -79,7 +83,9 @@ class Forks:
 
     `start("student", …)` starts one, and `run(…)` waits for its end. Both take as keywords: trap={at, act, room, log},
     see forked.Trap; starve=(call, kind), see forked.exhaust_memory; file_size=bytes, a limit for every file;
-    unchecked=True, with which free disk space is reported as unlimited; program=True for another program's command.
+    unchecked=True, with which free disk space is reported as unlimited; program=True for another program's command;
+    environment={…}, the variables of torchrun; errors=file, for standard error; cwd=folder, in place of `folder`;
+    path=[folder, …], see forked.become_fresh.
 
     Args:
         folder: working directory of the commands.
@@ -109,9 +115,49 @@ class Forks:
     def start(self, *arguments: object, **more: Any) -> Child:
         """Start a command."""
         log = self.folder / f"output-{len(self.children)}"
-        pid = self.request(arguments=[str(a) for a in arguments], cwd=str(self.folder), output=str(log), more=more)
+        cwd = str(more.pop("cwd", self.folder))
+        pid = self.request(arguments=[str(a) for a in arguments], cwd=cwd, output=str(log), more=more)
         self.children.append(Child(self, pid, log))
         return self.children[-1]
+
+    def run_ranks(self, count: int, *arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+        """Run a command, or a script, by several ranks, as torchrun does.
+
+        The store of the ranks is in this process, and once a rank fails the others get SIGTERM.
+
+        Returns:
+            The exit code of the first rank that failed, else 0; what all ranks printed, and their errors.
+        """
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        variables = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        errors = [self.folder / f"errors-{len(self.children) + rank}" for rank in range(count)]
+        ranks = [
+            self.start(
+                *arguments,
+                cwd=cwd,
+                errors=str(file),
+                environment={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank, file in enumerate(errors)
+        ]
+        code = 0
+        while any(rank.code is None for rank in ranks):
+            for rank in [rank for rank in ranks if rank.code is None and rank.has_ended()]:
+                if rank.wait() and not code:
+                    code = rank.code or 0
+                    for other in ranks:
+                        if other.code is None:
+                            os.kill(other.pid, signal.SIGTERM)
+            time.sleep(0.02)
+        output, error_text = "".join(rank.output for rank in ranks), "".join(file.read_text() for file in errors)
+        return subprocess.CompletedProcess(list(arguments), code, output, error_text)
 
     def run(self, *arguments: object, **more: Any) -> Child:
         """Run a command to its end."""

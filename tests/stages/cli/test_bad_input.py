@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,12 @@ import torch
 from PIL import Image
 
 from softcache.stages.training import loop as training
+from tests.helpers import processes
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import Forks
+
+forks = processes.forks
 
 
 @pytest.mark.parametrize(
@@ -250,28 +253,19 @@ def test_too_little_space_is_reported_before_the_teacher_runs(
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_ctrl_c_prints_how_to_continue(tiny: Path, tmp_path: Path, stage: str) -> None:
+def test_ctrl_c_prints_how_to_continue(tiny: Path, forks: Forks, tmp_path: Path, stage: str) -> None:
     """With a signal to another process, once it trains."""
     arguments = {
         "teacher": ["teacher", "--arch", "mlp:8", "--epochs", "100000", "--out", "r"],
         "student": ["student", "--cache", f"{tiny}/cache", "--arch", "mlp:8", "--epochs", "100000", "--out", "r"],
     }[stage]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    handle_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-    process = subprocess.Popen(
-        [sys.executable, "-m", "softcache", *arguments],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=handle_interrupts,
-    )
+    child = forks.start(*arguments, cwd=tmp_path, errors=str(tmp_path / "errors"))
     deadline = time.monotonic() + 60
     while not (tmp_path / "r/checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(child.pid, signal.SIGINT)
+    assert child.wait() == 130, child.output
+    err = (tmp_path / "errors").read_text()
     assert f"{stage} --resume --out r" in err
     assert "Traceback" not in err
     assert json.loads((tmp_path / "r/settings.json").read_text())["epochs"] == 100000

@@ -1,4 +1,8 @@
-"""Several processes under torchrun on one host: the same cache and student as one process, and errors."""
+"""Several ranks on one host: the same cache and student as one process, and errors.
+
+Three tests start torchrun. In the others, forked processes have its environment variables: a fresh interpreter takes
+5 s of a CPU to load PyTorch.
+"""
 
 import json
 import os
@@ -19,9 +23,19 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.groups import get_rank_rows
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.stages.distributed.ranks import Ranks, read_ranks
+from tests.helpers import processes
 from tests.helpers.commands import Stages
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import assert_done, list_files, make_cache_command, read_metric_lines, read_payloads
+from tests.helpers.processes import (
+    Forks,
+    assert_done,
+    list_files,
+    make_cache_command,
+    read_metric_lines,
+    read_payloads,
+)
+
+forks = processes.forks
 
 PLAIN = """
 from collections import OrderedDict
@@ -72,9 +86,8 @@ def torchrun(count: int, *arguments: object, cwd: Path) -> "subprocess.Completed
     )
 
 
-def succeeds(count: int, *arguments: object, cwd: Path) -> str:
-    """Run torchrun, assert that it succeeds, and return its standard output."""
-    done = torchrun(count, *arguments, cwd=cwd)
+def succeeds(done: "subprocess.CompletedProcess[str]") -> str:
+    """Assert that the ranks succeeded, and return what they printed."""
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -99,24 +112,24 @@ def furthest(run: Path, expected: Path) -> float:
 
 
 def test_any_number_of_ranks_writes_the_same_cache_also_after_a_kill(
-    tiny: Path, stages: Stages, tmp_path: Path, dose: Callable[[int, int], int]
+    tiny: Path, stages: Stages, forks: Forks, tmp_path: Path, dose: Callable[[int, int], int]
 ) -> None:
     """Killed with 2 ranks and finished with 3; under --torture also grown with 2: the same payloads."""
     smaller = ("--draws", 2, "--shard-rows", 60, "--taps", "pool1")
     larger = ("--draws", 3, "--shard-rows", 60, "--taps", "pool1,flatten")
     one, many = tmp_path / "one", tmp_path / "many"
     stages(*make_cache_command(tiny, one, *smaller))
-    error(torchrun(2, DYING_RANK, 1, "write_shard", 3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path))
+    error(forks.run_ranks(2, DYING_RANK, 1, "write_shard", 3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path))
     there = len(list(many.glob("*/shard-*.h5")))
     assert 0 < there < len(read_payloads(one))
     assert not (many / "manifest.json").exists()
-    output = succeeds(3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path)
+    output = succeeds(forks.run_ranks(3, *make_cache_command(tiny, many, *smaller), cwd=tmp_path))
     assert output.count("next:") == 1
     assert f"continued: {there} of {len(read_payloads(one))} shards were there and intact" in output
     assert_same_rows(many, one)
     if dose(0, 1):
         stages(*make_cache_command(tiny, one, *larger))
-        succeeds(2, *make_cache_command(tiny, many, *larger), cwd=tmp_path)
+        succeeds(forks.run_ranks(2, *make_cache_command(tiny, many, *larger), cwd=tmp_path))
         assert_same_rows(many, one)
         # What the growth added, which nothing interrupted, stands in the same order too.
         assert list(read_payloads(many))[-12:] == list(read_payloads(one))[-12:]
@@ -142,7 +155,7 @@ def test_a_missing_teacher_is_trained_by_one_rank(
         pytest.skip("under --torture")
     command = ("teacher-cache", "--train-size", 200, "--views", "crop:pad=1", "--shard-rows", 50, "--teacher", "mlp:8")
     stages(*command, "--out", "one")
-    succeeds(count, *command, "--out", "many", cwd=tmp_path)
+    succeeds(torchrun(count, *command, "--out", "many", cwd=tmp_path))
     assert read_payloads(tmp_path / "many") == read_payloads(tmp_path / "one")
     assert list_files(tmp_path / "many-teacher") == list_files(tmp_path / "one-teacher")
 
@@ -180,7 +193,7 @@ def test_ranks_render_the_views_of_their_rows_and_read_the_targets_of_all(tiny: 
 
 
 def test_a_student_of_several_ranks_equals_that_of_one_process_for_every_kind_of_loss(
-    stages: Stages, tmp_path: Path, dose: Callable[[int, int], int]
+    stages: Stages, forks: Forks, tmp_path: Path, dose: Callable[[int, int], int]
 ) -> None:
     """Batches of 20 rows: 7, 6 and 7 for 3 ranks. Under --torture every method, and 2 and 4 ranks too."""
     (tmp_path / "plain.py").write_text(PLAIN)
@@ -212,7 +225,8 @@ def test_a_student_of_several_ranks_equals_that_of_one_process_for_every_kind_of
         sys.modules.pop("plain", None)
     for count in (3, 2, 4)[: dose(1, 3)]:
         methods = SOME if dose(0, 1) == 0 else ()
-        out = succeeds(count, ROOT / "tests/helpers/compare_ranks.py", "c", "plain:net", 23, *methods, cwd=tmp_path)
+        script = ROOT / "tests/helpers/compare_ranks.py"
+        out = succeeds(forks.run_ranks(count, script, "c", "plain:net", 23, *methods, cwd=tmp_path))
         found = json.loads(out)
         found.pop("simkd", None)  # its projector has batch norm, which on a CPU is each rank's own
         assert len(found) >= len(SOME)
@@ -247,22 +261,24 @@ class Skipping(nn.Module):
 """
 
 
-def test_ranks_may_skip_different_layers_of_a_network(tiny: Path, tmp_path: Path) -> None:
+def test_ranks_may_skip_different_layers_of_a_network(tiny: Path, forks: Forks, tmp_path: Path) -> None:
     """Then a weight has a gradient on some ranks only; on the others it counts as zero."""
     (tmp_path / "skipping.py").write_text(SKIPPING)
     command = ("student", "--cache", tiny / "cache", "--arch", "skipping:Skipping", "--epochs", 2, "--batch-size", 60)
-    succeeds(2, *command, "--device", "cpu", "--clip-norm", 1, "--out", "r", cwd=tmp_path)
+    succeeds(forks.run_ranks(2, *command, "--device", "cpu", "--clip-norm", 1, "--out", "r", cwd=tmp_path))
     assert (tmp_path / "r/student.pt").is_file()
 
 
-def test_a_student_is_resumed_by_another_number_of_ranks(tiny: Path, stages: Stages, tmp_path: Path) -> None:
+def test_a_student_is_resumed_by_another_number_of_ranks(
+    tiny: Path, stages: Stages, forks: Forks, tmp_path: Path
+) -> None:
     """A run with two seeds, fine-tuning, a baseline, averaged weights and a selected epoch."""
     command = ("student", "--cache", tiny / "cache", *EVERYTHING)
     expected = stages(*command, "--out", "one")
     died = error(torchrun(2, DYING_RANK, 1, "train_step", 10, *command, "--out", "many", cwd=tmp_path))
     assert "another rank has ended" in died or "stopped" in died
     assert len(read_metric_lines(tmp_path / "many/seed-0/distilled/metrics.jsonl")) == 1
-    done = torchrun(3, "student", "--resume", "--tensorboard", "--out", "many", "--json", cwd=tmp_path)
+    done = forks.run_ranks(3, "student", "--resume", "--tensorboard", "--out", "many", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     epoch_lines = [line for line in done.stderr.splitlines() if ", epoch " in line]
