@@ -58,17 +58,22 @@ def format_cell(value: float | None, spread: float | None, seeds: int, unknown: 
 
 
 def _explain_gain(result: dict[str, Any], split: str) -> list[str]:
-    """Explain how much accuracy the cache gained over the baseline, and why."""
+    """Explain how far the student is from the baseline in accuracy, and why."""
     if "baseline" not in result or "accuracy" not in result["student"][split]:
         return []
     points = 100 * (result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])
     labelled, rows = result["settings"]["labelled"], result["cache"]["rows"]
-    gain = f"The cache {'gained' if points >= 0 else 'cost'} {abs(points):.2f} points."
+    direction = "better" if points >= 0 else "worse"
+    gain = f"The student from the cache is {abs(points):.2f} points {direction} than the baseline."
     if not labelled:
         return [f"{gain} Both students saw the same {rows:,} images, in the same order, for the same number of steps."]
+    sources = (
+        f"The baseline learned from {labelled} labels; the student from the teacher's logits on all {rows:,} images."
+    )
+    if points < 0:
+        return [f"{gain} {sources}"]
     return [
-        f"{gain} The baseline learned from {labelled} labels; the student from the teacher's logits on all {rows:,}"
-        " images.",
+        f"{gain} {sources}",
         f"The gain comes from the other {rows - labelled:,} images, whose labels the teacher was trained on: on"
         f" the same {labelled} rows alone distillation gains next to nothing.",
     ]

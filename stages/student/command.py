@@ -103,9 +103,8 @@ def _report(
         console.print(
             "The student is hardly better than chance: --clip-norm 1 or a lower --learning-rate often helps."
         )
-        console.print(
-            "Losses of hidden layers alone do not train its last layer: add kd or hard, or --finetune-epochs"
-        )
+        if not any(loss.needs_logits or loss.needs_labels for loss in setup.losses):
+            console.print("Losses of layers alone do not train its last layer: add kd or hard, or --finetune-epochs.")
     console.print(f"cost:  {format_cost(result['bill'])}")
     console.print(f"run:   {folder}")
     console.print(f"cache: {', '.join(config.cache)}: trains any number of other students, without the teacher")
