@@ -32,7 +32,7 @@ WIDE = {"wide": [4096]}  # 8 kB a row in float16
 def measure_bytes_per_view(options: BenchOptions, classes: int, codec: str = "float16") -> Measurement:
     """Size of all files of a cache of logits / number of its views, of 100,000 rows or a little more."""
     cache = _write_cache(options, classes, codec)
-    size, views = _count_bytes(cache.folder), _count_views(cache)
+    size, views = _count_bytes(cache.folder), cache.manifest.count_views()
     row_bytes = count_row_bytes(cache.manifest.datasets)
     return Measurement([size / views], f"{size:,} bytes of {views:,} views, {row_bytes} a row")
 
@@ -40,7 +40,7 @@ def measure_bytes_per_view(options: BenchOptions, classes: int, codec: str = "fl
 def measure_overhead(options: BenchOptions) -> Measurement:
     """Bytes that are no rows, in per cent of the rows; with 10 classes, where the share is largest."""
     cache = _write_cache(options, classes=10)
-    row_bytes = _count_views(cache) * count_row_bytes(cache.manifest.datasets)
+    row_bytes = cache.manifest.count_views() * count_row_bytes(cache.manifest.datasets)
     overhead = _count_bytes(cache.folder) - row_bytes
     return Measurement([100 * overhead / row_bytes], f"{overhead:,} bytes beside {row_bytes:,}")
 
@@ -100,11 +100,6 @@ def _write_cache(options: BenchOptions, classes: int, codec: str = "float16") ->
     rows = options.scale(100_000, 2 * classes + 400)
     data = fixtures.add_data_set(rows, channels=1, size=8, classes=classes)
     return Cache(fixtures.write_random_cache(options.folder / f"rows-100000-{classes}-{codec}", data, codec=codec))
-
-
-def _count_views(cache: Cache) -> int:
-    manifest = cache.manifest
-    return sum(rows * (manifest.draws if split == "train" else 1) for split, rows in manifest.splits.items())
 
 
 def _count_bytes(folder: Path) -> int:

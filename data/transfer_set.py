@@ -65,6 +65,10 @@ class TransferSet:
             "cut": dict(self.cut),
         }
 
+    def count_labelled(self) -> dict[str, int]:
+        """Return {split: number of rows that have a label}."""
+        return {split: int((rows.labels >= 0).sum()) for split, rows in self.splits.items()}
+
 
 def load_transfer_set(
     data: str,

@@ -96,6 +96,10 @@ class ViewPolicy:
         """Return the policy of held-out splits: views of the same size, nothing random."""
         return replace(VIEW_POLICIES["none"], size=self.size, resize=self.resize)
 
+    def of_split(self, split: str) -> "ViewPolicy":
+        """Return the policy of a split: this one for "train", the one without augmentation for a held-out split."""
+        return self if split == "train" else self.without_augmentation()
+
 
 VIEW_POLICIES: dict[str, ViewPolicy] = {
     "none": ViewPolicy("none"),

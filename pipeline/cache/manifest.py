@@ -223,6 +223,10 @@ class Manifest:
         """Iterate over every (split, draw) that the cache holds."""
         return ((s, d) for s in self.splits for d in range(self.draws if s == "train" else 1))
 
+    def count_views(self) -> int:
+        """Count the views whose targets the cache holds: those of every draw of training, one of a held-out image."""
+        return sum(rows * (self.draws if split == "train" else 1) for split, rows in self.splits.items())
+
     def write(self, folder: Path) -> None:
         """Publish the manifest in the cache's folder, sealed with its SHA-256."""
         record = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}

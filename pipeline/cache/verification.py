@@ -115,7 +115,7 @@ def compare_views(
         CacheError: A view comes out differently. The message names the first one.
     """
     index = cache.index_at(split, positions)
-    policy = cache.views if split == "train" else cache.views.without_augmentation()
+    policy = cache.views.of_split(split)
     batch = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
     for start in range(0, len(index), batch):
         part = index[start : start + batch]

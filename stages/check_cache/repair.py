@@ -96,7 +96,7 @@ def _repair_shard(
     writer.write_shard(spec, arrays, {**measurements, "seconds": 0.0})
     new_record = writer.records[0]
     shards = tuple(new_record if shard.path == record.path else shard for shard in manifest.shards)
-    labelled_rows = {split: int((rows.labels >= 0).sum()) for split, rows in generator.transfer_set.splits.items()}
+    labelled_rows = generator.transfer_set.count_labelled()
     teacher = compute_label_accuracy(shards, manifest.splits, manifest.draws, labelled_rows)
     manifest = replace(manifest, shards=shards, teacher=teacher)
     manifest.write(cache.folder)

@@ -44,7 +44,7 @@ class Defaults:
     val_fraction: float = 0.1
 
 
-# The reasons for these numbers: DESIGN.md, "Recipes".
+# The reasons for these numbers: docs/guides/recipes.md, "The defaults for digits".
 DEFAULTS: dict[str, Defaults] = {
     "digits": Defaults(
         views="none",

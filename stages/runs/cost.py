@@ -26,7 +26,7 @@ def compute_cost(manifests: list[Manifest], config: StudentConfig, seconds: floa
         None for values that need a time that a cache does not have.
     """
     stage_one = sum(manifest.seconds for manifest in manifests)
-    teacher = sum(manifest.seconds / _count_views(manifest) * manifest.splits["train"] for manifest in manifests)
+    teacher = sum(manifest.seconds / manifest.count_views() * manifest.splits["train"] for manifest in manifests)
     epoch = seconds / (config.epochs + config.finetune_epochs)
     is_known = teacher > 0
     return {
@@ -38,11 +38,6 @@ def compute_cost(manifests: list[Manifest], config: StudentConfig, seconds: floa
         "paid_after_epochs": stage_one / teacher if is_known else None,
         "paid_after_students": stage_one / teacher / config.epochs if is_known else None,
     }
-
-
-def _count_views(manifest: Manifest) -> int:
-    """Count the views whose targets are in a cache."""
-    return sum(n * (manifest.draws if split == "train" else 1) for split, n in manifest.splits.items())
 
 
 def format_cost(cost: Cost) -> str:

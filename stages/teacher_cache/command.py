@@ -29,7 +29,7 @@ def run(config: CacheConfig) -> None:
             config, manifest = make_cache(config, console)
             _print_report(manifest, config, console)
         else:
-            write_share_of_rank(prepare_cache(config, console), console)
+            write_share_of_rank(prepare_cache(fill_defaults(config), console), console)
 
 
 def make_cache(config: CacheConfig, console: Console) -> tuple[CacheConfig, Manifest]:
@@ -50,7 +50,7 @@ def make_cache(config: CacheConfig, console: Console) -> tuple[CacheConfig, Mani
 
 def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> None:
     """Print what the cache holds, or with --json one object."""
-    rows = sum(n * (manifest.draws if split == "train" else 1) for split, n in manifest.splits.items())
+    rows = manifest.count_views()
     record: dict[str, Any] = {
         "cache": config.out,
         "settings": asdict(config),

@@ -109,7 +109,7 @@ def choose_precision(
         best = _try_compiled(best, plain, trial_views, batches, console)
     precision_record = best.make_record(plain) if best is not plain else None
     if config.precision != "float32" or precision_record:
-        _print_choice(best, plain, candidates, console)
+        _print_choice(best, plain, candidates, precision_record, console)
     return ChosenPrecision(best.inference, precision_record)
 
 
@@ -182,11 +182,13 @@ def _try_compiled(
     return compiled
 
 
-def _print_choice(best: Trial, plain: Trial, candidates: list[Trial], console: Console) -> None:
+def _print_choice(
+    best: Trial, plain: Trial, candidates: list[Trial], precision_record: PrecisionRecord | None, console: Console
+) -> None:
     """Print in one line what was chosen, what it costs and how fast it is."""
-    if best is not plain:
+    if precision_record:
         return console.print(
-            f"precision: {best.inference.precision}, {best.make_record(plain).describe()};"
+            f"precision: {best.inference.precision}, {precision_record.describe()};"
             f" {best.rate:,.0f} images a second instead of {plain.rate:,.0f}"
         )
     rejected = []

@@ -54,12 +54,15 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
 
     Every rank calls this. The first loads the data before the others do and chooses the precision for all.
 
+    Args:
+        config: The options of the command, see `fill_defaults`.
+        console: Prints which teacher is used, and the choice of the precision.
+
     Raises:
         UsageError: An option does not fit the data or the teacher.
         CacheMismatchError: The folder holds a cache of another identity.
         CacheError: Weights or files of the folder cannot be used, or the ranks see other files.
     """
-    config = fill_defaults(config)
     if config.codec not in CODECS:
         raise unknown_name_error("codec", config.codec, CODECS)
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))

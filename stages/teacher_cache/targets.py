@@ -134,11 +134,10 @@ class TargetGenerator:
             CRC-32 [B] of the views; on the CPU, logits float32 [B, K] and features {tap: [B, …]} in the dtype in which
             they were computed.
         """
-        policy = self.views if split == "train" else self.views.without_augmentation()
         config, device = self.config, self.inference.device
         rendered = render_with_checksums(
             self.transfer_set.splits[split].images,
-            policy,
+            self.views.of_split(split),
             config.seed,
             batches=[index[i : i + config.batch_size] for i in range(0, len(index), config.batch_size)],
             draw=draw,

@@ -1,7 +1,9 @@
 """Loading the teacher: weights of a file, of a run or of torchvision, or of a teacher that is trained first."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -135,16 +137,23 @@ def _note_different_split(path: Path, config: CacheConfig, console: Console) -> 
     recorded = read_json(path / "settings.json")
     if "val_fraction" not in recorded or recorded.get("data") != config.data:
         return
-    differences = [
-        f"{name} {recorded[name]} there, {getattr(config, name)} here"
-        for name in SPLIT_OPTIONS
-        if name in recorded and recorded[name] != getattr(config, name)
-    ]
+    differences = _list_differences(recorded, config, [name for name in SPLIT_OPTIONS if name in recorded])
     if differences:
         console.print(
             f"the teacher in '{path}' was trained on another split ({'; '.join(differences)}): validation may hold"
             " rows that it was trained on, and then fits, --select and tune rate it too highly"
         )
+
+
+def _list_differences(
+    recorded: dict[str, Any], config: CacheConfig | TeacherConfig, names: Iterable[str]
+) -> list[str]:
+    """List the options of these names that differ from those of a run's settings.json."""
+    return [
+        f"{name} {recorded.get(name)} there, {getattr(config, name)} here"
+        for name in names
+        if recorded.get(name) != getattr(config, name)
+    ]
 
 
 def _train_teacher(config: CacheConfig, console: Console) -> str:
@@ -169,12 +178,8 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
     is_started = (folder / "settings.json").is_file()
     if is_started:
         recorded = read_json(folder / "settings.json")
-        differences = [
-            f"{name} {recorded.get(name)} there, {getattr(teacher_config, name)} here"
-            for name in ("data", "arch", "normalize", *SPLIT_OPTIONS)
-            if recorded.get(name) != getattr(teacher_config, name)
-        ]
-        if differences:
+        names = ("data", "arch", "normalize", *SPLIT_OPTIONS)
+        if differences := _list_differences(recorded, teacher_config, names):
             raise CacheError(
                 f"the teacher in '{folder}' was trained with other options ({'; '.join(differences)}):"
                 " name it with --weights, or choose another --out"

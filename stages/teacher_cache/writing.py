@@ -64,8 +64,7 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         head_record = None
         if head is not None and not writer.previous:
             head_record = writer.add_head(*get_head_arrays(head, generator.classes))
-        labelled = {split: int((rows.labels >= 0).sum()) for split, rows in transfer_set.splits.items()}
-        manifest = writer.build_manifest(head_record, labelled, library_versions())
+        manifest = writer.build_manifest(head_record, transfer_set.count_labelled(), library_versions())
         write_readme(out, writer.previous, manifest)
         writer.publish_manifest(manifest)
         return manifest
