@@ -12,7 +12,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout that this file is part of, whatever is installed
 
-from softcache.stages.cli.configs import HEADINGS  # noqa: E402
+from softcache.stages.cli.option_groups import HEADINGS  # noqa: E402
 from softcache.stages.cli.options import Option  # noqa: E402
 from softcache.stages.main import Commands, commands  # noqa: E402
 

@@ -7,161 +7,24 @@ settings.json. A field that is left at its default and has `by_recipe` is filled
 The class in which a field is declared gives its heading in `--help`.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-
-def option(default: Any, text: str, **more: Any) -> Any:
-    """Declare an option.
-
-    Args:
-        default: its value where it is not given.
-        text: its help.
-        more: `least` and `most` of a number; `choices` of a text; `switch` for a flag that has a `--no-` form;
-            `by_recipe` where the data set's defaults fill it in.
-    """
-    return field(default=default, metadata={"help": text, **more})
-
-
-# The order of the headings in --help.
-HEADINGS = (
-    "Search",
-    "Chain",
-    "Methods",
-    "Inspection",
-    "Report",
-    "Export",
-    "Check",
-    "Teachers",
-    "Teacher",
-    "Cache",
-    "Student and loss",
-    "Several students",
-    "Training",
-    "Run",
-    "Data",
-    "Machine",
-    "Output",
-    "Other",
+from .option_groups import (
+    ARCH_HELP,
+    CACHE_HELP,
+    NORMALIZE,
+    PRECISIONS,
+    VIEWS_HELP,
+    CacheSourceOptions,
+    DataOptions,
+    MachineOptions,
+    OutputOptions,
+    PrecisionOptions,
+    SplitOptions,
+    TrainingOptions,
+    option,
 )
-
-_ARCHS = (
-    "Network: mlp:W,W  cnn  resnet8…110  resnet8x4  resnet32x4  wrn_16_1  wrn_16_2  wrn_40_1  wrn_40_2  vgg8  vgg13  "
-    "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  my_package.module:factory."
-)
-_VIEWS = "Augmentation: none, crop, crop-flip or resized-crop-flip, with parameters: crop:pad=4,mixup=1."
-_COMBINE = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teacher, ca_mkd"
-_CACHE = "Folder of the cache, where it is no longer where the run recorded it; repeat for several."
-SELECT = ("last", "accuracy", "f1_macro", "nll")
-PRECISIONS = ("float32", "bfloat16", "auto")
-_NORMALIZE = ("imagenet", "data", "none")
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which transfer set, and where it is stored."""
-
-    heading: ClassVar[str] = "Data"
-    data: str = option("", "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.")
-    data_root: str = option("datasets", "Folder of the data sets that torchvision reads.")
-
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """How a transfer set is split, and which of its training rows are used."""
-
-    heading: ClassVar[str] = "Data"
-    val_fraction: float = option(
-        0.0, "Share of the training data used for validation.", least=1e-6, most=0.9, by_recipe=True
-    )
-    train_size: int = option(0, "Use this many training rows, drawn by class; 0: all.", least=0)
-    imbalance: str = option(
-        "", "Use a long tail of the training rows: 100 or 100:step, the ratio of the largest to the smallest class."
-    )
-    head_size: int = option(0, "Rows of the largest class with --imbalance; 0: as many as the data allow.", least=0)
-
-
-@dataclass(frozen=True)
-class MachineOptions:
-    """Where the work is done."""
-
-    heading: ClassVar[str] = "Machine"
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
-    workers: int = option(
-        0, "Processes that decode the images of a folder; 0: a thread of this process.", least=0, most=256
-    )
-
-
-@dataclass(frozen=True)
-class PrecisionOptions:
-    """Numeric precision of the networks."""
-
-    heading: ClassVar[str] = "Machine"
-    precision: str = option("float32", "Numeric precision of the networks.", choices=("float32", "bfloat16"))
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """What is printed."""
-
-    heading: ClassVar[str] = "Output"
-    json: bool = option(
-        False, "Print the result as one JSON object on standard output; messages go to standard error."
-    )
-
-
-@dataclass(frozen=True)
-class OptimizationOptions:
-    """How a network is trained."""
-
-    heading: ClassVar[str] = "Training"
-    epochs: int = option(0, "Passes over the training rows.", least=1, by_recipe=True)
-    batch_size: int = option(0, "Rows of a batch.", least=1, by_recipe=True)
-    optimizer: str = option("sgd", "SGD with momentum, or AdamW.", choices=("sgd", "adamw"))
-    learning_rate: float = option(0.0, "The highest learning rate of the schedule.", least=1e-12, by_recipe=True)
-    momentum: float = option(0.9, "Momentum of SGD.", least=0, most=0.9999)
-    nesterov: bool = option(True, "Nesterov momentum.", switch=True)
-    weight_decay: float = option(-1.0, "Weight decay, on all weights.", least=0, by_recipe=True)
-    schedule: str = option(
-        "cosine",
-        "Learning rate schedule; step: a tenth at each of --milestones.",
-        choices=("cosine", "step", "constant"),
-    )
-    milestones: str = option("0.5,0.75", "Shares of the training at which the schedule `step` goes down.")
-    warmup: float = option(0.02, "Share of the steps in which the learning rate rises linearly.", least=0, most=0.9)
-    clip_norm: float = option(0.0, "Clip the norm of the gradient to this; 0: off.", least=0)
-    ema: float = option(
-        0.0,
-        "Decay of a moving average of the weights, which then is the result; 0: off.",
-        least=0,
-        most=0.99999,
-    )
-    select: str = option(
-        "last", "Keep the weights of the last epoch, or of the best by this figure of validation.", choices=SELECT
-    )
-    compile: bool = option(False, "Compile the network with torch.compile: takes seconds once, then steps are faster.")
-    sampler: str = option(
-        "", "Draw each class equally often, or by the square root of its rows.", choices=("balanced", "sqrt")
-    )
-    seed: int = option(0, "Seed of the initial weights and of the order of rows.", least=0, most=2**31)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What is kept of a training, and where."""
-
-    heading: ClassVar[str] = "Run"
-    keep_every: int = option(
-        0, "Keep the weights after every so many epochs as well, for example as teachers stopped early.", least=0
-    )
-    tensorboard: bool = option(False, "Write TensorBoard event files as well, in the folder of each training.")
-    out: str = option("", "Folder of the run; a new one under runs/ when not given.")
-    resume: bool = option(False, "Continue the run in --out, with the options it was started with.")
-
-
-@dataclass(frozen=True)
-class TrainingOptions(OptimizationOptions, RunOptions):
-    """What a teacher and a student have in common."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +32,9 @@ class TeacherConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions,
     """`softcache teacher`: train a teacher."""
 
     heading: ClassVar[str] = "Teacher"
-    arch: str = option("", _ARCHS, by_recipe=True)
-    views: str = option("", _VIEWS, by_recipe=True)
-    normalize: str = option("data", "Mean and standard deviation of the input.", choices=_NORMALIZE)
+    arch: str = option("", ARCH_HELP, by_recipe=True)
+    views: str = option("", VIEWS_HELP, by_recipe=True)
+    normalize: str = option("data", "Mean and standard deviation of the input.", choices=NORMALIZE)
 
 
 @dataclass(frozen=True)
@@ -193,16 +56,16 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
     compile: bool = option(
         False, "Compile the teacher first: takes 5 to 25 s, pays for large sets, needs a C++ compiler."
     )
-    teacher: str = option("", _ARCHS, by_recipe=True)
+    teacher: str = option("", ARCH_HELP, by_recipe=True)
     weights: str = option(
         "",
         "Weights: a state dict, the folder of a run, or DEFAULT for torchvision's own; when not given, a teacher is"
         " trained.",
     )
     normalize: str = option(
-        "", "Input of the teacher: as its run recorded; data where there is no run.", choices=_NORMALIZE
+        "", "Input of the teacher: as its run recorded; data where there is no run.", choices=NORMALIZE
     )
-    views: str = option("", _VIEWS, by_recipe=True)
+    views: str = option("", VIEWS_HELP, by_recipe=True)
     draws: int = option(0, "Views of each image.", least=1, most=100_000, by_recipe=True)
     taps: str = option(
         "", "Layers whose outputs are written, whole or a statistic of them: layer3,layer3:pool,layer2:attention."
@@ -216,33 +79,12 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
 
 
 @dataclass(frozen=True)
-class CacheSourceOptions:
-    """Which caches a student is trained from, and what of them."""
-
-    heading: ClassVar[str] = "Cache"
-    cache: tuple[str, ...] = option(
-        (), "Folder of the cache; repeat for several teachers; caches/DATA when not given."
-    )
-    combine: str = option("", f"How several teachers are combined: {_COMBINE}; mean_probability when not given.")
-    map: str = option("", "Map of the teacher's distribution: temperature, vector, matrix, prior or prior:tau=0.5.")
-    missing: str = option(
-        "",
-        "Rows whose targets are missing: skip them, or learn them from their labels (hard); an error when not given.",
-        choices=("skip", "hard"),
-    )
-    draws: int = option(0, "Use this many draws of the cache, from the first on; 0: all.", least=0)
-    draws_per_decode: int = option(
-        1, "Views of an image in a batch, each of another draw, from one decoding.", least=1
-    )
-
-
-@dataclass(frozen=True)
 class StudentConfig(CacheSourceOptions, DataOptions, MachineOptions, PrecisionOptions, OutputOptions, TrainingOptions):
     """`softcache student`: train a student from a cache."""
 
     heading: ClassVar[str] = "Student and loss"
     recipe: str = option("", "A published recipe, for options that are not given: see `softcache recipes`.")
-    arch: str = option("", _ARCHS, by_recipe=True)
+    arch: str = option("", ARCH_HELP, by_recipe=True)
     loss: tuple[str, ...] = option(
         (),
         "A term of the loss, such as kd:temperature=4,weight=0.9; repeat for several; see `softcache losses`.",
@@ -264,7 +106,7 @@ class StudentsConfig(StudentConfig):
 
     heading: ClassVar[str] = "Several students"
     arch: tuple[str, ...] = option(  # type: ignore[assignment]
-        (), f"{_ARCHS} Repeat for several students, which read each batch once.", by_recipe=True
+        (), f"{ARCH_HELP} Repeat for several students, which read each batch once.", by_recipe=True
     )
     seed: tuple[int, ...] = option(  # type: ignore[assignment]
         (), "Seed of the initial weights and of the order of rows; repeat for several students.", least=0, most=2**31
@@ -338,7 +180,7 @@ class EvaluateConfig(DataOptions, MachineOptions, OutputOptions):
     """`softcache evaluate RUN`: measure a student again, from its weights."""
 
     heading: ClassVar[str] = "Data"
-    cache: tuple[str, ...] = option((), _CACHE)
+    cache: tuple[str, ...] = option((), CACHE_HELP)
 
 
 @dataclass(frozen=True)
@@ -346,7 +188,7 @@ class ExportConfig(DataOptions, OutputOptions):
     """`softcache export RUN`: write a student in formats that other programs read."""
 
     heading: ClassVar[str] = "Export"
-    cache: tuple[str, ...] = option((), _CACHE)
+    cache: tuple[str, ...] = option((), CACHE_HELP)
     int8: bool = option(False, "Write an int8 quantised file as well, calibrated on views of the cache.")
     tolerance: float = option(1e-4, "Largest difference of a logit from PyTorch's.", least=0)
     most_drop: float = option(0.01, "Largest loss of accuracy by --int8, as a share of the images.", least=0, most=1)

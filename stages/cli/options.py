@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .configs import HEADINGS
+from .option_groups import HEADINGS
 
 Config = TypeVar("Config")
 Command = Callable[..., Any]

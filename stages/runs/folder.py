@@ -12,8 +12,9 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import make_folder, publish_json, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
-from softcache.stages.cli.configs import StudentConfig, TeacherConfig, TrainingOptions
+from softcache.stages.cli.configs import StudentConfig, TeacherConfig
 from softcache.stages.cli.extras import require_extra
+from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
 from .logits import TEACHER_LOGITS

@@ -37,8 +37,8 @@ from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
 from softcache.pipeline.loading.groups import get_rank_rows
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.models.precision import autocast
-from softcache.stages.cli.configs import TrainingOptions
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import current_ranks
 
 from .gradient_norms import flatten_gradients

@@ -2,7 +2,7 @@
 
 import math
 
-from softcache.stages.cli.configs import TrainingOptions
+from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.runs.folder import parse_milestones
 
 
