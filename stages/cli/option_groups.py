@@ -147,6 +147,12 @@ class RunOptions:
     keep_every: int = option(
         0, "Keep the weights after every so many epochs as well, for example as teachers stopped early.", least=0
     )
+    log_every: int = option(
+        0,
+        "Where standard error is no terminal: print a line after every so many epochs; 0: after at most 40 epochs of a"
+        " training, none within 10 s of another.",
+        least=0,
+    )
     tensorboard: bool = option(False, "Write TensorBoard event files as well, in the folder of each training.")
     out: str = option("", "Folder of the run; a new one under runs/ when not given.")
     resume: bool = option(False, "Continue the run in --out, with the options it was started with.")

@@ -20,9 +20,9 @@ from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is
 from .logits import TEACHER_LOGITS
 
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
-IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard")
+IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
 # Options that may differ when a run is resumed, because they depend on the machine.
-_RESUME_OPTIONS = {"out", "resume", "json", "device", "data_root", "workers", "cache", "data", "tensorboard"}
+_RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data"}
 S = TypeVar("S", TeacherConfig, StudentConfig)
 
 
@@ -198,6 +198,8 @@ def _describe_existing_run(folder: Path, config: S) -> str:
 def _list_differences(settings: Any, config: TeacherConfig | StudentConfig) -> list[str]:
     """List the differences between the settings of a run and those of the command, without IGNORED_OPTIONS."""
     requested = json.loads(json.dumps(asdict(config)))
+    if isinstance(settings, dict):
+        settings = add_new_options(settings, type(config))
     return [
         f"{name} {a} there, {b} asked"
         for name, a, b in find_differences(settings, requested)
@@ -217,10 +219,35 @@ def read_config(folder: Path, kind: type[S]) -> S:
         CacheError: for names or values that the command line would not have accepted.
     """
     path = folder / "settings.json"
-    record = read_json(path, {f.name for f in fields(kind)})
+    record = add_new_options(read_json(path), kind)
+    if missing := sorted({f.name for f in fields(kind)} - record.keys()):
+        raise CacheError(f"'{path}' is damaged: it has no {', '.join(missing[:4])}")
+    if unknown := sorted(record.keys() - {f.name for f in fields(kind)}):
+        raise CacheError(
+            f"'{path}' has options that this version does not know: {make_printable(', '.join(unknown[:4]))}."
+            " Use the version of softcache that wrote it"
+        )
+    record = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     if invalid := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _is_valid_value(f, record[f.name])]:
         raise CacheError(f"'{path}' is damaged: {make_printable(', '.join(invalid))}")
     return kind(**record)
+
+
+def add_new_options(settings: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return settings that an older version recorded, completed by the defaults of the options added since.
+
+    An option whose default is that of a data set is not completed: every version has recorded its value.
+
+    Args:
+        settings: {option: value} as read from JSON.
+        kind: the config class of the command.
+    """
+    defaults = {
+        f.name: list(f.default) if isinstance(f.default, tuple) else f.default
+        for f in fields(kind)
+        if not f.metadata.get("by_recipe")
+    }
+    return {**defaults, **settings}
 
 
 def _is_valid_value(field: Field[Any], value: Any) -> bool:
@@ -238,7 +265,7 @@ def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
 
     Args:
         path: the file.
-        keys: the keys that it must have; None for any. With keys, lists become tuples.
+        keys: the keys that it must have; None for any.
 
     Raises:
         UsageError: for a file that does not exist.
@@ -256,7 +283,7 @@ def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
         raise CacheError(
             f"'{path}' has other keys than this version writes: {sorted(set(record) ^ keys)[:4]} missing or unknown"
         )
-    return {key: tuple(value) if isinstance(value, list) and keys else value for key, value in record.items()}
+    return record
 
 
 def read_fingerprints(record: dict[str, Any], path: Path) -> list[str]:

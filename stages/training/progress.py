@@ -1,4 +1,4 @@
-"""The progress of a training: one line that is redrawn on a terminal, a line for each epoch elsewhere."""
+"""The progress of a training: one line that is redrawn on a terminal, lines for some of the epochs elsewhere."""
 
 import sys
 import time
@@ -16,6 +16,8 @@ from .run import TrainingRun
 
 # Seconds before the line is first drawn, and between two drawings. Only drawings synchronise with a GPU, for the loss.
 _DELAY, _INTERVAL = 1.0, 0.2
+# Where standard error is no terminal: most lines of a training without --log-every, and seconds between two of them.
+_MAX_LINES, _LINE_INTERVAL = 40, 10.0
 Line = dict[str, Any]
 
 
@@ -71,6 +73,7 @@ class TrainingProgress:
         self.bar: tqdm[Any] | None = None
         self.next_drawing = time.monotonic() + _DELAY
         self.next_notice = 0.0
+        self.next_line = time.monotonic() + _LINE_INTERVAL
 
     def step(self, images: int) -> None:
         """Count a step of all trainings on a batch of `images` images."""
@@ -100,8 +103,17 @@ class TrainingProgress:
             return
         self.best = max(current, key=lambda i: (current[i].get("val_accuracy", -1.0), -i))
         self.line = current[self.best]
-        if not self.is_terminal and self.console.epoch_lines:
+        if not self.is_terminal and self.console.epoch_lines and self._is_line_due(self.line["epoch"]):
             self.console.note(self._format_epoch())
+            self.next_line = time.monotonic() + _LINE_INTERVAL
+
+    def _is_line_due(self, epoch: int) -> bool:
+        """Return whether a log gets a line of an epoch, from 1: --log-every decides, the last one always does."""
+        if epoch == self.epochs:
+            return True
+        if every := self.runs[0].config.log_every:
+            return epoch % every == 0
+        return epoch % -(-self.epochs // _MAX_LINES) == 0 and time.monotonic() >= self.next_line
 
     def close(self) -> None:
         """Remove the line from the terminal."""

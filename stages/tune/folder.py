@@ -11,7 +11,8 @@ from softcache.base.errors import CacheError, LockedError, UsageError
 from softcache.base.files import make_folder, publish_json, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
-from softcache.stages.runs.folder import read_json
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.runs.folder import add_new_options, read_json
 
 DATABASE = "study.db"
 _SEARCH = "search.json"  # {mark: identifier of the folder, begun: settings of the search}
@@ -47,7 +48,10 @@ def find_unfinished_searches(folder: Path, settings: dict[str, Any]) -> list[Pat
     unfinished = []
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{_SEARCH}")):
         with suppress(CacheError):  # a damaged record is an error only for the command that continues the search
-            if read_json(path).get("begun") == settings and not (path.parent / "tune.json").exists():
+            if (
+                not _list_differences(read_json(path).get("begun"), settings)
+                and not (path.parent / "tune.json").exists()
+            ):
                 unfinished.append(path.parent)
     return unfinished
 
@@ -99,12 +103,19 @@ def check_same_search(recorded: Any, settings: dict[str, Any], place: str) -> No
     Raises:
         CacheError: when they differ, with the first differences.
     """
-    differences = [f"{name} {old} there, {new} here" for name, old, new in find_differences(recorded, settings)]
-    if differences:
+    if differences := _list_differences(recorded, settings):
         option = "--out" if place.startswith("'") else "--study"
         raise CacheError(
             f"{place} holds a search with other settings ({'; '.join(differences[:4])}): choose another {option}"
         )
+
+
+def _list_differences(recorded: Any, settings: dict[str, Any]) -> list[str]:
+    """List the settings that differ; an option that is newer than the record has its default there."""
+    if isinstance(recorded, dict):
+        defaults = add_new_options({}, StudentConfig)
+        recorded = {name: defaults[name] for name in settings if name in defaults} | recorded
+    return [f"{name} {old} there, {new} here" for name, old, new in find_differences(recorded, settings)]
 
 
 @contextmanager

@@ -206,3 +206,21 @@ def test_a_run_is_not_continued_with_another_cache_whose_fingerprint_the_error_n
     stages(*CACHE_COMMAND, "--draws", "2", "--codec", "float32", "--out", "other")
     error = stages.fails(1, "student", "--resume", "--out", "r", "--cache", "other")
     assert "fingerprint" in [line.split()[0] for line in error.splitlines()[1:]]
+
+
+def test_a_run_of_before_an_option_existed_has_its_default(small: Path, stages: Stages) -> None:
+    code, _, _ = stages.call(*STUDENT, "--out", "r")
+    assert code == 0
+    Path("r/result.json").unlink()
+    settings = json.loads(Path("r/settings.json").read_text())
+    del settings["log_every"], settings["vectorize" if "vectorize" in settings else "keep_every"]
+    Path("r/settings.json").write_text(json.dumps(settings))
+    assert "r' exists, started with the same settings" in stages.fails(2, *STUDENT, "--out", "r")
+    weights = read_weights("r")
+    stages("student", "--resume", "--out", "r")
+    assert read_weights("r") == weights
+    assert stages.call("evaluate", "r")[0] == 0
+
+    settings["an_option_of_tomorrow"] = 1
+    Path("r/settings.json").write_text(json.dumps(settings))
+    assert "options that this version does not know: an_option_of_tomorrow" in stages.fails(1, "evaluate", "r")

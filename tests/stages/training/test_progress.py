@@ -1,9 +1,11 @@
 """The progress of a training: one line that is redrawn on a terminal, a line for each epoch elsewhere."""
 
+import itertools
 import json
 import os
 import pty
 import re
+import shutil
 import struct
 import sys
 import termios
@@ -24,7 +26,7 @@ from softcache.stages.cli.console import Console, LongWorkNotice, format_clock
 from softcache.stages.training import progress as progress_module
 from tests.helpers.commands import Stages
 
-COMMON = ("--epochs", 3, "--batch-size", 60, "--learning-rate", 0.05)
+COMMON = ("--log-every", 1, "--epochs", 3, "--batch-size", 60, "--learning-rate", 0.05)
 KD = ("--loss", "kd:weight=0.9", "--loss", "hard:weight=0.1")
 NUMBER = r"[\d.,e+-]+"
 
@@ -141,6 +143,52 @@ def test_commands_that_print_other_lines_omit_those_of_epochs(tiny: Path, stages
     assert "epoch 1/3" not in out + err
 
 
+@pytest.mark.parametrize(("epochs", "seconds", "most"), [(30, 5, 1), (30, 3000, 31), (400, 4000, 41), (1000, 250, 26)])
+def test_a_log_has_at_most_40_lines_of_a_training_and_the_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epochs: int, seconds: float, most: int
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    progress = make_progress([FakeJob(epochs=epochs)])
+    times = []
+    for epoch in range(1, epochs + 1):
+        clock[0] += seconds / epochs
+        progress.step(64)
+        progress.epoch([{"epoch": epoch, "loss": 0.2}])
+        if text := capsys.readouterr().err:
+            assert f"epoch {epoch}/{epochs}: " in text
+            times.append(clock[0])
+    assert max(1, most // 2) <= len(times) <= most
+    assert times[-1] == clock[0]
+    assert all(later - earlier > 9.99 for earlier, later in itertools.pairwise(times[:-1]))
+
+
+def test_log_every_sets_the_epochs_of_a_log_and_may_change_on_resume(tiny: Path, stages: Stages) -> None:
+    command = (
+        "student",
+        "--cache",
+        tiny / "cache",
+        "--arch",
+        "mlp:8",
+        "--epochs",
+        7,
+        "--batch-size",
+        60,
+        "--out",
+        "r",
+    )
+    for more, expected in ((("--log-every", 3), [3, 6, 7]), ((), [7])):
+        code, _, err = stages.call(*command, *more)
+        assert code == 0
+        assert [int(epoch) for epoch in re.findall(r", epoch (\d+)/7: ", err)] == expected
+        assert len(lines_of("r")) == 7
+        shutil.rmtree("r")
+    stages.call(*command)
+    Path("r/result.json").unlink()
+    code, _, err = stages.call("student", "--resume", "--out", "r", "--log-every", 2)
+    assert code == 0, err
+
+
 # A terminal
 
 
@@ -226,7 +274,7 @@ class FakeJob:
     steps: int = 100
     interrupt_advice: str = ""
     folder: Path = Path("runs/all/some-student")
-    config: Any = field(default_factory=lambda: SimpleNamespace(seed=0))
+    config: Any = field(default_factory=lambda: SimpleNamespace(seed=0, log_every=0))
 
 
 def job() -> Any:
