@@ -19,7 +19,7 @@ from softcache.stages.runs.logits import LOGITS, read_logits
 _SEED_OPTIONS = ("seed", "seeds", "order_seed")
 # Options that say on which machine a run was trained; data, whose content is part of the cache; and recipe, which only
 # sets other options.
-_IGNORED_OPTIONS = (*IGNORED_OPTIONS, "data", "data_root", "device", "workers", "baseline", "keep_every", "recipe")
+UNCOMPARED_OPTIONS = (*IGNORED_OPTIONS, "data", "data_root", "device", "workers", "baseline", "keep_every", "recipe")
 
 
 class OptionDifference(NamedTuple):
@@ -125,7 +125,7 @@ def _describe_cache(folder: Path, result: dict[str, Any]) -> str:
 def find_differing_options(first: Candidate, second: Candidate) -> list[OptionDifference]:
     """List the options that can make two students different and have different values."""
     differences = (OptionDifference(*values) for values in find_differences(first.config, second.config))
-    return [difference for difference in differences if difference.name not in _IGNORED_OPTIONS]
+    return [difference for difference in differences if difference.name not in UNCOMPARED_OPTIONS]
 
 
 def only_seeds_differ(differences: Sequence[OptionDifference]) -> bool:

@@ -34,6 +34,7 @@ _METRICS = (
     "kl_to_teacher",
     "recall_tail",
 )
+_MAX_DEPTH = 3  # of folders with runs: runs/METHODS/RUN, runs/SEVERAL/ARCH/SEED
 EpochMetrics = dict[str, Any]
 
 
@@ -126,9 +127,11 @@ def read_runs(names: tuple[str, ...]) -> tuple[list[LoadedRun], dict[str, dict[s
     runs = [_read_run(folder) for folder in dict.fromkeys(folders) if (folder / "settings.json").is_file()]
     if not runs:
         raise UsageError(f"there is no run of a student in {', '.join(names) or 'runs'}: name folders of runs")
-    inspected = [folder for folder in folders if names and (folder / "inspect.json").is_file()]
-    beside_runs = {path.parent for run in runs for path in run.folder.parent.glob("*/inspect.json")}
-    inspected += sorted(beside_runs, key=lambda folder: -(folder / "inspect.json").stat().st_mtime)
+    inspected = [folder for folder in folders if (folder / "inspect.json").is_file()]
+    others = {path.parent for run in runs for path in run.folder.parent.glob("*/inspect.json")}
+    if not names:
+        others, inspected = others | set(inspected), []
+    inspected += sorted(others, key=lambda folder: -(folder / "inspect.json").stat().st_mtime)
     inspections: dict[Any, dict[str, Any]] = {}
     for folder in inspected:
         record = read_json(folder / "inspect.json")
@@ -138,7 +141,7 @@ def read_runs(names: tuple[str, ...]) -> tuple[list[LoadedRun], dict[str, dict[s
 
 
 def _expand_folder(folder: Path, is_explicit: bool) -> Iterator[Path]:
-    """Yield the folder if it is one of a run or an inspection, else those in it.
+    """Yield the folder if it is one of a run or an inspection, else those in it and in the folders below it.
 
     Folders that were not named on the command line are left out where they are not of a student.
     """
@@ -148,9 +151,23 @@ def _expand_folder(folder: Path, is_explicit: bool) -> Iterator[Path]:
         return
     if is_explicit and not folder.is_dir():
         raise UsageError(f"there is no folder '{folder}'")
-    for path in sorted(folder.glob("*/*.json")):
-        if path.name == "inspect.json" or (path.name == "settings.json" and _is_student_run(path.parent)):
-            yield path.parent
+    if folder.is_dir():
+        yield from _find_folders(folder, _MAX_DEPTH)
+
+
+def _find_folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the runs of students and the inspections below a folder: of a command that trained several students too.
+
+    The trials of a search are left out; they are found where the folder of the search is named.
+    """
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        if (path / "inspect.json").is_file():
+            yield path
+        elif (path / "settings.json").is_file():
+            if _is_student_run(path):
+                yield path
+        elif depth > 1 and not (path / "search.json").is_file():
+            yield from _find_folders(path, depth - 1)
 
 
 def _is_student_run(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from softcache.base.errors import make_printable
 
 from .load import LoadedRun
 from .page import GroupSection
-from .table import Row, format_column_title
+from .table import format_column_title
 
 _COLUMNS = ("accuracy", "f1_macro", "auroc_macro", "nll", "agreement")  # of the page's columns, to fit in width
 
@@ -22,7 +22,7 @@ def format_markdown(sections: Sequence[GroupSection], costs: dict[str, str], com
     lines = ["# Report", ""]
     for section in sections:
         lines += [f"## {_escape(section.group.title)}", "", *(f"{_escape(line)}  " for line in section.summary), ""]
-        lines += [*_table_lines(section.table), ""]
+        lines += [*_table_lines(section), ""]
     if costs:
         lines += ["## Cost", "", *(f"- {_escape(name)}: {cost}" for name, cost in costs.items()), ""]
     runs = [run for section in sections for run in section.group.runs]
@@ -30,16 +30,25 @@ def format_markdown(sections: Sequence[GroupSection], costs: dict[str, str], com
     return "\n".join([*lines, "", f"Made by `{command}`.", ""])
 
 
-def _table_lines(rows: Sequence[Row]) -> list[str]:
-    titles = ["", "network", *map(format_column_title, _COLUMNS), "parameters", "ms per image"]
-    lines = [_table_line(titles), _table_line(["---", "---", *["---:"] * (len(titles) - 2)])]
-    for row in rows:
+def _table_lines(section: GroupSection) -> list[str]:
+    titles = [
+        "",
+        "network",
+        *(["differs in"] if section.has_options else []),
+        *map(format_column_title, _COLUMNS),
+        "parameters",
+        "ms per image",
+    ]
+    texts = 3 if section.has_options else 2
+    lines = [_table_line(titles), _table_line(["---"] * texts + ["---:"] * (len(titles) - texts))]
+    for row in section.table:
         name = row.name if row.kind == "student" else f"{row.name}, {row.kind}"
         note = f" ({row.note})" if row.note else ""
         parameters = f"{row.parameters:,}" if row.parameters else "–"
         milliseconds = f"{row.milliseconds:.2f}" if row.milliseconds else "–"
         metrics = [row.metrics[column].text for column in _COLUMNS]
-        lines.append(_table_line([name + note, row.arch, *metrics, parameters, milliseconds]))
+        options = [row.options or "–"] if section.has_options else []
+        lines.append(_table_line([name + note, row.arch, *options, *metrics, parameters, milliseconds]))
     return lines
 
 

@@ -9,7 +9,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
       if (!isNumeric) return cell.textContent.trim().toLowerCase();
       return cell.dataset.value === "" ? null : Number(cell.dataset.value);
     };
+    const isUnfinished = (row) => row.classList.contains("unfinished");
     const order = (a, b) => {
+      if (isUnfinished(a) !== isUnfinished(b)) return isUnfinished(a) - isUnfinished(b);
       const [x, y] = [key(a), key(b)];
       if (x === null || y === null) return (x === null) - (y === null);
       return (x < y ? -1 : x > y ? 1 : 0) * (isDescending ? -1 : 1);
@@ -18,6 +20,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
     titles.forEach((each) => each.removeAttribute("aria-sort"));
     title.setAttribute("aria-sort", isDescending ? "descending" : "ascending");
   }));
+}
+// On a narrow screen a plot has the width of the screen; a tap shows it large, to be scrolled.
+for (const figure of document.querySelectorAll("figure")) {
+  figure.addEventListener("click", () => figure.classList.toggle("large"));
 }
 // All sections are printed, also those that are folded on the screen.
 let unfolded = [];

@@ -24,6 +24,7 @@ from softcache.stages.cli.plot_style import Plot, render_svg
 from .disagreements import Disagreement
 from .table import COLUMNS, Cell, Group, Row, describe_direction, format_column_title
 
+CLASS_TITLES = ("rows", "precision", "recall", "F1", "F1 of the teacher", "difference")
 _TEMPLATE_FOLDER = Path(__file__).parent
 
 
@@ -52,7 +53,7 @@ class ClassRow:
 
     Attributes:
         name: Of the class.
-        cells: Rows, precision, recall, F1, F1 of the teacher, difference.
+        cells: In the order of CLASS_TITLES.
     """
 
     name: str
@@ -110,6 +111,11 @@ class GroupSection:
     costs: PageImage | None
     runs: list[RunSection]
 
+    @property
+    def has_options(self) -> bool:
+        """Whether a finished or unfinished student differs from another one in an option."""
+        return any(row.options for row in self.table if row.kind == "student")
+
 
 def make_page_image(name: str, plot: Plot, alt: str, caption: str) -> PageImage:
     """Render a plot for the page; for the arguments see `PageImage`."""
@@ -135,6 +141,7 @@ def render_page(title: str, sections: list[GroupSection], command: str) -> str:
         sections=sections,
         command=command,
         columns=columns,
+        class_titles=CLASS_TITLES,
         version=__version__,
         date=date.today().isoformat(),
         script=script,

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox, BboxBase
 from numpy.typing import NDArray
 
 from softcache.stages.cli.plot_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Plot, label_classes, plot_text
@@ -16,6 +17,20 @@ from .agreement import Agreement
 from .load import EpochMetrics
 
 _MAX_LABELS = 12  # networks up to which points have names, and classes up to which cells have numbers
+# Where a label may be, the best place first: its offset in points, and which side of it is at the offset.
+_LABEL_PLACES = [
+    (dx * far, dy * far, ha, va)
+    for far in (1, 2, 3.5)
+    for dx, dy, ha, va in (
+        (-6, 4, "right", "bottom"),
+        (6, 4, "left", "bottom"),
+        (6, -4, "left", "top"),
+        (-6, -4, "right", "top"),
+        (0, 8, "center", "bottom"),
+        (0, -8, "center", "top"),
+    )
+]
+_FEW_ROWS = 10  # a bin with fewer is hollow: its accuracy is uncertain
 _KINDS = {"student": (BLUE, "o"), "baseline": (ORANGE, "s"), "teacher": (GREEN, "^")}
 
 
@@ -46,6 +61,7 @@ def plot_costs(points: Sequence[Point]) -> Plot:
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2, sharey=True)
         costs = {"parameters": "parameters", "milliseconds": "ms per image, one thread"}
+        shown: dict[Axes, list[tuple[float, Point]]] = {}
         for axes, (attribute, label) in zip(panels, costs.items(), strict=True):
             known = [point for point in points if getattr(point, attribute)]
             _plot_points(axes, known, [getattr(point, attribute) for point in known])
@@ -54,9 +70,11 @@ def plot_costs(points: Sequence[Point]) -> Plot:
                     axes.axhline(100 * point.accuracy, color=GREEN, linestyle=":", label="teacher")
             axes.set_xlabel(label)
             axes.grid(alpha=0.6)
+            shown[axes] = [(getattr(point, attribute), point) for point in known]
         panels[0].set_ylabel("accuracy, %")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        _label_points(figure, shown)
 
     return Plot((9, 4.4), draw)
 
@@ -80,21 +98,43 @@ def _plot_points(axes: Axes, points: Sequence[Point], costs: Sequence[float]) ->
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
         axes.xaxis.set_major_formatter(EngFormatter(sep="") if min(costs) >= 100 else "{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    # A baseline has no label: it has the name of its student, and is close to it.
-    labelled = [(cost, point) for cost, point in zip(costs, points, strict=True) if point.kind != "baseline"]
-    for cost, point in labelled if len(labelled) <= _MAX_LABELS else ():
-        offset, ha, va = (-7, 4), "right", "bottom"
-        if point.kind == "teacher":
-            offset, ha, va = (7, -4), "left", "top"
-        axes.annotate(
-            plot_text(point.name, 20),
-            (cost, 100 * point.accuracy),
-            offset,
-            ha=ha,
-            va=va,
-            textcoords="offset points",
-            fontsize=8,
-        )
+
+
+def _label_points(figure: Figure, panels: dict[Axes, list[tuple[float, Point]]]) -> None:
+    """Write the names of networks beside their points, where a label covers no point and no other label.
+
+    A baseline has no label: it has the name of its student, and is close to it. A name that finds no room is left out.
+
+    Args:
+        figure: With everything else drawn.
+        panels: {axes: (cost, network) of its points}.
+    """
+    figure.draw_without_rendering()  # the places of the axes are final after this
+    for axes, points in panels.items():
+        places = axes.transData.transform([(cost, 100 * point.accuracy) for cost, point in points])
+        taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in places]
+        labelled = [(cost, point) for cost, point in points if point.kind != "baseline"]
+        for cost, point in labelled if len(labelled) <= _MAX_LABELS else ():
+            for dx, dy, ha, va in _LABEL_PLACES:
+                label = axes.annotate(
+                    plot_text(point.name, 20),
+                    (cost, 100 * point.accuracy),
+                    (dx, dy),
+                    ha=ha,
+                    va=va,
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+                label.set_in_layout(False)
+                extent = label.get_window_extent()
+                if _contains(axes.bbox, extent) and not any(extent.overlaps(other) for other in taken):
+                    taken.append(extent)
+                    break
+                label.remove()
+
+
+def _contains(outer: BboxBase, inner: BboxBase) -> bool:
+    return bool(outer.x0 <= inner.x0 and inner.x1 <= outer.x1 and outer.y0 <= inner.y0 and inner.y1 <= outer.y1)
 
 
 def find_pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
@@ -277,6 +317,8 @@ def _choose_text_colour(background: Iterable[float]) -> str:
 def plot_reliability(models: dict[str, dict[str, Any]]) -> Plot:
     """Plot accuracy over the mean confidence of each bin, and the share of rows in each bin.
 
+    Bins of fewer than 10 rows are hollow.
+
     Args:
         models: {model: see `soft_targets.calibration`}.
     """
@@ -291,9 +333,11 @@ def plot_reliability(models: dict[str, dict[str, Any]]) -> Plot:
             label = f"{model}, ECE {100 * calibration['ece']:.2f} %"
             centre = [100 * (bin_["low"] + bin_["high"]) / 2 for bin_ in bins]
             share, width = [100 * bin_["rows"] / calibration["rows"] for bin_ in bins], 6.0 / len(models)
-            area = [12 + 1.6 * percent for percent in share]  # the accuracy of few rows is uncertain
+            area = [12 + 1.6 * percent for percent in share]
             upper.plot(x, y, color=colour, linewidth=0.7, alpha=0.6)
-            upper.scatter(x, y, area, color=colour, marker=marker, label=label, clip_on=False, zorder=3)
+            faces = [colour if bin_["rows"] >= _FEW_ROWS else "none" for bin_ in bins]
+            upper.scatter(x, y, area, facecolors=faces, edgecolors=colour, marker=marker, clip_on=False, zorder=3)
+            upper.plot([], [], color=colour, marker=marker, linestyle="none", label=label)
             lower.bar([x + (i - (len(models) - 1) / 2) * width for x in centre], share, width, color=colour)
         upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %")
         lower.set(xlabel="confidence, %", ylabel="rows, %")

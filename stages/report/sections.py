@@ -183,7 +183,7 @@ def _plot_logits(run: LoadedRun, split: str, notes: list[str]) -> list[PageImage
             "reliability",
             plot_reliability(calibrations),
             alt=f"Reliability diagram. Calibration error: {errors}",
-            caption="Reliability: accuracy of the predictions by their confidence (15 bins), and rows in each bin.",
+            caption="Reliability: accuracy by confidence in 15 bins, hollow where a bin has fewer than 10 rows.",
         ),
         make_page_image(
             "agreement",

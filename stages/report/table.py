@@ -1,12 +1,13 @@
 """The table at the top of a report: students, baselines and teachers with their metrics, size and latency."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import InputSpec
+from softcache.stages.compare.candidates import UNCOMPARED_OPTIONS, format_value
 
 from .latency import Network
 from .load import LoadedRun
@@ -50,6 +51,7 @@ class Row:
         kind: "teacher", "baseline" or "student".
         arch: Its arch.
         note: Why its metrics are not those of a finished run; else empty.
+        options: The options in which its run differs from the others of the group; else empty.
         metrics: {name of a column: cell}.
         parameters: Number of its parameters; None where unknown.
         milliseconds: Its latency for one image; None where unknown.
@@ -60,6 +62,7 @@ class Row:
     kind: str
     arch: str
     note: str
+    options: str
     metrics: dict[str, Cell]
     parameters: int | None
     milliseconds: float | None
@@ -142,17 +145,21 @@ def make_table_rows(group: Group, networks: Mapping[str, dict[str, list[Network]
         latencies: See `latency.measure_latencies`.
 
     Returns:
-        The rows, run after run; a teacher of several students has one row.
+        The rows, run after run; a teacher of several students has one row. Those of unfinished runs are the last ones:
+        their metrics are of another split.
     """
     rows: list[Row] = []
+    unfinished: list[Row] = []
+    options = describe_differences(group.runs)
     for run in group.runs:
         run_networks = networks[run.name]
         for model in ("student", "baseline"):
             if run.get_metrics(model, group.split):
                 model_networks = run_networks.get(model, [])
-                rows.append(_make_model_row(run, model, group.split, networks=model_networks, latencies=latencies))
+                row = _make_model_row(run, model, group.split, networks=model_networks, latencies=latencies)
+                rows.append(replace(row, options=options[run.name] if model == "student" else "hard targets alone"))
         if not run.result:
-            rows.append(_make_unfinished_row(run))
+            unfinished.append(replace(_make_unfinished_row(run), options=options[run.name]))
         teachers = run_networks.get("teacher", [])
         if run.get_metrics("teacher", group.split):
             row = _make_teacher_row(run, group.split, teachers, latencies)
@@ -161,7 +168,26 @@ def make_table_rows(group: Group, networks: Mapping[str, dict[str, list[Network]
         for row in _make_member_rows(run, group.split, teachers, latencies):
             if not _has_teacher(rows, row):
                 rows.append(row)
-    return rows
+    return rows + unfinished
+
+
+def describe_differences(runs: Sequence[LoadedRun]) -> dict[str, str]:
+    """Describe the options in which runs differ: {name of a run: `loss kd:temperature=4, seed 1`}.
+
+    The arch, which has a column of its own, is left out, and what cannot change a student.
+    """
+    configs = {run.name: asdict(run.config) for run in runs}
+    ignored = {*UNCOMPARED_OPTIONS, "arch"}
+    names = [
+        name
+        for name in next(iter(configs.values()))
+        if name not in ignored and any(config[name] != configs[runs[0].name][name] for config in configs.values())
+    ]
+    names.sort(key=lambda name: name != "loss")  # first what most often makes the difference
+    return {
+        run: ", ".join(f"{name.replace('_', ' ')} {format_value(config[name])}" for name in names)
+        for run, config in configs.items()
+    }
 
 
 def _has_teacher(rows: Sequence[Row], teacher: Row) -> bool:
@@ -190,6 +216,7 @@ def _make_model_row(
         kind=model,
         arch=make_printable(record["arch"]),
         note="",
+        options="",
         metrics={name: make_cell(name, metrics.get(name), spread.get(name)) for name in COLUMNS},
         parameters=int(record["parameters"]),
         milliseconds=milliseconds,
@@ -206,6 +233,7 @@ def _make_unfinished_row(run: LoadedRun) -> Row:
         kind="student",
         arch=make_printable(run.config.arch),
         note=f"{run.state}; validation metrics" if metrics else run.state,
+        options="",
         metrics={name: make_cell(name, metrics.get(f"val_{name}")) for name in COLUMNS},
         parameters=None,
         milliseconds=None,
@@ -225,6 +253,7 @@ def _make_teacher_row(run: LoadedRun, split: str, networks: Sequence[Network], l
         kind="teacher",
         arch=arch,
         note="",
+        options="",
         metrics={name: make_cell(name, metrics.get(name)) for name in COLUMNS},
         parameters=parameters,
         milliseconds=milliseconds,
@@ -245,6 +274,7 @@ def _make_member_rows(run: LoadedRun, split: str, networks: Sequence[Network], l
                 kind="teacher",
                 arch=arch,
                 note="",
+                options="",
                 metrics={name: make_cell(name, metrics.get(name)) for name in COLUMNS},
                 parameters=parameters,
                 milliseconds=milliseconds,

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
 from softcache.pipeline.metrics.classification import log_softmax
 from softcache.stages.compare.significance import VERDICT_TEXT
 from softcache.stages.report.agreement import measure_agreement
 from softcache.stages.report.disagreements import rank_disagreements
-from softcache.stages.report.plots import find_pareto
+from softcache.stages.report.plots import Point, find_pareto, plot_costs, plot_reliability
 from softcache.stages.runs.logits import read_logits
 from tests.helpers.commands import Stages
 from tests.helpers.reported import make_runs, report
@@ -44,7 +45,7 @@ def extract_section(page: str, run: str) -> str:
 
 
 def extract_rows(page: str) -> dict[tuple[str, str], list[str]]:
-    """{(name, role): the cells after arch} of the first table."""
+    """{(name, role): the cells from the accuracy on} of the first table."""
     table = re.search(r"<tbody>(.*?)</tbody>", page, re.S)
     assert table
     rows = {}
@@ -52,7 +53,7 @@ def extract_rows(page: str) -> dict[tuple[str, str], list[str]]:
         cells = [
             unescape(re.sub(r"<[^>]*>", "", cell)).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)
         ]
-        rows[cells[0].split(" ")[0], cells[1]] = cells[3:]
+        rows[cells[0].split(" ")[0], cells[1]] = cells[-11:]
     return rows
 
 
@@ -81,6 +82,59 @@ def test_an_unfinished_run_is_in_the_page_and_marked(page: str) -> None:
     assert section.count('alt="Curves over 1 epochs') == 1
     assert "Not shown: the run is not finished" in section
     assert "runs/stopped is unfinished" in page
+    names = [name for name, _ in extract_rows(page)]
+    assert names[-1] == "runs/stopped"  # below the teacher, whatever its metrics
+    assert page.count('class="student unfinished"') == 1
+
+
+def test_a_column_names_the_options_in_which_runs_differ(page: str) -> None:
+    cells = [unescape(text) for text in re.findall(r'data-title="differs in">(.*?)<', page)]
+    assert cells[0].startswith("loss kd hint:teacher=flatten,student=flatten, ")
+    assert "finetune epochs 1" in cells[0]
+    assert "seeds 2" in cells[0]
+    assert cells[1] == "hard targets alone"
+    assert any("epochs 3" in cell for cell in cells)
+    assert not any("batch size" in cell for cell in cells)  # equal in all runs
+
+
+def test_without_names_the_runs_of_several_students_are_reported(tiny: Path, stages: Stages) -> None:
+    common = ("--cache", tiny / "cache", "--epochs", 1, "--batch-size", 150)
+    stages("student", *common, "--arch", "mlp:8", "--arch", "mlp:4", "--seed", 0, "--seed", 1, "--out", "runs/many")
+    stages("student", *common, "--arch", "mlp:8", "--out", "runs/one")
+    stages("tune", *common, "--arch", "mlp:8", "--search", "momentum=0.8|0.9", "--grid", "--out", "runs/search")
+    found = stages("report", "--no-latency", "--show", 0)
+    students = {f"runs/many/{path.parent.relative_to('runs/many')}" for path in Path("runs/many").rglob("result.json")}
+    assert len(students - {"runs/many/."}) == 4
+    assert set(found["runs"]) == {"runs/one"} | students - {"runs/many/."}
+    trials = stages("report", "runs/search", "--no-latency", "--show", 0)["runs"]
+    assert sorted(trials) == ["runs/search/trial-0000", "runs/search/trial-0001"]
+
+
+def test_labels_of_points_do_not_overlap() -> None:
+    """12 students of nearly equal accuracy and size."""
+    points = [
+        Point(f"students/long-name-{i}", "student", 0.9 + 0.001 * (i % 3), 0.0, 1000 + 20 * i, 0.5 + 0.01 * i)
+        for i in range(11)
+    ]
+    figure = Figure((9, 4.4), dpi=120, layout="constrained")
+    plot_costs([*points, Point("teacher", "teacher", 0.95, 0.0, 50_000, 3.0)]).draw(figure)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        labels = [text.get_window_extent() for text in axes.texts]
+        assert len(labels) >= 4
+        assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
+        assert all(axes.bbox.x0 <= a.x0 and a.x1 <= axes.bbox.x1 for a in labels)
+
+
+def test_bins_of_few_rows_are_hollow() -> None:
+    bins = [
+        {"low": low, "high": low + 0.5, "rows": rows, "confidence": low + 0.25, "accuracy": 0.5}
+        for low, rows in ((0.0, 9), (0.5, 10))
+    ]
+    figure = Figure((5.4, 4.8))
+    plot_reliability({"student": {"bins": bins, "ece": 0.1, "rows": 19}}).draw(figure)
+    (points,) = figure.axes[0].collections
+    assert [tuple(colour)[3] for colour in points.get_facecolors()] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +207,8 @@ def test_the_markdown_has_the_same_metrics(home: Path) -> None:
     text = (home / "report/report.md").read_text()
     result = json.loads((home / "runs/hints/result.json").read_text())
     metrics, spread = result["student"]["test"], result["spread"]["student"]["test"]
-    assert f"| runs/hints | cnn | {100 * metrics['accuracy']:.2f} ± {100 * spread['accuracy']:.2f} |" in text
+    assert f" | {100 * metrics['accuracy']:.2f} ± {100 * spread['accuracy']:.2f} |" in text
+    assert "| runs/hints | cnn | loss kd hint:teacher=flatten" in text
     assert "runs/stopped (unfinished: student, epoch 1 of 3; validation metrics)" in text
     assert result["cache"]["fingerprint"][:12] in text
     assert "## Cost" in text

@@ -145,6 +145,12 @@ def test_nothing_is_fetched_nothing_fails_and_every_image_is_shown(
 def test_the_page_is_not_wider_than_its_window(page_and_log: tuple[Page, list[str]]) -> None:
     page, _ = page_and_log
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    cut = page.evaluate(
+        """[...document.querySelectorAll("main *")]
+        .filter(element => element.clientWidth && element.scrollWidth > element.clientWidth + 1)
+        .map(element => element.tagName + "." + element.className + " " + element.textContent.slice(0, 40))"""
+    )
+    assert not cut, cut  # nothing has to be scrolled sideways
 
 
 def test_all_text_has_the_contrast_of_wcag_aa(page_and_log: tuple[Page, list[str]]) -> None:
