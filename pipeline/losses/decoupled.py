@@ -160,9 +160,11 @@ class MultiTemperature(Loss):
         temperatures: the values of T joined by +, each from 0.001 on.
         batch: factor of the part between rows.
         classes: factor of the part between classes.
-        standardize: standardise the logits of each row first, see `kd`.
+        standardize: standardise the logits of each row in the KL divergence, see `kd`. The parts between rows and
+            between classes read the logits as they are, as in the program of Sun et al. 2024.
 
-    Source: Jin, Wang and Lin 2023, "Multi-Level Logit Distillation" (CVPR, equations 4 to 8).
+    Source: Jin, Wang and Lin 2023, "Multi-Level Logit Distillation" (CVPR, equations 4 to 8); `standardize`: Sun et
+        al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427).
     """
 
     weight: float | Ramp = 0.9
@@ -184,14 +186,11 @@ class MultiTemperature(Loss):
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, batch)
-        if self.standardize:
-            z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
-        terms = [self._term_at(z_s, z_t, float(t)) for t in self.temperatures.split("+")]
+        kl_s, kl_t = (standardize_logits(z_s), standardize_logits(z_t)) if self.standardize else (z_s, z_t)
+        terms = []
+        for t in (float(text) for text in self.temperatures.split("+")):
+            p_s, p_t = F.softmax(z_s / t, dim=1), F.softmax(z_t / t, dim=1)
+            rows = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / p_s.shape[0]
+            columns = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / p_s.shape[1]
+            terms.append(kd_mean(kl_s, kl_t, t) + to_float(self.batch) * rows + to_float(self.classes) * columns)
         return torch.stack(terms).sum()
-
-    def _term_at(self, z_s: torch.Tensor, z_t: torch.Tensor, t: float) -> torch.Tensor:
-        """Compute the term of one temperature."""
-        p_s, p_t = F.softmax(z_s / t, dim=1), F.softmax(z_t / t, dim=1)
-        rows = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / p_s.shape[0]
-        columns = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / p_s.shape[1]
-        return kd_mean(z_s, z_t, t) + to_float(self.batch) * rows + to_float(self.classes) * columns

@@ -69,8 +69,17 @@ def weighted_mean(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
 def standardize_logits(z: torch.Tensor) -> torch.Tensor:
     """Standardise each row of logits [B, K]: (z - mean) / (standard deviation + 1e-7).
 
+    Raises:
+        UsageError: for fewer than three classes. With two, each row becomes ±0.71, whatever the logits are, and has no
+            gradient.
+
     Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427, algorithm 1).
     """
+    if z.shape[1] < 3:
+        raise UsageError(
+            f"standardize=true needs three classes or more, not {z.shape[1]}: standardised, two logits are ±0.71 in"
+            " every row, and the loss has no gradient; leave it out"
+        )
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
 
@@ -84,7 +93,8 @@ class KD(Loss):
     Args:
         weight: factor of the term in the sum of losses.
         temperature: T, from 0.001 on.
-        standardize: standardise the logits of each row first, usually with T = 2 and a weight of 9.
+        standardize: standardise the logits of each row first, usually with T = 2 and a weight of 9; for three classes
+            or more.
 
     Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531, section
         2); `standardize`: Sun et al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427).
