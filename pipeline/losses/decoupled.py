@@ -11,7 +11,7 @@ from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, ModelOutputs
 
 from .base import Loss, Ramp, to_float
-from .kd import kd_mean, standardize_logits, teacher_logits
+from .kd import check_standardizable, kd_mean, standardize_logits, teacher_logits
 
 
 def target_class(batch: Batch, z_t: torch.Tensor) -> torch.Tensor:
@@ -68,6 +68,11 @@ class DKD(Loss):
     name: ClassVar[str] = "dkd"
     needs_single_label: ClassVar[bool] = True
 
+    def is_zero(self, classes: int) -> bool:
+        if self.standardize:
+            check_standardizable(classes)
+        return to_float(self.target) == 0 and (classes < 3 or to_float(self.nontarget) == 0)
+
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
         y = target_class(batch, z_t)
@@ -102,6 +107,9 @@ class NKD(Loss):
     name: ClassVar[str] = "nkd"
     needs_single_label: ClassVar[bool] = True
 
+    def is_zero(self, classes: int) -> bool:
+        return to_float(self.target) == 0 and (classes < 3 or to_float(self.nontarget) == 0)
+
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
         y = target_class(batch, z_t)
@@ -133,6 +141,9 @@ class DIST(Loss):
     between: float | Ramp = 1.0
     within: float | Ramp = 1.0
     name: ClassVar[str] = "dist"
+
+    def is_zero(self, classes: int) -> bool:
+        return to_float(self.between) == to_float(self.within) == 0
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         t = to_float(self.temperature)
@@ -183,6 +194,11 @@ class MultiTemperature(Loss):
             raise UsageError(
                 f"loss '{self.name}': temperatures={self.temperatures} is no list of numbers such as 2+3+4"
             )
+
+    def is_zero(self, classes: int) -> bool:
+        if self.standardize:
+            check_standardizable(classes)
+        return False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, batch)

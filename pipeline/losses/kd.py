@@ -75,12 +75,17 @@ def standardize_logits(z: torch.Tensor) -> torch.Tensor:
 
     Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427, algorithm 1).
     """
-    if z.shape[1] < 3:
-        raise UsageError(
-            f"standardize=true needs three classes or more, not {z.shape[1]}: standardised, two logits are ±0.71 in"
-            " every row, and the loss has no gradient; leave it out"
-        )
+    check_standardizable(z.shape[1])
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
+
+
+def check_standardizable(classes: int) -> None:
+    """Raise UsageError for so few classes that standardised logits have no gradient."""
+    if classes < 3:
+        raise UsageError(
+            f"standardize=true needs three classes or more, not {classes}: standardised, two logits are ±0.71 in every"
+            " row, so the loss has no gradient; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,11 @@ class KD(Loss):
     standardize: bool = False
     name: ClassVar[str] = "kd"
     is_row_mean: ClassVar[bool] = True
+
+    def is_zero(self, classes: int) -> bool:
+        if self.standardize:
+            check_standardizable(classes)
+        return False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, batch)
