@@ -119,9 +119,7 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "none": ViewPolicy("none"),
     "crop": ViewPolicy("crop", crop=True, pad=4),
     "crop-flip": ViewPolicy("crop-flip", crop=True, flip=True, pad=4),
-    "resized-crop-flip": ViewPolicy(
-        "resized-crop-flip", resized_crop=True, revision=2, flip=True, min_scale=0.08
-    ),
+    "resized-crop-flip": ViewPolicy("resized-crop-flip", resized_crop=True, revision=2, flip=True, min_scale=0.08),
 }
 
 
@@ -292,8 +290,8 @@ def _draw_boxes(policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: D
     first of ten attempts whose box fits into the image gets a uniform position. When none fits, the box is the largest
     one in the centre whose ratio is within these bounds.
 
-    Only sums, products, quotients and square roots are computed here: IEEE 754 rounds those correctly on every machine,
-    but not logarithms and powers. The ratios therefore come from a table.
+    Only sums, products, quotients and square roots are computed here: IEEE 754 rounds those correctly on every
+    machine, but not logarithms and powers. The ratios therefore come from a table.
     """
     attempts = np.arange(_BOX_ATTEMPTS)[:, None]
     area = rng.uniform((seed, draw, ATTEMPT_AREA, attempts), index)

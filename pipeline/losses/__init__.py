@@ -163,8 +163,8 @@ def check_loss_trains(losses: Sequence[Loss], classes: int, epochs: int) -> None
         names = ", ".join(loss.name for loss in losses)
         during = "" if all(to_float(loss.weight) == 0 for loss in resolved) else f" with {classes} classes"
         raise ZeroLossError(
-            f"the loss is 0 in every batch of the {epochs} epochs{during}, so the student would learn nothing: give one"
-            f" term ({names}) a weight above 0, or leave the weight out"
+            f"the loss is 0 in every batch of the {epochs} epochs{during}, so the student would learn nothing: give"
+            f" one term ({names}) a weight above 0, or leave the weight out"
         )
 
 

@@ -138,13 +138,13 @@ def fit_combination(logits: NDArray[np.floating], labels: Rows, on_step: OnStep 
 
         mean over the rows of -log sum_k w_k softmax(z_k / T_k)[label] + sum_k (log T_k)² / (2 N)
 
-    The second part is a standard normal prior of each log T_k that weighs as much as one row, as for `--map`: a teacher
-    that is right on every row keeps a finite temperature. Among equally good blends, a teacher without weight has T = 1.
+    The second part is a standard normal prior of each log T_k that weighs as much as one row, as for `--map`: a
+    teacher that is right on every row keeps a finite temperature, and a teacher without weight has T = 1.
 
-    The weights are softmax(a): then every teacher keeps a gradient, and none is lost when its weight comes near 0. The
-    objective has several minima, because a badly calibrated teacher gets no weight as long as its temperature is wrong.
-    It is therefore minimised from several starts, see `_list_starts`. On the rows of the fit, its NLL is no worse than
-    that of any single teacher and of any mean of the teachers at T = 1.
+    The weights are softmax(a): then every teacher keeps a gradient, also when its weight comes near 0. The objective
+    has several minima, because a badly calibrated teacher gets no weight as long as its temperature is wrong. It is
+    therefore minimised from several starts, see `_list_starts`. On the rows of the fit, the NLL of the blend is no
+    worse than that of any single teacher and of any mean of the teachers at T = 1.
 
     Args:
         logits: [N, M, K] of M teachers.
@@ -192,8 +192,8 @@ def _make_objective(z: Floats, y: Rows) -> Objective:
 def _list_starts(z: Floats, y: Rows, on_step: OnStep) -> list[Floats]:
     """List the starts of the fit, each float64 [2 M]: logarithms of unnormalised weights, then of temperatures.
 
-    Equal weights, one teacher with almost all of the weight, and random weights, each at T = 1, at the best temperature
-    of each teacher alone, or near it.
+    Equal weights at T = 1 and at the best temperature of each teacher alone; most of the weight on one teacher; and
+    random weights and temperatures.
     """
     M = z.shape[1]
     alone = np.concatenate([_fit_log_temperature(z[:, [k]], y, on_step) for k in range(M)])

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import kstest, ks_2samp
+from scipy.stats import ks_2samp, kstest
 
 from softcache.base import rng
 from softcache.data.views import parse_views, render
@@ -175,7 +175,9 @@ def test_a_box_of_revision_1_has_the_documented_area_and_ratio_for_images_of_any
     min_scale: float, width: int, height: int, seed: int, draw: int
 ) -> None:
     recorder = BoxRecorder(*[(width, height)] * 8)
-    render(recorder, parse_views(f"resized-crop-flip:size=4,min_scale={min_scale},revision=1"), seed, np.arange(8), draw)
+    render(
+        recorder, parse_views(f"resized-crop-flip:size=4,min_scale={min_scale},revision=1"), seed, np.arange(8), draw
+    )
     assert len(recorder.boxes) == 8
     for left, top, right, bottom in recorder.boxes:
         assert all(edge == int(edge) for edge in (left, top, right, bottom))

@@ -63,7 +63,7 @@ def test_every_loss_trains_by_default_and_not_with_a_weight_of_0(name: str) -> N
 @pytest.mark.parametrize("spec", ["kd", "dkd", "multi_temperature"])
 def test_two_standardised_classes_are_refused_with_the_reason(spec: str) -> None:
     (loss,) = parse_losses((f"{spec}:standardize=true",))
-    with pytest.raises(UsageError, match="standardize=true needs three classes or more, not 2: .* no gradient"):
+    with pytest.raises(UsageError, match=r"standardize=true needs three classes or more, not 2: .* no gradient"):
         check_loss_trains((loss,), 2, 5)
     with pytest.raises(UsageError, match="three classes or more"):
         make_case(f"{spec}:standardize=true", 4, 2).value()
