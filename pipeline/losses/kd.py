@@ -69,13 +69,10 @@ def weighted_mean(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
 def standardize_logits(z: torch.Tensor) -> torch.Tensor:
     """Standardise each row of logits [B, K]: (z - mean) / (standard deviation + 1e-7).
 
-    Raises:
-        UsageError: for fewer than three classes. With two, each row becomes ±0.71, whatever the logits are, and has no
-            gradient.
+    With two classes each row becomes ±0.71, whatever the logits are: see `check_standardizable`.
 
     Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427, algorithm 1).
     """
-    check_standardizable(z.shape[1])
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from softcache.base.errors import UsageError
+from softcache.pipeline.batch import LossContext, ModelOutputs
 from softcache.pipeline.losses import LOSSES, ZeroLossError, check_loss_trains, parse_losses
+from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from tests.helpers.commands import Stages
-from tests.helpers.tensors import draw_normal, make_case
+from tests.helpers.tensors import draw_normal, make_batch, make_case
 
 
 @pytest.mark.parametrize(
@@ -60,13 +62,22 @@ def test_every_loss_trains_by_default_and_not_with_a_weight_of_0(name: str) -> N
         check_loss_trains(parse_losses((f"{name}:weight=0{layers}",)), 10, 1)
 
 
+def test_a_criterion_of_zeros_is_refused_when_its_parts_are_built() -> None:
+    outputs, batch = ModelOutputs(torch.randn(4, 5)), make_batch(4, torch.randn(4, 5))
+    for specs in (("kd:weight=0",), ("kd:weight=0", "hard:weight=0->0")):
+        with pytest.raises(ZeroLossError):
+            DistillationLoss(parse_losses(specs)).build_parts(outputs, batch, LossContext())
+    DistillationLoss(parse_losses(("kd:weight=0->1",))).build_parts(outputs, batch, LossContext())
+
+
 @pytest.mark.parametrize("spec", ["kd", "dkd", "multi_temperature"])
 def test_two_standardised_classes_are_refused_with_the_reason(spec: str) -> None:
     (loss,) = parse_losses((f"{spec}:standardize=true",))
     with pytest.raises(UsageError, match=r"standardize=true needs three classes or more, not 2: .* no gradient"):
         check_loss_trains((loss,), 2, 5)
+    outputs, batch = ModelOutputs(torch.randn(4, 2)), make_batch(4, torch.randn(4, 2))
     with pytest.raises(UsageError, match="three classes or more"):
-        make_case(f"{spec}:standardize=true", 4, 2).value()
+        DistillationLoss((loss,)).build_parts(outputs, batch, LossContext())
     check_loss_trains((loss,), 3, 5)
 
 
