@@ -5,10 +5,12 @@ again in stage two, and a checksum of it is stored in the cache. Every random nu
 neither batch size, order, workers nor processes can change a pixel.
 """
 
-from collections.abc import Callable
+import decimal
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [
 
 # What a random number decides: a part of its key, so that a new parameter never shifts the numbers of an old one.
 CROP_TOP, CROP_LEFT, FLIP, BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT, MIXUP_PARTNER, MIXUP_SHARE = range(9)
+ATTEMPT_AREA, ATTEMPT_RATIO, ATTEMPT_TOP, ATTEMPT_LEFT = range(9, 13)  # the first two followed by the attempt
+
+_BOX_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
 class ImageSource(Protocol):
@@ -71,6 +76,8 @@ class ViewPolicy:
         crop: Whether a window of the image's size is cut out of the padded image (He et al. 2016, section 4.2).
         flip: Whether a view is mirrored left to right, with probability 1/2.
         resized_crop: Whether a random box is cut out and resized (Szegedy et al. 2015), of ratio 3/4 to 4/3.
+        revision: How the boxes of resized crops are drawn: 2 as torchvision's RandomResizedCrop, 1 as in caches that
+            were made before there was a revision, see `_draw_boxes_of_revision_1`.
         pad: Pixels of zero padding on each side before a crop.
         min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
         mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
@@ -82,6 +89,7 @@ class ViewPolicy:
     crop: bool = False
     flip: bool = False
     resized_crop: bool = False
+    revision: int = 1
     pad: int = 0
     min_scale: float = 1.0
     mixup: float = 0.0
@@ -89,8 +97,14 @@ class ViewPolicy:
     resize: int = 0
 
     def parameters(self) -> dict[str, float]:
-        """Return the parameters that this policy has, with their values: part of a cache's identity."""
-        return {name: getattr(self, name) for name in _list_parameters(self)}
+        """Return the parameters that this policy has, with their values: part of a cache's identity.
+
+        Revision 1 is left out, as in the identities of the caches that were made with it.
+        """
+        values = {name: getattr(self, name) for name in _list_parameters(self)}
+        if self.revision == 1:
+            values.pop("revision", None)
+        return values
 
     def without_augmentation(self) -> "ViewPolicy":
         """Return the policy of held-out splits: views of the same size, nothing random."""
@@ -105,7 +119,7 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "none": ViewPolicy("none"),
     "crop": ViewPolicy("crop", crop=True, pad=4),
     "crop-flip": ViewPolicy("crop-flip", crop=True, flip=True, pad=4),
-    "resized-crop-flip": ViewPolicy("resized-crop-flip", resized_crop=True, flip=True, min_scale=0.08),
+    "resized-crop-flip": ViewPolicy("resized-crop-flip", resized_crop=True, revision=2, flip=True, min_scale=0.08),
 }
 
 
@@ -114,7 +128,7 @@ def _list_parameters(policy: ViewPolicy) -> list[str]:
     if policy.crop:
         return ["pad", *names]
     if policy.resized_crop:
-        return ["min_scale", *names]
+        return ["min_scale", *names, "revision"]
     return names
 
 
@@ -132,15 +146,32 @@ def parse_views(spec: str) -> ViewPolicy:
     values: dict[str, float] = {}
     for parameter, text in texts.items():
         value = parse_number(spec, "views", parameter, text)
-        low, high = (0.001, 1.0) if parameter == "min_scale" else (0.0, 4096.0)
+        low, high = {"min_scale": (0.001, 1.0), "revision": (1.0, 2.0)}.get(parameter, (0.0, 4096.0))
         if not low <= value <= high:
             raise UsageError(f"views '{spec}': {parameter}={text} is outside {low:g} to {high:g}")
-        if parameter in ("pad", "size", "resize"):
+        if parameter in ("pad", "size", "resize", "revision"):
             if value != int(value):
                 raise UsageError(f"views '{spec}': {parameter}={text} is not a whole number")
             value = int(value)
         values[parameter] = value
     return replace(policy, **values)  # type: ignore[arg-type]
+
+
+def read_views(record: Mapping[str, Any]) -> ViewPolicy:
+    """Return the policy that the identity of a cache records.
+
+    Args:
+        record: Its "views": the policy's name, its parameters, and the seed of the views, not yet checked.
+
+    Raises:
+        KeyError: There is no name.
+        UsageError: As in `parse_views`.
+    """
+    policy = str(record["policy"])
+    parameters = {name: value for name, value in record.items() if name not in ("policy", "seed")}
+    if policy in VIEW_POLICIES and VIEW_POLICIES[policy].resized_crop:
+        parameters.setdefault("revision", 1)
+    return parse_views(f"{policy}:" + ",".join(f"{name}={value}" for name, value in parameters.items()))
 
 
 def render(images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw) -> torch.Tensor:
@@ -219,7 +250,8 @@ def _render_unmixed(
     images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw
 ) -> torch.Tensor:
     if policy.resized_crop:
-        views = images.load_boxes(index, policy.size, _draw_boxes(policy, seed, index, draw))
+        draw_boxes = _draw_boxes if policy.revision == 2 else _draw_boxes_of_revision_1
+        views = images.load_boxes(index, policy.size, draw_boxes(policy, seed, index, draw))
     elif policy.crop and policy.pad:
         views = _random_crop(images, policy, seed, index, draw)
     else:
@@ -252,10 +284,56 @@ def pad_images(images: NDArray[np.uint8], pad: int) -> NDArray[np.uint8]:
 
 
 def _draw_boxes(policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw) -> Callable[[int, int, int], Box]:
-    """Boxes of resized crops, computed with sums, products, quotients and square roots alone.
+    """Draw the boxes of resized crops with the distribution of torchvision's RandomResizedCrop.
 
-    IEEE 754 rounds those correctly on every machine, but not logarithms and powers: hence the ratio (3 + u) / (4 - u),
-    which runs from 3/4 to 4/3 and at 1 - u is its own inverse, in place of the usual exp(uniform(log 3/4, log 4/3)).
+    An attempt draws an area, uniform from min_scale to 1 of the image's, and a ratio, log-uniform from 3/4 to 4/3. The
+    first of ten attempts whose box fits into the image gets a uniform position. When none fits, the box is the largest
+    one in the centre whose ratio is within these bounds.
+
+    Only sums, products, quotients and square roots are computed here: IEEE 754 rounds those correctly on every
+    machine, but not logarithms and powers. The ratios therefore come from a table.
+    """
+    attempts = np.arange(_BOX_ATTEMPTS)[:, None]
+    area = rng.uniform((seed, draw, ATTEMPT_AREA, attempts), index)
+    shares = (policy.min_scale + (1.0 - policy.min_scale) * area).T.tolist()
+    ratios = _tabulate_ratios()[rng.integers((seed, draw, ATTEMPT_RATIO, attempts), index, _RATIOS)].T.tolist()
+    top, left = (rng.uniform((seed, draw, purpose), index).tolist() for purpose in (ATTEMPT_TOP, ATTEMPT_LEFT))
+
+    def box(row: int, width: int, height: int) -> Box:
+        for share, ratio in zip(shares[row], ratios[row], strict=True):
+            area = share * (width * height)
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                x, y = int(left[row] * (width - w + 1)), int(top[row] * (height - h + 1))
+                return float(x), float(y), float(x + w), float(y + h)
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        x, y = (width - w) // 2, (height - h) // 2
+        return float(x), float(y), float(x + w), float(y + h)
+
+    return box
+
+
+_RATIOS = 4096
+
+
+@lru_cache(maxsize=1)
+def _tabulate_ratios() -> NDArray[np.float64]:
+    """4,096 equally likely ratios, log-uniform from 3/4 to 4/3: the same numbers on every machine.
+
+    Python's decimal module rounds exponentials and logarithms correctly, unlike the C library.
+    """
+    with decimal.localcontext(decimal.Context(prec=30)):
+        step = 2 * (decimal.Decimal(4) / 3).ln() / _RATIOS
+        middles = (decimal.Decimal(2 * k + 1 - _RATIOS) / 2 for k in range(_RATIOS))
+        return np.array([float((step * middle).exp()) for middle in middles])
+
+
+def _draw_boxes_of_revision_1(
+    policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw
+) -> Callable[[int, int, int], Box]:
+    """Draw the boxes of resized crops as for caches without a revision: every draw is made to fit.
+
+    The mean area is 0.54 where `_draw_boxes` has 0.48, and more boxes touch two opposite sides of the image.
     """
     area, ratio, top, left = (
         rng.uniform((seed, draw, purpose), index) for purpose in (BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT)

@@ -22,7 +22,7 @@ from softcache.base.errors import CacheError, CacheMismatchError, UsageError, ma
 from softcache.base.progress import Progress
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.views import ViewPolicy, parse_views
+from softcache.data.views import ViewPolicy, read_views
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.models.prepared_model import InputSpec
 
@@ -110,8 +110,7 @@ class Cache:
                 raise ValueError(f"{name} {value} is not between {smallest} and {largest}")
         if type(views["seed"]) is not int or type(views["size"]) is not int or isinstance(views["policy"], float):
             raise ValueError("seed and size of the views are no integers, or the policy is no name")
-        parameters = ",".join(f"{k}={v}" for k, v in views.items() if k not in ("policy", "seed"))
-        self.views: ViewPolicy = parse_views(f"{views['policy']}:{parameters}")
+        self.views: ViewPolicy = read_views(views)
         self.seed = int(views["seed"])
         self.codec = CODECS[identity["codec"]]
         self.classes = self.manifest.classes

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 
-from .base import Loss, Ramp
+from .base import Loss, Ramp, to_float
 from .classifier import SRRL, CatKD, SimKD
 from .crd import CRD
 from .decoupled import DIST, DKD, NKD, MultiTemperature
@@ -25,7 +25,7 @@ from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
 
-__all__ = ["LOSSES", "Loss", "parse_losses", "resolve_ramps"]
+__all__ = ["LOSSES", "Loss", "ZeroLossError", "check_loss_trains", "parse_losses", "resolve_ramps"]
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
@@ -138,6 +138,34 @@ def _parse_number_or_ramp(spec: str, parameter: str, text: str) -> float | Ramp:
     if mark and not (epochs.isdecimal() and 0 < int(epochs) <= 1_000_000):
         raise UsageError(f"loss '{spec}': {parameter}={text}: after @ comes the epoch in which {end} is reached")
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
+
+
+class ZeroLossError(UsageError):
+    """The sum of losses is 0 in every batch: a student would learn nothing."""
+
+
+def check_loss_trains(losses: Sequence[Loss], classes: int, epochs: int) -> None:
+    """Check that a student learns something from the sum of losses.
+
+    Args:
+        losses: the terms.
+        classes: K, the number of classes.
+        epochs: the epochs of the training.
+
+    Raises:
+        ZeroLossError: when every term is 0 in every epoch.
+        UsageError: when a parameter does not work with so few classes.
+    """
+    # A ramp is linear: it is 0 throughout where it is 0 at both ends.
+    resolved = [resolve_ramps(loss, epoch, epochs) for epoch in (0, epochs - 1) for loss in losses]
+    is_zero = [loss.is_zero(classes) or to_float(loss.weight) == 0 for loss in resolved]
+    if all(is_zero):
+        names = ", ".join(loss.name for loss in losses)
+        during = "" if all(to_float(loss.weight) == 0 for loss in resolved) else f" with {classes} classes"
+        raise ZeroLossError(
+            f"the loss is 0 in every batch of the {epochs} epochs{during}, so the student would learn nothing: give"
+            f" one term ({names}) a weight above 0, or leave the weight out"
+        )
 
 
 def resolve_ramps(loss: Loss, epoch: int, epochs: int) -> Loss:

@@ -82,6 +82,17 @@ class Loss(Protocol):
         """Return the names of the student's layers that the loss reads."""
         return ()
 
+    def is_zero(self, classes: int) -> bool:
+        """Return whether the term is the same in every batch, so that nothing is learned from it.
+
+        Args:
+            classes: K, the number of classes.
+
+        Raises:
+            UsageError: for a parameter that does not work with so few classes.
+        """
+        return False
+
     def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
         """Build the module that belongs to the loss, such as a regressor.
 

@@ -90,6 +90,9 @@ class SRRL(FeatureLoss):
         s, t = self.feature_pairs(student, batch)[0]
         return Connector(s.flatten(1).shape[1], require_head(self, context, t.flatten(1).shape[1]))
 
+    def is_zero(self, classes: int) -> bool:
+        return to_float(self.features) == to_float(self.outputs) == 0
+
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         assert part is not None
         s, t = self.feature_pairs(student, batch)[0]

@@ -11,7 +11,7 @@ from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, ModelOutputs
 
 from .base import Loss, Ramp, to_float
-from .kd import kd_mean, standardize_logits, teacher_logits
+from .kd import check_standardizable, kd_mean, standardize_logits, teacher_logits
 
 
 def target_class(batch: Batch, z_t: torch.Tensor) -> torch.Tensor:
@@ -68,6 +68,11 @@ class DKD(Loss):
     name: ClassVar[str] = "dkd"
     needs_single_label: ClassVar[bool] = True
 
+    def is_zero(self, classes: int) -> bool:
+        if self.standardize:
+            check_standardizable(classes)
+        return to_float(self.target) == 0 and (classes < 3 or to_float(self.nontarget) == 0)
+
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
         y = target_class(batch, z_t)
@@ -102,6 +107,9 @@ class NKD(Loss):
     name: ClassVar[str] = "nkd"
     needs_single_label: ClassVar[bool] = True
 
+    def is_zero(self, classes: int) -> bool:
+        return to_float(self.target) == 0 and (classes < 3 or to_float(self.nontarget) == 0)
+
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
         y = target_class(batch, z_t)
@@ -134,6 +142,9 @@ class DIST(Loss):
     within: float | Ramp = 1.0
     name: ClassVar[str] = "dist"
 
+    def is_zero(self, classes: int) -> bool:
+        return to_float(self.between) == to_float(self.within) == 0
+
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         t = to_float(self.temperature)
         p_s, p_t = F.softmax(student.logits / t, dim=1), F.softmax(teacher_logits(student, batch) / t, dim=1)
@@ -160,9 +171,11 @@ class MultiTemperature(Loss):
         temperatures: the values of T joined by +, each from 0.001 on.
         batch: factor of the part between rows.
         classes: factor of the part between classes.
-        standardize: standardise the logits of each row first, see `kd`.
+        standardize: standardise the logits of each row in the KL divergence, see `kd`. The parts between rows and
+            between classes read the logits as they are, as in the program of Sun et al. 2024.
 
-    Source: Jin, Wang and Lin 2023, "Multi-Level Logit Distillation" (CVPR, equations 4 to 8).
+    Source: Jin, Wang and Lin 2023, "Multi-Level Logit Distillation" (CVPR, equations 4 to 8); `standardize`: Sun et
+        al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427).
     """
 
     weight: float | Ramp = 0.9
@@ -182,16 +195,18 @@ class MultiTemperature(Loss):
                 f"loss '{self.name}': temperatures={self.temperatures} is no list of numbers such as 2+3+4"
             )
 
+    def is_zero(self, classes: int) -> bool:
+        if self.standardize:
+            check_standardizable(classes)
+        return False
+
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, batch)
-        if self.standardize:
-            z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
-        terms = [self._term_at(z_s, z_t, float(t)) for t in self.temperatures.split("+")]
+        kl_s, kl_t = (standardize_logits(z_s), standardize_logits(z_t)) if self.standardize else (z_s, z_t)
+        terms = []
+        for t in (float(text) for text in self.temperatures.split("+")):
+            p_s, p_t = F.softmax(z_s / t, dim=1), F.softmax(z_t / t, dim=1)
+            rows = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / p_s.shape[0]
+            columns = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / p_s.shape[1]
+            terms.append(kd_mean(kl_s, kl_t, t) + to_float(self.batch) * rows + to_float(self.classes) * columns)
         return torch.stack(terms).sum()
-
-    def _term_at(self, z_s: torch.Tensor, z_t: torch.Tensor, t: float) -> torch.Tensor:
-        """Compute the term of one temperature."""
-        p_s, p_t = F.softmax(z_s / t, dim=1), F.softmax(z_t / t, dim=1)
-        rows = (p_s @ p_s.T - p_t @ p_t.T).square().sum() / p_s.shape[0]
-        columns = (p_s.T @ p_s - p_t.T @ p_t).square().sum() / p_s.shape[1]
-        return kd_mean(z_s, z_t, t) + to_float(self.batch) * rows + to_float(self.classes) * columns

@@ -9,7 +9,7 @@ from torch import nn
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 from softcache.pipeline.taps.statistics import derive_features
 
-from . import resolve_ramps
+from . import check_loss_trains, resolve_ramps
 from .base import Loss, list_student_taps, list_teacher_taps, to_float
 from .multi_teacher import wrap_loss
 
@@ -66,8 +66,9 @@ class DistillationLoss(nn.Module):
             context: the teacher's head, its memory bank and the class counts.
 
         Raises:
-            UsageError: for layers that do not fit together.
+            UsageError: for layers that do not fit together, or losses from which nothing is learned.
         """
+        check_loss_trains(self.losses, classes=student.logits.shape[-1], epochs=2)  # two: both ends of each ramp
         batch = self.with_teacher_taps(batch)
         for name, loss in zip(self.names, self.losses, strict=True):
             if (part := loss.build_part(student, batch, context)) is not None:

@@ -69,9 +69,20 @@ def weighted_mean(rows: torch.Tensor, batch: Batch) -> torch.Tensor:
 def standardize_logits(z: torch.Tensor) -> torch.Tensor:
     """Standardise each row of logits [B, K]: (z - mean) / (standard deviation + 1e-7).
 
+    With two classes each row becomes ±0.71, whatever the logits are: see `check_standardizable`.
+
     Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427, algorithm 1).
     """
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
+
+
+def check_standardizable(classes: int) -> None:
+    """Raise UsageError for so few classes that standardised logits have no gradient."""
+    if classes < 3:
+        raise UsageError(
+            f"standardize=true needs three classes or more, not {classes}: standardised, two logits are ±0.71 in every"
+            " row, so the loss has no gradient; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,8 @@ class KD(Loss):
     Args:
         weight: factor of the term in the sum of losses.
         temperature: T, from 0.001 on.
-        standardize: standardise the logits of each row first, usually with T = 2 and a weight of 9.
+        standardize: standardise the logits of each row first, usually with T = 2 and a weight of 9; for three classes
+            or more.
 
     Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531, section
         2); `standardize`: Sun et al. 2024, "Logit Standardization in Knowledge Distillation" (arXiv 2403.01427).
@@ -95,6 +107,11 @@ class KD(Loss):
     standardize: bool = False
     name: ClassVar[str] = "kd"
     is_row_mean: ClassVar[bool] = True
+
+    def is_zero(self, classes: int) -> bool:
+        if self.standardize:
+            check_standardizable(classes)
+        return False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         z_s, z_t = student.logits, teacher_logits(student, batch)

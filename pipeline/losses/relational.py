@@ -116,6 +116,9 @@ class RKD(FeatureLoss):
     name: ClassVar[str] = "rkd"
     statistic: ClassVar[str] = "pool"
 
+    def is_zero(self, classes: int) -> bool:
+        return to_float(self.distance) == to_float(self.angle) == 0
+
     def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         s, t = s.flatten(1), t.flatten(1)
         distance_term = F.smooth_l1_loss(_relative_distances(s), _relative_distances(t))
@@ -190,6 +193,9 @@ class CC(FeatureLoss):
     gamma: float | Ramp = 0.4
     name: ClassVar[str] = "cc"
     statistic: ClassVar[str] = "pool"
+
+    def is_zero(self, classes: int) -> bool:
+        return to_float(self.gamma) == 0  # every entry of the kernels is 1 then
 
     def pair_loss(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return (self._kernel(s) - self._kernel(t)).square().mean()

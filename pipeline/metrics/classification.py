@@ -34,7 +34,7 @@ def evaluate(
         rows, labelled: Numbers of rows.
         agreement: Share of rows in which the model and the teacher predict the same class.
         kl_to_teacher: Mean of KL(teacher || model) at temperature 1, in nats.
-        accuracy, top5: Shares of rows; top5 is None up to 5 classes.
+        accuracy, top5: Shares of rows; top5 is None up to 5 classes. Of equal logits the first class comes first.
         nll, brier: Means over the rows; in nats, and in 0 … 2.
         ece: Expected calibration error, 15 bins of equal width.
         precision_macro, recall_macro, f1_macro: Over the classes that occur.
@@ -52,10 +52,10 @@ def evaluate(
     result: dict[str, Any] = {"rows": len(labels), "labelled": int(is_labelled.sum())}
     if teacher is not None:
         log_t = log_softmax(teacher)
-        result["agreement"] = float((log_p.argmax(1) == log_t.argmax(1)).mean())
+        result["agreement"] = float((logits.argmax(1) == teacher.argmax(1)).mean())
         result["kl_to_teacher"] = float((np.exp(log_t) * (log_t - log_p)).sum(1).mean())
     if is_labelled.any():
-        result |= _compute_label_metrics(log_p[is_labelled], labels[is_labelled])
+        result |= _compute_label_metrics(logits[is_labelled], log_p[is_labelled], labels[is_labelled])
         result |= _compute_recall_by_group(result["per_class"]["recall"], counts)
     return result
 
@@ -88,8 +88,24 @@ def _compute_f1_macro(labels: Labels, predicted: Labels) -> float:
     return float((2 * hits / np.maximum(rows + predictions, 1))[rows > 0].mean())
 
 
-def _compute_label_metrics(log_p: Floats, labels: Labels) -> dict[str, Any]:
-    p, predicted, K = np.exp(log_p), log_p.argmax(1), log_p.shape[1]
+def rank_labels(logits: NDArray[np.floating], labels: Labels) -> NDArray[np.int64]:
+    """Return the place of each row's label among its classes, by falling logit: int64 [N], 0 for the largest logit.
+
+    Of equal logits the first class comes first, as in argmax: a label has the place 0 exactly where it is predicted.
+
+    Args:
+        logits: float [N, K].
+        labels: int64 [N], none hidden.
+    """
+    at_label = np.take_along_axis(logits, labels[:, None], 1)
+    is_earlier_class = np.arange(logits.shape[1]) < labels[:, None]
+    is_before = (logits > at_label) | ((logits == at_label) & is_earlier_class)
+    return np.asarray(is_before.sum(1), np.int64)
+
+
+def _compute_label_metrics(logits: NDArray[np.floating], log_p: Floats, labels: Labels) -> dict[str, Any]:
+    """Compute the metrics that need labels. Predictions are read from the logits: rounding can tie probabilities."""
+    p, predicted, K = np.exp(log_p), logits.argmax(1), log_p.shape[1]
     one_hot = np.eye(K)[labels]
     present = np.unique(labels)
     precision, recall, f1, support = sk.precision_recall_fscore_support(
@@ -97,7 +113,7 @@ def _compute_label_metrics(log_p: Floats, labels: Labels) -> dict[str, Any]:
     )
     return {
         "accuracy": float(sk.accuracy_score(labels, predicted)),
-        "top5": float(sk.top_k_accuracy_score(labels, log_p, k=5, labels=np.arange(K))) if K > 5 else None,
+        "top5": float((rank_labels(logits, labels) < 5).mean()) if K > 5 else None,
         "nll": mean_nll(log_p, labels),
         "brier": float(((p - one_hot) ** 2).sum(1).mean()),
         "ece": calibration_error(p.max(1), predicted == labels),

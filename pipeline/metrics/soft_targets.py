@@ -30,7 +30,7 @@ def calibration(logits: NDArray[np.floating], labels: Labels) -> dict[str, Any]:
     """
     is_labelled = labels >= 0
     log_p, labels = log_softmax(logits[is_labelled]), labels[is_labelled]
-    confidence, is_correct = np.exp(log_p.max(1)), log_p.argmax(1) == labels
+    confidence, is_correct = np.exp(log_p.max(1)), logits[is_labelled].argmax(1) == labels
     bins = assign_bins(confidence)
     edges = np.linspace(0, 1, ECE_BINS + 1)
     return {

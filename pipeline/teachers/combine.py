@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError, unknown_name_error
 
-from .distribution_map import Floats, OnStep, minimize_convex
+from .distribution_map import Floats, OnStep, minimize
 
 Rows = NDArray[np.int64]
 SINGLE_OUTPUT = ("mean_probability", "mean_logit", "geometric", "weighted", "vote", "learned")  # one distribution
 PER_TEACHER = ("per_teacher", "ca_mkd")  # losses are computed with the logits of each teacher
-_LOG_T = (-3, 3)  # bounds of the logarithms of learned temperatures
+# Bounds of the logarithms of learned temperatures and unnormalised weights. They keep a step of the optimiser from an
+# overflow; minima lie within them.
+_LOG_T, _LOG_WEIGHT = (-20.0, 20.0), (-40.0, 40.0)
+_RANDOM_STARTS = 4  # for each teacher after the first
+_ROUGH_SIZE = 100_000  # numbers in the logits, beyond which starts are compared on a part of the rows
 _TIE = 1e-3  # weight of the mean probability beside the votes: it decides ties, and no class has probability 0
 
 
@@ -128,18 +132,27 @@ def _check_weights(what: str, weights: tuple[float, ...]) -> None:
 
 
 def fit_combination(logits: NDArray[np.floating], labels: Rows, on_step: OnStep = lambda: None) -> Combination:
-    """Fit the blend sum_k w_k softmax(z_k / T_k) with the least NLL on a validation split.
+    """Fit the blend sum_k w_k softmax(z_k / T_k) to a validation split.
 
-    For given temperatures the weights are a convex problem. It is solved twice, at T = 1 and at the best temperature
-    of each teacher alone: at T = 1 a badly calibrated teacher gets no weight, and a temperature without weight is
-    never fitted. From both solutions, weights and temperatures are then fitted jointly, because the mean of calibrated
-    teachers is under-confident. On these rows the result is no worse than any teacher, with or without a temperature,
-    and any mean of teachers.
+    The objective over the N labelled rows, in nats, is
+
+        mean over the rows of -log sum_k w_k softmax(z_k / T_k)[label] + sum_k (log T_k)² / (2 N)
+
+    The second part is a standard normal prior of each log T_k that weighs as much as one row, as for `--map`: a
+    teacher that is right on every row keeps a finite temperature, and a teacher without weight has T = 1.
+
+    The weights are softmax(a): then every teacher keeps a gradient, also when its weight comes near 0. The objective
+    has several minima, because a badly calibrated teacher gets no weight as long as its temperature is wrong. It is
+    therefore minimised from several starts, see `_list_starts`. On the rows of the fit, the NLL of the blend is no
+    worse than that of any single teacher and of any mean of the teachers at T = 1.
 
     Args:
         logits: [N, M, K] of M teachers.
         labels: int64 [N], -1 where there is none; such rows are left out.
         on_step: Called after each step of an optimiser.
+
+    Returns:
+        The blend. Teachers that make it no better have the weight 0.
 
     Raises:
         UsageError: No row has a label.
@@ -147,46 +160,95 @@ def fit_combination(logits: NDArray[np.floating], labels: Rows, on_step: OnStep 
     is_labelled = labels >= 0
     if not is_labelled.any():
         raise UsageError("--combine learned is fitted to validation labels, and these images have none")
-    z = torch.from_numpy(logits[is_labelled].astype(np.float64))
-    y = torch.from_numpy(labels[is_labelled])
+    z, y = logits[is_labelled].astype(np.float64), labels[is_labelled]
+    objective = rough_objective = _make_objective(z, y)
+    if z.size > _ROUGH_SIZE:
+        rows = np.linspace(0, len(y) - 1, max(500, len(y) * _ROUGH_SIZE // z.size)).astype(np.int64)
+        rough_objective = _make_objective(z[rows], y[rows])
+    starts = _list_starts(z, y, on_step)
+    rough_ends = [_minimize(rough_objective, start, on_step, gradient_tolerance=1e-4) for start in starts]
+    finalists = _select_best(rough_ends, objective, count=4)
+    ends = [_minimize(objective, start, on_step, gradient_tolerance=1e-8) for start in finalists]
+    (best,) = _select_best(ends, objective, count=1)
+    weights, log_temperatures = _drop_useless(best, objective, on_step)
+    return Combination("learned", tuple(weights.tolist()), tuple(np.exp(log_temperatures).tolist()))
+
+
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (log weights [M], log temperatures [M]) -> scalar
+
+
+def _make_objective(z: Floats, y: Rows) -> Objective:
+    """The objective of `fit_combination` for logits [N, M, K] and labels [N]."""
+    logits, rows, classes = torch.from_numpy(z), torch.arange(len(y)), torch.from_numpy(y)
+
+    def objective(log_weights: torch.Tensor, log_temperatures: torch.Tensor) -> torch.Tensor:
+        at_label = F.log_softmax(logits * (-log_temperatures).exp()[None, :, None], dim=2)[rows, :, classes]
+        nll = -(at_label + log_weights).logsumexp(1).mean()
+        return nll + log_temperatures.square().sum() / (2 * len(y))
+
+    return objective
+
+
+def _list_starts(z: Floats, y: Rows, on_step: OnStep) -> list[Floats]:
+    """List the starts of the fit, each float64 [2 M]: logarithms of unnormalised weights, then of temperatures.
+
+    Equal weights at T = 1 and at the best temperature of each teacher alone; most of the weight on one teacher; and
+    random weights and temperatures.
+    """
     M = z.shape[1]
-
-    def nll(x: torch.Tensor) -> torch.Tensor:
-        """x [2 M]: weights, then logarithms of temperatures."""
-        at_label = F.log_softmax(z / x[M:].exp()[None, :, None], dim=2)[torch.arange(len(y)), :, y]
-        return -(at_label + x[:M].clamp(min=1e-12).log()).logsumexp(1).mean()
-
-    log_temperatures = np.concatenate([_fit_log_temperature(z[:, k], y, on_step) for k in range(M)])
-    starts = [_fit_weights(nll, log_t, on_step) for log_t in (np.zeros(M), log_temperatures)]
-    bounds = [(0, 1)] * M + [_LOG_T] * M
-    ends = [minimize_convex(nll, start, on_step, bounds=bounds, **_simplex(M)) for start in starts]
-    best = min([*ends, *starts], key=lambda x: float(nll(torch.from_numpy(x))))
-    weights = np.clip(best[:M], 0, 1) / np.clip(best[:M], 0, 1).sum()
-    return Combination("learned", tuple(weights.tolist()), tuple(np.exp(best[M:]).tolist()))
+    alone = np.concatenate([_fit_log_temperature(z[:, [k]], y, on_step) for k in range(M)])
+    equal = np.zeros(M)
+    starts = [np.concatenate([equal, log_t]) for log_t in (equal, alone)]
+    starts += [np.concatenate([3.0 * np.eye(M)[k], alone]) for k in range(M)]
+    random = np.random.default_rng(0)
+    starts += [
+        np.concatenate([random.normal(size=M), alone + random.normal(size=M)]) for _ in range(_RANDOM_STARTS * (M - 1))
+    ]
+    return starts
 
 
-def _fit_log_temperature(z: torch.Tensor, y: torch.Tensor, on_step: OnStep) -> Floats:
-    """float64 [1]: the logarithm of the best temperature of one teacher. z: [N, K]; y: [N]."""
-    return minimize_convex(lambda x: F.cross_entropy(z / x.exp(), y), np.zeros(1), on_step, bounds=[_LOG_T])
+def _fit_log_temperature(z: Floats, y: Rows, on_step: OnStep) -> Floats:
+    """float64 [1]: the logarithm of the best temperature of one teacher. z: [N, 1, K]; y: [N]."""
+    objective = _make_objective(z, y)
+    weight = torch.zeros(1, dtype=torch.float64)
+    return minimize(lambda x: objective(weight, x), np.zeros(1), on_step, bounds=[_LOG_T])
 
 
-def _fit_weights(nll: Callable[[torch.Tensor], torch.Tensor], log_t: Floats, on_step: OnStep) -> Floats:
-    """float64 [2 M]: the best weights at these logarithms of temperatures [M], then the latter."""
-    M = len(log_t)
-    fixed, mean = torch.from_numpy(log_t), np.full(M, 1 / M)
+def _minimize(objective: Objective, start: Floats, on_step: OnStep, gradient_tolerance: float) -> Floats:
+    """Minimise an objective from a start of the form of `_list_starts`."""
+    M = len(start) // 2
+    return minimize(
+        lambda x: objective(x[:M].log_softmax(0), x[M:]),
+        start,
+        on_step,
+        bounds=[_LOG_WEIGHT] * M + [_LOG_T] * M,
+        gradient_tolerance=gradient_tolerance,
+    )
 
-    def nll_of_weights(x: torch.Tensor) -> torch.Tensor:
-        return nll(torch.cat([x, fixed]))
 
-    fitted = minimize_convex(nll_of_weights, mean, on_step, bounds=[(0, 1)] * M, **_simplex(M))
-    best = min([mean, *np.eye(M), fitted], key=lambda x: float(nll_of_weights(torch.from_numpy(x))))
-    return np.concatenate([best, log_t])
+def _select_best(points: list[Floats], objective: Objective, count: int) -> list[Floats]:
+    """Select the points with the least values, best first, each value once."""
+    values: dict[float, Floats] = {}
+    for point in points:
+        x = torch.from_numpy(point)
+        M = len(x) // 2
+        values.setdefault(round(float(objective(x[:M].log_softmax(0), x[M:])), 6), point)
+    return [values[value] for value in sorted(values)[:count]]
 
 
-def _simplex(M: int) -> dict[str, Any]:
-    """Arguments of minimize_convex: the first M parameters add up to 1."""
-    total = {"type": "eq", "fun": lambda x: x[:M].sum() - 1, "jac": lambda x: (np.arange(len(x)) < M).astype(float)}
-    return {"method": "SLSQP", "constraints": [total]}
+def _drop_useless(point: Floats, objective: Objective, on_step: OnStep) -> tuple[Floats, Floats]:
+    """Return weights and logarithms of temperatures [M], without the weight of teachers that do not help."""
+    M = len(point) // 2
+    log_weights, log_temperatures = torch.from_numpy(point[:M]).log_softmax(0), torch.from_numpy(point[M:])
+    value = objective(log_weights, log_temperatures)
+    for k in log_weights.argsort().tolist()[:-1]:
+        fewer = log_weights.clone()
+        fewer[k] = -math.inf
+        fewer, cooler = fewer.log_softmax(0), log_temperatures.clone()
+        cooler[k] = 0.0
+        if (rest := objective(fewer, cooler)) <= value:
+            log_weights, log_temperatures, value = fewer, cooler, rest
+    return log_weights.exp().numpy(), log_temperatures.numpy()
 
 
 def confidence_weights(terms: torch.Tensor, is_labelled: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy import optimize
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
@@ -171,24 +171,24 @@ def _minimize_nll(
     def negative_log_posterior(x: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(_apply(z, *to_affine(x)), y) + (x - origin).square().sum() / (2 * len(y))
 
-    return torch.from_numpy(minimize_convex(negative_log_posterior, start, on_step, bounds=bounds))
+    return torch.from_numpy(minimize(negative_log_posterior, start, on_step, bounds=bounds))
 
 
-def minimize_convex(
+def minimize(
     function: Callable[[torch.Tensor], torch.Tensor],
     start: Floats,
     on_step: OnStep,
-    method: str = "L-BFGS-B",
     bounds: Sequence[tuple[float, float]] | None = None,
-    constraints: Sequence[dict[str, Any]] = (),
+    gradient_tolerance: float = 1e-5,
 ) -> Floats:
-    """Find the minimum of a differentiable function by SciPy.
+    """Find a minimum of a differentiable function by L-BFGS-B: for a convex one, the minimum.
 
     Args:
         function: float64 [n] -> a scalar, differentiable by PyTorch.
         start: float64 [n].
         on_step: Called after each step.
-        method, bounds, constraints: As of scipy.optimize.minimize.
+        bounds: (least, most) of each parameter.
+        gradient_tolerance: largest part of the gradient at which the search ends.
 
     Returns:
         float64 [n], where the function is least.
@@ -201,14 +201,13 @@ def minimize_convex(
         assert point.grad is not None
         return float(value.detach()), point.grad.numpy()
 
-    minimum: Floats = minimize(
+    minimum: Floats = optimize.minimize(
         value_and_gradient,
         start,
         jac=True,
-        method=method,
+        method="L-BFGS-B",
         bounds=bounds,
-        constraints=constraints,
-        options={"maxiter": 500, "ftol": 1e-10},
+        options={"maxiter": 500, "ftol": 1e-10, "gtol": gradient_tolerance},
         callback=lambda _: on_step(),
     ).x
     return minimum

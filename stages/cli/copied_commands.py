@@ -55,6 +55,9 @@ def read_cache_config(cache: Cache) -> CacheConfig:
     recorded: dict[str, Any] = {
         name: value for name, value in manifest.settings.items() if name in types and type(value) is types[name]
     }
+    if cache.views.resized_crop and "revision=" not in recorded.get("views", "revision="):
+        views = recorded["views"]  # without a revision, this text would mean the newest one
+        recorded["views"] = f"{views}{',' if ':' in views else ':'}revision={cache.views.revision}"
     return CacheConfig(**recorded | {"draws": manifest.draws, "taps": ",".join(manifest.taps)})
 
 

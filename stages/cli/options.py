@@ -1,6 +1,7 @@
 """From the fields of a config class to click's options, and from a command line to a config."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -128,6 +129,8 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> str:
         return next((problem for item in value if (problem := _check_range(field, item))), "")
     if value == "":  # an unset variable of a script, not a wish for the default
         return f"{to_flag(field.name)} is empty"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{to_flag(field.name)} {value} is not a finite number"
     least, most = field.metadata.get("least"), field.metadata.get("most")
     if least is not None and not value >= least:
         return f"{to_flag(field.name)} {value} is below {least}"

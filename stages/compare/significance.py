@@ -59,6 +59,20 @@ def compare_pairs(pairs: Sequence[tuple[Candidate, Candidate]], on_progress: Cal
     ]
 
 
+def format_accuracy_interval(record: Record) -> tuple[str, str]:
+    """Format the interval and the verdict of a record with a verdict, of one pair.
+
+    Returns:
+        Such as "95 % interval -0.60 to +1.30", in points, and "no significant difference between these trained
+        students".
+    """
+    low, high = (f"{100 * record['accuracy'][key]:+.2f}" for key in ("low", "high"))
+    verdict = VERDICT_TEXT[record["verdict"]]
+    if record["about"] == "students":
+        verdict += " between these trained students"
+    return f"{100 * record['level']:.4g} % interval {low} to {high}", verdict
+
+
 def _read_predictions(candidate: Candidate) -> Predictions | str:
     """Read the predictions of a candidate, or say why they cannot be compared."""
     try:

@@ -6,7 +6,7 @@ from softcache.base.errors import CacheError, make_printable
 from softcache.pipeline.metrics.significance import RESAMPLES
 from softcache.stages.cli.console import format_duration, progress_bar
 from softcache.stages.compare.candidates import read_candidate
-from softcache.stages.compare.significance import VERDICT_TEXT, compare_pairs
+from softcache.stages.compare.significance import compare_pairs, format_accuracy_interval
 
 from .load import LoadedRun
 from .table import Group, Row
@@ -75,11 +75,8 @@ def _format_verdict(run: LoadedRun) -> str:
         (record,) = compare_pairs([(baseline, student)], bar.update)
     if record["verdict"] is None:
         return ""
-    low, high = (f"{100 * record['accuracy'][key]:+.2f}" for key in ("low", "high"))
-    verdict = VERDICT_TEXT[record["verdict"]]
-    if record["about"] == "students":
-        verdict += " between these trained students"
-    return f" ({100 * record['level']:.4g} % interval {low} to {high}: {verdict})"
+    interval, verdict = format_accuracy_interval(record)
+    return f" ({interval}: {verdict})"
 
 
 def _describe_smallest(students: Sequence[Row], rows: Sequence[Row]) -> list[str]:

@@ -9,7 +9,7 @@ _TAIL = (("tail recall", "recall_tail"),)
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Print the metrics of teacher, baseline and student on the test split (or validation), and explain the gain.
+    """Print the metrics of teacher, baseline and student on the test split (or validation).
 
     Args:
         result: the content of result.json.
@@ -39,8 +39,6 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
         console.print(f"{names[model]:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + f"{seconds:>10.1f}")
     console.print("(seconds: of the teacher, stage one, needed once; of a student, its training)")
-    for line in _explain_gain(result, split):
-        console.print(line)
 
 
 def format_cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:
@@ -55,25 +53,3 @@ def format_cell(value: float | None, spread: float | None, seeds: int, unknown: 
     if value is None:
         return unknown
     return f"{value:.4f} ± {spread:.4f}" if seeds > 1 and spread is not None else f"{value:.4f}"
-
-
-def _explain_gain(result: dict[str, Any], split: str) -> list[str]:
-    """Explain how far the student is from the baseline in accuracy, and why."""
-    if "baseline" not in result or "accuracy" not in result["student"][split]:
-        return []
-    points = 100 * (result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])
-    labelled, rows = result["settings"]["labelled"], result["cache"]["rows"]
-    direction = "better" if points >= 0 else "worse"
-    gain = f"The student from the cache is {abs(points):.2f} points {direction} than the baseline."
-    if not labelled:
-        return [f"{gain} Both students saw the same {rows:,} images, in the same order, for the same number of steps."]
-    sources = (
-        f"The baseline learned from {labelled} labels; the student from the teacher's logits on all {rows:,} images."
-    )
-    if points < 0:
-        return [f"{gain} {sources}"]
-    return [
-        f"{gain} {sources}",
-        f"The gain comes from the other {rows - labelled:,} images, whose labels the teacher was trained on: on"
-        f" the same {labelled} rows alone distillation gains next to nothing.",
-    ]

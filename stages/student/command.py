@@ -8,13 +8,14 @@ from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command, program_name
-from softcache.stages.distributed.ranks import process_group
+from softcache.stages.distributed.ranks import is_first, process_group
 from softcache.stages.runs.cost import format_cost
 from softcache.stages.runs.folder import find_unfinished_runs, open_run
 from softcache.stages.runs.results_table import print_table
 from softcache.stages.training.data_parallel import check_batches_shareable, note_batch_norm
 
 from .defaults import fill_defaults
+from .gain import explain_gain
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_student
@@ -98,6 +99,9 @@ def _report(
 ) -> None:
     """Print the figures, advice for a student that learned next to nothing, the cost, and a command to run next."""
     print_table(result, console)
+    if is_first():
+        for line in explain_gain(result, folder):
+            console.print(line)
     split = "test" if "test" in setup.held_out else "val"
     if result["student"][split]["accuracy"] < 1.5 / setup.cache.classes:
         console.print(

@@ -12,7 +12,7 @@ from softcache.data.sampling import draw_stratified
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.losses import Loss, parse_losses
+from softcache.pipeline.losses import Loss, check_loss_trains, parse_losses
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.classifier import require_head
 from softcache.pipeline.losses.feature_base import FeatureLoss
@@ -49,6 +49,7 @@ def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...
         loss.with_default_layers(cached) if isinstance(loss, ConcatHint) else loss
         for loss in parse_losses(config.loss)
     )
+    check_loss_trains(losses, cache.classes, config.epochs)
     if cache.views.mixup and (names := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(
             f"loss '{names[0]}' needs one label per view, and the cache's views are mixtures of two images"

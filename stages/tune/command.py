@@ -10,6 +10,7 @@ from typing import Any
 from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder
 from softcache.data.sources import short_name
+from softcache.pipeline.losses import ZeroLossError
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
@@ -160,5 +161,7 @@ def _check_space(space: tuple[SearchedOption, ...], base_config: StudentConfig, 
             try:
                 student_setup = setup.with_options(student_config)
                 student_setup.build_student(student_config, student_setup.losses)
+            except ZeroLossError:  # such a trial fails with this reason; the rest of the space can be trained
+                continue
             except UsageError as error:
                 raise UsageError(f"search '{option.spec}': {error}") from None

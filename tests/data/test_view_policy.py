@@ -5,14 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softcache.base.errors import UsageError
-from softcache.data.views import VIEW_POLICIES, parse_views
+from softcache.data.views import VIEW_POLICIES, parse_views, read_views
 
 
 def test_a_spec_sets_the_parameters_that_it_names_and_no_others() -> None:
     policy = parse_views("crop-flip:pad=2,mixup=0.2,size=32")
     assert (policy.name, policy.crop, policy.flip, policy.pad) == ("crop-flip", True, True, 2)
     assert policy.parameters() == {"pad": 2, "mixup": 0.2, "size": 32, "resize": 0}
-    assert parse_views("resized-crop-flip").parameters() == {"min_scale": 0.08, "mixup": 0, "size": 0, "resize": 0}
+    resized = {"min_scale": 0.08, "mixup": 0, "size": 0, "resize": 0}
+    assert parse_views("resized-crop-flip").parameters() == {**resized, "revision": 2}
+    assert parse_views("resized-crop-flip:revision=1").parameters() == resized, "as in identities without a revision"
+    assert read_views({"policy": "resized-crop-flip", **resized, "seed": 3}).revision == 1
+    assert read_views({"policy": "resized-crop-flip", **resized, "seed": 3, "revision": 2}).revision == 2
     assert parse_views("crop").parameters()["pad"] == 4
     assert [isinstance(policy.parameters()[name], int) for name in ("pad", "size")] == [True, True]
 
@@ -27,6 +31,7 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
         "resize": st.integers(0, 4096),
         "min_scale": st.floats(0.001, 1),
         "mixup": st.floats(0, 4096),
+        "revision": st.just(2),
     }
     optional = {parameter: ranges[parameter] for parameter in VIEW_POLICIES[name].parameters()}
     parameters = data.draw(st.fixed_dictionaries({}, optional=optional))
@@ -61,6 +66,9 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
         ("none:size=32.5", "size=32.5 is not a whole number"),
         ("none:mixup=-0.1", "mixup=-0.1 is outside 0 to 4096"),
         ("resized-crop-flip:min_scale=0", "min_scale=0 is outside 0.001 to 1"),
+        ("resized-crop-flip:revision=3", "revision=3 is outside 1 to 2"),
+        ("resized-crop-flip:revision=1.5", "revision=1.5 is not a whole number"),
+        ("crop:revision=1", "no parameter 'revision' of views 'crop'"),
         ("resized-crop-flip:min_scale=1.5", "min_scale=1.5 is outside 0.001 to 1"),
     ],
 )

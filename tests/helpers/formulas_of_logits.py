@@ -256,9 +256,11 @@ def label_shares(case: Case) -> list[dict[int, float]]:
 
 
 def multi_temperature(case: Case) -> float:
-    total = 0.0
+    """Only the KL divergence reads standardised logits."""
+    assert case.target.logits is not None
+    raw, total = (case.logits.tolist(), case.target.logits.tolist()), 0.0
     for T in map(float, case.loss.temperatures.split("+")):
-        s, t = ([softmax(row, T) for row in rows] for rows in zip(*logit_pairs(case), strict=True))
+        s, t = ([softmax(row, T) for row in rows] for rows in raw)
         total += kd_at(case, T) + case.loss.batch * grams(s, t)
         total += case.loss.classes * grams(list(zip(*s, strict=True)), list(zip(*t, strict=True)))
     return total

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from softcache.pipeline.metrics.classification import evaluate, log_softmax, mean_and_spread, summarize
+from softcache.pipeline.metrics.classification import evaluate, log_softmax, mean_and_spread, rank_labels, summarize
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -354,3 +356,41 @@ def test_training_rows_without_labels_make_no_groups() -> None:
     logits, labels = np.eye(4, dtype=np.float32), np.arange(4)
     found = evaluate(logits, labels, counts=np.zeros(4, np.int64))
     assert (found["recall_head"], found["recall_medium"], found["recall_tail"]) == (None, None, None)
+
+
+# Ties
+
+
+def test_of_equal_logits_the_first_class_comes_first_for_every_figure() -> None:
+    zeros, labels = np.zeros((400, 10), np.float32), np.zeros(400, np.int64)
+    result = evaluate(zeros, labels, zeros)
+    assert (result["accuracy"], result["top5"], result["agreement"]) == (1, 1, 1)
+    result = evaluate(zeros, labels + 5)
+    assert (result["accuracy"], result["top5"]) == (0, 0)
+    assert evaluate(zeros, labels + 4)["top5"] == 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), classes=st.integers(6, 40), steps=st.sampled_from([0.5, 1, 2, 50]))
+def test_top5_contains_top1_for_coarse_logits(seed: int, classes: int, steps: float) -> None:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, 60)
+    logits = np.round(random.normal(size=(60, classes)) * steps).astype(np.float32) / 4
+    places = rank_labels(logits, labels)
+    for row, label, place in zip(logits.tolist(), labels.tolist(), places.tolist(), strict=True):
+        order = sorted(range(classes), key=lambda c: (-row[c], c))
+        assert order.index(label) == place
+    assert ((places == 0) == (logits.argmax(1) == labels)).all()
+    result = evaluate(logits, labels)
+    assert result["accuracy"] == pytest.approx((places == 0).mean())
+    assert result["top5"] == pytest.approx((places < 5).mean())
+    assert result["top5"] >= result["accuracy"]
+    hits = [r * n for r, n in zip(result["per_class"]["recall"], result["per_class"]["support"], strict=True) if n]
+    assert sum(hits) == pytest.approx((places == 0).sum())
+
+
+def test_logits_that_differ_by_less_than_the_rounding_of_their_probabilities_are_no_tie() -> None:
+    logits, labels = np.array([[1e-20, 2e-20, 0.0]]), np.array([1])
+    result = evaluate(logits, labels, np.array([[0.0, 1.0, 0.0]]))
+    assert (result["accuracy"], result["agreement"]) == (1, 1)
+    assert summarize(logits, labels)["accuracy"] == 1

@@ -30,7 +30,7 @@ def test_a_recipe_has_values_that_the_command_line_takes(name: str) -> None:
 
 def test_the_recipe_of_the_benchmark_is_the_published_one() -> None:
     """240 epochs, a tenth of the learning rate after 150, 180 and 210; batches of 64, rate 0.05, no Nesterov."""
-    config = apply_recipe(StudentConfig(recipe="crd"), set())
+    config = apply_recipe(StudentConfig(recipe="cifar100-kd"), set())
     assert [share * config.epochs for share in parse_milestones(config)] == [150, 180, 210]
     optimizer = (config.batch_size, config.learning_rate, config.weight_decay, config.momentum, config.nesterov)
     assert optimizer == (64, 0.05, 5e-4, 0.9, False)
@@ -59,6 +59,24 @@ def test_the_f1_recipe_removes_the_prior_and_soft_f1_alone_gets_a_warning(tiny: 
     warning = "soft_f1 alone forgets rare classes: add kd or hard, see --recipe f1"
     assert warning not in stages.call(*command, "--recipe", "f1")[1]
     assert warning in stages.call(*command, "--loss", "soft_f1")[1]
+
+
+def test_hinton_s_recipe_has_the_hard_targets_too() -> None:
+    """Section 3 adds the soft targets to the task; the hard targets have the considerably lower weight."""
+    config = apply_recipe(StudentConfig(recipe="hinton-mnist"), set())
+    weights = {loss.name: loss.weight for loss in parse_losses(config.loss)}
+    assert weights == {"hard": 0.1, "kd": 0.9}
+
+
+def test_a_name_that_promised_more_than_its_losses_is_refused_with_the_new_one(tiny: Path, stages: Stages) -> None:
+    error = stages.fails(2, "student", "--cache", tiny / "cache", "--recipe", "crd")
+    assert "--recipe cifar100-kd" in error
+    assert "--loss crd:teacher=LAYER,student=LAYER" in error
+
+
+def test_a_recipe_that_is_named_after_a_loss_has_that_loss() -> None:
+    for name in set(RECIPES) & set(LOSSES):
+        assert name in {loss.name for loss in parse_losses(RECIPES[name].settings["loss"])}
 
 
 def test_an_unknown_recipe_is_refused(tiny: Path, stages: Stages) -> None:

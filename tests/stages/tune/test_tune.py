@@ -124,7 +124,7 @@ def test_a_trial_is_the_run_of_a_student_with_its_figure_on_the_validation_split
         (*STUDENT[:4], "--select", "f1_macro", "--search", "batch_size=20|50", "--search", "warmup=0..0.4:step=0.1"),
         (*STUDENT, "--select", "nll", "--no-nesterov", "--finetune-epochs", 1, "--labelled", 100),
         (*STUDENT, "--recipe", "hinton-mnist", "--search", "schedule=cosine|constant"),
-        (*STUDENT[2:], "--recipe", "crd", "--schedule", "cosine", "--search", "arch=mlp:8|mlp:12,8"),
+        (*STUDENT[2:], "--recipe", "cifar100-kd", "--schedule", "cosine", "--search", "arch=mlp:8|mlp:12,8"),
     ],
 )
 def test_the_command_of_the_best_trains_the_same_weights_byte_for_byte(
