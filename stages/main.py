@@ -27,6 +27,7 @@ from softcache.stages.cli.configs import (
     TuneConfig,
 )
 from softcache.stages.cli.malloc import keep_large_blocks
+from softcache.stages.cli.new_folders import remove_unused_folders
 from softcache.stages.cli.options import SectionedGroup, add_options, read_options
 from softcache.stages.cli.streams import check_output, tolerate_closed_streams
 from softcache.stages.distributed.ranks import check_command, reports_errors
@@ -261,7 +262,10 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
     with tolerate_closed_streams():
-        _run_command(arguments)
+        try:
+            _run_command(arguments)
+        finally:
+            remove_unused_folders()
 
 
 def _run_command(arguments: list[str] | None) -> None:
