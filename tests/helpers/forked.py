@@ -14,6 +14,7 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 import xxhash
 
 Real = Callable[..., Any]
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CALLS = ("fsync", "replace", "mkdir", "unlink", "pwrite")  # of os, which the program calls by these names
 
 
@@ -153,6 +155,49 @@ def exhaust_memory(at: int, kind: str) -> None:
     PreparedModel.forward = forward_or_fail  # type: ignore[method-assign]
 
 
+class UnexpectedError(Exception):
+    """An error that no code expects."""
+
+
+class FailingCall:
+    """Raises UnexpectedError at one call, and counts calls.
+
+    Args:
+        kind: "call", of a function of the project or of PyTorch, or by the project, in the main thread; or "event",
+            what Python reports to audit hooks, such as opened files and imports, in every thread.
+        at: number of the call, from 1; 0 for none.
+        log: file for the number of calls and the time of the error.
+    """
+
+    def __init__(self, kind: str, at: int, log: str):
+        self.kind, self.at, self.log, self.calls, self.time = kind, at, log, 0, 0.0
+
+    def install(self) -> None:
+        """Watch the calls of this process from now on."""
+        if self.kind == "call":
+            sys.setprofile(self._profile)
+        else:
+            sys.addaudithook(lambda _event, _arguments: self._count())
+
+    def _profile(self, frame: Any, event: str, _argument: Any) -> None:
+        folders = {"call": (CHECKOUT, "/torch/"), "c_call": (CHECKOUT,)}.get(event, ())
+        if any(folder in frame.f_code.co_filename for folder in folders):
+            self._count()
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            self.time = time.monotonic()
+            raise UnexpectedError(f"at {self.kind} {self.at}")
+
+    def finish(self) -> None:
+        """Stop watching and log the number of calls."""
+        sys.setprofile(None)
+        calls, self.at = self.calls, 0
+        with open(self.log, "w", encoding="utf-8") as file:
+            file.write(f"{calls} {self.time}")
+
+
 def become_rank(environment: dict[str, str], folder: str) -> None:
     """Take the environment variables of torchrun, as a fresh interpreter has them whose PYTHONPATH has the folder."""
     from softcache.stages.distributed import ranks
@@ -166,15 +211,15 @@ def become_fresh(path: list[str]) -> None:
     """Forget the project's modules, and import from these folders in place of the checkout, as PYTHONPATH has them."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("softcache", "tests")]:
         del sys.modules[name]
-    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    sys.path[:] = [*path, *(x for x in sys.path if x not in (checkout, os.path.dirname(os.path.abspath(__file__))))]
+    sys.path[:] = [*path, *(x for x in sys.path if x not in (CHECKOUT, os.path.dirname(os.path.abspath(__file__))))]
     sys.path_importer_cache.clear()
 
 
 def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> NoReturn:
     """Run a command, a script whose name ends with .py, or a module after `-m`, in this child and exit.
 
-    All that it prints goes to the file `output`; its errors to the file more["errors"] where there is one.
+    All that it prints goes to the file `output`; its errors to the file more["errors"] where there is one. The child
+    ends at once; with more["finalize"] as a Python program ends, which can wait for threads.
     """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -188,6 +233,7 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
         os.execvp(arguments[0], arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code = 1
+    failing_call = FailingCall(*more["failing_call"]) if more.get("failing_call") else None
     try:
         if more.get("file_size"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (more["file_size"], more["file_size"]))
@@ -212,6 +258,8 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
         else:
             from softcache.stages.main import main
 
+            if failing_call:
+                failing_call.install()
             main(arguments)
         code = 0
     except SystemExit as stop:
@@ -219,9 +267,13 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
     except BaseException:
         traceback.print_exc()
     finally:
+        if failing_call:
+            failing_call.finish()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        if not more.get("finalize"):
+            os._exit(code)
+    sys.exit(code)
 
 
 def serve() -> None:

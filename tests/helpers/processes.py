@@ -85,7 +85,8 @@ class Forks:
     see forked.Trap; starve=(call, kind), see forked.exhaust_memory; file_size=bytes, a limit for every file;
     unchecked=True, with which free disk space is reported as unlimited; program=True for another program's command;
     environment={…}, the variables of torchrun; errors=file, for standard error; cwd=folder, in place of `folder`;
-    path=[folder, …], see forked.become_fresh.
+    path=[folder, …], see forked.become_fresh; failing_call=(kind, at, log), see forked.FailingCall; finalize=True, to
+    end as a Python program ends.
 
     Args:
         folder: working directory of the commands.
