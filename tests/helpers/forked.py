@@ -284,7 +284,8 @@ def serve() -> None:
     import torch
 
     commands = (f"softcache.stages.{name}.command" for name in ("check_cache", "student", "teacher_cache", "tune"))
-    for name in ("scipy.stats", "sklearn.datasets", *commands):
+    # torch._dynamo takes 3 s to import, and the first tensor on the device "meta" imports it.
+    for name in ("scipy.stats", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo", *commands):
         import_module(name)
 
     torch.set_num_threads(1)

@@ -42,8 +42,6 @@ def run_with_failing_call(forks: Forks, log: Path, kind: str, call: int, command
     seconds = time.monotonic() - float(log.read_text().split()[1])
     assert child.code in (0, 1), (call, child.code, child.output)
     assert child.code == 0 or seconds < MOST_SECONDS, (call, seconds, child.output)
-    if child.code == 0:
-        print(f"dropped: {kind} {call} of {log.read_text()}: {child.output}")
     return child
 
 
