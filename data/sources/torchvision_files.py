@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from softcache.base.errors import CacheError
-from softcache.base.files import refuse_special_files
+from softcache.base.files import refuse_special_file, refuse_special_files
 from softcache.data.image_arrays import ImageArrays
 
 from .source_data import LabelledImages, SourceData
@@ -29,6 +29,7 @@ def load_torchvision(dataset: Any, root: Path, folder: str) -> SourceData:
             images and labels differ.
     """
     refuse_special_files(root / folder)
+    refuse_special_file(root / getattr(dataset, "filename", folder))  # the archive that torchvision would unpack
     splits = {}
     for split in ("train", "test"):
         loaded = _read_or_download(dataset, root, folder, is_train=split == "train")

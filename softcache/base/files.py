@@ -167,17 +167,17 @@ def open_input_file(path: Path) -> BinaryIO:
         CacheError: It is a folder, pipe, socket or device.
         OSError: It does not exist, or cannot be read.
     """
-    _refuse_special_file(path, os.stat(path).st_mode)
+    _require_regular(path, os.stat(path).st_mode)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _refuse_special_file(path, os.fstat(fd).st_mode)
+        _require_regular(path, os.fstat(fd).st_mode)
     except BaseException:
         os.close(fd)
         raise
     return os.fdopen(fd, "rb")
 
 
-def _refuse_special_file(path: Path, mode: int) -> None:
+def _require_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise CacheError(f"'{make_printable(path, None)}' is {_describe_kind(mode)}, not a regular file")
 
@@ -193,13 +193,17 @@ def _describe_kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a special file")
 
 
+def refuse_special_file(path: Path) -> None:
+    """Raise CacheError for a pipe, socket or device, before a library opens it. A folder, or nothing, passes."""
+    if path.exists() and not path.is_dir():
+        _require_regular(path, path.stat().st_mode)
+
+
 def refuse_special_files(folder: Path) -> None:
-    """Raise CacheError for a pipe, socket or device directly in a folder, before a library opens it."""
+    """Raise CacheError for a pipe, socket or device directly in a folder."""
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
-            mode = path.stat().st_mode if path.exists() else 0
-            if mode and not stat.S_ISDIR(mode):
-                _refuse_special_file(path, mode)
+            refuse_special_file(path)
 
 
 def read_input_file(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.base.files import make_folder, publish_json, remove_stale_files
+from softcache.base.files import make_folder, publish_json, read_input_file, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
@@ -239,10 +239,10 @@ def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
         UsageError: for a file that does not exist.
         CacheError: for a file that is no JSON object, or has other keys.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"'{path.parent}' is no run: it has no {path.name}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_input_file(path).decode())
     except (ValueError, RecursionError):
         raise CacheError(f"'{path}' is damaged: it is no JSON") from None
     if not isinstance(record, dict):

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.base.threads import take_first
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
@@ -53,8 +54,7 @@ class TargetGenerator:
     def __post_init__(self) -> None:
         self.teacher, self.taps = self.inference.teacher, self.inference.taps
         index = np.arange(min(2, len(self.transfer_set.splits["train"])))
-        with closing(self._infer_batches("train", 0, index)) as batches:
-            _, logits, features = next(batches)
+        _, logits, features = take_first(self._infer_batches("train", 0, index))
         self.classes = logits.shape[1]
         self.shapes = {tap: list(x.shape[1:]) for tap, x in features.items()}
         if self.transfer_set.classes and self.classes != len(self.transfer_set.classes):

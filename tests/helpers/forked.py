@@ -198,6 +198,24 @@ class FailingCall:
             file.write(f"{calls} {self.time}")
 
 
+def replace_streams(kinds: dict[str, str]) -> None:
+    """Make standard output or standard error one that cannot be written.
+
+    Args:
+        kinds: {"stdout" or "stderr": kind}, the kind being "closed"; "broken", a pipe that nobody reads; or "full", a
+            disk without space.
+    """
+    for name, kind in kinds.items():
+        fd = {"stdout": 1, "stderr": 2}[name]
+        if kind == "closed":
+            os.close(fd)
+            setattr(sys, name, None)  # as Python does at its start
+            continue
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing if kind == "broken" else os.open("/dev/full", os.O_WRONLY), fd)
+
+
 def become_rank(environment: dict[str, str], folder: str) -> None:
     """Take the environment variables of torchrun, as a fresh interpreter has them whose PYTHONPATH has the folder."""
     from softcache.stages.distributed import ranks
@@ -260,6 +278,7 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
 
             if failing_call:
                 failing_call.install()
+            replace_streams(more.get("streams", {}))
             main(arguments)
         code = 0
     except SystemExit as stop:
@@ -269,8 +288,8 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
     finally:
         if failing_call:
             failing_call.finish()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         if not more.get("finalize"):
             os._exit(code)
     sys.exit(code)
