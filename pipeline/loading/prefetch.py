@@ -1,6 +1,7 @@
 """Items that are made before they are needed: by a thread, or by worker processes."""
 
 import errno
+import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -65,6 +66,7 @@ def map_in_workers(
     iterator: Any = None
     try:
         with _describe_failures():
+            _check_semaphores(workers, start_method)
             iterator = iter(loader)
         while True:
             with _describe_failures():
@@ -77,6 +79,16 @@ def map_in_workers(
     finally:
         if iterator is not None:  # else a traceback that is kept somewhere would keep the processes
             iterator._shutdown_workers()
+
+
+def _check_semaphores(workers: int, start_method: str | None) -> None:
+    """Raise OSError where shared memory has no room for the semaphores of the workers' queues.
+
+    A DataLoader that fails to make them half way prints a traceback of its own.
+    """
+    context = multiprocessing.get_context(start_method)
+    semaphores = [context.Lock() for _ in range(3 * workers + 12)]
+    del semaphores
 
 
 @contextmanager

@@ -7,25 +7,26 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import processes
-from tests.helpers.processes import ONE_DRAW, Forks, make_cache_command, wait_until
+from tests.helpers.processes import Forks, wait_until
 
 forks = processes.forks
 TEACHER = ("teacher", "--train-size", 200, "--arch", "mlp:8")
 
 
-def test_too_little_shared_memory_is_one_line(tiny: Path, forks: Forks, tmp_path: Path) -> None:
+def test_too_little_shared_memory_is_one_line(forks: Forks, tmp_path: Path) -> None:
     """A container of Docker has 64 MB; here it is less than a batch."""
     if not forks.can_mount:
         pytest.skip("needs a mount of its own: unshare --map-root-user --mount")
-    command = make_cache_command(tiny, tmp_path / "cache", *ONE_DRAW, "--batch-size", 100)
-    forks.succeeds("mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "/dev/shm", program=True)
-    try:
-        error = forks.fails(*command, "--workers", 2, finalize=True)
-    finally:
-        forks.succeeds("umount", "/dev/shm", program=True)
-    assert "--shm-size" in error
-    assert "--workers" in error
-    forks.succeeds(*command, "--workers", 1)
+    command = ("teacher", "--arch", "mlp:8", "--train-size", 1000, "--batch-size", 500, "--epochs", 1, "--workers", 2)
+    for size in ("4k", "80k"):  # too little for the semaphores of the queues, and for the views of 1,000 images
+        forks.succeeds("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm", program=True)
+        try:
+            error = forks.fails(*command, "--out", tmp_path / size, finalize=True)
+        finally:
+            forks.succeeds("umount", "/dev/shm", program=True)
+        assert "--shm-size" in error
+        assert "--workers" in error
+    forks.succeeds("teacher", "--resume", "--workers", 1, "--out", tmp_path / size)
 
 
 def test_a_worker_that_is_killed_is_one_line(forks: Forks, tmp_path: Path) -> None:
