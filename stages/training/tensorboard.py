@@ -54,7 +54,8 @@ class EventFileWriter:
         for name, value in line.items():
             if name != "epoch":
                 tag = re.sub("^(loss|gradient|val)_", r"\1/", name)
-                self._write(Event(summary=scalar(tag, value), step=line["epoch"]))
+                summary = scalar(tag, value)  # type: ignore[no-untyped-call]
+                self._write(Event(summary=summary, step=line["epoch"]))
         with name_file(self.path):
             self._file.flush()
 

@@ -6,6 +6,7 @@ and the file system. Every call that changes a disk has a point before it and on
 
 import builtins
 import errno
+import gc
 import io
 import json
 import os
@@ -308,6 +309,7 @@ def serve() -> None:
         import_module(name)
 
     torch.set_num_threads(1)
+    gc.freeze()  # a child's garbage collection, also that at its end, skips what it inherits: 1 s less
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
