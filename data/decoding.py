@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from softcache.base.errors import CacheError
+from softcache.base.files import open_input_file
 
 GREY_MODES = {"1", "L"}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored image
@@ -23,11 +24,11 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image file of at most 8 bits a channel; its pixels are decoded when they are first used.
 
     Raises:
-        CacheError: The file is missing, is not an image, is damaged, or has more than 8 bits a channel. Errors of the
-            decoder inside the `with` block are reported in the same way.
+        CacheError: The file is missing, is not a regular file, is not an image, is damaged, or has more than 8 bits a
+            channel. Errors of the decoder inside the `with` block are reported in the same way.
     """
     try:
-        with Image.open(path) as image:
+        with open_input_file(path) as file, Image.open(file) as image:
             if image.mode[0] in "IF":  # Pillow clips such pixels at 255: a 16-bit image would come out white
                 raise CacheError(f"the image {path} has more than 8 bits a channel ({image.mode}): convert it first")
             yield image

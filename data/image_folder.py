@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softcache.base.errors import CacheError
+from softcache.base.files import read_input_file
 from softcache.base.progress import Progress
 from softcache.base.threads import map_in_threads
 
@@ -100,6 +101,6 @@ class ImageFolder:
 
     def _hash_file(self, name: str) -> bytes:
         try:
-            return sha256((self.root / name).read_bytes()).digest()
+            return sha256(read_input_file(self.root / name)).digest()
         except OSError as error:
             raise CacheError(f"the image {self.root / name} cannot be read: {error.strerror}") from None

@@ -1,6 +1,7 @@
 """`softcache`, or `python -m softcache`: the commands. PyTorch is imported inside a command, so that --help is
 quick."""
 
+import errno
 import signal
 import sys
 from typing import Any, ClassVar
@@ -26,7 +27,9 @@ from softcache.stages.cli.configs import (
     TuneConfig,
 )
 from softcache.stages.cli.malloc import keep_large_blocks
+from softcache.stages.cli.new_folders import remove_unused_folders
 from softcache.stages.cli.options import SectionedGroup, add_options, read_options
+from softcache.stages.cli.streams import check_output, tolerate_closed_streams
 from softcache.stages.distributed.ranks import check_command, reports_errors
 
 
@@ -247,7 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
     An error of the user, a full disk and Ctrl-C each get one line; SIGTERM, which schedulers send, is treated as
-    Ctrl-C. An error of this program gets its traceback.
+    Ctrl-C. An error of this program gets its traceback. Closed standard streams, and a reader that ends first, change
+    nothing but what is printed.
 
     Args:
         arguments: of the command line; those of the process when not given.
@@ -257,8 +261,18 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
+    with tolerate_closed_streams():
+        try:
+            _run_command(arguments)
+        finally:
+            remove_unused_folders()
+
+
+def _run_command(arguments: list[str] | None) -> None:
+    """Run a command; print its error and exit with the error's code, see `main`."""
     try:
         commands.main(arguments, prog_name="softcache", standalone_mode=False)
+        check_output()
         return
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -282,7 +296,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _format_error(error: Exception) -> tuple[str, int]:
     """Return what to print and the exit code; code 0 for an error of this program."""
-    from softcache.base.errors import CacheError, Interrupted, UsageError, is_interrupt
+    from softcache.base.errors import (
+        CacheError,
+        Interrupted,
+        UsageError,
+        describe_worker_failure,
+        find_disk_error,
+        is_interrupt,
+        is_worker_failure,
+    )
 
     if isinstance(error, Interrupted):
         return str(error), 130
@@ -291,7 +313,11 @@ def _format_error(error: Exception) -> tuple[str, int]:
     for kind, code in ((CacheError, 1), (UsageError, 2)):
         if isinstance(error, kind):
             return str(error), code
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+    if is_worker_failure(error):
+        return describe_worker_failure(str(error)), 1
+    if disk_error := find_disk_error(error):
+        return _format_disk_error(disk_error), 1
+    if _is_out_of_memory(error):
         return "out of memory: what was finished is kept. A smaller --batch-size takes less", 1
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -299,6 +325,30 @@ def _format_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}", 1
     return "", 0
+
+
+def _format_disk_error(error: OSError) -> str:
+    """Return the line for a disk that is full or fails: which file, and how to go on."""
+    remedy = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some of the quota",
+        errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+        errno.EIO: "check the disk",
+    }[error.errno or errno.EIO]
+    return (
+        f"{error.strerror}: {error.filename or 'while writing'}. What was finished is kept: {remedy}, then start the"
+        " same command again (a training that was started: with --resume --out FOLDER)"
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
 
 
 if __name__ == "__main__":

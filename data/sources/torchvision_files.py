@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from softcache.base.errors import CacheError
+from softcache.base.files import refuse_special_file, refuse_special_files
 from softcache.data.image_arrays import ImageArrays
 
 from .source_data import LabelledImages, SourceData
@@ -24,9 +25,11 @@ def load_torchvision(dataset: Any, root: Path, folder: str) -> SourceData:
         Images uint8 [N, C, H, W], C being 1 where the files have no channels.
 
     Raises:
-        CacheError: Files are missing and cannot be downloaded, they are damaged, or the numbers of images and labels
-            differ.
+        CacheError: Files are missing and cannot be downloaded, they are damaged or no regular files, or the numbers of
+            images and labels differ.
     """
+    refuse_special_files(root / folder)
+    refuse_special_file(root / getattr(dataset, "filename", folder))  # the archive that torchvision would unpack
     splits = {}
     for split in ("train", "test"):
         loaded = _read_or_download(dataset, root, folder, is_train=split == "train")

@@ -10,6 +10,7 @@ How the steps of a training are divided (k: draws per decode; one draw in most t
 
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -117,11 +118,9 @@ class CacheLoader:
             groups = self._render_in_workers(start, stop)
         else:
             groups = prefetch(self._render_here(start, stop))
-        try:
+        with closing(groups):
             for group, batch in groups:
                 yield from self._split_group(group, batch)
-        finally:
-            groups.close()
 
     @cached_property
     def _device_cache(self) -> DeviceCache | None:
@@ -158,9 +157,10 @@ class CacheLoader:
                 yield group.select_views(self.rank, self.world)
 
         renderer = ViewRenderer(self.split.images, self.views, self.view_seed)
-        for views in map_in_workers(renderer, request_views(), self.workers, self.start_method):
-            group = requested.popleft()
-            yield group, self._assemble(group, views, group.read_targets()).to(self.device)
+        with closing(map_in_workers(renderer, request_views(), self.workers, self.start_method)) as all_views:
+            for views in all_views:
+                group = requested.popleft()
+                yield group, self._assemble(group, views, group.read_targets()).to(self.device)
 
     def _make_groups(self, start: int, stop: int) -> Iterator[BatchGroup]:
         """Divide the batches of the steps start to stop - 1 into windows, and these into groups of GROUP_BYTES."""

@@ -1,6 +1,7 @@
 """Views rendered ahead of the teacher or of a validation, by a thread or by worker processes."""
 
 from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from softcache.base.errors import CacheError
 from softcache.data.views import Draw, ImageSource, ViewPolicy, render
 from softcache.pipeline.cache.verification import compute_crc32
 
-from .prefetch import map_in_workers, prefetch
+from .prefetch import map_in_workers, prefetch, share_memory
 
 Rows = NDArray[np.int64]
 
@@ -30,9 +31,12 @@ class ViewRenderer(Dataset[Any]):
     def __getitem__(self, key: tuple[Rows, Draw]) -> Any:
         try:
             views = render(self.images, self.views, self.seed, *key)
+            if not self.with_checksums:
+                return share_memory(views)
+            checksums = torch.from_numpy(compute_crc32(views))
+            return share_memory(views), share_memory(checksums)
         except CacheError as error:
             return str(error)
-        return (views, compute_crc32(views)) if self.with_checksums else views
 
 
 def render_batches(
@@ -80,8 +84,9 @@ def render_with_checksums(
     """
     if workers:
         renderer = ViewRenderer(images, views, seed, with_checksums=True)
-        for rendered, checksums in map_in_workers(renderer, ((batch, draw) for batch in batches), workers):
-            yield rendered, checksums.numpy()  # a DataLoader turns arrays into tensors
+        with closing(map_in_workers(renderer, ((batch, draw) for batch in batches), workers)) as items:
+            for rendered, checksums in items:
+                yield rendered, checksums.numpy()
         return
 
     def render_batch(index: Rows) -> tuple[torch.Tensor, NDArray[np.uint32]]:

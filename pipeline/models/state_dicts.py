@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.base.files import open_input_file
 
 StateDict = dict[str, torch.Tensor]
 
@@ -35,12 +36,15 @@ def read_state_dict(path: Path) -> StateDict:
         CacheError: The file is damaged, holds something else, or would run code when loaded.
     """
     try:
+        open_input_file(path).close()  # refuses a pipe, from which zipfile and torch.load would wait for bytes
         verify_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"there are no weights at '{path}'") from None
-    except IsADirectoryError:
-        raise UsageError(f"'{path}' is a folder without teacher.pt or student.pt") from None
+    except CacheError:
+        if path.is_dir():
+            raise UsageError(f"'{path}' is a folder without teacher.pt or student.pt") from None
+        raise
     except Exception as error:  # arbitrary bytes can raise anything: of pickle, zip, struct, an IndexError …
         if isinstance(error, OSError) and error.filename:
             raise

@@ -1,7 +1,13 @@
 """The errors that end a command. The commands print them as one line, without a traceback."""
 
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+
+# A disk or a quota that is full, a limit on the size of a file, and a disk that fails.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class UsageError(Exception):
@@ -35,11 +41,71 @@ class Interrupted(Exception):
 def is_interrupt(error: BaseException | None) -> bool:
     """Return whether an error is a KeyboardInterrupt, or was raised while one was being handled.
 
-    Libraries raise errors of their own when Ctrl-C comes in the middle of their work, and so do we.
+    Libraries raise errors of their own when Ctrl-C comes in the middle of their work, and so do we. PyTorch's C++ code
+    keeps nothing of it but the name, in the text of a RuntimeError.
     """
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
+    return any(
+        isinstance(cause, KeyboardInterrupt)
+        or (isinstance(cause, RuntimeError) and str(cause).startswith("KeyboardInterrupt"))
+        for cause in _list_causes(error)
+    )
+
+
+def find_disk_error(error: BaseException | None) -> OSError | None:
+    """Return the error of a full or failing disk that is behind an error, or None.
+
+    Libraries raise errors of their own for it. PyTorch raises a RuntimeError whose context is the OSError, HDF5 an
+    OSError without a number whose text has it, SQLite an error with a text alone.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        An OSError with one of the numbers in DISK_ERRORS, and with a file name where that is known.
+    """
+    for cause in _list_causes(error):
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            return cause
+        text = str(cause)
+        for number in DISK_ERRORS:
+            name = os.strerror(number)
+            if name in text or re.search(rf"errno\W*{number}\b", text, re.IGNORECASE):
+                return OSError(number, name)
+        if "database or disk is full" in text:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
+
+
+def is_worker_failure(error: BaseException) -> bool:
+    """Return whether an error is PyTorch's for a worker process that was killed, or that ended by itself.
+
+    PyTorch raises it in the main thread at whatever that executes, from the handler of a signal.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def describe_worker_failure(reason: str) -> str:
+    """Return the line for worker processes that cannot go on.
+
+    Args:
+        reason: What happened, in the words of PyTorch or of the system.
+    """
+    return (
+        f"the worker processes that render images cannot go on ({make_printable(reason.strip(), 160)}): too little"
+        " memory, or too little shared memory in /dev/shm. Render with fewer or without workers (--workers 0), or give"
+        " a container more (docker run --shm-size=2g)"
+    )
+
+
+def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its cause, the error during whose handling it was raised, and theirs."""
+    pending, seen = [error], set[int]()
+    while pending:
+        cause = pending.pop(0)
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            pending += [cause.__cause__, cause.__context__]
 
 
 def make_printable(text: object, max_length: int | None = 200) -> str:

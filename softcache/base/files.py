@@ -1,18 +1,22 @@
 """Files that are complete or absent, and reading of regular files alone.
 
-Writing: temporary file, fsync, rename, fsync of the folder. Reading: no symbolic link is followed, neither for a file
-nor for a folder below the one that is read, and nothing but a regular file is opened.
+Writing: temporary file, fsync, rename, fsync of the folder. Reading: nothing but a regular file is opened. Of a cache
+no symbolic link is followed, neither for a file nor for a folder below the one that is read; in a user's own folders
+links are followed.
 """
 
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
-from .errors import CacheError
+from .errors import CacheError, UsageError, find_disk_error, is_interrupt, make_printable
+
+_PROBE_BYTES = 1 << 20  # written to find out whether a disk is full
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
@@ -23,18 +27,38 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         write: Called with the path of a temporary file in the same folder, which it writes.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written. Errors of `write` are passed on; the temporary
-            file is removed.
+        OSError: The disk is full, or the folder cannot be written; its file name is `path`. Whatever error a library
+            raises for a full disk, this one is raised. Other errors of `write` are passed on. The temporary file is
+            removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        sync(path.parent)
+    except BaseException as error:
+        disk_error = _find_disk_error(error, temporary)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if disk_error is not None:
+            raise OSError(disk_error.errno, disk_error.strerror, str(path)) from None
         raise
-    sync(path.parent)
+
+
+def _find_disk_error(error: BaseException, temporary: Path) -> OSError | None:
+    """Return the disk's error behind one of `write`; where that hides it, write to the file that was not written."""
+    if not isinstance(error, Exception) or isinstance(error, CacheError | UsageError) or is_interrupt(error):
+        return None
+    if (disk_error := find_disk_error(error)) or isinstance(error, OSError | MemoryError):
+        return disk_error
+    try:
+        with open(temporary, "ab") as file:
+            file.write(bytes(_PROBE_BYTES))
+        sync(temporary)
+    except OSError as write_error:
+        return find_disk_error(write_error)
+    return None
 
 
 def publish_text(path: Path, text: str) -> None:
@@ -133,10 +157,77 @@ def read_regular_file(folder: Path, name: str, max_bytes: int) -> bytes:
         return file.read(max_bytes)
 
 
+def open_input_file(path: Path) -> BinaryIO:
+    """Open a regular file of the user's for reading; links are followed.
+
+    A pipe, socket or device is not opened: that could wait for ever, or act on the device. The file is looked at
+    before and after it is opened, because it may be replaced in between.
+
+    Raises:
+        CacheError: It is a folder, pipe, socket or device.
+        OSError: It does not exist, or cannot be read.
+    """
+    _require_regular(path, os.stat(path).st_mode)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_regular(path, os.fstat(fd).st_mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return os.fdopen(fd, "rb")
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise CacheError(f"'{make_printable(path, None)}' is {_describe_kind(mode)}, not a regular file")
+
+
+def _describe_kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a special file")
+
+
+def refuse_special_file(path: Path) -> None:
+    """Raise CacheError for a pipe, socket or device, before a library opens it. A folder, or nothing, passes."""
+    if path.exists() and not path.is_dir():
+        _require_regular(path, path.stat().st_mode)
+
+
+def refuse_special_files(folder: Path) -> None:
+    """Raise CacheError for a pipe, socket or device directly in a folder."""
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            refuse_special_file(path)
+
+
+def read_input_file(path: Path) -> bytes:
+    """Read a regular file of the user's, see `open_input_file`."""
+    with open_input_file(path) as file:
+        return file.read()
+
+
 def sync(path: Path) -> None:
     """Write a file's bytes, or a folder's names, to the disk, so that they survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with name_file(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def name_file(path: Path) -> Iterator[None]:
+    """Add the name of a file to an OSError that has a number and no name, such as that of a write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .errors import CacheError, LockedError
+from .files import name_file
 
 LOCK = ".lock"
 _MAX_BYTES = 1024  # of a lock file's content that are read
@@ -34,9 +35,10 @@ def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
     path = folder / name
     fd = _acquire(path)
     try:
-        os.ftruncate(fd, 0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().astimezone().isoformat()}
-        os.pwrite(fd, json.dumps(holder).encode(), 0)
+        with name_file(path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(holder).encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import sys
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
@@ -87,6 +88,12 @@ class ThreadPool:
             return
         for _ in range(self._started):
             self._ended_threads.get()
+
+
+def take_first(items: Generator[T, None, None]) -> T:
+    """Return the first item of a generator and close it, which ends the threads or processes that make the items."""
+    with closing(items):
+        return next(items)
 
 
 def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:

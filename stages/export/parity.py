@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import CacheError
+from softcache.base.threads import take_first
 from softcache.stages.cli.console import progress
 from softcache.stages.training.validation import HeldOutSplit
 
@@ -45,7 +46,7 @@ def to_unit_range(views: torch.Tensor) -> Images:
 
 def take_first_images(held_out: HeldOutSplit, count: int) -> Images:
     """Return the first images of a split, float32 [count, C, S, S]; they are repeated where it has fewer."""
-    images = to_unit_range(next(iter(held_out.batches())))
+    images = to_unit_range(take_first(held_out.batches()))
     return np.resize(images, (count, *images.shape[1:]))
 
 
@@ -78,7 +79,7 @@ def measure_float32_noise(model: nn.Module, held_out: HeldOutSplit, expected: Lo
         held_out: The split.
         expected: float32 [N, K], PyTorch's logits of the split from the network as it was trained.
     """
-    images = torch.from_numpy(to_unit_range(next(iter(held_out.batches()))))
+    images = torch.from_numpy(to_unit_range(take_first(held_out.batches())))
     with torch.inference_mode():
         return float(np.abs(model(images).numpy() - expected[: len(images)]).max())
 
@@ -138,7 +139,7 @@ def check_reloaded(
     Raises:
         CacheError: It is more than the tolerance, or NaN.
     """
-    images = torch.from_numpy(to_unit_range(next(iter(held_out.batches()))))
+    images = torch.from_numpy(to_unit_range(take_first(held_out.batches())))
     with torch.inference_mode():
         difference = float((reloaded(images) - model(images)).abs().max())
     if not difference <= tolerance:

@@ -30,7 +30,7 @@ def run(model: str, images: tuple[str, ...], config: PredictConfig) -> None:
     """
     console = Console(config.json)
     require_extra("predict needs", "export", "onnx", "onnxruntime")
-    if missing := [name for name in images if not Path(name).is_file()]:
+    if missing := [name for name in images if not Path(name).exists()]:
         raise UsageError(f"there is no image '{missing[0]}'")
     onnx_student, metadata = open_onnx_student(Path(model))
     predictions = [

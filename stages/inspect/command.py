@@ -26,8 +26,8 @@ from softcache.pipeline.metrics.soft_targets import (
 from softcache.stages.cli.configs import InspectConfig
 from softcache.stages.cli.console import Console, format_duration, progress, progress_bar
 from softcache.stages.cli.extras import require_extra
+from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.runs.environment import library_versions
-from softcache.stages.runs.folder import find_free_folder
 
 from .probes import Sample, probe_taps
 from .suggestion import suggest_student
@@ -82,9 +82,9 @@ def run(name: str, config: InspectConfig) -> None:
 
 
 def _choose_folder(config: InspectConfig, cache: Cache) -> Path:
-    """Return the folder of the results, which is not made yet. Raises UsageError for one that is not empty."""
+    """Return the folder of the results, empty or not made yet. Raises UsageError for one that is not empty."""
     if not config.out:
-        return find_free_folder(f"inspect-{cache.folder.resolve().name}")
+        return make_new_folder(f"inspect-{cache.folder.resolve().name}")
     folder = Path(config.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not empty: choose another --out")

@@ -13,8 +13,8 @@ from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import format_command, program_name
 from softcache.stages.cli.extras import require_extra
+from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.runs.cost import format_cost
-from softcache.stages.runs.folder import find_free_folder
 
 from .disagreements import TransferSets
 from .latency import measure_latencies
@@ -102,7 +102,7 @@ def run(names: tuple[str, ...], config: ReportConfig) -> None:
 def _choose_folder(config: ReportConfig) -> Path:
     """Return the folder of the report. Raises UsageError for one with other files than those of an older report."""
     if not config.out:
-        return find_free_folder("report")
+        return make_new_folder("report")
     folder = Path(config.out)
     if folder.exists() and (not folder.is_dir() or not all(_is_report_file(path) for path in folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not the folder of a report: choose another --out")

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.special import rel_entr, softmax
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.base.threads import take_first
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
@@ -70,7 +71,7 @@ def collect_disagreements(
         return f"the images of the {split} split have changed since the run was measured on them"
     ranked = rank_disagreements(student.logits, teacher.logits, config.show)
     batch = np.array([row for row, _ in ranked])
-    rendered = next(iter(render_batches(images.images, views.without_augmentation(), 0, [batch], 0, 0)))
+    rendered = take_first(render_batches(images.images, views.without_augmentation(), 0, [batch], 0, 0))
     disagreements = []
     for view, (row, divergence) in zip(rendered, ranked, strict=True):
         p, q = softmax(teacher.logits[row]), softmax(student.logits[row])

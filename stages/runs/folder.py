@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.base.files import make_folder, publish_json, remove_stale_files
+from softcache.base.files import make_folder, publish_json, read_input_file, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
 from softcache.stages.cli.extras import require_extra
+from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
@@ -27,15 +28,15 @@ S = TypeVar("S", TeacherConfig, StudentConfig)
 
 
 def open_run(config: S, explicit_options: set[str], default: str) -> tuple[S, Path]:
-    """Find the folder and the settings of a run. Nothing is written; `start_run` does that.
+    """Find the folder and the settings of a run. No file is written; `start_run` does that.
 
-    A new run gets a new folder. With --resume the settings are those that the run was started with. Rank 0 does this
-    for all ranks.
+    A new run gets a new folder. Without --out it is made here, so that no other command takes it. With --resume the
+    settings are those that the run was started with. Rank 0 does this for all ranks.
 
     Args:
         config: the options of the command.
         explicit_options: names of the options on the command line; with --resume they must agree with the run's.
-        default: name of the folder without --out: runs/default-1, runs/default-2 …
+        default: name of the folder without --out: runs/default-1, runs/default-2 …, see `make_new_folder`.
 
     Returns:
         The settings, with `out` set, and the folder.
@@ -57,7 +58,7 @@ def _resolve_run(config: S, explicit_options: set[str], default: str) -> S:
         check_installed(config)
         return config
     check_installed(config)
-    folder = Path(config.out) if config.out else find_free_folder(default)
+    folder = Path(config.out) if config.out else make_new_folder(default)
     if folder.exists() and (not folder.is_dir() or any(not _is_stale(path) for path in folder.iterdir())):
         description = _describe_existing_run(folder, config)
         raise UsageError(f"'{folder}' exists{description}: continue it with --resume, or choose another --out")
@@ -149,12 +150,6 @@ def check_same_config(folder: Path, config: StudentConfig) -> None:
         raise CacheError(
             f"'{folder}' was started with other settings ({'; '.join(differences[:4])}): choose another --out"
         )
-
-
-def find_free_folder(default: str) -> Path:
-    """Return the first of runs/default-1, runs/default-2 … that does not exist."""
-    numbers = range(1, 1_000_000)
-    return next(path for n in numbers if not (path := Path("runs") / f"{default}-{n}").exists())
 
 
 def _resume_config(config: S, explicit_options: set[str]) -> S:
@@ -271,10 +266,10 @@ def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
         UsageError: for a file that does not exist.
         CacheError: for a file that is no JSON object, or has other keys.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"'{path.parent}' is no run: it has no {path.name}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_input_file(path).decode())
     except (ValueError, RecursionError):
         raise CacheError(f"'{path}' is damaged: it is no JSON") from None
     if not isinstance(record, dict):

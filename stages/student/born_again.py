@@ -26,7 +26,7 @@ from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import BornAgainConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import program_name, read_cache_config
-from softcache.stages.runs.folder import find_free_folder
+from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.teacher_cache import command as cache_stage
 
 from .command import print_notes
@@ -48,7 +48,7 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
     console = Console(config.json)
     if config.resume or config.seeds > 1 or config.labelled:
         raise UsageError("born-again takes no --resume (the same command with --out continues), --seeds or --labelled")
-    folder = Path(config.out) if config.out else find_free_folder("born-again")
+    folder = Path(config.out) if config.out else make_new_folder("born-again")
     archs = _list_archs(config)
     base_config = fill_defaults(apply_recipe(to_student_config(config), explicit))
     setup = DistillationSetup.open(base_config)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,8 @@ class StepProbe:
         self._hooks = ExitStack()
         features = self._hooks.enter_context(capture_features(run.model.network, run.criterion.student_taps))
         self.training = start_training(run, state, features, head)
-        self.batches = [batch.to(run.device) for batch in run.stream.batches(0, steps)]
+        with closing(run.stream.batches(0, steps)) as batches:
+            self.batches = [batch.to(run.device) for batch in batches]
         self.bytes_per_view = _count_bytes_per_view(run, setup)
         self._take_steps(self.batches[:2])
 

@@ -9,8 +9,8 @@ from softcache.base.errors import DivergedError, Interrupted, UsageError, unknow
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.runs.environment import describe_machine, library_versions
-from softcache.stages.runs.folder import find_free_folder
 
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
@@ -70,7 +70,7 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     console = Console(config.json, epoch_lines=False)
     if config.resume or config.seeds > 1 or config.baseline or config.loss:
         raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
-    folder = Path(config.out) if config.out else find_free_folder("methods")
+    folder = Path(config.out) if config.out else make_new_folder("methods")
     base_config = fill_defaults(replace(apply_recipe(to_student_config(config), explicit), loss=("hard",)))
     base_setup = DistillationSetup.open(base_config)
     print_notes(base_config, base_setup, console)

@@ -17,9 +17,10 @@ from softcache.base.files import publish_json
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import ListConfig, StudentConfig, StudentsConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.compare import command as compare
 from softcache.stages.distributed.ranks import current_ranks
-from softcache.stages.runs.folder import find_free_folder, parse_milestones
+from softcache.stages.runs.folder import parse_milestones
 
 from . import command as single_student
 from .defaults import fill_defaults
@@ -53,7 +54,7 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
     configs = {name: fill_defaults(apply_recipe(student, explicit)) for name, student in configs.items()}
     base_config = next(iter(configs.values()))
     parse_milestones(base_config)
-    folder = Path(config.out) if config.out else find_free_folder(f"{short_name(base_config.data)}-students")
+    folder = Path(config.out) if config.out else make_new_folder(f"{short_name(base_config.data)}-students")
     if (folder / "settings.json").exists():
         raise UsageError(f"'{folder}' is the run of one student: choose another --out")
     students = _open_students(configs, folder)

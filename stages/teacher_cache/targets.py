@@ -1,6 +1,6 @@
 """Computing the rows of a cache: views in, the teacher's outputs and the keys of the rows out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.base.threads import take_first
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
@@ -53,7 +54,7 @@ class TargetGenerator:
     def __post_init__(self) -> None:
         self.teacher, self.taps = self.inference.teacher, self.inference.taps
         index = np.arange(min(2, len(self.transfer_set.splits["train"])))
-        _, logits, features = next(self._infer_batches("train", 0, index))
+        _, logits, features = take_first(self._infer_batches("train", 0, index))
         self.classes = logits.shape[1]
         self.shapes = {tap: list(x.shape[1:]) for tap, x in features.items()}
         if self.transfer_set.classes and self.classes != len(self.transfer_set.classes):
@@ -86,15 +87,22 @@ class TargetGenerator:
             if f"features/{tap}" in spec.datasets
         }
         start = 0
-        for batch_crcs, batch_logits, batch_features in self._infer_batches(spec.split, spec.draw, index):
-            rows = slice(start, start + len(batch_crcs))
-            crcs[rows] = batch_crcs
-            _store_batch(batch_logits, logits[rows], codec.max_value, spec=spec, index=index[rows], name="output")
-            for tap, values in features.items():
-                name = f"tap '{tap}'"
-                _store_batch(batch_features[tap], values[rows], _MAX_FLOAT16, spec=spec, index=index[rows], name=name)
-            on_progress(len(batch_crcs))
-            start += len(batch_crcs)
+        with closing(self._infer_batches(spec.split, spec.draw, index)) as batches:
+            for batch_crcs, batch_logits, batch_features in batches:
+                rows = slice(start, start + len(batch_crcs))
+                crcs[rows] = batch_crcs
+                _store_batch(batch_logits, logits[rows], codec.max_value, spec=spec, index=index[rows], name="output")
+                for tap, values in features.items():
+                    _store_batch(
+                        batch_features[tap],
+                        values[rows],
+                        _MAX_FLOAT16,
+                        spec=spec,
+                        index=index[rows],
+                        name=f"tap '{tap}'",
+                    )
+                on_progress(len(batch_crcs))
+                start += len(batch_crcs)
         labels = split.labels[index]
         arrays: Arrays = {
             **{f"features/{tap}": values for tap, values in features.items()},
@@ -122,13 +130,14 @@ class TargetGenerator:
         Returns:
             Logits [n, K] and features {tap: [n, …]}.
         """
-        batches = [(logits, features) for _, logits, features in self._infer_batches(split, draw, index)]
+        with closing(self._infer_batches(split, draw, index)) as inferred:
+            batches = [(logits, features) for _, logits, features in inferred]
         logits = torch.cat([batch_logits for batch_logits, _ in batches]).numpy()
         features = {tap: torch.cat([x[tap] for _, x in batches]).float().numpy() for tap in self.taps}
         return logits, features
 
-    def _infer_batches(self, split: str, draw: int, index: NDArray[np.int64]) -> Iterator[InferredBatch]:
-        """Run the teacher on the views of some images, batch by batch.
+    def _infer_batches(self, split: str, draw: int, index: NDArray[np.int64]) -> Generator[InferredBatch, None, None]:
+        """Run the teacher on the views of some images, batch by batch. The caller closes the generator.
 
         Yields:
             CRC-32 [B] of the views; on the CPU, logits float32 [B, K] and features {tap: [B, …]} in the dtype in which

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from softcache.base.errors import CacheError, is_interrupt
-from softcache.base.files import publish, publish_text
+from softcache.base.errors import CacheError, find_disk_error, is_interrupt
+from softcache.base.files import publish, publish_text, read_input_file
 from softcache.pipeline.models.state_dicts import verify_zip
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import is_first
@@ -128,6 +128,8 @@ class TrainState:
         except Exception as error:  # a damaged file can raise anything: errors of pickle, zip, keys, shapes …
             if isinstance(error, OSError) and error.filename:
                 raise
+            if (disk_error := find_disk_error(error)) is not None:
+                raise OSError(disk_error.errno, disk_error.strerror, str(path)) from None
             reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
             raise CacheError(
                 f"'{path}' is damaged ({reason}): put it back from a copy, or delete it to train from the first epoch"
@@ -245,7 +247,7 @@ def read_epoch_lines(folder: Path) -> list[dict[str, Any]]:
         CacheError: for a damaged file.
     """
     try:
-        return [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in read_input_file(folder / METRICS_FILE).decode().splitlines()]
     except (ValueError, RecursionError):
         raise _damaged_error(folder) from None
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import TrainingStopped, UsageError
+from softcache.base.threads import take_first
 from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
 from softcache.pipeline.losses.distillation_loss import sum_terms
 from softcache.pipeline.models import find_head
@@ -140,7 +141,7 @@ def build_loss_parts(run: TrainingRun) -> LinearHead | None:
     Raises:
         UsageError: where student and cache differ in the number of classes, or layers do not fit together.
     """
-    batch = next(run.stream.batches(0, 1)).slice(0, 2).to(run.device)
+    batch = take_first(run.stream.batches(0, 1)).slice(0, 2).to(run.device)
     run.model.eval()
     with torch.no_grad(), capture_features(run.model.network, run.criterion.student_taps) as features:
         logits = run.model(batch.views)

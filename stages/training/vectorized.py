@@ -21,6 +21,7 @@ from torch.func import functional_call, stack_module_state
 
 from softcache.base.errors import CacheError, TrainingStopped, UsageError
 from softcache.base.files import make_folder, publish_text, remove_stale_files
+from softcache.base.threads import take_first
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.multi_teacher import Term
@@ -122,7 +123,7 @@ def check_vectorizable(runs: Sequence[TrainingRun]) -> None:
             "--vectorize cannot take a network with tied weights or buffers that are not kept: leave it out"
         )
     try:
-        views = next(first.stream.batches(0, 1)).slice(0, 2).to(first.device).views
+        views = take_first(first.stream.batches(0, 1)).slice(0, 2).to(first.device).views
         with torch.no_grad():
             VectorizedModel([run.model for run in runs[:2]]).to(first.device).eval()(views)
     except RuntimeError as error:

@@ -13,7 +13,8 @@ from softcache.data.sources import short_name
 from softcache.pipeline.losses import ZeroLossError
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
+from softcache.stages.cli.new_folders import make_new_folder
+from softcache.stages.runs.folder import IGNORED_OPTIONS, parse_milestones
 from softcache.stages.student.command import print_notes
 from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.recipes import apply_recipe
@@ -63,7 +64,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
 
     settings = _describe_search(config, base_config, setup)
     default_name = f"{short_name(base_config.data)}-{base_config.arch.replace(':', '-')}"
-    folder = Path(config.out) if config.out else find_free_folder(f"tune-{default_name}")
+    folder = Path(config.out) if config.out else make_new_folder(f"tune-{default_name}")
     check_folder(folder, settings)
     if not config.out:
         for unfinished in find_unfinished_searches(folder, settings):

@@ -6,6 +6,7 @@ and the file system. Every call that changes a disk has a point before it and on
 
 import builtins
 import errno
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
@@ -22,6 +24,7 @@ from typing import Any, NoReturn
 import xxhash
 
 Real = Callable[..., Any]
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CALLS = ("fsync", "replace", "mkdir", "unlink", "pwrite")  # of os, which the program calls by these names
 
 
@@ -153,6 +156,67 @@ def exhaust_memory(at: int, kind: str) -> None:
     PreparedModel.forward = forward_or_fail  # type: ignore[method-assign]
 
 
+class UnexpectedError(Exception):
+    """An error that no code expects."""
+
+
+class FailingCall:
+    """Raises UnexpectedError at one call, and counts calls.
+
+    Args:
+        kind: "call", of a function of the project or of PyTorch, or by the project, in the main thread; or "event",
+            what Python reports to audit hooks, such as opened files and imports, in every thread.
+        at: number of the call, from 1; 0 for none.
+        log: file for the number of calls and the time of the error.
+    """
+
+    def __init__(self, kind: str, at: int, log: str):
+        self.kind, self.at, self.log, self.calls, self.time = kind, at, log, 0, 0.0
+
+    def install(self) -> None:
+        """Watch the calls of this process from now on."""
+        if self.kind == "call":
+            sys.setprofile(self._profile)
+        else:
+            sys.addaudithook(lambda _event, _arguments: self._count())
+
+    def _profile(self, frame: Any, event: str, _argument: Any) -> None:
+        folders = {"call": (CHECKOUT, "/torch/"), "c_call": (CHECKOUT,)}.get(event, ())
+        if any(folder in frame.f_code.co_filename for folder in folders):
+            self._count()
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            self.time = time.monotonic()
+            raise UnexpectedError(f"at {self.kind} {self.at}")
+
+    def finish(self) -> None:
+        """Stop watching and log the number of calls."""
+        sys.setprofile(None)
+        calls, self.at = self.calls, 0
+        with open(self.log, "w", encoding="utf-8") as file:
+            file.write(f"{calls} {self.time}")
+
+
+def replace_streams(kinds: dict[str, str]) -> None:
+    """Make standard output or standard error one that cannot be written.
+
+    Args:
+        kinds: {"stdout" or "stderr": kind}, the kind being "closed"; "broken", a pipe that nobody reads; or "full", a
+            disk without space.
+    """
+    for name, kind in kinds.items():
+        fd = {"stdout": 1, "stderr": 2}[name]
+        if kind == "closed":
+            os.close(fd)
+            setattr(sys, name, None)  # as Python does at its start
+            continue
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing if kind == "broken" else os.open("/dev/full", os.O_WRONLY), fd)
+
+
 def become_rank(environment: dict[str, str], folder: str) -> None:
     """Take the environment variables of torchrun, as a fresh interpreter has them whose PYTHONPATH has the folder."""
     from softcache.stages.distributed import ranks
@@ -166,15 +230,15 @@ def become_fresh(path: list[str]) -> None:
     """Forget the project's modules, and import from these folders in place of the checkout, as PYTHONPATH has them."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("softcache", "tests")]:
         del sys.modules[name]
-    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    sys.path[:] = [*path, *(x for x in sys.path if x not in (checkout, os.path.dirname(os.path.abspath(__file__))))]
+    sys.path[:] = [*path, *(x for x in sys.path if x not in (CHECKOUT, os.path.dirname(os.path.abspath(__file__))))]
     sys.path_importer_cache.clear()
 
 
 def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any]) -> NoReturn:
     """Run a command, a script whose name ends with .py, or a module after `-m`, in this child and exit.
 
-    All that it prints goes to the file `output`; its errors to the file more["errors"] where there is one.
+    All that it prints goes to the file `output`; its errors to the file more["errors"] where there is one. The child
+    ends at once; with more["finalize"] as a Python program ends, which can wait for threads.
     """
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -188,6 +252,7 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
         os.execvp(arguments[0], arguments)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code = 1
+    failing_call = FailingCall(*more["failing_call"]) if more.get("failing_call") else None
     try:
         if more.get("file_size"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (more["file_size"], more["file_size"]))
@@ -212,6 +277,9 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
         else:
             from softcache.stages.main import main
 
+            if failing_call:
+                failing_call.install()
+            replace_streams(more.get("streams", {}))
             main(arguments)
         code = 0
     except SystemExit as stop:
@@ -219,9 +287,13 @@ def run_command(arguments: list[str], cwd: str, output: str, more: dict[str, Any
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        if failing_call:
+            failing_call.finish()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        if not more.get("finalize"):
+            os._exit(code)
+    sys.exit(code)
 
 
 def serve() -> None:
@@ -232,10 +304,12 @@ def serve() -> None:
     import torch
 
     commands = (f"softcache.stages.{name}.command" for name in ("check_cache", "student", "teacher_cache", "tune"))
-    for name in ("scipy.stats", "sklearn.datasets", *commands):
+    # torch._dynamo takes 3 s to import, and the first tensor on the device "meta" imports it.
+    for name in ("scipy.stats", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo", *commands):
         import_module(name)
 
     torch.set_num_threads(1)
+    gc.freeze()  # a child's garbage collection, also that at its end, skips what it inherits: 1 s less
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -85,7 +85,8 @@ class Forks:
     see forked.Trap; starve=(call, kind), see forked.exhaust_memory; file_size=bytes, a limit for every file;
     unchecked=True, with which free disk space is reported as unlimited; program=True for another program's command;
     environment={…}, the variables of torchrun; errors=file, for standard error; cwd=folder, in place of `folder`;
-    path=[folder, …], see forked.become_fresh.
+    path=[folder, …], see forked.become_fresh; failing_call=(kind, at, log), see forked.FailingCall; finalize=True, to
+    end as a Python program ends; streams={…}, see forked.replace_streams.
 
     Args:
         folder: working directory of the commands.
@@ -347,8 +348,8 @@ def assert_equal_caches(forks: Forks, cache: Path, expected: Path) -> None:
     forks.succeeds("check-cache", cache)
 
 
-def wait_until(is_reached: Callable[[], bool]) -> None:
-    """Wait until a condition holds, for at most 5 seconds."""
-    end = time.monotonic() + 5
+def wait_until(is_reached: Callable[[], bool], seconds: float = 5) -> None:
+    """Wait until a condition holds, for at most so many seconds."""
+    end = time.monotonic() + seconds
     while not is_reached() and time.monotonic() < end:
         time.sleep(0.001)
