@@ -66,9 +66,7 @@ _SETTINGS_PACKAGES = (
     "uuid",
     "yacs",
 )
-_SETTINGS_BUILTINS = tuple(
-    f"builtins.{name}" for name in ("dict", "float", "frozenset", "int", "list", "str", "tuple")
-)
+_SETTINGS_BUILTINS = ("builtins.dict", "builtins.float", "builtins.int", "builtins.list", "builtins.str")
 _MAX_NAMES = 100  # of foreign objects in a file
 _FOREIGN_NAME = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
 

@@ -46,8 +46,8 @@ def read_state_dict(path: Path) -> StateDict:
 def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
     """Load a state dict into a network, which keeps its weights where that fails.
 
-    The names in the file may have a prefix, such as `model.` of Lightning or `_orig_mod.` of torch.compile, or several:
-    a prefix is taken off where the rest are the names of the network. Other names beside that prefix, such as
+    The names in the file may have a prefix, such as `model.` of Lightning or `_orig_mod.` of torch.compile, or
+    several. A prefix is taken off where the rest are the names of the network. Names without that prefix, such as
     `criterion.weight`, are left out. Batch counters (`num_batches_tracked`) may be missing.
 
     Args:

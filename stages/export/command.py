@@ -20,7 +20,9 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import ExportConfig
 from softcache.stages.cli.console import Console, format_duration, progress_bar
+from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
+from softcache.stages.runs.named_code import require_named_code
 from softcache.stages.student.evaluate import check_same_teachers
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
@@ -64,6 +66,13 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
     overrides = {name: getattr(config, name) for name in explicit_options & {"data", "data_root", "cache"}}
     # On the CPU in float32, however the run was trained: the files are compared with that.
     exported = select_student(Path(name), device="cpu", precision="float32", **overrides)
+    require_named_code(
+        exported.config.arch,
+        config.arch,
+        owner=f"the run '{exported.config.out}'",
+        option="--arch",
+        command=format_command("export", config, name, arch=exported.config.arch),
+    )
     check_same_teachers(Path(exported.config.out), open_caches(exported.config.cache))
     setup = DistillationSetup.open(exported.config)
     console.print(f"exporting {make_printable(exported.config.arch)}, seed {exported.config.seed} ({exported.reason})")
