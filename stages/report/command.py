@@ -130,7 +130,8 @@ def _group_runs(runs: Sequence[LoadedRun]) -> list[Group]:
             rows = len(teacher[split].labels)
         else:
             rows = int((first.get_metrics("teacher", split) or {}).get("rows", 0))
-        data = short_name(first.config.data) if first.config.data else Path(first.config.cache[0]).name
+        data = short_name(first.config.data) if first.config.data else "".join(first.config.cache[:1])
+        data = Path(data).name or "data"
         groups.append(Group(make_printable(data), split, rows, group_runs))
     return groups
 
