@@ -4,7 +4,8 @@ import re
 
 from .errors import make_printable
 
-_MARKDOWN = set("\\`*_[]<>|#~$@&")  # markup of Markdown and HTML, formulas, and names that GitHub notifies
+_MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]|#~$@"}  # markup, formulas, and names that GitHub notifies
+_MARKDOWN |= {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # HTML
 _LINK = re.compile(r"(?i)\b(https?|ftp|mailto|javascript|data|file|www)([:.])")  # becomes a link without any markup
 _FORMULA = re.compile(r"(^|[;\t])(\s*)([=+\-@＝＋－＠])")  # also behind a separator that a spreadsheet may take
 
@@ -17,7 +18,7 @@ def escape_markdown(text: object, max_length: int | None = None) -> str:
         max_length: Characters to keep; None keeps all.
     """
     printable = make_printable(text, max_length)
-    escaped = "".join(f"\\{c}" if c in _MARKDOWN else c for c in printable)
+    escaped = "".join(_MARKDOWN.get(c, c) for c in printable)
     return _LINK.sub(r"\1\\\2", escaped)
 
 
