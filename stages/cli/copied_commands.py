@@ -83,7 +83,7 @@ def format_remake_command(cache: Cache, **changes: Any) -> str:
     """
     config = read_cache_config(cache)
     changes = {"out": find_free_name(str(cache.folder))} | changes
-    if config.weights not in ("", "DEFAULT") and not Path(changes.get("weights", "")).exists():
+    if config.weights not in ("", "DEFAULT") and "weights" not in changes:
         changes["weights"] = f"PATH/{config.weights}"
     return format_command("teacher-cache", config, **changes)
 
