@@ -55,11 +55,10 @@ def run(names: tuple[str, ...], config: ReportConfig) -> None:
     networks = {loaded.name: list_networks(loaded) for loaded in runs}
     every_network = [network for models in networks.values() for model in models.values() for network in model]
     latencies = measure_latencies(every_network) if config.latency else {}
-    if config.latency and (
-        custom := sorted({network.arch for network in every_network if is_custom_arch(network.arch)})
-    ):
-        names_text = ", ".join(make_printable(arch, 80) for arch in custom[:5])
-        console.print(f"no latency of {names_text}: a report does not import code that a run names")
+    custom = sorted({network.arch for network in every_network if is_custom_arch(network.arch)})
+    if config.latency and custom:
+        archs = ", ".join(make_printable(arch, 80) for arch in custom[:5])
+        console.print(f"no latency of {archs}: a report does not import code that a run names")
     transfer_sets: TransferSets = {}
     sections = []
     for group in _group_runs(runs):
