@@ -61,8 +61,8 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
     teacher: str = option("", ARCH_HELP, by_recipe=True)
     weights: str = option(
         "",
-        "Weights: a state dict, the folder of a run, or DEFAULT for torchvision's own; when not given, a teacher is"
-        " trained.",
+        "Weights: a file of them (torch.save or safetensors), the folder of a run, or DEFAULT for torchvision's own;"
+        " when not given, a teacher is trained.",
     )
     weights_key: str = option("", WEIGHTS_KEY_HELP)
     normalize: str = option(
