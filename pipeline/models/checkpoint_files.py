@@ -110,7 +110,7 @@ def read_checkpoint(path: Path) -> dict[str, StateDict]:
         raise UsageError(f"there are no weights at '{path}'") from None
     except IsADirectoryError:
         raise UsageError(f"'{path}' is a folder without teacher.pt or student.pt") from None
-    states = dict(_find_state_dicts(content, "", _MAX_DEPTH))
+    states = dict(_find_state_dicts(content, "", _MAX_DEPTH, set()))
     if not states:
         if isinstance(content, Mapping):
             content = next((content[key] for key in _USUAL_KEYS if isinstance(content.get(key), Mapping)), content)
@@ -203,16 +203,17 @@ def _rank(name: str) -> int:
     return _USUAL_KEYS.index(last) if last in _USUAL_KEYS else len(_USUAL_KEYS) + 1
 
 
-def _find_state_dicts(content: Any, key: str, depth: int) -> Iterator[tuple[str, StateDict]]:
-    """Yield (key, state dict) of a dict and of those in it."""
-    if not isinstance(content, Mapping) or not content or depth < 0:
+def _find_state_dicts(content: Any, key: str, depth: int, seen: set[int]) -> Iterator[tuple[str, StateDict]]:
+    """Yield (key, state dict) of a dict and of those in it, each once: a dict in a file can contain itself."""
+    if not isinstance(content, Mapping) or not content or depth < 0 or id(content) in seen:
         return
+    seen.add(id(content))
     if all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
         yield key, dict(content)
         return
     for name, value in content.items():
         if isinstance(name, str):
-            yield from _find_state_dicts(value, f"{key}.{name}" if key else name, depth - 1)
+            yield from _find_state_dicts(value, f"{key}.{name}" if key else name, depth - 1, seen)
 
 
 def _load_safetensors(path: Path) -> Any:

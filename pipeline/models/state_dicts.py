@@ -128,7 +128,8 @@ def _match_prefix(prefix: str, state: StateDict, expected: Mapping[str, torch.Te
             keys[name] = key
         elif not key.endswith(_NO_WEIGHTS):
             unknown.append(key)
-    return _Match(prefix, keys, unknown, [key for key in state if not key.startswith(prefix)], [])
+    others = [key for key in state if not key.startswith(prefix) and not key.endswith(_NO_WEIGHTS)]
+    return _Match(prefix, keys, unknown, others, [])
 
 
 def _match_mixture(
@@ -212,7 +213,9 @@ def _describe_problems(state: StateDict, expected: Mapping[str, torch.Tensor], m
         rows = {(file[0], arch[0]) for file, arch in different.values() if file[1:] == arch[1:] and len(file) > 0}
         if len(rows) == 1 and all(file[1:] == arch[1:] for file, arch in different.values()):
             ((file_classes, arch_classes),) = rows
-            text += f": the last layer of the file is for {file_classes} classes, and here are {arch_classes}"
+            text += (
+                f": the last layer of the file is for {file_classes} classes, that of the network for {arch_classes}"
+            )
     return text
 
 

@@ -170,7 +170,7 @@ def test_names_and_shapes_that_do_not_fit_are_counted_and_named(tmp_path: Path) 
     text = fail(prefix(wide, "net."))
     assert "2 of another shape (fc.weight is 10x8 in the file, 3x8 in the arch; " in text
     assert "the prefix 'net.' of the file is taken off" in text
-    assert text.endswith("the last layer of the file is for 10 classes, and here are 3")
+    assert text.endswith("the last layer of the file is for 10 classes, that of the network for 3")
     text = fail({f"vit.blocks.{i}.w": torch.zeros(1) for i in range(9)})
     assert "8 missing (conv.weight, conv.bias, bn.weight, …); 9 not in the arch (vit.blocks.0.w, " in text
     assert "all names in the file begin with 'vit.blocks.'" in text

@@ -154,7 +154,7 @@ def test_a_weight_of_another_shape_is_named_with_both_shapes() -> None:
     state = {**make_network().state_dict(), "linear.weight": torch.zeros(10, 8)}
     assert load_error(make_network(), state) == (
         "1 of another shape (linear.weight is 10x8 in the file, 3x8 in the arch): the last layer of the file is for 10"
-        " classes, and here are 3"
+        " classes, that of the network for 3"
     )
     state = {**make_network().state_dict(), "linear.bias": torch.tensor(1.0)}
     assert load_error(make_network(), state) == (
