@@ -204,13 +204,15 @@ def _rank(name: str) -> int:
 
 
 def _find_state_dicts(content: Any, key: str, depth: int, seen: set[int]) -> Iterator[tuple[str, StateDict]]:
-    """Yield (key, state dict) of a dict and of those in it, each once: a dict in a file can contain itself."""
-    if not isinstance(content, Mapping) or not content or depth < 0 or id(content) in seen:
+    """Yield (key, state dict) of a dict and of those in it. seen: dicts that were searched, as one can hold itself."""
+    if not isinstance(content, Mapping) or not content or depth < 0:
         return
-    seen.add(id(content))
     if all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
         yield key, dict(content)
         return
+    if id(content) in seen:
+        return
+    seen.add(id(content))
     for name, value in content.items():
         if isinstance(name, str):
             yield from _find_state_dicts(value, f"{key}.{name}" if key else name, depth - 1, seen)
