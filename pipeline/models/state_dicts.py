@@ -210,8 +210,9 @@ def _describe_problems(state: StateDict, expected: Mapping[str, torch.Tensor], m
         if averaged := next((key for key in state if is_averaged(key)), ""):
             text += f"; --weights-key {make_printable(averaged.partition('.')[0])} takes the averaged weights"
     if different and not missing and not match.unknown:
-        rows = {(file[0], arch[0]) for file, arch in different.values() if file[1:] == arch[1:] and len(file) > 0}
-        if len(rows) == 1 and all(file[1:] == arch[1:] for file, arch in different.values()):
+        has_other_rows = [len(f) == len(a) > 0 and f[1:] == a[1:] for f, a in different.values()]
+        rows = {(f[0], a[0]) for f, a in different.values() if len(f) and len(a)}
+        if len(rows) == 1 and all(has_other_rows):
             ((file_classes, arch_classes),) = rows
             text += (
                 f": the last layer of the file is for {file_classes} classes, that of the network for {arch_classes}"
