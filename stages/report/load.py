@@ -263,7 +263,7 @@ def _check_result(result: dict[str, Any], name: str) -> None:
 
 def _list_splits(record: dict[str, Any]) -> list[str]:
     """List the splits that a network was measured on. Raises KeyError where there is none."""
-    splits = [split for split in ("val", "test") if split in record]
+    splits: list[str] = [split for split in ("val", "test") if split in record]
     if not splits:
         raise KeyError("val")
     return splits
