@@ -154,7 +154,7 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
         ("jinja2", {"stages/report/page.py"}),
         ("torch.utils.tensorboard", {"stages/training/tensorboard.py"}),
         ("tensorboard", {"stages/training/tensorboard.py"}),
-        ("safetensors", {"stages/runs/logits.py", "stages/export/formats.py"}),
+        ("safetensors", {"pipeline/models/checkpoint_files.py", "stages/runs/logits.py", "stages/export/formats.py"}),
         ("onnx", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
         ("onnxruntime", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it

@@ -80,6 +80,16 @@ def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     raise unknown_name_error("arch", arch, [*our_names, "torchvision:NAME", "my_package.module:factory"])
 
 
+def is_custom_arch(arch: str) -> bool:
+    """Whether an arch names a user's own code, `my_package.module:factory`, which building it imports and runs."""
+    try:
+        parts = parse_simkd_arch(arch)
+    except UsageError:  # a name that cannot be built
+        return False
+    name, colon, _ = (parts[0] if parts else arch).partition(":")
+    return bool(colon) and name not in MODELS
+
+
 def _build_custom_arch(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
     """Build a network by a user's own function. Raises UsageError where there is none, or it returns no network."""
     _make_current_folder_importable()

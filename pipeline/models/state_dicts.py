@@ -1,128 +1,243 @@
-"""Weights on disk: read without running code, checked against the network, and identified by a digest."""
+"""The weights of a network: from a file, matched with the network's names, checked, and identified by a digest."""
 
 import re
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from softcache.base.errors import CacheError, UsageError
-from softcache.base.files import open_input_file
+from softcache.base.errors import UsageError, make_printable
 
-StateDict = dict[str, torch.Tensor]
+from .checkpoint_files import StateDict, choose_state_dict, is_averaged, read_checkpoint
 
 _OLD_NAMES = (  # (pattern, replacement): parameter names in older files of torchvision, and what they are today
     (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
     (r"\.mlp\.linear_1\.", ".mlp.0."),
     (r"\.mlp\.linear_2\.", ".mlp.3."),
 )
+# Parts of a name that wrappers add anywhere in it: torch.compile, FSDP, activation checkpointing, DataParallel.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+_COUNTER = "num_batches_tracked"  # may be missing: checkpoints from before PyTorch 0.4.1 have none
+# Entries that are no weights of the network: of torch.optim.swa_utils.AveragedModel, and of counters of operations.
+_NO_WEIGHTS = ("n_averaged", "total_ops", "total_params")
+_LISTED = 3  # names of a kind in a message
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """Read the state dict in a file, without running code that the file may contain.
+    """Read the state dict in a file, see `read_checkpoint`; of several the usual one, see `choose_state_dict`.
 
     Args:
-        path: Written by torch.save: a state dict, or a dict with one under "state_dict" or "model".
+        path: A file that torch.save wrote, or a safetensors file.
 
     Returns:
         The state dict on the CPU, its keys without a leading "module." (of nn.DataParallel).
 
     Raises:
-        UsageError: There is no such file.
+        UsageError: There is no such file, or it holds several state dicts without a usual name.
         CacheError: The file is damaged, holds something else, or would run code when loaded.
     """
-    try:
-        open_input_file(path).close()  # refuses a pipe, from which zipfile and torch.load would wait for bytes
-        verify_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"there are no weights at '{path}'") from None
-    except CacheError:
-        if path.is_dir():
-            raise UsageError(f"'{path}' is a folder without teacher.pt or student.pt") from None
-        raise
-    except Exception as error:  # arbitrary bytes can raise anything: of pickle, zip, struct, an IndexError …
-        if isinstance(error, OSError) and error.filename:
-            raise
-        why = "it would run code when loaded" if "GLOBAL" in str(error) else "it is damaged"
-        raise CacheError(
-            f"'{path}' is not loaded: {why} or is not a file of weights; save model.state_dict() alone"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(map(_is_weight, state.items())):
-        raise CacheError(f"'{path}' holds a {type(state).__name__} and no state dict: save model.state_dict()")
+    _, state = choose_state_dict(read_checkpoint(path), "", path)
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def verify_zip(path: Path) -> None:
-    """Compare the parts of a file that torch.save wrote with their CRC-32.
-
-    torch.load does not: a flipped bit of a weight would go unnoticed. Files of before PyTorch 1.6 are no zip files and
-    have no checksums; they pass.
-
-    Raises:
-        zipfile.BadZipFile: A part has another checksum.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if name := archive.testzip():
-                raise zipfile.BadZipFile(f"bad CRC-32 of {name}")
-
-
-def _is_weight(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
-
-
-def load_weights(network: nn.Module, state: StateDict, source: str) -> None:
+def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
     """Load a state dict into a network, which keeps its weights where that fails.
 
-    Batch counters (`num_batches_tracked`) may be missing: checkpoints from before PyTorch 0.4.1 have none.
+    The names in the file may have a prefix, such as `model.` of Lightning or `_orig_mod.` of torch.compile, or
+    several. A prefix is taken off where the rest are the names of the network. Names without that prefix, such as
+    `criterion.weight`, are left out. Batch counters (`num_batches_tracked`) may be missing.
 
     Args:
         network: The network, changed in place.
         state: As read_state_dict returns it. Names of older files of torchvision are translated.
         source: What the weights are called in a message.
 
+    Returns:
+        Which prefix was taken off and what was left out, for a person; "" where nothing was left out.
+
     Raises:
-        UsageError: Some keys are missing, unknown or of another shape; the first three are named.
+        UsageError: Some keys are missing, unknown or of another shape; the first three of each kind are named.
     """
     expected = network.state_dict()
-    state = {_translate_key(key, expected): value for key, value in state.items()}
-    problems = [
-        f"{key} is missing" for key in expected if key not in state and not key.endswith("num_batches_tracked")
-    ]
-    problems += [f"{key} is not in the arch" for key in state if key not in expected]
-    problems += [
-        f"{key} is {_format_shape(state[key])} in the file, {_format_shape(expected[key])} in the arch"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UsageError(f"the weights of {source} do not fit the arch: {'; '.join(problems[:3])}{more}")
-    expected.update(state)  # not a plain dict: it also has the version numbers that some archs of torchvision read
+    match = _match_names(state, expected)
+    matched = {name: state[key] for name, key in match.keys.items()}
+    if problems := _describe_problems(state, expected, match):
+        raise UsageError(f"the weights of {source} do not fit the arch: {problems}")
+    expected.update(matched)  # not a plain dict: it also has the version numbers that some archs of torchvision read
     network.load_state_dict(expected)
+    return _describe_prefix(match)
 
 
-def _translate_key(key: str, expected: Mapping[str, torch.Tensor]) -> str:
-    """The network's name of a weight in a file, which may lack a prefix or have an older name of torchvision."""
-    if key in expected:
-        return key
-    if f"module.{key}" in expected:  # read_state_dict took it for a prefix of nn.DataParallel
-        return f"module.{key}"
+@dataclass(frozen=True)
+class _Match:
+    """Which names of a file are which of a network.
+
+    Attributes:
+        prefix: That the names in the file have, with its dot; "" for none.
+        keys: {name in the network: key in the file}.
+        unknown: Keys with the prefix that are no names of the network.
+        others: Keys without the prefix, which are left out.
+        alternatives: Other prefixes under which there are weights of the whole network.
+    """
+
+    prefix: str
+    keys: dict[str, str]
+    unknown: list[str]
+    others: list[str]
+    alternatives: list[str]
+
+
+def _match_names(state: StateDict, expected: Mapping[str, torch.Tensor]) -> _Match:
+    """Find the prefix under which most names of the network are in the file; of equal ones the shortest.
+
+    Where no prefix has them all, names with different prefixes are put together (`backbone.conv.weight` and
+    `head.fc.weight`), if every name of the network then has one key.
+    """
+    required = {name for name in expected if not name.endswith(_COUNTER)}
+    common = _list_common_prefixes(expected)
+    prefixes = {""}
+    for key in state:
+        parts = key.split(".")
+        for i in range(1, len(parts)):
+            if _find_name(".".join(parts[i:]), expected, common):
+                prefixes.add(".".join(parts[:i]) + ".")
+    matches = [_match_prefix(prefix, state, expected, common) for prefix in prefixes]
+    matches.sort(key=lambda m: (-len(required & m.keys.keys()), is_averaged(m.prefix), len(m.prefix), m.prefix))
+    best = matches[0]
+    complete = [match for match in matches if required <= match.keys.keys()]
+    if not complete:
+        return _match_mixture(prefixes, state, expected, common) or best
+    alternatives = [m.prefix for m in complete[1:] if set(m.keys.values()).isdisjoint(best.keys.values())]
+    return _Match(best.prefix, best.keys, best.unknown, best.others, alternatives)
+
+
+def _match_prefix(prefix: str, state: StateDict, expected: Mapping[str, torch.Tensor], common: list[str]) -> _Match:
+    """Match the keys with a prefix."""
+    keys: dict[str, str] = {}
+    unknown = []
+    for key in state:
+        if not key.startswith(prefix):
+            continue
+        name = _find_name(key.removeprefix(prefix), expected, common)
+        if name and (name not in keys or key == prefix + name):
+            if name in keys:
+                unknown.append(keys[name])
+            keys[name] = key
+        elif not key.endswith(_NO_WEIGHTS):
+            unknown.append(key)
+    others = [key for key in state if not key.startswith(prefix) and not key.endswith(_NO_WEIGHTS)]
+    return _Match(prefix, keys, unknown, others, [])
+
+
+def _match_mixture(
+    prefixes: set[str], state: StateDict, expected: Mapping[str, torch.Tensor], common: list[str]
+) -> _Match | None:
+    """Match keys with different prefixes; None where a name has no key, or several, or a key has no name."""
+    keys: dict[str, str] = {}
+    used, others = set(), []
+    for key in state:
+        names = {
+            name: prefix
+            for prefix in prefixes
+            if key.startswith(prefix) and (name := _find_name(key.removeprefix(prefix), expected, common))
+        }
+        if not names:
+            others.append(key)
+            continue
+        if len(names) > 1 or next(iter(names)) in keys:
+            return None
+        (name, prefix) = next(iter(names.items()))
+        keys[name] = key
+        used.add(prefix)
+    is_complete = all(name in keys for name in expected if not name.endswith(_COUNTER))
+    has_unknown = any(key.startswith(tuple(used)) and not key.endswith(_NO_WEIGHTS) for key in others)
+    return _Match("", keys, [], others, []) if is_complete and not has_unknown else None
+
+
+def _find_name(key: str, expected: Mapping[str, torch.Tensor], common: list[str]) -> str:
+    """The network's name of a key, which may lack a prefix, have wrappers, or an older name of torchvision; or ""."""
+    variants = [key, *(prefix + key for prefix in common)]
+    translated = key
     for old, new in _OLD_NAMES:
-        key = re.sub(old, new, key)
-    return key
+        translated = re.sub(old, new, translated)
+    variants.append(translated)
+    variants.append(f"module.{key}")  # read_state_dict took it for a prefix of nn.DataParallel
+    parts = key.split(".")
+    if any(part in _WRAPPERS for part in parts):
+        variants.append(".".join(part for part in parts if part not in _WRAPPERS[:-1]))
+        variants.append(".".join(part for part in parts if part not in _WRAPPERS))
+    return next((name for name in variants if name in expected), "")
 
 
-def _format_shape(x: torch.Tensor) -> str:
-    return "x".join(map(str, x.shape)) or "a single number"
+def _list_common_prefixes(expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """List the prefixes that all names of a network have: of one that is a wrapper around another."""
+    names = [name.split(".")[:-1] for name in expected]
+    prefixes, depth = [], 0
+    while names and all(len(parts) > depth and parts[: depth + 1] == names[0][: depth + 1] for parts in names):
+        depth += 1
+        prefixes.append(".".join(names[0][:depth]) + ".")
+    return prefixes
+
+
+def _describe_problems(state: StateDict, expected: Mapping[str, torch.Tensor], match: _Match) -> str:
+    """Describe in one line why weights do not fit; "" where they do."""
+    missing = [name for name in expected if name not in match.keys and not name.endswith(_COUNTER)]
+    shapes = {name: (state[key].shape, expected[name].shape) for name, key in match.keys.items()}
+    different = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({_list_names(missing)})")
+    if match.unknown:
+        problems.append(f"{len(match.unknown)} not in the arch ({_list_names(match.unknown)})")
+    if different:
+        texts = [
+            f"{name} is {_format_shape(file)} in the file, {_format_shape(arch)} in the arch"
+            for name, (file, arch) in different.items()
+        ]
+        more = ", …" if len(texts) > _LISTED else ""
+        problems.append(f"{len(texts)} of another shape ({'; '.join(texts[:_LISTED])}{more})")
+    if not problems:
+        return ""
+    text = "; ".join(problems)
+    if match.prefix:
+        text += f"; the prefix '{make_printable(match.prefix)}' of the file is taken off"
+    elif missing and not match.keys:
+        if prefix := _list_common_prefixes(state)[-1:]:
+            text += f"; all names in the file begin with '{make_printable(prefix[0])}'"
+        if averaged := next((key for key in state if is_averaged(key)), ""):
+            text += f"; --weights-key {make_printable(averaged.partition('.')[0])} takes the averaged weights"
+    if different and not missing and not match.unknown:
+        has_other_rows = [len(f) == len(a) > 0 and f[1:] == a[1:] for f, a in different.values()]
+        rows = {(f[0], a[0]) for f, a in different.values() if len(f) and len(a)}
+        if len(rows) == 1 and all(has_other_rows):
+            ((file_classes, arch_classes),) = rows
+            text += (
+                f": the last layer of the file is for {file_classes} classes, that of the network for {arch_classes}"
+            )
+    return text
+
+
+def _describe_prefix(match: _Match) -> str:
+    """Describe which keys of a file were left out."""
+    if not match.others and not match.alternatives:
+        return ""
+    text = f"the names that begin with '{make_printable(match.prefix)}'" if match.prefix else "the names of the arch"
+    if match.alternatives:
+        other = make_printable(match.alternatives[0].rstrip("."))
+        return f"{text} (also there: '{other}.'; --weights-key {other} takes those)"
+    return f"{text}; left out: {len(match.others)} others ({_list_names(match.others)})"
+
+
+def _list_names(names: list[str]) -> str:
+    more = ", …" if len(names) > _LISTED else ""
+    return ", ".join(make_printable(name, 80) for name in names[:_LISTED]) + more
+
+
+def _format_shape(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "a single number"
 
 
 def hash_weights(network: nn.Module) -> str:

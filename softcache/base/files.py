@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -81,7 +81,47 @@ def publish_json(path: Path, content: Any) -> None:
     Raises:
         ValueError: The content has a number that is NaN or infinite, which JSON cannot express.
     """
-    publish_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    publish_bytes(path, format_json(content))
+
+
+def format_json(content: Any) -> bytes:
+    """Format content as `publish_json` writes it.
+
+    Raises:
+        ValueError: The content has a number that is NaN or infinite, which JSON cannot express.
+    """
+    return f"{json.dumps(content, indent=1, allow_nan=False)}\n".encode()
+
+
+def publish_together(folder: Path, contents: Mapping[str, bytes], obsolete: Iterable[str] = ()) -> None:
+    """Replace several files of a folder by new ones, after all of the new ones are on the disk.
+
+    Where a file cannot be written, the old files stay as they are. The last file marks that all are of one set: it is
+    removed before the first is replaced, and comes back last.
+
+    Args:
+        folder: Where the files are; the caller holds its lock.
+        contents: {name: content}.
+        obsolete: Names of files of older sets, which are deleted where they are not in `contents`.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    temporaries = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    try:
+        for name, temporary in temporaries.items():
+            temporary.write_bytes(contents[name])
+            sync(temporary)
+        *_, marker = contents
+        for name in (marker, *(name for name in obsolete if name not in contents)):
+            (folder / name).unlink(missing_ok=True)
+        for name, temporary in temporaries.items():
+            os.replace(temporary, folder / name)
+    except BaseException:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        raise
+    sync(folder)
 
 
 def make_folder(path: Path) -> None:

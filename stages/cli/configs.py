@@ -13,9 +13,11 @@ from typing import ClassVar
 from .option_groups import (
     ARCH_HELP,
     CACHE_HELP,
+    CUSTOM_ARCH_HELP,
     NORMALIZE,
     PRECISIONS,
     VIEWS_HELP,
+    WEIGHTS_KEY_HELP,
     CacheSourceOptions,
     DataOptions,
     MachineOptions,
@@ -59,9 +61,10 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
     teacher: str = option("", ARCH_HELP, by_recipe=True)
     weights: str = option(
         "",
-        "Weights: a state dict, the folder of a run, or DEFAULT for torchvision's own; when not given, a teacher is"
-        " trained.",
+        "Weights: a file of them (torch.save or safetensors), the folder of a run, or DEFAULT for torchvision's own;"
+        " when not given, a teacher is trained.",
     )
+    weights_key: str = option("", WEIGHTS_KEY_HELP)
     normalize: str = option(
         "", "Input of the teacher: as its run recorded; data where there is no run.", choices=NORMALIZE
     )
@@ -181,6 +184,7 @@ class EvaluateConfig(DataOptions, MachineOptions, OutputOptions):
 
     heading: ClassVar[str] = "Data"
     cache: tuple[str, ...] = option((), CACHE_HELP)
+    arch: str = option("", CUSTOM_ARCH_HELP)
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,7 @@ class ExportConfig(DataOptions, OutputOptions):
 
     heading: ClassVar[str] = "Export"
     cache: tuple[str, ...] = option((), CACHE_HELP)
+    arch: str = option("", CUSTOM_ARCH_HELP)
     int8: bool = option(False, "Write an int8 quantised file as well, calibrated on views of the cache.")
     tolerance: float = option(1e-4, "Largest difference of a logit from PyTorch's.", least=0)
     most_drop: float = option(0.01, "Largest loss of accuracy by --int8, as a share of the images.", least=0, most=1)
@@ -212,6 +217,7 @@ class CheckConfig(DataOptions, MachineOptions, OutputOptions):
     )
     repair: bool = option(False, "Compute the damaged shards again, and no others; needs --weights.")
     weights: str = option("", "The teacher's weights, as for teacher-cache.")
+    weights_key: str = option("", WEIGHTS_KEY_HELP)
     teacher: str = option("", "The teacher's arch, where it is code of yours: my_package.module:factory.")
 
 

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 import click
 from tqdm import tqdm
 
+from softcache.base.errors import make_printable
 from softcache.stages.distributed.ranks import is_first
 
 
@@ -23,7 +24,7 @@ class Console:
         self.json_only, self.epoch_lines = json_only, epoch_lines
 
     def print(self, line: str = "") -> None:
-        """Print a line, above a progress bar that may be running."""
+        """Print a line, above a progress bar that may be running. Control characters in names become `?`."""
         if is_first():
             file = sys.stderr if self.json_only else sys.stdout
             _write(line, file)
@@ -41,13 +42,13 @@ class Console:
 
 
 def _write(line: str, file: TextIO) -> None:
-    """Write a line as tqdm.write does, but safe from an interrupt.
+    """Write a line as tqdm.write does, but safe from an interrupt, and from control characters of a terminal.
 
     tqdm.write releases its lock even when an interrupt came before it had acquired it, and turns Ctrl-C into another
     error: 135 times of 1,500 within 50 ms of the end of the first epoch, where it creates the lock.
     """
     with tqdm.get_lock():
-        tqdm.write(line, file=file, nolock=True)
+        tqdm.write(make_printable(line, None), file=file, nolock=True)
 
 
 def progress_bar(total: int, description: str, unit: str, scale: bool = False) -> "tqdm[Any]":
@@ -64,7 +65,7 @@ def progress_bar(total: int, description: str, unit: str, scale: bool = False) -
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
-        desc=description,
+        desc=make_printable(description),
         unit=unit,
         unit_scale=scale,
         delay=1 if is_first() else 1e9,

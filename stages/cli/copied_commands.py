@@ -9,6 +9,7 @@ from typing import Any
 
 from softcache.base.errors import make_printable
 from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.models import is_custom_arch
 
 from .configs import CacheConfig
 from .options import to_flag
@@ -22,12 +23,13 @@ def program_name() -> str:
     return f"{python.relative_to(folder) if python.is_relative_to(folder) else python} -m softcache"
 
 
-def format_command(command: str, config: Any, **changes: Any) -> str:
+def format_command(command: str, config: Any, *arguments: object, **changes: Any) -> str:
     """Format a command line with every option that is not at its default.
 
     Args:
         command: its name, such as "student".
         config: its options. Floats are written so that they are read back as the same ones.
+        arguments: what comes before the options, such as the folder of a run.
         changes: options that replace those of config.
     """
     config = dataclasses.replace(config, **changes)
@@ -37,7 +39,19 @@ def format_command(command: str, config: Any, **changes: Any) -> str:
         if (value := getattr(config, field.name)) != field.default
         for text in _format_option(field.name, value)
     ]
-    return " ".join([program_name(), command, *options])
+    return " ".join([program_name(), command, *(quote(make_printable(text, None)) for text in arguments), *options])
+
+
+def format_resume_command(command: str, folder: object, arch: str) -> str:
+    """Format the command that continues a run.
+
+    Args:
+        command: "teacher" or "student".
+        folder: of the run.
+        arch: of the run. A user's own code is named on the command line: what a file names is not imported.
+    """
+    named_arch = f" --arch {quote(make_printable(arch, None))}" if is_custom_arch(arch) else ""
+    return f"{program_name()} {command} --resume --out {quote(make_printable(folder, None))}{named_arch}"
 
 
 def _format_option(name: str, value: Any) -> list[str]:
@@ -64,12 +78,17 @@ def read_cache_config(cache: Cache) -> CacheConfig:
 def format_remake_command(cache: Cache, **changes: Any) -> str:
     """Format the command that makes a cache like this one.
 
+    A cache does not record where its weights were, only what they were called: PATH stands for the folder.
+
     Args:
         cache: the cache.
         changes: options that differ; without `out` it is a new folder beside it.
     """
-    defaults = {"out": find_free_name(str(cache.folder))}
-    return format_command("teacher-cache", read_cache_config(cache), **defaults | changes)
+    config = read_cache_config(cache)
+    changes = {"out": find_free_name(str(cache.folder))} | changes
+    if config.weights not in ("", "DEFAULT") and "weights" not in changes:
+        changes["weights"] = f"PATH/{config.weights}"
+    return format_command("teacher-cache", config, **changes)
 
 
 def find_free_name(path: str) -> str:

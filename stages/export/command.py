@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from softcache import __version__
 from softcache.base.errors import make_printable
-from softcache.base.files import publish_bytes, publish_json, publish_text, remove_stale_files
+from softcache.base.files import format_json, publish_together, remove_stale_files
 from softcache.base.lock import hold_lock
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
@@ -20,7 +21,9 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import ExportConfig
 from softcache.stages.cli.console import Console, format_duration, progress_bar
+from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
+from softcache.stages.runs.named_code import require_named_code
 from softcache.stages.student.evaluate import check_same_teachers
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
@@ -36,19 +39,20 @@ from .parity import (
     check_reloaded,
     measure_batch_difference,
     measure_float32_noise,
+    measure_rounding,
     run_in_batches,
     to_unit_range,
 )
 from .select_student import ExportedRun, select_student
 
 CARD_FILE, RECORD_FILE = "MODEL_CARD.md", "export.json"
-_FILES = (RECORD_FILE, CARD_FILE, INT8, ONNX, PT2, WEIGHTS)  # an older export is removed in this order
+_FILES = (RECORD_FILE, CARD_FILE, INT8, ONNX, PT2, WEIGHTS)
 
 
 def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
     """Export a student into its run's folder.
 
-    All files are made and checked before the first is published; export.json is the last.
+    All files are made, checked and written before the first replaces one of an older export; export.json is the last.
 
     Args:
         name: Folder of the run, or of one of its seeds.
@@ -64,31 +68,29 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
     overrides = {name: getattr(config, name) for name in explicit_options & {"data", "data_root", "cache"}}
     # On the CPU in float32, however the run was trained: the files are compared with that.
     exported = select_student(Path(name), device="cpu", precision="float32", **overrides)
+    require_named_code(
+        exported.config.arch,
+        config.arch,
+        owner=f"the run '{exported.config.out}'",
+        option="--arch",
+        command=format_command("export", config, name, arch=exported.config.arch),
+    )
     check_same_teachers(Path(exported.config.out), open_caches(exported.config.cache))
     setup = DistillationSetup.open(exported.config)
     console.print(f"exporting {make_printable(exported.config.arch)}, seed {exported.config.seed} ({exported.reason})")
     with hold_lock(exported.folder):
-        _remove_older_export(exported.folder)
+        remove_stale_files(exported.folder, _FILES)
         record, files = _make_files(exported, setup, config)
         record["seconds"] = time.monotonic() - start
-        for file, content in files.items():
-            publish_bytes(exported.folder / file, content)
         card = format_model_card(record, exported, [cache.manifest for cache in setup.teachers.members])
-        publish_text(exported.folder / CARD_FILE, card)
-        publish_json(exported.folder / RECORD_FILE, record)
+        contents = {**files, CARD_FILE: card.encode(), RECORD_FILE: format_json(record)}
+        publish_together(exported.folder, contents, obsolete=_FILES)
     if config.json:
         return console.print_json(json.dumps(record))
     for line in _summary_lines(record):
         console.print(line)
     names = ", ".join((*files, CARD_FILE, RECORD_FILE))
     console.print(f"files: {exported.folder}/{names} ({format_duration(record['seconds'])})")
-
-
-def _remove_older_export(folder: Path) -> None:
-    """Remove the files of an older export, so that those in the folder are always of one export."""
-    remove_stale_files(folder, _FILES)
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _make_files(
@@ -130,10 +132,16 @@ def _make_files(
         run_in_batches(held_out, lambda views: onnx_student.compute_logits(to_unit_range(views)), f"checking {ONNX}"),
         batch_difference=measure_batch_difference(onnx_student, held_out, expected),
         noise=measure_float32_noise(model, held_out, expected),
+        measure_rounding=partial(measure_rounding, model, held_out),
         tolerance=config.tolerance,
     )
     pt2_difference = check_reloaded(
-        PT2, load_pt2(files[PT2]), model=model, held_out=held_out, tolerance=config.tolerance
+        PT2,
+        load_pt2(files[PT2]),
+        model=model,
+        held_out=held_out,
+        measure_rounding=partial(measure_rounding, model, held_out),
+        tolerance=config.tolerance,
     )
 
     record: dict[str, Any] = {

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import make_printable
+from softcache.base.text import escape_markdown, format_code_span
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.copied_commands import format_command, program_name
@@ -13,6 +13,7 @@ from .metadata import INPUT, INT8, ONNX, PT2, WEIGHTS
 from .select_student import ExportedRun
 
 _LISTED_CLASSES = 20  # with their names, and with their recall
+_NAME = 80  # characters of a name
 _METRICS = {
     "accuracy": "accuracy",
     "top5": "top-5 accuracy",
@@ -48,7 +49,7 @@ without the teacher.
 
 | | |
 |---|---|
-| arch | `{arch}`, {parameters:,} parameters, {multiply_adds:,} multiply-adds per image |
+| arch | {arch_code}, {parameters:,} parameters, {multiply_adds:,} multiply-adds per image |
 | classes | {K}: {classes} |
 | input | `{input}`, float32 [B, {channels}, {size}, {size}], values 0 … 1. {preprocessing} |
 | output | {output} |
@@ -109,8 +110,9 @@ def format_model_card(record: dict[str, Any], exported: ExportedRun, manifests: 
     preprocessing = record["preprocessing"]
     data = manifests[0].identity["transfer_set"]["name"]
     return _TEMPLATE.format(
-        arch=escape_markdown(record["arch"]),
-        teachers=" and ".join(escape_markdown(m.identity["teacher"]["arch"]) for m in manifests),
+        arch=escape_markdown(record["arch"], _NAME),
+        arch_code=format_code_span(record["arch"], in_table=True),
+        teachers=" and ".join(escape_markdown(m.identity["teacher"]["arch"], _NAME) for m in manifests),
         version=record["versions"]["softcache"],
         parameters=record["parameters"],
         multiply_adds=record["multiply_adds"],
@@ -131,7 +133,7 @@ def format_model_card(record: dict[str, Any], exported: ExportedRun, manifests: 
         files="\n".join(_file_rows(record)),
         checks="\n\n".join(_check_paragraphs(record)),
         file=ONNX,
-        data=escape_markdown(data),
+        data=escape_markdown(data, _NAME),
         example=format_example(ONNX, preprocessing),
     )
 
@@ -147,15 +149,9 @@ def format_example(file: str, preprocessing: dict[str, Any]) -> str:
     return _EXAMPLE.format(file=file, input=INPUT, **numbers)
 
 
-def escape_markdown(text: object) -> str:
-    """Make text from an untrusted file safe for a cell of a Markdown table: printable, without markup, at most 80."""
-    escapes = {"|": "\\|", "`": "'", "<": "&lt;", "[": "\\[", "*": "\\*"}
-    return "".join(escapes.get(c, c) for c in make_printable(text, 80))
-
-
 def _list_classes(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED_CLASSES} more" if len(names) > _LISTED_CLASSES else ""
-    return ", ".join(escape_markdown(name) for name in names[:_LISTED_CLASSES]) + more
+    return ", ".join(escape_markdown(name, _NAME) for name in names[:_LISTED_CLASSES]) + more
 
 
 def _describe_preprocessing(preprocessing: dict[str, Any]) -> str:
@@ -207,7 +203,7 @@ def _recall_lines(record: dict[str, Any]) -> Iterator[str]:
     yield f"{title}:\n"
     yield "| class | recall | images |\n|---|---|---|"
     for recall, name, support in rows[:_LISTED_CLASSES]:
-        yield f"| {escape_markdown(name)} | {recall:.4f} | {int(support):,} |"
+        yield f"| {escape_markdown(name, _NAME)} | {recall:.4f} | {int(support):,} |"
     yield ""
 
 
@@ -218,25 +214,25 @@ def _source_lines(run_config: StudentConfig, manifests: list[Manifest]) -> Itera
     parameters = ", ".join(f"{name} {value:g}" for name, value in views.items() if name != "policy")
     draws = run_config.draws or first.draws
     yield (
-        f"- {first.splits['train']:,} images of {escape_markdown(transfer_set)}, each in"
-        f" {draws} view{'s' if draws > 1 else ''} `{escape_markdown(views['policy'])}` ({parameters})"
+        f"- {first.splits['train']:,} images of {escape_markdown(transfer_set, _NAME)}, each in"
+        f" {draws} view{'s' if draws > 1 else ''} {format_code_span(views['policy'])} ({parameters})"
     )
     if run_config.labelled:
         yield f"- labels of {run_config.labelled:,} of them; the teacher's logits of all"
     for manifest in manifests:
         teacher = manifest.identity["teacher"]
         yield (
-            f"- teacher `{escape_markdown(teacher['arch'])}`, weights SHA-256 `{escape_markdown(teacher['weights'])}`;"
-            f" cache `{escape_markdown(manifest.fingerprint)}`"
+            f"- teacher {format_code_span(teacher['arch'])}, weights SHA-256 {format_code_span(teacher['weights'])};"
+            f" cache {format_code_span(manifest.fingerprint)}"
         )
     if run_config.combine:
-        yield f"- combined by `{escape_markdown(run_config.combine)}`"
+        yield f"- combined by {format_code_span(run_config.combine)}"
     if run_config.map:
-        yield f"- mapped by `{escape_markdown(run_config.map)}`"
+        yield f"- mapped by {format_code_span(run_config.map)}"
 
 
 def _describe_training(run_config: StudentConfig) -> str:
-    losses = " + ".join(f"`{escape_markdown(loss)}`" for loss in run_config.loss)
+    losses = " + ".join(format_code_span(loss) for loss in run_config.loss)
     finetuning = ""
     if run_config.finetune_epochs:
         finetuning = f", then {run_config.finetune_epochs} epochs from hard targets alone"
@@ -293,4 +289,4 @@ def _check_paragraphs(record: dict[str, Any]) -> Iterator[str]:
 
 def _format_licence(manifests: list[Manifest]) -> str:
     licences = [str(manifest.settings.get("license") or "not stated") for manifest in manifests]
-    return "; ".join(dict.fromkeys(escape_markdown(licence) for licence in licences))
+    return "; ".join(dict.fromkeys(escape_markdown(licence, _NAME) for licence in licences))

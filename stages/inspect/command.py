@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import make_folder, publish_json, publish_text
+from softcache.base.text import escape_csv_cell
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.metrics.soft_targets import (
@@ -231,11 +232,11 @@ def _make_files(findings: dict[str, Any], config: InspectConfig) -> "dict[str, s
 
 
 def _format_csv(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Format a table as CSV, None as n/a."""
+    """Format a table as CSV, None as n/a. Names that a spreadsheet would compute get an apostrophe before them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(titles)
-    writer.writerows(["n/a" if cell is None else cell for cell in row] for row in rows)
+    writer.writerow(map(escape_csv_cell, titles))
+    writer.writerows(["n/a" if cell is None else escape_csv_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
 
 

@@ -35,6 +35,8 @@ _METRICS = (
     "recall_tail",
 )
 _MAX_DEPTH = 3  # of folders with runs: runs/METHODS/RUN, runs/SEVERAL/ARCH/SEED
+_CLASS_METRICS = {"precision", "recall", "f1", "support"}
+_COSTS = {"stage_one", "epoch", "teacher_epoch", "live_epoch", "saved", "paid_after_epochs", "paid_after_students"}
 EpochMetrics = dict[str, Any]
 
 
@@ -211,10 +213,11 @@ def _read_epoch_metrics(training: str, seeds: list[Path]) -> list[list[EpochMetr
             continue
         epochs = read_epoch_lines(folder)
         for metrics in epochs:
-            if not isinstance(metrics, dict) or "epoch" not in metrics or not all(map(_is_number, metrics.values())):
+            is_record = isinstance(metrics, dict) and type(metrics.get("epoch")) is int
+            if not is_record or not all(map(_is_number, metrics.values())):
                 raise CacheError(f"'{folder / METRICS_FILE}' is damaged: it is not a record of epochs")
-        if epochs:
-            trainings.append(epochs)
+        if epochs:  # null stands for a metric that is not known
+            trainings.append([{key: value for key, value in line.items() if value is not None} for line in epochs])
     return trainings
 
 
@@ -247,13 +250,15 @@ def _check_result(result: dict[str, Any], name: str) -> None:
                 continue
             if model != "teacher":
                 InputSpec.from_json(result[model]["preparation"])
-            for split in ("val", "test"):
-                if split in result[model]:
-                    _check_metrics(result[model][split])
-                    if model != "teacher":
-                        _check_metrics(result["spread"][model][split])
+            for split in _list_splits(result["teacher"]):
+                classes = _check_metrics(result[model][split])
+                if classes not in (None, _check_metrics(result["teacher"][split])):
+                    raise TypeError("the metrics by class are not of the teacher's classes")
+                if model != "teacher":
+                    _check_metrics(result["spread"][model][split])
         for member in result.get("members", ()):
-            _check_metrics(member["test"] if "test" in member else member["val"])
+            for split in _list_splits(member):
+                _check_metrics(member[split])
             if not isinstance(member["arch"], str):
                 raise TypeError("the arch of a member is not text")
         student, cache, cost = result["student"], result["cache"], result["bill"]
@@ -261,7 +266,7 @@ def _check_result(result: dict[str, Any], name: str) -> None:
         numbers += [cache[key] for key in ("rows", "draws", "seconds")]
         if None in numbers or not all(map(_is_number, numbers)):
             raise TypeError("parameters, rows or seconds are not numbers")
-        if not {"stage_one", "epoch", "saved", "live_epoch"} <= set(cost) or not all(map(_is_number, cost.values())):
+        if not set(cost) >= _COSTS or not all(map(_is_number, cost.values())):
             raise TypeError("the cost is not complete")
         texts = [student["arch"], result["teacher"]["arch"], cache["manifest"], result["machine"]["device"]]
         texts += result["versions"].values()
@@ -273,16 +278,37 @@ def _check_result(result: dict[str, Any], name: str) -> None:
         raise CacheError(f"{name} is not of a student's run") from None
 
 
-def _check_metrics(metrics: dict[str, Any]) -> None:
-    """Raise TypeError for metrics of a split, or their spread, that are not numbers and lists of equal length."""
-    if not all(_is_number(metrics.get(name)) for name in _METRICS):
+def _list_splits(record: dict[str, Any]) -> list[str]:
+    """List the splits that a network was measured on. Raises KeyError where there is none."""
+    splits: list[str] = [split for split in ("val", "test") if split in record]
+    if not splits:
+        raise KeyError("val")
+    return splits
+
+
+def _check_metrics(metrics: dict[str, Any]) -> int | None:
+    """Check the metrics of a split, or their spread.
+
+    Returns:
+        The number of classes of the metrics by class; None where there are none.
+
+    Raises:
+        KeyError, TypeError, AttributeError: They are not numbers and lists of equal length, or incomplete.
+    """
+    if not all(_is_number(metrics.get(name)) for name in (*_METRICS, "rows")):
         raise TypeError("a metric is not a number")
-    lists = list(metrics["per_class"].values()) if "per_class" in metrics else []
-    lists += metrics.get("confusion") or []
+    confusion, per_class = metrics.get("confusion") or [], metrics.get("per_class") or {}
+    if per_class and not set(per_class) >= _CLASS_METRICS:
+        raise KeyError("per_class")
+    lists = [*per_class.values(), *confusion]
     if not all(isinstance(values, list) and all(map(_is_number, values)) for values in lists):
         raise TypeError("a metric by class is not a list of numbers")
-    if len(set(map(len, lists))) > 1:
+    sizes = set(map(len, lists)) | ({len(confusion)} if confusion else set())
+    if len(sizes) > 1:
         raise TypeError("the metrics by class are not of the same classes")
+    if any(None in values for values in (*confusion, per_class.get("support", []))):
+        raise TypeError("a number of rows is not known")
+    return next(iter(sizes), None)
 
 
 def _check_inspection(record: dict[str, Any], name: str) -> None:
@@ -295,6 +321,10 @@ def _check_inspection(record: dict[str, Any], name: str) -> None:
         numbers += [channel[key] for channel in channels for key in ("mean", "sd", "channel")]
         if taps:
             numbers += [record["joint"]["teacher"], record["joint"]["majority"]]
+            if not all(isinstance(text, str) for text in (record["best"], record["joint"]["split"])):
+                raise TypeError("the best tap or the split is not text")
+            if not channels or not all(isinstance(tap, list) for tap in record["channels"].values()):
+                raise TypeError("there are no channels")
         if None in numbers or not all(map(_is_number, numbers)) or not isinstance(record["fingerprint"], str):
             raise TypeError("a value is not a number")
     except (KeyError, TypeError, AttributeError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from softcache.base.errors import make_printable
+from softcache.base.text import escape_markdown, format_code_span
 
 from .load import LoadedRun
 from .page import GroupSection
@@ -21,13 +21,22 @@ def format_markdown(sections: Sequence[GroupSection], costs: dict[str, str], com
     """
     lines = ["# Report", ""]
     for section in sections:
-        lines += [f"## {_escape(section.group.title)}", "", *(f"{_escape(line)}  " for line in section.summary), ""]
+        lines += [
+            f"## {escape_markdown(section.group.title)}",
+            "",
+            *(f"{escape_markdown(line)}  " for line in section.summary),
+            "",
+        ]
         lines += [*_table_lines(section), ""]
     if costs:
-        lines += ["## Cost", "", *(f"- {_escape(name)}: {cost}" for name, cost in costs.items()), ""]
+        lines += ["## Cost", "", *(f"- {escape_markdown(name)}: {cost}" for name, cost in costs.items()), ""]
     runs = [run for section in sections for run in section.group.runs]
-    lines += ["## Provenance", "", *(f"- {_escape(run.name)}: {_escape(_format_provenance(run))}" for run in runs)]
-    return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+    lines += [
+        "## Provenance",
+        "",
+        *(f"- {escape_markdown(run.name)}: {escape_markdown(_format_provenance(run))}" for run in runs),
+    ]
+    return "\n".join([*lines, "", f"Made by {format_code_span(command)}.", ""])
 
 
 def _table_lines(section: GroupSection) -> list[str]:
@@ -53,7 +62,7 @@ def _table_lines(section: GroupSection) -> list[str]:
 
 
 def _table_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_escape(cell) for cell in cells) + " |"
+    return "| " + " | ".join(escape_markdown(cell) for cell in cells) + " |"
 
 
 def _format_provenance(run: LoadedRun) -> str:
@@ -64,8 +73,3 @@ def _format_provenance(run: LoadedRun) -> str:
         return f"{run.state}; cache {caches}, {seeds}"
     versions = ", ".join(f"{name} {version}" for name, version in run.result["versions"].items())
     return f"cache {caches}, {seeds}, {versions}, {run.result['machine']['device']}"
-
-
-def _escape(text: str) -> str:
-    """Escape what is markup in Markdown or HTML."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in make_printable(text, None))

@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from softcache import __version__
+from softcache.base.errors import make_printable
 from softcache.stages.cli.plot_style import Plot, render_svg
 
 from .disagreements import Disagreement
@@ -123,6 +124,11 @@ def make_page_image(name: str, plot: Plot, alt: str, caption: str) -> PageImage:
     return PageImage(name=name, plot=plot, url=url, alt=alt, caption=caption)
 
 
+def _make_printable(value: Any) -> Any:
+    """Replace control characters in a value of the template; the page's own markup is no plain str."""
+    return make_printable(value, None) if type(value) is str else value
+
+
 def render_page(title: str, sections: list[GroupSection], command: str) -> str:
     """Fill in the page. All text is escaped; the content security policy allows only the page's own script.
 
@@ -131,7 +137,9 @@ def render_page(title: str, sections: list[GroupSection], command: str) -> str:
         sections: Of the groups of runs.
         command: That makes the report again.
     """
-    environment = Environment(loader=FileSystemLoader(_TEMPLATE_FOLDER), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATE_FOLDER), autoescape=True, undefined=StrictUndefined, finalize=_make_printable
+    )
     script = (_TEMPLATE_FOLDER / "page.js").read_text(encoding="utf-8")
     columns: list[dict[str, Any]] = [
         {"name": name, "title": format_column_title(name), "direction": describe_direction(name)} for name in COLUMNS

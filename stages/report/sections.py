@@ -232,9 +232,9 @@ def _make_class_rows(run: LoadedRun, split: str) -> list[ClassRow]:
     student_metrics, teacher_metrics = run.get_metrics("student", split), run.get_metrics("teacher", split)
     if not student_metrics or not teacher_metrics:
         return []
-    if "per_class" not in student_metrics or "per_class" not in teacher_metrics:
+    student, teacher = student_metrics.get("per_class"), teacher_metrics.get("per_class")
+    if not student or not teacher:
         return []
-    student, teacher = student_metrics["per_class"], teacher_metrics["per_class"]
     rows: list[tuple[tuple[bool, float], ClassRow]] = []
     for c, name in enumerate(_list_class_names(run, len(student["f1"]))):
         f1, teacher_f1, support = student["f1"][c], teacher["f1"][c], student["support"][c]

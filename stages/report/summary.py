@@ -26,7 +26,7 @@ def format_summary(group: Group, rows: Sequence[Row]) -> list[str]:
     if finished:
         best = max(finished, key=lambda row: row.metrics["accuracy"].value or 0)
         lines.append(f"The best student is {best.name} ({best.arch}): {best.metrics['accuracy'].text} % accuracy.")
-        best_run = next(run for run in group.runs if run.name == best.name)
+        best_run = next(run for run in group.runs if make_printable(run.name) == best.name)
         lines += _compare_best(best_run, group.split)
     lines += _describe_smallest(finished, rows)
     saved = sum(run.result["bill"]["saved"] or 0 for run in group.runs if run.result)

@@ -13,12 +13,14 @@ from softcache.base.files import make_folder, publish_json, read_input_file, rem
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
+from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
 from .logits import TEACHER_LOGITS
+from .named_code import require_named_code
 
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
 IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
@@ -167,8 +169,19 @@ def _resume_config(config: S, explicit_options: set[str]) -> S:
         raise UsageError(
             f"'{folder}' was started with another {', '.join(different)}: leave out what is not to change"
         )
+    require_named_code(
+        settings.arch,
+        config.arch if "arch" in explicit_options else "",
+        owner=f"the run '{folder}'",
+        option="--arch",
+        command=format_command(_command_name(config), config, arch=settings.arch),
+    )
     names = _RESUME_OPTIONS & explicit_options & {f.name for f in fields(config)}
     return replace(settings, **{name: getattr(config, name) for name in names})
+
+
+def _command_name(config: TeacherConfig | StudentConfig) -> str:
+    return "teacher" if isinstance(config, TeacherConfig) else "student"
 
 
 def _to_list(value: Any) -> Any:

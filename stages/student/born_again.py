@@ -19,13 +19,14 @@ from softcache.base.files import make_folder, publish_json
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.models import is_custom_arch
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
-from softcache.stages.cli.configs import BornAgainConfig, StudentConfig
+from softcache.stages.cli.configs import BornAgainConfig, EvaluateConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import program_name, read_cache_config
+from softcache.stages.cli.copied_commands import format_command, read_cache_config
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.teacher_cache import command as cache_stage
 
@@ -136,7 +137,8 @@ def _make_cache(student_config: StudentConfig, setup: DistillationSetup, folder:
         base_config,
         data=student_config.data or base_config.data,
         data_root=student_config.data_root,
-        teacher="",
+        # What a run names is not imported unless the command line names it, and here it did.
+        teacher=student_config.arch if is_custom_arch(student_config.arch) else "",
         weights=student_config.out,
         normalize="",
         taps=",".join(list_teacher_taps(setup.losses)),
@@ -203,4 +205,6 @@ def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
         f" NLL {ensemble['nll']:.4f}, agreement with the first teacher {ensemble['agreement']:.4f}"
     )
     console.print(f"run:   {folder}")
-    console.print(f"next:  {program_name()} evaluate {folder / 'generation-1'}")
+    arch = str(result["generations"][0]["student"]["arch"])
+    config = EvaluateConfig(arch=arch if is_custom_arch(arch) else "")
+    console.print(f"next:  {format_command('evaluate', config, folder / 'generation-1')}")

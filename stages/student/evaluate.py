@@ -11,8 +11,9 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import EvaluateConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.cli.copied_commands import format_command, format_resume_command
 from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
+from softcache.stages.runs.named_code import require_named_code
 
 from .setup import DistillationSetup
 from .teachers import SHARDS_FILE, open_caches
@@ -29,8 +30,15 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
     console, folder = Console(config.json), Path(name)
     if "cache" not in read_json(folder / "settings.json"):
         raise UsageError(f"'{folder}' is not the run of a student")
-    locations = {name: getattr(config, name) for name in explicit - {"json"}}
+    locations = {name: getattr(config, name) for name in explicit - {"json", "arch"}}
     student_config = replace(read_config(folder, StudentConfig), out=str(folder), **locations)
+    require_named_code(
+        student_config.arch,
+        config.arch,
+        owner=f"the run '{folder}'",
+        option="--arch",
+        command=format_command("evaluate", config, folder, arch=student_config.arch),
+    )
     check_same_teachers(folder, open_caches(student_config.cache))
     setup = DistillationSetup.open(student_config)
     metrics: dict[str, Any] = {}
@@ -69,7 +77,7 @@ def check_same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
 def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
     path = folder / "student.pt"
     if not path.is_file():
-        command = f"{program_name()} student --resume --out {config.out}"
+        command = format_resume_command("student", config.out, config.arch)
         raise CacheError(
             f"'{folder}' has no student.pt, because its training is not finished: continue with  {command}"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
+from softcache.base.text import escape_markdown
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.new_folders import make_new_folder
@@ -95,7 +96,8 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     publish_text(folder / "methods.md", table)
     if config.json:
         return console.print_json(json.dumps(record))
-    console.print(table)
+    for line in table.splitlines():
+        console.print(line)
     console.print(f"run:   {folder}/methods.json, methods.md")
 
 
@@ -199,7 +201,8 @@ def _format_table(record: dict[str, Any]) -> str:
     hard = record["methods"][0]
     split = "test" if "test" in record["teacher"] else "val"
     lines = [
-        f"{record['arch']}, {record['epochs']} epochs, from the cache of {record['teacher']['arch']}"
+        f"{escape_markdown(record['arch'])}, {record['epochs']} epochs, from the cache of"
+        f" {escape_markdown(record['teacher']['arch'])}"
         f" ({split} accuracy {record['teacher'][split]['accuracy']:.4f})",
         "",
         f"| method | {split} accuracy | agreement | s/epoch | step time / hard (range of {record['rounds']} rounds)"
@@ -208,7 +211,7 @@ def _format_table(record: dict[str, Any]) -> str:
     ]
     for row in record["methods"]:
         if "ratio" not in row:
-            lines.append(f"| {row['method']} | not for this pair: {row['failed']} | | | | | | | |")
+            lines.append(f"| {row['method']} | not for this pair: {escape_markdown(row['failed'])} | | | | | | | |")
             continue
         gain = "diverged | | "
         if "failed" not in row:

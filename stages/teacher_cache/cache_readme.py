@@ -3,12 +3,13 @@
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import CacheError
+from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import publish_text, read_regular_file
+from softcache.base.text import escape_markdown, format_code_span
 from softcache.pipeline.cache.folder import README_FILE
 from softcache.pipeline.cache.manifest import Manifest
 
@@ -21,7 +22,7 @@ set, so that any number of students can be trained without the teacher. It holds
 
 | | |
 |---|---|
-| teacher | `{arch}`, weights SHA-256 `{weights}`, in {precision}{faster} |
+| teacher | {arch}, weights SHA-256 {weights}, in {precision}{faster} |
 | input | {input} |
 | data | {data}: {rows}; {classes} classes |
 | views | {views}; {draws} of each training image, one plain view of each held-out one |
@@ -29,7 +30,7 @@ set, so that any number of students can be trained without the teacher. It holds
 | contents | {contents} |
 | codec | {codec}: KL {kl} nats at temperature 4, {flips:.4%} of rows change their top-1 class |
 | size | {size:.1f} MB in {files} files |
-| fingerprint | `{fingerprint}` |
+| fingerprint | {fingerprint} |
 | made with | {versions} |
 | licence | {license} |
 
@@ -53,7 +54,7 @@ set, so that any number of students can be trained without the teacher. It holds
 
 | | |
 |---|---|
-| teacher | `{arch}`, weights SHA-256 `{weights}`, {precision} arithmetic{faster} |
+| teacher | {arch}, weights SHA-256 {weights}, {precision} arithmetic{faster} |
 | input | {input} |
 | data | {data}: {rows}; {classes} classes |
 | views | {views}; {draws} of each training picture, one plain view of each held-out one |
@@ -61,7 +62,7 @@ set, so that any number of students can be trained without the teacher. It holds
 | kept | {contents} |
 | codec | {codec}: KL {kl} nats at temperature 4, {flips:.4%} of rows change their first class |
 | size | {size:.1f} MB in {files} files |
-| fingerprint | `{fingerprint}` |
+| fingerprint | {fingerprint} |
 | made with | {versions} |
 | licence | {license} |
 
@@ -106,7 +107,8 @@ def _is_unedited(folder: Path, manifest: Manifest) -> bool:
         return False
     try:
         name = shlex.split(match[1])[0]
-        return content in (format_readme(name, manifest).encode(), _format_first_readme(name, manifest).encode())
+        texts = [format_readme(name, manifest), *_format_earlier_readmes(name, manifest)]
+        return content in [text.encode() for text in texts]
     except (ValueError, IndexError):  # no name that a shell could read
         return False
 
@@ -121,46 +123,63 @@ def format_readme(name: str, manifest: Manifest) -> str:
     return _TEXT.format(**_format_fields(name, manifest))
 
 
-def _format_first_readme(name: str, manifest: Manifest) -> str:
-    """Format the README.md that the first versions of this program wrote."""
-    fields = _format_fields(name, manifest)
+def _format_earlier_readmes(name: str, manifest: Manifest) -> Iterator[str]:
+    """Yield the README.md that earlier versions of this program wrote: with names as they are in the manifest."""
+    fields = _format_fields(name, manifest, escape=str, code=lambda text: f"`{text}`")
+    yield _TEXT.format(**fields)
     fields["faster"] = fields["faster"].replace("top-1 class", "first class")
-    return _FIRST_TEXT.format(**fields)
+    yield _FIRST_TEXT.format(**fields)
 
 
-def _format_fields(name: str, manifest: Manifest) -> dict[str, Any]:
-    """Format the values of the fields in both texts."""
+def _format_code_cell(text: object) -> str:
+    return format_code_span(text, in_table=True)
+
+
+def _format_fields(
+    name: str,
+    manifest: Manifest,
+    escape: Callable[[object], str] = escape_markdown,
+    code: Callable[[object], str] = _format_code_cell,
+) -> dict[str, Any]:
+    """Format the values of the fields in both texts.
+
+    Args:
+        name: Of the cache's folder.
+        manifest: Of the cache, which may come from anyone.
+        escape: Makes text of it safe for a cell of a table.
+        code: The same for code.
+    """
     identity, fidelity = manifest.identity, manifest.fidelity
     teacher, data, views = identity["teacher"], identity["transfer_set"], identity["views"]
-    parameters = ", ".join(f"{key} {value}" for key, value in views.items() if key != "policy")
-    features = ", ".join(f"`{tap}` {shape}" for tap, shape in manifest.taps.items())
+    parameters = ", ".join(escape(f"{key} {value}") for key, value in views.items() if key != "policy")
+    features = ", ".join(f"{code(tap)} {shape}" for tap, shape in manifest.taps.items())
     accuracies = {split: figures["accuracy"] for split, figures in manifest.teacher.items()}
     return {
         "format": identity["format"],
         "and_features": " and some layers' features" if features else "",
-        "arch": teacher["arch"],
-        "weights": teacher["weights"],
-        "precision": identity["precision"],
+        "arch": code(teacher["arch"]),
+        "weights": code(teacher["weights"]),
+        "precision": escape(identity["precision"]),
         "faster": f", {manifest.arithmetic.describe()}" if manifest.arithmetic else "",
         "input": f"{teacher['channels']} × {teacher['size']} × {teacher['size']},"
         f" mean {_format_numbers(teacher['mean'])},"
         f" standard deviation {_format_numbers(teacher['std'])} of values 0 … 1",
-        "data": data["name"],
+        "data": escape(data["name"]),
         "rows": ", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items()),
         "classes": manifest.classes,
-        "views": f"`{views['policy']}` ({parameters})",
+        "views": f"{code(views['policy'])} ({parameters})",
         "draws": manifest.draws,
         "accuracy": ", ".join(f"{split} {_format_accuracy(accuracy)}" for split, accuracy in accuracies.items()),
         "contents": "logits" + (f"; features {features}" if features else ""),
-        "codec": identity["codec"],
+        "codec": escape(identity["codec"]),
         "kl": f"{fidelity['kl_4']:.1e}",
         "flips": fidelity["flips"],
         "size": manifest.bytes / 1e6,
         "files": len(manifest.shards),
-        "fingerprint": manifest.fingerprint,
-        "versions": ", ".join(f"{library} {version}" for library, version in manifest.versions.items()),
-        "license": manifest.settings.get("license") or "not stated: ask whoever gave it to you",
-        "name": shlex.quote(name),
+        "fingerprint": code(manifest.fingerprint),
+        "versions": ", ".join(escape(f"{library} {version}") for library, version in manifest.versions.items()),
+        "license": escape(manifest.settings.get("license") or "not stated: ask whoever gave it to you"),
+        "name": shlex.quote(name if escape is str else make_printable(name, None)),
         "where": " --data folder:PATH" if data["name"] == "folder" else "",
     }
 

@@ -155,5 +155,7 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
     settings = {name: value for name, value in asdict(config).items() if name not in local}
     settings["weights"] = Path(config.weights).name
+    if not config.weights_key:  # caches of before this option have no such key
+        del settings["weights_key"]
     settings["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
     return settings

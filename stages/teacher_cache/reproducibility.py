@@ -86,7 +86,7 @@ def make_target_generator(cache: Cache, transfer_set: TransferSet, config: Check
         CacheError: The weights are not those of the cache, or the outputs have other shapes.
         UsageError: There are no such weights, or they do not fit the arch.
     """
-    teacher = load_cache_teacher(cache, config.weights, config.teacher).to(select_device(config.device))
+    teacher = load_cache_teacher(cache, config).to(select_device(config.device))
     identity, precision_record = cache.manifest.identity, cache.manifest.arithmetic
     cache_config = replace(
         read_cache_config(cache),

@@ -13,12 +13,15 @@ from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
+from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
-from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights, read_state_dict
-from softcache.stages.cli.configs import CacheConfig, TeacherConfig
+from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights
+from softcache.stages.cli.configs import CacheConfig, CheckConfig, TeacherConfig
 from softcache.stages.cli.console import Console, format_duration
+from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
+from softcache.stages.runs.named_code import require_named_code
 from softcache.stages.teacher.command import fill_defaults, train_teacher
 from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
 
@@ -43,7 +46,9 @@ def load_teacher(
     """
     if not config.weights:
         folder = broadcast_from_first(lambda: _train_teacher(config, console))  # one of several ranks trains it
-        config = replace(config, weights=folder, teacher="", normalize="")
+        config = replace(config, weights=folder, normalize="")
+    if config.weights_key and (config.weights == "DEFAULT" or Path(config.weights).is_dir()):
+        raise UsageError(f"--weights-key {config.weights_key} is for a file of weights, not for {config.weights}")
     if config.weights == "DEFAULT":
         return _load_published(config, transfer_set)
     path = Path(config.weights)
@@ -58,25 +63,28 @@ def load_teacher(
         _note_different_split(path, config, console)
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
-    state = read_state_dict(find_weights_file(path))
+    states = read_checkpoint(find_weights_file(path))
+    key, state = choose_state_dict(states, config.weights_key, path)
+    if choice := describe_choice(key, states):
+        console.print(f"weights: {choice}")
     if input_spec is None:
         input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
     network = build(arch, classes, input_spec.channels, input_spec.size)
-    load_weights(network, state, str(path))
+    if note := load_weights(network, state, str(path)):
+        console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
 
 
-def load_cache_teacher(cache: Cache, weights: str, arch: str) -> PreparedModel:
+def load_cache_teacher(cache: Cache, config: CheckConfig) -> PreparedModel:
     """Load the teacher of a cache.
 
     Args:
         cache: The cache; its manifest has the arch, the preparation of the input and the digest of the weights.
-        weights: A state dict, the folder of a run, or DEFAULT for torchvision's own.
-        arch: The teacher's arch; may be empty where it is one of the built-in ones. A user's own code has to be named
-            here: what a manifest names is not imported.
+        config: Options of check-cache. `weights` is a file of weights, the folder of a run, or DEFAULT for
+            torchvision's own; `teacher` names a user's own code, which is not imported because a manifest names it.
 
     Returns:
         The teacher in eval mode, on the CPU.
@@ -85,16 +93,21 @@ def load_cache_teacher(cache: Cache, weights: str, arch: str) -> PreparedModel:
         UsageError: arch is not that of the cache, or is a user's code and not named; or the weights do not fit it.
         CacheError: The weights are not those of the cache.
     """
-    recorded = cache.teacher
-    is_own_code = ":" in recorded and not recorded.startswith(("mlp:", "torchvision:"))
-    if arch != recorded and (arch or is_own_code):
-        raise UsageError(f"the cache's teacher is {recorded!r}: name it with --teacher, if you trust that code")
+    weights, recorded = config.weights, cache.teacher
+    require_named_code(
+        recorded,
+        config.teacher,
+        owner=f"the cache '{cache.folder}'",
+        option="--teacher",
+        command=format_command("check-cache", config, cache.folder, teacher=recorded),
+    )
     input_spec = cache.input_spec
     network = build(recorded, cache.classes, input_spec.channels, input_spec.size)
     if weights == "DEFAULT":
         state = load_published_weights(recorded.partition(":")[2])[0]
     else:
-        state = read_state_dict(find_weights_file(Path(weights)))
+        states = read_checkpoint(find_weights_file(Path(weights)))
+        _, state = choose_state_dict(states, config.weights_key, Path(weights))
     load_weights(network, state, weights)
     digest, cache_digest = hash_weights(network), cache.manifest.identity["teacher"]["weights"]
     if digest != cache_digest:
@@ -121,8 +134,13 @@ def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
         arch, input_spec = str(record["arch"]), InputSpec.from_json(record["preparation"])
     except (KeyError, TypeError, ValueError):
         raise CacheError(f"'{path / 'result.json'}' does not have the arch and preparation of its weights") from None
-    if config.teacher and config.teacher != arch:
-        raise UsageError(f"--teacher {config.teacher}, but the run '{path}' is of {arch}")
+    require_named_code(
+        arch,
+        config.teacher,
+        owner=f"the run '{path}'",
+        option="--teacher",
+        command=format_command("teacher-cache", config, teacher=arch),
+    )
     if config.normalize:
         raise UsageError(
             f"--normalize {config.normalize}, but the run '{path}' records how its input is normalised: leave it out"

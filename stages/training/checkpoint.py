@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.base.errors import CacheError, find_disk_error, is_interrupt
 from softcache.base.files import publish, publish_text, read_input_file
-from softcache.pipeline.models.state_dicts import verify_zip
+from softcache.pipeline.models.checkpoint_files import verify_zip
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import is_first
 

@@ -84,7 +84,9 @@ class SharedStudy:
         """
         trials: dict[int, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
-            if set(trial.params) != {option.name for option in self.space} or "slot" not in trial.user_attrs:
+            has_names = set(trial.params) == {option.name for option in self.space} and "slot" in trial.user_attrs
+            # A value from a database is used only where --search names it: an arch can be code to be imported.
+            if not has_names or any(o.choices and trial.params[o.name] not in o.choices for o in self.space):
                 raise CacheError(
                     f"the study '{self.study.study_name}' has trials of another search: choose another --study"
                 )

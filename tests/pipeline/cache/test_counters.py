@@ -17,7 +17,7 @@ from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.models.prepared_model import PreparedModel
-from softcache.stages.cli.configs import CacheConfig
+from softcache.stages.cli.configs import CacheConfig, CheckConfig
 from softcache.stages.teacher_cache.inference import TeacherInference
 from softcache.stages.teacher_cache.targets import TargetGenerator
 from softcache.stages.teacher_cache.teacher_source import load_cache_teacher
@@ -119,7 +119,7 @@ def test_the_teacher_runs_once_for_each_batch_of_a_shard(
     tiny: Path, data: TransferSet, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tiny / "cache")
-    teacher = load_cache_teacher(cache, str(tiny / "runs/teacher"), "")
+    teacher = load_cache_teacher(cache, CheckConfig(weights=str(tiny / "runs/teacher")))
     config = CacheConfig(batch_size=batch_size)
     generator = TargetGenerator(data, cache.views, TeacherInference(teacher, ()), config)
     batches: list[int] = []

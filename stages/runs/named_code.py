@@ -1,0 +1,28 @@
+"""Users' own code is imported only where the command line names it: a run or a cache is data, not code."""
+
+from softcache.base.errors import UsageError, make_printable
+from softcache.pipeline.models import is_custom_arch
+
+
+def require_named_code(recorded: str, explicit: str, owner: str, option: str, command: str) -> None:
+    """Check that a command line names the code that a file names, before that code is imported.
+
+    Built-in archs need not be named.
+
+    Args:
+        recorded: The arch in the file, which may come from anyone.
+        explicit: The arch on the command line; "" where there is none.
+        owner: Whose arch it is, for the message, such as "the run 'runs/s'".
+        option: That names it, such as "--arch".
+        command: The command line with that option, to be copied.
+
+    Raises:
+        UsageError: The arch is code of a user and not named, or another one is named.
+    """
+    if explicit and explicit != recorded:
+        raise UsageError(f"{option} {explicit}, but {owner} is of {make_printable(recorded)}")
+    if is_custom_arch(recorded) and not explicit:
+        raise UsageError(
+            f"{owner} names code to be imported, '{make_printable(recorded)}', and a file alone does not run code:"
+            f" where you trust that code, name it with  {command}"
+        )
