@@ -26,6 +26,7 @@ from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import BornAgainConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import program_name, read_cache_config
+from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_free_folder
 from softcache.stages.teacher_cache import command as cache_stage
 
@@ -189,18 +190,23 @@ def _compute_probabilities(
 
 def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
     """Print a line for the first teacher, each student and the ensemble, and a command to run next."""
-    split = "test" if "test" in result["ensemble"] else "val"
-    teacher, ensemble = result["teacher"][split], result["ensemble"][split]
-    console.print(f"teacher: {split} accuracy {teacher['accuracy']:.4f}, NLL {teacher['nll']:.4f}")
+    split = choose_split(result["ensemble"])
+    teacher, ensemble = Figures(result["teacher"][split]), Figures(result["ensemble"][split])
+    console.print(f"teacher: {split} {teacher.describe(('accuracy', 'nll'))}")
     for number, generation in enumerate(result["generations"], 1):
-        student = generation["student"]
+        student = Figures(generation["student"][split])
         console.print(
-            f"generation {number} ({student['arch']}): {split} accuracy {student[split]['accuracy']:.4f},"
-            f" agreement with its teacher {student[split]['agreement']:.4f}"
+            f"generation {number} ({generation['student']['arch']}): {split}"
+            f" {_format_label_figures(student, ('accuracy',))}agreement with its teacher {student.format('agreement')}"
         )
     console.print(
-        f"ensemble of all {len(result['generations'])}: {split} accuracy {ensemble['accuracy']:.4f},"
-        f" NLL {ensemble['nll']:.4f}, agreement with the first teacher {ensemble['agreement']:.4f}"
+        f"ensemble of all {len(result['generations'])}: {split} {_format_label_figures(ensemble, ('accuracy', 'nll'))}"
+        f"agreement with the first teacher {ensemble.format('agreement')}"
     )
     console.print(f"run:   {folder}")
     console.print(f"next:  {program_name()} evaluate {folder / 'generation-1'}")
+
+
+def _format_label_figures(figures: Figures, names: tuple[str, ...]) -> str:
+    """Format figures that need labels, followed by a comma; nothing where there are no labels."""
+    return f"{figures.describe(names)}, " if figures.has_labels() else ""

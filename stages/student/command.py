@@ -10,6 +10,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command, program_name
 from softcache.stages.distributed.ranks import process_group
 from softcache.stages.runs.cost import format_cost
+from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_unfinished_runs, open_run
 from softcache.stages.runs.results_table import print_table
 from softcache.stages.training.data_parallel import check_batches_shareable, note_batch_norm
@@ -98,8 +99,9 @@ def _report(
 ) -> None:
     """Print the figures, advice for a student that learned next to nothing, the cost, and a command to run next."""
     print_table(result, console)
-    split = "test" if "test" in setup.held_out else "val"
-    if result["student"][split]["accuracy"] < 1.5 / setup.cache.classes:
+    student = Figures(result["student"][choose_split(result["student"])])
+    share_right = student.get("accuracy" if student.has_labels() else "agreement")
+    if share_right is not None and share_right < 1.5 / setup.cache.classes:
         console.print(
             "The student is hardly better than chance: --clip-norm 1 or a lower --learning-rate often helps."
         )

@@ -10,6 +10,7 @@ from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.environment import describe_machine, library_versions
+from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_free_folder
 
 from .command import print_notes
@@ -169,8 +170,8 @@ def _train_method(
     except DivergedError as error:
         return row | {"failed": str(error)}
     return row | {
-        "accuracy": {split: student[split]["accuracy"] for split in setup.held_out},
-        "agreement": {split: student[split]["agreement"] for split in setup.held_out},
+        "accuracy": {split: Figures(student[split]).get("accuracy") for split in setup.held_out},
+        "agreement": {split: Figures(student[split]).get("agreement") for split in setup.held_out},
         "seconds_an_epoch": student["seconds"] / (config.epochs + config.finetune_epochs),
         "parameters": student["parameters"],
     }
@@ -197,10 +198,11 @@ def _assemble_record(
 def _format_table(record: dict[str, Any]) -> str:
     """Format methods.md: a Markdown table with a row for each method."""
     hard = record["methods"][0]
-    split = "test" if "test" in record["teacher"] else "val"
+    split = choose_split(record["teacher"])
+    teacher = Figures(record["teacher"][split])
     lines = [
         f"{record['arch']}, {record['epochs']} epochs, from the cache of {record['teacher']['arch']}"
-        f" ({split} accuracy {record['teacher'][split]['accuracy']:.4f})",
+        f" ({split} {teacher.describe(('accuracy',))})",
         "",
         f"| method | {split} accuracy | agreement | s/epoch | step time / hard (range of {record['rounds']} rounds)"
         " | / kd | saved for the backward pass, MB over hard | own parts, MB | bytes/view |",
@@ -212,9 +214,14 @@ def _format_table(record: dict[str, Any]) -> str:
             continue
         gain = "diverged | | "
         if "failed" not in row:
-            gain = f"{row['accuracy'][split]:.4f} | {row['agreement'][split]:.4f} | {row['seconds_an_epoch']:.1f}"
+            accuracy, agreement = (_format_share(row[name][split]) for name in ("accuracy", "agreement"))
+            gain = f"{accuracy} | {agreement} | {row['seconds_an_epoch']:.1f}"
         to_kd = f"{row['to_kd']:.2f}" if row["to_kd"] else ""
         time = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) | {to_kd}"
         memory = f"{(row['saved_bytes'] - hard['saved_bytes']) / 1e6:.1f} | {row['own_bytes'] / 1e6:.1f}"
         lines.append(f"| {row['method']} | {gain} | {time} | {memory} | {row['bytes_a_view']:,} |")
     return "\n".join(lines) + "\n"
+
+
+def _format_share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

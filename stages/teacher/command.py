@@ -25,6 +25,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
+from softcache.stages.runs.figures import Figures, choose_labelled_split
 from softcache.stages.runs.folder import open_run, start_run
 from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun
@@ -50,10 +51,15 @@ def run(config: TeacherConfig, explicit_options: set[str]) -> None:
     result = train_teacher(config, folder, console)
     if config.json:
         return console.print_json(json.dumps(result))
-    figures = result["teacher"]["test"] or result["teacher"]["val"]
-    console.print(f"teacher {config.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
+    console.print(f"teacher {config.arch}: {describe_accuracy(result)} in {result['seconds']['train']:.1f} s")
     console.print(f"run:  {folder}")
     console.print(f"next: {_format_cache_command(config, folder)}")
+
+
+def describe_accuracy(result: dict[str, Any]) -> str:
+    """Format the accuracy of a teacher on the test split, or on validation where test has no labels."""
+    figures = Figures(result["teacher"][choose_labelled_split(result["teacher"])])
+    return figures.describe(("accuracy",), "accuracy unknown")
 
 
 def _format_cache_command(config: TeacherConfig, folder: Path) -> str:

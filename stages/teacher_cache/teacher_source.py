@@ -19,7 +19,7 @@ from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
-from softcache.stages.teacher.command import fill_defaults, train_teacher
+from softcache.stages.teacher.command import describe_accuracy, fill_defaults, train_teacher
 from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
 
 
@@ -190,9 +190,8 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
     console.print(f"no --weights: training the teacher {teacher_config.arch} first, in '{folder}'")
     teacher_config = replace(teacher_config, resume=is_started)
     result = train_teacher(teacher_config, folder, console, advice="; WEIGHTS=… (--weights) skips it")
-    figures = result["teacher"]["test"] or result["teacher"]["val"]
     seconds = format_duration(result["seconds"]["train"])
-    console.print(f"teacher {teacher_config.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
+    console.print(f"teacher {teacher_config.arch}: {describe_accuracy(result)} in {seconds}")
     return str(folder)
 
 
