@@ -27,6 +27,7 @@ from softcache.stages.cli.configs import (
 )
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.cli.options import SectionedGroup, add_options, read_options
+from softcache.stages.cli.typed_command import remember_typed_command
 from softcache.stages.distributed.ranks import check_command, reports_errors
 
 
@@ -257,6 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
+    remember_typed_command(sys.argv[1:] if arguments is None else arguments)
     try:
         commands.main(arguments, prog_name="softcache", standalone_mode=False)
         return

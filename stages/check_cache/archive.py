@@ -11,7 +11,7 @@ from softcache.pipeline.cache.manifest import Manifest
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import ArchiveConfig
 from softcache.stages.cli.console import Console, progress_bar
-from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.cli.typed_command import program_name
 
 
 def run_pack(name: str, file: str, config: ArchiveConfig) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -12,14 +11,7 @@ from softcache.pipeline.cache.reader import Cache
 
 from .configs import CacheConfig
 from .options import to_flag
-
-
-def program_name() -> str:
-    """Return how this program was called: `softcache`, or `.venv/bin/python -m softcache`."""
-    if Path(sys.argv[0]).name == "softcache":
-        return "softcache"
-    python, folder = Path(sys.executable), Path.cwd()
-    return f"{python.relative_to(folder) if python.is_relative_to(folder) else python} -m softcache"
+from .typed_command import program_name
 
 
 def format_command(command: str, config: Any, **changes: Any) -> str:
@@ -61,12 +53,24 @@ def read_cache_config(cache: Cache) -> CacheConfig:
 def format_remake_command(cache: Cache, **changes: Any) -> str:
     """Format the command that makes a cache like this one.
 
+    A manifest names the last part of the weights' path alone: where it is not found here, PATH/TO/ stands before it,
+    to be replaced.
+
     Args:
         cache: the cache.
         changes: options that differ; without `out` it is a new folder beside it.
     """
-    defaults = {"out": find_free_name(str(cache.folder))}
-    return format_command("teacher-cache", read_cache_config(cache), **defaults | changes)
+    config = read_cache_config(cache)
+    defaults = {"out": find_free_name(str(cache.folder)), "weights": _locate_weights(config.weights, cache.folder)}
+    return format_command("teacher-cache", config, **defaults | changes)
+
+
+def _locate_weights(name: str, cache: Path) -> str:
+    """Return a path of weights of this name: in the current folder, under runs/ or beside the cache."""
+    if name in ("", "DEFAULT"):
+        return name
+    candidates = (Path(name), Path("runs") / name, cache.parent / name)
+    return next((str(path) for path in candidates if path.exists()), f"PATH/TO/{name}")
 
 
 def find_free_name(path: str) -> str:

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import product
-from shlex import quote
 from typing import Any
 
 from softcache.base.errors import UsageError
 from softcache.pipeline.metrics.significance import Difference, count_right_alone, mcnemar, paired_bootstrap
-from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.cli.typed_command import format_resume_command
 
 from .candidates import Candidate, Predictions, find_differing_options, only_seeds_differ, read_predictions
 
@@ -64,7 +63,7 @@ def _read_predictions(candidate: Candidate) -> Predictions | str:
     try:
         predictions = read_predictions(candidate)
     except UsageError as error:
-        command = f"{program_name()} student --resume --out {quote(str(candidate.folder))}"
+        command = format_resume_command("student", candidate.folder, str(candidate.config["arch"]))
         return f"{error}; a finished run of an older version writes it with  {command}"
     if not len(predictions.labels):
         return f"the {candidate.split} rows of '{candidate.name}' have no labels"

@@ -7,7 +7,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.stages.cli.configs import StudentConfig
-from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_json
 
 
@@ -56,7 +56,8 @@ def select_student(folder: Path, **overrides: Any) -> ExportedRun:
     run_config = read_config(root, StudentConfig)
     result = root / "result.json"
     if not result.is_file():
-        raise CacheError(f"'{root}' is not finished: continue it with  {program_name()} student --resume --out {root}")
+        command = format_resume_command("student", root, run_config.arch)
+        raise CacheError(f"'{root}' is not finished: continue it with  {command}")
     if run_config.seeds == 1:
         seed, reason = run_config.seed, "the only one"
     elif seed_name and root != folder:

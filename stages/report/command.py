@@ -11,8 +11,9 @@ from softcache.base.files import make_folder, publish_text
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.copied_commands import format_command, program_name
+from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
+from softcache.stages.cli.typed_command import program_name
 from softcache.stages.runs.cost import format_cost
 from softcache.stages.runs.folder import find_free_folder
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import BornAgainConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import program_name, read_cache_config
+from softcache.stages.cli.copied_commands import read_cache_config
+from softcache.stages.cli.typed_command import format_typed_command, program_name
 from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_free_folder
 from softcache.stages.teacher_cache import command as cache_stage
@@ -59,7 +61,7 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
     try:
         results = _train_chain(archs, base_config, setup, folder, console)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+        raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
     result = _assemble_result(config, setup, folder, results)
     publish_json(folder / "result.json", result)
     if config.json:
@@ -204,7 +206,7 @@ def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
         f"agreement with the first teacher {ensemble.format('agreement')}"
     )
     console.print(f"run:   {folder}")
-    console.print(f"next:  {program_name()} evaluate {folder / 'generation-1'}")
+    console.print(f"next:  {program_name()} evaluate {quote(str(folder / 'generation-1'))}")
 
 
 def _format_label_figures(figures: Figures, names: tuple[str, ...]) -> str:

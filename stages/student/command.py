@@ -7,7 +7,8 @@ from typing import Any
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import format_command, program_name
+from softcache.stages.cli.copied_commands import format_command
+from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.distributed.ranks import process_group
 from softcache.stages.runs.cost import format_cost
 from softcache.stages.runs.figures import Figures, choose_split
@@ -55,7 +56,7 @@ def _prepare(
     config, folder = open_run(config, explicit, f"{short_name(config.data)}-{config.arch.replace(':', '-')}")
     if "out" not in explicit:
         for unfinished in find_unfinished_runs(config, folder):
-            command = f"{program_name()} student --resume --out {unfinished}"
+            command = format_resume_command("student", unfinished, config.arch)
             console.print(f"'{unfinished}' was stopped; continue it with  {command}")
     setup = DistillationSetup.open(config)
     network = setup.build_student(config, setup.losses)

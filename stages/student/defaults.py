@@ -8,8 +8,8 @@ from softcache.base.errors import CacheError
 from softcache.data.sources import parse_data, short_name
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import StudentConfig
-from softcache.stages.cli.copied_commands import program_name
 from softcache.stages.cli.defaults import DEFAULTS
+from softcache.stages.cli.typed_command import program_name
 from softcache.stages.runs.folder import check_installed
 
 

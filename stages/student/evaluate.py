@@ -11,7 +11,7 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import EvaluateConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
 
 from .setup import DistillationSetup
@@ -69,7 +69,7 @@ def check_same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
 def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
     path = folder / "student.pt"
     if not path.is_file():
-        command = f"{program_name()} student --resume --out {config.out}"
+        command = format_resume_command("student", config.out, config.arch)
         raise CacheError(
             f"'{folder}' has no student.pt, because its training is not finished: continue with  {command}"
         )

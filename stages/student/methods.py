@@ -9,6 +9,7 @@ from softcache.base.errors import DivergedError, Interrupted, UsageError, unknow
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.runs.environment import describe_machine, library_versions
 from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_free_folder
@@ -88,7 +89,7 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     try:
         rows = [_train_method(name, configs[name], setups[name], costs[name], console) for name in costs]
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+        raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
     rows += [{"method": name, "losses": list(configs[name].loss), "failed": why} for name, why in reasons.items()]
     record = _assemble_record(base_config, base_setup, rows, config.time_steps)
     publish_json(folder / "methods.json", record)

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
@@ -17,6 +16,7 @@ from softcache.base.files import publish_json
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import ListConfig, StudentConfig, StudentsConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.compare import command as compare
 from softcache.stages.distributed.ranks import current_ranks
 from softcache.stages.runs.folder import find_free_folder, parse_milestones
@@ -62,7 +62,7 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
     try:
         outcomes = train_students(students, config.vectorize, console)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; the same command with --out {quote(str(folder))} continues") from None
+        raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
     _report(dict(zip(configs, outcomes, strict=True)), folder, console)
 
 

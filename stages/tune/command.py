@@ -12,6 +12,7 @@ from softcache.base.files import make_folder
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
 from softcache.stages.student.command import print_notes
 from softcache.stages.student.defaults import fill_defaults, to_student_config
@@ -66,7 +67,8 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
     check_folder(folder, settings)
     if not config.out:
         for unfinished in find_unfinished_searches(folder, settings):
-            console.print(f"'{unfinished}' was stopped; the same command with --out {unfinished} continues it")
+            command = format_typed_command(str(unfinished))
+            console.print(f"'{unfinished}' was stopped; continue it with  {command}")
     if not config.storage:
         make_folder(folder)
     shared_settings = {name: value for name, value in settings.items() if name not in _LOCATION_OPTIONS}
@@ -99,7 +101,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
         try:
             search.run()
         except (KeyboardInterrupt, Interrupted):
-            raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+            raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
         rows = make_rows(shared_study.read_trials(), space)
 
     with lock_search(folder):

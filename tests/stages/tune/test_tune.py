@@ -518,7 +518,7 @@ def test_without_optuna_the_error_names_the_package_to_install(
     monkeypatch.delattr("softcache.stages.tune.command", raising=False)
     error = stages.fails(2, *tune_command(tiny, "s", "--search", "kd.weight=0|1"))
     assert error.startswith("Error: tune needs Optuna 4.3 or later (")
-    assert error.endswith("): pip install 'softcache[tune]'")
+    assert error.endswith("): pip install -e '.[tune]'")
 
 
 def test_without_matplotlib_only_the_image_is_missing(
@@ -529,6 +529,6 @@ def test_without_matplotlib_only_the_image_is_missing(
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     code, out, err = stages.call(*tune_command(tiny, "s", "--search", "kd.weight=0.1|1", "--grid"))
     assert code == 0, err
-    assert "no image without matplotlib: pip install 'softcache[report]'" in out
+    assert "no image without matplotlib: pip install -e '.[report]'" in out
     assert not Path("s/tune.png").exists()
     assert len(read_record(Path("s"))["trials"]) == 2
