@@ -17,8 +17,8 @@ TITLES = {
     "recall_tail": "tail recall",
 }
 # The figures of a table: with labels, and what can be measured without them.
-LABELLED_COLUMNS = ("accuracy", "f1_macro", "agreement")
-UNLABELLED_COLUMNS = ("agreement", "kl_to_teacher")
+LABELLED_COLUMNS: tuple[str, ...] = ("accuracy", "f1_macro", "agreement")
+UNLABELLED_COLUMNS: tuple[str, ...] = ("agreement", "kl_to_teacher")
 
 
 @dataclass(frozen=True)
