@@ -11,6 +11,7 @@ from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.distributed.ranks import process_group
 from softcache.stages.runs.cost import format_cost
+from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_unfinished_runs, open_run
 from softcache.stages.runs.results_table import print_table
@@ -28,6 +29,8 @@ _SINGLE_LOSS_ADVICE = {
     "balanced_kd": "balanced_kd alone does not use the labels: add hard",
     "dive": "dive alone does not use the labels: add balanced_softmax",
 }
+
+_SMALLEST_CNN_SIZE = 4  # pixels
 
 
 def run(config: StudentConfig, explicit: set[str]) -> None:
@@ -115,7 +118,7 @@ def _report(
     next_config = StudentConfig(
         **common,
         data=config.data if setup.cache.data == "folder" else "",
-        arch="cnn" if config.arch != "cnn" else "mlp:64",
-        baseline=True,
+        arch="cnn" if config.arch != "cnn" and setup.input_spec.size >= _SMALLEST_CNN_SIZE else "mlp:64",
+        baseline=has_labels(setup.cache.manifest, "train"),
     )
     console.print(f"next:  {format_command('student', next_config)}")

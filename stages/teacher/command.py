@@ -24,6 +24,7 @@ from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
+from softcache.stages.cli.typed_command import is_user_arch
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
 from softcache.stages.runs.figures import Figures, choose_labelled_split
 from softcache.stages.runs.folder import open_run, start_run
@@ -74,6 +75,7 @@ def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
     cache_config = CacheConfig(
         data=config.data,
         data_root=config.data_root,
+        teacher=config.arch if is_user_arch(config.arch) else "",  # code of a run is used where it is named again
         weights=str(folder),
         out=find_free_name(default_out) if Path(default_out).exists() else "",
         **split_options,
