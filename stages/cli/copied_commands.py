@@ -9,9 +9,9 @@ from typing import Any
 from softcache.base.errors import make_printable
 from softcache.pipeline.cache.reader import Cache
 
-from .configs import CacheConfig
+from .configs import CacheConfig, CheckConfig
 from .options import to_flag
-from .typed_command import program_name
+from .typed_command import is_user_arch, program_name
 
 
 def format_command(command: str, config: Any, **changes: Any) -> str:
@@ -63,6 +63,30 @@ def format_remake_command(cache: Cache, **changes: Any) -> str:
     config = read_cache_config(cache)
     defaults = {"out": find_free_name(str(cache.folder)), "weights": _locate_weights(config.weights, cache.folder)}
     return format_command("teacher-cache", config, **defaults | changes)
+
+
+def format_repair_command(cache: Cache, config: CheckConfig) -> str:
+    """Format the command that repairs a cache, with the teacher's weights where they are found here.
+
+    Args:
+        cache: the cache, in whose manifest a user's code may be named as the arch: a placeholder stands for it.
+        config: the options of `check-cache`.
+    """
+    recorded = read_cache_config(cache)
+    has_own_teacher = Path(f"{cache.folder}-teacher/result.json").is_file()
+    weights = config.weights or ("" if has_own_teacher else _locate_weights(recorded.weights, cache.folder))
+    config = dataclasses.replace(
+        config,
+        repair=True,
+        deep=False,
+        weights=weights or ("" if has_own_teacher else "PATH/TO/WEIGHTS"),
+        data=config.data or ("folder:PATH" if cache.data == "folder" else ""),
+        teacher=config.teacher or ("my_package.module:factory" if is_user_arch(cache.teacher) else ""),
+        json=False,
+    )
+    head = f"{program_name()} check-cache"
+    options = format_command("check-cache", config).removeprefix(head)
+    return f"{head} {quote(make_printable(cache.folder, None))}{options}"
 
 
 def _locate_weights(name: str, cache: Path) -> str:

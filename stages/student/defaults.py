@@ -13,7 +13,6 @@ from softcache.stages.cli.typed_command import program_name
 from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.folder import check_installed
 
-
 _UNLABELLED_LOSSES = ("kd:temperature=4",)  # where the training images have no labels
 
 
