@@ -34,6 +34,8 @@ def run(config: BlendConfig) -> None:
         raise UsageError("blend compares several caches: --cache A --cache B")
     if config.combine in PER_TEACHER:
         raise UsageError(f"--combine {config.combine} combines losses, not teachers: it has no row here")
+    if config.combine:
+        parse_combination(config.combine, len(config.cache))
     caches = open_caches(config.cache)
     ensemble = TeacherEnsemble(caches)
     held_out: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]

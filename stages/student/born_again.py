@@ -34,9 +34,11 @@ from softcache.stages.teacher_cache import command as cache_stage
 
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
+from .early_checks import check_before_images, check_names
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_or_resume
+from .teachers import open_caches
 
 
 def run(config: BornAgainConfig, explicit: set[str]) -> None:
@@ -53,7 +55,12 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
         raise UsageError("born-again takes no --resume (the same command with --out continues), --seeds or --labelled")
     folder = Path(config.out) if config.out else find_free_folder("born-again")
     archs = _list_archs(config)
-    base_config = fill_defaults(apply_recipe(to_student_config(config), explicit))
+    base_config = apply_recipe(to_student_config(config), explicit)
+    check_names(base_config)
+    base_config = fill_defaults(base_config)
+    for arch in dict.fromkeys(archs):
+        check_before_images(replace(base_config, arch=arch or base_config.arch), open_caches(base_config.cache))
+    _check_folder(folder)
     setup = DistillationSetup.open(base_config)
     _check_chain(archs, base_config, setup)
     print_notes(base_config, setup, console)
@@ -78,6 +85,13 @@ def _list_archs(config: BornAgainConfig) -> list[str]:
     if config.arch or not all(archs):
         raise UsageError(f"--archs {config.archs} names an arch for each generation; leave out --arch")
     return archs
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UsageError for a folder that holds something other than a chain of students."""
+    known = ("generation-", "cache-", "result.json", ".")
+    if folder.is_dir() and not all(path.name.startswith(known) for path in folder.iterdir()):
+        raise UsageError(f"'{folder}' exists and is not the folder of a chain: choose another --out")
 
 
 def _check_chain(archs: list[str], base_config: StudentConfig, setup: DistillationSetup) -> None:

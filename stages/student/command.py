@@ -18,6 +18,7 @@ from softcache.stages.runs.results_table import print_table
 from softcache.stages.training.data_parallel import check_batches_shareable, note_batch_norm
 
 from .defaults import fill_defaults
+from .early_checks import check_names
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_student
@@ -55,7 +56,9 @@ def _prepare(
 ) -> tuple[StudentConfig, DistillationSetup, Path]:
     """Complete the options, open caches and data, and check everything before the folder of the run is made."""
     if not config.resume:
-        config = fill_defaults(apply_recipe(config, explicit))
+        config = apply_recipe(config, explicit)
+        check_names(config)
+        config = fill_defaults(config)
     config, folder = open_run(config, explicit, f"{short_name(config.data)}-{config.arch.replace(':', '-')}")
     if "out" not in explicit:
         for unfinished in find_unfinished_runs(config, folder):

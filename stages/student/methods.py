@@ -1,12 +1,16 @@
 """`softcache methods`: train one arch with every loss on one cache, and compare what each gains and costs."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
+from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.typed_command import format_typed_command
@@ -16,10 +20,12 @@ from softcache.stages.runs.folder import find_free_folder
 
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
+from .early_checks import build_for_cache, check_before_images, check_layer_names, check_names
 from .method_costs import ROUNDS, MethodCost, StepProbe, measure_costs
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_or_resume
+from .teachers import open_caches
 
 # {method: its losses}. {all} stands for the teacher's layers from shallow to deep, {last} for the deepest of them,
 # {s_all} and {s_last} for those of the student. Methods of logits come first. Weights are those of the papers' CIFAR
@@ -73,11 +79,22 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     if config.resume or config.seeds > 1 or config.baseline or config.loss:
         raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
     folder = Path(config.out) if config.out else find_free_folder("methods")
-    base_config = fill_defaults(replace(apply_recipe(to_student_config(config), explicit), loss=("hard",)))
+    _check_method_names(config)
+    base_config = replace(apply_recipe(to_student_config(config), explicit), loss=("hard",))
+    check_names(base_config)
+    base_config = fill_defaults(base_config)
+    caches = open_caches(base_config.cache)
+    check_before_images(base_config, caches)
+    network = build_for_cache(base_config.arch, caches[0])
+    layers = config.layers or _list_cached_layers(network, caches[0], base_config)
+    if config.student_layers:
+        check_layer_names(network, config.student_layers, "--student-layers")
+    methods = _select_methods(config, layers, console)
+    for losses in methods.values():
+        with suppress(UsageError):  # a method that does not fit this pair is a row of the table
+            check_before_images(replace(base_config, loss=losses), caches)
     base_setup = DistillationSetup.open(base_config)
     print_notes(base_config, base_setup, console)
-    layers = config.layers or _list_cached_layers(base_setup, base_config)
-    methods = _select_methods(config, layers, console)
     configs = {
         name: replace(base_config, loss=losses, out=str(folder / _format_file_name(name)))
         for name, losses in methods.items()
@@ -126,10 +143,10 @@ def _format_file_name(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _list_cached_layers(setup: DistillationSetup, config: StudentConfig) -> str:
+def _list_cached_layers(network: nn.Module, cache: Cache, config: StudentConfig) -> str:
     """Join the cached layers by +, shallow to deep: in the order in which the student has layers of these names."""
-    cached = dict.fromkeys(tap.partition(":")[0] for tap in setup.cache.manifest.taps)
-    names = [name for name, _ in setup.build_student(config, setup.losses).named_modules() if name in cached]
+    cached = dict.fromkeys(tap.partition(":")[0] for tap in cache.manifest.taps)
+    names = [name for name, _ in network.named_modules() if name in cached]
     if len(names) != len(cached):
         raise UsageError(
             f"{config.arch} does not have all of the cached layers {', '.join(cached)}: name them from shallow to deep"
@@ -138,12 +155,18 @@ def _list_cached_layers(setup: DistillationSetup, config: StudentConfig) -> str:
     return "+".join(names)
 
 
-def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
-    """Return {method: losses} of the methods to compare, `hard` first, with the names of layers filled in."""
+def _check_method_names(config: MethodsConfig) -> list[str]:
+    """Return the methods that --only names. Raises UsageError for one that does not exist."""
     only = [name.strip() for name in config.only.split(",") if name.strip()]
     for name in only:
         if name not in METHODS:
             raise unknown_name_error("method", name, METHODS)
+    return only
+
+
+def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
+    """Return {method: losses} of the methods to compare, `hard` first, with the names of layers filled in."""
+    only = _check_method_names(config)
     need_layers = [name for name in only or METHODS if any("{" in spec for spec in METHODS[name])]
     if need_layers and not layers:
         if only:

@@ -23,10 +23,12 @@ from softcache.stages.runs.folder import find_free_folder, parse_milestones
 
 from . import command as single_student
 from .defaults import fill_defaults
+from .early_checks import check_before_images, check_names
 from .phases import StudentTraining, check_shared_stream, train_phases
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import assemble_result, open_student_run, resume_if_started
+from .teachers import open_caches
 
 Outcome = dict[str, Any] | TrainingStopped  # the result.json of a student, or why its training ended early
 _REPEATABLE = ("arch", "seed", "losses")
@@ -50,7 +52,10 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
         return single_student.run(next(iter(configs.values())), explicit)
     console = Console(config.json)
     _check_options(config, len(configs))
-    configs = {name: fill_defaults(apply_recipe(student, explicit)) for name, student in configs.items()}
+    configs = {name: apply_recipe(student, explicit) for name, student in configs.items()}
+    for student in configs.values():
+        check_names(student)
+    configs = {name: fill_defaults(student) for name, student in configs.items()}
     base_config = next(iter(configs.values()))
     parse_milestones(base_config)
     folder = Path(config.out) if config.out else find_free_folder(f"{short_name(base_config.data)}-students")
@@ -113,6 +118,8 @@ def _check_options(config: StudentsConfig, students: int) -> None:
 
 def _open_students(configs: dict[str, StudentConfig], folder: Path) -> list[StudentTraining]:
     """Open each student; caches and images are read once. Students that were started before are continued."""
+    for config in configs.values():
+        check_before_images(config, open_caches(config.cache))
     students: list[StudentTraining] = []
     for name, config in configs.items():
         config = resume_if_started(replace(config, out=str(folder / name), json=False))

@@ -10,6 +10,7 @@ import torch
 
 from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
+from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
 from softcache.data.transfer_set import count_classes
 from softcache.data.views import parse_views
@@ -18,7 +19,7 @@ from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models import build, count_multiply_adds, count_parameters
+from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
@@ -28,6 +29,7 @@ from softcache.stages.cli.typed_command import is_user_arch
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
 from softcache.stages.runs.figures import Figures, choose_labelled_split
 from softcache.stages.runs.folder import open_run, start_run
+from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.validation import HeldOutSplit, check_select
@@ -49,6 +51,7 @@ def run(config: TeacherConfig, explicit_options: set[str]) -> None:
     console = Console(config.json)
     config = fill_defaults(config)
     config, folder = open_run(config, explicit_options, f"{short_name(config.data)}-teacher")
+    check_names(config)
     result = train_teacher(config, folder, console)
     if config.json:
         return console.print_json(json.dumps(result))
@@ -98,6 +101,24 @@ def fill_defaults(config: TeacherConfig) -> TeacherConfig:
         weight_decay=config.weight_decay if config.weight_decay >= 0 else defaults.teacher_weight_decay,
         val_fraction=config.val_fraction or defaults.val_fraction,
     )
+
+
+def check_names(config: TeacherConfig) -> None:
+    """Check, before an image is read, every name among the options of a teacher.
+
+    Args:
+        config: Options of the command, with defaults filled in.
+
+    Raises:
+        UsageError: There is no such arch, view policy, long tail or device, or --out is a file.
+        CacheError: --out cannot be written into.
+    """
+    parse_views(config.views)
+    if config.imbalance:
+        parse_imbalance(config.imbalance)
+    check_arch(config.arch)
+    select_device(config.device)
+    check_output_folder(Path(config.out))
 
 
 def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:
