@@ -3,6 +3,7 @@ quick."""
 
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import click
@@ -259,8 +260,13 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
     remember_typed_command(sys.argv[1:] if arguments is None else arguments)
+    run_command(lambda: commands.main(arguments, prog_name="softcache", standalone_mode=False))
+
+
+def run_command(call: Callable[[], object]) -> None:
+    """Call a function; an error ends the process with its line and its exit code, as `main` describes."""
     try:
-        commands.main(arguments, prog_name="softcache", standalone_mode=False)
+        call()
         return
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)

@@ -43,9 +43,7 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
         config: the options of the command.
         explicit: the names of the options that were typed on the command line.
     """
-    configs = _list_configs(config, explicit)
-    if config.losses:  # in the config of a student it is `loss` that was given
-        explicit = (explicit - {"losses"}) | {"loss"}
+    configs, explicit = _list_configs(config, explicit)
     if len(configs) == 1:
         if config.vectorize:
             raise UsageError("--vectorize is for several students: give more than one --seed, or --losses")
@@ -71,8 +69,26 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
     _report(dict(zip(configs, outcomes, strict=True)), folder, console)
 
 
-def _list_configs(config: StudentsConfig, explicit: set[str]) -> dict[str, StudentConfig]:
-    """Return {folder name: options} of each student; the name holds what differs between the students."""
+def check_options(config: StudentsConfig, explicit: set[str]) -> None:
+    """Check the options of the command as far as this needs no cache, which may not exist yet.
+
+    Raises:
+        UsageError: an option names something that does not exist, or two do not fit together.
+        CacheError: --out cannot be written into.
+    """
+    configs, explicit = _list_configs(config, explicit)
+    for student in configs.values():
+        if not student.resume:
+            check_names(apply_recipe(student, explicit))
+
+
+def _list_configs(config: StudentsConfig, explicit: set[str]) -> tuple[dict[str, StudentConfig], set[str]]:
+    """List the students of the command.
+
+    Returns:
+        {folder name: options} of each student, where the name holds what differs between the students; and the names
+        of the explicit options of each.
+    """
     if config.losses and config.loss:
         raise UsageError("--loss is one term and --losses a whole loss: give one of the two")
     losses = [tuple(text.split()) for text in config.losses] or [config.loss]
@@ -96,7 +112,9 @@ def _list_configs(config: StudentsConfig, explicit: set[str]) -> dict[str, Stude
         if name in configs:
             raise UsageError(f"two students are both '{name}': give each arch, seed and loss once")
         configs[name] = student_config
-    return configs
+    if config.losses:  # in the config of a student it is `loss` that was given
+        explicit = (explicit - {"losses"}) | {"loss"}
+    return configs, explicit
 
 
 def _format_file_name(arch: str, number: int) -> str:
