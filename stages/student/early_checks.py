@@ -69,6 +69,8 @@ def check_before_images(config: StudentConfig, caches: Sequence[Cache]) -> tuple
         UsageError: an option names something that does not exist, does not fit the caches, or needs labels that the
             images do not have.
     """
+    if config.data:
+        parse_data(config.data)
     select_device(config.device)
     losses = requirements.parse_student_losses(config, caches[0])
     taps = requirements.check_caches(config, caches, losses)

@@ -14,8 +14,8 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.typed_command import format_typed_command
-from softcache.stages.runs.environment import describe_machine, library_versions
 from softcache.stages.runs.data import has_labels
+from softcache.stages.runs.environment import describe_machine, library_versions
 from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_free_folder
 
@@ -87,8 +87,8 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     caches = open_caches(base_config.cache)
     if not has_labels(caches[0].manifest, "train"):
         raise UsageError(
-            "methods compares each loss with hard targets, which are labels, and these images have none: train students"
-            " with several --losses, and compare their agreement with the teacher"
+            "methods compares each loss with hard targets, which are labels, and these images have none: train"
+            " students with several --losses, and compare their agreement with the teacher"
         )
     check_before_images(base_config, caches)
     network = build_for_cache(base_config.arch, caches[0])
