@@ -223,7 +223,7 @@ def logits_missing(scene: Scene) -> None:
     shutil.copytree("r", "s")
     Path("s/logits.safetensors").unlink()
     scene.run_printed(scene.call("compare", "r", "s"))
-    assert "written by an older" not in scene.call("compare", "r", "s")
+    assert "--resume" not in scene.call("compare", "r", "s")
 
 
 def several_interrupted(scene: Scene) -> None:
@@ -257,7 +257,7 @@ def stage_one_interrupted(scene: Scene) -> None:
 
 
 def damaged(scene: Scene) -> None:
-    (path,) = Path("caches/c").rglob("shard-000-00000.h5") if False else sorted(Path("caches/c").rglob("*.h5"))[:1]
+    path = sorted(Path("caches/c").rglob("shard-*.h5"))[0]
     flip_bit(path, 8 * (path.stat().st_size // 2))
     packed = scene.call("cache-pack", "caches/c", "c.tar", code=1)
     scene.run_printed(packed, code=1)
@@ -336,7 +336,7 @@ def reported(scene: Scene) -> None:
 
 
 SCENARIOS = [
-    pytest.param(name, data, id=f"{name}-{data}", marks=())
+    pytest.param(name, data, id=f"{name}-{data}")
     for name in sorted({name for names in PLACES.values() if isinstance(names, tuple) for name in names})
     for data in ("pets", "bare")
     if not (data == "bare" and name in LABELLED_ONLY) and not (data == "pets" and name in SLOW_TO_LABEL)

@@ -60,15 +60,16 @@ def test_students_are_trained_and_measured(kind: str, here: Path, stages: Stages
     student = ("student", *data, "--cache", f"{kind}-0", "--epochs", 1, "--batch-size", 8, "--arch", "mlp:4")
     out = call(stages, *student, "--out", "r")
     assert "agreement" in out
-    assert ("KL to teacher" in out) == (kind == "bare")
+    assert ("KL to teacher" in out) == (kind != "test-labelled")
     assert ("have no labels: the student is compared with its teacher alone" in out) == (kind != "test-labelled")
     result = json.loads(Path("r/result.json").read_text())
     losses = ["kd:temperature=4"] if kind != "train-labelled" else ["kd:temperature=4,weight=0.9", "hard:weight=0.1"]
     assert result["settings"]["loss"] == losses
     assert ("accuracy" in result["student"]["val"]) == (kind == "train-labelled")
     assert "agreement" in call(stages, *student, "--seeds", 2, "--cache", f"{kind}-1", "--out", "seeds")
-    assert "runs:" in call(stages, *student, "--arch", "mlp:8", "--out", "archs")
-    assert "runs:" in call(stages, *student, "--seed", 0, "--seed", 1, "--vectorize", "--out", "vectorized")
+    if kind == "bare":
+        assert "runs:" in call(stages, *student, "--arch", "mlp:8", "--out", "archs")
+        assert "runs:" in call(stages, *student, "--seed", 0, "--seed", 1, "--vectorize", "--out", "vectorized")
     assert "kl_to_teacher" in call(stages, "evaluate", "r", *data)
     compared = call(stages, "compare", "r", "seeds")
     assert ("have no labels" in compared) == (kind != "test-labelled")
