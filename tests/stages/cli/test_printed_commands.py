@@ -87,6 +87,7 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/tune/summary.py:print_rows": "the command that was typed, once matplotlib is installed",
 }
 LABELLED_ONLY = {
+    "logits_missing",
     "teacher_next",
     "teacher_interrupted",
     "teacher_of_stage_one_interrupted",
@@ -97,6 +98,7 @@ LABELLED_ONLY = {
     "tune_interrupted",
 }
 SLOW_TO_LABEL = {"exported", "reported"}  # run without labels alone: it takes 5 s, and labels change no command
+LABELS_MATTER = {"cache_next", "student_next", "growth", "chain_interrupted"}  # the others: one kind, both in torture
 TEACHER = ("--teacher", "mlp:4", "--normalize", "none", "--views", "crop:pad=1", "--draws", "2", "--shard-rows", "12")
 SHORT = ("--epochs", "1", "--batch-size", "8", "--arch", "mlp:4")
 
@@ -170,7 +172,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_image: Callable[..., obj
             main([*command, "--weights", "w.pt", "--out", f"made-{data}/caches/c"])
             main([*command, "--weights", "w2.pt", "--out", f"made-{data}/caches/d"])
             patch.chdir(folder / f"made-{data}")
-            main(["student", "--data", f"folder:../{data}", "--cache", "caches/c", *SHORT, "--out", "r"])
+            Path(data).symlink_to(folder / data)
+            main(["student", "--data", f"folder:{data}", "--cache", "caches/c", *SHORT, "--out", "r"])
+            Path(data).unlink()
             patch.chdir(folder)
     return folder
 
@@ -315,7 +319,7 @@ def tune_interrupted(scene: Scene) -> None:
     (again,) = scene.run_printed(scene.interrupted(*command))
     scene.run_printed(scene.call(*again))
     scene.interrupted(*command)
-    assert len(scene.run_printed(scene.call(*command))) == 1  # what is printed of the best
+    scene.run_printed(scene.call(*command))  # the search that was stopped, and the best student of this one
 
 
 def exported(scene: Scene) -> None:
@@ -331,7 +335,6 @@ def reported(scene: Scene) -> None:
     scene.run_printed(Path("page/report.md").read_text())
     training = [c for c in find_commands(Path("page/report.html").read_text()) if c[0] == "student"]
     assert len(training) == 1
-    scene.images = f"../{scene.images}"
     scene.call(*scene.fill(training[0]))
 
 
@@ -344,7 +347,9 @@ SCENARIOS = [
 
 
 @pytest.mark.parametrize(("name", "scene"), SCENARIOS, indirect=["scene"])
-def test_a_printed_command_runs(name: str, scene: Scene) -> None:
+def test_a_printed_command_runs(name: str, scene: Scene, dose: Callable[[int, int], int]) -> None:
+    if scene.images == "pets" and name not in LABELLED_ONLY | LABELS_MATTER and not dose(0, 1):
+        pytest.skip("with --torture")
     globals()[name](scene)
 
 
