@@ -48,11 +48,7 @@ def load_teacher(
     if config.weights == "DEFAULT":
         return _load_published(config, transfer_set)
     path = Path(config.weights)
-    seeds = sorted(path.glob("seed-*"))
-    if seeds and find_weights_file(path) == path:
-        raise UsageError(f"the run '{path}' has several seeds: name one of them, such as --weights {seeds[0]}")
-    if not path.exists():
-        raise UsageError(f"there are no weights at '{path}'")
+    _check_weights_exist(path)
     arch, input_spec = config.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
         arch, input_spec = _read_run(path, config)
@@ -91,8 +87,8 @@ def check_teacher_source(config: CacheConfig) -> str:
     if config.weights == "DEFAULT":
         if not config.teacher.startswith("torchvision:"):
             raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME")
-    elif not path.exists():
-        raise UsageError(f"there are no weights at '{path}'")
+    else:
+        _check_weights_exist(path)
     arch = config.teacher
     if path.is_dir() and (path / "result.json").is_file():
         arch, _ = _read_run(path, config)
@@ -101,6 +97,15 @@ def check_teacher_source(config: CacheConfig) -> str:
     if arch == config.teacher or not is_user_arch(arch):  # what a folder names is not imported
         check_arch(arch)
     return arch
+
+
+def _check_weights_exist(path: Path) -> None:
+    """Raise UsageError where there is nothing at a path, or the run of several seeds."""
+    seeds = sorted(path.glob("seed-*"))
+    if seeds and find_weights_file(path) == path:
+        raise UsageError(f"the run '{path}' has several seeds: name one of them, such as --weights {seeds[0]}")
+    if not path.exists():
+        raise UsageError(f"there are no weights at '{path}'")
 
 
 def load_cache_teacher(cache: Cache, weights: str, arch: str) -> PreparedModel:
