@@ -32,8 +32,13 @@ CACHE ?= caches/$(notdir $(patsubst %/,%,$(patsubst folder:%,%,$(DATA))))
 SEEDS_OF_DIGITS := $(if $(filter digits,$(DATA)),SEEDS=5)
 ARCHS := $(if $(filter digits,$(DATA)),mlp:32 mlp:64 cnn,resnet8 cnn mlp:512)
 # One cache that is not there yet is made, with the defaults of its data set.
-make-cache = $(if $(word 2,$(CACHE)),,test -f '$(CACHE)/manifest.json' || \
-  $(SOFTCACHE) teacher-cache OUT='$(CACHE)' $(call variables,DATA DATA_ROOT DEVICE WORKERS) $(if $(JSON),>&2))
+# The student's options are checked first, so that a wrong name does not cost the training of a teacher. A run that is
+# resumed has its own cache and options.
+RESUMED := $(filter-out 0,$(RESUME))
+typed = make $@ $(foreach name,$(OWN),$(if $(filter command%,$(origin $(name))),$(call quoted,$(name)))) $(variables)
+make-cache = $(if $(RESUMED)$(word 2,$(CACHE)),,test -f '$(CACHE)/manifest.json' || { \
+  $(SOFTCACHE) --check student $(variables) && $(SOFTCACHE) --typed $(typed) -- \
+  teacher-cache OUT='$(CACHE)' $(call variables,DATA DATA_ROOT DEVICE WORKERS) $(if $(JSON),>&2); })
 
 .PHONY: help install teacher teacher-cache student students lint test browser slow torture bench docs check clean
 
@@ -60,12 +65,10 @@ teacher-cache: $(INSTALLED) ## run a teacher once and write its outputs to a cac
 	@$(SOFTCACHE) teacher-cache $(variables)
 
 student: $(INSTALLED) ## train a student from the cache, which is made if there is none: DATA= ARCH= LOSS= LABELLED= BASELINE=0
-	@$(SOFTCACHE) --check student $(variables)
 	@$(make-cache)
-	@$(SOFTCACHE) student BASELINE=1 $(SEEDS_OF_DIGITS) $(variables)
+	@$(SOFTCACHE) student $(if $(RESUMED),,BASELINE=1 $(SEEDS_OF_DIGITS)) $(variables)
 
 students: $(INSTALLED) ## train several students that read each batch once: ARCH='mlp:32 mlp:64 cnn'
-	@$(SOFTCACHE) --check student $(variables)
 	@$(make-cache)
 	@$(SOFTCACHE) student BASELINE=1 ARCH='$(ARCHS)' $(variables)
 

@@ -4,6 +4,7 @@ quick."""
 import errno
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import click
@@ -30,6 +31,7 @@ from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.cli.new_folders import remove_unused_folders
 from softcache.stages.cli.options import SectionedGroup, add_options, read_options
 from softcache.stages.cli.streams import check_output, tolerate_closed_streams
+from softcache.stages.cli.typed_command import remember_typed_command
 from softcache.stages.distributed.ranks import check_command, reports_errors
 
 
@@ -261,17 +263,23 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
+    remember_typed_command(sys.argv[1:] if arguments is None else arguments)
+    run_command(lambda: commands.main(arguments, prog_name="softcache", standalone_mode=False))
+
+
+def run_command(call: Callable[[], object]) -> None:
+    """Call a function; an error ends the process with its line and its exit code, as `main` describes."""
     with tolerate_closed_streams():
         try:
-            _run_command(arguments)
+            _call_or_exit(call)
         finally:
             remove_unused_folders()
 
 
-def _run_command(arguments: list[str] | None) -> None:
-    """Run a command; print its error and exit with the error's code, see `main`."""
+def _call_or_exit(call: Callable[[], object]) -> None:
+    """Call a function; print its error and exit with the error's code, see `main`."""
     try:
-        commands.main(arguments, prog_name="softcache", standalone_mode=False)
+        call()
         check_output()
         return
     except click.exceptions.Exit as done:

@@ -2,7 +2,11 @@
 
 LEARNING_RATE=0.1 is `--learning-rate 0.1`. A flag is 1 or 0. The value of an option that may be repeated is split at
 blanks, as a shell does: LOSS='kd hard:weight=0.1' is `--loss kd --loss hard:weight=0.1`. A name may come twice; the
-last one counts. With `--check` before COMMAND nothing is run: a wrong name is found before a cache is made.
+last one counts.
+
+Before COMMAND may stand `--check`: nothing is run, the options of `student` are checked, so that a wrong name is found
+before a cache is made; or `--typed make TARGET NAME=VALUE … --`, the command line of make of which this is one step,
+for the message that says how to continue.
 """
 
 import shlex
@@ -10,9 +14,11 @@ import sys
 
 import click
 
-from softcache.stages.cli.options import to_flag
+from softcache.stages.cli.configs import StudentsConfig
+from softcache.stages.cli.options import read_options, to_flag
+from softcache.stages.cli.typed_command import remember_make_command
 
-from .main import commands, main
+from .main import commands, main, run_command
 
 
 def to_arguments(command: str, variables: list[str]) -> list[str]:
@@ -30,6 +36,8 @@ def to_arguments(command: str, variables: list[str]) -> list[str]:
     values = dict(variable.split("=", 1) for variable in variables)
     arguments = [command]
     for name, value in values.items():
+        if not value:
+            raise click.UsageError(f"{name}= is empty: give it a value, or leave it out")
         flag, option = to_flag(name.lower()), options.get(name.lower())
         if isinstance(option, click.Option) and option.is_flag:
             if value not in ("0", "1"):
@@ -51,23 +59,36 @@ def _split(name: str, value: str) -> list[str]:
 
 
 def run(words: list[str]) -> None:
-    """Run a command with variables, or with --check parse it alone. Exits with code 2 and one line for a wrong one.
+    """Run a command with variables, or with --check check them alone. Exits with code 2 and one line for a wrong one.
 
     Args:
-        words: [--check] COMMAND NAME=VALUE …
+        words: [--check] [--typed make TARGET NAME=VALUE … --] COMMAND NAME=VALUE …
     """
     is_check = words[0] == "--check"
-    command, *variables = words[1:] if is_check else words
+    if is_check:
+        words = words[1:]
+    elif words[0] == "--typed":
+        end = words.index("--")
+        remember_make_command(words[1:end])
+        words = words[end + 1 :]
+    command, *variables = words
     try:
         line = to_arguments(command, variables)
-        if is_check:
-            commands.commands[command].make_context(f"softcache {command}", line[1:])
+        context = commands.commands[command].make_context(f"softcache {command}", line[1:]) if is_check else None
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    if not is_check:
+    if context is None:
         print("softcache", shlex.join(line), file=sys.stderr)
         main(line)
+    else:
+        run_command(lambda: _check_students(context))
+
+
+def _check_students(context: click.Context) -> None:
+    from .student.several_students import check_options
+
+    check_options(*read_options(context, StudentsConfig))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def parse_data(data: str) -> tuple[str, str]:
     """
     name, _, path = data.partition(":")
     if name not in SOURCES:
-        raise unknown_name_error("data set", name, [*SOURCES, "folder:PATH"])
+        raise unknown_name_error("data set", name, [*(name for name in SOURCES if name != "folder"), "folder:PATH"])
     if (name == "folder") != bool(path):
         raise UsageError("a folder of images is named with its path: --data folder:PATH")
     return name, path

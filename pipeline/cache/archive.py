@@ -10,11 +10,12 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from softcache.base.errors import CacheError
+from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import make_folder, open_regular_file, publish, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
 
@@ -89,7 +90,8 @@ def _add_file(
         info.size, info.mode = os.fstat(content.fileno()).st_size, 0o644
         if listed and info.size != listed.size:
             raise CacheError(
-                f"{folder / path}: {info.size} bytes instead of {listed.size}: run check-cache for the details"
+                f"{folder / path}: {info.size} bytes instead of {listed.size}: for the details"
+                f"  {_format_check_command(folder)}"
             )
         reader = _HashingReader(content, progress)
         try:
@@ -101,8 +103,12 @@ def _add_file(
     if listed and reader.digest.hexdigest() != listed.checksum:
         raise CacheError(
             f"{folder / path}: damaged, its checksum is {reader.digest.hexdigest()} instead of {listed.checksum}:"
-            " run check-cache for the details"
+            f" for the details  {_format_check_command(folder)}"
         )
+
+
+def _format_check_command(folder: Path) -> str:
+    return f"softcache check-cache {quote(make_printable(folder, None))}"
 
 
 class _HashingReader:

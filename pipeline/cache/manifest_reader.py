@@ -8,9 +8,10 @@ import math
 import re
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from softcache.base.errors import CacheError
+from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import read_regular_file
 from softcache.base.schema import validate
 
@@ -49,7 +50,8 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.is_file():
         raise CacheError(f"'{folder}' is a file: a cache is a folder")
     if not folder.is_dir():
-        raise CacheError(f"there is no cache at '{folder}': make one with  softcache teacher-cache --out {folder}")
+        command = f"softcache teacher-cache --out {quote(make_printable(folder, None))}"
+        raise CacheError(f"there is no cache at '{make_printable(folder)}': make one with  {command}")
     if not path.is_file():
         if (folder / IN_PROGRESS_FILE).is_file():
             raise CacheError(

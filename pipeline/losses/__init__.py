@@ -98,6 +98,9 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
 def _parse_loss(spec: str) -> Loss:
     name, parameters = parse_spec(spec, "loss")
     if name not in LOSSES:
+        first, *others = name.replace("+", ",").replace(" ", ",").split(",")
+        if others and first in LOSSES:
+            raise UsageError(f"loss '{spec}': one --loss for each term, such as --loss {first} --loss {others[0]}")
         raise unknown_name_error("loss", name, LOSSES)
     loss = LOSSES[name]
     kinds = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]

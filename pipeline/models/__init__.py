@@ -29,9 +29,14 @@ from softcache.pipeline.models.archs.mlp import mlp
 from softcache.pipeline.models.archs.mobilenet import MobileNetV2
 from softcache.pipeline.models.archs.shufflenet import ShuffleNetV1, ShuffleNetV2
 from softcache.pipeline.models.archs.simkd import build_simkd, parse_simkd_arch
-from softcache.pipeline.models.archs.torchvision_models import build_torchvision, is_torchvision_model
+from softcache.pipeline.models.archs.torchvision_models import (
+    build_torchvision,
+    check_torchvision_model,
+    is_torchvision_model,
+)
 from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
+from softcache.pipeline.taps.hooks import list_layers
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].
 # The argument is the part of the arch after the colon.
@@ -90,11 +95,55 @@ def is_custom_arch(arch: str) -> bool:
     return bool(colon) and name not in MODELS
 
 
+def check_arch(arch: str) -> None:
+    """Check the name of an arch and its argument, where classes and size of the images are not known yet.
+
+    A network of the table is built on PyTorch's device `meta`, which takes no memory. A user's factory is imported and
+    not called.
+
+    Raises:
+        UsageError: There is no such arch, or its argument does not fit.
+    """
+    name, colon, argument = arch.partition(":")
+    if name == "torchvision":
+        check_torchvision_model(argument)
+    elif colon and name not in MODELS and all(part.isidentifier() for part in name.split(".")):
+        _import_factory(name, argument)
+    else:
+        with torch.random.fork_rng(devices=()), torch.device("meta"):
+            build(arch, 10, 3, 224)
+
+
+def list_arch_layers(arch: str) -> list[str]:
+    """List the layers of an arch that can be tapped, without memory; empty where that needs the images or user code.
+
+    Raises:
+        UsageError: There is no such arch.
+    """
+    check_arch(arch)
+    if arch.partition(":")[0] not in MODELS:
+        return []
+    try:
+        with torch.random.fork_rng(devices=()), torch.device("meta"):
+            return list_layers(build(arch, 10, 3, 224))
+    except UsageError:  # a network of torchvision that takes images of another size
+        return []
+
+
 def _build_custom_arch(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
     """Build a network by a user's own function. Raises UsageError where there is none, or it returns no network."""
+    build_network = _import_factory(module, factory)
+    network = build_network(classes=classes, channels=channels, size=size)
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"arch '{module}:{factory}' returned a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def _import_factory(module: str, factory: str) -> Callable[..., object]:
+    """Import a user's own function. Raises UsageError where there is none."""
     _make_current_folder_importable()
     try:
-        build_network = getattr(importlib.import_module(module), factory)
+        build_network: Callable[..., object] = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
         hint = ""
         if close := get_close_matches(module, MODELS, n=1):
@@ -102,10 +151,7 @@ def _build_custom_arch(module: str, factory: str, classes: int, channels: int, s
         if module.endswith(".py"):
             hint = f". Name the module without .py: '{module[:-3]}:{factory}'"
         raise UsageError(f"arch '{module}:{factory}' cannot be imported: {error}{hint}") from None
-    network = build_network(classes=classes, channels=channels, size=size)
-    if not isinstance(network, nn.Module):
-        raise UsageError(f"arch '{module}:{factory}' returned a {type(network).__name__}, not a torch.nn.Module")
-    return network
+    return build_network
 
 
 def _make_current_folder_importable() -> None:

@@ -101,15 +101,9 @@ def fit_map(
         Guo et al. 2017, "On calibration of modern neural networks", arXiv 1706.04599, section 4.2; for prior, Menon et
         al. 2021, "Long-tail learning via logit adjustment", arXiv 2007.07314, section 4.1.
     """
-    name, parameters = parse_spec(spec, "map")
-    if name not in (*_FITTED, "prior"):
-        raise unknown_name_error("map", name, [*_FITTED, "prior"])
-    check_parameters(spec, "map", parameters, ("tau",) if name == "prior" else ())
+    name, tau = check_map(spec)
     K = logits.shape[1]
     if name == "prior":
-        tau = parse_number(spec, "map", "tau", parameters.get("tau", "1"))
-        if tau < 0:
-            raise UsageError(f"--map {spec}: tau={tau:g} would add the prior once more; tau is 0 or larger")
         if (counts == 0).any():
             raise UsageError(f"--map {spec}: class {int(counts.argmin())} has no training row with a label")
         shares = torch.from_numpy(counts / counts.sum())
@@ -120,6 +114,25 @@ def fit_map(
     z = torch.from_numpy(logits[is_labelled].astype(np.float64))
     y = torch.from_numpy(labels[is_labelled])
     return DistributionMap(spec, *_FITTED[name](z, y, on_step))
+
+
+def check_map(spec: str) -> tuple[str, float]:
+    """Check the text of a map.
+
+    Returns:
+        Its name, and tau, which only `prior` uses.
+
+    Raises:
+        UsageError: There is no such map, or it does not take such a parameter.
+    """
+    name, parameters = parse_spec(spec, "map")
+    if name not in (*_FITTED, "prior"):
+        raise unknown_name_error("map", name, [*_FITTED, "prior"])
+    check_parameters(spec, "map", parameters, ("tau",) if name == "prior" else ())
+    tau = parse_number(spec, "map", "tau", parameters.get("tau", "1"))
+    if tau < 0:
+        raise UsageError(f"--map {spec}: tau={tau:g} would add the prior once more; tau is 0 or larger")
+    return name, tau
 
 
 def _fit_temperature(z: torch.Tensor, y: torch.Tensor, on_step: OnStep) -> Affine:

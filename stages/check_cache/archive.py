@@ -11,7 +11,8 @@ from softcache.pipeline.cache.manifest import Manifest
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import ArchiveConfig
 from softcache.stages.cli.console import Console, progress_bar
-from softcache.stages.cli.copied_commands import program_name
+from softcache.stages.cli.copied_commands import find_free_name
+from softcache.stages.cli.typed_command import program_name
 
 
 def run_pack(name: str, file: str, config: ArchiveConfig) -> None:
@@ -37,8 +38,9 @@ def run_pack(name: str, file: str, config: ArchiveConfig) -> None:
     if config.json:
         return console.print_json(json.dumps({"file": file, "bytes": size, "manifest": cache.manifest.digest}))
     target = f"caches/{cache.folder.resolve().name}"
+    target = find_free_name(target) if Path(target).exists() else target
     console.print(f"'{file}': {size / 1e6:.1f} MB, every byte checked")
-    console.print(f"unpack it with:  {program_name()} cache-unpack {quote(out.name)} {quote(target)}")
+    console.print(f"unpack it with:  {program_name()} cache-unpack {quote(file)} {quote(target)}")
 
 
 def run_unpack(file: str, name: str, config: ArchiveConfig) -> None:

@@ -18,6 +18,7 @@ from softcache.pipeline.cache.verification import compare_views, verify_shard
 from softcache.pipeline.cache.writer import clean_up
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.cli.copied_commands import format_repair_command
 from softcache.stages.runs.data import load_cache_data
 from softcache.stages.teacher_cache.reproducibility import (
     ReproducibilityReport,
@@ -141,7 +142,10 @@ def _print_report(
             advice = "run the same teacher-cache command again"
             console.print(f"{make_printable(path)}: of an addition that is not finished: {advice}")
     if bad:
-        advice = "" if config.repair else ". --repair --weights … computes the damaged ones again, and no others"
+        advice = ""
+        if not config.repair:
+            command = format_repair_command(cache, config)
+            advice = f". This computes the damaged ones again, and no others:  {command}"
         raise CacheError(
             f"'{name}': {len(bad)} of {len(findings)} files are bad. The first: {next(iter(bad.values()))}{advice}"
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -11,16 +10,9 @@ from softcache.base.errors import make_printable
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import is_custom_arch
 
-from .configs import CacheConfig
+from .configs import CacheConfig, CheckConfig
 from .options import to_flag
-
-
-def program_name() -> str:
-    """Return how this program was called: `softcache`, or `.venv/bin/python -m softcache`."""
-    if Path(sys.argv[0]).name == "softcache":
-        return "softcache"
-    python, folder = Path(sys.executable), Path.cwd()
-    return f"{python.relative_to(folder) if python.is_relative_to(folder) else python} -m softcache"
+from .typed_command import program_name
 
 
 def format_command(command: str, config: Any, *arguments: object, **changes: Any) -> str:
@@ -78,17 +70,48 @@ def read_cache_config(cache: Cache) -> CacheConfig:
 def format_remake_command(cache: Cache, **changes: Any) -> str:
     """Format the command that makes a cache like this one.
 
-    A cache does not record where its weights were, only what they were called: PATH stands for the folder.
+    A manifest names the last part of the weights' path alone: where it is not found here, PATH/TO/ stands before it,
+    to be replaced.
 
     Args:
         cache: the cache.
         changes: options that differ; without `out` it is a new folder beside it.
     """
     config = read_cache_config(cache)
-    changes = {"out": find_free_name(str(cache.folder))} | changes
-    if config.weights not in ("", "DEFAULT") and "weights" not in changes:
-        changes["weights"] = f"PATH/{config.weights}"
-    return format_command("teacher-cache", config, **changes)
+    defaults = {"out": find_free_name(str(cache.folder)), "weights": _locate_weights(config.weights, cache.folder)}
+    return format_command("teacher-cache", config, **defaults | changes)
+
+
+def format_repair_command(cache: Cache, config: CheckConfig) -> str:
+    """Format the command that repairs a cache, with the teacher's weights where they are found here.
+
+    Args:
+        cache: the cache, in whose manifest a user's code may be named as the arch: a placeholder stands for it.
+        config: the options of `check-cache`.
+    """
+    recorded = read_cache_config(cache)
+    has_own_teacher = Path(f"{cache.folder}-teacher/result.json").is_file()
+    weights = config.weights or ("" if has_own_teacher else _locate_weights(recorded.weights, cache.folder))
+    config = dataclasses.replace(
+        config,
+        repair=True,
+        deep=False,
+        weights=weights or ("" if has_own_teacher else "PATH/TO/WEIGHTS"),
+        data=config.data or ("folder:PATH" if cache.data == "folder" else ""),
+        teacher=config.teacher or ("my_package.module:factory" if is_custom_arch(cache.teacher) else ""),
+        json=False,
+    )
+    head = f"{program_name()} check-cache"
+    options = format_command("check-cache", config).removeprefix(head)
+    return f"{head} {quote(make_printable(cache.folder, None))}{options}"
+
+
+def _locate_weights(name: str, cache: Path) -> str:
+    """Return a path of weights of this name: in the current folder, under runs/ or beside the cache."""
+    if name in ("", "DEFAULT"):
+        return name
+    candidates = (Path(name), Path("runs") / name, cache.parent / name)
+    return next((str(path) for path in candidates if path.exists()), f"PATH/TO/{name}")
 
 
 def find_free_name(path: str) -> str:

@@ -17,4 +17,4 @@ def require_extra(wanting: str, extra: str, *libraries: str) -> None:
     """
     if missing := [_NAMES.get(name, name) for name in libraries if find_spec(name) is None]:
         names = " and ".join(missing)
-        raise UsageError(f"{wanting} {names}, which is not installed: pip install 'softcache[{extra}]'")
+        raise UsageError(f"{wanting} {names}, which is not installed: pip install -e '.[{extra}]'")

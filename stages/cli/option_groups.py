@@ -27,12 +27,12 @@ HEADINGS = (
     "Check",
     "Teachers",
     "Teacher",
-    "Cache",
     "Student and loss",
-    "Several students",
-    "Training",
-    "Run",
+    "Cache",
     "Data",
+    "Run",
+    "Training",
+    "Several students",
     "Machine",
     "Output",
     "Other",
@@ -59,7 +59,10 @@ class DataOptions:
     """Which transfer set, and where it is stored."""
 
     heading: ClassVar[str] = "Data"
-    data: str = option("", "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.")
+    data: str = option(
+        "",
+        "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH; the cache's, or digits, when not given.",
+    )
     data_root: str = option("datasets", "Folder of the data sets that torchvision reads.")
 
 
@@ -173,7 +176,8 @@ class CacheSourceOptions:
 
     heading: ClassVar[str] = "Cache"
     cache: tuple[str, ...] = option(
-        (), "Folder of the cache; repeat for several teachers; caches/DATA when not given."
+        (),
+        "Folder of the cache; repeat for several teachers; caches/DATA, or caches/digits, when not given.",
     )
     combine: str = option("", f"How several teachers are combined: {COMBINE_HELP}; mean_probability when not given.")
     map: str = option("", "Map of the teacher's distribution: temperature, vector, matrix, prior or prior:tau=0.5.")

@@ -80,7 +80,7 @@ def _make_option(config: type[Any], field: dataclasses.Field[Any], hint: Any) ->
         return click.option(names, default=field.default, is_flag=True, **kwargs)
     if more.get("by_recipe"):
         kwargs["show_default"] = "by data set"
-    elif field.default not in ("", ()):
+    elif field.default not in ("", (), -1):  # -1: taken from another option, which the help names
         kwargs["show_default"] = True
     if typing.get_origin(hint) is tuple:
         return click.option(name, multiple=True, type=typing.get_args(hint)[0], **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from softcache.base.errors import UsageError
 from softcache.pipeline.metrics.significance import Difference, count_right_alone, mcnemar, paired_bootstrap
-from softcache.stages.cli.copied_commands import format_resume_command
+from softcache.stages.cli.typed_command import format_resume_command
 
 from .candidates import Candidate, Predictions, find_differing_options, only_seeds_differ, read_predictions
 

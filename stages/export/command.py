@@ -182,7 +182,7 @@ def _make_files(
 def _make_metadata(exported: ExportedRun, setup: DistillationSetup) -> ExportMetadata:
     views, transfer_set = setup.cache.views, setup.transfer_set
     return ExportMetadata(
-        classes=transfer_set.classes,
+        classes=transfer_set.classes or tuple(map(str, range(setup.cache.classes))),  # images without class folders
         channels=transfer_set.channels,
         size=views.size,
         resize=max(views.resize, views.size),

@@ -7,7 +7,8 @@ from typing import Any
 from softcache.base.text import escape_markdown, format_code_span
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import StudentConfig
-from softcache.stages.cli.copied_commands import format_command, program_name
+from softcache.stages.cli.copied_commands import format_command
+from softcache.stages.cli.typed_command import program_name
 
 from .metadata import INPUT, INT8, ONNX, PT2, WEIGHTS
 from .select_student import ExportedRun

@@ -7,7 +7,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.stages.cli.configs import StudentConfig
-from softcache.stages.cli.copied_commands import format_resume_command
+from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_json
 
 

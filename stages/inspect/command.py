@@ -29,6 +29,7 @@ from softcache.stages.cli.console import Console, format_duration, progress, pro
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.runs.environment import library_versions
+from softcache.stages.runs.output_folder import check_output_folder
 
 from .probes import Sample, probe_taps
 from .suggestion import suggest_student
@@ -87,6 +88,7 @@ def _choose_folder(config: InspectConfig, cache: Cache) -> Path:
     if not config.out:
         return make_new_folder(f"inspect-{cache.folder.resolve().name}")
     folder = Path(config.out)
+    check_output_folder(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not empty: choose another --out")
     return folder

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import make_folder, publish_text
-from softcache.data.sources import short_name
+from softcache.data.sources import parse_data, short_name
 from softcache.pipeline.models import is_custom_arch
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.copied_commands import format_command, program_name
+from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
+from softcache.stages.cli.typed_command import program_name
 from softcache.stages.runs.cost import format_cost
+from softcache.stages.runs.output_folder import check_output_folder
 
 from .disagreements import TransferSets
 from .latency import measure_latencies
@@ -50,8 +52,10 @@ def run(names: tuple[str, ...], config: ReportConfig) -> None:
     from .sections import make_cost_plot, make_run_section
 
     console = Console(config.json)
-    runs, inspections = read_runs(names)
+    if config.data:
+        parse_data(config.data)
     folder = _choose_folder(config)
+    runs, inspections = read_runs(names)
     networks = {loaded.name: list_networks(loaded) for loaded in runs}
     every_network = [network for models in networks.values() for model in models.values() for network in model]
     latencies = measure_latencies(every_network) if config.latency else {}
@@ -109,6 +113,7 @@ def _choose_folder(config: ReportConfig) -> Path:
     if not config.out:
         return make_new_folder("report")
     folder = Path(config.out)
+    check_output_folder(folder)
     if folder.exists() and (not folder.is_dir() or not all(_is_report_file(path) for path in folder.iterdir())):
         raise UsageError(f"'{folder}' exists and is not the folder of a report: choose another --out")
     return folder

@@ -94,7 +94,7 @@ def make_run_section(
         no_disagreements=make_printable(disagreements, None) if isinstance(disagreements, str) else "",
         cost=format_cost(run.result["bill"]) if run.result else "",
         provenance=_list_provenance(run),
-        command=format_command("student", run.config, resume=False, json=False),
+        command=format_command("student", run.config, out="", resume=False, json=False),
     )
 
 

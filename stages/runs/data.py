@@ -1,12 +1,15 @@
-"""The transfer set of a cache."""
+"""The transfer set of a cache, and whether it has labels."""
 
 from pathlib import Path
 
 from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.cache.manifest import Manifest
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.console import progress
 from softcache.stages.cli.copied_commands import format_remake_command
+
+from .figures import Figures
 
 
 def load_cache_data(cache: Cache, data: str, root: Path) -> TransferSet:
@@ -25,3 +28,8 @@ def load_cache_data(cache: Cache, data: str, root: Path) -> TransferSet:
     except CacheMismatchError as error:
         command = format_remake_command(cache, data=data or cache.data)
         raise CacheError(f"{error}\nMake a cache of these data with  {command}") from None
+
+
+def has_labels(manifest: Manifest, split: str) -> bool:
+    """Whether a split of a cache has labels, by its manifest: no image is read."""
+    return Figures(manifest.teacher.get(split) or {}).has_labels()

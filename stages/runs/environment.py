@@ -1,13 +1,14 @@
 """The environment of a command: which device it uses, CPU or GPU (`select_device`), memory, versions of libraries."""
 
 import platform
+import re
 import resource
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from softcache.base.errors import UsageError
+from softcache.base.errors import UsageError, make_printable
 from softcache.stages.distributed.ranks import current_ranks
 
 
@@ -44,6 +45,8 @@ def select_device(name: str) -> torch.device:
         return torch.device("cuda", current_ranks().local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise UsageError(f"--device {make_printable(name)}: there are auto, cpu, cuda and cuda:N")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

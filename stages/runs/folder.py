@@ -17,6 +17,7 @@ from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.option_groups import TrainingOptions
+from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
 from .logits import TEACHER_LOGITS
@@ -62,8 +63,7 @@ def _resolve_run(config: S, explicit_options: set[str], default: str) -> S:
     check_installed(config)
     folder = Path(config.out) if config.out else make_new_folder(default)
     if folder.exists() and (not folder.is_dir() or any(not _is_stale(path) for path in folder.iterdir())):
-        description = _describe_existing_run(folder, config)
-        raise UsageError(f"'{folder}' exists{description}: continue it with --resume, or choose another --out")
+        raise UsageError(f"'{folder}' exists{_describe_existing_run(folder, config)}")
     return replace(config, out=str(folder))
 
 
@@ -189,18 +189,21 @@ def _to_list(value: Any) -> Any:
 
 
 def _describe_existing_run(folder: Path, config: S) -> str:
-    """Describe what a folder that is not empty contains, for a message."""
+    """Describe what a folder that is not empty contains, and what to do, for a message."""
     path = folder / "settings.json"
     if not path.is_file():
-        return " and is no run"
+        return " and is no run: choose another --out"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return " and its settings.json is damaged"
+        return " and its settings.json is damaged: choose another --out"
+    command = "student" if isinstance(config, StudentConfig) else "teacher"
+    if not isinstance(settings, dict) or ("cache" in settings) != (command == "student"):
+        return f" and is no run of a {command}: choose another --out"
     differences = _list_differences(settings, config)
-    if not differences:
-        return ", started with the same settings"
-    return f", started with other settings ({'; '.join(differences[:4])})"
+    description = f"other settings ({'; '.join(differences[:4])})" if differences else "the same settings"
+    resume = format_resume_command(command, folder, str(settings.get("arch", "")))
+    return f", started with {description}: choose another --out, or continue it with  {resume}"
 
 
 def _list_differences(settings: Any, config: TeacherConfig | StudentConfig) -> list[str]:
@@ -279,6 +282,8 @@ def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
         UsageError: for a file that does not exist.
         CacheError: for a file that is no JSON object, or has other keys.
     """
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder '{make_printable(path.parent)}'")
     if not path.exists():
         raise UsageError(f"'{path.parent}' is no run: it has no {path.name}")
     try:

@@ -4,8 +4,7 @@ from typing import Any
 
 from softcache.stages.cli.console import Console
 
-_COLUMNS = (("accuracy", "accuracy"), ("macro F1", "f1_macro"), ("agreement", "agreement"))
-_TAIL = (("tail recall", "recall_tail"),)
+from .figures import LABELLED_COLUMNS, TITLES, UNLABELLED_COLUMNS, Figures, choose_split
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
@@ -15,7 +14,8 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         result: the content of result.json.
         console: where to print.
     """
-    split = "test" if "test" in result["teacher"] else "val"
+    split = choose_split(result["teacher"])
+    teacher = Figures(result["teacher"][split])
     seeds = len(result["seeds"])
     models = [model for model in ("teacher", "baseline", "student") if model in result]
     distribution_map = result["settings"]["map"]
@@ -26,19 +26,24 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     }
     seeds_note = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
     width = max(len(name) for name in names.values())
-    columns = _COLUMNS + (_TAIL if result["teacher"][split].get("recall_tail") is not None else ())
+    columns = LABELLED_COLUMNS if teacher.has_labels() else UNLABELLED_COLUMNS
+    if teacher.get("recall_tail") is not None:
+        columns += ("recall_tail",)
     console.print()
     console.print(
         f"{split + ' split' + seeds_note:<{width}}"
-        + "".join(f"{title:>17}" for title, _ in columns)
+        + "".join(f"{TITLES[name]:>17}" for name in columns)
         + f"{'seconds':>10}"
     )
     for model in models:
-        figures, spread = result[model][split], result["spread"].get(model, {}).get(split, {})
-        cells = [format_cell(figures.get(key), spread.get(key), seeds) for _, key in columns]
+        figures = Figures(result[model][split])
+        spread = Figures(result["spread"].get(model, {}).get(split, {}))
+        cells = [format_cell(figures.get(name), spread.get(name), seeds) for name in columns]
         seconds = result["cache"]["seconds"] if model == "teacher" else result[model]["seconds"]
         console.print(f"{names[model]:<{width}}" + "".join(f"{cell:>17}" for cell in cells) + f"{seconds:>10.1f}")
     console.print("(seconds: of the teacher, stage one, needed once; of a student, its training)")
+    if not teacher.has_labels():
+        console.print(f"(the {split} images have no labels: the student is compared with its teacher alone)")
 
 
 def format_cell(value: float | None, spread: float | None, seeds: int, unknown: str = "-") -> str:

@@ -15,17 +15,18 @@ from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.cli.configs import BlendConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command
+from softcache.stages.runs.figures import TITLES, Figures
 
 from .teachers import format_weights, open_caches, resolve_combination
 
-_TITLES = {"nll": "NLL", "accuracy": "accuracy", "f1_macro": "macro F1"}  # of the columns, by figure
+_COLUMNS = ("nll", "accuracy", "f1_macro")
 
 
 def run(config: BlendConfig) -> None:
     """Print the figures of each cache alone and of each way to combine them, on the held-out splits.
 
     Raises:
-        CacheError: when the validation or test split has no labels.
+        CacheError: when the validation split has no labels. A test split without labels is left out.
         UsageError: for fewer than two caches, or a way to combine losses instead of teachers.
     """
     console = Console(config.json)
@@ -33,13 +34,20 @@ def run(config: BlendConfig) -> None:
         raise UsageError("blend compares several caches: --cache A --cache B")
     if config.combine in PER_TEACHER:
         raise UsageError(f"--combine {config.combine} combines losses, not teachers: it has no row here")
+    if config.combine:
+        parse_combination(config.combine, len(config.cache))
     caches = open_caches(config.cache)
     ensemble = TeacherEnsemble(caches)
-    splits: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
+    held_out: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
+    labels = {split: _read_labels(caches[0], split) for split in held_out}
+    labels = {split: split_labels for split, split_labels in labels.items() if (split_labels >= 0).any()}
+    if "val" not in labels:
+        raise CacheError(
+            f"'{caches[0].folder}' has no labels to compare with: the ways to combine that fit nothing, such as"
+            " --combine mean_probability, can be trained from as they are, and students be compared by their agreement"
+        )
+    splits = list(labels)
     logits = {split: ensemble.read_held_out(split) for split in splits}
-    labels = {split: _read_labels(caches[0], split) for split in splits}
-    if "val" not in splits or not all((split_labels >= 0).any() for split_labels in labels.values()):
-        raise CacheError(f"'{caches[0].folder}' has no labels to compare with")
 
     rows: list[dict[str, Any]] = []
     for k, cache in enumerate(caches):
@@ -53,7 +61,11 @@ def run(config: BlendConfig) -> None:
         return console.print_json(json.dumps({"caches": list(config.cache), "rows": rows}))
     _print_table(rows, splits, console)
     best = min(rows[len(caches) :], key=lambda row: row["val"]["nll"])["name"]  # the least NLL on validation
-    student_config = StudentConfig(cache=config.cache, combine=config.combine if best == "weighted" else best)
+    student_config = StudentConfig(
+        cache=config.cache,
+        data="folder:PATH" if caches[0].data == "folder" else "",
+        combine=config.combine if best == "weighted" else best,
+    )
     console.print(f"next:  {format_command('student', student_config)}")
 
 
@@ -82,15 +94,15 @@ def _list_combinations(config: BlendConfig, logits: torch.Tensor, labels: Labels
 def _evaluate(logits: dict[str, torch.Tensor], labels: dict[str, Labels]) -> dict[str, Any]:
     """{split: {figure: value}} of the figures that the table shows. logits: {split: [N, K]}; labels: {split: [N]}."""
     figures = {split: evaluate(z.numpy(), labels[split]) for split, z in logits.items()}
-    return {split: {key: figures[split].get(key) for key in _TITLES} for split in figures}
+    return {split: {name: figures[split].get(name) for name in _COLUMNS} for split in figures}
 
 
 def _print_table(rows: list[dict[str, Any]], splits: list[str], console: Console) -> None:
     width = max(len(row["name"]) for row in rows)
-    titles = "".join(f"{f'{split} {title}':>15}" for split in splits for title in _TITLES.values())
+    titles = "".join(f"{f'{split} {TITLES[name]}':>15}" for split in splits for name in _COLUMNS)
     console.print(" " * width + titles)
     for row in rows:
-        cells = "".join(f"{row[split][key]:>15.4f}" for split in splits for key in _TITLES)
+        cells = "".join(f"{Figures(row[split]).format(name):>15}" for split in splits for name in _COLUMNS)
         console.print(f"{row['name']:<{width}}{cells}")
     learned = rows[-1]
     console.print(f"learned, on val: {format_weights(learned['weights'], learned['temperatures'])}")

@@ -28,13 +28,17 @@ from softcache.stages.cli.configs import BornAgainConfig, EvaluateConfig, Studen
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command, read_cache_config
 from softcache.stages.cli.new_folders import make_new_folder
+from softcache.stages.cli.typed_command import format_typed_command
+from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.teacher_cache import command as cache_stage
 
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
+from .early_checks import check_before_images, check_names
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_or_resume
+from .teachers import open_caches
 
 
 def run(config: BornAgainConfig, explicit: set[str]) -> None:
@@ -51,7 +55,12 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
         raise UsageError("born-again takes no --resume (the same command with --out continues), --seeds or --labelled")
     folder = Path(config.out) if config.out else make_new_folder("born-again")
     archs = _list_archs(config)
-    base_config = fill_defaults(apply_recipe(to_student_config(config), explicit))
+    base_config = apply_recipe(to_student_config(config), explicit)
+    check_names(base_config)
+    base_config = fill_defaults(base_config)
+    for arch in dict.fromkeys(archs):
+        check_before_images(replace(base_config, arch=arch or base_config.arch), open_caches(base_config.cache))
+    _check_folder(folder)
     setup = DistillationSetup.open(base_config)
     _check_chain(archs, base_config, setup)
     print_notes(base_config, setup, console)
@@ -59,7 +68,7 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
     try:
         results = _train_chain(archs, base_config, setup, folder, console)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+        raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
     result = _assemble_result(config, setup, folder, results)
     publish_json(folder / "result.json", result)
     if config.json:
@@ -76,6 +85,13 @@ def _list_archs(config: BornAgainConfig) -> list[str]:
     if config.arch or not all(archs):
         raise UsageError(f"--archs {config.archs} names an arch for each generation; leave out --arch")
     return archs
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UsageError for a folder that holds something other than a chain of students."""
+    known = ("generation-", "cache-", "result.json", ".")
+    if folder.is_dir() and not all(path.name.startswith(known) for path in folder.iterdir()):
+        raise UsageError(f"'{folder}' exists and is not the folder of a chain: choose another --out")
 
 
 def _check_chain(archs: list[str], base_config: StudentConfig, setup: DistillationSetup) -> None:
@@ -191,20 +207,25 @@ def _compute_probabilities(
 
 def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
     """Print a line for the first teacher, each student and the ensemble, and a command to run next."""
-    split = "test" if "test" in result["ensemble"] else "val"
-    teacher, ensemble = result["teacher"][split], result["ensemble"][split]
-    console.print(f"teacher: {split} accuracy {teacher['accuracy']:.4f}, NLL {teacher['nll']:.4f}")
+    split = choose_split(result["ensemble"])
+    teacher, ensemble = Figures(result["teacher"][split]), Figures(result["ensemble"][split])
+    console.print(f"teacher: {split} {teacher.describe(('accuracy', 'nll'))}")
     for number, generation in enumerate(result["generations"], 1):
-        student = generation["student"]
+        student = Figures(generation["student"][split])
         console.print(
-            f"generation {number} ({student['arch']}): {split} accuracy {student[split]['accuracy']:.4f},"
-            f" agreement with its teacher {student[split]['agreement']:.4f}"
+            f"generation {number} ({generation['student']['arch']}): {split}"
+            f" {_format_label_figures(student, ('accuracy',))}agreement with its teacher {student.format('agreement')}"
         )
     console.print(
-        f"ensemble of all {len(result['generations'])}: {split} accuracy {ensemble['accuracy']:.4f},"
-        f" NLL {ensemble['nll']:.4f}, agreement with the first teacher {ensemble['agreement']:.4f}"
+        f"ensemble of all {len(result['generations'])}: {split} {_format_label_figures(ensemble, ('accuracy', 'nll'))}"
+        f"agreement with the first teacher {ensemble.format('agreement')}"
     )
     console.print(f"run:   {folder}")
     arch = str(result["generations"][0]["student"]["arch"])
     config = EvaluateConfig(arch=arch if is_custom_arch(arch) else "")
     console.print(f"next:  {format_command('evaluate', config, folder / 'generation-1')}")
+
+
+def _format_label_figures(figures: Figures, names: tuple[str, ...]) -> str:
+    """Format figures that need labels, followed by a comma; nothing where there are no labels."""
+    return f"{figures.describe(names)}, " if figures.has_labels() else ""

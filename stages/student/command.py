@@ -7,14 +7,18 @@ from typing import Any
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import format_command, format_resume_command
+from softcache.stages.cli.copied_commands import format_command
+from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.distributed.ranks import is_first, process_group
 from softcache.stages.runs.cost import format_cost
+from softcache.stages.runs.data import has_labels
+from softcache.stages.runs.figures import Figures, choose_split
 from softcache.stages.runs.folder import find_unfinished_runs, open_run
 from softcache.stages.runs.results_table import print_table
 from softcache.stages.training.data_parallel import check_batches_shareable, note_batch_norm
 
 from .defaults import fill_defaults
+from .early_checks import check_names
 from .gain import explain_gain
 from .recipes import apply_recipe
 from .setup import DistillationSetup
@@ -27,6 +31,8 @@ _SINGLE_LOSS_ADVICE = {
     "balanced_kd": "balanced_kd alone does not use the labels: add hard",
     "dive": "dive alone does not use the labels: add balanced_softmax",
 }
+
+_SMALLEST_CNN_SIZE = 4  # pixels
 
 
 def run(config: StudentConfig, explicit: set[str]) -> None:
@@ -51,7 +57,9 @@ def _prepare(
 ) -> tuple[StudentConfig, DistillationSetup, Path]:
     """Complete the options, open caches and data, and check everything before the folder of the run is made."""
     if not config.resume:
-        config = fill_defaults(apply_recipe(config, explicit))
+        config = apply_recipe(config, explicit)
+        check_names(config)
+        config = fill_defaults(config)
     config, folder = open_run(config, explicit, f"{short_name(config.data)}-{config.arch.replace(':', '-')}")
     if "out" not in explicit:
         for unfinished in find_unfinished_runs(config, folder):
@@ -102,8 +110,9 @@ def _report(
     if is_first():
         for line in explain_gain(result, folder):
             console.print(line)
-    split = "test" if "test" in setup.held_out else "val"
-    if result["student"][split]["accuracy"] < 1.5 / setup.cache.classes:
+    student = Figures(result["student"][choose_split(result["student"])])
+    share_right = student.get("accuracy" if student.has_labels() else "agreement")
+    if share_right is not None and share_right < 1.5 / setup.cache.classes:
         console.print(
             "The student is hardly better than chance: --clip-norm 1 or a lower --learning-rate often helps."
         )
@@ -116,7 +125,7 @@ def _report(
     next_config = StudentConfig(
         **common,
         data=config.data if setup.cache.data == "folder" else "",
-        arch="cnn" if config.arch != "cnn" else "mlp:64",
-        baseline=True,
+        arch="cnn" if config.arch != "cnn" and setup.input_spec.size >= _SMALLEST_CNN_SIZE else "mlp:64",
+        baseline=has_labels(setup.cache.manifest, "train"),
     )
     console.print(f"next:  {format_command('student', next_config)}")

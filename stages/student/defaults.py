@@ -8,9 +8,12 @@ from softcache.base.errors import CacheError
 from softcache.data.sources import parse_data, short_name
 from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import StudentConfig
-from softcache.stages.cli.copied_commands import program_name
 from softcache.stages.cli.defaults import DEFAULTS
+from softcache.stages.cli.typed_command import program_name
+from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.folder import check_installed
+
+_UNLABELLED_LOSSES = ("kd:temperature=4",)  # where the training images have no labels
 
 
 def to_student_config(config: StudentConfig) -> StudentConfig:
@@ -60,7 +63,7 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
         data=config.data or ("" if cache.data == "folder" else cache.data),
         draws=config.draws or cache.manifest.draws,
         arch=config.arch or defaults.student,
-        loss=config.loss or defaults.losses,
+        loss=config.loss or (defaults.losses if has_labels(cache.manifest, "train") else _UNLABELLED_LOSSES),
         epochs=config.epochs or defaults.student_epochs,
         batch_size=config.batch_size or defaults.batch_size,
         learning_rate=config.learning_rate or defaults.learning_rate,

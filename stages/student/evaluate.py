@@ -11,7 +11,8 @@ from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import EvaluateConfig, StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import format_command, format_resume_command
+from softcache.stages.cli.copied_commands import format_command
+from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
 from softcache.stages.runs.named_code import require_named_code
 

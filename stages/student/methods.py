@@ -1,24 +1,33 @@
 """`softcache methods`: train one arch with every loss on one cache, and compare what each gains and costs."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.base.text import escape_markdown
+from softcache.pipeline.cache.reader import Cache
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.new_folders import make_new_folder
+from softcache.stages.cli.typed_command import format_typed_command
+from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.environment import describe_machine, library_versions
+from softcache.stages.runs.figures import Figures, choose_split
 
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
+from .early_checks import build_for_cache, check_before_images, check_layer_names, check_names
 from .method_costs import ROUNDS, MethodCost, StepProbe, measure_costs
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_or_resume
+from .teachers import open_caches
 
 # {method: its losses}. {all} stands for the teacher's layers from shallow to deep, {last} for the deepest of them,
 # {s_all} and {s_last} for those of the student. Methods of logits come first. Weights are those of the papers' CIFAR
@@ -72,11 +81,27 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     if config.resume or config.seeds > 1 or config.baseline or config.loss:
         raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
     folder = Path(config.out) if config.out else make_new_folder("methods")
-    base_config = fill_defaults(replace(apply_recipe(to_student_config(config), explicit), loss=("hard",)))
+    _check_method_names(config)
+    base_config = replace(apply_recipe(to_student_config(config), explicit), loss=("hard",))
+    check_names(base_config)
+    base_config = fill_defaults(base_config)
+    caches = open_caches(base_config.cache)
+    if not has_labels(caches[0].manifest, "train"):
+        raise UsageError(
+            "methods compares each loss with hard targets, which are labels, and these images have none: train"
+            " students with several --losses, and compare their agreement with the teacher"
+        )
+    check_before_images(base_config, caches)
+    network = build_for_cache(base_config.arch, caches[0])
+    layers = config.layers or _list_cached_layers(network, caches[0], base_config)
+    if config.student_layers:
+        check_layer_names(network, config.student_layers, "--student-layers")
+    methods = _select_methods(config, layers, console)
+    for losses in methods.values():
+        with suppress(UsageError):  # a method that does not fit this pair is a row of the table
+            check_before_images(replace(base_config, loss=losses), caches)
     base_setup = DistillationSetup.open(base_config)
     print_notes(base_config, base_setup, console)
-    layers = config.layers or _list_cached_layers(base_setup, base_config)
-    methods = _select_methods(config, layers, console)
     configs = {
         name: replace(base_config, loss=losses, out=str(folder / _format_file_name(name)))
         for name, losses in methods.items()
@@ -88,7 +113,7 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     try:
         rows = [_train_method(name, configs[name], setups[name], costs[name], console) for name in costs]
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+        raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
     rows += [{"method": name, "losses": list(configs[name].loss), "failed": why} for name, why in reasons.items()]
     record = _assemble_record(base_config, base_setup, rows, config.time_steps)
     publish_json(folder / "methods.json", record)
@@ -126,10 +151,10 @@ def _format_file_name(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _list_cached_layers(setup: DistillationSetup, config: StudentConfig) -> str:
+def _list_cached_layers(network: nn.Module, cache: Cache, config: StudentConfig) -> str:
     """Join the cached layers by +, shallow to deep: in the order in which the student has layers of these names."""
-    cached = dict.fromkeys(tap.partition(":")[0] for tap in setup.cache.manifest.taps)
-    names = [name for name, _ in setup.build_student(config, setup.losses).named_modules() if name in cached]
+    cached = dict.fromkeys(tap.partition(":")[0] for tap in cache.manifest.taps)
+    names = [name for name, _ in network.named_modules() if name in cached]
     if len(names) != len(cached):
         raise UsageError(
             f"{config.arch} does not have all of the cached layers {', '.join(cached)}: name them from shallow to deep"
@@ -138,12 +163,18 @@ def _list_cached_layers(setup: DistillationSetup, config: StudentConfig) -> str:
     return "+".join(names)
 
 
-def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
-    """Return {method: losses} of the methods to compare, `hard` first, with the names of layers filled in."""
+def _check_method_names(config: MethodsConfig) -> list[str]:
+    """Return the methods that --only names. Raises UsageError for one that does not exist."""
     only = [name.strip() for name in config.only.split(",") if name.strip()]
     for name in only:
         if name not in METHODS:
             raise unknown_name_error("method", name, METHODS)
+    return only
+
+
+def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
+    """Return {method: losses} of the methods to compare, `hard` first, with the names of layers filled in."""
+    only = _check_method_names(config)
     need_layers = [name for name in only or METHODS if any("{" in spec for spec in METHODS[name])]
     if need_layers and not layers:
         if only:
@@ -171,8 +202,8 @@ def _train_method(
     except DivergedError as error:
         return row | {"failed": str(error)}
     return row | {
-        "accuracy": {split: student[split]["accuracy"] for split in setup.held_out},
-        "agreement": {split: student[split]["agreement"] for split in setup.held_out},
+        "accuracy": {split: Figures(student[split]).get("accuracy") for split in setup.held_out},
+        "agreement": {split: Figures(student[split]).get("agreement") for split in setup.held_out},
         "seconds_an_epoch": student["seconds"] / (config.epochs + config.finetune_epochs),
         "parameters": student["parameters"],
     }
@@ -199,11 +230,12 @@ def _assemble_record(
 def _format_table(record: dict[str, Any]) -> str:
     """Format methods.md: a Markdown table with a row for each method."""
     hard = record["methods"][0]
-    split = "test" if "test" in record["teacher"] else "val"
+    split = choose_split(record["teacher"])
+    teacher = Figures(record["teacher"][split])
     lines = [
         f"{escape_markdown(record['arch'])}, {record['epochs']} epochs, from the cache of"
         f" {escape_markdown(record['teacher']['arch'])}"
-        f" ({split} accuracy {record['teacher'][split]['accuracy']:.4f})",
+        f" ({split} {teacher.describe(('accuracy',))})",
         "",
         f"| method | {split} accuracy | agreement | s/epoch | step time / hard (range of {record['rounds']} rounds)"
         " | / kd | saved for the backward pass, MB over hard | own parts, MB | bytes/view |",
@@ -215,9 +247,14 @@ def _format_table(record: dict[str, Any]) -> str:
             continue
         gain = "diverged | | "
         if "failed" not in row:
-            gain = f"{row['accuracy'][split]:.4f} | {row['agreement'][split]:.4f} | {row['seconds_an_epoch']:.1f}"
+            accuracy, agreement = (_format_share(row[name][split]) for name in ("accuracy", "agreement"))
+            gain = f"{accuracy} | {agreement} | {row['seconds_an_epoch']:.1f}"
         to_kd = f"{row['to_kd']:.2f}" if row["to_kd"] else ""
         time = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) | {to_kd}"
         memory = f"{(row['saved_bytes'] - hard['saved_bytes']) / 1e6:.1f} | {row['own_bytes'] / 1e6:.1f}"
         lines.append(f"| {row['method']} | {gain} | {time} | {memory} | {row['bytes_a_view']:,} |")
     return "\n".join(lines) + "\n"
+
+
+def _format_share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

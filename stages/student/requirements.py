@@ -23,7 +23,7 @@ from softcache.pipeline.teachers.ensemble import MissingTargets
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.copied_commands import format_remake_command
 from softcache.stages.cli.options import to_flag
-from softcache.stages.training.validation import check_select
+from softcache.stages.training.validation import check_select, select_error
 
 # Largest error of the logits that the head computes from a tap, as a share of their range. float16 features and sqrt8
 # logits are off by under 1 %, the cells of an uneven grid (7 x 7 into 2 x 2) by more, another layer by half or all.
@@ -151,7 +151,26 @@ def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: 
         UsageError: with the option to leave out or to change.
     """
     labels, classes = transfer_set.splits["train"].labels, transfer_set.classes
-    lacks_labels = bool((labels < 0).any())
+    check_options(config, losses, lacks_labels=bool((labels < 0).any()))
+    if config.labelled and not len(classes) <= config.labelled <= len(labels):
+        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {len(labels)} rows")
+    for loss in losses:
+        if loss.needs_counts:
+            require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)
+    check_select(config, transfer_set)
+
+
+def check_options(config: StudentConfig, losses: tuple[Loss, ...], lacks_labels: bool) -> None:
+    """Check the losses and options of a student against each other, and those that need labels.
+
+    Args:
+        config: the options of the student.
+        losses: the terms of the loss.
+        lacks_labels: whether training images have no label.
+
+    Raises:
+        UsageError: with the option to leave out or to change.
+    """
     needy_losses = [loss.name for loss in losses if loss.needs_labels]
     if lacks_labels and needy_losses:
         raise UsageError(f"loss '{needy_losses[0]}' needs labels, and these images have none: leave it out")
@@ -160,13 +179,20 @@ def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: 
         raise UsageError(f"{to_flag(needy_options[0])} needs labels, and these images have none: leave it out")
     if config.labelled and config.sampler:
         raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
-    if config.labelled and not len(classes) <= config.labelled <= len(labels):
-        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {len(labels)} rows")
-    for loss in losses:
-        if loss.needs_counts:
-            require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)
     _check_teachers(config, losses, lacks_labels)
-    check_select(config, transfer_set)
+
+
+def check_without_validation_labels(config: StudentConfig) -> None:
+    """Check that no option needs the labels of the validation split, which has none.
+
+    Raises:
+        UsageError: with the option to leave out.
+    """
+    if config.select != "last":
+        raise select_error(config.select)
+    for option, value in (("--combine", config.combine), ("--map", config.map)):
+        if value == "learned" or (option == "--map" and value and not value.startswith("prior")):
+            raise UsageError(f"{option} {value} is fitted to validation labels, and these images have none")
 
 
 def _check_teachers(config: StudentConfig, losses: tuple[Loss, ...], lacks_labels: bool) -> None:

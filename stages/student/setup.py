@@ -17,10 +17,8 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import Loss
-from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models import build
-from softcache.pipeline.models.archs.simkd import SimKDStudent, format_simkd_arch
+from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
@@ -30,6 +28,7 @@ from softcache.stages.runs.environment import select_device
 from softcache.stages.training.validation import HeldOutSplit
 
 from . import requirements
+from .early_checks import build_for_cache, check_before_images, get_student_arch
 from .teachers import load_shared_data, load_teachers, map_head, open_caches
 
 _BANK_BYTES = 1 << 30  # largest memory bank
@@ -75,8 +74,7 @@ class DistillationSetup:
             UsageError: when options contradict each other.
         """
         caches = open_caches(config.cache)
-        losses = requirements.parse_student_losses(config, caches[0])
-        taps = requirements.check_caches(config, caches, losses)
+        losses, taps = check_before_images(config, caches)
         transfer_set = load_shared_data(caches, config)
         requirements.check_labels(config, losses, transfer_set)
         missing = find_missing_targets(caches, config.draws, taps, progress) if config.missing else {}
@@ -130,11 +128,7 @@ class DistillationSetup:
 
     def student_arch(self, config: StudentConfig, losses: tuple[Loss, ...]) -> str:
         """Return the arch of a student: that of `config`, which `simkd` extends by the teacher's last layer."""
-        simkd = next((loss for loss in losses if isinstance(loss, SimKD)), None)
-        if simkd is None:
-            return config.arch
-        width = self.cache.manifest.taps[self.taps[0]][0]
-        return format_simkd_arch(config.arch, simkd.projected_layer(), width)
+        return get_student_arch(config, losses, self.cache, self.taps)
 
     def build_student(self, config: StudentConfig, losses: tuple[Loss, ...]) -> nn.Module:
         """Build the network that these losses train, with the initial weights of `config.seed`."""
@@ -146,7 +140,7 @@ class DistillationSetup:
 
     def build_network(self, arch: str) -> nn.Module:
         """Build a network for these images and classes, with weights from the current random state."""
-        return build(arch, self.cache.classes, self.input_spec.channels, self.input_spec.size)
+        return build_for_cache(arch, self.cache)
 
     def make_context(self, labels: Labels) -> LossContext:
         """Return what losses may use beside a batch: the teacher's head, memory banks, and the counts of the classes.

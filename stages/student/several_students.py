@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from softcache.base.errors import Interrupted, TrainingStopped, UsageError
@@ -18,16 +17,19 @@ from softcache.data.sources import short_name
 from softcache.stages.cli.configs import ListConfig, StudentConfig, StudentsConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.new_folders import make_new_folder
+from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.compare import command as compare
 from softcache.stages.distributed.ranks import current_ranks
 from softcache.stages.runs.folder import parse_milestones
 
 from . import command as single_student
 from .defaults import fill_defaults
+from .early_checks import check_before_images, check_names
 from .phases import StudentTraining, check_shared_stream, train_phases
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import assemble_result, open_student_run, resume_if_started
+from .teachers import open_caches
 
 Outcome = dict[str, Any] | TrainingStopped  # the result.json of a student, or why its training ended early
 _REPEATABLE = ("arch", "seed", "losses")
@@ -42,16 +44,17 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
         config: the options of the command.
         explicit: the names of the options that were typed on the command line.
     """
-    configs = _list_configs(config, explicit)
-    if config.losses:  # in the config of a student it is `loss` that was given
-        explicit = (explicit - {"losses"}) | {"loss"}
+    configs, explicit = _list_configs(config, explicit)
     if len(configs) == 1:
         if config.vectorize:
             raise UsageError("--vectorize is for several students: give more than one --seed, or --losses")
         return single_student.run(next(iter(configs.values())), explicit)
     console = Console(config.json)
     _check_options(config, len(configs))
-    configs = {name: fill_defaults(apply_recipe(student, explicit)) for name, student in configs.items()}
+    configs = {name: apply_recipe(student, explicit) for name, student in configs.items()}
+    for student in configs.values():
+        check_names(student)
+    configs = {name: fill_defaults(student) for name, student in configs.items()}
     base_config = next(iter(configs.values()))
     parse_milestones(base_config)
     folder = Path(config.out) if config.out else make_new_folder(f"{short_name(base_config.data)}-students")
@@ -63,12 +66,30 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
     try:
         outcomes = train_students(students, config.vectorize, console)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; the same command with --out {quote(str(folder))} continues") from None
+        raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
     _report(dict(zip(configs, outcomes, strict=True)), folder, console)
 
 
-def _list_configs(config: StudentsConfig, explicit: set[str]) -> dict[str, StudentConfig]:
-    """Return {folder name: options} of each student; the name holds what differs between the students."""
+def check_options(config: StudentsConfig, explicit: set[str]) -> None:
+    """Check the options of the command as far as this needs no cache, which may not exist yet.
+
+    Raises:
+        UsageError: an option names something that does not exist, or two do not fit together.
+        CacheError: --out cannot be written into.
+    """
+    configs, explicit = _list_configs(config, explicit)
+    for student in configs.values():
+        if not student.resume:
+            check_names(apply_recipe(student, explicit))
+
+
+def _list_configs(config: StudentsConfig, explicit: set[str]) -> tuple[dict[str, StudentConfig], set[str]]:
+    """List the students of the command.
+
+    Returns:
+        {folder name: options} of each student, where the name holds what differs between the students; and the names
+        of the explicit options of each.
+    """
     if config.losses and config.loss:
         raise UsageError("--loss is one term and --losses a whole loss: give one of the two")
     losses = [tuple(text.split()) for text in config.losses] or [config.loss]
@@ -92,7 +113,9 @@ def _list_configs(config: StudentsConfig, explicit: set[str]) -> dict[str, Stude
         if name in configs:
             raise UsageError(f"two students are both '{name}': give each arch, seed and loss once")
         configs[name] = student_config
-    return configs
+    if config.losses:  # in the config of a student it is `loss` that was given
+        explicit = (explicit - {"losses"}) | {"loss"}
+    return configs, explicit
 
 
 def _format_file_name(arch: str, number: int) -> str:
@@ -114,6 +137,8 @@ def _check_options(config: StudentsConfig, students: int) -> None:
 
 def _open_students(configs: dict[str, StudentConfig], folder: Path) -> list[StudentTraining]:
     """Open each student; caches and images are read once. Students that were started before are continued."""
+    for config in configs.values():
+        check_before_images(config, open_caches(config.cache))
     students: list[StudentTraining] = []
     for name, config in configs.items():
         config = resume_if_started(replace(config, out=str(folder / name), json=False))

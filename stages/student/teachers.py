@@ -19,6 +19,7 @@ from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress_bar
 from softcache.stages.distributed.ranks import first_rank_first
 from softcache.stages.runs.data import load_cache_data
+from softcache.stages.runs.figures import Figures
 from softcache.stages.runs.folder import read_json
 
 TARGETS_FILE = "targets.json"
@@ -253,6 +254,7 @@ def format_weights(weights: Sequence[float], temperatures: Sequence[float]) -> s
 def _format_metrics(metrics: dict[str, Any]) -> str:
     parts = []
     for split in ("val", "test"):
-        if (figures := metrics.get(split)) and "nll" in figures:
-            parts.append(f"{split} NLL {figures['nll']:.4f}, accuracy {figures['accuracy']:.4f}")
+        figures = Figures(metrics.get(split) or {})
+        if figures.has_labels():
+            parts.append(f"{split} {figures.describe(('nll', 'accuracy'))}")
     return "; ".join(parts) or "no labels to compare with"

@@ -10,6 +10,7 @@ import torch
 
 from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
+from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
 from softcache.data.transfer_set import count_classes
 from softcache.data.views import parse_views
@@ -18,14 +19,16 @@ from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models import build, count_multiply_adds, count_parameters
+from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_custom_arch
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
+from softcache.stages.runs.figures import Figures, choose_labelled_split
 from softcache.stages.runs.folder import open_run, start_run
+from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.validation import HeldOutSplit, check_select
@@ -47,13 +50,19 @@ def run(config: TeacherConfig, explicit_options: set[str]) -> None:
     console = Console(config.json)
     config = fill_defaults(config)
     config, folder = open_run(config, explicit_options, f"{short_name(config.data)}-teacher")
+    check_names(config)
     result = train_teacher(config, folder, console)
     if config.json:
         return console.print_json(json.dumps(result))
-    figures = result["teacher"]["test"] or result["teacher"]["val"]
-    console.print(f"teacher {config.arch}: accuracy {figures['accuracy']:.4f} in {result['seconds']['train']:.1f} s")
+    console.print(f"teacher {config.arch}: {describe_accuracy(result)} in {result['seconds']['train']:.1f} s")
     console.print(f"run:  {folder}")
     console.print(f"next: {_format_cache_command(config, folder)}")
+
+
+def describe_accuracy(result: dict[str, Any]) -> str:
+    """Format the accuracy of a teacher on the test split, or on validation where test has no labels."""
+    figures = Figures(result["teacher"][choose_labelled_split(result["teacher"])])
+    return figures.describe(("accuracy",), "accuracy unknown")
 
 
 def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
@@ -68,6 +77,7 @@ def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
     cache_config = CacheConfig(
         data=config.data,
         data_root=config.data_root,
+        teacher=config.arch if is_custom_arch(config.arch) else "",  # code of a run is used where it is named again
         weights=str(folder),
         out=find_free_name(default_out) if Path(default_out).exists() else "",
         **split_options,
@@ -90,6 +100,24 @@ def fill_defaults(config: TeacherConfig) -> TeacherConfig:
         weight_decay=config.weight_decay if config.weight_decay >= 0 else defaults.teacher_weight_decay,
         val_fraction=config.val_fraction or defaults.val_fraction,
     )
+
+
+def check_names(config: TeacherConfig) -> None:
+    """Check, before an image is read, every name among the options of a teacher.
+
+    Args:
+        config: Options of the command, with defaults filled in.
+
+    Raises:
+        UsageError: There is no such arch, view policy, long tail or device, or --out is a file.
+        CacheError: --out cannot be written into.
+    """
+    parse_views(config.views)
+    if config.imbalance:
+        parse_imbalance(config.imbalance)
+    check_arch(config.arch)
+    select_device(config.device)
+    check_output_folder(Path(config.out))
 
 
 def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice: str = "") -> dict[str, Any]:

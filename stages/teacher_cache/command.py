@@ -16,6 +16,8 @@ from softcache.stages.cli.configs import CacheConfig, StudentConfig
 from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.distributed import ranks
+from softcache.stages.runs.data import has_labels
+from softcache.stages.runs.figures import Figures
 
 from .preparation import fill_defaults, prepare_cache, suggest_other_command
 from .writing import write_cache, write_share_of_rank
@@ -67,9 +69,9 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
         return console.print_json(json.dumps(record))
     kl = ", ".join(f"{manifest.fidelity[f'kl_{T}']:.1e} at T={T}" for T in (1, 2, 4, 8))
     accuracy = ", ".join(
-        f"{split} {figures['accuracy']:.4f}"
+        f"{split} {Figures(figures).format('accuracy')}"
         for split, figures in manifest.teacher.items()
-        if figures["accuracy"] is not None
+        if has_labels(manifest, split)
     )
     draws = f"{manifest.draws} draw{'s' if manifest.draws > 1 else ''}"
     console.print(
@@ -84,5 +86,7 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
         f"codec:   {config.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
     )
     data = config.data if config.data.startswith("folder:") else ""
-    student = StudentConfig(data=data, data_root=config.data_root, cache=(config.out,), baseline=True)
+    student = StudentConfig(
+        data=data, data_root=config.data_root, cache=(config.out,), baseline=has_labels(manifest, "train")
+    )
     console.print(f"next:    {format_command('student', student)}")

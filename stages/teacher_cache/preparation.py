@@ -8,27 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
+from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.existing import Complete, read_existing, read_inference_settings
+from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
+from softcache.pipeline.models import is_custom_arch, list_arch_layers
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights
-from softcache.pipeline.taps.statistics import normalize_tap
+from softcache.pipeline.taps.statistics import normalize_tap, parse_tap
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
+from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.teacher.data import fill_size, load_data
 
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
-from .teacher_source import load_teacher
+from .teacher_source import check_teacher_source, load_teacher
 from .trials import TrialViews
 
 
@@ -67,6 +71,7 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
         raise unknown_name_error("codec", config.codec, CODECS)
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     views = parse_views(config.views)
+    _check_before_images(config, requested_taps)
     transfer_set = ranks.first_rank_first(lambda: load_data(config))
     views = fill_size(views, transfer_set, console)
     teacher, arch = load_teacher(config, transfer_set, views, console)
@@ -92,6 +97,25 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
         precision_record=choice.precision_record,
     )
     return PreparedCache(config, plan, generator, choice)
+
+
+def _check_before_images(config: CacheConfig, taps: tuple[str, ...]) -> None:
+    """Check, before an image is read or a teacher trained, what needs neither.
+
+    Raises:
+        UsageError: There is no such device, long tail, teacher, file of weights or layer, or --out is a file.
+        CacheError: --out cannot be written into, or holds a teacher that was trained with other options.
+    """
+    select_device(config.device)
+    if config.imbalance:
+        parse_imbalance(config.imbalance)
+    if not (Path(config.out) / MANIFEST_FILE).is_file():  # a complete cache may be on a read-only mount
+        check_output_folder(Path(config.out))
+    arch = check_teacher_source(config)
+    layers = [] if is_custom_arch(arch) else list_arch_layers(arch)
+    for tap in taps:
+        if layers and (layer := parse_tap(tap)[0]) not in layers:
+            raise unknown_name_error("tap", layer, layers)
 
 
 def fill_defaults(config: CacheConfig) -> CacheConfig:

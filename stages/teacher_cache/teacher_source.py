@@ -11,7 +11,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.models import build
+from softcache.pipeline.models import build, check_arch, is_custom_arch
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
@@ -22,7 +22,7 @@ from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
 from softcache.stages.runs.named_code import require_named_code
-from softcache.stages.teacher.command import fill_defaults, train_teacher
+from softcache.stages.teacher.command import describe_accuracy, fill_defaults, train_teacher
 from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
 
 
@@ -52,11 +52,7 @@ def load_teacher(
     if config.weights == "DEFAULT":
         return _load_published(config, transfer_set)
     path = Path(config.weights)
-    seeds = sorted(path.glob("seed-*"))
-    if seeds and find_weights_file(path) == path:
-        raise UsageError(f"the run '{path}' has several seeds: name one of them, such as --weights {seeds[0]}")
-    if not path.exists():
-        raise UsageError(f"there are no weights at '{path}'")
+    _check_weights_exist(path)
     arch, input_spec = config.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
         arch, input_spec = _read_run(path, config)
@@ -76,6 +72,48 @@ def load_teacher(
     if note := load_weights(network, state, str(path)):
         console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
+
+
+def check_teacher_source(config: CacheConfig) -> str:
+    """Check, before an image is read, that the teacher of the options exists or can be trained.
+
+    Args:
+        config: Options of the command, with the defaults of the data set.
+
+    Returns:
+        Its arch.
+
+    Raises:
+        UsageError: There is no such arch or file of weights, or the two do not fit.
+        CacheError: A teacher with other options was trained before.
+    """
+    if not config.weights:
+        teacher_config, _ = _make_teacher_config(config)
+        check_arch(teacher_config.arch)
+        return teacher_config.arch
+    path = Path(config.weights)
+    if config.weights == "DEFAULT":
+        if not config.teacher.startswith("torchvision:"):
+            raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME")
+    else:
+        _check_weights_exist(path)
+    arch = config.teacher
+    if path.is_dir() and (path / "result.json").is_file():
+        arch, _ = _read_run(path, config)
+    if not arch:
+        raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
+    if arch == config.teacher or not is_custom_arch(arch):  # what a folder names is not imported
+        check_arch(arch)
+    return arch
+
+
+def _check_weights_exist(path: Path) -> None:
+    """Raise UsageError where there is nothing at a path, or the run of several seeds."""
+    seeds = sorted(path.glob("seed-*"))
+    if seeds and find_weights_file(path) == path:
+        raise UsageError(f"the run '{path}' has several seeds: name one of them, such as --weights {seeds[0]}")
+    if not path.exists():
+        raise UsageError(f"there are no weights at '{path}'")
 
 
 def load_cache_teacher(cache: Cache, config: CheckConfig) -> PreparedModel:
@@ -180,6 +218,25 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
     Returns:
         The folder of its run.
     """
+    teacher_config, is_started = _make_teacher_config(config)
+    folder = Path(teacher_config.out)
+    if (folder / "result.json").is_file():
+        console.print(f"no --weights: using the teacher in '{folder}'")
+        return str(folder)
+    console.print(f"no --weights: training the teacher {teacher_config.arch} first, in '{folder}'")
+    teacher_config = replace(teacher_config, resume=is_started)
+    result = train_teacher(teacher_config, folder, console, advice="; WEIGHTS=… (--weights) skips it")
+    seconds = format_duration(result["seconds"]["train"])
+    console.print(f"teacher {teacher_config.arch}: {describe_accuracy(result)} in {seconds}")
+    return str(folder)
+
+
+def _make_teacher_config(config: CacheConfig) -> tuple[TeacherConfig, bool]:
+    """Return the options of the teacher that is trained for a cache, and whether its training was started before.
+
+    Raises:
+        CacheError: It was started with other options.
+    """
     folder = Path(f"{config.out}-teacher")
     teacher_config = fill_defaults(
         TeacherConfig(
@@ -202,16 +259,7 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
                 f"the teacher in '{folder}' was trained with other options ({'; '.join(differences)}):"
                 " name it with --weights, or choose another --out"
             )
-    if (folder / "result.json").is_file():
-        console.print(f"no --weights: using the teacher in '{folder}'")
-        return str(folder)
-    console.print(f"no --weights: training the teacher {teacher_config.arch} first, in '{folder}'")
-    teacher_config = replace(teacher_config, resume=is_started)
-    result = train_teacher(teacher_config, folder, console, advice="; WEIGHTS=… (--weights) skips it")
-    figures = result["teacher"]["test"] or result["teacher"]["val"]
-    seconds = format_duration(result["seconds"]["train"])
-    console.print(f"teacher {teacher_config.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
-    return str(folder)
+    return teacher_config, is_started
 
 
 def _load_published(config: CacheConfig, transfer_set: TransferSet) -> tuple[PreparedModel, str]:

@@ -16,6 +16,7 @@ from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.cache.writer import CacheWriter, clean_up
 from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
+from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions
 
@@ -56,7 +57,8 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         if writer.previous and not writer.missing:
             return _report_nothing_missing(writer.previous, out, console)
         if set(writer.plan.taps) != set(generator.taps):
-            raise CacheError(f"another process added taps to '{out}' meanwhile: run the same command again")
+            command = format_typed_command()
+            raise CacheError(f"another process added taps to '{out}' meanwhile: run again  {command}")
         _print_resumed_precision(prepared, console)
         ranks.broadcast_from_first(lambda: True)
         write_shards(writer, prepared, console)
@@ -132,9 +134,8 @@ def _write_share(writer: CacheWriter, specs: list[ShardSpec], generator: TargetG
                 background.submit(writer.write_shard, spec, arrays, measurements)
                 started = now
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped after {len(writer.records)} of {len(writer.missing)} shards; the same command continues"
-        ) from None
+        done, command = f"{len(writer.records)} of {len(writer.missing)} shards", format_typed_command()
+        raise Interrupted(f"stopped after {done}; continue with  {command}") from None
     return adopted
 
 

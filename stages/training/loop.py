@@ -23,7 +23,7 @@ from softcache.pipeline.metrics.classification import summarize
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import format_resume_command
+from softcache.stages.cli.typed_command import format_continue_command
 from softcache.stages.distributed.ranks import broadcast_from_first, check_equal, current_ranks, is_first
 
 from .checkpoint import (
@@ -76,8 +76,8 @@ def train(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> Finishe
         (finished,) = train_several([run], held_out, console)
     except KeyboardInterrupt:
         command = "teacher" if run.name == "teacher" else "student"
-        resume = format_resume_command(command, run.config.out, run.config.arch)
-        raise Interrupted(f"stopped; go on with  {resume}") from None
+        continuation = format_continue_command(command, run.config.out, run.config.arch)
+        raise Interrupted(f"stopped; continue with  {continuation}") from None
     if isinstance(finished, TrainingStopped):
         raise finished
     return finished

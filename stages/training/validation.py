@@ -66,6 +66,12 @@ class HeldOutSplit:
 def check_select(config: TeacherConfig | StudentConfig, transfer_set: TransferSet) -> None:
     """Raise UsageError for --select with a metric where the validation split has no labels."""
     if config.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
-        raise UsageError(
-            f"--select {config.select} needs labels to validate on, and these images have none: leave it out"
-        )
+        raise select_error(config.select)
+
+
+def select_error(figure: str) -> UsageError:
+    """Make the error for --select with a metric where the validation split has no labels."""
+    return UsageError(
+        f"--select {figure} needs labels to validate on, and these images have none: leave it out, and the weights of"
+        " the last epoch are kept"
+    )

@@ -1,6 +1,7 @@
 """`softcache tune`: search a student's loss weights and training options. Each trial trains one student."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from math import prod
@@ -10,15 +11,20 @@ from typing import Any
 from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder
 from softcache.data.sources import short_name
+from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.losses import ZeroLossError
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.new_folders import make_new_folder
-from softcache.stages.runs.folder import IGNORED_OPTIONS, parse_milestones
+from softcache.stages.cli.typed_command import format_typed_command
+from softcache.stages.runs.data import has_labels
+from softcache.stages.runs.folder import IGNORED_OPTIONS
 from softcache.stages.student.command import print_notes
 from softcache.stages.student.defaults import fill_defaults, to_student_config
+from softcache.stages.student.early_checks import check_before_images, check_names
 from softcache.stages.student.recipes import apply_recipe
 from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.student.teachers import open_caches
 
 from .folder import (
     DATABASE,
@@ -54,21 +60,24 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
         raise UsageError("--grid tries every combination once: leave out --trials")
     # The recipe is applied here and removed: in the command of a trial it would replace a searched value that equals
     # the default of its option.
-    base_config = replace(fill_defaults(apply_recipe(to_student_config(config), explicit)), recipe="")
-    parse_milestones(base_config)
+    base_config = replace(apply_recipe(to_student_config(config), explicit), recipe="")
+    check_names(base_config)
+    base_config = fill_defaults(base_config)
     space = parse_space(config.search, base_config, explicit)
     grid = _list_grid(space) if config.grid else []
-    setup = DistillationSetup.open(base_config)
-    _check_space(space, base_config, setup)
-    print_notes(base_config, setup, console)
-
-    settings = _describe_search(config, base_config, setup)
+    caches = open_caches(base_config.cache)
+    _check_before_images(space, base_config, caches)
+    settings = _describe_search(config, base_config, caches)
     default_name = f"{short_name(base_config.data)}-{base_config.arch.replace(':', '-')}"
     folder = Path(config.out) if config.out else make_new_folder(f"tune-{default_name}")
     check_folder(folder, settings)
     if not config.out:
         for unfinished in find_unfinished_searches(folder, settings):
-            console.print(f"'{unfinished}' was stopped; the same command with --out {unfinished} continues it")
+            command = format_typed_command(str(unfinished))
+            console.print(f"'{unfinished}' was stopped; continue it with  {command}")
+    setup = DistillationSetup.open(base_config)
+    _check_space(space, base_config, setup)
+    print_notes(base_config, setup, console)
     if not config.storage:
         make_folder(folder)
     shared_settings = {name: value for name, value in settings.items() if name not in _LOCATION_OPTIONS}
@@ -101,7 +110,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
         try:
             search.run()
         except (KeyboardInterrupt, Interrupted):
-            raise Interrupted(f"stopped; the same command with --out {folder} continues") from None
+            raise Interrupted(f"stopped; continue with  {format_typed_command(str(folder))}") from None
         rows = make_rows(shared_study.read_trials(), space)
 
     with lock_search(folder):
@@ -112,11 +121,11 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
     print_rows(record, validation_figure(base_config), space, folder, console)
 
 
-def _describe_search(config: TuneConfig, base_config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
+def _describe_search(config: TuneConfig, base_config: StudentConfig, caches: Sequence[Cache]) -> dict[str, Any]:
     """Return what all trials of a search have in common, as plain JSON values; two searches are one if it is equal."""
     common = {name: value for name, value in asdict(base_config).items() if name not in IGNORED_OPTIONS}
     searched = {name: getattr(config, name) for name in ("search", "grid", "prune")}
-    fingerprints = [cache.manifest.fingerprint for cache in setup.teachers.members]
+    fingerprints = [cache.manifest.fingerprint for cache in caches]
     settings: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": fingerprints}))
     return settings
 
@@ -147,22 +156,49 @@ def _list_grid(space: tuple[SearchedOption, ...]) -> list[dict[str, Value]]:
     return [dict(zip(names, values, strict=True)) for values in product(*(option.list_points() for option in space))]
 
 
-def _check_space(space: tuple[SearchedOption, ...], base_config: StudentConfig, setup: DistillationSetup) -> None:
-    """Check, before anything is written, that the students at all bounds of the space can be built.
+def _check_before_images(
+    space: tuple[SearchedOption, ...], base_config: StudentConfig, caches: Sequence[Cache]
+) -> None:
+    """Check, before an image is read, that the students at all bounds of the space can be built.
 
     Raises:
         UsageError: when one cannot, or the validation split has no labels.
+        CacheError: when a cache lacks what a loss reads.
     """
-    if not (setup.held_out["val"].labels >= 0).any():
-        raise UsageError("tune compares students on the labels of the validation split, and these images have none")
+    if not has_labels(caches[0].manifest, "val"):
+        raise UsageError(
+            "tune compares students on the labels of the validation split, and these images have none: train them with"
+            " student --losses, and compare their agreement with the teacher"
+        )
+    for option, student_config in _list_bounds(space, base_config):
+        try:
+            check_before_images(student_config, caches)
+        except ZeroLossError:  # such a trial fails with this reason; the rest of the space can be trained
+            continue
+        except UsageError as error:
+            raise UsageError(f"search '{option.spec}': {error}") from None
+
+
+def _check_space(space: tuple[SearchedOption, ...], base_config: StudentConfig, setup: DistillationSetup) -> None:
+    """Check, before anything is written, that the students at all bounds of the space fit the labels.
+
+    Raises:
+        UsageError: when one does not.
+    """
+    for option, student_config in _list_bounds(space, base_config):
+        try:
+            setup.with_options(student_config)
+        except ZeroLossError:
+            continue
+        except UsageError as error:
+            raise UsageError(f"search '{option.spec}': {error}") from None
+
+
+def _list_bounds(
+    space: tuple[SearchedOption, ...], base_config: StudentConfig
+) -> Iterator[tuple[SearchedOption, StudentConfig]]:
+    """Yield the options of a student at each bound of each searched option, the others being at their first one."""
     values = {option.name: option.list_bounds()[0] for option in space}
     for option in space:
         for value in option.list_bounds():
-            student_config = apply_values(base_config, space, {**values, option.name: value})
-            try:
-                student_setup = setup.with_options(student_config)
-                student_setup.build_student(student_config, student_setup.losses)
-            except ZeroLossError:  # such a trial fails with this reason; the rest of the space can be trained
-                continue
-            except UsageError as error:
-                raise UsageError(f"search '{option.spec}': {error}") from None
+            yield option, apply_values(base_config, space, {**values, option.name: value})

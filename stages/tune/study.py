@@ -32,7 +32,7 @@ try:
     from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 except ImportError as error:
-    raise UsageError(f"tune needs Optuna 4.3 or later ({error}): pip install 'softcache[tune]'") from None
+    raise UsageError(f"tune needs Optuna 4.3 or later ({error}): pip install -e '.[tune]'") from None
 
 __all__ = [
     "FrozenTrial",

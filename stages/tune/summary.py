@@ -171,7 +171,7 @@ def print_rows(
         if row["state"] == "failed":
             console.print(f"trial {row['trial']} failed: {row['failed']}")
     if not record["picture"]:
-        console.print("no image without matplotlib: pip install 'softcache[report]', and the same command draws it")
+        console.print("no image without matplotlib: pip install -e '.[report]', and the same command draws it")
     console.print(f"run:   {folder}/tune.json{', tune.png' if record['picture'] else ''}")
     if best is None:
         return console.print("No trial was completed: search other values, such as a lower learning_rate")

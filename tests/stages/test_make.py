@@ -35,6 +35,9 @@ sys.path.insert(0, {str(ROOT)!r})
 from softcache.stages.make_variables import to_arguments
 module, *words = sys.argv[2:]
 assert module == "softcache.stages.make_variables", module
+if words[0] == "--typed":
+    assert words[1] == "make", words
+    words = words[words.index("--") + 1:]
 if words[0] != "--check":
     print(json.dumps(to_arguments(words[0], words[1:])))
 """

@@ -211,7 +211,7 @@ def test_a_missing_library_is_reported_with_the_command_that_installs_it(
     error = stages.fails(2, "export", "nowhere")
     assert error == (
         f"Error: export needs {' and '.join(sorted(missing, reverse=True))}, which is not installed:"
-        " pip install 'softcache[export]'"
+        " pip install -e '.[export]'"
     )
 
 

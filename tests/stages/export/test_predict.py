@@ -147,7 +147,7 @@ def test_a_missing_library_is_reported_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxruntime" else object())
     error = stages.fails(2, "predict", "m.onnx", image)
-    assert error == "Error: predict needs onnxruntime, which is not installed: pip install 'softcache[export]'"
+    assert error == "Error: predict needs onnxruntime, which is not installed: pip install -e '.[export]'"
 
 
 def test_a_damaged_file_is_refused(exported: Path, image: str, stages: Stages) -> None:

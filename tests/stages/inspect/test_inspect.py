@@ -492,7 +492,7 @@ def test_missing_matplotlib_is_reported_in_one_line_before_any_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(Cache, "read_rows", lambda *_: pytest.fail("rows were read"))
     error = stages.fails(2, "inspect", noise_cache)
-    assert error == ("Error: inspect draws with matplotlib, which is not installed: pip install 'softcache[report]'")
+    assert error == ("Error: inspect draws with matplotlib, which is not installed: pip install -e '.[report]'")
     assert not Path("runs").exists()
 
 

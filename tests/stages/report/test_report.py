@@ -305,7 +305,7 @@ def test_a_missing_library_is_reported_with_the_command_that_installs_it(
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else True)
     error = stages.fails(2, "report", tiny)
-    assert error == f"Error: report needs {missing}, which is not installed: pip install 'softcache[report]'"
+    assert error == f"Error: report needs {missing}, which is not installed: pip install -e '.[report]'"
 
 
 def test_metrics_of_epochs_that_are_not_numbers_are_refused(tiny: Path, stages: Stages) -> None:

@@ -136,7 +136,7 @@ def test_a_chain_with_hints_caches_the_layers_of_its_students(tiny: Path, tmp_pa
         (("--resume",), "takes no"),
         (("--archs", "mlp:8+resnt8"), "Did you mean"),
         (
-            ("--archs", "mlp:8+cnn", "--loss", "hint:teacher=pool1,student=layers.0"),
+            ("--archs", "mlp:8+cnn", "--loss", "hint:teacher=pool1,student=linear"),
             "has no 'pool1'",
         ),
     ],

@@ -110,7 +110,8 @@ def test_the_same_command_continues_after_a_stop_at_any_step(
     for _ in range(2):
         code, _, err = stages.call(*command, "--out", "stopped")
         assert code == 130
-        assert "the same command with --out stopped continues" in err
+        assert "stopped; continue with" in err
+        assert err.rstrip().endswith("--out stopped")
     stages(*command, "--out", "stopped")
     for name in ("dropout_net-make", "mlp-16"):
         assert_same_run(f"stopped/{name}", f"uninterrupted/{name}")

@@ -138,7 +138,7 @@ def test_without_the_package_an_error_of_one_line_names_the_installation(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     arguments = [tiny / "cache" if word == "CACHE" else word for word in command]
     line = stages.fails(2, *arguments, "--arch", "mlp:8", "--tensorboard", "--out", "r")
-    want = "Error: --tensorboard wants TensorBoard, which is not installed: pip install 'softcache[tensorboard]'"
+    want = "Error: --tensorboard wants TensorBoard, which is not installed: pip install -e '.[tensorboard]'"
     assert line == want
     assert not Path("r").exists()
 
@@ -150,4 +150,4 @@ def test_resuming_without_the_package_raises_an_error(
     command = ("student", *COMMON, "--cache", tiny / "cache", "--arch", "mlp:8", "--tensorboard", "--out", "r")
     assert stages.call(*command)[0] == 130
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    assert "pip install 'softcache[tensorboard]'" in stages.fails(2, "student", "--resume", "--out", "r")
+    assert "pip install -e '.[tensorboard]'" in stages.fails(2, "student", "--resume", "--out", "r")

@@ -1,0 +1,67 @@
+"""Figures of a model on a split, any of which may be absent: images without labels have no accuracy.
+
+Whatever reads a figure of a result reads it through `Figures`, whose methods return None, or print "-", for a figure
+that is absent. mypy then refuses arithmetic on a figure that may not be there.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TITLES = {
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "nll": "NLL",
+    "agreement": "agreement",
+    "kl_to_teacher": "KL to teacher",
+    "recall_tail": "tail recall",
+}
+# The figures of a table: with labels, and what can be measured without them.
+LABELLED_COLUMNS: tuple[str, ...] = ("accuracy", "f1_macro", "agreement")
+UNLABELLED_COLUMNS: tuple[str, ...] = ("agreement", "kl_to_teacher")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a model on one split.
+
+    Args:
+        values: {name: value}, as `pipeline.metrics.classification.evaluate` returns them or a result.json holds them.
+            Values that are not numbers are treated as absent.
+    """
+
+    values: Mapping[str, Any]
+
+    def get(self, name: str) -> float | None:
+        """Return a figure, None where it is absent."""
+        value = self.values.get(name)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def has_labels(self) -> bool:
+        """Whether any row of the split had a label."""
+        return self.get("accuracy") is not None
+
+    def format(self, name: str, absent: str = "-") -> str:
+        """Format a figure with four digits; `absent` where there is none."""
+        value = self.get(name)
+        return absent if value is None else f"{value:.4f}"
+
+    def describe(self, names: Iterable[str], absent: str = "no labels to compare with") -> str:
+        """Format the figures that are there, `accuracy 0.9812, NLL 0.0713`; `absent` where there is none of them."""
+        parts = [f"{TITLES[name]} {self.format(name)}" for name in names if self.get(name) is not None]
+        return ", ".join(parts) or absent
+
+
+def choose_split(figures: Mapping[str, Any]) -> str:
+    """Return the split on which a model is reported: `test` where there is one, else `val`.
+
+    Args:
+        figures: {split: figures} of the model, and other keys; a split that is missing may also be None.
+    """
+    return "test" if figures.get("test") else "val"
+
+
+def choose_labelled_split(figures: Mapping[str, Any]) -> str:
+    """Return the split on which a model's accuracy is reported: `test`, or `val` where test has no labels."""
+    has_labels = bool(figures.get("test")) and Figures(figures["test"]).has_labels()
+    return "test" if has_labels else "val"
