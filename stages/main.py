@@ -3,6 +3,7 @@ quick."""
 
 import signal
 import sys
+import traceback
 from typing import Any, ClassVar
 
 import click
@@ -26,7 +27,7 @@ from softcache.stages.cli.configs import (
     TuneConfig,
 )
 from softcache.stages.cli.malloc import keep_large_blocks
-from softcache.stages.cli.options import SectionedGroup, add_options, read_options
+from softcache.stages.cli.options import Invocation, SectionedGroup, add_options, read_options
 from softcache.stages.distributed.ranks import check_command, reports_errors
 
 
@@ -246,8 +247,8 @@ def cache_unpack(context: click.Context, /, file: str, cache: str, **_: Any) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
-    An error of the user, a full disk and Ctrl-C each get one line; SIGTERM, which schedulers send, is treated as
-    Ctrl-C. An error of this program gets its traceback.
+    An error of the user or of a network of theirs, a full disk and Ctrl-C each get one line, with --traceback below
+    its traceback; SIGTERM, which schedulers send, is treated as Ctrl-C. An error of this program gets its traceback.
 
     Args:
         arguments: of the command line; those of the process when not given.
@@ -257,32 +258,43 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
+    invocation = Invocation()
     try:
-        commands.main(arguments, prog_name="softcache", standalone_mode=False)
+        commands.main(arguments, prog_name="softcache", standalone_mode=False, obj=invocation)
         return
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
         if reports_errors():
+            _print_traceback(invocation)
             error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         if reports_errors():
+            _print_traceback(invocation)
             click.echo("Stopped.", err=True)
         sys.exit(130)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line, code = _format_error(error)
-        if not code and reports_errors():
+        if not code and (reports_errors() or isinstance(error, SystemExit)):
             raise
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
         if reports_errors():
+            _print_traceback(invocation)
             click.echo(f"Error: {text}", err=True)
         sys.exit(code or 1)
 
 
-def _format_error(error: Exception) -> tuple[str, int]:
+def _print_traceback(invocation: Invocation) -> None:
+    """Print the traceback of the current error with --traceback, with those of the errors that it came from."""
+    if invocation.show_traceback:
+        click.echo(traceback.format_exc(), err=True)
+
+
+def _format_error(error: Exception | SystemExit) -> tuple[str, int]:
     """Return what to print and the exit code; code 0 for an error of this program."""
     from softcache.base.errors import CacheError, Interrupted, UsageError, is_interrupt
+    from softcache.base.user_code import describe_error, is_out_of_memory, locate_user_code
 
     if isinstance(error, Interrupted):
         return str(error), 130
@@ -291,11 +303,13 @@ def _format_error(error: Exception) -> tuple[str, int]:
     for kind, code in ((CacheError, 1), (UsageError, 2)):
         if isinstance(error, kind):
             return str(error), code
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory: what was finished is kept. A smaller --batch-size takes less", 1
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"--compile: the network cannot be compiled here ({why[:120]}): leave it out", 1
+    if locate_user_code(error):
+        return f"your network failed: {describe_error(error)}. --traceback shows where it was called", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}", 1
     return "", 0

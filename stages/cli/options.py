@@ -38,8 +38,41 @@ class Option(click.Option):
         self.heading = heading
 
 
+@dataclasses.dataclass
+class Invocation:
+    """How the program was called, beside the options of its command; the `obj` of click's contexts.
+
+    Attributes:
+        show_traceback: print the traceback of every error, also of one that gets a line alone.
+    """
+
+    show_traceback: bool = False
+
+
+def make_traceback_option() -> Option:
+    """Make the option --traceback, which every command has, and the program itself before the command's name."""
+
+    def store(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and isinstance(context.obj, Invocation):
+            context.obj.show_traceback = True
+
+    return Option(
+        ["--traceback"],
+        is_flag=True,
+        is_eager=True,  # it also holds for an error of the command line
+        expose_value=False,
+        callback=store,
+        heading="Output",
+        help="Print the whole traceback of an error, also of one in code of yours.",
+    )
+
+
 class GroupedOptionsCommand(click.Command):
-    """A command whose `--help` lists its options under their headings."""
+    """A command whose `--help` lists its options under their headings; each has --traceback."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params.append(make_traceback_option())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""
@@ -61,6 +94,11 @@ class SectionedGroup(click.Group):
     """
 
     command_class = GroupedOptionsCommand
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params.append(make_traceback_option())
+
     sections: typing.ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -98,6 +136,16 @@ class _ChoiceOrEmpty(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "" else super().convert(value, param, ctx)
+
+
+def to_settings(config: Any) -> dict[str, Any]:
+    """Return the options as settings.json and other records have them: {name: value}.
+
+    An option with `recorded_if_set` is left out where it is at its default.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("recorded_if_set")}
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
 
 
 def read_options(context: click.Context, config: type[Config]) -> tuple[Config, set[str]]:

@@ -6,7 +6,7 @@ teacher assistants: Mirzadeh et al. 2020 (arXiv 1902.03393).
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import BornAgainConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import program_name, read_cache_config
+from softcache.stages.cli.options import to_settings
 from softcache.stages.runs.folder import find_free_folder
 from softcache.stages.teacher_cache import command as cache_stage
 
@@ -52,7 +53,7 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
     archs = _list_archs(config)
     base_config = fill_defaults(apply_recipe(to_student_config(config), explicit))
     setup = DistillationSetup.open(base_config)
-    _check_chain(archs, base_config, setup)
+    _check_chain(archs, base_config, setup, console)
     print_notes(base_config, setup, console)
     make_folder(folder)
     try:
@@ -77,13 +78,16 @@ def _list_archs(config: BornAgainConfig) -> list[str]:
     return archs
 
 
-def _check_chain(archs: list[str], base_config: StudentConfig, setup: DistillationSetup) -> None:
+def _check_chain(archs: list[str], base_config: StudentConfig, setup: DistillationSetup, console: Console) -> None:
     """Check, before anything is written, that every student can be trained and can teach the next one."""
     if any(isinstance(loss, SimKD) for loss in setup.losses):
         raise UsageError("born-again does not go with 'simkd': its students end in their teacher's last layer")
     layers = {parse_tap(tap)[0] for tap in list_teacher_taps(setup.losses)}
     for arch in dict.fromkeys(archs):
-        network = setup.build_student(replace(base_config, arch=arch or base_config.arch), setup.losses)
+        config = replace(base_config, arch=arch or base_config.arch)
+        network = setup.build_student(config, setup.losses)
+        for note in setup.check_student(network, config):
+            console.print(note)
         missing = sorted(layers - set(list_layers(network)))
         if missing and arch in archs[:-1]:
             raise UsageError(
@@ -161,7 +165,7 @@ def _assemble_result(
         logits = np.log(np.maximum(mean, 1e-30)).astype(np.float32)
         ensemble[split] = evaluate(logits, held_out.labels, setup.teacher_logits[split].numpy(), setup.class_counts)
     return {
-        "settings": asdict(config),
+        "settings": to_settings(config),
         "teacher": results[0]["teacher"],
         "generations": [
             {"run": str(folder / f"generation-{g}"), "cache": result["cache_folder"], "student": result["student"]}

@@ -74,6 +74,8 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     base_config = fill_defaults(replace(apply_recipe(to_student_config(config), explicit), loss=("hard",)))
     base_setup = DistillationSetup.open(base_config)
     print_notes(base_config, base_setup, console)
+    for note in base_setup.check_student(base_setup.build_student(base_config, base_setup.losses), base_config):
+        console.print(note)
     layers = config.layers or _list_cached_layers(base_setup, base_config)
     methods = _select_methods(config, layers, console)
     configs = {

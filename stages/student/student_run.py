@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from softcache.base.files import publish_json, remove_stale_files
 from softcache.pipeline.metrics.classification import mean_and_spread
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.options import to_settings
 from softcache.stages.distributed.ranks import broadcast_from_first, is_first
 from softcache.stages.runs.cost import compute_cost
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory
@@ -123,7 +124,7 @@ def assemble_result(config: StudentConfig, setup: DistillationSetup, results: li
     for name in mean:
         mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}
     return {
-        "settings": asdict(config),
+        "settings": to_settings(config),
         "cache": {
             "fingerprint": manifest.fingerprint,
             "manifest": manifest.digest,

@@ -1,7 +1,7 @@
 """`softcache teacher`: train a teacher from hard targets."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, count_multiply_adds, count_parameters
+from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
+from softcache.stages.cli.options import to_settings
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
 from softcache.stages.runs.folder import open_run, start_run
+from softcache.stages.training.data_parallel import count_least_rows
 from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.validation import HeldOutSplit, check_select
@@ -116,22 +119,33 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     views = fill_size(parse_views(config.views), transfer_set, console)
     input_spec = make_input_spec(config.normalize, transfer_set, views)
     torch.manual_seed(config.seed)
-    network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size)
+    network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size, config.output)
+    train_rows = transfer_set.splits["train"]
+    stream = CacheLoader(
+        split=train_rows,
+        views=views,
+        view_seed=config.seed,
+        order_seed=config.seed,
+        batch_size=config.batch_size,
+        labels=train_rows.labels,
+        rows=np.arange(len(train_rows)),
+        workers=config.workers,
+        sampler=config.sampler,
+        device=device,
+    )
+    check = TrainingCheck(
+        arch=config.arch,
+        classes=len(transfer_set.classes),
+        input_spec=input_spec,
+        device=device,
+        precision=config.precision,
+        least_rows=count_least_rows(stream),
+        batch_size=config.batch_size,
+    )
+    for note in check_trainable(network, check):
+        console.print(note)
     with start_run(config, folder):
         model = PreparedModel(network, input_spec).to(device)
-        train_rows = transfer_set.splits["train"]
-        stream = CacheLoader(
-            split=train_rows,
-            views=views,
-            view_seed=config.seed,
-            order_seed=config.seed,
-            batch_size=config.batch_size,
-            labels=train_rows.labels,
-            rows=np.arange(len(train_rows)),
-            workers=config.workers,
-            sampler=config.sampler,
-            device=device,
-        )
         held_out = {
             split: HeldOutSplit(transfer_set.splits[split], views, device, config)
             for split in ("val", "test")
@@ -155,9 +169,10 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         finished = train(run, held_out["val"], console)
         figures = {split: evaluate(rows.logits(model), rows.labels, counts=counts) for split, rows in held_out.items()}
         result = {
-            "settings": asdict(config),
+            "settings": to_settings(config),
             "teacher": {
                 "arch": config.arch,
+                **({"output": config.output} if config.output else {}),
                 "preparation": input_spec.to_json(),
                 "parameters": count_parameters(network),
                 "multiply_adds": run.multiply_adds,

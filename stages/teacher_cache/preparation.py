@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from softcache.pipeline.cache.existing import Complete, read_existing, read_infe
 from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
+from softcache.pipeline.models.network_checks import check_teacher
+from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights
 from softcache.pipeline.taps.statistics import normalize_tap
@@ -22,6 +24,7 @@ from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
+from softcache.stages.cli.options import to_settings
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
 from softcache.stages.teacher.data import fill_size, load_data
@@ -71,8 +74,12 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
     views = fill_size(views, transfer_set, console)
     teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
+    for note in check_teacher(teacher, arch, len(transfer_set.classes)):
+        console.print(note)
 
     known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
+    if (selector := find_selector(teacher.network)) and selector.key:
+        known_teacher["output"] = selector.key
     identity = make_identity(transfer_set, views, config.seed, known_teacher, config.codec, config.precision)
     identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
     trial_views = TrialViews(transfer_set, views, config)
@@ -153,7 +160,7 @@ def _choose_precision_and_taps(
 def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     """Return the options that another machine can repeat: of a path, its last part."""
     local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
-    settings = {name: value for name, value in asdict(config).items() if name not in local}
+    settings = {name: value for name, value in to_settings(config).items() if name not in local}
     settings["weights"] = Path(config.weights).name
     settings["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
     return settings

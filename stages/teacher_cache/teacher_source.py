@@ -43,7 +43,7 @@ def load_teacher(
     """
     if not config.weights:
         folder = broadcast_from_first(lambda: _train_teacher(config, console))  # one of several ranks trains it
-        config = replace(config, weights=folder, teacher="", normalize="")
+        config = replace(config, weights=folder, teacher="", normalize="", output="")
     if config.weights == "DEFAULT":
         return _load_published(config, transfer_set)
     path = Path(config.weights)
@@ -52,9 +52,10 @@ def load_teacher(
         raise UsageError(f"the run '{path}' has several seeds: name one of them, such as --weights {seeds[0]}")
     if not path.exists():
         raise UsageError(f"there are no weights at '{path}'")
-    arch, input_spec = config.teacher, None
+    arch, output, input_spec = config.teacher, config.output, None
     if path.is_dir() and (path / "result.json").is_file():
-        arch, input_spec = _read_run(path, config)
+        arch, recorded_output, input_spec = _read_run(path, config)
+        output = output or recorded_output
         _note_different_split(path, config, console)
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
@@ -64,7 +65,7 @@ def load_teacher(
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
-    network = build(arch, classes, input_spec.channels, input_spec.size)
+    network = build(arch, classes, input_spec.channels, input_spec.size, output)
     load_weights(network, state, str(path))
     return PreparedModel(network, input_spec), arch
 
@@ -90,7 +91,8 @@ def load_cache_teacher(cache: Cache, weights: str, arch: str) -> PreparedModel:
     if arch != recorded and (arch or is_own_code):
         raise UsageError(f"the cache's teacher is {recorded!r}: name it with --teacher, if you trust that code")
     input_spec = cache.input_spec
-    network = build(recorded, cache.classes, input_spec.channels, input_spec.size)
+    output = str(cache.manifest.identity["teacher"].get("output", ""))
+    network = build(recorded, cache.classes, input_spec.channels, input_spec.size, output)
     if weights == "DEFAULT":
         state = load_published_weights(recorded.partition(":")[2])[0]
     else:
@@ -113,8 +115,8 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     return int(matrices[-1].shape[0])
 
 
-def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
-    """Read the arch and the input preparation of a run's teacher or student, and check the options against them."""
+def _read_run(path: Path, config: CacheConfig) -> tuple[str, str, InputSpec]:
+    """Read the arch, the key of its logits and the input preparation of a run's teacher or student, and check the options against them."""
     result = read_json(path / "result.json")
     try:
         record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
@@ -127,7 +129,7 @@ def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
         raise UsageError(
             f"--normalize {config.normalize}, but the run '{path}' records how its input is normalised: leave it out"
         )
-    return arch, input_spec
+    return arch, str(record.get("output", "")), input_spec
 
 
 def _note_different_split(path: Path, config: CacheConfig, console: Console) -> None:
@@ -169,6 +171,7 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
             data_root=config.data_root,
             arch=config.teacher,
             normalize=config.normalize or "data",
+            output=config.output,
             device=config.device,
             workers=config.workers,
             out=str(folder),

@@ -1,7 +1,7 @@
 """`softcache tune`: search a student's loss weights and training options. Each trial trains one student."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ from softcache.base.files import make_folder
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.options import to_settings
 from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
 from softcache.stages.student.command import print_notes
 from softcache.stages.student.defaults import fill_defaults, to_student_config
@@ -112,7 +113,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
 
 def _describe_search(config: TuneConfig, base_config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
     """Return what all trials of a search have in common, as plain JSON values; two searches are one if it is equal."""
-    common = {name: value for name, value in asdict(base_config).items() if name not in IGNORED_OPTIONS}
+    common = {name: value for name, value in to_settings(base_config).items() if name not in IGNORED_OPTIONS}
     searched = {name: getattr(config, name) for name in ("search", "grid", "prune")}
     fingerprints = [cache.manifest.fingerprint for cache in setup.teachers.members]
     settings: dict[str, Any] = json.loads(json.dumps(common | searched | {"fingerprints": fingerprints}))
@@ -159,6 +160,7 @@ def _check_space(space: tuple[SearchedOption, ...], base_config: StudentConfig, 
             student_config = apply_values(base_config, space, {**values, option.name: value})
             try:
                 student_setup = setup.with_options(student_config)
-                student_setup.build_student(student_config, student_setup.losses)
+                network = student_setup.build_student(student_config, student_setup.losses)
+                student_setup.check_student(network, student_config)
             except UsageError as error:
                 raise UsageError(f"search '{option.spec}': {error}") from None
