@@ -204,13 +204,13 @@ def _needs_contiguous_input(network: nn.Module, channels: int, size: int) -> boo
 
 
 def make_noise(channels: int, size: int, rows: int) -> torch.Tensor:
-    """Make random input, float32 [rows, channels, size, size], the same each time, without a change of the generator."""
+    """Make random input, float32 [rows, channels, size, size], the same each time, by a generator of its own."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, channels, size, size, generator=generator)
 
 
 def describe_input(error: BaseException, channels: int, size: int) -> str:
-    """Return what to append to the message of a failed forward pass: the input, and the option that changes its size."""
+    """Return what a message adds of a failed forward pass: the input, and the option that changes its size."""
     if not isinstance(error, RuntimeError | ValueError | TypeError | IndexError | AssertionError):
         return ""
     return (

@@ -34,7 +34,7 @@ class TeacherConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions,
 
     heading: ClassVar[str] = "Teacher"
     arch: str = option("", ARCH_HELP, by_recipe=True)
-    output: str = option("", OUTPUT_HELP, recorded_if_set=True)
+    output: str = option("", OUTPUT_HELP, is_optional=True)
     views: str = option("", VIEWS_HELP, by_recipe=True)
     normalize: str = option("data", "Mean and standard deviation of the input.", choices=NORMALIZE)
 
@@ -59,7 +59,7 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
         False, "Compile the teacher first: takes 5 to 25 s, pays for large sets, needs a C++ compiler."
     )
     teacher: str = option("", ARCH_HELP, by_recipe=True)
-    output: str = option("", OUTPUT_HELP, recorded_if_set=True)
+    output: str = option("", OUTPUT_HELP, is_optional=True)
     weights: str = option(
         "",
         "Weights: a state dict, the folder of a run, or DEFAULT for torchvision's own; when not given, a teacher is"
@@ -88,7 +88,7 @@ class StudentConfig(CacheSourceOptions, DataOptions, MachineOptions, PrecisionOp
     heading: ClassVar[str] = "Student and loss"
     recipe: str = option("", "A published recipe, for options that are not given: see `softcache recipes`.")
     arch: str = option("", ARCH_HELP, by_recipe=True)
-    output: str = option("", OUTPUT_HELP, recorded_if_set=True)
+    output: str = option("", OUTPUT_HELP, is_optional=True)
     loss: tuple[str, ...] = option(
         (),
         "A term of the loss, such as kd:temperature=4,weight=0.9; repeat for several; see `softcache losses`.",

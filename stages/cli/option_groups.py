@@ -11,8 +11,8 @@ def option(default: Any, text: str, **more: Any) -> Any:
         default: its value where it is not given.
         text: its help.
         more: `least` and `most` of a number; `choices` of a text; `switch` for a flag that has a `--no-` form;
-            `by_recipe` where the data set's defaults fill it in; `recorded_if_set` for an option that settings.json
-            has only where it is not at its default, as runs of before the option have it not.
+            `by_recipe` where the data set's defaults fill it in; `is_optional` where a record of settings may lack
+            it, which then has the default.
     """
     return field(default=default, metadata={"help": text, **more})
 

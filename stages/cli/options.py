@@ -138,16 +138,6 @@ class _ChoiceOrEmpty(click.Choice[str]):
         return value if value == "" else super().convert(value, param, ctx)
 
 
-def to_settings(config: Any) -> dict[str, Any]:
-    """Return the options as settings.json and other records have them: {name: value}.
-
-    An option with `recorded_if_set` is left out where it is at its default.
-    """
-    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("recorded_if_set")}
-    settings = dataclasses.asdict(config)
-    return {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
-
-
 def read_options(context: click.Context, config: type[Config]) -> tuple[Config, set[str]]:
     """Read the options that a command was called with.
 

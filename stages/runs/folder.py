@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from softcache.base.errors import CacheError, UsageError, make_printable
@@ -15,7 +16,6 @@ from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.option_groups import TrainingOptions
-from softcache.stages.cli.options import to_settings
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
 from .logits import TEACHER_LOGITS
@@ -143,6 +143,19 @@ def start_run(config: TeacherConfig | StudentConfig, folder: Path) -> Iterator[N
         yield
 
 
+def to_settings(config: TeacherConfig | StudentConfig) -> dict[str, Any]:
+    """Return the content of settings.json: every option, without optional ones at their default."""
+    return {
+        field.name: value
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != field.default or not _is_optional(field)
+    }
+
+
+def _is_optional(field: Field[Any]) -> bool:
+    return bool(field.metadata.get("is_optional"))
+
+
 def check_same_config(folder: Path, config: StudentConfig) -> None:
     """Raise CacheError, naming the differences, when a run was started with other settings."""
     settings = to_settings(read_config(folder, type(config)))
@@ -218,9 +231,8 @@ def read_config(folder: Path, kind: type[S]) -> S:
         CacheError: for names or values that the command line would not have accepted.
     """
     path = folder / "settings.json"
-    newer = {f.name for f in fields(kind) if f.metadata.get("recorded_if_set")}
-    record = read_json(path, {f.name for f in fields(kind)}, newer)
-    record = {f.name: f.default for f in fields(kind) if f.name in newer} | record
+    optional = {f.name: f.default for f in fields(kind) if _is_optional(f)}
+    record = read_json(path, {f.name for f in fields(kind)}, optional)
     if invalid := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _is_valid_value(f, record[f.name])]:
         raise CacheError(f"'{path}' is damaged: {make_printable(', '.join(invalid))}")
     return kind(**record)
@@ -236,13 +248,15 @@ def _is_valid_value(field: Field[Any], value: Any) -> bool:
     return bool(value == field.default or (is_in_range and value in field.metadata.get("choices", (value,))))
 
 
-def read_json(path: Path, keys: set[str] | None = None, optional: Set[str] = frozenset()) -> dict[str, Any]:
+def read_json(
+    path: Path, keys: set[str] | None = None, optional: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Read a JSON object from a run's folder.
 
     Args:
         path: the file.
         keys: the keys that it must have; None for any. With keys, lists become tuples.
-        optional: those of them that may be missing.
+        optional: the values of keys that it may lack.
 
     Raises:
         UsageError: for a file that does not exist.
@@ -256,7 +270,8 @@ def read_json(path: Path, keys: set[str] | None = None, optional: Set[str] = fro
         raise CacheError(f"'{path}' is damaged: it is no JSON") from None
     if not isinstance(record, dict):
         raise CacheError(f"'{path}' is damaged: it is no JSON object")
-    if keys is not None and (set(record) ^ keys) - (optional - set(record)):
+    record = dict(optional) | record
+    if keys is not None and set(record) != keys:
         raise CacheError(
             f"'{path}' has other keys than this version writes: {sorted(set(record) ^ keys)[:4]} missing or unknown"
         )

@@ -26,8 +26,7 @@ from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import BornAgainConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import program_name, read_cache_config
-from softcache.stages.cli.options import to_settings
-from softcache.stages.runs.folder import find_free_folder
+from softcache.stages.runs.folder import find_free_folder, to_settings
 from softcache.stages.teacher_cache import command as cache_stage
 
 from .command import print_notes

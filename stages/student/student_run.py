@@ -10,11 +10,10 @@ from softcache.base.files import publish_json, remove_stale_files
 from softcache.pipeline.metrics.classification import mean_and_spread
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.options import to_settings
 from softcache.stages.distributed.ranks import broadcast_from_first, is_first
 from softcache.stages.runs.cost import compute_cost
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory
-from softcache.stages.runs.folder import check_same_config, start_run
+from softcache.stages.runs.folder import check_same_config, start_run, to_settings
 from softcache.stages.runs.logits import TEACHER_LOGITS, save_logits
 
 from .phases import StudentTraining, train_phases

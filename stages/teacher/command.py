@@ -25,9 +25,8 @@ from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
-from softcache.stages.cli.options import to_settings
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
-from softcache.stages.runs.folder import open_run, start_run
+from softcache.stages.runs.folder import open_run, start_run, to_settings
 from softcache.stages.training.data_parallel import count_least_rows
 from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun

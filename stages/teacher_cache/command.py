@@ -8,13 +8,13 @@ each rank one thread unless OMP_NUM_THREADS is set; the same OMP_NUM_THREADS giv
 """
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import CacheConfig, StudentConfig
 from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.cli.copied_commands import format_command
-from softcache.stages.cli.options import to_settings
 from softcache.stages.distributed import ranks
 
 from .preparation import fill_defaults, prepare_cache, suggest_other_command
@@ -53,7 +53,7 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     rows = manifest.count_views()
     record: dict[str, Any] = {
         "cache": config.out,
-        "settings": to_settings(config),
+        "settings": asdict(config),
         "fingerprint": manifest.fingerprint,
         "draws": manifest.draws,
         "rows": rows,

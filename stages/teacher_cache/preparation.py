@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
-from softcache.stages.cli.options import to_settings
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
 from softcache.stages.teacher.data import fill_size, load_data
@@ -160,7 +159,9 @@ def _choose_precision_and_taps(
 def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     """Return the options that another machine can repeat: of a path, its last part."""
     local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
-    settings = {name: value for name, value in to_settings(config).items() if name not in local}
+    settings = {name: value for name, value in asdict(config).items() if name not in local}
+    if not settings["output"]:
+        del settings["output"]
     settings["weights"] = Path(config.weights).name
     settings["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
     return settings

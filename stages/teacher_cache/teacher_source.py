@@ -116,7 +116,7 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
 
 
 def _read_run(path: Path, config: CacheConfig) -> tuple[str, str, InputSpec]:
-    """Read the arch, the key of its logits and the input preparation of a run's teacher or student, and check the options against them."""
+    """Read arch, key of the logits and input preparation of a run's network, and check the options against them."""
     result = read_json(path / "result.json")
     try:
         record = result["student"] if (path / "student.pt").is_file() else result["teacher"]

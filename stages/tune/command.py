@@ -12,8 +12,7 @@ from softcache.base.files import make_folder
 from softcache.data.sources import short_name
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.options import to_settings
-from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones
+from softcache.stages.runs.folder import IGNORED_OPTIONS, find_free_folder, parse_milestones, to_settings
 from softcache.stages.student.command import print_notes
 from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.recipes import apply_recipe
