@@ -13,6 +13,7 @@ May import base, pipeline.batch and pipeline.taps. Begin with the table MODELS, 
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
-from softcache.base.user_code import is_out_of_memory
+from softcache.base.user_code import is_out_of_memory, user_code
 from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
 from softcache.pipeline.models.archs.cnn import cnn
 from softcache.pipeline.models.archs.mlp import mlp
@@ -103,6 +104,9 @@ def _build_known(arch: str, classes: int, channels: int, size: int) -> nn.Module
             known = f"'{name}:NAME', such as torchvision:resnet18" if name == "torchvision" else f"'{name}'"
             raise UsageError(f"arch '{arch}' has nothing after its colon: {known}")
         return MODELS[name](argument, classes, channels, size)
+    if colon and ("/" in name or name.endswith(".py")):
+        module = ".".join(Path(name.removesuffix(".py")).parts).lstrip(".")
+        raise UsageError(f"arch '{arch}' names a file: name the module, as Python imports it: '{module}:{argument}'")
     our_names = [name for name in MODELS if name != "torchvision"]
     if is_torchvision_model(arch):
         raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(our_names)}")
@@ -121,15 +125,18 @@ def _build_custom(arch: str, classes: int, channels: int, size: int) -> tuple[nn
 
 def _build_simkd(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
     """Build a SimKD student around the network that an arch names."""
+    location = ""
     if is_custom_arch(arch):  # what it returns is not read
-        backbone = _build_custom(arch, classes, channels, size)[0]
+        backbone, selector = _build_custom(arch, classes, channels, size)
+        location = selector.location
     else:
         backbone = _build_known(arch, classes, channels, size)
     head = find_head(backbone, classes)
     names = [name for name, module in backbone.named_modules() if module is head and name]
     if not names:
         raise UsageError(f"arch '{arch}' has no last linear layer, which SimKD replaces by the teacher's")
-    return build_simkd(backbone, names[0], layer, width, classes, example=torch.zeros(1, channels, size, size))
+    with user_code(f"the forward pass of arch '{arch}' failed", location):
+        return build_simkd(backbone, names[0], layer, width, classes, example=torch.zeros(1, channels, size, size))
 
 
 def find_head(network: nn.Module, classes: int) -> nn.Linear | None:
@@ -144,16 +151,25 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_multiply_adds(network: nn.Module, channels: int, size: int) -> int:
-    """Multiply-adds of one image in eval mode, counted by PyTorch over matrix products and convolutions."""
+    """Multiply-adds of one image in eval mode, counted by PyTorch over matrix products and convolutions.
+
+    A network that does not take a batch of one image is run on two, and half is counted.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     was_training, first = network.training, next(network.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     network.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, channels, size, size, device=device))
+    for rows in (1, 2):
+        try:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                network(torch.zeros(rows, channels, size, size, device=device))
+            break
+        except Exception:  # whatever a user's own code raises
+            if rows == 2:
+                raise
     network.train(was_training)
-    return int(counter.get_total_flops()) // 2
+    return int(counter.get_total_flops()) // (2 * rows)
 
 
 def get_head_arrays(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

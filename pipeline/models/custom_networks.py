@@ -8,7 +8,8 @@ import copy
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -54,17 +55,19 @@ def build_custom(
             returns no network, or the network cannot be made ready.
     """
     arch = f"{module}:{factory}"
-    user_module, maker = _import_factory(module, factory, similar)
+    with _global_state():
+        user_module, maker = _import_factory(module, factory, similar)
     selector = LogitsSelector(arch, classes, location=locate_definition(maker))
     notes = selector.notes
     if isinstance(maker, nn.Module):
         network, is_ready = maker, True
     else:
-        network = _call_factory(arch, maker, {"classes": classes, "channels": channels, "size": size})
+        with _global_state():
+            network = _call_factory(arch, maker, {"classes": classes, "channels": channels, "size": size})
         # A module that the factory keeps would be shared by all students of this process.
         is_ready = hasattr(maker, "cache_info") or any(value is network for value in vars(user_module).values())
     if is_ready:
-        notes.append(f"arch '{arch}' is one module, not a new one each time: every seed starts from its weights")
+        selector.is_shared = True
         with user_code(f"the module of arch '{arch}' cannot be copied", selector.location):
             network = copy.deepcopy(network)
     _check_real(arch, network)
@@ -77,6 +80,20 @@ def build_custom(
     if _needs_contiguous_input(network, channels, size):
         setattr(network, NEEDS_CONTIGUOUS_INPUT, True)
     return network, selector
+
+
+@contextmanager
+def _global_state() -> Iterator[None]:
+    """Undo what a user's module or factory may change of PyTorch, and print what it prints on standard error.
+
+    Standard output may be for one JSON object.
+    """
+    dtype = torch.get_default_dtype()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _import_factory(module: str, factory: str, similar: Callable[[str], str] | None) -> tuple[ModuleType, Any]:
@@ -214,6 +231,6 @@ def describe_input(error: BaseException, channels: int, size: int) -> str:
     if not isinstance(error, RuntimeError | ValueError | TypeError | IndexError | AssertionError):
         return ""
     return (
-        f"; its input is [B, {channels}, {size}, {size}], the size of the views: another one is made by"
-        f" teacher-cache --views …:size=N"
+        f"; its input is [B, {channels}, {size}, {size}], of the size of the views: --views …:size=N of teacher and"
+        " teacher-cache changes it"
     )

@@ -97,6 +97,8 @@ def check_trainable(network: nn.Module, check: TrainingCheck) -> list[str]:
     with _capture_output(network, raw_outputs), torch.random.fork_rng(_list_gpus(check.device)):
         logits = _run(model.eval(), arch, _ROWS, selector, check.precision)
         _check_logits(arch, logits, _ROWS, check.classes)
+        if not torch.isfinite(logits).any():
+            raise UsageError(f"arch '{arch}' outputs no finite number with its initial weights")
         _train(model.train(), check, _ROWS, selector)
         if selector:
             _check_key(selector, raw_outputs)
@@ -110,6 +112,8 @@ def check_trainable(network: nn.Module, check: TrainingCheck) -> list[str]:
                     f" trained: {problem}: choose another --batch-size"
                 ) from error
     notes = list(selector.notes) if selector else []
+    if selector and selector.is_shared:
+        notes.append(f"arch '{arch}' is one module, not a new one each time: every seed starts from its weights")
     if not isinstance(raw_outputs[1], torch.Tensor) and isinstance(raw_outputs[0], torch.Tensor):
         kind = type(raw_outputs[1]).__name__
         notes.append(f"arch '{arch}' returns a {kind} in training: its logits are trained, its other outputs are not")

@@ -36,11 +36,13 @@ class LogitsSelector:
 
     Attributes:
         arch, classes, key, location: As given.
+        is_shared: Whether the network is a copy of one module, so that every seed starts from the same weights.
         notes: What to tell the user about the network, one line each.
     """
 
     def __init__(self, arch: str, classes: int, key: str = "", location: str = ""):
         self.arch, self.classes, self.key, self.location = arch, classes, key, location
+        self.is_shared = False
         self.notes: list[str] = []
 
     def __call__(self, network: nn.Module, inputs: object, output: object) -> torch.Tensor:

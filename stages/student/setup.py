@@ -169,10 +169,9 @@ class DistillationSetup:
             UsageError: when the forward or the backward pass fails, or its output does not fit the cache.
         """
         labels = requirements.hide_labels(config, self.transfer_set.splits["train"].labels)
-        # The baseline, fine-tuning and losses that need labels read the labelled rows alone.
-        streams = [
-            self.make_stream(config, labels, only, read_targets=False) for only in (False, bool(config.labelled))
-        ]
+        streams = [self.make_stream(config, labels, only_labelled=False, read_targets=False)]
+        if config.labelled and (config.baseline or config.finetune_epochs or any(x.needs_labels for x in self.losses)):
+            streams.append(self.make_stream(config, labels, only_labelled=True, read_targets=False))
         check = TrainingCheck(
             arch=self.student_arch(config, self.losses),
             classes=self.cache.classes,

@@ -1,6 +1,7 @@
 """Networks as users write them: the factories are named in tests as `tests.helpers.user_networks:NAME`."""
 
 import functools
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,23 @@ class Net(nn.Module):
 ready = base(10, 1)
 partial = functools.partial(Net, channels=1)
 shorthand = lambda classes, channels: base(classes, channels)  # noqa: E731
+
+
+def scripted(classes: int, channels: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(base(classes, channels))
+
+
+def parallel(classes: int, channels: int) -> nn.Module:
+    return nn.DataParallel(base(classes, channels))
+
+
+def prints_and_sets(classes: int, channels: int) -> nn.Module:
+    print("a line of my own")
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    return base(classes, channels)
 
 
 @functools.cache

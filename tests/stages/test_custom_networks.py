@@ -38,7 +38,7 @@ def student_command(tiny: Path, name: str, *more: object) -> tuple[object, ...]:
     [
         ("FailsInTraining", (), f"failed in training mode: KeyError: 'targets' ({{}}{FILE}"),
         ("raises", (), "RuntimeError: weights of the hub"),
-        ("Fixed", (), "; its input is [B, 1, 8, 8], the size of the views"),
+        ("Fixed", (), "; its input is [B, 1, 8, 8], of the size of the views"),
         ("too_wide", (), "it has 32 classes, the data have 10"),
         ("NoParameters", (), "has no trainable parameters"),
         ("rows_normalised", ("--batch-size", 1), "--batch-size 1 makes a batch of one row"),

@@ -30,6 +30,7 @@ def build_own(name: str, classes: int = 10, channels: int = 1, size: int = 8) ->
     [
         *("plain", "positional", "reordered", "positional_only", "classes_alone", "no_arguments", "keywords", "rest"),
         *("with_defaults", "Net", "ready", "partial", "shorthand", "cached", "module_global", "Zoo.small"),
+        *("scripted", "parallel", "prints_and_sets"),
     ],
 )
 def test_a_factory_is_called_with_the_arguments_that_it_takes(name: str) -> None:
@@ -209,6 +210,13 @@ def test_a_built_in_arch_has_no_selector_and_takes_no_output() -> None:
         check_own("plain", output="0")
 
 
+def test_a_factory_changes_no_state_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    build_own("prints_and_sets")
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert capsys.readouterr() == ("", "a line of my own\n")
+
+
 # Names
 
 
@@ -219,6 +227,8 @@ def test_a_built_in_arch_has_no_selector_and_takes_no_output() -> None:
         ("torchvision:", "has nothing after its colon: 'torchvision:NAME'"),
         ("mlp:99999999", "arch 'mlp:99999999' would have 7,399,999,926 weights, more than 1,000,000,000"),
         ("mlp:9" + "9" * 30, "weights, more than 1,000,000,000"),
+        ("nets/small.py:make", "arch 'nets/small.py:make' names a file: name the module, as Python imports it"),
+        ("./small.py:make", "as Python imports it: 'small:make'"),
         ("torchvision:resnet1", "Did you mean 'resnet18'?"),
     ],
 )
@@ -227,3 +237,9 @@ def test_a_name_that_cannot_be_built_is_refused_in_a_short_line(arch: str, words
         build(arch, 10, 1, 8)
     assert words in get_one_line_message(error)
     assert len(str(error.value)) < 300
+
+
+def test_multiply_adds_of_a_network_that_needs_two_images_are_half_of_theirs() -> None:
+    network = build_own("squeezed")
+    assert count_multiply_adds(network, 1, 8) == count_multiply_adds(build_own("plain"), 1, 8) > 0
+    assert network.training
