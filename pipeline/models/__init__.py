@@ -84,7 +84,10 @@ def build(arch: str, classes: int, channels: int, size: int, output: str = "") -
             raise
         raise UsageError(f"arch '{arch}' takes more memory than there is: choose a smaller one") from error
     selector.key = output
-    network.register_forward_hook(selector)
+    if not isinstance(network, torch.jit.ScriptModule):  # these take no hooks
+        network.register_forward_hook(selector)
+    elif output:
+        raise UsageError(f"--output {output}: arch '{arch}' is a TorchScript module, which has to return one tensor")
     return network
 
 
