@@ -72,7 +72,8 @@ def check_teacher(teacher: PreparedModel, arch: str, classes: int) -> list[str]:
 def check_trainable(network: nn.Module, check: TrainingCheck) -> list[str]:
     """Run a copy of a network forwards in eval mode, then forwards and backwards in training mode.
 
-    A built-in arch is only run where the smallest batch has one row: batch norm may be left without a variance.
+    A built-in arch is only run where the smallest batch has one row: batch norm may be left without a variance. A
+    TorchScript module is not run: it takes no hooks.
 
     Args:
         network: With its initial weights. It is not changed.
@@ -87,7 +88,7 @@ def check_trainable(network: nn.Module, check: TrainingCheck) -> list[str]:
     arch, selector = check.arch, find_selector(network)
     if not any(p.requires_grad for p in network.parameters()):
         raise UsageError(f"arch '{arch}' has no trainable parameters: there is nothing to train")
-    if selector is None and check.least_rows > 1:
+    if (selector is None and check.least_rows > 1) or isinstance(network, torch.jit.ScriptModule):
         return []
     location = selector.location if selector else ""
     with user_code(f"arch '{arch}' cannot be copied", location):
