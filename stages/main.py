@@ -4,6 +4,7 @@ quick."""
 import errno
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ from softcache.stages.cli.configs import (
 )
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.cli.new_folders import remove_unused_folders
-from softcache.stages.cli.options import SectionedGroup, add_options, read_options
+from softcache.stages.cli.options import Invocation, SectionedGroup, add_options, read_options
 from softcache.stages.cli.streams import check_output, tolerate_closed_streams
 from softcache.stages.cli.typed_command import remember_typed_command
 from softcache.stages.distributed.ranks import check_command, reports_errors
@@ -251,8 +252,9 @@ def cache_unpack(context: click.Context, /, file: str, cache: str, **_: Any) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
-    An error of the user, a full disk and Ctrl-C each get one line; SIGTERM, which schedulers send, is treated as
-    Ctrl-C. An error of this program gets its traceback. Closed standard streams, and a reader that ends first, change
+    An error of the user or of a network of theirs, a full disk and Ctrl-C each get one line, with --traceback below
+    its traceback; SIGTERM, which schedulers send, is treated as Ctrl-C. An error of this program gets its traceback.
+    Closed standard streams, and a reader that ends first, change
     nothing but what is printed.
 
     Args:
@@ -264,19 +266,27 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
     remember_typed_command(sys.argv[1:] if arguments is None else arguments)
-    run_command(lambda: commands.main(arguments, prog_name="softcache", standalone_mode=False))
+    invocation = Invocation()
+    run_command(
+        lambda: commands.main(arguments, prog_name="softcache", standalone_mode=False, obj=invocation), invocation
+    )
 
 
-def run_command(call: Callable[[], object]) -> None:
-    """Call a function; an error ends the process with its line and its exit code, as `main` describes."""
+def run_command(call: Callable[[], object], invocation: Invocation | None = None) -> None:
+    """Call a function; an error ends the process with its line and its exit code, as `main` describes.
+
+    Args:
+        call: Runs the command.
+        invocation: What its --traceback sets.
+    """
     with tolerate_closed_streams():
         try:
-            _call_or_exit(call)
+            _call_or_exit(call, invocation or Invocation())
         finally:
             remove_unused_folders()
 
 
-def _call_or_exit(call: Callable[[], object]) -> None:
+def _call_or_exit(call: Callable[[], object], invocation: Invocation) -> None:
     """Call a function; print its error and exit with the error's code, see `main`."""
     try:
         call()
@@ -286,23 +296,32 @@ def _call_or_exit(call: Callable[[], object]) -> None:
         sys.exit(done.exit_code)
     except click.ClickException as error:
         if reports_errors():
+            _print_traceback(invocation)
             error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         if reports_errors():
+            _print_traceback(invocation)
             click.echo("Stopped.", err=True)
         sys.exit(130)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line, code = _format_error(error)
-        if not code and reports_errors():
+        if not code and (reports_errors() or isinstance(error, SystemExit)):
             raise
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in line)  # it may quote a hostile file
         if reports_errors():
+            _print_traceback(invocation)
             click.echo(f"Error: {text}", err=True)
         sys.exit(code or 1)
 
 
-def _format_error(error: Exception) -> tuple[str, int]:
+def _print_traceback(invocation: Invocation) -> None:
+    """Print the traceback of the current error with --traceback, with those of the errors that it came from."""
+    if invocation.show_traceback:
+        click.echo(traceback.format_exc(), err=True)
+
+
+def _format_error(error: Exception | SystemExit) -> tuple[str, int]:
     """Return what to print and the exit code; code 0 for an error of this program."""
     from softcache.base.errors import (
         CacheError,
@@ -313,6 +332,7 @@ def _format_error(error: Exception) -> tuple[str, int]:
         is_interrupt,
         is_worker_failure,
     )
+    from softcache.base.user_code import describe_error, is_out_of_memory, locate_user_code
 
     if isinstance(error, Interrupted):
         return str(error), 130
@@ -325,11 +345,13 @@ def _format_error(error: Exception) -> tuple[str, int]:
         return describe_worker_failure(str(error)), 1
     if disk_error := find_disk_error(error):
         return _format_disk_error(disk_error), 1
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory: what was finished is kept. A smaller --batch-size takes less", 1
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"--compile: the network cannot be compiled here ({why[:120]}): leave it out", 1
+    if locate_user_code(error):
+        return f"your network failed: {describe_error(error)}. --traceback shows where it was called", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}", 1
     return "", 0
@@ -346,16 +368,6 @@ def _format_disk_error(error: OSError) -> str:
     return (
         f"{error.strerror}: {error.filename or 'while writing'}. What was finished is kept: {remedy}, then start the"
         " same command again (a training that was started: with --resume --out FOLDER)"
-    )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or "can't allocate memory" in text
-        or "out of memory" in text
     )
 
 

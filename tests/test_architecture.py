@@ -175,7 +175,7 @@ def test_progress_bars_are_for_the_commands_alone() -> None:
 
 
 def test_modules_are_imported_by_a_name_in_a_string_only_for_a_users_own_arch() -> None:
-    assert {file for file, _ in calls("import_module")} == {"pipeline/models/__init__.py"}
+    assert {file for file, _ in calls("import_module")} == {"pipeline/models/custom_networks.py"}
     assert list(calls("__import__")) == []
 
 

@@ -118,6 +118,14 @@ def _check_seal(text: bytes, path: Path) -> str:
 
 
 _CUT = {"val_fraction": float, "seed": int, "train_size": int}
+_TEACHER = {
+    "arch": str,
+    "weights": re.compile("[0-9a-f]{64}"),
+    "channels": int,
+    "size": int,
+    "mean": [float],
+    "std": [float],
+}
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
     "transfer_set": {
@@ -127,14 +135,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "cut": ({**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}, _CUT),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": {
-        "arch": str,
-        "weights": re.compile("[0-9a-f]{64}"),
-        "channels": int,
-        "size": int,
-        "mean": [float],
-        "std": [float],
-    },
+    "teacher": ({**_TEACHER, "output": re.compile(r"[^\x00-\x1f]{1,200}")}, _TEACHER),
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }

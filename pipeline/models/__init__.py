@@ -10,8 +10,6 @@ over space of the last feature map: that of `last` where there is such a layer, 
 May import base, pipeline.batch and pipeline.taps. Begin with the table MODELS, below.
 """
 
-import importlib
-import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
+from softcache.base.user_code import is_out_of_memory, user_code
 from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
 from softcache.pipeline.models.archs.cnn import cnn
 from softcache.pipeline.models.archs.mlp import mlp
@@ -37,6 +36,9 @@ from softcache.pipeline.models.archs.torchvision_models import (
 from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
 from softcache.pipeline.taps.hooks import list_layers
+
+from .custom_networks import build_custom, check_factory, is_importable_name
+from .outputs import LogitsSelector
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].
 # The argument is the part of the arch after the colon.
@@ -56,43 +58,67 @@ MODELS: dict[str, Build] = {
 }
 
 
-def build(arch: str, classes: int, channels: int, size: int) -> nn.Module:
+def build(arch: str, classes: int, channels: int, size: int, output: str = "") -> nn.Module:
     """Build the network that an arch names, with fresh weights.
 
     Args:
         arch: A name of MODELS, with its argument after a colon; the arch of a SimKD student (see archs/simkd.py); or
-            `my_package.module:factory`, called as factory(classes=…, channels=…, size=…).
+            `my_package.module:factory` (see custom_networks.py).
         classes: K, the number of classes.
         channels: Of the input.
         size: Of the input, in pixels.
+        output: Key or index of the logits in what a network of a user's own returns (see outputs.py); "" to find them.
 
     Returns:
         A network: float32 [B, channels, size, size] -> logits [B, classes].
 
     Raises:
-        UsageError: There is no such arch, its argument does not fit, or it cannot take such images.
+        UsageError: There is no such arch, its argument does not fit, it cannot take such images, there is no memory
+            for it, or a user's own code fails.
     """
-    if parts := parse_simkd_arch(arch):
-        return _build_simkd(*parts, classes, channels, size)
+    try:
+        if parts := parse_simkd_arch(arch):
+            return _build_simkd(*parts, classes, channels, size)
+        if not is_custom_arch(arch):
+            if output:
+                raise UsageError(f"--output {output} is for networks of your own, and '{arch}' returns one tensor")
+            return _build_known(arch, classes, channels, size)
+        network, selector = _build_custom(arch, classes, channels, size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or "CUDA" in str(error):
+            raise
+        raise UsageError(f"arch '{arch}' takes more memory than there is: choose a smaller one") from error
+    selector.key = output
+    if not isinstance(network, torch.jit.ScriptModule):  # these take no hooks
+        network.register_forward_hook(selector)
+    elif output:
+        raise UsageError(f"--output {output}: arch '{arch}' is a TorchScript module, which has to return one tensor")
+    return network
+
+
+def is_custom_arch(arch: str) -> bool:
+    """Return whether an arch names code of a user's own, which is imported and run when it is built."""
+    if arch.startswith("simkd("):
+        return is_custom_arch(arch[len("simkd(") :].partition(";")[0])
+    name, colon, _ = arch.partition(":")
+    return bool(colon) and name not in MODELS and is_importable_name(name)
+
+
+def _build_known(arch: str, classes: int, channels: int, size: int) -> nn.Module:
+    """Build a network of the table MODELS. Raises UsageError for another name."""
     name, colon, argument = arch.partition(":")
     if name in MODELS:
+        if colon and not argument and name != "mlp":
+            known = f"'{name}:NAME', such as torchvision:resnet18" if name == "torchvision" else f"'{name}'"
+            raise UsageError(f"arch '{arch}' has nothing after its colon: {known}")
         return MODELS[name](argument, classes, channels, size)
-    if colon and all(part.isidentifier() for part in name.split(".")):
-        return _build_custom_arch(name, argument, classes, channels, size)
+    if colon and ("/" in name or name.endswith(".py")):
+        module = ".".join(Path(name.removesuffix(".py")).parts).lstrip(".")
+        raise UsageError(f"arch '{arch}' names a file: name the module, as Python imports it: '{module}:{argument}'")
     our_names = [name for name in MODELS if name != "torchvision"]
     if is_torchvision_model(arch):
         raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(our_names)}")
     raise unknown_name_error("arch", arch, [*our_names, "torchvision:NAME", "my_package.module:factory"])
-
-
-def is_custom_arch(arch: str) -> bool:
-    """Whether an arch names a user's own code, `my_package.module:factory`, which building it imports and runs."""
-    try:
-        parts = parse_simkd_arch(arch)
-    except UsageError:  # a name that cannot be built
-        return False
-    name, colon, _ = (parts[0] if parts else arch).partition(":")
-    return bool(colon) and name not in MODELS
 
 
 def check_arch(arch: str) -> None:
@@ -104,11 +130,11 @@ def check_arch(arch: str) -> None:
     Raises:
         UsageError: There is no such arch, or its argument does not fit.
     """
-    name, colon, argument = arch.partition(":")
-    if name == "torchvision":
+    name, _, argument = arch.partition(":")
+    if is_custom_arch(arch):
+        check_factory(name, argument, _find_similar)
+    elif name == "torchvision" and argument:
         check_torchvision_model(argument)
-    elif colon and name not in MODELS and all(part.isidentifier() for part in name.split(".")):
-        _import_factory(name, argument)
     else:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             build(arch, 10, 3, 224)
@@ -130,50 +156,31 @@ def list_arch_layers(arch: str) -> list[str]:
         return []
 
 
-def _build_custom_arch(module: str, factory: str, classes: int, channels: int, size: int) -> nn.Module:
-    """Build a network by a user's own function. Raises UsageError where there is none, or it returns no network."""
-    build_network = _import_factory(module, factory)
-    network = build_network(classes=classes, channels=channels, size=size)
-    if not isinstance(network, nn.Module):
-        raise UsageError(f"arch '{module}:{factory}' returned a {type(network).__name__}, not a torch.nn.Module")
-    return network
+def _build_custom(arch: str, classes: int, channels: int, size: int) -> tuple[nn.Module, LogitsSelector]:
+    """Build a network of a user's own; the selector of its logits is not registered yet."""
+    module, _, factory = arch.partition(":")
+    return build_custom(module, factory, classes, channels, size, _find_similar)
 
 
-def _import_factory(module: str, factory: str) -> Callable[..., object]:
-    """Import a user's own function. Raises UsageError where there is none."""
-    _make_current_folder_importable()
-    try:
-        build_network: Callable[..., object] = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        hint = ""
-        if close := get_close_matches(module, MODELS, n=1):
-            hint = f". Did you mean '{close[0]}:{factory}'?"
-        if module.endswith(".py"):
-            hint = f". Name the module without .py: '{module[:-3]}:{factory}'"
-        raise UsageError(f"arch '{module}:{factory}' cannot be imported: {error}{hint}") from None
-    return build_network
-
-
-def _make_current_folder_importable() -> None:
-    """Put the current folder at the front of sys.path, unless it is on it, so that a user's module there is found.
-
-    `python -m softcache` starts with the current folder on the path, the console script `softcache` does not; an
-    --arch must mean the same module under both. The folder stays on the path for the rest of the process: the module
-    may import its neighbours when it is called, and worker processes import it once more.
-    """
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+def _find_similar(name: str) -> str:
+    """Return the name of MODELS that is like another name, or ""."""
+    return next(iter(get_close_matches(name, MODELS, n=1)), "")
 
 
 def _build_simkd(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
     """Build a SimKD student around the network that an arch names."""
-    backbone = build(arch, classes, channels, size)
+    location = ""
+    if is_custom_arch(arch):  # what it returns is not read
+        backbone, selector = _build_custom(arch, classes, channels, size)
+        location = selector.location
+    else:
+        backbone = _build_known(arch, classes, channels, size)
     head = find_head(backbone, classes)
     names = [name for name, module in backbone.named_modules() if module is head and name]
     if not names:
         raise UsageError(f"arch '{arch}' has no last linear layer, which SimKD replaces by the teacher's")
-    return build_simkd(backbone, names[0], layer, width, classes, example=torch.zeros(1, channels, size, size))
+    with user_code(f"the forward pass of arch '{arch}' failed", location):
+        return build_simkd(backbone, names[0], layer, width, classes, example=torch.zeros(1, channels, size, size))
 
 
 def find_head(network: nn.Module, classes: int) -> nn.Linear | None:
@@ -188,15 +195,25 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_multiply_adds(network: nn.Module, channels: int, size: int) -> int:
-    """Multiply-adds of one image in eval mode, counted by PyTorch over matrix products and convolutions."""
+    """Multiply-adds of one image in eval mode, counted by PyTorch over matrix products and convolutions.
+
+    A network that does not take a batch of one image is run on two, and half is counted.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    was_training, device = network.training, next(network.parameters()).device
+    was_training, first = network.training, next(network.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
     network.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, channels, size, size, device=device))
+    for rows in (1, 2):
+        try:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                network(torch.zeros(rows, channels, size, size, device=device))
+            break
+        except Exception:  # whatever a user's own code raises
+            if rows == 2:
+                raise
     network.train(was_training)
-    return int(counter.get_total_flops()) // 2
+    return int(counter.get_total_flops()) // (2 * rows)
 
 
 def get_head_arrays(head: nn.Linear, classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

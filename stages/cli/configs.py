@@ -15,6 +15,7 @@ from .option_groups import (
     CACHE_HELP,
     CUSTOM_ARCH_HELP,
     NORMALIZE,
+    OUTPUT_HELP,
     PRECISIONS,
     VIEWS_HELP,
     WEIGHTS_KEY_HELP,
@@ -35,6 +36,7 @@ class TeacherConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions,
 
     heading: ClassVar[str] = "Teacher"
     arch: str = option("", ARCH_HELP, by_recipe=True)
+    output: str = option("", OUTPUT_HELP)
     views: str = option("", VIEWS_HELP, by_recipe=True)
     normalize: str = option("data", "Mean and standard deviation of the input.", choices=NORMALIZE)
 
@@ -59,6 +61,7 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
         False, "Compile the teacher first: takes 5 to 25 s, pays for large sets, needs a C++ compiler."
     )
     teacher: str = option("", ARCH_HELP, by_recipe=True)
+    output: str = option("", OUTPUT_HELP)
     weights: str = option(
         "",
         "Weights: a file of them (torch.save or safetensors), the folder of a run, or DEFAULT for torchvision's own;"
@@ -88,6 +91,7 @@ class StudentConfig(CacheSourceOptions, DataOptions, MachineOptions, PrecisionOp
     heading: ClassVar[str] = "Student and loss"
     recipe: str = option("", "A published recipe, for options that are not given: see `softcache recipes`.")
     arch: str = option("", ARCH_HELP, by_recipe=True)
+    output: str = option("", OUTPUT_HELP)
     loss: tuple[str, ...] = option(
         (),
         "A term of the loss, such as kd:temperature=4,weight=0.9; repeat for several; see `softcache losses`.",

@@ -39,8 +39,41 @@ class Option(click.Option):
         self.heading = heading
 
 
+@dataclasses.dataclass
+class Invocation:
+    """How the program was called, beside the options of its command; the `obj` of click's contexts.
+
+    Attributes:
+        show_traceback: print the traceback of every error, also of one that gets a line alone.
+    """
+
+    show_traceback: bool = False
+
+
+def make_traceback_option() -> Option:
+    """Make the option --traceback, which every command has, and the program itself before the command's name."""
+
+    def store(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and isinstance(context.obj, Invocation):
+            context.obj.show_traceback = True
+
+    return Option(
+        ["--traceback"],
+        is_flag=True,
+        is_eager=True,  # it also holds for an error of the command line
+        expose_value=False,
+        callback=store,
+        heading="Output",
+        help="Print the whole traceback of an error, also of one in code of yours.",
+    )
+
+
 class GroupedOptionsCommand(click.Command):
-    """A command whose `--help` lists its options under their headings."""
+    """A command whose `--help` lists its options under their headings; each has --traceback."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params.append(make_traceback_option())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""
@@ -62,6 +95,11 @@ class SectionedGroup(click.Group):
     """
 
     command_class = GroupedOptionsCommand
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params.append(make_traceback_option())
+
     sections: typing.ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -62,7 +62,7 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
         check_before_images(replace(base_config, arch=arch or base_config.arch), open_caches(base_config.cache))
     _check_folder(folder)
     setup = DistillationSetup.open(base_config)
-    _check_chain(archs, base_config, setup)
+    _check_chain(archs, base_config, setup, console)
     print_notes(base_config, setup, console)
     make_folder(folder)
     try:
@@ -94,13 +94,16 @@ def _check_folder(folder: Path) -> None:
         raise UsageError(f"'{folder}' exists and is not the folder of a chain: choose another --out")
 
 
-def _check_chain(archs: list[str], base_config: StudentConfig, setup: DistillationSetup) -> None:
+def _check_chain(archs: list[str], base_config: StudentConfig, setup: DistillationSetup, console: Console) -> None:
     """Check, before anything is written, that every student can be trained and can teach the next one."""
     if any(isinstance(loss, SimKD) for loss in setup.losses):
         raise UsageError("born-again does not go with 'simkd': its students end in their teacher's last layer")
     layers = {parse_tap(tap)[0] for tap in list_teacher_taps(setup.losses)}
     for arch in dict.fromkeys(archs):
-        network = setup.build_student(replace(base_config, arch=arch or base_config.arch), setup.losses)
+        config = replace(base_config, arch=arch or base_config.arch)
+        network = setup.build_student(config, setup.losses)
+        for note in setup.check_student(network, config):
+            console.print(note)
         missing = sorted(layers - set(list_layers(network)))
         if missing and arch in archs[:-1]:
             raise UsageError(

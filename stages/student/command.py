@@ -71,6 +71,8 @@ def _prepare(
     labels = setup.transfer_set.splits["train"].labels
     stream = setup.make_stream(config, labels, only_labelled=False, read_targets=False)
     check_batches_shareable(network, stream, setup.device, config)
+    for note in setup.check_student(network, config):
+        console.print(note)
     print_notes(config, setup, console)
     reads_teacher = any(loss.needs_logits or loss.needs_head for loss in setup.losses)
     if not reads_teacher and (setup.teachers.combine or setup.teachers.maps):

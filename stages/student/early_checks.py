@@ -82,7 +82,7 @@ def check_before_images(config: StudentConfig, caches: Sequence[Cache]) -> tuple
     if not has_labels(caches[0].manifest, "val"):
         requirements.check_without_validation_labels(config)
     with torch.random.fork_rng(devices=()):
-        network = build_for_cache(get_student_arch(config, losses, caches[0], taps), caches[0])
+        network = build_for_cache(get_student_arch(config, losses, caches[0], taps), caches[0], config.output)
     check_student_layers(network, losses)
     return losses, taps
 
@@ -102,10 +102,10 @@ def get_student_arch(config: StudentConfig, losses: tuple[Loss, ...], cache: Cac
     return format_simkd_arch(config.arch, simkd.projected_layer(), cache.manifest.taps[taps[0]][0])
 
 
-def build_for_cache(arch: str, cache: Cache) -> nn.Module:
+def build_for_cache(arch: str, cache: Cache, output: str = "") -> nn.Module:
     """Build a network for the classes and views of a cache, with weights from the current random state."""
     spec = replace(cache.input_spec, size=cache.views.size)
-    return build(arch, cache.classes, spec.channels, spec.size)
+    return build(arch, cache.classes, spec.channels, spec.size, output)
 
 
 def check_student_layers(network: nn.Module, losses: Sequence[Loss]) -> None:

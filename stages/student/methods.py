@@ -92,7 +92,7 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
             " students with several --losses, and compare their agreement with the teacher"
         )
     check_before_images(base_config, caches)
-    network = build_for_cache(base_config.arch, caches[0])
+    network = build_for_cache(base_config.arch, caches[0], base_config.output)
     layers = config.layers or _list_cached_layers(network, caches[0], base_config)
     if config.student_layers:
         check_layer_names(network, config.student_layers, "--student-layers")
@@ -102,6 +102,8 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
             check_before_images(replace(base_config, loss=losses), caches)
     base_setup = DistillationSetup.open(base_config)
     print_notes(base_config, base_setup, console)
+    for note in base_setup.check_student(base_setup.build_student(base_config, base_setup.losses), base_config):
+        console.print(note)
     configs = {
         name: replace(base_config, loss=losses, out=str(folder / _format_file_name(name)))
         for name, losses in methods.items()

@@ -167,6 +167,7 @@ def _compute_figures(run: TrainingRun, student: StudentTraining, finished: Finis
     rows_per_step = len(run.stream.rows) / run.stream.steps_per_epoch
     figures: dict[str, Any] = {
         "arch": setup.student_arch(student.config, setup.losses if run.name != "baseline" else run.criterion.losses),
+        **({"output": setup.output} if setup.output else {}),
         "preparation": setup.input_spec.to_json(),
         "parameters": count_parameters(run.model.network),
         "multiply_adds": run.multiply_adds,

@@ -19,12 +19,14 @@ from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.archs.simkd import SimKDStudent
+from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress
 from softcache.stages.runs.environment import select_device
+from softcache.stages.training.data_parallel import count_least_rows
 from softcache.stages.training.validation import HeldOutSplit
 
 from . import requirements
@@ -50,6 +52,7 @@ class DistillationSetup:
         member_logits: {split: logits by index, float32 [N, K] of one cache, [N, M, K] of M caches}, before they are
             combined and mapped.
         head: the teacher's last linear layer where a loss needs it, else None.
+        output: key or index of the logits in what a student of the user's own returns; "" to find them.
     """
 
     teachers: TeacherEnsemble
@@ -61,6 +64,7 @@ class DistillationSetup:
     held_out: dict[str, HeldOutSplit]
     member_logits: dict[str, torch.Tensor]
     head: LinearHead | None
+    output: str = ""
 
     @staticmethod
     def open(config: StudentConfig) -> "DistillationSetup":
@@ -93,6 +97,7 @@ class DistillationSetup:
             held_out={s: HeldOutSplit(transfer_set.splits[s], views, device, config) for s in member_logits},
             member_logits=member_logits,
             head=map_head(teachers, head),
+            output=config.output,
         )
 
     def with_options(self, config: StudentConfig) -> "DistillationSetup":
@@ -114,7 +119,9 @@ class DistillationSetup:
             missing = find_missing_targets(caches, config.draws, taps, progress)
         head = requirements.read_head(caches[0], losses, missing)
         teachers = replace(self.teachers, missing=missing)
-        return replace(self, teachers=teachers, losses=losses, taps=taps, head=map_head(teachers, head))
+        return replace(
+            self, teachers=teachers, losses=losses, taps=taps, head=map_head(teachers, head), output=config.output
+        )
 
     @property
     def cache(self) -> Cache:
@@ -140,7 +147,35 @@ class DistillationSetup:
 
     def build_network(self, arch: str) -> nn.Module:
         """Build a network for these images and classes, with weights from the current random state."""
-        return build_for_cache(arch, self.cache)
+        return build_for_cache(arch, self.cache, self.output)
+
+    def check_student(self, network: nn.Module, config: StudentConfig) -> list[str]:
+        """Check, before anything is written, that a student can be trained: see `check_trainable`.
+
+        Args:
+            network: the student, with its initial weights. It is not changed.
+            config: its options.
+
+        Returns:
+            Notes on the network for the user, one line each.
+
+        Raises:
+            UsageError: when the forward or the backward pass fails, or its output does not fit the cache.
+        """
+        labels = requirements.hide_labels(config, self.transfer_set.splits["train"].labels)
+        streams = [self.make_stream(config, labels, only_labelled=False, read_targets=False)]
+        if config.labelled and (config.baseline or config.finetune_epochs or any(x.needs_labels for x in self.losses)):
+            streams.append(self.make_stream(config, labels, only_labelled=True, read_targets=False))
+        check = TrainingCheck(
+            arch=self.student_arch(config, self.losses),
+            classes=self.cache.classes,
+            input_spec=self.input_spec,
+            device=self.device,
+            precision=config.precision,
+            least_rows=min(map(count_least_rows, streams)),
+            batch_size=config.batch_size,
+        )
+        return check_trainable(network, check)
 
     def make_context(self, labels: Labels) -> LossContext:
         """Return what losses may use beside a batch: the teacher's head, memory banks, and the counts of the classes.

@@ -60,7 +60,7 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
     folder = Path(config.out) if config.out else make_new_folder(f"{short_name(base_config.data)}-students")
     if (folder / "settings.json").exists():
         raise UsageError(f"'{folder}' is the run of one student: choose another --out")
-    students = _open_students(configs, folder)
+    students = _open_students(configs, folder, console)
     check_shared_stream(students, config.vectorize)
     single_student.print_notes(base_config, students[0].setup, console)
     try:
@@ -135,16 +135,20 @@ def _check_options(config: StudentsConfig, students: int) -> None:
         )
 
 
-def _open_students(configs: dict[str, StudentConfig], folder: Path) -> list[StudentTraining]:
+def _open_students(configs: dict[str, StudentConfig], folder: Path, console: Console) -> list[StudentTraining]:
     """Open each student; caches and images are read once. Students that were started before are continued."""
     for config in configs.values():
         check_before_images(config, open_caches(config.cache))
     students: list[StudentTraining] = []
+    notes: list[str] = []
     for name, config in configs.items():
         config = resume_if_started(replace(config, out=str(folder / name), json=False))
         setup = students[0].setup.with_options(config) if students else DistillationSetup.open(config)
-        setup.build_student(config, setup.losses)  # an arch that cannot be built is found before a folder is made
+        # An arch that cannot be built or trained is found before a folder is made.
+        notes += setup.check_student(setup.build_student(config, setup.losses), config)
         students.append(StudentTraining(config, setup, folder / name))
+    for note in dict.fromkeys(notes):
+        console.print(note)
     return students
 
 

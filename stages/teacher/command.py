@@ -20,6 +20,7 @@ from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_custom_arch
+from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
@@ -29,6 +30,7 @@ from softcache.stages.runs.environment import describe_machine, library_versions
 from softcache.stages.runs.figures import Figures, choose_labelled_split
 from softcache.stages.runs.folder import open_run, start_run
 from softcache.stages.runs.output_folder import check_output_folder
+from softcache.stages.training.data_parallel import count_least_rows
 from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.validation import HeldOutSplit, check_select
@@ -144,22 +146,33 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     views = fill_size(parse_views(config.views), transfer_set, console)
     input_spec = make_input_spec(config.normalize, transfer_set, views)
     torch.manual_seed(config.seed)
-    network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size)
+    network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size, config.output)
+    train_rows = transfer_set.splits["train"]
+    stream = CacheLoader(
+        split=train_rows,
+        views=views,
+        view_seed=config.seed,
+        order_seed=config.seed,
+        batch_size=config.batch_size,
+        labels=train_rows.labels,
+        rows=np.arange(len(train_rows)),
+        workers=config.workers,
+        sampler=config.sampler,
+        device=device,
+    )
+    check = TrainingCheck(
+        arch=config.arch,
+        classes=len(transfer_set.classes),
+        input_spec=input_spec,
+        device=device,
+        precision=config.precision,
+        least_rows=count_least_rows(stream),
+        batch_size=config.batch_size,
+    )
+    for note in check_trainable(network, check):
+        console.print(note)
     with start_run(config, folder):
         model = PreparedModel(network, input_spec).to(device)
-        train_rows = transfer_set.splits["train"]
-        stream = CacheLoader(
-            split=train_rows,
-            views=views,
-            view_seed=config.seed,
-            order_seed=config.seed,
-            batch_size=config.batch_size,
-            labels=train_rows.labels,
-            rows=np.arange(len(train_rows)),
-            workers=config.workers,
-            sampler=config.sampler,
-            device=device,
-        )
         held_out = {
             split: HeldOutSplit(transfer_set.splits[split], views, device, config)
             for split in ("val", "test")
@@ -186,6 +199,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             "settings": asdict(config),
             "teacher": {
                 "arch": config.arch,
+                **({"output": config.output} if config.output else {}),
                 "preparation": input_spec.to_json(),
                 "parameters": count_parameters(network),
                 "multiply_adds": run.multiply_adds,

@@ -18,6 +18,8 @@ from softcache.pipeline.cache.identity import Identity, compute_fingerprint, mak
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
+from softcache.pipeline.models.network_checks import check_teacher
+from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import hash_weights
 from softcache.pipeline.taps.statistics import normalize_tap, parse_tap
@@ -76,8 +78,12 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
     views = fill_size(views, transfer_set, console)
     teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
+    for note in check_teacher(teacher, arch, len(transfer_set.classes)):
+        console.print(note)
 
     known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
+    if (selector := find_selector(teacher.network)) and selector.key:
+        known_teacher["output"] = selector.key
     identity = make_identity(transfer_set, views, config.seed, known_teacher, config.codec, config.precision)
     identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
     trial_views = TrialViews(transfer_set, views, config)
@@ -178,6 +184,8 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     """Return the options that another machine can repeat: of a path, its last part."""
     local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
     settings = {name: value for name, value in asdict(config).items() if name not in local}
+    if not settings["output"]:
+        del settings["output"]
     settings["weights"] = Path(config.weights).name
     if not config.weights_key:  # caches of before this option have no such key
         del settings["weights_key"]

@@ -46,16 +46,17 @@ def load_teacher(
     """
     if not config.weights:
         folder = broadcast_from_first(lambda: _train_teacher(config, console))  # one of several ranks trains it
-        config = replace(config, weights=folder, normalize="")
+        config = replace(config, weights=folder, normalize="", output="")
     if config.weights_key and (config.weights == "DEFAULT" or Path(config.weights).is_dir()):
         raise UsageError(f"--weights-key {config.weights_key} is for a file of weights, not for {config.weights}")
     if config.weights == "DEFAULT":
         return _load_published(config, transfer_set)
     path = Path(config.weights)
     _check_weights_exist(path)
-    arch, input_spec = config.teacher, None
+    arch, output, input_spec = config.teacher, config.output, None
     if path.is_dir() and (path / "result.json").is_file():
-        arch, input_spec = _read_run(path, config)
+        arch, recorded_output, input_spec = _read_run(path, config)
+        output = output or recorded_output
         _note_different_split(path, config, console)
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
@@ -68,7 +69,7 @@ def load_teacher(
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
-    network = build(arch, classes, input_spec.channels, input_spec.size)
+    network = build(arch, classes, input_spec.channels, input_spec.size, output)
     if note := load_weights(network, state, str(path)):
         console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
@@ -99,7 +100,7 @@ def check_teacher_source(config: CacheConfig) -> str:
         _check_weights_exist(path)
     arch = config.teacher
     if path.is_dir() and (path / "result.json").is_file():
-        arch, _ = _read_run(path, config)
+        arch, _, _ = _read_run(path, config)
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
     if arch == config.teacher or not is_custom_arch(arch):  # what a folder names is not imported
@@ -140,7 +141,8 @@ def load_cache_teacher(cache: Cache, config: CheckConfig) -> PreparedModel:
         command=format_command("check-cache", config, cache.folder, teacher=recorded),
     )
     input_spec = cache.input_spec
-    network = build(recorded, cache.classes, input_spec.channels, input_spec.size)
+    output = str(cache.manifest.identity["teacher"].get("output", ""))
+    network = build(recorded, cache.classes, input_spec.channels, input_spec.size, output)
     if weights == "DEFAULT":
         state = load_published_weights(recorded.partition(":")[2])[0]
     else:
@@ -164,8 +166,8 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     return int(matrices[-1].shape[0])
 
 
-def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
-    """Read the arch and the input preparation of a run's teacher or student, and check the options against them."""
+def _read_run(path: Path, config: CacheConfig) -> tuple[str, str, InputSpec]:
+    """Read arch, key of the logits and input preparation of a run's network, and check the options against them."""
     result = read_json(path / "result.json")
     try:
         record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
@@ -183,7 +185,7 @@ def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
         raise UsageError(
             f"--normalize {config.normalize}, but the run '{path}' records how its input is normalised: leave it out"
         )
-    return arch, input_spec
+    return arch, str(record.get("output", "")), input_spec
 
 
 def _note_different_split(path: Path, config: CacheConfig, console: Console) -> None:
@@ -244,6 +246,7 @@ def _make_teacher_config(config: CacheConfig) -> tuple[TeacherConfig, bool]:
             data_root=config.data_root,
             arch=config.teacher,
             normalize=config.normalize or "data",
+            output=config.output,
             device=config.device,
             workers=config.workers,
             out=str(folder),

@@ -64,14 +64,23 @@ def check_batches_shareable(
         return
     if config.compile:
         raise UsageError("--compile is not for several ranks: leave it out, or train in one process")
-    k = stream.draws_per_decode
-    rows = k * (len(stream.rows) // (k * stream.steps_per_epoch))  # rows of the smallest batch
+    rows = _count_rows_of_smallest_batch(stream)
     least = 2 if has_batch_norm(model) and device.type == "cpu" else 1
     if rows // world < least:
         raise UsageError(
             f"{world} ranks share batches of {rows} rows, and each needs {least} of one:"
             " a larger --batch-size, or fewer ranks"
         )
+
+
+def count_least_rows(stream: CacheLoader) -> int:
+    """Count the rows of the smallest batch of a training, of those that one rank runs its network on."""
+    return max(1, _count_rows_of_smallest_batch(stream) // current_ranks().world)
+
+
+def _count_rows_of_smallest_batch(stream: CacheLoader) -> int:
+    k = stream.draws_per_decode
+    return k * (len(stream.rows) // (k * stream.steps_per_epoch))
 
 
 def convert_batch_norm(model: nn.Module, device: torch.device) -> None:

@@ -126,9 +126,9 @@ def check_vectorizable(runs: Sequence[TrainingRun]) -> None:
         views = take_first(first.stream.batches(0, 1)).slice(0, 2).to(first.device).views
         with torch.no_grad():
             VectorizedModel([run.model for run in runs[:2]]).to(first.device).eval()(views)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UsageError(f"--vectorize cannot take this network ({reason}): leave it out") from None
+    except Exception as error:  # of torch.vmap, or of a user's own code under it
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UsageError(f"--vectorize cannot take this network ({reason}): leave it out") from error
 
 
 def _reads_features(loss: Loss) -> bool:

@@ -187,7 +187,10 @@ def _check_space(space: tuple[SearchedOption, ...], base_config: StudentConfig, 
     """
     for option, student_config in _list_bounds(space, base_config):
         try:
-            setup.with_options(student_config)
+            student_setup = setup.with_options(student_config)
+            student_setup.check_student(
+                student_setup.build_student(student_config, student_setup.losses), student_config
+            )
         except ZeroLossError:
             continue
         except UsageError as error:

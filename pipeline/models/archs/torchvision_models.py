@@ -4,12 +4,13 @@ torchvision is imported where it is used: it loads PyTorch's compiler, and comma
 without it.
 """
 
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from softcache.base.errors import CacheError, UsageError, unknown_name_error
+from softcache.base.errors import CacheError, UsageError
 
 SMALL = 64  # px; for smaller images the first layers do not downsample
 _AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # models that have some
@@ -65,9 +66,16 @@ def list_torchvision_models() -> list[str]:
 
 
 def check_torchvision_model(name: str) -> None:
-    """Raise UsageError where torchvision has no classification model of that name."""
-    if not is_torchvision_model(name):
-        raise unknown_name_error("torchvision model", name, list_torchvision_models())
+    """Raise UsageError, with the most similar names, where torchvision has no classification model of that name."""
+    if is_torchvision_model(name):
+        return
+    names = list_torchvision_models()
+    similar = get_close_matches(name, names, n=6, cutoff=0.5)
+    hint = f" Did you mean '{similar[0]}'?" if similar else ""
+    others = f" Others: {', '.join(similar[1:])}." if similar[1:] else ""
+    raise UsageError(
+        f"no torchvision model '{name}'.{hint}{others} torchvision.models.list_models() lists all {len(names)}"
+    )
 
 
 class PublishedWeights(NamedTuple):

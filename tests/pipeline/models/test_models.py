@@ -198,15 +198,6 @@ def test_a_public_checkpoint_has_the_accuracy_that_was_measured_on_these_images(
 # A user's own arch
 
 
-@pytest.fixture
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, the current one; modules that are imported from it are forgotten afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path
-
-
 def test_a_user_factory_is_called_with_classes_channels_and_size(user_folder: Path) -> None:
     (user_folder / "my_nets").mkdir()
     (user_folder / "my_nets" / "small.py").write_text(

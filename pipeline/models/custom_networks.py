@@ -1,0 +1,246 @@
+"""Networks of a user's own: `my_package.module:factory` is imported, called, and made ready for training.
+
+A factory is a function or a class that is called with those of the keyword arguments `classes`, `channels` and `size`
+that it takes, and returns a torch.nn.Module. It may also be a module itself, whose copies are used.
+"""
+
+import copy
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from softcache.base.errors import UsageError, make_printable
+from softcache.base.user_code import describe_error, locate_definition, user_code
+
+from .outputs import LogitsSelector
+
+# Attribute of a network that computes with contiguous tensors alone, although it has convolutions.
+NEEDS_CONTIGUOUS_INPUT = "_softcache_needs_contiguous_input"
+_CALL = "factory(classes=…, channels=…, size=…), of which it may leave out any"
+
+
+def is_importable_name(module: str) -> bool:
+    """Return whether the part of an arch before its colon can be a module's name."""
+    return all(part.isidentifier() for part in module.split("."))
+
+
+def build_custom(
+    module: str, factory: str, classes: int, channels: int, size: int, similar: Callable[[str], str] | None = None
+) -> tuple[nn.Module, LogitsSelector]:
+    """Build a network by a user's factory.
+
+    Its weights are float32 and on the CPU, and lazy layers have their shapes.
+
+    Args:
+        module: Dotted name of the module, in the current folder or installed.
+        factory: Name of the factory in it; dots for an attribute of an attribute.
+        classes, channels, size: As of softcache.pipeline.models.build.
+        similar: Returns a built-in arch like the name of a module that does not exist, or "".
+
+    Returns:
+        The network, and the selector of its logits, which is not registered yet. It has notes on the network.
+
+    Raises:
+        UsageError: The module cannot be imported, has no such factory, the factory fails, takes other arguments or
+            returns no network, or the network cannot be made ready.
+    """
+    arch = f"{module}:{factory}"
+    with _global_state():
+        user_module, maker = _import_factory(module, factory, similar)
+    selector = LogitsSelector(arch, classes, location=locate_definition(maker))
+    notes = selector.notes
+    if isinstance(maker, nn.Module):
+        network, is_ready = maker, True
+    else:
+        with _global_state():
+            network = _call_factory(arch, maker, {"classes": classes, "channels": channels, "size": size})
+        # A module that the factory keeps would be shared by all students of this process.
+        is_ready = hasattr(maker, "cache_info") or any(value is network for value in vars(user_module).values())
+    if is_ready:
+        selector.is_shared = True
+        with user_code(f"the module of arch '{arch}' cannot be copied", selector.location):
+            network = copy.deepcopy(network)
+    _check_real(arch, network)
+    wide = {str(x.dtype).removeprefix("torch.") for x in network.state_dict(keep_vars=True).values() if _is_other(x)}
+    if wide:
+        network = network.float()
+        notes.append(f"arch '{arch}' has weights in {', '.join(sorted(wide))}: they are used in float32")
+    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
+        _give_shapes(network, channels, size, selector)
+    if _needs_contiguous_input(network, channels, size):
+        setattr(network, NEEDS_CONTIGUOUS_INPUT, True)
+    return network, selector
+
+
+def check_factory(module: str, factory: str, similar: Callable[[str], str] | None = None) -> None:
+    """Import a user's factory, without calling it; see `build_custom`.
+
+    Raises:
+        UsageError: The module cannot be imported, or has no such factory.
+    """
+    with _global_state():
+        _import_factory(module, factory, similar)
+
+
+@contextmanager
+def _global_state() -> Iterator[None]:
+    """Undo what a user's module or factory may change of PyTorch, and print what it prints on standard error.
+
+    Standard output may be for one JSON object.
+    """
+    dtype = torch.get_default_dtype()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()), redirect_stdout(sys.stderr):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _import_factory(module: str, factory: str, similar: Callable[[str], str] | None) -> tuple[ModuleType, Any]:
+    """Import a user's module and return it with the factory."""
+    arch = f"{module}:{factory}"
+    _make_current_folder_importable()
+    try:
+        user_module = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # a module that theirs imports
+            raise UsageError(f"arch '{arch}' cannot be imported: {describe_error(error)}") from error
+        hint = f". Did you mean '{similar(module)}:{factory}'?" if similar and similar(module) else ""
+        if module.endswith(".py"):
+            hint = f". Name the module without .py: '{module[:-3]}:{factory}'"
+        raise UsageError(f"arch '{arch}' cannot be imported: {error}{hint}") from None
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"arch '{arch}' cannot be imported: {describe_error(error)}") from error
+    value: Any = user_module
+    for name in factory.split("."):
+        try:
+            value = getattr(value, name)
+        except AttributeError as error:
+            names = [key for key, item in vars(user_module).items() if callable(item) and not key.startswith("_")]
+            close = get_close_matches(name, names, n=1)
+            hint = f". Did you mean '{module}:{close[0]}'?" if close else ""
+            raise UsageError(f"arch '{arch}' cannot be imported: {make_printable(error)}{hint}") from None
+    return user_module, value
+
+
+def _make_current_folder_importable() -> None:
+    """Put the current folder at the front of sys.path, unless it is on it, so that a user's module there is found.
+
+    `python -m softcache` starts with the current folder on the path, the console script `softcache` does not; an
+    --arch must mean the same module under both. The folder stays on the path for the rest of the process: the module
+    may import its neighbours when it is called, and worker processes import it once more.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _call_factory(arch: str, factory: Any, sizes: dict[str, int]) -> nn.Module:
+    """Call a factory with the arguments that it takes, and check that it returns a network."""
+    if not callable(factory):
+        raise UsageError(f"arch '{arch}' is {_name_type(factory)}, neither a function nor a torch.nn.Module")
+    positional, named = _choose_arguments(arch, factory, sizes)
+    with user_code(f"the factory of arch '{arch}' failed", locate_definition(factory)):
+        network = factory(*positional, **named)
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"arch '{arch}' returned {_name_type(network)}, not a torch.nn.Module")
+    return network
+
+
+def _choose_arguments(arch: str, factory: Any, sizes: dict[str, int]) -> tuple[list[int], dict[str, int]]:
+    """Return the positional and the keyword arguments of a factory, by its signature."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return [], dict(sizes)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        named = dict(sizes)
+    else:
+        named = {p.name: sizes[p.name] for p in parameters if p.name in sizes and p.kind is not p.POSITIONAL_ONLY}
+    positional = []
+    for parameter in parameters:
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in sizes:
+            positional.append(sizes[parameter.name])
+            named.pop(parameter.name, None)
+    other = [
+        p.name
+        for p in parameters
+        if p.name not in sizes and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if other:
+        raise UsageError(
+            f"arch '{arch}' takes {', '.join(other)}, which softcache does not know: it calls {_CALL}. Write a"
+            " function that takes these and calls yours"
+        )
+    return positional, named
+
+
+def _name_type(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _is_other(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float32
+
+
+def _check_real(arch: str, network: nn.Module) -> None:
+    """Refuse weights that have shapes but no values, and weights that are not on the CPU are moved there."""
+    tensors = (*network.parameters(), *network.buffers())
+    if any(x.is_meta for x in tensors if not is_lazy(x)):
+        raise UsageError(f"arch '{arch}' has weights on the device 'meta', which have no values: make them on the CPU")
+    if any(x.device.type != "cpu" for x in tensors):
+        network.cpu()
+
+
+def _give_shapes(network: nn.Module, channels: int, size: int, selector: LogitsSelector) -> None:
+    """Run a network once, in eval mode, so that lazy layers get their shapes and their initial weights."""
+    was_training = network.training
+    task = f"arch '{selector.arch}' has lazy layers, and its first forward pass failed"
+    with user_code(task, selector.location, lambda error: describe_input(error, channels, size)), torch.no_grad():
+        network.eval()(make_noise(channels, size, 2))
+    network.train(was_training)
+    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
+        raise UsageError(f"arch '{selector.arch}' has lazy layers that its forward pass does not run")
+
+
+def _needs_contiguous_input(network: nn.Module, channels: int, size: int) -> bool:
+    """Whether a network with convolutions cannot be laid out channels-last: `x.view(len(x), -1)` then fails.
+
+    A copy is run on random input; whatever else fails in it is reported by the checks of the command.
+    """
+    if not any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        return False
+    try:
+        trial = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
+        x = make_noise(channels, size, 2).contiguous(memory_format=torch.channels_last)
+        with torch.random.fork_rng([]), torch.no_grad():
+            trial(x)
+    except Exception as error:
+        return "view size is not compatible" in str(error)
+    return False
+
+
+def make_noise(channels: int, size: int, rows: int) -> torch.Tensor:
+    """Make random input, float32 [rows, channels, size, size], the same each time, by a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, channels, size, size, generator=generator)
+
+
+def describe_input(error: BaseException, channels: int, size: int) -> str:
+    """Return what a message adds of a failed forward pass: the input, and the option that changes its size."""
+    if not isinstance(error, RuntimeError | ValueError | TypeError | IndexError | AssertionError):
+        return ""
+    return (
+        f"; its input is [B, {channels}, {size}, {size}], of the size of the views: --views …:size=N of teacher and"
+        " teacher-cache changes it"
+    )
