@@ -21,7 +21,7 @@ def list_commands(tiny: Path, out: Path) -> dict[str, list[object]]:
         "tensorboard": [*TEACHER, "--tensorboard", "--out", out],
         "safetensors": student,
         "matplotlib": ["inspect", tiny / "cache", "--out", out],
-        "sqlite": ["tune", *student[1:], "--trials", 2, "--search", "batch_size=32|64"],
+        "sqlite": ["tune", *student[1:], "--trials", 2, "--search", "learning_rate=0.01|0.1"],
         "tarfile": ["cache-pack", tiny / "cache", out],
         "copy": [*TEACHER, "--keep-every", 1, "--select", "accuracy", "--out", out],
     }
