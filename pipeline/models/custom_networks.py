@@ -55,7 +55,8 @@ def build_custom(
             returns no network, or the network cannot be made ready.
     """
     arch = f"{module}:{factory}"
-    with _global_state():
+    # What a module draws when it is imported does not change the weights of the seed, which are drawn next.
+    with _global_state(), torch.random.fork_rng([]):
         user_module, maker = _import_factory(module, factory, similar)
     selector = LogitsSelector(arch, classes, location=locate_definition(maker))
     notes = selector.notes
