@@ -115,6 +115,14 @@ def _check_seal(text: bytes, path: Path) -> str:
     return digest
 
 
+_TEACHER = {
+    "arch": str,
+    "weights": re.compile("[0-9a-f]{64}"),
+    "channels": int,
+    "size": int,
+    "mean": [float],
+    "std": [float],
+}
 _CUT = {"val_fraction": float, "seed": int, "train_size": int}
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
@@ -125,14 +133,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "cut": ({**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}, _CUT),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": {
-        "arch": str,
-        "weights": re.compile("[0-9a-f]{64}"),
-        "channels": int,
-        "size": int,
-        "mean": [float],
-        "std": [float],
-    },
+    "teacher": ({**_TEACHER, "outputs": re.compile("probabilities")}, _TEACHER),
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }

@@ -13,7 +13,8 @@ from typing import ClassVar
 from .option_groups import (
     ARCH_HELP,
     CACHE_HELP,
-    NORMALIZE,
+    NORMALIZE_HELP,
+    OUTPUTS,
     PRECISIONS,
     VIEWS_HELP,
     CacheSourceOptions,
@@ -34,7 +35,7 @@ class TeacherConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions,
     heading: ClassVar[str] = "Teacher"
     arch: str = option("", ARCH_HELP, by_recipe=True)
     views: str = option("", VIEWS_HELP, by_recipe=True)
-    normalize: str = option("data", "Mean and standard deviation of the input.", choices=NORMALIZE)
+    normalize: str = option("data", f"Mean and standard deviation of the input: {NORMALIZE_HELP}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
         " trained.",
     )
     normalize: str = option(
-        "", "Input of the teacher: as its run recorded; data where there is no run.", choices=NORMALIZE
+        "", f"Input of the teacher: as its run recorded; data where there is no run; else {NORMALIZE_HELP}"
+    )
+    outputs: str = option(
+        "logits",
+        "What the teacher's network outputs. probabilities, or logarithms of them: their logarithms are stored.",
+        choices=OUTPUTS,
     )
     views: str = option("", VIEWS_HELP, by_recipe=True)
     draws: int = option(0, "Views of each image.", least=1, most=100_000, by_recipe=True)

@@ -139,6 +139,7 @@ def _make_cache(student_config: StudentConfig, setup: DistillationSetup, folder:
         teacher="",
         weights=student_config.out,
         normalize="",
+        outputs="logits",
         taps=",".join(list_teacher_taps(setup.losses)),
         device=student_config.device,
         workers=student_config.workers,

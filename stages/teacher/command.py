@@ -19,7 +19,7 @@ from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, count_multiply_adds, count_parameters
-from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
@@ -108,6 +108,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         UsageError: The images have no labels, or an option does not fit the data.
         CacheError: Another process holds the folder, or a file is damaged.
     """
+    parse_normalize(config.normalize)
     device = select_device(config.device)
     transfer_set = load_data(config)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
@@ -165,6 +166,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
                 "val": figures["val"],
                 "test": figures.get("test"),
             },
+            "classes": list(transfer_set.classes),
             "seconds": {"train": finished.seconds},
             "peak_memory": measure_peak_memory(device),
             "versions": library_versions(),

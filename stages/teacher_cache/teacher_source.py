@@ -1,5 +1,6 @@
 """Loading the teacher: weights of a file, of a run or of torchvision, or of a teacher that is trained first."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Any
 
 import torch
 
-from softcache.base.errors import CacheError, UsageError
+from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
+from softcache.base.schema import validate
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
+from softcache.pipeline.cache.existing import Complete, Unfinished, read_existing
+from softcache.pipeline.cache.identity import format_differences, make_identity
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
@@ -21,6 +25,8 @@ from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
 from softcache.stages.teacher.command import fill_defaults, train_teacher
 from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
+
+from .class_order import SORT_KEYS, order_classes
 
 
 def load_teacher(
@@ -42,7 +48,8 @@ def load_teacher(
         CacheError: A file is damaged, or a teacher with other options was trained before.
     """
     if not config.weights:
-        folder = broadcast_from_first(lambda: _train_teacher(config, console))  # one of several ranks trains it
+        # One of several ranks trains it.
+        folder = broadcast_from_first(lambda: _train_teacher(config, transfer_set, views, console))
         config = replace(config, weights=folder, teacher="", normalize="")
     if config.weights == "DEFAULT":
         return _load_published(config, transfer_set)
@@ -54,7 +61,7 @@ def load_teacher(
         raise UsageError(f"there are no weights at '{path}'")
     arch, input_spec = config.teacher, None
     if path.is_dir() and (path / "result.json").is_file():
-        arch, input_spec = _read_run(path, config)
+        arch, input_spec = _read_run(path, config, transfer_set)
         _note_different_split(path, config, console)
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
@@ -113,8 +120,14 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     return int(matrices[-1].shape[0])
 
 
-def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
-    """Read the arch and the input preparation of a run's teacher or student, and check the options against them."""
+def assumes_normalize(config: CacheConfig) -> bool:
+    """Whether the weights come from elsewhere, and the command does not say how their input is normalised."""
+    is_from_elsewhere = bool(config.weights) and config.weights != "DEFAULT"
+    return is_from_elsewhere and not config.normalize and not (Path(config.weights) / "result.json").is_file()
+
+
+def _read_run(path: Path, config: CacheConfig, transfer_set: TransferSet) -> tuple[str, InputSpec]:
+    """Read the arch and the input preparation of a run's network, and check the options and the data against it."""
     result = read_json(path / "result.json")
     try:
         record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
@@ -127,7 +140,52 @@ def _read_run(path: Path, config: CacheConfig) -> tuple[str, InputSpec]:
         raise UsageError(
             f"--normalize {config.normalize}, but the run '{path}' records how its input is normalised: leave it out"
         )
+    _check_same_classes(path, result.get("classes"), transfer_set, arch, input_spec)
     return arch, input_spec
+
+
+def _check_same_classes(
+    path: Path, recorded: Any, transfer_set: TransferSet, arch: str, input_spec: InputSpec
+) -> None:
+    """Check that a run was trained on the classes of the data, in their order.
+
+    Args:
+        path: Folder of the run.
+        recorded: Names of its classes, from its result.json; runs of earlier versions have none.
+        transfer_set: The data; without classes nothing is compared.
+        arch: Of the run.
+        input_spec: Of the run.
+
+    Raises:
+        CacheError: The names differ or are in another order, or the record is damaged.
+    """
+    if not recorded or not transfer_set.classes:
+        return
+    validate(recorded, [str], f"{path / 'result.json'}: classes")
+    trained, classes = tuple(recorded), transfer_set.classes
+    if trained == classes:
+        return
+    if len(trained) != len(classes):
+        raise CacheError(f"the run '{path}' was trained on {len(trained)} classes, the data have {len(classes)}")
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(trained, classes, strict=True)) if a != b]
+    examples = ", ".join(
+        f"{i} is '{make_printable(a, 40)}' in the run and '{make_printable(b, 40)}' in the data"
+        for i, a, b in pairs[:3]
+    )
+    more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    if set(trained) == set(classes):
+        order = next((order for order in SORT_KEYS if order_classes(classes, order) == trained), "FILE")
+        names = " with the run's order, one name a line" if order == "FILE" else ""
+        raise CacheError(
+            f"the classes of the run '{path}' are in another order than those of the data: class {examples}{more}. Say"
+            f" --classes {order}{names}"
+        )
+    spec = f"mean={','.join(map(str, input_spec.mean))},std={','.join(map(str, input_spec.std))}"
+    raise CacheError(
+        f"the run '{path}' was trained on other classes than those of the data: class {examples}{more}. Where they"
+        f" mean the same, name the weights alone: --weights {find_weights_file(path)} --teacher {make_printable(arch)}"
+        f" --normalize {spec}"
+    )
 
 
 def _note_different_split(path: Path, config: CacheConfig, console: Console) -> None:
@@ -156,8 +214,10 @@ def _list_differences(
     ]
 
 
-def _train_teacher(config: CacheConfig, console: Console) -> str:
+def _train_teacher(config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, console: Console) -> str:
     """Train a teacher with the defaults of the data, in a folder beside the cache, unless it is there already.
+
+    Where the folder holds another cache already, this is found before the training.
 
     Returns:
         The folder of its run.
@@ -187,6 +247,7 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
     if (folder / "result.json").is_file():
         console.print(f"no --weights: using the teacher in '{folder}'")
         return str(folder)
+    _check_known_identity(config, transfer_set, views, teacher_config.arch)
     console.print(f"no --weights: training the teacher {teacher_config.arch} first, in '{folder}'")
     teacher_config = replace(teacher_config, resume=is_started)
     result = train_teacher(teacher_config, folder, console, advice="; WEIGHTS=… (--weights) skips it")
@@ -194,6 +255,40 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
     seconds = format_duration(result["seconds"]["train"])
     console.print(f"teacher {teacher_config.arch}: accuracy {figures['accuracy']:.4f} in {seconds}")
     return str(folder)
+
+
+def _check_known_identity(config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, arch: str) -> None:
+    """Compare what is known of a cache before its teacher is trained with the cache in the folder.
+
+    Raises:
+        CacheMismatchError: Data, views, codec, precision or arch differ, or that cache is of weights that were named.
+    """
+    out = Path(config.out)
+    identity: Any
+    options: Any
+    match read_existing(out):
+        case Complete(manifest):
+            identity, options = manifest.identity, manifest.settings
+        case Unfinished(in_progress):
+            identity, options = in_progress.get("identity"), in_progress.get("options")
+        case _:
+            return
+    recorded: dict[str, Any] = identity if isinstance(identity, dict) else {}
+    teacher = recorded.get("teacher")
+    recorded = {**recorded, "teacher": {"arch": teacher.get("arch") if isinstance(teacher, dict) else None}}
+    known = make_identity(transfer_set, views, config.seed, {"arch": arch}, config.codec, config.precision)
+    known = json.loads(json.dumps(known))
+    if config.precision == "auto":
+        known["precision"] = recorded.get("precision")
+    if known != recorded:
+        differences = format_differences(known, recorded, ("requested", "in the cache"))
+        raise CacheMismatchError(f"'{out}' holds another cache:{differences}")
+    weights = options.get("weights") if isinstance(options, dict) else None
+    if isinstance(weights, str) and weights:
+        raise CacheMismatchError(
+            f"'{out}' holds the cache of the teacher '{make_printable(weights)}', and without --weights another one"
+            " would be trained: name it with --weights"
+        )
 
 
 def _load_published(config: CacheConfig, transfer_set: TransferSet) -> tuple[PreparedModel, str]:
