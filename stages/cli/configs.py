@@ -64,11 +64,11 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
         " trained.",
     )
     normalize: str = option(
-        "", f"Input of the teacher: as its run recorded; data where there is no run; else {NORMALIZE_HELP}"
+        "", f"Input of the teacher; when not given, as its run recorded, else data. {NORMALIZE_HELP}"
     )
     outputs: str = option(
         "logits",
-        "What the teacher's network outputs. probabilities, or logarithms of them: their logarithms are stored.",
+        "What the teacher's network outputs; probabilities, after a softmax or log_softmax, are stored as logarithms.",
         choices=OUTPUTS,
     )
     views: str = option("", VIEWS_HELP, by_recipe=True)

@@ -30,25 +30,21 @@ _SUM_TOLERANCE, _LOG_SUM_TOLERANCE = 5e-3, 0.02  # of rows of probabilities that
 _MAX_LOGITS, _MAX_FEATURES = 1024, 64  # values of a row that unfinished.json keeps
 
 Outputs = dict[str, NDArray[np.float32]]  # {"logits": [n, K], "tap 'layer3'": [n, values]}
-_EVAL_ADVICE = (
-    "Call .eval() on every part of the network, and give functions the mode:"
-    " F.dropout(x, training=self.training), F.batch_norm(…, training=self.training)"
-)
+_RANDOM_ADVICE = "Call .eval() on every part of the network, and use F.dropout(x, training=self.training)"
+_BATCH_ADVICE = "Call .eval() on every part of the network, and use F.batch_norm(…, training=self.training)"
 
 
-def check_teacher(generator: TargetGenerator, console: Console) -> Outputs:
-    """Check that the teacher's outputs for a view are logits, and the same each time and in any batch.
+def check_stable(generator: TargetGenerator) -> Outputs:
+    """Check that the teacher's outputs for a view are the same each time and in any batch.
 
     Args:
         generator: The teacher, its views and the options of the command.
-        console: Prints a line where the outputs look like those of a sigmoid.
 
     Returns:
-        The outputs for the first group of views, which `compute_reference` computes again.
+        The outputs for both groups of views, the first group first.
 
     Raises:
-        UsageError: The outputs are random; they depend on the other views of the batch; or they are probabilities and
-            --outputs says logits, or the reverse.
+        UsageError: The outputs are random, or they depend on the other views of the batch.
     """
     first, second = _render_groups(generator)
     outputs, of_second = _run_teacher(generator, first), _run_teacher(generator, second)
@@ -64,14 +60,51 @@ def check_teacher(generator: TargetGenerator, console: Console) -> Outputs:
         raise UsageError(
             f"the teacher's {name} for a view depend on the other views of its batch: in another batch they differ by"
             f" {share:.1%} of their range, as with batch norm in train mode{_name_train_mode(generator)}."
-            f" {_EVAL_ADVICE}"
+            f" {_BATCH_ADVICE}"
         )
-    rows = [outputs["logits"], of_second["logits"]]
-    if len(generator.transfer_set.splits["train"]) < _MIN_ROWS:
-        for split in generator.transfer_set.splits:
-            rows.append(_run_teacher(generator, _render_views(generator, split, _GROUP))["logits"])
-    _check_kind(np.concatenate(rows), generator.config.outputs, console)
-    return outputs
+    return {name: np.concatenate([rows, of_second[name]]) for name, rows in outputs.items()}
+
+
+def check_kind(generator: TargetGenerator, outputs: Outputs, console: Console) -> None:
+    """Check that the outputs are what --outputs says: logits, or probabilities or their logarithms.
+
+    Args:
+        generator: The teacher and the options of the command.
+        outputs: For both groups of views. Where the training split has few, held-out views are run as well.
+        console: Prints a line where the outputs look like those of a sigmoid.
+
+    Raises:
+        UsageError: They are not.
+    """
+    rows, kind = outputs["logits"], generator.config.outputs
+    if len(rows) < _MIN_ROWS:
+        held_out = [split for split in generator.transfer_set.splits if split != "train"]
+        views = [_render_views(generator, split, _GROUP) for split in held_out]
+        rows = np.concatenate([rows, *(_run_teacher(generator, x)["logits"] for x in views)])
+    if len(rows) < _MIN_ROWS or rows.shape[1] < 2 or np.isnan(rows).any():
+        return
+    sums, log_sums = rows.sum(1, dtype=np.float64), np.logaddexp.reduce(rows.astype(np.float64), 1)
+    is_probability = (rows >= 0).all(1) & (np.abs(sums - 1) <= _SUM_TOLERANCE)
+    is_log_probability = (rows <= 1e-6).all(1) & (np.abs(log_sums) <= _LOG_SUM_TOLERANCE)
+    if kind == PROBABILITIES and not (is_probability | is_log_probability).all():
+        row = int(np.flatnonzero(~(is_probability | is_log_probability))[0])
+        raise UsageError(
+            f"--outputs {PROBABILITIES}, but a row of the teacher's outputs sums to {sums[row]:.4g}, and its smallest"
+            f" value is {rows[row].min():.4g}: these are no probabilities, leave --outputs out if they are logits"
+        )
+    if kind != LOGITS:
+        return
+    if is_probability.all() or is_log_probability.all():
+        form = "probabilities (each row sums to 1)" if is_probability.all() else "logarithms of probabilities"
+        raise UsageError(
+            f"the teacher outputs {form}, as after a softmax, not logits: let its network end before the softmax, or"
+            f" say --outputs {PROBABILITIES}, and their logarithms are stored"
+        )
+    if (rows >= 0).all() and (rows <= 1).all() and rows.max() > 0.5:
+        console.print(
+            "note: all outputs of the teacher are between 0 and 1 and do not sum to 1, as after a sigmoid. They are"
+            " stored as logits: where a network ends in a sigmoid, let it end before that"
+        )
 
 
 def compute_reference(generator: TargetGenerator) -> Outputs:
@@ -79,13 +112,16 @@ def compute_reference(generator: TargetGenerator) -> Outputs:
     return _run_teacher(generator, _render_groups(generator)[0])
 
 
-def to_record(reference: Outputs) -> dict[str, Any]:
+def to_record(outputs: Outputs) -> dict[str, Any]:
     """Return a bounded part of the outputs as plain JSON values, for unfinished.json or another rank.
+
+    Args:
+        outputs: Of the first group of views, or of both.
 
     Returns:
         {name: rows}, where a row has at most 1,024 logits or 64 values of a feature; empty where one is not finite.
     """
-    record = {name: _thin_out(name, rows) for name, rows in reference.items()}
+    record = {name: _thin_out(name, rows[:_GROUP]) for name, rows in outputs.items()}
     if not all(np.isfinite(rows).all() for rows in record.values()):
         return {}
     return {name: [[float(f"{value:.7g}") for value in row] for row in rows] for name, rows in record.items()}
@@ -147,7 +183,7 @@ def _run_teacher(generator: TargetGenerator, views: torch.Tensor) -> Outputs:
     with inference.open() as infer:
         logits, features = infer(views.to(inference.device))
         outputs = {"logits": logits, **{f"tap '{tap}'": x for tap, x in features.items()}}
-        return {name: np.array(x.float().flatten(1).cpu().numpy()) for name, x in outputs.items()}
+        return {name: np.array(x.float().reshape(len(x), -1).cpu().numpy()) for name, x in outputs.items()}
 
 
 def _check_deterministic(generator: TargetGenerator, outputs: Outputs, repeated: Outputs) -> None:
@@ -155,7 +191,7 @@ def _check_deterministic(generator: TargetGenerator, outputs: Outputs, repeated:
         name, share = change
         raise UsageError(
             f"the teacher's {name} are random: run twice on the same views they differ by {share:.1%} of their range,"
-            f" as with dropout that is on{_name_train_mode(generator)}. {_EVAL_ADVICE}"
+            f" as with dropout that is on{_name_train_mode(generator)}. {_RANDOM_ADVICE}"
         )
 
 
@@ -199,35 +235,3 @@ def _thin_out(name: str, rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return as many values of each row as a record keeps, at regular distances."""
     count = min(rows.shape[1], _MAX_LOGITS if name == "logits" else _MAX_FEATURES)
     return rows[:, np.arange(count) * rows.shape[1] // max(count, 1)]
-
-
-def _check_kind(rows: NDArray[np.float32], kind: str, console: Console) -> None:
-    """Check that rows [n, K] are what --outputs says: logits, or probabilities or their logarithms.
-
-    Raises:
-        UsageError: They are not.
-    """
-    if len(rows) < _MIN_ROWS or rows.shape[1] < 2 or np.isnan(rows).any():
-        return
-    sums, log_sums = rows.sum(1, dtype=np.float64), np.logaddexp.reduce(rows.astype(np.float64), 1)
-    is_probability = (rows >= 0).all(1) & (np.abs(sums - 1) <= _SUM_TOLERANCE)
-    is_log_probability = (rows <= 1e-6).all(1) & (np.abs(log_sums) <= _LOG_SUM_TOLERANCE)
-    if kind == PROBABILITIES and not (is_probability | is_log_probability).all():
-        row = int(np.flatnonzero(~(is_probability | is_log_probability))[0])
-        raise UsageError(
-            f"--outputs {PROBABILITIES}, but a row of the teacher's outputs sums to {sums[row]:.4g}, and its smallest"
-            f" value is {rows[row].min():.4g}: these are no probabilities, leave --outputs out if they are logits"
-        )
-    if kind != LOGITS:
-        return
-    if is_probability.all() or is_log_probability.all():
-        found = "probabilities (each row sums to 1)" if is_probability.all() else "logarithms of probabilities"
-        raise UsageError(
-            f"the teacher outputs {found}, as after a softmax, not logits: let its network end before the softmax, or"
-            f" say --outputs {PROBABILITIES}, and their logarithms are stored"
-        )
-    if (rows >= 0).all() and (rows <= 1).all() and rows.max() > 0.5:
-        console.print(
-            "note: all outputs of the teacher are between 0 and 1 and do not sum to 1, as after a sigmoid. They are"
-            " stored as logits: where a network ends in a sigmoid, let it end before that"
-        )

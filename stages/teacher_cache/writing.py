@@ -27,7 +27,7 @@ from .precision import compile_teacher
 from .preparation import PreparedCache
 from .reproducibility import check_reproducibility
 from .targets import TargetGenerator
-from .teacher_checks import Outputs, check_same_teacher, check_teacher, compute_reference, to_record
+from .teacher_checks import Outputs, check_kind, check_same_teacher, check_stable, compute_reference, to_record
 from .teacher_source import assumes_normalize
 from .trials import TrialViews
 
@@ -94,12 +94,13 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
 def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console: Console) -> Outputs:
     """Check the teacher on a few views, and for a new cache print how it fits the labels; return its outputs."""
     generator, config = prepared.generator, prepared.config
-    reference = check_teacher(generator, console)
+    outputs = check_stable(generator)
     if isinstance(writer.existing, NoCache):
+        check_kind(generator, outputs, console)
         if assumes_normalize(config):
             print_normalize_comparison(generator.teacher, generator.transfer_set, generator.views, console)
         print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
-    return reference
+    return outputs
 
 
 def write_share_of_rank(prepared: PreparedCache, console: Console) -> None:
