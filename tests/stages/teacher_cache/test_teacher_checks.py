@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,19 @@ def test_a_rank_with_another_teacher_ends_the_command(command: list[str], forks:
     assert done.returncode != 0
     assert "the teacher's outputs are not those of rank 0" in done.stderr
     assert not (tmp_path / "c/manifest.json").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ranks_of_a_few_views_compare_the_same_ones(
+    rows: int, forks: Forks, tmp_path: Path, save_image: Callable[..., Any]
+) -> None:
+    """Images without labels: one or three rows of training."""
+    for k in range(rows + 1):
+        save_image(tmp_path / f"d/{k}.png", k=k, width=4, height=4)
+    command = ["teacher-cache", "--data", "folder:d", "--views", "none", "--draws", "1", "--out", "c"]
+    done = forks.run_ranks(2, *command, *name_teacher(tmp_path, "nets_few", "plain"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "chance" not in done.stdout
 
 
 # Before a teacher is trained
