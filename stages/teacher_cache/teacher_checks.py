@@ -23,8 +23,8 @@ from .targets import TargetGenerator
 
 _GROUP = 8  # views of each of the two groups
 _MIN_ROWS = 8  # rows that must all be probabilities before the teacher is refused
-# As shares of the range of the logits. The same batch twice gives the same bits on a CPU; in another batch float32 moves
-# by 7e-7 at most over 23 archs with random weights.
+# As shares of the range of the logits. The same batch twice gives the same bits on a CPU; another batch moves float32
+# outputs by 7e-7 at most, over 23 archs with random weights.
 _RANDOM_TOLERANCE, _BATCH_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.01, 0.1
 _SAME_TEACHER_TOLERANCE = 0.02  # between machines, or with TF32; the code of another teacher differs by far more
 _SUM_TOLERANCE, _LOG_SUM_TOLERANCE = 5e-3, 0.02  # of rows of probabilities that were rounded to bfloat16
