@@ -65,6 +65,9 @@ class Orphaned:
 
 
 ExistingCache = NoCache | Unfinished | Complete | Orphaned
+# Keys of unfinished.json that are no part of the plan: the options of the command, and the teacher's outputs for a few
+# views. Files of earlier versions lack them.
+NOTES = ("options", "reference_outputs")
 
 
 def read_existing(folder: Path) -> ExistingCache:

@@ -117,7 +117,6 @@ def _check_seal(text: bytes, path: Path) -> str:
     return digest
 
 
-_CUT = {"val_fraction": float, "seed": int, "train_size": int}
 _TEACHER = {
     "arch": str,
     "weights": re.compile("[0-9a-f]{64}"),
@@ -126,6 +125,9 @@ _TEACHER = {
     "mean": [float],
     "std": [float],
 }
+_OUTPUT = {"output": re.compile(r"[^\x00-\x1f]{1,200}")}
+_OUTPUTS = {"outputs": re.compile("probabilities")}
+_CUT = {"val_fraction": float, "seed": int, "train_size": int}
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
     "transfer_set": {
@@ -135,7 +137,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "cut": ({**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}, _CUT),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": ({**_TEACHER, "output": re.compile(r"[^\x00-\x1f]{1,200}")}, _TEACHER),
+    "teacher": ({**_TEACHER, **_OUTPUT, **_OUTPUTS}, {**_TEACHER, **_OUTPUT}, {**_TEACHER, **_OUTPUTS}, _TEACHER),
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }

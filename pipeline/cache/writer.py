@@ -26,7 +26,16 @@ from softcache.base.lock import LOCK, hold_lock
 from softcache.base.schema import validate
 
 from .codecs import TEMPERATURES
-from .existing import Complete, ExistingCache, NoCache, Orphaned, Unfinished, read_existing, read_in_progress_file
+from .existing import (
+    NOTES,
+    Complete,
+    ExistingCache,
+    NoCache,
+    Orphaned,
+    Unfinished,
+    read_existing,
+    read_in_progress_file,
+)
 from .folder import HEAD_FILE, IN_PROGRESS_FILE, list_foreign_files, remove_stale_shard_files
 from .identity import Identity, compute_fingerprint, format_differences
 from .manifest import (
@@ -101,8 +110,15 @@ class CacheWriter:
         """Whether the cache holds all that is planned, and no file is left of its writing."""
         return not self.missing and isinstance(self.existing, Complete) and not self.existing.is_growing
 
-    def start(self) -> None:
+    def start(self, notes: dict[str, Any] | None = None) -> dict[str, Any]:
         """Mark the folder as being written, and remove temporary files of a killed writer.
+
+        Args:
+            notes: Values of NOTES for unfinished.json, which are not compared with those of an interrupted writing.
+
+        Returns:
+            The content of the unfinished.json of an interrupted writing that this one continues; empty where there is
+            none.
 
         Raises:
             CacheMismatchError: An unfinished cache, or an unfinished addition, of another plan is there.
@@ -116,34 +132,38 @@ class CacheWriter:
         if records * _RECORD_BYTES > MAX_MANIFEST_BYTES:
             raise CacheError(f"{records} shards are more than a manifest can list: make them larger with --shard-rows")
         remove_stale_shard_files(self.folder, [spec.path for spec in self.missing])
-        self._mark_in_progress()
+        interrupted = self._mark_in_progress(notes or {})
         absent = [spec for spec in self.missing if not (self.folder / spec.path).exists()]
         needed = sum(spec.rows * count_row_bytes(spec.datasets) for spec in absent)
         if needed > (free := shutil.disk_usage(self.folder).free):
             raise CacheError(
                 f"the cache needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at '{self.folder}'"
             )
+        return interrupted
 
-    def _mark_in_progress(self) -> None:
-        """Publish unfinished.json; where there is one, compare it with the plan."""
+    def _mark_in_progress(self, notes: dict[str, Any]) -> dict[str, Any]:
+        """Publish unfinished.json; where there is one, compare it with the plan and return it."""
         path, in_progress = self.folder / IN_PROGRESS_FILE, self._describe_plan()
         match self.existing:
             case NoCache() | Orphaned():
                 if foreign := list_foreign_files(self.folder):
                     raise CacheError(f"'{self.folder}' holds {foreign[0]} and no cache: choose another --out")
-                publish_json(path, in_progress)
+                publish_json(path, {**in_progress, **notes})
             case Unfinished(interrupted):
                 self._check_same_plan(in_progress, interrupted)
+                return interrupted
             case Complete(is_growing=False):
                 if self.missing:
-                    publish_json(path, in_progress)
+                    publish_json(path, {**in_progress, **notes})
             case Complete(is_growing=True):
                 interrupted = read_in_progress_file(self.folder)
                 if self.missing:
                     self._check_same_plan(in_progress, interrupted)
-                elif {**in_progress, "shard_rows": 0} == {**interrupted, "shard_rows": 0}:
+                    return interrupted
+                if {**in_progress, "shard_rows": 0} == {**_without_notes(interrupted), "shard_rows": 0}:
                     sync(self.folder)  # stopped after the manifest was published and before this file was removed
                     path.unlink()
+        return {}
 
     def _describe_plan(self) -> dict[str, Any]:
         """Make the content of unfinished.json."""
@@ -154,6 +174,7 @@ class CacheWriter:
         return content
 
     def _check_same_plan(self, in_progress: dict[str, Any], interrupted: dict[str, Any]) -> None:
+        interrupted = _without_notes(interrupted)
         if in_progress != interrupted:
             raise CacheMismatchError(
                 f"'{self.folder}' holds an unfinished cache or addition with other settings: finish it first by its"
@@ -291,6 +312,10 @@ class CacheWriter:
         sync(self.folder.absolute().parent)
         manifest.write(self.folder)
         (self.folder / IN_PROGRESS_FILE).unlink(missing_ok=True)
+
+
+def _without_notes(in_progress: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in in_progress.items() if key not in NOTES}
 
 
 def compute_label_accuracy(

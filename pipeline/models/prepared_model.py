@@ -1,5 +1,6 @@
 """A network together with the preparation of its input, which is part of a cache's identity."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from softcache.base.errors import UsageError, make_printable
+
 from .custom_networks import NEEDS_CONTIGUOUS_INPUT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MIN_STD, _MAX_NUMBER = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,53 @@ class InputSpec:
             raise ValueError(
                 f"an input of {channels} channels, {size} pixels, {len(mean)} means and {len(std)} deviations"
             )
-        if not all(abs(m) <= 1e6 for m in mean) or not all(1e-6 <= s <= 1e6 for s in std):
+        if not all(abs(m) <= _MAX_NUMBER for m in mean) or not all(_MIN_STD <= s <= _MAX_NUMBER for s in std):
             raise ValueError(f"an input of mean {list(mean)} and standard deviation {list(std)}")
         return InputSpec(channels, size, mean, std)
+
+
+NORMALIZATIONS = ("imagenet", "data", "none")  # the named choices of --normalize
+
+
+def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Parse --normalize.
+
+    Args:
+        text: A name of NORMALIZATIONS; or `mean=0.5,0.4,0.4,std=0.25`, with one number or three for each, for values
+            of 0 … 1.
+
+    Returns:
+        Mean and standard deviation, both of one number or of three; None for a name.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text in NORMALIZATIONS:
+        return None
+    form = "mean=0.5,0.5,0.5,std=0.25,0.25,0.25"
+    match = re.fullmatch(r"mean=([^=]*),std=([^=]*)", text.replace(" ", ""))
+    if match is None:
+        raise UsageError(f"--normalize {make_printable(text)}: there are {', '.join(NORMALIZATIONS)}, and {form}")
+    values = []
+    for name, numbers in zip(("mean", "std"), match.groups(), strict=True):
+        try:
+            values.append(tuple(map(float, numbers.split(","))))
+        except ValueError:
+            raise UsageError(
+                f"--normalize: {name}={make_printable(numbers)} is no list of numbers, as in {form}"
+            ) from None
+    mean, std = values
+    channels = max(len(mean), len(std))
+    if not {len(mean), len(std)} <= {1, channels} or channels not in (1, 3):
+        raise UsageError(
+            f"--normalize has {len(mean)} means and {len(std)} standard deviations: give one of each, or three"
+        )
+    mean, std = (numbers * channels if len(numbers) < channels else numbers for numbers in (mean, std))
+    if not all(abs(number) <= _MAX_NUMBER for number in mean):
+        raise UsageError(f"--normalize: mean={','.join(map(str, mean))} is not finite and at most {_MAX_NUMBER:g}")
+    if not all(_MIN_STD <= number <= _MAX_NUMBER for number in std):
+        raise UsageError(f"--normalize: std={','.join(map(str, std))} is not between {_MIN_STD:g} and {_MAX_NUMBER:g}")
+    return mean, std
 
 
 class PreparedModel(nn.Module):

@@ -14,8 +14,9 @@ from .option_groups import (
     ARCH_HELP,
     CACHE_HELP,
     CUSTOM_ARCH_HELP,
-    NORMALIZE,
+    NORMALIZE_HELP,
     OUTPUT_HELP,
+    OUTPUTS,
     PRECISIONS,
     VIEWS_HELP,
     WEIGHTS_KEY_HELP,
@@ -38,7 +39,7 @@ class TeacherConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions,
     arch: str = option("", ARCH_HELP, by_recipe=True)
     output: str = option("", OUTPUT_HELP)
     views: str = option("", VIEWS_HELP, by_recipe=True)
-    normalize: str = option("data", "Mean and standard deviation of the input.", choices=NORMALIZE)
+    normalize: str = option("data", f"Mean and standard deviation of the input: {NORMALIZE_HELP}")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,12 @@ class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, O
     )
     weights_key: str = option("", WEIGHTS_KEY_HELP)
     normalize: str = option(
-        "", "Input of the teacher: as its run recorded; data where there is no run.", choices=NORMALIZE
+        "", f"Input of the teacher; when not given, as its run recorded, else data. {NORMALIZE_HELP}"
+    )
+    outputs: str = option(
+        "logits",
+        "What the teacher's network outputs; probabilities, after a softmax or log_softmax, are stored as logarithms.",
+        choices=OUTPUTS,
     )
     views: str = option("", VIEWS_HELP, by_recipe=True)
     draws: int = option(0, "Views of each image.", least=1, most=100_000, by_recipe=True)

@@ -56,15 +56,18 @@ def _format_option(name: str, value: Any) -> list[str]:
 
 def read_cache_config(cache: Cache) -> CacheConfig:
     """Return the options of teacher-cache that a cache records, as far as they are of the right type."""
-    types = {field.name: type(field.default) for field in dataclasses.fields(CacheConfig)}
     manifest = cache.manifest
-    recorded: dict[str, Any] = {
-        name: value for name, value in manifest.settings.items() if name in types and type(value) is types[name]
-    }
+    recorded = select_cache_options(manifest.settings)
     if cache.views.resized_crop and "revision=" not in recorded.get("views", "revision="):
         views = recorded["views"]  # without a revision, this text would mean the newest one
         recorded["views"] = f"{views}{',' if ':' in views else ':'}revision={cache.views.revision}"
     return CacheConfig(**recorded | {"draws": manifest.draws, "taps": ",".join(manifest.taps)})
+
+
+def select_cache_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those recorded settings that are options of teacher-cache and of the right type."""
+    types = {field.name: type(field.default) for field in dataclasses.fields(CacheConfig)}
+    return {name: value for name, value in settings.items() if name in types and type(value) is types[name]}
 
 
 def format_remake_command(cache: Cache, **changes: Any) -> str:

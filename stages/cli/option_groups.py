@@ -53,7 +53,8 @@ COMBINE_HELP = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teac
 CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded it; repeat for several."
 SELECT = ("last", "accuracy", "f1_macro", "nll")
 PRECISIONS = ("float32", "bfloat16", "auto")
-NORMALIZE = ("imagenet", "data", "none")
+NORMALIZE_HELP = "imagenet, data, none, or numbers for values of 0 to 1: mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
+OUTPUTS = ("logits", "probabilities")
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def _make_cache(student_config: StudentConfig, setup: DistillationSetup, folder:
         teacher=student_config.arch if is_custom_arch(student_config.arch) else "",
         weights=student_config.out,
         normalize="",
+        outputs="logits",
         taps=",".join(list_teacher_taps(setup.losses)),
         device=student_config.device,
         workers=student_config.workers,

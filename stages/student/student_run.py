@@ -79,7 +79,7 @@ def train_student(config: StudentConfig, setup: DistillationSetup, folder: Path,
             results.append(student.results)
             if config.seeds > 1 and is_first():  # the folder of a seed is a run too: it can be another one's teacher
                 remove_stale_files(seed_folder, ("result.json",))
-                publish_json(seed_folder / "result.json", student.results)
+                publish_json(seed_folder / "result.json", {**student.results, **_name_classes(setup)})
         result = assemble_result(config, setup, results)
         if is_first():
             publish_json(folder / "result.json", result)
@@ -142,6 +142,12 @@ def assemble_result(config: StudentConfig, setup: DistillationSetup, results: li
         "seconds": {name: sum(result[name]["seconds"] for result in results) for name in mean},
         "images_per_second": mean["student"]["images_per_second"],
         "peak_memory": measure_peak_memory(setup.device),
+        **_name_classes(setup),
         "versions": library_versions(),
         "machine": describe_machine(setup.device),
     }
+
+
+def _name_classes(setup: DistillationSetup) -> dict[str, Any]:
+    """Return the entry of result.json for the names of the classes, in their order; empty where they have none."""
+    return {"classes": list(setup.transfer_set.classes)} if setup.transfer_set.classes else {}

@@ -21,7 +21,7 @@ from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_custom_arch
 from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
-from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
@@ -138,6 +138,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         UsageError: The images have no labels, or an option does not fit the data.
         CacheError: Another process holds the folder, or a file is damaged.
     """
+    parse_normalize(config.normalize)
     device = select_device(config.device)
     transfer_set = load_data(config)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
@@ -207,6 +208,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
                 "val": figures["val"],
                 "test": figures.get("test"),
             },
+            "classes": list(transfer_set.classes),
             "seconds": {"train": finished.seconds},
             "peak_memory": measure_peak_memory(device),
             "versions": library_versions(),

@@ -7,7 +7,7 @@ import numpy as np
 
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, render
-from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, parse_normalize
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console, progress
 
@@ -48,11 +48,19 @@ def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy
 
     Args:
         normalize: "imagenet" for ImageNet's mean and standard deviation, of three channels; "data" for those of the
-            plain views of up to 4,096 training rows, at regular distances; "none" for pixels divided by 255.
+            plain views of up to 4,096 training rows, at regular distances; "none" for pixels divided by 255; or
+            numbers, see `parse_normalize`. One number is for all channels of the images.
         transfer_set: Its images.
         views: The view policy, with a size.
+
+    Raises:
+        UsageError: normalize is none of these.
     """
     channels, size = transfer_set.channels, views.size
+    if numbers := parse_normalize(normalize):
+        channels = max(channels, len(numbers[0]))
+        means, deviations = (values * (channels // len(values)) for values in numbers)
+        return InputSpec(channels, size, means, deviations)
     if normalize == "imagenet":
         return InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
     if normalize == "none":

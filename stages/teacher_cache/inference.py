@@ -1,6 +1,7 @@
 """Running a teacher: its numeric precision, its taps, batch norm folded or not, compiled or not."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,10 @@ from softcache.pipeline.taps.statistics import parse_tap
 TeacherOutputs = tuple[torch.Tensor, dict[str, torch.Tensor]]  # logits float32 [B, K], features {tap: [B, …]}
 InferFunction = Callable[[torch.Tensor], TeacherOutputs]
 
+LOGITS, PROBABILITIES = "logits", "probabilities"  # what a network outputs: the choices of --outputs
+# The smallest probability whose logarithm is stored, -87.3: the smallest normal number of float32. A probability that
+# a network has rounded to 0 counts as this one.
+MIN_PROBABILITY = torch.finfo(torch.float32).tiny
 _MAX_DIFFERENCE = 1e-3  # as a share of the largest value; float32 rounds to a thousandth of this
 
 
@@ -30,14 +35,23 @@ class TeacherInference:
         taps: Layers whose outputs are read.
         precision: "float32" or "bfloat16".
         fold: Fold batch norm into convolutions, where that is possible and gives the same outputs.
+        outputs: "logits", or "probabilities" for a network that outputs these or their logarithms, which are turned
+            into logarithms.
 
     Attributes:
-        teacher, taps, precision: As given.
+        teacher, taps, precision, outputs: As given.
         differs_when_folded: Whether the teacher was not folded because its outputs would have changed.
     """
 
-    def __init__(self, teacher: PreparedModel, taps: tuple[str, ...], precision: str = "float32", fold: bool = False):
-        self.teacher, self.taps, self.precision = teacher, taps, precision
+    def __init__(
+        self,
+        teacher: PreparedModel,
+        taps: tuple[str, ...],
+        precision: str = "float32",
+        fold: bool = False,
+        outputs: str = LOGITS,
+    ):
+        self.teacher, self.taps, self.precision, self.outputs = teacher, taps, precision, outputs
         self._model = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
         self._compiled: InferFunction | None = None
         self.differs_when_folded = self.is_folded and not self._matches_when_folded()
@@ -82,7 +96,7 @@ class TeacherInference:
             autocast(self.device, self.precision),
             capture_features(model.network, self.taps) as features,
         ):
-            yield lambda views: (model(views), features)
+            yield lambda views: (self._to_logits(model(views)), features)
 
     def compile(self, views: torch.Tensor, rows: int) -> None:
         """Compile the teacher for batches of one size, and run it once.
@@ -104,7 +118,7 @@ class TeacherInference:
 
         def infer(views: torch.Tensor) -> TeacherOutputs:
             with autocast(self.device, self.precision):
-                logits = model(views)
+                logits = self._to_logits(model(views))
             return logits, dict(features)
 
         # freezing: weights become constants, cast and packed once. Useful on CPUs.
@@ -122,6 +136,17 @@ class TeacherInference:
 
         infer_padded(views.to(self.device))
         self._compiled, self._hooks = infer_padded, hooks  # the copy's hooks are needed as long as the compiled code
+
+    def _to_logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits of outputs [B, K]: probabilities become logarithms, which no row of logarithms needs.
+
+        A row of probabilities has a positive value, a row of their logarithms has none.
+        """
+        if self.outputs == LOGITS or outputs.ndim != 2:
+            return outputs
+        logarithms = outputs.clamp(min=MIN_PROBABILITY).log()
+        is_probability = outputs.amax(1, keepdim=True) > 1e-6  # log_softmax rounds 0 to no more than this
+        return torch.where(is_probability, logarithms, outputs.clamp(min=math.log(MIN_PROBABILITY), max=0.0))
 
     def _matches_when_folded(self) -> bool:
         """Compare the folded model with the teacher on four views, in float32.
@@ -146,13 +171,15 @@ class TeacherInference:
         return True
 
 
-def restore_inference(teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool) -> TeacherInference:
+def restore_inference(
+    teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool, outputs: str = LOGITS
+) -> TeacherInference:
     """Make the inference that an existing cache was written with.
 
     Raises:
         CacheError: Batch norm was folded then, and cannot be folded now without changing the outputs.
     """
-    inference = TeacherInference(teacher, taps, precision, fold)
+    inference = TeacherInference(teacher, taps, precision, fold, outputs)
     if inference.differs_when_folded:
         raise CacheError(
             "the cache was started with batch norm folded, and here that changes the teacher's outputs: continue with"

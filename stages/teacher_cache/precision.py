@@ -67,7 +67,9 @@ def resume_precision(
         return None
     precision = previous.precision if config.precision == "auto" else config.precision
     fold = previous.record is not None and previous.record.folded
-    return ChosenPrecision(restore_inference(teacher, taps, precision, fold), previous.record, is_resumed=True)
+    return ChosenPrecision(
+        restore_inference(teacher, taps, precision, fold, config.outputs), previous.record, is_resumed=True
+    )
 
 
 def choose_precision(
@@ -90,7 +92,7 @@ def choose_precision(
     Raises:
         CacheError: The teacher fails in the precision that the command names, or its logits are not finite.
     """
-    plain = Trial(TeacherInference(teacher, taps))
+    plain = Trial(TeacherInference(teacher, taps, outputs=config.outputs))
     if config.precision == "float32" and not config.compile:
         return ChosenPrecision(plain.inference)
     candidates = [Trial(inference) for inference in _list_candidates(config, teacher, taps)]
@@ -125,7 +127,8 @@ def restore_precision(
         trial_views: Views to compile it with, where the first rank has compiled it.
         console: Prints that it is being compiled.
     """
-    inference = restore_inference(teacher, taps, record["precision"], record["folded"])
+    outputs = trial_views.config.outputs
+    inference = restore_inference(teacher, taps, record["precision"], record["folded"], outputs)
     if record["compiled"]:
         compile_teacher(inference, trial_views, console)
     return ChosenPrecision(inference, parse_precision_record(record["arithmetic"]), record["begun"])
@@ -150,9 +153,9 @@ def compile_teacher(inference: TeacherInference, trial_views: TrialViews, consol
 def _list_candidates(config: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[TeacherInference]:
     """Yield the ways to run the teacher that are compared with plain float32."""
     if config.precision != "float32":
-        yield TeacherInference(teacher, taps, "bfloat16", fold=True)
+        yield TeacherInference(teacher, taps, "bfloat16", fold=True, outputs=config.outputs)
     if config.precision == "auto":
-        folded = TeacherInference(teacher, taps, "float32", fold=True)
+        folded = TeacherInference(teacher, taps, "float32", fold=True, outputs=config.outputs)
         if folded.is_folded:
             yield folded
 
@@ -163,7 +166,13 @@ def _try_compiled(
     """Return the best trial compiled, if it can be compiled, is faster so and within the tolerance; else as it was."""
     inference, config = best.inference, trial_views.config
     compiled = Trial(
-        TeacherInference(inference.teacher, inference.taps, inference.precision, fold=inference.is_folded)
+        TeacherInference(
+            inference.teacher,
+            inference.taps,
+            inference.precision,
+            fold=inference.is_folded,
+            outputs=inference.outputs,
+        )
     )
     if not compile_teacher(compiled.inference, trial_views, console):
         return best

@@ -8,30 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
+from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.codecs import CODECS
-from softcache.pipeline.cache.existing import Complete, read_existing, read_inference_settings
+from softcache.pipeline.cache.existing import Complete, read_existing, read_in_progress_file, read_inference_settings
 from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
+from softcache.pipeline.cache.manifest_reader import SETTINGS_SCHEMA
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
 from softcache.pipeline.models.network_checks import check_teacher
 from softcache.pipeline.models.outputs import find_selector
-from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
 from softcache.pipeline.models.state_dicts import hash_weights
 from softcache.pipeline.taps.statistics import normalize_tap, parse_tap
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.cli.copied_commands import find_free_name, format_command
+from softcache.stages.cli.copied_commands import find_free_name, format_command, select_cache_options
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.teacher.data import fill_size, load_data
 
+from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
 from .teacher_source import check_teacher_source, load_teacher
@@ -71,6 +74,8 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
     """
     if config.codec not in CODECS:
         raise unknown_name_error("codec", config.codec, CODECS)
+    if config.normalize:
+        parse_normalize(config.normalize)
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     views = parse_views(config.views)
     _check_before_images(config, requested_taps)
@@ -84,6 +89,8 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
     known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
     if (selector := find_selector(teacher.network)) and selector.key:
         known_teacher["output"] = selector.key
+    if config.outputs != LOGITS:
+        known_teacher["outputs"] = config.outputs
     identity = make_identity(transfer_set, views, config.seed, known_teacher, config.codec, config.precision)
     identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
     trial_views = TrialViews(transfer_set, views, config)
@@ -144,8 +151,20 @@ def suggest_other_command(config: CacheConfig) -> Iterator[None]:
     try:
         yield
     except CacheMismatchError as error:
+        unfinished = _format_unfinished_command(Path(config.out))
+        finish = f"\nFinish the unfinished one with  {unfinished}" if unfinished else ""
         command = format_command("teacher-cache", config, out=find_free_name(config.out))
-        raise CacheError(f"{error}\nMake the requested one with  {command}") from None
+        raise CacheError(f"{error}{finish}\nMake the requested one with  {command}") from None
+
+
+def _format_unfinished_command(out: Path) -> str:
+    """Format the command that started what is unfinished in a folder; empty where it is not recorded."""
+    try:
+        options: Any = read_in_progress_file(out).get("options")
+        validate(options, SETTINGS_SCHEMA, "options")
+    except (CacheError, OSError):
+        return ""
+    return format_command("teacher-cache", CacheConfig(**select_cache_options(options)))
 
 
 def _choose_precision_and_taps(
@@ -186,6 +205,8 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in local}
     if not settings["output"]:
         del settings["output"]
+    if settings["outputs"] == LOGITS:
+        del settings["outputs"]
     settings["weights"] = Path(config.weights).name
     if not config.weights_key:  # caches of before this option have no such key
         del settings["weights_key"]

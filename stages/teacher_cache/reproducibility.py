@@ -14,7 +14,7 @@ from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.copied_commands import read_cache_config
 from softcache.stages.runs.environment import select_device
 
-from .inference import restore_inference
+from .inference import LOGITS, restore_inference
 from .targets import TargetGenerator
 from .teacher_source import load_cache_teacher
 
@@ -88,15 +88,17 @@ def make_target_generator(cache: Cache, transfer_set: TransferSet, config: Check
     """
     teacher = load_cache_teacher(cache, config).to(select_device(config.device))
     identity, precision_record = cache.manifest.identity, cache.manifest.arithmetic
+    outputs = identity["teacher"].get("outputs", LOGITS)
     cache_config = replace(
         read_cache_config(cache),
         seed=cache.seed,
         codec=identity["codec"],
         precision=identity["precision"],
         workers=config.workers,
+        outputs=outputs,
     )
     fold = precision_record is not None and precision_record.folded
-    inference = restore_inference(teacher, tuple(cache.manifest.taps), identity["precision"], fold)
+    inference = restore_inference(teacher, tuple(cache.manifest.taps), identity["precision"], fold, outputs)
     generator = TargetGenerator(transfer_set, cache.views, inference, cache_config)
     if (generator.classes, generator.shapes) != (cache.classes, cache.manifest.taps):
         raise CacheError(

@@ -19,9 +19,10 @@ from softcache.pipeline.cache.shards import Arrays
 from softcache.pipeline.loading.rendering import render_with_checksums
 from softcache.stages.cli.configs import CacheConfig
 
-from .inference import TeacherInference, TeacherOutputs
+from .inference import PROBABILITIES, TeacherInference, TeacherOutputs
 
 _MAX_FLOAT16 = 65504.0
+_MAX_LOG_SUM = 0.02  # of a row of probabilities that a network rounds to bfloat16
 InferredBatch = tuple[NDArray[np.uint32], torch.Tensor, dict[str, torch.Tensor]]  # CRC-32 of views, logits, features
 
 
@@ -101,6 +102,8 @@ class TargetGenerator:
                         index=index[rows],
                         name=f"tap '{tap}'",
                     )
+                if self.inference.outputs == PROBABILITIES:
+                    _check_probabilities(batch_logits, spec=spec, index=index[rows])
                 on_progress(len(batch_crcs))
                 start += len(batch_crcs)
         labels = split.labels[index]
@@ -209,4 +212,19 @@ def _store_batch(
         raise CacheError(
             f"the teacher's {name} for {spec.split} index {index[row]}, draw {spec.draw} is {value}:"
             f" it cannot be stored (largest {max_value:g})"
+        )
+
+
+def _check_probabilities(logarithms: torch.Tensor, spec: ShardSpec, index: NDArray[np.int64]) -> None:
+    """Check that the probabilities of each row, logarithms [B, K], sum to 1, as --outputs probabilities says.
+
+    Raises:
+        CacheError: A row sums to something else.
+    """
+    sums = logarithms.logsumexp(1)
+    wrong = torch.nonzero(~(sums.abs() <= _MAX_LOG_SUM)).flatten().tolist()
+    if wrong:
+        raise CacheError(
+            f"the teacher's output for {spec.split} index {index[wrong[0]]}, draw {spec.draw} is no distribution: it"
+            f" sums to {float(sums[wrong[0]].exp()):.4g}, and --outputs probabilities is given"
         )

@@ -1,15 +1,17 @@
 """Loading the teacher: weights of a file, of a run or of torchvision, or of a teacher that is trained first."""
 
-from collections.abc import Iterable
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from softcache.base.errors import CacheError, UsageError
+from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
+from softcache.pipeline.cache.existing import Complete, Unfinished, read_existing
+from softcache.pipeline.cache.identity import format_differences, make_identity
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models import build, check_arch, is_custom_arch
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
@@ -24,6 +26,8 @@ from softcache.stages.runs.folder import read_json
 from softcache.stages.runs.named_code import require_named_code
 from softcache.stages.teacher.command import describe_accuracy, fill_defaults, train_teacher
 from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
+
+from .recorded_run import check_same_classes, list_differences, note_different_split, read_run
 
 
 def load_teacher(
@@ -45,7 +49,8 @@ def load_teacher(
         CacheError: A file is damaged, or a teacher with other options was trained before.
     """
     if not config.weights:
-        folder = broadcast_from_first(lambda: _train_teacher(config, console))  # one of several ranks trains it
+        # One of several ranks trains it.
+        folder = broadcast_from_first(lambda: _train_teacher(config, transfer_set, views, console))
         config = replace(config, weights=folder, normalize="", output="")
     if config.weights_key and (config.weights == "DEFAULT" or Path(config.weights).is_dir()):
         raise UsageError(f"--weights-key {config.weights_key} is for a file of weights, not for {config.weights}")
@@ -55,9 +60,10 @@ def load_teacher(
     _check_weights_exist(path)
     arch, output, input_spec = config.teacher, config.output, None
     if path.is_dir() and (path / "result.json").is_file():
-        arch, recorded_output, input_spec = _read_run(path, config)
-        output = output or recorded_output
-        _note_different_split(path, config, console)
+        run = read_run(path, config)
+        check_same_classes(path, run, transfer_set)
+        arch, output, input_spec = run.arch, output or run.output, run.input_spec
+        note_different_split(path, config, console)
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
     states = read_checkpoint(find_weights_file(path))
@@ -100,7 +106,7 @@ def check_teacher_source(config: CacheConfig) -> str:
         _check_weights_exist(path)
     arch = config.teacher
     if path.is_dir() and (path / "result.json").is_file():
-        arch, _, _ = _read_run(path, config)
+        arch = read_run(path, config).arch
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
     if arch == config.teacher or not is_custom_arch(arch):  # what a folder names is not imported
@@ -166,56 +172,16 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     return int(matrices[-1].shape[0])
 
 
-def _read_run(path: Path, config: CacheConfig) -> tuple[str, str, InputSpec]:
-    """Read arch, key of the logits and input preparation of a run's network, and check the options against them."""
-    result = read_json(path / "result.json")
-    try:
-        record = result["student"] if (path / "student.pt").is_file() else result["teacher"]
-        arch, input_spec = str(record["arch"]), InputSpec.from_json(record["preparation"])
-    except (KeyError, TypeError, ValueError):
-        raise CacheError(f"'{path / 'result.json'}' does not have the arch and preparation of its weights") from None
-    require_named_code(
-        arch,
-        config.teacher,
-        owner=f"the run '{path}'",
-        option="--teacher",
-        command=format_command("teacher-cache", config, teacher=arch),
-    )
-    if config.normalize:
-        raise UsageError(
-            f"--normalize {config.normalize}, but the run '{path}' records how its input is normalised: leave it out"
-        )
-    return arch, str(record.get("output", "")), input_spec
+def assumes_normalize(config: CacheConfig) -> bool:
+    """Whether the weights come from elsewhere, and the command does not say how their input is normalised."""
+    is_from_elsewhere = bool(config.weights) and config.weights != "DEFAULT"
+    return is_from_elsewhere and not config.normalize and not (Path(config.weights) / "result.json").is_file()
 
 
-def _note_different_split(path: Path, config: CacheConfig, console: Console) -> None:
-    """Print a line where the run of a teacher split the same data differently from this cache."""
-    if not (path / "settings.json").is_file():
-        return
-    recorded = read_json(path / "settings.json")
-    if "val_fraction" not in recorded or recorded.get("data") != config.data:
-        return
-    differences = _list_differences(recorded, config, [name for name in SPLIT_OPTIONS if name in recorded])
-    if differences:
-        console.print(
-            f"the teacher in '{path}' was trained on another split ({'; '.join(differences)}): validation may hold"
-            " rows that it was trained on, and then fits, --select and tune rate it too highly"
-        )
-
-
-def _list_differences(
-    recorded: dict[str, Any], config: CacheConfig | TeacherConfig, names: Iterable[str]
-) -> list[str]:
-    """List the options of these names that differ from those of a run's settings.json."""
-    return [
-        f"{name} {recorded.get(name)} there, {getattr(config, name)} here"
-        for name in names
-        if recorded.get(name) != getattr(config, name)
-    ]
-
-
-def _train_teacher(config: CacheConfig, console: Console) -> str:
+def _train_teacher(config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, console: Console) -> str:
     """Train a teacher with the defaults of the data, in a folder beside the cache, unless it is there already.
+
+    Where the folder holds another cache already, this is found before the training.
 
     Returns:
         The folder of its run.
@@ -225,6 +191,7 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
     if (folder / "result.json").is_file():
         console.print(f"no --weights: using the teacher in '{folder}'")
         return str(folder)
+    _check_known_identity(config, transfer_set, views, teacher_config.arch)
     console.print(f"no --weights: training the teacher {teacher_config.arch} first, in '{folder}'")
     teacher_config = replace(teacher_config, resume=is_started)
     result = train_teacher(teacher_config, folder, console, advice="; WEIGHTS=… (--weights) skips it")
@@ -257,12 +224,46 @@ def _make_teacher_config(config: CacheConfig) -> tuple[TeacherConfig, bool]:
     if is_started:
         recorded = read_json(folder / "settings.json")
         names = ("data", "arch", "normalize", *SPLIT_OPTIONS)
-        if differences := _list_differences(recorded, teacher_config, names):
+        if differences := list_differences(recorded, teacher_config, names):
             raise CacheError(
                 f"the teacher in '{folder}' was trained with other options ({'; '.join(differences)}):"
                 " name it with --weights, or choose another --out"
             )
     return teacher_config, is_started
+
+
+def _check_known_identity(config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, arch: str) -> None:
+    """Compare what is known of a cache before its teacher is trained with the cache in the folder.
+
+    Raises:
+        CacheMismatchError: Data, views, codec, precision or arch differ, or that cache is of weights that were named.
+    """
+    out = Path(config.out)
+    identity: Any
+    options: Any
+    match read_existing(out):
+        case Complete(manifest):
+            identity, options = manifest.identity, manifest.settings
+        case Unfinished(in_progress):
+            identity, options = in_progress.get("identity"), in_progress.get("options")
+        case _:
+            return
+    recorded: dict[str, Any] = identity if isinstance(identity, dict) else {}
+    teacher = recorded.get("teacher")
+    recorded = {**recorded, "teacher": {"arch": teacher.get("arch") if isinstance(teacher, dict) else None}}
+    known = make_identity(transfer_set, views, config.seed, {"arch": arch}, config.codec, config.precision)
+    known = json.loads(json.dumps(known))
+    if config.precision == "auto":
+        known["precision"] = recorded.get("precision")
+    if known != recorded:
+        differences = format_differences(known, recorded, ("requested", "in the cache"))
+        raise CacheMismatchError(f"'{out}' holds another cache:{differences}")
+    weights = options.get("weights") if isinstance(options, dict) else None
+    if isinstance(weights, str) and weights:
+        raise CacheMismatchError(
+            f"'{out}' holds the cache of the teacher '{make_printable(weights)}', and without --weights another one"
+            " would be trained: name it with --weights"
+        )
 
 
 def _load_published(config: CacheConfig, transfer_set: TransferSet) -> tuple[PreparedModel, str]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from softcache.base.errors import CacheError, Interrupted
 from softcache.base.files import make_folder
 from softcache.base.lock import hold_lock
 from softcache.base.threads import Future, ThreadPool
+from softcache.pipeline.cache.existing import NoCache
 from softcache.pipeline.cache.manifest import Manifest, ShardSpec
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import verify_views
@@ -21,11 +23,19 @@ from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions
 
 from .cache_readme import write_readme
+from .label_checks import print_final_look, print_first_look, print_normalize_comparison
 from .precision import compile_teacher
 from .preparation import PreparedCache
 from .reproducibility import check_reproducibility
 from .targets import TargetGenerator
+from .teacher_checks import Outputs, check_kind, check_same_teacher, check_stable, compute_reference, to_record
+from .teacher_source import assumes_normalize
 from .trials import TrialViews
+
+_RESUME_ADVICE = (
+    "Its code or a library has changed since: continue with the old ones, or choose another --out for a new cache"
+)
+_RANK_ADVICE = "Every rank must run the same code and the same libraries"
 
 
 def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
@@ -45,6 +55,7 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
     if writer.previous and writer.is_complete:  # needs no lock: the cache may be on a read-only mount
         clean_up(out)
         return _report_nothing_missing(writer.previous, out, console)
+    reference = to_record(_check_before_writing(writer, prepared, console))
     make_folder(out)
     with hold_lock(out):
         writer = CacheWriter.examine(out, prepared.plan)  # again: another process may have written meanwhile
@@ -53,14 +64,22 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
             cache = Cache(out)
             verify_views(cache, transfer_set, writer.previous.draws)
             check_reproducibility(cache, generator).raise_if_different()
-        writer.start()
+        notes = {"options": asdict(prepared.config), "reference_outputs": reference}
+        interrupted = writer.start(notes)
+        check_same_teacher(
+            reference,
+            interrupted.get("reference_outputs"),
+            generator,
+            f"the unfinished cache in '{out}'",
+            _RESUME_ADVICE,
+        )
         if writer.previous and not writer.missing:
             return _report_nothing_missing(writer.previous, out, console)
         if set(writer.plan.taps) != set(generator.taps):
             command = format_typed_command()
             raise CacheError(f"another process added taps to '{out}' meanwhile: run again  {command}")
         _print_resumed_precision(prepared, console)
-        ranks.broadcast_from_first(lambda: True)
+        ranks.broadcast_from_first(lambda: {"reference": reference})
         write_shards(writer, prepared, console)
         head = find_head(generator.teacher.network, generator.classes)
         head_record = None
@@ -69,13 +88,29 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         manifest = writer.build_manifest(head_record, transfer_set.count_labelled(), library_versions())
         write_readme(out, writer.previous, manifest)
         writer.publish_manifest(manifest)
-        return manifest
+    if not writer.previous:
+        print_final_look(out, transfer_set, console)
+    return manifest
+
+
+def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console: Console) -> Outputs:
+    """Check the teacher on a few views, and for a new cache print how it fits the labels; return its outputs."""
+    generator, config = prepared.generator, prepared.config
+    outputs = check_stable(generator)
+    if isinstance(writer.existing, NoCache):
+        check_kind(generator, outputs, console)
+        if assumes_normalize(config):
+            print_normalize_comparison(generator.teacher, generator.transfer_set, generator.views, console)
+        print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
+    return outputs
 
 
 def write_share_of_rank(prepared: PreparedCache, console: Console) -> None:
     """Write this rank's share of the shards, once the first rank has started the folder. The other ranks call this."""
-    is_needed = ranks.broadcast_from_first(lambda: True)
-    if is_needed:
+    start: dict[str, Any] | None = ranks.broadcast_from_first(lambda: None)
+    if start is not None:
+        reference = to_record(compute_reference(prepared.generator))
+        check_same_teacher(reference, start["reference"], prepared.generator, "rank 0", _RANK_ADVICE)
         write_shards(CacheWriter.examine(Path(prepared.config.out), prepared.plan), prepared, console)
 
 
@@ -141,7 +176,7 @@ def _write_share(writer: CacheWriter, specs: list[ShardSpec], generator: TargetG
 
 def _report_nothing_missing(manifest: Manifest, out: Path, console: Console) -> Manifest:
     console.print(f"the cache '{out}' is complete: it holds all that is requested")
-    ranks.broadcast_from_first(lambda: False)
+    ranks.broadcast_from_first(lambda: None)
     return manifest
 
 
