@@ -160,7 +160,8 @@ class Cache:
             raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {data}")
         if self.data == "folder" and not data:
             raise UsageError(f"the cache '{self.folder}' is of a folder of images: name it with --data folder:PATH")
-        transfer_set = load_transfer_set(data or self.data, root, **self.cut, progress=progress)
+        names = self.manifest.identity["transfer_set"]["classes"] if self.data == "folder" else ""
+        transfer_set = load_transfer_set(data or self.data, root, **self.cut, classes=names, progress=progress)
         self.check_transfer_set(transfer_set)
         return transfer_set
 

@@ -37,14 +37,14 @@ def map_in_workers(
     """Yield dataset[key] for each key, in order, computed by processes that live until the last one.
 
     Args:
-        dataset: Computes an item in a worker process, or returns as text the message of a CacheError. (An exception
+        dataset: Computes an item in a worker process, or returns a CacheError. (An exception that is raised there
             would arrive with the worker's traceback in its message.)
         keys: Read in this process, some keys ahead of the items.
         workers: Number of processes, at least 1.
         start_method: "fork", "spawn" or "forkserver"; None for the platform's default.
 
     Raises:
-        CacheError: A worker returned its message.
+        CacheError: A worker returned it.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -55,8 +55,8 @@ def map_in_workers(
         generator=torch.Generator(),  # else it draws from the global one, with whose state a training resumes
     )
     for item in loader:
-        if isinstance(item, str):
-            raise CacheError(item)
+        if isinstance(item, CacheError):
+            raise item
         yield item
 
 

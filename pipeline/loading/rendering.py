@@ -20,7 +20,7 @@ Rows = NDArray[np.int64]
 class ViewRenderer(Dataset[Any]):
     """Renders views in a worker process: (index [B], draw) -> views uint8 [B, C, S, S].
 
-    The message of a CacheError takes the place of the views, see map_in_workers. With checksums the item is
+    A CacheError takes the place of the views, see map_in_workers. With checksums the item is
     (views, CRC-32 [B] of each view).
     """
 
@@ -31,7 +31,7 @@ class ViewRenderer(Dataset[Any]):
         try:
             views = render(self.images, self.views, self.seed, *key)
         except CacheError as error:
-            return str(error)
+            return error
         return (views, compute_crc32(views)) if self.with_checksums else views
 
 

@@ -11,7 +11,8 @@ def option(default: Any, text: str, **more: Any) -> Any:
         default: its value where it is not given.
         text: its help.
         more: `least` and `most` of a number; `choices` of a text; `switch` for a flag that has a `--no-` form;
-            `by_recipe` where the data set's defaults fill it in.
+            `by_recipe` where the data set's defaults fill it in; `is_optional` where a record of settings may lack
+            it, which then has the default.
     """
     return field(default=default, metadata={"help": text, **more})
 
@@ -57,6 +58,30 @@ class DataOptions:
     heading: ClassVar[str] = "Data"
     data: str = option("", "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.")
     data_root: str = option("datasets", "Folder of the data sets that torchvision reads.")
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """How a folder of images is read."""
+
+    heading: ClassVar[str] = "Data"
+    classes: str = option(
+        "",
+        "Order of the class folders: natural, number, or a file with one name a line; by their text when not given.",
+        is_optional=True,
+    )
+    exif: str = option(
+        "stored",
+        "Pixels of a folder's images as stored, or turned by their EXIF orientation.",
+        choices=("stored", "transpose"),
+        is_optional=True,
+    )
+    unreadable: str = option(
+        "error",
+        "Images of a folder that cannot be decoded; skip leaves them out, and decodes every image once to find them.",
+        choices=("error", "skip"),
+        is_optional=True,
+    )
 
 
 @dataclass(frozen=True)

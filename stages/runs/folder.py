@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from softcache.base.errors import CacheError, UsageError, make_printable
@@ -137,14 +138,27 @@ def start_run(config: TeacherConfig | StudentConfig, folder: Path) -> Iterator[N
         if not config.resume:
             if (folder / "settings.json").exists():
                 raise UsageError(f"'{folder}' was started by another process just now: choose another --out")
-            publish_json(folder / "settings.json", asdict(config))
+            publish_json(folder / "settings.json", to_settings(config))
         barrier()
         yield
 
 
+def to_settings(config: TeacherConfig | StudentConfig) -> dict[str, Any]:
+    """Return the content of settings.json: every option, without optional ones at their default."""
+    return {
+        field.name: value
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != field.default or not _is_optional(field)
+    }
+
+
+def _is_optional(field: Field[Any]) -> bool:
+    return bool(field.metadata.get("is_optional"))
+
+
 def check_same_config(folder: Path, config: StudentConfig) -> None:
     """Raise CacheError, naming the differences, when a run was started with other settings."""
-    settings = asdict(read_config(folder, type(config)))
+    settings = to_settings(read_config(folder, type(config)))
     if differences := _list_differences(json.loads(json.dumps(settings)), config):
         raise CacheError(
             f"'{folder}' was started with other settings ({'; '.join(differences[:4])}): choose another --out"
@@ -197,7 +211,7 @@ def _describe_existing_run(folder: Path, config: S) -> str:
 
 def _list_differences(settings: Any, config: TeacherConfig | StudentConfig) -> list[str]:
     """List the differences between the settings of a run and those of the command, without IGNORED_OPTIONS."""
-    requested = json.loads(json.dumps(asdict(config)))
+    requested = json.loads(json.dumps(to_settings(config)))
     return [
         f"{name} {a} there, {b} asked"
         for name, a, b in find_differences(settings, requested)
@@ -217,7 +231,8 @@ def read_config(folder: Path, kind: type[S]) -> S:
         CacheError: for names or values that the command line would not have accepted.
     """
     path = folder / "settings.json"
-    record = read_json(path, {f.name for f in fields(kind)})
+    optional = {f.name: f.default for f in fields(kind) if _is_optional(f)}
+    record = read_json(path, {f.name for f in fields(kind)}, optional)
     if invalid := [f"{f.name} {record[f.name]!r}" for f in fields(kind) if not _is_valid_value(f, record[f.name])]:
         raise CacheError(f"'{path}' is damaged: {make_printable(', '.join(invalid))}")
     return kind(**record)
@@ -233,12 +248,15 @@ def _is_valid_value(field: Field[Any], value: Any) -> bool:
     return bool(value == field.default or (is_in_range and value in field.metadata.get("choices", (value,))))
 
 
-def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
+def read_json(
+    path: Path, keys: set[str] | None = None, optional: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Read a JSON object from a run's folder.
 
     Args:
         path: the file.
         keys: the keys that it must have; None for any. With keys, lists become tuples.
+        optional: the values of keys that it may lack.
 
     Raises:
         UsageError: for a file that does not exist.
@@ -252,6 +270,7 @@ def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
         raise CacheError(f"'{path}' is damaged: it is no JSON") from None
     if not isinstance(record, dict):
         raise CacheError(f"'{path}' is damaged: it is no JSON object")
+    record = dict(optional) | record
     if keys is not None and set(record) != keys:
         raise CacheError(
             f"'{path}' has other keys than this version writes: {sorted(set(record) ^ keys)[:4]} missing or unknown"

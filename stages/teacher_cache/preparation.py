@@ -9,7 +9,8 @@ from typing import Any
 
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
 from softcache.data.sources import short_name
-from softcache.data.views import parse_views
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.existing import Complete, read_existing, read_inference_settings
 from softcache.pipeline.cache.identity import Identity, compute_fingerprint, make_identity
@@ -24,7 +25,7 @@ from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
-from softcache.stages.teacher.data import fill_size, load_data
+from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, name_all_unreadable, print_notes
 
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
@@ -68,7 +69,20 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     views = parse_views(config.views)
     transfer_set = ranks.first_rank_first(lambda: load_data(config))
+    print_notes(transfer_set, console)
     views = fill_size(views, transfer_set, console)
+    with name_all_unreadable(transfer_set):
+        return _prepare_plan(config, transfer_set, views, requested_taps, console)
+
+
+def _prepare_plan(
+    config: CacheConfig,
+    transfer_set: TransferSet,
+    views: ViewPolicy,
+    requested_taps: tuple[str, ...],
+    console: Console,
+) -> PreparedCache:
+    """Load the teacher, choose its precision, and work out identity and sizes of the cache."""
     teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
 
@@ -154,6 +168,11 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     """Return the options that another machine can repeat: of a path, its last part."""
     local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
     settings = {name: value for name, value in asdict(config).items() if name not in local}
+    for name in FOLDER_OPTIONS:
+        if settings[name] == getattr(CacheConfig, name):
+            del settings[name]
+    if Path(config.classes).is_file():
+        settings["classes"] = Path(config.classes).name
     settings["weights"] = Path(config.weights).name
     settings["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
     return settings

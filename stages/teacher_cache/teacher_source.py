@@ -20,7 +20,7 @@ from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
 from softcache.stages.teacher.command import fill_defaults, train_teacher
-from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
+from softcache.stages.teacher.data import FOLDER_OPTIONS, SPLIT_OPTIONS, make_input_spec
 
 
 def load_teacher(
@@ -172,13 +172,14 @@ def _train_teacher(config: CacheConfig, console: Console) -> str:
             device=config.device,
             workers=config.workers,
             out=str(folder),
-            **{name: getattr(config, name) for name in SPLIT_OPTIONS},
+            **{name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)},
         )
     )
     is_started = (folder / "settings.json").is_file()
     if is_started:
-        recorded = read_json(folder / "settings.json")
-        names = ("data", "arch", "normalize", *SPLIT_OPTIONS)
+        defaults = {name: getattr(TeacherConfig, name) for name in FOLDER_OPTIONS}
+        recorded = defaults | read_json(folder / "settings.json")
+        names = ("data", "arch", "normalize", *SPLIT_OPTIONS, *FOLDER_OPTIONS)
         if differences := _list_differences(recorded, teacher_config, names):
             raise CacheError(
                 f"the teacher in '{folder}' was trained with other options ({'; '.join(differences)}):"

@@ -18,6 +18,7 @@ from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions
+from softcache.stages.teacher.data import name_all_unreadable
 
 from .cache_readme import write_readme
 from .precision import compile_teacher
@@ -45,7 +46,7 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         clean_up(out)
         return _report_nothing_missing(writer.previous, out, console)
     make_folder(out)
-    with hold_lock(out):
+    with hold_lock(out), name_all_unreadable(transfer_set):
         writer = CacheWriter.examine(out, prepared.plan)  # again: another process may have written meanwhile
         if writer.previous and writer.missing:
             console.print(f"the cache '{out}' grows by {len(writer.missing)} shards; its files stay as they are")
@@ -74,7 +75,8 @@ def write_share_of_rank(prepared: PreparedCache, console: Console) -> None:
     """Write this rank's share of the shards, once the first rank has started the folder. The other ranks call this."""
     is_needed = ranks.broadcast_from_first(lambda: True)
     if is_needed:
-        write_shards(CacheWriter.examine(Path(prepared.config.out), prepared.plan), prepared, console)
+        with name_all_unreadable(prepared.generator.transfer_set):
+            write_shards(CacheWriter.examine(Path(prepared.config.out), prepared.plan), prepared, console)
 
 
 def write_shards(writer: CacheWriter, prepared: PreparedCache, console: Console) -> None:
