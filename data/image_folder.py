@@ -59,6 +59,10 @@ class ImageFolder:
         names = tuple(self.names[i] for i in index)
         return replace(self, names=names, split="", _records=self._records.take(index))
 
+    def describe(self, i: int) -> str:
+        """Implement ImageSource.describe: the path of the file."""
+        return str(self.root / self.names[i])
+
     def hash_content(self, labels: NDArray[np.int64], progress: Progress) -> str:
         """Return the SHA-256, in hexadecimal, of the name, label and bytes of every file, in the order of the images.
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from softcache.base.errors import CacheError
 from softcache.data.views import Draw, ImageSource, ViewPolicy, render
-from softcache.pipeline.cache.verification import compute_crc32
+from softcache.pipeline.cache.checksums import compute_crc32
 
 from .prefetch import map_in_workers, prefetch
 
