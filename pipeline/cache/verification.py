@@ -147,7 +147,7 @@ def make_view_error(
     file = f", of the image {make_printable(images.describe(index), None)}" if images.describe(index) else ""
     return CacheError(
         f"{wrong} of {compared} views of '{cache.folder}' come out differently here, the first is"
-        f" {split} index {index}, draw {draw}{file}: an image, the decoder or a library changed. Put back what changed,"
+        f" {split} index {index}, draw {draw}{file}: an image, the decoder or a library changed. Put it back,"
         f" or make a new cache. The cache was written with {_format_versions(cache.manifest.versions)}"
     )
 
