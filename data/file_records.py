@@ -4,7 +4,7 @@ import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UnreadableImageError, make_printable
 
+_OTHER_CONTENT = "its content is not the one that was read then"
 Stamp = tuple[int, int, int, int]  # inode, size, and the times of the last change of content and of the inode, in ns
 
 
@@ -66,24 +67,29 @@ class FileRecords:
             row: Its row in words, for messages.
 
         Raises:
-            UnreadableImageError: It cannot be opened, or is no regular file.
-            CacheError: It has other bytes than when it was hashed.
+            UnreadableImageError: It was not hashed, and cannot be opened or is no regular file.
+            CacheError: It was hashed, and has other bytes now, or cannot be opened any more.
         """
-        with open_regular_file(path) as file:
-            if not len(self._stamps):
+        if not len(self._stamps):
+            with open_regular_file(path) as file:
                 yield file
-                return
+            return
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(open_regular_file(path))
+            except UnreadableImageError as error:
+                raise _make_changed_error(path, row, f"now it {error.reason}") from None
             expected = tuple(self._stamps[i].tolist())
             if get_stamp(file) != expected:
                 content, stamp = _read(file, path)
                 if sha256(content).digest() != self._digests[i].tobytes():
-                    raise _make_changed_error(path, row)
+                    raise _make_changed_error(path, row, _OTHER_CONTENT)
                 self._stamps[i] = stamp
                 yield io.BytesIO(content)
                 return
             yield file
             if get_stamp(file) != expected and sha256(_read(file, path)[0]).digest() != self._digests[i].tobytes():
-                raise _make_changed_error(path, row)
+                raise _make_changed_error(path, row, _OTHER_CONTENT)
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -135,8 +141,8 @@ def _read(file: BinaryIO, path: Path) -> tuple[bytes, Stamp]:
     raise CacheError(f"the image {make_printable(path, None)} changes while it is read: another program writes to it")
 
 
-def _make_changed_error(path: Path, row: str) -> CacheError:
+def _make_changed_error(path: Path, row: str, change: str) -> CacheError:
     return CacheError(
-        f"{row}, the image {make_printable(path, None)}, has changed since this command began: its content is not the"
-        " one that was read then. Put the file back, or start again with the images as they are now"
+        f"{row}, the image {make_printable(path, None)}, has changed since this command began: {change}. Put the file"
+        " back, or start again with the images as they are now"
     )

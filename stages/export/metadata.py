@@ -57,10 +57,10 @@ class ExportMetadata:
     def describe_preprocessing(self) -> str:
         """Write out the preprocessing as instructions for a person."""
         kind = "grey" if self.channels == 1 else "RGB"
-        turn = "; turn it as its EXIF orientation says" if self.is_transposed else ""
+        turn = ", turned by its EXIF orientation" if self.is_transposed else ""
         return (
-            f"Decode the image as {kind} (8 bits a channel){turn}; make its shorter side {self.resize} px with Pillow's"
-            f" bilinear filter, unless it is; cut out the middle {self.size} x {self.size} px; divide by 255."
+            f"Decode the image as {kind} (8 bits a channel){turn}; make its shorter side {self.resize} px with"
+            f" Pillow's bilinear filter, unless it is; cut out the middle {self.size} x {self.size} px; divide by 255."
             " Normalisation is inside the network."
         )
 
