@@ -16,9 +16,11 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.data.sources import folder
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import parse_views, render
+from softcache.pipeline.models import build
 from tests.helpers.commands import Stages
 
 Save = Callable[..., Image.Image]
+CACHE = ("--views", "none", "--draws", 1, "--out", "c")
 
 
 def load_folder(root: Path, **options: str) -> TransferSet:
@@ -34,6 +36,12 @@ def pets(tmp_path: Path, save_image: Save) -> Path:
             for k in range(rows):
                 save_image(root / split / name / f"{k}.png", k=10 * rows + 5 * k + c)
     return root
+
+
+def save_teacher() -> tuple[str, ...]:
+    """Save the weights of a small teacher of these images; return the options that name it."""
+    torch.save(build("mlp:2", 2, 3, 8).state_dict(), "w.pt")
+    return ("--teacher", "mlp:2", "--weights", "w.pt", "--normalize", "none")
 
 
 def damage(root: Path) -> list[str]:
@@ -102,7 +110,7 @@ def test_all_are_named_where_they_are_met_during_stage_one(
     for name in ("cat/5.png", "dog/6.png"):
         (pets / "train" / name).write_bytes((pets / "train" / name).read_bytes()[:-30])
     options = ("--data", f"folder:{pets}", "--views", "none", "--workers", workers)
-    for command in (("teacher", "--arch", "mlp:2", "--epochs", 1), ("teacher-cache", "--draws", 1)):
+    for command in (("teacher", "--arch", "mlp:2", "--epochs", 1), ("teacher-cache", "--draws", 1, *save_teacher())):
         error = stages.fails(1, *command, *options, "--out", command[0])
         assert f"2 of 24 images in '{pets}' cannot be used: " in error
         assert "train/cat/5.png cannot be decoded" in error
@@ -133,7 +141,7 @@ def test_skip_leaves_no_class_without_an_image(pets: Path) -> None:
 def test_a_student_leaves_out_what_the_cache_left_out(stages: Stages, pets: Path) -> None:
     names = [f"{name}.png" for name in damage(pets)]
     data = ("--data", f"folder:{pets}")
-    stages("teacher-cache", *data, "--unreadable", "skip", "--views", "none", "--draws", 1, "--out", "c")
+    stages("teacher-cache", *data, "--unreadable", "skip", *save_teacher(), *CACHE)
     manifest = json.loads(Path("c/manifest.json").read_text())
     assert manifest["identity"]["transfer_set"]["cut"]["unreadable"] == names
     assert manifest["settings"]["unreadable"] == "skip"
@@ -213,7 +221,7 @@ def test_the_orientation_is_applied_where_it_is_said(turned: Path) -> None:
 
 def test_a_student_and_its_export_turn_images_as_the_teacher_did(stages: Stages, turned: Path) -> None:
     data = ("--data", f"folder:{turned}")
-    stages("teacher-cache", *data, "--exif", "transpose", "--views", "none", "--draws", 1, "--out", "c")
+    stages("teacher-cache", *data, "--exif", "transpose", *save_teacher(), *CACHE)
     stages("student", *data, "--cache", "c", "--arch", "mlp:2", "--epochs", 1, "--out", "s")
     stages("check-cache", "c", *data, "--deep")
     pytest.importorskip("onnxruntime")
