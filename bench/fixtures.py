@@ -18,13 +18,13 @@ from softcache.data.sources import SOURCES
 from softcache.data.sources.source_data import LabelledImages, SourceData
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views, render
+from softcache.pipeline.cache.checksums import compute_crc32
 from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
 from softcache.pipeline.cache.identity import Identity, make_identity
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
-from softcache.pipeline.cache.verification import compute_crc32
 from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel

@@ -5,36 +5,78 @@ the same pixels on every machine.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from softcache.base.errors import CacheError
-from softcache.base.files import open_input_file
+from softcache.base.errors import UnreadableImageError
+
+from .file_records import open_regular_file
 
 GREY_MODES = {"1", "L"}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored image
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
     """Open an image file of at most 8 bits a channel; its pixels are decoded when they are first used.
 
+    Args:
+        path: The image, for messages; it is opened where there is no `file`.
+        file: The open file.
+
     Raises:
-        CacheError: The file is missing, is not a regular file, is not an image, is damaged, or has more than 8 bits a
-            channel. Errors of the decoder inside the `with` block are reported in the same way.
+        UnreadableImageError: The file is missing, is not an image, is damaged, or has more than 8 bits a channel.
+            Errors of the decoder inside the `with` block are reported in the same way.
     """
     try:
-        with open_input_file(path) as file, Image.open(file) as image:
-            if image.mode[0] in "IF":  # Pillow clips such pixels at 255: a 16-bit image would come out white
-                raise CacheError(f"the image {path} has more than 8 bits a channel ({image.mode}): convert it first")
+        with nullcontext(file) if file else open_regular_file(path) as opened, Image.open(opened) as image:
+            bits = _count_bits(image)
+            if bits > 8:  # Pillow would clip grey pixels at 255, and cut colours to 8 bits
+                reason = f"has more than 8 bits a channel ({bits} bits, mode {image.mode}): convert it to 8 bits first"
+                raise UnreadableImageError(path, reason)
             yield image
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise CacheError(f"the image {path} cannot be decoded: {reason}") from None
+        cause = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UnreadableImageError(path, f"cannot be decoded: {cause}") from None
+
+
+def apply_orientation(image: Image.Image) -> Image.Image:
+    """Return an image turned and mirrored as its EXIF orientation says: as a camera's user sees it."""
+    return ImageOps.exif_transpose(image)
+
+
+def _count_bits(image: Image.Image) -> int:
+    """Return the bits of a channel in the file of an image that was opened and not decoded yet.
+
+    Pillow decodes 16-bit grey into the modes I and F, but 16-bit colour into RGB, where the mode does not show it.
+    """
+    if image.mode[0] in "IF":
+        return 32 if image.mode in ("I", "F") else 16
+    if image.format == "TIFF":
+        return int(max(image.tag_v2.get(258, (8,))))  # type: ignore[attr-defined]
+    if image.format == "JPEG2000":
+        return _count_jpeg2000_bits(image)
+    tiles = image.tile  # type: ignore[attr-defined]
+    arguments = tiles[0][3] if tiles else ""
+    if image.format == "PPM" and isinstance(arguments, tuple) and len(arguments) == 2:
+        return int(arguments[1]).bit_length()  # the largest value
+    if image.format in ("PNG", "SGI"):  # RGB;16B
+        return 16 if ";16" in str(arguments) else 8
+    return 8
+
+
+def _count_jpeg2000_bits(image: Image.Image) -> int:
+    """Return the bits of the first channel, which stand in the SIZ marker of the codestream."""
+    file = image.fp  # type: ignore[attr-defined]
+    file.seek(0)
+    header = file.read(65_536)
+    start = header.find(b"\xff\x4f\xff\x51")
+    return (header[start + 42] & 0x7F) + 1 if 0 <= start < len(header) - 42 else 8
 
 
 def center_crop(image: Image.Image, size: int, resize: int) -> NDArray[np.uint8]:

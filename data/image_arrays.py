@@ -23,9 +23,13 @@ class ImageArrays:
 
     Attributes:
         pixels: uint8 [N, C, H, W] with C 1 or 3, and H == W.
+        compared_views: {key: bool [N], which views were compared with a checksum}, of whoever compares them.
     """
 
     pixels: torch.Tensor
+    compared_views: dict[tuple[object, ...], NDArray[np.bool_]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     _padded: dict[int, NDArray[np.uint8]] = field(default_factory=dict, compare=False, repr=False)  # by padding
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -48,6 +52,10 @@ class ImageArrays:
     def take(self, index: NDArray[np.int64]) -> "ImageArrays":
         """Return the images at `index`, int64 [M], in that order."""
         return ImageArrays(self.pixels[torch.from_numpy(index)])
+
+    def describe(self, i: int) -> str:
+        """Implement ImageSource.describe: images in memory have no name."""
+        return ""
 
     def hash_content(self, labels: NDArray[np.int64], progress: Progress) -> str:
         """Return the SHA-256 of shape, pixels and labels, in hexadecimal; it is quick, so no progress is shown."""

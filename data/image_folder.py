@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softcache.base.errors import CacheError
-from softcache.base.files import read_input_file
 from softcache.base.progress import Progress
 from softcache.base.threads import map_in_threads
 
-from .decoding import GREY_MODES, Box, center_crop, open_image, resized_crop
+from .decoding import GREY_MODES, Box, apply_orientation, center_crop, open_image, resized_crop
+from .file_records import FileRecord, FileRecords, hash_file
 from .image_arrays import stack_images
 from .views import pad_images
 
@@ -34,12 +34,17 @@ class ImageFolder:
         names: Paths of the images, relative to `root`, with slashes.
         mode: "L" for grey images or "RGB"; every image is converted to it.
         size: Side of the images in pixels where all are squares of one size, else 0.
+        is_transposed: Whether images are turned as their EXIF orientation says.
+        split: Name of the split of which these are all images, for messages; empty where they are not.
     """
 
     root: Path
     names: tuple[str, ...]
     mode: str
     size: int
+    is_transposed: bool = False
+    split: str = ""
+    _records: FileRecords = field(default_factory=FileRecords, compare=False, repr=False)  # filled by hash_content
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,21 +56,30 @@ class ImageFolder:
 
     def take(self, index: NDArray[np.int64]) -> "ImageFolder":
         """Return the images at `index`, int64 [M], in that order."""
-        return ImageFolder(self.root, tuple(self.names[i] for i in index), self.mode, self.size)
+        names = tuple(self.names[i] for i in index)
+        return replace(self, names=names, split="", _records=self._records.take(index))
+
+    def describe(self, i: int) -> str:
+        """Implement ImageSource.describe: the path of the file."""
+        return str(self.root / self.names[i])
 
     def hash_content(self, labels: NDArray[np.int64], progress: Progress) -> str:
         """Return the SHA-256, in hexadecimal, of the name, label and bytes of every file, in the order of the images.
 
-        Each file is read once, eight at a time.
+        Each file is read once, eight at a time. From then on, every file that is decoded is compared with what was
+        read here.
 
         Raises:
-            CacheError: A file cannot be read.
+            UnreadableImageError: A file cannot be read.
+            CacheError: A file changes while it is read.
         """
-        digest = sha256()
-        with closing(map_in_threads(self._hash_file, self.names, _HASHING_THREADS)) as file_digests:
-            digests = progress(file_digests, len(self), "reading images")
-            for name, label, file_digest in zip(self.names, labels, digests, strict=True):
-                digest.update(os.fsencode(name) + f"\0{label}\0".encode() + file_digest)
+        digest, records = sha256(), []
+        with closing(map_in_threads(self._hash_file, self.names, _HASHING_THREADS)) as file_records:
+            shown = progress(file_records, len(self), "reading images")
+            for name, label, record in zip(self.names, labels, shown, strict=True):
+                digest.update(os.fsencode(name) + f"\0{label}\0".encode() + record.digest)
+                records.append(record)
+        self._records.replace(FileRecords(records))
         return digest.hexdigest()
 
     def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
@@ -91,16 +105,13 @@ class ImageFolder:
 
     def _decode(self, i: int) -> Image.Image:
         path = self.root / self.names[i]
-        with open_image(path) as image:
+        with self._records.open(i, path, f"{self.split} row {i}".lstrip()) as file, open_image(path, file) as image:
             if self.mode == "L" and image.mode not in GREY_MODES:
                 raise CacheError(
                     f"the image {path} is in colour ({image.mode}), but the images that were sampled to detect the"
                     " mode are all grey: convert it to grey, or all images to RGB"
                 )
-            return image.convert(self.mode)
+            return (apply_orientation(image) if self.is_transposed else image).convert(self.mode)
 
-    def _hash_file(self, name: str) -> bytes:
-        try:
-            return sha256(read_input_file(self.root / name)).digest()
-        except OSError as error:
-            raise CacheError(f"the image {self.root / name} cannot be read: {error.strerror}") from None
+    def _hash_file(self, name: str) -> FileRecord:
+        return hash_file(self.root / name)

@@ -1,19 +1,22 @@
 """Transfer sets: the images and labels on which a teacher is run, in training, validation and test splits."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import UsageError
+from softcache.base.errors import UnreadableImageError, UsageError
 from softcache.base.progress import Progress, no_progress
 
+from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
 from .sampling import draw_stratified
 from .sources import load_source, parse_data
-from .sources.source_data import Images, LabelledImages
+from .sources.source_data import FolderOptions, Images, LabelledImages
+from .unreadable import find_all_unreadable
 
 Labels = NDArray[np.int64]
 
@@ -46,7 +49,10 @@ class TransferSet:
         channels: 1 for grey images, 3 for RGB.
         size: Side of the images in pixels; 0 where they differ.
         splits: "train", "val", and "test" where the data have one.
-        cut: The arguments of `load_transfer_set` that decided which rows are in which split.
+        cut: The arguments of `load_transfer_set` that decided which rows are in which split, and how a folder of
+            images was read where that is not the default.
+        left_out: A line that counts and names the files of a folder that are no rows; empty where there are none.
+        notes: Lines about the data that a user should see before a teacher is trained or run on them.
     """
 
     name: str
@@ -55,6 +61,8 @@ class TransferSet:
     size: int
     splits: dict[str, Split]
     cut: dict[str, Any]
+    left_out: str = ""
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, object]:
         """Return what a cache must agree with: name, classes in order, content of each split, and the cut."""
@@ -79,6 +87,9 @@ def load_transfer_set(
     train_size: int = 0,
     imbalance: str = "",
     head_size: int = 0,
+    classes: str | Sequence[str] = "",
+    exif: str = "stored",
+    unreadable: str | Sequence[str] = "error",
     progress: Progress = no_progress,
 ) -> TransferSet:
     """Load a data set and split it: validation rows are drawn from the training data, test rows are as published.
@@ -94,6 +105,7 @@ def load_transfer_set(
         train_size: Number of training rows to keep, drawn by class; 0 keeps all.
         imbalance: Keep a long-tailed part of the training rows, see long_tail.parse_imbalance; "" keeps all.
         head_size: Rows of the largest class with `imbalance`; 0 is as many as the data allow.
+        classes, exif, unreadable: How a folder of images is read, see FolderOptions.
         progress: Shows how many images of a folder have been read.
 
     Raises:
@@ -103,22 +115,47 @@ def load_transfer_set(
     name, _ = parse_data(data)
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
-    loaded, classes = load_source(data, root)
+    source = load_source(data, root, FolderOptions(classes, exif, unreadable), progress)
+    loaded, class_names = dict(source.splits), source.classes
     if "val" not in loaded:
         loaded["train"], loaded["val"] = _split_validation(loaded["train"], val_fraction, seed)
     labels = loaded["train"].labels
-    rows, long_tail = _select_training_rows(labels, len(classes), train_size, imbalance, head_size, seed)
+    rows, long_tail = _select_training_rows(labels, len(class_names), train_size, imbalance, head_size, seed)
     if len(rows) < len(labels):
         loaded["train"] = loaded["train"].take(rows)
 
-    splits: dict[str, Split] = {}
-    for split in ("train", "val", "test"):
-        if split in loaded:
-            images, labels = loaded[split]
-            splits[split] = Split(images, labels, images.hash_content(labels, progress))
+    splits = _hash_splits(loaded, progress)
     images = splits["train"].images
     cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size, **long_tail}
-    return TransferSet(name, classes, images.channels, images.size, splits, cut)
+    if exif != "stored":
+        cut["exif"] = exif
+    if source.unreadable:
+        cut["unreadable"] = list(source.unreadable)
+    return TransferSet(
+        name=name,
+        classes=class_names,
+        channels=images.channels,
+        size=images.size,
+        splits=splits,
+        cut=cut,
+        left_out=source.left_out,
+        notes=source.notes,
+    )
+
+
+def _hash_splits(loaded: dict[str, LabelledImages], progress: Progress) -> dict[str, Split]:
+    """Hash the content of each split, in the order in which they are reported."""
+    splits: dict[str, Split] = {}
+    try:
+        for split in ("train", "val", "test"):
+            if split in loaded:
+                images, labels = loaded[split]
+                if isinstance(images, ImageFolder):
+                    images = replace(images, split=split)
+                splits[split] = Split(images, labels, images.hash_content(labels, progress))
+    except UnreadableImageError as error:
+        raise find_all_unreadable((rows.images for rows in loaded.values()), error, progress) from None
+    return splits
 
 
 def _split_validation(train: LabelledImages, val_fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:

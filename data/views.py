@@ -39,6 +39,9 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    def describe(self, i: int) -> str:
+        """Return where image i is stored, such as the path of its file; empty where it is one of many in a file."""
+
     def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
         """Return the images as stored, or scaled until the shorter side is `resize` and cut to their centre.
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from softcache.base.errors import UsageError, unknown_name_error
+from softcache.base.progress import Progress, no_progress
 
 from .cifar import load_cifar10, load_cifar100
 from .digits import load_digits
 from .folder import load_image_folder
 from .mnist import load_fashion_mnist, load_mnist
-from .source_data import SourceData
+from .source_data import FOLDER_DEFAULTS, FolderOptions, SourceData
 
 SOURCES: dict[str, Callable[[Path], SourceData]] = {
     "digits": load_digits,
@@ -21,7 +22,7 @@ SOURCES: dict[str, Callable[[Path], SourceData]] = {
     "fashion-mnist": load_fashion_mnist,
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
-    "folder": load_image_folder,
+    "folder": load_image_folder,  # the only one with FolderOptions
 }
 
 
@@ -42,19 +43,28 @@ def parse_data(data: str) -> tuple[str, str]:
     return name, path
 
 
-def load_source(data: str, root: Path) -> SourceData:
+def load_source(
+    data: str, root: Path, options: FolderOptions = FOLDER_DEFAULTS, progress: Progress = no_progress
+) -> SourceData:
     """Load the data that `digits` or `folder:PATH` names, in the splits in which they were published.
 
     Args:
         data: The name of a source, or `folder:PATH`.
         root: Folder of the data sets that torchvision reads; unused by `digits` and `folder:PATH`.
+        options: How a folder of images is read; the defaults for every other source.
+        progress: Shows how far a search for images that cannot be decoded is.
 
     Raises:
-        UsageError: There is no such source, or the folder's layout is not one that can be read.
+        UsageError: There is no such source, options are given for another source than a folder, or the folder's
+            layout is not one that can be read.
         CacheError: Files are missing and cannot be downloaded, or they are damaged.
     """
     name, path = parse_data(data)
-    return SOURCES[name](Path(path) if path else root)
+    if path:
+        return load_image_folder(Path(path), options, progress)
+    if options != FOLDER_DEFAULTS:
+        raise UsageError(f"--classes, --exif and --unreadable are for --data folder:PATH, not for {name}")
+    return SOURCES[name](root)
 
 
 def short_name(data: str) -> str:

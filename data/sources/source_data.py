@@ -1,5 +1,7 @@
 """What every data source loads."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +35,33 @@ class SourceData(NamedTuple):
     Attributes:
         splits: "train", and "val" and "test" where the data set has them.
         classes: The names of the classes, in the order of the labels; empty where no image has a label.
+        unreadable: Paths of images that are left out because they cannot be decoded.
+        left_out: A line that counts and names the files that are no rows of the set; empty where there are none.
+        notes: Lines about the data that a user should see before a teacher is trained or run on them.
     """
 
     splits: dict[str, LabelledImages]
     classes: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
+    left_out: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """How a folder of images is read.
+
+    Attributes:
+        classes: The order of the class folders: by their text (""), "natural", "number", or the path of a file with
+            one name a line. A sequence is the order of a cache: it is taken where it has the names of the folders.
+        exif: "transpose" to turn images as their EXIF orientation says; "stored" for pixels as they are stored.
+        unreadable: What to do with images that cannot be decoded: "error", or "skip" to leave them out. A sequence is
+            the record of a cache: the paths that it left out.
+    """
+
+    classes: str | Sequence[str] = ""
+    exif: str = "stored"
+    unreadable: str | Sequence[str] = "error"
+
+
+FOLDER_DEFAULTS = FolderOptions()

@@ -127,14 +127,24 @@ _TEACHER = {
 }
 _OUTPUT = {"output": re.compile(r"[^\x00-\x1f]{1,200}")}
 _OUTPUTS = {"outputs": re.compile("probabilities")}
+_ANY = re.compile(r"[\s\S]{0,65536}")
 _CUT = {"val_fraction": float, "seed": int, "train_size": int}
+_LONG_TAIL = {**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}
+_EXIF, _UNREADABLE = (
+    {"exif": re.compile("transpose")},
+    {"unreadable": [_ANY]},
+)  # of a folder, where not the default
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
     "transfer_set": {
         "name": re.compile("[a-z0-9-]{1,64}"),
         "classes": [str],
         "content": {str: str},
-        "cut": ({**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}, _CUT),
+        "cut": tuple(
+            {**cut, **reading}
+            for reading in ({**_EXIF, **_UNREADABLE}, _EXIF, _UNREADABLE, {})
+            for cut in (_LONG_TAIL, _CUT)
+        ),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
     "teacher": ({**_TEACHER, **_OUTPUT, **_OUTPUTS}, {**_TEACHER, **_OUTPUT}, {**_TEACHER, **_OUTPUTS}, _TEACHER),
@@ -143,7 +153,6 @@ IDENTITY_SCHEMA: dict[str, Any] = {
 }
 SETTINGS_SCHEMA = {str: (None, bool, float, str)}
 _PRECISION_SCHEMA = {"folded": bool, "compiled": bool, "rows": int, "kl_1": float, "kl_4": float, "flips": float}
-_ANY = re.compile(r"[\s\S]{0,65536}")  # `_check_shard` compares the path with the only one that it may be
 _HEX = re.compile("[0-9a-f]{32}")
 _SCHEMA: dict[str, Any] = {
     "format": int,

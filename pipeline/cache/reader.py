@@ -159,7 +159,8 @@ class Cache:
             raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {data}")
         if self.data == "folder" and not data:
             raise UsageError(f"the cache '{self.folder}' is of a folder of images: name it with --data folder:PATH")
-        transfer_set = load_transfer_set(data or self.data, root, **self.cut, progress=progress)
+        names = self.manifest.identity["transfer_set"]["classes"] if self.data == "folder" else ""
+        transfer_set = load_transfer_set(data or self.data, root, **self.cut, classes=names, progress=progress)
         self.check_transfer_set(transfer_set)
         return transfer_set
 
@@ -208,15 +209,37 @@ class Cache:
         """
         if not self.fits_in_memory(split, draw, taps, together):
             return self.read_stored(split, draw, positions, taps)
+        names = self._list_target_datasets(taps)
+        return self._decode(self._read_resident(split, draw, names, positions, together), taps)
+
+    def read_checksums(
+        self, split: str, draw: int, positions: Positions, together: int = 1, in_memory: bool = True
+    ) -> NDArray[np.uint32]:
+        """Read the CRC-32 of the views at these positions, uint32 [n].
+
+        Args:
+            split, draw, positions, together: As in `read_targets`.
+            in_memory: Whether those of a whole draw may be read and kept, where its logits are.
+        """
+        if in_memory and self.fits_in_memory(split, draw, (), together):
+            rows = self._read_resident(split, draw, ["view_crc32"], positions, together)["view_crc32"]
+        else:
+            rows = self.read_rows(split, draw, "view_crc32", positions)
+        return rows.astype(np.uint32)
+
+    def _read_resident(
+        self, split: str, draw: int, names: list[str], positions: Positions, together: int
+    ) -> dict[str, NDArray[np.generic]]:
+        """Read rows of a draw that is kept in memory, {dataset: [n, …]}."""
         columns = self._resident[split, draw] = self._resident.pop((split, draw), {})
         for unused in list(self._resident)[: -2 * together]:
             self._resident.pop(unused, None)
         rows = {}
-        for name in self._list_target_datasets(taps):
+        for name in names:
             if name not in columns:
                 columns[name] = self.read_column(split, draw, name)
             rows[name] = columns[name].take(positions, axis=0)  # 5 us for 2,709 rows of 10 logits; [positions]: 21
-        return self._decode(rows, taps)
+        return rows
 
     def read_stored(
         self, split: str, draw: int, positions: Positions, taps: tuple[str, ...] = ()

@@ -1,16 +1,15 @@
 """Verifying a cache: every byte of its shards, and that its views can still be rendered as the teacher saw them."""
 
-import zlib
 from contextlib import closing
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.data.transfer_set import TransferSet
-from softcache.data.views import render
+from softcache.data.views import ImageSource, render
 
+from .checksums import compute_crc32
 from .manifest import ShardRecord
 from .reader import Cache
 from .rows import Positions
@@ -23,7 +22,7 @@ def verify_shard(cache: Cache, record: ShardRecord) -> NDArray[np.generic]:
     """Verify all of a shard that can be verified without its images. May be called by several threads.
 
     Returns:
-        uint32 [rows], the checksums of its views, see `compute_crc32`.
+        uint32 [rows], the checksums of its views, see checksums.compute_crc32.
 
     Raises:
         CacheError: The shard is missing, damaged, or not of this place of this cache.
@@ -114,24 +113,43 @@ def compare_views(
     Raises:
         CacheError: A view comes out differently. The message names the first one.
     """
-    index = cache.index_at(split, positions)
+    images, index = transfer_set.splits[split].images, cache.index_at(split, positions)
     policy = cache.views.of_split(split)
     batch = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
     for start in range(0, len(index), batch):
         part = index[start : start + batch]
-        views = render(transfer_set.splits[split].images, policy, cache.seed, part, draw)
+        views = render(images, policy, cache.seed, part, draw)
         wrong = np.flatnonzero(compute_crc32(views) != crcs[start : start + batch])
         if len(wrong):
-            raise CacheError(
-                f"{len(wrong)} of {len(part)} views of '{cache.folder}' come out differently here, the first is"
-                f" {split} index {part[wrong[0]]}, draw {draw}: an image, the decoder or a library changed."
-                f" The cache was written with {_format_versions(cache.manifest.versions)}"
+            raise make_view_error(
+                cache,
+                images,
+                split=split,
+                index=int(part[wrong[0]]),
+                draw=draw,
+                wrong=len(wrong),
+                compared=len(part),
             )
 
 
-def compute_crc32(views: torch.Tensor) -> NDArray[np.uint32]:
-    """Compute the CRC-32 [B] of the bytes of uint8 views [B, C, H, W]."""
-    return np.array([zlib.crc32(view) for view in views.contiguous().numpy()], np.uint32)
+def make_view_error(
+    cache: Cache, images: ImageSource, *, split: str, index: int, draw: int, wrong: int, compared: int
+) -> CacheError:
+    """Make the error of views that are not those that the teacher saw.
+
+    Args:
+        cache: Whose checksums they do not have.
+        images: Of the split.
+        split, index, draw: Of the first such view.
+        wrong: How many there are.
+        compared: How many were compared.
+    """
+    file = f", of the image {make_printable(images.describe(index), None)}" if images.describe(index) else ""
+    return CacheError(
+        f"{wrong} of {compared} views of '{cache.folder}' come out differently here, the first is"
+        f" {split} index {index}, draw {draw}{file}: an image, the decoder or a library changed. Put it back,"
+        f" or make a new cache. The cache was written with {_format_versions(cache.manifest.versions)}"
+    )
 
 
 def _format_versions(versions: dict[str, str]) -> str:

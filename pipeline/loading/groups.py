@@ -100,11 +100,18 @@ class BatchGroup:
 
     def select_views(self, rank: int, world: int) -> tuple[Rows, Draw]:
         """Index and draw of the views that a rank renders: of every batch its part, of one rank all."""
-        if world == 1:
-            return self.index, self.draw
-        parts = [(start, get_rank_rows(stop - start, rank, world)) for start, stop in pairwise(self.boundaries)]
-        rows = np.concatenate([np.arange(start + first, start + last) for start, (first, last) in parts])
+        rows = self._select_rows(rank, world)
         return self.index[rows], self.draw if isinstance(self.draw, int) else self.draw[rows]
+
+    def select_positions(self, rank: int, world: int) -> Rows:
+        """The positions of the views that a rank renders."""
+        return np.repeat(self.positions, len(self.draws))[self._select_rows(rank, world)]
+
+    def _select_rows(self, rank: int, world: int) -> Rows | slice:
+        if world == 1:
+            return slice(None)
+        parts = [(start, get_rank_rows(stop - start, rank, world)) for start, stop in pairwise(self.boundaries)]
+        return np.concatenate([np.arange(start + first, start + last) for start, (first, last) in parts])
 
     def read_targets(self) -> Targets:
         """Logits [n * k, …] and features {tap: [n * k, …]} of all views; None and {} without targets."""

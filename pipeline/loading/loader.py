@@ -28,6 +28,7 @@ from .groups import BatchGroup, TargetWindow, get_rank_rows
 from .order import BLOCK_ROWS, WINDOW_BLOCKS, EpochOrder
 from .prefetch import map_in_workers, prefetch
 from .rendering import ViewRenderer
+from .view_checks import ViewChecks
 
 Rows = NDArray[np.int64]
 LoadedGroups = Generator[tuple[BatchGroup, Batch], None, None]
@@ -108,7 +109,8 @@ class CacheLoader:
         when it is needed.
 
         Raises:
-            CacheError: An image or a target cannot be read, or is damaged.
+            CacheError: An image or a target cannot be read, or is damaged; or a view is not the one that the teacher
+                saw.
             ValueError: A resident_device is given for images that cannot be rendered there, see DeviceCache.
         """
         groups: LoadedGroups
@@ -138,6 +140,7 @@ class CacheLoader:
     def _gather_on_device(self, device_cache: DeviceCache, start: int, stop: int) -> LoadedGroups:
         for group in self._make_groups(start, stop):
             views = device_cache.render_views(self.view_seed, *group.select_views(self.rank, self.world))
+            self._check_views(group, views)
             targets = device_cache.gather_targets(group.positions, group.draws)
             yield group, self._assemble(group, views, targets).to(device_cache.device)
 
@@ -145,6 +148,7 @@ class CacheLoader:
         for group in self._make_groups(start, stop):
             index, draw = group.select_views(self.rank, self.world)
             views = render(self.split.images, self.views, self.view_seed, index, draw)
+            self._check_views(group, views)
             yield group, self._assemble(group, views, group.read_targets()).to(self.device)
 
     def _render_in_workers(self, start: int, stop: int) -> LoadedGroups:
@@ -156,11 +160,27 @@ class CacheLoader:
                 requested.append(group)
                 yield group.select_views(self.rank, self.world)
 
-        renderer = ViewRenderer(self.split.images, self.views, self.view_seed)
-        with closing(map_in_workers(renderer, request_views(), self.workers, self.start_method)) as all_views:
-            for views in all_views:
+        renderer = ViewRenderer(self.split.images, self.views, self.view_seed, with_checksums=True)
+        with closing(map_in_workers(renderer, request_views(), self.workers, self.start_method)) as rendered:
+            for views, crcs in rendered:
                 group = requested.popleft()
+                if self._checks is not None:
+                    index, draw = group.select_views(self.rank, self.world)
+                    positions = group.select_positions(self.rank, self.world)
+                    self._checks.compare_checksums(crcs.numpy(), index, draw, positions, len(group.draws))
                 yield group, self._assemble(group, views, group.read_targets()).to(self.device)
+
+    @cached_property
+    def _checks(self) -> ViewChecks | None:
+        """What compares the views with their checksums in the cache; None without a cache."""
+        return None if self.cache is None else ViewChecks(self.cache, "train", self.split.images)
+
+    def _check_views(self, group: BatchGroup, views: torch.Tensor) -> None:
+        """Compare the views of this rank's rows with those that the teacher saw."""
+        if self._checks is not None:
+            index, draw = group.select_views(self.rank, self.world)
+            positions = group.select_positions(self.rank, self.world)
+            self._checks.compare_views(views, index, draw, positions, draws_at_once=len(group.draws))
 
     def _make_groups(self, start: int, stop: int) -> Iterator[BatchGroup]:
         """Divide the batches of the steps start to stop - 1 into windows, and these into groups of GROUP_BYTES."""

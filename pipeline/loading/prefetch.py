@@ -45,7 +45,7 @@ def map_in_workers(
     The caller closes the generator, see contextlib.closing; that ends the processes.
 
     Args:
-        dataset: Computes an item in a worker process, or returns as text the message of a CacheError. (An exception
+        dataset: Computes an item in a worker process, or returns a CacheError. (An exception that is raised there
             would arrive with the worker's traceback in its message.)
         keys: Read in this process, some keys ahead of the items.
         workers: Number of processes, at least 1.
@@ -73,8 +73,8 @@ def map_in_workers(
                 item = next(iterator, None)
             if item is None:
                 return
-            if isinstance(item, str):
-                raise CacheError(item)
+            if isinstance(item, CacheError):
+                raise item
             yield item
     finally:
         if iterator is not None:  # else a traceback that is kept somewhere would keep the processes

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from softcache.base.errors import CacheError
 from softcache.data.views import Draw, ImageSource, ViewPolicy, render
-from softcache.pipeline.cache.verification import compute_crc32
+from softcache.pipeline.cache.checksums import compute_crc32
 
 from .prefetch import map_in_workers, prefetch, share_memory
 
@@ -21,7 +21,7 @@ Rows = NDArray[np.int64]
 class ViewRenderer(Dataset[Any]):
     """Renders views in a worker process: (index [B], draw) -> views uint8 [B, C, S, S].
 
-    The message of a CacheError takes the place of the views, see map_in_workers. With checksums the item is
+    A CacheError takes the place of the views, see map_in_workers. With checksums the item is
     (views, CRC-32 [B] of each view).
     """
 
@@ -36,7 +36,7 @@ class ViewRenderer(Dataset[Any]):
             checksums = torch.from_numpy(compute_crc32(views))
             return share_memory(views), share_memory(checksums)
         except CacheError as error:
-            return str(error)
+            return error
 
 
 def render_batches(

@@ -22,6 +22,23 @@ class CacheMismatchError(CacheError):
     """A cache is complete, but it was made from other data or another teacher. The message names the fields."""
 
 
+class UnreadableImageError(CacheError):
+    """An image file cannot be decoded, or not without loss.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it; the message is "the image PATH REASON".
+    """
+
+    def __init__(self, path: object, reason: str):
+        super().__init__(f"the image {make_printable(path, None)} {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle path and reason, of which a process makes the same error again."""
+        return UnreadableImageError, (self.path, self.reason)
+
+
 class TrainingStopped(CacheError):
     """A training ended before its last epoch."""
 

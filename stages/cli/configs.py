@@ -22,6 +22,7 @@ from .option_groups import (
     WEIGHTS_KEY_HELP,
     CacheSourceOptions,
     DataOptions,
+    FolderOptions,
     MachineOptions,
     OutputOptions,
     PrecisionOptions,
@@ -32,7 +33,9 @@ from .option_groups import (
 
 
 @dataclass(frozen=True)
-class TeacherConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, OutputOptions, TrainingOptions):
+class TeacherConfig(
+    DataOptions, FolderOptions, SplitOptions, MachineOptions, PrecisionOptions, OutputOptions, TrainingOptions
+):
     """`softcache teacher`: train a teacher."""
 
     heading: ClassVar[str] = "Teacher"
@@ -43,7 +46,7 @@ class TeacherConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions,
 
 
 @dataclass(frozen=True)
-class CacheConfig(DataOptions, SplitOptions, MachineOptions, PrecisionOptions, OutputOptions):
+class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, PrecisionOptions, OutputOptions):
     """`softcache teacher-cache`: run the teacher once and write its outputs."""
 
     heading: ClassVar[str] = "Cache"

@@ -70,6 +70,27 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class FolderOptions:
+    """How a folder of images is read."""
+
+    heading: ClassVar[str] = "Data"
+    classes: str = option(
+        "",
+        "Order of the class folders: natural, number, or a file with one name a line; by their text when not given.",
+    )
+    exif: str = option(
+        "stored",
+        "Pixels of a folder's images as stored, or turned by their EXIF orientation.",
+        choices=("stored", "transpose"),
+    )
+    unreadable: str = option(
+        "error",
+        "Images of a folder that cannot be decoded; skip leaves them out, and decodes every image once to find them.",
+        choices=("error", "skip"),
+    )
+
+
+@dataclass(frozen=True)
 class SplitOptions:
     """How a transfer set is split, and which of its training rows are used."""
 

@@ -189,6 +189,7 @@ def _make_metadata(exported: ExportedRun, setup: DistillationSetup) -> ExportMet
         arch=setup.student_arch(exported.config, setup.losses),
         fingerprints=tuple(cache.manifest.fingerprint for cache in setup.teachers.members),
         versions={"softcache": __version__, "torch": torch.__version__},
+        is_transposed=transfer_set.cut.get("exif") == "transpose",
     )
 
 

@@ -23,6 +23,7 @@ class ExportMetadata:
         arch: Of the student.
         fingerprints: Of the caches from which the student was trained.
         versions: Of softcache and PyTorch.
+        is_transposed: Whether images are first turned as their EXIF orientation says.
     """
 
     classes: tuple[str, ...]
@@ -32,6 +33,7 @@ class ExportMetadata:
     arch: str
     fingerprints: tuple[str, ...]
     versions: dict[str, str]
+    is_transposed: bool = False
 
     @property
     def mode(self) -> str:
@@ -42,6 +44,7 @@ class ExportMetadata:
     def preprocessing(self) -> dict[str, Any]:
         """How an image becomes the input, as plain JSON values."""
         return {
+            **({"exif": "transpose"} if self.is_transposed else {}),
             "mode": self.mode,
             "channels": self.channels,
             "size": self.size,
@@ -54,9 +57,10 @@ class ExportMetadata:
     def describe_preprocessing(self) -> str:
         """Write out the preprocessing as instructions for a person."""
         kind = "grey" if self.channels == 1 else "RGB"
+        turn = ", turned by its EXIF orientation" if self.is_transposed else ""
         return (
-            f"Decode the image as {kind} (8 bits a channel); make its shorter side {self.resize} px with Pillow's"
-            f" bilinear filter, unless it is; cut out the middle {self.size} x {self.size} px; divide by 255."
+            f"Decode the image as {kind} (8 bits a channel){turn}; make its shorter side {self.resize} px with"
+            f" Pillow's bilinear filter, unless it is; cut out the middle {self.size} x {self.size} px; divide by 255."
             " Normalisation is inside the network."
         )
 
@@ -111,4 +115,5 @@ class ExportMetadata:
             arch=str(record.get("arch", "")),
             fingerprints=tuple(map(str, json.loads(record.get("cache", "[]")))),
             versions={key: str(record[key]) for key in ("softcache", "torch") if key in record},
+            is_transposed=preprocessing.get("exif") == "transpose",
         )

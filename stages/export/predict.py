@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.data.decoding import center_crop, open_image
+from softcache.data.decoding import apply_orientation, center_crop, open_image
 from softcache.stages.cli.configs import PredictConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.extras import require_extra
@@ -51,7 +51,8 @@ def load_input(path: Path, metadata: ExportMetadata) -> Images:
     The pixels are those of the plain view in which the student was validated.
     """
     with open_image(path) as image:
-        pixels = center_crop(image.convert(metadata.mode), metadata.size, metadata.resize)
+        upright = apply_orientation(image) if metadata.is_transposed else image
+        pixels = center_crop(upright.convert(metadata.mode), metadata.size, metadata.resize)
     return pixels[None].astype(np.float32) / np.float32(255)
 
 

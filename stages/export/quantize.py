@@ -21,6 +21,7 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 from softcache import __version__
 from softcache.base.errors import CacheError
 from softcache.data.views import render
+from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.stages.cli.console import progress
 from softcache.stages.student.setup import DistillationSetup
@@ -114,11 +115,14 @@ def _calibration_batches(setup: DistillationSetup) -> Iterator[Images]:
     """
     cache, order = setup.cache, setup.cache.row_order("train")
     images, N = setup.transfer_set.splits["train"].images, len(order)
+    checks = ViewChecks(setup.teachers, "train", images)
     place = np.arange(_count_calibration_views(setup))
     index, draw = order[place % N], (place // N + place % N) % cache.manifest.draws
     for start in range(0, len(place), _CALIBRATION_BATCH):
         batch = slice(start, start + _CALIBRATION_BATCH)
-        yield to_unit_range(render(images, cache.views, cache.seed, index[batch], draw[batch]))
+        views = render(images, cache.views, cache.seed, index[batch], draw[batch])
+        checks.compare_views(views, index[batch], draw[batch])
+        yield to_unit_range(views)
 
 
 class _CalibrationReader:

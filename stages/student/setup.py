@@ -16,6 +16,7 @@ from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.archs.simkd import SimKDStudent
@@ -94,7 +95,11 @@ class DistillationSetup:
             taps=taps,
             input_spec=replace(caches[0].input_spec, size=views.size),
             device=device,
-            held_out={s: HeldOutSplit(transfer_set.splits[s], views, device, config) for s in member_logits},
+            held_out={
+                split: HeldOutSplit(rows, views, device, config, ViewChecks(teachers, split, rows.images))
+                for split, rows in transfer_set.splits.items()
+                if split in member_logits
+            },
             member_logits=member_logits,
             head=map_head(teachers, head),
             output=config.output,

@@ -16,7 +16,7 @@ from softcache.pipeline.teachers.combine import Combination, fit_combination, pa
 from softcache.pipeline.teachers.distribution_map import DistributionMap, fit_map
 from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble, check_same_views, list_missing_runs
 from softcache.stages.cli.configs import StudentConfig
-from softcache.stages.cli.console import progress_bar
+from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.distributed.ranks import first_rank_first
 from softcache.stages.runs.data import load_cache_data
 from softcache.stages.runs.figures import Figures
@@ -46,7 +46,8 @@ def load_shared_data(caches: tuple[Cache, ...], config: StudentConfig) -> Transf
 
     Args:
         caches: of the same rows and views.
-        config: `data` and `data_root`, where the images are on this machine.
+        config: `data` and `data_root`, where the images are on this machine. Files of a folder that are no rows are
+            counted in a line on standard error.
 
     Raises:
         CacheError: when the images are not those of a cache.
@@ -54,6 +55,8 @@ def load_shared_data(caches: tuple[Cache, ...], config: StudentConfig) -> Transf
     transfer_set = first_rank_first(lambda: load_cache_data(caches[0], config.data, Path(config.data_root)))
     for cache in caches[1:]:
         cache.check_transfer_set(transfer_set)
+    if transfer_set.left_out:
+        Console(config.json).note(transfer_set.left_out)
     return transfer_set
 
 

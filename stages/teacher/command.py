@@ -35,7 +35,15 @@ from softcache.stages.training.loop import train
 from softcache.stages.training.run import TrainingRun
 from softcache.stages.training.validation import HeldOutSplit, check_select
 
-from .data import SPLIT_OPTIONS, fill_size, load_data, make_input_spec
+from .data import (
+    FOLDER_OPTIONS,
+    SPLIT_OPTIONS,
+    fill_size,
+    load_data,
+    make_input_spec,
+    name_all_unreadable,
+    print_notes,
+)
 
 
 def run(config: TeacherConfig, explicit_options: set[str]) -> None:
@@ -82,6 +90,7 @@ def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
         teacher=config.arch if is_custom_arch(config.arch) else "",  # code of a run is used where it is named again
         weights=str(folder),
         out=find_free_name(default_out) if Path(default_out).exists() else "",
+        **{name: getattr(config, name) for name in FOLDER_OPTIONS},
         **split_options,
     )
     return format_command("teacher-cache", cache_config)
@@ -141,11 +150,13 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     parse_normalize(config.normalize)
     device = select_device(config.device)
     transfer_set = load_data(config)
+    print_notes(transfer_set, console)
     if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
         raise UsageError(f"a teacher needs labels: '{config.data}' has images without classes")
     check_select(config, transfer_set)
     views = fill_size(parse_views(config.views), transfer_set, console)
-    input_spec = make_input_spec(config.normalize, transfer_set, views)
+    with name_all_unreadable(transfer_set):
+        input_spec = make_input_spec(config.normalize, transfer_set, views)
     torch.manual_seed(config.seed)
     network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size, config.output)
     train_rows = transfer_set.splits["train"]
@@ -172,7 +183,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     )
     for note in check_trainable(network, check):
         console.print(note)
-    with start_run(config, folder):
+    with start_run(config, folder), name_all_unreadable(transfer_set):
         model = PreparedModel(network, input_spec).to(device)
         held_out = {
             split: HeldOutSplit(transfer_set.splits[split], views, device, config)

@@ -1,11 +1,15 @@
 """The transfer set, the size of its views and the preparation of the input, as the options of a command name them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from softcache.base.errors import UnreadableImageError
 from softcache.data.transfer_set import TransferSet, load_transfer_set
+from softcache.data.unreadable import find_all_unreadable
 from softcache.data.views import ViewPolicy, render
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, parse_normalize
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
@@ -13,6 +17,7 @@ from softcache.stages.cli.console import Console, progress
 
 # Options that decide which rows of a data set are in which split: those of SplitOptions, and the seed.
 SPLIT_OPTIONS = ("val_fraction", "seed", "train_size", "imbalance", "head_size")
+FOLDER_OPTIONS = ("classes", "exif", "unreadable")  # options that decide how a folder is read: those of FolderOptions
 FOLDER_SIZE = 224  # pixels; size of the views of a folder whose images differ in size
 _SAMPLE_ROWS = 4096  # training rows whose mean and standard deviation are measured
 
@@ -24,8 +29,29 @@ def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
         UsageError: There is no such data set, or an option of the split is out of range.
         CacheError: An image is damaged.
     """
-    split_options = {name: getattr(config, name) for name in SPLIT_OPTIONS}
-    return load_transfer_set(config.data, Path(config.data_root), **split_options, progress=progress)
+    options = {name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)}
+    return load_transfer_set(config.data, Path(config.data_root), **options, progress=progress)
+
+
+def print_notes(transfer_set: TransferSet, console: Console) -> None:
+    """Print which files of a folder are left out, and what else a user should see before the images are used."""
+    for line in (transfer_set.left_out, *transfer_set.notes):
+        if line:
+            console.print(line)
+
+
+@contextmanager
+def name_all_unreadable(transfer_set: TransferSet) -> Iterator[None]:
+    """Where an image turns out to be no image while it is used, look for all of them, and name them at once.
+
+    Raises:
+        CacheError: It counts and names the images that cannot be decoded.
+    """
+    try:
+        yield
+    except UnreadableImageError as error:
+        splits = (rows.images for rows in transfer_set.splits.values())
+        raise find_all_unreadable(splits, error, progress) from None
 
 
 def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:

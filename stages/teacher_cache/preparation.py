@@ -11,7 +11,8 @@ from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_e
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
-from softcache.data.views import parse_views
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
 from softcache.pipeline.cache.existing import Complete, read_existing, read_in_progress_file, read_inference_settings
 from softcache.pipeline.cache.folder import MANIFEST_FILE
@@ -32,13 +33,16 @@ from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.output_folder import check_output_folder
-from softcache.stages.teacher.data import fill_size, load_data
+from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, name_all_unreadable, print_notes
 
 from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
 from .teacher_source import check_teacher_source, load_teacher
 from .trials import TrialViews
+
+# Options that the first caches did not have: a manifest has them where they are not at their default.
+_LATER_OPTIONS = (*FOLDER_OPTIONS, "output", "outputs", "weights_key")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,20 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
     views = parse_views(config.views)
     _check_before_images(config, requested_taps)
     transfer_set = ranks.first_rank_first(lambda: load_data(config))
+    print_notes(transfer_set, console)
     views = fill_size(views, transfer_set, console)
+    with name_all_unreadable(transfer_set):
+        return _prepare_plan(config, transfer_set, views, requested_taps, console)
+
+
+def _prepare_plan(
+    config: CacheConfig,
+    transfer_set: TransferSet,
+    views: ViewPolicy,
+    requested_taps: tuple[str, ...],
+    console: Console,
+) -> PreparedCache:
+    """Load the teacher, choose its precision, and work out identity and sizes of the cache."""
     teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
     for note in check_teacher(teacher, arch, len(transfer_set.classes)):
@@ -203,12 +220,11 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     """Return the options that another machine can repeat: of a path, its last part."""
     local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
     settings = {name: value for name, value in asdict(config).items() if name not in local}
-    if not settings["output"]:
-        del settings["output"]
-    if settings["outputs"] == LOGITS:
-        del settings["outputs"]
+    for name in _LATER_OPTIONS:
+        if settings[name] == getattr(CacheConfig, name):
+            del settings[name]
+    if Path(config.classes).is_file():
+        settings["classes"] = Path(config.classes).name
     settings["weights"] = Path(config.weights).name
-    if not config.weights_key:  # caches of before this option have no such key
-        del settings["weights_key"]
     settings["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
     return settings

@@ -25,7 +25,7 @@ from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
 from softcache.stages.runs.named_code import require_named_code
 from softcache.stages.teacher.command import describe_accuracy, fill_defaults, train_teacher
-from softcache.stages.teacher.data import SPLIT_OPTIONS, make_input_spec
+from softcache.stages.teacher.data import FOLDER_OPTIONS, SPLIT_OPTIONS, make_input_spec
 
 from .recorded_run import check_same_classes, list_differences, note_different_split, read_run
 
@@ -217,13 +217,14 @@ def _make_teacher_config(config: CacheConfig) -> tuple[TeacherConfig, bool]:
             device=config.device,
             workers=config.workers,
             out=str(folder),
-            **{name: getattr(config, name) for name in SPLIT_OPTIONS},
+            **{name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)},
         )
     )
     is_started = (folder / "settings.json").is_file()
     if is_started:
-        recorded = read_json(folder / "settings.json")
-        names = ("data", "arch", "normalize", *SPLIT_OPTIONS)
+        defaults = {name: getattr(TeacherConfig, name) for name in FOLDER_OPTIONS}
+        recorded = defaults | read_json(folder / "settings.json")
+        names = ("data", "arch", "normalize", *SPLIT_OPTIONS, *FOLDER_OPTIONS)
         if differences := list_differences(recorded, teacher_config, names):
             raise CacheError(
                 f"the teacher in '{folder}' was trained with other options ({'; '.join(differences)}):"

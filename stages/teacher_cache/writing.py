@@ -21,6 +21,7 @@ from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions
+from softcache.stages.teacher.data import name_all_unreadable
 
 from .cache_readme import write_readme
 from .label_checks import print_final_look, print_first_look, print_normalize_comparison
@@ -57,7 +58,7 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         return _report_nothing_missing(writer.previous, out, console)
     reference = to_record(_check_before_writing(writer, prepared, console))
     make_folder(out)
-    with hold_lock(out):
+    with hold_lock(out), name_all_unreadable(transfer_set):
         writer = CacheWriter.examine(out, prepared.plan)  # again: another process may have written meanwhile
         if writer.previous and writer.missing:
             console.print(f"the cache '{out}' grows by {len(writer.missing)} shards; its files stay as they are")
@@ -111,7 +112,8 @@ def write_share_of_rank(prepared: PreparedCache, console: Console) -> None:
     if start is not None:
         reference = to_record(compute_reference(prepared.generator))
         check_same_teacher(reference, start["reference"], prepared.generator, "rank 0", _RANK_ADVICE)
-        write_shards(CacheWriter.examine(Path(prepared.config.out), prepared.plan), prepared, console)
+        with name_all_unreadable(prepared.generator.transfer_set):
+            write_shards(CacheWriter.examine(Path(prepared.config.out), prepared.plan), prepared, console)
 
 
 def write_shards(writer: CacheWriter, prepared: PreparedCache, console: Console) -> None:

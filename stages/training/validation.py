@@ -12,6 +12,7 @@ from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
+from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
 
@@ -24,12 +25,21 @@ class HeldOutSplit:
         views: the view policy, of which only the part without augmentation is used.
         device: where models are.
         config: precision of the forward pass, and workers that render views.
+        checks: compares the views with those that the teacher saw; None without a teacher.
     """
 
     _MAX_CACHED_BYTES = 256 << 20
 
-    def __init__(self, split: Split, views: ViewPolicy, device: torch.device, config: TeacherConfig | StudentConfig):
+    def __init__(
+        self,
+        split: Split,
+        views: ViewPolicy,
+        device: torch.device,
+        config: TeacherConfig | StudentConfig,
+        checks: ViewChecks | None = None,
+    ):
         self.split, self.views, self.device = split, views.without_augmentation(), device
+        self._checks = checks
         self.precision, self.workers = config.precision, config.workers
         self.labels, self.batch_size = split.labels, 512
         self._cached_batches: list[torch.Tensor] = []
@@ -54,7 +64,9 @@ class HeldOutSplit:
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         rendered, size = [], 0
         with closing(render_batches(self.split.images, self.views, 0, batches, 0, self.workers)) as all_views:
-            for views in all_views:
+            for index, views in zip(batches, all_views, strict=True):
+                if self._checks is not None:
+                    self._checks.compare_views(views, index, 0)
                 size += views.numel()
                 if size <= self._MAX_CACHED_BYTES:
                     rendered.append(views)

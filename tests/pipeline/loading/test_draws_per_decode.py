@@ -133,18 +133,18 @@ def test_batches_are_the_same_from_any_step(twelve: Path, monkeypatch: pytest.Mo
 
 def test_a_draw_that_is_used_with_others_is_read_once(twelve: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 6 draws side by side none is put out of memory for another, in its lap."""
-    read: list[int] = []
+    read: list[tuple[int, str]] = []
     column = Cache.read_column
 
     def noted(self: Cache, split: str, draw: int, name: str) -> Any:
-        read.append(draw)
+        read.append((draw, name))
         return column(self, split, draw, name)
 
     monkeypatch.setattr(Cache, "read_column", noted)
     stream = stream_of(twelve, draws=12, draws_per_decode=6, batch_size=6)
     for _ in stream.batches(0, 3 * 6 * stream.steps_per_epoch):
         pass
-    assert sorted(read) == list(range(12))
+    assert sorted(read) == [(draw, name) for draw in range(12) for name in ("logits", "view_crc32")]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from softcache.data.transfer_set import load_transfer_set
+from softcache.pipeline.cache.checksums import compute_crc32
 from softcache.pipeline.cache.reader import Cache
-from softcache.pipeline.cache.verification import compute_crc32
 from softcache.pipeline.loading.loader import CacheLoader
 from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages

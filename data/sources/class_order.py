@@ -1,0 +1,89 @@
+"""The order of the class folders, which is the order of the labels."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from softcache.base.errors import CacheError, UsageError, make_printable
+
+from .folder_listing import shorten_names
+
+_WHOLE_NUMBER = re.compile("[0-9]{1,18}")
+
+
+def order_classes(names: tuple[str, ...], order: str | Sequence[str]) -> tuple[str, ...]:
+    """Put the names of class folders in order.
+
+    Args:
+        names: The names, sorted by their text.
+        order: See FolderOptions.
+
+    Raises:
+        UsageError: `number`, and a name is no whole number or two are the same one; or the names in the file are not
+            those of the folders.
+        CacheError: The file cannot be read.
+    """
+    if not isinstance(order, str):
+        return tuple(order) if sorted(order) == sorted(names) else names
+    if order == "":
+        return names
+    if not names:
+        raise UsageError(f"--classes {order}: these images have no class folders")
+    if order == "natural":
+        return tuple(sorted(names, key=_natural_key))
+    if order == "number":
+        return _order_by_number(names)
+    return _read_order(Path(order), names)
+
+
+def describe_number_order(names: tuple[str, ...]) -> str:
+    """Describe where whole numbers are in the order of their text: 0, 1, 10, 11, 2; empty where they are not."""
+    if not all(_WHOLE_NUMBER.fullmatch(name) for name in names) or list(names) == sorted(names, key=int):
+        return ""
+    return (
+        f"the class folders are in the order of their text ({shorten_names(list(names))}), not of their numbers:"
+        " --classes number changes it"
+    )
+
+
+def _natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Digits are compared as numbers, and stand before text; names that are then equal are compared as text."""
+    parts = re.split("([0-9]+)", name)
+    return [(0, int(part[:4000]), "") if part[0] in "0123456789" else (1, 0, part) for part in parts if part], name
+
+
+def _order_by_number(names: tuple[str, ...]) -> tuple[str, ...]:
+    wrong = [name for name in names if not _WHOLE_NUMBER.fullmatch(name)]
+    if wrong:
+        raise UsageError(
+            f"--classes number: {len(wrong)} of {len(names)} class folders are no whole numbers:"
+            f" {shorten_names(wrong)}; --classes natural, or a file with the names, orders them"
+        )
+    by_number: dict[int, str] = {}
+    for name in names:
+        if int(name) in by_number:
+            raise UsageError(
+                f"--classes number: the class folders '{by_number[int(name)]}' and '{name}' are one number"
+            )
+        by_number[int(name)] = name
+    return tuple(by_number[number] for number in sorted(by_number))
+
+
+def _read_order(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Read the names from a file, one a line; empty lines are passed over."""
+    if not path.is_file():
+        raise UsageError(f"--classes: '{make_printable(path)}' is no file, and neither natural nor number")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise CacheError(f"--classes: '{make_printable(path)}' cannot be read: {make_printable(error)}") from None
+    order = [line for line in lines if line.strip()]
+    for problem, wrong in (
+        ("names twice", [name for name, count in Counter(order).items() if count > 1]),
+        ("names classes without a folder", [name for name in order if name not in set(names)]),
+        ("does not name the class folders", [name for name in names if name not in set(order)]),
+    ):
+        if wrong:
+            raise UsageError(f"--classes: '{make_printable(path)}' {problem} {len(wrong)}: {shorten_names(wrong)}")
+    return tuple(order)

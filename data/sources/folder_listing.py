@@ -1,0 +1,169 @@
+"""Listing the files of a folder of images: which are images of the set, and which are left out, by reason."""
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from softcache.base.errors import make_printable
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SHOWN_NAMES = 5  # of files that a message lists
+# Written by photo software, archivers and desktops beside the user's own files.
+THUMBNAIL_FOLDERS = {"@eaDir", "#recycle", "__MACOSX", ".thumbnails"}
+_DESKTOP_FILES = {"thumbs.db", "desktop.ini"}  # no content of the user's, as hidden files that are no images
+
+OTHER_ENDING, HIDDEN, THUMBNAIL = "not named as images", "hidden", "in folders of thumbnails"
+BESIDE_CLASSES, BESIDE_SPLITS = "beside the class folders", "beside the folders of the splits"
+LOOP = "links to a folder above"
+
+
+@dataclass
+class LeftOut:
+    """The files of a folder that are no rows of the set.
+
+    Attributes:
+        root: The folder.
+        names: {reason: paths relative to `root`}.
+        folders: Names of folders beside those of the splits, which are not looked into.
+    """
+
+    root: Path
+    names: dict[str, list[str]] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+
+    def add(self, reason: str, path: str) -> None:
+        """Count one file."""
+        self.names.setdefault(reason, []).append(os.path.relpath(path, self.root))
+
+    def describe(self) -> str:
+        """Describe all in one line, with the first five names of each reason; empty where nothing is left out."""
+        total = sum(map(len, self.names.values()))
+        parts = []
+        if total:
+            reasons = [f"{len(names):,} {_describe_reason(reason, names)}" for reason, names in self.names.items()]
+            parts.append(f"{total:,} {'file is' if total == 1 else 'files are'} left out: {'; '.join(reasons)}")
+        if self.folders:
+            parts.append(f"folders that are no split and are not read: {shorten_names(self.folders)}")
+        return f"of '{make_printable(self.root)}', {'; '.join(parts)}" if parts else ""
+
+
+def _describe_reason(reason: str, names: list[str]) -> str:
+    """Format a reason with its first names, and with the endings of the files that are not named as images."""
+    text = reason
+    if reason == OTHER_ENDING:
+        endings = sorted({os.path.splitext(name)[1].lower() or "no ending" for name in names})
+        text += f" ({shorten_names(endings)})"
+    return f"{text}: {shorten_names(names)}"
+
+
+def shorten_names(names: list[str]) -> str:
+    """Format the first five of some names from files, and an ellipsis where there are more."""
+    shown = ", ".join(make_printable(name, 120) for name in names[:SHOWN_NAMES])
+    return shown + (", …" if len(names) > SHOWN_NAMES else "")
+
+
+def list_folders(folder: Path) -> tuple[str, ...]:
+    """Return the names of the folders in a folder, also linked ones, sorted by text.
+
+    Hidden folders and those of thumbnails are no part of it.
+    """
+    with os.scandir(folder) as entries:
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not _is_system_folder(entry.name)))
+
+
+def list_images(folder: Path, left_out: LeftOut) -> list[Path]:
+    """List the images in a folder and in all folders below it, sorted by the parts of their paths.
+
+    Links to files and folders are followed, as torchvision's ImageFolder does, but no link that leads back to a folder
+    above it.
+
+    Args:
+        folder: Where to look.
+        left_out: The other files are added to it.
+    """
+    return sorted(Path(path) for path in _walk(str(folder), (), left_out))
+
+
+def note_loose_files(folder: Path, read_folders: Collection[str], reason: str, left_out: LeftOut) -> None:
+    """Count what lies in a folder beside the folders that are read.
+
+    Args:
+        folder: Where to look.
+        read_folders: The names of the folders that are read.
+        reason: BESIDE_CLASSES or BESIDE_SPLITS, for files that are named as images.
+        left_out: What is counted is added to it.
+    """
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name in read_folders:
+                continue
+            if not entry.is_dir():
+                _note_file(entry, left_out, reason)
+            elif entry.name in THUMBNAIL_FOLDERS:
+                _note_thumbnails(entry.path, left_out)
+            elif not entry.name.startswith("."):
+                left_out.folders.append(entry.name)
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...], left_out: LeftOut) -> Iterator[str]:
+    """Yield the images below a folder.
+
+    Args:
+        folder: Where to look.
+        above: Device and inode of each folder above it: a link to one of them would never end.
+        left_out: The other files are added to it.
+    """
+    status = os.stat(folder)
+    above = (*above, (status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.is_dir():
+                if is_image_name(entry.name) and not entry.name.startswith("."):
+                    yield entry.path
+                else:
+                    _note_file(entry, left_out, OTHER_ENDING)
+            elif entry.name in THUMBNAIL_FOLDERS:
+                _note_thumbnails(entry.path, left_out)
+            elif entry.name.startswith("."):
+                _note_hidden_images(entry.path, left_out)
+            elif entry.is_symlink() and _get_identity(entry) in above:
+                left_out.add(LOOP, entry.path)
+            else:
+                yield from _walk(entry.path, above, left_out)
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether the ending of a file's name is one of an image that is read."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _get_identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
+    status = entry.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_system_folder(name: str) -> bool:
+    return name.startswith(".") or name in THUMBNAIL_FOLDERS
+
+
+def _note_file(entry: "os.DirEntry[str]", left_out: LeftOut, reason: str) -> None:
+    """Count a file that is not read, unless it is one that a desktop writes by itself."""
+    if entry.name.startswith("."):
+        if is_image_name(entry.name):
+            left_out.add(HIDDEN, entry.path)
+    elif entry.name.lower() not in _DESKTOP_FILES:
+        left_out.add(reason if is_image_name(entry.name) else OTHER_ENDING, entry.path)
+
+
+def _note_thumbnails(folder: str, left_out: LeftOut) -> None:
+    """Count each file below a folder of thumbnails, or the folder itself where it is empty or cannot be read."""
+    files = [os.path.join(path, name) for path, _, names in os.walk(folder) for name in sorted(names)]
+    for path in files or [folder]:
+        left_out.add(THUMBNAIL, path)
+
+
+def _note_hidden_images(folder: str, left_out: LeftOut) -> None:
+    for path, _, names in os.walk(folder):
+        for name in filter(is_image_name, sorted(names)):
+            left_out.add(HIDDEN, os.path.join(path, name))
