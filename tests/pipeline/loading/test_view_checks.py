@@ -14,6 +14,8 @@ from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.loading import view_checks
 from softcache.pipeline.loading.loader import CacheLoader
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("views", [1, 2, 3, 31, 100])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 8), (3, 5, 7)])
@@ -37,11 +39,11 @@ def make_loader(tiny: Path, changed_row: int | None, **options: object) -> Cache
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"draws_per_decode": 3, "batch_size": 60}, {"workers": 1}, {"resident_device": torch.device("cpu")}],
+    [{}, {"draws_per_decode": 3, "batch_size": 60}, {"workers": 1}, {"resident_device": CPU}],
 )
 def test_a_changed_image_is_found_at_its_row(tiny: Path, options: dict[str, object]) -> None:
     loader = make_loader(tiny, 17, **options)
-    with pytest.raises(CacheError, match=r"1 of \d+ views of '.*' come out differently here, .* train index 17, draw"):
+    with pytest.raises(CacheError, match=r"[13] of \d+ views of .* differently here, .* train index 17, draw"):
         list(loader.batches(0, 3 * loader.steps_per_epoch))
 
 
