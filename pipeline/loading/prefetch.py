@@ -100,6 +100,8 @@ def _describe_failures() -> Iterator[None]:
         if not is_worker_failure(error) and "shared memory" not in str(error):
             raise
         raise CacheError(describe_worker_failure(str(error))) from None
+    except (ConnectionError, EOFError) as error:  # a worker was killed while it handed over a batch
+        raise CacheError(describe_worker_failure(f"a worker was killed ({type(error).__name__})")) from None
     except OSError as error:  # semaphores lie in shared memory too; a process needs memory
         if error.filename is not None or not (find_disk_error(error) or error.errno in (errno.ENOMEM, errno.EAGAIN)):
             raise

@@ -13,7 +13,6 @@ from softcache.base.files import make_folder, publish_json, read_input_file, rem
 from softcache.base.lock import LOCK, hold_lock
 from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
-from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.option_groups import TrainingOptions
@@ -174,7 +173,7 @@ def _resume_config(config: S, explicit_options: set[str]) -> S:
         config.arch if "arch" in explicit_options else "",
         owner=f"the run '{folder}'",
         option="--arch",
-        command=format_command(_command_name(config), config, arch=settings.arch),
+        command=format_resume_command(_command_name(config), folder, settings.arch),
     )
     names = _RESUME_OPTIONS & explicit_options & {f.name for f in fields(config)}
     return replace(settings, **{name: getattr(config, name) for name in names})

@@ -56,7 +56,8 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
     if writer.previous and writer.is_complete:  # needs no lock: the cache may be on a read-only mount
         clean_up(out)
         return _report_nothing_missing(writer.previous, out, console)
-    reference = to_record(_check_before_writing(writer, prepared, console))
+    with name_all_unreadable(transfer_set):
+        reference = to_record(_check_before_writing(writer, prepared, console))
     make_folder(out)
     with hold_lock(out), name_all_unreadable(transfer_set):
         writer = CacheWriter.examine(out, prepared.plan)  # again: another process may have written meanwhile

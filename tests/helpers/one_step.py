@@ -1,6 +1,6 @@
 """One training step as softcache takes it, with a teacher's outputs as a cache returns them."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,8 +56,8 @@ class OneBatch:
     def __init__(self, batch: Batch):
         self.batch, self.batch_size = batch, len(batch.index)
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        return iter([self.batch] * (stop - start))
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        yield from [self.batch] * (stop - start)
 
 
 @dataclass

@@ -21,7 +21,7 @@ TIMES = 1000
 
 
 def prefetch_for_ever() -> None:
-    for _ in prefetch(iter(range(1 << 40))):
+    for _ in prefetch(i for i in range(1 << 40)):
         pass
 
 

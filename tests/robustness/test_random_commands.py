@@ -167,7 +167,7 @@ def make_command_line(rng: random.Random, n: int) -> list[str]:
     name = rng.choice(sorted(commands.commands))
     command = commands.commands[name]
     words: list[str] = [name]
-    options = [p for p in command.params if isinstance(p, click.Option)]
+    options = [p for p in command.params if isinstance(p, click.Option) and p.name != "traceback"]
     for argument in command.params:
         if isinstance(argument, click.Argument):
             count = rng.choice((0, 1, 1, 2)) if argument.nargs == -1 else rng.choice((1, 1, 1, 1, 1, 1, 1, 0))

@@ -70,7 +70,7 @@ def test_make_alone_prints_every_target_with_one_line() -> None:
     [
         (
             ["student", "DATA=mnist", "ARCH=mlp:800,800", "LABELLED=100", "LEARNING_RATE=0.1", "SEED=4", "RESUME=1"],
-            "--data mnist --arch mlp:800,800 --labelled 100 --learning-rate 0.1 --seed 4 --resume --baseline",
+            "--data mnist --arch mlp:800,800 --labelled 100 --learning-rate 0.1 --seed 4 --resume",
         ),
         (
             ["teacher-cache", "DATA=folder:/a/b/", "WEIGHTS=w.th", "VIEWS=crop:pad=2", "TAPS=layer1,layer2"],

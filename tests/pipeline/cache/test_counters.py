@@ -140,18 +140,18 @@ def test_the_teacher_runs_once_for_each_batch_of_a_shard(
 def test_training_a_student_builds_no_teacher_and_reads_no_weights_of_one(
     tiny: Path, tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softcache.stages.student import setup
+    from softcache.stages.student import early_checks
     from softcache.stages.teacher_cache import teacher_source
 
     shutil.copytree(tiny / "cache", tmp_path / "c")
     built: list[str] = []
-    build = setup.build
+    build = early_checks.build
 
     def recording_build(arch: str, *arguments: Any) -> Any:
         built.append(arch)
         return build(arch, *arguments)
 
-    for module in (setup, teacher_source):
+    for module in (early_checks, teacher_source):
         monkeypatch.setattr(module, "build", recording_build)
     monkeypatch.setattr(TargetGenerator, "compute_shard", None)  # calling it would be an error
     with record_opened_files() as opened:

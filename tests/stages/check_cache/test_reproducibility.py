@@ -95,7 +95,7 @@ def test_other_weights_are_refused_before_any_output_is_compared(small: Path, st
     torch.save(state, "other.pt")
     assert "are not those of the cache: teacher.weights" in stages.fails(1, *CHECK[:-1], "other.pt")
     assert "there are no weights at 'nowhere.pt'" in stages.fails(2, *CHECK[:-1], "nowhere.pt")
-    assert "the cache's teacher is 'cnn'" in stages.fails(2, *CHECK, "--teacher", "mlp:8")
+    assert "--teacher mlp:8, but the cache 'c' is of cnn" in stages.fails(2, *CHECK, "--teacher", "mlp:8")
 
 
 def test_without_weights_the_teacher_is_not_run(small: Path, stages: Stages) -> None:

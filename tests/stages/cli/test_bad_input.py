@@ -147,8 +147,8 @@ def test_a_checkpoint_of_another_shape_names_the_first_keys(tiny: Path, stages: 
     weights = tiny / "runs/teacher/teacher.pt"
     arguments = ("teacher-cache", "--train-size", 300, "--weights", weights)
     line = stages.fails(2, *arguments, "--teacher", "mlp:8")
-    assert "hidden1.weight is missing" in line
-    assert "more)" in line
+    assert "2 missing (hidden1.weight, hidden1.bias)" in line
+    assert "not in the arch (conv1.weight, bn1.weight, bn1.bias, …)" in line
     assert "but the run" in stages.fails(2, *arguments[:-1], weights.parent, "--teacher", "mlp:8")
     assert "does not record its arch" in stages.fails(2, *arguments)
 

@@ -37,6 +37,7 @@ COMMAND_TEXT = re.compile(
 )
 # The functions of these files build commands for the places below.
 BUILDING_FILES = {"stages/cli/copied_commands.py", "stages/cli/typed_command.py"}
+NAMED_CODE = "run by tests/stages/runs/test_named_code.py"
 # {place: the scenarios below that make it print its command}; a str says why there is none to run.
 PLACES: dict[str, tuple[str, ...] | str] = {
     "pipeline/cache/archive.py:_format_check_command": ("damaged",),
@@ -48,6 +49,7 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/compare/significance.py:_read_predictions": ("logits_missing",),
     "stages/distributed/ranks.py:_check_heartbeats": "torchrun's command, which is not softcache's",
     "stages/distributed/ranks.py:_lost_rank_error": "torchrun's command, which is not softcache's",
+    "stages/export/command.py:run": NAMED_CODE,
     "stages/export/metadata.py:": "the name of a format",
     "stages/export/metadata.py:from_dict": "names the program that writes a file",
     "stages/export/model_card.py:": ("exported",),
@@ -55,10 +57,12 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/export/select_student.py:select_student": ("unfinished_run",),
     "stages/inspect/command.py:_inspect_taps": ("growth",),
     "stages/inspect/suggestion.py:suggest_student": ("inspected",),
+    "stages/main.py:_format_disk_error": "typed again by tests/robustness/test_full_disk_of_commands.py",
     "stages/report/command.py:_format_report_command": ("reported",),
     "stages/report/sections.py:make_run_section": ("reported",),
     "stages/runs/data.py:load_cache_data": ("other_images",),
     "stages/runs/folder.py:_describe_existing_run": ("existing_run",),
+    "stages/runs/folder.py:_resume_config": NAMED_CODE,
     "stages/student/blend.py:run": ("blended",),
     "stages/student/born_again.py:run": ("chain_interrupted",),
     "stages/student/born_again.py:_report": ("chain_interrupted",),
@@ -66,6 +70,7 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/student/command.py:_report": ("student_next",),
     "stages/student/defaults.py:fill_defaults": ("no_cache",),
     "stages/student/evaluate.py:_evaluate_student": ("unfinished_run",),
+    "stages/student/evaluate.py:run": NAMED_CODE,
     "stages/student/methods.py:run": ("methods_interrupted",),
     "stages/student/requirements.py:_format_growth": ("growth",),
     "stages/student/several_students.py:run": ("several_interrupted",),
@@ -74,7 +79,10 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/teacher/command.py:_format_cache_command": ("teacher_next",),
     "stages/teacher_cache/cache_readme.py:": ("cache_next",),
     "stages/teacher_cache/command.py:_print_report": ("cache_next",),
+    "stages/teacher_cache/preparation.py:_format_unfinished_command": ("other_teacher_while_unfinished",),
     "stages/teacher_cache/preparation.py:suggest_other_command": ("other_teacher",),
+    "stages/teacher_cache/recorded_run.py:read_run": NAMED_CODE,
+    "stages/teacher_cache/teacher_source.py:load_cache_teacher": "run by tests/stages/check_cache/test_repair.py",
     "stages/teacher_cache/writing.py:write_cache": "two processes at once: the command that was typed",
     "stages/teacher_cache/writing.py:_write_share": ("stage_one_interrupted",),
     "stages/training/loop.py:train": (
@@ -291,6 +299,15 @@ def other_images(scene: Scene) -> None:
 
 def other_teacher(scene: Scene) -> None:
     scene.run_printed(scene.call(*scene.cache[:-1], "w2.pt", "--out", "caches/c", code=1))
+
+
+def other_teacher_while_unfinished(scene: Scene) -> None:
+    with scene.patch.context() as patch:
+        interrupt_after_shards(1, patch)
+        scene.call(*scene.cache, "--out", "caches/new", code=130)
+    printed = scene.call(*scene.cache[:-1], "w2.pt", "--out", "caches/new", code=1)
+    assert len(scene.run_printed(printed)) == 2
+    scene.call("check-cache", "caches/new")
 
 
 def blended(scene: Scene) -> None:

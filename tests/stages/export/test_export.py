@@ -188,7 +188,7 @@ def test_the_folder_of_one_seed_can_be_exported(run: Path, stages: Stages) -> No
 
 def test_a_folder_without_a_finished_run_is_refused_in_one_line(run: Path, stages: Stages, tiny: Path) -> None:
     assert "is not the run of a student" in stages.fails(2, "export", tiny / "runs/teacher")
-    assert "is no run: it has no settings.json" in stages.fails(2, "export", "nowhere")
+    assert "there is no folder 'nowhere'" in stages.fails(2, "export", "nowhere")
     result = (run / "result.json").read_text()
     (run / "result.json").unlink()
     assert "is not finished: continue it with" in stages.fails(1, "export", run)

@@ -160,7 +160,8 @@ def test_students_of_other_archs_train_after_the_teacher_was_deleted(
     )
     options = ("--train-size", 200, "--epochs", 20, "--arch", "elsewhere:make", "--out", "runs/t")
     assert stages_process("teacher", *options, cwd=tmp_path).returncode == 0
-    caching = stages_process("teacher-cache", "--train-size", 200, "--weights", "runs/t", "--out", "c", cwd=tmp_path)
+    weights = ("--weights", "runs/t", "--teacher", "elsewhere:make")
+    caching = stages_process("teacher-cache", "--train-size", 200, *weights, "--out", "c", cwd=tmp_path)
     assert caching.returncode == 0, caching.stderr
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "elsewhere.py").write_text("raise ImportError('the teacher is not on this machine')\n")
