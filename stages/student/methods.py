@@ -93,7 +93,9 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
         )
     check_before_images(base_config, caches)
     network = build_for_cache(base_config.arch, caches[0], base_config.output)
-    layers = config.layers or _list_cached_layers(network, caches[0], base_config)
+    layers = config.layers
+    if not layers and _list_methods_of_layers(config):
+        layers = _list_cached_layers(network, caches[0], base_config)
     if config.student_layers:
         check_layer_names(network, config.student_layers, "--student-layers")
     methods = _select_methods(config, layers, console)
@@ -174,10 +176,15 @@ def _check_method_names(config: MethodsConfig) -> list[str]:
     return only
 
 
+def _list_methods_of_layers(config: MethodsConfig) -> list[str]:
+    """Return the methods to compare that read layers."""
+    names = _check_method_names(config) or METHODS
+    return [name for name in names if any("{" in spec for spec in METHODS[name])]
+
+
 def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
     """Return {method: losses} of the methods to compare, `hard` first, with the names of layers filled in."""
-    only = _check_method_names(config)
-    need_layers = [name for name in only or METHODS if any("{" in spec for spec in METHODS[name])]
+    only, need_layers = _check_method_names(config), _list_methods_of_layers(config)
     if need_layers and not layers:
         if only:
             raise UsageError(f"'{need_layers[0]}' reads layers, and the cache has no taps: name them with --layers")

@@ -469,7 +469,7 @@ def test_predict_computes_the_logits_of_the_run_for_the_files_of_an_image_folder
     assert "--data folder:PATH" in card
     assert "CC0" in card
     assert str(tmp_path) not in card + Path("r/export.json").read_text()
-    assert "dog\\|'x'" in card
+    assert "dog\\|\\`x\\`" in card
     assert "dog|" not in card
 
 
