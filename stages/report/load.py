@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.base.errors import CacheError, UsageError
+from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import StudentConfig
@@ -274,8 +274,9 @@ def _check_result(result: dict[str, Any], name: str) -> None:
             raise TypeError("an arch, digest, device or version is not text")
         if not isinstance(result["seeds"], list):
             raise TypeError("the seeds are not a list")
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-        raise CacheError(f"{name} is not of a student's run") from None
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise CacheError(f"{name} is not of a student's run, or is damaged: {make_printable(reason)}") from None
 
 
 def _list_splits(record: dict[str, Any]) -> list[str]:
