@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from softcache.data.image_arrays import ImageArrays
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard
@@ -174,6 +175,28 @@ def compare_cached_with_hard(
     contenders = {"cached": TrainingLoop(cached, steps), "hard": TrainingLoop(hard, steps)}
     seconds = time_in_turns(contenders, options.scale(rounds, 1))
     return Measurement(divide(seconds["cached"], seconds["hard"]), format_medians(seconds))
+
+
+def compare_checked_with_unchecked(options: BenchOptions, arch: str, steps: int = 8, rounds: int = 15) -> Measurement:
+    """Time of an epoch whose views are compared with their checksums / of one without; every view is a new one.
+
+    A training compares each view of images in memory once: in later epochs of the same draws the ratio is 1.
+    """
+    data, cache = write_mnist_cache(options) if arch.startswith("mlp") else write_cifar_cache(options)
+    config, setup = fixtures.open_setup(cache, data, arch)
+    steps = options.scale(steps, 2)
+    checked = TrainingLoop(make_run(options, config, setup, "checked"), steps)
+    unchecked = TrainingLoop(make_run(options, config, setup, "unchecked"), steps)
+    vars(unchecked.run.stream)["_checks"] = None  # a cached property
+    images = setup.transfer_set.splits["train"].images
+    assert isinstance(images, ImageArrays)
+
+    def run_checked() -> float:
+        images.compared_views.clear()
+        return checked()
+
+    seconds = time_in_turns({"checked": run_checked, "unchecked": unchecked}, options.scale(rounds, 1))
+    return Measurement(divide(seconds["checked"], seconds["unchecked"]), format_medians(seconds))
 
 
 def compare_hard_with_bare(options: BenchOptions, arch: str, steps: int = 8, rounds: int = 15) -> Measurement:
