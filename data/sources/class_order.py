@@ -9,6 +9,7 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 
 from .folder_listing import shorten_names
 
+SORTED_ORDERS = ("number", "natural")  # values of --classes that need no file
 _WHOLE_NUMBER = re.compile("[0-9]{1,18}")
 
 
@@ -35,6 +36,14 @@ def order_classes(names: tuple[str, ...], order: str | Sequence[str]) -> tuple[s
     if order == "number":
         return _order_by_number(names)
     return _read_order(Path(order), names)
+
+
+def sort_classes(names: tuple[str, ...], order: str) -> tuple[str, ...] | None:
+    """Put names in an order of SORTED_ORDERS; None where they cannot be sorted so."""
+    try:
+        return order_classes(tuple(sorted(names)), order)
+    except UsageError:
+        return None
 
 
 def describe_number_order(names: tuple[str, ...]) -> str:

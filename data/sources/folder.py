@@ -127,8 +127,14 @@ def _list_images(folder: Path, classes: tuple[str, ...], left_out: LeftOut) -> l
     if not class_folders:
         return [list_images(folder, left_out)]
     if set(class_folders) != set(classes):
-        differences = sorted(set(class_folders) ^ set(classes))
-        raise UsageError(f"the classes of '{folder}' are not those of the train folder: {shorten_names(differences)}")
+        missing = sorted(set(classes) - set(class_folders))
+        unknown = sorted(set(class_folders) - set(classes))
+        parts = [f"it has no {shorten_names(missing)}"] if missing else []
+        parts += [f"the train folder has no {shorten_names(unknown)}"] if unknown else []
+        raise UsageError(
+            f"the classes of '{make_printable(folder)}' are not those of the train folder: {'; '.join(parts)}. Make"
+            " the missing folders, with an image in each, or move the others away"
+        )
     note_loose_files(folder, class_folders, BESIDE_CLASSES, left_out)
     return [list_images(folder / name, left_out) for name in classes]
 

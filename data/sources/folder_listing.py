@@ -66,10 +66,10 @@ def shorten_names(names: list[str]) -> str:
 def list_folders(folder: Path) -> tuple[str, ...]:
     """Return the names of the folders in a folder, also linked ones, sorted by text.
 
-    Hidden folders and those of thumbnails are no part of it.
+    Hidden folders, those of thumbnails, and links that lead back to a folder above are no part of it.
     """
     with os.scandir(folder) as entries:
-        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not _is_system_folder(entry.name)))
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not _is_no_class(entry)))
 
 
 def list_images(folder: Path, left_out: LeftOut) -> list[Path]:
@@ -102,7 +102,11 @@ def note_loose_files(folder: Path, read_folders: Collection[str], reason: str, l
                 _note_file(entry, left_out, reason)
             elif entry.name in THUMBNAIL_FOLDERS:
                 _note_thumbnails(entry.path, left_out)
-            elif not entry.name.startswith("."):
+            elif entry.name.startswith("."):
+                _note_hidden_images(entry.path, left_out)
+            elif _leads_back(entry):
+                left_out.add(LOOP, entry.path)
+            else:
                 left_out.folders.append(entry.name)
 
 
@@ -127,7 +131,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...], left_out: LeftOut) ->
                 _note_thumbnails(entry.path, left_out)
             elif entry.name.startswith("."):
                 _note_hidden_images(entry.path, left_out)
-            elif entry.is_symlink() and _get_identity(entry) in above:
+            elif _leads_back(entry) or (entry.is_symlink() and _get_identity(entry) in above):
                 left_out.add(LOOP, entry.path)
             else:
                 yield from _walk(entry.path, above, left_out)
@@ -143,8 +147,17 @@ def _get_identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_system_folder(name: str) -> bool:
-    return name.startswith(".") or name in THUMBNAIL_FOLDERS
+def _leads_back(entry: "os.DirEntry[str]") -> bool:
+    """Return whether a folder is a link to the folder it is in, or to one above that: what it holds is read
+    already."""
+    if not entry.is_symlink():
+        return False
+    target, folder = os.path.realpath(entry.path), os.path.realpath(os.path.dirname(entry.path))
+    return os.path.commonpath([target, folder]) == target
+
+
+def _is_no_class(entry: "os.DirEntry[str]") -> bool:
+    return entry.name.startswith(".") or entry.name in THUMBNAIL_FOLDERS or _leads_back(entry)
 
 
 def _note_file(entry: "os.DirEntry[str]", left_out: LeftOut, reason: str) -> None:

@@ -1,7 +1,7 @@
 """Files of weights as people save them: which state dicts a file holds, read without running code, and which is used.
 
 A file is one of
-    a state dict, or a dict with one or several under any names, at most three levels deep: {"model": …, "args": …};
+    a state dict, or a dict with one or several under any names, at most five levels deep: {"model": …, "args": …};
     a safetensors file.
 Other entries of a dict, such as the state of an optimizer, are left out. Whole pickled networks and TorchScript
 archives are refused, because loading them runs code; the message has the Python that converts them.
@@ -43,7 +43,7 @@ _USUAL_KEYS = (
 )
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|average|averaged)([._]|$)")
 _NO_NETWORK = re.compile(r"(^|[._])(optim|optimizer|criterion|loss|losses|scaler|scheduler|lr_scheduler)([._]|$)")
-_MAX_DEPTH = 3  # levels of dicts that are searched for state dicts
+_MAX_DEPTH = 5  # levels of dicts that are searched for state dicts
 _MAX_LISTED = 6  # keys that a message lists
 
 # Training scripts save their settings and figures beside the weights, as objects of these packages. An object of them

@@ -100,6 +100,8 @@ def check_trainable(network: nn.Module, check: TrainingCheck) -> list[str]:
         _check_logits(arch, logits, _ROWS, check.classes)
         if not torch.isfinite(logits).any():
             raise UsageError(f"arch '{arch}' outputs no finite number with its initial weights")
+        if selector:
+            _check_stable(model, check, selector, logits)
         _train(model.train(), check, _ROWS, selector)
         if selector:
             _check_key(selector, raw_outputs)
@@ -113,10 +115,15 @@ def check_trainable(network: nn.Module, check: TrainingCheck) -> list[str]:
                     f" trained: {problem}: choose another --batch-size"
                 ) from error
     notes = list(selector.notes) if selector else []
+    if selector and _are_probabilities(logits):
+        notes.append(
+            f"arch '{arch}' outputs rows that sum to 1, as after a softmax, and they are trained as logits: let it end"
+            " before the softmax"
+        )
     if selector and selector.is_shared:
         notes.append(f"arch '{arch}' is one module, not a new one each time: every seed starts from its weights")
-    if not isinstance(raw_outputs[1], torch.Tensor) and isinstance(raw_outputs[0], torch.Tensor):
-        kind = type(raw_outputs[1]).__name__
+    if not isinstance(raw_outputs[-1], torch.Tensor) and isinstance(raw_outputs[0], torch.Tensor):
+        kind = type(raw_outputs[-1]).__name__
         notes.append(f"arch '{arch}' returns a {kind} in training: its logits are trained, its other outputs are not")
     return notes
 
@@ -138,6 +145,24 @@ def _run(
     ):
         output: torch.Tensor = model.network(model.prepare_input(views))
     return output
+
+
+def _check_stable(model: PreparedModel, check: TrainingCheck, selector: LogitsSelector, logits: torch.Tensor) -> None:
+    """Check that the logits in eval mode are no random numbers: they would be measured and exported."""
+    again = _run(model, check.arch, _ROWS, selector, check.precision)
+    spread = max(float(logits.max() - logits.min()), 1e-6)
+    if not torch.allclose(logits, again, rtol=0, atol=1e-3 * spread, equal_nan=True):
+        raise UsageError(
+            f"arch '{check.arch}' outputs random numbers in eval mode: two runs on the same views differ. Use"
+            " F.dropout(x, training=self.training), or nn.Dropout"
+        )
+
+
+def _are_probabilities(logits: torch.Tensor) -> bool:
+    rows = logits.detach().float()
+    return (
+        rows.shape[1] > 1 and bool((rows >= 0).all()) and torch.allclose(rows.sum(1), torch.ones(len(rows)), atol=1e-3)
+    )
 
 
 def _train(model: PreparedModel, check: TrainingCheck, rows: int, selector: LogitsSelector | None) -> None:

@@ -50,6 +50,11 @@ class LogitsSelector:
             output = select_logits(output, self.arch, self.classes, self.key, network.training)
         if output.ndim != 2:
             raise UsageError(f"arch '{self.arch}' outputs {list(output.shape)}, not logits [B, {self.classes}]")
+        images = inputs[0] if isinstance(inputs, tuple) and inputs else None
+        if isinstance(images, torch.Tensor) and not torch.compiler.is_compiling() and len(output) != len(images):
+            raise UsageError(
+                f"arch '{self.arch}' outputs {list(output.shape)} for {len(images)} images, not one row for each"
+            )
         return output
 
 

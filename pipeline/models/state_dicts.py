@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from softcache.base.errors import UsageError, make_printable
+from softcache.base.errors import CacheError, UsageError, make_printable
 
 from .checkpoint_files import StateDict, choose_state_dict, is_averaged, read_checkpoint
 
@@ -59,6 +59,7 @@ def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
         Which prefix was taken off and what was left out, for a person; "" where nothing was left out.
 
     Raises:
+        CacheError: A weight has NaN.
         UsageError: Some keys are missing, unknown or of another shape; the first three of each kind are named.
     """
     expected = network.state_dict()
@@ -66,6 +67,9 @@ def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
     matched = {name: state[key] for name, key in match.keys.items()}
     if problems := _describe_problems(state, expected, match):
         raise UsageError(f"the weights of {source} do not fit the arch: {problems}")
+    trained = {name for name, _ in network.named_parameters()}
+    if invalid := [name for name, value in matched.items() if name in trained and bool(value.isnan().any())]:
+        raise CacheError(f"the weights of {source} have values that are no numbers (NaN): {_list_names(invalid)}")
     expected.update(matched)  # not a plain dict: it also has the version numbers that some archs of torchvision read
     network.load_state_dict(expected)
     return _describe_prefix(match)

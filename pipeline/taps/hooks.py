@@ -60,6 +60,11 @@ def capture_features(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[s
             if tap not in features:
                 raise UsageError(f"tap '{tap}' is a layer that the network does not run: choose another")
 
+    if isinstance(model, torch.jit.ScriptModule):  # it takes no hooks
+        if taps:
+            raise UsageError(f"tap '{taps[0]}': the layers of a TorchScript module cannot be read: use the nn.Module")
+        yield features
+        return
     handles: list[RemovableHandle] = []
     try:
         for tap in taps:

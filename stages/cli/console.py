@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-import click
 from tqdm import tqdm
 
 from softcache.base.errors import make_printable
 from softcache.stages.distributed.ranks import is_first
+
+from .streams import print_result, reserve_output
 
 
 class Console:
@@ -22,6 +23,8 @@ class Console:
 
     def __init__(self, json_only: bool, epoch_lines: bool = True):
         self.json_only, self.epoch_lines = json_only, epoch_lines
+        if json_only:
+            reserve_output()
 
     def print(self, line: str = "") -> None:
         """Print a line, above a progress bar that may be running. Control characters in names become `?`."""
@@ -38,7 +41,7 @@ class Console:
     def print_json(self, text: str) -> None:
         """Print the one JSON object."""
         if is_first():
-            click.echo(text)
+            print_result(text)
 
 
 def _write(line: str, file: TextIO) -> None:

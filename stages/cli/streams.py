@@ -5,8 +5,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, TextIO, cast
 
+_OUTPUT: ContextVar["TolerantStream | None"] = ContextVar("output", default=None)  # of the command that runs
 _READER_GONE = (errno.EPIPE, errno.EBADF, errno.ECONNRESET)
 
 
@@ -75,18 +77,35 @@ def tolerate_closed_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     output, errors = TolerantStream(_or_null(sys.stdout)), TolerantStream(_or_null(sys.stderr))
     sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, errors)
+    token = _OUTPUT.set(output)
     try:
         yield
     finally:
+        _OUTPUT.reset(token)
         output.flush()
         errors.flush()
         sys.stdout, sys.stderr = before
 
 
+def reserve_output() -> None:
+    """Keep standard output for `print_result`: what else is printed, such as by a user's network, goes elsewhere.
+
+    Until the command ends, it goes to standard error. Outside a command nothing is changed.
+    """
+    if _OUTPUT.get() is not None:
+        sys.stdout = sys.stderr
+
+
+def print_result(text: str) -> None:
+    """Print a line on the standard output of the command, also where it is reserved."""
+    print(text, file=cast(TextIO, _OUTPUT.get() or sys.stdout), flush=True)
+
+
 def check_output() -> None:
     """Raise OSError when standard output is incomplete, for another reason than that nobody reads it: a full disk."""
-    sys.stdout.flush()
-    error = getattr(sys.stdout, "error", None)
+    output = _OUTPUT.get() or sys.stdout
+    output.flush()
+    error = getattr(output, "error", None)
     if isinstance(error, OSError) and error.errno not in _READER_GONE:
         raise OSError(error.errno, error.strerror, "standard output")
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import make_printable
+from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, render
 from softcache.pipeline.cache.reader import Cache
@@ -20,7 +21,6 @@ from softcache.pipeline.models.prepared_model import NORMALIZATIONS, PreparedMod
 from softcache.stages.cli.console import Console
 from softcache.stages.teacher.data import make_input_spec
 
-from .class_order import SORT_KEYS, order_classes
 from .targets import TargetGenerator
 
 _SAMPLE_ROWS, _SAMPLE_SECONDS, _CHUNK = 512, 2.0, 32  # of a first look, before the first shard
@@ -52,8 +52,8 @@ def describe_label_fit(labels: Labels, predictions: Labels, classes: tuple[str, 
     is_correct = predictions == labels
     accuracy = float(is_correct.mean())
     chance = max(1 / K, float(np.bincount(labels, minlength=K).max() / n))
-    for order in SORT_KEYS:
-        ordered = order_classes(classes, order)
+    for order in SORTED_ORDERS:
+        ordered = sort_classes(classes, order)
         if ordered is None or ordered == classes:
             continue
         assignment = np.array([classes.index(name) for name in ordered])
@@ -74,7 +74,8 @@ def describe_label_fit(labels: Labels, predictions: Labels, classes: tuple[str, 
             return [
                 f"warning: the teacher's classes seem to be in another order than those of the data: on {n:,} labelled"
                 f" views its accuracy is {accuracy:.4f}, and {is_correct_then.mean():.4f} with its classes permuted:"
-                f" {examples}{more}. Give its order, one name a line, with --classes FILE"
+                f" {examples}{more}. Give its order, one name a line, with --classes FILE,"
+                " where these are its weights"
             ]
     if int(is_correct.sum()) <= n * chance + max(3 * np.sqrt(n * chance * (1 - chance)), 0.02 * n):
         return [

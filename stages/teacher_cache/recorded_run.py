@@ -7,6 +7,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.schema import validate
+from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.pipeline.models.state_dicts import find_weights_file
@@ -16,8 +17,6 @@ from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.runs.folder import read_json
 from softcache.stages.runs.named_code import require_named_code
 from softcache.stages.teacher.data import SPLIT_OPTIONS
-
-from .class_order import SORT_KEYS, order_classes
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def check_same_classes(path: Path, run: RecordedRun, transfer_set: TransferSet) 
     )
     more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
     if set(trained) == set(classes):
-        order = next((order for order in SORT_KEYS if order_classes(classes, order) == trained), "FILE")
+        order = next((order for order in SORTED_ORDERS if sort_classes(classes, order) == trained), "FILE")
         names = " with the run's order, one name a line" if order == "FILE" else ""
         raise CacheError(
             f"the classes of the run '{path}' are in another order than those of the data: class {examples}{more}. Say"

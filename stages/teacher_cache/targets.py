@@ -209,9 +209,9 @@ def _store_batch(
     if len(invalid_rows):
         row = invalid_rows[0]
         value = exact[row][~is_valid[row]][0]
+        limit = f"it cannot be stored (largest {max_value:g})" if np.isfinite(value) else "it is not a finite number"
         raise CacheError(
-            f"the teacher's {name} for {spec.split} index {index[row]}, draw {spec.draw} is {value}:"
-            f" it cannot be stored (largest {max_value:g})"
+            f"the teacher's {name} for {spec.split} index {index[row]}, draw {spec.draw} is {value}: {limit}"
         )
 
 

@@ -94,12 +94,38 @@ def test_linked_folders_and_files_are_followed(pets: Path, tmp_path: Path, save_
     assert transfer_set.left_out == ""
 
 
-def test_a_link_to_a_folder_above_is_not_followed_for_ever(pets: Path) -> None:
-    (pets / "train/cat/loop").symlink_to(pets / "train")
-    (pets / "train/cat/self").symlink_to(pets / "train/cat")
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "{}/train", "{}"])
+def test_a_link_that_leads_back_is_left_out_whole(pets: Path, target: str) -> None:
+    """Else the images of all classes would be read once more as images of one."""
+    names = file_names(load_folder(pets))
+    (pets / "train/cat/back").symlink_to(target.format(pets))
+    (pets / "train/loop").symlink_to(".")
     transfer_set = load_folder(pets)
-    assert count_rows(transfer_set) == 12 + 8  # train/ is above cat/, but was not entered through it
-    assert "links to a folder above: " in transfer_set.left_out
+    assert file_names(transfer_set) == names
+    assert transfer_set.classes == ("cat", "dog")
+    assert "2 links to a folder above: train/loop, train/cat/back" in transfer_set.left_out
+
+
+def test_links_that_lead_to_each_other_end(pets: Path, tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "next").symlink_to(tmp_path / other)
+    (pets / "train/cat/more").symlink_to(tmp_path / "a")
+    assert "1 links to a folder above: train/cat/more/next/next" in load_folder(pets).left_out
+
+
+def test_images_in_a_hidden_folder_beside_the_classes_are_counted(pets: Path, save_image: Save) -> None:
+    save_image(pets / "train/.git/x.png")
+    assert "1 hidden: train/.git/x.png" in load_folder(pets).left_out
+
+
+def test_the_side_that_lacks_a_class_is_named(pets: Path, save_image: Save) -> None:
+    save_image(pets / "train/owl/0.png")
+    with pytest.raises(UsageError, match=r"it has no owl\. Make the missing folders"):
+        load_folder(pets)
+    save_image(pets / "test/fox/0.png")
+    with pytest.raises(UsageError, match="it has no owl; the train folder has no fox"):
+        load_folder(pets)
 
 
 def test_the_commands_print_the_line_once_each(stages: Stages, pets: Path) -> None:

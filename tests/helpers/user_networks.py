@@ -23,6 +23,35 @@ def base(classes: int, channels: int) -> nn.Sequential:
 # Factories
 
 
+class Wrapped(nn.Module):
+    """A network around another one."""
+
+    def __init__(self, classes: int, channels: int):
+        super().__init__()
+        self.net = base(classes, channels)
+
+
+class DropsAlways(Wrapped):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.net(x), 0.5, training=True)
+
+
+class EndsInSoftmax(Wrapped):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.net(x), 1)
+
+
+class Prints(Wrapped):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("hello from forward")
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+class AtMostEightRows(Wrapped):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x[:8])  # type: ignore[no-any-return]
+
+
 def plain(*, classes: int, channels: int, size: int) -> nn.Module:
     return base(classes, channels)
 

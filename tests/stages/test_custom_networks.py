@@ -44,6 +44,8 @@ def student_command(tiny: Path, name: str, *more: object) -> tuple[object, ...]:
         ("rows_normalised", ("--batch-size", 1), "--batch-size 1 makes a batch of one row"),
         ("rows_normalised", ("--labelled", 10, "--baseline", "--batch-size", 7), ""),
         ("two_logits", (), "--output 0"),
+        ("DropsAlways", (), "outputs random numbers in eval mode"),
+        ("scripted", (), ""),
         ("plain", ("--output", "0"), "returns one tensor: leave it out"),
         ("rows_normalised", ("--seeds", 2, "--batch-size", 1), "--batch-size 1 makes a batch of one row"),
         ("FailsInTraining", ("--seed", 1, "--seed", 2), "failed in training mode"),
@@ -122,6 +124,32 @@ def test_a_student_with_other_outputs_in_training_is_trained_evaluated_resumed_a
     arch = ("--arch", f"{MODULE}:aux_first")
     assert stages("evaluate", "run", *arch)["0"]["test"]["accuracy"] == result["student"]["test"]["accuracy"]
     assert "logits" in str(stages("export", "run", *arch)["outputs"])
+
+
+def test_a_student_that_ends_in_a_softmax_is_noted(tiny: Path, stages: Stages) -> None:
+    code, out, _ = stages.call(*student_command(tiny, "EndsInSoftmax", "--out", "run"))
+    assert code == 0
+    assert "outputs rows that sum to 1, as after a softmax" in out
+
+
+def test_a_network_that_returns_other_rows_than_it_gets_is_one_line(tiny: Path, stages: Stages) -> None:
+    error = stages.fails(2, *student_command(tiny, "AtMostEightRows", "--batch-size", 20, "--out", "run"))
+    assert "outputs [8, 10] for 20 images, not one row for each" in error
+
+
+def test_what_a_network_prints_is_not_in_the_json(tiny: Path, stages: Stages) -> None:
+    code, out, err = stages.call(*student_command(tiny, "Prints", "--out", "run"), "--json")
+    assert code == 0
+    assert json.loads(out)["student"]
+    assert "hello from forward" in err
+
+
+def test_weights_that_are_no_numbers_are_named(stages: Stages) -> None:
+    save_weights()
+    state = torch.load("w.pt", weights_only=True)
+    torch.save(state | {"4.bias": torch.full((10,), torch.nan)}, "w.pt")
+    error = stages.fails(1, *cache_command("plain"))
+    assert "values that are no numbers (NaN): 4.bias" in error
 
 
 def test_students_with_named_outputs_are_trained_as_one_model(tiny: Path, stages: Stages) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from softcache.base.errors import UsageError
+from softcache.data.sources.class_order import sort_classes
 from softcache.pipeline.cache.reader import Cache
 from softcache.pipeline.models.prepared_model import parse_normalize
 from softcache.stages.teacher_cache import label_checks
-from softcache.stages.teacher_cache.class_order import order_classes
 from softcache.stages.teacher_cache.label_checks import describe_label_fit
 from tests.helpers.colours import save_colour_teacher, save_colours
 from tests.helpers.commands import Stages
@@ -127,9 +127,9 @@ def test_another_order_of_the_classes_is_named(
 
 
 def test_natural_order_counts_runs_of_digits_as_numbers() -> None:
-    assert order_classes(("a1b", "a10", "a2", "b"), "natural") == ("a1b", "a2", "a10", "b")
-    assert order_classes(("1", "x"), "number") is None
-    assert order_classes(("1", "10", "9"), "number") == ("1", "9", "10")
+    assert sort_classes(("a1b", "a10", "a2", "b"), "natural") == ("a1b", "a2", "a10", "b")
+    assert sort_classes(("1", "x"), "number") is None
+    assert sort_classes(("1", "10", "9"), "number") == ("1", "9", "10")
 
 
 def test_chance_is_hardly_ever_taken_for_another_order(dose: Callable[[int, int], int]) -> None:
