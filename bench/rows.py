@@ -64,7 +64,7 @@ ROWS: tuple[Row, ...] = (
     at_most("read-8kB-cnn", 1.10, "epoch that also reads 8 kB of features a row / epoch from hard targets",
             lambda options: student.compare_cached_with_hard(options, "cnn", "read")),
     at_most("checked-resnet8", 1.01, "epoch whose views are all compared with their checksums / epoch without",
-            lambda options: student.compare_checked_with_unchecked(options, "resnet8")),
+            lambda options: student.compare_checked_with_unchecked(options, "resnet8", rounds=45)),
     at_most("checked-mlp64", 1.03, "epoch whose views are all compared with their checksums / epoch without",
             lambda options: student.compare_checked_with_unchecked(options, "mlp:64", steps=469)),
     at_least("live-of-the-sum", 0.95, "measured gain live / cached, as a share of (teacher + student) / student",

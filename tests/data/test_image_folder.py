@@ -328,10 +328,8 @@ def test_different_classes_of_splits_are_refused_with_the_difference(pets: Path,
     if split == "val":
         shutil.copytree(pets / "test", pets / "val")
     (pets / split / "dog").rename(pets / split / "hamster")
-    with pytest.raises(
-        UsageError,
-        match=rf"the classes of '.*/{split}' are not those of the train folder: it has no dog; the train folder has no hamster",
-    ):
+    differences = "it has no dog; the train folder has no hamster"
+    with pytest.raises(UsageError, match=rf"the classes of '.*/{split}' are not those .*: {differences}"):
         load_folder(pets)
 
 
