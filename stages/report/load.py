@@ -126,7 +126,14 @@ def read_runs(names: tuple[str, ...]) -> tuple[list[LoadedRun], dict[str, dict[s
         CacheError: A run or an inspection is damaged.
     """
     folders = [folder for name in names or ("runs",) for folder in _expand_folder(Path(name), bool(names))]
-    runs = [_read_run(folder) for folder in dict.fromkeys(folders) if (folder / "settings.json").is_file()]
+    run_folders = [folder for folder in dict.fromkeys(folders) if (folder / "settings.json").is_file()]
+    runs = []
+    for folder in run_folders:
+        try:
+            runs.append(_read_run(folder))
+        except CacheError as error:
+            advice = ". To leave this run out, name the other ones" if len(run_folders) > 1 else ""
+            raise CacheError(f"{error}{advice}") from None
     if not runs:
         raise UsageError(f"there is no run of a student in {', '.join(names) or 'runs'}: name folders of runs")
     inspected = [folder for folder in folders if (folder / "inspect.json").is_file()]

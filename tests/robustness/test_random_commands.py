@@ -137,7 +137,7 @@ def test_a_random_command_line_ends_without_a_traceback(
     forks: Forks, folder: Path, dose: Callable[[int, int], int], part: int
 ) -> None:
     rng = random.Random(1000 * SEED + part)
-    lines = [make_command_line(rng, n) for n in range(dose(60, 1000) // PARTS)]
+    lines = [make_command_line(rng, n) for n in range(dose(20, 1000) // PARTS)]
     faults: list[str] = []
     for n, line in enumerate(lines):
         place = folder.parent / f"random-{os.getpid()}-{n % 2}"
