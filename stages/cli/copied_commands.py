@@ -34,18 +34,6 @@ def format_command(command: str, config: Any, *arguments: object, **changes: Any
     return " ".join([program_name(), command, *(quote(make_printable(text, None)) for text in arguments), *options])
 
 
-def format_resume_command(command: str, folder: object, arch: str) -> str:
-    """Format the command that continues a run.
-
-    Args:
-        command: "teacher" or "student".
-        folder: of the run.
-        arch: of the run. A user's own code is named on the command line: what a file names is not imported.
-    """
-    named_arch = f" --arch {quote(make_printable(arch, None))}" if is_custom_arch(arch) else ""
-    return f"{program_name()} {command} --resume --out {quote(make_printable(folder, None))}{named_arch}"
-
-
 def _format_option(name: str, value: Any) -> list[str]:
     """Format an option; one that may be repeated once for each of its values."""
     if isinstance(value, bool):
@@ -104,9 +92,7 @@ def format_repair_command(cache: Cache, config: CheckConfig) -> str:
         teacher=config.teacher or ("my_package.module:factory" if is_custom_arch(cache.teacher) else ""),
         json=False,
     )
-    head = f"{program_name()} check-cache"
-    options = format_command("check-cache", config).removeprefix(head)
-    return f"{head} {quote(make_printable(cache.folder, None))}{options}"
+    return format_command("check-cache", config, cache.folder)
 
 
 def _locate_weights(name: str, cache: Path) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING
 
 from softcache.base.errors import UsageError, make_printable
@@ -15,7 +14,6 @@ from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
-from softcache.stages.cli.typed_command import program_name
 from softcache.stages.runs.cost import format_cost
 from softcache.stages.runs.output_folder import check_output_folder
 
@@ -84,7 +82,7 @@ def run(names: tuple[str, ...], config: ReportConfig) -> None:
         )
 
     title = f"Students of {', '.join(dict.fromkeys(section.group.title for section in sections))}"
-    command = _format_report_command(names, config)
+    command = format_command("report", config, *names, json=False)
     costs = {loaded.name: format_cost(loaded.result["bill"]) for loaded in runs if loaded.result}
     texts = {
         "report.html": render_page(title, sections, command),
@@ -156,10 +154,3 @@ def _name_plots(sections: "Sequence[GroupSection]") -> "dict[str, Plot]":
             stem = "".join(c if c.isalnum() or c in "._" else "-" for c in name).strip("-.")
             plots |= {f"{stem}-{image.name}.png": image.plot for image in images}
     return plots
-
-
-def _format_report_command(names: tuple[str, ...], config: ReportConfig) -> str:
-    """Return the command that makes this report again."""
-    command = f"{program_name()} report"
-    options = format_command("report", config, json=False).removeprefix(command)
-    return " ".join([command, *(quote(make_printable(name, None)) for name in names)]) + options

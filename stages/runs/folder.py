@@ -196,7 +196,7 @@ def _describe_existing_run(folder: Path, config: S) -> str:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return " and its settings.json is damaged: choose another --out"
-    command = "student" if isinstance(config, StudentConfig) else "teacher"
+    command = _command_name(config)
     if not isinstance(settings, dict) or ("cache" in settings) != (command == "student"):
         return f" and is no run of a {command}: choose another --out"
     differences = _list_differences(settings, config)
