@@ -9,7 +9,6 @@ from softcache.base.progress import Progress
 from softcache.base.threads import map_in_threads
 
 from .decoding import open_image
-from .file_records import open_regular_file
 from .image_folder import ImageFolder
 
 _THREADS = 8
@@ -77,7 +76,7 @@ def describe_unreadable(unreadable: dict[Path, str], root: Path) -> str:
 
 def _check_image(path: Path) -> UnreadableImageError | None:
     try:
-        with open_regular_file(path) as file, open_image(path, file) as image:
+        with open_image(path) as image:
             image.load()
     except UnreadableImageError as error:
         return error

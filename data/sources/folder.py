@@ -12,7 +12,6 @@ import numpy as np
 from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
 from softcache.data.decoding import GREY_MODES, open_image
-from softcache.data.file_records import open_regular_file
 from softcache.data.image_folder import ImageFolder
 from softcache.data.unreadable import describe_unreadable, find_unreadable, make_unreadable_error
 
@@ -194,8 +193,7 @@ def _detect_mode_and_size(root: Path, names: Iterable[str]) -> tuple[str, int, i
     """
     modes, sizes, turned = set(), set(), 0
     for name in names:
-        path = root / name
-        with open_regular_file(path) as file, open_image(path, file) as image:
+        with open_image(root / name) as image:
             modes.add(image.mode)
             sizes.add(image.size)
             if "exif" in image.info or image.format == "TIFF":  # of other images, PNG would be decoded to look for it
