@@ -95,7 +95,7 @@ def measure_rounding(model: nn.Module, held_out: HeldOutSplit) -> float:
         model: The network in float32.
         held_out: The split.
     """
-    images = torch.from_numpy(to_unit_range(next(iter(held_out.batches()))))
+    images = torch.from_numpy(to_unit_range(take_first(held_out.batches())))
     with torch.inference_mode():
         logits = model(images)
         single = torch.cat([model(image[None]) for image in images[:_SINGLE_IMAGES]])
