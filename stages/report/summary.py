@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from softcache.base.errors import CacheError, make_printable
-from softcache.pipeline.metrics.significance import RESAMPLES
-from softcache.stages.cli.console import format_duration, progress_bar
-from softcache.stages.compare.candidates import read_candidate
-from softcache.stages.compare.significance import compare_pairs, format_accuracy_interval
+from softcache.base.errors import make_printable
+from softcache.stages.cli.console import format_duration
+from softcache.stages.compare.baseline import compare_with_baseline, format_gap
+from softcache.stages.compare.significance import format_accuracy_interval
 
 from .load import LoadedRun
 from .table import Group, Row
@@ -45,34 +44,19 @@ def _compare_best(run: LoadedRun, split: str) -> list[str]:
         return []
     lines = []
     if run.result:
-        gap = _format_gap(student["accuracy"] - teacher["accuracy"])
+        gap = format_gap(student["accuracy"] - teacher["accuracy"])
         lines.append(f"Its accuracy is {gap} that of its teacher {make_printable(run.result['teacher']['arch'])}.")
     baseline = run.get_metrics("baseline", split)
     if baseline and baseline.get("accuracy") is not None:
-        gap = _format_gap(student["accuracy"] - baseline["accuracy"])
+        gap = format_gap(student["accuracy"] - baseline["accuracy"])
         verdict = _format_verdict(run)
         lines.append(f"It is {gap} that of the same network trained from hard targets alone{verdict}.")
     return lines
 
 
-def _format_gap(difference: float) -> str:
-    """Format a difference of accuracies (-1 … 1), to be followed by `that of`."""
-    points = 100 * difference
-    if abs(points) < 0.005:
-        return "equal to"
-    return f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
-
-
 def _format_verdict(run: LoadedRun) -> str:
     """Format whether student and baseline differ significantly, as `compare` computes it; empty without a verdict."""
-    try:
-        baseline, student = (
-            read_candidate(run.name, model, run.result or {}, model) for model in ("baseline", "student")
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-        raise CacheError(f"'{run.name}/result.json' is not of a student's run") from None
-    with progress_bar(RESAMPLES, "resamples", "", scale=True) as bar:
-        (record,) = compare_pairs([(baseline, student)], bar.update)
+    record = compare_with_baseline(run.name, run.result or {})
     if record["verdict"] is None:
         return ""
     interval, verdict = format_accuracy_interval(record)

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from softcache.pipeline.metrics.significance import RESAMPLES
-from softcache.stages.cli.console import progress_bar
-from softcache.stages.compare.candidates import read_candidate
-from softcache.stages.compare.significance import SIGNIFICANT, compare_pairs, format_accuracy_interval
+from softcache.stages.compare.baseline import compare_with_baseline, format_gap
+from softcache.stages.compare.significance import SIGNIFICANT, format_accuracy_interval
+from softcache.stages.runs.figures import Figures, choose_split
 
 
 def explain_gain(result: dict[str, Any], folder: Path) -> list[str]:
@@ -24,13 +23,11 @@ def explain_gain(result: dict[str, Any], folder: Path) -> list[str]:
     Raises:
         CacheError: when a file of logits is damaged.
     """
-    split = "test" if "test" in result["student"] else "val"
-    if "baseline" not in result or result["student"][split].get("accuracy") is None:
+    split = choose_split(result["student"])
+    if "baseline" not in result or not Figures(result["student"][split]).has_labels():
         return []
-    baseline, student = (read_candidate(str(folder), model, result, model) for model in ("baseline", "student"))
-    with progress_bar(RESAMPLES, "resamples", "", scale=True) as bar:
-        (record,) = compare_pairs([(baseline, student)], bar.update)
-    gap = _format_gap(result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])
+    record = compare_with_baseline(str(folder), result)
+    gap = format_gap(result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])
     if record["verdict"] is None:
         return [f"The student from the cache is {gap} the baseline; no interval: {record['words']}."]
     interval, verdict = format_accuracy_interval(record)
@@ -47,11 +44,3 @@ def explain_gain(result: dict[str, Any], folder: Path) -> list[str]:
             f" the same {labelled} rows alone distillation gains next to nothing."
         )
     return lines
-
-
-def _format_gap(difference: float) -> str:
-    """Format a difference of accuracies (-1 … 1), to be followed by a name."""
-    points = 100 * difference
-    if abs(points) < 0.005:
-        return "equal to"
-    return f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
