@@ -256,14 +256,10 @@ def _format_table(record: dict[str, Any]) -> str:
             continue
         gain = "diverged | | "
         if "failed" not in row:
-            accuracy, agreement = (_format_share(row[name][split]) for name in ("accuracy", "agreement"))
+            accuracy, agreement = (Figures(row[name]).format(split) for name in ("accuracy", "agreement"))
             gain = f"{accuracy} | {agreement} | {row['seconds_an_epoch']:.1f}"
         to_kd = f"{row['to_kd']:.2f}" if row["to_kd"] else ""
         time = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) | {to_kd}"
         memory = f"{(row['saved_bytes'] - hard['saved_bytes']) / 1e6:.1f} | {row['own_bytes'] / 1e6:.1f}"
         lines.append(f"| {row['method']} | {gain} | {time} | {memory} | {row['bytes_a_view']:,} |")
     return "\n".join(lines) + "\n"
-
-
-def _format_share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

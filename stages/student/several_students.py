@@ -20,7 +20,6 @@ from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.compare import command as compare
 from softcache.stages.distributed.ranks import current_ranks
-from softcache.stages.runs.folder import parse_milestones
 
 from . import command as single_student
 from .defaults import fill_defaults
@@ -56,7 +55,6 @@ def run(config: StudentsConfig, explicit: set[str]) -> None:
         check_names(student)
     configs = {name: fill_defaults(student) for name, student in configs.items()}
     base_config = next(iter(configs.values()))
-    parse_milestones(base_config)
     folder = Path(config.out) if config.out else make_new_folder(f"{short_name(base_config.data)}-students")
     if (folder / "settings.json").exists():
         raise UsageError(f"'{folder}' is the run of one student: choose another --out")
