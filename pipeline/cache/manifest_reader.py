@@ -117,6 +117,14 @@ def _check_seal(text: bytes, path: Path) -> str:
     return digest
 
 
+def _list_alternatives(required: dict[str, Any], *optional: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """List the schemas of a record in which some parts may be absent: one for each combination, the fullest first."""
+    schemas = [required]
+    for part in reversed(optional):
+        schemas = [schema | part for schema in schemas] + schemas
+    return tuple(schemas)
+
+
 _TEACHER = {
     "arch": str,
     "weights": re.compile("[0-9a-f]{64}"),
@@ -127,27 +135,22 @@ _TEACHER = {
 }
 _OUTPUT = {"output": re.compile(r"[^\x00-\x1f]{1,200}")}
 _OUTPUTS = {"outputs": re.compile("probabilities")}
-_ANY = re.compile(r"[\s\S]{0,65536}")
+_ANY = re.compile(r"[\s\S]{0,65536}")  # checked elsewhere, but not of any length
 _CUT = {"val_fraction": float, "seed": int, "train_size": int}
-_LONG_TAIL = {**_CUT, "imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}
-_EXIF, _UNREADABLE = (
-    {"exif": re.compile("transpose")},
-    {"unreadable": [_ANY]},
-)  # of a folder, where not the default
+_LONG_TAIL = {"imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}
+# Of a folder, where not at the default.
+_EXIF = {"exif": re.compile("transpose")}
+_UNREADABLE = {"unreadable": [_ANY]}
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
     "transfer_set": {
         "name": re.compile("[a-z0-9-]{1,64}"),
         "classes": [str],
         "content": {str: str},
-        "cut": tuple(
-            {**cut, **reading}
-            for reading in ({**_EXIF, **_UNREADABLE}, _EXIF, _UNREADABLE, {})
-            for cut in (_LONG_TAIL, _CUT)
-        ),
+        "cut": _list_alternatives(_CUT, _EXIF, _UNREADABLE, _LONG_TAIL),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": ({**_TEACHER, **_OUTPUT, **_OUTPUTS}, {**_TEACHER, **_OUTPUT}, {**_TEACHER, **_OUTPUTS}, _TEACHER),
+    "teacher": _list_alternatives(_TEACHER, _OUTPUT, _OUTPUTS),
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }
