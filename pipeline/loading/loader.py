@@ -164,10 +164,7 @@ class CacheLoader:
         with closing(map_in_workers(renderer, request_views(), self.workers, self.start_method)) as rendered:
             for views, crcs in rendered:
                 group = requested.popleft()
-                if self._checks is not None:
-                    index, draw = group.select_views(self.rank, self.world)
-                    positions = group.select_positions(self.rank, self.world)
-                    self._checks.compare_checksums(crcs.numpy(), index, draw, positions, len(group.draws))
+                self._check_views(group, views, crcs.numpy())
                 yield group, self._assemble(group, views, group.read_targets()).to(self.device)
 
     @cached_property
@@ -175,12 +172,16 @@ class CacheLoader:
         """What compares the views with their checksums in the cache; None without a cache."""
         return None if self.cache is None else ViewChecks(self.cache, "train", self.split.images)
 
-    def _check_views(self, group: BatchGroup, views: torch.Tensor) -> None:
-        """Compare the views of this rank's rows with those that the teacher saw."""
-        if self._checks is not None:
-            index, draw = group.select_views(self.rank, self.world)
-            positions = group.select_positions(self.rank, self.world)
-            self._checks.compare_views(views, index, draw, positions, draws_at_once=len(group.draws))
+    def _check_views(self, group: BatchGroup, views: torch.Tensor, crcs: NDArray[np.uint32] | None = None) -> None:
+        """Compare the views of this rank's rows, or their checksums if given, with those that the teacher saw."""
+        if self._checks is None:
+            return
+        index, draw = group.select_views(self.rank, self.world)
+        positions = group.select_positions(self.rank, self.world)
+        if crcs is None:
+            self._checks.compare_views(views, index, draw, positions, len(group.draws))
+        else:
+            self._checks.compare_checksums(crcs, index, draw, positions, len(group.draws))
 
     def _make_groups(self, start: int, stop: int) -> Iterator[BatchGroup]:
         """Divide the batches of the steps start to stop - 1 into windows, and these into groups of GROUP_BYTES."""
