@@ -16,9 +16,10 @@ import click
 
 from softcache.stages.cli.configs import StudentsConfig
 from softcache.stages.cli.options import read_options, to_flag
+from softcache.stages.cli.run_command import run_command
 from softcache.stages.cli.typed_command import remember_make_command
 
-from .main import commands, main, run_command
+from .main import commands, main
 
 
 def to_arguments(command: str, variables: list[str]) -> list[str]:

@@ -95,12 +95,11 @@ class SectionedGroup(click.Group):
     """
 
     command_class = GroupedOptionsCommand
+    sections: typing.ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.params.append(make_traceback_option())
-
-    sections: typing.ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands, heading by heading."""

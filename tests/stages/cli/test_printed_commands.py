@@ -57,7 +57,7 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/export/select_student.py:select_student": ("unfinished_run",),
     "stages/inspect/command.py:_inspect_taps": ("growth",),
     "stages/inspect/suggestion.py:suggest_student": ("inspected",),
-    "stages/main.py:_format_disk_error": "typed again by tests/robustness/test_full_disk_of_commands.py",
+    "stages/cli/run_command.py:_format_disk_error": "typed again by tests/robustness/test_full_disk_of_commands.py",
     "stages/report/command.py:run": ("reported",),
     "stages/report/sections.py:make_run_section": ("reported",),
     "stages/runs/data.py:load_cache_data": ("other_images",),
