@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from softcache.pipeline.cache.manifest import count_row_bytes
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.stages.cli.malloc import keep_large_blocks
 from softcache.stages.student.phases import make_training_run
@@ -52,7 +52,7 @@ def measure_index_memory(options: BenchOptions) -> Measurement:
     transfer_set = fixtures.load_data(data)
     tracemalloc.start()
     try:
-        cache = Cache(folder)
+        cache = CacheReader(folder)
         cache.check_transfer_set(transfer_set)
         cache.row_order("train")
         cache.read_stored("train", 0, np.arange(128))
@@ -95,11 +95,13 @@ def measure_peak_memory(options: BenchOptions, gigabytes: float) -> Measurement:
     )
 
 
-def _write_cache(options: BenchOptions, classes: int, codec: str = "float16") -> Cache:
+def _write_cache(options: BenchOptions, classes: int, codec: str = "float16") -> CacheReader:
     """Write a cache of 100,000 training rows with nothing but logits."""
     rows = options.scale(100_000, 2 * classes + 400)
     data = fixtures.add_data_set(rows, channels=1, size=8, classes=classes)
-    return Cache(fixtures.write_random_cache(options.folder / f"rows-100000-{classes}-{codec}", data, codec=codec))
+    return CacheReader(
+        fixtures.write_random_cache(options.folder / f"rows-100000-{classes}-{codec}", data, codec=codec)
+    )
 
 
 def _count_bytes(folder: Path) -> int:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.shards import Shard, write_shard
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.loading.order import BLOCK_ROWS, WINDOW_BLOCKS
@@ -28,7 +28,7 @@ Rows = NDArray[np.float16]
 ReadAll = Callable[[], Iterator[torch.Tensor]]  # reads all rows once, in shuffled batches
 
 
-class _OnDiskCache(Cache):
+class _OnDiskCache(CacheReader):
     """A cache whose draws count as larger than memory, so that a stream reads it by blocks."""
 
     def fits_in_memory(self, *_: object, **__: object) -> bool:
@@ -103,18 +103,18 @@ def compare_with_container(options: BenchOptions, container: str) -> Measurement
     )
 
 
-def _write_cache(options: BenchOptions) -> tuple[Cache, CacheLoader]:
+def _write_cache(options: BenchOptions) -> tuple[CacheReader, CacheLoader]:
     """Write a cache of rows of 2 kB; return it and a stream that reads it by blocks."""
     data = fixtures.add_data_set(options.scale(61_225, 1200), channels=1, size=8, classes=CLASSES)
     rows = fixtures.load_data(data).splits["train"]
     folder = fixtures.write_random_cache(options.folder / "reads", data)
-    cache, on_disk = Cache(folder), _OnDiskCache(folder)
+    cache, on_disk = CacheReader(folder), _OnDiskCache(folder)
     stream = CacheLoader(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=on_disk)
     cache.read_rows("train", 0, "logits", np.arange(1))  # opens the files and verifies every checksum, once
     return cache, stream
 
 
-def _make_block_reader(cache: Cache, stream: CacheLoader) -> Callable[[], int]:
+def _make_block_reader(cache: CacheReader, stream: CacheLoader) -> Callable[[], int]:
     """Return a function that reads an epoch of rows in the stream's order, a window of 64 blocks of 64 rows at a time.
 
     The orders are computed here, so that they are not timed.
@@ -144,7 +144,7 @@ def _drop_pages(path: Path) -> None:
 
 def _time_shard_writing(options: BenchOptions) -> float:
     """Return the seconds per row of writing a shard once more; its rows are rendered and drawn before."""
-    cache = Cache(options.folder / "reads")
+    cache = CacheReader(options.folder / "reads")
     record = next(r for r in cache.manifest.shards if r.split == "train")
     arrays = Shard(cache.folder, record.path, cache.manifest.get_layout(record)).read_all()
     seconds = []

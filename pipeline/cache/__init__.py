@@ -5,7 +5,7 @@ May import base, data, pipeline.batch and pipeline.models. Begin with `folder.py
 
     folder           names of the files, and which of them exist
     identity         what makes two caches the same; its fingerprint. The reader compares it with the data of a student
-                     (`Cache.check_transfer_set`), the writer with a cache in the folder (`check_same_identity`)
+                     (`CacheReader.check_transfer_set`), the writer with a cache in the folder (`check_same_identity`)
     manifest         the record of a cache and of its shards; manifest_reader validates one. The writer writes it last
                      (`CacheWriter.publish_manifest`), and the repair of a cache writes it anew
     shards           HDF5 in and out

@@ -1,6 +1,6 @@
 """Reading a complete cache: open it, compare it with a transfer set, read targets by position.
 
-    cache = Cache(folder)                                       # reads the manifest, no shard
+    cache = CacheReader(folder)                                       # reads the manifest, no shard
     transfer_set = cache.load_transfer_set("", root, progress)  # refused where the data are not the teacher's
     positions = np.arange(128)                                  # in the row order of the split
     index = cache.index_at("train", positions)                  # which images these are
@@ -38,7 +38,7 @@ RESIDENT_BYTES = 512 << 20  # a draw up to this size is kept in memory; a larger
 MAX_VIEW_PIXELS = 4096  # of a view's side
 
 
-class Cache:
+class CacheReader:
     """The targets of one teacher for every view of a transfer set.
 
     Opening reads the manifest alone; a shard is opened and verified when its first row is read. Several threads may

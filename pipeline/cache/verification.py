@@ -11,14 +11,14 @@ from softcache.data.views import ImageSource, render
 
 from .checksums import compute_crc32
 from .manifest import ShardRecord
-from .reader import Cache
+from .reader import CacheReader
 from .rows import Positions
 from .shards import Shard
 
 _PIXEL_BYTES = 8 << 20  # of views that are rendered at once
 
 
-def verify_shard(cache: Cache, record: ShardRecord) -> NDArray[np.generic]:
+def verify_shard(cache: CacheReader, record: ShardRecord) -> NDArray[np.generic]:
     """Verify all of a shard that can be verified without its images. May be called by several threads.
 
     Returns:
@@ -38,7 +38,7 @@ def verify_shard(cache: Cache, record: ShardRecord) -> NDArray[np.generic]:
         return shard.read("view_crc32")
 
 
-def _check_views_of_features(cache: Cache, shard: Shard, record: ShardRecord) -> None:
+def _check_views_of_features(cache: CacheReader, shard: Shard, record: ShardRecord) -> None:
     """Check that features which were added later are of the same views as the logits.
 
     Shards of logits that cannot be read are passed over: they are reported by themselves.
@@ -60,7 +60,7 @@ def _check_views_of_features(cache: Cache, shard: Shard, record: ShardRecord) ->
 
 
 def verify_views(
-    cache: Cache,
+    cache: CacheReader,
     transfer_set: TransferSet,
     draws: int,
     missing: dict[int, NDArray[np.bool_]] | None = None,
@@ -93,7 +93,7 @@ def verify_views(
 
 
 def compare_views(
-    cache: Cache,
+    cache: CacheReader,
     transfer_set: TransferSet,
     split: str,
     draw: int,
@@ -133,7 +133,7 @@ def compare_views(
 
 
 def make_view_error(
-    cache: Cache, images: ImageSource, *, split: str, index: int, draw: int, wrong: int, compared: int
+    cache: CacheReader, images: ImageSource, *, split: str, index: int, draw: int, wrong: int, compared: int
 ) -> CacheError:
     """Make the error of views that are not those that the teacher saw.
 

@@ -8,7 +8,7 @@ from softcache.data.image_arrays import ImageArrays
 from softcache.data.views import Draw, ImageSource
 from softcache.pipeline.batch import TargetSource
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import make_view_error
 from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble
 
@@ -28,11 +28,11 @@ class ViewChecks:
     """
 
     def __init__(self, source: TargetSource, split: str, images: ImageSource):
-        self._caches: tuple[Cache, ...] = ()
+        self._caches: tuple[CacheReader, ...] = ()
         self._missing: MissingTargets = {}
         if isinstance(source, TeacherEnsemble):
             self._caches, self._missing = source.members, source.missing if split == "train" else {}
-        elif isinstance(source, Cache):
+        elif isinstance(source, CacheReader):
             self._caches = (source,)
         self._split, self._images = split, images
         self._positions: Rows | None = None  # by index
@@ -79,7 +79,7 @@ class ViewChecks:
 
     def _compare(
         self,
-        cache: Cache,
+        cache: CacheReader,
         crcs: NDArray[np.uint32],
         expected: NDArray[np.uint32],
         known: NDArray[np.bool_],
@@ -100,7 +100,7 @@ class ViewChecks:
             )
 
     def _read_checksums(
-        self, cache: Cache, positions: Rows, draw: Draw, draws_at_once: int
+        self, cache: CacheReader, positions: Rows, draw: Draw, draws_at_once: int
     ) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
         """Read which rows have a checksum, bool [B], and the checksums, uint32 [B], 0 where there is none."""
         known, expected = np.ones(len(positions), bool), np.zeros(len(positions), np.uint32)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import Progress
 from softcache.pipeline.cache.identity import format_differences
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.cache.verification import verify_shard
 
@@ -34,7 +34,7 @@ class TeacherEnsemble:
         missing: Rows that some member lacks. A batch gets NaN as their logits and zeros as their features.
     """
 
-    members: tuple[Cache, ...]
+    members: tuple[CacheReader, ...]
     combine: Combination | None = None
     maps: tuple[DistributionMap, ...] = ()
     missing: MissingTargets = field(default_factory=dict)
@@ -99,7 +99,7 @@ class TeacherEnsemble:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The targets of rows that no member lacks."""
 
-        def read(cache: Cache, taps: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def read(cache: CacheReader, taps: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             if self.missing:  # only from the shards that hold these rows: others may be damaged
                 return cache.read_stored(split, draw, positions, taps)
             return cache.read_targets(split, draw, positions, taps, together)
@@ -153,7 +153,7 @@ def _scatter_rows(rows: torch.Tensor, is_present: torch.Tensor, fill: float) -> 
     return scattered
 
 
-def check_same_views(caches: Sequence[Cache]) -> None:
+def check_same_views(caches: Sequence[CacheReader]) -> None:
     """Check that caches are of the same transfer set, views and classes, and that none is named twice.
 
     Raises:
@@ -182,7 +182,7 @@ def check_same_views(caches: Sequence[Cache]) -> None:
 
 
 def find_missing_targets(
-    caches: Sequence[Cache], draws: int, taps: tuple[str, ...], progress: Progress
+    caches: Sequence[CacheReader], draws: int, taps: tuple[str, ...], progress: Progress
 ) -> MissingTargets:
     """Find the training rows whose targets some cache lacks, because a shard is missing or damaged.
 

@@ -8,7 +8,7 @@ from shlex import quote
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.cache.archive import OnProgress, pack_cache, unpack_cache
 from softcache.pipeline.cache.manifest import Manifest
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import ArchiveConfig
 from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.cli.copied_commands import find_free_name
@@ -27,7 +27,7 @@ def run_pack(name: str, file: str, config: ArchiveConfig) -> None:
         UsageError: The file exists, or its folder does not.
         CacheError: The cache is damaged.
     """
-    console, cache, out = Console(config.json), Cache(Path(name)), Path(file)
+    console, cache, out = Console(config.json), CacheReader(Path(name)), Path(file)
     if out.exists():
         raise UsageError(f"'{file}' exists: choose another name")
     if not out.parent.is_dir():

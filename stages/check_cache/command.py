@@ -13,7 +13,7 @@ from softcache.base.threads import map_in_threads
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.folder import HEAD_FILE
 from softcache.pipeline.cache.manifest import ShardRecord
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import compare_views, verify_shard
 from softcache.pipeline.cache.writer import clean_up
 from softcache.stages.cli.configs import CheckConfig
@@ -50,14 +50,14 @@ def run(name: str, config: CheckConfig) -> None:
     console = Console(config.json)
     if config.weights and not (config.deep or config.repair):
         raise UsageError("--weights is for --deep or --repair")
-    cache = Cache(Path(name))
+    cache = CacheReader(Path(name))
     transfer_set = None
     if config.deep or config.repair:
         transfer_set = load_cache_data(cache, config.data, Path(config.data_root))
     if config.repair and transfer_set is not None:
         repair(cache, _select_bad(_check_files(cache, None)), transfer_set, config, console)
         clean_up(cache.folder)
-        cache = Cache(Path(name))
+        cache = CacheReader(Path(name))
         cache.check_transfer_set(transfer_set)
     findings = _check_files(cache, transfer_set if config.deep else None)
     report = None
@@ -66,7 +66,7 @@ def run(name: str, config: CheckConfig) -> None:
     _print_report(name, cache, findings, report, config, console)
 
 
-def _check_files(cache: Cache, transfer_set: TransferSet | None) -> Findings:
+def _check_files(cache: CacheReader, transfer_set: TransferSet | None) -> Findings:
     """Check every file, in as many threads as there are processors: reading and hashing release the GIL.
 
     Args:
@@ -93,7 +93,7 @@ def _check_files(cache: Cache, transfer_set: TransferSet | None) -> Findings:
     return findings
 
 
-def _check_shard(cache: Cache, record: ShardRecord, transfer_set: TransferSet | None) -> str:
+def _check_shard(cache: CacheReader, record: ShardRecord, transfer_set: TransferSet | None) -> str:
     """Check one shard, and return what is wrong with it."""
     try:
         crcs = verify_shard(cache, record)
@@ -114,7 +114,7 @@ def _select_bad(findings: Findings) -> Findings:
 
 def _print_report(
     name: str,
-    cache: Cache,
+    cache: CacheReader,
     findings: Findings,
     report: ReproducibilityReport | None,
     config: CheckConfig,

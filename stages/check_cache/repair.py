@@ -12,7 +12,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.folder import HEAD_FILE
 from softcache.pipeline.cache.manifest import Manifest, ShardRecord, ShardSpec
 from softcache.pipeline.cache.plan import CachePlan
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import compare_views
 from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
 from softcache.pipeline.models import find_head, get_head_arrays
@@ -25,7 +25,7 @@ _SAMPLED_SHARDS, _SAMPLED_ROWS = 16, 16  # whose views are rendered again before
 
 
 def repair(
-    cache: Cache, bad: Collection[str], transfer_set: TransferSet, config: CheckConfig, console: Console
+    cache: CacheReader, bad: Collection[str], transfer_set: TransferSet, config: CheckConfig, console: Console
 ) -> None:
     """Replace the damaged files of a cache. Nothing is done where there are none.
 
@@ -64,7 +64,7 @@ def repair(
 
 
 def _check_intact_shards(
-    cache: Cache, bad: Collection[str], transfer_set: TransferSet, generator: TargetGenerator
+    cache: CacheReader, bad: Collection[str], transfer_set: TransferSet, generator: TargetGenerator
 ) -> None:
     """Check that the views and the teacher's outputs of intact shards still come out as they are stored."""
     intact = [record for record in cache.manifest.shards if record.path not in bad and record.correct is not None]
@@ -77,7 +77,7 @@ def _check_intact_shards(
 
 
 def _repair_shard(
-    cache: Cache, manifest: Manifest, record: ShardRecord, generator: TargetGenerator, console: Console
+    cache: CacheReader, manifest: Manifest, record: ShardRecord, generator: TargetGenerator, console: Console
 ) -> Manifest:
     """Publish one shard again, then the manifest with its new checksum.
 
@@ -106,7 +106,7 @@ def _repair_shard(
     return manifest
 
 
-def _repair_head(cache: Cache, manifest: Manifest, generator: TargetGenerator, console: Console) -> None:
+def _repair_head(cache: CacheReader, manifest: Manifest, generator: TargetGenerator, console: Console) -> None:
     """Publish the teacher's last linear layer again, then the manifest with its new checksum."""
     head = find_head(generator.teacher.network, generator.classes)
     if head is None:

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from softcache.base.errors import make_printable
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import is_custom_arch
 
 from .configs import CacheConfig, CheckConfig
@@ -42,7 +42,7 @@ def _format_option(name: str, value: Any) -> list[str]:
     return [f"{to_flag(name)} {quote(make_printable(item, None))}" for item in values]
 
 
-def read_cache_config(cache: Cache) -> CacheConfig:
+def read_cache_config(cache: CacheReader) -> CacheConfig:
     """Return the options of teacher-cache that a cache records, as far as they are of the right type."""
     manifest = cache.manifest
     recorded = select_cache_options(manifest.settings)
@@ -58,7 +58,7 @@ def select_cache_options(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in types and type(value) is types[name]}
 
 
-def format_remake_command(cache: Cache, **changes: Any) -> str:
+def format_remake_command(cache: CacheReader, **changes: Any) -> str:
     """Format the command that makes a cache like this one.
 
     A manifest names the last part of the weights' path alone: where it is not found here, PATH/TO/ stands before it,
@@ -73,7 +73,7 @@ def format_remake_command(cache: Cache, **changes: Any) -> str:
     return format_command("teacher-cache", config, **defaults | changes)
 
 
-def format_repair_command(cache: Cache, config: CheckConfig) -> str:
+def format_repair_command(cache: CacheReader, config: CheckConfig) -> str:
     """Format the command that repairs a cache, with the teacher's weights where they are found here.
 
     Args:

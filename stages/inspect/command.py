@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.base.text import escape_csv_cell
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.metrics.soft_targets import (
     TEMPERATURES,
@@ -56,7 +56,7 @@ def run(name: str, config: InspectConfig) -> None:
     """
     console, start = Console(config.json), time.monotonic()
     require_extra("inspect draws with", "report", "matplotlib")
-    cache = Cache(Path(name))
+    cache = CacheReader(Path(name))
     folder = _choose_folder(config, cache)
     train, held_out = _read_samples(cache, config.rows)
     findings = _inspect_teacher(cache, train, held_out, config) | _inspect_taps(cache, train, held_out, config)
@@ -83,7 +83,7 @@ def run(name: str, config: InspectConfig) -> None:
         console.print(f"best tap: {record['best']}; a student with a hint from it:  {record['command']}")
 
 
-def _choose_folder(config: InspectConfig, cache: Cache) -> Path:
+def _choose_folder(config: InspectConfig, cache: CacheReader) -> Path:
     """Return the folder of the results, empty or not made yet. Raises UsageError for one that is not empty."""
     if not config.out:
         return make_new_folder(f"inspect-{cache.folder.resolve().name}")
@@ -94,7 +94,7 @@ def _choose_folder(config: InspectConfig, cache: Cache) -> Path:
     return folder
 
 
-def _read_samples(cache: Cache, rows: int) -> tuple[Sample, list[Sample]]:
+def _read_samples(cache: CacheReader, rows: int) -> tuple[Sample, list[Sample]]:
     """Read the first training rows, and all rows of val and test that have a label, where there are any."""
     train = _read_sample(cache, "train", rows)
     if cache.views.mixup:  # a view of two images has no single label
@@ -108,7 +108,7 @@ def _read_samples(cache: Cache, rows: int) -> tuple[Sample, list[Sample]]:
     return train, held_out
 
 
-def _read_sample(cache: Cache, split: str, rows: int) -> Sample:
+def _read_sample(cache: CacheReader, split: str, rows: int) -> Sample:
     """Read the first rows of a split with their labels. Raises CacheError for labels that are not classes."""
     split_rows = cache.manifest.splits[split]
     positions = np.arange(min(rows, split_rows))
@@ -121,7 +121,7 @@ def _read_sample(cache: Cache, split: str, rows: int) -> Sample:
     return Sample(split, positions, labels, split_rows)
 
 
-def _read_logits(cache: Cache, split: str, positions: Positions) -> NDArray[np.float32]:
+def _read_logits(cache: CacheReader, split: str, positions: Positions) -> NDArray[np.float32]:
     """Read the logits of draw 0 in blocks, float32 [n, K]."""
     blocks = []
     with progress_bar(len(positions), f"logits of {split}", "row") as bar:
@@ -131,13 +131,15 @@ def _read_logits(cache: Cache, split: str, positions: Positions) -> NDArray[np.f
     return np.concatenate(blocks)
 
 
-def _list_class_names(cache: Cache) -> list[str]:
+def _list_class_names(cache: CacheReader) -> list[str]:
     """List the names of the classes; their numbers where the data have no names."""
     names = [str(name) for name in cache.manifest.identity["transfer_set"]["classes"]]
     return names if len(names) == cache.classes else [str(c) for c in range(cache.classes)]
 
 
-def _inspect_teacher(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
+def _inspect_teacher(
+    cache: CacheReader, train: Sample, held_out: list[Sample], config: InspectConfig
+) -> dict[str, Any]:
     """Measure calibration and class similarity on held-out rows, and soft targets by temperature on training rows.
 
     Class similarity is measured on the first held-out split.
@@ -164,7 +166,7 @@ def _inspect_teacher(cache: Cache, train: Sample, held_out: list[Sample], config
     }
 
 
-def _inspect_taps(cache: Cache, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
+def _inspect_taps(cache: CacheReader, train: Sample, held_out: list[Sample], config: InspectConfig) -> dict[str, Any]:
     """Probe the taps, see `probe_taps`; `no_taps` says why this is not possible."""
     train, reason = train.drop_unlabelled(), ""
     if not cache.manifest.taps:

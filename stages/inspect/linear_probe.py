@@ -19,7 +19,7 @@ from softcache.base import rng
 from softcache.base.errors import CacheError
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.manifest import count_row_bytes
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.taps.statistics import compute_statistic, parse_tap
 
@@ -69,7 +69,7 @@ def describe_tap(tap: str, shape: list[int]) -> TapForm:
 
 
 def read_columns(
-    cache: Cache, split: str, positions: Positions, tap: str, *, seed: int, on_progress: OnProgress
+    cache: CacheReader, split: str, positions: Positions, tap: str, *, seed: int, on_progress: OnProgress
 ) -> Floats:
     """Read the columns of a tap, draw 0.
 

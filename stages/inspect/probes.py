@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.data.transfer_set import Labels
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.metrics.classification import summarize
 from softcache.stages.cli.configs import InspectConfig
@@ -55,7 +55,7 @@ class Sample:
 
 
 def probe_taps(
-    cache: Cache, train: Sample, test: Sample, *, teacher_logits: NDArray[np.floating], config: InspectConfig
+    cache: CacheReader, train: Sample, test: Sample, *, teacher_logits: NDArray[np.floating], config: InspectConfig
 ) -> dict[str, Any]:
     """Fit and measure a probe of each tap and the joint probe.
 
@@ -102,7 +102,7 @@ def probe_taps(
 
 
 def _read_standardized(
-    cache: Cache, train: Sample, test: Sample, seed: int
+    cache: CacheReader, train: Sample, test: Sample, seed: int
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Read {tap: standardised columns} of the training and of the test sample."""
     train_columns, test_columns = {}, {}

@@ -4,7 +4,7 @@ import re
 from shlex import quote
 
 from softcache.base.errors import make_printable
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.taps.statistics import parse_tap
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.copied_commands import format_command
@@ -12,7 +12,7 @@ from softcache.stages.cli.copied_commands import format_command
 _LOSS_OF_STATISTIC = {"pool": "concat_hint", "attention": "attention", "gram": "nst"}  # `hint` for all others
 
 
-def suggest_student(cache: Cache, tap: str) -> str:
+def suggest_student(cache: CacheReader, tap: str) -> str:
     """Format a `student` command with kd and the loss that fits a tap: `hint` for a map, a vector or a grid.
 
     The arch is one that has a layer of the tap's name: resnet8 for the stages of a CIFAR ResNet, else the teacher's

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from softcache.base.errors import CacheError, make_printable
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.compare.candidates import UNCOMPARED_OPTIONS, format_value
 
@@ -126,7 +126,7 @@ def list_networks(run: LoadedRun) -> dict[str, list[Network]]:
                 input_spec = InputSpec.from_json(record["preparation"])
                 networks[model] = [Network(record["arch"], K, input_spec.channels, input_spec.size)]
     try:
-        caches = [Cache(Path(path)) for path in run.config.cache]
+        caches = [CacheReader(Path(path)) for path in run.config.cache]
     except CacheError:
         return networks
     if [cache.manifest.fingerprint for cache in caches] == run.fingerprints:

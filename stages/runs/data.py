@@ -5,14 +5,14 @@ from pathlib import Path
 from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.manifest import Manifest
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.console import progress
 from softcache.stages.cli.copied_commands import format_remake_command
 
 from .figures import Figures
 
 
-def load_cache_data(cache: Cache, data: str, root: Path) -> TransferSet:
+def load_cache_data(cache: CacheReader, data: str, root: Path) -> TransferSet:
     """Load the transfer set of a cache and check it.
 
     Args:

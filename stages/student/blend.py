@@ -8,7 +8,7 @@ import torch
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import Labels
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.teachers.combine import PER_TEACHER, SINGLE_OUTPUT, Combination, parse_combination
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
@@ -69,7 +69,7 @@ def run(config: BlendConfig) -> None:
     console.print(f"next:  {format_command('student', student_config)}")
 
 
-def _read_labels(cache: Cache, split: str) -> Labels:
+def _read_labels(cache: CacheReader, split: str) -> Labels:
     """Read the labels of a held-out split from the cache, int64 [N] by index, without decoding an image."""
     labels = np.empty(cache.manifest.splits[split], np.int64)
     labels[cache.row_order(split)] = cache.read_column(split, 0, "label")

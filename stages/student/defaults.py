@@ -6,7 +6,7 @@ from shlex import quote
 
 from softcache.base.errors import CacheError
 from softcache.data.sources import parse_data, short_name
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.defaults import DEFAULTS
 from softcache.stages.cli.typed_command import program_name
@@ -51,7 +51,7 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
             data = f" --data {quote(config.data)}" if config.data else ""
             command = f"{program_name()} teacher-cache{data} --out {quote(folder)}"
             raise CacheError(f"there is no cache at '{folder}': make one with  {command}")
-    cache = Cache(Path(folders[0]))
+    cache = CacheReader(Path(folders[0]))
     if cache.data not in DEFAULTS:
         raise CacheError(
             f"the cache '{folders[0]}' is of '{cache.data}', a data set that this version of softcache does not have"

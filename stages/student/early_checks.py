@@ -9,7 +9,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.data.sources import parse_data
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.models import build, check_arch
@@ -54,7 +54,9 @@ def check_names(config: StudentConfig) -> None:
         check_output_folder(Path(config.out))
 
 
-def check_before_images(config: StudentConfig, caches: Sequence[Cache]) -> tuple[tuple[Loss, ...], tuple[str, ...]]:
+def check_before_images(
+    config: StudentConfig, caches: Sequence[CacheReader]
+) -> tuple[tuple[Loss, ...], tuple[str, ...]]:
     """Check the options of a student against the manifests of its caches, and build the student once.
 
     Args:
@@ -87,7 +89,9 @@ def check_before_images(config: StudentConfig, caches: Sequence[Cache]) -> tuple
     return losses, taps
 
 
-def get_student_arch(config: StudentConfig, losses: tuple[Loss, ...], cache: Cache, taps: tuple[str, ...]) -> str:
+def get_student_arch(
+    config: StudentConfig, losses: tuple[Loss, ...], cache: CacheReader, taps: tuple[str, ...]
+) -> str:
     """Return the arch of a student: that of `config`, which `simkd` extends by the teacher's last layer.
 
     Args:
@@ -102,7 +106,7 @@ def get_student_arch(config: StudentConfig, losses: tuple[Loss, ...], cache: Cac
     return format_simkd_arch(config.arch, simkd.projected_layer(), cache.manifest.taps[taps[0]][0])
 
 
-def build_for_cache(arch: str, cache: Cache, output: str = "") -> nn.Module:
+def build_for_cache(arch: str, cache: CacheReader, output: str = "") -> nn.Module:
     """Build a network for the classes and views of a cache, with weights from the current random state."""
     spec = replace(cache.input_spec, size=cache.views.size)
     return build(arch, cache.classes, spec.channels, spec.size, output)

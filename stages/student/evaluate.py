@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import EvaluateConfig, StudentConfig
@@ -54,7 +54,7 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
             console.print(f"seed {seed_name}, {split}: {numbers}")
 
 
-def check_same_teachers(folder: Path, caches: tuple[Cache, ...]) -> None:
+def check_same_teachers(folder: Path, caches: tuple[CacheReader, ...]) -> None:
     """Check that caches are those that a run was trained from, in the same order, wherever they lie.
 
     Args:

@@ -11,7 +11,7 @@ from torch import nn
 from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.base.text import escape_markdown
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.new_folders import make_new_folder
@@ -155,7 +155,7 @@ def _format_file_name(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _list_cached_layers(network: nn.Module, cache: Cache, config: StudentConfig) -> str:
+def _list_cached_layers(network: nn.Module, cache: CacheReader, config: StudentConfig) -> str:
     """Join the cached layers by +, shallow to deep: in the order in which the student has layers of these names."""
     cached = dict.fromkeys(tap.partition(":")[0] for tap in cache.manifest.taps)
     names = [name for name, _ in network.named_modules() if name in cached]

@@ -11,7 +11,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.data.sampling import draw_stratified
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import LinearHead, LossContext
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import Loss, check_loss_trains, parse_losses
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.classifier import require_head
@@ -31,7 +31,7 @@ _MAX_HEAD_ERROR = 0.2
 _HEAD_ROWS = 64  # rows on which it is measured
 
 
-def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...]:
+def parse_student_losses(config: StudentConfig, cache: CacheReader) -> tuple[Loss, ...]:
     """Parse the losses of a student and check that they can be computed from this cache.
 
     Args:
@@ -59,7 +59,7 @@ def parse_student_losses(config: StudentConfig, cache: Cache) -> tuple[Loss, ...
     return losses
 
 
-def check_caches(config: StudentConfig, caches: Sequence[Cache], losses: tuple[Loss, ...]) -> tuple[str, ...]:
+def check_caches(config: StudentConfig, caches: Sequence[CacheReader], losses: tuple[Loss, ...]) -> tuple[str, ...]:
     """Check that the caches have what a student reads of them.
 
     Args:
@@ -86,7 +86,7 @@ def check_caches(config: StudentConfig, caches: Sequence[Cache], losses: tuple[L
     return taps
 
 
-def _find_cached_taps(config: StudentConfig, cache: Cache, losses: tuple[Loss, ...]) -> tuple[str, ...]:
+def _find_cached_taps(config: StudentConfig, cache: CacheReader, losses: tuple[Loss, ...]) -> tuple[str, ...]:
     taps, cached = list_teacher_taps(losses), list(cache.manifest.taps)
     missing = [tap for tap in taps if find_source_tap(tap, cached) is None]
     if missing:
@@ -117,7 +117,7 @@ def _check_draws_per_decode(config: StudentConfig) -> None:
         )
 
 
-def _format_growth(config: StudentConfig, cache: Cache, **changes: Any) -> str:
+def _format_growth(config: StudentConfig, cache: CacheReader, **changes: Any) -> str:
     """Format the command that adds draws or taps to the cache, with the images where this machine has them."""
     data = {"data": config.data} if config.data else {}
     return format_remake_command(cache, out=str(cache.folder), data_root=config.data_root, **data, **changes)
@@ -214,7 +214,7 @@ def _check_teachers(config: StudentConfig, losses: tuple[Loss, ...], lacks_label
         raise UsageError("--missing hard needs labels, and some of these images have none: use --missing skip")
 
 
-def find_available_positions(cache: Cache, missing: MissingTargets) -> NDArray[np.int64]:
+def find_available_positions(cache: CacheReader, missing: MissingTargets) -> NDArray[np.int64]:
     """Return the positions of the training split whose targets the first draw has, int64 [n].
 
     Args:
@@ -230,7 +230,7 @@ def find_available_positions(cache: Cache, missing: MissingTargets) -> NDArray[n
     return np.flatnonzero(~is_missing)
 
 
-def read_head(cache: Cache, losses: tuple[Loss, ...], missing: MissingTargets) -> LinearHead | None:
+def read_head(cache: CacheReader, losses: tuple[Loss, ...], missing: MissingTargets) -> LinearHead | None:
     """Read the teacher's last linear layer, where a loss needs it.
 
     Args:
@@ -256,7 +256,7 @@ def read_head(cache: Cache, losses: tuple[Loss, ...], missing: MissingTargets) -
     return head
 
 
-def _check_head(cache: Cache, loss: FeatureLoss, head: LinearHead, missing: MissingTargets) -> None:
+def _check_head(cache: CacheReader, loss: FeatureLoss, head: LinearHead, missing: MissingTargets) -> None:
     tap = loss.teacher_taps()[0]
     source = find_source_tap(tap, cache.manifest.taps)
     assert source is not None

@@ -13,7 +13,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import LinearHead, LossContext, MemoryBank
 from softcache.pipeline.cache.manifest import count_row_bytes
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.loading.view_checks import ViewChecks
@@ -129,7 +129,7 @@ class DistillationSetup:
         )
 
     @property
-    def cache(self) -> Cache:
+    def cache(self) -> CacheReader:
         """The first cache."""
         return self.teachers.members[0]
 

@@ -11,7 +11,7 @@ from softcache.base.files import publish_json
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.cache.identity import format_differences
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.teachers.combine import Combination, fit_combination, parse_combination
 from softcache.pipeline.teachers.distribution_map import DistributionMap, fit_map
 from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble, check_same_views, list_missing_runs
@@ -27,7 +27,7 @@ SHARDS_FILE = "cache.json"
 _FIT_STEPS = 500  # of a fit, roughly: the length of its progress bar
 
 
-def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
+def open_caches(folders: tuple[str, ...]) -> tuple[CacheReader, ...]:
     """Open the caches that a student learns from.
 
     Raises:
@@ -36,12 +36,12 @@ def open_caches(folders: tuple[str, ...]) -> tuple[Cache, ...]:
     """
     if not folders:
         raise CacheError("the run's settings name no cache: name it with --cache")
-    caches = tuple(Cache(Path(folder)) for folder in folders)
+    caches = tuple(CacheReader(Path(folder)) for folder in folders)
     check_same_views(caches)
     return caches
 
 
-def load_shared_data(caches: tuple[Cache, ...], config: StudentConfig) -> TransferSet:
+def load_shared_data(caches: tuple[CacheReader, ...], config: StudentConfig) -> TransferSet:
     """Load the transfer set of the caches and compare it with each of them.
 
     Args:
@@ -61,7 +61,7 @@ def load_shared_data(caches: tuple[Cache, ...], config: StudentConfig) -> Transf
 
 
 def load_teachers(
-    caches: tuple[Cache, ...], config: StudentConfig, transfer_set: TransferSet, missing: MissingTargets
+    caches: tuple[CacheReader, ...], config: StudentConfig, transfer_set: TransferSet, missing: MissingTargets
 ) -> tuple[TeacherEnsemble, dict[str, torch.Tensor]]:
     """Make one teacher of the caches.
 

@@ -15,7 +15,7 @@ from softcache.base.errors import make_printable
 from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, render
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.prepared_model import NORMALIZATIONS, PreparedModel
 from softcache.stages.cli.console import Console
@@ -112,7 +112,7 @@ def print_first_look(generator: TargetGenerator, rows_to_write: int, console: Co
 
 def print_final_look(folder: Path, transfer_set: TransferSet, console: Console) -> None:
     """Print what is wrong between the outputs in a complete cache and the labels of its data."""
-    cache = Cache(folder)
+    cache = CacheReader(folder)
     has_mixed_views = bool(cache.manifest.identity["views"]["mixup"])
     splits = [split for split in transfer_set.splits if split != "train" or not has_mixed_views]
     splits = [split for split in splits if (transfer_set.splits[split].labels >= 0).any()]

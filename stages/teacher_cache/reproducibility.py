@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError
 from softcache.data.transfer_set import TransferSet
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.copied_commands import read_cache_config
 from softcache.stages.runs.environment import select_device
@@ -74,7 +74,7 @@ class ReproducibilityReport:
                 )
 
 
-def make_target_generator(cache: Cache, transfer_set: TransferSet, config: CheckConfig) -> TargetGenerator:
+def make_target_generator(cache: CacheReader, transfer_set: TransferSet, config: CheckConfig) -> TargetGenerator:
     """Load the teacher of a cache, to be run as when the cache was written.
 
     Args:
@@ -109,7 +109,7 @@ def make_target_generator(cache: Cache, transfer_set: TransferSet, config: Check
 
 
 def check_reproducibility(
-    cache: Cache, generator: TargetGenerator, bad: Collection[str] = ()
+    cache: CacheReader, generator: TargetGenerator, bad: Collection[str] = ()
 ) -> ReproducibilityReport:
     """Run the teacher again on some rows, and compare its outputs with those in the cache.
 

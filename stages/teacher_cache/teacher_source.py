@@ -12,7 +12,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.existing import Complete, Unfinished, read_existing
 from softcache.pipeline.cache.identity import format_differences, make_identity
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, check_arch, is_custom_arch
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
@@ -123,7 +123,7 @@ def _check_weights_exist(path: Path) -> None:
         raise UsageError(f"there are no weights at '{path}'")
 
 
-def load_cache_teacher(cache: Cache, config: CheckConfig) -> PreparedModel:
+def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel:
     """Load the teacher of a cache.
 
     Args:

@@ -13,7 +13,7 @@ from softcache.base.lock import hold_lock
 from softcache.base.threads import Future, ThreadPool
 from softcache.pipeline.cache.existing import NoCache
 from softcache.pipeline.cache.manifest import Manifest, ShardSpec
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.cache.writer import CacheWriter, clean_up
 from softcache.pipeline.models import find_head, get_head_arrays
@@ -63,7 +63,7 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         writer = CacheWriter.examine(out, prepared.plan)  # again: another process may have written meanwhile
         if writer.previous and writer.missing:
             console.print(f"the cache '{out}' grows by {len(writer.missing)} shards; its files stay as they are")
-            cache = Cache(out)
+            cache = CacheReader(out)
             verify_views(cache, transfer_set, writer.previous.draws)
             check_reproducibility(cache, generator).raise_if_different()
         notes = {"options": asdict(prepared.config), "reference_outputs": reference}

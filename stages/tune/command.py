@@ -11,7 +11,7 @@ from typing import Any
 from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder
 from softcache.data.sources import short_name
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import ZeroLossError
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
@@ -121,7 +121,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
     print_rows(record, validation_figure(base_config), space, folder, console)
 
 
-def _describe_search(config: TuneConfig, base_config: StudentConfig, caches: Sequence[Cache]) -> dict[str, Any]:
+def _describe_search(config: TuneConfig, base_config: StudentConfig, caches: Sequence[CacheReader]) -> dict[str, Any]:
     """Return what all trials of a search have in common, as plain JSON values; two searches are one if it is equal."""
     common = {name: value for name, value in asdict(base_config).items() if name not in IGNORED_OPTIONS}
     searched = {name: getattr(config, name) for name in ("search", "grid", "prune")}
@@ -157,7 +157,7 @@ def _list_grid(space: tuple[SearchedOption, ...]) -> list[dict[str, Value]]:
 
 
 def _check_before_images(
-    space: tuple[SearchedOption, ...], base_config: StudentConfig, caches: Sequence[Cache]
+    space: tuple[SearchedOption, ...], base_config: StudentConfig, caches: Sequence[CacheReader]
 ) -> None:
     """Check, before an image is read, that the students at all bounds of the space can be built.
 

@@ -17,7 +17,7 @@ from scipy.stats import ks_2samp, kstest
 
 from softcache.base import rng
 from softcache.data.views import parse_views, render
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.boxes import BoxRecorder, draw_boxes
 from tests.helpers.commands import Stages
 from tests.helpers.damage import edit_manifest
@@ -133,7 +133,7 @@ def test_a_cache_records_the_revision_unless_it_is_the_first(tiny: Path, stages:
     new, old = (json.loads(Path(name, "manifest.json").read_text())["identity"]["views"] for name in ("new", "old"))
     assert new["revision"] == 2
     assert new == {**old, "revision": 2}
-    assert [Cache(Path(name)).views.revision for name in ("new", "old")] == [2, 1]
+    assert [CacheReader(Path(name)).views.revision for name in ("new", "old")] == [2, 1]
 
 
 def test_an_older_cache_trains_students_grows_and_is_not_mistaken_for_a_new_one(tiny: Path, stages: Stages) -> None:
@@ -149,8 +149,8 @@ def test_an_older_cache_trains_students_grows_and_is_not_mistaken_for_a_new_one(
     growth = error[error.index("teacher-cache --") :].split()
     assert "resized-crop-flip:revision=1" in growth
     stages(*growth, "--weights", tiny / "runs/teacher")
-    assert Cache(Path("c")).manifest.draws == 2
-    assert Cache(Path("c")).manifest.fingerprint == Cache(Path("copy")).manifest.fingerprint
+    assert CacheReader(Path("c")).manifest.draws == 2
+    assert CacheReader(Path("c")).manifest.fingerprint == CacheReader(Path("copy")).manifest.fingerprint
 
 
 def forget_revision(folder: Path) -> None:

@@ -14,7 +14,7 @@ from softcache.data.device_views import can_render_on_device, render_on_device
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache import reader as cache_module
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading import device_cache
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
@@ -68,7 +68,7 @@ def mixed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream_of(folder: Path, source: Any = None, **options: Any) -> CacheLoader:
-    cache = Cache(folder)
+    cache = CacheReader(folder)
     rows = cache.load_transfer_set("digits", Path("none"), lambda items, total, what: items).splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"draws": cache.manifest.draws, "cache": source or cache, "split": rows, "views": cache.views}
@@ -114,9 +114,11 @@ def test_targets_of_several_teachers_and_missing_targets_are_gathered(tiny: Path
 
     missing = {1: np.arange(300) % 7 == 0}
     for source in (
-        TeacherEnsemble((Cache(mixed),), missing=missing),
-        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("geometric", 2)),
-        TeacherEnsemble((Cache(mixed), Cache(mixed)), parse_combination("per_teacher", 2), missing=missing),
+        TeacherEnsemble((CacheReader(mixed),), missing=missing),
+        TeacherEnsemble((CacheReader(mixed), CacheReader(mixed)), parse_combination("geometric", 2)),
+        TeacherEnsemble(
+            (CacheReader(mixed), CacheReader(mixed)), parse_combination("per_teacher", 2), missing=missing
+        ),
     ):
         on_device, rendered = (stream_of(mixed, source, draws_per_decode=2, resident_device=d) for d in (CPU, None))
         for a, b in zip(on_device.batches(0, 40), rendered.batches(0, 40), strict=True):
@@ -128,14 +130,14 @@ def test_targets_of_several_teachers_and_missing_targets_are_gathered(tiny: Path
 
 def test_a_draw_is_sent_to_the_device_once(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_by_draw = np.zeros(4, int)
-    read_targets = Cache.read_targets
+    read_targets = CacheReader.read_targets
 
-    def count_and_read(self: Cache, split: str, draw: int, positions: Any, *arguments: Any) -> Any:
+    def count_and_read(self: CacheReader, split: str, draw: int, positions: Any, *arguments: Any) -> Any:
         rows_by_draw[draw] += len(positions)
         return read_targets(self, split, draw, positions, *arguments)
 
     stream = stream_of(mixed, resident_device=CPU)
-    monkeypatch.setattr(Cache, "read_targets", count_and_read)
+    monkeypatch.setattr(CacheReader, "read_targets", count_and_read)
     for _ in range(2):
         for _ in stream.batches(0, 3 * stream.steps_per_epoch):
             pass

@@ -10,7 +10,7 @@ import pytest
 from softcache.base.errors import UsageError
 from softcache.data.long_tail import parse_imbalance, select_long_tail
 from softcache.data.transfer_set import load_transfer_set
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
 
 SMALL = ("--arch", "mlp:8", "--epochs", 2)
@@ -103,7 +103,7 @@ def test_a_cache_of_a_long_tail_trains_students_and_is_another_cache_than_that_o
     assert teacher["teacher"]["test"]["recall_tail"] is not None
     make_cache = ("teacher-cache", "--weights", "t", "--out", "c")
     stages(*make_cache, *cut)
-    assert Cache(Path("c")).manifest.splits == {"train": 240, "val": 180, "test": 360}
+    assert CacheReader(Path("c")).manifest.splits == {"train": 240, "val": 180, "test": 360}
     result = stages("student", "--cache", "c", "--arch", "mlp:32", "--epochs", 20, "--loss", "hard", "--out", "r")
     assert result["student"]["test"]["recall_head"] > result["student"]["test"]["recall_tail"]
     assert np.array(result["student"]["test"]["confusion"]).sum() == 360
@@ -183,7 +183,7 @@ def test_the_next_command_that_a_teacher_prints_makes_a_cache_of_the_same_cut(st
     _, out, _ = stages.call("teacher", *SMALL, *cut, "--out", "t")
     (arguments,) = (line.split(" teacher-cache ")[1] for line in out.splitlines() if line.startswith("next: "))
     stages("teacher-cache", *arguments.split())
-    identity = Cache(Path("caches/digits")).manifest.identity["transfer_set"]
+    identity = CacheReader(Path("caches/digits")).manifest.identity["transfer_set"]
     expected = load_transfer_set("digits", Path(), val_fraction=0.2, imbalance="20", head_size=60, seed=3)
     assert identity == expected.identity()
     _, out, _ = stages.call("teacher", *SMALL, "--out", "other")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softcache.data.sampling import draw_stratified, resample_rows
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
 
 SMALL = ("--arch", "mlp:8", "--epochs", 2)
@@ -84,9 +84,9 @@ def test_a_balanced_epoch_has_every_class_equally_often_and_the_targets_of_its_r
 ) -> None:
     from softcache.pipeline.loading.loader import CacheLoader
 
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     rows = cache.load_transfer_set("digits", Path(), lambda items, total, what: items).splits["train"]
-    monkeypatch.setattr(Cache, "fits_in_memory", lambda *_: resident)
+    monkeypatch.setattr(CacheReader, "fits_in_memory", lambda *_: resident)
     positions = np.flatnonzero(rows.labels[cache.row_order("train")] < 3)[:-40]  # three classes, of unequal size
     stream = CacheLoader(rows, cache.views, cache.seed, 3, 10, rows.labels, positions, 3, cache, sampler="balanced")
     batches = list(stream.batches(0, 2 * stream.steps_per_epoch))

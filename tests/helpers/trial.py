@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_shard
 
 SECONDS, MEMORY = 2.0, 200 << 20  # the most that reporting an error may take
@@ -118,14 +118,14 @@ def get_error_line(work: Callable[[], object]) -> str:
     return ""
 
 
-def read_like_a_student(cache: Cache, name: str = "") -> None:
+def read_like_a_student(cache: CacheReader, name: str = "") -> None:
     """Read every row of every draw with its features, or of the one draw to which the shard `name` belongs."""
     selected = {(record.split, record.draw) for record in cache.manifest.shards if record.path == name}
     for split, draw in selected or cache.manifest.iter_views():
         cache.read_targets(split, draw, np.arange(cache.manifest.splits[split]), tuple(cache.manifest.taps))
 
 
-def read_like_check_cache(cache: Cache, name: str = "") -> None:
+def read_like_check_cache(cache: CacheReader, name: str = "") -> None:
     """Verify every file, or the file `name` alone."""
     for record in cache.manifest.shards:
         if name in ("", record.path):
@@ -137,8 +137,8 @@ def read_like_check_cache(cache: Cache, name: str = "") -> None:
 def get_both_error_lines(folder: Path, name: str = "") -> list[str]:
     """Return the errors of reading as a student does and as check-cache does; empty where nothing is wrong."""
     return [
-        get_error_line(lambda: read_like_a_student(Cache(folder), name)),
-        get_error_line(lambda: read_like_check_cache(Cache(folder), name)),
+        get_error_line(lambda: read_like_a_student(CacheReader(folder), name)),
+        get_error_line(lambda: read_like_check_cache(CacheReader(folder), name)),
     ]
 
 

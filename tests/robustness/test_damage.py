@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from softcache.base.errors import CacheError
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
 from tests.helpers.damage import SHARD, flip_bit
 from tests.helpers.trial import attempt, get_both_error_lines
@@ -176,7 +176,7 @@ def test_a_deep_check_blames_the_damaged_shard_and_not_its_neighbours(cache: Pat
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(cache: Path) -> None:
-    opened = Cache(cache)
+    opened = CacheReader(cache)
     shard = opened._rows.get_shard(next(r for r in opened.manifest.shards if r.path == SHARD))
     os.truncate(cache / SHARD, 500)
     with pytest.raises(CacheError, match="it was cut after it was opened"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.prepared_model import PreparedModel
 from tests.helpers.commands import Stages
 from tests.helpers.damage import Record, edit_manifest, edit_whole_cache, read_manifest, seal_record
@@ -99,7 +99,7 @@ def test_an_identity_that_does_not_hold_together_is_refused_when_the_cache_is_op
     change(record)
     update_fingerprint(record)
     (cache / "manifest.json").write_bytes(seal_record(record))
-    line = get_error_line(lambda: Cache(cache))
+    line = get_error_line(lambda: CacheReader(cache))
     assert "identity" in line
     assert "\n" not in line
     assert len(line) < 1000
@@ -143,7 +143,7 @@ def test_a_cache_of_fewer_classes_than_its_data_is_refused(cache: Path, stages: 
     from softcache.pipeline.cache.folder import HEAD_FILE
     from softcache.pipeline.cache.shards import Shard, write_shard
 
-    cut = Cache(cache)
+    cut = CacheReader(cache)
 
     def change(record: Record) -> None:
         record["classes"] = 5

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from softcache.pipeline.cache import archive as pack
 from softcache.pipeline.cache.manifest import MAX_MANIFEST_BYTES
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_shard, verify_views
 from softcache.stages.cli.copied_commands import format_remake_command
 from softcache.stages.teacher_cache.cache_readme import format_readme
@@ -33,9 +33,9 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 
 def use_cache(folder: Path) -> dict[str, Any]:
     """Do with a cache all that softcache does, except training; return the errors and outputs."""
-    results: dict[str, Any] = {"opened": get_error_line(lambda: Cache(folder))}
+    results: dict[str, Any] = {"opened": get_error_line(lambda: CacheReader(folder))}
     if not results["opened"]:
-        cache = Cache(folder)
+        cache = CacheReader(folder)
         results["checked"] = [
             get_error_line(lambda r=record: verify_shard(cache, r)) for record in cache.manifest.shards
         ]
@@ -50,7 +50,7 @@ def use_cache(folder: Path) -> dict[str, Any]:
     return results
 
 
-def verify(cache: Cache) -> None:
+def verify(cache: CacheReader) -> None:
     """Verify the views against the transfer set, unless that would be downloaded."""
     if cache.data not in FROM_THE_NETWORK:
         verify_views(
@@ -161,12 +161,15 @@ def test_a_large_manifest_is_refused_or_read_in_seconds(cache: Path, dose: Dose)
         (cache / "manifest.json").write_bytes(text)
         shutil.rmtree(cache / "draw-000", ignore_errors=True)
         outcome = attempt(
-            lambda: [get_error_line(lambda: Cache(cache)), get_error_line(lambda: read_like_a_student(Cache(cache)))]
+            lambda: [
+                get_error_line(lambda: CacheReader(cache)),
+                get_error_line(lambda: read_like_a_student(CacheReader(cache))),
+            ]
         )
         assert not outcome.failure
         assert reason in outcome.value[1]
     (cache / "manifest.json").write_bytes(text + b" " * (MAX_MANIFEST_BYTES - len(text) + 1))
-    assert "more than the 16777216 that it may have" in get_error_line(lambda: Cache(cache))
+    assert "more than the 16777216 that it may have" in get_error_line(lambda: CacheReader(cache))
 
 
 @pytest.mark.parametrize("text", [b"[" * (8 << 20), b"[1," * (4 << 20), b'{"a":' * (3 << 20), b"9" * (16 << 20)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from softcache.pipeline.cache import archive as pack
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers import tars
 from tests.helpers.tars import read_tree, unpack, unpack_refused
 from tests.helpers.trial import assert_unopened, attempt, run_command
@@ -77,7 +77,7 @@ def test_a_shard_that_is_cut_while_it_is_packed_is_one_line(cache: Path, work_fo
                 os.truncate(path, 700)
 
     def work() -> None:
-        pack.pack_cache(cache, Cache(cache).manifest, work_folder / "x.tar", cut)
+        pack.pack_cache(cache, CacheReader(cache).manifest, work_folder / "x.tar", cut)
 
     outcome = attempt(work)
     assert not outcome.failure, outcome.failure

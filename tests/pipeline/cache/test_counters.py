@@ -14,7 +14,7 @@ import pytest
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache import reader
 from softcache.pipeline.cache.manifest import ShardSpec
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, CheckConfig
@@ -65,7 +65,7 @@ def data() -> TransferSet:
     return load_transfer_set("digits", Path("."), val_fraction=0.125, train_size=300)
 
 
-def make_stream(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> CacheLoader:
+def make_stream(cache: CacheReader, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> CacheLoader:
     rows = data.splits["train"]
     positions = np.arange(len(rows))
     return CacheLoader(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
@@ -74,7 +74,7 @@ def make_stream(cache: Cache, data: TransferSet, draws: int, taps: tuple[str, ..
 def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_the_first_round(
     tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = make_stream(Cache(tiny / "cache"), data, draws=2)
+    stream = make_stream(CacheReader(tiny / "cache"), data, draws=2)
     steps = stream.steps_per_epoch
     with record_opened_files() as opened, record_bytes_read(monkeypatch) as counts:
         first = list(stream.batches(0, 2 * steps))
@@ -93,7 +93,7 @@ def test_an_epoch_from_disk_reads_hardly_more_than_the_rows_that_it_uses(
     tiny: Path, data: TransferSet, monkeypatch: pytest.MonkeyPatch, with_tap: bool
 ) -> None:
     monkeypatch.setattr(reader, "RESIDENT_BYTES", 0)
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     taps = tuple(cache.manifest.taps)[:1] if with_tap else ()
     stream = make_stream(cache, data, draws=1, taps=taps)
     steps = stream.steps_per_epoch
@@ -107,7 +107,7 @@ def test_an_epoch_from_disk_reads_hardly_more_than_the_rows_that_it_uses(
 
 
 def test_batches_of_a_group_are_parts_of_one_tensor_not_copies(tiny: Path, data: TransferSet) -> None:
-    stream = make_stream(Cache(tiny / "cache"), data, draws=1)
+    stream = make_stream(CacheReader(tiny / "cache"), data, draws=1)
     batches = list(stream.batches(0, stream.steps_per_epoch))
     assert len(batches) > 2
     assert len({batch.views.untyped_storage().data_ptr() for batch in batches}) == 1
@@ -118,7 +118,7 @@ def test_batches_of_a_group_are_parts_of_one_tensor_not_copies(tiny: Path, data:
 def test_the_teacher_runs_once_for_each_batch_of_a_shard(
     tiny: Path, data: TransferSet, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     teacher = load_cache_teacher(cache, CheckConfig(weights=str(tiny / "runs/teacher")))
     config = CacheConfig(batch_size=batch_size)
     generator = TargetGenerator(data, cache.views, TeacherInference(teacher, ()), config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.caches import (
     CACHE_COMMAND,
     Files,
@@ -64,7 +64,7 @@ def load_manifest(cache: Path) -> dict[str, Any]:
 
 def assert_equal_rows(first: Path, second: Path) -> None:
     """Compare every dataset of every split and draw by value, and shards of the same datasets by their digests."""
-    grown, reference = Cache(first), Cache(second)
+    grown, reference = CacheReader(first), CacheReader(second)
     assert grown.manifest.taps == reference.manifest.taps
     assert list(grown.manifest.iter_views()) == list(reference.manifest.iter_views())
     for split, draw in reference.manifest.iter_views():

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from softcache.data.transfer_set import load_transfer_set
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.caches import PETS_CACHE_COMMAND, parse_printed_command, save_pets, save_pets_teacher, stat_files
 from tests.helpers.commands import Stages
 
@@ -129,7 +129,7 @@ def test_stage_one_refuses_another_identity_and_prints_the_command_for_a_cache_o
     """The printed command is run: it makes the requested cache in a new folder."""
     change, options, fields = CASES[case]
     change()
-    before, existing = stat_files(Path("p")), Cache(Path("p")).manifest.identity
+    before, existing = stat_files(Path("p")), CacheReader(Path("p")).manifest.identity
     error = stages.fails(1, *PETS_CACHE_COMMAND, *options, "--out", "p")
     assert "'p' holds another cache:" in error
     differences = parse_differences(error, "requested", "in the cache")
@@ -139,12 +139,12 @@ def test_stage_one_refuses_another_identity_and_prints_the_command_for_a_cache_o
     arguments = parse_printed_command(error)
     assert arguments[arguments.index("--out") + 1] == "p-2"
     result = stages(*arguments)
-    requested = Cache(Path("p-2")).manifest.identity
+    requested = CacheReader(Path("p-2")).manifest.identity
     assert requested != existing
     for field in fields:
         values = [get_field(identity, field) for identity in (requested, existing)]
         assert [format_value(value) for value in values] == list(differences[field])
-    assert (result["draws"], list(Cache(Path("p-2")).manifest.taps)) == (2, ["hidden1"])
+    assert (result["draws"], list(CacheReader(Path("p-2")).manifest.taps)) == (2, ["hidden1"])
     code, out, err = stages.call(*PETS_CACHE_COMMAND, *options, "--out", "p-2")
     assert code == 0, err
     assert "is complete" in out
@@ -180,7 +180,7 @@ def test_stage_two_refuses_other_images_and_prints_the_command_for_a_cache_of_th
     differences = parse_differences(error, "in the data", "in the cache")
     assert set(differences) == {field.removeprefix("transfer_set.") for field in fields}
     loaded = load_transfer_set("folder:pets", Path(), val_fraction=0.1).identity()
-    cached = Cache(Path("p")).manifest.identity["transfer_set"]
+    cached = CacheReader(Path("p")).manifest.identity["transfer_set"]
     for field, values in differences.items():
         assert [format_value(get_field(identity, field)) for identity in (loaded, cached)] == list(values)
     assert not Path("new").exists()
@@ -188,7 +188,7 @@ def test_stage_two_refuses_other_images_and_prints_the_command_for_a_cache_of_th
     stages(*parse_printed_command(error))
     student = ["p-2" if word == "p" else word for word in STUDENT]
     assert stages(*student, "--out", "new")["cache"]["draws"] == 2
-    assert list(Cache(Path("p-2")).manifest.taps) == ["hidden1"]
+    assert list(CacheReader(Path("p-2")).manifest.taps) == ["hidden1"]
 
 
 def test_stage_two_refuses_a_tap_that_the_cache_does_not_hold(home: Path, stages: Stages) -> None:
@@ -198,7 +198,7 @@ def test_stage_two_refuses_a_tap_that_the_cache_does_not_hold(home: Path, stages
     assert "does not contain relu1 (it has: hidden1)" in error
     arguments = [word.replace("folder:PATH", "folder:pets") for word in parse_printed_command(error)]
     stages(*arguments)
-    assert list(Cache(Path("p")).manifest.taps) == ["hidden1", "relu1"]
+    assert list(CacheReader(Path("p")).manifest.taps) == ["hidden1", "relu1"]
     stages(*command)
 
 
@@ -211,7 +211,7 @@ def test_stage_two_takes_everything_else_from_the_cache_itself(
         assert code == 2
         assert "No such option" in err
     input_spec = stages(*STUDENT, "--out", "r")["student"]["preparation"]
-    teacher = Cache(Path("p")).manifest.identity["teacher"]
+    teacher = CacheReader(Path("p")).manifest.identity["teacher"]
     assert (input_spec["mean"], input_spec["std"]) == (teacher["mean"], teacher["std"])
 
 

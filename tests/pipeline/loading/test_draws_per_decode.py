@@ -16,7 +16,7 @@ from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import VIEW_POLICIES, parse_views, render
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache import reader as cache_module
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.stages.training.step import ActiveTraining
 from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
@@ -28,7 +28,7 @@ def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more:
     found = load_transfer_set(
         data, Path("none"), val_fraction=0.125 if data == "digits" else 0.1, train_size=train_size
     )
-    cache = Cache(folder)
+    cache = CacheReader(folder)
     cache.check_transfer_set(found)
     rows = found.splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(len(rows))}
@@ -134,13 +134,13 @@ def test_batches_are_the_same_from_any_step(twelve: Path, monkeypatch: pytest.Mo
 def test_a_draw_that_is_used_with_others_is_read_once(twelve: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 6 draws side by side none is put out of memory for another, in its lap."""
     read: list[tuple[int, str]] = []
-    column = Cache.read_column
+    column = CacheReader.read_column
 
-    def noted(self: Cache, split: str, draw: int, name: str) -> Any:
+    def noted(self: CacheReader, split: str, draw: int, name: str) -> Any:
         read.append((draw, name))
         return column(self, split, draw, name)
 
-    monkeypatch.setattr(Cache, "read_column", noted)
+    monkeypatch.setattr(CacheReader, "read_column", noted)
     stream = stream_of(twelve, draws=12, draws_per_decode=6, batch_size=6)
     for _ in stream.batches(0, 3 * 6 * stream.steps_per_epoch):
         pass
@@ -207,11 +207,11 @@ def test_several_caches_labels_that_are_hidden_rows_that_are_missing_and_a_sampl
 ) -> None:
     stages(*tiny_cache_command(tiny)[:-1], tmp_path / "c", "--codec", "float32", "--draws", 12)
     both = ("--cache", twelve, "--cache", tmp_path / "c", "--combine", "mean_logit")
-    place = np.argsort(Cache(twelve).row_order("train"))
+    place = np.argsort(CacheReader(twelve).row_order("train"))
     stages("student", *both, *STUDENT, "--out", "both")
     for batch in noted.pop("student")[::7]:
         for row, (index, draw) in enumerate(of_draws(batch)):
-            said = [Cache(c).read_stored("train", draw, place[[index]])[0] for c in (twelve, tmp_path / "c")]
+            said = [CacheReader(c).read_stored("train", draw, place[[index]])[0] for c in (twelve, tmp_path / "c")]
             torch.testing.assert_close(batch.logits[row], torch.stack(said).mean(0)[0])
 
     kd_and_hard = ("--loss", "kd", "--loss", "hard")
@@ -223,7 +223,7 @@ def test_several_caches_labels_that_are_hidden_rows_that_are_missing_and_a_sampl
     assert len(noted["baseline"]) == len(noted.pop("student"))
 
     (tmp_path / "c/draw-001/shard-00001.h5").unlink()
-    gone = set(Cache(tmp_path / "c").row_order("train")[100:200].tolist())
+    gone = set(CacheReader(tmp_path / "c").row_order("train")[100:200].tolist())
     for how in ("skip", "hard"):
         stages("student", "--cache", tmp_path / "c", *STUDENT, "--missing", how, "--out", how)
         seen = noted.pop("student")

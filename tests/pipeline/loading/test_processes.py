@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from softcache.base.errors import CacheError
 from softcache.pipeline.cache import rows, shards
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
 from tests.helpers.damage import flip_bit
 from tests.helpers.paths import ROOT
@@ -46,15 +46,15 @@ def truth(tiny: Path) -> Truth:
     return found
 
 
-def opened_and_used(folder: Path) -> Cache:
+def opened_and_used(folder: Path) -> CacheReader:
     """A cache with shards open and rows in memory."""
-    cache = Cache(folder)
+    cache = CacheReader(folder)
     cache.read_targets("train", 0, np.arange(ROWS), (TAP,))
     cache.read_rows("train", 1, "logits", np.arange(5))
     return cache
 
 
-def wrong_rows(cache: Cache, truth: Truth, draw: int, positions: np.ndarray, from_disk: bool = False) -> int:
+def wrong_rows(cache: CacheReader, truth: Truth, draw: int, positions: np.ndarray, from_disk: bool = False) -> int:
     """How many of these rows are not those of the shards."""
     if from_disk:
         logits = cache.codec.decode({"logits": cache.read_rows("train", draw, "logits", positions)})
@@ -69,7 +69,7 @@ def wrong_rows(cache: Cache, truth: Truth, draw: int, positions: np.ndarray, fro
 class Rows(Dataset[tuple[int, torch.Tensor, torch.Tensor, int]]):
     """Number of a row -> that number, its logits and features, and the process that read them."""
 
-    def __init__(self, cache: Cache):
+    def __init__(self, cache: CacheReader):
         self.cache = cache
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ def in_a_fork(work: Callable[[], bool]) -> int:
     return pid
 
 
-def read_at_random(cache: Cache, truth: Truth, seed: int, times: int) -> int:
+def read_at_random(cache: CacheReader, truth: Truth, seed: int, times: int) -> int:
     """How many of many rows, from disk and in runs of three, are wrong."""
     random = np.random.default_rng(seed)
     starts = random.integers(0, ROWS - 3, times)
@@ -183,7 +183,7 @@ def test_threads_read_the_right_rows_from_one_cache(
 ) -> None:
     """Also where one thread's shard makes room for another's, and one's draw for another's."""
     monkeypatch.setattr(rows, "MAX_OPEN_SHARDS", open_shards)
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
 
     def read(seed: int) -> int:
         random = np.random.default_rng(seed)
@@ -250,14 +250,14 @@ def test_no_hdf5_handle_stays_open_nor_crosses_a_fork(tiny: Path, truth: Truth) 
 
 
 @pytest.fixture
-def two_open(cache: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Cache, list[str]]:
+def two_open(cache: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[CacheReader, list[str]]:
     """A cache of which two shards stay open, and the checksums that are computed of them."""
     monkeypatch.setattr(rows, "MAX_OPEN_SHARDS", 2)
-    return Cache(cache), computed
+    return CacheReader(cache), computed
 
 
 def test_more_shards_than_stay_open_are_read_right_and_verified_once(
-    two_open: tuple[Cache, list[str]], truth: Truth
+    two_open: tuple[CacheReader, list[str]], truth: Truth
 ) -> None:
     cache, computed = two_open
     open_files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
@@ -269,7 +269,7 @@ def test_more_shards_than_stay_open_are_read_right_and_verified_once(
 
 
 def test_a_shard_that_changed_since_it_was_verified_is_verified_again(
-    two_open: tuple[Cache, list[str]], truth: Truth
+    two_open: tuple[CacheReader, list[str]], truth: Truth
 ) -> None:
     cache, computed = two_open
     path, first = cache.folder / "draw-000/shard-00000.h5", np.arange(3)

@@ -10,7 +10,7 @@ from softcache.base.errors import CacheError
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading import view_checks
 from softcache.pipeline.loading.loader import CacheLoader
 
@@ -31,7 +31,7 @@ def make_loader(tiny: Path, changed_row: int | None, **options: object) -> Cache
     pixels = rows.images.pixels.clone()
     if changed_row is not None:
         pixels[changed_row, 0, 4, 4] ^= 1
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     settings: dict[str, object] = {"order_seed": 0, "batch_size": 50, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"split": Split(ImageArrays(pixels), rows.labels, ""), "views": cache.views, "view_seed": cache.seed}
     return CacheLoader(**(settings | {"draws": 3, "cache": cache} | options))  # type: ignore[arg-type]

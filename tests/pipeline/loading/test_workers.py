@@ -10,7 +10,7 @@ import torch
 
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.checksums import compute_crc32
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.loader import CacheLoader
 from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
@@ -29,7 +29,7 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     save_pets(tmp_path / "pets", save_image)
     save_pets_teacher(tmp_path / "pets.pt")
     stages(*PETS_CACHE_COMMAND, "--out", "p")
-    found, cache = load_transfer_set("folder:pets", Path(), val_fraction=0.1), Cache(Path("p"))
+    found, cache = load_transfer_set("folder:pets", Path(), val_fraction=0.1), CacheReader(Path("p"))
     cache.check_transfer_set(found)
     rows, n = found.splits["train"], len(found.splits["train"])
     position_of = np.argsort(cache.row_order("train"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import load_transfer_set
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, count_multiply_adds, count_parameters, find_head
 from softcache.pipeline.models.archs.simkd import SimKDStudent, format_simkd_arch, parse_simkd_arch
 from softcache.pipeline.taps.hooks import capture_features
@@ -160,7 +160,7 @@ def test_the_run_is_a_teacher_of_the_next_generation(home: Path, stages: Stages)
         "next",
     )
     assert made["teacher"]["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
-    cache = Cache(Path("next"))
+    cache = CacheReader(Path("next"))
     assert cache.teacher == f"simkd(resnet8;layer3;{WIDTH})"
     assert list(cache.manifest.taps["projector"]) == [WIDTH, 2, 2]
     stages("check-cache", "next", "--deep", "--weights", "r")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import (
@@ -189,7 +189,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_cache_stores_the_statistics_of_its_taps(home: Path, stages: Stages) -> None:
-    cache = Cache(home / "cache")
+    cache = CacheReader(home / "cache")
     shapes = {"layer3:pool": [64], "layer2:attention": [4, 4], "layer3:grid2": [64, 2, 2], "layer3:gram": [4, 4]}
     assert {tap: list(shape) for tap, shape in cache.manifest.taps.items()} == shapes | {"layer3": [64, 2, 2]}
     features = cache.read_targets("train", 1, np.arange(20), tuple(cache.manifest.taps))[1]
@@ -210,7 +210,7 @@ def test_the_message_for_a_missing_statistic_has_the_command_that_adds_it(home: 
     assert not Path("r").exists()
     code, _, err = stages.call(*parse_printed_command(line))
     assert code == 0, err
-    assert set(Cache(Path("c")).manifest.taps) == {"layer3:pool", "layer2:attention", "layer3:attention"}
+    assert set(CacheReader(Path("c")).manifest.taps) == {"layer3:pool", "layer2:attention", "layer3:attention"}
     result = stages(*student, "--out", "r")
     assert json.loads(Path("r/cache.json").read_text())["taps"] == ["layer2:attention", "layer3:attention"]
     assert result["student"]["test"]["nll"] > 0
@@ -220,7 +220,7 @@ def test_the_message_for_a_missing_statistic_has_the_command_that_adds_it(home: 
 def test_a_loss_on_any_statistic_trains_from_the_cached_map(home: Path, stages: Stages, spec: str) -> None:
     spec += "teacher=layer3" if spec.endswith(",") else ":teacher=layer3"
     if spec.startswith("attention"):  # of layer3 only the map is cached
-        assert "layer3:attention" not in Cache(home / "cache").manifest.taps
+        assert "layer3:attention" not in CacheReader(home / "cache").manifest.taps
     student = ("student", "--cache", home / "cache", "--arch", "resnet8", "--epochs", 1, "--learning-rate", 0.01)
     stages(*student, "--loss", "kd", "--loss", spec, "--out", "r")
     term = json.loads(Path("r/metrics.jsonl").read_text())[f"loss_{spec.partition(':')[0]}"]

@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from softcache.base.text import escape_markdown
 from softcache.data.sources import load_source
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -53,7 +53,7 @@ def pytorch_logits(run: Path, cache: Path, seed: int, weights: str = "student.pt
     """The logits of a seed's student on the test split, float32 [360, 10]."""
     network = build("cnn", 10, 1, 8)
     load_weights(network, read_state_dict(run / f"seed-{seed}" / weights), "")
-    model = PreparedModel(network, Cache(cache).input_spec).eval()
+    model = PreparedModel(network, CacheReader(cache).input_spec).eval()
     with torch.inference_mode():
         logits: np.ndarray[Any, Any] = model(read_test_split()[0]).numpy()
     return logits
@@ -131,7 +131,7 @@ def test_onnx_files_have_names_shapes_and_metadata_and_nothing_else(exported: Pa
         preprocessing = json.loads(metadata["preprocessing"])
         assert (preprocessing["mode"], preprocessing["size"], preprocessing["resize"]) == ("L", 8, 8)
         assert preprocessing["range"] == [0, 1]
-        assert json.loads(metadata["cache"]) == [Cache(tiny / "cache").manifest.fingerprint]
+        assert json.loads(metadata["cache"]) == [CacheReader(tiny / "cache").manifest.fingerprint]
         assert metadata["torch"] == torch.__version__
         assert metadata["arch"] == "cnn"
         assert "divide by 255" in metadata["preprocessing_in_words"]
@@ -327,7 +327,7 @@ def test_int8_is_calibrated_on_the_views_of_the_cache(
 
     monkeypatch.setattr(quantize, "quantize_onnx", quantize_and_record)
     assert stages("export", run, "--int8", "--most-drop", 1)["int8"]["calibration_rows"] == len(checksums) == 512
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     draws = [set(cache.read_rows("train", draw, "view_crc32", np.arange(300)).tolist()) for draw in range(3)]
     assert all(len(set(checksums) & draw) > 100 for draw in draws)
     assert set(checksums) <= set.union(*draws)
@@ -363,7 +363,7 @@ def test_a_grey_channel_is_repeated_inside_the_graph(stages: Stages) -> None:
     stages("export", "r")
     network = build("resnet8", 10, 3, 8)
     load_weights(network, read_state_dict(Path("r/student.pt")), "")
-    input_spec = Cache(Path("c")).input_spec
+    input_spec = CacheReader(Path("c")).input_spec
     assert input_spec.channels == 3
     with torch.inference_mode():
         expected = PreparedModel(network, input_spec).eval()(read_test_split()[0]).numpy()
@@ -382,7 +382,7 @@ def test_the_card_has_the_metrics_of_the_files(exported: Path, tiny: Path) -> No
         name: evaluate(pytorch_logits(exported, tiny / "cache", record["seed"], file), labels)["accuracy"]
         for name, file in weights.items()
     }
-    accuracy["teacher"] = Cache(tiny / "cache").manifest.teacher["test"]["accuracy"]
+    accuracy["teacher"] = CacheReader(tiny / "cache").manifest.teacher["test"]["accuracy"]
     table = card.partition("test split, 360 images")[2].partition("val split")[0]
     rows = dict(re.findall(r"^\| ([^|]+?) \| (.+) \|$", table, re.MULTILINE))
     expected = [accuracy["teacher"], accuracy["baseline"], accuracy["student"], record["int8"]["accuracy_after"]]
@@ -391,7 +391,7 @@ def test_the_card_has_the_metrics_of_the_files(exported: Path, tiny: Path) -> No
     recall = record["figures"]["student"]["test"]["per_class"]["recall"]
     rows = dict(re.findall(r"^\| ([^|]+?) \| (.+) \|$", card.partition("Recall of")[2], re.MULTILINE))
     assert rows["7"] == f"{recall[7]:.4f} | 36"
-    assert Cache(tiny / "cache").manifest.fingerprint in card
+    assert CacheReader(tiny / "cache").manifest.fingerprint in card
     assert "soft targets" in card
     assert "softcache" in card
     command = re.search(r"```sh\n(.*?)\n```", card, re.DOTALL)

@@ -18,7 +18,7 @@ from PIL import Image
 from softcache.data.sources import load_source
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views, render
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
@@ -94,7 +94,7 @@ def test_probabilities_are_those_of_the_student_in_pytorch(
     load_weights(network, read_state_dict(exported / f"seed-{seed}/student.pt"), "")
     with torch.inference_mode():
         expected = (
-            PreparedModel(network, Cache(tiny / "cache").input_spec).eval()(read_digits()[:6]).softmax(1).numpy()
+            PreparedModel(network, CacheReader(tiny / "cache").input_spec).eval()(read_digits()[:6]).softmax(1).numpy()
         )
     assert [prediction["picture"] for prediction in predictions] == names
     for prediction, row in zip(predictions, expected, strict=True):

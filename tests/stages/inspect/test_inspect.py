@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LogisticRegression
 
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.metrics.soft_targets import (
     TEMPERATURES,
@@ -155,7 +155,7 @@ def test_the_tables_have_the_values_of_the_record_and_the_plots_are_complete(
 def test_a_probe_has_the_accuracy_of_scikit_learns_model_on_the_rows_of_the_cache(
     noise_cache: Path, record: dict[str, Any]
 ) -> None:
-    cache, positions = Cache(noise_cache), {"train": np.arange(600), "val": np.arange(180)}
+    cache, positions = CacheReader(noise_cache), {"train": np.arange(600), "val": np.arange(180)}
     x = {
         split: cache.read_targets(split, 0, rows, ("columns",))[1]["columns"].double().numpy()
         for split, rows in positions.items()
@@ -222,7 +222,7 @@ def test_maps_are_read_as_the_mean_of_each_channel_and_wide_taps_are_projected_b
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = make_cache(tmp_path, "teacher_with_maps", "--train-size", 50, "--taps", "images,columns")
-    cache, rows = Cache(name), np.arange(50)
+    cache, rows = CacheReader(name), np.arange(50)
     maps = cache.read_targets("train", 0, rows, ("images",))[1]["images"].double().numpy()
     steps: list[int] = []
     columns = read_columns(cache, "train", rows, "images", seed=0, on_progress=steps.append)
@@ -246,7 +246,7 @@ def test_maps_are_read_as_the_mean_of_each_channel_and_wide_taps_are_projected_b
 # Calibration, similarity, temperatures
 
 
-def read_logits(cache: Cache, split: str) -> tuple[Floats, NDArray[np.int64]]:
+def read_logits(cache: CacheReader, split: str) -> tuple[Floats, NDArray[np.int64]]:
     labels = cache.read_column(split, 0, "label").astype(np.int64)
     return cache.read_targets(split, 0, np.arange(len(labels)))[0].double().numpy(), labels
 
@@ -255,7 +255,7 @@ def read_logits(cache: Cache, split: str) -> tuple[Floats, NDArray[np.int64]]:
 def test_calibration_is_that_of_evaluate_and_of_its_bins(
     noise_cache: Path, output: Path, record: dict[str, Any], split: str
 ) -> None:
-    logits, labels = read_logits(Cache(noise_cache), split)
+    logits, labels = read_logits(CacheReader(noise_cache), split)
     expected, actual = evaluate(logits, labels), record["calibration"][split]
     for key in ("accuracy", "ece", "nll"):
         assert actual[key] == pytest.approx(expected[key], rel=1e-12)
@@ -292,7 +292,7 @@ def mutual_information(rows: list[list[float]]) -> float:
 def test_entropies_and_information_are_those_of_a_loop(noise_cache: Path, record: dict[str, Any]) -> None:
     """By the chain rule, among rows of one first class: the information of the label minus that of whether it is the
     first class."""
-    logits, labels = read_logits(Cache(noise_cache), "train")
+    logits, labels = read_logits(CacheReader(noise_cache), "train")
     assert [r["temperature"] for r in record["soft_targets"]["temperatures"]] == list(TEMPERATURES)
     for actual in record["soft_targets"]["temperatures"]:
         rows = soften(logits, actual["temperature"])
@@ -336,7 +336,7 @@ def test_hard_flat_and_equal_targets_of_a_class_have_no_information() -> None:
 def test_similarity_is_the_mean_soft_target_of_each_class(
     noise_cache: Path, output: Path, record: dict[str, Any]
 ) -> None:
-    logits, labels = read_logits(Cache(noise_cache), "val")
+    logits, labels = read_logits(CacheReader(noise_cache), "val")
     rows = read_table(output / "similarity.csv")
     matrix = [[float(row[str(c)]) for c in range(10)] for row in rows]
     probabilities = np.array(soften(logits, 4.0))
@@ -420,7 +420,7 @@ def test_without_labels_only_soft_targets_are_inspected(stages: Stages, tmp_path
     record = json.loads(Path("o/inspect.json").read_text())
     assert record["files"] == ["temperatures.csv", "temperatures.png"]
     soft_targets = record["soft_targets"]
-    assert soft_targets["by_own_class"] == soft_targets["rows"] == Cache(Path("c")).manifest.splits["train"]
+    assert soft_targets["by_own_class"] == soft_targets["rows"] == CacheReader(Path("c")).manifest.splits["train"]
 
 
 def test_mixed_views_have_no_probe(stages: Stages, tmp_path: Path) -> None:
@@ -490,7 +490,7 @@ def test_missing_matplotlib_is_reported_in_one_line_before_any_work(
     stages: Stages, noise_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(Cache, "read_rows", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(CacheReader, "read_rows", lambda *_: pytest.fail("rows were read"))
     error = stages.fails(2, "inspect", noise_cache)
     assert error == ("Error: inspect draws with matplotlib, which is not installed: pip install -e '.[report]'")
     assert not Path("runs").exists()
@@ -506,14 +506,14 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_as_it_is(stages: Stages,
 
 def test_features_that_are_not_finite_and_a_missing_cache_are_refused(stages: Stages, noise_cache: Path) -> None:
     assert "nowhere" in stages.fails(1, "inspect", "nowhere")
-    read_rows = Cache.read_rows
+    read_rows = CacheReader.read_rows
 
-    def read_rows_with_nan(self: Cache, split: str, draw: int, name: str, positions: Any) -> Any:
+    def read_rows_with_nan(self: CacheReader, split: str, draw: int, name: str, positions: Any) -> Any:
         rows = read_rows(self, split, draw, name, positions)
         return rows if name != "features/noise" else np.where(positions[:, None] == 3, np.nan, rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cache, "read_rows", read_rows_with_nan)
+        patch.setattr(CacheReader, "read_rows", read_rows_with_nan)
         assert "tap 'noise' of train has values that are not finite" in stages.fails(1, "inspect", noise_cache)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import softcache.stages.training.loop as training
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.batch import Batch, ModelOutputs
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.losses.multi_teacher import ConfidenceWeighted, HardFallback, wrap_loss
 from softcache.pipeline.teachers.combine import confidence_weights
@@ -65,7 +65,7 @@ def pair(two_caches: Path, tmp_path: Path) -> tuple[str, ...]:
 
 def read_logits(folder: str, split: str = "test") -> torch.Tensor:
     """float32 [N, K] by index."""
-    cache = Cache(Path(folder))
+    cache = CacheReader(Path(folder))
     order = cache.row_order(split)
     logits = torch.empty(len(order), 10)
     logits[torch.from_numpy(order)] = cache.read_targets(split, 0, np.arange(len(order)))[0]
@@ -147,7 +147,7 @@ def test_the_targets_of_a_student_are_the_combination_of_its_own_rows(
     assert result["teacher"]["arch"] == "cnn + mlp:16"
     record = json.loads(Path("r/targets.json").read_text())["combine"]
     assert record["weights"] == pytest.approx(rows[name]["weights"])
-    caches = Cache(Path("a")), Cache(Path("b"))
+    caches = CacheReader(Path("a")), CacheReader(Path("b"))
     position_of_index = np.argsort(caches[0].row_order("train"))
     weights, temperatures = torch.tensor(record["weights"]), torch.tensor(record["temperatures"])
     for batch in batches:
@@ -171,7 +171,7 @@ def test_features_are_those_of_the_first_cache(
 ) -> None:
     batches = record_batches(monkeypatch)
     stages("student", *pair, "--arch", "cnn", "--epochs", 1, "--loss", "kd", "--loss", "hint:teacher=pool1")
-    cache = Cache(Path("a"))
+    cache = CacheReader(Path("a"))
     positions = np.argsort(cache.row_order("train"))[batches[0].index.numpy()]
     expected = cache.read_stored("train", batches[0].draw, positions, ("pool1",))[1]["pool1"]
     assert torch.equal(batches[0].features["pool1"], expected)
@@ -250,9 +250,9 @@ def test_a_student_can_have_the_logits_of_each_teacher(
     assert batches[0].logits.shape[1:] == (2, 10)
     maps = json.loads(Path("r/targets.json").read_text())["maps"]
     assert len(maps) == 2
-    positions = np.argsort(Cache(Path("a")).row_order("train"))[batches[0].index.numpy()]
+    positions = np.argsort(CacheReader(Path("a")).row_order("train"))[batches[0].index.numpy()]
     for k, name in enumerate("ab"):
-        logits = Cache(Path(name)).read_stored("train", batches[0].draw, positions)[0]
+        logits = CacheReader(Path(name)).read_stored("train", batches[0].draw, positions)[0]
         torch.testing.assert_close(batches[0].logits[:, k], logits * maps[k]["weight"][0])
     assert result["student"]["test"]["agreement"] > 0
     of_mean = stages("student", *pair, *STUDENT, "--out", "of-mean")
@@ -270,7 +270,7 @@ def test_a_stopped_run_of_several_caches_continues_to_the_same_weights(
     stages("student", "--resume", "--out", "r")
     assert Path("r/student.pt").read_bytes() == Path("uninterrupted/student.pt").read_bytes()
     others = json.loads(Path("r/cache.json").read_text())["others"]
-    assert [other["fingerprint"] for other in others] == [Cache(Path("b")).manifest.fingerprint]
+    assert [other["fingerprint"] for other in others] == [CacheReader(Path("b")).manifest.fingerprint]
 
 
 # Errors
@@ -440,7 +440,7 @@ def test_missing_rows_are_skipped_or_learned_from_labels_and_counted(
     pair: tuple[str, ...], stages: Stages, monkeypatch: pytest.MonkeyPatch, treatment: str, caches: tuple[str, ...]
 ) -> None:
     delete_shard("a", "draw-001/shard-00001.h5")
-    missing = set(Cache(Path("a")).row_order("train")[100:200].tolist())
+    missing = set(CacheReader(Path("a")).row_order("train")[100:200].tolist())
     batches = record_batches(monkeypatch)
     code, out, _ = stages.call("student", *caches, *STUDENT, "--epochs", 3, "--missing", treatment, "--out", "r")
     assert code == 0
@@ -572,7 +572,7 @@ def test_a_held_out_row_that_is_missing_is_always_an_error(pair: tuple[str, ...]
 
 
 def test_an_ensemble_of_one_cache_has_the_targets_of_the_cache(two_caches: Path) -> None:
-    cache = Cache(two_caches / "a")
+    cache = CacheReader(two_caches / "a")
     ensemble, positions = TeacherEnsemble((cache,)), np.array([5, 250, 17])
     logits, features = ensemble.read_targets("train", 1, positions, ("pool1",))
     expected_logits, expected_features = cache.read_targets("train", 1, positions, ("pool1",))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softcache.data.transfer_set import load_transfer_set
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.main import main
@@ -18,7 +18,7 @@ from tests.helpers.commands import Stages
 SHORT = ("--epochs", 2, "--batch-size", 64, "--draws", 2)
 
 
-def held_out_probabilities(cache: Cache, arch: str, weights: Path) -> np.ndarray[Any, Any]:
+def held_out_probabilities(cache: CacheReader, arch: str, weights: Path) -> np.ndarray[Any, Any]:
     """softmax [N, K] of a student's logits on the test split, float64, computed without the commands."""
     test = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"]
     network = build(arch, 10, cache.input_spec.channels, cache.input_spec.size)
@@ -49,7 +49,7 @@ def chain(folder: Path) -> dict[str, Any]:
 
 
 def test_each_generation_learns_from_a_cache_of_the_one_before(chain: dict[str, Any], folder: Path) -> None:
-    caches = [Cache(Path(generation["cache"])) for generation in chain["generations"]]
+    caches = [CacheReader(Path(generation["cache"])) for generation in chain["generations"]]
     assert [cache.teacher for cache in caches] == ["cnn", "mlp:16", "mlp:16"]
     for number, cache in enumerate(caches[1:], 1):
         state = torch.load(folder / f"generation-{number}/student.pt", weights_only=True)
@@ -65,7 +65,7 @@ def test_each_generation_learns_from_a_cache_of_the_one_before(chain: dict[str, 
 
 
 def test_the_caches_of_a_chain_have_the_views_of_the_first(chain: dict[str, Any]) -> None:
-    views = [Cache(Path(generation["cache"])).manifest.identity["views"] for generation in chain["generations"]]
+    views = [CacheReader(Path(generation["cache"])).manifest.identity["views"] for generation in chain["generations"]]
     assert views[0] == views[1] == views[2]
 
 
@@ -78,7 +78,7 @@ def test_only_the_first_generation_has_a_baseline(chain: dict[str, Any], folder:
 def test_the_ensemble_is_the_mean_of_the_students_probabilities(
     chain: dict[str, Any], tiny: Path, folder: Path
 ) -> None:
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     p = [held_out_probabilities(cache, "mlp:16", folder / f"generation-{g}/student.pt") for g in (1, 2, 3)]
     labels = load_transfer_set("digits", Path(), val_fraction=0.125, seed=0, train_size=300).splits["test"].labels
     mean = np.mean(p, axis=0)
@@ -117,14 +117,14 @@ def test_archs_make_a_chain_of_teacher_assistants(tiny: Path, tmp_path: Path, st
     options = ("--archs", "mlp:32,16+mlp:8", *SHORT, "--out", tmp_path / "ta")
     result = stages("born-again", "--cache", tiny / "cache", *options)
     assert [generation["student"]["arch"] for generation in result["generations"]] == ["mlp:32,16", "mlp:8"]
-    assert Cache(tmp_path / "ta/cache-1").teacher == "mlp:32,16"
+    assert CacheReader(tmp_path / "ta/cache-1").teacher == "mlp:32,16"
 
 
 def test_a_chain_with_hints_caches_the_layers_of_its_students(tiny: Path, tmp_path: Path, stages: Stages) -> None:
     hint = ("--loss", "kd", "--loss", "hint:teacher=pool1")
     options = ("--arch", "cnn", "--generations", 2, *SHORT, *hint, "--out", tmp_path / "hinted")
     stages("born-again", "--cache", tiny / "cache", *options)
-    assert list(Cache(tmp_path / "hinted/cache-1").manifest.taps) == ["pool1"]
+    assert list(CacheReader(tmp_path / "hinted/cache-1").manifest.taps) == ["pool1"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 import softcache.stages.training.loop as training
 from softcache.pipeline.cache import reader as cache_module
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.training.step import ActiveTraining
 from tests.helpers.caches import (
     CACHE_COMMAND,
@@ -81,7 +81,7 @@ def test_a_student_has_the_same_weights_after_taps_were_added(
     stages(*CACHE_COMMAND, "--taps", "flatten,pool2", "--out", "c")
     stages(*STUDENT, "--loss", loss, "--out", "after")
     assert read_weights("after") == read_weights("before")
-    assert Cache(small).fits_in_memory("train", 0, ("linear",) if "hint" in loss else ()) == resident
+    assert CacheReader(small).fits_in_memory("train", 0, ("linear",) if "hint" in loss else ()) == resident
 
 
 def test_the_order_of_rows_does_not_depend_on_taps_that_a_student_does_not_use(
@@ -118,7 +118,7 @@ def test_a_loss_that_reads_a_missing_tap_is_refused_with_the_command_that_adds_i
     assert "the cache 'c' does not contain flatten (it has: linear). Add them with  " in error
     assert not Path("r").exists()
     stages(*parse_printed_command(error))
-    assert set(Cache(small).manifest.taps) == {"linear", "flatten"}
+    assert set(CacheReader(small).manifest.taps) == {"linear", "flatten"}
     stages(*STUDENT, "--loss", HINT, "--out", "r")
 
 
@@ -140,7 +140,11 @@ def test_a_run_records_the_draws_and_shards_that_it_was_trained_from(small: Path
     result = stages(*STUDENT, "--loss", HINT, "--draws", "2", "--out", "r")
     assert result["cache"]["draws"] == 2
     used = json.loads(Path("r/cache.json").read_text())
-    assert (used["fingerprint"], used["draws"], used["taps"]) == (Cache(small).manifest.fingerprint, 2, ["flatten"])
+    assert (used["fingerprint"], used["draws"], used["taps"]) == (
+        CacheReader(small).manifest.fingerprint,
+        2,
+        ["flatten"],
+    )
     digests = read_payloads(small)
     # of draws 0 and 1 the logits, with linear, and the file that holds flatten, with pool2
     training_shards = {f"draw-00{d}/shard-0000{i}{part}.h5" for d in (0, 1) for i in (0, 1) for part in ("", "-1")}

@@ -15,7 +15,7 @@ import softcache.stages.training.loop as training
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.cache import reader as cache_module
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.models import build
@@ -47,7 +47,10 @@ def list_numbers(record: dict[str, Any]) -> list[float]:
 
 
 def make_stream(folder: Path, **changes: Any) -> CacheLoader:
-    cache, transfer_set = Cache(folder), load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300)
+    cache, transfer_set = (
+        CacheReader(folder),
+        load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300),
+    )
     cache.check_transfer_set(transfer_set)
     split = transfer_set.splits["train"]
     options: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": split.labels, "rows": np.arange(300)}
@@ -236,11 +239,11 @@ def test_the_result_is_complete_and_evaluate_computes_the_same_figures(tiny: Pat
         for model in ("student", "baseline"):
             assert figures | {"agreement", "kl_to_teacher"} <= result[model][split].keys()
     assert {"settings", "cache", "spread", "seeds", "seconds", "images_per_second", "peak_memory"} <= result.keys()
-    assert result["cache"]["fingerprint"] == Cache(tiny / "cache").manifest.fingerprint
+    assert result["cache"]["fingerprint"] == CacheReader(tiny / "cache").manifest.fingerprint
     assert result["student"]["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
     assert result["student"]["multiply_adds"] == 64 * 16 + 16 * 10
     assert result["student"]["test"] != result["baseline"]["test"]
-    manifest = Cache(tiny / "cache").manifest
+    manifest = CacheReader(tiny / "cache").manifest
     assert result["teacher"]["test"]["accuracy"] == pytest.approx(manifest.teacher["test"]["accuracy"], abs=1e-12)
     again = stages("evaluate", "r")
     assert stages.fails(1, "evaluate", "r", "--cache", "nowhere")

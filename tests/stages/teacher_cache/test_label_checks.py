@@ -11,7 +11,7 @@ import torch
 
 from softcache.base.errors import UsageError
 from softcache.data.sources.class_order import sort_classes
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.prepared_model import parse_normalize
 from softcache.stages.teacher_cache import label_checks
 from softcache.stages.teacher_cache.label_checks import describe_label_fit
@@ -52,7 +52,7 @@ def test_a_run_of_renamed_classes_is_refused_and_its_weights_alone_are_taken(
     assert way_out[::2] == ["--weights", "--teacher", "--normalize"]
     stages(*COMMAND, *way_out)
     recorded = json.loads((run / "result.json").read_text())["teacher"]["preparation"]
-    assert Cache(tmp_path / "c").input_spec.to_json() == recorded
+    assert CacheReader(tmp_path / "c").input_spec.to_json() == recorded
 
 
 @pytest.mark.parametrize(

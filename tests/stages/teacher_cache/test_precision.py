@@ -13,7 +13,7 @@ from torch import nn
 
 import softcache.stages.teacher_cache.trials as trials_module
 from softcache.pipeline.cache.manifest_reader import read_manifest
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
@@ -182,7 +182,7 @@ def test_auto_chooses_bfloat16_where_it_is_faster_and_records_its_cost(
     assert f"KL {record.kl_1:.1e} to plain float32 at T=1" in (tmp_path / "c/README.md").read_text()
     # The same KL from the first draw in the cache of the plain teacher.
     plain, fast = (
-        Cache(c).read_targets("train", 0, np.arange(300))[0].double() for c in (tiny / "cache", tmp_path / "c")
+        CacheReader(c).read_targets("train", 0, np.arange(300))[0].double() for c in (tiny / "cache", tmp_path / "c")
     )
     p, q = plain.log_softmax(1), fast.log_softmax(1)
     assert float((p.exp() * (p - q)).sum(1).mean()) == pytest.approx(record.kl_1, rel=0.2)

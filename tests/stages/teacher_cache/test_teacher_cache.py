@@ -11,7 +11,7 @@ import torch
 
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views, render
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.writer import CacheWriter
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
@@ -58,7 +58,7 @@ def test_every_row_holds_the_teachers_outputs_for_that_view(tiny: Path) -> None:
 
 
 def test_each_draw_holds_every_index_once(tiny: Path) -> None:
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     for split, draws in (("train", 3), ("val", 1), ("test", 1)):
         for draw in range(draws):
             index = cache.read_column(split, draw, "index")
@@ -66,7 +66,7 @@ def test_each_draw_holds_every_index_once(tiny: Path) -> None:
 
 
 def test_rows_are_stored_in_a_class_mixed_order(tiny: Path) -> None:
-    labels = Cache(tiny / "cache").read_column("train", 0, "label")
+    labels = CacheReader(tiny / "cache").read_column("train", 0, "label")
     assert all(len(set(labels[i : i + 30])) >= 7 for i in range(0, 300, 30))
 
 
@@ -84,11 +84,11 @@ def test_the_same_weights_in_another_file_make_the_same_cache(tiny: Path, stages
     command[command.index("--weights") + 1] = str(tmp_path / "w.pth")
     stages(*command[:-1], tmp_path / "again", "--teacher", "cnn")
     assert read_payloads(tmp_path / "again") == read_payloads(tiny / "cache")
-    assert Cache(tmp_path / "again").manifest.fingerprint == Cache(tiny / "cache").manifest.fingerprint
+    assert CacheReader(tmp_path / "again").manifest.fingerprint == CacheReader(tiny / "cache").manifest.fingerprint
 
 
 def test_the_manifest_reports_the_teachers_accuracy_on_each_split(tiny: Path) -> None:
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     for split in ("train", "val", "test"):
         accuracies = [
             (cache.read_column(split, draw, "logits").argmax(1) == cache.read_column(split, draw, "label")).mean()
@@ -104,7 +104,7 @@ def test_the_codecs_cost_is_measured_on_the_caches_own_rows(tiny: Path, stages: 
     for codec in ("float32", "float16", "sqrt8"):
         command = tiny_cache_command(tiny)
         stages(*command[:-1], tmp_path / codec, "--codec", codec)
-        caches[codec] = Cache(tmp_path / codec)
+        caches[codec] = CacheReader(tmp_path / codec)
     exact = torch.cat([caches["float32"].read_targets(s, 0, np.arange(n))[0] for s, n in held_out])
     assert caches["float32"].manifest.fidelity["kl_4"] == 0
     for codec, largest in (("float16", 1e-6), ("sqrt8", 2e-4)):
@@ -118,7 +118,7 @@ def test_the_codecs_cost_is_measured_on_the_caches_own_rows(tiny: Path, stages: 
 
 
 def test_the_teachers_head_gives_the_logits_from_the_features_below_it(tiny: Path) -> None:
-    cache = Cache(tiny / "cache")
+    cache = CacheReader(tiny / "cache")
     assert cache.manifest.head is not None
     with h5py.File(tiny / "cache" / cache.manifest.head.path) as file:
         weight, bias = file["weight"][:], file["bias"][:]
@@ -214,7 +214,7 @@ def test_a_student_is_the_next_generations_teacher(tiny: Path, stages: Stages, t
     stages("student", "--cache", tiny / "cache", "--arch", "mlp:24", "--epochs", "2", "--out", "runs/one")
     report = stages("teacher-cache", "--train-size", "300", "--weights", "runs/one", "--out", "next")
     student = json.loads(Path("runs/one/result.json").read_text())["student"]
-    assert Cache(tmp_path / "next").manifest.identity["teacher"]["arch"] == "mlp:24"
+    assert CacheReader(tmp_path / "next").manifest.identity["teacher"]["arch"] == "mlp:24"
     assert report["teacher"]["test"]["accuracy"] == pytest.approx(student["test"]["accuracy"], abs=1e-9)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.pipeline.cache.reader import Cache
+from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec
 from tests.helpers import processes
@@ -97,7 +97,7 @@ def test_a_teacher_with_random_weights_is_not_refused(
     torch.save(build(arch, 10, 3, 8).state_dict(), tmp_path / "w.pt")
     more = ("--taps", tap, "--precision", precision, "--normalize", "mean=0.5,0.5,0.5,std=0.3", "--out", "c")
     stages("teacher-cache", "--train-size", 40, "--teacher", arch, "--weights", "w.pt", *more)
-    assert Cache(tmp_path / "c").input_spec == InputSpec(3, 8, (0.5,) * 3, (0.3,) * 3)
+    assert CacheReader(tmp_path / "c").input_spec == InputSpec(3, 8, (0.5,) * 3, (0.3,) * 3)
 
 
 # Logits or probabilities
@@ -113,7 +113,7 @@ def test_probabilities_are_refused_or_stored_as_logarithms(
     assert "--outputs probabilities" in error
     assert "softmax" in error
     stages(*command, *teacher, "--outputs", "probabilities")
-    cache = Cache(tmp_path / "c")
+    cache = CacheReader(tmp_path / "c")
     assert cache.manifest.identity["teacher"]["outputs"] == "probabilities"
     logits = cache.read_targets("train", 0, np.arange(30))[0]
     assert logits.isfinite().all()
@@ -134,7 +134,7 @@ def test_a_cache_of_logits_does_not_record_what_its_teacher_outputs(
     """Identity and settings stay those of earlier versions."""
     teacher = name_teacher(tmp_path, "nets_plain", "plain")
     stages(*command, *teacher)
-    manifest = Cache(tmp_path / "c").manifest
+    manifest = CacheReader(tmp_path / "c").manifest
     assert "outputs" not in manifest.identity["teacher"]
     assert "outputs" not in manifest.settings
     error = stages.fails(2, *command[:-1], "e", *teacher, "--outputs", "probabilities")
