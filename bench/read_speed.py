@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.shards import Shard, write_shard
-from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.loading.order import BLOCK_ROWS, WINDOW_BLOCKS
+from softcache.pipeline.loading.stream import BatchStream
 
 from . import fixtures
 from .measurement import BenchOptions, Measurement, NotMeasurable
@@ -103,18 +103,18 @@ def compare_with_container(options: BenchOptions, container: str) -> Measurement
     )
 
 
-def _write_cache(options: BenchOptions) -> tuple[CacheReader, CacheLoader]:
+def _write_cache(options: BenchOptions) -> tuple[CacheReader, BatchStream]:
     """Write a cache of rows of 2 kB; return it and a stream that reads it by blocks."""
     data = fixtures.add_data_set(options.scale(61_225, 1200), channels=1, size=8, classes=CLASSES)
     rows = fixtures.load_data(data).splits["train"]
     folder = fixtures.write_random_cache(options.folder / "reads", data)
     cache, on_disk = CacheReader(folder), _OnDiskCache(folder)
-    stream = CacheLoader(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=on_disk)
+    stream = BatchStream(rows, cache.views, 0, 0, BATCH, rows.labels, np.arange(len(rows)), cache=on_disk)
     cache.read_rows("train", 0, "logits", np.arange(1))  # opens the files and verifies every checksum, once
     return cache, stream
 
 
-def _make_block_reader(cache: CacheReader, stream: CacheLoader) -> Callable[[], int]:
+def _make_block_reader(cache: CacheReader, stream: BatchStream) -> Callable[[], int]:
     """Return a function that reads an epoch of rows in the stream's order, a window of 64 blocks of 64 rows at a time.
 
     The orders are computed here, so that they are not timed.

@@ -15,7 +15,7 @@ from torch import nn
 from softcache.base.errors import TrainingStopped, UsageError
 from softcache.base.files import remove_stale_files
 from softcache.data.transfer_set import Labels
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.losses.hard import Hard
@@ -249,7 +249,7 @@ def _share_stream(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
     return [replace(run, stream=shared) for run in runs]
 
 
-def _have_same_batches(stream: CacheLoader, other: CacheLoader) -> bool:
+def _have_same_batches(stream: BatchStream, other: BatchStream) -> bool:
     """Whether two streams of the same caches and images differ at most in which targets they read of a row."""
     same_rows = np.array_equal(stream.labels, other.labels) and np.array_equal(stream.rows, other.rows)
     # Arrays and caches are replaced by the same objects, because == of two arrays is an array.

@@ -15,7 +15,7 @@ from softcache.pipeline.batch import LinearHead, LossContext, MemoryBank
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.metrics.classification import evaluate
@@ -256,7 +256,7 @@ class DistillationSetup:
 
     def make_stream(
         self, config: StudentConfig, labels: Labels, only_labelled: bool, read_targets: bool
-    ) -> CacheLoader:
+    ) -> BatchStream:
         """Make the stream of training batches of one student.
 
         Args:
@@ -275,7 +275,7 @@ class DistillationSetup:
             is_used &= ~self.missing_rows
         if not is_used.any():
             raise CacheError("no row of the training split is left: each lacks targets in some draw, or a label")
-        stream = CacheLoader(
+        stream = BatchStream(
             split=self.transfer_set.splits["train"],
             views=self.cache.views,
             view_seed=self.cache.seed,

@@ -15,7 +15,7 @@ from softcache.data.sources import short_name
 from softcache.data.transfer_set import count_classes
 from softcache.data.views import parse_views
 from softcache.pipeline.batch import LossContext
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
@@ -160,7 +160,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     torch.manual_seed(config.seed)
     network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size, config.output)
     train_rows = transfer_set.splits["train"]
-    stream = CacheLoader(
+    stream = BatchStream(
         split=train_rows,
         views=views,
         view_seed=config.seed,

@@ -35,7 +35,7 @@ from softcache.base import rng
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
 from softcache.pipeline.loading.groups import get_rank_rows
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.option_groups import TrainingOptions
@@ -46,14 +46,14 @@ from .gradient_norms import flatten_gradients
 Features = dict[str, torch.Tensor]
 
 
-def split_over_ranks(stream: CacheLoader) -> CacheLoader:
+def split_over_ranks(stream: BatchStream) -> BatchStream:
     """Return the stream that renders the rows of this rank alone."""
     ranks = current_ranks()
     return replace(stream, rank=ranks.rank, world=ranks.world) if ranks.world > 1 else stream
 
 
 def check_batches_shareable(
-    model: nn.Module, stream: CacheLoader, device: torch.device, config: TrainingOptions
+    model: nn.Module, stream: BatchStream, device: torch.device, config: TrainingOptions
 ) -> None:
     """Check, before anything is written, that several ranks can share the batches.
 
@@ -73,12 +73,12 @@ def check_batches_shareable(
         )
 
 
-def count_least_rows(stream: CacheLoader) -> int:
+def count_least_rows(stream: BatchStream) -> int:
     """Count the rows of the smallest batch of a training, of those that one rank runs its network on."""
     return max(1, _count_rows_of_smallest_batch(stream) // current_ranks().world)
 
 
-def _count_rows_of_smallest_batch(stream: CacheLoader) -> int:
+def _count_rows_of_smallest_batch(stream: BatchStream) -> int:
     k = stream.draws_per_decode
     return k * (len(stream.rows) // (k * stream.steps_per_epoch))
 

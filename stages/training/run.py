@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from softcache.pipeline.batch import LossContext
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
@@ -44,7 +44,7 @@ class TrainingRun:
     name: str
     model: PreparedModel
     criterion: DistillationLoss
-    stream: CacheLoader
+    stream: BatchStream
     epochs: int
     steps: int
     config: TeacherConfig | StudentConfig

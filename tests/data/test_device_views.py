@@ -16,7 +16,7 @@ from softcache.data.views import parse_views, render
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading import device_cache
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from tests.helpers.commands import Stages, tiny_cache_command
 
@@ -48,7 +48,7 @@ def test_views_on_a_device_are_those_of_render(spec: str, channels: int, mixup: 
 def test_views_that_pillow_resizes_are_not_rendered_on_a_device(spec: str) -> None:
     images, views = images_of(1), parse_views(spec)
     assert not can_render_on_device(images, views)
-    stream = CacheLoader(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_device=CPU)
+    stream = BatchStream(Any, views, 0, 0, 8, np.zeros(50, np.int64), np.arange(50), resident_device=CPU)
     object.__setattr__(stream, "split", type("Split", (), {"images": images}))
     with pytest.raises(ValueError, match="at their own size"):
         next(stream.batches(0, 1))
@@ -67,15 +67,15 @@ def mixed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stream_of(folder: Path, source: Any = None, **options: Any) -> CacheLoader:
+def stream_of(folder: Path, source: Any = None, **options: Any) -> BatchStream:
     cache = CacheReader(folder)
     rows = cache.load_transfer_set("digits", Path("none"), lambda items, total, what: items).splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"draws": cache.manifest.draws, "cache": source or cache, "split": rows, "views": cache.views}
-    return CacheLoader(**(settings | {"view_seed": cache.seed, "taps": ("flatten",)} | options))
+    return BatchStream(**(settings | {"view_seed": cache.seed, "taps": ("flatten",)} | options))
 
 
-def assert_same_batches(first: CacheLoader, second: CacheLoader, start: int, stop: int) -> None:
+def assert_same_batches(first: BatchStream, second: BatchStream, start: int, stop: int) -> None:
     for a, b in zip(first.batches(start, stop), second.batches(start, stop), strict=True):
         for name in ("index", "views", "labels", "logits", "partner", "share", "draw"):
             x, y = getattr(a, name), getattr(b, name)
@@ -156,7 +156,7 @@ def test_a_student_that_is_trained_from_a_device_has_the_same_weights(
         devices.append(device)
         return True
 
-    monkeypatch.setattr("softcache.pipeline.loading.loader.fits_on_device", fits_on_device)
+    monkeypatch.setattr("softcache.pipeline.loading.stream.fits_on_device", fits_on_device)
     stages(*student, "--out", "resident")
     assert devices == [CPU, CPU]
     for name in ("student.pt", "baseline/baseline.pt"):

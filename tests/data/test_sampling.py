@@ -82,13 +82,13 @@ def test_at_power_one_every_row_comes_once() -> None:
 def test_a_balanced_epoch_has_every_class_equally_often_and_the_targets_of_its_rows(
     tiny: Path, resident: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softcache.pipeline.loading.loader import CacheLoader
+    from softcache.pipeline.loading.stream import BatchStream
 
     cache = CacheReader(tiny / "cache")
     rows = cache.load_transfer_set("digits", Path(), lambda items, total, what: items).splits["train"]
     monkeypatch.setattr(CacheReader, "fits_in_memory", lambda *_: resident)
     positions = np.flatnonzero(rows.labels[cache.row_order("train")] < 3)[:-40]  # three classes, of unequal size
-    stream = CacheLoader(rows, cache.views, cache.seed, 3, 10, rows.labels, positions, 3, cache, sampler="balanced")
+    stream = BatchStream(rows, cache.views, cache.seed, 3, 10, rows.labels, positions, 3, cache, sampler="balanced")
     batches = list(stream.batches(0, 2 * stream.steps_per_epoch))
     for half in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
         counts = Counter(int(y) for batch in half for y in batch.labels)

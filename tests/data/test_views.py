@@ -22,8 +22,8 @@ from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.data.views import VIEW_POLICIES, draw_mixup, parse_views, render
-from softcache.pipeline.loading.loader import CacheLoader
 from softcache.pipeline.loading.rendering import render_batches
+from softcache.pipeline.loading.stream import BatchStream
 from tests.helpers.boxes import BoxRecorder
 
 # What each random number is for. Changing one of them makes the views of every cache on disk wrong.
@@ -210,7 +210,7 @@ def render_for_student(
     split: Split, spec: str, draws: int, batch_size: int, workers: int = 0, start_method: str | None = None
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Render all views as stage two does, in random order, each once: {(index, draw): view}."""
-    stream = CacheLoader(
+    stream = BatchStream(
         split,
         parse_views(spec),
         view_seed=9,

@@ -15,7 +15,7 @@ from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache import reader
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, CheckConfig
 from softcache.stages.teacher_cache.inference import TeacherInference
@@ -65,10 +65,10 @@ def data() -> TransferSet:
     return load_transfer_set("digits", Path("."), val_fraction=0.125, train_size=300)
 
 
-def make_stream(cache: CacheReader, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> CacheLoader:
+def make_stream(cache: CacheReader, data: TransferSet, draws: int, taps: tuple[str, ...] = ()) -> BatchStream:
     rows = data.splits["train"]
     positions = np.arange(len(rows))
-    return CacheLoader(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
+    return BatchStream(rows, cache.views, cache.seed, 0, 64, rows.labels, positions, draws, cache, taps)
 
 
 def test_an_epoch_in_memory_opens_no_file_and_reads_no_byte_after_the_first_round(

@@ -17,14 +17,14 @@ from softcache.data.views import VIEW_POLICIES, parse_views, render
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.stages.training.step import ActiveTraining
 from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.stopping import stop_at
 
 
-def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more: Any) -> CacheLoader:
+def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more: Any) -> BatchStream:
     found = load_transfer_set(
         data, Path("none"), val_fraction=0.125 if data == "digits" else 0.1, train_size=train_size
     )
@@ -33,7 +33,7 @@ def stream_of(folder: Path, data: str = "digits", train_size: int = 300, **more:
     rows = found.splits["train"]
     settings: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": rows.labels, "rows": np.arange(len(rows))}
     settings |= {"draws": 3, "cache": cache, "split": rows, "views": cache.views, "view_seed": cache.seed}
-    return CacheLoader(**(settings | more))
+    return BatchStream(**(settings | more))
 
 
 @pytest.fixture(scope="module")

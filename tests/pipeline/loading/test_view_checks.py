@@ -12,7 +12,7 @@ from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading import view_checks
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def test_checksums_are_joined_as_the_bytes_are(views: int, shape: tuple[int, ...
     assert join_crc32(compute_crc32(pixels), pixels[0].numel()) == compute_joined_crc32(pixels)
 
 
-def make_loader(tiny: Path, changed_row: int | None, **options: object) -> CacheLoader:
+def make_loader(tiny: Path, changed_row: int | None, **options: object) -> BatchStream:
     """Load the data of `tiny`'s cache, of which one pixel of one row differs."""
     rows = load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300).splits["train"]
     assert isinstance(rows.images, ImageArrays)
@@ -34,7 +34,7 @@ def make_loader(tiny: Path, changed_row: int | None, **options: object) -> Cache
     cache = CacheReader(tiny / "cache")
     settings: dict[str, object] = {"order_seed": 0, "batch_size": 50, "labels": rows.labels, "rows": np.arange(300)}
     settings |= {"split": Split(ImageArrays(pixels), rows.labels, ""), "views": cache.views, "view_seed": cache.seed}
-    return CacheLoader(**(settings | {"draws": 3, "cache": cache} | options))  # type: ignore[arg-type]
+    return BatchStream(**(settings | {"draws": 3, "cache": cache} | options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

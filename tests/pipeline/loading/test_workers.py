@@ -11,7 +11,7 @@ import torch
 from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.cache.checksums import compute_crc32
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
 
@@ -33,7 +33,7 @@ def test_pixels_that_workers_decode_come_with_their_own_targets(
     cache.check_transfer_set(found)
     rows, n = found.splits["train"], len(found.splits["train"])
     position_of = np.argsort(cache.row_order("train"))
-    stream = CacheLoader(
+    stream = BatchStream(
         rows,
         cache.views,
         cache.seed,

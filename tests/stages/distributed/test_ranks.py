@@ -21,7 +21,7 @@ from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.groups import get_rank_rows
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.stages.distributed.ranks import Ranks, read_ranks
 from tests.helpers import processes
 from tests.helpers.commands import Stages
@@ -166,7 +166,7 @@ def test_a_missing_teacher_is_trained_by_one_rank(
 def test_ranks_render_the_views_of_their_rows_and_read_the_targets_of_all(tiny: Path) -> None:
     cache = CacheReader(tiny / "cache")
     rows = load_transfer_set("digits", Path(), **cache.cut).splits["train"]
-    whole = CacheLoader(
+    whole = BatchStream(
         rows,
         parse_views("crop:pad=1"),
         cache.seed,

@@ -16,7 +16,7 @@ from softcache.data.transfer_set import load_transfer_set
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.loading.loader import CacheLoader
+from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
@@ -46,7 +46,7 @@ def list_numbers(record: dict[str, Any]) -> list[float]:
     return numbers
 
 
-def make_stream(folder: Path, **changes: Any) -> CacheLoader:
+def make_stream(folder: Path, **changes: Any) -> BatchStream:
     cache, transfer_set = (
         CacheReader(folder),
         load_transfer_set("digits", Path("none"), val_fraction=0.125, train_size=300),
@@ -55,7 +55,7 @@ def make_stream(folder: Path, **changes: Any) -> CacheLoader:
     split = transfer_set.splits["train"]
     options: dict[str, Any] = {"order_seed": 5, "batch_size": 32, "labels": split.labels, "rows": np.arange(300)}
     options |= {"draws": 3, "cache": cache, "split": split, "views": cache.views, "view_seed": cache.seed}
-    return CacheLoader(**(options | changes))
+    return BatchStream(**(options | changes))
 
 
 def train_by_hand(batches: list[Batch], tiny: Path, arch: str, live: bool) -> list[tuple[float, float]]:

@@ -36,7 +36,7 @@ GROUP_BYTES = 8 << 20  # of pixels rendered in one call: fewer, larger calls for
 
 
 @dataclass(frozen=True)
-class CacheLoader:
+class BatchStream:
     """Loads the batches of a training: views, labels and, from a cache, the teacher's targets.
 
     Args:
