@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.shards import Shard, write_shard
-from softcache.pipeline.loading.order import BLOCK_ROWS, WINDOW_BLOCKS
+from softcache.pipeline.loading.order import BLOCK_ROWS, WINDOW_BLOCKS, EpochOrder
 from softcache.pipeline.loading.stream import BatchStream
 
 from . import fixtures
@@ -119,6 +119,7 @@ def _make_block_reader(cache: CacheReader, stream: BatchStream) -> Callable[[], 
 
     The orders are computed here, so that they are not timed.
     """
+    assert isinstance(stream.order, EpochOrder)
     orders = cycle([stream.order.shuffle_rows(lap) for lap in range(8)])
 
     def read_epoch() -> int:

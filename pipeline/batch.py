@@ -1,13 +1,15 @@
 """The records that pass between packages: batches, outputs of models, and what a loss may know besides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from softcache.base.errors import UsageError
 from softcache.data.device_views import copy_to_device
 
 Targets = tuple[torch.Tensor | None, dict[str, torch.Tensor]]  # logits and features of some rows, as in Batch
@@ -97,6 +99,16 @@ class ModelOutputs:
         return ModelOutputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
 
 
+class BatchSource(Protocol):
+    """What the batches of one loader have in common."""
+
+    def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
+        """The input of a network, float32 [B, C, H, W], from views uint8 [B, C, S, S]."""
+
+    def make_context(self, losses: Sequence[Any]) -> LossContext:
+        """What some losses may use besides the rows of a batch."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """B views with their labels and the teacher's outputs for them.
@@ -112,6 +124,7 @@ class Batch:
         partner: int64 [B], the hard targets of the images that are mixed in; None without mixup.
         share: float32 [B] in 0 … 1, the share of the view's own image; None without mixup.
         row_weights: float32 [B], the weight of each row in a term; None for 1 each.
+        source: What the batches of one loader have in common; None for a batch of another origin.
     """
 
     index: torch.Tensor
@@ -123,6 +136,23 @@ class Batch:
     partner: torch.Tensor | None = None
     share: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
+    source: BatchSource | None = field(default=None, compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """float32 [B, C, H, W], the views normalised as the input of the teacher; computed when first read.
+
+        Raises:
+            UsageError: The batch does not come from a loader of a cache.
+        """
+        if self.source is None:
+            raise UsageError(
+                "this batch has views alone: its images are normalised by the loader of a softcache.Cache"
+            )
+        return self.source.prepare_input(self.views)
 
     def slice(self, start: int, stop: int) -> "Batch":
         """Rows start to stop - 1, sharing memory with this batch."""
@@ -132,9 +162,12 @@ class Batch:
         """A copy of some rows. rows: int64 [n] or bool [B]."""
         return self._map(lambda x: x[rows])
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device. A copy to a GPU is started and not waited for."""
-        return self if self.index.device.type == device.type else self._map(lambda x: copy_to_device(x, device))
+        target, current = torch.device(device), self.index.device
+        if target.type == current.type and target.index in (None, current.index):
+            return self
+        return self._map(lambda x: copy_to_device(x, target))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch with a function applied to each of its tensors."""
@@ -152,4 +185,5 @@ class Batch:
             partner=apply(self.partner),
             share=apply(self.share),
             row_weights=apply(self.row_weights),
+            source=self.source,
         )

@@ -1,21 +1,73 @@
 """Verifying a cache: every byte of its shards, and that its views can still be rendered as the teacher saw them."""
 
+import os
 from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, make_printable
+from softcache.base.progress import Progress
+from softcache.base.threads import map_in_threads
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ImageSource, render
 
 from .checksums import compute_crc32
+from .folder import HEAD_FILE
 from .manifest import ShardRecord
 from .reader import CacheReader
 from .rows import Positions
 from .shards import Shard
 
 _PIXEL_BYTES = 8 << 20  # of views that are rendered at once
+_VIEWS_AT_ONCE = 512  # whose checksums are compared at once
+GOOD = "good"
+Findings = dict[str, str]  # {file: GOOD, or what is wrong with it}
+
+
+def check_files(cache: CacheReader, transfer_set: TransferSet | None, progress: Progress) -> Findings:
+    """Check every file of a cache, in as many threads as there are processors: reading and hashing release the GIL.
+
+    Args:
+        cache: The cache.
+        transfer_set: Its images, to render every view again; None to check the bytes alone.
+        progress: Shows how many shards have been checked.
+    """
+    records = cache.manifest.shards
+    findings: Findings = {}
+    threads = os.cpu_count() or 1
+    with closing(
+        map_in_threads(lambda record: _check_shard(cache, record, transfer_set), records, threads)
+    ) as results:
+        for record, finding in zip(records, progress(results, len(records), "check-cache"), strict=True):
+            findings[record.path] = finding
+    if cache.manifest.head:
+        try:
+            cache.read_head()
+            findings[HEAD_FILE] = GOOD
+        except CacheError as error:
+            findings[HEAD_FILE] = str(error)
+    return findings
+
+
+def select_damage(findings: Findings) -> Findings:
+    """Return the files with which something is wrong."""
+    return {path: finding for path, finding in findings.items() if finding != GOOD}
+
+
+def _check_shard(cache: CacheReader, record: ShardRecord, transfer_set: TransferSet | None) -> str:
+    """Check one shard, and return what is wrong with it."""
+    try:
+        crcs = verify_shard(cache, record)
+        # The views of features that were added later have been compared with those of the logits.
+        if transfer_set is not None and record.correct is not None:
+            for start in range(0, record.rows, _VIEWS_AT_ONCE):
+                batch_crcs = crcs[start : start + _VIEWS_AT_ONCE]
+                positions = record.start + start + np.arange(len(batch_crcs))
+                compare_views(cache, transfer_set, record.split, record.draw, positions, batch_crcs)
+    except CacheError as error:
+        return str(error)
+    return GOOD
 
 
 def verify_shard(cache: CacheReader, record: ShardRecord) -> NDArray[np.generic]:

@@ -26,6 +26,7 @@ class DeviceCache:
         draws: Number of draws for which there is to be memory.
         taps: Taps whose features are copied.
         device: Where to keep all of it.
+        split: Name of the split.
 
     Raises:
         ValueError: The images are not in memory, or the policy resizes them.
@@ -39,14 +40,16 @@ class DeviceCache:
         draws: int,
         taps: tuple[str, ...],
         device: torch.device,
+        split: str = "train",
     ):
         if not (isinstance(images, ImageArrays) and can_render_on_device(images, policy)):
             raise ValueError("only images in memory, at their own size, are rendered on a device")
         self.device, self._policy, self._cache, self._taps = device, policy, cache, taps
+        self._split = split
         self._images = images.pixels.to(device)  # uint8 [N, C, H, W]; waits, but pins no second copy of the set
         self._copied_draws: set[int] = set()
         if cache is not None:
-            self._rows, (logits, features) = len(cache.row_order("train")), _read_one_row(cache, taps)
+            self._rows, (logits, features) = len(cache.row_order(split)), _read_one_row(cache, taps, split)
             self._logits = self._allocate(draws, logits)
             self._features = {tap: self._allocate(draws, x) for tap, x in features.items()}
 
@@ -77,7 +80,7 @@ class DeviceCache:
     def _copy_draw(self, cache: TargetSource, draw: int) -> None:
         for start in range(0, self._rows, _READ_ROWS):
             positions = np.arange(start, min(start + _READ_ROWS, self._rows))
-            logits, features = cache.read_targets("train", draw, positions, self._taps)
+            logits, features = cache.read_targets(self._split, draw, positions, self._taps)
             first = draw * self._rows + start
             rows = slice(first, first + len(positions))
             self._logits[rows] = copy_to_device(logits, self.device)
@@ -93,6 +96,7 @@ def fits_on_device(
     draws: int,
     taps: tuple[str, ...],
     device: torch.device,
+    split: str = "train",
 ) -> bool:
     """Whether the device is a GPU on which images and targets take at most a third of the free memory.
 
@@ -102,13 +106,15 @@ def fits_on_device(
         return False
     size = images.load_plain(np.zeros(1, np.int64), 0, 0).nbytes * len(images)
     if cache is not None:
-        logits, features = _read_one_row(cache, taps)
+        logits, features = _read_one_row(cache, taps, split)
         row_size = logits.nbytes + sum(x.nbytes for x in features.values())
-        size += draws * len(cache.row_order("train")) * row_size
+        size += draws * len(cache.row_order(split)) * row_size
     free, _ = torch.cuda.mem_get_info(device)
     return size * _FREE_PARTS <= free
 
 
-def _read_one_row(cache: TargetSource, taps: tuple[str, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _read_one_row(
+    cache: TargetSource, taps: tuple[str, ...], split: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The targets of one row, for their shapes and sizes."""
-    return cache.read_targets("train", 0, np.zeros(1, np.int64), taps)
+    return cache.read_targets(split, 0, np.zeros(1, np.int64), taps)

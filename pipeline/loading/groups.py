@@ -22,10 +22,14 @@ class TargetWindow:
         taps: The taps whose features are read.
         draws: The k draws of the pass.
         positions: int64 [n], the positions of all batches of the window.
+        split: Name of the split.
     """
 
-    def __init__(self, cache: TargetSource, taps: tuple[str, ...], draws: tuple[int, ...], positions: Rows):
+    def __init__(
+        self, cache: TargetSource, taps: tuple[str, ...], draws: tuple[int, ...], positions: Rows, split: str
+    ):
         self._cache, self._taps, self._draws, self._positions = cache, taps, draws, positions
+        self._split = split
 
     def read(self, start: int, stop: int) -> Targets:
         """The targets of the positions start to stop - 1 of the window.
@@ -42,7 +46,9 @@ class TargetWindow:
     @cached_property
     def _targets(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         k = len(self._draws)
-        per_draw = [self._cache.read_targets("train", draw, self._positions, self._taps, k) for draw in self._draws]
+        per_draw = [
+            self._cache.read_targets(self._split, draw, self._positions, self._taps, k) for draw in self._draws
+        ]
         logits = _interleave([logits for logits, _ in per_draw])
         return logits, {tap: _interleave([features[tap] for _, features in per_draw]) for tap in self._taps}
 
@@ -84,10 +90,11 @@ class BatchGroup:
         cache: TargetSource | None,
         window: TargetWindow | None,
         first: int,
+        split: str,
     ) -> "BatchGroup":
-        """The group of some batches, each given by its positions, int64 [n]."""
+        """The group of some batches of a split, each given by its positions, int64 [n]."""
         k, positions = len(draws), np.concatenate(batches)
-        index = positions if cache is None else cache.index_at("train", positions)
+        index = positions if cache is None else cache.index_at(split, positions)
         return BatchGroup(
             draws=draws,
             positions=positions,

@@ -37,6 +37,7 @@ class EpochOrder:
         sampler: A name of SAMPLERS. An epoch then has N rows drawn by class, some of them more than once, and every
             row needs a label. Empty: every row once.
         cache: Where the targets are read from; None without a cache.
+        split: Name of the split in the cache.
     """
 
     seed: int
@@ -47,6 +48,7 @@ class EpochOrder:
     draws_per_decode: int
     sampler: str
     cache: TargetSource | None
+    split: str = "train"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,12 +104,48 @@ class EpochOrder:
         Taps are left out of account: a student's order of rows must not depend on what else is read.
         """
         cache = self.cache
-        return cache is None or all(cache.fits_in_memory("train", draw, (), len(draws)) for draw in draws)
+        return cache is None or all(cache.fits_in_memory(self.split, draw, (), len(draws)) for draw in draws)
 
     def _sample_rows(self, pass_number: int) -> Rows:
         """The positions of a pass, before they are shuffled."""
         if not self.sampler:
             return self.rows
-        index = self.rows if self.cache is None else self.cache.index_at("train", self.rows)
+        index = self.rows if self.cache is None else self.cache.index_at(self.split, self.rows)
         key = (self.seed, _SAMPLE, pass_number)
         return self.rows[resample_rows(self.labels[index], SAMPLERS[self.sampler], key)]
+
+
+@dataclass(frozen=True)
+class SequentialOrder:
+    """The rows of a held-out split as they are given, in draw 0, the same in every epoch.
+
+    Args:
+        rows: int64 [N], the positions that are used, in their order.
+        batch_size: Views per batch; the last batch has the rest.
+        cache: Where the targets are read from.
+        split: Name of the split in the cache.
+    """
+
+    rows: Rows
+    batch_size: int
+    cache: TargetSource | None
+    split: str
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches of an epoch."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], list[Rows]]]:
+        """Yield as `EpochOrder.batches`."""
+        step = start
+        while step < stop:
+            first = step % self.steps_per_epoch
+            last = min(first + stop - step, self.steps_per_epoch)
+            size = self.batch_size
+            yield (0,), [self.rows[i * size : (i + 1) * size] for i in range(first, last)]
+            step += last - first
+
+    def fits_in_memory(self, draws: tuple[int, ...]) -> bool:
+        """Whether the logits are read from memory, not from disk."""
+        return self.cache is None or self.cache.fits_in_memory(self.split, 0)

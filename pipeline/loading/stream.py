@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from softcache.data.transfer_set import Labels, Split
 from softcache.data.views import Draw, ViewPolicy, draw_mixup, render
-from softcache.pipeline.batch import Batch, Targets, TargetSource
+from softcache.pipeline.batch import Batch, BatchSource, Targets, TargetSource
 
 from .device_cache import DeviceCache, fits_on_device
 from .groups import BatchGroup, TargetWindow, get_rank_rows
-from .order import BLOCK_ROWS, WINDOW_BLOCKS, EpochOrder
+from .order import BLOCK_ROWS, WINDOW_BLOCKS, EpochOrder, SequentialOrder
 from .prefetch import map_in_workers, prefetch
 from .rendering import ViewRenderer
 from .view_checks import ViewChecks
@@ -61,6 +61,10 @@ class BatchStream:
             GPU on which they fit.
         rank, world: Of several processes that share each batch. Only the views of this rank's rows are rendered,
             those of get_rank_rows; everything else is of the whole batch.
+        name: Name of the split. A held-out split is read in the order of `rows`, in draw 0.
+        source: Part of every batch.
+        every: Yield only every so many batches, the first of them being that of the step `start` + `offset`.
+        offset: See every.
     """
 
     split: Split
@@ -82,10 +86,16 @@ class BatchStream:
     resident_device: torch.device | None = None
     rank: int = 0
     world: int = 1
+    name: str = "train"
+    source: BatchSource | None = None
+    every: int = 1
+    offset: int = 0
 
     @cached_property
-    def order(self) -> EpochOrder:
+    def order(self) -> EpochOrder | SequentialOrder:
         """Which rows and draws make up each batch."""
+        if self.name != "train":
+            return SequentialOrder(self.rows, self.batch_size, self.cache, self.name)
         return EpochOrder(
             seed=self.order_seed,
             rows=self.rows,
@@ -130,12 +140,12 @@ class BatchStream:
         images, cache = self.split.images, self.cache if self.read_targets else None
         device = self.resident_device
         if device is None and fits_on_device(
-            images, self.views, cache, draws=self.draws, taps=self.taps, device=self.device
+            images, self.views, cache, draws=self.draws, taps=self.taps, device=self.device, split=self.name
         ):
             device = self.device
         if device is None:
             return None
-        return DeviceCache(images, self.views, cache, draws=self.draws, taps=self.taps, device=device)
+        return DeviceCache(images, self.views, cache, draws=self.draws, taps=self.taps, device=device, split=self.name)
 
     def _gather_on_device(self, device_cache: DeviceCache, start: int, stop: int) -> LoadedGroups:
         for group in self._make_groups(start, stop):
@@ -170,7 +180,7 @@ class BatchStream:
     @cached_property
     def _checks(self) -> ViewChecks | None:
         """What compares the views with their checksums in the cache; None without a cache."""
-        return None if self.cache is None else ViewChecks(self.cache, "train", self.split.images)
+        return None if self.cache is None else ViewChecks(self.cache, self.name, self.split.images)
 
     def _check_views(self, group: BatchGroup, views: torch.Tensor, crcs: NDArray[np.uint32] | None = None) -> None:
         """Compare the views of this rank's rows, or their checksums if given, with those that the teacher saw."""
@@ -187,7 +197,7 @@ class BatchStream:
         """Divide the batches of the steps start to stop - 1 into windows, and these into groups of GROUP_BYTES."""
         pixels = 3 * (self.views.size or 1) ** 2
         group_size = max(1, GROUP_BYTES // (pixels * self.batch_size))  # in batches, as window_size
-        for draws, batches in self.order.batches(start, stop):
+        for draws, batches in self._select_batches(start, stop):
             window_size = group_size
             if not self.order.fits_in_memory(draws):
                 window_size = max(group_size, BLOCK_ROWS * WINDOW_BLOCKS // self.batch_size)
@@ -195,14 +205,29 @@ class BatchStream:
                 window_batches = batches[w : w + window_size]
                 window = None
                 if self.cache is not None and self.read_targets:
-                    window = TargetWindow(self.cache, self.taps, draws, np.concatenate(window_batches))
+                    window = TargetWindow(
+                        self.cache, self.taps, draws, np.concatenate(window_batches), split=self.name
+                    )
                 first = 0
                 for g in range(0, len(window_batches), group_size):
                     group = BatchGroup.create(
-                        window_batches[g : g + group_size], draws, self.cache, window=window, first=first
+                        window_batches[g : g + group_size],
+                        draws,
+                        self.cache,
+                        window=window,
+                        first=first,
+                        split=self.name,
                     )
                     yield group
                     first += len(group.positions)
+
+    def _select_batches(self, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], list[Rows]]]:
+        """Yield draws and batches of the steps start to stop - 1, as `EpochOrder.batches`; of these `every` one."""
+        step = start
+        for draws, batches in self.order.batches(start, stop):
+            if selected := batches[(start + self.offset - step) % self.every :: self.every]:
+                yield draws, selected
+            step += len(batches)
 
     def _assemble(self, group: BatchGroup, views: torch.Tensor, targets: Targets) -> Batch:
         """All batches of a group as one. Of several ranks, it has the views of this rank's rows alone."""
@@ -221,6 +246,7 @@ class BatchStream:
             features=features,
             partner=partner,
             share=share,
+            source=self.source,
         )
 
     def _split_group(self, group: BatchGroup, batch: Batch) -> Iterator[Batch]:

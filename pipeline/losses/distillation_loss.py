@@ -1,103 +1,254 @@
 """The training criterion of a student: a weighted sum of losses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
+from softcache.base.errors import UsageError
+from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
+from softcache.pipeline.models import find_head
+from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import derive_features
 
-from . import check_loss_trains, resolve_ramps
+from . import check_loss_trains, parse_losses, resolve_ramps
 from .base import Loss, list_student_taps, list_teacher_taps, to_float
-from .multi_teacher import wrap_loss
+from .multi_teacher import Term, wrap_loss
+
+_EXAMPLE_ROWS = 2  # on which a student is run to learn the shapes of its layers
 
 
 class DistillationLoss(nn.Module):
     """A weighted sum of losses: sum over i of weight_i * loss_i(student, batch).
 
-    Its parameters are those of the losses' own trainable parts, such as the regressor of a hint; `build_parts` makes
-    them from the shapes of one batch. What does not change in a training (names, taps, wrappers) is computed once;
-    parameters that are ramps are set for each epoch by `set_progress`.
+        criterion = DistillationLoss("kd:temperature=4,weight=0.9", "hard:weight=0.1")
+        criterion.attach(student, example=batch)  # where a loss reads layers or has trainable parts; else not needed
+        loss = criterion(student(batch.images), batch)
+
+    Its parameters are those of the losses' own trainable parts, such as the regressor of a hint: give them to the
+    optimiser beside the student's. They exist after `attach`.
 
     Args:
-        losses: the losses, each with its weight.
-        combination: "per_teacher" or "ca_mkd" where a batch has the logits of each of several teachers, else "".
-        missing_to_labels: use the cross entropy with the label for rows whose targets are missing.
+        losses: One for each term: its text as in `--loss`, or an object of `softcache.losses`.
+        combination: How the losses learn from the logits [B, M, K] of each of M teachers: "per_teacher", the mean of
+            a loss over the teachers, or "ca_mkd", weighted by their confidence in the label.
+        missing_to_labels: Use the cross entropy with the label for rows whose targets are missing (NaN).
 
     Attributes:
-        names: a name for each term: `kd`, or `hint-0`, `hint-1` where there are several of a kind.
-        teacher_taps: the teacher's features that the losses read.
-        student_taps: the student's layers that the losses read.
-        needs_head: whether a loss reads the last linear layer of the student.
-        terms: the losses as they are called in this epoch.
-        weights: their weights in this epoch.
+        losses: The losses as objects.
+        names: A name for each term: `kd`, or `hint-0`, `hint-1` where there are several of a kind.
+        terms: {name: weighted term} of the last call, scalars without gradients. They add up to the loss.
+        teacher_taps: The teacher's features that the losses read: the `taps` of the loader.
+        student_taps: The student's layers that the losses read.
+
+    Raises:
+        UsageError: A text is no loss, or there is no loss.
     """
 
-    def __init__(self, losses: Sequence[Loss], combination: str = "", missing_to_labels: bool = False):
+    def __init__(self, *losses: str | Loss, combination: str = "per_teacher", missing_to_labels: bool = False):
         super().__init__()
-        self.losses = tuple(losses)
-        self.names = term_names(losses)
-        self.teacher_taps = list_teacher_taps(losses)
-        self.student_taps = list_student_taps(losses)
-        self.needs_head = any(loss.needs_head for loss in losses)
+        self.losses = resolve_losses(losses)
+        self.names = term_names(self.losses)
+        self.terms: dict[str, torch.Tensor] = {}
+        self.teacher_taps = list_teacher_taps(self.losses)
+        self.student_taps = list_student_taps(self.losses)
         self.parts = nn.ModuleDict()
-        self._wrapped = {"combination": combination, "missing_to_labels": missing_to_labels}
+        self._combination, self._missing_to_labels = combination, missing_to_labels
+        self._needs_head = any(loss.needs_head for loss in self.losses)
+        self._hooks: ExitStack | None = None
+        self._features: dict[str, torch.Tensor] = {}
+        self._head: LinearHead | None = None
         self.set_progress(0, 1)
 
     def set_progress(self, epoch: int, epochs: int) -> None:
-        """Set every ramp to its value in an epoch.
+        """Set every parameter that is a ramp, such as `weight=0->1@20`, to its value in an epoch.
 
         Args:
             epoch: 0 to epochs - 1.
-            epochs: the epochs of the training.
+            epochs: The epochs of the training.
         """
         current = [resolve_ramps(loss, epoch, epochs) for loss in self.losses]
-        self.terms = [wrap_loss(loss, **self._wrapped) for loss in current]  # type: ignore[arg-type]
+        self.functions = [wrap_loss(loss, "", self._missing_to_labels) for loss in current]
+        self._functions_of_several = [wrap_loss(loss, self._combination, self._missing_to_labels) for loss in current]
         self.weights = [to_float(loss.weight) for loss in current]
+
+    def attach(self, student: nn.Module, example: Batch, context: LossContext | None = None) -> None:
+        """Read the student's layers from now on, and build the losses' trainable parts.
+
+        The student is run once, on two rows of the example, in eval mode and without gradients. Forward hooks on its
+        layers then capture what the losses read, in each forward pass, until `detach`. Parts that exist are kept.
+
+        Args:
+            student: The network that is trained: images float32 [B, C, H, W] -> logits [B, K]. Of one that is wrapped
+                in DistributedDataParallel or compiled, layers have the names that they have inside.
+            example: A batch of the loader that is used in training, on the student's device.
+            context: The teacher's last layer, its memory bank and the class counts, for losses that need them; those
+                of the example's loader if None.
+
+        Raises:
+            UsageError: The student has no such layer, its layers do not fit those of the teacher, it has another
+                number of classes, or nothing is learned from the losses.
+        """
+        self.detach()
+        network = _unwrap(student)
+        batch = example.slice(0, _EXAMPLE_ROWS)
+        was_training = student.training
+        student.eval()
+        try:
+            with torch.no_grad(), capture_features(network, self.student_taps) as features:
+                output = student(batch.views if isinstance(student, PreparedModel) else batch.images)
+                logits = _select_logits(output)
+        finally:
+            student.train(was_training)
+        classes = logits.shape[-1]
+        if batch.logits is not None and batch.logits.shape[-1] != classes:
+            raise UsageError(f"the student has {classes} classes, the cache {batch.logits.shape[-1]}")
+        if self._needs_head:
+            self._head = _find_trained_head(network, classes)
+        if context is None:
+            context = batch.source.make_context(self.losses) if batch.source else LossContext()
+        with torch.random.fork_rng():
+            self.build_parts(ModelOutputs(logits, dict(features), self._head), batch, context)
+        self._hooks = ExitStack()
+        self._features = self._hooks.enter_context(capture_features(network, self.student_taps))
+
+    def detach(self) -> None:
+        """Remove the hooks from the student. The trainable parts stay."""
+        if self._hooks is not None:
+            self._hooks.close()
+        self._hooks, self._features, self._head = None, {}, None
 
     def build_parts(self, student: ModelOutputs, batch: Batch, context: LossContext) -> None:
         """Build the losses' own trainable parts from an example.
 
         Args:
-            student: the student's outputs for the batch.
-            batch: a batch with the shapes of those in training, of two rows or more.
-            context: the teacher's head, its memory bank and the class counts.
+            student: The student's outputs for the batch.
+            batch: A batch with the shapes of those in training, of two rows or more.
+            context: The teacher's head, its memory bank and the class counts.
 
         Raises:
-            UsageError: for layers that do not fit together, or losses from which nothing is learned.
+            UsageError: Layers do not fit together, or nothing is learned from the losses.
         """
         check_loss_trains(self.losses, classes=student.logits.shape[-1], epochs=2)  # two: both ends of each ramp
-        batch = self.with_teacher_taps(batch)
+        batch = self._with_teacher_taps(batch)
         for name, loss in zip(self.names, self.losses, strict=True):
-            if (part := loss.build_part(student, batch, context)) is not None:
-                self.parts[name] = part.to(batch.views.device)
+            if name not in self.parts and (part := loss.build_part(student, batch, context)) is not None:
+                self.parts[name] = part.to(student.logits.device)
 
-    def with_teacher_taps(self, batch: Batch) -> Batch:
-        """Return the batch with the teacher's features that the losses read, float32, derived from the cached ones."""
-        if not self.teacher_taps:
-            return batch
-        return replace(batch, features=derive_features(batch.features, self.teacher_taps))
-
-    def weighted_terms(self, student: ModelOutputs, batch: Batch) -> list[torch.Tensor]:
-        """Compute each weighted term, a scalar.
+    def collect_outputs(self, output: Any) -> ModelOutputs:
+        """Return what the losses read of a forward pass: its logits, the captured features, the last layer.
 
         Args:
-            student: logits [B, K], and the features of student_taps.
-            batch: targets as cached; its features may be those that statistics are computed from, see
-                `derive_features`.
+            output: What the student returned: logits float [B, K], or an object or a mapping with `logits`; or
+                ModelOutputs, which are returned as they are.
+
+        Raises:
+            UsageError: There are no logits, or the losses read layers and the student was not attached.
         """
-        batch = self.with_teacher_taps(batch)
+        if isinstance(output, ModelOutputs):
+            return output
+        if self.student_taps and self._hooks is None:
+            raise UsageError(
+                f"the loss reads {', '.join(self.student_taps)} of the student: call"
+                " criterion.attach(student, example=batch) before the first step"
+            )
+        if self._hooks is not None and len(self._features) < len(self.student_taps):
+            raise UsageError("the student that is attached was not run before its loss was computed")
+        logits = _to_float32(_select_logits(output))
+        return ModelOutputs(logits, {tap: _to_float32(x) for tap, x in self._features.items()}, self._head)
+
+    def weighted_terms(self, student: Any, batch: Batch) -> list[torch.Tensor]:
+        """Compute each weighted term, a scalar; arguments as in `forward`."""
+        outputs, batch = self.collect_outputs(student), self._with_teacher_taps(batch)
+        has_several = batch.logits is not None and batch.logits.ndim == 3
+        functions: list[Term] = self._functions_of_several if has_several else self.functions
         terms = []
-        for name, weight, term in zip(self.names, self.weights, self.terms, strict=True):
-            value = term(student, batch, self.parts[name] if name in self.parts else None)  # noqa: SIM401 (no `get`)
+        for name, weight, function in zip(self.names, self.weights, functions, strict=True):
+            value = function(outputs, batch, self.parts[name] if name in self.parts else None)  # noqa: SIM401 (no `get`)
             terms.append(value if weight == 1 else weight * value)  # a product costs time forward and backward
         return terms
 
-    def forward(self, student: ModelOutputs, batch: Batch) -> torch.Tensor:
-        """Compute the loss, a scalar; arguments as in `weighted_terms`."""
-        return sum_terms(self.weighted_terms(student, batch))
+    def forward(self, student: Any, batch: Batch) -> torch.Tensor:
+        """Compute the loss of a batch, and set `terms`.
+
+        Args:
+            student: What the student returned for `batch.images`: logits float [B, K], or an object or a mapping with
+                `logits`; or ModelOutputs of a student that is not attached.
+            batch: A batch of the loader, with the features of `teacher_taps`, or those from which they follow.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            UsageError: The batch lacks what a loss reads, or the student is not attached.
+        """
+        terms = self.weighted_terms(student, batch)
+        self.terms = {name: term.detach() for name, term in zip(self.names, terms, strict=True)}
+        return sum_terms(terms)
+
+    def _with_teacher_taps(self, batch: Batch) -> Batch:
+        """Return the batch with the teacher's features that the losses read, float32, derived from the cached ones."""
+        if not self.teacher_taps:
+            return batch
+        try:
+            return replace(batch, features=derive_features(batch.features, self.teacher_taps))
+        except KeyError as error:
+            raise UsageError(
+                f"the loss reads the teacher's {error.args[0]}, which the batch does not have (it has:"
+                f" {', '.join(batch.features) or 'none'}): cache.loader(…, taps={list(self.teacher_taps)})"
+            ) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy and a pickle have the parts, and are attached to no student."""
+        return {**self.__dict__, "_hooks": None, "_features": {}, "_head": None}
+
+
+def resolve_losses(losses: Sequence[str | Loss]) -> tuple[Loss, ...]:
+    """Return losses as objects, those that are texts parsed together, as `parse_losses` does.
+
+    Raises:
+        UsageError: A text is no loss, or there is no loss.
+    """
+    texts = [loss for loss in losses if isinstance(loss, str)]
+    parsed = iter(parse_losses(texts) if texts or not losses else ())
+    return tuple(next(parsed) if isinstance(loss, str) else loss for loss in losses)
+
+
+def _unwrap(student: nn.Module) -> nn.Module:
+    """Return the network whose layers have the names that a user knows."""
+    if isinstance(student, PreparedModel):
+        return student.network
+    while isinstance(inner := getattr(student, "_orig_mod", None), nn.Module) or (
+        isinstance(student, nn.parallel.DistributedDataParallel) and isinstance(inner := student.module, nn.Module)
+    ):
+        student = inner
+    return student
+
+
+def _select_logits(output: Any) -> torch.Tensor:
+    if isinstance(output, ModelOutputs | torch.Tensor):
+        return output if isinstance(output, torch.Tensor) else output.logits
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise UsageError(f"the student returned a {type(output).__name__}, not logits [B, K] or an object with logits")
+    return logits
+
+
+def _to_float32(x: torch.Tensor) -> torch.Tensor:
+    """Losses are computed in float32 also where a network runs in half precision; float64 stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _find_trained_head(network: nn.Module, classes: int) -> LinearHead | None:
+    """Return the network's last linear layer, sharing its parameters; with a bias of zeros where it has none."""
+    layer = find_head(network, classes)
+    if layer is None:
+        return None
+    return LinearHead(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
 
 
 def sum_terms(terms: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -157,3 +157,21 @@ class PreparedModel(nn.Module):
         for channel, (shift, scale) in enumerate(self._by_channel):
             torch.add(shift, x[:, channel], alpha=scale, out=normalized[:, channel])
         return normalized
+
+
+class InputPreparation:
+    """Turns views into the input of a network, on the device where the views are.
+
+    Args:
+        input_spec: How a view becomes the input.
+    """
+
+    def __init__(self, input_spec: InputSpec):
+        self.input_spec = input_spec
+        self._by_device: dict[torch.device, PreparedModel] = {}
+
+    def __call__(self, views: torch.Tensor) -> torch.Tensor:
+        """The input, float32 [B, channels, size, size], from views uint8 [B, C, S, S]."""
+        if views.device not in self._by_device:
+            self._by_device[views.device] = PreparedModel(nn.Identity(), self.input_spec).to(views.device)
+        return self._by_device[views.device].prepare_input(views)

@@ -21,7 +21,7 @@ from softcache.pipeline.batch import LinearHead
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Affine = tuple[torch.Tensor, torch.Tensor]  # weight [K] (a diagonal) or [K, K], and bias [K]
-OnStep = Callable[[], None]
+OnStep = Callable[[], object]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import Progress
+from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
@@ -131,6 +132,10 @@ class TeacherEnsemble:
         """As combine_logits, but always [n, K], for metrics: with PER_TEACHER the mean probability of the members."""
         combined = self.combine_logits(logits)
         return self.combine(combined) if self.combine and self.combine.is_per_teacher else combined
+
+    def map_head(self, head: LinearHead | None) -> LinearHead | None:
+        """The teacher's last linear layer followed by the map of its distribution, where there are both."""
+        return self.maps[0].map_head(head) if head and self.maps else head
 
     def read_held_out(self, split: str) -> torch.Tensor:
         """The members' logits of a held-out split by index, neither combined nor mapped.

@@ -12,12 +12,13 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.teachers.combine import PER_TEACHER, SINGLE_OUTPUT, Combination, parse_combination
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
+from softcache.pipeline.teachers.fit import resolve_combination
 from softcache.stages.cli.configs import BlendConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.runs.figures import TITLES, Figures
 
-from .teachers import format_weights, open_caches, resolve_combination
+from .teachers import format_weights, open_caches, show_fit
 
 _COLUMNS = ("nll", "accuracy", "f1_macro")
 
@@ -88,7 +89,7 @@ def _list_combinations(config: BlendConfig, logits: torch.Tensor, labels: Labels
     if config.combine not in ("", "learned", *names):
         names.append(config.combine)
     combinations = [parse_combination(name, logits.shape[1]) for name in names]
-    return [*combinations, resolve_combination("learned", logits, labels)]
+    return [*combinations, resolve_combination("learned", logits, labels, show_fit)]
 
 
 def _evaluate(logits: dict[str, torch.Tensor], labels: dict[str, Labels]) -> dict[str, Any]:

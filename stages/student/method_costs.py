@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +10,11 @@ import torch
 
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.cache.manifest import count_row_bytes
-from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress_bar
 from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.run import TrainingRun
-from softcache.stages.training.step import build_loss_parts, start_training, train_step
+from softcache.stages.training.step import attach_criterion, start_training, train_step
 
 from .phases import make_training_run
 from .setup import DistillationSetup
@@ -91,12 +90,10 @@ class StepProbe:
         labels = setup.transfer_set.splits["train"].labels
         network = setup.build_student(config, setup.losses)
         self.run = run = make_training_run("student", config, setup, network, setup.losses, labels, Path())
-        head = build_loss_parts(run)
+        attach_criterion(run)
         run.criterion.set_progress(0, 2)
         state = TrainState.create(run.model, run.criterion.parts, config, lambda _: 1e-6)
-        self._hooks = ExitStack()
-        features = self._hooks.enter_context(capture_features(run.model.network, run.criterion.student_taps))
-        self.training = start_training(run, state, features, head)
+        self.training = start_training(run, state)
         with closing(run.stream.batches(0, steps)) as batches:
             self.batches = [batch.to(run.device) for batch in batches]
         self.bytes_per_view = _count_bytes_per_view(run, setup)

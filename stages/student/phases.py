@@ -212,11 +212,11 @@ def make_training_run(
     only_labelled = all(loss.needs_labels for loss in losses)
     read_targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
     combine = setup.teachers.combine
-    combination = "" if combine is None or not combine.is_per_teacher else combine.name
+    combination = combine.name if combine is not None and combine.is_per_teacher else "per_teacher"
     return TrainingRun(
         name=name,
         model=PreparedModel(network, input_spec).to(setup.device),
-        criterion=DistillationLoss(losses, combination, missing_to_labels=config.missing == "hard"),
+        criterion=DistillationLoss(*losses, combination=combination, missing_to_labels=config.missing == "hard"),
         stream=setup.make_stream(config, labels, only_labelled, read_targets),
         epochs=config.epochs,
         steps=setup.make_stream(config, labels, only_labelled=False, read_targets=read_targets).steps_per_epoch,
@@ -224,7 +224,7 @@ def make_training_run(
         device=setup.device,
         folder=folder,
         multiply_adds=count_multiply_adds(network, input_spec.channels, input_spec.size),
-        context=setup.make_context(labels),
+        context=setup.source.make_context(labels, losses),
     )
 
 
@@ -261,5 +261,6 @@ def _have_same_batches(stream: BatchStream, other: BatchStream) -> bool:
         cache=stream.cache,
         taps=stream.taps,
         read_targets=stream.read_targets,
+        source=stream.source,
     )
     return same_rows and other_with_same_rows == stream

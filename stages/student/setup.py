@@ -11,18 +11,18 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
-from softcache.pipeline.batch import LinearHead, LossContext, MemoryBank
-from softcache.pipeline.cache.manifest import count_row_bytes
+from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
+from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
 from softcache.pipeline.models.prepared_model import InputSpec
-from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress
@@ -32,10 +32,7 @@ from softcache.stages.training.validation import HeldOutSplit
 
 from . import requirements
 from .early_checks import build_for_cache, check_before_images, get_student_arch
-from .teachers import load_shared_data, load_teachers, map_head, open_caches
-
-_BANK_BYTES = 1 << 30  # largest memory bank
-_BANK_CHUNK = 4096  # rows read at once for a memory bank
+from .teachers import load_shared_data, load_teachers, open_caches
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,9 @@ class DistillationSetup:
     """What all seeds and phases of a student share.
 
     Attributes:
-        teachers: the cache, or several caches as one teacher.
-        transfer_set: images and labels.
+        source: the caches as one teacher, and their data.
         losses: the terms of the loss.
         taps: the cached features that are read, all from the first cache.
-        input_spec: how a student's input is normalised: like the teacher's, at the size of the views.
         device: where students are trained.
         held_out: {split: its images, labels and views} of `val` and, where there is one, `test`.
         member_logits: {split: logits by index, float32 [N, K] of one cache, [N, M, K] of M caches}, before they are
@@ -56,11 +51,9 @@ class DistillationSetup:
         output: key or index of the logits in what a student of the user's own returns; "" to find them.
     """
 
-    teachers: TeacherEnsemble
-    transfer_set: TransferSet
+    source: Cache
     losses: tuple[Loss, ...]
     taps: tuple[str, ...]
-    input_spec: InputSpec
     device: torch.device
     held_out: dict[str, HeldOutSplit]
     member_logits: dict[str, torch.Tensor]
@@ -83,17 +76,15 @@ class DistillationSetup:
         transfer_set = load_shared_data(caches, config)
         requirements.check_labels(config, losses, transfer_set)
         missing = find_missing_targets(caches, config.draws, taps, progress) if config.missing else {}
-        head = requirements.read_head(caches[0], losses, missing)
+        head = read_head(caches[0], losses, missing)
         for cache in caches:
             verify_views(cache, transfer_set, config.draws, missing)
         teachers, member_logits = load_teachers(caches, config, transfer_set, missing)
         device, views = select_device(config.device), caches[0].views
         return DistillationSetup(
-            teachers=teachers,
-            transfer_set=transfer_set,
+            source=Cache.from_parts(teachers, transfer_set),
             losses=losses,
             taps=taps,
-            input_spec=replace(caches[0].input_spec, size=views.size),
             device=device,
             held_out={
                 split: HeldOutSplit(rows, views, device, config, ViewChecks(teachers, split, rows.images))
@@ -101,7 +92,7 @@ class DistillationSetup:
                 if split in member_logits
             },
             member_logits=member_logits,
-            head=map_head(teachers, head),
+            head=teachers.map_head(head),
             output=config.output,
         )
 
@@ -122,16 +113,32 @@ class DistillationSetup:
         missing = self.teachers.missing
         if config.missing and taps != self.taps:
             missing = find_missing_targets(caches, config.draws, taps, progress)
-        head = requirements.read_head(caches[0], losses, missing)
+        head = read_head(caches[0], losses, missing)
         teachers = replace(self.teachers, missing=missing)
+        source = Cache.from_parts(teachers, self.transfer_set)
         return replace(
-            self, teachers=teachers, losses=losses, taps=taps, head=map_head(teachers, head), output=config.output
+            self, source=source, losses=losses, taps=taps, head=teachers.map_head(head), output=config.output
         )
 
     @property
+    def teachers(self) -> TeacherEnsemble:
+        """The cache, or several caches as one teacher."""
+        return self.source.teachers
+
+    @property
+    def transfer_set(self) -> TransferSet:
+        """Images and labels."""
+        return self.source.transfer_set
+
+    @property
     def cache(self) -> CacheReader:
-        """The first cache."""
-        return self.teachers.members[0]
+        """The first cache, as its files have it."""
+        return self.source.reader
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """How a student's input is normalised: like the teacher's, at the size of the views."""
+        return self.source.input_spec
 
     @cached_property
     def teacher_logits(self) -> dict[str, torch.Tensor]:
@@ -181,32 +188,6 @@ class DistillationSetup:
             batch_size=config.batch_size,
         )
         return check_trainable(network, check)
-
-    def make_context(self, labels: Labels) -> LossContext:
-        """Return what losses may use beside a batch: the teacher's head, memory banks, and the counts of the classes.
-
-        Args:
-            labels: int64 [N] of the training split by index, -1 where hidden.
-        """
-        cache = self.cache
-
-        def build_bank(tap: str) -> MemoryBank:
-            """Read a tap of the first draw: every row, or as many as fit into 1 GiB (rows are stored shuffled)."""
-            source = find_source_tap(tap, cache.manifest.taps)
-            assert source is not None
-            name = f"features/{source}"
-            row_bytes = count_row_bytes({name: cache.manifest.datasets[name]})
-            positions = requirements.find_available_positions(cache, self.teachers.missing)
-            positions = positions[: max(1, _BANK_BYTES // row_bytes)]
-            chunks = (
-                cache.read_stored("train", 0, chunk, (source,))[1]
-                for chunk in np.array_split(positions, -(-len(positions) // _BANK_CHUNK))
-            )
-            features = torch.cat([derive_features(chunk, (tap,))[tap].half() for chunk in chunks])
-            index = cache.index_at("train", positions)
-            return MemoryBank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
-
-        return LossContext(self.head, build_bank, torch.from_numpy(count_classes(labels, cache.classes)))
 
     def compute_logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
         """Compute a model's logits on each held-out split: {split: float32 [N, K]}."""
@@ -275,23 +256,20 @@ class DistillationSetup:
             is_used &= ~self.missing_rows
         if not is_used.any():
             raise CacheError("no row of the training split is left: each lacks targets in some draw, or a label")
-        stream = BatchStream(
-            split=self.transfer_set.splits["train"],
-            views=self.cache.views,
-            view_seed=self.cache.seed,
-            order_seed=config.seed if config.order_seed < 0 else config.order_seed,
+        stream = self.source.loader(
+            "train",
             batch_size=config.batch_size,
-            labels=labels,
-            rows=np.flatnonzero(is_used),
-            draws=config.draws,
-            cache=self.teachers,
+            seed=config.seed if config.order_seed < 0 else config.order_seed,
             taps=self.taps,
-            read_targets=read_targets,
             workers=config.workers,
-            sampler=config.sampler,
-            draws_per_decode=config.draws_per_decode,
             device=self.device,
-        )
+            subset=order[is_used],
+            labels=labels,
+            draws=config.draws,
+            draws_per_decode=config.draws_per_decode,
+            sampler=config.sampler,
+            targets=read_targets,
+        ).stream
         if len(stream.rows) < config.draws_per_decode * stream.steps_per_epoch:
             raise UsageError(
                 f"--draws-per-decode {config.draws_per_decode} leaves a batch of {config.batch_size} without an"

@@ -1,6 +1,7 @@
 """A student's teacher: one cache, or several combined as one, and the map of its distribution; recorded in the run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import torch
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import publish_json
-from softcache.data.transfer_set import Labels, TransferSet, count_classes
-from softcache.pipeline.batch import LinearHead
+from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.teachers.combine import Combination, fit_combination, parse_combination
-from softcache.pipeline.teachers.distribution_map import DistributionMap, fit_map
+from softcache.pipeline.teachers.combine import Combination, parse_combination
+from softcache.pipeline.teachers.distribution_map import DistributionMap
 from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble, check_same_views, list_missing_runs
+from softcache.pipeline.teachers.fit import fit_teachers
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.distributed.ranks import first_rank_first
@@ -88,35 +89,15 @@ def load_teachers(
     }
     if config.out and (Path(config.out) / TARGETS_FILE).is_file():
         return _read_targets_record(Path(config.out), members, config), logits
-    labels = transfer_set.splits["val"].labels
-    combination = None
-    if len(caches) > 1:
-        combination = resolve_combination(_combination_spec(config), logits["val"], labels)
-    maps: tuple[DistributionMap, ...] = ()
-    if config.map:
-        counts = count_classes(transfer_set.splits["train"].labels, caches[0].classes)
-        combined = TeacherEnsemble(caches, combination).combine_logits(logits["val"])
-        outputs = combined.unbind(1) if combined.ndim == 3 else (combined,)
-        with progress_bar(_FIT_STEPS, f"fitting --map {config.map}", "step") as bar:
-            maps = tuple(fit_map(config.map, z.numpy(), labels, counts, bar.update) for z in outputs)
-    return TeacherEnsemble(caches, combination, maps, missing), logits
+    combine = _combination_spec(config) if len(caches) > 1 else ""
+    return fit_teachers(caches, transfer_set, logits["val"], combine, config.map, missing, show_fit), logits
 
 
-def resolve_combination(spec: str, logits: torch.Tensor, labels: Labels) -> Combination:
-    """Make a way to combine teachers from its text; `learned` is fitted.
-
-    Args:
-        spec: the value of --combine.
-        logits: float32 [N, M, K] of M teachers on the validation split.
-        labels: int64 [N].
-
-    Raises:
-        UsageError: for a text that is no way to combine M teachers, or a fit without labels.
-    """
-    if spec != "learned":
-        return parse_combination(spec, logits.shape[1])
-    with progress_bar(_FIT_STEPS, "fitting --combine learned", "step") as bar:
-        return fit_combination(logits.numpy(), labels, bar.update)
+@contextmanager
+def show_fit(title: str) -> Iterator[Callable[[], object]]:
+    """Show the steps of a fit on a progress bar."""
+    with progress_bar(_FIT_STEPS, title, "step") as bar:
+        yield bar.update
 
 
 def _combination_spec(config: StudentConfig) -> str:
@@ -211,11 +192,6 @@ def save_shards_record(teachers: TeacherEnsemble, config: StudentConfig, taps: t
         differences = format_differences(used, saved, ("now", "before"))
         folders = ", ".join(f"'{cache.folder}'" for cache in teachers.members)
         raise CacheError(f"'{folder}' was trained from other shards than {folders} now has:{differences}")
-
-
-def map_head(teachers: TeacherEnsemble, head: LinearHead | None) -> LinearHead | None:
-    """Return the teacher's last linear layer followed by the map of its distribution, where there are both."""
-    return teachers.maps[0].map_head(head) if head and teachers.maps else head
 
 
 def describe_teachers(

@@ -16,7 +16,6 @@ from softcache.data.transfer_set import count_classes
 from softcache.data.views import parse_views
 from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import BatchStream
-from softcache.pipeline.losses import parse_losses
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_custom_arch
@@ -194,7 +193,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         run = TrainingRun(
             name="teacher",
             model=model,
-            criterion=DistillationLoss(parse_losses(("hard",))),
+            criterion=DistillationLoss("hard"),
             stream=stream,
             epochs=config.epochs,
             steps=stream.steps_per_epoch,

@@ -33,17 +33,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from softcache.base import rng
 from softcache.base.errors import UsageError
-from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
+from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.loading.groups import get_rank_rows
 from softcache.pipeline.loading.stream import BatchStream
+from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import current_ranks
 
 from .gradient_norms import flatten_gradients
-
-Features = dict[str, torch.Tensor]
 
 
 def split_over_ranks(stream: BatchStream) -> BatchStream:
@@ -107,9 +106,7 @@ class DataParallelStep:
 
     Args:
         model: uint8 views -> logits; rank 0's weights are sent to every rank.
-        parts: the losses' own trainable parts; rank 0's are sent to every rank.
-        features: features that the forward hooks capture, {tap: [B, …]}.
-        head: the student's last linear layer, where a loss reads it.
+        criterion: attached to the model; rank 0's trainable parts are sent to every rank.
         device: where the model is.
         precision: of the forward pass.
         seed: seed of dropout.
@@ -118,16 +115,14 @@ class DataParallelStep:
     def __init__(
         self,
         model: nn.Module,
-        parts: nn.Module,
-        features: Features,
-        head: LinearHead | None,
+        criterion: DistillationLoss,
         device: torch.device,
         precision: str,
         seed: int,
     ):
-        self._model, self._features, self._head = model, features, head
+        self._model, self._criterion = model, criterion
         self._device, self._precision, self._seed = device, precision, seed
-        for module in (model, parts):
+        for module in (model, criterion.parts):
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
 
@@ -145,9 +140,9 @@ class DataParallelStep:
         rows = len(batch.index)
         with self._fork_rng(step), autocast(self._device, self._precision):
             logits = self._model(batch.views)
-        local = [logits, *(x.float() for x in self._features.values())]
-        logits, *features = gather_rows(local, rows)
-        outputs = ModelOutputs(logits, dict(zip(self._features, features, strict=True)), self._head)
+        local = self._criterion.collect_outputs(logits)
+        logits, *features = gather_rows([local.logits, *local.features.values()], rows)
+        outputs = ModelOutputs(logits, dict(zip(local.features, features, strict=True)), local.head)
         return outputs, replace(batch, views=batch.views.new_empty(rows, 0))
 
     @contextmanager

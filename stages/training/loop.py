@@ -21,7 +21,6 @@ from softcache.base.files import make_folder, remove_stale_files
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.metrics.classification import summarize
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
-from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.typed_command import format_continue_command
 from softcache.stages.distributed.ranks import broadcast_from_first, check_equal, current_ranks, is_first
@@ -40,7 +39,7 @@ from .data_parallel import check_batches_shareable, convert_batch_norm, split_ov
 from .epoch_line import make_epoch_line
 from .progress import show_progress
 from .run import TrainingRun
-from .step import ActiveTraining, build_loss_parts, start_training, train_step
+from .step import ActiveTraining, attach_criterion, start_training, train_step
 from .validation import HeldOutSplit
 
 if TYPE_CHECKING:
@@ -125,15 +124,15 @@ def _start(run: TrainingRun, stack: ExitStack) -> ActiveTraining | None:
     check_batches_shareable(run.model, run.stream, run.device, run.config)
     convert_batch_norm(run.model, run.device)
     with run.rng_state:
-        head = build_loss_parts(run)
+        attach_criterion(run)
+        stack.callback(run.criterion.detach)
         state = TrainState.create(run.model, run.criterion.parts, run.config, run.schedule)
         first_epoch = state.restore(run.folder, run.device)
     check_equal("checkpoint", f"epoch {first_epoch}")
     if current_ranks().world > 1:
         vars(run.stream).pop("_device_cache", None)  # its data on a GPU; the split stream makes its own
         run = replace(run, stream=split_over_ranks(run.stream))
-    features = stack.enter_context(capture_features(run.model.network, run.criterion.student_taps))
-    training = start_training(run, state, features, head)
+    training = start_training(run, state)
     if run.multiply_adds * run.stream.batch_size < WORTH_THREADS:
         training.threads = 1
     return training

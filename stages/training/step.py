@@ -7,21 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcache.base.errors import TrainingStopped, UsageError
+from softcache.base.errors import TrainingStopped
 from softcache.base.threads import take_first
-from softcache.pipeline.batch import Batch, LinearHead, ModelOutputs
+from softcache.pipeline.batch import Batch
 from softcache.pipeline.losses.distillation_loss import sum_terms
-from softcache.pipeline.models import find_head
 from softcache.pipeline.models.precision import autocast
-from softcache.pipeline.taps.hooks import capture_features
 from softcache.stages.distributed.ranks import broadcast_from_first, current_ranks
 
 from .checkpoint import TrainState
 from .data_parallel import DataParallelStep, average, average_gradients
 from .gradient_norms import GradientNorms
 from .run import TrainingRun
-
-Features = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -32,8 +28,6 @@ class ActiveTraining:
         run: the training.
         state: model, optimiser, schedule and records of epochs, as saved in checkpoints.
         model: the model of the forward pass; with --compile, the compiled one.
-        features: features that the forward hooks capture, {tap: [B, …]}.
-        head: the student's last linear layer with its trained weights, where a loss reads it.
         data_parallel: this rank's part of each step, None in one process.
         precision: the autocast context of the forward pass.
         threads: number of CPU threads.
@@ -47,8 +41,6 @@ class ActiveTraining:
     run: TrainingRun
     state: TrainState
     model: nn.Module
-    features: Features
-    head: LinearHead | None
     data_parallel: DataParallelStep | None
     precision: AbstractContextManager[Any]
     threads: int
@@ -78,8 +70,7 @@ def train_step(training: ActiveTraining, batch: Batch, measure_gradients: bool =
     if parallel is None:
         with training.precision:
             logits = training.model(batch.views)
-        features = {tap: x.float() for tap, x in training.features.items()}
-        outputs = ModelOutputs(logits, features, training.head)
+        outputs = run.criterion.collect_outputs(logits)
     else:
         outputs, batch = parallel.forward(batch, state.schedule.last_epoch)
 
@@ -129,56 +120,32 @@ def compile_model(run: TrainingRun) -> nn.Module:
     return compiled
 
 
-def build_loss_parts(run: TrainingRun) -> LinearHead | None:
-    """Build the criterion's own trainable parts from the shapes of one batch.
+def attach_criterion(run: TrainingRun) -> None:
+    """Attach the criterion to the model of a training, with the first batch of its stream as the example.
 
     Args:
-        run: the training, whose criterion gets the parts.
-
-    Returns:
-        The student's last linear layer with its trained weights, where a loss reads it; else None.
+        run: the training, whose criterion gets its parts.
 
     Raises:
         UsageError: where student and cache differ in the number of classes, or layers do not fit together.
     """
-    batch = take_first(run.stream.batches(0, 1)).slice(0, 2).to(run.device)
-    run.model.eval()
-    with torch.no_grad(), capture_features(run.model.network, run.criterion.student_taps) as features:
-        logits = run.model(batch.views)
-        classes = logits.shape[1]
-        head = _find_trained_head(run.model.network, classes) if run.criterion.needs_head else None
-        outputs = ModelOutputs(logits, dict(features), head)
-    if batch.logits is not None and batch.logits.shape[-1] != classes:
-        raise UsageError(f"the student has {classes} classes, the cache {batch.logits.shape[-1]}")
-    run.criterion.build_parts(outputs, batch, run.context)
-    return head
+    example = take_first(run.stream.batches(0, 1)).slice(0, 2).to(run.device)
+    run.criterion.attach(run.model, example, run.context)
 
 
-def _find_trained_head(network: nn.Module, classes: int) -> LinearHead | None:
-    """Return the network's last linear layer, sharing its parameters; with a bias of zeros where it has none."""
-    layer = find_head(network, classes)
-    if layer is None:
-        return None
-    return LinearHead(layer.weight, layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias)
-
-
-def start_training(run: TrainingRun, state: TrainState, features: Features, head: LinearHead | None) -> ActiveTraining:
+def start_training(run: TrainingRun, state: TrainState) -> ActiveTraining:
     """Create what does not change between the steps of a training.
 
     Args:
-        run: the training.
+        run: the training, its criterion attached.
         state: its state, from the checkpoint where there is one.
-        features: features that the forward hooks capture.
-        head: the student's last linear layer, where a loss reads it.
     """
     config = run.config
     parallel = None
     if current_ranks().world > 1:
         parallel = DataParallelStep(
             model=run.model,
-            parts=run.criterion.parts,
-            features=features,
-            head=head,
+            criterion=run.criterion,
             device=run.device,
             precision=config.precision,
             seed=config.seed,
@@ -187,8 +154,6 @@ def start_training(run: TrainingRun, state: TrainState, features: Features, head
         run=run,
         state=state,
         model=compile_model(run),
-        features=features,
-        head=head,
         data_parallel=parallel,
         precision=autocast(run.device, config.precision),
         threads=torch.get_num_threads(),

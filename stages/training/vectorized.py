@@ -293,7 +293,7 @@ def _step(
         return lambda z: term(ModelOutputs(z), batch, None)
 
     unweighted = [
-        torch.vmap(compute_term(term), in_dims=1, randomness="different")(logits) for term in run.criterion.terms
+        torch.vmap(compute_term(term), in_dims=1, randomness="different")(logits) for term in run.criterion.functions
     ]
     terms = weights * torch.stack(unweighted)
     if norms is not None:

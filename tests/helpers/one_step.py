@@ -20,7 +20,7 @@ from softcache.pipeline.taps.statistics import derive_features
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.training.checkpoint import TrainState
 from softcache.stages.training.run import TrainingRun
-from softcache.stages.training.step import build_loss_parts, start_training, train_step
+from softcache.stages.training.step import attach_criterion, start_training, train_step
 from tests.helpers.tensors import draw_labels, make_class_counts, make_loss
 
 INPUT_SPEC = InputSpec(1, 8, (0.5,), (0.25,))
@@ -124,7 +124,7 @@ def take_one_step(
     run = TrainingRun(
         name="student",
         model=student,
-        criterion=DistillationLoss([loss]),
+        criterion=DistillationLoss(loss),
         stream=stream,
         epochs=1,
         steps=1,
@@ -134,9 +134,8 @@ def take_one_step(
         multiply_adds=0,
         context=LossContext(head, bank, make_class_counts(K)),
     )
-    live_head = build_loss_parts(run)
+    attach_criterion(run)
     state = TrainState.create(student, run.criterion.parts, settings, run.schedule)
     student.train()
-    with capture_features(network, loss.student_taps()) as features:
-        terms = train_step(start_training(run, state, features, live_head), batch)
+    terms = train_step(start_training(run, state), batch)
     return Step(student, state, batch, head, terms)

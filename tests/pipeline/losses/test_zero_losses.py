@@ -66,8 +66,8 @@ def test_a_criterion_of_zeros_is_refused_when_its_parts_are_built() -> None:
     outputs, batch = ModelOutputs(torch.randn(4, 5)), make_batch(4, torch.randn(4, 5))
     for specs in (("kd:weight=0",), ("kd:weight=0", "hard:weight=0->0")):
         with pytest.raises(ZeroLossError):
-            DistillationLoss(parse_losses(specs)).build_parts(outputs, batch, LossContext())
-    DistillationLoss(parse_losses(("kd:weight=0->1",))).build_parts(outputs, batch, LossContext())
+            DistillationLoss(*specs).build_parts(outputs, batch, LossContext())
+    DistillationLoss("kd:weight=0->1").build_parts(outputs, batch, LossContext())
 
 
 @pytest.mark.parametrize("spec", ["kd", "dkd", "multi_temperature"])
@@ -77,7 +77,7 @@ def test_two_standardised_classes_are_refused_with_the_reason(spec: str) -> None
         check_loss_trains((loss,), 2, 5)
     outputs, batch = ModelOutputs(torch.randn(4, 2)), make_batch(4, torch.randn(4, 2))
     with pytest.raises(UsageError, match="three classes or more"):
-        DistillationLoss((loss,)).build_parts(outputs, batch, LossContext())
+        DistillationLoss(loss).build_parts(outputs, batch, LossContext())
     check_loss_trains((loss,), 3, 5)
 
 

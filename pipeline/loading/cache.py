@@ -1,0 +1,367 @@
+"""A cache together with the data that it was made from: what students are trained from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from softcache.base.errors import CacheError, UsageError
+from softcache.base.progress import ProgressCallback, resolve_progress
+from softcache.data.transfer_set import Labels, Split, TransferSet, count_classes
+from softcache.data.views import render
+from softcache.pipeline.batch import LossContext, MemoryBank
+from softcache.pipeline.cache.manifest import count_row_bytes
+from softcache.pipeline.cache.reader import CacheReader
+from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
+from softcache.pipeline.losses.teacher_head import find_available_positions, read_head
+from softcache.pipeline.models.prepared_model import InputPreparation, InputSpec
+from softcache.pipeline.taps.statistics import derive_features, find_source_tap
+from softcache.pipeline.teachers.ensemble import TeacherEnsemble, check_same_views
+from softcache.pipeline.teachers.fit import fit_teachers
+
+from .arguments import check_draw, check_index, check_labels, check_loader, check_subset
+from .loader import CacheLoader
+from .stream import BatchStream
+
+_BANK_BYTES = 1 << 30  # largest memory bank
+_BANK_CHUNK = 4096  # rows read at once for a memory bank
+Rows = NDArray[np.int64]
+
+
+class Cache:
+    """The outputs of a teacher for every view of a data set, together with that data set.
+
+        cache = softcache.Cache("caches/pictures", data="folder:pictures")
+        for batch in cache.loader("train", batch_size=128):
+            loss = criterion(student(batch.images), batch)
+
+    Opening it compares the data with those that the teacher saw: the content of every image and label, and the pixels
+    of 256 views. While views are used, each of them is compared.
+
+    Args:
+        path: The folder of the cache, or those of several caches of the same data and views, which are one teacher.
+        data: The data: their name or `folder:PATH`, as in `--data`; a map-style data set of (image, label) or of
+            images, or a mapping {"train": …, "val": …, "test": …} of such. None for the data set that the cache
+            names, where that is one of `softcache`'s own.
+        combine: How several caches are combined, as in `--combine`; "" is their mean probability. With "per_teacher"
+            and "ca_mkd" they are not: logits are [B, M, K].
+        map: A map of the teacher's distribution, as in `--map`; "" for none.
+        data_root: The folder of the data sets that have a name.
+        progress: True to show a progress bar while images are read, or a function of (text, done, total).
+
+    Attributes:
+        path: The folder of the first cache.
+        classes: Names of the classes, in the order of the logits.
+        num_classes: K.
+        taps: {name: shape of a row} of the features that are cached.
+        draws: Number of views of each training image.
+        splits: {"train", "val" and where there is one "test": number of rows}.
+        fingerprint: Hash of what the cache is: data, views, teacher, codec and precision. 64 hexadecimal digits.
+        teacher: The teacher's arch; of several, joined by " + ".
+        input_spec: How a view becomes the input of a network: channels, size, mean and standard deviation.
+
+    Raises:
+        CacheError: There is no complete cache, a file is damaged, or the data are others than those of the cache.
+        UsageError: The data have to be named, or an argument does not exist.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        data: Any = None,
+        *,
+        combine: str = "",
+        map: str = "",  # noqa: A002 (the name of the option)
+        data_root: str | Path = "datasets",
+        progress: bool | ProgressCallback = False,
+    ):
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        if not paths:
+            raise UsageError("no cache: name the folder of one")
+        if combine and len(paths) == 1:
+            raise UsageError(f"combine='{combine}' is for several caches, and '{paths[0]}' is one")
+        members = tuple(CacheReader(Path(p)) for p in paths)
+        check_same_views(members)
+        show = resolve_progress(progress)
+        transfer_set = members[0].load_transfer_set("" if data is None else data, Path(data_root), show)
+        for member in members[1:]:
+            member.check_transfer_set(transfer_set)
+        for member in members:
+            verify_views(member, transfer_set, member.manifest.draws)
+        teachers = TeacherEnsemble(members)
+        if len(members) > 1 or map:
+            combine = (combine or "mean_probability") if len(members) > 1 else ""
+            teachers = fit_teachers(members, transfer_set, teachers.read_held_out("val"), combine, map, {})
+        self._set_parts(teachers, transfer_set)
+
+    @classmethod
+    def from_parts(cls, teachers: TeacherEnsemble, transfer_set: TransferSet) -> "Cache":
+        """Make a cache of what has been opened and compared already, as the commands do."""
+        cache = cls.__new__(cls)
+        cache._set_parts(teachers, transfer_set)
+        return cache
+
+    def _set_parts(self, teachers: TeacherEnsemble, transfer_set: TransferSet) -> None:
+        self.teachers, self.transfer_set = teachers, transfer_set
+        reader = teachers.members[0]
+        self.path, self.fingerprint = reader.folder, reader.manifest.fingerprint
+        self.num_classes = reader.classes
+        self.classes: tuple[str, ...] = transfer_set.classes or tuple(map(str, range(reader.classes)))
+        self.taps = {name: tuple(shape) for name, shape in reader.manifest.taps.items()}
+        self.draws = min(member.manifest.draws for member in teachers.members)
+        self.splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
+        self.teacher = " + ".join(member.teacher for member in teachers.members)
+        self.input_spec: InputSpec = replace(reader.input_spec, size=reader.views.size)
+        self.prepare_input = InputPreparation(self.input_spec)
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{rows} {split}" for split, rows in self.splits.items())
+        taps = f", taps {', '.join(self.taps)}" if self.taps else ""
+        return (
+            f"Cache('{self.path}': {self.teacher}, {self.num_classes} classes, {splits}, {self.draws} draws{taps},"
+            f" {self.fingerprint[:12]})"
+        )
+
+    @property
+    def reader(self) -> CacheReader:
+        """The first cache, as its files have it."""
+        return self.teachers.members[0]
+
+    # Batches
+
+    def loader(
+        self,
+        split: str = "train",
+        batch_size: int = 128,
+        seed: int = 0,
+        *,
+        taps: Sequence[str] = (),
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+        subset: ArrayLike | None = None,
+        labels: ArrayLike | torch.Tensor | None = None,
+        draws: int = 0,
+        draws_per_decode: int = 1,
+        sampler: str = "",
+        targets: bool = True,
+    ) -> CacheLoader:
+        """Make a loader of a split.
+
+        Args:
+            split: "train" for augmented views in a seeded order; "val" or "test" for plain views in the order of the
+                index.
+            batch_size: Rows of a batch; of all ranks together under `torch.distributed`. The batches of an epoch of
+                the training split differ by one row at most, so that none is left over.
+            seed: Seed of the order of rows, from 0; that of `softcache student --seed`.
+            taps: Features of a batch: names of `taps`, or statistics of them, such as "layer3:pool" of "layer3".
+            workers: Processes that decode and render; 0 for a thread of this process.
+            device: Where the batches are to be. Images and targets that fit on a GPU stay there.
+            subset: int [n], the indices of the rows that are used, each once; None for all.
+            labels: int [N] by index, in place of the labels of the data; -1 hides one.
+            draws: Use the first so many draws; 0 for all.
+            draws_per_decode: k draws of each decoded image in one batch: k epochs are a pass with every row in k
+                draws. It divides draws and batch_size.
+            sampler: As in `--sampler`: rows are drawn by class, and some come more than once. "" for every row once.
+            targets: Whether batches have the teacher's targets.
+
+        Raises:
+            CacheError: A tap is not cached.
+            UsageError: There is no such split or index, or a number is out of range.
+        """
+        rows = self._get_split(split)
+        positions = self._find_positions(split, check_subset(split, subset, len(rows)))
+        all_labels = rows.labels if labels is None else check_labels(split, labels, len(rows), self.num_classes)
+        is_train = split == "train"
+        draws = (draws or self.draws) if is_train else 1
+        check_loader(batch_size, seed, draws, draws_per_decode, sampler, cached_draws=self.draws)
+        if is_train:
+            positions = np.sort(positions)
+        stream = BatchStream(
+            split=rows,
+            views=self.reader.views.of_split(split),
+            view_seed=self.reader.seed,
+            order_seed=seed,
+            batch_size=batch_size,
+            labels=all_labels,
+            rows=positions,
+            draws=draws,
+            cache=self.teachers,
+            taps=self._find_sources(taps),
+            read_targets=targets,
+            workers=workers,
+            sampler=sampler if is_train else "",
+            draws_per_decode=draws_per_decode if is_train else 1,
+            device=torch.device(device),
+            name=split,
+            source=LoaderSource(self, all_labels),
+        )
+        return CacheLoader(stream, tuple(taps))
+
+    def targets(self, split: str, index: ArrayLike, draw: int = 0) -> torch.Tensor:
+        """Read the teacher's logits of some rows, in any order.
+
+        Args:
+            split: "train", "val" or "test".
+            index: int [n], rows of the split.
+            draw: Of the views; 0 for a held-out split.
+
+        Returns:
+            float32 [n, K]; [n, M, K] of several teachers that are not combined.
+
+        Raises:
+            CacheError: A shard is missing or damaged.
+            UsageError: There is no such split, index or draw.
+        """
+        return self._read(split, index, draw, ())[0]
+
+    def features(self, split: str, index: ArrayLike, taps: Sequence[str], draw: int = 0) -> dict[str, torch.Tensor]:
+        """Read the teacher's features of some rows, in any order.
+
+        Args:
+            split, index, draw: As in `targets`.
+            taps: As in `loader`.
+
+        Returns:
+            {tap: float32 [n, …]}.
+
+        Raises:
+            CacheError: A shard is missing or damaged, or a tap is not cached.
+            UsageError: There is no such split, index or draw.
+        """
+        return derive_features(self._read(split, index, draw, self._find_sources(taps))[1], taps)
+
+    def render(self, split: str, index: ArrayLike, draw: int = 0) -> torch.Tensor:
+        """Render the very pixels that the teacher saw.
+
+        Args:
+            split, index, draw: As in `targets`.
+
+        Returns:
+            uint8 [n, C, S, S]. `prepare_input` makes the float32 input of a network of them.
+
+        Raises:
+            CacheError: An image cannot be read.
+            UsageError: There is no such split, index or draw.
+        """
+        rows = self._get_split(split)
+        numbers = check_index(split, index, len(rows))
+        check_draw(split, draw, self.draws)
+        return render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
+
+    def labels(self, split: str) -> torch.Tensor:
+        """Return the labels of a split by index, int64 [N], -1 where there is none."""
+        return torch.from_numpy(self._get_split(split).labels)
+
+    def verify(self, deep: bool = False, progress: bool | ProgressCallback = False) -> None:
+        """Verify every byte of the cache, as `softcache check-cache` does.
+
+        Args:
+            deep: Render every view again, and compare it with its checksum.
+            progress: True to show a progress bar, or a function of (text, done, total).
+
+        Raises:
+            CacheError: A file is damaged, or a view comes out differently; the message counts the files and says what
+                is wrong with the first one.
+        """
+        for member in self.teachers.members:
+            findings = check_files(member, self.transfer_set if deep else None, resolve_progress(progress))
+            if damage := select_damage(findings):
+                raise CacheError(
+                    f"'{member.folder}': {len(damage)} files are bad. The first: {next(iter(damage.values()))}."
+                    f" softcache check-cache {member.folder} --repair computes them again"
+                )
+
+    # What losses need
+
+    def make_context(self, labels: Labels, losses: Sequence[Any]) -> LossContext:
+        """Make what losses may use besides a batch: the teacher's head, memory banks, and the counts of the classes.
+
+        Args:
+            labels: int64 [N] of the training split by index, -1 where hidden.
+            losses: The losses; the head is read where one of them needs it.
+
+        Raises:
+            UsageError: The head does not compute the logits from the features that a loss puts through it.
+        """
+        head = self.teachers.map_head(read_head(self.reader, losses, self.teachers.missing))
+        counts = torch.from_numpy(count_classes(labels, self.num_classes))
+        return LossContext(head, lambda tap: self._build_bank(tap, labels), counts)
+
+    def _build_bank(self, tap: str, labels: Labels) -> MemoryBank:
+        """Read a tap of the first draw: every row, or as many as fit into 1 GiB (rows are stored shuffled)."""
+        reader = self.reader
+        (source,) = self._find_sources([tap])
+        name = f"features/{source}"
+        row_bytes = count_row_bytes({name: reader.manifest.datasets[name]})
+        positions = find_available_positions(reader, self.teachers.missing)
+        positions = positions[: max(1, _BANK_BYTES // row_bytes)]
+        chunks = (
+            reader.read_stored("train", 0, chunk, (source,))[1]
+            for chunk in np.array_split(positions, -(-len(positions) // _BANK_CHUNK))
+        )
+        features = torch.cat([derive_features(chunk, (tap,))[tap].half() for chunk in chunks])
+        index = reader.index_at("train", positions)
+        return MemoryBank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
+
+    # Arguments
+
+    def _read(
+        self, split: str, index: ArrayLike, draw: int, sources: tuple[str, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        positions = self._find_positions(split, check_index(split, index, len(self._get_split(split))))
+        check_draw(split, draw, self.draws)
+        return self.teachers.read_targets(split, draw, positions, sources)
+
+    @cached_property
+    def _positions(self) -> dict[str, Rows]:
+        """{split: int64 [N], the position in the caches of each index}, as far as it was needed."""
+        return {}
+
+    def _find_positions(self, split: str, index: Rows) -> Rows:
+        if split not in self._positions:
+            self._positions[split] = np.argsort(self.teachers.row_order(split))
+        positions: Rows = self._positions[split][index]
+        return positions
+
+    def _get_split(self, split: str) -> Split:
+        if split not in self.transfer_set.splits:
+            raise UsageError(f"no split '{split}'. There are: {', '.join(self.splits)}")
+        return self.transfer_set.splits[split]
+
+    def _find_sources(self, taps: Sequence[str]) -> tuple[str, ...]:
+        """Find the cached taps from which some taps are computed, each once."""
+        if isinstance(taps, str):
+            raise UsageError(f"taps is a list of names, such as ['{taps}']")
+        sources = {tap: find_source_tap(tap, self.taps) for tap in taps}
+        if missing := [tap for tap, source in sources.items() if source is None]:
+            raise CacheError(
+                f"the cache '{self.path}' does not contain {', '.join(missing)} (it has:"
+                f" {', '.join(self.taps) or 'none'}): make it again with these taps, which adds them"
+            )
+        return tuple(dict.fromkeys(source for source in sources.values() if source is not None))
+
+
+@dataclass(frozen=True)
+class LoaderSource:
+    """What the batches of one loader have in common. A BatchSource.
+
+    Attributes:
+        cache: The cache.
+        labels: int64 [N] by index, -1 where hidden.
+    """
+
+    cache: Cache
+    labels: Labels
+
+    def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
+        """The input of a network, float32 [B, C, H, W], from views uint8 [B, C, S, S]."""
+        return self.cache.prepare_input(views)
+
+    def make_context(self, losses: Sequence[Any]) -> LossContext:
+        """What some losses may use besides the rows of a batch."""
+        return self.cache.make_context(self.labels, losses)
