@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from softcache.pipeline.loading.loader import CacheLoader as CacheLoader
     from softcache.pipeline.losses.distillation_loss import DistillationLoss as DistillationLoss
     from softcache.pipeline.metrics.classification import evaluate as evaluate
+    from softcache.stages.api.build_cache import build_cache as build_cache
+    from softcache.stages.api.distill import distill as distill
+    from softcache.stages.api.train_student import train_student as train_student
 
 __version__ = "0.1.0"
 
@@ -39,7 +42,10 @@ _MODULES = {
     "DistillationLoss": "softcache.pipeline.losses.distillation_loss",
     "ModelOutputs": "softcache.pipeline.batch",
     "UsageError": "softcache.base.errors",
+    "build_cache": "softcache.stages.api.build_cache",
+    "distill": "softcache.stages.api.distill",
     "evaluate": "softcache.pipeline.metrics.classification",
+    "train_student": "softcache.stages.api.train_student",
 }
 __all__ = [*sorted(_MODULES), "losses"]
 

@@ -31,6 +31,7 @@ LEVELS = (
     ("stages.teacher_cache",),
     ("stages.check_cache", "stages.student"),
     ("stages.export", "stages.report", "stages.tune"),
+    ("stages.api",),
     ("stages.main",),
     ("stages.make_variables",),
 )

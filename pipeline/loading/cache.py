@@ -64,6 +64,8 @@ class Cache:
         fingerprint: Hash of what the cache is: data, views, teacher, codec and precision. 64 hexadecimal digits.
         teacher: The teacher's arch; of several, joined by " + ".
         input_spec: How a view becomes the input of a network: channels, size, mean and standard deviation.
+        data: The data as a command names them: their name, `folder:PATH`, or "dataset".
+        combine, map: As given.
 
     Raises:
         CacheError: There is no complete cache, a file is damaged, or the data are others than those of the cache.
@@ -95,15 +97,18 @@ class Cache:
             verify_views(member, transfer_set, member.manifest.draws)
         teachers = TeacherEnsemble(members)
         if len(members) > 1 or map:
-            combine = (combine or "mean_probability") if len(members) > 1 else ""
-            teachers = fit_teachers(members, transfer_set, teachers.read_held_out("val"), combine, map, {})
+            how = (combine or "mean_probability") if len(members) > 1 else ""
+            teachers = fit_teachers(members, transfer_set, teachers.read_held_out("val"), how, map, {})
         self._set_parts(teachers, transfer_set)
+        self.data = data if isinstance(data, str) else transfer_set.name
+        self.combine, self.map = combine, map
 
     @classmethod
-    def from_parts(cls, teachers: TeacherEnsemble, transfer_set: TransferSet) -> "Cache":
+    def from_parts(cls, teachers: TeacherEnsemble, transfer_set: TransferSet, data: str = "") -> "Cache":
         """Make a cache of what has been opened and compared already, as the commands do."""
         cache = cls.__new__(cls)
         cache._set_parts(teachers, transfer_set)
+        cache.data, cache.combine, cache.map = data or transfer_set.name, "", ""
         return cache
 
     def _set_parts(self, teachers: TeacherEnsemble, transfer_set: TransferSet) -> None:

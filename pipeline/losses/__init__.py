@@ -25,7 +25,7 @@ from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
 
-__all__ = ["LOSSES", "Loss", "ZeroLossError", "check_loss_trains", "parse_losses", "resolve_ramps"]
+__all__ = ["LOSSES", "Loss", "ZeroLossError", "check_loss_trains", "format_loss", "parse_losses", "resolve_ramps"]
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
@@ -93,6 +93,23 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
             for loss, half in zip(losses, is_half, strict=True)
         )
     return losses
+
+
+def format_loss(loss: Loss) -> str:
+    """Format a loss as the text that `parse_losses` reads, with the parameters that are not at their defaults."""
+    default = LOSSES.get(loss.name)
+    parameters = [
+        f"{f.name}={_format_value(getattr(loss, f.name))}"
+        for f in fields(loss)  # type: ignore[arg-type]
+        if default is None or getattr(loss, f.name) != getattr(default, f.name)
+    ]
+    return f"{loss.name}:{','.join(parameters)}" if parameters else loss.name
+
+
+def _format_value(value: object) -> str:
+    if isinstance(value, Ramp):
+        return f"{value.start!r}->{value.end!r}{f'@{value.epochs}' if value.epochs else ''}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parse_loss(spec: str) -> Loss:

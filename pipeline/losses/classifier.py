@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
+from softcache.pipeline.models import find_head
+from softcache.pipeline.models.archs.simkd import SimKDStudent, build_simkd
 from softcache.pipeline.taps.statistics import to_feature_map
 
 from .base import Ramp, to_float
@@ -179,6 +181,32 @@ class SimKD(FeatureLoss):
 
     def student_taps(self) -> tuple[str, ...]:
         return ("projector",)
+
+    def extend(self, network: nn.Module, example: Batch) -> SimKDStudent:
+        """Make the student of this loss of a network, for a training loop of one's own.
+
+        Args:
+            network: A complete network with a last linear layer, which is replaced by an identity, in place.
+            example: A batch of the loader.
+
+        Returns:
+            The network up to the student's layer, a projector, and the teacher's last linear layer.
+
+        Raises:
+            UsageError: The network or the teacher has no last linear layer, or layers do not fit together.
+        """
+        head = example.source.make_context([self]).head if example.source else None
+        if head is None:
+            raise self.head_error()
+        classes, width = head.weight.shape
+        linear = find_head(network, classes)
+        names = [name for name, module in network.named_modules() if module is linear and name]
+        if not names:
+            raise self.head_error(whose="the student")
+        image = example.images[:1]
+        student = build_simkd(network, names[0], self.projected_layer(), width, classes, example=image)
+        student.use_head(head)
+        return student.to(image.device)
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         s, t = student.features["projector"], batch.features[self.teacher_taps()[0]].to(student.logits.dtype)

@@ -7,26 +7,25 @@ import torch
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Labels
 
 Floats = NDArray[np.float64]
+Array = NDArray[Any] | torch.Tensor
 ECE_BINS = 15
 _MAX_MATRIX_CLASSES = 100  # up to which a confusion matrix is part of a result: 10,000 numbers
 
 
 def evaluate(
-    logits: NDArray[np.floating],
-    labels: Labels,
-    teacher: NDArray[np.floating] | None = None,
-    counts: Labels | None = None,
+    logits: Array, labels: Array, teacher_logits: Array | None = None, counts: Array | None = None
 ) -> dict[str, Any]:
-    """Compute every metric of a split.
+    """Compute every metric of a split, those of result.json.
 
     Args:
-        logits: float [N, K].
-        labels: int64 [N], -1 where there is none.
-        teacher: Its logits, float [N, K]; None where there is no teacher.
-        counts: int64 [K], the training rows of each class; None where they are not known.
+        logits: float [N, K], a NumPy array or a tensor on any device, as all arguments.
+        labels: int [N], -1 where there is none.
+        teacher_logits: float [N, K]; None where there is no teacher.
+        counts: int [K], the training rows of each class; None where they are not known.
 
     Returns:
         {name: value}. Without labels only rows, labelled, agreement and kl_to_teacher.
@@ -47,17 +46,36 @@ def evaluate(
     Source:
         Guo et al. 2017, "On calibration of modern neural networks" (ece).
     """
-    is_labelled = labels >= 0
-    log_p = log_softmax(logits)
-    result: dict[str, Any] = {"rows": len(labels), "labelled": int(is_labelled.sum())}
+    z, y, teacher = _to_numpy(logits), _to_numpy(labels), _to_numpy(teacher_logits)
+    _check_shapes(z, y, teacher)
+    is_labelled = y >= 0
+    log_p = log_softmax(z)
+    result: dict[str, Any] = {"rows": len(y), "labelled": int(is_labelled.sum())}
     if teacher is not None:
         log_t = log_softmax(teacher)
-        result["agreement"] = float((logits.argmax(1) == teacher.argmax(1)).mean())
+        result["agreement"] = float((z.argmax(1) == teacher.argmax(1)).mean())
         result["kl_to_teacher"] = float((np.exp(log_t) * (log_t - log_p)).sum(1).mean())
     if is_labelled.any():
-        result |= _compute_label_metrics(logits[is_labelled], log_p[is_labelled], labels[is_labelled])
-        result |= _compute_recall_by_group(result["per_class"]["recall"], counts)
+        result |= _compute_label_metrics(z[is_labelled], log_p[is_labelled], y[is_labelled])
+        result |= _compute_recall_by_group(result["per_class"]["recall"], _to_numpy(counts))
     return result
+
+
+def _to_numpy(x: Any) -> Any:
+    """Return a tensor as a NumPy array; bfloat16, which NumPy does not have, as float32."""
+    if not isinstance(x, torch.Tensor):
+        return x if x is None or isinstance(x, np.ndarray) else np.asarray(x)
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _check_shapes(logits: Any, labels: Any, teacher: Any) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise UsageError(f"logits {list(logits.shape)} and labels {list(labels.shape)} are not [N, K] and [N]")
+    if teacher is not None and teacher.shape != logits.shape:
+        raise UsageError(f"logits {list(logits.shape)} and the teacher's {list(teacher.shape)} differ in their shape")
+    if labels.size and labels.max() >= logits.shape[1]:
+        raise UsageError(f"label {labels.max()} is not below the {logits.shape[1]} classes of the logits")
 
 
 def summarize(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:

@@ -37,7 +37,7 @@ from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
 from softcache.pipeline.taps.hooks import list_layers
 
-from .custom_networks import build_custom, check_factory, is_importable_name
+from .custom_networks import build_custom, check_factory, is_importable_name, is_live_arch, prepare_live_network
 from .outputs import LogitsSelector
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].
@@ -58,7 +58,9 @@ MODELS: dict[str, Build] = {
 }
 
 
-def build(arch: str, classes: int, channels: int, size: int, output: str = "") -> nn.Module:
+def build(
+    arch: str, classes: int, channels: int, size: int, output: str = "", network: nn.Module | None = None
+) -> nn.Module:
     """Build the network that an arch names, with fresh weights.
 
     Args:
@@ -68,6 +70,7 @@ def build(arch: str, classes: int, channels: int, size: int, output: str = "") -
         channels: Of the input.
         size: Of the input, in pixels.
         output: Key or index of the logits in what a network of a user's own returns (see outputs.py); "" to find them.
+        network: Of the arch `module(…)`, the network that a caller in Python passed: a copy of it is returned.
 
     Returns:
         A network: float32 [B, channels, size, size] -> logits [B, classes].
@@ -79,11 +82,11 @@ def build(arch: str, classes: int, channels: int, size: int, output: str = "") -
     try:
         if parts := parse_simkd_arch(arch):
             return _build_simkd(*parts, classes, channels, size)
-        if not is_custom_arch(arch):
+        if not (is_custom_arch(arch) or is_live_arch(arch)):
             if output:
                 raise UsageError(f"--output {output} is for networks of your own, and '{arch}' returns one tensor")
             return _build_known(arch, classes, channels, size)
-        network, selector = _build_custom(arch, classes, channels, size)
+        network, selector = _build_custom(arch, classes, channels, size, network)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or "CUDA" in str(error):
             raise
@@ -156,8 +159,17 @@ def list_arch_layers(arch: str) -> list[str]:
         return []
 
 
-def _build_custom(arch: str, classes: int, channels: int, size: int) -> tuple[nn.Module, LogitsSelector]:
+def _build_custom(
+    arch: str, classes: int, channels: int, size: int, network: nn.Module | None = None
+) -> tuple[nn.Module, LogitsSelector]:
     """Build a network of a user's own; the selector of its logits is not registered yet."""
+    if is_live_arch(arch):
+        if network is None:
+            raise UsageError(
+                f"the network '{arch}' was passed to softcache in Python, and can be built there alone: a command"
+                " takes the name of an arch, such as my_package.module:factory"
+            )
+        return prepare_live_network(network, arch, classes, channels, size)
     module, _, factory = arch.partition(":")
     return build_custom(module, factory, classes, channels, size, _find_similar)
 

@@ -59,7 +59,6 @@ def build_custom(
     with _global_state(), torch.random.fork_rng([]):
         user_module, maker = _import_factory(module, factory, similar)
     selector = LogitsSelector(arch, classes, location=locate_definition(maker))
-    notes = selector.notes
     if isinstance(maker, nn.Module):
         network, is_ready = maker, True
     else:
@@ -68,19 +67,63 @@ def build_custom(
         # A module that the factory keeps would be shared by all students of this process.
         is_ready = hasattr(maker, "cache_info") or any(value is network for value in vars(user_module).values())
     if is_ready:
-        selector.is_shared = True
-        with user_code(f"the module of arch '{arch}' cannot be copied", selector.location):
-            network = copy.deepcopy(network)
+        network = _copy_shared(network, selector)
+    return _make_ready(network, selector, channels, size), selector
+
+
+def prepare_live_network(
+    network: nn.Module, arch: str, classes: int, channels: int, size: int
+) -> tuple[nn.Module, LogitsSelector]:
+    """Prepare a copy of a network that a caller in Python passes; the network itself is not changed.
+
+    Args:
+        network: images float32 [B, channels, size, size] -> logits [B, classes].
+        arch: Its name, see `name_live_arch`.
+        classes, channels, size: As of softcache.pipeline.models.build.
+
+    Returns:
+        As `build_custom`.
+
+    Raises:
+        UsageError: It is no network, or it cannot be copied or made ready.
+    """
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"a network is a torch.nn.Module or the name of an arch, not {_name_type(network)}")
+    selector = LogitsSelector(arch, classes, location=locate_definition(getattr(type(network), "forward", None)))
+    return _make_ready(_copy_shared(network, selector), selector, channels, size), selector
+
+
+def name_live_arch(network: nn.Module) -> str:
+    """Return the name of the arch of a network that a caller passes: `module(my_package.nets.Net)`."""
+    kind = type(network)
+    return f"module({kind.__module__}.{kind.__qualname__})"
+
+
+def is_live_arch(arch: str) -> bool:
+    """Return whether an arch is a network that a caller in Python passed, which no name can build."""
+    return arch.startswith("module(") and arch.endswith(")")
+
+
+def _copy_shared(network: nn.Module, selector: LogitsSelector) -> nn.Module:
+    """Copy a module that others hold too, so that every student starts from its weights."""
+    selector.is_shared = True
+    with user_code(f"the module of arch '{selector.arch}' cannot be copied", selector.location):
+        return copy.deepcopy(network)
+
+
+def _make_ready(network: nn.Module, selector: LogitsSelector, channels: int, size: int) -> nn.Module:
+    """Give a network float32 weights on the CPU, and lazy layers their shapes."""
+    arch = selector.arch
     _check_real(arch, network)
     wide = {str(x.dtype).removeprefix("torch.") for x in network.state_dict(keep_vars=True).values() if _is_other(x)}
     if wide:
         network = network.float()
-        notes.append(f"arch '{arch}' has weights in {', '.join(sorted(wide))}: they are used in float32")
+        selector.notes.append(f"arch '{arch}' has weights in {', '.join(sorted(wide))}: they are used in float32")
     if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
         _give_shapes(network, channels, size, selector)
     if _needs_contiguous_input(network, channels, size):
         setattr(network, NEEDS_CONTIGUOUS_INPUT, True)
-    return network, selector
+    return network
 
 
 def check_factory(module: str, factory: str, similar: Callable[[str], str] | None = None) -> None:

@@ -1,16 +1,45 @@
 """What a command prints: lines, progress bars and durations."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from softcache.base.errors import make_printable
+from softcache.base.progress import ProgressCallback
 from softcache.stages.distributed.ranks import is_first
 
 from .streams import print_result, reserve_output
+
+# Where lines and progress go: True for standard output and error, as in a command; False for the logger `softcache`;
+# a function of (text, done, total) gets the progress, and the logger the lines.
+_SHOWN: ContextVar[bool | ProgressCallback] = ContextVar("shown", default=True)
+_LOGGER = logging.getLogger("softcache")
+
+
+@contextmanager
+def report_to(progress: bool | ProgressCallback) -> Iterator[None]:
+    """Send lines and progress elsewhere, where softcache is used as a library.
+
+    Args:
+        progress: False to print nothing: lines go to the logger `softcache`. True to print as a command does, on
+            standard error. A function of (text, done, total) to be called with the progress of each long work.
+    """
+    token = _SHOWN.set(progress)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+def is_shown() -> bool:
+    """Return whether lines and progress bars are printed."""
+    return _SHOWN.get() is True
 
 
 class Console:
@@ -26,16 +55,27 @@ class Console:
         if json_only:
             reserve_output()
 
+    @staticmethod
+    def for_library() -> "Console":
+        """Return a console whose lines never go to standard output, see `report_to`."""
+        console = Console(json_only=False)
+        console.json_only = True
+        return console
+
     def print(self, line: str = "") -> None:
         """Print a line, above a progress bar that may be running. Control characters in names become `?`."""
-        if is_first():
+        if not is_shown():
+            _LOGGER.info(make_printable(line, None))
+        elif is_first():
             file = sys.stderr if self.json_only else sys.stdout
             _write(line, file)
             file.flush()
 
     def note(self, line: str) -> None:
         """Print a line about progress, which is no part of the result, on standard error."""
-        if is_first():
+        if not is_shown():
+            _LOGGER.info(make_printable(line, None))
+        elif is_first():
             _write(line, sys.stderr)
 
     def print_json(self, text: str) -> None:
@@ -54,7 +94,33 @@ def _write(line: str, file: TextIO) -> None:
         tqdm.write(make_printable(line, None), file=file, nolock=True)
 
 
-def progress_bar(total: int, description: str, unit: str, scale: bool = False) -> "tqdm[Any]":
+class CallbackBar:
+    """What takes the place of a progress bar where nothing is printed: it calls the function of `report_to`, if any.
+
+    Args:
+        total: number of units.
+        description: of the work.
+        done: units that are done already.
+    """
+
+    def __init__(self, total: int, description: str, done: int = 0):
+        self.total, self.description, self.done = total, description, done
+        self.callback = _SHOWN.get()
+
+    def update(self, n: float = 1) -> None:
+        """Count n units."""
+        self.done += int(n)
+        if callable(self.callback):
+            self.callback(self.description, self.done, self.total)
+
+    def __enter__(self) -> "CallbackBar":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+
+def progress_bar(total: int, description: str, unit: str, scale: bool = False) -> "tqdm[Any] | CallbackBar":
     """Return a progress bar on standard error.
 
     It appears after a second; where standard error is no terminal it prints a line every ten seconds.
@@ -65,6 +131,8 @@ def progress_bar(total: int, description: str, unit: str, scale: bool = False) -
         unit: name of a unit.
         scale: print large numbers with k, M or G.
     """
+    if not is_shown():
+        return CallbackBar(total, description)
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

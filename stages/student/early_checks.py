@@ -14,6 +14,7 @@ from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.models import build, check_arch
 from softcache.pipeline.models.archs.simkd import format_simkd_arch
+from softcache.pipeline.models.custom_networks import is_live_arch
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
 from softcache.pipeline.teachers.combine import parse_combination
@@ -55,13 +56,18 @@ def check_names(config: StudentConfig) -> None:
 
 
 def check_before_images(
-    config: StudentConfig, caches: Sequence[CacheReader]
+    config: StudentConfig,
+    caches: Sequence[CacheReader],
+    losses: Sequence[Loss] | None = None,
+    network: nn.Module | None = None,
 ) -> tuple[tuple[Loss, ...], tuple[str, ...]]:
     """Check the options of a student against the manifests of its caches, and build the student once.
 
     Args:
         config: the options of a student, with every default filled in.
         caches: of the same rows and views.
+        losses: the terms of the loss where a caller in Python passes them; None for those of the options.
+        network: the student where a caller in Python passes it; None where the options name its arch.
 
     Returns:
         The terms of the loss, and the cached features that they read.
@@ -71,10 +77,10 @@ def check_before_images(
         UsageError: an option names something that does not exist, does not fit the caches, or needs labels that the
             images do not have.
     """
-    if config.data:
+    if config.data not in ("", "dataset"):
         parse_data(config.data)
     select_device(config.device)
-    losses = requirements.parse_student_losses(config, caches[0])
+    losses = requirements.parse_student_losses(config, caches[0], losses)
     taps = requirements.check_caches(config, caches, losses)
     requirements.check_options(config, losses, lacks_labels=not has_labels(caches[0].manifest, "train"))
     if config.combine:
@@ -84,7 +90,7 @@ def check_before_images(
     if not has_labels(caches[0].manifest, "val"):
         requirements.check_without_validation_labels(config)
     with torch.random.fork_rng(devices=()):
-        network = build_for_cache(get_student_arch(config, losses, caches[0], taps), caches[0], config.output)
+        network = build_for_cache(get_student_arch(config, losses, caches[0], taps), caches[0], config.output, network)
     check_student_layers(network, losses)
     return losses, taps
 
@@ -101,15 +107,20 @@ def get_student_arch(
         taps: the cached features that the losses read.
     """
     simkd = next((loss for loss in losses if isinstance(loss, SimKD)), None)
-    if simkd is None:
+    if simkd is None or is_live_arch(config.arch):  # a caller in Python extends the network by SimKD.extend
         return config.arch
     return format_simkd_arch(config.arch, simkd.projected_layer(), cache.manifest.taps[taps[0]][0])
 
 
-def build_for_cache(arch: str, cache: CacheReader, output: str = "") -> nn.Module:
-    """Build a network for the classes and views of a cache, with weights from the current random state."""
+def build_for_cache(arch: str, cache: CacheReader, output: str = "", network: nn.Module | None = None) -> nn.Module:
+    """Build a network for the classes and views of a cache, with weights from the current random state.
+
+    Args:
+        arch, output, network: as of softcache.pipeline.models.build.
+        cache: the cache.
+    """
     spec = replace(cache.input_spec, size=cache.views.size)
-    return build(arch, cache.classes, spec.channels, spec.size, output)
+    return build(arch, cache.classes, spec.channels, spec.size, output, network)
 
 
 def check_student_layers(network: nn.Module, losses: Sequence[Loss]) -> None:

@@ -21,12 +21,15 @@ from softcache.stages.cli.options import to_flag
 from softcache.stages.training.validation import check_select, select_error
 
 
-def parse_student_losses(config: StudentConfig, cache: CacheReader) -> tuple[Loss, ...]:
+def parse_student_losses(
+    config: StudentConfig, cache: CacheReader, losses: Sequence[Loss] | None = None
+) -> tuple[Loss, ...]:
     """Parse the losses of a student and check that they can be computed from this cache.
 
     Args:
         config: the options of the student; `loss` holds one text a term.
         cache: the first cache.
+        losses: the terms where a caller in Python passes them; None for those of the options.
 
     Returns:
         The terms of the loss, in the order of the options.
@@ -37,7 +40,7 @@ def parse_student_losses(config: StudentConfig, cache: CacheReader) -> tuple[Los
     cached = tuple(cache.manifest.taps)
     losses = tuple(
         loss.with_default_layers(cached) if isinstance(loss, ConcatHint) else loss
-        for loss in parse_losses(config.loss)
+        for loss in (parse_losses(config.loss) if losses is None else losses)
     )
     check_loss_trains(losses, cache.classes, config.epochs)
     if cache.views.mixup and (names := [loss.name for loss in losses if loss.needs_single_label]):

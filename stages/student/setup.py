@@ -1,5 +1,6 @@
 """What a student is trained from: one cache or several and their transfer set, checked against each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -49,6 +50,7 @@ class DistillationSetup:
             combined and mapped.
         head: the teacher's last linear layer where a loss needs it, else None.
         output: key or index of the logits in what a student of the user's own returns; "" to find them.
+        network: the student where a caller in Python passes it; None where the options name its arch.
     """
 
     source: Cache
@@ -59,6 +61,7 @@ class DistillationSetup:
     member_logits: dict[str, torch.Tensor]
     head: LinearHead | None
     output: str = ""
+    network: nn.Module | None = None
 
     @staticmethod
     def open(config: StudentConfig) -> "DistillationSetup":
@@ -80,20 +83,59 @@ class DistillationSetup:
         for cache in caches:
             verify_views(cache, transfer_set, config.draws, missing)
         teachers, member_logits = load_teachers(caches, config, transfer_set, missing)
-        device, views = select_device(config.device), caches[0].views
+        source = Cache.from_parts(teachers, transfer_set)
+        return DistillationSetup._assemble(config, source, losses, taps, member_logits, teachers.map_head(head))
+
+    @staticmethod
+    def of_cache(
+        config: StudentConfig, source: Cache, losses: Sequence[Loss], network: nn.Module | None
+    ) -> "DistillationSetup":
+        """Check everything that a student is trained from where a caller in Python has opened the cache.
+
+        Args:
+            config: the options of a student, with every default filled in.
+            source: the cache and its data.
+            losses: the terms of the loss.
+            network: the student, of the arch `module(…)`; None where the options name its arch.
+
+        Raises:
+            CacheError: as in `open`.
+            UsageError: as in `open`.
+        """
+        caches = source.teachers.members
+        losses, taps = check_before_images(config, caches, losses, network)
+        requirements.check_labels(config, losses, source.transfer_set)
+        head = source.teachers.map_head(read_head(caches[0], losses, source.teachers.missing))
+        logits: dict[str, torch.Tensor] = {
+            split: source.teachers.read_held_out(split) for split in ("val", "test") if split in source.splits
+        }
+        return DistillationSetup._assemble(config, source, losses, taps, logits, head, network)
+
+    @staticmethod
+    def _assemble(
+        config: StudentConfig,
+        source: Cache,
+        losses: tuple[Loss, ...],
+        taps: tuple[str, ...],
+        member_logits: dict[str, torch.Tensor],
+        head: LinearHead | None,
+        network: nn.Module | None = None,
+    ) -> "DistillationSetup":
+        device, teachers, views = select_device(config.device), source.teachers, source.reader.views
         return DistillationSetup(
-            source=Cache.from_parts(teachers, transfer_set),
+            source=source,
             losses=losses,
             taps=taps,
             device=device,
             held_out={
                 split: HeldOutSplit(rows, views, device, config, ViewChecks(teachers, split, rows.images))
-                for split, rows in transfer_set.splits.items()
+                for split, rows in source.transfer_set.splits.items()
                 if split in member_logits
             },
             member_logits=member_logits,
-            head=teachers.map_head(head),
+            head=head,
             output=config.output,
+            network=network,
         )
 
     def with_options(self, config: StudentConfig) -> "DistillationSetup":
@@ -159,7 +201,7 @@ class DistillationSetup:
 
     def build_network(self, arch: str) -> nn.Module:
         """Build a network for these images and classes, with weights from the current random state."""
-        return build_for_cache(arch, self.cache, self.output)
+        return build_for_cache(arch, self.cache, self.output, self.network)
 
     def check_student(self, network: nn.Module, config: StudentConfig) -> list[str]:
         """Check, before anything is written, that a student can be trained: see `check_trainable`.

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
@@ -25,6 +27,7 @@ from softcache.pipeline.models.network_checks import check_teacher
 from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
 from softcache.pipeline.models.state_dicts import hash_weights
+from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import normalize_tap, parse_tap
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
@@ -38,7 +41,7 @@ from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, 
 from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
-from .teacher_source import check_teacher_source, load_teacher
+from .teacher_source import check_teacher_source, load_teacher, prepare_live_teacher
 from .trials import TrialViews
 
 # Options that the first caches did not have: a manifest has them where they are not at their default.
@@ -62,7 +65,23 @@ class PreparedCache:
     choice: ChosenPrecision
 
 
-def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
+@dataclass(frozen=True)
+class LiveObjects:
+    """What a caller in Python passes instead of naming it.
+
+    Attributes:
+        teacher: The network, of the arch `module(…)`; None where the options name it.
+        transfer_set: The data; None where the options name them.
+    """
+
+    teacher: nn.Module | None = None
+    transfer_set: TransferSet | None = None
+
+
+NOTHING_LIVE = LiveObjects()
+
+
+def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOTHING_LIVE) -> PreparedCache:
     """Work out what the cache is to hold. Nothing is written, but for a teacher that has to be trained first.
 
     Every rank calls this. The first loads the data before the others do and chooses the precision for all.
@@ -70,6 +89,7 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
     Args:
         config: The options of the command, see `fill_defaults`.
         console: Prints which teacher is used, and the choice of the precision.
+        live: What a caller in Python passes instead of naming it.
 
     Raises:
         UsageError: An option does not fit the data or the teacher.
@@ -82,12 +102,12 @@ def prepare_cache(config: CacheConfig, console: Console) -> PreparedCache:
         parse_normalize(config.normalize)
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     views = parse_views(config.views)
-    _check_before_images(config, requested_taps)
-    transfer_set = ranks.first_rank_first(lambda: load_data(config))
+    _check_before_images(config, requested_taps, live)
+    transfer_set = live.transfer_set or ranks.first_rank_first(lambda: load_data(config))
     print_notes(transfer_set, console)
     views = fill_size(views, transfer_set, console)
     with name_all_unreadable(transfer_set):
-        return _prepare_plan(config, transfer_set, views, requested_taps, console)
+        return _prepare_plan(config, transfer_set, views, requested_taps, console, live.teacher)
 
 
 def _prepare_plan(
@@ -96,9 +116,13 @@ def _prepare_plan(
     views: ViewPolicy,
     requested_taps: tuple[str, ...],
     console: Console,
+    network: nn.Module | None,
 ) -> PreparedCache:
     """Load the teacher, choose its precision, and work out identity and sizes of the cache."""
-    teacher, arch = load_teacher(config, transfer_set, views, console)
+    if network is not None:
+        teacher, arch = prepare_live_teacher(network, config, transfer_set, views), config.teacher
+    else:
+        teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
     for note in check_teacher(teacher, arch, len(transfer_set.classes)):
         console.print(note)
@@ -129,7 +153,7 @@ def _prepare_plan(
     return PreparedCache(config, plan, generator, choice)
 
 
-def _check_before_images(config: CacheConfig, taps: tuple[str, ...]) -> None:
+def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveObjects) -> None:
     """Check, before an image is read or a teacher trained, what needs neither.
 
     Raises:
@@ -141,8 +165,11 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...]) -> None:
         parse_imbalance(config.imbalance)
     if not (Path(config.out) / MANIFEST_FILE).is_file():  # a complete cache may be on a read-only mount
         check_output_folder(Path(config.out))
-    arch = check_teacher_source(config)
-    layers = [] if is_custom_arch(arch) else list_arch_layers(arch)
+    if live.teacher is not None:
+        layers = list_layers(live.teacher)
+    else:
+        arch = check_teacher_source(config)
+        layers = [] if is_custom_arch(arch) else list_arch_layers(arch)
     for tap in taps:
         if layers and (layer := parse_tap(tap)[0]) not in layers:
             raise unknown_name_error("tap", layer, layers)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
 from softcache.data.transfer_set import TransferSet
@@ -16,6 +17,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, check_arch, is_custom_arch
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
+from softcache.pipeline.models.custom_networks import is_live_arch
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights
 from softcache.stages.cli.configs import CacheConfig, CheckConfig, TeacherConfig
@@ -81,6 +83,26 @@ def load_teacher(
     return PreparedModel(network, input_spec), arch
 
 
+def prepare_live_teacher(
+    network: nn.Module, config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy
+) -> PreparedModel:
+    """Prepare a copy of a network that a caller in Python passes as the teacher.
+
+    Args:
+        network: images float32 [B, C, H, W] -> logits [B, K]; it is not changed.
+        config: Its arch, normalisation and output.
+        transfer_set: The data.
+        views: The view policy, with a size.
+
+    Raises:
+        UsageError: It is no network, or cannot be copied.
+    """
+    input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
+    classes = len(transfer_set.classes)
+    copied = build(config.teacher, classes, input_spec.channels, input_spec.size, config.output, network)
+    return PreparedModel(copied, input_spec)
+
+
 def check_teacher_source(config: CacheConfig) -> str:
     """Check, before an image is read, that the teacher of the options exists or can be trained.
 
@@ -139,6 +161,11 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
         CacheError: The weights are not those of the cache.
     """
     weights, recorded = config.weights, cache.teacher
+    if is_live_arch(recorded):
+        raise UsageError(
+            f"the teacher of '{cache.folder}' is {make_printable(recorded)}, a network that was passed to softcache in"
+            " Python: pass it to softcache.build_cache, which runs it again where the cache grows"
+        )
     require_named_code(
         recorded,
         config.teacher,
@@ -174,7 +201,7 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
 
 def assumes_normalize(config: CacheConfig) -> bool:
     """Whether the weights come from elsewhere, and the command does not say how their input is normalised."""
-    is_from_elsewhere = bool(config.weights) and config.weights != "DEFAULT"
+    is_from_elsewhere = is_live_arch(config.teacher) or (bool(config.weights) and config.weights != "DEFAULT")
     return is_from_elsewhere and not config.normalize and not (Path(config.weights) / "result.json").is_file()
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from softcache.stages.cli.console import Console, LongWorkNotice, format_clock, format_duration
+from softcache.stages.cli.console import (
+    CallbackBar,
+    Console,
+    LongWorkNotice,
+    format_clock,
+    format_duration,
+    is_shown,
+)
 from softcache.stages.distributed.ranks import is_first
 
 from .run import TrainingRun
@@ -69,7 +76,8 @@ class TrainingProgress:
         self.best, self.line = 0, Line()  # the training whose metrics are printed, and its last epoch
         # The pace is measured from the end of the first step, which also compiles, allocates and warms up.
         self.pace_start, self.pace_first_step, self.images = 0.0, 0, 0
-        self.is_terminal = is_first() and sys.stderr.isatty()
+        self.is_terminal = is_first() and is_shown() and sys.stderr.isatty()
+        self.epochs_bar = None if is_shown() else CallbackBar(self.epochs, f"training the {runs[0].name}", first)
         self.bar: tqdm[Any] | None = None
         self.next_drawing = time.monotonic() + _DELAY
         self.next_notice = 0.0
@@ -98,6 +106,8 @@ class TrainingProgress:
             lines: the record of each training; None for one that has ended, or resumes at a later epoch.
         """
         self.steps_of_epoch, self.epochs_done = 0, self.epochs_done + 1
+        if self.epochs_bar is not None:
+            self.epochs_bar.update()
         current = {i: line for i, line in enumerate(lines) if line is not None}
         if not current:
             return

@@ -238,7 +238,7 @@ def test_a_confidence_on_the_edge_of_a_bin_belongs_to_the_bin_below() -> None:
 
 def test_logits_of_any_size_give_finite_figures() -> None:
     logits = np.array([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [0.0, 0.0, 3e4]])
-    found = evaluate(logits, np.array([0, 0, 2]), teacher=-logits)
+    found = evaluate(logits, np.array([0, 0, 2]), teacher_logits=-logits)
     assert found["nll"] == pytest.approx(2e4 / 3, rel=1e-9)
     assert all(math.isfinite(v) for v in found.values() if isinstance(v, float))
 
@@ -345,7 +345,7 @@ def test_a_place_of_a_list_that_one_result_lacks_has_no_mean() -> None:
 
 
 def test_means_of_real_results_keep_every_key() -> None:
-    results = [evaluate(*drawn(40, 6, seed), teacher=drawn(40, 6, seed + 9)[0]) for seed in range(3)]
+    results = [evaluate(*drawn(40, 6, seed), teacher_logits=drawn(40, 6, seed + 9)[0]) for seed in range(3)]
     centre, spread = mean_and_spread(results)
     assert centre.keys() == spread.keys() == results[0].keys()
     assert centre["nll"] == pytest.approx(statistics.mean(r["nll"] for r in results), rel=1e-12)

@@ -1,0 +1,144 @@
+"""Stage one in one call: run a teacher once over a data set, and keep what it outputs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from softcache.base.errors import UsageError
+from softcache.base.progress import ProgressCallback, resolve_progress
+from softcache.data.transfer_set import TransferSet, load_transfer_set
+from softcache.pipeline.cache.reader import CacheReader
+from softcache.pipeline.loading.cache import Cache
+from softcache.pipeline.models.custom_networks import name_live_arch
+from softcache.pipeline.teachers.ensemble import TeacherEnsemble
+from softcache.stages.cli.configs import CacheConfig
+from softcache.stages.cli.console import Console
+from softcache.stages.teacher.data import FOLDER_OPTIONS, SPLIT_OPTIONS
+from softcache.stages.teacher_cache.preparation import LiveObjects, fill_defaults, prepare_cache
+from softcache.stages.teacher_cache.writing import write_cache
+
+from .library_call import library_call, make_config
+
+Normalize = str | tuple[Sequence[float], Sequence[float]]
+
+
+def build_cache(
+    path: str | Path,
+    teacher: nn.Module | str,
+    data: Any,
+    *,
+    views: str = "",
+    draws: int = 0,
+    taps: Sequence[str] = (),
+    normalize: Normalize | None = None,
+    codec: str = "float16",
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+    weights: str | Path = "",
+    class_names: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool | ProgressCallback = False,
+    **options: Any,
+) -> Cache:
+    """Run a teacher once over a data set, and write its outputs to a cache: `softcache teacher-cache` as a function.
+
+    A call that was stopped goes on where it was when it is made again. A complete cache grows by the draws and taps
+    that it does not have; where it has all of them, nothing is computed.
+
+    Args:
+        path: The folder of the cache.
+        teacher: A network: images float32 [B, C, H, W] -> logits [B, K]. A copy of it is run in eval mode. Or the name
+            of an arch, with `weights`. Its identity is its class, its state dict, and what it outputs for a few views.
+        data: As in `Cache`: a name, `folder:PATH`, or a map-style data set of (image, label) or of images, or a
+            mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
+            are made here.
+        views: The view policy, such as "crop-flip:pad=4"; "" for the default of the data.
+        draws: Views of each training image; 0 for the default of the data.
+        taps: Layers whose outputs are kept, whole or a statistic of them: "layer3", "layer3:pool".
+        normalize: Mean and standard deviation of each channel, for values of 0 … 1; or "imagenet", "data" or "none".
+            None for those of a timm model's `pretrained_cfg`, else "data".
+        codec: How logits are stored: float16, float32 or sqrt8.
+        batch_size: Views in a batch of the teacher.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        workers: Processes that decode and render; 0 for a thread of this process.
+        weights: With the name of an arch, a file of weights, the folder of a run, or "DEFAULT".
+        class_names: Names of the classes of a data set that has none.
+        seed: Of the views and of the split.
+        progress: True to show progress on standard error, or a function of (text, done, total).
+        options: Further options of `softcache teacher-cache`, such as `val_fraction=0.2` or `precision="auto"`.
+
+    Returns:
+        The cache, opened with its data.
+
+    Raises:
+        CacheError: The folder holds another cache, or something cannot be read or written.
+        UsageError: An argument does not exist or does not fit the data or the teacher.
+        KeyboardInterrupt: On Ctrl-C. What was finished is kept.
+    """
+    is_live = not isinstance(teacher, str)
+    if is_live and weights:
+        raise UsageError("weights are for the name of an arch: load them into the network that you pass as teacher")
+    config = make_config(
+        CacheConfig,
+        options,
+        data=data if isinstance(data, str) else "dataset",
+        teacher=name_live_arch(teacher) if isinstance(teacher, nn.Module) else str(teacher),
+        weights=str(weights),
+        views=views,
+        draws=draws or None,
+        taps=_join_taps(taps),
+        normalize=_format_normalize(normalize, teacher),
+        codec=codec,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        seed=seed,
+        out=str(path),
+    )
+    with library_call(progress):
+        config = fill_defaults(config)
+        transfer_set = _load_data(data, config, class_names, progress)
+        live = LiveObjects(teacher if isinstance(teacher, nn.Module) else None, transfer_set)
+        prepared = prepare_cache(config, Console.for_library(), live)
+        write_cache(prepared, Console.for_library())
+        reader = CacheReader(Path(path))
+        reader.check_transfer_set(transfer_set)
+        return Cache.from_parts(TeacherEnsemble((reader,)), transfer_set, data=config.data)
+
+
+def _load_data(
+    data: Any, config: CacheConfig, class_names: Sequence[str], progress: bool | ProgressCallback
+) -> TransferSet:
+    if isinstance(data, TransferSet):
+        return data
+    arguments = {name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)}
+    if class_names:
+        arguments["classes"] = tuple(class_names)
+    return load_transfer_set(data, Path(config.data_root), **arguments, progress=resolve_progress(progress))
+
+
+def _join_taps(taps: Sequence[str]) -> str:
+    if isinstance(taps, str):
+        raise UsageError(f"taps is a list of names, such as ['{taps}']")
+    return ",".join(taps)
+
+
+def _format_normalize(normalize: Normalize | None, teacher: object) -> str:
+    """Return the option --normalize of a call; "" for the default."""
+    if isinstance(normalize, str):
+        return normalize
+    if normalize is None:
+        timm_config = getattr(teacher, "pretrained_cfg", None)
+        if not (isinstance(timm_config, dict) and timm_config.get("mean") and timm_config.get("std")):
+            return ""
+        normalize = (timm_config["mean"], timm_config["std"])
+    try:
+        mean, std = ([float(value) for value in values] for values in normalize)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"normalize={normalize!r} is no name and no pair of lists of numbers, such as ((0.5,) * 3, (0.5,) * 3)"
+        ) from None
+    return f"mean={','.join(map(repr, mean))},std={','.join(map(repr, std))}"

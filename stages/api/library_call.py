@@ -1,0 +1,86 @@
+"""What a function of the library owes its caller: it prints nothing, and leaves PyTorch's global state as it was."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+
+from softcache.base.errors import Interrupted, UsageError, unknown_name_error
+from softcache.base.progress import ProgressCallback
+from softcache.stages.cli.console import report_to
+
+C = TypeVar("C")
+
+
+@contextmanager
+def library_call(progress: bool | ProgressCallback) -> Iterator[None]:
+    """Run the code of a command inside a call of the library.
+
+    Lines go to the logger `softcache`. Random generators and the number of threads are afterwards what they were.
+
+    Args:
+        progress: As in `report_to`.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C. The same call goes on from where it was stopped.
+    """
+    threads = torch.get_num_threads()
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    limit = dynamo.config.recompile_limit if dynamo else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with report_to(progress), torch.random.fork_rng(devices):
+            yield
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if dynamo:
+            dynamo.config.recompile_limit = limit
+
+
+def make_config(kind: type[C], options: dict[str, Any], **arguments: Any) -> C:
+    """Make the options of a command from those of a call.
+
+    Args:
+        kind: The class of the options.
+        options: {name: value} of what the caller adds, each named as on the command line, with underscores.
+        arguments: {name: value} of the call's own arguments; None for one that the caller left out.
+
+    Raises:
+        UsageError: There is no such option, or a value is of another type or out of range.
+    """
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in options.items():
+        if name not in known or name in ("json", "resume"):
+            raise unknown_name_error("option", name, [n for n in known if n not in ("json", "resume", *arguments)])
+        _check_value(name, value, known[name])
+    given = {name: value for name, value in {**arguments, **options}.items() if value is not None}
+    for name in arguments.keys() & given.keys():
+        _check_value(name, given[name], known[name])
+    return kind(**given)
+
+
+def _check_value(name: str, value: Any, field: Any) -> None:
+    """Raise UsageError for a value that the command line would not have taken."""
+    default, metadata = field.default, field.metadata
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in kinds:
+        raise UsageError(f"{name}={value!r} is a {type(value).__name__}, not a {type(default).__name__}")
+    choices = metadata.get("choices")
+    if choices and value != default and value not in choices:
+        raise UsageError(f"{name}={value!r}: there are {', '.join(map(str, choices))}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and value != default:
+        least, most = metadata.get("least"), metadata.get("most")
+        if (least is not None and value < least) or (most is not None and value > most) or value != value:
+            raise UsageError(f"{name}={value} is not {_format_range(least, most)}")
+
+
+def _format_range(least: float | None, most: float | None) -> str:
+    if most is None:
+        return f"at least {least:g}"
+    return f"between {least:g} and {most:g}" if least is not None else f"at most {most:g}"

@@ -1,0 +1,101 @@
+"""Stage two in one call: train a student from a cache by the trainer of the command line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from softcache.base.progress import ProgressCallback
+from softcache.pipeline.loading.cache import Cache
+from softcache.pipeline.losses import Loss, format_loss
+from softcache.pipeline.losses.distillation_loss import resolve_losses
+from softcache.pipeline.models.custom_networks import name_live_arch
+from softcache.pipeline.models.state_dicts import read_state_dict
+from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.cli.console import Console
+from softcache.stages.runs.folder import open_run
+from softcache.stages.student.defaults import fill_defaults
+from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.student.student_run import resume_if_started
+from softcache.stages.student.student_run import train_student as train_in_folder
+
+from .library_call import library_call, make_config
+
+
+def train_student(
+    cache: Cache | str | Path,
+    student: nn.Module | str,
+    losses: Sequence[str | Loss] = (),
+    *,
+    out: str | Path,
+    epochs: int = 0,
+    batch_size: int = 0,
+    learning_rate: float = 0.0,
+    device: str = "auto",
+    workers: int = 0,
+    seed: int = 0,
+    progress: bool | ProgressCallback = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a student from a cache, by the trainer of `softcache student`: the same rows, steps and figures.
+
+    A call that was stopped goes on where it was when it is made again, and ends with the same weights.
+
+    Args:
+        cache: An open cache; or the folder of one, whose data have a name.
+        student: A network: images float32 [B, C, H, W] -> logits [B, K]. It ends with the trained weights; with
+            several seeds a copy is trained for each, and the network stays as it is. Or the name of an arch.
+        losses: The terms of the loss: their texts as in `--loss`, or objects of `softcache.losses`. The defaults of
+            the data if there are none.
+        out: The folder of the run.
+        epochs, batch_size, learning_rate: 0 for the defaults of the data.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        workers: Processes that decode and render; 0 for a thread of this process.
+        seed: Of the order of rows, and of the initial weights of an arch that is named.
+        progress: True to show progress on standard error, or a function of (text, done, total).
+        options: Further options of `softcache student`, such as `optimizer="adamw"`, `baseline=True` or `seeds=5`.
+
+    Returns:
+        The content of the run's result.json: `result["student"]["test"]["accuracy"]`.
+
+    Raises:
+        CacheError: A view or a file is not the one that it was, the folder holds another run, or the training
+            diverged.
+        UsageError: An argument does not exist or does not fit the cache.
+        KeyboardInterrupt: On Ctrl-C. What was finished is kept.
+    """
+    if isinstance(cache, str | Path):
+        cache = Cache(cache, progress=progress)
+    terms = resolve_losses(losses) if losses else ()
+    config = make_config(
+        StudentConfig,
+        options,
+        cache=tuple(str(member.folder) for member in cache.teachers.members),
+        data=cache.data,
+        combine=cache.combine,
+        map=cache.map,
+        arch=name_live_arch(student) if isinstance(student, nn.Module) else student,
+        loss=tuple(loss if isinstance(loss, str) else format_loss(loss) for loss in losses),
+        epochs=epochs or None,
+        batch_size=batch_size or None,
+        learning_rate=learning_rate or None,
+        device=device,
+        workers=workers,
+        seed=seed,
+        out=str(out),
+    )
+    with library_call(progress):
+        config = resume_if_started(fill_defaults(config))
+        if not config.resume:
+            config, _ = open_run(config, set(), "")
+        network = student if isinstance(student, nn.Module) else None
+        terms = terms or resolve_losses(config.loss)
+        setup = DistillationSetup.of_cache(config, cache, terms, network)
+        console = Console.for_library()
+        for note in setup.check_student(setup.build_student(config, setup.losses), config):
+            console.print(note)
+        result = train_in_folder(config, setup, Path(config.out), console)
+        if network is not None and config.seeds == 1:
+            network.load_state_dict(read_state_dict(Path(config.out) / "student.pt"))
+    return result
