@@ -36,6 +36,31 @@ class MapDataset(Protocol):
 Data = str | MapDataset | Mapping[str, MapDataset]  # a spec such as `digits`, one dataset, or one of each split
 
 
+def count_rows(dataset: MapDataset, split: str) -> int:
+    """Return the length of the dataset of a split.
+
+    Raises:
+        UsageError: It is empty, or raises an exception.
+    """
+    with user_code(f"the length of the {split} dataset cannot be read"):
+        rows = len(dataset)
+    if not rows:
+        raise UsageError(f"the {split} dataset is empty: there is no row 0")
+    return rows
+
+
+def read_classes(dataset: MapDataset, split: str) -> tuple[str, ...]:
+    """Return the names in the attribute `classes` of the dataset of a split; () where it is no list of str.
+
+    Raises:
+        UsageError: The attribute raises an exception.
+    """
+    with user_code(f"the attribute classes of the {split} dataset cannot be read"):
+        names = getattr(dataset, "classes", None)
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return tuple(names) if names and is_list else ()
+
+
 def read_item(dataset: MapDataset, row: int, split: str) -> tuple[Image.Image, int]:
     """Read one row of a dataset.
 

@@ -11,9 +11,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
-from softcache.base.user_code import user_code
 from softcache.data.dataset_images import DatasetArrays, DatasetImages
-from softcache.data.dataset_items import MapDataset, describe_row, hash_image, read_item
+from softcache.data.dataset_items import (
+    MapDataset,
+    count_rows,
+    describe_row,
+    hash_image,
+    read_classes,
+    read_item,
+)
 from softcache.data.decoding import to_array
 
 from .source_data import LabelledImages, SourceData
@@ -45,7 +51,7 @@ def load_dataset(
         CacheError: A PIL image that a dataset returns cannot be decoded.
     """
     datasets = _list_splits(data)
-    rows = {split: _count_rows(dataset, split) for split, dataset in datasets.items()}
+    rows = {split: count_rows(dataset, split) for split, dataset in datasets.items()}
     names = _choose_class_names(data, classes)
     for split, dataset in datasets.items():
         _check_repeatable(dataset, rows[split], split)
@@ -77,16 +83,13 @@ def find_class_names(data: MapDataset | Mapping[str, MapDataset]) -> tuple[str, 
     """
     names: tuple[str, ...] = ()
     for split, dataset in _list_splits(data).items():
-        with user_code(f"the attribute classes of the {split} dataset cannot be read"):
-            value = getattr(dataset, "classes", None)
-        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) for name in value):
-            continue
-        if names and tuple(value) != names:
+        value = read_classes(dataset, split)
+        if names and value and value != names:
             raise UsageError(
                 f"the {split} dataset has other classes ({_shorten(value)}) than the one of another split"
                 f" ({_shorten(names)}): the label of a class must be the same number in every split"
             )
-        names = _check_printable(value)
+        names = names or _check_printable(value)
     return names
 
 
@@ -113,14 +116,6 @@ def _list_splits(data: Any) -> dict[str, MapDataset]:
                 " name of a data set"
             )
     return {split: datasets[split] for split in SPLITS if split in datasets}
-
-
-def _count_rows(dataset: MapDataset, split: str) -> int:
-    with user_code(f"the length of the {split} dataset cannot be read"):
-        rows = len(dataset)
-    if not rows:
-        raise UsageError(f"the {split} dataset is empty: there is no row 0")
-    return rows
 
 
 def _choose_class_names(data: MapDataset | Mapping[str, MapDataset], classes: Sequence[str]) -> tuple[str, ...]:
