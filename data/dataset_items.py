@@ -15,7 +15,7 @@ from softcache.base.user_code import user_code
 from .decoding import GREY_MODES, count_bits
 
 _TOLERANCE = 1e-3  # of a grey level: ToTensor divides by 255, ToDtype(scale=True) multiplies by 1 / 255
-_CHANNELS = ((), (1,), (3,))  # the dimensions that an image may have besides height and width
+_TENSOR_TYPES = (torch.uint8, torch.float32, torch.float64)
 _IMAGE_FORMS = (
     "an image is a PIL image, a uint8 array [H, W], [H, W, 1] or [H, W, 3], or a uint8 tensor [H, W], [1, H, W] or"
     " [3, H, W]"
@@ -110,23 +110,17 @@ def _read_image(value: Any, place: str) -> Image.Image:
     """Convert an image to mode L or RGB."""
     if isinstance(value, Image.Image):
         return _convert_pillow(value, place)
-    if isinstance(value, torch.Tensor):
-        pixels = value.detach().cpu().as_subclass(torch.Tensor)
-        if pixels.dtype in (torch.float32, torch.float64):
-            pixels = _recover_levels(pixels, place)
-        if pixels.dtype == torch.uint8 and pixels.ndim >= 2 and tuple(pixels.shape[:-2]) in _CHANNELS:
-            return _make_image(pixels.movedim((-2, -1), (0, 1)).numpy(), value, place)
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim >= 2 and value.shape[2:] in _CHANNELS:
-        return _make_image(value, value, place)
+    pixels = value
+    if isinstance(value, torch.Tensor) and value.dtype in _TENSOR_TYPES and value.ndim >= 2:
+        pixels = value.detach().cpu().as_subclass(torch.Tensor).movedim((-2, -1), (0, 1)).numpy()
+        if value.is_floating_point():
+            pixels = _recover_levels(pixels, value, place)
+    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim >= 2 and pixels.size:
+        if pixels.ndim == 2 or pixels.shape[2:] == (1,):
+            return Image.fromarray(np.ascontiguousarray(pixels.reshape(pixels.shape[:2])))
+        if pixels.shape[2:] == (3,):
+            return Image.fromarray(np.ascontiguousarray(pixels))
     _refuse_image(value, place)
-
-
-def _make_image(pixels: NDArray[np.uint8], value: Any, place: str) -> Image.Image:
-    """Make an image of uint8 [H, W] or [H, W, C]."""
-    if not pixels.size:
-        _refuse_image(value, place)
-    is_grey = pixels.ndim == 2 or pixels.shape[2] == 1
-    return Image.fromarray(np.ascontiguousarray(pixels.reshape(pixels.shape[:2]) if is_grey else pixels))
 
 
 def _convert_pillow(image: Image.Image, place: str) -> Image.Image:
@@ -145,18 +139,18 @@ def _convert_pillow(image: Image.Image, place: str) -> Image.Image:
         raise CacheError(f"the image of {place} cannot be decoded: {make_printable(error)}") from None
 
 
-def _recover_levels(pixels: torch.Tensor, place: str) -> torch.Tensor:
-    """Return the uint8 levels k of a tensor of k / 255.
+def _recover_levels(pixels: NDArray[np.floating], value: torch.Tensor, place: str) -> NDArray[np.uint8]:
+    """Return the uint8 levels k of values k / 255. NumPy, not torch, as it runs in a background thread: views.render.
 
     Raises:
         UsageError: Another value is among them.
     """
     levels = pixels * 255
-    rounded = levels.round()
-    if ((levels - rounded).abs() <= _TOLERANCE).logical_and(rounded >= 0).logical_and(rounded <= 255).all():
-        return rounded.to(torch.uint8)
+    rounded: NDArray[np.floating] = np.rint(levels)
+    if ((np.abs(levels - rounded) <= _TOLERANCE) & (rounded >= 0) & (rounded <= 255)).all():
+        return rounded.astype(np.uint8)
     raise UsageError(
-        f"{place} is {_describe(pixels)} with values from {pixels.min():.4g} to {pixels.max():.4g}, not all of them"
+        f"{place} is {_describe(value)} with values from {pixels.min():.4g} to {pixels.max():.4g}, not all of them"
         " k / 255 for whole k from 0 to 255: the dataset normalises or augments its images. Give it without these"
         " transforms: the views are made and normalised here"
     )

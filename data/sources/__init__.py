@@ -29,6 +29,7 @@ SOURCES: dict[str, Callable[[Path], SourceData]] = {
 }
 
 DATASET = "dataset"  # the name of a user's own dataset, which has no row in SOURCES: it has no name to load it by
+OPEN_FROM_PYTHON = "open the cache from Python, with softcache.Cache(path, data=your_dataset)"  # the end of a message
 
 
 def get_source_name(data: Data) -> str:
@@ -51,10 +52,7 @@ def parse_data(data: str) -> tuple[str, str]:
     """
     name, _, path = data.partition(":")
     if name == DATASET:
-        raise UsageError(
-            "a dataset of your own has no name by which a command could load it: open its cache from Python, with"
-            " softcache.Cache(path, data=your_dataset)"
-        )
+        raise UsageError(f"a dataset of your own has no name by which its cache could be opened: {OPEN_FROM_PYTHON}")
     if name not in SOURCES:
         raise unknown_name_error("data set", name, [*(name for name in SOURCES if name != "folder"), "folder:PATH"])
     if (name == "folder") != bool(path):

@@ -22,7 +22,7 @@ from softcache.base.errors import CacheError, CacheMismatchError, UsageError, ma
 from softcache.base.progress import Progress
 from softcache.data.dataset_items import Data
 from softcache.data.long_tail import parse_imbalance
-from softcache.data.sources import DATASET
+from softcache.data.sources import DATASET, OPEN_FROM_PYTHON
 from softcache.data.sources.dataset import find_class_names
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, read_views
@@ -166,10 +166,7 @@ class CacheReader:
         if self.data == "folder" and not name:
             raise UsageError(f"the cache '{self.folder}' is of a folder of images: name it with --data folder:PATH")
         if self.data == DATASET and isinstance(data, str):
-            raise UsageError(
-                f"the cache '{self.folder}' is of a dataset of your own: open it from Python, with"
-                " softcache.Cache(path, data=your_dataset)"
-            )
+            raise UsageError(f"the cache '{self.folder}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
         classes = self.manifest.identity["transfer_set"]["classes"]
         if isinstance(data, str):
             classes = classes if self.data == "folder" else ""
