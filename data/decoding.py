@@ -35,7 +35,7 @@ def open_image(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image
     """
     try:
         with nullcontext(file) if file else open_regular_file(path) as opened, Image.open(opened) as image:
-            bits = _count_bits(image)
+            bits = count_bits(image)
             if bits > 8:  # Pillow would clip grey pixels at 255, and cut colours to 8 bits
                 reason = f"has more than 8 bits a channel ({bits} bits, mode {image.mode}): convert it to 8 bits first"
                 raise UnreadableImageError(path, reason)
@@ -50,7 +50,7 @@ def apply_orientation(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _count_bits(image: Image.Image) -> int:
+def count_bits(image: Image.Image) -> int:
     """Return the bits of a channel in the file of an image that was opened and not decoded yet.
 
     Pillow decodes 16-bit grey into the modes I and F, but 16-bit colour into RGB, where the mode does not show it.

@@ -1,15 +1,12 @@
 """Images in files: decoded when they are needed, never all in memory."""
 
 import os
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -17,16 +14,15 @@ from softcache.base.errors import CacheError
 from softcache.base.progress import Progress
 from softcache.base.threads import map_in_threads
 
-from .decoding import GREY_MODES, Box, apply_orientation, center_crop, open_image, resized_crop
+from .decoded_images import DecodedImages
+from .decoding import GREY_MODES, apply_orientation, open_image
 from .file_records import FileRecord, FileRecords, hash_file
-from .image_arrays import stack_images
-from .views import pad_images
 
 _HASHING_THREADS = 8
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(DecodedImages):
     """Images in the files of a folder. An ImageSource, see views.py.
 
     Attributes:
@@ -48,11 +44,6 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def channels(self) -> int:
-        """1 for grey images, 3 for RGB."""
-        return 1 if self.mode == "L" else 3
 
     def take(self, index: NDArray[np.int64]) -> "ImageFolder":
         """Return the images at `index`, int64 [M], in that order."""
@@ -81,27 +72,6 @@ class ImageFolder:
                 records.append(record)
         self._records.replace(FileRecords(records))
         return digest.hexdigest()
-
-    def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
-        """Implement ImageSource.load_plain. Equal neighbours in `index` are decoded once."""
-        views: list[NDArray[np.uint8]] = []
-        for i, repeats in groupby(index.tolist()):
-            views += [center_crop(self._decode(i), size or self.size, resize)] * len(list(repeats))
-        return stack_images(views)
-
-    def load_padded(
-        self, index: NDArray[np.int64], size: int, resize: int, pad: int
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Implement ImageSource.load_padded."""
-        return pad_images(self.load_plain(index, size, resize).numpy(), pad), np.arange(len(index))
-
-    def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
-        """Implement ImageSource.load_boxes. Equal neighbours in `index` are decoded once."""
-        views = []
-        for i, rows in groupby(range(len(index)), lambda row: int(index[row])):
-            image = self._decode(i)
-            views += [resized_crop(image, size or self.size, box(row, *image.size)) for row in rows]
-        return stack_images(views)
 
     def _decode(self, i: int) -> Image.Image:
         path = self.root / self.names[i]

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from softcache.base.errors import UnreadableImageError, UsageError
 from softcache.base.progress import Progress, no_progress
 
+from .dataset_items import Data
 from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
 from .sampling import draw_stratified
-from .sources import load_source, parse_data
+from .sources import get_source_name, load_source
 from .sources.source_data import FolderOptions, Images, LabelledImages
 from .unreadable import find_all_unreadable
 
@@ -29,11 +30,14 @@ class Split:
         images: N images.
         labels: int64 [N], the class of each image, -1 where it is unknown.
         content: Digest of images and labels, in hexadecimal.
+        source_rows: int64 [N], the row of each image in the data as they were loaded, before validation rows were cut
+            off: where validation rows are drawn, those of "train" and "val" are rows of the same training data.
     """
 
     images: Images
     labels: Labels
     content: str
+    source_rows: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,7 +48,7 @@ class TransferSet:
     """The splits of one data set.
 
     Attributes:
-        name: The name of its source, see data/sources.
+        name: The name of its source, see data/sources; "dataset" for a dataset in memory of this process.
         classes: Names of the classes in the order of the labels; empty where no image has a label.
         channels: 1 for grey images, 3 for RGB.
         size: Side of the images in pixels; 0 where they differ.
@@ -79,7 +83,7 @@ class TransferSet:
 
 
 def load_transfer_set(
-    data: str,
+    data: Data,
     root: Path,
     *,
     val_fraction: float,
@@ -97,7 +101,9 @@ def load_transfer_set(
     The same arguments always give the same rows.
 
     Args:
-        data: The name of a source, or `folder:PATH`.
+        data: The name of a source, `folder:PATH`, a map-style dataset of training images, or a mapping
+            {"train": dataset, "val": dataset, "test": dataset} of which val and test may be absent. For what a dataset
+            returns see dataset_items.read_item.
         root: Folder of the data sets that torchvision reads.
         val_fraction: Share of the training data for validation, drawn by class, between 0 and 1. Unused where the
             data come with a validation split.
@@ -105,26 +111,29 @@ def load_transfer_set(
         train_size: Number of training rows to keep, drawn by class; 0 keeps all.
         imbalance: Keep a long-tailed part of the training rows, see long_tail.parse_imbalance; "" keeps all.
         head_size: Rows of the largest class with `imbalance`; 0 is as many as the data allow.
-        classes, exif, unreadable: How a folder of images is read, see FolderOptions.
-        progress: Shows how many images of a folder have been read.
+        classes, exif, unreadable: How a folder of images is read, see FolderOptions. Of a dataset, `classes` are the
+            names of the classes, see sources.dataset.load_dataset.
+        progress: Shows how many images of a folder or a dataset have been read.
 
     Raises:
         UsageError: There is no such source, or an argument is outside its range or does not fit the data.
         CacheError: Files of the data set are missing or damaged.
     """
-    name, _ = parse_data(data)
+    name = get_source_name(data)
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
     source = load_source(data, root, FolderOptions(classes, exif, unreadable), progress)
     loaded, class_names = dict(source.splits), source.classes
+    source_rows = {split: np.arange(len(part.labels)) for split, part in loaded.items()}
     if "val" not in loaded:
-        loaded["train"], loaded["val"] = _split_validation(loaded["train"], val_fraction, seed)
+        source_rows["train"], source_rows["val"] = _draw_validation(loaded["train"].labels, val_fraction, seed)
+        loaded["train"], loaded["val"] = (loaded["train"].take(source_rows[split]) for split in ("train", "val"))
     labels = loaded["train"].labels
     rows, long_tail = _select_training_rows(labels, len(class_names), train_size, imbalance, head_size, seed)
     if len(rows) < len(labels):
-        loaded["train"] = loaded["train"].take(rows)
+        loaded["train"], source_rows["train"] = loaded["train"].take(rows), source_rows["train"][rows]
 
-    splits = _hash_splits(loaded, progress)
+    splits = _hash_splits(loaded, source_rows, progress)
     images = splits["train"].images
     cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size, **long_tail}
     if exif != "stored":
@@ -143,7 +152,9 @@ def load_transfer_set(
     )
 
 
-def _hash_splits(loaded: dict[str, LabelledImages], progress: Progress) -> dict[str, Split]:
+def _hash_splits(
+    loaded: dict[str, LabelledImages], source_rows: dict[str, NDArray[np.int64]], progress: Progress
+) -> dict[str, Split]:
     """Hash the content of each split, in the order in which they are reported."""
     splits: dict[str, Split] = {}
     try:
@@ -152,20 +163,21 @@ def _hash_splits(loaded: dict[str, LabelledImages], progress: Progress) -> dict[
                 images, labels = loaded[split]
                 if isinstance(images, ImageFolder):
                     images = replace(images, split=split)
-                splits[split] = Split(images, labels, images.hash_content(labels, progress))
+                content = images.hash_content(labels, progress)
+                splits[split] = Split(images, labels, content, source_rows[split])
     except UnreadableImageError as error:
         raise find_all_unreadable((rows.images for rows in loaded.values()), error, progress) from None
     return splits
 
 
-def _split_validation(train: LabelledImages, val_fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Split training data into training and validation rows, both in their old order."""
-    rows = len(train.labels)
+def _draw_validation(labels: Labels, val_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw validation rows from training data; return the training and the validation rows, both ascending."""
+    rows = len(labels)
     val_rows = max(1, round(rows * val_fraction))
     if val_rows >= rows:
         raise UsageError(f"--val-fraction {val_fraction:g} of {rows} training rows leaves none to train on")
-    val = draw_stratified(train.labels, val_rows, key=(seed, 10))
-    return train.take(np.setdiff1d(np.arange(rows), val)), train.take(val)
+    val = draw_stratified(labels, val_rows, key=(seed, 10))
+    return np.setdiff1d(np.arange(rows), val), val
 
 
 def _select_training_rows(

@@ -32,7 +32,7 @@ _BOX_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
 class ImageSource(Protocol):
-    """N images, in memory (ImageArrays) or in files (ImageFolder), as `render` reads them.
+    """N images as `render` reads them: in memory (ImageArrays), in files (ImageFolder), of a dataset (DatasetImages).
 
     In all methods, `index` is int64 [B] with values in [0, N), and `size` and `resize` are those of ViewPolicy.
     """
@@ -40,7 +40,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def describe(self, i: int) -> str:
-        """Return where image i is stored, such as the path of its file; empty where it is one of many in a file."""
+        """Return where image i is stored, such as its file or row; empty where it is one of many in a file."""
 
     def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
         """Return the images as stored, or scaled until the shorter side is `resize` and cut to their centre.

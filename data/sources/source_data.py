@@ -7,17 +7,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from softcache.data.dataset_images import DatasetImages
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
 
-Images = ImageArrays | ImageFolder
+Images = ImageArrays | ImageFolder | DatasetImages
 
 
 class LabelledImages(NamedTuple):
     """Images and their labels.
 
     Attributes:
-        images: N images, in memory or in files.
+        images: N images, in memory, in files, or of a dataset.
         labels: int64 [N], the class of each image, -1 where it is unknown.
     """
 

@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
 from softcache.base.progress import Progress
+from softcache.data.dataset_items import Data
 from softcache.data.long_tail import parse_imbalance
+from softcache.data.sources import DATASET, OPEN_FROM_PYTHON
+from softcache.data.sources.dataset import find_class_names
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, read_views
 from softcache.pipeline.batch import LinearHead
@@ -142,25 +145,40 @@ class CacheReader:
 
     # The transfer set
 
-    def load_transfer_set(self, data: str, root: Path, progress: Progress) -> TransferSet:
+    def load_transfer_set(self, data: Data, root: Path, progress: Progress) -> TransferSet:
         """Load the data that the cache was made from, with the same training and validation rows.
 
         Args:
-            data: As in `--data`; empty for the name in the manifest. The path of a folder of images is never taken
-                from a manifest.
+            data: As in `--data`, or a dataset or one of each split; empty for the name in the manifest. The path of a
+                folder of images is never taken from a manifest.
             root: Folder of the data sets that have a name.
             progress: Shows how far reading the images is.
 
         Raises:
-            UsageError: The cache is of a folder of images, and `data` is empty.
+            UsageError: The cache is of a folder of images or of a dataset, and `data` is empty; or a dataset raises an
+                exception, or returns what is no image, see `load_transfer_set`.
             CacheError: These are other data than those of the cache.
         """
-        if data and data.partition(":")[0] != self.data:
-            raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {data}")
-        if self.data == "folder" and not data:
+        name = data.partition(":")[0] if isinstance(data, str) else DATASET
+        if name and name != self.data:
+            text = data if isinstance(data, str) else "a dataset of your own"
+            raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {text}")
+        if self.data == "folder" and not name:
             raise UsageError(f"the cache '{self.folder}' is of a folder of images: name it with --data folder:PATH")
-        names = self.manifest.identity["transfer_set"]["classes"] if self.data == "folder" else ""
-        transfer_set = load_transfer_set(data or self.data, root, **self.cut, classes=names, progress=progress)
+        if self.data == DATASET and isinstance(data, str):
+            raise UsageError(f"the cache '{self.folder}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
+        classes = self.manifest.identity["transfer_set"]["classes"]
+        if isinstance(data, str):
+            classes = classes if self.data == "folder" else ""
+        elif find_class_names(data):  # compared with those of the cache below
+            classes = ()
+        transfer_set = load_transfer_set(
+            self.data if isinstance(data, str) and not data else data,
+            root,
+            **self.cut,
+            classes=classes,
+            progress=progress,
+        )
         self.check_transfer_set(transfer_set)
         return transfer_set
 

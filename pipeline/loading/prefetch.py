@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from softcache.base.errors import CacheError, describe_worker_failure, find_disk_error, is_worker_failure
+from softcache.base.errors import CacheError, UsageError, describe_worker_failure, find_disk_error, is_worker_failure
 from softcache.base.threads import ThreadPool
 
 T = TypeVar("T")
@@ -45,14 +45,15 @@ def map_in_workers(
     The caller closes the generator, see contextlib.closing; that ends the processes.
 
     Args:
-        dataset: Computes an item in a worker process, or returns a CacheError. (An exception that is raised there
-            would arrive with the worker's traceback in its message.)
+        dataset: Computes an item in a worker process, or returns a CacheError or a UsageError. (An exception that is
+            raised there would arrive with the worker's traceback in its message.)
         keys: Read in this process, some keys ahead of the items.
         workers: Number of processes, at least 1.
         start_method: "fork", "spawn" or "forkserver"; None for the platform's default.
 
     Raises:
-        CacheError: A worker returned its message or was killed, or there is too little shared memory for the workers.
+        UsageError: A worker returned it.
+        CacheError: A worker returned it or was killed, or there is too little shared memory for the workers.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -73,7 +74,7 @@ def map_in_workers(
                 item = next(iterator, None)
             if item is None:
                 return
-            if isinstance(item, CacheError):
+            if isinstance(item, (CacheError, UsageError)):
                 raise item
             yield item
     finally:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from softcache.base.errors import CacheError
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.views import Draw, ImageSource, ViewPolicy, render
 from softcache.pipeline.cache.checksums import compute_crc32
 
@@ -21,7 +21,7 @@ Rows = NDArray[np.int64]
 class ViewRenderer(Dataset[Any]):
     """Renders views in a worker process: (index [B], draw) -> views uint8 [B, C, S, S].
 
-    A CacheError takes the place of the views, see map_in_workers. With checksums the item is
+    A CacheError or a UsageError takes the place of the views, see map_in_workers. With checksums the item is
     (views, CRC-32 [B] of each view).
     """
 
@@ -35,7 +35,7 @@ class ViewRenderer(Dataset[Any]):
                 return share_memory(views)
             checksums = torch.from_numpy(compute_crc32(views))
             return share_memory(views), share_memory(checksums)
-        except CacheError as error:
+        except (CacheError, UsageError) as error:
             return error
 
 

@@ -1,8 +1,8 @@
-"""Errors inside a user's own network: where in their files an exception was raised, in one line.
+"""Errors inside a user's own code: where in their files an exception was raised, in one line.
 
-The commands run code of the user in two places: a factory is imported and called, and its network runs inside PyTorch.
-A frame of a traceback is the user's where PyTorch or the import of a factory called it, and it is neither ours, nor
-PyTorch's, nor of the standard library.
+Code of the user runs in three places: a factory is imported and called, its network runs inside PyTorch, and a
+dataset returns its items. A frame of a traceback is the user's where PyTorch or one of our modules in _CALLERS called
+it, and it is neither ours, nor PyTorch's, nor of the standard library.
 """
 
 import errno
@@ -16,7 +16,10 @@ from typing import Any
 
 from softcache.base.errors import UsageError, make_printable
 
-_CALLER = "softcache.pipeline.models.custom_networks"  # the module that imports and calls factories
+_CALLERS = (  # the modules that import and call factories, and that read a user's dataset
+    "softcache.pipeline.models.custom_networks",
+    "softcache.data.dataset_items",
+)
 _LIBRARY_FOLDERS = ("site-packages", "dist-packages")
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 _MAX_LENGTH = 300  # characters of an exception's message
@@ -104,7 +107,7 @@ def _find_user_frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
         name, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
         package = name.partition(".")[0]
         if package in ("torch", "softcache"):
-            is_users = package == "torch" or name == _CALLER
+            is_users = package == "torch" or name in _CALLERS
         elif is_users and not _is_standard(file):
             yield frame, line
 

@@ -4,8 +4,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from shlex import quote
 
-from softcache.base.errors import CacheError
-from softcache.data.sources import parse_data, short_name
+from softcache.base.errors import CacheError, UsageError
+from softcache.data.sources import DATASET, OPEN_FROM_PYTHON, parse_data, short_name
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.defaults import DEFAULTS
@@ -40,7 +40,8 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
 
     Raises:
         CacheError: when a cache does not exist, with the command that makes it; when its data set is not known.
-        UsageError: when `data` is not known, or an optional package that the options need is not installed.
+        UsageError: when `data` is not known, the cache is of a dataset in Python, or an optional package that the
+            options need is not installed.
     """
     check_installed(config)
     if config.data:
@@ -52,6 +53,8 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
             command = f"{program_name()} teacher-cache{data} --out {quote(folder)}"
             raise CacheError(f"there is no cache at '{folder}': make one with  {command}")
     cache = CacheReader(Path(folders[0]))
+    if cache.data == DATASET:
+        raise UsageError(f"the cache '{folders[0]}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
     if cache.data not in DEFAULTS:
         raise CacheError(
             f"the cache '{folders[0]}' is of '{cache.data}', a data set that this version of softcache does not have"

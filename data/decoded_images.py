@@ -1,0 +1,56 @@
+"""Images that are decoded one by one when a view needs them: what those in files and those of a dataset share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from .decoding import Box, center_crop, resized_crop
+from .image_arrays import stack_images
+from .views import pad_images
+
+
+class DecodedImages(ABC):
+    """Images of which a subclass decodes one at a time. The views that an ImageSource loads are made here.
+
+    Attributes:
+        mode: "L" for grey images or "RGB"; every image is converted to it.
+        size: Side of the images in pixels where all are squares of one size, else 0.
+    """
+
+    mode: str
+    size: int
+
+    @abstractmethod
+    def _decode(self, i: int) -> Image.Image:
+        """Return image i in `mode`."""
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for RGB."""
+        return 1 if self.mode == "L" else 3
+
+    def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+        """Implement ImageSource.load_plain. Equal neighbours in `index` are decoded once."""
+        views: list[NDArray[np.uint8]] = []
+        for i, repeats in groupby(index.tolist()):
+            views += [center_crop(self._decode(i), size or self.size, resize)] * len(list(repeats))
+        return stack_images(views)
+
+    def load_padded(
+        self, index: NDArray[np.int64], size: int, resize: int, pad: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Implement ImageSource.load_padded."""
+        return pad_images(self.load_plain(index, size, resize).numpy(), pad), np.arange(len(index))
+
+    def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+        """Implement ImageSource.load_boxes. Equal neighbours in `index` are decoded once."""
+        views = []
+        for i, rows in groupby(range(len(index)), lambda row: int(index[row])):
+            image = self._decode(i)
+            views += [resized_crop(image, size or self.size, box(row, *image.size)) for row in rows]
+        return stack_images(views)

@@ -1,0 +1,243 @@
+"""A user's own map-style dataset, in memory of this process: every row is read once, and hashed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from softcache.base.errors import UsageError, make_printable
+from softcache.base.progress import Progress, no_progress
+from softcache.data.dataset_images import DatasetArrays, DatasetImages
+from softcache.data.dataset_items import (
+    MapDataset,
+    count_rows,
+    describe_row,
+    hash_image,
+    read_classes,
+    read_item,
+)
+from softcache.data.decoding import to_array
+
+from .source_data import LabelledImages, SourceData
+
+SPLITS = ("train", "val", "test")
+MAX_IN_MEMORY = 2 << 30  # bytes of pixels that are kept; larger sets are read from the dataset for each view
+_MAX_CLASSES = 1 << 20
+_REPEATED_ROWS = 16  # of each split, read twice: of flips with probability 1/2, 1 in 65,536 datasets passes
+_MAP_STYLE = "a map-style dataset, with __len__ and __getitem__"
+
+
+def load_dataset(
+    data: MapDataset | Mapping[str, MapDataset], classes: Sequence[str] = (), progress: Progress = no_progress
+) -> SourceData:
+    """Read every row of a dataset once: its digest, its label, and its pixels where all fit in memory.
+
+    The pixels are kept where all images are squares of one size and take at most MAX_IN_MEMORY bytes.
+
+    Args:
+        data: A dataset of training images, or {"train": …, "val": …, "test": …}, of which val and test may be absent.
+            For items see dataset_items.read_item.
+        classes: Names of the classes, in the order of the labels; () for those of the dataset, its attribute
+            `classes`, or "0" to "K-1" where it has none.
+        progress: Shows how many rows of each split are read.
+
+    Raises:
+        UsageError: The data are no map-style dataset, a dataset is empty, raises an exception or returns another item
+            when a row is read again; an item has another form; or labels and names of classes do not fit together.
+        CacheError: A PIL image that a dataset returns cannot be decoded.
+    """
+    datasets = _list_splits(data)
+    rows = {split: count_rows(dataset, split) for split, dataset in datasets.items()}
+    names = _choose_class_names(data, classes)
+    for split, dataset in datasets.items():
+        _check_repeatable(dataset, rows[split], split)
+    images = _ImageCollector(sum(rows.values()))
+    digests, labels = {}, {}
+    for split, dataset in datasets.items():
+        digests[split], labels[split] = _read_split(dataset, rows[split], split, images, progress)
+
+    names = _check_labels(labels, names)
+    mode, size = images.get_mode(), images.get_size()
+    splits = {}
+    for split, dataset in datasets.items():
+        if images.is_kept:
+            pixels = images.stack(split)
+            splits[split] = LabelledImages(DatasetArrays(pixels, digests=digests[split]), labels[split])
+        else:
+            index = np.arange(rows[split])
+            splits[split] = LabelledImages(
+                DatasetImages(dataset, split, index, digests[split], mode, size), labels[split]
+            )
+    return SourceData(splits, names)
+
+
+def find_class_names(data: MapDataset | Mapping[str, MapDataset]) -> tuple[str, ...]:
+    """Return the names in the attribute `classes` of a dataset; () where it has none.
+
+    Raises:
+        UsageError: The datasets of two splits have different names, or a name cannot be printed.
+    """
+    names: tuple[str, ...] = ()
+    for split, dataset in _list_splits(data).items():
+        value = read_classes(dataset, split)
+        if names and value and value != names:
+            raise UsageError(
+                f"the {split} dataset has other classes ({_shorten(value)}) than the one of another split"
+                f" ({_shorten(names)}): the label of a class must be the same number in every split"
+            )
+        names = names or _check_printable(value)
+    return names
+
+
+def _list_splits(data: Any) -> dict[str, MapDataset]:
+    """Return the dataset of each split, in the order of SPLITS."""
+    datasets = dict(data) if isinstance(data, Mapping) else {"train": data}
+    if unknown := [key for key in datasets if key not in SPLITS]:
+        raise UsageError(
+            f"data has the key {make_printable(repr(unknown[0]))}: expected a dataset, or a mapping with the keys"
+            " 'train' and, where there are such rows, 'val' and 'test'"
+        )
+    if "train" not in datasets:
+        raise UsageError("data is a mapping without the key 'train'")
+    for split, dataset in datasets.items():
+        kind = make_printable(type(dataset).__name__)
+        if isinstance(dataset, DataLoader):
+            raise UsageError(
+                f"data of the split {split} is a DataLoader: give its dataset, {_MAP_STYLE}, without transforms"
+            )
+        is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if isinstance(dataset, (IterableDataset, str, bytes)) or not is_map_style:
+            raise UsageError(
+                f"data of the split {split} is of type {kind}: expected {_MAP_STYLE}, or the text 'folder:PATH' or the"
+                " name of a data set"
+            )
+    return {split: datasets[split] for split in SPLITS if split in datasets}
+
+
+def _choose_class_names(data: MapDataset | Mapping[str, MapDataset], classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that are given, or those of the dataset; () for numbers."""
+    if isinstance(classes, str):
+        raise UsageError(f"classes is the text {classes!r}: for a dataset, expected a list of names")
+    if not all(isinstance(name, str) for name in classes):
+        raise UsageError("classes has a name that is no text: expected a list of str, one for each class")
+    recorded, names = find_class_names(data), _check_printable(classes)
+    if recorded and names and names != recorded:  # a cache is opened with the names of the dataset
+        raise UsageError(
+            f"classes ({_shorten(names)}) are not the dataset's own ({_shorten(recorded)}): leave out classes, or"
+            " change the dataset's attribute classes"
+        )
+    return names or recorded
+
+
+def _check_repeatable(dataset: MapDataset, rows: int, split: str) -> None:
+    """Check that a dataset returns the same items when some rows are read twice."""
+    count = min(rows, _REPEATED_ROWS)
+    for row in (np.arange(count) * rows // count).tolist():
+        (image, label), (again, label_again) = (read_item(dataset, row, split) for _ in range(2))
+        if label != label_again or hash_image(image) != hash_image(again):
+            kind = "image" if label == label_again else "label"
+            raise UsageError(
+                f"{describe_row(split, row)} has another {kind} when it is read twice: give the dataset without random"
+                " transforms. The views are made here, the same ones for the teacher and every student"
+            )
+
+
+def _read_split(
+    dataset: MapDataset, rows: int, split: str, images: "_ImageCollector", progress: Progress
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read all rows; return their digests, uint8 [N, 32], and labels, int64 [N]."""
+    digests, labels = np.empty((rows, 32), np.uint8), np.empty(rows, np.int64)
+    for row in progress(range(rows), rows, "reading images"):
+        image, label = read_item(dataset, row, split)
+        if label >= _MAX_CLASSES:
+            raise UsageError(f"{describe_row(split, row)} has the label {label}: the largest is {_MAX_CLASSES - 1}")
+        digests[row], labels[row] = np.frombuffer(hash_image(image), np.uint8), label
+        images.add(split, image)
+    return digests, labels
+
+
+class _ImageCollector:
+    """The modes and sizes of all images, and their pixels as long as all of them can be kept in memory.
+
+    Args:
+        rows: Number of images that will be added, of all splits.
+
+    Attributes:
+        is_kept: Whether all images so far are squares of one size, and the pixels of all rows fit in memory.
+    """
+
+    def __init__(self, rows: int):
+        self.is_kept = True
+        self._rows = rows
+        self._modes: set[str] = set()
+        self._sizes: set[tuple[int, int]] = set()
+        self._pixels: dict[str, list[NDArray[np.uint8]]] = {}
+
+    def add(self, split: str, image: Image.Image) -> None:
+        """Add the next image of a split, in mode L or RGB."""
+        self._modes.add(image.mode)
+        self._sizes.add(image.size)
+        if self.is_kept:
+            channels, size = (1 if self.get_mode() == "L" else 3), self.get_size()
+            self.is_kept = 0 < self._rows * channels * size**2 <= MAX_IN_MEMORY
+        if self.is_kept:
+            self._pixels.setdefault(split, []).append(to_array(image))
+        else:
+            self._pixels.clear()
+
+    def get_mode(self) -> str:
+        """Return "L" where all images are grey, else "RGB"."""
+        return "L" if self._modes == {"L"} else "RGB"
+
+    def get_size(self) -> int:
+        """Return the side of the images where all are squares of one size, else 0."""
+        width, height = next(iter(self._sizes))
+        return width if len(self._sizes) == 1 and width == height else 0
+
+    def stack(self, split: str) -> torch.Tensor:
+        """Return the images of a split, uint8 [N, C, S, S], and free their pixels here; grey ones become RGB."""
+        images, size = self._pixels.pop(split), self.get_size()
+        shape = (1 if self.get_mode() == "L" else 3, size, size)
+        return torch.from_numpy(np.stack([np.broadcast_to(pixels, shape) for pixels in images]))
+
+
+def _check_labels(labels: dict[str, NDArray[np.int64]], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Check labels against the names of the classes, and return these: "0" to "K-1" where there are none.
+
+    K is the largest label of the training split + 1, or that of all splits where no training image has a label. There
+    are no names where no image has a label.
+    """
+    largest = int(labels["train"].max())
+    if largest < 0:
+        largest = max(int(part.max()) for part in labels.values())
+    if largest < 0:
+        return ()
+    names = names or tuple(str(label) for label in range(largest + 1))
+    if len(names) < 2:
+        raise UsageError(
+            "the dataset has one class: at least two are needed. Where labels are unknown, return the image alone, or"
+            " None as its label"
+        )
+    for split, part in labels.items():
+        if len(rows := np.flatnonzero(part >= len(names))):
+            row = int(rows[0])
+            raise UsageError(
+                f"{describe_row(split, row)} has the label {part[row]}, but there are {len(names)} classes"
+                f" ({_shorten(names)})"
+            )
+    return names
+
+
+def _check_printable(names: Sequence[str]) -> tuple[str, ...]:
+    for name in names:
+        if not (name and name.isprintable()):
+            raise UsageError(f"the class name {name!a} is empty or has a character that cannot be printed: rename it")
+    return tuple(names)
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return make_printable(", ".join(names[:5]) + (", …" if len(names) > 5 else ""), 120)
