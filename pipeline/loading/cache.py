@@ -258,6 +258,11 @@ class Cache:
         check_draw(split, draw, self.draws)
         return render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
 
+    def rows(self, split: str) -> torch.Tensor:
+        """Return which row of the data each index is, int64 [N]: those of `train` without those cut off for `val`."""
+        part = self._get_split(split)
+        return torch.arange(len(part)) if part.source_rows is None else torch.from_numpy(part.source_rows)
+
     def labels(self, split: str) -> torch.Tensor:
         """Return the labels of a split by index, int64 [N], -1 where there is none."""
         return torch.from_numpy(self._get_split(split).labels)

@@ -8,6 +8,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
+from softcache.data.sources import DATASET
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.cache import Cache
@@ -84,7 +85,7 @@ def build_cache(
     config = make_config(
         CacheConfig,
         options,
-        data=data if isinstance(data, str) else "dataset",
+        data=data if isinstance(data, str) else DATASET,
         teacher=name_live_arch(teacher) if isinstance(teacher, nn.Module) else str(teacher),
         weights=str(weights),
         views=views,

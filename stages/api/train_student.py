@@ -15,7 +15,7 @@ from softcache.pipeline.models.state_dicts import read_state_dict
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.runs.folder import open_run
-from softcache.stages.student.defaults import fill_defaults
+from softcache.stages.student.defaults import fill_cache_defaults
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.student_run import resume_if_started
 from softcache.stages.student.student_run import train_student as train_in_folder
@@ -86,7 +86,7 @@ def train_student(
         out=str(out),
     )
     with library_call(progress):
-        config = resume_if_started(fill_defaults(config))
+        config = resume_if_started(fill_cache_defaults(config, cache.reader))
         if not config.resume:
             config, _ = open_run(config, set(), "")
         network = student if isinstance(student, nn.Module) else None

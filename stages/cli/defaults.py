@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from softcache.data.sources import parse_data
+from softcache.data.sources import DATASET, parse_data
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,14 @@ DEFAULTS: dict[str, Defaults] = {
         teacher="torchvision:resnet50",
         student="torchvision:mobilenet_v3_small",
     ),
+    DATASET: Defaults(),
 }
 
 
 def find_defaults(data: str) -> Defaults:
-    """Return the defaults for the data that `digits` or `folder:PATH` names.
+    """Return the defaults for the data that `digits` or `folder:PATH` names, or for a dataset of a user's own.
 
     Raises:
         UsageError: There is no such data source.
     """
-    return DEFAULTS[parse_data(data)[0]]
+    return DEFAULTS[data if data == DATASET else parse_data(data)[0]]

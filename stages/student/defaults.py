@@ -55,14 +55,26 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
     cache = CacheReader(Path(folders[0]))
     if cache.data == DATASET:
         raise UsageError(f"the cache '{folders[0]}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
+    return fill_cache_defaults(replace(config, cache=folders), cache)
+
+
+def fill_cache_defaults(config: StudentConfig, cache: CacheReader) -> StudentConfig:
+    """Fill in the options that are not set, those of a cache that is open.
+
+    Args:
+        config: as in `fill_defaults`, with its caches.
+        cache: the first of them.
+
+    Raises:
+        CacheError: when its data set is not known.
+    """
     if cache.data not in DEFAULTS:
         raise CacheError(
-            f"the cache '{folders[0]}' is of '{cache.data}', a data set that this version of softcache does not have"
+            f"the cache '{cache.folder}' is of '{cache.data}', a data set that this version of softcache does not have"
         )
     defaults = DEFAULTS[cache.data]
     return replace(
         config,
-        cache=folders,
         data=config.data or ("" if cache.data == "folder" else cache.data),
         draws=config.draws or cache.manifest.draws,
         arch=config.arch or defaults.student,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
-from softcache.data.sources import parse_data
+from softcache.data.sources import DATASET, parse_data
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.classifier import SimKD
@@ -77,7 +77,7 @@ def check_before_images(
         UsageError: an option names something that does not exist, does not fit the caches, or needs labels that the
             images do not have.
     """
-    if config.data not in ("", "dataset"):
+    if config.data not in ("", DATASET):
         parse_data(config.data)
     select_device(config.device)
     losses = requirements.parse_student_losses(config, caches[0], losses)

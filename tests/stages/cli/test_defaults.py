@@ -3,14 +3,14 @@
 import pytest
 
 from softcache.base.errors import UsageError
-from softcache.data.sources import SOURCES
+from softcache.data.sources import DATASET, SOURCES
 from softcache.data.views import parse_views
 from softcache.pipeline.losses import parse_losses
 from softcache.stages.cli.defaults import DEFAULTS, find_defaults
 
 
 def test_every_data_source_has_defaults() -> None:
-    assert set(DEFAULTS) == set(SOURCES)
+    assert set(DEFAULTS) == {*SOURCES, DATASET}
 
 
 @pytest.mark.parametrize("source", DEFAULTS)
