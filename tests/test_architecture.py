@@ -177,8 +177,8 @@ def test_progress_bars_are_for_the_commands_alone() -> None:
     assert all(file.startswith("stages/") for file in bars)
 
 
-def test_modules_are_imported_by_a_name_in_a_string_only_for_a_users_own_arch() -> None:
-    assert {file for file, _ in calls("import_module")} == {"pipeline/models/custom_networks.py"}
+def test_modules_are_imported_by_a_name_in_a_string_only_for_a_users_own_code() -> None:
+    assert {file for file, _ in calls("import_module")} == {"softcache/base/user_modules.py"}
     assert list(calls("__import__")) == []
 
 

@@ -1,8 +1,8 @@
-"""Errors inside a user's own network: where in their files an exception was raised, in one line.
+"""Errors inside a user's own network or loss: where in their files an exception was raised, in one line.
 
-The commands run code of the user in two places: a factory is imported and called, and its network runs inside PyTorch.
-A frame of a traceback is the user's where PyTorch or the import of a factory called it, and it is neither ours, nor
-PyTorch's, nor of the standard library.
+The code of a user runs in three places: a module is imported and a factory in it called, a network runs inside
+PyTorch, and a loss is called. A frame of a traceback is the user's where PyTorch or one of these places called it, and
+it is neither ours, nor PyTorch's, nor of the standard library.
 """
 
 import errno
@@ -16,7 +16,13 @@ from typing import Any
 
 from softcache.base.errors import UsageError, make_printable
 
-_CALLER = "softcache.pipeline.models.custom_networks"  # the module that imports and calls factories
+# The modules that import a user's code and call it.
+_CALLERS = (
+    "softcache.base.user_modules",
+    "softcache.pipeline.models.custom_networks",
+    "softcache.pipeline.losses.custom",
+    "softcache.pipeline.losses.custom_specs",
+)
 _LIBRARY_FOLDERS = ("site-packages", "dist-packages")
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 _MAX_LENGTH = 300  # characters of an exception's message
@@ -92,8 +98,9 @@ def locate_user_code(error: BaseException) -> str:
 
 
 def locate_definition(value: Any) -> str:
-    """Return `nets.py:3`, where a function or a class is defined, or ""."""
-    code = getattr(value, "__code__", None)
+    """Return `nets.py:3`, where a function or the constructor of a class is defined, or ""."""
+    function = vars(value).get("__init__") if isinstance(value, type) else value
+    code = getattr(function, "__code__", None)
     return f"{_shorten_path(code.co_filename)}:{code.co_firstlineno}" if code else ""
 
 
@@ -104,7 +111,7 @@ def _find_user_frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
         name, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
         package = name.partition(".")[0]
         if package in ("torch", "softcache"):
-            is_users = package == "torch" or name == _CALLER
+            is_users = package == "torch" or name in _CALLERS
         elif is_users and not _is_standard(file):
             yield frame, line
 
