@@ -61,7 +61,7 @@ class Custom(Loss):
             raise UsageError(f"a loss is a callable (outputs, batch) -> scalar tensor: give an object, {called}")
         name = self.name or getattr(self.function, "__name__", "") or type(self.function).__name__
         name = re.sub(r"\W+", "_", name).strip("_") or "loss"  # a term's name is a key of a ModuleDict, without dots
-        object.__setattr__(self, "name", f"{name}_loss" if hasattr(nn.ModuleDict(), name) else name)
+        object.__setattr__(self, "name", f"{name}_loss" if hasattr(nn.ModuleDict, name) else name)
         for tap in (*self.teacher_taps(), *self.student_taps()):
             parse_tap(tap)
 
@@ -119,8 +119,12 @@ class Custom(Loss):
         Raises:
             UsageError: where the user's code raises, with its file and line, or returns no scalar tensor.
         """
-        with user_code(f"loss '{self.name}' failed", self._location):
+        try:
             value = self.function(student, batch) if part is None else part(student, batch)
+        except (Exception, SystemExit):
+            # The location is looked up for an error alone: that takes as long as a small loss.
+            with user_code(f"loss '{self.name}' failed", self._location):
+                raise
         return self._check_scalar(value, student.logits.device)
 
     def _check_scalar(self, value: Any, device: torch.device) -> torch.Tensor:

@@ -32,7 +32,7 @@ def check_own_losses(config: StudentConfig, setup: DistillationSetup) -> None:
     names = [loss.name for loss in setup.losses if isinstance(loss, Custom)]
     if not names:
         return
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([setup.device] if setup.device.type == "cuda" else []):
         network = setup.build_student(config, setup.losses)
         labels = hide_labels(config, setup.transfer_set.splits["train"].labels)
         run = make_training_run(

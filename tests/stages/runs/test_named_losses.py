@@ -81,10 +81,9 @@ def test_a_stopped_run_is_resumed_where_the_command_names_its_losses(hostile: Pa
         ("evaluate", "several/seed-1"),
         ("export", "s"),
         ("compare", "s", "several/seed-0"),
-        ("report", "s", "stopped", "--show", 2, "--no-latency", "--out", "r"),
+        ("report", "s", "stopped", "--show", 0, "--no-latency", "--out", "r"),
         ("teacher-cache", "--data", "digits", "--train-size", 100, "--views", "none", "--weights", "s", "--out", "n"),
         ("check-cache", "c"),
-        ("inspect", "c", "--out", "i"),
     ],
     ids=lambda command: "-".join(map(str, command[:2])),
 )

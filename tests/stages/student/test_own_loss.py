@@ -126,9 +126,8 @@ def test_a_module_is_trained_and_restored_after_an_interrupt(
     assert read("other") != read("whole", "distilled/distilled.pt")
 
 
-@pytest.mark.parametrize("loss", ["mine:Projected", "mine:counts", "mine:Counts"])
-def test_students_share_no_state_of_a_loss(mine: Path, tiny: Path, stages: Stages, loss: str) -> None:
-    losses = ("--loss", loss, "--loss", "hard")
+def test_students_share_no_state_of_a_loss(mine: Path, tiny: Path, stages: Stages) -> None:
+    losses = [word for name in ("Projected", "counts", "Counts") for word in ("--loss", f"mine:{name}")]
     stages(*student(tiny, *losses, "--seeds", 2), "--out", "both")
     stages(*student(tiny, *losses, "--seed", 1), "--out", "alone")
     assert read("both", "seed-1/student.pt") == read("alone")
@@ -182,10 +181,12 @@ def test_a_search_takes_its_parameters(tiny: Path, stages: Stages, monkeypatch: 
     Path("searched.py").write_text(MINE)  # a module of another name: it stays imported, as Optuna does
     tune = ("tune", *student(tiny)[1:], "--loss", "searched:kd", "--loss", "hard", "--grid", "--out", "t")
     assert "Did you mean 'temperature'" in stages.fails(2, *tune, "--search", "kd.temprature=1|2")
-    result = stages(*tune, "--search", "kd.temperature=1|2", "--search", "kd.weight=0.5..1:step=0.5")
-    assert len(result["trials"]) == 4
+    crashing = ("--loss", "searched:crashes", "--search", "hard.weight=0|1")
+    assert "loss 'crashes' failed" in stages.fails(2, *tune, *crashing)
+    assert not Path("t").exists()
+    stages(*tune, "--search", "kd.temperature=1|2")
     losses = {json.loads(path.read_text())["loss"][0] for path in Path("t").glob("trial-*/settings.json")}
-    assert losses == {f"searched:kd:temperature={t},weight={w}" for t in ("1.0", "2.0") for w in ("0.5", "1.0")}
+    assert losses == {"searched:kd:temperature=1.0", "searched:kd:temperature=2.0"}
 
 
 def test_a_chain_uses_it_in_every_generation(mine: Path, tiny: Path, stages: Stages) -> None:
