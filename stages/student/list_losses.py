@@ -21,7 +21,6 @@ def run(config: ListConfig) -> None:
         console.print(f"{name}: {description['what']}")
         console.print("    " + ", ".join(f"{parameter}={value}" for parameter, value in description["knobs"].items()))
         console.print(f"    reads {', '.join(description['reads'])}")
-    console.print("my_module:MyLoss: a loss of your own, a callable (outputs, batch) that returns a scalar.")
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
