@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import click
 
 from softcache import __version__
+from softcache.base.current_folder import search_current_folder
 from softcache.stages.cli.configs import (
     ArchiveConfig,
     BlendConfig,
@@ -260,6 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_large_blocks()
+    search_current_folder()
     remember_typed_command(sys.argv[1:] if arguments is None else arguments)
     invocation = Invocation()
     run_command(

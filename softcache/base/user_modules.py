@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from .current_folder import make_current_folder_importable
 from .errors import UsageError, make_printable
 from .user_code import describe_error
 
@@ -38,7 +38,7 @@ def import_attribute(
         UsageError: The module cannot be imported, or has no such attribute.
     """
     spec = f"{module}:{attribute}"
-    _make_current_folder_importable()
+    make_current_folder_importable()
     try:
         user_module = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -79,15 +79,3 @@ def keep_global_state() -> Iterator[None]:
 def name_type(value: object) -> str:
     """Name the type of a value for a message: `a list`, or `None`."""
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _make_current_folder_importable() -> None:
-    """Put the current folder at the front of sys.path, unless it is on it, so that a user's module there is found.
-
-    `python -m softcache` starts with the current folder on the path, the console script `softcache` does not; an
-    --arch or --loss must mean the same module under both. The folder stays on the path for the rest of the process:
-    the module may import its neighbours when it is called, and worker processes import it once more.
-    """
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)

@@ -49,7 +49,7 @@ class Regressor(nn.Module):
 def test_a_function_is_the_built_in_loss_of_the_same_formula() -> None:
     outputs, batch = make_example()
     assert batch.logits is not None
-    criterion = DistillationLoss([Custom(own_kd, weight=0.7)])
+    criterion = DistillationLoss(Custom(own_kd, weight=0.7))
     loss = criterion(outputs, batch)
     (gradient,) = torch.autograd.grad(loss, outputs.logits)
     z, t = outputs.logits.detach().double(), batch.logits.double()
@@ -57,12 +57,12 @@ def test_a_function_is_the_built_in_loss_of_the_same_formula() -> None:
     expected = 0.7 * 16 * float((p * (p / q).log()).sum(1).mean())
     assert math.isclose(float(loss.detach()), expected, rel_tol=1e-6)
     assert torch.allclose(gradient.double(), 0.7 * 4 * (q - p) / len(z), atol=1e-6)
-    assert torch.allclose(loss, DistillationLoss([KD(temperature=4.0, weight=0.7)])(outputs, batch), rtol=1e-6)
+    assert torch.allclose(loss, DistillationLoss(KD(temperature=4.0, weight=0.7))(outputs, batch), rtol=1e-6)
 
 
 def test_a_weight_may_be_a_ramp() -> None:
     outputs, batch = make_example()
-    criterion = DistillationLoss([Custom(own_kd, weight=Ramp(1.0, 0.0)), Custom(own_kd, weight=2.0)])
+    criterion = DistillationLoss(Custom(own_kd, weight=Ramp(1.0, 0.0)), Custom(own_kd, weight=2.0))
     assert criterion.names == ["own_kd-0", "own_kd-1"]
     criterion.set_progress(1, 5)
     once, twice = (float(term.detach()) for term in criterion.weighted_terms(outputs, batch))
@@ -74,17 +74,17 @@ def test_each_of_several_teachers_is_passed_to_it_and_missing_rows_use_labels() 
     outputs, batch = make_example()
     assert batch.logits is not None
     several = replace(batch, logits=torch.stack([batch.logits, -batch.logits], 1))
-    mean = DistillationLoss([Custom(own_kd)], "per_teacher")(outputs, several)
+    mean = DistillationLoss(Custom(own_kd), combination="per_teacher")(outputs, several)
     each = [own_kd(outputs, replace(batch, logits=z)) for z in (batch.logits, -batch.logits)]
     assert torch.allclose(mean, sum(each) / 2)
     missing = replace(batch, logits=batch.logits.index_fill(0, torch.tensor([1]), torch.nan))
-    assert DistillationLoss([Custom(own_kd)], missing_to_labels=True)(outputs, missing).isfinite()
+    assert DistillationLoss(Custom(own_kd), missing_to_labels=True)(outputs, missing).isfinite()
 
 
 def test_a_module_is_trained_itself_with_the_shapes_of_the_batch() -> None:
     outputs, batch = make_example()
     module = Regressor()
-    criterion = DistillationLoss([Custom(module)])
+    criterion = DistillationLoss(Custom(module))
     assert list(criterion.parameters()) == []
     criterion.build_parts(outputs, batch, LossContext())
     assert criterion.parts["Regressor"] is module
@@ -99,7 +99,7 @@ def test_a_module_without_parameters_is_no_part() -> None:
             return own_kd(outputs, batch)
 
     outputs, batch = make_example()
-    criterion = DistillationLoss([Custom(Plain())])
+    criterion = DistillationLoss(Custom(Plain()))
     criterion.build_parts(outputs, batch, LossContext())
     assert len(criterion.parts) == 0
     assert float(criterion(outputs, batch).detach()) == float(own_kd(outputs, batch).detach())
@@ -172,11 +172,11 @@ def test_what_is_no_loss_is_refused(function: Any, message: str) -> None:
 )
 def test_what_is_no_scalar_is_refused(function: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        DistillationLoss([Custom(function)])(*make_example())
+        DistillationLoss(Custom(function))(*make_example())
 
 
 def test_one_element_is_a_scalar() -> None:
-    assert DistillationLoss([Custom(lambda o, b: o.logits.mean().view(1, 1))])(*make_example()).shape == ()
+    assert DistillationLoss(Custom(lambda o, b: o.logits.mean().view(1, 1)))(*make_example()).shape == ()
 
 
 def test_an_error_inside_it_keeps_its_traceback_and_names_its_line() -> None:
@@ -184,6 +184,6 @@ def test_an_error_inside_it_keeps_its_traceback_and_names_its_line() -> None:
         return outputs.features["layer9"]
 
     with pytest.raises(UsageError, match=r"loss 'crashes' failed: KeyError: 'layer9' \(.*\.py:\d+, in crashes\)") as e:
-        DistillationLoss([Custom(crashes)])(*make_example())
+        DistillationLoss(Custom(crashes))(*make_example())
     assert isinstance(e.value.__cause__, KeyError)
     assert e.value.__cause__.__traceback__ is not None
