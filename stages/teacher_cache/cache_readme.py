@@ -10,6 +10,7 @@ from typing import Any
 from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import publish_text, read_regular_file
 from softcache.base.text import escape_markdown, format_code_span
+from softcache.data.sources import DATASET
 from softcache.pipeline.cache.folder import README_FILE
 from softcache.pipeline.cache.manifest import Manifest
 
@@ -36,13 +37,26 @@ set, so that any number of students can be trained without the teacher. It holds
 
 Check it, then train a student from it:
 
+{use}
+Images are read from your own copy of the data; a copy that differs in one pixel is refused. `manifest.json` has the
+same facts for programs, and a checksum of every file.
+"""
+_COMMANDS = """\
 ```sh
 softcache check-cache {name} --deep{where}
 softcache student --cache {name}{where} --arch resnet8
 ```
+"""
+# In their place for a cache of a dataset that was passed in Python.
+_CALLS = """\
+```sh
+softcache check-cache {name}
+```
 
-Images are read from your own copy of the data; a copy that differs in one pixel is refused. `manifest.json` has the
-same facts for programs, and a checksum of every file.
+```python
+cache = softcache.Cache({path!r}, data=your_dataset)
+softcache.train_student(cache, "resnet8", out="runs/resnet8")
+```
 """
 # The text of the first versions of this program. Unless a user has edited it, the text above replaces it when the
 # cache grows.
@@ -101,7 +115,7 @@ def _is_unedited(folder: Path, manifest: Manifest) -> bool:
         content = read_regular_file(folder, README_FILE, _MAX_BYTES)
     except CacheError:
         return False
-    command = r"^(?:softcache|python -m stages) check-cache (.+) --deep"
+    command = r"^(?:softcache|python -m stages) check-cache (.+?)(?: --deep.*)?$"
     match = re.search(command, content.decode(errors="replace"), re.MULTILINE)
     if match is None:
         return False
@@ -120,13 +134,18 @@ def format_readme(name: str, manifest: Manifest) -> str:
         name: Of the cache's folder, for the commands in the text.
         manifest: Of the cache.
     """
-    return _TEXT.format(**_format_fields(name, manifest))
+    return _format_text(_format_fields(name, manifest), manifest)
+
+
+def _format_text(fields: dict[str, Any], manifest: Manifest) -> str:
+    use = _CALLS if manifest.identity["transfer_set"]["name"] == DATASET else _COMMANDS
+    return _TEXT.format(**fields, use=use.format(**fields))
 
 
 def _format_earlier_readmes(name: str, manifest: Manifest) -> Iterator[str]:
     """Yield the README.md that earlier versions of this program wrote: with names as they are in the manifest."""
     fields = _format_fields(name, manifest, escape=str, code=lambda text: f"`{text}`")
-    yield _TEXT.format(**fields)
+    yield _format_text(fields, manifest)
     fields["faster"] = fields["faster"].replace("top-1 class", "first class")
     yield _FIRST_TEXT.format(**fields)
 
@@ -179,6 +198,7 @@ def _format_fields(
         "fingerprint": code(manifest.fingerprint),
         "versions": ", ".join(escape(f"{library} {version}") for library, version in manifest.versions.items()),
         "license": escape(manifest.settings.get("license") or "not stated: ask whoever gave it to you"),
+        "path": make_printable(name, None),
         "name": shlex.quote(name if escape is str else make_printable(name, None)),
         "where": " --data folder:PATH" if data["name"] == "folder" else "",
     }
