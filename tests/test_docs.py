@@ -262,8 +262,9 @@ def test_every_document_is_in_the_index() -> None:
     assert pages <= linked
 
 
-def test_the_reference_of_the_command_line_is_current() -> None:
-    command = [sys.executable, "docs/make_cli_reference.py", "--check"]
+@pytest.mark.parametrize("script", ["make_cli_reference.py", "make_api_reference.py"])
+def test_a_reference_is_current(script: str) -> None:
+    command = [sys.executable, f"docs/{script}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

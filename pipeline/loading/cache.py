@@ -105,7 +105,13 @@ class Cache:
 
     @classmethod
     def from_parts(cls, teachers: TeacherEnsemble, transfer_set: TransferSet, data: str = "") -> "Cache":
-        """Make a cache of what has been opened and compared already, as the commands do."""
+        """Make a cache of what has been opened and compared already, as the commands do.
+
+        Args:
+            teachers: The caches as one teacher.
+            transfer_set: Their data.
+            data: The data as a command names them; "" for the name of the transfer set.
+        """
         cache = cls.__new__(cls)
         cache._set_parts(teachers, transfer_set)
         cache.data, cache.combine, cache.map = data or transfer_set.name, "", ""
@@ -259,12 +265,34 @@ class Cache:
         return render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
 
     def rows(self, split: str) -> torch.Tensor:
-        """Return which row of the data each index is, int64 [N]: those of `train` without those cut off for `val`."""
+        """Return which row of the data each index is.
+
+        They differ where a validation split was cut off from the training rows of the data.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            int64 [N].
+
+        Raises:
+            UsageError: There is no such split.
+        """
         part = self._get_split(split)
         return torch.arange(len(part)) if part.source_rows is None else torch.from_numpy(part.source_rows)
 
     def labels(self, split: str) -> torch.Tensor:
-        """Return the labels of a split by index, int64 [N], -1 where there is none."""
+        """Return the labels of a split by index.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            int64 [N], -1 where there is none.
+
+        Raises:
+            UsageError: There is no such split.
+        """
         return torch.from_numpy(self._get_split(split).labels)
 
     def verify(self, deep: bool = False, progress: bool | ProgressCallback = False) -> None:
