@@ -124,7 +124,7 @@ class Batch:
         labels: int64 [B], the hard targets, -1 where there is none.
         logits: float32 [B, K] of the teacher; [B, M, K] where M teachers are not combined; NaN in rows that are
             missing in the cache; None without targets.
-        features: {tap: [B, …]} of the teacher, float16 as stored, float32 in a loss.
+        features: {tap: [B, …]} of the teacher; float32 of the `taps` of `Cache.loader`.
         partner: int64 [B], the hard targets of the images that are mixed in; None without mixup.
         share: float32 [B] in 0 … 1, the share of the view's own image; None without mixup.
         row_weights: float32 [B], the weight of each row in a term; None for 1 each.
