@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -313,6 +313,8 @@ def _read_types(value: Any) -> dict[str, str]:
                 types |= {ast.unparse(node.target): _format_type(node.annotation, kind) for node in fields}
         return types
     function = value.__init__ if inspect.isclass(value) else value
+    if not (inspect.isfunction(function) or inspect.ismethod(function)):  # the class has no __init__ of its own
+        return {}
     definition = _parse(function)
     rest = [argument for argument in (definition.args.vararg, definition.args.kwarg) if argument]
     arguments = [*definition.args.args, *definition.args.kwonlyargs, *rest]
@@ -337,7 +339,7 @@ def _format_type(annotation: ast.expr, owner: Any) -> str:
 
 def _find_alias(name: str, module: ModuleType) -> ast.expr | None:
     """Return what is assigned to a name in a module, or in the module of softcache that it is imported from."""
-    for node in ast.parse(inspect.getsource(module)).body:
+    for node in _parse_module(module):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return node.value
         if isinstance(node, ast.ImportFrom) and any(name == alias.name for alias in node.names):
@@ -345,6 +347,11 @@ def _find_alias(name: str, module: ModuleType) -> ast.expr | None:
             is_module = hasattr(source, "__file__") and source.__name__.startswith("softcache")
             return _find_alias(name, source) if is_module else None
     return None
+
+
+@cache
+def _parse_module(module: ModuleType) -> list[ast.stmt]:
+    return ast.parse(inspect.getsource(module)).body
 
 
 def _quote_names(names: str) -> str:
