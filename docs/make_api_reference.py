@@ -8,6 +8,7 @@ describes one that does not exist.
 """
 
 import ast
+import copy
 import inspect
 import re
 import sys
@@ -83,17 +84,21 @@ def write_page() -> str:
     listed = {name.partition(".")[2] for names in sections.values() for name in names}
     if listed != set(softcache.__all__) - {"losses"}:
         raise DocumentationError(f"SECTIONS lists {sorted(listed)}, softcache.__all__ {softcache.__all__}")
-    losses = {f"losses.{name}": getattr(softcache.losses, name) for name in softcache.losses.__all__}
-    sections[LOSSES] = {name: value for name, value in losses.items() if callable(value)}  # LOSSES is a dict
+    losses = {name: getattr(softcache.losses, name) for name in sorted(softcache.losses.__all__, key=str.lower)}
+    sections[LOSSES] = {f"losses.{name}": value for name, value in losses.items() if callable(value)}
     parts = [HEAD]
     for heading, names in sections.items():
-        lines = [
-            f"| [`{name}`](#{_anchor(name)}) | {_to_cell(_read(value, name).summary)} |"
-            for name, value in names.items()
-        ]
+        lines = [_format_entry(name, value) for name, value in names.items()]
         parts.append("\n".join([f"| {heading} | |", "|---|---|", *lines]) + "\n")
     parts += [describe(name, value) for names in sections.values() for name, value in names.items()]
     return "\n".join(parts)
+
+
+def _format_entry(name: str, value: Any) -> str:
+    """Return a line of the table of contents; of a loss, with its name in `--loss`."""
+    option = next((key for key, loss in softcache.losses.LOSSES.items() if type(loss) is value), "")
+    link = f"[`{name}`](#{_anchor(name)})" + (f" `{option}`" if option else "")
+    return f"| {link} | {_to_cell(_read(value, name).summary)} |"
 
 
 def describe(name: str, value: Any) -> str:
@@ -329,24 +334,31 @@ def _parse(value: Any) -> Any:
 
 def _format_type(annotation: ast.expr, owner: Any) -> str:
     """Return a type without quotes, with names of types such as `ProgressCallback` replaced by what they stand for."""
-
-    class Resolver(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.expr:
-            return _find_alias(node.id, sys.modules[owner.__module__]) or node
-
-    return ast.unparse(Resolver().visit(annotation)).replace("'", "")
+    return ast.unparse(_Resolver(sys.modules[owner.__module__]).visit(copy.deepcopy(annotation))).replace("'", "")
 
 
-def _find_alias(name: str, module: ModuleType) -> ast.expr | None:
-    """Return what is assigned to a name in a module, or in the module of softcache that it is imported from."""
+class _Resolver(ast.NodeTransformer):
+    """Replaces the names of types that a module, or one that it imports from, sets by an assignment."""
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Return what the name stands for."""
+        value, module = _find_alias(node.id, self.module)
+        return node if value is None else _Resolver(module).visit(copy.deepcopy(value))
+
+
+def _find_alias(name: str, module: ModuleType) -> tuple[ast.expr | None, ModuleType]:
+    """Return what is assigned to a name and in which module: this one, or the one of softcache that it comes from."""
     for node in _parse_module(module):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return node.value
+            return node.value, module
         if isinstance(node, ast.ImportFrom) and any(name == alias.name for alias in node.names):
-            source = import_module("." * node.level + (node.module or ""), module.__package__)
-            is_module = hasattr(source, "__file__") and source.__name__.startswith("softcache")
-            return _find_alias(name, source) if is_module else None
-    return None
+            is_internal = node.level > 0 or (node.module or "").startswith("softcache")
+            source = import_module("." * node.level + (node.module or ""), module.__package__) if is_internal else None
+            return _find_alias(name, source) if source else (None, module)
+    return None, module
 
 
 @cache
