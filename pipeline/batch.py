@@ -95,7 +95,11 @@ class ModelOutputs:
     head: LinearHead | None = None
 
     def select(self, rows: torch.Tensor) -> "ModelOutputs":
-        """The outputs for some of the views. rows: int64 [n] or bool [B]."""
+        """Return the outputs for some of the views.
+
+        Args:
+            rows: int64 [n], or bool [B].
+        """
         return ModelOutputs(self.logits[rows], {tap: x[rows] for tap, x in self.features.items()}, self.head)
 
 
@@ -120,7 +124,7 @@ class Batch:
         labels: int64 [B], the hard targets, -1 where there is none.
         logits: float32 [B, K] of the teacher; [B, M, K] where M teachers are not combined; NaN in rows that are
             missing in the cache; None without targets.
-        features: {tap: [B, …]} of the teacher, float16 as stored, float32 in a loss.
+        features: {tap: [B, …]} of the teacher; float32 of the `taps` of `Cache.loader`.
         partner: int64 [B], the hard targets of the images that are mixed in; None without mixup.
         share: float32 [B] in 0 … 1, the share of the view's own image; None without mixup.
         row_weights: float32 [B], the weight of each row in a term; None for 1 each.
@@ -139,11 +143,12 @@ class Batch:
     source: BatchSource | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
+        """Return B, the number of views."""
         return len(self.index)
 
     @cached_property
     def images(self) -> torch.Tensor:
-        """float32 [B, C, H, W], the views normalised as the input of the teacher; computed when first read.
+        """The views normalised as the input of the teacher, float32 [B, C, H, W]; computed when first read.
 
         Raises:
             UsageError: The batch does not come from a loader of a cache.
@@ -155,15 +160,28 @@ class Batch:
         return self.source.prepare_input(self.views)
 
     def slice(self, start: int, stop: int) -> "Batch":
-        """Rows start to stop - 1, sharing memory with this batch."""
+        """Return some rows in a sequence, which share memory with this batch.
+
+        Args:
+            start: The first row, from 0.
+            stop: The row after the last one.
+        """
         return self._map(lambda x: x[start:stop])
 
     def select(self, rows: torch.Tensor) -> "Batch":
-        """A copy of some rows. rows: int64 [n] or bool [B]."""
+        """Return a copy of some rows.
+
+        Args:
+            rows: int64 [n], or bool [B].
+        """
         return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device. A copy to a GPU is started and not waited for."""
+        """Return the batch on a device; itself where it is there already.
+
+        Args:
+            device: The device. A copy to a GPU is started and not waited for.
+        """
         target, current = torch.device(device), self.index.device
         if target.type == current.type and target.index in (None, current.index):
             return self

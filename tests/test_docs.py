@@ -29,7 +29,11 @@ from tests.helpers.paths import ROOT
 
 BLOCKS = [block for page in DOCUMENTS for block in read_blocks(page)]
 SHELL = [block for block in BLOCKS if block.language == "sh"]
-RUN_PAGES = [page for page in DOCUMENTS if any(b.page == page and b.mode == "" for b in SHELL)]
+RUN_PAGES = [
+    page
+    for page in DOCUMENTS
+    if any(b.page == page and b.language in ("sh", "python") and b.mode == "" for b in BLOCKS)
+]
 SLOW_PAGES = [page for page in DOCUMENTS if any(b.page == page and b.mode == "slow" for b in SHELL)]
 EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
 
@@ -48,8 +52,12 @@ def test_every_block_of_shell_is_run_or_has_a_reason(page: str) -> None:
                 f"{where}: the line above gives no reason: <!-- {block.mode}: … -->"
             )
         elif block.language == "python":
-            assert block.mode == "" or re.fullmatch(r"file=[a-z_]+\.py", block.mode), (
+            compile(block.text, where, "exec")
+            assert block.mode in ("", "not-run") or re.fullmatch(r"file=[a-z_]+\.py", block.mode), (
                 f"{where}: ```python {block.mode}"
+            )
+            assert block.mode != "not-run" or block.reason, (
+                f"{where}: the line above gives no reason: <!-- not run: … -->"
             )
         else:
             assert "softcache " not in block.text or block.page == "docs/reference/cli.md", f"{where} is a block of sh"
@@ -173,15 +181,29 @@ def test_the_slow_commands_of_a_page_run(
     run_page(page, page_folder, teacher, monkeypatch, slow=True)
 
 
+def test_the_python_example_of_the_readme_prints_an_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = [block for block in read_blocks("README.md") if block.language == "python"]
+    assert len(block.text.splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    main(["teacher", "--arch", "mlp:256", "--train-size", "300", "--epochs", "40", "--out", "teacher"])
+    main(["teacher-cache", "--weights", "teacher", "--train-size", "300", "--out", "caches/digits"])
+    capsys.readouterr()
+    exec(compile(block.text, "README.md", "exec"), {"__name__": "__main__"})
+    assert 0.8 < float(capsys.readouterr().out) <= 1
+
+
 def run_page(page: str, folder: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, slow: bool = False) -> None:
     """Run the blocks of a page in order, in a folder."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    names = {"__name__": "__main__"}
     for block in read_blocks(page):
         if block.language == "python" and block.mode.startswith("file="):
             Path(block.mode.removeprefix("file=")).write_text(block.text)
-        elif block.language == "python":
-            exec(compile(block.text, f"{page}:{block.line}", "exec"), {"__name__": "__main__"})
+        elif block.language == "python" and block.mode == "":
+            exec(compile(block.text, f"{page}:{block.line}", "exec"), names)
         elif block.language == "sh" and (block.mode == "" or (slow and block.mode == "slow")):
             for line in block.commands():
                 run_line(line, f"{page}:{block.line}", teacher)
@@ -262,8 +284,9 @@ def test_every_document_is_in_the_index() -> None:
     assert pages <= linked
 
 
-def test_the_reference_of_the_command_line_is_current() -> None:
-    command = [sys.executable, "docs/make_cli_reference.py", "--check"]
+@pytest.mark.parametrize("script", ["make_cli_reference.py", "make_api_reference.py"])
+def test_a_reference_is_current(script: str) -> None:
+    command = [sys.executable, f"docs/{script}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

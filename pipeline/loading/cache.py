@@ -48,9 +48,11 @@ class Cache:
         data: The data: their name or `folder:PATH`, as in `--data`; a map-style data set of (image, label) or of
             images, or a mapping {"train": …, "val": …, "test": …} of such. None for the data set that the cache
             names, where that is one of `softcache`'s own.
-        combine: How several caches are combined, as in `--combine`; "" is their mean probability. With "per_teacher"
-            and "ca_mkd" they are not: logits are [B, M, K].
-        map: A map of the teacher's distribution, as in `--map`; "" for none.
+        combine: How several caches are combined, as in `--combine`: "mean_probability", which is "" too, "mean_logit",
+            "geometric", "weighted:0.7,0.3", "vote" or "learned". With "per_teacher" and "ca_mkd" they are not: logits
+            are [B, M, K].
+        map: A map of the teacher's distribution that is fitted on "val", as in `--map`: "temperature", "vector",
+            "matrix" or "prior"; "" for none.
         data_root: The folder of the data sets that have a name.
         progress: True to show a progress bar while images are read, or a function of (text, done, total).
 
@@ -105,7 +107,13 @@ class Cache:
 
     @classmethod
     def from_parts(cls, teachers: TeacherEnsemble, transfer_set: TransferSet, data: str = "") -> "Cache":
-        """Make a cache of what has been opened and compared already, as the commands do."""
+        """Make a cache of what has been opened and compared already, as the commands do.
+
+        Args:
+            teachers: The caches as one teacher.
+            transfer_set: Their data.
+            data: The data as a command names them; "" for the name of the transfer set.
+        """
         cache = cls.__new__(cls)
         cache._set_parts(teachers, transfer_set)
         cache.data, cache.combine, cache.map = data or transfer_set.name, "", ""
@@ -171,7 +179,8 @@ class Cache:
             draws: Use the first so many draws; 0 for all.
             draws_per_decode: k draws of each decoded image in one batch: k epochs are a pass with every row in k
                 draws. It divides draws and batch_size.
-            sampler: As in `--sampler`: rows are drawn by class, and some come more than once. "" for every row once.
+            sampler: "" for every row once. "balanced" draws each class equally often, "sqrt" by the square root of
+                its rows: some rows come more than once in an epoch, others not at all.
             targets: Whether batches have the teacher's targets.
 
         Raises:
@@ -213,7 +222,7 @@ class Cache:
         Args:
             split: "train", "val" or "test".
             index: int [n], rows of the split.
-            draw: Of the views; 0 for a held-out split.
+            draw: Number of the augmented view, from 0; 0 for a held-out split.
 
         Returns:
             float32 [n, K]; [n, M, K] of several teachers that are not combined.
@@ -259,12 +268,34 @@ class Cache:
         return render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
 
     def rows(self, split: str) -> torch.Tensor:
-        """Return which row of the data each index is, int64 [N]: those of `train` without those cut off for `val`."""
+        """Return which row of the data each index is.
+
+        They differ where a validation split was cut off from the training rows of the data.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            int64 [N].
+
+        Raises:
+            UsageError: There is no such split.
+        """
         part = self._get_split(split)
         return torch.arange(len(part)) if part.source_rows is None else torch.from_numpy(part.source_rows)
 
     def labels(self, split: str) -> torch.Tensor:
-        """Return the labels of a split by index, int64 [N], -1 where there is none."""
+        """Return the labels of a split by index.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            int64 [N], -1 where there is none.
+
+        Raises:
+            UsageError: There is no such split.
+        """
         return torch.from_numpy(self._get_split(split).labels)
 
     def verify(self, deep: bool = False, progress: bool | ProgressCallback = False) -> None:

@@ -30,7 +30,8 @@ class CRD(FeatureLoss):
         temperature: T, from 0.001 on.
         negatives: rows drawn for each batch.
         width: dimensions of the embeddings.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Tian et al. 2020, "Contrastive Representation Distillation" (arXiv 1910.10699, equations 9, 10 and 18).
     """

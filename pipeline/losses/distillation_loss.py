@@ -165,7 +165,17 @@ class DistillationLoss(nn.Module):
         return ModelOutputs(logits, {tap: _to_float32(x) for tap, x in self._features.items()}, self._head)
 
     def weighted_terms(self, student: Any, batch: Batch) -> list[torch.Tensor]:
-        """Compute each weighted term, a scalar; arguments as in `forward`."""
+        """Compute each weighted term.
+
+        Args:
+            student, batch: As in `forward`.
+
+        Returns:
+            One scalar for each of `names`; they add up to the loss.
+
+        Raises:
+            UsageError: As `forward`.
+        """
         outputs, batch = self.collect_outputs(student), self._with_teacher_taps(batch)
         has_several = batch.logits is not None and batch.logits.ndim == 3
         functions: list[Term] = self._functions_of_several if has_several else self.functions

@@ -27,7 +27,8 @@ class Hint(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets" (arXiv 1412.6550, equation 3).
     """
@@ -142,7 +143,8 @@ class VID(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer" (arXiv 1904.05835, equations
         5 and 6).

@@ -25,7 +25,8 @@ class Attention(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention: Improving the Performance of
         Convolutional Neural Networks via Attention Transfer" (arXiv 1612.03928, section 3.1).
@@ -54,7 +55,8 @@ class NST(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Huang and Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer" (arXiv
         1707.01219, equation 7).
@@ -80,7 +82,8 @@ class Similarity(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation" (arXiv 1907.09682, equation 4).
     """
@@ -105,7 +108,8 @@ class RKD(FeatureLoss):
         weight: factor of the term in the sum of losses.
         distance: factor of the part of the distances.
         angle: factor of the part of the angles.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Park et al. 2019, "Relational Knowledge Distillation" (arXiv 1904.05068, equations 5 to 10).
     """
@@ -151,7 +155,8 @@ class PKT(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Passalis and Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer" (arXiv
         1803.10837, equations 3 to 6).
@@ -183,7 +188,8 @@ class CC(FeatureLoss):
     Args:
         weight: factor of the term in the sum of losses.
         gamma: g, from 0 on.
-        teacher, student: the layers, see `FeatureLoss`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation" (arXiv 1904.01802, equations 6 and
         9).

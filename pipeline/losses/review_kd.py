@@ -25,7 +25,9 @@ class ReviewKD(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher, student: the layers from shallow to deep, see `FeatureLoss`; the last may be a pooled one.
+        teacher: taps of the teacher joined by +, from shallow to deep, such as `layer1+layer2`; the last may be a
+            pooled one.
+        student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Chen et al. 2021, "Distilling Knowledge via Knowledge Review" (arXiv 2104.09044, section 3.3).
     """

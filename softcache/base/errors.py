@@ -11,11 +11,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class UsageError(Exception):
-    """The command names something that does not exist, or options that do not fit together. Exit code 2."""
+    """A call or command names something that does not exist, or arguments that do not fit together: exit code 2."""
 
 
 class CacheError(Exception):
-    """Files are missing, damaged, unfinished or not what their manifest describes. Exit code 1."""
+    """Files or data are missing, damaged, unfinished or not what their manifest describes: exit code 1."""
 
 
 class CacheMismatchError(CacheError):

@@ -55,7 +55,8 @@ def build_cache(
             of an arch, with `weights`. Its identity is its class, its state dict, and what it outputs for a few views.
         data: As in `Cache`: a name, `folder:PATH`, or a map-style data set of (image, label) or of images, or a
             mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
-            are made here.
+            are made here. Without a "val", a tenth of the training images becomes the validation split
+            (`val_fraction=0.1`); without a "test" there is no test split.
         views: The view policy, such as "crop-flip:pad=4"; "" for the default of the data.
         draws: Views of each training image; 0 for the default of the data.
         taps: Layers whose outputs are kept, whole or a statistic of them: "layer3", "layer3:pool".

@@ -6,10 +6,12 @@ The first words of a fence tell what happens to a block:
     ```sh slow          run by `make slow`, with small settings; a comment above gives the reason
     ```sh not-run       checked without being run; a comment above gives the reason
     ```python           run by the default test suite
+    ```python not-run   checked to be Python; a comment above gives the reason
     ```python file=X    written into the file X of the page's folder
 
-The blocks of a page run in order, in a folder of the page's own. It is empty, unless a comment of the page says
-`<!-- folder: as quickstart.md leaves it -->` or `<!-- folder: with images -->` (images/, and resnet56.th for them).
+The blocks of a page run in order, in a folder of the page's own; blocks of Python share their names. The folder is
+empty, unless a comment of the page says `<!-- folder: as quickstart.md leaves it -->` or
+`<!-- folder: with images -->` (images/, and resnet56.th for them).
 """
 
 import re
