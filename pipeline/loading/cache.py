@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
@@ -18,7 +19,9 @@ from softcache.pipeline.batch import LossContext, MemoryBank
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
+from softcache.pipeline.losses.distillation_loss import select_logits
 from softcache.pipeline.losses.teacher_head import find_available_positions, read_head
+from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.prepared_model import InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, check_same_views
@@ -130,7 +133,7 @@ class Cache:
         self.splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
         self.teacher = " + ".join(member.teacher for member in teachers.members)
         self.input_spec: InputSpec = replace(reader.input_spec, size=reader.views.size)
-        self.prepare_input = InputPreparation(self.input_spec)
+        self._preparation = InputPreparation(self.input_spec)
 
     def __repr__(self) -> str:
         splits = ", ".join(f"{rows} {split}" for split, rows in self.splits.items())
@@ -266,6 +269,62 @@ class Cache:
         numbers = check_index(split, index, len(rows))
         check_draw(split, draw, self.draws)
         return render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
+
+    def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
+        """Normalise views as the teacher's input.
+
+        Args:
+            views: uint8 [n, C, S, S], on any device.
+
+        Returns:
+            float32 [n, channels, size, size], see `input_spec`.
+        """
+        return self._preparation(views)
+
+    def evaluate(
+        self,
+        student: nn.Module,
+        split: str = "test",
+        *,
+        batch_size: int = 512,
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> dict[str, Any]:
+        """Compute every metric of a student on a split, in eval mode.
+
+        Args:
+            student: A network: images float32 [B, C, H, W] -> logits [B, K], on the device.
+            split: "test" or "val".
+            batch_size: Rows of a batch.
+            workers: Processes that decode and render; 0 for a thread of this process.
+            device: Where the student is.
+
+        Returns:
+            {name: value}, as of `softcache.evaluate` with the teacher's logits.
+
+        Raises:
+            CacheError: An image cannot be read, or is not the one that the teacher saw.
+            UsageError: There is no such split, or the student returns no logits.
+        """
+        was_training, logits, teacher_logits = student.training, [], []
+        student.eval()
+        try:
+            with torch.no_grad():
+                for batch in self.loader(split, batch_size, workers=workers, device=device):
+                    logits.append(select_logits(student(batch.images)).float().cpu())
+                    assert batch.logits is not None
+                    teacher_logits.append(batch.logits.cpu())
+        finally:
+            student.train(was_training)
+        single = self.teachers.combine.is_per_teacher if self.teachers.combine else False
+        teacher = torch.cat(teacher_logits)
+        counts = count_classes(self.transfer_set.splits["train"].labels, self.num_classes)
+        return evaluate(
+            torch.cat(logits),
+            self.transfer_set.splits[split].labels,
+            teacher_logits=self.teachers.combine(teacher) if single and self.teachers.combine else teacher,
+            counts=counts,
+        )
 
     def rows(self, split: str) -> torch.Tensor:
         """Return which row of the data each index is.

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcache.base.errors import UsageError
+from softcache.base.errors import UsageError, unknown_name_error
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
 from softcache.pipeline.models import find_head
 from softcache.pipeline.models.prepared_model import PreparedModel
-from softcache.pipeline.taps.hooks import capture_features
-from softcache.pipeline.taps.statistics import derive_features
+from softcache.pipeline.taps.hooks import capture_features, list_layers
+from softcache.pipeline.taps.statistics import derive_features, parse_tap
 
 from . import check_loss_trains, parse_losses, resolve_ramps
 from .base import Loss, list_student_taps, list_teacher_taps, to_float
+from .classifier import SimKD
 from .custom import Custom, LossFunction
 from .multi_teacher import Term, wrap_loss
 
@@ -98,13 +99,14 @@ class DistillationLoss(nn.Module):
         """
         self.detach()
         network = _unwrap(student)
+        _check_layers(network, self.losses)
         batch = example.slice(0, _EXAMPLE_ROWS)
         was_training = student.training
         student.eval()
         try:
             with torch.no_grad(), capture_features(network, self.student_taps) as features:
                 output = student(batch.views if isinstance(student, PreparedModel) else batch.images)
-                logits = _select_logits(output)
+                logits = select_logits(output)
         finally:
             student.train(was_training)
         classes = logits.shape[-1]
@@ -161,7 +163,7 @@ class DistillationLoss(nn.Module):
             )
         if self._hooks is not None and len(self._features) < len(self.student_taps):
             raise UsageError("the student that is attached was not run before its loss was computed")
-        logits = _to_float32(_select_logits(output))
+        logits = _to_float32(select_logits(output))
         return ModelOutputs(logits, {tap: _to_float32(x) for tap, x in self._features.items()}, self._head)
 
     def weighted_terms(self, student: Any, batch: Batch) -> list[torch.Tensor]:
@@ -177,6 +179,8 @@ class DistillationLoss(nn.Module):
             UsageError: As `forward`.
         """
         outputs, batch = self.collect_outputs(student), self._with_teacher_taps(batch)
+        if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[-1]:
+            raise UsageError(f"the student has {outputs.logits.shape[-1]} classes, the cache {batch.logits.shape[-1]}")
         has_several = batch.logits is not None and batch.logits.ndim == 3
         functions: list[Term] = self._functions_of_several if has_several else self.functions
         terms = []
@@ -233,6 +237,18 @@ def resolve_losses(losses: Sequence[LossLike]) -> tuple[Loss, ...]:
     return tuple(next(parsed) if isinstance(loss, str) else _to_loss(loss) for loss in losses)
 
 
+Losses = Sequence[LossLike] | LossLike | DistillationLoss
+
+
+def list_losses(losses: Losses) -> tuple[LossLike, ...]:
+    """Return the terms of an argument `losses`: of one term, of several, or those of a criterion."""
+    if isinstance(losses, DistillationLoss):
+        return losses.losses
+    if isinstance(losses, str) or not isinstance(losses, Sequence):
+        return (losses,)
+    return tuple(losses)
+
+
 def _to_loss(loss: Loss | LossFunction) -> Loss:
     is_loss = callable(getattr(loss, "build_part", None)) and not isinstance(loss, nn.Module)
     return loss if is_loss else Custom(loss)  # type: ignore[return-value, arg-type]
@@ -249,7 +265,21 @@ def _unwrap(student: nn.Module) -> nn.Module:
     return student
 
 
-def _select_logits(output: Any) -> torch.Tensor:
+def _check_layers(network: nn.Module, losses: Sequence[Loss]) -> None:
+    layers = list_layers(network)
+    for loss in losses:
+        for tap in loss.student_taps():
+            if (layer := parse_tap(tap)[0]) in layers:
+                continue
+            if isinstance(loss, SimKD):
+                raise UsageError(
+                    "loss 'simkd' trains a projector as a part of the student: student = loss.extend(student, batch)"
+                )
+            raise unknown_name_error("layer", layer, layers, owner="the student")
+
+
+def select_logits(output: Any) -> torch.Tensor:
+    """Return the logits of what a student returned, see `DistillationLoss.collect_outputs`."""
     if isinstance(output, ModelOutputs | torch.Tensor):
         return output if isinstance(output, torch.Tensor) else output.logits
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

@@ -8,6 +8,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
+from softcache.base.user_modules import name_type
 from softcache.data.sources import DATASET
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache.reader import CacheReader
@@ -80,14 +81,15 @@ def build_cache(
         UsageError: An argument does not exist or does not fit the data or the teacher.
         KeyboardInterrupt: On Ctrl-C. What was finished is kept.
     """
-    is_live = not isinstance(teacher, str)
-    if is_live and weights:
+    if not isinstance(teacher, nn.Module | str):
+        raise UsageError(f"a teacher is a torch.nn.Module or the name of an arch, not {name_type(teacher)}")
+    if weights and not isinstance(teacher, str):
         raise UsageError("weights are for the name of an arch: load them into the network that you pass as teacher")
     config = make_config(
         CacheConfig,
         options,
         data=data if isinstance(data, str) else DATASET,
-        teacher=name_live_arch(teacher) if isinstance(teacher, nn.Module) else str(teacher),
+        teacher=name_live_arch(teacher) if isinstance(teacher, nn.Module) else teacher,
         weights=str(weights),
         views=views,
         draws=draws or None,

@@ -1,6 +1,5 @@
 """Both stages in one call."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from torch import nn
 
 from softcache.base.progress import ProgressCallback
 from softcache.pipeline.losses.base import list_teacher_taps
-from softcache.pipeline.losses.distillation_loss import LossLike, resolve_losses
+from softcache.pipeline.losses.distillation_loss import Losses, list_losses, resolve_losses
 
 from .build_cache import Normalize, build_cache
 from .train_student import train_student
@@ -20,7 +19,7 @@ def distill(
     data: Any,
     *,
     out: str | Path,
-    losses: Sequence[LossLike] = (),
+    losses: Losses = (),
     views: str = "",
     draws: int = 0,
     normalize: Normalize | None = None,
@@ -50,6 +49,7 @@ def distill(
     Raises:
         CacheError, UsageError, KeyboardInterrupt: As `build_cache` and `train_student`.
     """
+    losses = list_losses(losses)
     terms = resolve_losses(losses) if losses else ()
     cache = build_cache(
         Path(out) / "cache",

@@ -57,7 +57,7 @@ def make_config(kind: type[C], options: dict[str, Any], **arguments: Any) -> C:
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for name, value in options.items():
         if name not in known or name in ("json", "resume"):
-            raise unknown_name_error("option", name, [n for n in known if n not in ("json", "resume", *arguments)])
+            raise unknown_name_error("option", name, [n for n in known if n not in ("json", "resume")])
         _check_value(name, value, known[name])
     given = {name: value for name, value in {**arguments, **options}.items() if value is not None}
     for name in arguments.keys() & given.keys():

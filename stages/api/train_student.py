@@ -1,15 +1,16 @@
 """Stage two in one call: train a student from a cache by the trainer of the command line."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from softcache.base.errors import UsageError
 from softcache.base.progress import ProgressCallback
+from softcache.base.user_modules import name_type
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.losses import format_loss
-from softcache.pipeline.losses.distillation_loss import LossLike, resolve_losses
+from softcache.pipeline.losses.distillation_loss import Losses, list_losses, resolve_losses
 from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.models.state_dicts import read_state_dict
 from softcache.stages.cli.configs import StudentConfig
@@ -26,8 +27,9 @@ from .library_call import library_call, make_config
 def train_student(
     cache: Cache | str | Path,
     student: nn.Module | str,
-    losses: Sequence[LossLike] = (),
+    losses: Losses = (),
     *,
+    data: Any = None,
     out: str | Path,
     epochs: int = 0,
     batch_size: int = 0,
@@ -43,11 +45,12 @@ def train_student(
     A call that was stopped goes on where it was when it is made again, and ends with the same weights.
 
     Args:
-        cache: An open cache; or the folder of one, whose data have a name.
+        cache: An open cache, or the folder of one.
         student: A network: images float32 [B, C, H, W] -> logits [B, K]. It ends with the trained weights; with
             several seeds a copy is trained for each, and the network stays as it is. Or the name of an arch.
         losses: The terms of the loss: as of `DistillationLoss`; a module of your own is copied. The defaults of
             the data if there are none.
+        data: With the folder of a cache, its data, as in `Cache`.
         out: The folder of the run.
         epochs, batch_size, learning_rate: 0 for the defaults of the data.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -65,8 +68,13 @@ def train_student(
         UsageError: An argument does not exist or does not fit the cache.
         KeyboardInterrupt: On Ctrl-C. What was finished is kept.
     """
+    if not isinstance(student, nn.Module | str):
+        raise UsageError(f"a student is a torch.nn.Module or the name of an arch, not {name_type(student)}")
     if isinstance(cache, str | Path):
-        cache = Cache(cache, progress=progress)
+        cache = Cache(cache, data=data, progress=progress)
+    elif data is not None:
+        raise UsageError("data are for the path of a cache: this cache is open, with its data")
+    losses = list_losses(losses)
     terms = resolve_losses(losses) if losses else ()
     config = make_config(
         StudentConfig,

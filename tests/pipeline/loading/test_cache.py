@@ -22,7 +22,7 @@ def test_it_says_what_it_is(opened: Cache, tiny: Path) -> None:
     assert opened.classes == tuple("0123456789")
     assert (opened.num_classes, opened.draws, opened.teacher) == (10, 3, "cnn")
     assert opened.splits == {"train": 300, "val": 180, "test": 360}
-    assert opened.taps == {"pool1": (32, 4, 4), "flatten": (128,)}
+    assert opened.taps == {"pool1": (64, 4, 4), "flatten": (512,)}
     assert opened.path == tiny / "cache"
     assert len(opened.fingerprint) == 64
     assert (opened.input_spec.channels, opened.input_spec.size) == (1, 8)
@@ -78,7 +78,7 @@ def test_what_it_does_not_hold_is_refused_in_one_line(opened: Cache, call: objec
 def test_other_data_are_refused(tiny: Path) -> None:
     with pytest.raises(CacheError, match="is of digits, not of mnist"):
         Cache(tiny / "cache", data="mnist")
-    with pytest.raises(CacheError, match="no manifest"):
+    with pytest.raises(CacheError, match="there is no cache at"):
         Cache(tiny / "nothing")
     with pytest.raises(UsageError, match="no cache: name the folder of one"):
         Cache([])
@@ -93,7 +93,9 @@ def test_verify_finds_a_byte_that_changed(cache: Path) -> None:
     assert seen == [("check-cache", i + 1, shards) for i in range(shards)]
     flip_bit(cache / "draw-001/shard-00000.h5", 8 * 4000)
     with pytest.raises(CacheError, match=r"1 files are bad. The first: .*draw-001/shard-00000.h5.*--repair"):
-        Cache(cache).verify()
+        opened.verify()
+    with pytest.raises(CacheError, match=r"draw-001/shard-00000.h5: damaged"):
+        Cache(cache)
 
 
 def test_a_map_of_the_distribution_changes_every_target(opened: Cache, tiny: Path) -> None:

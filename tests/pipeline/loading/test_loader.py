@@ -43,7 +43,7 @@ def test_an_epoch_has_every_row_once_with_the_targets_of_its_very_pixels(cache: 
         for tap, rows in features.items():
             assert rows.dtype == batch.features[tap].dtype == torch.float32
             assert torch.equal(rows, batch.features[tap])
-        assert {tap: list(x.shape[1:]) for tap, x in features.items()} == {"pool1:pool": [32], "flatten": [128]}
+        assert {tap: list(x.shape[1:]) for tap, x in features.items()} == {"pool1:pool": [64], "flatten": [512]}
 
 
 def test_images_are_the_views_normalised_as_the_teachers_input(cache: Cache) -> None:

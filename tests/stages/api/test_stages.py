@@ -144,7 +144,11 @@ def test_a_student_is_trained_in_place_as_the_run_records(cache: Cache, tmp_path
     result = softcache.train_student(
         cache,
         student,
-        ["kd:temperature=4,weight=0.9", losses.Hard(weight=0.1), losses.Hint(teacher="body", student="body")],
+        [
+            "kd:temperature=4,weight=0.9",
+            losses.Hard(weight=0.1),
+            losses.Hint(teacher="body", student="body", weight=0.1),
+        ],
         out=tmp_path / "run",
         epochs=12,
         learning_rate=0.02,
@@ -152,12 +156,13 @@ def test_a_student_is_trained_in_place_as_the_run_records(cache: Cache, tmp_path
         baseline=True,
         progress=lambda text, done, total: seen.append((text, done, total)),
     )
-    assert result == json.loads((tmp_path / "run/result.json").read_text())
+    assert json.loads(json.dumps(result)) == json.loads((tmp_path / "run/result.json").read_text())
     images = cache.prepare_input(cache.render("test", range(120)))
     with torch.no_grad():
         logits = student.eval()(images)
     assert softcache.evaluate(logits, cache.labels("test"))["accuracy"] == result["student"]["test"]["accuracy"] > 0.9
     assert "baseline" in result
+    assert cache.evaluate(student) == result["student"]["test"]
     assert [count for count in seen if count[0] == "training the student"] == [
         ("training the student", i + 1, 12) for i in range(12)
     ]
@@ -214,7 +219,7 @@ def test_an_own_loss_is_copied_for_each_seed(cache: Cache, tmp_path: Path) -> No
     student = make_net(4)
     before = [p.detach().clone() for p in student.parameters()]
     result = softcache.train_student(cache, student, [own, "kd"], out=tmp_path / "run", **options)
-    assert float(own.scale) == 1
+    assert own.scale.item() == 1
     assert len(result["seeds"]) == 2
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
@@ -277,7 +282,7 @@ def test_an_option_that_does_not_exist_is_refused(
         ({"weights": "w.pt"}, "load them into the network that you pass"),
         ({"draws": -1}, "draws=-1 is not between 1 and 100000"),
         ({"teacher": nn.Linear(1, 1)}, "the forward pass of arch .* failed"),
-        ({"teacher": lambda x: x}, "a network is a torch.nn.Module or the name of an arch, not a function"),
+        ({"teacher": lambda x: x}, "a teacher is a torch.nn.Module or the name of an arch, not a function"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(64, 4))}, "4 classes"),
     ],
 )
