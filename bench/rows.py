@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import baselines, footprint, read_speed, several_students, student, teacher, time_to_accuracy
+from . import baselines, footprint, own_loop, read_speed, several_students, student, teacher, time_to_accuracy
 from .measurement import BenchOptions, Measurement
 
 
@@ -63,6 +63,14 @@ ROWS: tuple[Row, ...] = (
             lambda options: student.compare_cached_with_hard(options, "resnet8", "hint")),
     at_most("read-8kB-cnn", 1.10, "epoch that also reads 8 kB of features a row / epoch from hard targets",
             lambda options: student.compare_cached_with_hard(options, "cnn", "read")),
+    at_most("own-loop-resnet8", 1.05, "epoch of a loop of one's own over the public loader / of the trainer",
+            lambda options: own_loop.compare_own_loop_with_trainer(options, "resnet8")),
+    at_most("own-loop-mlp64", 1.05, "epoch of a loop of one's own over the public loader / of the trainer",
+            lambda options: own_loop.compare_own_loop_with_trainer(options, "mlp:64")),
+    at_least("loader-28px", 5, "images a second of the public loader / of a DataLoader over tensors, 28 px grey",
+             lambda options: own_loop.compare_loader_with_data_loader(options, 28)),
+    at_least("loader-32px", 5, "images a second of the public loader / of a DataLoader over tensors, 32 px RGB",
+             lambda options: own_loop.compare_loader_with_data_loader(options, 32)),
     at_most("checked-resnet8", 1.01, "epoch whose views are all compared with their checksums / epoch without",
             lambda options: student.compare_checked_with_unchecked(options, "resnet8", rounds=45)),
     at_most("checked-mlp64", 1.03, "epoch whose views are all compared with their checksums / epoch without",

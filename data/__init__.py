@@ -1,4 +1,4 @@
-"""The data: transfer sets, their sources, images in memory and in files, augmented views, long tails.
+"""The data: transfer sets, their sources, images in memory, in files and of a dataset, augmented views, long tails.
 
 May import base. The only package that knows torchvision's data sets. Begin with `transfer_set.py`, then `views.py`.
 """

@@ -25,7 +25,8 @@ _IMAGE_FORMS = (
 class MapDataset(Protocol):
     """A dataset in memory of this process whose rows are read by number, such as one of torchvision's.
 
-    An item is (image, label) or an image alone, see `read_item`.
+    An item is (image, label) or an image alone, see `read_item`. A row is the same item whenever it is read. Where the
+    images do not fit in memory, rows are read for every view, by background threads or by worker processes.
     """
 
     def __len__(self) -> int: ...

@@ -8,6 +8,7 @@ from softcache.pipeline.losses import LOSSES, Loss, parse_losses
 from softcache.pipeline.losses.base import Ramp
 from softcache.pipeline.losses.classifier import SRRL, CatKD, SimKD
 from softcache.pipeline.losses.crd import CRD
+from softcache.pipeline.losses.custom import Custom
 from softcache.pipeline.losses.decoupled import DIST, DKD, NKD, MultiTemperature
 from softcache.pipeline.losses.hard import Hard, TfKD
 from softcache.pipeline.losses.hint import VID, ConcatHint, Hint
@@ -36,6 +37,7 @@ __all__ = [
     "BalancedSoftmax",
     "CatKD",
     "ConcatHint",
+    "Custom",
     "DiVE",
     "Hard",
     "Hint",

@@ -178,8 +178,8 @@ def test_progress_bars_are_for_commands_and_for_callers_who_want_one() -> None:
     assert {file for file in bars if not file.startswith("stages/")} == {"softcache/base/progress.py"}
 
 
-def test_modules_are_imported_by_a_name_in_a_string_only_for_a_users_own_arch() -> None:
-    assert {file for file, _ in calls("import_module")} == {"pipeline/models/custom_networks.py"}
+def test_modules_are_imported_by_a_name_in_a_string_only_for_a_users_own_code() -> None:
+    assert {file for file, _ in calls("import_module")} == {"softcache/base/user_modules.py"}
     assert list(calls("__import__")) == []
 
 

@@ -4,6 +4,8 @@
 ramp: `temperature=8->1` changes it linearly over the training (temperature annealing, teacher annealing), and
 `weight=0->1@20` reaches the end value in epoch 20 and keeps it.
 
+`--loss my_module:MyLoss:weight=0.5` is a loss of a user's own, see custom.py. A name of LOSSES wins over a module.
+
 May import base, pipeline.batch, pipeline.taps and pipeline.teachers. Begin with `kd.py`. A new loss is a dataclass in
 the file of its family and an entry of LOSSES.
 """
@@ -17,6 +19,8 @@ from softcache.base.spec import check_parameters, parse_number, parse_spec
 from .base import Loss, Ramp, to_float
 from .classifier import SRRL, CatKD, SimKD
 from .crd import CRD
+from .custom import Custom, copy_for_training
+from .custom_specs import file_name_error, import_own_loss, is_own_loss, split_own_spec
 from .decoupled import DIST, DKD, NKD, MultiTemperature
 from .hard import Hard, TfKD
 from .hint import VID, ConcatHint, Hint
@@ -25,7 +29,22 @@ from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
 
-__all__ = ["LOSSES", "Loss", "ZeroLossError", "check_loss_trains", "format_loss", "parse_losses", "resolve_ramps"]
+__all__ = [
+    "LOSSES",
+    "Custom",
+    "Loss",
+    "ZeroLossError",
+    "check_loss_trains",
+    "copy_for_training",
+    "format_loss",
+    "is_custom_loss",
+    "parse_losses",
+    "remove_custom_losses",
+    "resolve_ramps",
+    "split_loss_spec",
+]
+
+_LIVE = "custom("  # begins the text of a loss that a caller in Python passed as an object
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
@@ -68,26 +87,27 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
     """Parse the losses of a training.
 
     Args:
-        specs: one for each loss, such as `("kd:temperature=4", "hard:weight=0.1")`.
+        specs: one for each loss, such as `("kd:temperature=4", "hard:weight=0.1")`. One of a user's own,
+            `my_module:MyLoss`, is imported and made here.
 
     Returns:
         The losses in the order of specs. Beside `output`, a `hint` without a weight has the weight 0.5.
 
     Raises:
-        UsageError: for no loss, an unknown name or parameter, a value out of range, a loss that occurs twice, or
-            `simkd` beside another loss.
+        UsageError: for no loss, an unknown name or parameter, a value out of range, a loss that occurs twice, `simkd`
+            beside another loss, or where a user's own code fails.
     """
     losses = tuple(_parse_loss(spec) for spec in specs)
-    names = [loss.name for loss in losses]
-    for loss in losses:
-        if names.count(loss.name) > 1 and not loss.repeatable:
+    names = [split_loss_spec(spec)[0] for spec in specs]
+    for name, loss in zip(names, losses, strict=True):
+        if names.count(name) > 1 and not loss.repeatable:
             raise UsageError(f"loss '{loss.name}' is given twice: one --loss with one weight each")
     if not losses:
         raise UsageError("no loss: name at least one, such as --loss kd:temperature=4")
     if "simkd" in names and len(names) > 1:
         raise UsageError("loss 'simkd' takes no other loss: its student uses the teacher's last layer as its own")
     if "output" in names:  # output and hint are the two halves of one cost function: 0.5 each by default
-        is_half = [spec.partition(":")[0] == "hint" and "weight" not in parse_spec(spec, "loss")[1] for spec in specs]
+        is_half = [spec.partition(":")[0] == "hint" and "weight" not in split_loss_spec(spec)[1] for spec in specs]
         losses = tuple(
             replace(loss, weight=0.5) if half else loss  # type: ignore[type-var]
             for loss, half in zip(losses, is_half, strict=True)
@@ -96,7 +116,12 @@ def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
 
 
 def format_loss(loss: Loss) -> str:
-    """Format a loss as the text that `parse_losses` reads, with the parameters that are not at their defaults."""
+    """Format a loss as the text that `parse_losses` reads, with the parameters that are not at their defaults.
+
+    Of an object of a user's own the text has the name and the weight, and cannot be parsed.
+    """
+    if isinstance(loss, Custom):
+        return f"{_LIVE}{loss.name}):weight={_format_value(loss.weight)}"
     default = LOSSES.get(loss.name)
     parameters = [
         f"{f.name}={_format_value(getattr(loss, f.name))}"
@@ -112,13 +137,49 @@ def _format_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def is_custom_loss(spec: str) -> bool:
+    """Return whether the text of a loss names code of a user's own, which is imported when it is parsed."""
+    return spec.startswith(_LIVE) or (spec.partition(":")[0] not in LOSSES and is_own_loss(spec))
+
+
+def remove_custom_losses(specs: Sequence[str]) -> tuple[str, ...]:
+    """Remove the losses that name code of a user's own, for a use of a student in which no loss is computed.
+
+    Returns:
+        The others; `("kd",)` where there are no others, as a student has at least one loss.
+    """
+    return tuple(spec for spec in specs if not is_custom_loss(spec)) or ("kd",)
+
+
+def split_loss_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Split the text of a loss: `kd:weight=1` into ("kd", {"weight": "1"}), `my_module:MyLoss` into (itself, {}).
+
+    Raises:
+        UsageError: a parameter has no value, or is given twice.
+    """
+    if not is_custom_loss(spec):
+        return parse_spec(spec, "loss")
+    module, attribute, parameters = split_own_spec(spec)
+    return f"{module}:{attribute}", parameters
+
+
 def _parse_loss(spec: str) -> Loss:
-    name, parameters = parse_spec(spec, "loss")
+    if spec.startswith(_LIVE):
+        raise UsageError(
+            f"loss '{spec}' was passed to softcache in Python, and can be computed there alone: a command takes"
+            " my_module:MyLoss"
+        )
+    if spec.partition(":")[0] not in LOSSES and (error := file_name_error(spec)):
+        raise error
+    name, parameters = split_loss_spec(spec)
+    if is_custom_loss(spec):
+        weight = _parse_number_or_ramp(spec, "weight", parameters.get("weight", "1"))
+        return import_own_loss(spec, weight)
     if name not in LOSSES:
         first, *others = name.replace("+", ",").replace(" ", ",").split(",")
         if others and first in LOSSES:
             raise UsageError(f"loss '{spec}': one --loss for each term, such as --loss {first} --loss {others[0]}")
-        raise unknown_name_error("loss", name, LOSSES)
+        raise unknown_name_error("loss", name, [*LOSSES, "my_module:MyLoss"])
     loss = LOSSES[name]
     kinds = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
     check_parameters(spec, "loss", parameters, kinds)

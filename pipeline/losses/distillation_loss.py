@@ -17,8 +17,10 @@ from softcache.pipeline.taps.statistics import derive_features
 
 from . import check_loss_trains, parse_losses, resolve_ramps
 from .base import Loss, list_student_taps, list_teacher_taps, to_float
+from .custom import Custom, LossFunction
 from .multi_teacher import Term, wrap_loss
 
+LossLike = str | Loss | LossFunction
 _EXAMPLE_ROWS = 2  # on which a student is run to learn the shapes of its layers
 
 
@@ -33,7 +35,8 @@ class DistillationLoss(nn.Module):
     optimiser beside the student's. They exist after `attach`.
 
     Args:
-        losses: One for each term: its text as in `--loss`, or an object of `softcache.losses`.
+        losses: One for each term: its text as in `--loss`, an object of `softcache.losses`, or a callable of your own,
+            (outputs: ModelOutputs, batch: Batch) -> scalar, see `losses.Custom`.
         combination: How the losses learn from the logits [B, M, K] of each of M teachers: "per_teacher", the mean of
             a loss over the teachers, or "ca_mkd", weighted by their confidence in the label.
         missing_to_labels: Use the cross entropy with the label for rows whose targets are missing (NaN).
@@ -46,10 +49,10 @@ class DistillationLoss(nn.Module):
         student_taps: The student's layers that the losses read.
 
     Raises:
-        UsageError: A text is no loss, or there is no loss.
+        UsageError: A text or an object is no loss, or there is none.
     """
 
-    def __init__(self, *losses: str | Loss, combination: str = "per_teacher", missing_to_labels: bool = False):
+    def __init__(self, *losses: LossLike, combination: str = "per_teacher", missing_to_labels: bool = False):
         super().__init__()
         self.losses = resolve_losses(losses)
         self.names = term_names(self.losses)
@@ -207,15 +210,22 @@ class DistillationLoss(nn.Module):
         return {**self.__dict__, "_hooks": None, "_features": {}, "_head": None}
 
 
-def resolve_losses(losses: Sequence[str | Loss]) -> tuple[Loss, ...]:
+def resolve_losses(losses: Sequence[LossLike]) -> tuple[Loss, ...]:
     """Return losses as objects, those that are texts parsed together, as `parse_losses` does.
+
+    A callable that is no loss yet becomes a `Custom`.
 
     Raises:
         UsageError: A text is no loss, or there is no loss.
     """
     texts = [loss for loss in losses if isinstance(loss, str)]
     parsed = iter(parse_losses(texts) if texts or not losses else ())
-    return tuple(next(parsed) if isinstance(loss, str) else loss for loss in losses)
+    return tuple(next(parsed) if isinstance(loss, str) else _to_loss(loss) for loss in losses)
+
+
+def _to_loss(loss: Loss | LossFunction) -> Loss:
+    is_loss = callable(getattr(loss, "build_part", None)) and not isinstance(loss, nn.Module)
+    return loss if is_loss else Custom(loss)  # type: ignore[return-value, arg-type]
 
 
 def _unwrap(student: nn.Module) -> nn.Module:

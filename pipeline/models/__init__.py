@@ -22,6 +22,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.user_code import is_out_of_memory, user_code
+from softcache.base.user_modules import is_importable_name
 from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
 from softcache.pipeline.models.archs.cnn import cnn
 from softcache.pipeline.models.archs.mlp import mlp
@@ -37,7 +38,7 @@ from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
 from softcache.pipeline.taps.hooks import list_layers
 
-from .custom_networks import build_custom, check_factory, is_importable_name, is_live_arch, prepare_live_network
+from .custom_networks import build_custom, check_factory, is_live_arch, prepare_live_network
 from .outputs import LogitsSelector
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].

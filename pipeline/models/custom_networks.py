@@ -5,33 +5,23 @@ that it takes, and returns a torch.nn.Module. It may also be a module itself, wh
 """
 
 import copy
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from difflib import get_close_matches
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from softcache.base.errors import UsageError, make_printable
-from softcache.base.user_code import describe_error, locate_definition, user_code
+from softcache.base.errors import UsageError
+from softcache.base.user_code import locate_definition, user_code
+from softcache.base.user_modules import import_attribute, keep_global_state, name_type
 
 from .outputs import LogitsSelector
 
 # Attribute of a network that computes with contiguous tensors alone, although it has convolutions.
 NEEDS_CONTIGUOUS_INPUT = "_softcache_needs_contiguous_input"
 _CALL = "factory(classes=…, channels=…, size=…), of which it may leave out any"
-
-
-def is_importable_name(module: str) -> bool:
-    """Return whether the part of an arch before its colon can be a module's name."""
-    return all(part.isidentifier() for part in module.split("."))
 
 
 def build_custom(
@@ -56,13 +46,13 @@ def build_custom(
     """
     arch = f"{module}:{factory}"
     # What a module draws when it is imported does not change the weights of the seed, which are drawn next.
-    with _global_state(), torch.random.fork_rng([]):
-        user_module, maker = _import_factory(module, factory, similar)
+    with keep_global_state(), torch.random.fork_rng([]):
+        user_module, maker = import_attribute("arch", module, factory, similar)
     selector = LogitsSelector(arch, classes, location=locate_definition(maker))
     if isinstance(maker, nn.Module):
         network, is_ready = maker, True
     else:
-        with _global_state():
+        with keep_global_state():
             network = _call_factory(arch, maker, {"classes": classes, "channels": channels, "size": size})
         # A module that the factory keeps would be shared by all students of this process.
         is_ready = hasattr(maker, "cache_info") or any(value is network for value in vars(user_module).values())
@@ -88,7 +78,7 @@ def prepare_live_network(
         UsageError: It is no network, or it cannot be copied or made ready.
     """
     if not isinstance(network, nn.Module):
-        raise UsageError(f"a network is a torch.nn.Module or the name of an arch, not {_name_type(network)}")
+        raise UsageError(f"a network is a torch.nn.Module or the name of an arch, not {name_type(network)}")
     selector = LogitsSelector(arch, classes, location=locate_definition(getattr(type(network), "forward", None)))
     return _make_ready(_copy_shared(network, selector), selector, channels, size), selector
 
@@ -132,72 +122,19 @@ def check_factory(module: str, factory: str, similar: Callable[[str], str] | Non
     Raises:
         UsageError: The module cannot be imported, or has no such factory.
     """
-    with _global_state():
-        _import_factory(module, factory, similar)
-
-
-@contextmanager
-def _global_state() -> Iterator[None]:
-    """Undo what a user's module or factory may change of PyTorch, and print what it prints on standard error.
-
-    Standard output may be for one JSON object.
-    """
-    dtype = torch.get_default_dtype()
-    try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()), redirect_stdout(sys.stderr):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _import_factory(module: str, factory: str, similar: Callable[[str], str] | None) -> tuple[ModuleType, Any]:
-    """Import a user's module and return it with the factory."""
-    arch = f"{module}:{factory}"
-    _make_current_folder_importable()
-    try:
-        user_module = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # a module that theirs imports
-            raise UsageError(f"arch '{arch}' cannot be imported: {describe_error(error)}") from error
-        hint = f". Did you mean '{similar(module)}:{factory}'?" if similar and similar(module) else ""
-        if module.endswith(".py"):
-            hint = f". Name the module without .py: '{module[:-3]}:{factory}'"
-        raise UsageError(f"arch '{arch}' cannot be imported: {error}{hint}") from None
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"arch '{arch}' cannot be imported: {describe_error(error)}") from error
-    value: Any = user_module
-    for name in factory.split("."):
-        try:
-            value = getattr(value, name)
-        except AttributeError as error:
-            names = [key for key, item in vars(user_module).items() if callable(item) and not key.startswith("_")]
-            close = get_close_matches(name, names, n=1)
-            hint = f". Did you mean '{module}:{close[0]}'?" if close else ""
-            raise UsageError(f"arch '{arch}' cannot be imported: {make_printable(error)}{hint}") from None
-    return user_module, value
-
-
-def _make_current_folder_importable() -> None:
-    """Put the current folder at the front of sys.path, unless it is on it, so that a user's module there is found.
-
-    `python -m softcache` starts with the current folder on the path, the console script `softcache` does not; an
-    --arch must mean the same module under both. The folder stays on the path for the rest of the process: the module
-    may import its neighbours when it is called, and worker processes import it once more.
-    """
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    with keep_global_state():
+        import_attribute("arch", module, factory, similar)
 
 
 def _call_factory(arch: str, factory: Any, sizes: dict[str, int]) -> nn.Module:
     """Call a factory with the arguments that it takes, and check that it returns a network."""
     if not callable(factory):
-        raise UsageError(f"arch '{arch}' is {_name_type(factory)}, neither a function nor a torch.nn.Module")
+        raise UsageError(f"arch '{arch}' is {name_type(factory)}, neither a function nor a torch.nn.Module")
     positional, named = _choose_arguments(arch, factory, sizes)
     with user_code(f"the factory of arch '{arch}' failed", locate_definition(factory)):
         network = factory(*positional, **named)
     if not isinstance(network, nn.Module):
-        raise UsageError(f"arch '{arch}' returned {_name_type(network)}, not a torch.nn.Module")
+        raise UsageError(f"arch '{arch}' returned {name_type(network)}, not a torch.nn.Module")
     return network
 
 
@@ -227,10 +164,6 @@ def _choose_arguments(arch: str, factory: Any, sizes: dict[str, int]) -> tuple[l
             " function that takes these and calls yours"
         )
     return positional, named
-
-
-def _name_type(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _is_other(value: Any) -> bool:

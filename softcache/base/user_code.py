@@ -1,8 +1,8 @@
 """Errors inside a user's own code: where in their files an exception was raised, in one line.
 
-Code of the user runs in three places: a factory is imported and called, its network runs inside PyTorch, and a
-dataset returns its items. A frame of a traceback is the user's where PyTorch or one of our modules in _CALLERS called
-it, and it is neither ours, nor PyTorch's, nor of the standard library.
+Code of the user runs in four places: a module is imported and a factory in it called, a network runs inside PyTorch, a
+loss is called, and a dataset returns its items. A frame of a traceback is the user's where PyTorch or one of our
+modules in _CALLERS called it, and it is neither ours, nor PyTorch's, nor of the standard library.
 """
 
 import errno
@@ -16,8 +16,12 @@ from typing import Any
 
 from softcache.base.errors import UsageError, make_printable
 
-_CALLERS = (  # the modules that import and call factories, and that read a user's dataset
+# The modules that import a user's code and call it.
+_CALLERS = (
+    "softcache.base.user_modules",
     "softcache.pipeline.models.custom_networks",
+    "softcache.pipeline.losses.custom",
+    "softcache.pipeline.losses.custom_specs",
     "softcache.data.dataset_items",
 )
 _LIBRARY_FOLDERS = ("site-packages", "dist-packages")
@@ -95,8 +99,9 @@ def locate_user_code(error: BaseException) -> str:
 
 
 def locate_definition(value: Any) -> str:
-    """Return `nets.py:3`, where a function or a class is defined, or ""."""
-    code = getattr(value, "__code__", None)
+    """Return `nets.py:3`, where a function or the constructor of a class is defined, or ""."""
+    function = vars(value).get("__init__") if isinstance(value, type) else value
+    code = getattr(function, "__code__", None)
     return f"{_shorten_path(code.co_filename)}:{code.co_firstlineno}" if code else ""
 
 

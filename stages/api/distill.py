@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from softcache.base.progress import ProgressCallback
-from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.base import list_teacher_taps
-from softcache.pipeline.losses.distillation_loss import resolve_losses
+from softcache.pipeline.losses.distillation_loss import LossLike, resolve_losses
 
 from .build_cache import Normalize, build_cache
 from .train_student import train_student
@@ -21,7 +20,7 @@ def distill(
     data: Any,
     *,
     out: str | Path,
-    losses: Sequence[str | Loss] = (),
+    losses: Sequence[LossLike] = (),
     views: str = "",
     draws: int = 0,
     normalize: Normalize | None = None,

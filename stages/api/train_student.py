@@ -8,8 +8,8 @@ from torch import nn
 
 from softcache.base.progress import ProgressCallback
 from softcache.pipeline.loading.cache import Cache
-from softcache.pipeline.losses import Loss, format_loss
-from softcache.pipeline.losses.distillation_loss import resolve_losses
+from softcache.pipeline.losses import format_loss
+from softcache.pipeline.losses.distillation_loss import LossLike, resolve_losses
 from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.models.state_dicts import read_state_dict
 from softcache.stages.cli.configs import StudentConfig
@@ -26,7 +26,7 @@ from .library_call import library_call, make_config
 def train_student(
     cache: Cache | str | Path,
     student: nn.Module | str,
-    losses: Sequence[str | Loss] = (),
+    losses: Sequence[LossLike] = (),
     *,
     out: str | Path,
     epochs: int = 0,
@@ -46,7 +46,7 @@ def train_student(
         cache: An open cache; or the folder of one, whose data have a name.
         student: A network: images float32 [B, C, H, W] -> logits [B, K]. It ends with the trained weights; with
             several seeds a copy is trained for each, and the network stays as it is. Or the name of an arch.
-        losses: The terms of the loss: their texts as in `--loss`, or objects of `softcache.losses`. The defaults of
+        losses: The terms of the loss: as of `DistillationLoss`; a module of your own is copied. The defaults of
             the data if there are none.
         out: The folder of the run.
         epochs, batch_size, learning_rate: 0 for the defaults of the data.
@@ -76,7 +76,9 @@ def train_student(
         combine=cache.combine,
         map=cache.map,
         arch=name_live_arch(student) if isinstance(student, nn.Module) else student,
-        loss=tuple(loss if isinstance(loss, str) else format_loss(loss) for loss in losses),
+        loss=tuple(
+            loss if isinstance(loss, str) else format_loss(term) for loss, term in zip(losses, terms, strict=True)
+        ),
         epochs=epochs or None,
         batch_size=batch_size or None,
         learning_rate=learning_rate or None,

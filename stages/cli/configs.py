@@ -103,7 +103,8 @@ class StudentConfig(CacheSourceOptions, DataOptions, MachineOptions, PrecisionOp
     output: str = option("", OUTPUT_HELP)
     loss: tuple[str, ...] = option(
         (),
-        "A term of the loss, such as kd:temperature=4,weight=0.9; repeat for several; see `softcache losses`.",
+        "A term of the loss, such as kd:temperature=4,weight=0.9, or my_module:MyLoss:weight=0.5 of your own; repeat"
+        " for several; see `softcache losses`.",
         by_recipe=True,
     )
     finetune_epochs: int = option(0, "Epochs from hard targets alone, after distillation.", least=0)

@@ -51,7 +51,7 @@ def format_typed_command(out: str = "") -> str:
     return " ".join([program_name(), command, *(quote(make_printable(option, None)) for option in options)])
 
 
-def format_continue_command(command: str, out: str | Path, arch: str) -> str:
+def format_continue_command(command: str, out: str | Path, arch: str, losses: Sequence[str] = ()) -> str:
     """Format the command that continues a stopped training.
 
     Args:
@@ -59,23 +59,30 @@ def format_continue_command(command: str, out: str | Path, arch: str) -> str:
             teacher of `teacher-cache` is, is continued by that command, as it was typed.
         out: the folder of the run.
         arch: its arch.
+        losses: its losses, a text for each term.
     """
     if _TYPED.get()[:1] in ((), (command,)):
-        return format_resume_command(command, out, arch)
+        return format_resume_command(command, out, arch, losses)
     return format_typed_command()
 
 
-def format_resume_command(command: str, out: str | Path, arch: str = "") -> str:
+def format_resume_command(command: str, out: str | Path, arch: str = "", losses: Sequence[str] = ()) -> str:
     """Format `student --resume`, or `teacher --resume`.
 
     Args:
         command: `teacher` or `student`.
         out: the folder of the run.
         arch: its arch, which is named where it is code of the user.
+        losses: its losses, a text for each term, all of which are named where one of them is code of the user.
     """
-    text = f"{program_name()} {command} --resume --out {quote(make_printable(out, None))}"
-    if not arch:
-        return text
-    from softcache.pipeline.models import is_custom_arch  # not at the top: it loads PyTorch, which --help needs not
+    options = ["--resume", "--out", str(out)]
+    if arch or losses:
+        # Not at the top: these load PyTorch, which --help needs not.
+        from softcache.pipeline.losses import is_custom_loss
+        from softcache.pipeline.models import is_custom_arch
 
-    return f"{text} --arch {quote(make_printable(arch, None))}" if is_custom_arch(arch) else text
+        if is_custom_arch(arch):
+            options += ["--arch", arch]
+        if any(map(is_custom_loss, losses)):
+            options += [word for spec in losses for word in ("--loss", spec)]
+    return " ".join([program_name(), command, *(quote(make_printable(option, None)) for option in options)])

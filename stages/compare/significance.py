@@ -77,7 +77,9 @@ def _read_predictions(candidate: Candidate) -> Predictions | str:
     try:
         predictions = read_predictions(candidate)
     except UsageError as error:
-        command = format_resume_command("student", candidate.folder, str(candidate.config["arch"]))
+        command = format_resume_command(
+            "student", candidate.folder, str(candidate.config["arch"]), candidate.config.get("loss", ())
+        )
         return f"{error}; a finished run of an older version writes it with  {command}"
     if not len(predictions.labels):
         return f"the {candidate.split} rows of '{candidate.name}' have no labels"

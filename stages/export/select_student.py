@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.pipeline.losses import remove_custom_losses
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_json
@@ -18,7 +19,8 @@ class ExportedRun:
     Attributes:
         folder: The folder named on the command line; the files are written to it.
         seed_folder: The folder of student.pt.
-        config: The configuration of this one seed, with the places of cache and data on this machine.
+        config: The configuration of this one seed, with the places of cache and data on this machine, without losses
+            that are code of the user.
         run_config: The configuration of the run, as it was trained.
         reason: Why this seed was selected.
     """
@@ -56,7 +58,7 @@ def select_student(folder: Path, **overrides: Any) -> ExportedRun:
     run_config = read_config(root, StudentConfig)
     result = root / "result.json"
     if not result.is_file():
-        command = format_resume_command("student", root, run_config.arch)
+        command = format_resume_command("student", root, run_config.arch, run_config.loss)
         raise CacheError(f"'{root}' is not finished: continue it with  {command}")
     if run_config.seeds == 1:
         seed, reason = run_config.seed, "the only one"
@@ -70,7 +72,9 @@ def select_student(folder: Path, **overrides: Any) -> ExportedRun:
     seed_folder = root if run_config.seeds == 1 else root / f"seed-{seed}"
     if not (seed_folder / "student.pt").is_file():
         raise CacheError(f"'{seed_folder}' has no student.pt, though its run is finished: restore it from a copy")
-    config = replace(run_config, out=str(root), seed=seed, seeds=1, **overrides)
+    # Code of the user among the losses is not imported: a student is exported without them.
+    losses = remove_custom_losses(run_config.loss)
+    config = replace(run_config, out=str(root), seed=seed, seeds=1, loss=losses, **overrides)
     return ExportedRun(folder=folder, seed_folder=seed_folder, config=config, run_config=run_config, reason=reason)
 
 

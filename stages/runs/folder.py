@@ -20,7 +20,7 @@ from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
 from .logits import TEACHER_LOGITS
-from .named_code import require_named_code
+from .named_code import require_named_code, require_named_losses
 
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
 IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
@@ -168,19 +168,23 @@ def _resume_config(config: S, explicit_options: set[str]) -> S:
         raise UsageError(
             f"'{folder}' was started with another {', '.join(different)}: leave out what is not to change"
         )
-    require_named_code(
-        settings.arch,
-        config.arch if "arch" in explicit_options else "",
-        owner=f"the run '{folder}'",
-        option="--arch",
-        command=format_resume_command(_command_name(config), folder, settings.arch),
-    )
+    owner, losses = f"the run '{folder}'", _read_losses(asdict(settings))
+    command = format_resume_command(_command_name(config), folder, settings.arch, losses)
+    explicit_arch = config.arch if "arch" in explicit_options else ""
+    require_named_code(settings.arch, explicit_arch, owner=owner, option="--arch", command=command)
+    require_named_losses(losses, is_explicit="loss" in explicit_options, owner=owner, command=command)
     names = _RESUME_OPTIONS & explicit_options & {f.name for f in fields(config)}
     return replace(settings, **{name: getattr(config, name) for name in names})
 
 
 def _command_name(config: TeacherConfig | StudentConfig) -> str:
     return "teacher" if isinstance(config, TeacherConfig) else "student"
+
+
+def _read_losses(settings: dict[str, Any]) -> tuple[str, ...]:
+    """Return the losses of a student's settings; none for a teacher's, or where they are no list of texts."""
+    losses = settings.get("loss", ())
+    return tuple(losses) if isinstance(losses, list | tuple) and all(isinstance(x, str) for x in losses) else ()
 
 
 def _to_list(value: Any) -> Any:
@@ -201,7 +205,7 @@ def _describe_existing_run(folder: Path, config: S) -> str:
         return f" and is no run of a {command}: choose another --out"
     differences = _list_differences(settings, config)
     description = f"other settings ({'; '.join(differences[:4])})" if differences else "the same settings"
-    resume = format_resume_command(command, folder, str(settings.get("arch", "")))
+    resume = format_resume_command(command, folder, str(settings.get("arch", "")), _read_losses(settings))
     return f", started with {description}: choose another --out, or continue it with  {resume}"
 
 

@@ -1,6 +1,9 @@
 """Users' own code is imported only where the command line names it: a run or a cache is data, not code."""
 
+from collections.abc import Sequence
+
 from softcache.base.errors import UsageError, make_printable
+from softcache.pipeline.losses import is_custom_loss
 from softcache.pipeline.models import is_custom_arch
 
 
@@ -24,5 +27,25 @@ def require_named_code(recorded: str, explicit: str, owner: str, option: str, co
     if is_custom_arch(recorded) and not explicit:
         raise UsageError(
             f"{owner} names code to be imported, '{make_printable(recorded)}', and a file alone does not run code:"
+            f" where you trust that code, name it with  {command}"
+        )
+
+
+def require_named_losses(recorded: Sequence[str], is_explicit: bool, owner: str, command: str) -> None:
+    """Check that a command line names the losses that a file names, where one of them is code of a user.
+
+    Args:
+        recorded: The losses in the file, which may come from anyone.
+        is_explicit: Whether the command line names losses, which are the same as these.
+        owner: Whose losses they are, for the message, such as "the run 'runs/s'".
+        command: The command line with all of them, to be copied.
+
+    Raises:
+        UsageError: A loss is code of a user, and not named.
+    """
+    own = [spec for spec in recorded if is_custom_loss(spec)]
+    if own and not is_explicit:
+        raise UsageError(
+            f"{owner} names code to be imported, '{make_printable(own[0])}', and a file alone does not run code:"
             f" where you trust that code, name it with  {command}"
         )

@@ -35,6 +35,7 @@ from softcache.stages.teacher_cache import command as cache_stage
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
 from .early_checks import check_before_images, check_names
+from .own_losses import check_own_losses
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_or_resume
@@ -104,6 +105,7 @@ def _check_chain(archs: list[str], base_config: StudentConfig, setup: Distillati
         network = setup.build_student(config, setup.losses)
         for note in setup.check_student(network, config):
             console.print(note)
+        check_own_losses(config, setup)
         missing = sorted(layers - set(list_layers(network)))
         if missing and arch in archs[:-1]:
             raise UsageError(

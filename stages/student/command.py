@@ -20,6 +20,7 @@ from softcache.stages.training.data_parallel import check_batches_shareable, not
 from .defaults import fill_defaults
 from .early_checks import check_names
 from .gain import explain_gain
+from .own_losses import check_own_losses
 from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_student
@@ -63,7 +64,7 @@ def _prepare(
     config, folder = open_run(config, explicit, f"{short_name(config.data)}-{config.arch.replace(':', '-')}")
     if "out" not in explicit:
         for unfinished in find_unfinished_runs(config, folder):
-            command = format_resume_command("student", unfinished, config.arch)
+            command = format_resume_command("student", unfinished, config.arch, config.loss)
             console.print(f"'{unfinished}' was stopped; continue it with  {command}")
     setup = DistillationSetup.open(config)
     network = setup.build_student(config, setup.losses)
@@ -73,6 +74,7 @@ def _prepare(
     check_batches_shareable(network, stream, setup.device, config)
     for note in setup.check_student(network, config):
         console.print(note)
+    check_own_losses(config, setup)
     print_notes(config, setup, console)
     reads_teacher = any(loss.needs_logits or loss.needs_head for loss in setup.losses)
     if not reads_teacher and (setup.teachers.combine or setup.teachers.maps):

@@ -7,6 +7,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.pipeline.cache.reader import CacheReader
+from softcache.pipeline.losses import remove_custom_losses
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import EvaluateConfig, StudentConfig
@@ -40,6 +41,8 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
         option="--arch",
         command=format_command("evaluate", config, folder, arch=student_config.arch),
     )
+    # The figures of a student do not depend on its losses: code of the user among them is not imported.
+    student_config = replace(student_config, loss=remove_custom_losses(student_config.loss))
     check_same_teachers(folder, open_caches(student_config.cache))
     setup = DistillationSetup.open(student_config)
     metrics: dict[str, Any] = {}
@@ -78,7 +81,8 @@ def check_same_teachers(folder: Path, caches: tuple[CacheReader, ...]) -> None:
 def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSetup) -> dict[str, Any]:
     path = folder / "student.pt"
     if not path.is_file():
-        command = format_resume_command("student", config.out, config.arch)
+        losses = read_config(Path(config.out), StudentConfig).loss
+        command = format_resume_command("student", config.out, config.arch, losses)
         raise CacheError(
             f"'{folder}' has no student.pt, because its training is not finished: continue with  {command}"
         )

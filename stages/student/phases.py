@@ -16,7 +16,7 @@ from softcache.base.errors import TrainingStopped, UsageError
 from softcache.base.files import remove_stale_files
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.loading.stream import BatchStream
-from softcache.pipeline.losses import Loss
+from softcache.pipeline.losses import Loss, copy_for_training
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
@@ -197,7 +197,8 @@ def make_training_run(
 ) -> TrainingRun:
     """Make one training of a student from its parts.
 
-    A baseline takes as many steps as its student, on the labelled rows only.
+    A baseline takes as many steps as its student, on the labelled rows only. A loss of a user's own is copied, so that
+    no two trainings share its state.
 
     Args:
         name: student, distilled or baseline.
@@ -208,7 +209,7 @@ def make_training_run(
         labels: int64 [N] of the training split by index, -1 where hidden.
         folder: where weights and metrics are written.
     """
-    input_spec = setup.input_spec
+    input_spec, losses = setup.input_spec, tuple(map(copy_for_training, losses))
     only_labelled = all(loss.needs_labels for loss in losses)
     read_targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
     combine = setup.teachers.combine

@@ -24,6 +24,7 @@ from softcache.stages.distributed.ranks import current_ranks
 from . import command as single_student
 from .defaults import fill_defaults
 from .early_checks import check_before_images, check_names
+from .own_losses import check_own_losses
 from .phases import StudentTraining, check_shared_stream, train_phases
 from .recipes import apply_recipe
 from .setup import DistillationSetup
@@ -144,6 +145,7 @@ def _open_students(configs: dict[str, StudentConfig], folder: Path, console: Con
         setup = students[0].setup.with_options(config) if students else DistillationSetup.open(config)
         # An arch that cannot be built or trained is found before a folder is made.
         notes += setup.check_student(setup.build_student(config, setup.losses), config)
+        check_own_losses(config, setup)
         students.append(StudentTraining(config, setup, folder / name))
     for note in dict.fromkeys(notes):
         console.print(note)

@@ -75,7 +75,8 @@ def train(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> Finishe
         (finished,) = train_several([run], held_out, console)
     except KeyboardInterrupt:
         command = "teacher" if run.name == "teacher" else "student"
-        continuation = format_continue_command(command, run.config.out, run.config.arch)
+        losses = getattr(run.config, "loss", ())
+        continuation = format_continue_command(command, run.config.out, run.config.arch, losses)
         raise Interrupted(f"stopped; continue with  {continuation}") from None
     if isinstance(finished, TrainingStopped):
         raise finished

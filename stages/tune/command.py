@@ -22,6 +22,7 @@ from softcache.stages.runs.folder import IGNORED_OPTIONS
 from softcache.stages.student.command import print_notes
 from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.early_checks import check_before_images, check_names
+from softcache.stages.student.own_losses import check_own_losses
 from softcache.stages.student.recipes import apply_recipe
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
@@ -191,6 +192,7 @@ def _check_space(space: tuple[SearchedOption, ...], base_config: StudentConfig, 
             student_setup.check_student(
                 student_setup.build_student(student_config, student_setup.losses), student_config
             )
+            check_own_losses(student_config, student_setup)
         except ZeroLossError:
             continue
         except UsageError as error:

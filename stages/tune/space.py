@@ -9,9 +9,10 @@ from decimal import Decimal
 from typing import Any
 
 from softcache.base.errors import UsageError, unknown_name_error
-from softcache.base.spec import parse_number, parse_spec
-from softcache.pipeline.losses import Loss, parse_losses
+from softcache.base.spec import parse_number
+from softcache.pipeline.losses import Custom, Loss, parse_losses, split_loss_spec
 from softcache.pipeline.losses.base import Ramp
+from softcache.pipeline.losses.custom_specs import list_own_parameters
 from softcache.pipeline.losses.distillation_loss import term_names
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.options import to_flag
@@ -123,7 +124,7 @@ def apply_values(config: StudentConfig, space: Sequence[SearchedOption], values:
 
 
 def _replace_parameter(spec: str, parameter: str, value: Value) -> str:
-    name, parameters = parse_spec(spec, "loss")
+    name, parameters = split_loss_spec(spec)
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"{name}:" + ",".join(f"{k}={v}" for k, v in {**parameters, parameter: text}.items())
 
@@ -184,25 +185,32 @@ def _find_parameter(spec: str, name: str, config: StudentConfig) -> tuple[int, s
     if not dot:
         training_option = name.replace("-", "_")
         if training_option not in TRAINING_OPTIONS:
-            raise unknown_name_error("setting to search", name, [*TRAINING_OPTIONS, *_list_parameters(losses)])
+            raise unknown_name_error("setting to search", name, [*TRAINING_OPTIONS, *_list_parameters(config, losses)])
         return -1, training_option, type(_get_field(training_option).default)
     if term not in terms:
         raise unknown_name_error("loss to search", term, terms)
     term_index = terms.index(term)
     loss = losses[term_index]
-    types: dict[str, Any] = {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
+    types = _get_types(loss, config.loss[term_index])
     if parameter not in types:
         raise unknown_name_error(f"parameter of loss '{term}'", parameter, types)
-    if isinstance(getattr(loss, parameter), Ramp):
+    if isinstance(getattr(loss, parameter, None), Ramp):
         raise UsageError(
             f"search '{spec}': {parameter} is a ramp in --loss '{config.loss[term_index]}': remove one of the two"
         )
     return term_index, parameter, types[parameter] if types[parameter] in (str, bool, int) else float
 
 
-def _list_parameters(losses: Sequence[Loss]) -> Iterator[str]:
-    for term, loss in zip(term_names(losses), losses, strict=True):
-        yield from (f"{term}.{f.name}" for f in fields(loss))  # type: ignore[arg-type]
+def _list_parameters(config: StudentConfig, losses: Sequence[Loss]) -> Iterator[str]:
+    for term, loss, spec in zip(term_names(losses), losses, config.loss, strict=True):
+        yield from (f"{term}.{parameter}" for parameter in _get_types(loss, spec))
+
+
+def _get_types(loss: Loss, spec: str) -> dict[str, Any]:
+    """Return {parameter: type} of a loss; spec: its text in --loss."""
+    if isinstance(loss, Custom):
+        return dict(list_own_parameters(spec))
+    return {f.name: f.type for f in fields(loss)}  # type: ignore[arg-type]
 
 
 def _get_field(name: str) -> Field[Any]:

@@ -48,6 +48,20 @@ def net(classes, channels, size):
         flatten=nn.Flatten(), linear=nn.Linear(8, classes),
     ))
 """
+OWN_LOSS = """
+import torch
+from torch import nn
+
+class Projected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(10, 10)
+        if int(__import__("os").environ.get("RANK", 0)):
+            nn.init.zeros_(self.map.weight)
+
+    def forward(self, outputs, batch):
+        return nn.functional.mse_loss(self.map(outputs.logits), batch.logits)
+"""
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 STUDENT = ("--arch", "mlp:16", "--batch-size", 53, "--learning-rate", 0.05)
 EVERYTHING = (
@@ -267,6 +281,19 @@ def test_ranks_may_skip_different_layers_of_a_network(tiny: Path, forks: Forks, 
     command = ("student", "--cache", tiny / "cache", "--arch", "skipping:Skipping", "--epochs", 2, "--batch-size", 60)
     succeeds(forks.run_ranks(2, *command, "--device", "cpu", "--clip-norm", 1, "--out", "r", cwd=tmp_path))
     assert (tmp_path / "r/student.pt").is_file()
+
+
+def test_ranks_train_the_same_parts_of_a_users_own_loss(
+    tiny: Path, stages: Stages, forks: Forks, tmp_path: Path
+) -> None:
+    """Each rank draws its initial weights from another state: those of the first are used."""
+    (tmp_path / "lossy.py").write_text(OWN_LOSS)
+    command = ("student", "--cache", tiny / "cache", "--arch", "mlp:8", "--epochs", 2, "--device", "cpu")
+    losses = ("--loss", "lossy:Projected:weight=0.1", "--loss", "kd")
+    for count in (1, 2):
+        succeeds(forks.run_ranks(count, *command, *losses, "--out", f"r{count}", cwd=tmp_path))
+    one, two = ([line["loss"] for line in read_metric_lines(tmp_path / f"r{n}/metrics.jsonl")] for n in (1, 2))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_student_is_resumed_by_another_number_of_ranks(
