@@ -1,7 +1,7 @@
 """A loop with Accelerate, in one process or in several that share each batch.
 
     python examples/accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py    # on GPUs also: accelerate launch --num_processes 2 …
 
 The loader divides every batch among the processes by itself, so `accelerator.prepare` gets the student, the criterion
 and the optimizer, and not the loader. Needs `accelerate`. Takes 15 seconds on one core.
@@ -23,11 +23,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("runs/examples/accelerate_loop"))
     arguments = parser.parse_args()
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # without it, processes on CPUs are not joined
     set_seed(0)
 
-    # All processes call this: they share the work, and one of them trains the teacher.
-    cache = softcache.build_cache(arguments.out / "cache", "mlp:256", "digits", views="crop:pad=1", draws=8)
+    with accelerator.main_process_first():  # one process makes the cache, the others open it
+        cache = softcache.build_cache(arguments.out / "cache", "mlp:256", "digits", views="crop:pad=1", draws=8)
     student = nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
