@@ -3,8 +3,8 @@
     python examples/accelerate_loop.py
     torchrun --nproc-per-node 2 examples/accelerate_loop.py    # on GPUs also: accelerate launch --num_processes 2 …
 
-The loader divides every batch among the processes by itself, so `accelerator.prepare` gets the student, the criterion
-and the optimizer, and not the loader. Needs `accelerate`. Takes 15 seconds on one core.
+The loader divides every batch among the processes by itself, so it is not given to `accelerator.prepare`. Needs
+`accelerate`. Takes 15 seconds on one core.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def main() -> None:
         *(nn.Flatten(), nn.Linear(128, cache.num_classes)),
     )
     criterion = softcache.DistillationLoss("kd:temperature=4,weight=0.9", "hard:weight=0.1")
-    optimizer = torch.optim.AdamW([*student.parameters(), *criterion.parameters()], lr=0.01)
-    student, criterion, optimizer = accelerator.prepare(student, criterion, optimizer)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+    student, optimizer = accelerator.prepare(student, optimizer)  # and the criterion, where it has parameters
 
     loader = cache.loader("train", batch_size=64, device=accelerator.device)  # 64 rows of all processes together
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs * len(loader))
