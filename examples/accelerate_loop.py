@@ -29,9 +29,16 @@ def main() -> None:
     with accelerator.main_process_first():  # one process makes the cache, the others open it
         cache = softcache.build_cache(arguments.out / "cache", "mlp:256", "digits", views="crop:pad=1", draws=8)
     student = nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
-        *(nn.Flatten(), nn.Linear(128, cache.num_classes)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, cache.num_classes),
     )
     criterion = softcache.DistillationLoss("kd:temperature=4,weight=0.9", "hard:weight=0.1")
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
