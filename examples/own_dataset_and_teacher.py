@@ -72,14 +72,10 @@ def main() -> None:
         taps=["2"],  # the ReLU: names are those of teacher.named_modules()
         normalize=((0.5,), (0.5,)),  # as in the teacher's training
     )
+    student = make_network(width=64)
     losses = ["kd:temperature=4,weight=0.9", "hard:weight=0.1", "hint:teacher=2,student=2"]
     result = softcache.train_student(
-        cache,
-        make_network(width=64),
-        losses,
-        epochs=arguments.epochs,
-        learning_rate=0.01,
-        out=arguments.out / "student",
+        cache, student, losses, epochs=arguments.epochs, learning_rate=0.01, out=arguments.out / "student"
     )
     print(f"test accuracy: {result['student']['test']['accuracy']:.3f}")
 
