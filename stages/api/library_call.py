@@ -20,8 +20,8 @@ C = TypeVar("C")
 def library_call(progress: bool | ProgressCallback) -> Iterator[None]:
     """Run the code of a command inside a call of the library.
 
-    Lines go to the logger `softcache`. Random generators and the number of threads are afterwards what they were. Under
-    torchrun each process makes its call alone: the processes are the caller's, and may not all make it.
+    Lines go to the logger `softcache`. Random generators and the number of threads are afterwards what they were.
+    Under torchrun each process makes its call alone: the processes are the caller's, and may not all make it.
 
     Args:
         progress: As in `report_to`.
