@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
 import softcache
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/examples/accelerate_loop"))
     arguments = parser.parse_args()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # without it, processes on CPUs are not joined
-    set_seed(0)
+    torch.manual_seed(0)
 
     with accelerator.main_process_first():  # one process makes the cache, the others open it
         cache = softcache.build_cache(arguments.out / "cache", "mlp:256", "digits", views="crop:pad=1", draws=8)

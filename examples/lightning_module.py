@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("runs/examples/lightning_module"))
     arguments = parser.parse_args()
-    lightning.seed_everything(0, verbose=False)
+    torch.manual_seed(0)
 
     cache = softcache.build_cache(arguments.out / "cache", "mlp:256", "digits", views="crop:pad=1", draws=8)
     student = nn.Sequential(
