@@ -1,6 +1,7 @@
 """A cache together with the data that it was made from: what students are trained from."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -310,10 +311,12 @@ class Cache:
         student.eval()
         try:
             with torch.no_grad():
-                for batch in self.loader(split, batch_size, workers=workers, device=device):
-                    logits.append(select_logits(student(batch.images)).float().cpu())
-                    assert batch.logits is not None
-                    teacher_logits.append(batch.logits.cpu())
+                loader = self.loader(split, batch_size, workers=workers, device=device)
+                with closing(loader.stream.batches(0, len(loader))) as batches:  # the whole split on every rank
+                    for batch in batches:
+                        logits.append(select_logits(student(batch.images)).float().cpu())
+                        assert batch.logits is not None
+                        teacher_logits.append(batch.logits.cpu())
         finally:
             student.train(was_training)
         single = self.teachers.combine.is_per_teacher if self.teachers.combine else False

@@ -11,6 +11,7 @@ import torch
 from softcache.base.errors import Interrupted, UsageError, unknown_name_error
 from softcache.base.progress import ProgressCallback
 from softcache.stages.cli.console import report_to
+from softcache.stages.distributed.ranks import as_single_process
 
 C = TypeVar("C")
 
@@ -20,6 +21,7 @@ def library_call(progress: bool | ProgressCallback) -> Iterator[None]:
     """Run the code of a command inside a call of the library.
 
     Lines go to the logger `softcache`. Random generators and the number of threads are afterwards what they were.
+    Under torchrun each process makes its call alone: the processes are the caller's, and may not all make it.
 
     Args:
         progress: As in `report_to`.
@@ -32,7 +34,7 @@ def library_call(progress: bool | ProgressCallback) -> Iterator[None]:
     limit = dynamo.config.recompile_limit if dynamo else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        with report_to(progress), torch.random.fork_rng(devices):
+        with as_single_process(), report_to(progress), torch.random.fork_rng(devices):
             yield
     except Interrupted:
         raise KeyboardInterrupt from None
