@@ -45,6 +45,16 @@ LOSSES = "Losses"  # the section of softcache.losses
 DESCRIPTIONS = ("Args", "Attributes")  # sections of `name: text`
 TEXTS = ("Returns", "Yields", "Raises", "Source")
 SPECIAL_METHODS = ("__len__", "__iter__", "__call__")
+# What the commands use of these classes; it may change, and is no part of the contract.
+OF_THE_COMMANDS = {
+    "Cache.from_parts",
+    "Cache.make_context",
+    "Cache.reader",
+    "ConcatHint.with_default_layers",
+    "Custom.copy_for_training",
+    "DistillationLoss.build_parts",
+    "SimKD.projected_layer",
+}
 
 
 class DocumentationError(Exception):
@@ -145,6 +155,8 @@ def _list_methods(kind: type) -> Iterator[tuple[str, Any]]:
             value, classmethod | staticmethod | property | cached_property
         )
         is_public = not name.startswith("_") or name in SPECIAL_METHODS
+        if f"{kind.__name__}.{name}" in OF_THE_COMMANDS:
+            continue
         if is_member and is_public and not any(name in vars(base) for base in bases):
             yield name, getattr(kind, name) if isinstance(value, classmethod | staticmethod) else value
 

@@ -51,10 +51,7 @@ def main() -> None:
         terms = ", ".join(f"{name} {term:.3f}" for name, term in criterion.terms.items())
         print(f"epoch {epoch + 1}/{arguments.epochs}: {terms}")
 
-    student.eval()
-    with torch.no_grad():
-        logits = torch.cat([student(batch.images) for batch in cache.loader("test")])
-    figures = softcache.evaluate(logits, cache.labels("test"))
+    figures = cache.evaluate(student, "test")
     print(f"test accuracy: {figures['accuracy']:.3f}")
 
 

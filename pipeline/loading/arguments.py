@@ -70,6 +70,21 @@ def check_draw(split: str, draw: int, draws: int) -> None:
         raise UsageError(f"draw {draw} of {split} is not between 0 and {draws - 1}, the last one in the cache")
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """Return a device.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"no device '{device}': there are cpu, cuda and cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"no device '{device}': there are {torch.cuda.device_count()} GPUs here")
+    return found
+
+
 def check_loader(
     batch_size: int, seed: int, draws: int, draws_per_decode: int, sampler: str, *, cached_draws: int
 ) -> None:

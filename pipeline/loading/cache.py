@@ -1,7 +1,6 @@
 """A cache together with the data that it was made from: what students are trained from."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,24 +15,21 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
 from softcache.data.transfer_set import Labels, Split, TransferSet, count_classes
 from softcache.data.views import render
-from softcache.pipeline.batch import LossContext, MemoryBank
-from softcache.pipeline.cache.manifest import count_row_bytes
+from softcache.pipeline.batch import LossContext
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
-from softcache.pipeline.losses.distillation_loss import select_logits
-from softcache.pipeline.losses.teacher_head import find_available_positions, read_head
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.prepared_model import InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, check_same_views
 from softcache.pipeline.teachers.fit import fit_teachers
 
-from .arguments import check_draw, check_index, check_labels, check_loader, check_subset
+from .arguments import check_device, check_draw, check_index, check_labels, check_loader, check_subset
+from .context import make_context
+from .evaluation import run_student
 from .loader import CacheLoader
 from .stream import BatchStream
 
-_BANK_BYTES = 1 << 30  # largest memory bank
-_BANK_CHUNK = 4096  # rows read at once for a memory bank
 Rows = NDArray[np.int64]
 
 
@@ -214,7 +210,7 @@ class Cache:
             workers=workers,
             sampler=sampler if is_train else "",
             draws_per_decode=draws_per_decode if is_train else 1,
-            device=torch.device(device),
+            device=check_device(device),
             name=split,
             source=LoaderSource(self, all_labels),
         )
@@ -307,27 +303,13 @@ class Cache:
             CacheError: An image cannot be read, or is not the one that the teacher saw.
             UsageError: There is no such split, or the student returns no logits.
         """
-        was_training, logits, teacher_logits = student.training, [], []
-        student.eval()
-        try:
-            with torch.no_grad():
-                loader = self.loader(split, batch_size, workers=workers, device=device)
-                with closing(loader.stream.batches(0, len(loader))) as batches:  # the whole split on every rank
-                    for batch in batches:
-                        logits.append(select_logits(student(batch.images)).float().cpu())
-                        assert batch.logits is not None
-                        teacher_logits.append(batch.logits.cpu())
-        finally:
-            student.train(was_training)
-        single = self.teachers.combine.is_per_teacher if self.teachers.combine else False
-        teacher = torch.cat(teacher_logits)
+        loader = self.loader(split, batch_size, workers=workers, device=device)
+        logits, teacher_logits = run_student(student, loader.stream)
+        if self.teachers.combine and self.teachers.combine.is_per_teacher:
+            teacher_logits = self.teachers.combine(teacher_logits)
+        labels = self.transfer_set.splits[split].labels
         counts = count_classes(self.transfer_set.splits["train"].labels, self.num_classes)
-        return evaluate(
-            torch.cat(logits),
-            self.transfer_set.splits[split].labels,
-            teacher_logits=self.teachers.combine(teacher) if single and self.teachers.combine else teacher,
-            counts=counts,
-        )
+        return evaluate(logits, labels, teacher_logits=teacher_logits, counts=counts)
 
     def rows(self, split: str) -> torch.Tensor:
         """Return which row of the data each index is.
@@ -382,34 +364,8 @@ class Cache:
     # What losses need
 
     def make_context(self, labels: Labels, losses: Sequence[Any]) -> LossContext:
-        """Make what losses may use besides a batch: the teacher's head, memory banks, and the counts of the classes.
-
-        Args:
-            labels: int64 [N] of the training split by index, -1 where hidden.
-            losses: The losses; the head is read where one of them needs it.
-
-        Raises:
-            UsageError: The head does not compute the logits from the features that a loss puts through it.
-        """
-        head = self.teachers.map_head(read_head(self.reader, losses, self.teachers.missing))
-        counts = torch.from_numpy(count_classes(labels, self.num_classes))
-        return LossContext(head, lambda tap: self._build_bank(tap, labels), counts)
-
-    def _build_bank(self, tap: str, labels: Labels) -> MemoryBank:
-        """Read a tap of the first draw: every row, or as many as fit into 1 GiB (rows are stored shuffled)."""
-        reader = self.reader
-        (source,) = self._find_sources([tap])
-        name = f"features/{source}"
-        row_bytes = count_row_bytes({name: reader.manifest.datasets[name]})
-        positions = find_available_positions(reader, self.teachers.missing)
-        positions = positions[: max(1, _BANK_BYTES // row_bytes)]
-        chunks = (
-            reader.read_stored("train", 0, chunk, (source,))[1]
-            for chunk in np.array_split(positions, -(-len(positions) // _BANK_CHUNK))
-        )
-        features = torch.cat([derive_features(chunk, (tap,))[tap].half() for chunk in chunks])
-        index = reader.index_at("train", positions)
-        return MemoryBank(features, torch.from_numpy(index), torch.from_numpy(labels[index]))
+        """Make what losses may use besides a batch; the commands call this. See `context.make_context`."""
+        return make_context(self.teachers, self.num_classes, labels, losses)
 
     # Arguments
 

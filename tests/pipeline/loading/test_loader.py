@@ -193,6 +193,8 @@ def test_a_data_loader_takes_it_as_it_is(cache: Cache) -> None:
         ({"labels": [1, 2]}, r"labels of train are whole numbers \[300\]"),
         ({"labels": np.full(300, 10)}, "label 10 is not below the 10 classes"),
         ({"sampler": "even"}, "no sampler 'even'"),
+        ({"device": "gpu"}, "no device 'gpu': there are cpu, cuda and cuda:N"),
+        ({"device": "cuda:77"}, "no device 'cuda:77': there are [0-9]+ GPUs here"),
         ({"taps": "flatten"}, r"taps is a list of names, such as \['flatten'\]"),
     ],
 )
