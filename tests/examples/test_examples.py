@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softcache import Batch, CacheLoader, build_cache
+from softcache import Batch, Cache, CacheLoader, DistillationLoss, build_cache
 from tests.helpers.paths import ROOT
 from tests.helpers.record_rows import record_passes
 
@@ -99,6 +99,7 @@ def test_lightning_sees_every_row_once_an_epoch_each_time_in_another_draw(
 ) -> None:
     iterate, passes = record_passes()
     monkeypatch.setattr(CacheLoader, "__iter__", iterate)
+    monkeypatch.setattr(CacheLoader, "set_epoch", lambda loader, epoch: None)  # each pass is the next epoch without it
     epochs, least = EXAMPLES["lightning_module"]
     assert run_example("lightning_module") >= least
     trained = [record for record in passes if record["split"] == "train" and record["rows"]]
@@ -107,6 +108,33 @@ def test_lightning_sees_every_row_once_an_epoch_each_time_in_another_draw(
     draws = [set(record["draws"]) for record in trained]
     assert [len(draw) for draw in draws] == [1] * epochs
     assert len(set.union(*draws)) == epochs
+
+
+@pytest.mark.parametrize("steps", [31, 40])
+def test_lightning_resumes_in_and_after_an_epoch_to_the_same_weights(steps: int, made: Path, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="lightning_module needs lightning, of the extra dev")
+    module_of_example = runpy.run_path(str(ROOT / "examples/lightning_module.py"))["Distillation"]
+    cache = Cache(made / "cache")
+
+    def train(callbacks: list[object], checkpoint: Path | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        module = module_of_example(student, DistillationLoss("kd:temperature=4"))
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        if not callbacks:
+            options["enable_checkpointing"] = False
+        trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=callbacks, **options)
+        loaders = cache.loader("train", batch_size=64), cache.loader("val")
+        trainer.fit(module, *loaders, ckpt_path=checkpoint)
+        return [parameter.detach() for parameter in module.parameters()]
+
+    with torch.random.fork_rng():
+        save = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path, filename="{step}", every_n_train_steps=steps, save_top_k=-1
+        )
+        uninterrupted = train([save], None)
+        resumed = train([], tmp_path / f"step={steps}.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted, resumed, strict=True))
 
 
 def test_two_processes_of_accelerate_see_every_row_once_an_epoch_between_them(made: Path, tmp_path: Path) -> None:
