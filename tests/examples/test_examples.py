@@ -1,6 +1,7 @@
 """The programs of examples/: each runs, its student learns from the cache, and its loaders yield every row once."""
 
 import json
+import logging
 import os
 import re
 import runpy
@@ -64,6 +65,12 @@ def run_example(
         yield run
 
 
+@pytest.fixture(autouse=True)
+def lightning_logs_nothing() -> None:
+    """Its handler writes to the standard error of the first test that imports it, which is closed in the others."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
 def read_accuracy(output: str) -> float:
     """Read the last line of an example."""
     last = output.splitlines()[-1]
@@ -110,30 +117,29 @@ def test_lightning_sees_every_row_once_an_epoch_each_time_in_another_draw(
     assert len(set.union(*draws)) == epochs
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("steps", [31, 40])
 def test_lightning_resumes_in_and_after_an_epoch_to_the_same_weights(steps: int, made: Path, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", reason="lightning_module needs lightning, of the extra dev")
     module_of_example = runpy.run_path(str(ROOT / "examples/lightning_module.py"))["Distillation"]
     cache = Cache(made / "cache")
 
-    def train(callbacks: list[object], checkpoint: Path | None) -> list[torch.Tensor]:
+    def train(folder: Path, checkpoint: Path | None = None) -> list[torch.Tensor]:
         torch.manual_seed(0)
         student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         module = module_of_example(student, DistillationLoss("kd:temperature=4"))
-        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        if not callbacks:
-            options["enable_checkpointing"] = False
-        trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=callbacks, **options)
+        save = lightning.pytorch.callbacks.ModelCheckpoint(
+            folder, filename="{step}", every_n_train_steps=steps, save_top_k=-1
+        )
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[save], **quiet)
         loaders = cache.loader("train", batch_size=64), cache.loader("val")
         trainer.fit(module, *loaders, ckpt_path=checkpoint)
         return [parameter.detach() for parameter in module.parameters()]
 
     with torch.random.fork_rng():
-        save = lightning.pytorch.callbacks.ModelCheckpoint(
-            tmp_path, filename="{step}", every_n_train_steps=steps, save_top_k=-1
-        )
-        uninterrupted = train([save], None)
-        resumed = train([], tmp_path / f"step={steps}.ckpt")
+        uninterrupted = train(tmp_path / "first")
+        resumed = train(tmp_path / "second", tmp_path / "first" / f"step={steps}.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(uninterrupted, resumed, strict=True))
 
 
