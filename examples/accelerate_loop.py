@@ -3,8 +3,8 @@
     python examples/accelerate_loop.py
     torchrun --nproc-per-node 2 examples/accelerate_loop.py    # on GPUs also: accelerate launch --num_processes 2 …
 
-The loader divides every batch among the processes by itself, so it is not given to `accelerator.prepare`. Needs
-`accelerate`. Takes 15 seconds on one core.
+The loader divides every batch among the processes by itself, so it is not given to `accelerator.prepare`. (Without
+GPUs `accelerate launch --cpu` starts one process.) Needs `accelerate`. Takes 15 seconds on one core.
 """
 
 import argparse
