@@ -176,11 +176,12 @@ class Batch:
         """
         return self._map(lambda x: x[rows])
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """Return the batch on a device; itself where it is there already.
 
         Args:
             device: The device. A copy to a GPU is started and not waited for.
+            non_blocking: Accepted for code that passes it to a tensor; nothing is waited for in either case.
         """
         target, current = torch.device(device), self.index.device
         if target.type == current.type and target.index in (None, current.index):

@@ -121,7 +121,8 @@ class SequentialOrder:
 
     Args:
         rows: int64 [N], the positions that are used, in their order.
-        batch_size: Views per batch; the last batch has the rest.
+        batch_size: The most views of a batch. Batches differ by one row at most, so that none is too small to be
+            divided among ranks.
         cache: Where the targets are read from.
         split: Name of the split in the cache.
     """
@@ -141,10 +142,9 @@ class SequentialOrder:
         step = start
         while step < stop:
             first = step % self.steps_per_epoch
-            last = min(first + stop - step, self.steps_per_epoch)
-            size = self.batch_size
-            yield (0,), [self.rows[i * size : (i + 1) * size] for i in range(first, last)]
-            step += last - first
+            batches = np.array_split(self.rows, self.steps_per_epoch)[first : first + stop - step]
+            yield (0,), batches
+            step += len(batches)
 
     def fits_in_memory(self, draws: tuple[int, ...]) -> bool:
         """Whether the logits are read from memory, not from disk."""

@@ -89,7 +89,7 @@ def test_a_held_out_split_is_plain_views_in_the_order_of_the_index(cache: Cache,
     for _ in range(2):
         batches = list(loader)
         assert torch.cat([batch.index for batch in batches]).tolist() == list(range(cache.splits[split]))
-        assert [len(batch) for batch in batches[:-1]] == [50] * (len(loader) - 1)
+        assert {len(batch) for batch in batches} <= {cache.splits[split] // len(loader) + k for k in (0, 1)}
         logits = torch.cat([batch.logits for batch in batches if batch.logits is not None])
         assert torch.equal(logits, cache.targets(split, range(cache.splits[split])))
         views = torch.cat([batch.views for batch in batches])
