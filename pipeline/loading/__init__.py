@@ -1,5 +1,6 @@
-"""From a transfer set and a cache to batches: the order of rows, rendering of views, reading of targets, prefetch.
+"""From a cache and its transfer set to batches: the public `Cache` and `CacheLoader`, and what they are made of.
 
-May import base, data and the packages of pipeline below it. Begin with `stream.py`, whose docstring draws how an epoch
-is divided; `order.py`, `groups.py` and `rendering.py` are its parts.
+May import base, data and the packages of pipeline below it. Begin with `cache.py`, then read `loader.py` (epochs, for
+anybody's training loop) and `stream.py`, whose docstring draws how an epoch is divided; `order.py`, `groups.py` and
+`rendering.py` are its parts.
 """

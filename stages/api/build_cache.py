@@ -58,7 +58,8 @@ def build_cache(
             mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
             are made here. Without a "val", a tenth of the training images becomes the validation split
             (`val_fraction=0.1`); without a "test" there is no test split.
-        views: The view policy, such as "crop-flip:pad=4"; "" for the default of the data.
+        views: The view policy, such as "crop-flip:pad=4"; "" for the default of the data. Teacher and students get the
+            views at their size: that of the images, or "crop-flip:size=64".
         draws: Views of each training image; 0 for the default of the data.
         taps: Layers whose outputs are kept, whole or a statistic of them: "layer3", "layer3:pool".
         normalize: Mean and standard deviation of each channel, for values of 0 … 1; or "imagenet", "data" or "none".
@@ -85,6 +86,11 @@ def build_cache(
         raise UsageError(f"a teacher is a torch.nn.Module or the name of an arch, not {name_type(teacher)}")
     if weights and not isinstance(teacher, str):
         raise UsageError("weights are for the name of an arch: load them into the network that you pass as teacher")
+    if isinstance(teacher, str) and not weights and not isinstance(data, str):
+        raise UsageError(
+            f"teacher='{teacher}' has no weights, and is trained on data that have a name alone: give weights=…, or a"
+            " network that is trained"
+        )
     config = make_config(
         CacheConfig,
         options,

@@ -280,6 +280,7 @@ def test_an_option_that_does_not_exist_is_refused(
         ({"codec": "int8"}, "no codec 'int8'"),
         ({"views": "crops"}, "no view policy 'crops'"),
         ({"weights": "w.pt"}, "load them into the network that you pass"),
+        ({"teacher": "mlp:8"}, "teacher='mlp:8' has no weights"),
         ({"draws": -1}, "draws=-1 is not between 1 and 100000"),
         ({"teacher": nn.Linear(1, 1)}, "the forward pass of arch .* failed"),
         ({"teacher": lambda x: x}, "a teacher is a torch.nn.Module or the name of an arch, not a function"),
