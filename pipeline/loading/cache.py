@@ -29,6 +29,7 @@ from .context import make_context
 from .evaluation import run_student
 from .loader import CacheLoader
 from .stream import BatchStream
+from .view_checks import ViewChecks
 
 Rows = NDArray[np.int64]
 
@@ -250,7 +251,7 @@ class Cache:
         return derive_features(self._read(split, index, draw, self._find_sources(taps))[1], taps)
 
     def render(self, split: str, index: ArrayLike, draw: int = 0) -> torch.Tensor:
-        """Render the very pixels that the teacher saw.
+        """Render the very pixels that the teacher saw, and compare them with their checksums.
 
         Args:
             split, index, draw: As in `targets`.
@@ -259,13 +260,16 @@ class Cache:
             uint8 [n, C, S, S]. `prepare_input` makes the float32 input of a network of them.
 
         Raises:
-            CacheError: An image cannot be read.
+            CacheError: An image cannot be read, or a view is not the one that the teacher saw.
             UsageError: There is no such split, index or draw.
         """
         rows = self._get_split(split)
         numbers = check_index(split, index, len(rows))
         check_draw(split, draw, self.draws)
-        return render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
+        views = render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
+        checks = ViewChecks(self.teachers, split, rows.images)
+        checks.compare_views(views, numbers, draw, self._find_positions(split, numbers))
+        return views
 
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
         """Normalise views as the teacher's input.

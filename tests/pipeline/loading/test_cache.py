@@ -9,6 +9,7 @@ import torch
 
 import softcache
 from softcache import Cache, CacheError, UsageError
+from softcache.data.image_arrays import ImageArrays
 from softcache.data.transfer_set import load_transfer_set
 from tests.helpers.damage import flip_bit
 
@@ -148,3 +149,15 @@ def test_a_pickled_cache_reads_the_same(opened: Cache) -> None:
     copy = pickle.loads(pickle.dumps(opened))
     assert torch.equal(copy.targets("val", [1, 2]), opened.targets("val", [1, 2]))
     assert torch.equal(next(iter(copy.loader())).images, next(iter(opened.loader())).images)
+
+
+def test_an_image_that_changed_is_not_rendered(tiny: Path) -> None:
+    opened = Cache(tiny / "cache")
+    images = opened.transfer_set.splits["val"].images
+    assert isinstance(images, ImageArrays)
+    opened.render("val", [4, 5])
+    images.pixels[7, 0, 3, 3] ^= 1
+    with pytest.raises(
+        CacheError, match=r"1 of 2 views .* come out differently here, the first is val index 7, draw 0"
+    ):
+        opened.render("val", [4, 7])
