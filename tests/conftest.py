@@ -56,7 +56,10 @@ def stages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 @pytest.fixture
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, the current one; modules that are imported from it are forgotten afterwards."""
+    """An empty folder, the current one, in which modules are found as by a command; they are forgotten afterwards."""
+    from softcache.base.current_folder import search_current_folder
+
+    search_current_folder()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))

@@ -362,7 +362,7 @@ class Cache:
             if damage := select_damage(findings):
                 raise CacheError(
                     f"'{member.folder}': {len(damage)} files are bad. The first: {next(iter(damage.values()))}."
-                    f" softcache check-cache {member.folder} --repair computes them again"
+                    " Repair it with the command check-cache, or make the cache again in an empty folder"
                 )
 
     # What losses need

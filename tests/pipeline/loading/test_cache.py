@@ -93,7 +93,7 @@ def test_verify_finds_a_byte_that_changed(cache: Path) -> None:
     shards = len(opened.reader.manifest.shards)
     assert seen == [("check-cache", i + 1, shards) for i in range(shards)]
     flip_bit(cache / "draw-001/shard-00000.h5", 8 * 4000)
-    with pytest.raises(CacheError, match=r"1 files are bad. The first: .*draw-001/shard-00000.h5.*--repair"):
+    with pytest.raises(CacheError, match=r"1 files are bad. The first: .*draw-001/shard-00000.h5.* Repair it with"):
         opened.verify()
     with pytest.raises(CacheError, match=r"draw-001/shard-00000.h5: damaged"):
         Cache(cache)

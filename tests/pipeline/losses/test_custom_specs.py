@@ -118,7 +118,7 @@ def test_a_function_gets_its_parameters(mine: Path) -> None:
 
 def test_one_module_may_be_named_twice_and_beside_ours(mine: Path) -> None:
     losses = parse_losses(["kd", "mine:kd", "mine:kd:weight=2", "output", "hint:teacher=layer1"])
-    assert DistillationLoss(losses[:4]).names == ["kd-0", "kd-1", "kd-2", "output"]
+    assert DistillationLoss(*losses[:4]).names == ["kd-0", "kd-1", "kd-2", "output"]
     assert losses[4].weight == 0.5
 
 

@@ -164,7 +164,7 @@ def test_a_resumed_run_uses_its_stored_map(tiny: Path, stages: Stages, monkeypat
     stages(*command, "--out", "r")
     Path("r/student.pt").unlink()
     Path("r/result.json").unlink()
-    monkeypatch.setattr("softcache.stages.student.teachers.fit_map", None)  # calling it would fail
+    monkeypatch.setattr("softcache.pipeline.teachers.fit.fit_map", None)  # calling it would fail
     stages("student", "--resume", "--out", "r")
     assert Path("r/student.pt").read_bytes() == Path("complete/student.pt").read_bytes()
     record = json.loads(Path("r/targets.json").read_text())

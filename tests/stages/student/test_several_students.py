@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from softcache.pipeline.loading import loader, rendering
+from softcache.pipeline.loading import rendering, stream
 from tests.helpers.commands import Stages
 from tests.helpers.stopping import stop_at
 
@@ -91,7 +91,7 @@ def test_each_view_is_rendered_once_for_all(tiny: Path, stages: Stages, monkeypa
         return render(images, policy, seed, index, draw)
 
     options = (*COMMON, "--cache", tiny / "cache", "--loss", "kd")
-    for module in (loader, rendering):
+    for module in (stream, rendering):
         monkeypatch.setattr(module, "render", count_views)
     stages("student", *options, "--arch", "mlp:16", "--out", "one")
     views_of_one = views[0]
