@@ -17,8 +17,11 @@ from tests.helpers.trained_networks import make_input_spec, train_briefly
 
 ARCHS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # those that need an argument
 SIMKD = "simkd(resnet8;layer3;256)"
-# Deeper networks of the same kinds, in `make slow` only.
+# Deeper networks of the same kinds, and those whose export takes 15 to 30 s, in `make slow` only.
 DEEP = {
+    "mobilenet_v2",
+    "shufflenet_v1",
+    "shufflenet_v2",
     "resnet14",
     "resnet20",
     "resnet32",
