@@ -106,6 +106,10 @@ class ModelOutputs:
 class BatchSource(Protocol):
     """What the batches of one loader have in common."""
 
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the cache, or the caches."""
+
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
         """The input of a network, float32 [B, C, H, W], from views uint8 [B, C, S, S]."""
 

@@ -421,6 +421,11 @@ class LoaderSource:
     cache: Cache
     labels: Labels
 
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the cache, or the caches."""
+        return " ".join(member.manifest.fingerprint for member in self.cache.teachers.members)
+
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
         """The input of a network, float32 [B, C, H, W], from views uint8 [B, C, S, S]."""
         return self.cache.prepare_input(views)

@@ -1,5 +1,7 @@
 """The loader of a cache: one epoch after the other, for anybody's training loop."""
 
+import operator
+import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -21,8 +23,8 @@ class CacheLoader(IterableDataset[Batch]):
 
     Made by `Cache.loader`. One pass is one epoch: of the training split every row once, in the draw of this epoch, in
     a seeded order; of a held-out split every row in the order of the index. Each pass that reaches its last batch is
-    followed by the next epoch; `set_epoch` chooses another one. Batches are prepared ahead by a thread, or by worker
-    processes.
+    followed by the next epoch; one that is left early begins again where it began. `set_epoch` chooses an epoch.
+    Batches are prepared ahead by a thread, or by worker processes.
 
     It is given to a training loop as it is, like a DataLoader. Where one is required:
     `DataLoader(loader, batch_size=None)`. Under `torch.distributed` every batch is divided among the ranks: each gets
@@ -40,7 +42,7 @@ class CacheLoader(IterableDataset[Batch]):
     def __init__(self, stream: BatchStream, taps: tuple[str, ...] = ()):
         self.stream, self.taps = stream, taps
         self.epoch = 0
-        self._first_step = 0  # of the next pass; not 0 after load_state_dict
+        self._first_step = 0  # with which a pass of this epoch begins; not 0 after load_state_dict
         self._next_step = 0  # of the current pass, the step after the last one that was yielded
         self._streams_of_ranks: dict[tuple[int, int], BatchStream] = {(0, 1): stream}
 
@@ -57,6 +59,10 @@ class CacheLoader(IterableDataset[Batch]):
         Raises:
             UsageError: The number is negative.
         """
+        try:
+            epoch = operator.index(epoch)
+        except TypeError:
+            raise UsageError(f"epoch={epoch!r} is a {type(epoch).__name__}, not a whole number") from None
         if epoch < 0:
             raise UsageError(f"epoch {epoch} is below 0")
         if epoch != self.epoch:
@@ -78,10 +84,12 @@ class CacheLoader(IterableDataset[Batch]):
         rank, world = _get_rank()
         stream = self._get_stream_of_rank(rank, world)
         epoch, first, steps = self.epoch, self._first_step, len(self)
-        self._first_step = 0
         with closing(stream.batches(epoch * steps + first, (epoch + 1) * steps)) as batches:
             for step, batch in enumerate(batches, first + 1):
-                self.epoch, self._next_step = (epoch, step) if step < steps else (epoch + 1, 0)
+                if step < steps:
+                    self.epoch, self._next_step = epoch, step
+                else:
+                    self.epoch, self._first_step, self._next_step = epoch + 1, 0, 0
                 yield self._finish(batch, rank, world)
 
     def _get_stream_of_rank(self, rank: int, world: int) -> BatchStream:
@@ -122,6 +130,8 @@ class CacheLoader(IterableDataset[Batch]):
         Raises:
             UsageError: It is of a loader with other settings.
         """
+        if not isinstance(state, dict):
+            raise UsageError(f"a {type(state).__name__} is no state of a loader")
         expected = self._describe()
         for name, value in expected.items():
             if state.get(name) != value:
@@ -142,7 +152,9 @@ class CacheLoader(IterableDataset[Batch]):
             "draws_per_decode": stream.draws_per_decode,
             "sampler": stream.sampler,
             "rows": len(stream.rows),
-            "sum_of_rows": int(stream.rows.sum()),
+            "checksum_of_rows": zlib.crc32(stream.rows.tobytes()),
+            "checksum_of_labels": zlib.crc32(stream.labels.tobytes()),
+            "cache": stream.source.fingerprint if stream.source else "",
         }
 
 

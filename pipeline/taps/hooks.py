@@ -39,7 +39,11 @@ def capture_features(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[s
     features: dict[str, torch.Tensor] = {}
 
     def make_hook(tap: str, path: str, statistic: str) -> Callable[[nn.Module, object, object], None]:
+        tapped = modules[path]
+
         def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if module is not tapped:  # a copy of the model, such as a moving average of it, has copies of the hooks
+                return
             if not isinstance(output, torch.Tensor):
                 raise UsageError(
                     f"tap '{tap}' outputs a {type(output).__name__}, not one tensor: choose another layer"
@@ -53,9 +57,12 @@ def capture_features(model: nn.Module, taps: tuple[str, ...]) -> Iterator[dict[s
         return hook
 
     def clear_features(module: nn.Module, inputs: object) -> None:
-        features.clear()
+        if module is model:
+            features.clear()
 
     def check_features(module: nn.Module, inputs: object, output: object) -> None:
+        if module is not model:
+            return
         for tap in taps:
             if tap not in features:
                 raise UsageError(f"tap '{tap}' is a layer that the network does not run: choose another")

@@ -6,6 +6,7 @@ once at a random moment (Python 3.11, 2 cores), 31 hung and 7 ended with another
 this pool none did. It synchronises with SimpleQueue and start_new_thread alone, calls that no interrupt cuts in two.
 """
 
+import os
 import queue
 import sys
 from _thread import start_new_thread
@@ -58,6 +59,7 @@ class ThreadPool:
 
     def __init__(self, max_threads: int):
         self._max_threads, self._started, self._is_closed = max_threads, 0, False
+        self._process = os.getpid()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ended_threads: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -84,7 +86,8 @@ class ThreadPool:
         # Not _started: an interrupt may come between a thread's start and its count.
         for _ in range(self._max_threads):
             self._tasks.put(None)
-        if sys.is_finalizing():  # a generator that nobody closed, at the end of Python: its threads no longer run
+        # A generator that nobody closed, at the end of Python: its threads no longer run. A fork has none of them.
+        if sys.is_finalizing() or os.getpid() != self._process:
             return
         for _ in range(self._started):
             self._ended_threads.get()

@@ -50,9 +50,21 @@ def repair(
         config = replace(config, weights=str(trained_teacher))
     if not config.weights:
         raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
+    repair_files(cache, bad, make_target_generator(cache, transfer_set, config), console)
+
+
+def repair_files(cache: CacheReader, bad: Collection[str], generator: TargetGenerator, console: Console) -> None:
+    """Replace the damaged files of a cache by what its teacher, which is loaded, computes.
+
+    Args:
+        cache, bad, console: As of `repair`.
+        generator: The teacher and the images.
+
+    Raises:
+        CacheError: The views or the outputs for intact shards come out differently.
+    """
     with hold_lock(cache.folder):
-        generator = make_target_generator(cache, transfer_set, config)
-        _check_intact_shards(cache, bad, transfer_set, generator)
+        _check_intact_shards(cache, bad, generator.transfer_set, generator)
         manifest = cache.manifest
         with progress_bar(len(bad), "repair", "shard") as bar:
             for record in cache.manifest.shards:
