@@ -1,6 +1,7 @@
 """The training criterion of a student: a weighted sum of losses."""
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,8 @@ from .custom import Custom, LossFunction
 from .multi_teacher import Term, wrap_loss
 
 LossLike = str | Loss | LossFunction
+Features = dict[str, torch.Tensor]
+_MAX_PASSES = 4  # forward passes without a loss whose features are kept
 _EXAMPLE_ROWS = 2  # on which a student is run to learn the shapes of its layers
 
 
@@ -64,7 +67,9 @@ class DistillationLoss(nn.Module):
         self._combination, self._missing_to_labels = combination, missing_to_labels
         self._needs_head = any(loss.needs_head for loss in self.losses)
         self._hooks: ExitStack | None = None
-        self._features: dict[str, torch.Tensor] = {}
+        self._features: Features = {}  # of the last forward pass
+        self._passes: deque[tuple[torch.Tensor, Features]] = deque(maxlen=_MAX_PASSES)  # since the last loss
+        self._is_loss_computed = False
         self._head: LinearHead | None = None
         self.set_progress(0, 1)
 
@@ -120,12 +125,49 @@ class DistillationLoss(nn.Module):
             self.build_parts(ModelOutputs(logits, dict(features), self._head), batch, context)
         self._hooks = ExitStack()
         self._features = self._hooks.enter_context(capture_features(network, self.student_taps))
+        if self.student_taps and not isinstance(network, torch.jit.ScriptModule):
+            self._hooks.callback(network.register_forward_hook(self._make_pass_hook(network)).remove)
+
+    def _make_pass_hook(self, network: nn.Module) -> Callable[[nn.Module, object, object], None]:
+        """Make a hook that remembers each forward pass since the last loss: its output and its features."""
+
+        def remember(module: nn.Module, inputs: object, output: object) -> None:
+            if module is not network or torch.compiler.is_compiling():
+                return
+            if self._is_loss_computed:
+                self._passes.clear()
+                self._is_loss_computed = False
+            self._passes.append((select_logits(output), dict(self._features)))
+
+        return remember
+
+    def _find_features(self, logits: torch.Tensor) -> Features:
+        """Return the features of the forward pass that gave these logits.
+
+        Between a student and its loss something may have made other tensors of its logits (DistributedDataParallel,
+        mixed precision): then it is the last pass of as many rows, with gradients if they have some.
+        """
+        self._is_loss_computed = True
+        passes = list(self._passes)
+        for output, features in reversed(passes):
+            if output is logits:
+                return features
+        for output, features in reversed(passes):
+            if output.shape == logits.shape and output.requires_grad == logits.requires_grad:
+                return features
+        if passes:
+            raise UsageError(
+                f"these logits {list(logits.shape)} are of no forward pass of the student that is attached since the"
+                f" last loss, whose layers were captured: the last one returned {list(passes[-1][0].shape)}"
+            )
+        return self._features  # of a compiled student
 
     def detach(self) -> None:
         """Remove the hooks from the student. The trainable parts stay."""
         if self._hooks is not None:
             self._hooks.close()
         self._hooks, self._features, self._head = None, {}, None
+        self._passes.clear()
 
     def build_parts(self, student: ModelOutputs, batch: Batch, context: LossContext) -> None:
         """Build the losses' own trainable parts from an example.
@@ -161,10 +203,14 @@ class DistillationLoss(nn.Module):
                 f"the loss reads {', '.join(self.student_taps)} of the student: call"
                 " criterion.attach(student, example=batch) before the first step"
             )
-        if self._hooks is not None and len(self._features) < len(self.student_taps):
-            raise UsageError("the student that is attached was not run before its loss was computed")
-        logits = _to_float32(select_logits(output))
-        return ModelOutputs(logits, {tap: _to_float32(x) for tap, x in self._features.items()}, self._head)
+        logits = select_logits(output)
+        features = self._find_features(logits) if self.student_taps else {}
+        if len(features) < len(self.student_taps):
+            raise UsageError(
+                "the student that is attached was not run before its loss was computed; one that is compiled is"
+                " attached before it first runs"
+            )
+        return ModelOutputs(_to_float32(logits), {tap: _to_float32(x) for tap, x in features.items()}, self._head)
 
     def weighted_terms(self, student: Any, batch: Batch) -> list[torch.Tensor]:
         """Compute each weighted term.
@@ -221,7 +267,8 @@ class DistillationLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy and a pickle have the parts, and are attached to no student."""
-        return {**self.__dict__, "_hooks": None, "_features": {}, "_head": None}
+        passes: deque[Any] = deque(maxlen=_MAX_PASSES)
+        return {**self.__dict__, "_hooks": None, "_features": {}, "_head": None, "_passes": passes, "terms": {}}
 
 
 def resolve_losses(losses: Sequence[LossLike]) -> tuple[Loss, ...]:

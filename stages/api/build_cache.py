@@ -7,21 +7,25 @@ from typing import Any
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.base.progress import ProgressCallback, resolve_progress
+from softcache.base.progress import ProgressCallback, no_progress, resolve_progress
 from softcache.base.user_modules import name_type
 from softcache.data.sources import DATASET
 from softcache.data.transfer_set import TransferSet, load_transfer_set
+from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.reader import CacheReader
+from softcache.pipeline.cache.verification import check_files, select_damage
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
+from softcache.stages.check_cache.repair import repair_files
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.teacher.data import FOLDER_OPTIONS, SPLIT_OPTIONS
-from softcache.stages.teacher_cache.preparation import LiveObjects, fill_defaults, prepare_cache
+from softcache.stages.teacher_cache.preparation import LiveObjects, PreparedCache, fill_defaults, prepare_cache
+from softcache.stages.teacher_cache.reproducibility import check_reproducibility
 from softcache.stages.teacher_cache.writing import write_cache
 
-from .library_call import library_call, make_config
+from .library_call import check_path, library_call, make_config
 
 Normalize = str | tuple[Sequence[float], Sequence[float]]
 
@@ -42,13 +46,14 @@ def build_cache(
     weights: str | Path = "",
     class_names: Sequence[str] = (),
     seed: int = 0,
+    repair: bool = False,
     progress: bool | ProgressCallback = False,
     **options: Any,
 ) -> Cache:
     """Run a teacher once over a data set, and write its outputs to a cache: `softcache teacher-cache` as a function.
 
     A call that was stopped goes on where it was when it is made again. A complete cache grows by the draws and taps
-    that it does not have; where it has all of them, nothing is computed.
+    that it does not have. Where it has all of them, the teacher is run on 256 views alone, to compare its outputs.
 
     Args:
         path: The folder of the cache.
@@ -71,6 +76,8 @@ def build_cache(
         weights: With the name of an arch, a file of weights, the folder of a run, or "DEFAULT".
         class_names: Names of the classes of a data set that has none.
         seed: Of the views and of the split.
+        repair: Read every byte of a complete cache, and compute the files again that are damaged. Files that are
+            missing are computed again in any case.
         progress: True to show progress on standard error, or a function of (text, done, total).
         options: Further options of `softcache teacher-cache`, such as `val_fraction=0.2` or `precision="auto"`.
 
@@ -106,17 +113,48 @@ def build_cache(
         device=device,
         workers=workers,
         seed=seed,
-        out=str(path),
+        out=check_path("path", path),
     )
     with library_call(progress):
         config = fill_defaults(config)
         transfer_set = _load_data(data, config, class_names, progress)
         live = LiveObjects(teacher if isinstance(teacher, nn.Module) else None, transfer_set)
-        prepared = prepare_cache(config, Console.for_library(), live)
-        write_cache(prepared, Console.for_library())
+        console = Console.for_library()
+        prepared = prepare_cache(config, console, live)
+        if (Path(config.out) / MANIFEST_FILE).is_file():
+            _check_existing(CacheReader(Path(config.out)), prepared, repair, console)
+        write_cache(prepared, console)
         reader = CacheReader(Path(path))
         reader.check_transfer_set(transfer_set)
         return Cache.from_parts(TeacherEnsemble((reader,)), transfer_set, data=config.data)
+
+
+def _check_existing(cache: CacheReader, prepared: PreparedCache, repair: bool, console: Console) -> None:
+    """Compare what the teacher outputs for some views with what a complete cache holds, and mend its files.
+
+    Args:
+        cache: The cache.
+        prepared: Its teacher and data.
+        repair: Read every byte, to find all files that are damaged; else only those that are missing or cut off.
+        console: Prints which files were computed again.
+
+    Raises:
+        CacheError: The teacher outputs something else.
+    """
+    cache.check_transfer_set(prepared.generator.transfer_set)
+    if repair:
+        bad = list(select_damage(check_files(cache, None, no_progress)))
+    else:
+        sizes = {record.path: record.bytes for record in cache.manifest.shards}
+        bad = [path for path, size in sizes.items() if _get_size(cache.folder / path) != size]
+    if bad:
+        repair_files(cache, bad, prepared.generator, console)
+    else:
+        check_reproducibility(cache, prepared.generator).raise_if_different()
+
+
+def _get_size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _load_data(

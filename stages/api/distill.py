@@ -1,5 +1,6 @@
 """Both stages in one call."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,16 @@ from torch import nn
 from softcache.base.progress import ProgressCallback
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.distillation_loss import Losses, list_losses, resolve_losses
+from softcache.stages.cli.configs import CacheConfig, StudentConfig
 
 from .build_cache import Normalize, build_cache
+from .library_call import check_path, make_config
 from .train_student import train_student
+
+_STUDENT_OPTIONS = {field.name for field in fields(StudentConfig)}
+_CACHE_OPTIONS = {"class_names", "codec", "taps", "repair"} | (
+    {f.name for f in fields(CacheConfig)} - _STUDENT_OPTIONS
+)
 
 
 def distill(
@@ -41,7 +49,8 @@ def distill(
         student, losses, epochs: As of `train_student`.
         out: The folder of both stages.
         device, workers, seed, progress: Of both stages.
-        options: Further options of `softcache student`, such as `learning_rate=0.05`.
+        options: Further arguments of `build_cache`, such as `val_fraction=0.2`, `codec="sqrt8"` or `class_names=[…]`;
+            else options of `softcache student`, such as `learning_rate=0.05`.
 
     Returns:
         The content of the student's result.json.
@@ -51,19 +60,26 @@ def distill(
     """
     losses = list_losses(losses)
     terms = resolve_losses(losses) if losses else ()
+    out = check_path("out", out)
+    of_cache = {name: options.pop(name) for name in list(options) if name in _CACHE_OPTIONS}
+    make_config(StudentConfig, options)  # before a teacher is run
+    if "data_root" in options:  # of both stages
+        of_cache["data_root"] = options["data_root"]
+    taps = dict.fromkeys((*of_cache.pop("taps", ()), *list_teacher_taps(terms)))
     cache = build_cache(
         Path(out) / "cache",
         teacher,
         data,
         views=views,
         draws=draws,
-        taps=list_teacher_taps(terms),
+        taps=list(taps),
         normalize=normalize,
         weights=weights,
         device=device,
         workers=workers,
         seed=seed,
         progress=progress,
+        **of_cache,
     )
     return train_student(
         cache,

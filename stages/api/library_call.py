@@ -1,5 +1,7 @@
 """What a function of the library owes its caller: it prints nothing, and leaves PyTorch's global state as it was."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from softcache.base.errors import Interrupted, UsageError, unknown_name_error
+from softcache.base.errors import DISK_ERRORS, CacheError, Interrupted, UsageError, unknown_name_error
 from softcache.base.progress import ProgressCallback
 from softcache.stages.cli.console import report_to
 from softcache.stages.distributed.ranks import as_single_process
 
 C = TypeVar("C")
+# A file system that is full, failing, read-only or not to be written to.
+_FILE_ERRORS = (*DISK_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -28,6 +32,7 @@ def library_call(progress: bool | ProgressCallback) -> Iterator[None]:
 
     Raises:
         KeyboardInterrupt: On Ctrl-C. The same call goes on from where it was stopped.
+        CacheError: A file cannot be written.
     """
     threads = torch.get_num_threads()
     dynamo: Any = sys.modules.get("torch._dynamo")
@@ -38,6 +43,10 @@ def library_call(progress: bool | ProgressCallback) -> Iterator[None]:
             yield
     except Interrupted:
         raise KeyboardInterrupt from None
+    except OSError as error:
+        if error.errno not in _FILE_ERRORS:
+            raise
+        raise CacheError(f"'{error.filename}': {error.strerror}" if error.filename else str(error)) from error
     finally:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
@@ -58,6 +67,8 @@ def make_config(kind: type[C], options: dict[str, Any], **arguments: Any) -> C:
     """
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     for name, value in options.items():
+        if name in arguments:
+            raise UsageError(f"'{name}' is no option of this call, which has an argument for it")
         if name not in known or name in ("json", "resume"):
             raise unknown_name_error("option", name, [n for n in known if n not in ("json", "resume")])
         _check_value(name, value, known[name])
@@ -86,3 +97,14 @@ def _format_range(least: float | None, most: float | None) -> str:
     if most is None:
         return f"at least {least:g}"
     return f"between {least:g} and {most:g}" if least is not None else f"at most {most:g}"
+
+
+def check_path(name: str, path: object) -> str:
+    """Return a path as text.
+
+    Raises:
+        UsageError: It is no text and no path, or empty.
+    """
+    if not isinstance(path, str | os.PathLike) or isinstance(text := os.fspath(path), bytes) or not text:
+        raise UsageError(f"{name}={path!r} is no path of a folder")
+    return str(text)

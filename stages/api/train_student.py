@@ -1,11 +1,13 @@
 """Stage two in one call: train a student from a cache by the trainer of the command line."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from softcache.base.errors import UsageError
+from softcache.base.files import make_folder
 from softcache.base.progress import ProgressCallback
 from softcache.base.user_modules import name_type
 from softcache.pipeline.loading.cache import Cache
@@ -15,13 +17,14 @@ from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.models.state_dicts import read_state_dict
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.runs.folder import open_run
+from softcache.stages.runs.folder import RESUME_OPTIONS, check_same_config, open_run, read_config
 from softcache.stages.student.defaults import fill_cache_defaults
+from softcache.stages.student.own_losses import check_own_losses
 from softcache.stages.student.setup import DistillationSetup
-from softcache.stages.student.student_run import resume_if_started
 from softcache.stages.student.student_run import train_student as train_in_folder
 
-from .library_call import library_call, make_config
+from .library_call import check_path, library_call, make_config
+from .passed_objects import check_passed, describe_passed
 
 
 def train_student(
@@ -42,7 +45,9 @@ def train_student(
 ) -> dict[str, Any]:
     """Train a student from a cache, by the trainer of `softcache student`: the same rows, steps and figures.
 
-    A call that was stopped goes on where it was when it is made again, and ends with the same weights.
+    A call that was stopped goes on where it was when it is made again, and ends with the same weights; one that has
+    ended returns its result. The same call has the same options, but for device, workers and paths of data, a student
+    of the same code and initial weights, and losses of the same code.
 
     Args:
         cache: An open cache, or the folder of one.
@@ -63,8 +68,8 @@ def train_student(
         The content of the run's result.json: `result["student"]["test"]["accuracy"]`.
 
     Raises:
-        CacheError: A view or a file is not the one that it was, the folder holds another run, or the training
-            diverged.
+        CacheError: A view or a file is not the one that it was, the folder holds the run of another call, or the
+            training diverged.
         UsageError: An argument does not exist or does not fit the cache.
         KeyboardInterrupt: On Ctrl-C. What was finished is kept.
     """
@@ -93,19 +98,40 @@ def train_student(
         device=device,
         workers=workers,
         seed=seed,
-        out=str(out),
+        out=check_path("out", out),
     )
     with library_call(progress):
-        config = resume_if_started(fill_cache_defaults(config, cache.reader))
+        config = _resume_if_started(fill_cache_defaults(config, cache.reader))
         if not config.resume:
             config, _ = open_run(config, set(), "")
         network = student if isinstance(student, nn.Module) else None
         terms = terms or resolve_losses(config.loss)
+        passed = describe_passed(network, terms)
+        if config.resume:
+            check_passed(Path(config.out), passed)
         setup = DistillationSetup.of_cache(config, cache, terms, network)
         console = Console.for_library()
         for note in setup.check_student(setup.build_student(config, setup.losses), config):
             console.print(note)
+        check_own_losses(config, setup)
+        make_folder(Path(config.out))
+        check_passed(Path(config.out), passed)
         result = train_in_folder(config, setup, Path(config.out), console)
         if network is not None and config.seeds == 1:
             network.load_state_dict(read_state_dict(Path(config.out) / "student.pt"))
     return result
+
+
+def _resume_if_started(config: StudentConfig) -> StudentConfig:
+    """Return the options with `resume` on where the run in `config.out` was started before.
+
+    Raises:
+        CacheError: It was started with other options, apart from those that depend on the machine.
+    """
+    folder = Path(config.out)
+    if not (folder / "settings.json").exists():
+        return config
+    recorded = read_config(folder, StudentConfig)
+    local = {name: getattr(recorded, name) for name in RESUME_OPTIONS & {field.name for field in fields(recorded)}}
+    check_same_config(folder, replace(config, **local))
+    return replace(config, resume=True)

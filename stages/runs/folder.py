@@ -25,7 +25,7 @@ from .named_code import require_named_code, require_named_losses
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
 IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
 # Options that may differ when a run is resumed, because they depend on the machine.
-_RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data"}
+RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data"}
 S = TypeVar("S", TeacherConfig, StudentConfig)
 
 
@@ -89,7 +89,7 @@ def check_installed(config: TeacherConfig | StudentConfig) -> None:
 
 def _is_stale(path: Path) -> bool:
     """Return whether a file is left from a process that was killed before its run started."""
-    return path.name == LOCK or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
+    return path.name in (LOCK, "passed.json") or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
 
 
 def find_unfinished_runs(config: TeacherConfig | StudentConfig, folder: Path) -> list[Path]:
@@ -161,7 +161,7 @@ def _resume_config(config: S, explicit_options: set[str]) -> S:
     settings = read_config(folder, type(config))
     different = [
         f"--{name.replace('_', '-')}"
-        for name in sorted(explicit_options - _RESUME_OPTIONS)
+        for name in sorted(explicit_options - RESUME_OPTIONS)
         if _to_list(getattr(config, name)) != _to_list(getattr(settings, name))
     ]
     if different:
@@ -173,7 +173,7 @@ def _resume_config(config: S, explicit_options: set[str]) -> S:
     explicit_arch = config.arch if "arch" in explicit_options else ""
     require_named_code(settings.arch, explicit_arch, owner=owner, option="--arch", command=command)
     require_named_losses(losses, is_explicit="loss" in explicit_options, owner=owner, command=command)
-    names = _RESUME_OPTIONS & explicit_options & {f.name for f in fields(config)}
+    names = RESUME_OPTIONS & explicit_options & {f.name for f in fields(config)}
     return replace(settings, **{name: getattr(config, name) for name in names})
 
 

@@ -51,6 +51,15 @@ class Wrapped(Net):
         return {"logits": super().forward(x), "aux": x.mean()}
 
 
+class Shifted(Net):
+    """A network with a number that is no part of its state dict."""
+
+    shift = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.shift * x.mean((1, 2, 3), keepdim=True).flatten(1)
+
+
 def make_net(seed: int, kind: type[Net] = Net, width: int = 32) -> Net:
     torch.manual_seed(seed)
     return kind(width)
@@ -169,15 +178,88 @@ def test_a_student_is_trained_in_place_as_the_run_records(cache: Cache, tmp_path
     assert not student._forward_hooks
 
 
-def test_a_finished_run_is_read_again_and_other_settings_are_refused(cache: Cache, tmp_path: Path) -> None:
+def test_a_finished_run_is_read_again_and_those_of_other_calls_are_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {"out": tmp_path / "run", "epochs": 3, "device": "cpu"}
     student = make_net(1, width=8)
     first = softcache.train_student(cache, student, ["kd"], **options)
-    again = make_net(2, width=8)
-    assert softcache.train_student(cache, again, ["kd"], **options)["student"] == first["student"]
+    again = make_net(1, width=8)
+    assert softcache.train_student(cache, again, ["kd"], **options, workers=1)["student"] == first["student"]
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
     with pytest.raises(CacheError, match=r"other settings \(epochs 3 there, 4 asked\)"):
-        softcache.train_student(cache, student, ["kd"], **{**options, "epochs": 4})
+        softcache.train_student(cache, make_net(1, width=8), ["kd"], **{**options, "epochs": 4})
+    with pytest.raises(CacheError, match=r"started with other objects \(initial weights of the student\)"):
+        softcache.train_student(cache, make_net(2, width=8), ["kd"], **options)
+    with pytest.raises(CacheError, match=r"other settings \(arch module\(.*Net\) there, module\(.*Shifted\) asked\)"):
+        softcache.train_student(cache, make_net(1, Shifted, width=8), ["kd"], **options)
+    monkeypatch.setattr(Net, "forward", Shifted.forward)
+    with pytest.raises(CacheError, match=r"started with other objects \(code of the student\)"):
+        softcache.train_student(cache, make_net(1, width=8), ["kd"], **options)
+
+
+def make_loss(factor: float) -> Any:
+    def scaled(outputs: softcache.ModelOutputs, batch: softcache.Batch) -> torch.Tensor:
+        return factor * (outputs.logits - batch.logits).square().mean()
+
+    return scaled
+
+
+def test_a_run_is_not_taken_for_that_of_another_loss(cache: Cache, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"out": tmp_path / "run", "epochs": 2, "device": "cpu"}
+    for _ in range(2):
+        softcache.train_student(cache, make_net(1), make_loss(1.0), **options)
+    with pytest.raises(CacheError, match=r"started with other objects \(code of loss 0, scaled,\)"):
+        softcache.train_student(cache, make_net(1), make_loss(2.0), **options)
+
+
+def test_a_complete_cache_is_compared_with_what_the_teacher_outputs(data: dict[str, Bars], tmp_path: Path) -> None:
+    teacher = make_net(0, Shifted)
+    softcache.build_cache(tmp_path / "cache", teacher, data, **OPTIONS)
+    softcache.build_cache(tmp_path / "cache", teacher, data, **OPTIONS)
+    teacher.shift = 3.0  # no part of the state dict
+    with pytest.raises(CacheError, match="the teacher's outputs have changed"):
+        softcache.build_cache(tmp_path / "cache", teacher, data, **OPTIONS)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "flipped"])
+def test_files_are_computed_again_by_the_same_call(
+    data: dict[str, Bars], teacher: Net, tmp_path: Path, damage: str
+) -> None:
+    cache = softcache.build_cache(tmp_path / "cache", teacher, data, **OPTIONS)
+    expected = cache.targets("train", range(240), draw=1)
+    shard = tmp_path / "cache/draw-001/shard-00000.h5"
+    content = bytearray(shard.read_bytes())
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "cut off":
+        shard.write_bytes(content[:-100])
+    else:
+        content[4000] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(CacheError, match="damaged"):
+            softcache.build_cache(tmp_path / "cache", teacher, data, **OPTIONS)
+    mended = softcache.build_cache(tmp_path / "cache", teacher, data, **OPTIONS, repair=damage == "flipped")
+    mended.verify(deep=True)
+    assert torch.equal(mended.targets("train", range(240), draw=1), expected)
+
+
+def test_distill_passes_options_to_both_stages_and_checks_them_first(data: dict[str, Bars], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no option 'epoch'"):
+        softcache.distill(make_net(0), make_net(1), data, out=tmp_path / "a", epoch=3, **OPTIONS)
+    assert not (tmp_path / "a").exists()
+    options = {
+        **OPTIONS,
+        "epochs": 1,
+        "codec": "sqrt8",
+        "val_fraction": 0.2,
+        "class_names": ["top", "middle", "bottom"],
+    }
+    images = data["train"]
+    result = softcache.distill(make_net(0), make_net(1), images, out=tmp_path / "b", optimizer="adamw", **options)
+    assert result["settings"]["optimizer"] == "adamw"
+    cache = Cache(tmp_path / "b/cache", data=images)
+    assert (cache.classes, cache.splits) == (("top", "middle", "bottom"), {"train": 192, "val": 48})
 
 
 def test_an_interrupted_call_goes_on_to_the_same_weights(
@@ -281,6 +363,8 @@ def test_an_option_that_does_not_exist_is_refused(
         ({"views": "crops"}, "no view policy 'crops'"),
         ({"weights": "w.pt"}, "load them into the network that you pass"),
         ({"teacher": "mlp:8"}, "teacher='mlp:8' has no weights"),
+        ({"out": "x"}, "'out' is no option of this call, which has an argument for it"),
+        ({"path": None}, "path=None is no path of a folder"),
         ({"draws": -1}, "draws=-1 is not between 1 and 100000"),
         ({"teacher": nn.Linear(1, 1)}, "the forward pass of arch .* failed"),
         ({"teacher": lambda x: x}, "a teacher is a torch.nn.Module or the name of an arch, not a function"),
@@ -290,8 +374,8 @@ def test_an_option_that_does_not_exist_is_refused(
 def test_what_makes_no_cache_is_refused(
     data: dict[str, Bars], tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
-    given = {"teacher": make_net(0), "data": data, "device": "cpu", **arguments}
+    given = {"path": tmp_path / "cache", "teacher": make_net(0), "data": data, "device": "cpu", **arguments}
     with pytest.raises(UsageError, match=message.replace("?", r"\?")) as caught:
-        softcache.build_cache(tmp_path / "cache", **given)
+        softcache.build_cache(**given)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
