@@ -152,15 +152,15 @@ class DistillationLoss(nn.Module):
         for output, features in reversed(passes):
             if output is logits:
                 return features
+        if not passes or any(x is not passes[-1][1].get(tap) for tap, x in self._features.items()):
+            return dict(self._features)  # of a compiled student, whose passes run no hook of ours
         for output, features in reversed(passes):
             if output.shape == logits.shape and output.requires_grad == logits.requires_grad:
                 return features
-        if passes:
-            raise UsageError(
-                f"these logits {list(logits.shape)} are of no forward pass of the student that is attached since the"
-                f" last loss, whose layers were captured: the last one returned {list(passes[-1][0].shape)}"
-            )
-        return self._features  # of a compiled student
+        raise UsageError(
+            f"these logits {list(logits.shape)} are of no forward pass of the student that is attached since the last"
+            f" loss: the last one returned {list(passes[-1][0].shape)}"
+        )
 
     def detach(self) -> None:
         """Remove the hooks from the student. The trainable parts stay."""
