@@ -26,10 +26,9 @@ class OwnLoop:
     Args:
         config: of the student, defaults filled in.
         setup: what it is trained from.
-        multiply_adds: of the student for one image.
     """
 
-    def __init__(self, config: StudentConfig, setup: DistillationSetup, multiply_adds: int):
+    def __init__(self, config: StudentConfig, setup: DistillationSetup):
         self.loader = setup.source.loader("train", batch_size=config.batch_size, device=setup.device)
         self.criterion = softcache.DistillationLoss(*config.loss)
         self.student = setup.build_student(config, setup.losses).to(setup.device)
@@ -45,11 +44,8 @@ class OwnLoop:
         )
         schedule = LearningRateSchedule(config, 1000 * len(self.loader))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
-        # As many threads as the trainer takes.
-        self.threads = 1 if multiply_adds * config.batch_size < WORTH_THREADS else torch.get_num_threads()
 
     def __call__(self) -> float:
-        torch.set_num_threads(self.threads)
         images, start = 0, time.perf_counter()
         self.student.train()
         for batch in self.loader:
@@ -63,15 +59,27 @@ class OwnLoop:
         return (time.perf_counter() - start) / images
 
 
+def with_threads(contender: Contender, threads: int) -> Contender:
+    """Return a contender that takes its turns with some number of CPU threads."""
+
+    def take_turn() -> float:
+        torch.set_num_threads(threads)
+        return contender()
+
+    return take_turn
+
+
 def compare_own_loop_with_trainer(options: BenchOptions, arch: str, rounds: int = 15) -> Measurement:
     """Time of an epoch of a user's own loop / of the trainer of the commands, for one image."""
     is_mnist = arch.startswith("mlp")
     data, cache = write_mnist_cache(options) if is_mnist else write_cifar_cache(options)
     config, setup = fixtures.open_setup(cache, data, arch, loss=("kd:temperature=4,weight=0.9", "hard:weight=0.1"))
     run = make_run(options, config, setup, "trainer")
+    # As many threads as the trainer takes.
+    threads = 1 if run.multiply_adds * config.batch_size < WORTH_THREADS else torch.get_num_threads()
     contenders: dict[str, Contender] = {
-        "own loop": OwnLoop(config, setup, run.multiply_adds),
-        "trainer": TrainingLoop(run, run.stream.steps_per_epoch),
+        "own loop": with_threads(OwnLoop(config, setup), threads),
+        "trainer": with_threads(TrainingLoop(run, run.stream.steps_per_epoch), threads),
     }
     seconds = time_in_turns(contenders, options.scale(rounds, 1))
     return Measurement(divide(seconds["own loop"], seconds["trainer"]), format_medians(seconds))

@@ -69,7 +69,7 @@ ROWS: tuple[Row, ...] = (
             lambda options: own_loop.compare_own_loop_with_trainer(options, "mlp:64")),
     at_least("loader-28px", 5, "images a second of the public loader / of a DataLoader over tensors, 28 px grey",
              lambda options: own_loop.compare_loader_with_data_loader(options, 28)),
-    at_least("loader-32px", 5, "images a second of the public loader / of a DataLoader over tensors, 32 px RGB",
+    at_least("loader-32px", None, "the same, 32 px RGB; here the public loader crops and flips as well",
              lambda options: own_loop.compare_loader_with_data_loader(options, 32)),
     at_most("checked-resnet8", 1.01, "epoch whose views are all compared with their checksums / epoch without",
             lambda options: student.compare_checked_with_unchecked(options, "resnet8", rounds=45)),
