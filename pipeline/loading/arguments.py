@@ -144,6 +144,18 @@ def check_draws(draws: Any, draws_per_decode: Any, batch_size: int, cached_draws
     return number, at_once
 
 
+def check_views(views: Any, channels: int, size: int) -> None:
+    """Raise UsageError for what is no uint8 [n, channels, size, size], such as images that are normalised already."""
+    if not isinstance(views, torch.Tensor):
+        raise type_error("views", views, "a tensor")
+    if views.dtype != torch.uint8:
+        kind = str(views.dtype).removeprefix("torch.")
+        normalised = "these are images already normalised: " if views.is_floating_point() else ""
+        raise UsageError(f"views are uint8 [n, {channels}, {size}, {size}], not {kind}: {normalised}pass batch.views")
+    if views.ndim != 4 or views.shape[1:] != (channels, size, size):
+        raise UsageError(f"views are uint8 [n, {channels}, {size}, {size}], not {list(views.shape)}")
+
+
 def check_sampler(sampler: Any) -> None:
     """Raise UsageError for what is no sampler; "" is none."""
     if check_text("sampler", sampler) and sampler not in SAMPLERS:

@@ -34,6 +34,7 @@ from .arguments import (
     check_labels,
     check_sampler,
     check_subset,
+    check_views,
 )
 from .context import make_context
 from .evaluation import run_student
@@ -303,7 +304,11 @@ class Cache:
 
         Returns:
             float32 [n, channels, size, size], see `input_spec`.
+
+        Raises:
+            UsageError: They are no views of this cache.
         """
+        check_views(views, self.transfer_set.channels, self.reader.views.size)
         return self._preparation(views)
 
     def evaluate(

@@ -29,13 +29,13 @@ def type_error(name: str, value: object, expected: str) -> UsageError:
     return UsageError(f"{name}={make_printable(repr(value), _MAX_SHOWN)} is {article} {kind}, not {expected}")
 
 
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Return a whole number as an int.
 
     Args:
         name: Name of the argument, for messages.
         value: An int, or an integer of NumPy or PyTorch.
-        least, most: The smallest and the largest number; None for no largest one.
+        least, most: The smallest and the largest number; None for no bound.
 
     Raises:
         UsageError: It is of another type, such as bool, float or str, or out of range.
@@ -46,9 +46,10 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
         number = None
     if number is None:
         raise type_error(name, value, "a whole number")
-    if number < least and most is None:
+    is_below = least is not None and number < least
+    if is_below and most is None:
         raise UsageError(f"{name} {number} is below {least}")
-    if number < least or (most is not None and number > most):
+    if is_below or (most is not None and number > most):
         raise UsageError(f"{name} {number} is not between {least} and {most}")
     return int(number)
 

@@ -98,3 +98,19 @@ def test_an_argument_of_another_type_is_named_in_one_line(opened: Cache, call: C
     with pytest.raises(UsageError, match=message) as caught:
         call(opened)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), r"uint8 \[n, 1, 8, 8\], not float32: .* already normalised: pass batch.views"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), "not int64: pass batch.views"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"not \[2, 3, 8, 8\]"),
+        (torch.zeros(2, 1, 9, 9, dtype=torch.uint8), r"not \[2, 1, 9, 9\]"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), r"not \[1, 8, 8\]"),
+        (np.zeros((2, 1, 8, 8), np.uint8), r"views is uint8 \[2, 1, 8, 8\], not a tensor"),
+    ],
+)
+def test_what_is_no_view_of_the_cache_is_not_prepared(opened: Cache, views: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        opened.prepare_input(views)
