@@ -196,9 +196,9 @@ class Cache:
                 the training split differ by one row at most, so that none is left over.
             seed: Seed of the order of rows, from 0; that of `softcache student --seed`.
             taps: Features of a batch: names of `taps`, or statistics of them, such as "layer3:pool" of "layer3".
-            workers: Processes that decode and render; 0 for a thread of this process.
+            workers: Processes that decode and render, up to 256; 0 for a thread of this process.
             device: Where the batches are to be. Images and targets that fit on a GPU stay there.
-            subset: int [n], the indices of the rows that are used, each once; None for all.
+            subset: int [n], the indices of the rows that are used, each once; or a mask bool [N]; None for all.
             labels: int [N] by index, in place of the labels of the data; -1 hides one.
             draws: Use the first so many draws; 0 for all.
             draws_per_decode: k draws of each decoded image in one batch: k epochs are a pass with every row in k
@@ -209,7 +209,7 @@ class Cache:
 
         Raises:
             CacheError: A tap is not cached.
-            UsageError: There is no such split or index, or a number is out of range.
+            UsageError: There is no such split or index, a number is out of range, or an argument is of another type.
         """
         rows = self._get_split(split)
         positions = self._find_positions(split, check_subset(split, subset, len(rows)))
@@ -247,7 +247,7 @@ class Cache:
 
         Args:
             split: "train", "val" or "test".
-            index: int [n], rows of the split.
+            index: int [n], rows of the split; or a mask bool [N].
             draw: Number of the augmented view, from 0; 0 for a held-out split.
 
         Returns:

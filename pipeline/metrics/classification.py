@@ -71,7 +71,7 @@ def _to_numpy(name: str, x: Any) -> NDArray[Any]:
     """Return numbers as a NumPy array; bfloat16, which NumPy does not have, as float32."""
     if isinstance(x, torch.Tensor):
         x = x.detach().cpu()
-        return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+        return np.asarray(x.float() if x.dtype == torch.bfloat16 else x)
     try:
         array = np.asarray(x)
     except (TypeError, ValueError, RuntimeError):
