@@ -124,6 +124,9 @@ def _choose_class_names(data: MapDataset | Mapping[str, MapDataset], classes: Se
         raise UsageError(f"classes is the text {classes!r}: for a dataset, expected a list of names")
     if not all(isinstance(name, str) for name in classes):
         raise UsageError("classes has a name that is no text: expected a list of str, one for each class")
+    if len(set(classes)) < len(classes):
+        repeated = next(name for number, name in enumerate(classes) if name in classes[:number])
+        raise UsageError(f"classes has the name {make_printable(repr(repeated))} more than once: one for each class")
     recorded, names = find_class_names(data), _check_printable(classes)
     if recorded and names and names != recorded:  # a cache is opened with the names of the dataset
         raise UsageError(

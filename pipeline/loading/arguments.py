@@ -1,34 +1,59 @@
 """Checks of the arguments of a cache's public methods."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from softcache.base.arguments import check_integer, check_text, type_error
 from softcache.base.errors import UsageError
 from softcache.data.sampling import SAMPLERS
 from softcache.data.transfer_set import Labels
 
 Rows = NDArray[np.int64]
+MAX_WORKERS = 256
 
 
-def check_index(split: str, index: ArrayLike, rows: int) -> Rows:
+def check_index(split: str, index: ArrayLike, rows: int, name: str = "index") -> Rows:
     """Return indices as int64 [n].
 
     Args:
         split: Name of the split, for messages.
-        index: One whole number, or several.
+        index: One whole number, or several; or a mask bool [rows], of which the positions of True are returned.
         rows: Of the split.
+        name: Name of the argument, for messages.
 
     Raises:
-        UsageError: They are no whole numbers from 0 to rows - 1.
+        UsageError: They are no whole numbers from 0 to rows - 1, or a mask of another length.
     """
-    numbers = np.atleast_1d(np.asarray(index))
+    numbers = _to_array(name, index, f"a list of whole numbers, or a mask bool [{rows}]")
+    if numbers.dtype == bool:
+        if numbers.shape != (rows,):
+            raise UsageError(f"the mask {name} is bool {list(numbers.shape)}, and {split} has {rows} rows")
+        return np.flatnonzero(numbers)
+    numbers = np.atleast_1d(numbers)
     if numbers.ndim != 1 or (numbers.size and not np.issubdtype(numbers.dtype, np.integer)):
-        raise UsageError(f"an index is a list of whole numbers, not {numbers.dtype} {list(numbers.shape)}")
+        kind = f"{numbers.dtype} {list(numbers.shape)}"
+        raise UsageError(f"{name} is a list of whole numbers, not {kind}; or a mask bool [{rows}]")
     if numbers.size and not (numbers.min() >= 0 and numbers.max() < rows):
         outside = numbers[(numbers < 0) | (numbers >= rows)][0]
         raise UsageError(f"index {outside} is not between 0 and {rows - 1}, the last row of {split}")
     return numbers.astype(np.int64)
+
+
+def _to_array(name: str, values: Any, expected: str) -> NDArray[Any]:
+    """Return numbers as an array; raise UsageError for what is none, such as None, a set or texts."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise type_error(name, values, expected) from None
+    if array.dtype.kind not in "biuf":
+        advice = f": give list({name})" if isinstance(values, set | frozenset) else ""
+        raise type_error(name, values, expected + advice)
+    return array
 
 
 def check_subset(split: str, subset: ArrayLike | None, rows: int) -> Rows:
@@ -39,7 +64,7 @@ def check_subset(split: str, subset: ArrayLike | None, rows: int) -> Rows:
     """
     if subset is None:
         return np.arange(rows)
-    index = check_index(split, subset, rows)
+    index = check_index(split, subset, rows, "subset")
     if not len(index):
         raise UsageError("the subset has no row")
     values, counts = np.unique(index, return_counts=True)
@@ -54,7 +79,7 @@ def check_labels(split: str, labels: ArrayLike | torch.Tensor, rows: int, classe
     Raises:
         UsageError: They are of another number or type, or one is no class.
     """
-    values = np.asarray(labels)
+    values = _to_array("labels", labels, f"whole numbers [{rows}]")
     if values.shape != (rows,) or not np.issubdtype(values.dtype, np.integer):
         raise UsageError(f"labels of {split} are whole numbers [{rows}], not {values.dtype} {list(values.shape)}")
     if values.max() >= classes:
@@ -63,19 +88,30 @@ def check_labels(split: str, labels: ArrayLike | torch.Tensor, rows: int, classe
     return hidden_as_minus_one
 
 
-def check_draw(split: str, draw: int, draws: int) -> None:
-    """Raise UsageError for a draw that is not cached; a held-out split has draw 0 alone."""
-    draws = draws if split == "train" else 1
-    if not 0 <= draw < draws:
-        raise UsageError(f"draw {draw} of {split} is not between 0 and {draws - 1}, the last one in the cache")
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """Return a device.
+def check_draw(split: str, draw: Any, draws: int) -> int:
+    """Return the number of a draw; a held-out split has draw 0 alone.
 
     Raises:
-        UsageError: There is no such device here.
+        UsageError: It is no whole number, or that draw is not cached.
     """
+    draws = draws if split == "train" else 1
+    number = check_integer("draw", draw, least=0)
+    if number >= draws:
+        raise UsageError(f"draw {number} of {split} is not between 0 and {draws - 1}, the last one in the cache")
+    return number
+
+
+def check_device(device: Any) -> torch.device:
+    """Return a device.
+
+    Args:
+        device: A str or a torch.device.
+
+    Raises:
+        UsageError: It is of another type, or there is no such device here.
+    """
+    if not isinstance(device, str | torch.device):
+        raise type_error("device", device, "a device such as 'cpu' or 'cuda:0'")
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -85,19 +121,42 @@ def check_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def check_loader(
-    batch_size: int, seed: int, draws: int, draws_per_decode: int, sampler: str, *, cached_draws: int
-) -> None:
-    """Raise UsageError for numbers that make no batches, see `Cache.loader`."""
-    if batch_size < 1:
-        raise UsageError(f"batch_size {batch_size} is below 1")
-    if seed < 0:
-        raise UsageError(f"seed {seed} is below 0")
-    if not 1 <= draws <= cached_draws:
-        raise UsageError(f"draws {draws} is not between 1 and the {cached_draws} draws of the cache")
-    if draws_per_decode < 1 or draws % draws_per_decode or batch_size % draws_per_decode:
+def check_draws(draws: Any, draws_per_decode: Any, batch_size: int, cached_draws: int) -> tuple[int, int]:
+    """Return the draws that are used and how many of them are in a batch, see `Cache.loader`.
+
+    Args:
+        draws: The first so many; 0 for all.
+        draws_per_decode: It divides the draws and the batch size.
+        batch_size: Rows of a batch.
+        cached_draws: The draws of the split.
+
+    Raises:
+        UsageError: A number is of another type or out of range.
+    """
+    number = check_integer("draws", draws, least=0) or cached_draws
+    at_once = check_integer("draws_per_decode", draws_per_decode, least=1)
+    if number > cached_draws:
+        raise UsageError(f"draws {number} is not between 1 and the {cached_draws} draws of the cache")
+    if number % at_once or batch_size % at_once:
         raise UsageError(
-            f"draws_per_decode {draws_per_decode} does not divide the {draws} draws and the batch_size {batch_size}"
+            f"draws_per_decode {at_once} does not divide the {number} draws and the batch_size {batch_size}"
         )
-    if sampler and sampler not in SAMPLERS:
+    return number, at_once
+
+
+def check_views(views: Any, channels: int, size: int) -> None:
+    """Raise UsageError for what is no uint8 [n, channels, size, size], such as images that are normalised already."""
+    if not isinstance(views, torch.Tensor):
+        raise type_error("views", views, "a tensor")
+    if views.dtype != torch.uint8:
+        kind = str(views.dtype).removeprefix("torch.")
+        normalised = "these are images already normalised: " if views.is_floating_point() else ""
+        raise UsageError(f"views are uint8 [n, {channels}, {size}, {size}], not {kind}: {normalised}pass batch.views")
+    if views.ndim != 4 or views.shape[1:] != (channels, size, size):
+        raise UsageError(f"views are uint8 [n, {channels}, {size}, {size}], not {list(views.shape)}")
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raise UsageError for what is no sampler; "" is none."""
+    if check_text("sampler", sampler) and sampler not in SAMPLERS:
         raise UsageError(f"no sampler '{sampler}'. There are: {', '.join(SAMPLERS)}")

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from softcache.base.arguments import check_bool, check_integer, check_names, check_path, check_text
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
 from softcache.data.transfer_set import Labels, Split, TransferSet, count_classes
@@ -24,7 +25,17 @@ from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, check_same_views
 from softcache.pipeline.teachers.fit import fit_teachers
 
-from .arguments import check_device, check_draw, check_index, check_labels, check_loader, check_subset
+from .arguments import (
+    MAX_WORKERS,
+    check_device,
+    check_draw,
+    check_draws,
+    check_index,
+    check_labels,
+    check_sampler,
+    check_subset,
+    check_views,
+)
 from .context import make_context
 from .evaluation import run_student
 from .loader import CacheLoader
@@ -85,15 +96,17 @@ class Cache:
         data_root: str | Path = "datasets",
         progress: bool | ProgressCallback = False,
     ):
-        paths = [path] if isinstance(path, str | Path) else list(path)
+        paths = [check_path("path", p) for p in (path if isinstance(path, list | tuple) else [path])]
+        check_text("combine", combine)
+        check_text("map", map)
+        root, show = check_path("data_root", data_root), resolve_progress(progress)
         if not paths:
             raise UsageError("no cache: name the folder of one")
         if combine and len(paths) == 1:
             raise UsageError(f"combine='{combine}' is for several caches, and '{paths[0]}' is one")
-        members = tuple(CacheReader(Path(p)) for p in paths)
+        members = tuple(CacheReader(p) for p in paths)
         check_same_views(members)
-        show = resolve_progress(progress)
-        transfer_set = members[0].load_transfer_set("" if data is None else data, Path(data_root), show)
+        transfer_set = members[0].load_transfer_set("" if data is None else data, root, show)
         for member in members[1:]:
             member.check_transfer_set(transfer_set)
         for member in members:
@@ -126,9 +139,9 @@ class Cache:
         self.path, self.fingerprint = reader.folder, reader.manifest.fingerprint
         self.num_classes = reader.classes
         self.classes: tuple[str, ...] = transfer_set.classes or tuple(map(str, range(reader.classes)))
-        self.taps = {name: tuple(shape) for name, shape in reader.manifest.taps.items()}
+        self._taps = {name: tuple(shape) for name, shape in reader.manifest.taps.items()}
         self.draws = min(member.manifest.draws for member in teachers.members)
-        self.splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
+        self._splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
         self.teacher = " + ".join(member.teacher for member in teachers.members)
         self.input_spec: InputSpec = replace(reader.input_spec, size=reader.views.size)
         self._preparation = InputPreparation(self.input_spec)
@@ -140,6 +153,16 @@ class Cache:
             f"Cache('{self.path}': {self.teacher}, {self.num_classes} classes, {splits}, {self.draws} draws{taps},"
             f" {self.fingerprint[:12]})"
         )
+
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape of a row} of the features that are cached; a copy."""
+        return dict(self._taps)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """{split: number of rows}; a copy."""
+        return dict(self._splits)
 
     @property
     def reader(self) -> CacheReader:
@@ -173,9 +196,9 @@ class Cache:
                 the training split differ by one row at most, so that none is left over.
             seed: Seed of the order of rows, from 0; that of `softcache student --seed`.
             taps: Features of a batch: names of `taps`, or statistics of them, such as "layer3:pool" of "layer3".
-            workers: Processes that decode and render; 0 for a thread of this process.
+            workers: Processes that decode and render, up to 256; 0 for a thread of this process.
             device: Where the batches are to be. Images and targets that fit on a GPU stay there.
-            subset: int [n], the indices of the rows that are used, each once; None for all.
+            subset: int [n], the indices of the rows that are used, each once; or a mask bool [N]; None for all.
             labels: int [N] by index, in place of the labels of the data; -1 hides one.
             draws: Use the first so many draws; 0 for all.
             draws_per_decode: k draws of each decoded image in one batch: k epochs are a pass with every row in k
@@ -186,14 +209,16 @@ class Cache:
 
         Raises:
             CacheError: A tap is not cached.
-            UsageError: There is no such split or index, or a number is out of range.
+            UsageError: There is no such split or index, a number is out of range, or an argument is of another type.
         """
         rows = self._get_split(split)
         positions = self._find_positions(split, check_subset(split, subset, len(rows)))
         all_labels = rows.labels if labels is None else check_labels(split, labels, len(rows), self.num_classes)
         is_train = split == "train"
-        draws = (draws or self.draws) if is_train else 1
-        check_loader(batch_size, seed, draws, draws_per_decode, sampler, cached_draws=self.draws)
+        batch_size, seed = check_integer("batch_size", batch_size, least=1), check_integer("seed", seed, least=0)
+        draws, cached_draws = (draws, self.draws) if is_train else (0, 1)
+        draws, draws_per_decode = check_draws(draws, draws_per_decode, batch_size, cached_draws)
+        check_sampler(sampler)
         if is_train:
             positions = np.sort(positions)
         stream = BatchStream(
@@ -207,8 +232,8 @@ class Cache:
             draws=draws,
             cache=self.teachers,
             taps=self._find_sources(taps),
-            read_targets=targets,
-            workers=workers,
+            read_targets=check_bool("targets", targets),
+            workers=check_integer("workers", workers, least=0, most=MAX_WORKERS),
             sampler=sampler if is_train else "",
             draws_per_decode=draws_per_decode if is_train else 1,
             device=check_device(device),
@@ -222,7 +247,7 @@ class Cache:
 
         Args:
             split: "train", "val" or "test".
-            index: int [n], rows of the split.
+            index: int [n], rows of the split; or a mask bool [N].
             draw: Number of the augmented view, from 0; 0 for a held-out split.
 
         Returns:
@@ -265,7 +290,7 @@ class Cache:
         """
         rows = self._get_split(split)
         numbers = check_index(split, index, len(rows))
-        check_draw(split, draw, self.draws)
+        draw = check_draw(split, draw, self.draws)
         views = render(rows.images, self.reader.views.of_split(split), self.reader.seed, numbers, draw)
         checks = ViewChecks(self.teachers, split, rows.images)
         checks.compare_views(views, numbers, draw, self._find_positions(split, numbers))
@@ -279,7 +304,11 @@ class Cache:
 
         Returns:
             float32 [n, channels, size, size], see `input_spec`.
+
+        Raises:
+            UsageError: They are no views of this cache.
         """
+        check_views(views, self.transfer_set.channels, self.reader.views.size)
         return self._preparation(views)
 
     def evaluate(
@@ -324,13 +353,13 @@ class Cache:
             split: "train", "val" or "test".
 
         Returns:
-            int64 [N].
+            int64 [N], a copy.
 
         Raises:
             UsageError: There is no such split.
         """
         part = self._get_split(split)
-        return torch.arange(len(part)) if part.source_rows is None else torch.from_numpy(part.source_rows)
+        return torch.arange(len(part)) if part.source_rows is None else torch.tensor(part.source_rows)
 
     def labels(self, split: str) -> torch.Tensor:
         """Return the labels of a split by index.
@@ -339,12 +368,12 @@ class Cache:
             split: "train", "val" or "test".
 
         Returns:
-            int64 [N], -1 where there is none.
+            int64 [N], -1 where there is none; a copy.
 
         Raises:
             UsageError: There is no such split.
         """
-        return torch.from_numpy(self._get_split(split).labels)
+        return torch.tensor(self._get_split(split).labels)
 
     def verify(self, deep: bool = False, progress: bool | ProgressCallback = False) -> None:
         """Verify every byte of the cache, as `softcache check-cache` does.
@@ -377,7 +406,7 @@ class Cache:
         self, split: str, index: ArrayLike, draw: int, sources: tuple[str, ...]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         positions = self._find_positions(split, check_index(split, index, len(self._get_split(split))))
-        check_draw(split, draw, self.draws)
+        draw = check_draw(split, draw, self.draws)
         return self.teachers.read_targets(split, draw, positions, sources)
 
     @cached_property
@@ -392,15 +421,13 @@ class Cache:
         return positions
 
     def _get_split(self, split: str) -> Split:
-        if split not in self.transfer_set.splits:
+        if check_text("split", split) not in self.transfer_set.splits:
             raise UsageError(f"no split '{split}'. There are: {', '.join(self.splits)}")
         return self.transfer_set.splits[split]
 
     def _find_sources(self, taps: Sequence[str]) -> tuple[str, ...]:
         """Find the cached taps from which some taps are computed, each once."""
-        if isinstance(taps, str):
-            raise UsageError(f"taps is a list of names, such as ['{taps}']")
-        sources = {tap: find_source_tap(tap, self.taps) for tap in taps}
+        sources = {tap: find_source_tap(tap, self.taps) for tap in check_names("taps", taps)}
         if missing := [tap for tap, source in sources.items() if source is None]:
             raise CacheError(
                 f"the cache '{self.path}' does not contain {', '.join(missing)} (it has:"

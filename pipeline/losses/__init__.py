@@ -11,12 +11,13 @@ the file of its family and an entry of LOSSES.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import fields, replace
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 
-from .base import Loss, Ramp, to_float
+from .base import MAX_RAMP_EPOCHS, Loss, Ramp, check_parameter, to_float
 from .classifier import SRRL, CatKD, SimKD
 from .crd import CRD
 from .custom import Custom, copy_for_training
@@ -173,8 +174,8 @@ def _parse_loss(spec: str) -> Loss:
         raise error
     name, parameters = split_loss_spec(spec)
     if is_custom_loss(spec):
-        weight = _parse_number_or_ramp(spec, "weight", parameters.get("weight", "1"))
-        return import_own_loss(spec, weight)
+        weight = _parse_value(spec, "weight", parameters.get("weight", "1"), float | Ramp)
+        return import_own_loss(spec, weight)  # type: ignore[arg-type]
     if name not in LOSSES:
         first, *others = name.replace("+", ",").replace(" ", ",").split(",")
         if others and first in LOSSES:
@@ -188,35 +189,23 @@ def _parse_loss(spec: str) -> Loss:
 
 
 def _parse_value(spec: str, parameter: str, text: str, kind: object) -> str | bool | float | Ramp:
-    """Parse the value of a parameter whose field has the type `kind`."""
-    if kind is str:
-        return text
+    """Parse the value of a parameter whose field has the type `kind`, and check it."""
+    value: str | bool | float | Ramp = text
     if kind is bool:
         if text not in ("true", "false"):
             raise UsageError(f"loss '{spec}': {parameter}={text} is neither true nor false")
-        return text == "true"
-    value = _parse_number_or_ramp(spec, parameter, text)
-    if kind is int:
-        if not isinstance(value, float) or value != int(value) or value < 1:
-            raise UsageError(f"loss '{spec}': {parameter}={text} is not a whole number from 1 on")
-        return int(value)
-    if kind is float and isinstance(value, Ramp):
-        raise UsageError(f"loss '{spec}': {parameter}={text}: {parameter} cannot change during training")
-    return value
+        value = text == "true"
+    elif kind is not str:
+        value = _parse_number_or_ramp(spec, parameter, text)
+    checked: str | bool | float | Ramp = check_parameter(spec, parameter, kind, value, text)
+    return checked
 
 
 def _parse_number_or_ramp(spec: str, parameter: str, text: str) -> float | Ramp:
     start, arrow, rest = text.partition("->")
     end, mark, epochs = rest.partition("@")
-    low = 1e-3 if parameter in ("temperature", "power") else 0.0
     values = [parse_number(spec, "loss", parameter, number) for number in ((start, end) if arrow else (start,))]
-    if min(values) < low:
-        raise UsageError(f"loss '{spec}': {parameter}={text} is below {low:g}")
-    if parameter in ("smoothing", "correct", "reversal") and max(values) > 1:
-        raise UsageError(f"loss '{spec}': {parameter}={text} is above 1")
-    if parameter == "beta" and max(values) >= 1:
-        raise UsageError(f"loss '{spec}': {parameter}={text} is not below 1")
-    if mark and not (epochs.isdecimal() and 0 < int(epochs) <= 1_000_000):
+    if mark and not (epochs.isdecimal() and 0 < int(epochs) <= MAX_RAMP_EPOCHS):
         raise UsageError(f"loss '{spec}': {parameter}={text}: after @ comes the epoch in which {end} is reached")
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
 
@@ -262,4 +251,9 @@ def resolve_ramps(loss: Loss, epoch: int, epochs: int) -> Loss:
     """
     values = {f.name: getattr(loss, f.name) for f in fields(loss)}  # type: ignore[arg-type]
     resolved = {key: value.value_at(epoch, epochs) for key, value in values.items() if isinstance(value, Ramp)}
-    return replace(loss, **resolved) if resolved else loss  # type: ignore[type-var]
+    if not resolved:
+        return loss
+    current = copy(loss)  # not `replace`, which checks again: a ramp to 0.001 ends at 0.00099…, by rounding
+    for key, value in resolved.items():
+        object.__setattr__(current, key, value)
+    return current

@@ -100,7 +100,7 @@ class SRRL(FeatureLoss):
         s, t = self.feature_pairs(student, batch)[0]
         features, logits = part(s.flatten(1))
         feature_term = F.mse_loss(features, t.flatten(1))
-        logit_term = F.mse_loss(logits, teacher_logits(student, batch))
+        logit_term = F.mse_loss(logits, teacher_logits(student, batch, self.name))
         return to_float(self.features) * feature_term + to_float(self.outputs) * logit_term
 
 

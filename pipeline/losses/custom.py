@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from softcache.base.arguments import check_text
 from softcache.base.errors import UsageError
 from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import keep_global_state, name_type
@@ -59,9 +60,11 @@ class Custom(Loss):
         if isinstance(self.function, type):
             called = f"{self.function.__name__}()"
             raise UsageError(f"a loss is a callable (outputs, batch) -> scalar tensor: give an object, {called}")
+        check_text("Custom: name", self.name)
         name = self.name or getattr(self.function, "__name__", "") or type(self.function).__name__
         name = re.sub(r"\W+", "_", name).strip("_") or "loss"  # a term's name is a key of a ModuleDict, without dots
         object.__setattr__(self, "name", f"{name}_loss" if hasattr(nn.ModuleDict, name) else name)
+        super().__post_init__()
         for tap in (*self.teacher_taps(), *self.student_taps()):
             parse_tap(tap)
 

@@ -74,7 +74,7 @@ class DKD(Loss):
         return to_float(self.target) == 0 and (classes < 3 or to_float(self.nontarget) == 0)
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
+        z_s, z_t, t = student.logits, teacher_logits(student, batch, self.name), to_float(self.temperature)
         y = target_class(batch, z_t)
         if self.standardize:
             z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
@@ -111,7 +111,7 @@ class NKD(Loss):
         return to_float(self.target) == 0 and (classes < 3 or to_float(self.nontarget) == 0)
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
+        z_s, z_t, t = student.logits, teacher_logits(student, batch, self.name), to_float(self.temperature)
         y = target_class(batch, z_t)
         target_rows = -(decouple(z_t, y)[0][:, 0].exp() * decouple(z_s, y)[0][:, 0])
         log_o_t, log_o_s = decouple(z_t / t, y)[1], decouple(z_s / t, y)[1]
@@ -147,7 +147,10 @@ class DIST(Loss):
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         t = to_float(self.temperature)
-        p_s, p_t = F.softmax(student.logits / t, dim=1), F.softmax(teacher_logits(student, batch) / t, dim=1)
+        p_s, p_t = (
+            F.softmax(student.logits / t, dim=1),
+            F.softmax(teacher_logits(student, batch, self.name) / t, dim=1),
+        )
         rows, classes = 1 - _pearson_correlation(p_s, p_t).mean(), 1 - _pearson_correlation(p_s.T, p_t.T).mean()
         return (to_float(self.between) * rows + to_float(self.within) * classes) * t**2
 
@@ -186,6 +189,7 @@ class MultiTemperature(Loss):
     name: ClassVar[str] = "multi_temperature"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             values = [float(t) for t in self.temperatures.split("+")]
         except ValueError:
@@ -201,7 +205,7 @@ class MultiTemperature(Loss):
         return False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        z_s, z_t = student.logits, teacher_logits(student, batch)
+        z_s, z_t = student.logits, teacher_logits(student, batch, self.name)
         kl_s, kl_t = (standardize_logits(z_s), standardize_logits(z_t)) if self.standardize else (z_s, z_t)
         terms = []
         for t in (float(text) for text in self.temperatures.split("+")):

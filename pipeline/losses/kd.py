@@ -11,14 +11,22 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
-from .base import Loss, Ramp, to_float
+from .base import Loss, Ramp, require_logits, to_float
 from .hard import cross_entropy_rows, masked_mean
 
 
-def teacher_logits(student: ModelOutputs, batch: Batch) -> torch.Tensor:
-    """Return the cached logits [B, K] in the dtype of the student's."""
-    assert batch.logits is not None
-    return batch.logits.to(student.logits.dtype)
+def teacher_logits(student: ModelOutputs, batch: Batch, name: str) -> torch.Tensor:
+    """Return the cached logits [B, K] in the dtype of the student's.
+
+    Args:
+        student: the student's outputs.
+        batch: the batch.
+        name: name of the loss that reads them, for messages.
+
+    Raises:
+        UsageError: the batch has no logits.
+    """
+    return require_logits(batch, f"loss '{name}'").to(student.logits.dtype)
 
 
 def kd_rows(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
@@ -114,7 +122,7 @@ class KD(Loss):
         return False
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        z_s, z_t = student.logits, teacher_logits(student, batch)
+        z_s, z_t = student.logits, teacher_logits(student, batch, self.name)
         if self.standardize:
             z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
         return weighted_kd_mean(z_s, z_t, to_float(self.temperature), batch)
@@ -140,7 +148,7 @@ class LogitMSE(Loss):
     is_row_mean: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        return weighted_mean((student.logits - teacher_logits(student, batch)).square().mean(1), batch)
+        return weighted_mean((student.logits - teacher_logits(student, batch, self.name)).square().mean(1), batch)
 
 
 @dataclass(frozen=True)
@@ -163,11 +171,12 @@ class Output(Loss):
     is_row_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in ("kl", "mse", "soft_ce"):
             raise UsageError(f"loss 'output': kind={self.kind} is none of kl, mse, soft_ce")
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
+        z_s, z_t, t = student.logits, teacher_logits(student, batch, self.name), to_float(self.temperature)
         if self.kind == "kl":
             return weighted_kd_mean(z_s, z_t, t, batch)
         if self.kind == "mse":
@@ -199,7 +208,7 @@ class WSLD(Loss):
     needs_labels: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
-        z_s, z_t, t = student.logits, teacher_logits(student, batch), to_float(self.temperature)
+        z_s, z_t, t = student.logits, teacher_logits(student, batch, self.name), to_float(self.temperature)
         l_s, is_labelled = cross_entropy_rows(z_s.detach(), batch)
         l_t = cross_entropy_rows(z_t, batch)[0]
         w = 1 - torch.exp(-l_s / (l_t + 1e-7))
@@ -254,4 +263,4 @@ class CTKD(Loss):
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         assert part is not None
         strength = (1 - math.cos(math.pi * to_float(self.reversal))) / 2
-        return kd_mean(student.logits, teacher_logits(student, batch), part(strength))
+        return kd_mean(student.logits, teacher_logits(student, batch, self.name), part(strength))

@@ -147,7 +147,7 @@ class BalancedKD(ClassCountLoss):
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         assert part is not None
-        z_t, t, beta = teacher_logits(student, batch), to_float(self.temperature), to_float(self.beta)
+        z_t, t, beta = teacher_logits(student, batch, self.name), to_float(self.temperature), to_float(self.beta)
         # N(w softmax(z / T)) = softmax(z / T + log w). The factor 1 - beta of w cancels in N. expm1, because
         # 1 - beta^n would round to 0.
         log_beta = math.log(beta) if beta else -math.inf
@@ -178,7 +178,7 @@ class DiVE(Loss):
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         # N(softmax(z / T)^power) = softmax(power z / T)
-        z_t = to_float(self.power) * teacher_logits(student, batch)
+        z_t = to_float(self.power) * teacher_logits(student, batch, self.name)
         return kd_mean(student.logits, z_t, to_float(self.temperature))
 
 
@@ -206,6 +206,7 @@ class SoftF1(Loss):
     needs_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.average not in ("macro", "weighted", "micro"):
             raise UsageError(f"loss 'soft_f1': average={self.average} is none of macro, weighted, micro")
 

@@ -9,7 +9,7 @@ from torch import nn
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.teachers.combine import confidence_weights
 
-from .base import Loss
+from .base import Loss, require_logits
 from .hard import cross_entropy_rows, mean_cross_entropy
 
 Term = Callable[[ModelOutputs, Batch, nn.Module | None], torch.Tensor]
@@ -71,8 +71,7 @@ class HardFallback:
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the mean over all rows, a scalar."""
-        assert batch.logits is not None
-        is_missing = batch.logits.flatten(1).isnan().any(1)
+        is_missing = require_logits(batch, "missing_to_labels").flatten(1).isnan().any(1)
         if not is_missing.any():
             return self.term(student, batch, part)
         missing, available = is_missing.nonzero()[:, 0], (~is_missing).nonzero()[:, 0]

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from softcache.base.arguments import type_error
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Labels
 
@@ -43,11 +44,16 @@ def evaluate(
         confusion: [K][K], rows of the true class by predicted class; None over 100 classes.
         recall_head, recall_medium, recall_tail: Mean recall of the classes of `group_classes`; None without groups.
 
+    Raises:
+        UsageError: An argument has another shape or type, logits are not finite, or a label is no class.
+
     Source:
         Guo et al. 2017, "On calibration of modern neural networks" (ece).
     """
-    z, y, teacher = _to_numpy(logits), _to_numpy(labels), _to_numpy(teacher_logits)
-    _check_shapes(z, y, teacher)
+    z, y = _to_numpy("logits", logits), _to_numpy("labels", labels)
+    teacher = None if teacher_logits is None else _to_numpy("teacher_logits", teacher_logits)
+    rows_of_classes = None if counts is None else _to_numpy("counts", counts)
+    _check_arguments(z, y, teacher, rows_of_classes)
     is_labelled = y >= 0
     log_p = log_softmax(z)
     result: dict[str, Any] = {"rows": len(y), "labelled": int(is_labelled.sum())}
@@ -57,25 +63,45 @@ def evaluate(
         result["kl_to_teacher"] = float((np.exp(log_t) * (log_t - log_p)).sum(1).mean())
     if is_labelled.any():
         result |= _compute_label_metrics(z[is_labelled], log_p[is_labelled], y[is_labelled])
-        result |= _compute_recall_by_group(result["per_class"]["recall"], _to_numpy(counts))
+        result |= _compute_recall_by_group(result["per_class"]["recall"], rows_of_classes)
     return result
 
 
-def _to_numpy(x: Any) -> Any:
-    """Return a tensor as a NumPy array; bfloat16, which NumPy does not have, as float32."""
-    if not isinstance(x, torch.Tensor):
-        return x if x is None or isinstance(x, np.ndarray) else np.asarray(x)
-    x = x.detach().cpu()
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+def _to_numpy(name: str, x: Any) -> NDArray[Any]:
+    """Return numbers as a NumPy array; bfloat16, which NumPy does not have, as float32."""
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        return np.asarray(x.float() if x.dtype == torch.bfloat16 else x)
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise type_error(name, x, "an array or a tensor of numbers") from None
+    if array.dtype.kind not in "iuf":
+        raise type_error(name, x, "an array or a tensor of numbers")
+    return array
 
 
-def _check_shapes(logits: Any, labels: Any, teacher: Any) -> None:
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+def _check_arguments(
+    logits: NDArray[Any], labels: NDArray[Any], teacher: NDArray[Any] | None, counts: NDArray[Any] | None
+) -> None:
+    """Raise UsageError for what `evaluate` cannot work with."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.shape[1]:
         raise UsageError(f"logits {list(logits.shape)} and labels {list(labels.shape)} are not [N, K] and [N]")
     if teacher is not None and teacher.shape != logits.shape:
         raise UsageError(f"logits {list(logits.shape)} and the teacher's {list(teacher.shape)} differ in their shape")
-    if labels.size and labels.max() >= logits.shape[1]:
-        raise UsageError(f"label {labels.max()} is not below the {logits.shape[1]} classes of the logits")
+    K = logits.shape[1]
+    if labels.size and labels.dtype.kind not in "iu":
+        raise UsageError(f"labels are {labels.dtype}: expected whole numbers, -1 where there is none")
+    if labels.size and labels.max() >= K:
+        raise UsageError(f"label {labels.max()} is not below the {K} classes of the logits")
+    if counts is not None and (counts.shape != (K,) or counts.dtype.kind not in "iu"):
+        raise UsageError(f"counts are {counts.dtype} {list(counts.shape)}: expected whole numbers [{K}]")
+    for owner, values in (("student", logits), ("teacher", teacher)):
+        if values is not None and (rows := int((~np.isfinite(values)).any(1).sum())):
+            raise UsageError(
+                f"the {owner}'s logits are not finite in {rows} of {len(values)} rows (NaN or infinite): they have no"
+                " metrics"
+            )
 
 
 def summarize(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from .arguments import type_error
+
 # progress(items, total, text) yields the items one by one and shows, under that text, how many of the total are done.
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 # callback(text, done, total) is told how many of the total are done, of the work that the text names.
@@ -20,11 +22,16 @@ def resolve_progress(progress: bool | ProgressCallback) -> Progress:
     Args:
         progress: False to show nothing, True for a progress bar on standard error, or a function that is called with
             (text, done, total).
+
+    Raises:
+        UsageError: It is neither a bool nor callable.
     """
     if progress is False:
         return no_progress
     if progress is True:
         return show_bar
+    if not callable(progress):
+        raise type_error("progress", progress, "True, False or a function of (text, done, total)")
 
     def report(items: Iterable[Any], total: int, text: str) -> Iterator[Any]:
         for done, item in enumerate(items, 1):

@@ -71,6 +71,7 @@ def test_classes_are_the_given_names_or_the_datasets_own_or_numbers() -> None:
 @pytest.mark.parametrize(
     ("data", "classes", "text"),
     [
+        (make_images(), ["x", "y", "x"], "classes has the name 'x' more than once"),
         (make_images(), ["x", "y"], r"train row 2 .* has the label 2, but there are 2 classes \(x, y\)"),
         (make_images(), "natural", "expected a list of names"),
         (make_images(), [1, 2, 3], "no text"),
@@ -78,7 +79,7 @@ def test_classes_are_the_given_names_or_the_datasets_own_or_numbers() -> None:
         (make_images(names=["a", "b", "c"]), ["x", "y", "z"], r"\(x, y, z\) are not the dataset's own \(a, b, c\)"),
         ({"train": make_images(names=["a", "b", "c"]), "test": make_images(names=["a", "c", "b"])}, (), "other class"),
     ],
-    ids=["too few", "a text", "numbers", "unprintable", "others than its own", "others in test"],
+    ids=["twice", "too few", "a text", "numbers", "unprintable", "others than its own", "others in test"],
 )
 def test_names_that_do_not_fit_are_refused(data: Any, classes: Any, text: str) -> None:
     with pytest.raises(UsageError, match=text):

@@ -547,7 +547,10 @@ def test_resolve_ramps_returns_a_loss_without_ramps_unchanged() -> None:
 def test_a_warm_up_reaches_its_end_in_its_epoch_and_stays_there(epoch: int, weight: float) -> None:
     """min(epoch / 20, 1), epochs counted from 1."""
     (loss,) = parse_losses(("kd:weight=0->1@20",))
-    assert resolve_ramps(loss, epoch, 100) == KD(weight=pytest.approx(weight))
+    resolved = resolve_ramps(loss, epoch, 100)
+    assert isinstance(resolved, KD)
+    assert resolved == KD(weight=resolved.weight)
+    assert resolved.weight == pytest.approx(weight)
 
 
 @pytest.mark.parametrize("spec", ["kd:temperature=8->1", "hard:smoothing=0.1->0"])

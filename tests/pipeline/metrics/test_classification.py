@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from softcache.base.errors import UsageError
 from softcache.pipeline.metrics.classification import evaluate, log_softmax, mean_and_spread, rank_labels, summarize
 
 Floats = NDArray[np.float64]
@@ -394,3 +396,26 @@ def test_logits_that_differ_by_less_than_the_rounding_of_their_probabilities_are
     result = evaluate(logits, labels, np.array([[0.0, 1.0, 0.0]]))
     assert (result["accuracy"], result["agreement"]) == (1, 1)
     assert summarize(logits, labels)["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[np.nan, 1.0], [0.0, 1.0]], [0, 1]), "the student's logits are not finite in 1 of 2 rows"),
+        (([[-np.inf, 1.0], [0.0, np.inf]], [0, 1]), "the student's logits are not finite in 2 of 2 rows"),
+        ((np.eye(2), [0, 1], np.full((2, 2), np.nan)), "the teacher's logits are not finite in 2 of 2 rows"),
+        ((np.eye(2), [0.0, 1.0]), "labels are float64: expected whole numbers"),
+        ((np.eye(2), torch.tensor([True, False])), "labels are bool: expected whole numbers"),
+        ((np.eye(2), ["a", "b"]), "labels=.* is a list, not an array or a tensor of numbers"),
+        ((np.eye(2), None), "labels is None, not an array"),
+        ((np.eye(2), [0, 1, 1]), r"logits \[2, 2\] and labels \[3\] are not"),
+        ((np.zeros((2, 0)), [0, 1]), r"logits \[2, 0\] and labels"),
+        ((np.eye(2), [0, 1], np.eye(3)), r"the teacher's \[3, 3\] differ in their shape"),
+        ((np.eye(2), [0, 2]), "label 2 is not below the 2 classes"),
+        ((np.eye(2), [0, 1], None, [1, 2, 3]), r"counts are int64 \[3\]: expected whole numbers \[2\]"),
+    ],
+)
+def test_what_has_no_metrics_is_refused_in_one_line(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        evaluate(*arguments)
+    assert "\n" not in str(caught.value)
