@@ -1,6 +1,5 @@
 """The loader of a cache: one epoch after the other, for anybody's training loop."""
 
-import operator
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
+from softcache.base.arguments import check_integer
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.taps.statistics import derive_features
@@ -59,12 +59,7 @@ class CacheLoader(IterableDataset[Batch]):
         Raises:
             UsageError: The number is negative.
         """
-        try:
-            epoch = operator.index(epoch)
-        except TypeError:
-            raise UsageError(f"epoch={epoch!r} is a {type(epoch).__name__}, not a whole number") from None
-        if epoch < 0:
-            raise UsageError(f"epoch {epoch} is below 0")
+        epoch = check_integer("epoch", epoch, least=0)
         if epoch != self.epoch:
             self.epoch, self._first_step, self._next_step = epoch, 0, 0
 

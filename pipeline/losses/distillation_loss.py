@@ -15,9 +15,10 @@ from softcache.pipeline.models import find_head
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features, list_layers
 from softcache.pipeline.taps.statistics import derive_features, parse_tap
+from softcache.pipeline.teachers.combine import PER_TEACHER
 
 from . import check_loss_trains, parse_losses, resolve_ramps
-from .base import Loss, list_student_taps, list_teacher_taps, to_float
+from .base import Loss, check_is_object, check_progress, list_student_taps, list_teacher_taps, to_float
 from .classifier import SimKD
 from .custom import Custom, LossFunction
 from .multi_teacher import Term, wrap_loss
@@ -58,6 +59,8 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, *losses: LossLike, combination: str = "per_teacher", missing_to_labels: bool = False):
         super().__init__()
+        if combination not in PER_TEACHER:
+            raise unknown_name_error("combination", str(combination), PER_TEACHER)
         self.losses = resolve_losses(losses)
         self.names = term_names(self.losses)
         self.terms: dict[str, torch.Tensor] = {}
@@ -79,7 +82,11 @@ class DistillationLoss(nn.Module):
         Args:
             epoch: 0 to epochs - 1.
             epochs: The epochs of the training.
+
+        Raises:
+            UsageError: There is no such epoch.
         """
+        check_progress(epoch, epochs)
         current = [resolve_ramps(loss, epoch, epochs) for loss in self.losses]
         self.functions = [wrap_loss(loss, "", self._missing_to_labels) for loss in current]
         self._functions_of_several = [wrap_loss(loss, self._combination, self._missing_to_labels) for loss in current]
@@ -297,6 +304,7 @@ def list_losses(losses: Losses) -> tuple[LossLike, ...]:
 
 
 def _to_loss(loss: Loss | LossFunction) -> Loss:
+    check_is_object(loss)
     is_loss = callable(getattr(loss, "build_part", None)) and not isinstance(loss, nn.Module)
     return loss if is_loss else Custom(loss)  # type: ignore[return-value, arg-type]
 

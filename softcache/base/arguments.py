@@ -1,5 +1,6 @@
 """Checks of the types of the arguments of public functions. Each raises one line with argument, value and type."""
 
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -85,3 +86,13 @@ def check_names(name: str, value: Any) -> Sequence[str]:
         if not isinstance(item, str):
             raise type_error(f"{name}[{number}]", item, "a name")
     return value
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return a finite number as a float; raise UsageError for another type, or one that is not finite."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__") or getattr(value, "shape", None):
+        raise type_error(name, value, "a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise UsageError(f"{name} {number} is not finite")
+    return number

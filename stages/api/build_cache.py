@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from softcache.base.arguments import check_names, check_path
 from softcache.base.errors import UsageError
 from softcache.base.progress import ProgressCallback, no_progress, resolve_progress
 from softcache.base.user_modules import name_type
@@ -25,7 +26,7 @@ from softcache.stages.teacher_cache.preparation import LiveObjects, PreparedCach
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility
 from softcache.stages.teacher_cache.writing import write_cache
 
-from .library_call import check_path, library_call, make_config
+from .library_call import library_call, make_config
 
 Normalize = str | tuple[Sequence[float], Sequence[float]]
 
@@ -74,7 +75,8 @@ def build_cache(
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: Processes that decode and render; 0 for a thread of this process.
         weights: With the name of an arch, a file of weights, the folder of a run, or "DEFAULT".
-        class_names: Names of the classes of a data set that has none.
+        class_names: Names of the classes of a data set that has none, such as one of tensors; needed where the teacher
+            has more classes than the labels show.
         seed: Of the views and of the split.
         repair: Read every byte of a complete cache, and compute the files again that are damaged. Files that are
             missing are computed again in any case.
@@ -113,7 +115,7 @@ def build_cache(
         device=device,
         workers=workers,
         seed=seed,
-        out=check_path("path", path),
+        out=str(check_path("path", path)),
     )
     with library_call(progress):
         config = fill_defaults(config)
@@ -164,14 +166,12 @@ def _load_data(
         return data
     arguments = {name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)}
     if class_names:
-        arguments["classes"] = tuple(class_names)
+        arguments["classes"] = tuple(check_names("class_names", class_names))
     return load_transfer_set(data, Path(config.data_root), **arguments, progress=resolve_progress(progress))
 
 
 def _join_taps(taps: Sequence[str]) -> str:
-    if isinstance(taps, str):
-        raise UsageError(f"taps is a list of names, such as ['{taps}']")
-    return ",".join(taps)
+    return ",".join(check_names("taps", taps))
 
 
 def _format_normalize(normalize: Normalize | None, teacher: object) -> str:

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from softcache.base.arguments import check_path
 from softcache.base.progress import ProgressCallback
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.distillation_loss import Losses, list_losses, resolve_losses
 from softcache.stages.cli.configs import CacheConfig, StudentConfig
 
 from .build_cache import Normalize, build_cache
-from .library_call import check_path, make_config
+from .library_call import make_config
 from .train_student import train_student
 
 _STUDENT_OPTIONS = {field.name for field in fields(StudentConfig)}

@@ -1,7 +1,6 @@
 """What a function of the library owes its caller: it prints nothing, and leaves PyTorch's global state as it was."""
 
 import errno
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from softcache.base.arguments import check_bool, check_integer, check_number, check_text
 from softcache.base.errors import DISK_ERRORS, CacheError, Interrupted, UsageError, unknown_name_error
 from softcache.base.progress import ProgressCallback
 from softcache.stages.cli.console import report_to
@@ -66,45 +66,39 @@ def make_config(kind: type[C], options: dict[str, Any], **arguments: Any) -> C:
         UsageError: There is no such option, or a value is of another type or out of range.
     """
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    for name, value in options.items():
+    for name in options:
         if name in arguments:
             raise UsageError(f"'{name}' is no option of this call, which has an argument for it")
         if name not in known or name in ("json", "resume"):
             raise unknown_name_error("option", name, [n for n in known if n not in ("json", "resume")])
-        _check_value(name, value, known[name])
     given = {name: value for name, value in {**arguments, **options}.items() if value is not None}
-    for name in arguments.keys() & given.keys():
-        _check_value(name, given[name], known[name])
-    return kind(**given)
+    return kind(**{name: _check_value(name, value, known[name]) for name, value in given.items()})
 
 
-def _check_value(name: str, value: Any, field: Any) -> None:
-    """Raise UsageError for a value that the command line would not have taken."""
+def _check_value(name: str, value: Any, field: Any) -> Any:
+    """Return a value that the command line would have taken, a number of NumPy as one of Python.
+
+    Raises:
+        UsageError: It is of another type, no choice or out of range.
+    """
     default, metadata = field.default, field.metadata
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if type(value) not in kinds:
-        raise UsageError(f"{name}={value!r} is a {type(value).__name__}, not a {type(default).__name__}")
-    choices = metadata.get("choices")
-    if choices and value != default and value not in choices:
-        raise UsageError(f"{name}={value!r}: there are {', '.join(map(str, choices))}")
-    if isinstance(value, int | float) and not isinstance(value, bool) and value != default:
-        least, most = metadata.get("least"), metadata.get("most")
-        if (least is not None and value < least) or (most is not None and value > most) or value != value:
-            raise UsageError(f"{name}={value} is not {_format_range(least, most)}")
+    if isinstance(default, bool):
+        return check_bool(name, value)
+    if isinstance(default, tuple):
+        return value
+    if isinstance(default, str):
+        choices = metadata.get("choices")
+        if choices and check_text(name, value) != default and value not in choices:
+            raise UsageError(f"{name}='{value}': there are {', '.join(choices)}")
+        return check_text(name, value)
+    value = check_integer(name, value) if isinstance(default, int) else check_number(name, value)
+    least, most = metadata.get("least"), metadata.get("most")
+    if value != default and ((least is not None and value < least) or (most is not None and value > most)):
+        raise UsageError(f"{name}={value} is not {_format_range(least, most)}")
+    return value
 
 
 def _format_range(least: float | None, most: float | None) -> str:
     if most is None:
         return f"at least {least:g}"
     return f"between {least:g} and {most:g}" if least is not None else f"at most {most:g}"
-
-
-def check_path(name: str, path: object) -> str:
-    """Return a path as text.
-
-    Raises:
-        UsageError: It is no text and no path, or empty.
-    """
-    if not isinstance(path, str | os.PathLike) or isinstance(text := os.fspath(path), bytes) or not text:
-        raise UsageError(f"{name}={path!r} is no path of a folder")
-    return str(text)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from softcache.base.arguments import check_path
 from softcache.base.errors import UsageError
 from softcache.base.files import make_folder
 from softcache.base.progress import ProgressCallback
@@ -23,7 +24,7 @@ from softcache.stages.student.own_losses import check_own_losses
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.student_run import train_student as train_in_folder
 
-from .library_call import check_path, library_call, make_config
+from .library_call import library_call, make_config
 from .passed_objects import check_passed, describe_passed
 
 
@@ -98,7 +99,7 @@ def train_student(
         device=device,
         workers=workers,
         seed=seed,
-        out=check_path("out", out),
+        out=str(check_path("out", out)),
     )
     with library_call(progress):
         config = _resume_if_started(fill_cache_defaults(config, cache.reader))

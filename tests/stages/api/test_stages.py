@@ -337,7 +337,7 @@ def test_names_of_the_table_do_as_well(stages: Stages, tmp_path: Path) -> None:
     [
         ({"epoch": 3}, "no option 'epoch'. Did you mean 'epochs'?"),
         ({"optimizer": "adam"}, "optimizer='adam': there are sgd, adamw"),
-        ({"momentum": "high"}, "momentum='high' is a str, not a float"),
+        ({"momentum": "high"}, "momentum='high' is a str, not a number"),
         ({"seeds": 0}, "seeds=0 is not between 1 and 1000"),
         ({"resume": True}, "no option 'resume'"),
         ({"device": "gpu"}, "--device gpu: there are auto, cpu"),
@@ -364,7 +364,7 @@ def test_an_option_that_does_not_exist_is_refused(
         ({"weights": "w.pt"}, "load them into the network that you pass"),
         ({"teacher": "mlp:8"}, "teacher='mlp:8' has no weights"),
         ({"out": "x"}, "'out' is no option of this call, which has an argument for it"),
-        ({"path": None}, "path=None is no path of a folder"),
+        ({"path": None}, "path is None, not a path"),
         ({"draws": -1}, "draws=-1 is not between 1 and 100000"),
         ({"teacher": nn.Linear(1, 1)}, "the forward pass of arch .* failed"),
         ({"teacher": lambda x: x}, "a teacher is a torch.nn.Module or the name of an arch, not a function"),
