@@ -7,8 +7,10 @@ from shlex import quote
 from typing import Any
 
 from softcache.base.errors import make_printable
+from softcache.data.sources import DATASET
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import is_custom_arch
+from softcache.pipeline.models.custom_networks import is_live_arch
 
 from .configs import CacheConfig, CheckConfig
 from .options import to_flag
@@ -67,10 +69,26 @@ def format_remake_command(cache: CacheReader, **changes: Any) -> str:
     Args:
         cache: the cache.
         changes: options that differ; without `out` it is a new folder beside it.
+
+    Returns:
+        The command; the call of `softcache.build_cache` where the cache has a teacher or data that were passed in
+        Python.
     """
     config = read_cache_config(cache)
     defaults = {"out": find_free_name(str(cache.folder)), "weights": _locate_weights(config.weights, cache.folder)}
+    if cache.data == DATASET or is_live_arch(cache.teacher):
+        return _format_call(cache, defaults | changes)
     return format_command("teacher-cache", config, **defaults | changes)
+
+
+def _format_call(cache: CacheReader, changes: dict[str, Any]) -> str:
+    """Format the call that makes a cache like this one; placeholders stand for what a file cannot name."""
+    data = "your_data" if cache.data in (DATASET, "folder") else repr(cache.data)
+    draws = changes.get("draws", cache.manifest.draws)
+    taps = [tap for tap in changes.get("taps", ",".join(cache.manifest.taps)).split(",") if tap]
+    names = f", taps={make_printable(taps, None)}" if taps else ""
+    out = make_printable(repr(changes["out"]), None)
+    return f"softcache.build_cache({out}, your_teacher, {data}, draws={draws}{names}, …)"
 
 
 def format_repair_command(cache: CacheReader, config: CheckConfig) -> str:

@@ -316,6 +316,16 @@ def test_a_network_that_returns_a_dict_teaches_and_learns(data: dict[str, Bars],
     assert criterion(student(batch.images), batch).requires_grad
 
 
+def test_what_a_cache_lacks_is_added_by_the_call_that_is_named(cache: Cache, tmp_path: Path) -> None:
+    hint = losses.Hint(teacher="head", student="head")
+    with pytest.raises(CacheError, match=r"does not contain head .* Add them with  softcache.build_cache\('.*', "):
+        softcache.train_student(cache, make_net(0), [hint], out=tmp_path / "run", device="cpu")
+    with pytest.raises(
+        CacheError, match=r"--draws 5, but .* has 2. Add them with .* your_data, draws=5, taps=\['body'\]"
+    ):
+        softcache.train_student(cache, make_net(0), ["kd"], out=tmp_path / "run", device="cpu", draws=5)
+
+
 def test_names_of_the_table_do_as_well(stages: Stages, tmp_path: Path) -> None:
     options: dict[str, Any] = {"train_size": 100, "views": "none", "draws": 1, "device": "cpu"}
     teacher = make_net(0)
