@@ -3,6 +3,7 @@
 Run by tests/test_library.py with the folder to work in. Nothing but the last line may be printed.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -10,6 +11,8 @@ import random
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +65,15 @@ def read_state() -> dict[str, Any]:
         "streams": [id(stream) for stream in (sys.stdin, sys.stdout, sys.stderr)],
         "warnings": repr(__import__("warnings").filters),
         "hooks": [repr(sys.excepthook), repr(threading.excepthook), repr(sys.unraisablehook)],
-        "descriptors": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd != "3"),
+        "descriptors": sorted(list_descriptors()),
     }
+
+
+def list_descriptors() -> Iterator[str]:
+    """What the open descriptors are, but for the one that lists them."""
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            yield os.readlink(f"/proc/self/fd/{fd}")
 
 
 def use_everything(folder: Path) -> None:
@@ -126,12 +136,23 @@ def load_other_libraries() -> None:
         importlib.import_module(name)
     make_network(4)(torch.rand(64, 64)).sum().backward()
     list(DataLoader(Squares(), num_workers=1, collate_fn=list))
+    wait_for_threads()
+
+
+def wait_for_threads() -> None:
+    """The threads of a DataLoader's queues end a moment after it, and with them their pipes."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join(timeout=10)
+    gc.collect()
 
 
 def main() -> None:
     load_other_libraries()
     before = read_state()
     use_everything(Path(sys.argv[1]))
+    wait_for_threads()
     after = read_state()
     print(json.dumps({name: [before[name], after[name]] for name in before if before[name] != after[name]}))
 

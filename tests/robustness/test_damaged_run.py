@@ -342,7 +342,7 @@ def test_any_record_of_a_run_is_used_or_refused_in_one_line(
         code, _ = check_outcome(attempt(work, limit=20))
         counts[{0: "used", 130: "used"}.get(code, "refused")] += 1
 
-    examples = dose(15, 300)
+    examples = dose(6, 300)
     run = settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=QUIET)
     run(given(st.data())(lambda data: one(data)))()
     print(f"mutated records of runs: {counts.total()} trials, {counts['used']} used, {counts['refused']} refused")

@@ -22,6 +22,7 @@ DEEP = {
     "mobilenet_v2",
     "shufflenet_v1",
     "shufflenet_v2",
+    "resnet8x4",
     "resnet14",
     "resnet20",
     "resnet32",

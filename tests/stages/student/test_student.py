@@ -365,7 +365,7 @@ def test_a_last_step_that_was_too_large_is_found_in_the_logits(
 
 
 def test_bfloat16_trains_nearly_as_float32_does(tiny: Path, stages: Stages) -> None:
-    command = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--epochs", 20, "--learning-rate", 0.02)
+    command = ("student", "--cache", tiny / "cache", "--arch", "cnn", "--epochs", 10, "--learning-rate", 0.02)
     float32, bfloat16 = (stages(*command, "--precision", p)["student"]["test"] for p in ("float32", "bfloat16"))
     assert float32["nll"] != bfloat16["nll"]
     assert float32["accuracy"] > 0.8
