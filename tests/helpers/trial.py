@@ -34,7 +34,7 @@ class Outcome:
         error_line: text of the CacheError or UsageError that ended it; empty when there was none.
         failure: a traceback, a signal or a hang; empty when there was none.
         value: what the work returned, after a round trip through JSON.
-        seconds: how long it took.
+        seconds: of a processor that it took; another program on the machine does not change it.
         extra_memory: peak bytes of memory above those at the start of the process.
     """
 
@@ -45,8 +45,8 @@ class Outcome:
     extra_memory: int
 
 
-def attempt(work: Callable[[], Any], limit: float = 5.0) -> Outcome:
-    """Call work in a forked child, which is killed after `limit` seconds."""
+def attempt(work: Callable[[], Any], limit: float = 20.0) -> Outcome:
+    """Call work in a forked child, which is killed after `limit` seconds on the clock."""
     read_end, write_end = os.pipe()
     start = time.monotonic()
     with warnings.catch_warnings():
@@ -60,8 +60,8 @@ def attempt(work: Callable[[], Any], limit: float = 5.0) -> Outcome:
     os.close(read_end)
     if is_hung:
         os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    seconds = time.monotonic() - start
+    _, status, usage = os.wait4(pid, 0)
+    seconds = usage.ru_utime + usage.ru_stime
     if is_hung:
         return Outcome("", f"hangs: more than {limit} s", None, seconds, 0)
     if os.WIFSIGNALED(status) or not text:

@@ -339,7 +339,7 @@ def test_any_record_of_a_run_is_used_or_refused_in_one_line(
             interrupt_after_steps(0)
             return run_command(*line.split())
 
-        code, _ = check_outcome(attempt(work, limit=20))
+        code, _ = check_outcome(attempt(work, limit=60))
         counts[{0: "used", 130: "used"}.get(code, "refused")] += 1
 
     examples = dose(6, 300)
