@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import softcache
-from softcache import Batch, Cache, CacheLoader, UsageError
+from softcache import Batch, Cache, CacheError, CacheLoader, UsageError
 from softcache.pipeline.loading import loader as loader_module
+from tests.helpers.trial import attempt
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +208,40 @@ def test_what_makes_no_batches_is_refused_in_one_line(cache: Cache, options: dic
 def test_a_tap_that_is_not_cached_is_named_with_those_that_are(cache: Cache) -> None:
     with pytest.raises(softcache.CacheError, match=r"does not contain conv1 \(it has: pool1, flatten\)"):
         cache.loader(taps=["flatten", "conv1"])
+
+
+def test_a_look_at_a_batch_after_resuming_loses_no_place(cache: Cache) -> None:
+    loader = cache.loader(batch_size=50)
+    batches = iter(loader)
+    next(batches), next(batches)
+    resumed = cache.loader(batch_size=50)
+    resumed.load_state_dict(loader.state_dict())
+    next(iter(resumed))  # such as the example of criterion.attach
+    assert describe(resumed) == describe(batches)
+    assert resumed.epoch == 1
+    assert len(describe(resumed)) == len(loader)
+
+
+def test_a_state_of_other_labels_or_another_cache_is_refused(cache: Cache) -> None:
+    labels = cache.labels("train")
+    labels[0] = -1
+    with pytest.raises(UsageError, match="state of a loader with checksum_of_labels"):
+        cache.loader(labels=labels).load_state_dict(cache.loader().state_dict())
+    with pytest.raises(UsageError, match="state of a loader with cache other, here it is"):
+        cache.loader().load_state_dict({**cache.loader().state_dict(), "cache": "other"})
+    with pytest.raises(UsageError, match="a NoneType is no state of a loader"):
+        cache.loader().load_state_dict(None)  # type: ignore[arg-type]
+
+
+def test_a_fork_in_the_middle_of_a_pass_is_an_error_and_no_hang(cache: Cache) -> None:
+    batches = iter(cache.loader(batch_size=50))
+    next(batches)
+
+    def read_on() -> str:
+        with pytest.raises(CacheError, match="this process was forked while a loader was being read"):
+            list(batches)
+        return str(len(list(cache.loader(batch_size=50))))
+
+    outcome = attempt(read_on)
+    assert (outcome.failure, outcome.value) == ("", "6")
+    assert len(list(batches)) == 5
