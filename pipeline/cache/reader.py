@@ -1,6 +1,6 @@
 """Reading a complete cache: open it, compare it with a transfer set, read targets by position.
 
-    cache = CacheReader(folder)                                       # reads the manifest, no shard
+    cache = CacheReader(folder)                                 # reads the manifest, no shard
     transfer_set = cache.load_transfer_set("", root, progress)  # refused where the data are not the teacher's
     positions = np.arange(128)                                  # in the row order of the split
     index = cache.index_at("train", positions)                  # which images these are

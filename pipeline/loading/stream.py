@@ -63,8 +63,6 @@ class BatchStream:
             those of get_rank_rows; everything else is of the whole batch.
         name: Name of the split. A held-out split is read in the order of `rows`, in draw 0.
         source: Part of every batch.
-        every: Yield only every so many batches, the first of them being that of the step `start` + `offset`.
-        offset: See every.
     """
 
     split: Split
@@ -88,8 +86,6 @@ class BatchStream:
     world: int = 1
     name: str = "train"
     source: BatchSource | None = None
-    every: int = 1
-    offset: int = 0
 
     @cached_property
     def order(self) -> EpochOrder | SequentialOrder:
@@ -197,7 +193,7 @@ class BatchStream:
         """Divide the batches of the steps start to stop - 1 into windows, and these into groups of GROUP_BYTES."""
         pixels = 3 * (self.views.size or 1) ** 2
         group_size = max(1, GROUP_BYTES // (pixels * self.batch_size))  # in batches, as window_size
-        for draws, batches in self._select_batches(start, stop):
+        for draws, batches in self.order.batches(start, stop):
             window_size = group_size
             if not self.order.fits_in_memory(draws):
                 window_size = max(group_size, BLOCK_ROWS * WINDOW_BLOCKS // self.batch_size)
@@ -220,14 +216,6 @@ class BatchStream:
                     )
                     yield group
                     first += len(group.positions)
-
-    def _select_batches(self, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], list[Rows]]]:
-        """Yield draws and batches of the steps start to stop - 1, as `EpochOrder.batches`; of these `every` one."""
-        step = start
-        for draws, batches in self.order.batches(start, stop):
-            if selected := batches[(start + self.offset - step) % self.every :: self.every]:
-                yield draws, selected
-            step += len(batches)
 
     def _assemble(self, group: BatchGroup, views: torch.Tensor, targets: Targets) -> Batch:
         """All batches of a group as one. Of several ranks, it has the views of this rank's rows alone."""
