@@ -49,6 +49,7 @@ SPECIAL_METHODS = ("__len__", "__iter__", "__call__")
 OF_THE_COMMANDS = {
     "Cache.from_parts",
     "Cache.make_context",
+    "Cache.read_head",
     "Cache.reader",
     "ConcatHint.with_default_layers",
     "Custom.copy_for_training",

@@ -16,9 +16,10 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
 from softcache.data.transfer_set import Labels, Split, TransferSet, count_classes
 from softcache.data.views import render
-from softcache.pipeline.batch import LossContext
+from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
+from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models.prepared_model import InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
@@ -396,9 +397,20 @@ class Cache:
 
     # What losses need
 
-    def make_context(self, labels: Labels, losses: Sequence[Any]) -> LossContext:
+    def read_head(self, losses: Sequence[Any]) -> LinearHead | None:
+        """Read the teacher's last linear layer, followed by the map, where a loss needs it; the commands call this.
+
+        Args:
+            losses: The terms of the loss.
+
+        Raises:
+            UsageError: The layer does not compute the logits from the features that a loss puts through it.
+        """
+        return self.teachers.map_head(read_head(self.reader, losses, self.teachers.missing))
+
+    def make_context(self, labels: Labels, head: LinearHead | None) -> LossContext:
         """Make what losses may use besides a batch; the commands call this. See `context.make_context`."""
-        return make_context(self.teachers, self.num_classes, labels, losses)
+        return make_context(self.teachers, self.num_classes, labels, head)
 
     # Arguments
 
@@ -459,4 +471,4 @@ class LoaderSource:
 
     def make_context(self, losses: Sequence[Any]) -> LossContext:
         """What some losses may use besides the rows of a batch."""
-        return self.cache.make_context(self.labels, losses)
+        return self.cache.make_context(self.labels, self.cache.read_head(losses))

@@ -1,15 +1,12 @@
 """What losses may use besides the rows of a batch: the teacher's last layer, memory banks, counts of the classes."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from softcache.data.transfer_set import Labels, count_classes
-from softcache.pipeline.batch import LossContext, MemoryBank
+from softcache.pipeline.batch import LinearHead, LossContext, MemoryBank
 from softcache.pipeline.cache.manifest import count_row_bytes
-from softcache.pipeline.losses import Loss
-from softcache.pipeline.losses.teacher_head import find_available_positions, read_head
+from softcache.pipeline.losses.teacher_head import find_available_positions
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 
@@ -17,19 +14,15 @@ _BANK_BYTES = 1 << 30  # largest memory bank
 _BANK_CHUNK = 4096  # rows read at once for a memory bank
 
 
-def make_context(teachers: TeacherEnsemble, classes: int, labels: Labels, losses: Sequence[Loss]) -> LossContext:
-    """Make the context of some losses.
+def make_context(teachers: TeacherEnsemble, classes: int, labels: Labels, head: LinearHead | None) -> LossContext:
+    """Make the context of losses.
 
     Args:
         teachers: The caches as one teacher.
         classes: K.
         labels: int64 [N] of the training split by index, -1 where hidden.
-        losses: The teacher's last layer is read where one of them needs it.
-
-    Raises:
-        UsageError: That layer does not compute the logits from the features that a loss puts through it.
+        head: The teacher's last linear layer, for losses that need it.
     """
-    head = teachers.map_head(read_head(teachers.members[0], losses, teachers.missing))
     counts = torch.from_numpy(count_classes(labels, classes))
     return LossContext(head, lambda tap: _build_bank(teachers, tap, labels), counts)
 

@@ -225,7 +225,7 @@ def make_training_run(
         device=setup.device,
         folder=folder,
         multiply_adds=count_multiply_adds(network, input_spec.channels, input_spec.size),
-        context=setup.source.make_context(labels, losses),
+        context=setup.source.make_context(labels, setup.head),
     )
 
 

@@ -105,7 +105,7 @@ class DistillationSetup:
         caches = source.teachers.members
         losses, taps = check_before_images(config, caches, losses, network)
         requirements.check_labels(config, losses, source.transfer_set)
-        head = source.teachers.map_head(read_head(caches[0], losses, source.teachers.missing))
+        head = source.read_head(losses)
         logits: dict[str, torch.Tensor] = {
             split: source.teachers.read_held_out(split) for split in ("val", "test") if split in source.splits
         }
@@ -155,12 +155,9 @@ class DistillationSetup:
         missing = self.teachers.missing
         if config.missing and taps != self.taps:
             missing = find_missing_targets(caches, config.draws, taps, progress)
-        head = read_head(caches[0], losses, missing)
-        teachers = replace(self.teachers, missing=missing)
-        source = Cache.from_parts(teachers, self.transfer_set)
-        return replace(
-            self, source=source, losses=losses, taps=taps, head=teachers.map_head(head), output=config.output
-        )
+        source = Cache.from_parts(replace(self.teachers, missing=missing), self.transfer_set)
+        head = source.read_head(losses)
+        return replace(self, source=source, losses=losses, taps=taps, head=head, output=config.output)
 
     @property
     def teachers(self) -> TeacherEnsemble:
