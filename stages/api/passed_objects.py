@@ -10,12 +10,10 @@ from typing import Any
 from torch import nn
 
 from softcache.base.errors import CacheError
-from softcache.base.files import publish_json
+from softcache.base.files import make_folder, publish_json
 from softcache.pipeline.losses import Custom, Loss
 from softcache.pipeline.models.state_dicts import hash_weights
-from softcache.stages.runs.folder import read_json
-
-PASSED_FILE = "passed.json"
+from softcache.stages.runs.folder import PASSED_FILE, read_json
 
 
 def describe_passed(student: nn.Module | None, losses: Sequence[Loss]) -> dict[str, str]:
@@ -42,7 +40,7 @@ def describe_passed(student: nn.Module | None, losses: Sequence[Loss]) -> dict[s
 
 
 def check_passed(folder: Path, described: dict[str, str]) -> None:
-    """Compare the objects of a call with those that a run was started with; record them where there is no record.
+    """Compare the objects of a call with those that a run was started with, where it has a record of them.
 
     Args:
         folder: Of the run.
@@ -53,8 +51,6 @@ def check_passed(folder: Path, described: dict[str, str]) -> None:
     """
     path = folder / PASSED_FILE
     if not path.is_file():
-        if described:
-            publish_json(path, described)
         return
     recorded = read_json(path)
     different = [name for name in {**recorded, **described} if recorded.get(name) != described.get(name)]
@@ -63,6 +59,13 @@ def check_passed(folder: Path, described: dict[str, str]) -> None:
             f"'{folder}' was started with other objects ({', '.join(different)}): choose another out. To go on in a"
             " new process, seed PyTorch before the student is made, as in the first"
         )
+
+
+def record_passed(folder: Path, described: dict[str, str]) -> None:
+    """Record the objects of a call in the folder of its run, which is made; nothing where everything was named."""
+    if described:
+        make_folder(folder)
+        publish_json(folder / PASSED_FILE, described)
 
 
 def _hash_code(value: Any) -> str:
@@ -93,10 +96,9 @@ def _list_code(value: Any) -> Iterator[str]:
 
 def _list_function(function: Callable[..., Any]) -> Iterator[str]:
     yield from _list_byte_code(function.__code__)
-    yield repr(function.__defaults__)
+    yield _format_constant(function.__defaults__)
     for cell in function.__closure__ or ():
-        if isinstance(content := cell.cell_contents, int | float | str | bool | tuple):
-            yield repr(content)
+        yield _format_constant(cell.cell_contents)
 
 
 def _list_byte_code(code: CodeType) -> Iterator[str]:
@@ -106,4 +108,13 @@ def _list_byte_code(code: CodeType) -> Iterator[str]:
         if isinstance(constant, CodeType):
             yield from _list_byte_code(constant)
         else:
-            yield repr(constant)
+            yield _format_constant(constant)
+
+
+def _format_constant(value: object) -> str:
+    """Format a constant as in every process: a set has no order, and the repr of most objects has an address."""
+    if isinstance(value, tuple | frozenset):
+        items = [_format_constant(item) for item in value]
+        return f"{type(value).__name__}({', '.join(sorted(items) if isinstance(value, frozenset) else items)})"
+    is_plain = value is None or value is ... or isinstance(value, int | float | complex | str | bytes)
+    return repr(value) if is_plain else type(value).__qualname__

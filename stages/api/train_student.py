@@ -1,6 +1,5 @@
 """Stage two in one call: train a student from a cache by the trainer of the command line."""
 
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ from torch import nn
 
 from softcache.base.arguments import check_path
 from softcache.base.errors import UsageError
-from softcache.base.files import make_folder
 from softcache.base.progress import ProgressCallback
 from softcache.base.user_modules import name_type
 from softcache.pipeline.loading.cache import Cache
@@ -18,14 +16,15 @@ from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.models.state_dicts import read_state_dict
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
-from softcache.stages.runs.folder import RESUME_OPTIONS, check_same_config, open_run, read_config
+from softcache.stages.runs.folder import RESUME_OPTIONS, open_run
 from softcache.stages.student.defaults import fill_cache_defaults
 from softcache.stages.student.own_losses import check_own_losses
 from softcache.stages.student.setup import DistillationSetup
+from softcache.stages.student.student_run import resume_if_started
 from softcache.stages.student.student_run import train_student as train_in_folder
 
 from .library_call import library_call, make_config
-from .passed_objects import check_passed, describe_passed
+from .passed_objects import check_passed, describe_passed, record_passed
 
 
 def train_student(
@@ -102,7 +101,7 @@ def train_student(
         out=str(check_path("out", out)),
     )
     with library_call(progress):
-        config = _resume_if_started(fill_cache_defaults(config, cache.reader))
+        config = resume_if_started(fill_cache_defaults(config, cache.reader), RESUME_OPTIONS)
         if not config.resume:
             config, _ = open_run(config, set(), "")
         network = student if isinstance(student, nn.Module) else None
@@ -115,24 +114,8 @@ def train_student(
         for note in setup.check_student(setup.build_student(config, setup.losses), config):
             console.print(note)
         check_own_losses(config, setup)
-        make_folder(Path(config.out))
-        check_passed(Path(config.out), passed)
+        record_passed(Path(config.out), passed)
         result = train_in_folder(config, setup, Path(config.out), console)
         if network is not None and config.seeds == 1:
             network.load_state_dict(read_state_dict(Path(config.out) / "student.pt"))
     return result
-
-
-def _resume_if_started(config: StudentConfig) -> StudentConfig:
-    """Return the options with `resume` on where the run in `config.out` was started before.
-
-    Raises:
-        CacheError: It was started with other options, apart from those that depend on the machine.
-    """
-    folder = Path(config.out)
-    if not (folder / "settings.json").exists():
-        return config
-    recorded = read_config(folder, StudentConfig)
-    local = {name: getattr(recorded, name) for name in RESUME_OPTIONS & {field.name for field in fields(recorded)}}
-    check_same_config(folder, replace(config, **local))
-    return replace(config, resume=True)

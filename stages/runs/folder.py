@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is
 from .logits import TEACHER_LOGITS
 from .named_code import require_named_code, require_named_losses
 
+PASSED_FILE = "passed.json"  # digests of what a caller in Python passed as objects
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
 IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
 # Options that may differ when a run is resumed, because they depend on the machine.
@@ -89,7 +90,7 @@ def check_installed(config: TeacherConfig | StudentConfig) -> None:
 
 def _is_stale(path: Path) -> bool:
     """Return whether a file is left from a process that was killed before its run started."""
-    return path.name in (LOCK, "passed.json") or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
+    return path.name in (LOCK, PASSED_FILE) or (path.name.startswith(".settings.json.") and path.suffix == ".tmp")
 
 
 def find_unfinished_runs(config: TeacherConfig | StudentConfig, folder: Path) -> list[Path]:
@@ -144,9 +145,19 @@ def start_run(config: TeacherConfig | StudentConfig, folder: Path) -> Iterator[N
         yield
 
 
-def check_same_config(folder: Path, config: StudentConfig) -> None:
-    """Raise CacheError, naming the differences, when a run was started with other settings."""
+def check_same_config(folder: Path, config: StudentConfig, may_differ: Collection[str] = ()) -> None:
+    """Check that a run was started with these settings.
+
+    Args:
+        folder: the run's folder.
+        config: the settings.
+        may_differ: names of options that are not compared.
+
+    Raises:
+        CacheError: it was started with other settings; the message names the differences.
+    """
     settings = asdict(read_config(folder, type(config)))
+    config = replace(config, **{name: value for name, value in settings.items() if name in may_differ})
     if differences := _list_differences(json.loads(json.dumps(settings)), config):
         raise CacheError(
             f"'{folder}' was started with other settings ({'; '.join(differences[:4])}): choose another --out"

@@ -1,6 +1,6 @@
 """The run of one student: its folder, its training with each seed, and its result.json."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,8 +38,12 @@ def train_or_resume(config: StudentConfig, setup: DistillationSetup, console: Co
     return train_student(resume_if_started(config), setup, Path(config.out), console)
 
 
-def resume_if_started(config: StudentConfig) -> StudentConfig:
+def resume_if_started(config: StudentConfig, may_differ: Collection[str] = ()) -> StudentConfig:
     """Return the options with `resume` on when the run in `config.out` was started before.
+
+    Args:
+        config: the options of the student.
+        may_differ: as of `check_same_config`.
 
     Raises:
         CacheError: when it was started with other options.
@@ -47,7 +51,7 @@ def resume_if_started(config: StudentConfig) -> StudentConfig:
     folder = Path(config.out)
     if not (folder / "settings.json").exists():
         return config
-    check_same_config(folder, config)
+    check_same_config(folder, config, may_differ)
     return replace(config, resume=True)
 
 

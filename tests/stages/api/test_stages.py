@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 import softcache
 from softcache import Cache, CacheError, UsageError, losses
+from softcache.stages.api.passed_objects import describe_passed
 from softcache.stages.training import loop
 from tests.helpers.commands import Stages
 
@@ -211,6 +212,23 @@ def test_a_run_is_not_taken_for_that_of_another_loss(cache: Cache, tmp_path: Pat
         softcache.train_student(cache, make_net(1), make_loss(1.0), **options)
     with pytest.raises(CacheError, match=r"started with other objects \(code of loss 0, scaled,\)"):
         softcache.train_student(cache, make_net(1), make_loss(2.0), **options)
+
+
+def test_the_code_of_a_loss_is_the_same_in_every_process() -> None:
+    """The order of a set differs between processes, and so does the address of an object."""
+
+    def make(numbers: frozenset[int]) -> Any:
+        def loss(outputs: Any, batch: Any, default: object = object()) -> Any:
+            return outputs.logits.sum() if len(batch) in {0, 8} else batch
+
+        constants = tuple(numbers if isinstance(c, frozenset) else c for c in loss.__code__.co_consts)
+        loss.__code__ = loss.__code__.replace(co_consts=constants)
+        return losses.Custom(loss)
+
+    one, other = frozenset([0, 8]), frozenset([8, 0])
+    assert repr(one) != repr(other)
+    assert describe_passed(None, [make(one)]) == describe_passed(None, [make(other)])
+    assert describe_passed(None, [make(one)]) != describe_passed(None, [make(frozenset([0, 9]))])
 
 
 def test_a_complete_cache_is_compared_with_what_the_teacher_outputs(data: dict[str, Bars], tmp_path: Path) -> None:
