@@ -92,7 +92,10 @@ def check_number(name: str, value: Any) -> float:
     """Return a finite number as a float; raise UsageError for another type, or one that is not finite."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__") or getattr(value, "shape", None):
         raise type_error(name, value, "a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an int with more than 308 digits
+        number = math.inf
     if not math.isfinite(number):
         raise UsageError(f"{name} {number} is not finite")
     return number

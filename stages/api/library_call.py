@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from softcache.base.arguments import check_bool, check_integer, check_number, check_text
 from softcache.base.errors import DISK_ERRORS, CacheError, Interrupted, UsageError, unknown_name_error
 from softcache.base.progress import ProgressCallback
 from softcache.stages.cli.console import report_to
+from softcache.stages.cli.options import check_value
 from softcache.stages.distributed.ranks import as_single_process
 
 C = TypeVar("C")
@@ -72,33 +72,4 @@ def make_config(kind: type[C], options: dict[str, Any], **arguments: Any) -> C:
         if name not in known or name in ("json", "resume"):
             raise unknown_name_error("option", name, [n for n in known if n not in ("json", "resume")])
     given = {name: value for name, value in {**arguments, **options}.items() if value is not None}
-    return kind(**{name: _check_value(name, value, known[name]) for name, value in given.items()})
-
-
-def _check_value(name: str, value: Any, field: Any) -> Any:
-    """Return a value that the command line would have taken, a number of NumPy as one of Python.
-
-    Raises:
-        UsageError: It is of another type, no choice or out of range.
-    """
-    default, metadata = field.default, field.metadata
-    if isinstance(default, bool):
-        return check_bool(name, value)
-    if isinstance(default, tuple):
-        return value
-    if isinstance(default, str):
-        choices = metadata.get("choices")
-        if choices and check_text(name, value) != default and value not in choices:
-            raise UsageError(f"{name}='{value}': there are {', '.join(choices)}")
-        return check_text(name, value)
-    value = check_integer(name, value) if isinstance(default, int) else check_number(name, value)
-    least, most = metadata.get("least"), metadata.get("most")
-    if value != default and ((least is not None and value < least) or (most is not None and value > most)):
-        raise UsageError(f"{name}={value} is not {_format_range(least, most)}")
-    return value
-
-
-def _format_range(least: float | None, most: float | None) -> str:
-    if most is None:
-        return f"at least {least:g}"
-    return f"between {least:g} and {most:g}" if least is not None else f"at most {most:g}"
+    return kind(**{name: check_value(known[name], value) for name, value in given.items()})

@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
+from softcache.base.arguments import check_bool, check_integer, check_number, check_text, type_error
+from softcache.base.errors import UsageError
+
 from .option_groups import HEADINGS
 
 Config = TypeVar("Config")
@@ -174,3 +177,41 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> str:
     if most is not None and not value <= most:
         return f"{to_flag(field.name)} {value} is above {most}"
     return ""
+
+
+def check_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Check a value that did not come from the command line: one of settings.json, or of a call in Python.
+
+    Args:
+        field: of the option.
+        value: the value; the default is always accepted.
+
+    Returns:
+        The value; a number of NumPy as one of Python.
+
+    Raises:
+        UsageError: it is of another type, no choice, not finite or out of range.
+    """
+    name, default, metadata = field.name, field.default, field.metadata
+    if isinstance(default, bool):
+        return check_bool(name, value)
+    if isinstance(default, tuple):
+        if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+            raise type_error(name, value, "a tuple of str")
+        return value
+    if isinstance(default, str):
+        choices = metadata.get("choices")
+        if choices and check_text(name, value) != default and value not in choices:
+            raise UsageError(f"{name}='{value}': there are {', '.join(choices)}")
+        return check_text(name, value)
+    value = check_integer(name, value) if isinstance(default, int) else check_number(name, value)
+    least, most = metadata.get("least"), metadata.get("most")
+    if value != default and ((least is not None and value < least) or (most is not None and value > most)):
+        raise UsageError(f"{name}={value} is not {_format_range(least, most)}")
+    return value
+
+
+def _format_range(least: float | None, most: float | None) -> str:
+    if most is None:
+        return f"at least {least:g}"
+    return f"between {least:g} and {most:g}" if least is not None else f"at most {most:g}"

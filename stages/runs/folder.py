@@ -1,7 +1,6 @@
 """The folder of a run: settings.json, result.json, metrics.jsonl and the weights."""
 
 import json
-import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, fields, replace
@@ -16,6 +15,7 @@ from softcache.stages.cli.configs import StudentConfig, TeacherConfig
 from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.option_groups import TrainingOptions
+from softcache.stages.cli.options import check_value
 from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
@@ -277,12 +277,11 @@ def add_new_options(settings: dict[str, Any], kind: type[Any]) -> dict[str, Any]
 
 def _is_valid_value(field: Field[Any], value: Any) -> bool:
     """Return whether a value of settings.json is the default, or one that the command line would have accepted."""
-    kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
-    if type(value) not in kinds or (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
+    try:
+        check_value(field, value)
+    except UsageError:
         return False
-    least, most = field.metadata.get("least", -math.inf), field.metadata.get("most", math.inf)
-    is_in_range = not isinstance(value, int | float) or (least <= value <= most and math.isfinite(value))
-    return bool(value == field.default or (is_in_range and value in field.metadata.get("choices", (value,))))
+    return True
 
 
 def read_json(path: Path, keys: set[str] | None = None) -> dict[str, Any]:
