@@ -11,6 +11,8 @@ from torch import nn
 from softcache.base.arguments import check_integer, type_error
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
+from softcache.pipeline.taps.hooks import list_layers
+from softcache.pipeline.taps.statistics import parse_tap
 
 # The range of a parameter by its name, in texts and in objects. Any other number is from 0 on, without a highest one.
 _LOWEST = {"temperature": 1e-3, "power": 1e-3}
@@ -125,6 +127,24 @@ def _check_number(subject: str, name: str, value: Any) -> float:
     if not -_LARGEST_NUMBER < number < _LARGEST_NUMBER:
         raise UsageError(f"{subject}: {name}={number} is not finite")
     return number
+
+
+def find_missing_layer(network: nn.Module, losses: Sequence["Loss"]) -> tuple["Loss", str, list[str]] | None:
+    """Find a layer that a loss reads and a student does not have.
+
+    Args:
+        network: the student.
+        losses: the terms of the loss.
+
+    Returns:
+        The loss, the layer and the layers that there are; None where none is missing.
+    """
+    layers = list_layers(network)
+    for loss in losses:
+        for tap in loss.student_taps():
+            if (layer := parse_tap(tap)[0]) not in layers:
+                return loss, layer, layers
+    return None
 
 
 def check_is_object(loss: object) -> None:

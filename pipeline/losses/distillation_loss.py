@@ -13,12 +13,20 @@ from softcache.base.errors import UsageError, unknown_name_error
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
 from softcache.pipeline.models import find_head
 from softcache.pipeline.models.prepared_model import PreparedModel
-from softcache.pipeline.taps.hooks import capture_features, list_layers
-from softcache.pipeline.taps.statistics import derive_features, parse_tap
+from softcache.pipeline.taps.hooks import capture_features
+from softcache.pipeline.taps.statistics import derive_features
 from softcache.pipeline.teachers.combine import PER_TEACHER
 
 from . import check_loss_trains, parse_losses, resolve_ramps
-from .base import Loss, check_is_object, check_progress, list_student_taps, list_teacher_taps, to_float
+from .base import (
+    Loss,
+    check_is_object,
+    check_progress,
+    find_missing_layer,
+    list_student_taps,
+    list_teacher_taps,
+    to_float,
+)
 from .classifier import SimKD
 from .custom import Custom, LossFunction
 from .multi_teacher import Term, wrap_loss
@@ -121,11 +129,9 @@ class DistillationLoss(nn.Module):
                 logits = select_logits(output)
         finally:
             student.train(was_training)
-        classes = logits.shape[-1]
-        if batch.logits is not None and batch.logits.shape[-1] != classes:
-            raise UsageError(f"the student has {classes} classes, the cache {batch.logits.shape[-1]}")
+        _check_classes(logits, batch)
         if self._needs_head:
-            self._head = _find_trained_head(network, classes)
+            self._head = _find_trained_head(network, logits.shape[-1])
         if context is None:
             context = batch.source.make_context(self.losses) if batch.source else LossContext()
         with torch.random.fork_rng():
@@ -232,8 +238,7 @@ class DistillationLoss(nn.Module):
             UsageError: As `forward`.
         """
         outputs, batch = self.collect_outputs(student), self._with_teacher_taps(batch)
-        if batch.logits is not None and batch.logits.shape[-1] != outputs.logits.shape[-1]:
-            raise UsageError(f"the student has {outputs.logits.shape[-1]} classes, the cache {batch.logits.shape[-1]}")
+        _check_classes(outputs.logits, batch)
         has_several = batch.logits is not None and batch.logits.ndim == 3
         functions: list[Term] = self._functions_of_several if has_several else self.functions
         terms = []
@@ -321,16 +326,19 @@ def _unwrap(student: nn.Module) -> nn.Module:
 
 
 def _check_layers(network: nn.Module, losses: Sequence[Loss]) -> None:
-    layers = list_layers(network)
-    for loss in losses:
-        for tap in loss.student_taps():
-            if (layer := parse_tap(tap)[0]) in layers:
-                continue
-            if isinstance(loss, SimKD):
-                raise UsageError(
-                    "loss 'simkd' trains a projector as a part of the student: student = loss.extend(student, batch)"
-                )
-            raise unknown_name_error("layer", layer, layers, owner="the student")
+    if missing := find_missing_layer(network, losses):
+        loss, layer, layers = missing
+        if isinstance(loss, SimKD):
+            raise UsageError(
+                "loss 'simkd' trains a projector as a part of the student: student = loss.extend(student, batch)"
+            )
+        raise unknown_name_error("layer", layer, layers, owner="the student")
+
+
+def _check_classes(logits: torch.Tensor, batch: Batch) -> None:
+    """Check that a student has as many classes as the teacher's logits, where a batch has them."""
+    if batch.logits is not None and batch.logits.shape[-1] != logits.shape[-1]:
+        raise UsageError(f"the student has {logits.shape[-1]} classes, the cache {batch.logits.shape[-1]}")
 
 
 def select_logits(output: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ from softcache.base.errors import UsageError, unknown_name_error
 from softcache.data.sources import DATASET, parse_data
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import Loss, parse_losses
+from softcache.pipeline.losses.base import find_missing_layer
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.models import build, check_arch
 from softcache.pipeline.models.archs.simkd import format_simkd_arch
@@ -129,11 +130,9 @@ def check_student_layers(network: nn.Module, losses: Sequence[Loss]) -> None:
     Raises:
         UsageError: it does not have one of them.
     """
-    layers = list_layers(network)
-    for loss in losses:
-        for tap in loss.student_taps():
-            if (layer := parse_tap(tap)[0]) not in layers:
-                raise unknown_name_error("tap", layer, layers)
+    if missing := find_missing_layer(network, losses):
+        _, layer, layers = missing
+        raise unknown_name_error("tap", layer, layers)
 
 
 def check_layer_names(network: nn.Module, names: str, option: str) -> None:
