@@ -16,12 +16,13 @@ from dataclasses import fields, replace
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
+from softcache.base.user_modules import file_name_error
 
 from .base import MAX_RAMP_EPOCHS, Loss, Ramp, check_parameter, to_float
 from .classifier import SRRL, CatKD, SimKD
 from .crd import CRD
 from .custom import Custom, copy_for_training
-from .custom_specs import file_name_error, import_own_loss, is_own_loss, split_own_spec
+from .custom_specs import import_own_loss, is_own_loss, split_own_spec
 from .decoupled import DIST, DKD, NKD, MultiTemperature
 from .hard import Hard, TfKD
 from .hint import VID, ConcatHint, Hint
@@ -170,7 +171,7 @@ def _parse_loss(spec: str) -> Loss:
             f"loss '{spec}' was passed to softcache in Python, and can be computed there alone: a command takes"
             " my_module:MyLoss"
         )
-    if spec.partition(":")[0] not in LOSSES and (error := file_name_error(spec)):
+    if spec.partition(":")[0] not in LOSSES and (error := file_name_error("loss", spec)):
         raise error
     name, parameters = split_loss_spec(spec)
     if is_custom_loss(spec):

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,15 +34,6 @@ def split_own_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     module, _, rest = spec.partition(":")
     attribute, colon, parameters = rest.partition(":")
     return module, attribute, parse_spec(f"{module}:{parameters}" if colon else module, "loss")[1]
-
-
-def file_name_error(spec: str) -> UsageError | None:
-    """Return the error for a loss named by the path of its file; None for another text."""
-    path, colon, rest = spec.partition(":")
-    if not colon or not ("/" in path or path.endswith(".py")):
-        return None
-    module = ".".join(Path(path.removesuffix(".py")).parts).lstrip(".")
-    return UsageError(f"loss '{spec}' names a file: name the module, as Python imports it: '{module}:{rest}'")
 
 
 def import_own_loss(spec: str, weight: float | Ramp) -> Custom:

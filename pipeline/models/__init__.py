@@ -13,7 +13,6 @@ May import base, pipeline.batch and pipeline.taps. Begin with the table MODELS, 
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.user_code import is_out_of_memory, user_code
-from softcache.base.user_modules import is_importable_name
+from softcache.base.user_modules import file_name_error, is_importable_name
 from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
 from softcache.pipeline.models.archs.cnn import cnn
 from softcache.pipeline.models.archs.mlp import mlp
@@ -116,9 +115,8 @@ def _build_known(arch: str, classes: int, channels: int, size: int) -> nn.Module
             known = f"'{name}:NAME', such as torchvision:resnet18" if name == "torchvision" else f"'{name}'"
             raise UsageError(f"arch '{arch}' has nothing after its colon: {known}")
         return MODELS[name](argument, classes, channels, size)
-    if colon and ("/" in name or name.endswith(".py")):
-        module = ".".join(Path(name.removesuffix(".py")).parts).lstrip(".")
-        raise UsageError(f"arch '{arch}' names a file: name the module, as Python imports it: '{module}:{argument}'")
+    if error := file_name_error("arch", arch):
+        raise error
     our_names = [name for name in MODELS if name != "torchvision"]
     if is_torchvision_model(arch):
         raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(our_names)}")

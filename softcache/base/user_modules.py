@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,20 @@ from .user_code import describe_error
 def is_importable_name(module: str) -> bool:
     """Return whether the part before the colon can be a module's name."""
     return all(part.isidentifier() for part in module.split("."))
+
+
+def file_name_error(kind: str, spec: str) -> UsageError | None:
+    """Return the error for code that is named by the path of its file; None for another text.
+
+    Args:
+        kind: What is named, "arch" or "loss", for the message.
+        spec: The text, such as `nets/small.py:make`.
+    """
+    path, colon, rest = spec.partition(":")
+    if not colon or not ("/" in path or path.endswith(".py")):
+        return None
+    module = ".".join(Path(path.removesuffix(".py")).parts).lstrip(".")
+    return UsageError(f"{kind} '{spec}' names a file: name the module, as Python imports it: '{module}:{rest}'")
 
 
 def import_attribute(

@@ -25,10 +25,7 @@ def require_named_code(recorded: str, explicit: str, owner: str, option: str, co
     if explicit and explicit != recorded:
         raise UsageError(f"{option} {explicit}, but {owner} is of {make_printable(recorded)}")
     if is_custom_arch(recorded) and not explicit:
-        raise UsageError(
-            f"{owner} names code to be imported, '{make_printable(recorded)}', and a file alone does not run code:"
-            f" where you trust that code, name it with  {command}"
-        )
+        raise _unnamed_error(recorded, owner, command)
 
 
 def require_named_losses(recorded: Sequence[str], is_explicit: bool, owner: str, command: str) -> None:
@@ -45,7 +42,11 @@ def require_named_losses(recorded: Sequence[str], is_explicit: bool, owner: str,
     """
     own = [spec for spec in recorded if is_custom_loss(spec)]
     if own and not is_explicit:
-        raise UsageError(
-            f"{owner} names code to be imported, '{make_printable(own[0])}', and a file alone does not run code:"
-            f" where you trust that code, name it with  {command}"
-        )
+        raise _unnamed_error(own[0], owner, command)
+
+
+def _unnamed_error(code: str, owner: str, command: str) -> UsageError:
+    return UsageError(
+        f"{owner} names code to be imported, '{make_printable(code)}', and a file alone does not run code:"
+        f" where you trust that code, name it with  {command}"
+    )
