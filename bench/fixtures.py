@@ -13,9 +13,10 @@ from PIL import Image
 from torch import nn
 
 from softcache.base.lock import hold_lock
+from softcache.base.progress import Progress
 from softcache.data.image_arrays import ImageArrays
-from softcache.data.sources import SOURCES
-from softcache.data.sources.source_data import LabelledImages, SourceData
+from softcache.data.sources import SOURCES, Source
+from softcache.data.sources.source_data import LabelledImages, ReadingOptions, SourceData
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, parse_views, render
 from softcache.pipeline.cache.checksums import compute_crc32
@@ -63,14 +64,14 @@ def add_data_set(n: int, channels: int = 3, size: int = 32, classes: int = 10) -
     """
     name = f"smooth-{n}x{channels}x{size}x{size}-{classes}"
 
-    def load_smooth_images(root: Path) -> SourceData:
+    def load_smooth_images(_argument: str, _options: ReadingOptions, _progress: Progress) -> SourceData:
         splits = {}
         for seed, (split, rows) in enumerate((("train", n), ("test", max(128, classes)))):
             labels = np.arange(rows, dtype=np.int64) % classes
             splits[split] = LabelledImages(ImageArrays(make_images(rows, channels, size, seed)), labels)
         return SourceData(splits, tuple(f"c{i}" for i in range(classes)))
 
-    SOURCES.setdefault(name, load_smooth_images)
+    SOURCES.setdefault(name, Source(load_smooth_images))
     DEFAULTS.setdefault(name, Defaults() if channels == 3 else Defaults(views="none", draws=1, learning_rate=0.05))
     return name
 

@@ -16,7 +16,7 @@ from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
 from .sampling import draw_stratified
 from .sources import get_source_name, load_source
-from .sources.source_data import FolderOptions, Images, LabelledImages
+from .sources.source_data import Images, LabelledImages, ReadingOptions
 from .unreadable import find_all_unreadable
 
 Labels = NDArray[np.int64]
@@ -91,6 +91,7 @@ def load_transfer_set(
     train_size: int = 0,
     imbalance: str = "",
     head_size: int = 0,
+    test_fraction: float = 0.0,
     classes: str | Sequence[str] = "",
     exif: str = "stored",
     unreadable: str | Sequence[str] = "error",
@@ -111,7 +112,9 @@ def load_transfer_set(
         train_size: Number of training rows to keep, drawn by class; 0 keeps all.
         imbalance: Keep a long-tailed part of the training rows, see long_tail.parse_imbalance; "" keeps all.
         head_size: Rows of the largest class with `imbalance`; 0 is as many as the data allow.
-        classes, exif, unreadable: How a folder of images is read, see FolderOptions. Of a dataset, `classes` are the
+        test_fraction: Share of the training data that becomes the test split, drawn by class; 0 draws none. Only for
+            data without a test split.
+        classes, exif, unreadable: How a folder of images is read, see ReadingOptions. Of a dataset, `classes` are the
             names of the classes, see sources.dataset.load_dataset.
         progress: Shows how many images of a folder or a dataset have been read.
 
@@ -122,12 +125,18 @@ def load_transfer_set(
     name = get_source_name(data)
     if not 0 < val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
-    source = load_source(data, root, FolderOptions(classes, exif, unreadable), progress)
+    if not 0 <= test_fraction < 1:
+        raise UsageError(f"--test-fraction {test_fraction:g} is outside 0 to 1")
+    options = ReadingOptions(root, classes, exif, unreadable)
+    source = load_source(data, options, progress)
     loaded, class_names = dict(source.splits), source.classes
     source_rows = {split: np.arange(len(part.labels)) for split, part in loaded.items()}
+    if test_fraction and "test" in loaded:
+        raise UsageError(f"--test-fraction {test_fraction:g}: the data have a test split already")
+    if test_fraction:
+        _cut_split(loaded, source_rows, "test", test_fraction, key=(seed, 13))
     if "val" not in loaded:
-        source_rows["train"], source_rows["val"] = _draw_validation(loaded["train"].labels, val_fraction, seed)
-        loaded["train"], loaded["val"] = (loaded["train"].take(source_rows[split]) for split in ("train", "val"))
+        _cut_split(loaded, source_rows, "val", val_fraction, key=(seed, 10))
     labels = loaded["train"].labels
     rows, long_tail = _select_training_rows(labels, len(class_names), train_size, imbalance, head_size, seed)
     if len(rows) < len(labels):
@@ -136,6 +145,8 @@ def load_transfer_set(
     splits = _hash_splits(loaded, source_rows, progress)
     images = splits["train"].images
     cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size, **long_tail}
+    if test_fraction:
+        cut["test_fraction"] = test_fraction
     if exif != "stored":
         cut["exif"] = exif
     if source.unreadable:
@@ -170,14 +181,29 @@ def _hash_splits(
     return splits
 
 
-def _draw_validation(labels: Labels, val_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw validation rows from training data; return the training and the validation rows, both ascending."""
-    rows = len(labels)
-    val_rows = max(1, round(rows * val_fraction))
-    if val_rows >= rows:
-        raise UsageError(f"--val-fraction {val_fraction:g} of {rows} training rows leaves none to train on")
-    val = draw_stratified(labels, val_rows, key=(seed, 10))
-    return np.setdiff1d(np.arange(rows), val), val
+def _cut_split(
+    loaded: dict[str, LabelledImages],
+    source_rows: dict[str, NDArray[np.int64]],
+    split: str,
+    fraction: float,
+    key: tuple[int, ...],
+) -> None:
+    """Move a share of the training rows, drawn by class, into a split of their own; both stay in ascending order.
+
+    Args:
+        loaded, source_rows: Images and rows of each split, changed in place.
+        split: "val" or "test".
+        fraction: Share of the training rows, between 0 and 1.
+        key: Key of the random numbers.
+    """
+    train, rows = loaded["train"], len(loaded["train"].labels)
+    count = max(1, round(rows * fraction))
+    if count >= rows:
+        raise UsageError(f"--{split}-fraction {fraction:g} of {rows} training rows leaves none to train on")
+    drawn = draw_stratified(train.labels, count, key)
+    rest = np.setdiff1d(np.arange(rows), drawn)
+    loaded["train"], loaded[split] = train.take(rest), train.take(drawn)
+    source_rows["train"], source_rows[split] = source_rows["train"][rest], source_rows["train"][drawn]
 
 
 def _select_training_rows(

@@ -5,8 +5,8 @@ loaded here. Begin with `digits.py`; a new source is one function in a module an
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.progress import Progress, no_progress
@@ -17,15 +17,30 @@ from .dataset import load_dataset
 from .digits import load_digits
 from .folder import load_image_folder
 from .mnist import load_fashion_mnist, load_mnist
-from .source_data import FOLDER_DEFAULTS, FolderOptions, SourceData
+from .source_data import DEFAULT_READING, ReadingOptions, SourceData
 
-SOURCES: dict[str, Callable[[Path], SourceData]] = {
-    "digits": load_digits,
-    "mnist": load_mnist,
-    "fashion-mnist": load_fashion_mnist,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "folder": load_image_folder,  # the only one with FolderOptions
+
+class Source(NamedTuple):
+    """A kind of data that `--data` can name.
+
+    Attributes:
+        load: Called with what stands after the colon, the options and a progress bar.
+        argument: What stands after the colon, such as PATH; "" where nothing does.
+        options: Options of ReadingOptions that it takes, besides those of every source.
+    """
+
+    load: Callable[[str, ReadingOptions, Progress], SourceData]
+    argument: str = ""
+    options: tuple[str, ...] = ()
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(lambda _, options, __: load_digits(options.root)),
+    "mnist": Source(lambda _, options, __: load_mnist(options.root)),
+    "fashion-mnist": Source(lambda _, options, __: load_fashion_mnist(options.root)),
+    "cifar10": Source(lambda _, options, __: load_cifar10(options.root)),
+    "cifar100": Source(lambda _, options, __: load_cifar100(options.root)),
+    "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable")),
 }
 
 DATASET = "dataset"  # the name of a user's own dataset, which has no row in SOURCES: it has no name to load it by
@@ -45,51 +60,61 @@ def parse_data(data: str) -> tuple[str, str]:
     """Split `digits` into ("digits", "") and `folder:PATH` into ("folder", "PATH").
 
     Returns:
-        The name of a source in SOURCES and the path, which is empty for every source but `folder`.
+        The name of a source in SOURCES, and its argument, which is empty where the source has none.
 
     Raises:
-        UsageError: There is no such source, `folder` has no path, or another source has one.
+        UsageError: There is no such source, its argument is missing, or it has none and one is given.
     """
-    name, _, path = data.partition(":")
+    name, _, argument = data.partition(":")
     if name == DATASET:
         raise UsageError(f"a dataset of your own has no name by which its cache could be opened: {OPEN_FROM_PYTHON}")
     if name not in SOURCES:
-        raise unknown_name_error("data set", name, [*(name for name in SOURCES if name != "folder"), "folder:PATH"])
-    if (name == "folder") != bool(path):
-        raise UsageError("a folder of images is named with its path: --data folder:PATH")
-    return name, path
+        raise unknown_name_error("data set", name, [format_placeholder(name) for name in SOURCES])
+    if SOURCES[name].argument and not argument:
+        raise UsageError(f"--data {name} needs what it reads after a colon: --data {format_placeholder(name)}")
+    if argument and not SOURCES[name].argument:
+        raise UsageError(f"--data {data}: '{name}' has nothing after a colon")
+    return name, argument
 
 
-def load_source(
-    data: Data, root: Path, options: FolderOptions = FOLDER_DEFAULTS, progress: Progress = no_progress
-) -> SourceData:
+def format_placeholder(name: str) -> str:
+    """Format `--data` of a source without the path of this machine: `digits`, `folder:PATH`."""
+    argument = SOURCES[name].argument if name in SOURCES else ""
+    return f"{name}:{argument}" if argument else name
+
+
+def has_argument(name: str) -> bool:
+    """Return whether the source of this name has an argument, which no manifest may name: the path of a folder."""
+    return name in SOURCES and bool(SOURCES[name].argument)
+
+
+def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress: Progress = no_progress) -> SourceData:
     """Load the data that `digits` or `folder:PATH` names, or a dataset, in the splits in which they were published.
 
     Args:
         data: The name of a source, `folder:PATH`, or a dataset or one of each split, see `load_dataset`.
-        root: Folder of the data sets that torchvision reads; unused by `digits`, `folder:PATH` and a dataset.
-        options: How a folder of images is read; the defaults for every other source. Of a dataset, `classes` may be
-            the names of the classes.
+        options: How it is read. Of a dataset, `classes` may be the names of the classes.
         progress: Shows how many images are read.
 
     Raises:
-        UsageError: There is no such source, options are given for another source than a folder, or the folder's
-            layout is not one that can be read.
+        UsageError: There is no such source, an option is given that the source does not have, or the data have a form
+            that cannot be read.
         CacheError: Files are missing and cannot be downloaded, or they are damaged.
     """
+    name, argument = parse_data(data) if isinstance(data, str) else (DATASET, "")
+    allowed = SOURCES[name].options if name in SOURCES else ("classes",)
+    for option in ("classes", "exif", "unreadable"):
+        if option not in allowed and getattr(options, option) != getattr(DEFAULT_READING, option):
+            takers = ", ".join(
+                format_placeholder(name) for name, source in SOURCES.items() if option in source.options
+            )
+            raise UsageError(f"--{option} is for --data {takers}, not for {'a dataset' if name == DATASET else name}")
     if not isinstance(data, str):
-        if replace(options, classes="") != FOLDER_DEFAULTS:
-            raise UsageError("--exif and --unreadable are for --data folder:PATH, not for a dataset")
         return load_dataset(data, options.classes or (), progress)
-    name, path = parse_data(data)
-    if path:
-        return load_image_folder(Path(path), options, progress)
-    if options != FOLDER_DEFAULTS:
-        raise UsageError(f"--classes, --exif and --unreadable are for --data folder:PATH, not for {name}")
-    return SOURCES[name](root)
+    return SOURCES[name].load(argument, options, progress)
 
 
 def short_name(data: str) -> str:
     """Return a name for folders: `digits` for `digits`, and the last part of the path for `folder:PATH`."""
-    name, _, path = data.partition(":")
-    return Path(path).name or "folder" if path else name
+    name, _, argument = data.partition(":")
+    return Path(argument).name or name if argument else name

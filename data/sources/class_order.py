@@ -18,7 +18,7 @@ def order_classes(names: tuple[str, ...], order: str | Sequence[str]) -> tuple[s
 
     Args:
         names: The names, sorted by their text.
-        order: See FolderOptions.
+        order: See ReadingOptions.
 
     Raises:
         UsageError: `number`, and a name is no whole number or two are the same one; or the names in the file are not

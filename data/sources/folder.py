@@ -26,7 +26,7 @@ from .folder_listing import (
     note_loose_files,
     shorten_names,
 )
-from .source_data import FOLDER_DEFAULTS, FolderOptions, LabelledImages, SourceData
+from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 
 _SAMPLED_IMAGES = 128  # of each split, at least, to detect mode and size
 _ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF tag, and its value for pixels that are stored as they are seen
@@ -34,12 +34,12 @@ _MAX_SKIPPED = 10_000  # images that cannot be decoded: their names are kept in 
 
 
 def load_image_folder(
-    root: Path, options: FolderOptions = FOLDER_DEFAULTS, progress: Progress = no_progress
+    path: str, options: ReadingOptions = DEFAULT_READING, progress: Progress = no_progress
 ) -> SourceData:
     """List the images of a folder. Their pixels stay in the files and are decoded when they are needed.
 
     Args:
-        root: A folder with train/, and test/, val/ or both; or one of images without labels.
+        path: A folder with train/, and test/, val/ or both; or one of images without labels.
         options: The order of the classes, the EXIF orientation, and images that cannot be decoded.
         progress: Shows how far a search for images that cannot be decoded is.
 
@@ -54,6 +54,7 @@ def load_image_folder(
         CacheError: One of the images that are opened to detect mode and size cannot be decoded; all that cannot be
             are named.
     """
+    root = Path(path)
     if not root.is_dir():
         raise UsageError(f"there is no folder '{make_printable(root)}'")
     train = root / "train" if (root / "train").is_dir() else root
@@ -99,7 +100,7 @@ def load_image_folder(
     return SourceData(splits, classes, skipped, left_out.describe(), tuple(notes))
 
 
-def _find_classes(root: Path, folders: dict[str, Path], options: FolderOptions) -> tuple[str, ...]:
+def _find_classes(root: Path, folders: dict[str, Path], options: ReadingOptions) -> tuple[str, ...]:
     """Find the names of the classes, in the order of the labels; none where no split has class folders."""
     train = folders["train"]
     classes = list_folders(train)
@@ -139,7 +140,7 @@ def _list_images(folder: Path, classes: tuple[str, ...], left_out: LeftOut) -> l
 
 
 def _find_skipped(
-    root: Path, listed: dict[str, list[list[Path]]], options: FolderOptions, progress: Progress
+    root: Path, listed: dict[str, list[list[Path]]], options: ReadingOptions, progress: Progress
 ) -> dict[Path, str]:
     """Find the images that are to be left out, with the reason of each."""
     if options.unreadable == "error":

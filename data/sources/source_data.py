@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +50,11 @@ class SourceData(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FolderOptions:
-    """How a folder of images is read.
+class ReadingOptions:
+    """How a data set is read.
 
     Attributes:
+        root: Folder of the data sets that torchvision reads.
         classes: The order of the class folders: by their text (""), "natural", "number", or the path of a file with
             one name a line. A sequence is the order of a cache: it is taken where it has the names of the folders.
         exif: "transpose" to turn images as their EXIF orientation says; "stored" for pixels as they are stored.
@@ -60,9 +62,10 @@ class FolderOptions:
             the record of a cache: the paths that it left out.
     """
 
+    root: Path = Path("datasets")
     classes: str | Sequence[str] = ""
     exif: str = "stored"
     unreadable: str | Sequence[str] = "error"
 
 
-FOLDER_DEFAULTS = FolderOptions()
+DEFAULT_READING = ReadingOptions()

@@ -22,7 +22,7 @@ from softcache.base.errors import CacheError, CacheMismatchError, UsageError, ma
 from softcache.base.progress import Progress
 from softcache.data.dataset_items import Data
 from softcache.data.long_tail import parse_imbalance
-from softcache.data.sources import DATASET, OPEN_FROM_PYTHON
+from softcache.data.sources import DATASET, OPEN_FROM_PYTHON, SOURCES, format_placeholder, has_argument
 from softcache.data.sources.dataset import find_class_names
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, read_views
@@ -104,6 +104,7 @@ class CacheReader:
         for name, value, smallest, largest in (
             ("format", identity["format"], FORMAT, FORMAT),
             ("val_fraction", cut["val_fraction"], 0, 1),
+            ("test_fraction", cut.get("test_fraction", 0.0), 0, 1),
             ("seed", views["seed"], 0, 2**31),
             ("cut.seed", cut["seed"], 0, 2**31),
             ("size", views["size"], 1, MAX_VIEW_PIXELS),
@@ -163,13 +164,16 @@ class CacheReader:
         if name and name != self.data:
             text = data if isinstance(data, str) else "a dataset of your own"
             raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {text}")
-        if self.data == "folder" and not name:
-            raise UsageError(f"the cache '{self.folder}' is of a folder of images: name it with --data folder:PATH")
+        if has_argument(self.data) and not name:
+            raise UsageError(
+                f"the cache '{self.folder}' is of data of yours: name them with --data {format_placeholder(self.data)}"
+            )
         if self.data == DATASET and isinstance(data, str):
             raise UsageError(f"the cache '{self.folder}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
         classes = self.manifest.identity["transfer_set"]["classes"]
         if isinstance(data, str):
-            classes = classes if self.data == "folder" else ""
+            takes_classes = self.data in SOURCES and "classes" in SOURCES[self.data].options
+            classes = classes if takes_classes else ""
         elif find_class_names(data):  # compared with those of the cache below
             classes = ()
         transfer_set = load_transfer_set(

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from softcache.base.errors import make_printable
-from softcache.data.sources import DATASET
+from softcache.data.sources import DATASET, format_placeholder, has_argument
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import is_custom_arch
 from softcache.pipeline.models.custom_networks import is_live_arch
@@ -83,7 +83,7 @@ def format_remake_command(cache: CacheReader, **changes: Any) -> str:
 
 def _format_call(cache: CacheReader, changes: dict[str, Any]) -> str:
     """Format the call that makes a cache like this one; placeholders stand for what a file cannot name."""
-    data = "your_data" if cache.data in (DATASET, "folder") else repr(cache.data)
+    data = "your_data" if cache.data == DATASET or has_argument(cache.data) else repr(cache.data)
     draws = changes.get("draws", cache.manifest.draws)
     taps = [tap for tap in changes.get("taps", ",".join(cache.manifest.taps)).split(",") if tap]
     names = f", taps={make_printable(taps, None)}" if taps else ""
@@ -106,7 +106,7 @@ def format_repair_command(cache: CacheReader, config: CheckConfig) -> str:
         repair=True,
         deep=False,
         weights=weights or ("" if has_own_teacher else "PATH/TO/WEIGHTS"),
-        data=config.data or ("folder:PATH" if cache.data == "folder" else ""),
+        data=config.data or (format_placeholder(cache.data) if has_argument(cache.data) else ""),
         teacher=config.teacher or ("my_package.module:factory" if is_custom_arch(cache.teacher) else ""),
         json=False,
     )

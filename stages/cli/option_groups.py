@@ -98,6 +98,9 @@ class SplitOptions:
     val_fraction: float = option(
         0.0, "Share of the training data used for validation.", least=1e-6, most=0.9, by_recipe=True
     )
+    test_fraction: float = option(
+        0.0, "Share of the training data that becomes the test split, where the data have none.", least=0, most=0.9
+    )
     train_size: int = option(0, "Use this many training rows, drawn by class; 0: all.", least=0)
     imbalance: str = option(
         "", "Use a long tail of the training rows: 100 or 100:step, the ratio of the largest to the smallest class."

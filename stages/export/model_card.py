@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.text import escape_markdown, format_code_span
+from softcache.data.sources import format_placeholder, has_argument
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.copied_commands import format_command
@@ -253,7 +254,7 @@ def _format_training_command(run_config: StudentConfig, data: str) -> str:
         resume=False,
         json=False,
         data_root="datasets",
-        data="folder:PATH" if data == "folder" else run_config.data,
+        data=format_placeholder(data) if has_argument(data) else run_config.data,
         cache=tuple(f"caches/{Path(cache).resolve().name}" for cache in run_config.cache),
     )
     return "python -m softcache" + command.removeprefix(program_name())

@@ -4,7 +4,7 @@ import re
 from shlex import quote
 
 from softcache.base.errors import make_printable
-from softcache.data.sources import DATASET
+from softcache.data.sources import DATASET, format_placeholder, has_argument
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.custom_networks import is_live_arch
 from softcache.pipeline.taps.statistics import parse_tap
@@ -36,7 +36,7 @@ def suggest_student(cache: CacheReader, tap: str) -> str:
             f"softcache.train_student({opened}, your_student, ['kd', {make_printable(loss, None)!r}], out='runs/hint')"
         )
     command = format_command("student", StudentConfig(cache=(str(cache.folder),)))
-    data = " --data folder:PATH" if cache.data == "folder" else ""
+    data = f" --data {format_placeholder(cache.data)}" if has_argument(cache.data) else ""
     arch = _choose_arch(cache.teacher, layer)
     return f"{command}{data} --arch {arch} --loss kd --loss {quote(make_printable(loss, None))}"
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.data.sources import format_placeholder, has_argument
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.metrics.classification import evaluate
@@ -64,7 +65,7 @@ def run(config: BlendConfig) -> None:
     best = min(rows[len(caches) :], key=lambda row: row["val"]["nll"])["name"]  # the least NLL on validation
     student_config = StudentConfig(
         cache=config.cache,
-        data="folder:PATH" if caches[0].data == "folder" else "",
+        data=format_placeholder(caches[0].data) if has_argument(caches[0].data) else "",
         combine=config.combine if best == "weighted" else best,
     )
     console.print(f"next:  {format_command('student', student_config)}")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from softcache.data.sources import short_name
+from softcache.data.sources import has_argument, short_name
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command
@@ -128,7 +128,7 @@ def _report(
     common = {name: getattr(config, name) for name in ("cache", "data_root", "combine", "map", "missing")}
     next_config = StudentConfig(
         **common,
-        data=config.data if setup.cache.data == "folder" else "",
+        data=config.data if has_argument(setup.cache.data) else "",
         arch="cnn" if config.arch != "cnn" and setup.input_spec.size >= _SMALLEST_CNN_SIZE else "mlp:64",
         baseline=has_labels(setup.cache.manifest, "train"),
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.sources import DATASET, OPEN_FROM_PYTHON, parse_data, short_name
+from softcache.data.sources import DATASET, OPEN_FROM_PYTHON, has_argument, parse_data, short_name
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.defaults import DEFAULTS
@@ -75,7 +75,7 @@ def fill_cache_defaults(config: StudentConfig, cache: CacheReader) -> StudentCon
     defaults = DEFAULTS[cache.data]
     return replace(
         config,
-        data=config.data or ("" if cache.data == "folder" else cache.data),
+        data=config.data or ("" if has_argument(cache.data) else cache.data),
         draws=config.draws or cache.manifest.draws,
         arch=config.arch or defaults.student,
         loss=config.loss or (defaults.losses if has_labels(cache.manifest, "train") else _UNLABELLED_LOSSES),

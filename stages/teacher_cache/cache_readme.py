@@ -10,7 +10,7 @@ from typing import Any
 from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import publish_text, read_regular_file
 from softcache.base.text import escape_markdown, format_code_span
-from softcache.data.sources import DATASET
+from softcache.data.sources import DATASET, format_placeholder, has_argument
 from softcache.pipeline.cache.folder import README_FILE
 from softcache.pipeline.cache.manifest import Manifest
 
@@ -200,7 +200,7 @@ def _format_fields(
         "license": escape(manifest.settings.get("license") or "not stated: ask whoever gave it to you"),
         "path": make_printable(name, None),
         "name": shlex.quote(name if escape is str else make_printable(name, None)),
-        "where": " --data folder:PATH" if data["name"] == "folder" else "",
+        "where": f" --data {format_placeholder(data['name'])}" if has_argument(data["name"]) else "",
     }
 
 

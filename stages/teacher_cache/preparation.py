@@ -12,7 +12,7 @@ from torch import nn
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
-from softcache.data.sources import short_name
+from softcache.data.sources import format_placeholder, short_name
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
@@ -45,7 +45,7 @@ from .teacher_source import check_teacher_source, load_teacher, prepare_live_tea
 from .trials import TrialViews
 
 # Options that the first caches did not have: a manifest has them where they are not at their default.
-_LATER_OPTIONS = (*FOLDER_OPTIONS, "output", "outputs", "weights_key")
+_LATER_OPTIONS = (*FOLDER_OPTIONS, "test_fraction", "output", "outputs", "weights_key")
 
 
 @dataclass(frozen=True)
@@ -253,5 +253,5 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     if Path(config.classes).is_file():
         settings["classes"] = Path(config.classes).name
     settings["weights"] = Path(config.weights).name
-    settings["data"] = "folder:PATH" if config.data.startswith("folder:") else config.data
+    settings["data"] = format_placeholder(config.data.partition(":")[0])
     return settings

@@ -249,7 +249,7 @@ def _make_teacher_config(config: CacheConfig) -> tuple[TeacherConfig, bool]:
     )
     is_started = (folder / "settings.json").is_file()
     if is_started:
-        defaults = {name: getattr(TeacherConfig, name) for name in FOLDER_OPTIONS}
+        defaults = {name: getattr(TeacherConfig, name) for name in (*FOLDER_OPTIONS, "test_fraction")}
         recorded = defaults | read_json(folder / "settings.json")
         names = ("data", "arch", "normalize", *SPLIT_OPTIONS, *FOLDER_OPTIONS)
         if differences := list_differences(recorded, teacher_config, names):

@@ -53,7 +53,7 @@ def make_images(rows: int = 24, classes: int = 3, size: int = 8, names: Any = No
 def digits() -> dict[str, Images]:
     return {
         split: Images(part.images.pixels[:, 0].numpy(), part.labels.tolist())  # type: ignore[union-attr]
-        for split, part in load_source("digits", Path()).splits.items()
+        for split, part in load_source("digits").splits.items()
     }
 
 

@@ -136,9 +136,9 @@ def test_a_val_fraction_below_one_row_takes_one_row() -> None:
         ("cifar-10", "Did you mean 'cifar10'?"),
         ("folders:x", "no data set 'folders'. Did you mean 'folder"),
         ("", "no data set ''. There are: "),
-        ("folder", "a folder of images is named with its path: --data folder:PATH"),
-        ("folder:", "a folder of images is named with its path: --data folder:PATH"),
-        ("digits:x", "a folder of images is named with its path: --data folder:PATH"),
+        ("folder", "--data folder needs what it reads after a colon: --data folder:PATH"),
+        ("folder:", "--data folder needs what it reads after a colon: --data folder:PATH"),
+        ("digits:x", "--data digits:x: 'digits' has nothing after a colon"),
     ],
 )
 def test_an_unknown_data_set_is_refused_with_the_names_of_those_that_exist(data: str, message: str) -> None:

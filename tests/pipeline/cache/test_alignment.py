@@ -7,11 +7,14 @@ is the one that has to detect the change.
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from softcache.data import views
+from softcache.data.sources import SOURCES, Source
+from softcache.data.sources.source_data import SourceData
 from tests.helpers.commands import Stages
 from tests.helpers.damage import SHARD, edit_shard
 
@@ -88,16 +91,14 @@ def test_other_data_are_refused_and_the_field_is_named(
     cache: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One level of one pixel of one image."""
-    from softcache.data.sources import SOURCES
-
     load_digits = SOURCES["digits"]
 
-    def load_with_one_pixel_changed(root: Path) -> object:
-        loaded = load_digits(root)
+    def load_with_one_pixel_changed(*arguments: Any) -> SourceData:
+        loaded = load_digits.load(*arguments)
         loaded.splits["test"].images.pixels[7, 0, 4, 4] ^= 1  # type: ignore[union-attr]
         return loaded
 
-    monkeypatch.setitem(SOURCES, "digits", load_with_one_pixel_changed)  # type: ignore[arg-type]
+    monkeypatch.setitem(SOURCES, "digits", Source(load_with_one_pixel_changed))
     error = stages.fails(1, "student", "--cache", cache, *OPTIONS)
     assert "was made from other data" in error
     assert [line.split()[0] for line in error.splitlines()[2:-1]] == ["content.test"]

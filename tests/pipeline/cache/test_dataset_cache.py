@@ -26,7 +26,7 @@ class Digits(list[Any]):
 def make_digits() -> dict[str, Digits]:
     return {
         split: Digits(zip(part.images.pixels[:, 0].numpy(), part.labels.tolist(), strict=True))  # type: ignore[union-attr]
-        for split, part in load_source("digits", Path()).splits.items()
+        for split, part in load_source("digits").splits.items()
     }
 
 

@@ -28,7 +28,7 @@ forks = processes.forks
     [
         ("teacher --data digit", "no data set 'digit'. Did you mean 'digits'?"),
         ("teacher --data folder", "--data folder:PATH"),
-        ("teacher --data digits:x", "--data folder:PATH"),
+        ("teacher --data digits:x", "'digits' has nothing after a colon"),
         ("teacher --arch resnet18", "no arch 'resnet18'. Did you mean 'torchvision:resnet18'?"),
         ("teacher --arch mlp:many", "expected widths"),
         ("teacher --arch torchvision:resnet19", "Did you mean 'resnet"),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from softcache.data.sources import SOURCES
+from softcache.data.sources import SOURCES, Source
+from softcache.data.sources.source_data import SourceData
 from tests.helpers.caches import PETS_CACHE_COMMAND, save_pets, save_pets_teacher
 from tests.helpers.commands import Stages
 
@@ -94,16 +95,16 @@ def made(tmp_path_factory: pytest.TempPathFactory, save_image: Callable[..., obj
 def test_a_wrong_name_is_refused_before_an_image_is_read(
     made: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, command: str, code: int, message: str
 ) -> None:
-    reads: list[Path] = []
+    reads: list[str] = []
 
-    def count(root: Path) -> None:
-        reads.append(root)
+    def count(path: str, *_: object) -> SourceData:
+        reads.append(path)
         raise AssertionError("an image was read")
 
     for path in made.iterdir():
         (Path.cwd() / path.name).symlink_to(path)
     before = sorted(path.name for path in Path.cwd().iterdir())
-    monkeypatch.setitem(SOURCES, "folder", count)
+    monkeypatch.setitem(SOURCES, "folder", Source(count, "PATH"))
     assert message in stages.fails(code, *command.split())
     assert reads == []
     assert sorted(path.name for path in Path.cwd().iterdir()) == before

@@ -45,7 +45,7 @@ FILES = ("student.onnx", "student-int8.onnx", "student.pt2", "student.safetensor
 
 def read_test_split() -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     """The digits' test split: images uint8 [360, 1, 8, 8], labels [360]."""
-    images, labels = load_source("digits", Path()).splits["test"]
+    images, labels = load_source("digits").splits["test"]
     return images.pixels, labels  # type: ignore[union-attr]
 
 

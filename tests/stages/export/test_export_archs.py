@@ -52,7 +52,7 @@ Images = tuple[torch.Tensor, torch.Tensor]  # views uint8 [N, C, S, S], labels [
 @pytest.fixture(scope="module")
 def digits() -> Images:
     """128 digits as RGB images of 16 x 16, each in another colour."""
-    images, labels = load_source("digits", Path()).splits["test"]
+    images, labels = load_source("digits").splits["test"]
     views = render(images, parse_views("none:size=16"), 0, np.arange(128), 0).numpy()
     colours = np.random.default_rng(0).integers(64, 256, (len(views), 3, 1, 1))
     return torch.from_numpy((views * colours // 255).astype(np.uint8)), torch.from_numpy(labels[:128])

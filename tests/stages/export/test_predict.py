@@ -36,7 +36,7 @@ def make_metadata(channels: int, size: int, resize: int, K: int = 10) -> ExportM
 
 def read_digits() -> torch.Tensor:
     """The digits' test split, uint8 [360, 1, 8, 8]."""
-    images: torch.Tensor = load_source("digits", Path()).splits["test"].images.pixels  # type: ignore[union-attr]
+    images: torch.Tensor = load_source("digits").splits["test"].images.pixels  # type: ignore[union-attr]
     return images
 
 
