@@ -52,7 +52,8 @@ class DatasetImages(DecodedImages):
         """Return the SHA-256 of the digests and labels, in hexadecimal; no image is read."""
         return hash_rows(self.digests, labels)
 
-    def _decode(self, i: int) -> Image.Image:
+    def decode(self, i: int) -> Image.Image:
+        """Implement DecodedImages.decode."""
         image, _ = read_item(self.dataset, int(self.rows[i]), self.split)
         if hash_image(image) != self.digests[i].tobytes():
             raise CacheError(

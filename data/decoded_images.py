@@ -26,7 +26,14 @@ class DecodedImages(ABC):
     size: int
 
     @abstractmethod
-    def _decode(self, i: int) -> Image.Image:
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def describe(self, i: int) -> str:
+        """Implement ImageSource.describe."""
+
+    @abstractmethod
+    def decode(self, i: int) -> Image.Image:
         """Return image i in `mode`."""
 
     @property
@@ -34,23 +41,31 @@ class DecodedImages(ABC):
         """1 for grey images, 3 for RGB."""
         return 1 if self.mode == "L" else 3
 
-    def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+    def load_plain(
+        self, index: NDArray[np.int64], size: int, resize: int, interpolation: str = "bilinear"
+    ) -> torch.Tensor:
         """Implement ImageSource.load_plain. Equal neighbours in `index` are decoded once."""
         views: list[NDArray[np.uint8]] = []
         for i, repeats in groupby(index.tolist()):
-            views += [center_crop(self._decode(i), size or self.size, resize)] * len(list(repeats))
+            views += [center_crop(self.decode(i), size or self.size, resize, interpolation)] * len(list(repeats))
         return stack_images(views)
 
     def load_padded(
-        self, index: NDArray[np.int64], size: int, resize: int, pad: int
+        self, index: NDArray[np.int64], size: int, resize: int, pad: int, interpolation: str = "bilinear"
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Implement ImageSource.load_padded."""
-        return pad_images(self.load_plain(index, size, resize).numpy(), pad), np.arange(len(index))
+        return pad_images(self.load_plain(index, size, resize, interpolation).numpy(), pad), np.arange(len(index))
 
-    def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+    def load_boxes(
+        self,
+        index: NDArray[np.int64],
+        size: int,
+        box: Callable[[int, int, int], Box],
+        interpolation: str = "bilinear",
+    ) -> torch.Tensor:
         """Implement ImageSource.load_boxes. Equal neighbours in `index` are decoded once."""
         views = []
         for i, rows in groupby(range(len(index)), lambda row: int(index[row])):
-            image = self._decode(i)
-            views += [resized_crop(image, size or self.size, box(row, *image.size)) for row in rows]
+            image = self.decode(i)
+            views += [resized_crop(image, size or self.size, box(row, *image.size), interpolation) for row in rows]
         return stack_images(views)

@@ -1,7 +1,7 @@
 """Image files into arrays of pixels, without PyTorch: for folders of images and for `softcache predict`.
 
-Everything is resized with Pillow's bilinear filter with antialiasing, which computes in 8-bit fixed point and so gives
-the same pixels on every machine.
+Everything is resized with Pillow's filters with antialiasing, which compute in 8-bit fixed point and so give the same
+pixels on every machine.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,13 @@ from softcache.base.errors import UnreadableImageError
 from .file_records import open_regular_file
 
 GREY_MODES = {"1", "L"}
+# Each with antialiasing. A view is bilinear; a published teacher may have been trained with another one.
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored image
 
 
@@ -79,7 +86,7 @@ def _count_jpeg2000_bits(image: Image.Image) -> int:
     return (header[start + 42] & 0x7F) + 1 if 0 <= start < len(header) - 42 else 8
 
 
-def center_crop(image: Image.Image, size: int, resize: int) -> NDArray[np.uint8]:
+def center_crop(image: Image.Image, size: int, resize: int, interpolation: str = "bilinear") -> NDArray[np.uint8]:
     """Scale an image so that its shorter side is `resize`, and cut out the centre.
 
     Args:
@@ -87,6 +94,7 @@ def center_crop(image: Image.Image, size: int, resize: int) -> NDArray[np.uint8]
         size: Side of the crop in pixels.
         resize: Length of the shorter side in pixels, at least `size`; 0 stands for `size`. An image whose shorter side
             has this length is not resampled.
+        interpolation: A name of FILTERS.
 
     Returns:
         uint8 [C, size, size].
@@ -96,14 +104,14 @@ def center_crop(image: Image.Image, size: int, resize: int) -> NDArray[np.uint8]
     if min(W, H) != short_side:
         scale = short_side / min(W, H)
         W, H = max(round(W * scale), size), max(round(H * scale), size)
-        image = image.resize((W, H), Image.Resampling.BILINEAR)
+        image = image.resize((W, H), FILTERS[interpolation])
     left, top = (W - size) // 2, (H - size) // 2
     return to_array(image.crop((left, top, left + size, top + size)))
 
 
-def resized_crop(image: Image.Image, size: int, box: Box) -> NDArray[np.uint8]:
+def resized_crop(image: Image.Image, size: int, box: Box, interpolation: str = "bilinear") -> NDArray[np.uint8]:
     """Cut a box out of an image in mode L or RGB, and resize it to uint8 [C, size, size]."""
-    return to_array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return to_array(image.resize((size, size), FILTERS[interpolation], box=box))
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:

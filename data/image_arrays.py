@@ -64,14 +64,16 @@ class ImageArrays:
         digest.update(labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+    def load_plain(
+        self, index: NDArray[np.int64], size: int, resize: int, interpolation: str = "bilinear"
+    ) -> torch.Tensor:
         """Implement ImageSource.load_plain: one gather where nothing is resized."""
         if self._is_stored_size(size, resize):
             return torch.from_numpy(self.pixels.numpy()[index])  # NumPy: see views.render
-        return stack_images([center_crop(self._to_pillow(i), size or self.size, resize) for i in index])
+        return stack_images([center_crop(self._to_pillow(i), size or self.size, resize, interpolation) for i in index])
 
     def load_padded(
-        self, index: NDArray[np.int64], size: int, resize: int, pad: int
+        self, index: NDArray[np.int64], size: int, resize: int, pad: int, interpolation: str = "bilinear"
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Implement ImageSource.load_padded.
 
@@ -80,16 +82,22 @@ class ImageArrays:
         """
         N, C, H, W = self.pixels.shape
         if not self._is_stored_size(size, resize) or N * C * (H + 2 * pad) * (W + 2 * pad) > _MAX_PADDED_BYTES:
-            return pad_images(self.load_plain(index, size, resize).numpy(), pad), np.arange(len(index))
+            return pad_images(self.load_plain(index, size, resize, interpolation).numpy(), pad), np.arange(len(index))
         if pad not in self._padded:
             self._padded[pad] = pad_images(self.pixels.numpy(), pad)
         return self._padded[pad], index
 
-    def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+    def load_boxes(
+        self,
+        index: NDArray[np.int64],
+        size: int,
+        box: Callable[[int, int, int], Box],
+        interpolation: str = "bilinear",
+    ) -> torch.Tensor:
         """Implement ImageSource.load_boxes."""
         H, W = self.pixels.shape[-2:]
         return stack_images(
-            [resized_crop(self._to_pillow(i), size or H, box(row, W, H)) for row, i in enumerate(index)]
+            [resized_crop(self._to_pillow(i), size or H, box(row, W, H), interpolation) for row, i in enumerate(index)]
         )
 
     def _is_stored_size(self, size: int, resize: int) -> bool:

@@ -73,7 +73,8 @@ class ImageFolder(DecodedImages):
         self._records.replace(FileRecords(records))
         return digest.hexdigest()
 
-    def _decode(self, i: int) -> Image.Image:
+    def decode(self, i: int) -> Image.Image:
+        """Implement DecodedImages.decode."""
         path = self.root / self.names[i]
         with self._records.open(i, path, f"{self.split} row {i}".lstrip()) as file, open_image(path, file) as image:
             if self.mode == "L" and image.mode not in GREY_MODES:

@@ -34,7 +34,8 @@ _BOX_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 class ImageSource(Protocol):
     """N images as `render` reads them: in memory (ImageArrays), in files (ImageFolder), of a dataset (DatasetImages).
 
-    In all methods, `index` is int64 [B] with values in [0, N), and `size` and `resize` are those of ViewPolicy.
+    In all methods, `index` is int64 [B] with values in [0, N), and `size`, `resize` and `interpolation` are those of
+    ViewPolicy.
     """
 
     def __len__(self) -> int: ...
@@ -42,7 +43,9 @@ class ImageSource(Protocol):
     def describe(self, i: int) -> str:
         """Return where image i is stored, such as its file or row; empty where it is one of many in a file."""
 
-    def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+    def load_plain(
+        self, index: NDArray[np.int64], size: int, resize: int, interpolation: str = "bilinear"
+    ) -> torch.Tensor:
         """Return the images as stored, or scaled until the shorter side is `resize` and cut to their centre.
 
         Returns:
@@ -50,7 +53,7 @@ class ImageSource(Protocol):
         """
 
     def load_padded(
-        self, index: NDArray[np.int64], size: int, resize: int, pad: int
+        self, index: NDArray[np.int64], size: int, resize: int, pad: int, interpolation: str = "bilinear"
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Return plain images with a border of zeros.
 
@@ -59,7 +62,13 @@ class ImageSource(Protocol):
             images `index`, int64 [B]. M is B, or N where all images are padded at once.
         """
 
-    def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+    def load_boxes(
+        self,
+        index: NDArray[np.int64],
+        size: int,
+        box: Callable[[int, int, int], Box],
+        interpolation: str = "bilinear",
+    ) -> torch.Tensor:
         """Cut one box out of each image and resize it.
 
         Args:
@@ -86,6 +95,8 @@ class ViewPolicy:
         mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
         size: Side of the view in pixels; 0 is the images' own size.
         resize: Length in pixels to which the shorter side is scaled first; 0 is the images' own size.
+        scale: Of a policy made by `at_size`: pixels of the view for one pixel of padding.
+        interpolation: How an image is resized, a name of decoding.FILTERS: "bilinear" but for some teachers.
     """
 
     name: str
@@ -98,6 +109,8 @@ class ViewPolicy:
     mixup: float = 0.0
     size: int = 0
     resize: int = 0
+    scale: int = 1
+    interpolation: str = "bilinear"
 
     def parameters(self) -> dict[str, float]:
         """Return the parameters that this policy has, with their values: part of a cache's identity.
@@ -111,11 +124,34 @@ class ViewPolicy:
 
     def without_augmentation(self) -> "ViewPolicy":
         """Return the policy of held-out splits: views of the same size, nothing random."""
-        return replace(VIEW_POLICIES["none"], size=self.size, resize=self.resize)
+        return replace(VIEW_POLICIES["none"], size=self.size, resize=self.resize, interpolation=self.interpolation)
 
     def of_split(self, split: str) -> "ViewPolicy":
         """Return the policy of a split: this one for "train", the one without augmentation for a held-out split."""
         return self if split == "train" else self.without_augmentation()
+
+    def at_size(self, size: int, interpolation: str = "bilinear") -> "ViewPolicy":
+        """Return the policy of the same views at another resolution: the same parts of the images, cut out of them.
+
+        Args:
+            size: Side of the view in pixels.
+            interpolation: A name of decoding.FILTERS.
+
+        Raises:
+            UsageError: This policy pads images, and `size` is no multiple of its size: a border of whole pixels has
+                no equal at that size.
+        """
+        scale = 1
+        if self.crop and self.pad:
+            if size % self.size:
+                raise UsageError(
+                    f"views '{self.name}' shift by whole pixels of {self.size} px, and {size} is no multiple of it:"
+                    f" take a multiple, such as {self.size * max(1, round(size / self.size))}, or the views"
+                    " resized-crop-flip"
+                )
+            scale = size // self.size
+        resize = round(self.resize * size / self.size)
+        return replace(self, size=size, resize=resize, scale=scale, interpolation=interpolation)
 
 
 VIEW_POLICIES: dict[str, ViewPolicy] = {
@@ -254,11 +290,12 @@ def _render_unmixed(
 ) -> torch.Tensor:
     if policy.resized_crop:
         draw_boxes = _draw_boxes if policy.revision == 2 else _draw_boxes_of_revision_1
-        views = images.load_boxes(index, policy.size, draw_boxes(policy, seed, index, draw))
+        boxes = draw_boxes(policy, seed, index, draw)
+        views = images.load_boxes(index, policy.size, boxes, policy.interpolation)
     elif policy.crop and policy.pad:
         views = _random_crop(images, policy, seed, index, draw)
     else:
-        views = images.load_plain(index, policy.size, policy.resize)
+        views = images.load_plain(index, policy.size, policy.resize, policy.interpolation)
     if policy.flip:
         pixels = views.numpy()  # changed in place: every branch above made a copy
         is_flipped = rng.integers((seed, draw, FLIP), index, 2) == 1
@@ -269,10 +306,10 @@ def _render_unmixed(
 def _random_crop(
     images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw
 ) -> torch.Tensor:
-    pad = policy.pad
-    padded, rows = images.load_padded(index, policy.size, policy.resize, pad)
-    top = rng.integers((seed, draw, CROP_TOP), index, 2 * pad + 1)
-    left = rng.integers((seed, draw, CROP_LEFT), index, 2 * pad + 1)
+    pad = policy.pad * policy.scale
+    padded, rows = images.load_padded(index, policy.size, policy.resize, pad, policy.interpolation)
+    top = policy.scale * rng.integers((seed, draw, CROP_TOP), index, 2 * policy.pad + 1)
+    left = policy.scale * rng.integers((seed, draw, CROP_LEFT), index, 2 * policy.pad + 1)
     size = padded.shape[-1] - 2 * pad
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), (2, 3))  # [N, C, 2p+1, 2p+1, S, S]
     return torch.from_numpy(windows[rows, :, top, left])

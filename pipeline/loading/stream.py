@@ -166,7 +166,7 @@ class BatchStream:
                 requested.append(group)
                 yield group.select_views(self.rank, self.world)
 
-        renderer = ViewRenderer(self.split.images, self.views, self.view_seed, with_checksums=True)
+        renderer = ViewRenderer(self.split.images, self.views, self.view_seed, teacher_views=self.views)
         with closing(map_in_workers(renderer, request_views(), self.workers, self.start_method)) as rendered:
             for views, crcs in rendered:
                 group = requested.popleft()

@@ -81,6 +81,12 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
         choices=OUTPUTS,
     )
     views: str = option("", VIEWS_HELP, by_recipe=True)
+    teacher_size: int = option(
+        0,
+        "Pixels of the teacher's views, where not those of the students': both are cut out of the image alike.",
+        least=1,
+        most=4096,
+    )
     draws: int = option(0, "Views of each image.", least=1, most=100_000, by_recipe=True)
     taps: str = option(
         "", "Layers whose outputs are written, whole or a statistic of them: layer3,layer3:pool,layer2:attention."

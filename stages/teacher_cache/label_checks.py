@@ -99,7 +99,7 @@ def print_first_look(generator: TargetGenerator, rows_to_write: int, console: Co
     rows = transfer_set.splits[split]
     order = make_row_order(generator.config.seed, split, len(rows)).astype(np.int64)
     index = order[rows.labels[order] >= 0][:_SAMPLE_ROWS]
-    views = generator.views.of_split(split)
+    views = generator.teacher_views.of_split(split)
     labels, predictions = [], []
     with generator.inference.open() as infer:
         for chunk in _chunks_in_time(index):

@@ -40,12 +40,12 @@ from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, 
 
 from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
-from .targets import TargetGenerator
+from .targets import TargetGenerator, make_teacher_views
 from .teacher_source import check_teacher_source, load_teacher, prepare_live_teacher
 from .trials import TrialViews
 
 # Options that the first caches did not have: a manifest has them where they are not at their default.
-_LATER_OPTIONS = (*FOLDER_OPTIONS, "test_fraction", "output", "outputs", "weights_key")
+_LATER_OPTIONS = (*FOLDER_OPTIONS, "test_fraction", "teacher_size", "output", "outputs", "weights_key")
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,12 @@ def _prepare_plan(
         known_teacher["output"] = selector.key
     if config.outputs != LOGITS:
         known_teacher["outputs"] = config.outputs
+    teacher_views = make_teacher_views(views, teacher.input_spec, config.teacher_size)
+    if teacher_views != views:
+        known_teacher["view_size"] = config.teacher_size
     identity = make_identity(transfer_set, views, config.seed, known_teacher, config.codec, config.precision)
     identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
-    trial_views = TrialViews(transfer_set, views, config)
+    trial_views = TrialViews(transfer_set, teacher_views, config)
     choice = _choose_precision_and_taps(identity, teacher, requested_taps, trial_views, console)
     identity = {**identity, "precision": choice.inference.precision}
     ranks.check_equal("identity of the cache", compute_fingerprint(identity))

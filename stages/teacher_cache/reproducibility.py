@@ -96,6 +96,7 @@ def make_target_generator(cache: CacheReader, transfer_set: TransferSet, config:
         precision=identity["precision"],
         workers=config.workers,
         outputs=outputs,
+        teacher_size=identity["teacher"].get("view_size", 0),
     )
     fold = precision_record is not None and precision_record.folded
     inference = restore_inference(teacher, tuple(cache.manifest.taps), identity["precision"], fold, outputs)

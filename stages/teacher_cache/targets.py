@@ -17,6 +17,7 @@ from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
 from softcache.pipeline.loading.rendering import render_with_checksums
+from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import CacheConfig
 
 from .inference import PROBABILITIES, TeacherInference, TeacherOutputs
@@ -40,6 +41,7 @@ class TargetGenerator:
 
     Attributes:
         teacher, taps: Those of the inference.
+        teacher_views: The policy of the views that the teacher gets: `views`, or these at its own size.
         classes: K, the width of the logits.
         shapes: {tap: row shape} of the features.
 
@@ -54,6 +56,7 @@ class TargetGenerator:
 
     def __post_init__(self) -> None:
         self.teacher, self.taps = self.inference.teacher, self.inference.taps
+        self.teacher_views = make_teacher_views(self.views, self.teacher.input_spec, self.config.teacher_size)
         index = np.arange(min(2, len(self.transfer_set.splits["train"])))
         _, logits, features = take_first(self._infer_batches("train", 0, index))
         self.classes = logits.shape[1]
@@ -153,6 +156,7 @@ class TargetGenerator:
             config.seed,
             batches=[index[i : i + config.batch_size] for i in range(0, len(index), config.batch_size)],
             draw=draw,
+            teacher_views=self.teacher_views.of_split(split),
             workers=config.workers,
             pinned=device.type == "cuda",
         )
@@ -163,6 +167,18 @@ class TargetGenerator:
                     shape = list(outputs[0].shape)
                     raise UsageError(f"the teacher outputs {shape} for {len(views)} views, not logits [B, K]")
                 yield crcs, *_copy_to_cpu(outputs)
+
+
+def make_teacher_views(views: ViewPolicy, input_spec: InputSpec, teacher_size: int) -> ViewPolicy:
+    """Return the policy of the views that a teacher gets.
+
+    Args:
+        views: The policy of the views that its students get.
+        input_spec: How a view becomes the teacher's input.
+        teacher_size: The option --teacher-size; 0 for the views of the students, which the teacher's input
+            preparation resizes where its size is another one.
+    """
+    return views.at_size(teacher_size, "bilinear") if teacher_size else views
 
 
 def _copy_to_cpu(outputs: TeacherOutputs) -> TeacherOutputs:

@@ -175,7 +175,7 @@ def _render_views(generator: TargetGenerator, split: str, count: int) -> torch.T
     """Render the views of a split that are written first."""
     images, seed = generator.transfer_set.splits[split].images, generator.config.seed
     index = make_row_order(seed, split, len(images))[:count]
-    return render(images, generator.views.of_split(split), seed, index.astype(np.int64), 0)
+    return render(images, generator.teacher_views.of_split(split), seed, index.astype(np.int64), 0)
 
 
 def _run_teacher(generator: TargetGenerator, views: torch.Tensor) -> Outputs:

@@ -51,6 +51,11 @@ def load_teacher(
         CacheError: A file is damaged, or a teacher with other options was trained before.
     """
     if not config.weights:
+        if config.teacher_size:
+            raise UsageError(
+                f"--teacher-size {config.teacher_size} needs --weights: a teacher that is trained here sees the views"
+                " of its students"
+            )
         # One of several ranks trains it.
         folder = broadcast_from_first(lambda: _train_teacher(config, transfer_set, views, console))
         config = replace(config, weights=folder, normalize="", output="")
@@ -64,7 +69,7 @@ def load_teacher(
     if path.is_dir() and (path / "result.json").is_file():
         run = read_run(path, config)
         check_same_classes(path, run, transfer_set)
-        arch, output, input_spec = run.arch, output or run.output, run.input_spec
+        arch, output, input_spec = run.arch, output or run.output, _use_teacher_size(run.input_spec, config)
         note_different_split(path, config, console)
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
@@ -73,7 +78,7 @@ def load_teacher(
     if choice := describe_choice(key, states):
         console.print(f"weights: {choice}")
     if input_spec is None:
-        input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
+        input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
@@ -97,7 +102,7 @@ def prepare_live_teacher(
     Raises:
         UsageError: It is no network, or cannot be copied.
     """
-    input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
+    input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
     classes = len(transfer_set.classes)
     copied = build(config.teacher, classes, input_spec.channels, input_spec.size, config.output, network)
     return PreparedModel(copied, input_spec)
@@ -304,6 +309,12 @@ def _load_published(config: CacheConfig, transfer_set: TransferSet) -> tuple[Pre
         raise UsageError(
             f"the published weights of {arch} output {len(names)} classes, the data have {len(transfer_set.classes)}"
         )
-    network = build(arch, len(names), 3, size)
+    input_spec = _use_teacher_size(InputSpec(3, size, tuple(mean), tuple(std)), config)
+    network = build(arch, len(names), 3, input_spec.size)
     load_weights(network, state, f"{arch} DEFAULT")
-    return PreparedModel(network, InputSpec(3, size, tuple(mean), tuple(std))), arch
+    return PreparedModel(network, input_spec), arch
+
+
+def _use_teacher_size(input_spec: InputSpec, config: CacheConfig) -> InputSpec:
+    """Return the preparation of the teacher's input, at the size of --teacher-size where that is given."""
+    return replace(input_spec, size=config.teacher_size or input_spec.size)

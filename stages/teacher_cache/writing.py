@@ -102,7 +102,7 @@ def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console:
     if isinstance(writer.existing, NoCache):
         check_kind(generator, outputs, console)
         if assumes_normalize(config):
-            print_normalize_comparison(generator.teacher, generator.transfer_set, generator.views, console)
+            print_normalize_comparison(generator.teacher, generator.transfer_set, generator.teacher_views, console)
         print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
     return outputs
 
@@ -121,7 +121,7 @@ def write_shards(writer: CacheWriter, prepared: PreparedCache, console: Console)
     """Write the missing shards, each rank its share; then the first rank records those of the others."""
     generator = prepared.generator
     if prepared.choice.is_resumed and prepared.config.compile:
-        trial_views = TrialViews(generator.transfer_set, generator.views, prepared.config)
+        trial_views = TrialViews(generator.transfer_set, generator.teacher_views, prepared.config)
         compile_teacher(generator.inference, trial_views, console)
     ranks.barrier()  # all ranks have examined the folder before the first new shard changes it
     share = ranks.take_rank_items(writer.missing)

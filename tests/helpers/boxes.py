@@ -20,10 +20,18 @@ class BoxRecorder:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def load_plain(self, index: NDArray[np.int64], size: int, resize: int) -> torch.Tensor:
+    def load_plain(
+        self, index: NDArray[np.int64], size: int, resize: int, interpolation: str = "bilinear"
+    ) -> torch.Tensor:
         raise AssertionError("a resized crop loads boxes")
 
-    def load_boxes(self, index: NDArray[np.int64], size: int, box: Callable[[int, int, int], Box]) -> torch.Tensor:
+    def load_boxes(
+        self,
+        index: NDArray[np.int64],
+        size: int,
+        box: Callable[[int, int, int], Box],
+        interpolation: str = "bilinear",
+    ) -> torch.Tensor:
         self.boxes += [box(row, *self.sizes[i]) for row, i in enumerate(index)]
         return torch.zeros(len(index), 3, size, size, dtype=torch.uint8)
 

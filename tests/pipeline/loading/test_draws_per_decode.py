@@ -73,8 +73,8 @@ def test_draws_of_one_decoding_are_those_of_a_decoding_each(
     index, draws = np.array([3, 0, 17, 4, 4]), np.array([7, 0, 2])
     each = [render(images, views, 9, index, int(draw)) for draw in draws]
     decoded: list[int] = []
-    decode = ImageFolder._decode
-    monkeypatch.setattr(ImageFolder, "_decode", lambda self, i: decoded.append(i) or decode(self, i))
+    decode = ImageFolder.decode
+    monkeypatch.setattr(ImageFolder, "decode", lambda self, i: decoded.append(i) or decode(self, i))
     together = render(images, views, 9, np.repeat(index, 3), np.tile(draws, 5))
     for place, expected in enumerate(each):
         assert torch.equal(together[place::3], expected)
