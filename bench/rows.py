@@ -118,6 +118,8 @@ ROWS: tuple[Row, ...] = (
              lambda options: teacher.compare_with_bare_inference(options, "float32")),
     at_least("stage-one-bfloat16", 0.95, "images per second: stage one / bare inference",
              lambda options: teacher.compare_with_bare_inference(options, "bfloat16")),
+    at_least("stage-one-two-sizes", 0.95, "images per second: 64 px views, 224 px teacher / bare inference, JPEGs",
+             teacher.compare_teacher_size_with_bare_inference),
     at_least("naive-stage-one-bfloat16", 5.0, "naive loop in float32 / stage one in bfloat16",
              lambda options: teacher.compare_with_naive_loop(options, "bfloat16"),
              "compiled it would be 1.2 times as fast, after 5 s of compiling"),

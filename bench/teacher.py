@@ -6,14 +6,20 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from softcache.data.views import parse_views
 from softcache.pipeline.cache.manifest_reader import read_manifest
+from softcache.pipeline.loading.rendering import render_batches
+from softcache.pipeline.models import build
 from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.precision import autocast
+from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.teacher_cache.command import make_cache
@@ -34,7 +40,7 @@ def compare_with_bare_inference(options: BenchOptions, precision: str) -> Measur
     """
     data = fixtures.add_data_set(options.scale(8192 if precision == "bfloat16" else 3072, 150))
     rows = fixtures.load_data(data)
-    config = _make_config(options, data, _save_teacher(options), precision=precision)
+    config = _make_config(options, data, weights=str(_save_teacher(options)), precision=precision)
     teacher = fixtures.make_teacher("resnet56").to(options.device).eval()
     if precision == "bfloat16":
         teacher = fold_batch_norm(teacher)
@@ -53,6 +59,44 @@ def compare_with_bare_inference(options: BenchOptions, precision: str) -> Measur
         divide(seconds["bare"], seconds["stage one"]),
         f"{format_medians(seconds)}; besides, {stage_one.median_fixed_seconds():.2g} s once",
     )
+
+
+def compare_teacher_size_with_bare_inference(options: BenchOptions) -> Measurement:
+    """Images per second of stage one with views at two sizes / of bare inference with decoding.
+
+    Files of 400 x 400 pixels: stage one renders 64 px for the students and 224 px for a ResNet-18, and bare inference
+    decodes, crops and resizes to 224 px alone. It decodes the next batch in a thread while the network runs, as stage
+    one does.
+    """
+    data = fixtures.write_jpegs(options.folder / "jpegs-400", options.scale(192, 40), 400)
+    arch, weights = "torchvision:resnet18", options.folder / "resnet18.pt"
+    torch.manual_seed(0)
+    network = build(arch, 10, 3, 224).to(options.device).eval()
+    torch.save(network.state_dict(), weights)
+    images = fixtures.load_data(data).splits["train"].images
+    batches = [np.arange(len(images))[i : i + 32] for i in range(0, len(images), 32)]
+    model = PreparedModel(network, InputSpec(3, 224, IMAGENET_MEAN, IMAGENET_STD)).eval()
+    policy = parse_views("resized-crop-flip:size=224")
+
+    def infer() -> int:
+        with torch.inference_mode(), closing(render_batches(images, policy, 0, batches, 0)) as rendered:
+            for views in rendered:
+                logits = model(views.to(options.device))
+        logits.sum().item()
+        return len(images)
+
+    stage_one = StageOne(
+        options,
+        data,
+        teacher=arch,
+        weights=str(weights),
+        normalize="imagenet",
+        views="resized-crop-flip:size=64",
+        teacher_size=224,
+        batch_size=32,
+    )
+    seconds = time_in_turns({"bare": make_contender(infer), "stage one": stage_one}, options.scale(4, 1))
+    return Measurement(divide(seconds["bare"], seconds["stage one"]), format_medians(seconds))
 
 
 def compare_with_naive_loop(options: BenchOptions, precision: str) -> Measurement:
@@ -117,7 +161,8 @@ def compare_two_ranks(options: BenchOptions) -> Measurement:
 
 
 class StageOne:
-    """A contender: `softcache teacher-cache` with a ResNet-56. A turn returns the seconds per row of its shards.
+    """A contender: `softcache teacher-cache`, with a ResNet-56 unless `more` names another teacher. A turn returns
+    the seconds per row of its shards.
 
     What else it takes (reading the data, measuring precisions, compiling, the manifest) does not grow with the number
     of rows; it is collected apart, in fixed_seconds.
@@ -130,13 +175,14 @@ class StageOne:
 
     def __init__(self, options: BenchOptions, data: str, **more: Any):
         self.options, self.data, self.more = options, data, more
-        self.weights = _save_teacher(options)
+        if "weights" not in more:
+            self.more["weights"] = str(_save_teacher(options))
         self.fixed_seconds: list[float] = []
 
     def __call__(self) -> float:
         out = self.options.folder / f"one-{time.monotonic_ns()}"
         start = time.perf_counter()
-        config = _make_config(self.options, self.data, self.weights, out=str(out), **self.more)
+        config = _make_config(self.options, self.data, out=str(out), **self.more)
         manifest = make_cache(config, Console(True, epoch_lines=False))[1]
         self.fixed_seconds.append(time.perf_counter() - start - manifest.seconds)
         shutil.rmtree(out)
@@ -165,18 +211,15 @@ def make_naive_loop(options: BenchOptions, count: int) -> Contender:
     return make_contender(infer_and_save)
 
 
-def _make_config(options: BenchOptions, data: str, weights: Path, **more: Any) -> CacheConfig:
-    """Return the options of stage one for a ResNet-56 with these weights."""
+def _make_config(options: BenchOptions, data: str, **more: Any) -> CacheConfig:
+    """Return the options of stage one, for a ResNet-56 where `more` names no other teacher."""
     return CacheConfig(
         data=data,
-        teacher="resnet56",
-        weights=str(weights),
-        views="crop-flip",
         draws=1,
         device=str(options.device),
         val_fraction=fixtures.VAL_FRACTION,
         json=True,
-        **more,
+        **{"teacher": "resnet56", "views": "crop-flip", **more},
     )
 
 
