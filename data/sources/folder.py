@@ -56,7 +56,7 @@ def load_image_folder(
     left_out = LeftOut(root)
     layout = find_layout(root, options.layout)
     rows = list_rows(layout, left_out, progress)
-    classes = find_classes(rows, options)
+    classes = find_classes(rows, options.classes)
     unreadable = _find_skipped(root, rows, options, progress)
     if unreadable:
         rows = {

@@ -1,10 +1,10 @@
 """The rows of each split of a folder: its images, each with the name of its class or none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from softcache.base.errors import UsageError, make_printable
+from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.progress import Progress
 
 from .class_order import order_classes
@@ -22,7 +22,8 @@ from .folder_listing import (
     shorten_names,
 )
 from .labels_table import LabelsTable, read_labels
-from .source_data import ReadingOptions
+
+_MANY_CLASSES = 20  # from which a table with a label of its own for each image is taken for another table
 
 
 @dataclass(frozen=True)
@@ -91,45 +92,45 @@ def list_rows(layout: Layout, left_out: LeftOut, progress: Progress) -> dict[str
     return splits
 
 
-def find_classes(splits: dict[str, SplitRows], order: ReadingOptions) -> tuple[str, ...]:
+def find_classes(splits: dict[str, SplitRows], order: str | Sequence[str]) -> tuple[str, ...]:
     """Find the names of the classes, in the order of the labels; none where no image has a label.
 
     They are those of the training split, or of the others where it has no labels.
 
     Args:
         splits: The rows of each split.
-        order: The order of the classes.
+        order: See ReadingOptions.classes.
 
     Raises:
         UsageError: There is one class, or the training split lacks a class of another split; the name of a class
             cannot be printed; the classes do not fit the order.
+        CacheError: Each label of a table is that of one image.
     """
-    train = splits["train"]
-    held_out = {name for rows in splits.values() for name in rows.classes}
-    classes = train.classes or tuple(sorted(held_out))
+    source = next((rows for rows in splits.values() if rows.classes), splits["train"])
+    classes = source.classes
+    if source is not splits["train"]:
+        classes = tuple(sorted({name for rows in splits.values() for name in rows.classes}))
+    folder = make_printable(source.folder)
     if len(classes) == 1:
-        advice = (
-            ""
-            if train.table
-            else "; images without labels are read as folder:" + shorten_names([str(train.folder / classes[0])])
-        )
-        raise UsageError(
-            f"'{make_printable(train.folder)}' has one class, '{make_printable(classes[0])}': at least two are needed"
-            f"{advice}"
-        )
+        name = make_printable(classes[0])
+        advice = "" if source.table else f". Images without labels are read as folder:{folder}/{name}"
+        raise UsageError(f"'{folder}' has one class, '{name}': at least two are needed{advice}")
+    if source.table and len(classes) == len(source.labels) - source.count_unlabelled() >= _MANY_CLASSES:
+        raise CacheError(f"'{folder}': each label in {source.table} is that of one image: it is no column of classes")
     for split, rows in splits.items():
         if unknown := sorted(set(rows.classes) - set(classes)):
             raise UsageError(
                 f"the classes of '{make_printable(rows.folder)}' ({split}) are not those of the training split, which"
                 f" has no {shorten_names(unknown)}: move them away, or add images of them for training"
             )
+    kind = "class" if source.table else "class folder"
     for name in classes:
         if not name.isprintable():
             raise UsageError(
-                f"the class {'' if train.table else 'folder '}'{make_printable(name)}' in '{make_printable(train.folder)}' has a character that cannot"
-                f" be printed ({name!a}): rename it"
+                f"the {kind} '{make_printable(name)}' in '{folder}' has a character that cannot be printed"
+                f" ({name!a}): rename it"
             )
-    return order_classes(classes, order.classes)
+    return order_classes(classes, order)
 
 
 def check_rows(splits: dict[str, SplitRows], classes: tuple[str, ...]) -> list[str]:
@@ -145,19 +146,18 @@ def check_rows(splits: dict[str, SplitRows], classes: tuple[str, ...]) -> list[s
     for split, rows in splits.items():
         if not rows.images:
             raise UsageError(f"there is no image in '{make_printable(rows.folder)}' {looked_for}")
-        there = set(rows.labels)
-        missing = [name for name in classes if name not in there]
-        if split == "train" and rows.classes and missing:
-            folder = rows.folder if rows.table else rows.folder / missing[0]
-            raise UsageError(
-                f"there is no image in '{make_printable(folder)}' {looked_for}: each folder in"
-                f" '{make_printable(rows.folder)}' is a class, so move it away if it is none"
-                if not rows.table
-                else f"there is no image of the class '{make_printable(missing[0])}' in '{make_printable(folder)}'"
-            )
-        if split != "train" and rows.classes and missing:
+        with_images = set(rows.labels)
+        missing = [name for name in classes if name not in with_images] if rows.classes else []
+        if missing and split != "train":
             notes.append(
                 f"the split {split} has no image of {len(missing)} of {len(classes)} classes: {shorten_names(missing)}"
+            )
+        elif missing and rows.table:
+            raise UsageError(f"{rows.table} has no image of the class '{make_printable(missing[0])}' to train on")
+        elif missing:
+            raise UsageError(
+                f"there is no image in '{make_printable(rows.folder / missing[0])}' {looked_for}: each folder in"
+                f" '{make_printable(rows.folder)}' is a class, move it away if it is none"
             )
     return notes
 

@@ -21,6 +21,7 @@ FILE_COLUMNS = (
     *("file", "filename", "file_name", "filepath", "file_path"),
     *("image", "image_name", "image_path", "path", "image_id", "id"),
 )
+# Beside a column of files, a single column that is not of splits is that of the labels, as in Kaggle's id,breed.
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 _MAX_BYTES = 1 << 30
@@ -170,17 +171,19 @@ class _TableReader:
             self._split = 2 if len(cells) == 3 else -1
             self.columns = f"no header: {'file, label, split' if len(cells) == 3 else 'file, label'}"
             return False
+        others = [column for column in range(len(cells)) if column not in (file, label, split)]
+        if label < 0 and len(others) == 1:
+            label = others.pop()
         if file < 0 or label < 0:
             kind, known = ("files", FILE_COLUMNS) if file < 0 else ("labels", LABEL_COLUMNS)
             raise CacheError(
                 f"{path} has no column of {kind} ({shorten_names(cells)}): expected one of {', '.join(known)}"
             )
         self._file, self._label, self._split = file, label, split
-        used = [column for column in (file, label, split) if column >= 0]
-        unused = [cell for column, cell in enumerate(cells) if column not in used]
-        self.columns = f"columns {', '.join(make_printable(cells[column], 40) for column in used)}"
-        if unused:
-            self.columns += f"; not read: {shorten_names(unused)}"
+        used = [cells[column] for column in (file, label, split) if column >= 0]
+        self.columns = f"columns {', '.join(make_printable(cell, 40) for cell in used)}"
+        if others:
+            self.columns += f"; not read: {shorten_names([cells[column] for column in others])}"
         return True
 
     def _make_row(self, line: int, cells: list[str]) -> TableRow:

@@ -156,7 +156,8 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         raise UsageError(f"a teacher needs labels: '{config.data}' has images without classes")
     if unlabelled := len(train_rows) - len(labelled_rows):
         console.print(
-            f"the teacher is trained on the {len(labelled_rows):,} images with labels, not on {unlabelled:,}"
+            f"the teacher is trained on the {len(labelled_rows):,} images with labels; the {unlabelled:,} without are"
+            " left out"
         )
     check_select(config, transfer_set)
     views = fill_size(parse_views(config.views), transfer_set, console)
