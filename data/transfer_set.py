@@ -95,6 +95,7 @@ def load_transfer_set(
     classes: str | Sequence[str] = "",
     exif: str = "stored",
     unreadable: str | Sequence[str] = "error",
+    layout: str = "any",
     progress: Progress = no_progress,
 ) -> TransferSet:
     """Load a data set and split it: validation rows are drawn from the training data, test rows are as published.
@@ -114,8 +115,8 @@ def load_transfer_set(
         head_size: Rows of the largest class with `imbalance`; 0 is as many as the data allow.
         test_fraction: Share of the training data that becomes the test split, drawn by class; 0 draws none. Only for
             data without a test split.
-        classes, exif, unreadable: How a folder of images is read, see ReadingOptions. Of a dataset, `classes` are the
-            names of the classes, see sources.dataset.load_dataset.
+        classes, exif, unreadable, layout: How a folder of images is read, see ReadingOptions. Of a dataset, `classes`
+            are the names of the classes, see sources.dataset.load_dataset.
         progress: Shows how many images of a folder or a dataset have been read.
 
     Raises:
@@ -127,7 +128,7 @@ def load_transfer_set(
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
     if not 0 <= test_fraction < 1:
         raise UsageError(f"--test-fraction {test_fraction:g} is outside 0 to 1")
-    options = ReadingOptions(root, classes, exif, unreadable)
+    options = ReadingOptions(root, classes, exif, unreadable, layout)
     source = load_source(data, options, progress)
     loaded, class_names = dict(source.splits), source.classes
     source_rows = {split: np.arange(len(part.labels)) for split, part in loaded.items()}
@@ -151,6 +152,11 @@ def load_transfer_set(
         cut["exif"] = exif
     if source.unreadable:
         cut["unreadable"] = list(source.unreadable)
+    if source.layout:
+        cut["layout"] = source.layout
+    notes = source.notes
+    if isinstance(data, str) and class_names and "test" not in splits:
+        notes += ("there is no test split: --test-fraction 0.1 cuts one from the training images, by class",)
     return TransferSet(
         name=name,
         classes=class_names,
@@ -159,7 +165,7 @@ def load_transfer_set(
         splits=splits,
         cut=cut,
         left_out=source.left_out,
-        notes=source.notes,
+        notes=notes,
     )
 
 

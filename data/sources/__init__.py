@@ -4,11 +4,12 @@ May import the modules of `softcache.data` beside this folder, not `transfer_set
 loaded here. Begin with `digits.py`; a new source is one function in a module and one row of SOURCES.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from softcache.base.errors import UsageError, unknown_name_error
+from softcache.base.errors import UsageError, make_printable, unknown_name_error
 from softcache.base.progress import Progress, no_progress
 from softcache.data.dataset_items import Data
 
@@ -40,8 +41,11 @@ SOURCES: dict[str, Source] = {
     "fashion-mnist": Source(lambda _, options, __: load_fashion_mnist(options.root)),
     "cifar10": Source(lambda _, options, __: load_cifar10(options.root)),
     "cifar100": Source(lambda _, options, __: load_cifar100(options.root)),
-    "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable")),
+    "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable", "layout")),
 }
+
+# The sources that are suggested for a file that is named without one.
+_SOURCE_OF_ENDING = {".npz": "arrays", ".npy": "arrays", ".parquet": "parquet", ".tar": "webdataset"}
 
 DATASET = "dataset"  # the name of a user's own dataset, which has no row in SOURCES: it has no name to load it by
 OPEN_FROM_PYTHON = "open the cache from Python, with softcache.Cache(path, data=your_dataset)"  # the end of a message
@@ -69,12 +73,31 @@ def parse_data(data: str) -> tuple[str, str]:
     if name == DATASET:
         raise UsageError(f"a dataset of your own has no name by which its cache could be opened: {OPEN_FROM_PYTHON}")
     if name not in SOURCES:
+        if data and (suggestion := _suggest_source(Path(data))):
+            raise UsageError(f"--data {make_printable(data)}: a path goes after the name of a source: {suggestion}")
         raise unknown_name_error("data set", name, [format_placeholder(name) for name in SOURCES])
     if SOURCES[name].argument and not argument:
         raise UsageError(f"--data {name} needs what it reads after a colon: --data {format_placeholder(name)}")
     if argument and not SOURCES[name].argument:
         raise UsageError(f"--data {data}: '{name}' has nothing after a colon")
     return name, argument
+
+
+def _suggest_source(path: Path) -> str:
+    """Format `--data` for a path that exists; "" where no source reads it."""
+    if path.is_dir():
+        return f"--data {_quote('folder', path)}"
+    if not path.is_file():
+        return ""
+    ending = path.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        return f"--data {_quote('folder', path.parent)}, which reads the images beside labels.csv or labels.tsv"
+    source = _SOURCE_OF_ENDING.get(ending, "")
+    return f"--data {_quote(source, path)}" if source in SOURCES else ""
+
+
+def _quote(source: str, path: Path) -> str:
+    return shlex.quote(f"{source}:{make_printable(path)}")
 
 
 def format_placeholder(name: str) -> str:
@@ -103,7 +126,7 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
     """
     name, argument = parse_data(data) if isinstance(data, str) else (DATASET, "")
     allowed = SOURCES[name].options if name in SOURCES else ("classes",)
-    for option in ("classes", "exif", "unreadable"):
+    for option in ("classes", "exif", "unreadable", "layout"):
         if option not in allowed and getattr(options, option) != getattr(DEFAULT_READING, option):
             takers = ", ".join(
                 format_placeholder(name) for name, source in SOURCES.items() if option in source.options

@@ -1,4 +1,4 @@
-"""The order of the class folders, which is the order of the labels."""
+"""The order of the classes, which is the order of the labels."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ _WHOLE_NUMBER = re.compile("[0-9]{1,18}")
 
 
 def order_classes(names: tuple[str, ...], order: str | Sequence[str]) -> tuple[str, ...]:
-    """Put the names of class folders in order.
+    """Put the names of classes in order.
 
     Args:
         names: The names, sorted by their text.
@@ -22,7 +22,7 @@ def order_classes(names: tuple[str, ...], order: str | Sequence[str]) -> tuple[s
 
     Raises:
         UsageError: `number`, and a name is no whole number or two are the same one; or the names in the file are not
-            those of the folders.
+            those of the classes.
         CacheError: The file cannot be read.
     """
     if not isinstance(order, str):
@@ -30,7 +30,7 @@ def order_classes(names: tuple[str, ...], order: str | Sequence[str]) -> tuple[s
     if order == "":
         return names
     if not names:
-        raise UsageError(f"--classes {order}: these images have no class folders")
+        raise UsageError(f"--classes {order}: these images have no labels")
     if order == "natural":
         return tuple(sorted(names, key=_natural_key))
     if order == "number":
@@ -51,7 +51,7 @@ def describe_number_order(names: tuple[str, ...]) -> str:
     if not all(_WHOLE_NUMBER.fullmatch(name) for name in names) or list(names) == sorted(names, key=int):
         return ""
     return (
-        f"the class folders are in the order of their text ({shorten_names(list(names))}), not of their numbers:"
+        f"the classes are in the order of their text ({shorten_names(list(names))}), not of their numbers:"
         " --classes number changes it"
     )
 
@@ -66,15 +66,13 @@ def _order_by_number(names: tuple[str, ...]) -> tuple[str, ...]:
     wrong = [name for name in names if not _WHOLE_NUMBER.fullmatch(name)]
     if wrong:
         raise UsageError(
-            f"--classes number: {len(wrong)} of {len(names)} class folders are no whole numbers:"
+            f"--classes number: {len(wrong)} of {len(names)} classes are no whole numbers:"
             f" {shorten_names(wrong)}; --classes natural, or a file with the names, orders them"
         )
     by_number: dict[int, str] = {}
     for name in names:
         if int(name) in by_number:
-            raise UsageError(
-                f"--classes number: the class folders '{by_number[int(name)]}' and '{name}' are one number"
-            )
+            raise UsageError(f"--classes number: the classes '{by_number[int(name)]}' and '{name}' are one number")
         by_number[int(name)] = name
     return tuple(by_number[number] for number in sorted(by_number))
 
@@ -90,8 +88,8 @@ def _read_order(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     order = [line for line in lines if line.strip()]
     for problem, wrong in (
         ("names twice", [name for name, count in Counter(order).items() if count > 1]),
-        ("names classes without a folder", [name for name in order if name not in set(names)]),
-        ("does not name the class folders", [name for name in names if name not in set(order)]),
+        ("names classes that the images do not have", [name for name in order if name not in set(names)]),
+        ("does not name the classes", [name for name in names if name not in set(order)]),
     ):
         if wrong:
             raise UsageError(f"--classes: '{make_printable(path)}' {problem} {len(wrong)}: {shorten_names(wrong)}")

@@ -1,13 +1,16 @@
-"""A user's own images: a folder with one folder of images per split and class.
+"""A user's own images: a folder with one folder of images per split and class, and the layouts like it.
 
 PATH/train/<class>/…   PATH/test/<class>/… or PATH/val/<class>/…     labelled
+PATH/<class>/…                                                        labelled, all for training
+PATH/…  with labels.csv or labels.tsv                                 labelled as the table says
 PATH/train/… or PATH/…  without class folders                         unlabelled: soft targets only
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
@@ -15,17 +18,10 @@ from softcache.data.decoding import GREY_MODES, open_image
 from softcache.data.image_folder import ImageFolder
 from softcache.data.unreadable import describe_unreadable, find_unreadable, make_unreadable_error
 
-from .class_order import describe_number_order, order_classes
-from .folder_listing import (
-    BESIDE_CLASSES,
-    BESIDE_SPLITS,
-    EXTENSIONS,
-    LeftOut,
-    list_folders,
-    list_images,
-    note_loose_files,
-    shorten_names,
-)
+from .class_order import describe_number_order
+from .folder_layout import UNLABELLED, Layout, find_layout
+from .folder_listing import LeftOut, shorten_names
+from .folder_rows import SplitRows, check_rows, find_classes, list_rows
 from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 
 _SAMPLED_IMAGES = 128  # of each split, at least, to detect mode and size
@@ -39,43 +35,42 @@ def load_image_folder(
     """List the images of a folder. Their pixels stay in the files and are decoded when they are needed.
 
     Args:
-        path: A folder with train/, and test/, val/ or both; or one of images without labels.
-        options: The order of the classes, the EXIF orientation, and images that cannot be decoded.
-        progress: Shows how far a search for images that cannot be decoded is.
+        path: A folder in one of the layouts that docs/guides/folders.md lists.
+        options: The layout, the order of the classes, the EXIF orientation, and images that cannot be decoded.
+        progress: Shows how far a table of labels is read, and a search for images that cannot be decoded.
 
     Returns:
-        The split train, and test and val where there are such folders; with val alone, it is the split test. Images
-        are in the order of their names. An unlabelled split has -1 as labels.
+        The split train, and test and val where there are such images; with val alone, it is the split test. Images
+        are in the order of their labels, then of their names, unlabelled ones last; these have -1 as label.
 
     Raises:
-        UsageError: The folder is missing or empty, has class folders without train/, has train/<class>/ without test/
-            or val/, has one class alone, or its splits have different classes; the name of a class cannot be printed,
-            or the classes do not fit the order that was chosen.
-        CacheError: One of the images that are opened to detect mode and size cannot be decoded; all that cannot be
-            are named.
+        UsageError: The folder is missing or empty, or has no layout that is known: held-out images without training
+            images, one class alone, a class without an image to train on or without training images at all; the name
+            of a class cannot be printed, or the classes do not fit the order that was chosen.
+        CacheError: A table of labels cannot be used, or one of the images that are opened to detect mode and size
+            cannot be decoded; all that cannot be are named.
     """
     root = Path(path)
     if not root.is_dir():
         raise UsageError(f"there is no folder '{make_printable(root)}'")
-    train = root / "train" if (root / "train").is_dir() else root
-    folders = {"train": train}
-    folders |= {split: root / split for split in ("test", "val") if (root / split).is_dir()}
     left_out = LeftOut(root)
-    if train is not root:
-        note_loose_files(root, {folder.name for folder in folders.values()}, BESIDE_SPLITS, left_out)
-    if "val" in folders and "test" not in folders:
-        folders["test"] = folders.pop("val")
-    classes = _find_classes(root, folders, options)
-    listed = {split: _list_images(folder, classes, left_out) for split, folder in folders.items()}
-    unreadable = _find_skipped(root, listed, options, progress)
-    notes = []
+    layout = find_layout(root, options.layout)
+    rows = list_rows(layout, left_out, progress)
+    classes = find_classes(rows, options.classes)
+    unreadable = _find_skipped(root, rows, options, progress)
+    if unreadable:
+        rows = {
+            split: part.select({image: image not in unreadable for image in part.images})
+            for split, part in rows.items()
+        }
+    notes = [_describe_reading(layout, rows, classes), *check_rows(rows, classes)]
     if unreadable:
         described = describe_unreadable(unreadable, root)
         notes.append(f"{len(unreadable):,} images cannot be used and are left out (--unreadable skip): {described}")
     if isinstance(options.classes, str) and not options.classes and (note := describe_number_order(classes)):
         notes.append(note)
 
-    names, labels = _select_readable(root, folders, listed, classes, unreadable)
+    names, labels = _sort_rows(root, rows, classes)
     sample = [name for each in names.values() for name in each[:: max(1, len(each) // _SAMPLED_IMAGES)]]
     try:
         mode, size, turned = _detect_mode_and_size(root, sample)
@@ -91,61 +86,29 @@ def load_image_folder(
         )
     splits = {
         split: LabelledImages(
-            ImageFolder(root, tuple(names[split]), mode, size, options.exif == "transpose"),
-            np.array(labels[split], np.int64),
+            ImageFolder(root, tuple(names[split]), mode, size, options.exif == "transpose"), labels[split]
         )
-        for split in listed
+        for split in rows
     }
     skipped = tuple(sorted(path.relative_to(root).as_posix() for path in unreadable))
-    return SourceData(splits, classes, skipped, left_out.describe(), tuple(notes))
-
-
-def _find_classes(root: Path, folders: dict[str, Path], options: ReadingOptions) -> tuple[str, ...]:
-    """Find the names of the classes, in the order of the labels; none where no split has class folders."""
-    train = folders["train"]
-    classes = list_folders(train)
-    if train is root and classes:
-        raise UsageError(f"'{make_printable(root)}' has no train/ folder: expected train/<class>/… and test/<class>/…")
-    if classes and "test" not in folders:
-        raise UsageError(f"'{make_printable(root)}' has train/<class>/ but neither test/ nor val/")
-    if not classes and "test" in folders:
-        classes = list_folders(folders["test"])
-    if len(classes) == 1:
-        raise UsageError(f"'{train}' has one class, '{make_printable(classes[0])}': at least two are needed")
-    for name in classes:
-        if not name.isprintable():
-            raise UsageError(
-                f"the class folder '{make_printable(name)}' in '{make_printable(train)}' has a character that cannot"
-                f" be printed ({name!a}): rename it"
-            )
-    return order_classes(classes, options.classes)
-
-
-def _list_images(folder: Path, classes: tuple[str, ...], left_out: LeftOut) -> list[list[Path]]:
-    """List the images of a split, class by class; one list where it has no class folders."""
-    class_folders = list_folders(folder)
-    if not class_folders:
-        return [list_images(folder, left_out)]
-    if set(class_folders) != set(classes):
-        missing = sorted(set(classes) - set(class_folders))
-        unknown = sorted(set(class_folders) - set(classes))
-        parts = [f"it has no {shorten_names(missing)}"] if missing else []
-        parts += [f"the train folder has no {shorten_names(unknown)}"] if unknown else []
-        raise UsageError(
-            f"the classes of '{make_printable(folder)}' are not those of the train folder: {'; '.join(parts)}. Make"
-            " the missing folders, with an image in each, or move the others away"
-        )
-    note_loose_files(folder, class_folders, BESIDE_CLASSES, left_out)
-    return [list_images(folder / name, left_out) for name in classes]
+    is_basic = layout.has_basic_names and all(part.is_basic for part in rows.values())
+    return SourceData(
+        splits=splits,
+        classes=classes,
+        unreadable=skipped,
+        left_out=left_out.describe(),
+        notes=tuple(notes),
+        layout="" if is_basic and layout.kind != UNLABELLED else layout.kind,
+    )
 
 
 def _find_skipped(
-    root: Path, listed: dict[str, list[list[Path]]], options: ReadingOptions, progress: Progress
+    root: Path, rows: dict[str, SplitRows], options: ReadingOptions, progress: Progress
 ) -> dict[Path, str]:
     """Find the images that are to be left out, with the reason of each."""
     if options.unreadable == "error":
         return {}
-    paths = [path for split in listed.values() for images in split for path in images]
+    paths = [path for part in rows.values() for path in part.images]
     if not isinstance(options.unreadable, str):
         recorded = set(options.unreadable)
         return {path: "" for path in paths if path.relative_to(root).as_posix() in recorded}
@@ -158,31 +121,33 @@ def _find_skipped(
     return unreadable
 
 
-def _select_readable(
-    root: Path,
-    folders: dict[str, Path],
-    listed: dict[str, list[list[Path]]],
-    classes: tuple[str, ...],
-    unreadable: Collection[Path],
-) -> tuple[dict[str, list[str]], dict[str, list[int]]]:
-    """Return the names of each split's images, relative to root, and their labels.
-
-    Raises:
-        UsageError: A class of a split has no image.
-    """
-    names: dict[str, list[str]] = {split: [] for split in listed}
-    labels: dict[str, list[int]] = {split: [] for split in listed}
-    for split, by_class in listed.items():
-        for label, paths in enumerate(by_class):
-            images = [path for path in paths if path not in unreadable]
-            has_classes = len(by_class) > 1
-            if not images:
-                folder = folders[split] / classes[label] if has_classes else folders[split]
-                extensions = " ".join(sorted(EXTENSIONS))
-                raise UsageError(f"there is no image in '{make_printable(folder)}' (looked for {extensions})")
-            names[split] += [path.relative_to(root).as_posix() for path in images]
-            labels[split] += [label if has_classes else -1] * len(images)
+def _sort_rows(
+    root: Path, rows: dict[str, SplitRows], classes: tuple[str, ...]
+) -> tuple[dict[str, list[str]], dict[str, NDArray[np.int64]]]:
+    """Return the names of each split's images, relative to root, and their labels: class by class, unlabelled last."""
+    names, labels = {}, {}
+    label_of_class = {name: label for label, name in enumerate(classes)} | {"": -1}
+    for split, part in rows.items():
+        unsorted = np.array([label_of_class[name] for name in part.labels], np.int64)
+        order = np.argsort(np.where(unsorted < 0, len(classes), unsorted), kind="stable")
+        names[split] = [part.images[i].relative_to(root).as_posix() for i in order]
+        labels[split] = unsorted[order]
     return names, labels
+
+
+def _describe_reading(layout: Layout, rows: dict[str, SplitRows], classes: tuple[str, ...]) -> str:
+    """Describe in one line how a folder was read: its splits, classes, unlabelled images and table of labels."""
+    splits = []
+    for split, part in rows.items():
+        folder = "" if part.folder in (layout.root, layout.root / split) else f" ({make_printable(part.folder.name)}/)"
+        splits.append(f"{split}{folder} {len(part.images):,}")
+    parts = [", ".join(splits) + " images"]
+    if classes:
+        parts.append(f"{len(classes):,} classes ({shorten_names(list(classes))})")
+    if unlabelled := sum(part.count_unlabelled() for part in rows.values()):
+        parts.append(f"{unlabelled:,} unlabelled")
+    parts += [f"labels of {table}" for table in dict.fromkeys(part.table for part in rows.values()) if table]
+    return f"folder '{make_printable(layout.root.resolve().name, 80)}': {'; '.join(parts)}"
 
 
 def _detect_mode_and_size(root: Path, names: Iterable[str]) -> tuple[str, int, int]:

@@ -15,6 +15,7 @@ _DESKTOP_FILES = {"thumbs.db", "desktop.ini"}  # no content of the user's, as hi
 
 OTHER_ENDING, HIDDEN, THUMBNAIL = "not named as images", "hidden", "in folders of thumbnails"
 BESIDE_CLASSES, BESIDE_SPLITS = "beside the class folders", "beside the folders of the splits"
+WITHOUT_LABEL = "without a label in a held-out split"
 LOOP = "links to a folder above"
 
 
@@ -26,11 +27,13 @@ class LeftOut:
         root: The folder.
         names: {reason: paths relative to `root`}.
         folders: Names of folders beside those of the splits, which are not looked into.
+        tables: Paths of the tables of labels, which are read though they are no images.
     """
 
     root: Path
     names: dict[str, list[str]] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
+    tables: set[str] = field(default_factory=set)
 
     def add(self, reason: str, path: str) -> None:
         """Count one file."""
@@ -85,18 +88,25 @@ def list_images(folder: Path, left_out: LeftOut) -> list[Path]:
     return sorted(Path(path) for path in _walk(str(folder), (), left_out))
 
 
-def note_loose_files(folder: Path, read_folders: Collection[str], reason: str, left_out: LeftOut) -> None:
-    """Count what lies in a folder beside the folders that are read.
+def list_loose_images(folder: Path) -> list[Path]:
+    """List the images in a folder itself, sorted by name: not those in the folders in it, and no hidden ones."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
+    return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def note_loose_files(folder: Path, read_names: Collection[str], reason: str, left_out: LeftOut) -> None:
+    """Count what lies in a folder beside the folders and images that are read.
 
     Args:
         folder: Where to look.
-        read_folders: The names of the folders that are read.
+        read_names: The names of the folders, and of the images in the folder itself, that are read.
         reason: BESIDE_CLASSES or BESIDE_SPLITS, for files that are named as images.
         left_out: What is counted is added to it.
     """
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name in read_folders:
+            if entry.name in read_names:
                 continue
             if not entry.is_dir():
                 _note_file(entry, left_out, reason)
@@ -165,7 +175,7 @@ def _note_file(entry: "os.DirEntry[str]", left_out: LeftOut, reason: str) -> Non
     if entry.name.startswith("."):
         if is_image_name(entry.name):
             left_out.add(HIDDEN, entry.path)
-    elif entry.name.lower() not in _DESKTOP_FILES:
+    elif entry.name.lower() not in _DESKTOP_FILES and entry.path not in left_out.tables:
         left_out.add(reason if is_image_name(entry.name) else OTHER_ENDING, entry.path)
 
 

@@ -40,6 +40,7 @@ class SourceData(NamedTuple):
         unreadable: Paths of images that are left out because they cannot be decoded.
         left_out: A line that counts and names the files that are no rows of the set; empty where there are none.
         notes: Lines about the data that a user should see before a teacher is trained or run on them.
+        layout: The option `layout` with which a folder was read; empty where "basic" reads the same.
     """
 
     splits: dict[str, LabelledImages]
@@ -47,6 +48,7 @@ class SourceData(NamedTuple):
     unreadable: tuple[str, ...] = ()
     left_out: str = ""
     notes: tuple[str, ...] = ()
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,16 @@ class ReadingOptions:
         exif: "transpose" to turn images as their EXIF orientation says; "stored" for pixels as they are stored.
         unreadable: What to do with images that cannot be decoded: "error", or "skip" to leave them out. A sequence is
             the record of a cache: the paths that it left out.
+        layout: How the splits and labels of a folder are found: "any" by all names of splits, with tables of labels,
+            and with images beside the class folders as unlabelled rows; "basic" by the folders train, val and test and
+            their class folders alone; "unlabelled" reads no labels.
     """
 
     root: Path = Path("datasets")
     classes: str | Sequence[str] = ""
     exif: str = "stored"
     unreadable: str | Sequence[str] = "error"
+    layout: str = "any"
 
 
 DEFAULT_READING = ReadingOptions()

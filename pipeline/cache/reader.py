@@ -170,16 +170,18 @@ class CacheReader:
             )
         if self.data == DATASET and isinstance(data, str):
             raise UsageError(f"the cache '{self.folder}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
-        classes = self.manifest.identity["transfer_set"]["classes"]
+        classes, cut = self.manifest.identity["transfer_set"]["classes"], self.cut
         if isinstance(data, str):
             takes_classes = self.data in SOURCES and "classes" in SOURCES[self.data].options
             classes = classes if takes_classes else ""
+            if self.data in SOURCES and "layout" in SOURCES[self.data].options:
+                cut = {"layout": "basic", **cut}  # a cache that records no layout is of files that basic reads
         elif find_class_names(data):  # compared with those of the cache below
             classes = ()
         transfer_set = load_transfer_set(
             self.data if isinstance(data, str) and not data else data,
             root,
-            **self.cut,
+            **cut,
             classes=classes,
             progress=progress,
         )

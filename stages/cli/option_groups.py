@@ -76,7 +76,7 @@ class FolderOptions:
     heading: ClassVar[str] = "Data"
     classes: str = option(
         "",
-        "Order of the class folders: natural, number, or a file with one name a line; by their text when not given.",
+        "Order of the classes: natural, number, or a file with one name a line; by their text when not given.",
     )
     exif: str = option(
         "stored",
@@ -87,6 +87,12 @@ class FolderOptions:
         "error",
         "Images of a folder that cannot be decoded; skip leaves them out, and decodes every image once to find them.",
         choices=("error", "skip"),
+    )
+    layout: str = option(
+        "any",
+        "How splits and labels of a folder are found. basic: folders train, val and test with class folders, all else"
+        " is left out; unlabelled: no labels are read.",
+        choices=("any", "basic", "unlabelled"),
     )
 
 

@@ -112,7 +112,9 @@ def _report(
     """Print the figures, advice for a student that learned next to nothing, the cost, and a command to run next."""
     print_table(result, console)
     if is_first():
-        for line in explain_gain(result, folder):
+        labels = setup.transfer_set.splits["train"].labels
+        labelled_rows = int((labels >= 0).sum()) if (labels < 0).any() else 0
+        for line in explain_gain(result, folder, labelled_rows):
             console.print(line)
     student = Figures(result["student"][choose_split(result["student"])])
     share_right = student.get("accuracy" if student.has_labels() else "agreement")

@@ -128,7 +128,8 @@ def hide_labels(config: StudentConfig, labels: Labels) -> Labels:
     """
     if not config.labelled:
         return labels
-    labelled_rows = draw_stratified(labels, config.labelled, key=(config.seed, 50))
+    labelled_rows = np.flatnonzero(labels >= 0)
+    labelled_rows = labelled_rows[draw_stratified(labels[labelled_rows], config.labelled, key=(config.seed, 50))]
     return np.where(np.isin(np.arange(len(labels)), labelled_rows), labels, -1)
 
 
@@ -144,9 +145,12 @@ def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: 
         UsageError: with the option to leave out or to change.
     """
     labels, classes = transfer_set.splits["train"].labels, transfer_set.classes
-    check_options(config, losses, lacks_labels=bool((labels < 0).any()))
-    if config.labelled and not len(classes) <= config.labelled <= len(labels):
-        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {len(labels)} rows")
+    labelled = int((labels >= 0).sum())
+    check_options(config, losses, lacks_labels=not labelled)
+    if labelled < len(labels):
+        _check_partly_labelled(config, len(labels) - labelled)
+    if config.labelled and not len(classes) <= config.labelled <= labelled:
+        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {labelled} rows")
     for loss in losses:
         if loss.needs_counts:
             require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)
@@ -159,7 +163,7 @@ def check_options(config: StudentConfig, losses: tuple[Loss, ...], lacks_labels:
     Args:
         config: the options of the student.
         losses: the terms of the loss.
-        lacks_labels: whether training images have no label.
+        lacks_labels: whether no training image has a label.
 
     Raises:
         UsageError: with the option to leave out or to change.
@@ -173,6 +177,14 @@ def check_options(config: StudentConfig, losses: tuple[Loss, ...], lacks_labels:
     if config.labelled and config.sampler:
         raise UsageError("--sampler needs the labels of all rows, --labelled hides some: leave out one")
     _check_teachers(config, losses, lacks_labels)
+
+
+def _check_partly_labelled(config: StudentConfig, unlabelled: int) -> None:
+    """Refuse what needs the label of every training image; losses leave out the rows without one."""
+    if config.sampler:
+        raise UsageError(f"--sampler needs the labels of all training images, {unlabelled:,} have none: leave it out")
+    if config.missing == "hard":
+        raise UsageError(f"--missing hard needs labels, and {unlabelled:,} images have none: use --missing skip")
 
 
 def check_without_validation_labels(config: StudentConfig) -> None:

@@ -215,7 +215,9 @@ class DistillationSetup:
         """
         labels = requirements.hide_labels(config, self.transfer_set.splits["train"].labels)
         streams = [self.make_stream(config, labels, only_labelled=False, read_targets=False)]
-        if config.labelled and (config.baseline or config.finetune_epochs or any(x.needs_labels for x in self.losses)):
+        if (labels < 0).any() and (
+            config.baseline or config.finetune_epochs or any(x.needs_labels for x in self.losses)
+        ):
             streams.append(self.make_stream(config, labels, only_labelled=True, read_targets=False))
         check = TrainingCheck(
             arch=self.student_arch(config, self.losses),

@@ -150,15 +150,21 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     device = select_device(config.device)
     transfer_set = load_data(config)
     print_notes(transfer_set, console)
-    if len(transfer_set.classes) < 2 or (transfer_set.splits["train"].labels < 0).any():
+    train_rows = transfer_set.splits["train"]
+    labelled_rows = np.flatnonzero(train_rows.labels >= 0)
+    if len(transfer_set.classes) < 2 or not len(labelled_rows):
         raise UsageError(f"a teacher needs labels: '{config.data}' has images without classes")
+    if unlabelled := len(train_rows) - len(labelled_rows):
+        console.print(
+            f"the teacher is trained on the {len(labelled_rows):,} images with labels; the {unlabelled:,} without are"
+            " left out"
+        )
     check_select(config, transfer_set)
     views = fill_size(parse_views(config.views), transfer_set, console)
     with name_all_unreadable(transfer_set):
         input_spec = make_input_spec(config.normalize, transfer_set, views)
     torch.manual_seed(config.seed)
     network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size, config.output)
-    train_rows = transfer_set.splits["train"]
     stream = BatchStream(
         split=train_rows,
         views=views,
@@ -166,7 +172,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         order_seed=config.seed,
         batch_size=config.batch_size,
         labels=train_rows.labels,
-        rows=np.arange(len(train_rows)),
+        rows=labelled_rows,
         workers=config.workers,
         sampler=config.sampler,
         device=device,

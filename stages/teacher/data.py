@@ -17,7 +17,8 @@ from softcache.stages.cli.console import Console, progress
 
 # Options that decide which rows of a data set are in which split: those of SplitOptions, and the seed.
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "seed", "train_size", "imbalance", "head_size")
-FOLDER_OPTIONS = ("classes", "exif", "unreadable")  # options that decide how a folder is read: those of FolderOptions
+# Options that decide how a folder is read: those of FolderOptions.
+FOLDER_OPTIONS = ("classes", "exif", "unreadable", "layout")
 FOLDER_SIZE = 224  # pixels; size of the views of a folder whose images differ in size
 _SAMPLE_ROWS = 4096  # training rows whose mean and standard deviation are measured
 

@@ -328,25 +328,14 @@ def test_different_classes_of_splits_are_refused_with_the_difference(pets: Path,
     if split == "val":
         shutil.copytree(pets / "test", pets / "val")
     (pets / split / "dog").rename(pets / split / "hamster")
-    differences = "it has no dog; the train folder has no hamster"
-    with pytest.raises(UsageError, match=rf"the classes of '.*/{split}' are not those .*: {differences}"):
+    difference = "which has no hamster"
+    with pytest.raises(UsageError, match=rf"the classes of '.*/{split}' .*are not those .*{difference}"):
         load_folder(pets)
 
 
-def test_a_test_folder_that_lacks_a_class_is_refused(pets: Path) -> None:
-    shutil.rmtree(pets / "test" / "cat")
-    with pytest.raises(UsageError, match=r"the classes of '.*/test' are not those of the train folder: it has no cat"):
-        load_folder(pets)
-
-
-def test_class_folders_without_a_train_folder_are_refused(pets: Path) -> None:
-    with pytest.raises(UsageError, match=r"has no train/ folder: expected train/<class>/… and test/<class>/…"):
-        load_folder(pets / "train")
-
-
-def test_a_train_folder_without_test_or_val_is_refused(pets: Path) -> None:
-    shutil.rmtree(pets / "test")
-    with pytest.raises(UsageError, match=r"has train/<class>/ but neither test/ nor val/"):
+def test_a_test_folder_without_a_train_folder_is_refused(pets: Path) -> None:
+    (pets / "train").rename(pets / "images")
+    with pytest.raises(UsageError, match=r"has no train/ folder beside test/: expected train/<class>/… and test/<"):
         load_folder(pets)
 
 
