@@ -5,14 +5,20 @@ seconds.
 """
 
 import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
 
-from softcache.base.errors import UsageError, make_printable
+from softcache.base.errors import CacheError, UsageError, make_printable
 
 from .network_configuration import NetworkConfiguration
 
@@ -31,6 +37,87 @@ def build_timm(name: str, classes: int, channels: int, size: int) -> nn.Module:
     """
     check_timm_model(name)
     return _create(name, channels, size, num_classes=classes)
+
+
+def load_timm_weights(name: str, channels: int, size: int) -> dict[str, torch.Tensor]:
+    """Load the published weights of `timm:NAME` by timm, from the hub's local cache or else from the network.
+
+    Args:
+        name: As of `build_timm`; without a tag the weights are those that timm takes by default.
+        channels, size: Of the input; timm adapts the first convolution and the positions of patches.
+
+    Returns:
+        The state dict of `build_timm` for the classes of the weights.
+
+    Raises:
+        UsageError: There is no such model, or it cannot take such images.
+        CacheError: There are no weights, or they can neither be found nor downloaded.
+    """
+    check_timm_model(name)
+    import timm
+
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise CacheError(f"timm has no published weights of timm:{name}: give a file")
+    if not _has_local_weights(config):
+        _check_network(name, config)
+    try:
+        with _weights_only():
+            network = _create(name, channels, size, pretrained=True)
+    except UsageError:
+        raise
+    except Exception as error:  # a download can raise anything
+        raise _download_error(name, config, str(error).partition("\n")[0]) from None
+    state: dict[str, torch.Tensor] = network.state_dict()
+    return state
+
+
+def _has_local_weights(config: Any) -> bool:
+    """Whether the file of published weights is in the hub's local cache, or comes from elsewhere than the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if config.file or config.state_dict or not config.hf_hub_id:
+        return True
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files)
+
+
+def _check_network(name: str, config: Any) -> None:
+    """Raise CacheError where the hub has no address: its library tries for most of a minute, with a line each time."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    if constants.HF_HUB_OFFLINE:
+        raise _download_error(name, config, "HF_HUB_OFFLINE is set")
+    if getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise _download_error(name, config, f"{host}: {error.strerror or error}") from None
+
+
+def _download_error(name: str, config: Any, why: str) -> CacheError:
+    file = config.hf_hub_filename or "model.safetensors"
+    return CacheError(
+        f"the published weights of timm:{name} cannot be downloaded ({make_printable(why, 120)}): where there is a"
+        f" network,  hf download {config.hf_hub_id} {file}  gets them; then name the file"
+    )
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Let every torch.load read tensors alone, whatever the version of timm asks for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _create(name: str, channels: int, size: int, **options: Any) -> nn.Module:
@@ -58,6 +145,15 @@ def _create(name: str, channels: int, size: int, **options: Any) -> nn.Module:
             f" ({make_printable(error, 90)}): try another --views size"
         ) from None
     return network.train()
+
+
+def is_timm_model(name: str) -> bool:
+    """Whether timm is installed and has a model of that name."""
+    if find_spec("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name))
 
 
 def check_timm_model(name: str) -> None:
