@@ -185,8 +185,9 @@ def _build_external(
 ) -> tuple[nn.Module, LogitsSelector]:
     """Build a network of a user's own or of transformers; the selector of its logits is not registered yet."""
     if arch.startswith("hf:"):
-        selector = LogitsSelector(arch, classes)
-        return make_ready(_build_known(arch, classes, channels, size), selector, channels, size), selector
+        selector, network = LogitsSelector(arch, classes), _build_known(arch, classes, channels, size)
+        has_values = not any(p.is_meta for p in network.parameters())  # not where layers are listed alone
+        return make_ready(network, selector, channels, size) if has_values else network, selector
     if is_live_arch(arch):
         if network is None:
             raise UsageError(
