@@ -332,7 +332,7 @@ def _load_published(
     classes, size = configuration.classes, configuration.size
     if not classes:
         raise UsageError(
-            f"the published weights of {arch} have no classifier: softcache teacher --init DEFAULT trains one"
+            f"the published weights of {arch} have no classifier: the command teacher trains one, with --init DEFAULT"
         )
     if transfer_set.classes and len(transfer_set.classes) != classes:
         raise UsageError(

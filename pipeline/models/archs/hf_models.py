@@ -54,7 +54,7 @@ def build_hf(name: str, classes: int, channels: int, size: int) -> nn.Module:
     except Exception as error:  # a config.json can hold anything
         raise UsageError(
             f"hf:{name} cannot take images of {channels} channel{'s' * (channels > 1)} and {size} px"
-            f" ({make_printable(error, 90)}): try another --views size"
+            f" ({_describe(error)}): try another --views size"
         ) from None
     return network.train()
 
@@ -97,7 +97,7 @@ def load_hf_weights(name: str, channels: int, size: int) -> dict[str, torch.Tens
             )
     except Exception as error:  # of the library or of damaged files, anything
         raise CacheError(
-            f"the weights of hf:{name} cannot be loaded ({make_printable(str(error).partition(chr(10))[0], 120)}):"
+            f"the weights of hf:{name} cannot be loaded ({_describe(error)}):"
             " there must be a model.safetensors beside its config.json"
         ) from None
     wrong = sorted({str(key) for kind in ("missing_keys", "unexpected_keys") for key in report.get(kind, ())})
@@ -130,7 +130,7 @@ def _make_config(name: str, classes: int, channels: int, size: int) -> Any:
         with _quiet():
             config = CONFIG_MAPPING[kind].from_dict(record)
     except Exception as error:  # of a file with anything in it
-        raise CacheError(f"the config.json of hf:{name} is damaged: {make_printable(error, 120)}") from None
+        raise CacheError(f"the config.json of hf:{name} is damaged: {_describe(error)}") from None
     if config.num_labels != classes:
         config.num_labels = classes
     if getattr(config, "num_channels", 3) != channels:
@@ -141,6 +141,11 @@ def _make_config(name: str, classes: int, channels: int, size: int) -> Any:
         config.image_size = [size, size] if isinstance(config.image_size, list | tuple) else size
     config.return_dict = True
     return config
+
+
+def _describe(error: Exception) -> str:
+    """Describe an error of the library in one line."""
+    return make_printable(" ".join(str(error).split()), 120)
 
 
 @contextmanager

@@ -59,11 +59,14 @@ def load_timm_weights(name: str, channels: int, size: int) -> dict[str, torch.Te
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise CacheError(f"timm has no published weights of timm:{name}: give a file")
-    if not _has_local_weights(config):
+    options: dict[str, Any] = {}
+    if path := _find_local_file(config):  # timm would ask the hub for it, and wait for that where there is no network
+        options["pretrained_cfg_overlay"] = {"file": path, "custom_load": False}
+    elif config.hf_hub_id:
         _check_network(name, config)
     try:
         with _weights_only():
-            network = _create(name, channels, size, pretrained=True)
+            network = _create(name, channels, size, pretrained=True, **options)
     except UsageError:
         raise
     except Exception as error:  # a download can raise anything
@@ -72,14 +75,15 @@ def load_timm_weights(name: str, channels: int, size: int) -> dict[str, torch.Te
     return state
 
 
-def _has_local_weights(config: Any) -> bool:
-    """Whether the file of published weights is in the hub's local cache, or comes from elsewhere than the hub."""
+def _find_local_file(config: Any) -> str:
+    """Find the file of published weights in the hub's local cache; "" where it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    if config.file or config.state_dict or not config.hf_hub_id:
-        return True
+    if not config.hf_hub_id:
+        return ""
     files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files)
+    paths = (try_to_load_from_cache(config.hf_hub_id, file) for file in files)
+    return next((path for path in paths if isinstance(path, str)), "")
 
 
 def _check_network(name: str, config: Any) -> None:
@@ -140,9 +144,10 @@ def _create(name: str, channels: int, size: int, **options: Any) -> nn.Module:
             with torch.no_grad():
                 network.eval()(torch.zeros(1, channels, size, size))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, ZeroDivisionError) as error:
+        why = make_printable(" ".join(str(error).split()), 90)
         raise UsageError(
             f"timm:{name} cannot take images of {channels} channel{'s' * (channels > 1)} and {size} px"
-            f" ({make_printable(error, 90)}): try another --views size"
+            f" ({why}): try another --views size"
         ) from None
     return network.train()
 
