@@ -167,6 +167,9 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
             "torchvision",
             {"data/sources/cifar.py", "data/sources/mnist.py", "pipeline/models/archs/torchvision_models.py"},
         ),
+        ("timm", {"pipeline/models/archs/timm_models.py"}),
+        ("transformers", {"pipeline/models/archs/hf_models.py"}),
+        ("huggingface_hub", {"pipeline/models/archs/hf_models.py", "pipeline/models/archs/timm_models.py"}),
     ],
 )
 def test_a_library_has_its_doors_and_no_other(library: str, doors: set[str]) -> None:

@@ -21,7 +21,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
 from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models.prepared_model import InputPreparation, InputSpec
+from softcache.pipeline.models.prepared_model import BILINEAR, InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, check_same_views
 from softcache.pipeline.teachers.fit import fit_teachers
@@ -144,7 +144,8 @@ class Cache:
         self.draws = min(member.manifest.draws for member in teachers.members)
         self._splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
         self.teacher = " + ".join(member.teacher for member in teachers.members)
-        self.input_spec: InputSpec = replace(reader.input_spec, size=reader.views.size)
+        # A student's input is the view itself: there is nothing to interpolate.
+        self.input_spec: InputSpec = replace(reader.input_spec, size=reader.views.size, interpolation=BILINEAR)
         self._preparation = InputPreparation(self.input_spec)
 
     def __repr__(self) -> str:

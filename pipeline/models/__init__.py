@@ -1,6 +1,6 @@
 """Archs: the networks that a teacher or a student can be, built by name from one table.
 
-mlp:800,800   cnn   resnet8 14 20 32 44 56 110   torchvision:NAME   my_package.module:factory
+mlp:800,800   cnn   resnet8 14 20 32 44 56 110   torchvision:NAME   timm:NAME   hf:NAME   my_package.module:factory
 
 The archs of the CIFAR benchmark of Tian et al. 2020, "Contrastive representation distillation":
 resnet8x4 32x4   wrn_16_1 16_2 40_1 40_2   vgg8 13   mobilenet_v2   shufflenet_v1 v2
@@ -24,10 +24,12 @@ from softcache.base.user_code import is_out_of_memory, user_code
 from softcache.base.user_modules import file_name_error, is_importable_name
 from softcache.pipeline.models.archs.cifar_resnet import CifarResNet
 from softcache.pipeline.models.archs.cnn import cnn
+from softcache.pipeline.models.archs.hf_models import build_hf, check_hf_model
 from softcache.pipeline.models.archs.mlp import mlp
 from softcache.pipeline.models.archs.mobilenet import MobileNetV2
 from softcache.pipeline.models.archs.shufflenet import ShuffleNetV1, ShuffleNetV2
 from softcache.pipeline.models.archs.simkd import build_simkd, parse_simkd_arch
+from softcache.pipeline.models.archs.timm_models import build_timm, check_timm_model, is_timm_model
 from softcache.pipeline.models.archs.torchvision_models import (
     build_torchvision,
     check_torchvision_model,
@@ -37,7 +39,7 @@ from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
 from softcache.pipeline.taps.hooks import list_layers
 
-from .custom_networks import build_custom, check_factory, is_live_arch, prepare_live_network
+from .custom_networks import build_custom, check_factory, is_live_arch, make_ready, prepare_live_network
 from .outputs import LogitsSelector
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].
@@ -55,6 +57,14 @@ MODELS: dict[str, Build] = {
     "shufflenet_v1": ShuffleNetV1.build,
     "shufflenet_v2": ShuffleNetV2.build,
     "torchvision": build_torchvision,
+    "timm": build_timm,
+    "hf": build_hf,
+}
+# Rows that have the models of a library: {name: (a form of their argument, the check of it)}.
+LIBRARIES: dict[str, tuple[str, Callable[[str], None]]] = {
+    "torchvision": ("torchvision:NAME, such as torchvision:resnet18", check_torchvision_model),
+    "timm": ("timm:NAME, such as timm:resnet18", check_timm_model),
+    "hf": ("hf:NAME or hf:FOLDER, such as hf:microsoft/resnet-18", check_hf_model),
 }
 
 
@@ -82,11 +92,11 @@ def build(
     try:
         if parts := parse_simkd_arch(arch):
             return _build_simkd(*parts, classes, channels, size)
-        if not (is_custom_arch(arch) or is_live_arch(arch)):
+        if not (is_custom_arch(arch) or is_live_arch(arch) or arch.startswith("hf:")):
             if output:
                 raise UsageError(f"--output {output} is for networks of your own, and '{arch}' returns one tensor")
             return _build_known(arch, classes, channels, size)
-        network, selector = _build_custom(arch, classes, channels, size, network)
+        network, selector = _build_external(arch, classes, channels, size, network)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or "CUDA" in str(error):
             raise
@@ -107,20 +117,32 @@ def is_custom_arch(arch: str) -> bool:
     return bool(colon) and name not in MODELS and is_importable_name(name)
 
 
+def is_external_arch(arch: str) -> bool:
+    """Return whether building an arch runs code of the user's or opens a folder that the arch names.
+
+    A file from anyone may name one: it is built only where the command line names it too.
+    """
+    if arch.startswith("simkd("):
+        return is_external_arch(arch[len("simkd(") :].partition(";")[0])
+    return is_custom_arch(arch) or arch.startswith("hf:")
+
+
 def _build_known(arch: str, classes: int, channels: int, size: int) -> nn.Module:
     """Build a network of the table MODELS. Raises UsageError for another name."""
     name, colon, argument = arch.partition(":")
     if name in MODELS:
         if colon and not argument and name != "mlp":
-            known = f"'{name}:NAME', such as torchvision:resnet18" if name == "torchvision" else f"'{name}'"
+            known = LIBRARIES[name][0] if name in LIBRARIES else f"'{name}'"
             raise UsageError(f"arch '{arch}' has nothing after its colon: {known}")
         return MODELS[name](argument, classes, channels, size)
     if error := file_name_error("arch", arch):
         raise error
-    our_names = [name for name in MODELS if name != "torchvision"]
-    if is_torchvision_model(arch):
-        raise UsageError(f"no arch '{arch}'. Did you mean 'torchvision:{arch}'? There are: {', '.join(our_names)}")
-    raise unknown_name_error("arch", arch, [*our_names, "torchvision:NAME", "my_package.module:factory"])
+    our_names = [name for name in MODELS if name not in LIBRARIES]
+    for library, has_model in (("torchvision", is_torchvision_model), ("timm", is_timm_model)):
+        if has_model(arch):
+            raise UsageError(f"no arch '{arch}'. Did you mean '{library}:{arch}'? There are: {', '.join(our_names)}")
+    names = [*our_names, *(f"{library}:NAME" for library in LIBRARIES), "my_package.module:factory"]
+    raise unknown_name_error("arch", arch, names)
 
 
 def check_arch(arch: str) -> None:
@@ -135,8 +157,8 @@ def check_arch(arch: str) -> None:
     name, _, argument = arch.partition(":")
     if is_custom_arch(arch):
         check_factory(name, argument, _find_similar)
-    elif name == "torchvision" and argument:
-        check_torchvision_model(argument)
+    elif name in LIBRARIES and argument:
+        LIBRARIES[name][1](argument)
     else:
         with torch.random.fork_rng(devices=()), torch.device("meta"):
             build(arch, 10, 3, 224)
@@ -158,10 +180,14 @@ def list_arch_layers(arch: str) -> list[str]:
         return []
 
 
-def _build_custom(
+def _build_external(
     arch: str, classes: int, channels: int, size: int, network: nn.Module | None = None
 ) -> tuple[nn.Module, LogitsSelector]:
-    """Build a network of a user's own; the selector of its logits is not registered yet."""
+    """Build a network of a user's own or of transformers; the selector of its logits is not registered yet."""
+    if arch.startswith("hf:"):
+        selector, network = LogitsSelector(arch, classes), _build_known(arch, classes, channels, size)
+        has_values = not any(p.is_meta for p in network.parameters())  # not where layers are listed alone
+        return make_ready(network, selector, channels, size) if has_values else network, selector
     if is_live_arch(arch):
         if network is None:
             raise UsageError(
@@ -181,8 +207,8 @@ def _find_similar(name: str) -> str:
 def _build_simkd(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
     """Build a SimKD student around the network that an arch names."""
     location = ""
-    if is_custom_arch(arch):  # what it returns is not read
-        backbone, selector = _build_custom(arch, classes, channels, size)
+    if is_external_arch(arch):  # what it returns is not read
+        backbone, selector = _build_external(arch, classes, channels, size)
         location = selector.location
     else:
         backbone = _build_known(arch, classes, channels, size)

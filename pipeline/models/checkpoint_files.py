@@ -123,13 +123,16 @@ def read_checkpoint(path: Path) -> dict[str, StateDict]:
     return states
 
 
-def choose_state_dict(states: Mapping[str, StateDict], key: str, path: Path) -> tuple[str, StateDict]:
+def choose_state_dict(
+    states: Mapping[str, StateDict], key: str, path: Path, advice: str = "name one with --weights-key"
+) -> tuple[str, StateDict]:
     """Choose one of the state dicts in a file.
 
     Args:
         states: See `read_checkpoint`.
         key: Of one of them, or of one and a prefix of its names, such as "state_dict.ema_model"; "" for the usual one.
         path: Of the file, for the message.
+        advice: What to do where there are several without a usual name, for the message.
 
     Returns:
         The key and the state dict, without the prefix.
@@ -142,9 +145,7 @@ def choose_state_dict(states: Mapping[str, StateDict], key: str, path: Path) -> 
         best = min(ranks.values())
         first, *others = [name for name in states if ranks[name] == best]
         if others:
-            raise UsageError(
-                f"'{path}' holds several state dicts, {_list_names([first, *others])}: name one with --weights-key"
-            )
+            raise UsageError(f"'{path}' holds several state dicts, {_list_names([first, *others])}: {advice}")
         return first, states[first]
     if key in states:
         return key, states[key]

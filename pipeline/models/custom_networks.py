@@ -58,7 +58,7 @@ def build_custom(
         is_ready = hasattr(maker, "cache_info") or any(value is network for value in vars(user_module).values())
     if is_ready:
         network = _copy_shared(network, selector)
-    return _make_ready(network, selector, channels, size), selector
+    return make_ready(network, selector, channels, size), selector
 
 
 def prepare_live_network(
@@ -80,7 +80,7 @@ def prepare_live_network(
     if not isinstance(network, nn.Module):
         raise UsageError(f"a network is a torch.nn.Module or the name of an arch, not {name_type(network)}")
     selector = LogitsSelector(arch, classes, location=locate_definition(getattr(type(network), "forward", None)))
-    return _make_ready(_copy_shared(network, selector), selector, channels, size), selector
+    return make_ready(_copy_shared(network, selector), selector, channels, size), selector
 
 
 def name_live_arch(network: nn.Module) -> str:
@@ -101,8 +101,17 @@ def _copy_shared(network: nn.Module, selector: LogitsSelector) -> nn.Module:
         return copy.deepcopy(network)
 
 
-def _make_ready(network: nn.Module, selector: LogitsSelector, channels: int, size: int) -> nn.Module:
-    """Give a network float32 weights on the CPU, and lazy layers their shapes."""
+def make_ready(network: nn.Module, selector: LogitsSelector, channels: int, size: int) -> nn.Module:
+    """Give a network float32 weights on the CPU, and lazy layers their shapes.
+
+    Args:
+        network: Changed in place.
+        selector: The selector of its logits; it gets notes on what was changed.
+        channels, size: Of the input.
+
+    Raises:
+        UsageError: Weights have no values, or the first forward pass fails.
+    """
     arch = selector.arch
     _check_real(arch, network)
     wide = {str(x.dtype).removeprefix("torch.") for x in network.state_dict(keep_vars=True).values() if _is_other(x)}

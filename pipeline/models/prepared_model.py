@@ -13,6 +13,7 @@ from softcache.base.errors import UsageError, make_printable
 from .custom_networks import NEEDS_CONTIGUOUS_INPUT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BILINEAR, BICUBIC = "bilinear", "bicubic"  # interpolations
 _MIN_STD, _MAX_NUMBER = 1e-6, 1e6
 
 
@@ -22,19 +23,29 @@ class InputSpec:
 
     Attributes:
         channels: Channels of the input; a grey view is repeated for 3.
-        size: Side of the input in pixels; a view of another size is resized (bilinear, with antialiasing).
+        size: Side of the input in pixels; a view of another size is resized, with antialiasing.
         mean: Mean of each channel, for values of 0 … 1.
         std: Standard deviation of each channel, for values of 0 … 1.
+        interpolation: How a view is resized: "bilinear" or "bicubic".
     """
 
     channels: int
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = BILINEAR
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """The fields as plain JSON values; without `interpolation` where it is bilinear, as in the first caches."""
+        record = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        if self.interpolation == BILINEAR:
+            del record["interpolation"]
+        return record
+
+    def describe(self) -> str:
+        """Describe the input in one line."""
+        mean, std = (",".join(f"{number:g}" for number in numbers) for numbers in (self.mean, self.std))
+        return f"{self.size} px, {self.interpolation}, mean={mean},std={std}"
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> "InputSpec":
@@ -51,18 +62,22 @@ class InputSpec:
             )
         if not all(abs(m) <= _MAX_NUMBER for m in mean) or not all(_MIN_STD <= s <= _MAX_NUMBER for s in std):
             raise ValueError(f"an input of mean {list(mean)} and standard deviation {list(std)}")
-        return InputSpec(channels, size, mean, std)
+        interpolation = record.get("interpolation", BILINEAR)
+        if interpolation not in (BILINEAR, BICUBIC):
+            raise ValueError(f"an input of interpolation {make_printable(interpolation, 40)}")
+        return InputSpec(channels, size, mean, std, interpolation)
 
 
 NORMALIZATIONS = ("imagenet", "data", "none")  # the named choices of --normalize
+PUBLISHED = "model"  # one more: as published with the network
 
 
 def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Parse --normalize.
 
     Args:
-        text: A name of NORMALIZATIONS; or `mean=0.5,0.4,0.4,std=0.25`, with one number or three for each, for values
-            of 0 … 1.
+        text: A name of NORMALIZATIONS, or "model"; or `mean=0.5,0.4,0.4,std=0.25`, with one number or three for each,
+            for values of 0 … 1.
 
     Returns:
         Mean and standard deviation, both of one number or of three; None for a name.
@@ -70,12 +85,13 @@ def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | 
     Raises:
         UsageError: It is neither.
     """
-    if text in NORMALIZATIONS:
+    if text in (*NORMALIZATIONS, PUBLISHED):
         return None
     form = "mean=0.5,0.5,0.5,std=0.25,0.25,0.25"
     match = re.fullmatch(r"mean=([^=]*),std=([^=]*)", text.replace(" ", ""))
     if match is None:
-        raise UsageError(f"--normalize {make_printable(text)}: there are {', '.join(NORMALIZATIONS)}, and {form}")
+        names = ", ".join((*NORMALIZATIONS, PUBLISHED))
+        raise UsageError(f"--normalize {make_printable(text)}: there are {names}, and {form}")
     values = []
     for name, numbers in zip(("mean", "std"), match.groups(), strict=True):
         try:
@@ -140,7 +156,9 @@ class PreparedModel(nn.Module):
             x = x.expand(-1, self.input_spec.channels, -1, -1)
         if self.input_spec.size != x.shape[-1]:
             size = [self.input_spec.size] * 2
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+            x = F.interpolate(x, size=size, mode=self.input_spec.interpolation, antialias=True, align_corners=False)
+            if self.input_spec.interpolation == BICUBIC:
+                x = x.clamp(0, 255)  # it overshoots at edges, where a resized image of 8 bits is cut off
         return self._normalize(x)
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
         UsageError: Some keys are missing, unknown or of another shape; the first three of each kind are named.
     """
     expected = network.state_dict()
-    match = _match_names(state, expected)
+    match = match_names(state, expected)
     matched = {name: state[key] for name, key in match.keys.items()}
     if problems := _describe_problems(state, expected, match):
         raise UsageError(f"the weights of {source} do not fit the arch: {problems}")
@@ -76,7 +76,7 @@ def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Match:
+class Match:
     """Which names of a file are which of a network.
 
     Attributes:
@@ -94,7 +94,7 @@ class _Match:
     alternatives: list[str]
 
 
-def _match_names(state: StateDict, expected: Mapping[str, torch.Tensor]) -> _Match:
+def match_names(state: StateDict, expected: Mapping[str, torch.Tensor]) -> Match:
     """Find the prefix under which most names of the network are in the file; of equal ones the shortest.
 
     Where no prefix has them all, names with different prefixes are put together (`backbone.conv.weight` and
@@ -115,10 +115,10 @@ def _match_names(state: StateDict, expected: Mapping[str, torch.Tensor]) -> _Mat
     if not complete:
         return _match_mixture(prefixes, state, expected, common) or best
     alternatives = [m.prefix for m in complete[1:] if set(m.keys.values()).isdisjoint(best.keys.values())]
-    return _Match(best.prefix, best.keys, best.unknown, best.others, alternatives)
+    return Match(best.prefix, best.keys, best.unknown, best.others, alternatives)
 
 
-def _match_prefix(prefix: str, state: StateDict, expected: Mapping[str, torch.Tensor], common: list[str]) -> _Match:
+def _match_prefix(prefix: str, state: StateDict, expected: Mapping[str, torch.Tensor], common: list[str]) -> Match:
     """Match the keys with a prefix."""
     keys: dict[str, str] = {}
     unknown = []
@@ -133,12 +133,12 @@ def _match_prefix(prefix: str, state: StateDict, expected: Mapping[str, torch.Te
         elif not key.endswith(_NO_WEIGHTS):
             unknown.append(key)
     others = [key for key in state if not key.startswith(prefix) and not key.endswith(_NO_WEIGHTS)]
-    return _Match(prefix, keys, unknown, others, [])
+    return Match(prefix, keys, unknown, others, [])
 
 
 def _match_mixture(
     prefixes: set[str], state: StateDict, expected: Mapping[str, torch.Tensor], common: list[str]
-) -> _Match | None:
+) -> Match | None:
     """Match keys with different prefixes; None where a name has no key, or several, or a key has no name."""
     keys: dict[str, str] = {}
     used, others = set(), []
@@ -158,7 +158,7 @@ def _match_mixture(
         used.add(prefix)
     is_complete = all(name in keys for name in expected if not name.endswith(_COUNTER))
     has_unknown = any(key.startswith(tuple(used)) and not key.endswith(_NO_WEIGHTS) for key in others)
-    return _Match("", keys, [], others, []) if is_complete and not has_unknown else None
+    return Match("", keys, [], others, []) if is_complete and not has_unknown else None
 
 
 def _find_name(key: str, expected: Mapping[str, torch.Tensor], common: list[str]) -> str:
@@ -186,7 +186,7 @@ def _list_common_prefixes(expected: Mapping[str, torch.Tensor]) -> list[str]:
     return prefixes
 
 
-def _describe_problems(state: StateDict, expected: Mapping[str, torch.Tensor], match: _Match) -> str:
+def _describe_problems(state: StateDict, expected: Mapping[str, torch.Tensor], match: Match) -> str:
     """Describe in one line why weights do not fit; "" where they do."""
     missing = [name for name in expected if name not in match.keys and not name.endswith(_COUNTER)]
     shapes = {name: (state[key].shape, expected[name].shape) for name, key in match.keys.items()}
@@ -224,7 +224,7 @@ def _describe_problems(state: StateDict, expected: Mapping[str, torch.Tensor], m
     return text
 
 
-def _describe_prefix(match: _Match) -> str:
+def _describe_prefix(match: Match) -> str:
     """Describe which keys of a file were left out."""
     if not match.others and not match.alternatives:
         return ""
@@ -246,8 +246,13 @@ def _format_shape(shape: torch.Size) -> str:
 
 def hash_weights(network: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of how they were saved."""
+    return hash_state_dict(network.state_dict())
+
+
+def hash_state_dict(state: Mapping[str, torch.Tensor]) -> str:
+    """The same of a state dict."""
     digest = sha256()
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)

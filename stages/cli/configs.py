@@ -14,6 +14,7 @@ from .option_groups import (
     ARCH_HELP,
     CACHE_HELP,
     CUSTOM_ARCH_HELP,
+    INIT_HELP,
     NORMALIZE_HELP,
     OUTPUT_HELP,
     OUTPUTS,
@@ -40,9 +41,14 @@ class TeacherConfig(
 
     heading: ClassVar[str] = "Teacher"
     arch: str = option("", ARCH_HELP, by_recipe=True)
+    init: str = option("", INIT_HELP)
     output: str = option("", OUTPUT_HELP)
     views: str = option("", VIEWS_HELP, by_recipe=True)
-    normalize: str = option("data", f"Mean and standard deviation of the input: {NORMALIZE_HELP}")
+    normalize: str = option(
+        "",
+        "Mean and standard deviation of the input; when not given, data, or model where --init starts from a network"
+        f" that has one. {NORMALIZE_HELP}",
+    )
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,14 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
     output: str = option("", OUTPUT_HELP)
     weights: str = option(
         "",
-        "Weights: a file of them (torch.save or safetensors), the folder of a run, or DEFAULT for torchvision's own;"
-        " when not given, a teacher is trained.",
+        "Weights: a file of them (torch.save or safetensors), the folder of a run, or DEFAULT for those published with"
+        " a torchvision:, timm: or hf: network; when not given, a teacher is trained.",
     )
     weights_key: str = option("", WEIGHTS_KEY_HELP)
     normalize: str = option(
-        "", f"Input of the teacher; when not given, as its run recorded, else data. {NORMALIZE_HELP}"
+        "",
+        "Input of the teacher; when not given, as its run recorded or as published with a timm: or hf: network, else"
+        f" data. {NORMALIZE_HELP}",
     )
     outputs: str = option(
         "logits",
@@ -106,7 +114,13 @@ class StudentConfig(CacheSourceOptions, DataOptions, MachineOptions, PrecisionOp
     heading: ClassVar[str] = "Student and loss"
     recipe: str = option("", "A published recipe, for options that are not given: see `softcache recipes`.")
     arch: str = option("", ARCH_HELP, by_recipe=True)
+    init: str = option("", INIT_HELP)
     output: str = option("", OUTPUT_HELP)
+    normalize: str = option(
+        "",
+        "Mean and standard deviation of the student's input; when not given, model where --init starts from a network"
+        f" that has one, else the teacher's. {NORMALIZE_HELP}",
+    )
     loss: tuple[str, ...] = option(
         (),
         "A term of the loss, such as kd:temperature=4,weight=0.9, or my_module:MyLoss:weight=0.5 of your own; repeat"

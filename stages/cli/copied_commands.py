@@ -9,7 +9,7 @@ from typing import Any
 from softcache.base.errors import make_printable
 from softcache.data.sources import DATASET, format_placeholder, has_argument
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.models import is_custom_arch
+from softcache.pipeline.models import is_custom_arch, is_external_arch
 from softcache.pipeline.models.custom_networks import is_live_arch
 
 from .configs import CacheConfig, CheckConfig
@@ -107,10 +107,17 @@ def format_repair_command(cache: CacheReader, config: CheckConfig) -> str:
         deep=False,
         weights=weights or ("" if has_own_teacher else "PATH/TO/WEIGHTS"),
         data=config.data or (format_placeholder(cache.data) if has_argument(cache.data) else ""),
-        teacher=config.teacher or ("my_package.module:factory" if is_custom_arch(cache.teacher) else ""),
+        teacher=config.teacher or _format_external_arch(cache.teacher),
         json=False,
     )
     return format_command("check-cache", config, cache.folder)
+
+
+def _format_external_arch(arch: str) -> str:
+    """Return what stands for an arch that only a person may name; "" for any other."""
+    if not is_external_arch(arch):
+        return ""
+    return "my_package.module:factory" if is_custom_arch(arch) else "hf:FOLDER"
 
 
 def _locate_weights(name: str, cache: Path) -> str:

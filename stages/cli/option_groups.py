@@ -40,8 +40,8 @@ HEADINGS = (
 
 ARCH_HELP = (
     "Network: mlp:W,W  cnn  resnet8…110  resnet8x4  resnet32x4  wrn_16_1  wrn_16_2  wrn_40_1  wrn_40_2  vgg8  vgg13  "
-    "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  my_package.module:factory, called as "
-    "factory(classes=…, channels=…, size=…)."
+    "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  timm:NAME  hf:NAME  "
+    "my_package.module:factory, called as factory(classes=…, channels=…, size=…)."
 )
 CUSTOM_ARCH_HELP = "The student's arch, where it is code of yours: my_package.module:factory."
 WEIGHTS_KEY_HELP = (
@@ -53,7 +53,14 @@ COMBINE_HELP = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teac
 CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded it; repeat for several."
 SELECT = ("last", "accuracy", "f1_macro", "nll")
 PRECISIONS = ("float32", "bfloat16", "auto")
-NORMALIZE_HELP = "imagenet, data, none, or numbers for values of 0 to 1: mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
+NORMALIZE_HELP = (
+    "imagenet, data, none, model (as published with a torchvision:, timm: or hf: network), or numbers for values of 0"
+    " to 1: mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
+)
+INIT_HELP = (
+    "Weights that the training starts from: DEFAULT for those published with a torchvision:, timm: or hf: network, a"
+    " file of them, or the folder of a run; the last layer is fresh where the classes differ."
+)
 OUTPUTS = ("logits", "probabilities")
 
 

@@ -79,9 +79,9 @@ def format_resume_command(command: str, out: str | Path, arch: str = "", losses:
     if arch or losses:
         # Not at the top: these load PyTorch, which --help needs not.
         from softcache.pipeline.losses import is_custom_loss
-        from softcache.pipeline.models import is_custom_arch
+        from softcache.pipeline.models import is_external_arch
 
-        if is_custom_arch(arch):
+        if is_external_arch(arch):
             options += ["--arch", arch]
         if any(map(is_custom_loss, losses)):
             options += [word for spec in losses for word in ("--loss", spec)]

@@ -10,6 +10,7 @@ from softcache.pipeline.losses import remove_custom_losses
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_json
+from softcache.stages.student.student_input import use_recorded_input
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def select_student(folder: Path, **overrides: Any) -> ExportedRun:
     # Code of the user among the losses is not imported: a student is exported without them.
     losses = remove_custom_losses(run_config.loss)
     config = replace(run_config, out=str(root), seed=seed, seeds=1, loss=losses, **overrides)
+    config = use_recorded_input(config, seed_folder)
     return ExportedRun(folder=folder, seed_folder=seed_folder, config=config, run_config=run_config, reason=reason)
 
 

@@ -46,6 +46,6 @@ def _choose_arch(teacher: str, layer: str) -> str:
         return "resnet8"
     if is_live_arch(teacher):
         return "my_package.module:factory"
-    if ":" in teacher and not teacher.startswith(("mlp:", "torchvision:")):
+    if ":" in teacher and not teacher.startswith(("mlp:", "torchvision:", "timm:")):
         return "my_package.module:factory"  # a module named in a manifest is never suggested: it would be imported
     return quote(make_printable(teacher))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import make_folder, publish_text
 from softcache.data.sources import parse_data, short_name
-from softcache.pipeline.models import is_custom_arch
+from softcache.pipeline.models import is_external_arch
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import format_command
@@ -57,7 +57,7 @@ def run(names: tuple[str, ...], config: ReportConfig) -> None:
     networks = {loaded.name: list_networks(loaded) for loaded in runs}
     every_network = [network for models in networks.values() for model in models.values() for network in model]
     latencies = measure_latencies(every_network) if config.latency else {}
-    custom = sorted({network.arch for network in every_network if is_custom_arch(network.arch)})
+    custom = sorted({network.arch for network in every_network if is_external_arch(network.arch)})
     if config.latency and custom:
         archs = ", ".join(make_printable(arch, 80) for arch in custom[:5])
         console.print(f"no latency of {archs}: a report does not import code that a run names")

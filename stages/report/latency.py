@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.models import MODELS, build, count_parameters
+from softcache.pipeline.models import MODELS, build, count_parameters, is_external_arch
 from softcache.stages.cli.console import progress
 
 _ROUNDS, _IMAGES = 7, 10
@@ -69,7 +69,7 @@ def measure_latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, f
 def _build(network: Network) -> nn.Module | None:
     """Build a network; None where its arch is unknown, too large, or cannot take its images."""
     arch = network.arch
-    if arch.partition(":")[0] not in MODELS:
+    if arch.partition(":")[0] not in MODELS or is_external_arch(arch):
         return None
     try:
         with torch.device("meta"):

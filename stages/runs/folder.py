@@ -26,7 +26,7 @@ PASSED_FILE = "passed.json"  # digests of what a caller in Python passed as obje
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
 IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
 # Options that may differ when a run is resumed, because they depend on the machine.
-RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data"}
+RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data", "init"}
 S = TypeVar("S", TeacherConfig, StudentConfig)
 
 

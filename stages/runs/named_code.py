@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.pipeline.losses import is_custom_loss
-from softcache.pipeline.models import is_custom_arch
+from softcache.pipeline.models import is_custom_arch, is_external_arch
 
 
 def require_named_code(recorded: str, explicit: str, owner: str, option: str, command: str) -> None:
     """Check that a command line names the code that a file names, before that code is imported.
 
-    Built-in archs need not be named.
+    Built-in archs need not be named; an arch `hf:` must, whose folder would be opened.
 
     Args:
         recorded: The arch in the file, which may come from anyone.
@@ -26,6 +26,11 @@ def require_named_code(recorded: str, explicit: str, owner: str, option: str, co
         raise UsageError(f"{option} {explicit}, but {owner} is of {make_printable(recorded)}")
     if is_custom_arch(recorded) and not explicit:
         raise _unnamed_error(recorded, owner, command)
+    if is_external_arch(recorded) and not explicit:
+        raise UsageError(
+            f"{owner} names a model on this machine, '{make_printable(recorded)}', and a file alone does not have it"
+            f" opened: name it with  {command}"
+        )
 
 
 def require_named_losses(recorded: Sequence[str], is_explicit: bool, owner: str, command: str) -> None:

@@ -19,8 +19,8 @@ from softcache.base.files import make_folder, publish_json
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models import is_custom_arch
-from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models import is_external_arch
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
@@ -102,10 +102,11 @@ def _check_chain(archs: list[str], base_config: StudentConfig, setup: Distillati
     layers = {parse_tap(tap)[0] for tap in list_teacher_taps(setup.losses)}
     for arch in dict.fromkeys(archs):
         config = replace(base_config, arch=arch or base_config.arch)
-        network = setup.build_student(config, setup.losses)
-        for note in setup.check_student(network, config):
+        student_setup = setup.with_options(config)
+        network = student_setup.build_student(config, student_setup.losses)
+        for note in student_setup.check_student(network, config):
             console.print(note)
-        check_own_losses(config, setup)
+        check_own_losses(config, student_setup)
         missing = sorted(layers - set(list_layers(network)))
         if missing and arch in archs[:-1]:
             raise UsageError(
@@ -159,7 +160,7 @@ def _make_cache(student_config: StudentConfig, setup: DistillationSetup, folder:
         data=student_config.data or base_config.data,
         data_root=student_config.data_root,
         # What a run names is not imported unless the command line names it, and here it did.
-        teacher=student_config.arch if is_custom_arch(student_config.arch) else "",
+        teacher=student_config.arch if is_external_arch(student_config.arch) else "",
         weights=student_config.out,
         normalize="",
         outputs="logits",
@@ -202,9 +203,10 @@ def _compute_probabilities(
     """Yield {split: softmax [N, K]} of each student. Probabilities are averaged, as logits have no common scale."""
     for generation, result in enumerate(results, 1):
         path = folder / f"generation-{generation}" / "student.pt"
-        network = setup.build_network(result["student"]["arch"])
+        student_setup = replace(setup, input_spec=InputSpec.from_json(result["student"]["preparation"]))
+        network = student_setup.build_network(result["student"]["arch"])
         load_weights(network, read_state_dict(path), str(path))
-        model = PreparedModel(network, setup.input_spec).to(setup.device)
+        model = PreparedModel(network, student_setup.input_spec).to(setup.device)
         yield {
             split: torch.from_numpy(logits).double().softmax(1).numpy()
             for split, logits in setup.compute_logits(model).items()
@@ -228,7 +230,7 @@ def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
     )
     console.print(f"run:   {folder}")
     arch = str(result["generations"][0]["student"]["arch"])
-    config = EvaluateConfig(arch=arch if is_custom_arch(arch) else "")
+    config = EvaluateConfig(arch=arch if is_external_arch(arch) else "")
     console.print(f"next:  {format_command('evaluate', config, folder / 'generation-1')}")
 
 

@@ -1,7 +1,6 @@
 """The checks of a student's options that read no image: they come first, as reading a data set may take minutes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +15,8 @@ from softcache.pipeline.losses.classifier import SimKD
 from softcache.pipeline.models import build, check_arch
 from softcache.pipeline.models.archs.simkd import format_simkd_arch
 from softcache.pipeline.models.custom_networks import is_live_arch
+from softcache.pipeline.models.initial_weights import check_init
+from softcache.pipeline.models.prepared_model import parse_normalize
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
 from softcache.pipeline.teachers.combine import parse_combination
@@ -25,8 +26,10 @@ from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.folder import check_installed, parse_milestones
 from softcache.stages.runs.output_folder import check_output_folder
+from softcache.stages.teacher.data import check_normalize
 
 from . import requirements
+from .student_input import make_student_spec
 
 
 def check_names(config: StudentConfig) -> None:
@@ -45,6 +48,10 @@ def check_names(config: StudentConfig) -> None:
         parse_data(config.data)
     if config.arch:
         check_arch(config.arch)
+        check_normalize(config.normalize, config.arch)
+    elif config.normalize:
+        parse_normalize(config.normalize)
+    check_init(config.init, config.arch)
     if config.loss:
         parse_losses(config.loss)
     if config.combine:
@@ -81,6 +88,8 @@ def check_before_images(
     if config.data not in ("", DATASET):
         parse_data(config.data)
     select_device(config.device)
+    check_init(config.init, config.arch)
+    input_spec = make_student_spec(config, caches[0])
     losses = requirements.parse_student_losses(config, caches[0], losses)
     taps = requirements.check_caches(config, caches, losses)
     requirements.check_options(config, losses, lacks_labels=not has_labels(caches[0].manifest, "train"))
@@ -90,8 +99,11 @@ def check_before_images(
         check_map(config.map)
     if not has_labels(caches[0].manifest, "val"):
         requirements.check_without_validation_labels(config)
+    if config.init and any(isinstance(loss, SimKD) for loss in losses):
+        raise UsageError("--init does not go with 'simkd', whose student ends in the teacher's last layer")
     with torch.random.fork_rng(devices=()):
-        network = build_for_cache(get_student_arch(config, losses, caches[0], taps), caches[0], config.output, network)
+        arch = get_student_arch(config, losses, caches[0], taps)
+        network = build(arch, caches[0].classes, input_spec.channels, input_spec.size, config.output, network)
     check_student_layers(network, losses)
     return losses, taps
 
@@ -111,17 +123,6 @@ def get_student_arch(
     if simkd is None or is_live_arch(config.arch):  # a caller in Python extends the network by SimKD.extend
         return config.arch
     return format_simkd_arch(config.arch, simkd.projected_layer(), cache.manifest.taps[taps[0]][0])
-
-
-def build_for_cache(arch: str, cache: CacheReader, output: str = "", network: nn.Module | None = None) -> nn.Module:
-    """Build a network for the classes and views of a cache, with weights from the current random state.
-
-    Args:
-        arch, output, network: as of softcache.pipeline.models.build.
-        cache: the cache.
-    """
-    spec = replace(cache.input_spec, size=cache.views.size)
-    return build(arch, cache.classes, spec.channels, spec.size, output, network)
 
 
 def check_student_layers(network: nn.Module, losses: Sequence[Loss]) -> None:

@@ -18,6 +18,7 @@ from softcache.stages.runs.folder import read_config, read_fingerprints, read_js
 from softcache.stages.runs.named_code import require_named_code
 
 from .setup import DistillationSetup
+from .student_input import use_recorded_input
 from .teachers import SHARDS_FILE, open_caches
 
 
@@ -41,6 +42,7 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
         option="--arch",
         command=format_command("evaluate", config, folder, arch=student_config.arch),
     )
+    student_config = use_recorded_input(student_config, folder)
     # The figures of a student do not depend on its losses: code of the user among them is not imported.
     student_config = replace(student_config, loss=remove_custom_losses(student_config.loss))
     check_same_teachers(folder, open_caches(student_config.cache))

@@ -12,6 +12,7 @@ from softcache.base.errors import DivergedError, Interrupted, UsageError, unknow
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.base.text import escape_markdown
 from softcache.pipeline.cache.reader import CacheReader
+from softcache.pipeline.models import build
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.new_folders import make_new_folder
@@ -22,10 +23,11 @@ from softcache.stages.runs.figures import Figures, choose_split
 
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
-from .early_checks import build_for_cache, check_before_images, check_layer_names, check_names
+from .early_checks import check_before_images, check_layer_names, check_names
 from .method_costs import ROUNDS, MethodCost, StepProbe, measure_costs
 from .recipes import apply_recipe
 from .setup import DistillationSetup
+from .student_input import make_student_spec
 from .student_run import train_or_resume
 from .teachers import open_caches
 
@@ -92,7 +94,9 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
             " students with several --losses, and compare their agreement with the teacher"
         )
     check_before_images(base_config, caches)
-    network = build_for_cache(base_config.arch, caches[0], base_config.output)
+    input_spec = make_student_spec(base_config, caches[0])
+    channels, size = input_spec.channels, input_spec.size
+    network = build(base_config.arch, caches[0].classes, channels, size, base_config.output)
     layers = config.layers
     if not layers and _list_methods_of_layers(config):
         layers = _list_cached_layers(network, caches[0], base_config)

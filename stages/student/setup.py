@@ -21,18 +21,23 @@ from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.simkd import SimKDStudent
+from softcache.pipeline.models.configurations import DEFAULT
+from softcache.pipeline.models.initial_weights import InitialWeights, read_initial_weights
 from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
-from softcache.pipeline.models.prepared_model import InputSpec
+from softcache.pipeline.models.prepared_model import PUBLISHED, InputSpec
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import progress
+from softcache.stages.distributed.ranks import first_rank_first
 from softcache.stages.runs.environment import select_device
 from softcache.stages.training.data_parallel import count_least_rows
 from softcache.stages.training.validation import HeldOutSplit
 
 from . import requirements
-from .early_checks import build_for_cache, check_before_images, get_student_arch
+from .early_checks import check_before_images, get_student_arch
+from .student_input import choose_normalize, make_student_spec
 from .teachers import load_shared_data, load_teachers, open_caches
 
 
@@ -49,6 +54,8 @@ class DistillationSetup:
         member_logits: {split: logits by index, float32 [N, K] of one cache, [N, M, K] of M caches}, before they are
             combined and mapped.
         head: the teacher's last linear layer where a loss needs it, else None.
+        input_spec: how a view becomes the student's input, at the size of the views.
+        initial: the weights that every seed starts from; None for fresh ones.
         output: key or index of the logits in what a student of the user's own returns; "" to find them.
         network: the student where a caller in Python passes it; None where the options name its arch.
     """
@@ -60,6 +67,8 @@ class DistillationSetup:
     held_out: dict[str, HeldOutSplit]
     member_logits: dict[str, torch.Tensor]
     head: LinearHead | None
+    input_spec: InputSpec
+    initial: InitialWeights | None = None
     output: str = ""
     network: nn.Module | None = None
 
@@ -122,6 +131,7 @@ class DistillationSetup:
         network: nn.Module | None = None,
     ) -> "DistillationSetup":
         device, teachers, views = select_device(config.device), source.teachers, source.reader.views
+        input_spec = make_student_spec(config, source.reader, source.transfer_set)
         return DistillationSetup(
             source=source,
             losses=losses,
@@ -134,6 +144,8 @@ class DistillationSetup:
             },
             member_logits=member_logits,
             head=head,
+            input_spec=input_spec,
+            initial=_read_initial(config, input_spec),
             output=config.output,
             network=network,
         )
@@ -156,8 +168,17 @@ class DistillationSetup:
         if config.missing and taps != self.taps:
             missing = find_missing_targets(caches, config.draws, taps, progress)
         source = Cache.from_parts(replace(self.teachers, missing=missing), self.transfer_set)
-        head = source.read_head(losses)
-        return replace(self, source=source, losses=losses, taps=taps, head=head, output=config.output)
+        input_spec = make_student_spec(config, self.cache, self.transfer_set)
+        return replace(
+            self,
+            source=source,
+            losses=losses,
+            taps=taps,
+            head=source.read_head(losses),
+            input_spec=input_spec,
+            initial=_read_initial(config, input_spec, self.initial if input_spec == self.input_spec else None),
+            output=config.output,
+        )
 
     @property
     def teachers(self) -> TeacherEnsemble:
@@ -174,11 +195,6 @@ class DistillationSetup:
         """The first cache, as its files have it."""
         return self.source.reader
 
-    @property
-    def input_spec(self) -> InputSpec:
-        """How a student's input is normalised: like the teacher's, at the size of the views."""
-        return self.source.input_spec
-
     @cached_property
     def teacher_logits(self) -> dict[str, torch.Tensor]:
         """{split: logits [N, K] by index} of the teacher that the student learns from, combined and mapped."""
@@ -189,16 +205,19 @@ class DistillationSetup:
         return get_student_arch(config, losses, self.cache, self.taps)
 
     def build_student(self, config: StudentConfig, losses: tuple[Loss, ...]) -> nn.Module:
-        """Build the network that these losses train, with the initial weights of `config.seed`."""
+        """Build the network that these losses train, with the initial weights of `config.seed` and of --init."""
         torch.manual_seed(config.seed)
         network = self.build_network(self.student_arch(config, losses))
+        if self.initial is not None:
+            self.initial.load_into(network, self.cache.classes)
         if isinstance(network, SimKDStudent) and self.head is not None:
             network.use_head(self.head)
         return network
 
     def build_network(self, arch: str) -> nn.Module:
         """Build a network for these images and classes, with weights from the current random state."""
-        return build_for_cache(arch, self.cache, self.output, self.network)
+        spec = self.input_spec
+        return build(arch, self.cache.classes, spec.channels, spec.size, self.output, self.network)
 
     def check_student(self, network: nn.Module, config: StudentConfig) -> list[str]:
         """Check, before anything is written, that a student can be trained: see `check_trainable`.
@@ -228,7 +247,18 @@ class DistillationSetup:
             least_rows=min(map(count_least_rows, streams)),
             batch_size=config.batch_size,
         )
-        return check_trainable(network, check)
+        return [*self._describe_start(network, config), *check_trainable(network, check)]
+
+    def _describe_start(self, network: nn.Module, config: StudentConfig) -> list[str]:
+        """Describe the input and the initial weights of a student where they are not the default ones."""
+        notes = []
+        if normalize := choose_normalize(config):
+            source = "as published with it" if normalize == PUBLISHED else "by --normalize"
+            notes.append(f"input of {config.arch}: {self.input_spec.describe()}, {source}")
+        if self.initial is not None:
+            baseline = "; so does the baseline" if config.baseline else ""
+            notes.append(self.initial.describe(network, self.cache.classes) + baseline)
+        return notes
 
     def compute_logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
         """Compute a model's logits on each held-out split: {split: float32 [N, K]}."""
@@ -325,3 +355,16 @@ class DistillationSetup:
         for missing_in_draw in self.teachers.missing.values():
             is_missing |= missing_in_draw
         return is_missing
+
+
+def _read_initial(
+    config: StudentConfig, input_spec: InputSpec, known: InitialWeights | None = None
+) -> InitialWeights | None:
+    """Read the weights that a student starts from, unless they are those of another student of the same input."""
+    if not config.init:
+        return None
+    if known is not None and known.source == config.init and (config.init != DEFAULT or known.arch == config.arch):
+        return replace(known, arch=config.arch)
+    return first_rank_first(
+        lambda: read_initial_weights(config.init, config.arch, input_spec.channels, input_spec.size)
+    )

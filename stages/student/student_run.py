@@ -14,6 +14,7 @@ from softcache.stages.distributed.ranks import broadcast_from_first, is_first
 from softcache.stages.runs.cost import compute_cost
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory
 from softcache.stages.runs.folder import check_same_config, start_run
+from softcache.stages.runs.initial import record_initial_weights
 from softcache.stages.runs.logits import TEACHER_LOGITS, save_logits
 
 from .phases import StudentTraining, train_phases
@@ -99,6 +100,7 @@ def open_student_run(config: StudentConfig, setup: DistillationSetup, folder: Pa
         LockedError: when another process trains in the folder.
     """
     with start_run(config, folder):
+        record_initial_weights(setup.initial, folder)
         broadcast_from_first(lambda: _save_teacher_records(config, setup, folder))
         yield
 

@@ -18,9 +18,11 @@ from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.classification import evaluate
-from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_custom_arch
+from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_external_arch
+from softcache.pipeline.models.configurations import has_published_weights
+from softcache.pipeline.models.initial_weights import check_init, read_initial_weights
 from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
-from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
+from softcache.pipeline.models.prepared_model import PUBLISHED, PreparedModel
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
@@ -28,6 +30,7 @@ from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
 from softcache.stages.runs.figures import Figures, choose_labelled_split
 from softcache.stages.runs.folder import open_run, start_run
+from softcache.stages.runs.initial import record_initial_weights
 from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.training.data_parallel import count_least_rows
 from softcache.stages.training.loop import train
@@ -37,7 +40,9 @@ from softcache.stages.training.validation import HeldOutSplit, check_select
 from .data import (
     FOLDER_OPTIONS,
     SPLIT_OPTIONS,
+    check_normalize,
     fill_size,
+    find_view_configuration,
     load_data,
     make_input_spec,
     name_all_unreadable,
@@ -86,7 +91,7 @@ def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
     cache_config = CacheConfig(
         data=config.data,
         data_root=config.data_root,
-        teacher=config.arch if is_custom_arch(config.arch) else "",  # code of a run is used where it is named again
+        teacher=config.arch if is_external_arch(config.arch) else "",  # code of a run is used where it is named again
         weights=str(folder),
         out=find_free_name(default_out) if Path(default_out).exists() else "",
         **{name: getattr(config, name) for name in FOLDER_OPTIONS},
@@ -99,10 +104,12 @@ def fill_defaults(config: TeacherConfig) -> TeacherConfig:
     """Fill in the options that were not given, from the defaults of the data set."""
     data = config.data or "digits"
     defaults = find_defaults(data)
+    arch = config.arch or defaults.teacher
     return replace(
         config,
         data=data,
-        arch=config.arch or defaults.teacher,
+        arch=arch,
+        normalize=config.normalize or (PUBLISHED if config.init and has_published_weights(arch) else "data"),
         views=config.views or defaults.teacher_views,
         epochs=config.epochs or defaults.teacher_epochs,
         batch_size=config.batch_size or defaults.batch_size,
@@ -126,6 +133,8 @@ def check_names(config: TeacherConfig) -> None:
     if config.imbalance:
         parse_imbalance(config.imbalance)
     check_arch(config.arch)
+    check_normalize(config.normalize, config.arch)
+    check_init(config.init, config.arch)
     select_device(config.device)
     check_output_folder(Path(config.out))
 
@@ -146,7 +155,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         UsageError: The images have no labels, or an option does not fit the data.
         CacheError: Another process holds the folder, or a file is damaged.
     """
-    parse_normalize(config.normalize)
+    check_normalize(config.normalize, config.arch)
     device = select_device(config.device)
     transfer_set = load_data(config)
     print_notes(transfer_set, console)
@@ -160,11 +169,19 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             " left out"
         )
     check_select(config, transfer_set)
-    views = fill_size(parse_views(config.views), transfer_set, console)
+    views = fill_size(parse_views(config.views), transfer_set, console, find_view_configuration(config.arch))
     with name_all_unreadable(transfer_set):
-        input_spec = make_input_spec(config.normalize, transfer_set, views)
+        input_spec = make_input_spec(config.normalize, transfer_set, views, config.arch)
+    if config.normalize == PUBLISHED:
+        console.print(f"input of {config.arch}: {input_spec.describe()}, as published with it")
     torch.manual_seed(config.seed)
-    network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size, config.output)
+    classes = len(transfer_set.classes)
+    network = build(config.arch, classes, input_spec.channels, views.size, config.output)
+    initial = None
+    if config.init:
+        initial = read_initial_weights(config.init, config.arch, input_spec.channels, views.size)
+        initial.load_into(network, classes)
+        console.print(initial.describe(network, classes))
     stream = BatchStream(
         split=train_rows,
         views=views,
@@ -179,7 +196,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     )
     check = TrainingCheck(
         arch=config.arch,
-        classes=len(transfer_set.classes),
+        classes=classes,
         input_spec=input_spec,
         device=device,
         precision=config.precision,
@@ -189,13 +206,14 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     for note in check_trainable(network, check):
         console.print(note)
     with start_run(config, folder), name_all_unreadable(transfer_set):
+        record_initial_weights(initial, folder)
         model = PreparedModel(network, input_spec).to(device)
         held_out = {
             split: HeldOutSplit(transfer_set.splits[split], views, device, config)
             for split in ("val", "test")
             if split in transfer_set.splits
         }
-        counts = count_classes(train_rows.labels, len(transfer_set.classes))
+        counts = count_classes(train_rows.labels, classes)
         run = TrainingRun(
             name="teacher",
             model=model,
@@ -217,6 +235,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             "teacher": {
                 "arch": config.arch,
                 **({"output": config.output} if config.output else {}),
+                **({"init": initial.to_json(network, classes)} if initial else {}),
                 "preparation": input_spec.to_json(),
                 "parameters": count_parameters(network),
                 "multiply_adds": run.multiply_adds,

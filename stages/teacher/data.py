@@ -7,11 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
-from softcache.base.errors import UnreadableImageError
+from softcache.base.errors import UnreadableImageError, UsageError
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.unreadable import find_all_unreadable
 from softcache.data.views import ViewPolicy, render
-from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, parse_normalize
+from softcache.pipeline.models.configurations import (
+    NetworkConfiguration,
+    find_configuration,
+    has_published_weights,
+)
+from softcache.pipeline.models.prepared_model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PUBLISHED,
+    InputSpec,
+    parse_normalize,
+)
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console, progress
 
@@ -55,14 +66,33 @@ def name_all_unreadable(transfer_set: TransferSet) -> Iterator[None]:
         raise find_all_unreadable(splits, error, progress) from None
 
 
-def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) -> ViewPolicy:
-    """Fill in the size of the views: that of the images, or 224 pixels where the images differ in size.
+def find_view_configuration(arch: str) -> NetworkConfiguration | None:
+    """Find the configuration that decides the size of the views of a folder: of an arch `timm:` or `hf:`, else None.
+
+    Raises:
+        UsageError, CacheError: As of `find_configuration`.
+    """
+    return find_configuration(arch) if arch.startswith(("timm:", "hf:")) else None
+
+
+def fill_size(
+    views: ViewPolicy, transfer_set: TransferSet, console: Console, configuration: NetworkConfiguration | None = None
+) -> ViewPolicy:
+    """Fill in the size of the views: that of the images; where these differ, that of the teacher, or 224 pixels.
 
     Args:
         views: The view policy; size 0 where the user named none.
         transfer_set: Its images.
-        console: Prints a line where 224 is used.
+        console: Prints a line where the images differ in size.
+        configuration: What is published of the teacher, see `find_view_configuration`; None for 224 pixels.
     """
+    if not views.size and not transfer_set.size and configuration is not None and not views.resize:
+        size, resize = configuration.size, configuration.resize
+        console.print(
+            f"the images differ in size: views are of {size} px, cut out of images whose shorter side is {resize} px,"
+            f" as published with the teacher; --views {views.name}:size=N changes it"
+        )
+        return replace(views, size=size, resize=resize)
     if not views.size and not transfer_set.size:
         console.print(
             f"the images differ in size: views are of {FOLDER_SIZE} px; --views {views.name}:size=N changes it"
@@ -70,24 +100,46 @@ def fill_size(views: ViewPolicy, transfer_set: TransferSet, console: Console) ->
     return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
 
 
-def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> InputSpec:
+def check_normalize(normalize: str, arch: str) -> None:
+    """Check --normalize before an image is read.
+
+    Args:
+        normalize: The option; "" where it is not given.
+        arch: Of the network.
+
+    Raises:
+        UsageError: It is no normalisation, or "model" and nothing is published of this arch.
+    """
+    if normalize and parse_normalize(normalize) is None and normalize == PUBLISHED and not has_published_weights(arch):
+        raise UsageError(
+            f"--normalize {PUBLISHED} is the input published with torchvision:, timm: and hf: networks, and the"
+            f" network is '{arch}': give numbers, such as mean=0.5,0.5,0.5,std=0.25,0.25,0.25"
+        )
+
+
+def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy, arch: str = "") -> InputSpec:
     """Make the input preparation of a network.
 
     Args:
         normalize: "imagenet" for ImageNet's mean and standard deviation, of three channels; "data" for those of the
             plain views of up to 4,096 training rows, at regular distances; "none" for pixels divided by 255; or
-            numbers, see `parse_normalize`. One number is for all channels of the images.
+            numbers, see `parse_normalize`. One number is for all channels of the images. "model" for those that are
+            published with the network.
         transfer_set: Its images.
         views: The view policy, with a size.
+        arch: Of the network, for "model".
 
     Raises:
-        UsageError: normalize is none of these.
+        UsageError: normalize is none of these, or nothing is published of the network.
     """
     channels, size = transfer_set.channels, views.size
     if numbers := parse_normalize(normalize):
         channels = max(channels, len(numbers[0]))
         means, deviations = (values * (channels // len(values)) for values in numbers)
         return InputSpec(channels, size, means, deviations)
+    if normalize == PUBLISHED:
+        check_normalize(normalize, arch)
+        return make_published_spec(arch, size)
     if normalize == "imagenet":
         return InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
     if normalize == "none":
@@ -98,3 +150,15 @@ def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy
     pixels = render(train.images, views.without_augmentation(), 0, sample, 0).double() / 255
     mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
     return InputSpec(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))
+
+
+def make_published_spec(arch: str, size: int) -> InputSpec:
+    """Make the input preparation that is published with a network, for views of a size.
+
+    Raises:
+        UsageError: Mean and standard deviation are not published.
+    """
+    configuration = find_configuration(arch)
+    if configuration is None or not configuration.mean:
+        raise UsageError(f"how the input of {arch} is normalised is not published with it: give it with --normalize")
+    return InputSpec(len(configuration.mean), size, configuration.mean, configuration.std)

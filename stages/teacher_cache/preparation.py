@@ -36,7 +36,14 @@ from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.output_folder import check_output_folder
-from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, name_all_unreadable, print_notes
+from softcache.stages.teacher.data import (
+    FOLDER_OPTIONS,
+    fill_size,
+    find_view_configuration,
+    load_data,
+    name_all_unreadable,
+    print_notes,
+)
 
 from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
@@ -102,10 +109,10 @@ def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOT
         parse_normalize(config.normalize)
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     views = parse_views(config.views)
-    _check_before_images(config, requested_taps, live)
+    arch = _check_before_images(config, requested_taps, live)
     transfer_set = live.transfer_set or ranks.first_rank_first(lambda: load_data(config))
     print_notes(transfer_set, console)
-    views = fill_size(views, transfer_set, console)
+    views = fill_size(views, transfer_set, console, find_view_configuration(arch))
     with name_all_unreadable(transfer_set):
         return _prepare_plan(config, transfer_set, views, requested_taps, console, live.teacher)
 
@@ -156,8 +163,8 @@ def _prepare_plan(
     return PreparedCache(config, plan, generator, choice)
 
 
-def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveObjects) -> None:
-    """Check, before an image is read or a teacher trained, what needs neither.
+def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveObjects) -> str:
+    """Check, before an image is read or a teacher trained, what needs neither; return the teacher's arch.
 
     Raises:
         UsageError: There is no such device, long tail, teacher, file of weights or layer, or --out is a file.
@@ -168,6 +175,7 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveO
         parse_imbalance(config.imbalance)
     if not (Path(config.out) / MANIFEST_FILE).is_file():  # a complete cache may be on a read-only mount
         check_output_folder(Path(config.out))
+    arch = config.teacher
     if live.teacher is not None:
         layers = list_layers(live.teacher)
     else:
@@ -176,6 +184,7 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveO
     for tap in taps:
         if layers and (layer := parse_tap(tap)[0]) not in layers:
             raise unknown_name_error("tap", layer, layers)
+    return arch
 
 
 def fill_defaults(config: CacheConfig) -> CacheConfig:

@@ -178,7 +178,7 @@ def make_teacher_views(views: ViewPolicy, input_spec: InputSpec, teacher_size: i
         teacher_size: The option --teacher-size; 0 for the views of the students, which the teacher's input
             preparation resizes where its size is another one.
     """
-    return views.at_size(teacher_size, "bilinear") if teacher_size else views
+    return views.at_size(teacher_size, input_spec.interpolation) if teacher_size else views
 
 
 def _copy_to_cpu(outputs: TeacherOutputs) -> TeacherOutputs:

@@ -1,4 +1,4 @@
-"""Loading the teacher: weights of a file, of a run or of torchvision, or of a teacher that is trained first."""
+"""Loading the teacher: weights of a file, of a run or as published, or of a teacher that is trained first."""
 
 import json
 from dataclasses import replace
@@ -14,11 +14,16 @@ from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.existing import Complete, Unfinished, read_existing
 from softcache.pipeline.cache.identity import format_differences, make_identity
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.models import build, check_arch, is_custom_arch
-from softcache.pipeline.models.archs.torchvision_models import load_published_weights
+from softcache.pipeline.models import build, check_arch, is_external_arch
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
+from softcache.pipeline.models.configurations import (
+    DEFAULT,
+    find_configuration,
+    has_published_weights,
+    load_published_state,
+)
 from softcache.pipeline.models.custom_networks import is_live_arch
-from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
+from softcache.pipeline.models.prepared_model import PUBLISHED, PreparedModel
 from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights
 from softcache.stages.cli.configs import CacheConfig, CheckConfig, TeacherConfig
 from softcache.stages.cli.console import Console, format_duration
@@ -27,7 +32,13 @@ from softcache.stages.distributed.ranks import broadcast_from_first
 from softcache.stages.runs.folder import read_json
 from softcache.stages.runs.named_code import require_named_code
 from softcache.stages.teacher.command import describe_accuracy, fill_defaults, train_teacher
-from softcache.stages.teacher.data import FOLDER_OPTIONS, SPLIT_OPTIONS, make_input_spec
+from softcache.stages.teacher.data import (
+    FOLDER_OPTIONS,
+    SPLIT_OPTIONS,
+    check_normalize,
+    make_input_spec,
+    make_published_spec,
+)
 
 from .recorded_run import check_same_classes, list_differences, note_different_split, read_run
 
@@ -59,10 +70,10 @@ def load_teacher(
         # One of several ranks trains it.
         folder = broadcast_from_first(lambda: _train_teacher(config, transfer_set, views, console))
         config = replace(config, weights=folder, normalize="", output="")
-    if config.weights_key and (config.weights == "DEFAULT" or Path(config.weights).is_dir()):
+    if config.weights_key and (config.weights == DEFAULT or Path(config.weights).is_dir()):
         raise UsageError(f"--weights-key {config.weights_key} is for a file of weights, not for {config.weights}")
-    if config.weights == "DEFAULT":
-        return _load_published(config, transfer_set)
+    if config.weights == DEFAULT:
+        return _load_published(config, transfer_set, views, console)
     path = Path(config.weights)
     _check_weights_exist(path)
     arch, output, input_spec = config.teacher, config.output, None
@@ -78,7 +89,10 @@ def load_teacher(
     if choice := describe_choice(key, states):
         console.print(f"weights: {choice}")
     if input_spec is None:
-        input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
+        normalize = config.normalize or (PUBLISHED if _has_own_input(arch) else "data")
+        input_spec = _use_teacher_size(make_input_spec(normalize, transfer_set, views, arch), config)
+        if normalize == PUBLISHED:
+            console.print(f"input of {arch}: {input_spec.describe()}, as published with it; --normalize changes it")
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
@@ -124,11 +138,12 @@ def check_teacher_source(config: CacheConfig) -> str:
     if not config.weights:
         teacher_config, _ = _make_teacher_config(config)
         check_arch(teacher_config.arch)
+        check_normalize(config.normalize, teacher_config.arch)
         return teacher_config.arch
     path = Path(config.weights)
-    if config.weights == "DEFAULT":
-        if not config.teacher.startswith("torchvision:"):
-            raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME")
+    if config.weights == DEFAULT:
+        if not has_published_weights(config.teacher):
+            raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME, timm:NAME or hf:NAME")
     else:
         _check_weights_exist(path)
     arch = config.teacher
@@ -136,8 +151,9 @@ def check_teacher_source(config: CacheConfig) -> str:
         arch = read_run(path, config).arch
     if not arch:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
-    if arch == config.teacher or not is_custom_arch(arch):  # what a folder names is not imported
+    if arch == config.teacher or not is_external_arch(arch):  # what a folder names is not imported
         check_arch(arch)
+    check_normalize(config.normalize, arch)
     return arch
 
 
@@ -156,7 +172,7 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     Args:
         cache: The cache; its manifest has the arch, the preparation of the input and the digest of the weights.
         config: Options of check-cache. `weights` is a file of weights, the folder of a run, or DEFAULT for
-            torchvision's own; `teacher` names a user's own code, which is not imported because a manifest names it.
+            the published ones; `teacher` names a user's own code, which is not imported because a manifest names it.
 
     Returns:
         The teacher in eval mode, on the CPU.
@@ -181,8 +197,8 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     input_spec = cache.input_spec
     output = str(cache.manifest.identity["teacher"].get("output", ""))
     network = build(recorded, cache.classes, input_spec.channels, input_spec.size, output)
-    if weights == "DEFAULT":
-        state = load_published_weights(recorded.partition(":")[2])[0]
+    if weights == DEFAULT and has_published_weights(recorded):
+        state = load_published_state(recorded, input_spec.channels, input_spec.size)
     else:
         states = read_checkpoint(find_weights_file(Path(weights)))
         _, state = choose_state_dict(states, config.weights_key, Path(weights))
@@ -205,8 +221,10 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
 
 
 def assumes_normalize(config: CacheConfig) -> bool:
-    """Whether the weights come from elsewhere, and the command does not say how their input is normalised."""
-    is_from_elsewhere = is_live_arch(config.teacher) or (bool(config.weights) and config.weights != "DEFAULT")
+    """Whether the weights come from elsewhere, and neither the command nor the arch has how input is normalised."""
+    if _has_own_input(config.teacher):
+        return False
+    is_from_elsewhere = is_live_arch(config.teacher) or (bool(config.weights) and config.weights != DEFAULT)
     return is_from_elsewhere and not config.normalize and not (Path(config.weights) / "result.json").is_file()
 
 
@@ -299,19 +317,44 @@ def _check_known_identity(config: CacheConfig, transfer_set: TransferSet, views:
         )
 
 
-def _load_published(config: CacheConfig, transfer_set: TransferSet) -> tuple[PreparedModel, str]:
-    """Load torchvision's weights, with their image size and normalisation; grey images are repeated for 3 channels."""
+def _has_own_input(arch: str) -> bool:
+    """Whether a file of weights of an arch is run with the published input where --normalize is not given.
+
+    Not of torchvision, whose files were run with the mean and standard deviation of the data from the first version
+    on: their caches keep their identity.
+    """
+    return arch.startswith(("timm:", "hf:"))
+
+
+def _load_published(
+    config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy, console: Console
+) -> tuple[PreparedModel, str]:
+    """Load published weights, with their image size and normalisation; grey images are repeated for 3 channels."""
     arch = config.teacher
-    if not arch.startswith("torchvision:"):
-        raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME")
-    state, size, mean, std, names = load_published_weights(arch.partition(":")[2])
-    if transfer_set.classes and len(transfer_set.classes) != len(names):
+    configuration = find_configuration(arch)
+    if configuration is None:
+        raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME, timm:NAME or hf:NAME")
+    classes, size = configuration.classes, config.teacher_size or configuration.size
+    if not classes:
         raise UsageError(
-            f"the published weights of {arch} output {len(names)} classes, the data have {len(transfer_set.classes)}"
+            f"the published weights of {arch} have no classifier: the command teacher trains one, with --init DEFAULT"
         )
-    input_spec = _use_teacher_size(InputSpec(3, size, tuple(mean), tuple(std)), config)
-    network = build(arch, len(names), 3, input_spec.size)
-    load_weights(network, state, f"{arch} DEFAULT")
+    if transfer_set.classes and len(transfer_set.classes) != classes:
+        raise UsageError(
+            f"the published weights of {arch} output {classes} classes, the data have {len(transfer_set.classes)}"
+        )
+    if config.normalize:
+        input_spec = replace(make_input_spec(config.normalize, transfer_set, views, arch), size=size)
+        copies = 3 // input_spec.channels
+        input_spec = replace(input_spec, channels=3, mean=input_spec.mean * copies, std=input_spec.std * copies)
+    else:
+        input_spec = make_published_spec(arch, size)
+    if not arch.startswith("torchvision:"):  # whose caches were made bilinear from the first version on
+        input_spec = replace(input_spec, interpolation=configuration.interpolation)
+    source = "by --normalize" if config.normalize else "as published with it"
+    console.print(f"input of {arch}: {input_spec.describe()}, {source}")
+    network = build(arch, classes, 3, size)
+    load_weights(network, load_published_state(arch, 3, size), f"{arch} DEFAULT")
     return PreparedModel(network, input_spec), arch
 
 

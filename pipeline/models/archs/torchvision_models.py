@@ -12,6 +12,8 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 
+from .network_configuration import NetworkConfiguration
+
 SMALL = 64  # px; for smaller images the first layers do not downsample
 _AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # models that have some
 
@@ -120,6 +122,29 @@ def load_published_weights(name: str) -> PublishedWeights:
         state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
         mean = std = [0.5, 0.5, 0.5]
     return PublishedWeights(state, preset.crop_size[0], mean, std, class_names=list(weights.meta["categories"]))
+
+
+def find_torchvision_configuration(name: str) -> NetworkConfiguration:
+    """Find the input and the classes of the DEFAULT weights of `torchvision:NAME`.
+
+    Raises:
+        UsageError: There is no such model.
+    """
+    from torchvision import models
+
+    check_torchvision_model(name)
+    weights = models.get_model_weights(name).DEFAULT
+    preset, names = weights.transforms(), tuple(weights.meta["categories"])
+    rescales_itself = name in _AUXILIARY_OUTPUTS  # see load_published_weights
+    return NetworkConfiguration(
+        size=preset.crop_size[0],
+        mean=(0.5, 0.5, 0.5) if rescales_itself else tuple(preset.mean),
+        std=(0.5, 0.5, 0.5) if rescales_itself else tuple(preset.std),
+        interpolation=preset.interpolation.value,
+        resize=preset.resize_size[0],
+        classes=len(names),
+        class_names=names,
+    )
 
 
 def _fit_stem(network: nn.Module, channels: int, size: int) -> None:

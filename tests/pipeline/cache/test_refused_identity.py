@@ -205,8 +205,8 @@ def test_stage_two_refuses_a_tap_that_the_cache_does_not_hold(home: Path, stages
 def test_stage_two_takes_everything_else_from_the_cache_itself(
     home: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crop, normalisation and split are no options of a student: they are those of the cache."""
-    for option in ("--views", "--normalize", "--val-fraction", "--codec", "--train-size"):
+    """Crop and split are no options of a student: they are those of the cache, as its normalisation is by default."""
+    for option in ("--views", "--val-fraction", "--codec", "--train-size"):
         code, _, err = stages.call(*STUDENT, option, "1")
         assert code == 2
         assert "No such option" in err

@@ -145,7 +145,7 @@ def test_the_others_downsample_by_padded_strides_and_take_images_of_any_size(arc
 
 def test_the_table_has_each_arch_under_its_name() -> None:
     assert set(MODELS) - set(PARAMETERS) == (
-        {"mlp", "cnn", "torchvision", *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110))}
+        {"mlp", "cnn", "torchvision", "timm", "hf", *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110))}
     )
 
 

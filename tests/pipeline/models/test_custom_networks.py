@@ -224,7 +224,9 @@ def test_a_factory_changes_no_state_of_the_program(capsys: pytest.CaptureFixture
     ("arch", "words"),
     [
         ("resnet8:", "arch 'resnet8:' has nothing after its colon: 'resnet8'"),
-        ("torchvision:", "has nothing after its colon: 'torchvision:NAME'"),
+        ("torchvision:", "has nothing after its colon: torchvision:NAME, such as torchvision:resnet18"),
+        ("timm:", "has nothing after its colon: timm:NAME, such as timm:resnet18"),
+        ("hf:", "has nothing after its colon: hf:NAME or hf:FOLDER"),
         ("mlp:99999999", "arch 'mlp:99999999' would have 7,399,999,926 weights, more than 1,000,000,000"),
         ("mlp:9" + "9" * 30, "weights, more than 1,000,000,000"),
         ("nets/small.py:make", "arch 'nets/small.py:make' names a file: name the module, as Python imports it"),

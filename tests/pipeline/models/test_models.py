@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError
-from softcache.pipeline.models import MODELS, build, count_multiply_adds, count_parameters, find_head
+from softcache.pipeline.models import LIBRARIES, MODELS, build, count_multiply_adds, count_parameters, find_head
 from softcache.pipeline.models.archs.cifar_resnet import Block, CifarResNet
 from softcache.pipeline.models.prepared_model import IMAGENET_MEAN, IMAGENET_STD, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
@@ -34,7 +34,7 @@ def test_an_arch_outputs_one_row_of_logits_for_each_image(arch: str, channels: i
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("arch", sorted(set(MODELS) - set(SHALLOW)))
+@pytest.mark.parametrize("arch", sorted(set(MODELS) - set(SHALLOW) - set(LIBRARIES)))
 def test_the_other_archs_of_the_table_build_and_output_logits_too(arch: str) -> None:
     assert compute_logits(build(arch, 100, 3, 16), 3, 16, B=2).shape == (2, 100)
 

@@ -15,7 +15,9 @@ from softcache.stages.export.formats import ExportedModel, capture_program, make
 from softcache.stages.export.onnx_model import OnnxStudent
 from tests.helpers.trained_networks import make_input_spec, train_briefly
 
-ARCHS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18"}  # those that need an argument
+# Those that need an argument; a network of transformers is exported in tests/stages/student/test_student_init.py.
+ARCHS = {"mlp": "mlp:64,32", "torchvision": "torchvision:resnet18", "timm": "timm:resnet10t"}
+NAMES = [name for name in MODELS if name != "hf"]
 SIMKD = "simkd(resnet8;layer3;256)"
 # Deeper networks of the same kinds, and those whose export takes 15 to 30 s, in `make slow` only.
 DEEP = {
@@ -34,6 +36,7 @@ DEEP = {
     "wrn_40_1",
     "wrn_40_2",
     "vgg13",
+    "timm",
 }
 LARGE = ("torchvision:mobilenet_v3_small", "torchvision:vit_b_16", SIMKD)
 # Training steps: fewer where a step takes long, more where the network learns slowly.
@@ -104,13 +107,13 @@ def check(arch: str, data: Images, rows: int, steps: int, least: float) -> str:
     return row
 
 
-@pytest.mark.parametrize("arch", [ARCHS.get(name, name) for name in MODELS if name not in DEEP] + [SIMKD])
+@pytest.mark.parametrize("arch", [ARCHS.get(name, name) for name in NAMES if name not in DEEP] + [SIMKD])
 def test_onnx_runtime_computes_pytorchs_logits(arch: str, digits: Images) -> None:
     check(arch, digits, 128, QUICK_STEPS.get(arch, 14), least=0.1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [*(ARCHS.get(name, name) for name in MODELS), *LARGE, EFFICIENTNET])
+@pytest.mark.parametrize("arch", [*(ARCHS.get(name, name) for name in NAMES), *LARGE, EFFICIENTNET])
 def test_onnx_runtime_computes_pytorchs_logits_of_a_thousand_images(arch: str, cifar: Images) -> None:
     """After some steps of training; `-s` prints a row of the table for each arch."""
     print(f"\n{check(arch, cifar, 1000, SLOW_STEPS.get(arch, 60), least=0.3)}", flush=True)
