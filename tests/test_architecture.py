@@ -162,6 +162,7 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
         ("safetensors", {"pipeline/models/checkpoint_files.py", "stages/runs/logits.py", "stages/export/formats.py"}),
         ("onnx", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
         ("onnxruntime", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
+        ("pyarrow", {"stages/teacher_cache/logit_files.py"}),
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it
         (
             "torchvision",

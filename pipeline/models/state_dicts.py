@@ -12,6 +12,7 @@ from torch import nn
 from softcache.base.errors import CacheError, UsageError, make_printable
 
 from .checkpoint_files import StateDict, choose_state_dict, is_averaged, read_checkpoint
+from .file_network import FileNetwork
 
 _OLD_NAMES = (  # (pattern, replacement): parameter names in older files of torchvision, and what they are today
     (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
@@ -245,7 +246,12 @@ def _format_shape(shape: torch.Size) -> str:
 
 
 def hash_weights(network: nn.Module) -> str:
-    """SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of how they were saved."""
+    """SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of how they were saved.
+
+    Of a network that a file defines, it is the digest of that file, see FileNetwork.
+    """
+    if isinstance(network, FileNetwork):
+        return network.digest
     digest = sha256()
     for name, value in sorted(network.state_dict().items()):
         value = value.detach().cpu().contiguous()

@@ -18,6 +18,7 @@ from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
 from softcache.pipeline.models import find_head, get_head_arrays
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.teacher_cache.file_teachers import get_file
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility, make_target_generator
 from softcache.stages.teacher_cache.targets import TargetGenerator
 
@@ -46,9 +47,9 @@ def repair(
     if not bad:
         return
     trained_teacher = Path(f"{cache.folder}-teacher")
-    if not config.weights and (trained_teacher / "result.json").is_file():
+    if not get_file(config) and (trained_teacher / "result.json").is_file():
         config = replace(config, weights=str(trained_teacher))
-    if not config.weights:
+    if not get_file(config):
         raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
     repair_files(cache, bad, make_target_generator(cache, transfer_set, config), console)
 

@@ -2,14 +2,17 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError
 from softcache.pipeline.models.bn_folding import fold_batch_norm
+from softcache.pipeline.models.file_network import StoredTargets
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features
@@ -97,6 +100,22 @@ class TeacherInference:
             capture_features(model.network, self.taps) as features,
         ):
             yield lambda views: (self._to_logits(model(views)), features)
+
+    @contextmanager
+    def open_rows(self, split: str, batches: Iterable[NDArray[np.int64]]) -> Iterator[InferFunction]:
+        """As `open`, for the views of some rows of a split: targets that were made elsewhere are looked up by row.
+
+        Args:
+            split: `train`, `val` or `test`.
+            batches: int64 [B] each, the rows whose views the function is called with, in this order.
+        """
+        network = self.teacher.network
+        if not isinstance(network, StoredTargets):
+            with self.open() as infer:
+                yield infer
+            return
+        remaining = iter(batches)
+        yield lambda views: (self._to_logits(network.look_up(split, next(remaining))), {})
 
     def compile(self, views: torch.Tensor, rows: int) -> None:
         """Compile the teacher for batches of one size, and run it once.

@@ -23,6 +23,7 @@ from softcache.pipeline.cache.manifest_reader import SETTINGS_SCHEMA
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
+from softcache.pipeline.models.file_network import parse_file_teacher
 from softcache.pipeline.models.network_checks import check_teacher
 from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
@@ -38,6 +39,7 @@ from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, name_all_unreadable, print_notes
 
+from .file_teachers import check_file_teacher, load_file_teacher, select_teacher_device
 from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
@@ -121,9 +123,11 @@ def _prepare_plan(
     """Load the teacher, choose its precision, and work out identity and sizes of the cache."""
     if network is not None:
         teacher, arch = prepare_live_teacher(network, config, transfer_set, views), config.teacher
+    elif parse_file_teacher(config.teacher):
+        teacher, arch = load_file_teacher(config, transfer_set, views, console)
     else:
         teacher, arch = load_teacher(config, transfer_set, views, console)
-    teacher = teacher.to(select_device(config.device)).eval()
+    teacher = teacher.to(select_teacher_device(teacher, config.device)).eval()
     for note in check_teacher(teacher, arch, len(transfer_set.classes)):
         console.print(note)
 
@@ -167,6 +171,8 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveO
         check_output_folder(Path(config.out))
     if live.teacher is not None:
         layers = list_layers(live.teacher)
+    elif parse_file_teacher(config.teacher):
+        layers = check_file_teacher(config)
     else:
         arch = check_teacher_source(config)
         layers = [] if is_custom_arch(arch) else list_arch_layers(arch)
@@ -179,11 +185,13 @@ def fill_defaults(config: CacheConfig) -> CacheConfig:
     """Fill in the options that were not given, from the defaults of the data set."""
     data = config.data or "digits"
     defaults = find_defaults(data)
+    file_teacher = parse_file_teacher(config.teacher)
+    has_plain_views = file_teacher is not None and file_teacher[0] == "logits"  # targets of the images as they are
     return replace(
         config,
         data=data,
-        views=config.views or defaults.views,
-        draws=config.draws or defaults.draws,
+        views=config.views or ("none" if has_plain_views else defaults.views),
+        draws=config.draws or (1 if has_plain_views else defaults.draws),
         val_fraction=config.val_fraction or defaults.val_fraction,
         out=config.out or f"caches/{short_name(data)}",
     )
@@ -253,5 +261,7 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     if Path(config.classes).is_file():
         settings["classes"] = Path(config.classes).name
     settings["weights"] = Path(config.weights).name
+    if file_teacher := parse_file_teacher(config.teacher):
+        settings["teacher"] = f"{file_teacher[0]}:{Path(file_teacher[1]).name}"
     settings["data"] = format_placeholder(config.data.partition(":")[0])
     return settings

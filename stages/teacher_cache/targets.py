@@ -17,6 +17,7 @@ from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
 from softcache.pipeline.loading.rendering import render_with_checksums
+from softcache.pipeline.models.file_network import StoredTargets
 from softcache.stages.cli.configs import CacheConfig
 
 from .inference import PROBABILITIES, TeacherInference, TeacherOutputs
@@ -62,6 +63,11 @@ class TargetGenerator:
             raise UsageError(
                 f"the teacher outputs {self.classes} classes, the data have {len(self.transfer_set.classes)}"
             )
+
+    @property
+    def has_stored_targets(self) -> bool:
+        """Whether the targets were made elsewhere: there is no network that could be run on other views."""
+        return isinstance(self.teacher.network, StoredTargets)
 
     def compute_shard(self, spec: ShardSpec, on_progress: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """Compute the rows of a shard.
@@ -147,16 +153,17 @@ class TargetGenerator:
             they were computed.
         """
         config, device = self.config, self.inference.device
+        batches = [index[i : i + config.batch_size] for i in range(0, len(index), config.batch_size)]
         rendered = render_with_checksums(
             self.transfer_set.splits[split].images,
             self.views.of_split(split),
             config.seed,
-            batches=[index[i : i + config.batch_size] for i in range(0, len(index), config.batch_size)],
+            batches=batches,
             draw=draw,
             workers=config.workers,
             pinned=device.type == "cuda",
         )
-        with self.inference.open() as infer, closing(rendered):
+        with self.inference.open_rows(split, batches) as infer, closing(rendered):
             for views, crcs in rendered:
                 outputs = infer(views.to(device, non_blocking=True))
                 if outputs[0].ndim != 2:

@@ -96,15 +96,20 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
 
 
 def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console: Console) -> Outputs:
-    """Check the teacher on a few views, and for a new cache print how it fits the labels; return its outputs."""
+    """Check the teacher on a few views, and for a new cache print how it fits the labels.
+
+    Returns:
+        Its outputs for these views; nothing of targets that were made elsewhere, of which the identity has a digest.
+    """
     generator, config = prepared.generator, prepared.config
     outputs = check_stable(generator)
     if isinstance(writer.existing, NoCache):
         check_kind(generator, outputs, console)
         if assumes_normalize(config):
             print_normalize_comparison(generator.teacher, generator.transfer_set, generator.views, console)
-        print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
-    return outputs
+        if not generator.has_stored_targets:
+            print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
+    return {} if generator.has_stored_targets else outputs
 
 
 def write_share_of_rank(prepared: PreparedCache, console: Console) -> None:
