@@ -13,6 +13,7 @@ from softcache.base.errors import UsageError, make_printable
 from .custom_networks import NEEDS_CONTIGUOUS_INPUT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXEL_STD = 1 / 255  # as standard deviation of values 0 … 1, with a mean of 0: the input is the pixel 0 … 255
 _MIN_STD, _MAX_NUMBER = 1e-6, 1e6
 
 
@@ -61,8 +62,8 @@ def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | 
     """Parse --normalize.
 
     Args:
-        text: A name of NORMALIZATIONS; or `mean=0.5,0.4,0.4,std=0.25`, with one number or three for each, for values
-            of 0 … 1.
+        text: A name of NORMALIZATIONS; `pixels` for values of 0 … 255; or `mean=0.5,0.4,0.4,std=0.25`, with
+            one number or three for each, for values of 0 … 1.
 
     Returns:
         Mean and standard deviation, both of one number or of three; None for a name.
@@ -72,10 +73,14 @@ def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | 
     """
     if text in NORMALIZATIONS:
         return None
+    if text == "pixels":
+        return (0.0,), (PIXEL_STD,)
     form = "mean=0.5,0.5,0.5,std=0.25,0.25,0.25"
     match = re.fullmatch(r"mean=([^=]*),std=([^=]*)", text.replace(" ", ""))
     if match is None:
-        raise UsageError(f"--normalize {make_printable(text)}: there are {', '.join(NORMALIZATIONS)}, and {form}")
+        raise UsageError(
+            f"--normalize {make_printable(text)}: there are {', '.join(NORMALIZATIONS)}, pixels, and {form}"
+        )
     values = []
     for name, numbers in zip(("mean", "std"), match.groups(), strict=True):
         try:

@@ -9,9 +9,12 @@ from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.file_network import FILE_TEACHERS, FileNetwork, parse_file_teacher
-from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.onnx_network import OnnxNetwork, load_onnx_network
+from softcache.pipeline.models.prepared_model import PIXEL_STD, InputSpec, PreparedModel
+from softcache.pipeline.taps.hooks import list_layers
 from softcache.stages.cli.configs import CacheConfig, CheckConfig
 from softcache.stages.cli.console import Console, progress
+from softcache.stages.cli.extras import require_extra
 from softcache.stages.runs.environment import select_device
 from softcache.stages.teacher.data import make_input_spec
 
@@ -46,8 +49,16 @@ def check_file_teacher(config: CacheConfig) -> list[str]:
                 f"{option} is for networks of PyTorch, not for --teacher {_placeholder(name)}, which is read from its"
                 " file and runs on the CPU: leave it out"
             )
-    _check_stored_targets(config, Path(argument))
-    return []
+    if name == "logits":
+        _check_stored_targets(config, Path(argument))
+        return []
+    require_extra("--teacher onnx:FILE needs", "onnx", "onnx", "onnxruntime")
+    if not config.normalize:
+        raise UsageError(
+            f"--teacher {config.teacher} needs --normalize, the input that the model takes: imagenet, none (0 to 1),"
+            " pixels (0 to 255), data, or mean=…,std=… for values of 0 to 1"
+        )
+    return list_layers(load_onnx_network(Path(argument)))
 
 
 def load_file_teacher(
@@ -69,6 +80,8 @@ def load_file_teacher(
         CacheError: The file is damaged.
     """
     name, argument = _parse(config.teacher)
+    if name == "onnx":
+        return _load_onnx_teacher(Path(argument), config, transfer_set, views), name
     network, notes = load_stored_targets(Path(argument), transfer_set, progress)
     for note in notes:
         console.print(note)
@@ -90,13 +103,20 @@ def load_cached_file_teacher(cache: CacheReader, transfer_set: TransferSet, conf
     name, path = cache.teacher, get_file(config)
     if config.teacher and _parse(config.teacher)[0] != name:
         raise UsageError(f"--teacher {config.teacher}, but '{cache.folder}' is of {_placeholder(name)}")
-    network: FileNetwork = load_stored_targets(Path(path), transfer_set, progress)[0]
+    if name == "onnx":
+        require_extra("a teacher in ONNX format needs", "onnx", "onnx", "onnxruntime")
+        network: FileNetwork = load_onnx_network(Path(path))
+    else:
+        network = load_stored_targets(Path(path), transfer_set, progress)[0]
     recorded = cache.manifest.identity["teacher"]["weights"]
     if network.digest != recorded:
         raise CacheError(
             f"'{make_printable(path)}' is not the teacher of the cache: teacher.weights {network.digest[:16]}…,"
             f" in the cache {recorded[:16]}…"
         )
+    if isinstance(network, OnnxNetwork):
+        output = str(cache.manifest.identity["teacher"].get("output", ""))
+        network.find_logits(output, cache.classes, cache.input_spec.channels, cache.input_spec.size)
     return PreparedModel(network, cache.input_spec).eval()
 
 
@@ -114,6 +134,22 @@ def select_teacher_device(teacher: PreparedModel, device: str) -> torch.device:
 def is_file_arch(arch: str) -> bool:
     """Return whether the arch in an identity is that of a teacher that a file defines."""
     return arch in FILE_TEACHERS
+
+
+def _load_onnx_teacher(path: Path, config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy) -> PreparedModel:
+    """Load a model in ONNX format. Its input has the model's own size and channels, where the model has some."""
+    network = load_onnx_network(path)
+    spec = make_input_spec(config.normalize, transfer_set, views)
+    channels = network.input.channels or spec.channels
+    if channels < max(transfer_set.channels, spec.channels):
+        text = f"--normalize {config.normalize} has" if transfer_set.channels == 1 else "the images have"
+        raise UsageError(f"'{path}' takes {channels} channel, {text} {max(transfer_set.channels, spec.channels)}")
+    repeats = channels // spec.channels
+    spec = InputSpec(channels, network.input.size or views.size, spec.mean * repeats, spec.std * repeats)
+    if network.input.dtype == "uint8" and (set(spec.mean), set(spec.std)) != ({0.0}, {PIXEL_STD}):
+        raise UsageError(f"'{path}' takes uint8 pixels, not normalised values: say --normalize pixels")
+    network.find_logits(config.output, len(transfer_set.classes), spec.channels, spec.size)
+    return PreparedModel(network, spec)
 
 
 def _check_stored_targets(config: CacheConfig, path: Path) -> None:

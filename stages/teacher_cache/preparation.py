@@ -25,6 +25,7 @@ from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
 from softcache.pipeline.models.file_network import parse_file_teacher
 from softcache.pipeline.models.network_checks import check_teacher
+from softcache.pipeline.models.onnx_network import OnnxNetwork, parse_value_tap
 from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
 from softcache.pipeline.models.state_dicts import hash_weights
@@ -102,7 +103,7 @@ def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOT
         raise unknown_name_error("codec", config.codec, CODECS)
     if config.normalize:
         parse_normalize(config.normalize)
-    requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
+    requested_taps = _list_taps(config)
     views = parse_views(config.views)
     _check_before_images(config, requested_taps, live)
     transfer_set = live.transfer_set or ranks.first_rank_first(lambda: load_data(config))
@@ -134,6 +135,8 @@ def _prepare_plan(
     known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
     if (selector := find_selector(teacher.network)) and selector.key:
         known_teacher["output"] = selector.key
+    if isinstance(teacher.network, OnnxNetwork) and config.output:
+        known_teacher["output"] = teacher.network.output
     if config.outputs != LOGITS:
         known_teacher["outputs"] = config.outputs
     identity = make_identity(transfer_set, views, config.seed, known_teacher, config.codec, config.precision)
@@ -155,6 +158,14 @@ def _prepare_plan(
         precision_record=choice.precision_record,
     )
     return PreparedCache(config, plan, generator, choice)
+
+
+def _list_taps(config: CacheConfig) -> tuple[str, ...]:
+    """List the unique names of the taps that the options name."""
+    taps = [tap for tap in config.taps.split(",") if tap]
+    if config.teacher.startswith("onnx:"):
+        taps = [parse_value_tap(tap) for tap in taps]
+    return tuple(dict.fromkeys(map(normalize_tap, taps)))
 
 
 def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveObjects) -> None:
