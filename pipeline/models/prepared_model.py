@@ -10,6 +10,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError, make_printable
 
+from .class_map import ClassMap
 from .custom_networks import NEEDS_CONTIGUOUS_INPUT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -112,6 +113,8 @@ class PreparedModel(nn.Module):
 
     Attributes:
         network, input_spec: As given.
+        class_map: How a teacher's logits become those of the classes of the data; None where they are these. It is no
+            part of the forward pass, see `map_classes`.
         scale, shift: float32 [1, channels, 1, 1], buffers: input = shift + pixel * scale.
     """
 
@@ -119,6 +122,7 @@ class PreparedModel(nn.Module):
         super().__init__()
         self.network = network
         self.input_spec = input_spec
+        self.class_map: ClassMap | None = None
         # Only a network with convolutions is laid out channels-last; any other keeps its layout.
         self._is_channels_last = any(isinstance(m, nn.Conv2d) for m in network.modules()) and not any(
             hasattr(m, NEEDS_CONTIGUOUS_INPUT) for m in network.modules()
@@ -137,6 +141,10 @@ class PreparedModel(nn.Module):
         """Logits float32 [B, K] of views uint8 [B, C, S, S], also where the network computes in another dtype."""
         logits: torch.Tensor = self.network(self.prepare_input(views))
         return logits.float()
+
+    def map_classes(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the classes of the data, [B, K], from those of the network."""
+        return logits if self.class_map is None else self.class_map(logits)
 
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
         """The network's input, float32 [B, channels, size, size], from views uint8 [B, C, S, S]."""

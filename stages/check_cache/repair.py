@@ -15,7 +15,7 @@ from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import compare_views
 from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
-from softcache.pipeline.models import find_head, get_head_arrays
+from softcache.pipeline.models import get_head_arrays
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.teacher_cache.file_teachers import get_file
@@ -121,7 +121,7 @@ def _repair_shard(
 
 def _repair_head(cache: CacheReader, manifest: Manifest, generator: TargetGenerator, console: Console) -> None:
     """Publish the teacher's last linear layer again, then the manifest with its new checksum."""
-    head = find_head(generator.teacher.network, generator.classes)
+    head = generator.find_head()
     if head is None:
         raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {generator.classes} outputs")
     writer = CacheWriter(cache.folder, _make_plan(manifest), [])

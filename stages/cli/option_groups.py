@@ -43,6 +43,9 @@ ARCH_HELP = (
     "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  my_package.module:factory, called as "
     "factory(classes=…, channels=…, size=…)."
 )
+FILE_TEACHER_HELP = (
+    "Or a file: onnx:FILE, run by ONNX Runtime; logits:FILE.npz or .parquet, targets that were made elsewhere."
+)
 CUSTOM_ARCH_HELP = "The student's arch, where it is code of yours: my_package.module:factory."
 WEIGHTS_KEY_HELP = (
     "Which weights of a file that holds several, such as model_ema; dots lead into nested ones: state_dict.ema."
@@ -53,7 +56,10 @@ COMBINE_HELP = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teac
 CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded it; repeat for several."
 SELECT = ("last", "accuracy", "f1_macro", "nll")
 PRECISIONS = ("float32", "bfloat16", "auto")
-NORMALIZE_HELP = "imagenet, data, none, or numbers for values of 0 to 1: mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
+NORMALIZE_HELP = (
+    "imagenet, data, none (0 to 1), pixels (0 to 255), or numbers for values of 0 to 1:"
+    " mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
+)
 OUTPUTS = ("logits", "probabilities")
 
 

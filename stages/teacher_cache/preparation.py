@@ -40,6 +40,7 @@ from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, name_all_unreadable, print_notes
 
+from .class_maps import check_class_map, make_class_map
 from .file_teachers import check_file_teacher, load_file_teacher, select_teacher_device
 from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
@@ -48,7 +49,7 @@ from .teacher_source import check_teacher_source, load_teacher, prepare_live_tea
 from .trials import TrialViews
 
 # Options that the first caches did not have: a manifest has them where they are not at their default.
-_LATER_OPTIONS = (*FOLDER_OPTIONS, "test_fraction", "output", "outputs", "weights_key")
+_LATER_OPTIONS = (*FOLDER_OPTIONS, "test_fraction", "output", "outputs", "weights_key", "class_map")
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,18 @@ def _prepare_plan(
     else:
         teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_teacher_device(teacher, config.device)).eval()
-    for note in check_teacher(teacher, arch, len(transfer_set.classes)):
+    for note in check_teacher(teacher, arch, 0 if config.class_map else len(transfer_set.classes)):
         console.print(note)
+    if config.class_map:
+        teacher.class_map = make_class_map(config, teacher, arch, transfer_set, console)
 
     known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
     if (selector := find_selector(teacher.network)) and selector.key:
         known_teacher["output"] = selector.key
     if isinstance(teacher.network, OnnxNetwork) and config.output:
         known_teacher["output"] = teacher.network.output
+    if teacher.class_map:
+        known_teacher["class_map"] = [list(columns) for columns in teacher.class_map.columns]
     if config.outputs != LOGITS:
         known_teacher["outputs"] = config.outputs
     identity = make_identity(transfer_set, views, config.seed, known_teacher, config.codec, config.precision)
@@ -180,6 +185,7 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveO
         parse_imbalance(config.imbalance)
     if not (Path(config.out) / MANIFEST_FILE).is_file():  # a complete cache may be on a read-only mount
         check_output_folder(Path(config.out))
+    check_class_map(config)
     if live.teacher is not None:
         layers = list_layers(live.teacher)
     elif parse_file_teacher(config.teacher):
@@ -271,6 +277,8 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
             del settings[name]
     if Path(config.classes).is_file():
         settings["classes"] = Path(config.classes).name
+    if Path(config.class_map).is_file():
+        settings["class_map"] = Path(config.class_map).name
     settings["weights"] = Path(config.weights).name
     if file_teacher := parse_file_teacher(config.teacher):
         settings["teacher"] = f"{file_teacher[0]}:{Path(file_teacher[1]).name}"

@@ -13,6 +13,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.copied_commands import read_cache_config
 
+from .class_maps import restore_class_map
 from .file_teachers import is_file_arch, load_cached_file_teacher, select_teacher_device
 from .inference import LOGITS, restore_inference
 from .targets import TargetGenerator
@@ -91,6 +92,8 @@ def make_target_generator(cache: CacheReader, transfer_set: TransferSet, config:
     else:
         teacher = load_cache_teacher(cache, config)
     teacher = teacher.to(select_teacher_device(teacher, config.device))
+    if columns := cache.manifest.identity["teacher"].get("class_map"):
+        teacher.class_map = restore_class_map(columns, cache.classes, str(cache.folder))
     identity, precision_record = cache.manifest.identity, cache.manifest.arithmetic
     outputs = identity["teacher"].get("outputs", LOGITS)
     cache_config = replace(

@@ -196,8 +196,8 @@ def _render_views(generator: TargetGenerator, split: str, count: int) -> torch.T
 
 
 def _run_teacher(generator: TargetGenerator, views: torch.Tensor) -> Outputs:
-    """Run the teacher as it is, in float32, and return the outputs before they become logits."""
-    inference = TeacherInference(generator.teacher, generator.taps)
+    """Run the teacher as it is, in float32, and return the outputs before they become logits of the data's classes."""
+    inference = TeacherInference(generator.teacher, generator.taps, maps_classes=False)
     with inference.open() as infer:
         logits, features = infer(views.to(inference.device))
         outputs = {"logits": logits, **{f"tap '{tap}'": x for tap, x in features.items()}}
