@@ -103,15 +103,18 @@ class _KnownNames:
 
     Attributes:
         names: As given.
+        exact: {name: columns}; in ImageNet, "Cardigan" is a dog and "cardigan" is not.
         whole: {normalised name: columns}.
         parts: {normalised synonym, WordNet id or name without its id: columns}.
     """
 
     def __init__(self, names: Sequence[str]):
         self.names = names
+        self.exact: dict[str, list[int]] = {}
         self.whole: dict[str, list[int]] = {}
         self.parts: dict[str, list[int]] = {}
         for column, name in enumerate(names):
+            self.exact.setdefault(name, []).append(column)
             self.whole.setdefault(_normalize(name), []).append(column)
             parts = (*name.split(","), *_WORDNET.findall(name), _WORDNET.sub("", name))
             for part in dict.fromkeys(map(_normalize, parts)):
@@ -119,6 +122,8 @@ class _KnownNames:
 
     def find(self, name: str) -> list[int]:
         """Return the columns of a name: none, one, or all that it may stand for."""
+        if name in self.exact:
+            return self.exact[name]
         keys = (name, *_WORDNET.findall(name.lower()), _WORDNET.sub("", name.lower()))
         for key in map(_normalize, keys):
             for table in (self.whole, self.parts):
@@ -141,8 +146,9 @@ def restore_class_map(columns: list[list[int]], classes: int, cache: str) -> Cla
 def match_names(classes: Sequence[str], names: Sequence[str]) -> list[list[int]]:
     """Match classes of the data with a teacher's by name.
 
-    Upper and lower case are equal, and so are blanks, `_` and `-`. A name of the teacher may be a list of synonyms
-    with commas between them, as in ImageNet, and both may have a WordNet id such as n02084071.
+    An equal name comes first. Else upper and lower case are equal, and so are blanks, `_` and `-`. A name of the
+    teacher may be a list of synonyms with commas between them, as in ImageNet, and both may have a WordNet id such as
+    n02084071.
 
     Args:
         classes: Names of the data's classes.

@@ -133,7 +133,7 @@ def _prepare_plan(
     for note in check_teacher(teacher, arch, 0 if config.class_map else len(transfer_set.classes)):
         console.print(note)
     if config.class_map:
-        teacher.class_map = make_class_map(config, teacher, arch, transfer_set, console)
+        teacher.class_map = make_class_map(config, teacher, arch, transfer_set, views, console)
 
     known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
     if (selector := find_selector(teacher.network)) and selector.key:
