@@ -1,7 +1,7 @@
 """Transfer sets: the images and labels on which a teacher is run, in training, validation and test splits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class TransferSet:
             images was read where that is not the default.
         left_out: A line that counts and names the files of a folder that are no rows; empty where there are none.
         notes: Lines about the data that a user should see before a teacher is trained or run on them.
+        source_sizes: {split: rows} of the data as they were loaded, before rows were drawn or left out: a split that
+            is missing here was drawn from "train". Empty where that is not known.
     """
 
     name: str
@@ -67,6 +69,7 @@ class TransferSet:
     cut: dict[str, Any]
     left_out: str = ""
     notes: tuple[str, ...] = ()
+    source_sizes: dict[str, int] = field(default_factory=dict)
 
     def identity(self) -> dict[str, object]:
         """Return what a cache must agree with: name, classes in order, content of each split, and the cut."""
@@ -166,6 +169,7 @@ def load_transfer_set(
         cut=cut,
         left_out=source.left_out,
         notes=notes,
+        source_sizes={split: len(part.labels) for split, part in source.splits.items()},
     )
 
 

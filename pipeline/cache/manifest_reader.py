@@ -137,6 +137,7 @@ _INTERPOLATION = {"interpolation": re.compile("bicubic")}
 _OUTPUT = {"output": re.compile(r"[^\x00-\x1f]{1,200}")}
 _OUTPUTS = {"outputs": re.compile("probabilities")}
 _VIEW_SIZE = {"view_size": int}  # of the teacher's views, where not those of its students
+_CLASS_MAP = {"class_map": [[int]]}
 _ANY = re.compile(r"[\s\S]{0,65536}")  # checked elsewhere, but not of any length
 _CUT = {"val_fraction": float, "seed": int, "train_size": int}
 _LONG_TAIL = {"imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}
@@ -154,7 +155,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "cut": _list_alternatives(_CUT, _EXIF, _UNREADABLE, _LAYOUT, _TEST_FRACTION, _LONG_TAIL),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": _list_alternatives(_TEACHER, _INTERPOLATION, _OUTPUT, _OUTPUTS, _VIEW_SIZE),
+    "teacher": _list_alternatives(_TEACHER, _INTERPOLATION, _OUTPUT, _OUTPUTS, _VIEW_SIZE, _CLASS_MAP),
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }

@@ -40,6 +40,7 @@ from softcache.pipeline.models.archs.wide_resnet import WideResNet
 from softcache.pipeline.taps.hooks import list_layers
 
 from .custom_networks import build_custom, check_factory, is_live_arch, make_ready, prepare_live_network
+from .file_network import FILE_TEACHERS, parse_file_teacher
 from .outputs import LogitsSelector
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].
@@ -114,7 +115,7 @@ def is_custom_arch(arch: str) -> bool:
     if arch.startswith("simkd("):
         return is_custom_arch(arch[len("simkd(") :].partition(";")[0])
     name, colon, _ = arch.partition(":")
-    return bool(colon) and name not in MODELS and is_importable_name(name)
+    return bool(colon) and name not in MODELS and is_importable_name(name) and parse_file_teacher(arch) is None
 
 
 def is_external_arch(arch: str) -> bool:
@@ -135,6 +136,10 @@ def _build_known(arch: str, classes: int, channels: int, size: int) -> nn.Module
             known = LIBRARIES[name][0] if name in LIBRARIES else f"'{name}'"
             raise UsageError(f"arch '{arch}' has nothing after its colon: {known}")
         return MODELS[name](argument, classes, channels, size)
+    if name in FILE_TEACHERS:
+        raise UsageError(
+            f"'{arch}' is a teacher alone, --teacher {name}:{FILE_TEACHERS[name]}: it has no weights to train"
+        )
     if error := file_name_error("arch", arch):
         raise error
     our_names = [name for name in MODELS if name not in LIBRARIES]

@@ -11,6 +11,7 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.base.user_code import describe_error, user_code
 
+from .class_map import MAP_ADVICE
 from .custom_networks import describe_input
 from .outputs import LogitsSelector, find_selector
 from .precision import autocast
@@ -48,7 +49,7 @@ def check_teacher(teacher: PreparedModel, arch: str, classes: int) -> list[str]:
     Args:
         teacher: In eval mode, on its device.
         arch: Its arch.
-        classes: The number of classes of the data; 0 where the data have none.
+        classes: The number of classes of the data; 0 where the data have none, or the teacher's are mapped to them.
 
     Returns:
         Notes on the network, one line each; none for a built-in arch.
@@ -64,7 +65,7 @@ def check_teacher(teacher: PreparedModel, arch: str, classes: int) -> list[str]:
         logits = _run(teacher, arch, _ROWS, selector)
     _check_key(selector, raw_outputs)
     if classes and logits.ndim == 2 and logits.shape[1] != classes:
-        raise UsageError(f"the teacher outputs {logits.shape[1]} classes, the data have {classes}")
+        raise UsageError(f"the teacher outputs {logits.shape[1]} classes, the data have {classes}: {MAP_ADVICE}")
     _check_logits(arch, logits, _ROWS, logits.shape[-1] if logits.ndim else 1)
     return list(selector.notes)
 

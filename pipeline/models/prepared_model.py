@@ -10,10 +10,12 @@ from torch import nn
 
 from softcache.base.errors import UsageError, make_printable
 
+from .class_map import ClassMap
 from .custom_networks import NEEDS_CONTIGUOUS_INPUT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BILINEAR, BICUBIC = "bilinear", "bicubic"  # interpolations
+PIXEL_STD = 1 / 255  # as standard deviation of values 0 … 1, with a mean of 0: the input is the pixel 0 … 255
 _MIN_STD, _MAX_NUMBER = 1e-6, 1e6
 
 
@@ -76,8 +78,8 @@ def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | 
     """Parse --normalize.
 
     Args:
-        text: A name of NORMALIZATIONS, or "model"; or `mean=0.5,0.4,0.4,std=0.25`, with one number or three for each,
-            for values of 0 … 1.
+        text: A name of NORMALIZATIONS; "model"; `pixels` for values of 0 … 255; or `mean=0.5,0.4,0.4,std=0.25`, with
+            one number or three for each, for values of 0 … 1.
 
     Returns:
         Mean and standard deviation, both of one number or of three; None for a name.
@@ -87,10 +89,12 @@ def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | 
     """
     if text in (*NORMALIZATIONS, PUBLISHED):
         return None
+    if text == "pixels":
+        return (0.0,), (PIXEL_STD,)
     form = "mean=0.5,0.5,0.5,std=0.25,0.25,0.25"
     match = re.fullmatch(r"mean=([^=]*),std=([^=]*)", text.replace(" ", ""))
     if match is None:
-        names = ", ".join((*NORMALIZATIONS, PUBLISHED))
+        names = ", ".join((*NORMALIZATIONS, "pixels", PUBLISHED))
         raise UsageError(f"--normalize {make_printable(text)}: there are {names}, and {form}")
     values = []
     for name, numbers in zip(("mean", "std"), match.groups(), strict=True):
@@ -123,6 +127,8 @@ class PreparedModel(nn.Module):
 
     Attributes:
         network, input_spec: As given.
+        class_map: How a teacher's logits become those of the classes of the data; None where they are these. It is no
+            part of the forward pass, see `map_classes`.
         scale, shift: float32 [1, channels, 1, 1], buffers: input = shift + pixel * scale.
     """
 
@@ -130,6 +136,7 @@ class PreparedModel(nn.Module):
         super().__init__()
         self.network = network
         self.input_spec = input_spec
+        self.class_map: ClassMap | None = None
         # Only a network with convolutions is laid out channels-last; any other keeps its layout.
         self._is_channels_last = any(isinstance(m, nn.Conv2d) for m in network.modules()) and not any(
             hasattr(m, NEEDS_CONTIGUOUS_INPUT) for m in network.modules()
@@ -148,6 +155,10 @@ class PreparedModel(nn.Module):
         """Logits float32 [B, K] of views uint8 [B, C, S, S], also where the network computes in another dtype."""
         logits: torch.Tensor = self.network(self.prepare_input(views))
         return logits.float()
+
+    def map_classes(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the classes of the data, [B, K], from those of the network."""
+        return logits if self.class_map is None else self.class_map(logits)
 
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
         """The network's input, float32 [B, channels, size, size], from views uint8 [B, C, S, S]."""

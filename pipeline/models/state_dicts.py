@@ -12,6 +12,7 @@ from torch import nn
 from softcache.base.errors import CacheError, UsageError, make_printable
 
 from .checkpoint_files import StateDict, choose_state_dict, is_averaged, read_checkpoint
+from .file_network import FileNetwork
 
 _OLD_NAMES = (  # (pattern, replacement): parameter names in older files of torchvision, and what they are today
     (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),
@@ -24,6 +25,7 @@ _COUNTER = "num_batches_tracked"  # may be missing: checkpoints from before PyTo
 # Entries that are no weights of the network: of torch.optim.swa_utils.AveragedModel, and of counters of operations.
 _NO_WEIGHTS = ("n_averaged", "total_ops", "total_params")
 _LISTED = 3  # names of a kind in a message
+_LAST_LAYER = "the last layer of the file"
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -43,7 +45,7 @@ def read_state_dict(path: Path) -> StateDict:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
+def load_weights(network: nn.Module, state: StateDict, source: str, class_advice: str = "") -> str:
     """Load a state dict into a network, which keeps its weights where that fails.
 
     The names in the file may have a prefix, such as `model.` of Lightning or `_orig_mod.` of torch.compile, or
@@ -54,6 +56,7 @@ def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
         network: The network, changed in place.
         state: As read_state_dict returns it. Names of older files of torchvision are translated.
         source: What the weights are called in a message.
+        class_advice: What to do where the last layer is for another number of classes, for a message.
 
     Returns:
         Which prefix was taken off and what was left out, for a person; "" where nothing was left out.
@@ -66,7 +69,9 @@ def load_weights(network: nn.Module, state: StateDict, source: str) -> str:
     match = match_names(state, expected)
     matched = {name: state[key] for name, key in match.keys.items()}
     if problems := _describe_problems(state, expected, match):
-        raise UsageError(f"the weights of {source} do not fit the arch: {problems}")
+        has_other_classes = class_advice and _LAST_LAYER in problems
+        advice = f": {class_advice}" if has_other_classes else ""
+        raise UsageError(f"the weights of {source} do not fit the arch: {problems}{advice}")
     trained = {name for name, _ in network.named_parameters()}
     if invalid := [name for name, value in matched.items() if name in trained and bool(value.isnan().any())]:
         raise CacheError(f"the weights of {source} have values that are no numbers (NaN): {_list_names(invalid)}")
@@ -218,9 +223,7 @@ def _describe_problems(state: StateDict, expected: Mapping[str, torch.Tensor], m
         rows = {(f[0], a[0]) for f, a in different.values() if len(f) and len(a)}
         if len(rows) == 1 and all(has_other_rows):
             ((file_classes, arch_classes),) = rows
-            text += (
-                f": the last layer of the file is for {file_classes} classes, that of the network for {arch_classes}"
-            )
+            text += f": {_LAST_LAYER} is for {file_classes} classes, that of the network for {arch_classes}"
     return text
 
 
@@ -245,7 +248,12 @@ def _format_shape(shape: torch.Size) -> str:
 
 
 def hash_weights(network: nn.Module) -> str:
-    """SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of how they were saved."""
+    """SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of how they were saved.
+
+    Of a network that a file defines, it is the digest of that file, see FileNetwork.
+    """
+    if isinstance(network, FileNetwork):
+        return network.digest
     return hash_state_dict(network.state_dict())
 
 

@@ -17,6 +17,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.models.custom_networks import name_live_arch
+from softcache.pipeline.models.file_network import parse_file_teacher
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.check_cache.repair import repair_files
 from softcache.stages.cli.configs import CacheConfig
@@ -95,7 +96,7 @@ def build_cache(
         raise UsageError(f"a teacher is a torch.nn.Module or the name of an arch, not {name_type(teacher)}")
     if weights and not isinstance(teacher, str):
         raise UsageError("weights are for the name of an arch: load them into the network that you pass as teacher")
-    if isinstance(teacher, str) and not weights and not isinstance(data, str):
+    if isinstance(teacher, str) and not weights and not isinstance(data, str) and not parse_file_teacher(teacher):
         raise UsageError(
             f"teacher='{teacher}' has no weights, and is trained on data that have a name alone: give weights=…, or a"
             " network that is trained"

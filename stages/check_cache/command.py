@@ -12,6 +12,7 @@ from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import format_repair_command
 from softcache.stages.runs.data import load_cache_data
+from softcache.stages.teacher_cache.file_teachers import get_file
 from softcache.stages.teacher_cache.reproducibility import (
     ReproducibilityReport,
     check_reproducibility,
@@ -36,8 +37,8 @@ def run(name: str, config: CheckConfig) -> None:
         CacheError: A file is damaged, a view comes out differently, or the teacher's outputs have changed.
     """
     console = Console(config.json)
-    if config.weights and not (config.deep or config.repair):
-        raise UsageError("--weights is for --deep or --repair")
+    if get_file(config) and not (config.deep or config.repair):
+        raise UsageError(f"--{'weights' if config.weights else 'teacher'} is for --deep or --repair")
     cache = CacheReader(Path(name))
     transfer_set = None
     if config.deep or config.repair:
@@ -49,7 +50,7 @@ def run(name: str, config: CheckConfig) -> None:
         cache.check_transfer_set(transfer_set)
     findings = check_files(cache, transfer_set if config.deep else None, progress)
     report = None
-    if config.deep and config.weights and transfer_set is not None and not select_damage(findings):
+    if config.deep and get_file(config) and transfer_set is not None and not select_damage(findings):
         report = check_reproducibility(cache, make_target_generator(cache, transfer_set, config))
     _print_report(name, cache, findings, report, config, console)
 

@@ -15,9 +15,10 @@ from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import compare_views
 from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
-from softcache.pipeline.models import find_head, get_head_arrays
+from softcache.pipeline.models import get_head_arrays
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.teacher_cache.file_teachers import get_file
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility, make_target_generator
 from softcache.stages.teacher_cache.targets import TargetGenerator
 
@@ -46,9 +47,9 @@ def repair(
     if not bad:
         return
     trained_teacher = Path(f"{cache.folder}-teacher")
-    if not config.weights and (trained_teacher / "result.json").is_file():
+    if not get_file(config) and (trained_teacher / "result.json").is_file():
         config = replace(config, weights=str(trained_teacher))
-    if not config.weights:
+    if not get_file(config):
         raise CacheError(f"{len(bad)} files are bad and cannot be repaired without the teacher: add --weights …")
     repair_files(cache, bad, make_target_generator(cache, transfer_set, config), console)
 
@@ -120,7 +121,7 @@ def _repair_shard(
 
 def _repair_head(cache: CacheReader, manifest: Manifest, generator: TargetGenerator, console: Console) -> None:
     """Publish the teacher's last linear layer again, then the manifest with its new checksum."""
-    head = find_head(generator.teacher.network, generator.classes)
+    head = generator.find_head()
     if head is None:
         raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {generator.classes} outputs")
     writer = CacheWriter(cache.folder, _make_plan(manifest), [])

@@ -14,6 +14,7 @@ from .option_groups import (
     ARCH_HELP,
     CACHE_HELP,
     CUSTOM_ARCH_HELP,
+    FILE_TEACHER_HELP,
     INIT_HELP,
     NORMALIZE_HELP,
     OUTPUT_HELP,
@@ -70,7 +71,7 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
     compile: bool = option(
         False, "Compile the teacher first: takes 5 to 25 s, pays for large sets, needs a C++ compiler."
     )
-    teacher: str = option("", ARCH_HELP, by_recipe=True)
+    teacher: str = option("", f"{ARCH_HELP} {FILE_TEACHER_HELP}", by_recipe=True)
     output: str = option("", OUTPUT_HELP)
     weights: str = option(
         "",
@@ -78,6 +79,10 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
         " a torchvision:, timm: or hf: network; when not given, a teacher is trained.",
     )
     weights_key: str = option("", WEIGHTS_KEY_HELP)
+    class_map: str = option(
+        "",
+        "Which of the teacher's classes are which of the data: names, or a file of lines 'data class, teacher class'.",
+    )
     normalize: str = option(
         "",
         "Input of the teacher; when not given, as its run recorded or as published with a timm: or hf: network, else"
@@ -252,7 +257,9 @@ class CheckConfig(DataOptions, MachineOptions, OutputOptions):
     repair: bool = option(False, "Compute the damaged shards again, and no others; needs --weights.")
     weights: str = option("", "The teacher's weights, as for teacher-cache.")
     weights_key: str = option("", WEIGHTS_KEY_HELP)
-    teacher: str = option("", "The teacher's arch, where it is code of yours: my_package.module:factory.")
+    teacher: str = option(
+        "", "The teacher's arch, where it is code of yours: my_package.module:factory; or its file: onnx:FILE."
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from softcache.data.sources import DATASET, format_placeholder, has_argument
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import is_custom_arch, is_external_arch
 from softcache.pipeline.models.custom_networks import is_live_arch
+from softcache.pipeline.models.file_network import parse_file_teacher
 
 from .configs import CacheConfig, CheckConfig
 from .options import to_flag
@@ -76,6 +77,8 @@ def format_remake_command(cache: CacheReader, **changes: Any) -> str:
     """
     config = read_cache_config(cache)
     defaults = {"out": find_free_name(str(cache.folder)), "weights": _locate_weights(config.weights, cache.folder)}
+    if file_teacher := parse_file_teacher(config.teacher):
+        defaults["teacher"] = f"{file_teacher[0]}:{_locate_weights(file_teacher[1], cache.folder)}"
     if cache.data == DATASET or is_live_arch(cache.teacher):
         return _format_call(cache, defaults | changes)
     return format_command("teacher-cache", config, **defaults | changes)
@@ -100,12 +103,14 @@ def format_repair_command(cache: CacheReader, config: CheckConfig) -> str:
     """
     recorded = read_cache_config(cache)
     has_own_teacher = Path(f"{cache.folder}-teacher/result.json").is_file()
-    weights = config.weights or ("" if has_own_teacher else _locate_weights(recorded.weights, cache.folder))
+    file_teacher = parse_file_teacher(recorded.teacher)
+    name = file_teacher[1] if file_teacher else recorded.weights
+    weights = config.weights or ("" if has_own_teacher else _locate_weights(name, cache.folder))
     config = dataclasses.replace(
         config,
         repair=True,
         deep=False,
-        weights=weights or ("" if has_own_teacher else "PATH/TO/WEIGHTS"),
+        weights=weights or ("" if has_own_teacher or parse_file_teacher(config.teacher) else "PATH/TO/WEIGHTS"),
         data=config.data or (format_placeholder(cache.data) if has_argument(cache.data) else ""),
         teacher=config.teacher or _format_external_arch(cache.teacher),
         json=False,

@@ -43,6 +43,9 @@ ARCH_HELP = (
     "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  timm:NAME  hf:NAME  "
     "my_package.module:factory, called as factory(classes=…, channels=…, size=…)."
 )
+FILE_TEACHER_HELP = (
+    "Or a file: onnx:FILE, run by ONNX Runtime; logits:FILE.npz or .parquet, targets that were made elsewhere."
+)
 CUSTOM_ARCH_HELP = "The student's arch, where it is code of yours: my_package.module:factory."
 WEIGHTS_KEY_HELP = (
     "Which weights of a file that holds several, such as model_ema; dots lead into nested ones: state_dict.ema."
@@ -54,8 +57,8 @@ CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded 
 SELECT = ("last", "accuracy", "f1_macro", "nll")
 PRECISIONS = ("float32", "bfloat16", "auto")
 NORMALIZE_HELP = (
-    "imagenet, data, none, model (as published with a torchvision:, timm: or hf: network), or numbers for values of 0"
-    " to 1: mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
+    "imagenet, data, none (0 to 1), pixels (0 to 255), model (as published with a torchvision:, timm: or hf: network),"
+    " or numbers for values of 0 to 1: mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
 )
 INIT_HELP = (
     "Weights that the training starts from: DEFAULT for those published with a torchvision:, timm: or hf: network, a"

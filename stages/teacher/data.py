@@ -122,9 +122,9 @@ def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy
 
     Args:
         normalize: "imagenet" for ImageNet's mean and standard deviation, of three channels; "data" for those of the
-            plain views of up to 4,096 training rows, at regular distances; "none" for pixels divided by 255; or
-            numbers, see `parse_normalize`. One number is for all channels of the images. "model" for those that are
-            published with the network.
+            plain views of up to 4,096 training rows, at regular distances; "none" for pixels divided by 255;
+            "pixels" for pixels as they are; "model" for those that are published with the network; or numbers, see
+            `parse_normalize`. One number is for all channels of the images.
         transfer_set: Its images.
         views: The view policy, with a size.
         arch: Of the network, for "model".

@@ -176,7 +176,8 @@ def _format_fields(
     return {
         "format": identity["format"],
         "and_features": " and some layers' features" if features else "",
-        "arch": code(teacher["arch"]),
+        "arch": code(teacher["arch"])
+        + (", its classes mapped to those of the data" if "class_map" in teacher else ""),
         "weights": code(teacher["weights"]),
         "precision": escape(identity["precision"]),
         "faster": f", {manifest.arithmetic.describe()}" if manifest.arithmetic else "",

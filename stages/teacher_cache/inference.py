@@ -2,14 +2,17 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError
 from softcache.pipeline.models.bn_folding import fold_batch_norm
+from softcache.pipeline.models.file_network import StoredTargets
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features
@@ -37,6 +40,7 @@ class TeacherInference:
         fold: Fold batch norm into convolutions, where that is possible and gives the same outputs.
         outputs: "logits", or "probabilities" for a network that outputs these or their logarithms, which are turned
             into logarithms.
+        maps_classes: Whether a class map of the teacher is applied to its logits.
 
     Attributes:
         teacher, taps, precision, outputs: As given.
@@ -50,8 +54,10 @@ class TeacherInference:
         precision: str = "float32",
         fold: bool = False,
         outputs: str = LOGITS,
+        maps_classes: bool = True,
     ):
         self.teacher, self.taps, self.precision, self.outputs = teacher, taps, precision, outputs
+        self._maps_classes = maps_classes
         self._model = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
         self._compiled: InferFunction | None = None
         self.differs_when_folded = self.is_folded and not self._matches_when_folded()
@@ -98,6 +104,22 @@ class TeacherInference:
         ):
             yield lambda views: (self._to_logits(model(views)), features)
 
+    @contextmanager
+    def open_rows(self, split: str, batches: Iterable[NDArray[np.int64]]) -> Iterator[InferFunction]:
+        """As `open`, for the views of some rows of a split: targets that were made elsewhere are looked up by row.
+
+        Args:
+            split: `train`, `val` or `test`.
+            batches: int64 [B] each, the rows whose views the function is called with, in this order.
+        """
+        network = self.teacher.network
+        if not isinstance(network, StoredTargets):
+            with self.open() as infer:
+                yield infer
+            return
+        remaining = iter(batches)
+        yield lambda views: (self._to_logits(network.look_up(split, next(remaining))), {})
+
     def compile(self, views: torch.Tensor, rows: int) -> None:
         """Compile the teacher for batches of one size, and run it once.
 
@@ -138,15 +160,11 @@ class TeacherInference:
         self._compiled, self._hooks = infer_padded, hooks  # the copy's hooks are needed as long as the compiled code
 
     def _to_logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the logits of outputs [B, K]: probabilities become logarithms, which no row of logarithms needs.
-
-        A row of probabilities has a positive value, a row of their logarithms has none.
-        """
-        if self.outputs == LOGITS or outputs.ndim != 2:
+        """Return the logits of outputs [B, K]: probabilities become logarithms, then the classes are mapped."""
+        if outputs.ndim != 2:
             return outputs
-        logarithms = outputs.clamp(min=MIN_PROBABILITY).log()
-        is_probability = outputs.amax(1, keepdim=True) > 1e-6  # log_softmax rounds 0 to no more than this
-        return torch.where(is_probability, logarithms, outputs.clamp(min=math.log(MIN_PROBABILITY), max=0.0))
+        logits = outputs if self.outputs == LOGITS else _to_logarithms(outputs)
+        return self.teacher.map_classes(logits) if self._maps_classes else logits
 
     def _matches_when_folded(self) -> bool:
         """Compare the folded model with the teacher on four views, in float32.
@@ -169,6 +187,16 @@ class TeacherInference:
             if not (expected - folded).abs().max() <= tolerance:  # NaN is a difference, too
                 return False
         return True
+
+
+def _to_logarithms(outputs: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of probabilities [B, K]; rows that are logarithms already are limited alone.
+
+    A row of probabilities has a positive value, a row of their logarithms has none.
+    """
+    logarithms = outputs.clamp(min=MIN_PROBABILITY).log()
+    is_probability = outputs.amax(1, keepdim=True) > 1e-6  # log_softmax rounds 0 to no more than this
+    return torch.where(is_probability, logarithms, outputs.clamp(min=math.log(MIN_PROBABILITY), max=0.0))
 
 
 def restore_inference(

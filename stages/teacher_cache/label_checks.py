@@ -181,7 +181,9 @@ def _measure_normalizations(
         for chunk in _chunks_in_time(index):
             rendered = render(train.images, views.without_augmentation(), 0, chunk, 0).to(device)
             for name, model in models.items():
-                is_correct[name].append(model(rendered).argmax(1).cpu().numpy() == train.labels[chunk])
+                is_correct[name].append(
+                    teacher.map_classes(model(rendered)).argmax(1).cpu().numpy() == train.labels[chunk]
+                )
     return {name: np.concatenate(values) for name, values in is_correct.items()}
 
 

@@ -23,7 +23,9 @@ from softcache.pipeline.cache.manifest_reader import SETTINGS_SCHEMA
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
+from softcache.pipeline.models.file_network import parse_file_teacher
 from softcache.pipeline.models.network_checks import check_teacher
+from softcache.pipeline.models.onnx_network import OnnxNetwork, parse_value_tap
 from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
 from softcache.pipeline.models.state_dicts import hash_weights
@@ -45,6 +47,8 @@ from softcache.stages.teacher.data import (
     print_notes,
 )
 
+from .class_maps import check_class_map, make_class_map
+from .file_teachers import check_file_teacher, load_file_teacher, select_teacher_device
 from .inference import LOGITS
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator, make_teacher_views
@@ -52,7 +56,15 @@ from .teacher_source import check_teacher_source, load_teacher, prepare_live_tea
 from .trials import TrialViews
 
 # Options that the first caches did not have: a manifest has them where they are not at their default.
-_LATER_OPTIONS = (*FOLDER_OPTIONS, "test_fraction", "teacher_size", "output", "outputs", "weights_key")
+_LATER_OPTIONS = (
+    *FOLDER_OPTIONS,
+    "test_fraction",
+    "teacher_size",
+    "output",
+    "outputs",
+    "weights_key",
+    "class_map",
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOT
         raise unknown_name_error("codec", config.codec, CODECS)
     if config.normalize:
         parse_normalize(config.normalize)
-    requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
+    requested_taps = _list_taps(config)
     views = parse_views(config.views)
     arch = _check_before_images(config, requested_taps, live)
     transfer_set = live.transfer_set or ranks.first_rank_first(lambda: load_data(config))
@@ -128,15 +140,23 @@ def _prepare_plan(
     """Load the teacher, choose its precision, and work out identity and sizes of the cache."""
     if network is not None:
         teacher, arch = prepare_live_teacher(network, config, transfer_set, views), config.teacher
+    elif parse_file_teacher(config.teacher):
+        teacher, arch = load_file_teacher(config, transfer_set, views, console)
     else:
         teacher, arch = load_teacher(config, transfer_set, views, console)
-    teacher = teacher.to(select_device(config.device)).eval()
-    for note in check_teacher(teacher, arch, len(transfer_set.classes)):
+    teacher = teacher.to(select_teacher_device(teacher, config.device)).eval()
+    for note in check_teacher(teacher, arch, 0 if config.class_map else len(transfer_set.classes)):
         console.print(note)
+    if config.class_map:
+        teacher.class_map = make_class_map(config, teacher, arch, transfer_set, views, console)
 
     known_teacher = {"arch": arch, "weights": hash_weights(teacher.network), **teacher.input_spec.to_json()}
     if (selector := find_selector(teacher.network)) and selector.key:
         known_teacher["output"] = selector.key
+    if isinstance(teacher.network, OnnxNetwork) and config.output:
+        known_teacher["output"] = teacher.network.output
+    if teacher.class_map:
+        known_teacher["class_map"] = [list(columns) for columns in teacher.class_map.columns]
     if config.outputs != LOGITS:
         known_teacher["outputs"] = config.outputs
     teacher_views = make_teacher_views(views, teacher.input_spec, config.teacher_size)
@@ -163,6 +183,14 @@ def _prepare_plan(
     return PreparedCache(config, plan, generator, choice)
 
 
+def _list_taps(config: CacheConfig) -> tuple[str, ...]:
+    """List the unique names of the taps that the options name."""
+    taps = [tap for tap in config.taps.split(",") if tap]
+    if config.teacher.startswith("onnx:"):
+        taps = [parse_value_tap(tap) for tap in taps]
+    return tuple(dict.fromkeys(map(normalize_tap, taps)))
+
+
 def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveObjects) -> str:
     """Check, before an image is read or a teacher trained, what needs neither; return the teacher's arch.
 
@@ -176,8 +204,11 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveO
     if not (Path(config.out) / MANIFEST_FILE).is_file():  # a complete cache may be on a read-only mount
         check_output_folder(Path(config.out))
     arch = config.teacher
+    check_class_map(config)
     if live.teacher is not None:
         layers = list_layers(live.teacher)
+    elif parse_file_teacher(config.teacher):
+        layers = check_file_teacher(config)
     else:
         arch = check_teacher_source(config)
         layers = [] if is_custom_arch(arch) else list_arch_layers(arch)
@@ -191,11 +222,13 @@ def fill_defaults(config: CacheConfig) -> CacheConfig:
     """Fill in the options that were not given, from the defaults of the data set."""
     data = config.data or "digits"
     defaults = find_defaults(data)
+    file_teacher = parse_file_teacher(config.teacher)
+    has_plain_views = file_teacher is not None and file_teacher[0] == "logits"  # targets of the images as they are
     return replace(
         config,
         data=data,
-        views=config.views or defaults.views,
-        draws=config.draws or defaults.draws,
+        views=config.views or ("none" if has_plain_views else defaults.views),
+        draws=config.draws or (1 if has_plain_views else defaults.draws),
         val_fraction=config.val_fraction or defaults.val_fraction,
         out=config.out or f"caches/{short_name(data)}",
     )
@@ -264,6 +297,10 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
             del settings[name]
     if Path(config.classes).is_file():
         settings["classes"] = Path(config.classes).name
+    if Path(config.class_map).is_file():
+        settings["class_map"] = Path(config.class_map).name
     settings["weights"] = Path(config.weights).name
+    if file_teacher := parse_file_teacher(config.teacher):
+        settings["teacher"] = f"{file_teacher[0]}:{Path(file_teacher[1]).name}"
     settings["data"] = format_placeholder(config.data.partition(":")[0])
     return settings

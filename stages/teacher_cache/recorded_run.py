@@ -9,6 +9,7 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.schema import validate
 from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
 from softcache.data.transfer_set import TransferSet
+from softcache.pipeline.models.class_map import MAP_ADVICE
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.pipeline.models.state_dicts import find_weights_file
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
@@ -87,7 +88,9 @@ def check_same_classes(path: Path, run: RecordedRun, transfer_set: TransferSet) 
     if trained == classes:
         return
     if len(trained) != len(classes):
-        raise CacheError(f"the run '{path}' was trained on {len(trained)} classes, the data have {len(classes)}")
+        raise CacheError(
+            f"the run '{path}' was trained on {len(trained)} classes, the data have {len(classes)}: {MAP_ADVICE}"
+        )
     pairs = [(i, a, b) for i, (a, b) in enumerate(zip(trained, classes, strict=True)) if a != b]
     examples = ", ".join(
         f"{i} is '{make_printable(a, 40)}' in the run and '{make_printable(b, 40)}' in the data"
@@ -99,7 +102,7 @@ def check_same_classes(path: Path, run: RecordedRun, transfer_set: TransferSet) 
         names = " with the run's order, one name a line" if order == "FILE" else ""
         raise CacheError(
             f"the classes of the run '{path}' are in another order than those of the data: class {examples}{more}. Say"
-            f" --classes {order}{names}"
+            f" --classes {order}{names}, or --class-map names to have the teacher's put in theirs"
         )
     spec = f"mean={','.join(map(str, run.input_spec.mean))},std={','.join(map(str, run.input_spec.std))}"
     raise CacheError(

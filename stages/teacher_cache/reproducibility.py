@@ -12,8 +12,9 @@ from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.copied_commands import read_cache_config
-from softcache.stages.runs.environment import select_device
 
+from .class_maps import restore_class_map
+from .file_teachers import is_file_arch, load_cached_file_teacher, select_teacher_device
 from .inference import LOGITS, restore_inference
 from .targets import TargetGenerator
 from .teacher_source import load_cache_teacher
@@ -86,7 +87,13 @@ def make_target_generator(cache: CacheReader, transfer_set: TransferSet, config:
         CacheError: The weights are not those of the cache, or the outputs have other shapes.
         UsageError: There are no such weights, or they do not fit the arch.
     """
-    teacher = load_cache_teacher(cache, config).to(select_device(config.device))
+    if is_file_arch(cache.teacher):
+        teacher = load_cached_file_teacher(cache, transfer_set, config)
+    else:
+        teacher = load_cache_teacher(cache, config)
+    teacher = teacher.to(select_teacher_device(teacher, config.device))
+    if columns := cache.manifest.identity["teacher"].get("class_map"):
+        teacher.class_map = restore_class_map(columns, cache.classes, str(cache.folder))
     identity, precision_record = cache.manifest.identity, cache.manifest.arithmetic
     outputs = identity["teacher"].get("outputs", LOGITS)
     cache_config = replace(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
@@ -17,6 +18,9 @@ from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
 from softcache.pipeline.loading.rendering import render_with_checksums
+from softcache.pipeline.models import find_head
+from softcache.pipeline.models.class_map import MAP_ADVICE
+from softcache.pipeline.models.file_network import StoredTargets
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import CacheConfig
 
@@ -63,8 +67,18 @@ class TargetGenerator:
         self.shapes = {tap: list(x.shape[1:]) for tap, x in features.items()}
         if self.transfer_set.classes and self.classes != len(self.transfer_set.classes):
             raise UsageError(
-                f"the teacher outputs {self.classes} classes, the data have {len(self.transfer_set.classes)}"
+                f"the teacher outputs {self.classes} classes, the data have {len(self.transfer_set.classes)}:"
+                f" {MAP_ADVICE}"
             )
+
+    @property
+    def has_stored_targets(self) -> bool:
+        """Whether the targets were made elsewhere: there is no network that could be run on other views."""
+        return isinstance(self.teacher.network, StoredTargets)
+
+    def find_head(self) -> nn.Linear | None:
+        """Find the teacher's last linear layer, which computes the logits that are stored; None where none does."""
+        return None if self.teacher.class_map else find_head(self.teacher.network, self.classes)
 
     def compute_shard(self, spec: ShardSpec, on_progress: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """Compute the rows of a shard.
@@ -106,7 +120,8 @@ class TargetGenerator:
                         name=f"tap '{tap}'",
                     )
                 if self.inference.outputs == PROBABILITIES:
-                    _check_probabilities(batch_logits, spec=spec, index=index[rows])
+                    is_part = self.teacher.class_map is not None
+                    _check_probabilities(batch_logits, spec=spec, index=index[rows], is_part=is_part)
                 on_progress(len(batch_crcs))
                 start += len(batch_crcs)
         labels = split.labels[index]
@@ -150,17 +165,18 @@ class TargetGenerator:
             they were computed.
         """
         config, device = self.config, self.inference.device
+        batches = [index[i : i + config.batch_size] for i in range(0, len(index), config.batch_size)]
         rendered = render_with_checksums(
             self.transfer_set.splits[split].images,
             self.views.of_split(split),
             config.seed,
-            batches=[index[i : i + config.batch_size] for i in range(0, len(index), config.batch_size)],
+            batches=batches,
             draw=draw,
             teacher_views=self.teacher_views.of_split(split),
             workers=config.workers,
             pinned=device.type == "cuda",
         )
-        with self.inference.open() as infer, closing(rendered):
+        with self.inference.open_rows(split, batches) as infer, closing(rendered):
             for views, crcs in rendered:
                 outputs = infer(views.to(device, non_blocking=True))
                 if outputs[0].ndim != 2:
@@ -231,14 +247,19 @@ def _store_batch(
         )
 
 
-def _check_probabilities(logarithms: torch.Tensor, spec: ShardSpec, index: NDArray[np.int64]) -> None:
+def _check_probabilities(
+    logarithms: torch.Tensor, spec: ShardSpec, index: NDArray[np.int64], is_part: bool = False
+) -> None:
     """Check that the probabilities of each row, logarithms [B, K], sum to 1, as --outputs probabilities says.
+
+    Where they may be of a part of the teacher's classes (is_part), they may sum to less.
 
     Raises:
         CacheError: A row sums to something else.
     """
     sums = logarithms.logsumexp(1)
-    wrong = torch.nonzero(~(sums.abs() <= _MAX_LOG_SUM)).flatten().tolist()
+    is_valid = sums <= _MAX_LOG_SUM if is_part else sums.abs() <= _MAX_LOG_SUM
+    wrong = torch.nonzero(~is_valid).flatten().tolist()
     if wrong:
         raise CacheError(
             f"the teacher's output for {spec.split} index {index[wrong[0]]}, draw {spec.draw} is no distribution: it"

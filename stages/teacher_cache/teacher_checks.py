@@ -16,6 +16,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.schema import validate
 from softcache.data.views import render
 from softcache.pipeline.cache.rows import make_row_order
+from softcache.pipeline.models.file_network import StoredTargets
 from softcache.stages.cli.console import Console
 
 from .inference import LOGITS, PROBABILITIES, TeacherInference
@@ -28,6 +29,7 @@ _MIN_ROWS = 8  # rows that must all be probabilities before the teacher is refus
 _RANDOM_TOLERANCE, _BATCH_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.01, 0.1
 _SAME_TEACHER_TOLERANCE = 0.02  # between machines, or with TF32; the code of another teacher differs by far more
 _SUM_TOLERANCE, _LOG_SUM_TOLERANCE = 5e-3, 0.02  # of rows of probabilities that were rounded to bfloat16
+_MAX_STORED_ROWS = 65_536  # of each split, of targets that were made elsewhere, that are looked at
 _MAX_LOGITS, _MAX_FEATURES = 1024, 64  # values of a row that unfinished.json keeps
 
 Outputs = dict[str, NDArray[np.float32]]  # {"logits": [n, K], "tap 'layer3'": [n, values]}
@@ -42,11 +44,14 @@ def check_stable(generator: TargetGenerator) -> Outputs:
         generator: The teacher, its views and the options of the command.
 
     Returns:
-        The outputs for both groups of views, the first group first.
+        The outputs for both groups of views, the first group first; of targets that were made elsewhere, those of many
+        rows.
 
     Raises:
         UsageError: The outputs are random, or they depend on the other views of the batch.
     """
+    if generator.has_stored_targets:
+        return _read_stored_targets(generator)
     first, second = _render_groups(generator)
     outputs, of_second = _run_teacher(generator, first), _run_teacher(generator, second)
     _check_deterministic(generator, outputs, _run_teacher(generator, first))
@@ -77,7 +82,7 @@ def check_kind(generator: TargetGenerator, outputs: Outputs, console: Console) -
         UsageError: They are not.
     """
     rows, kind = outputs["logits"], generator.config.outputs
-    if len(rows) < _MIN_ROWS:
+    if len(rows) < _MIN_ROWS and not generator.has_stored_targets:
         held_out = [split for split in generator.transfer_set.splits if split != "train"]
         views = [_render_views(generator, split, _GROUP) for split in held_out]
         rows = np.concatenate([rows, *(_run_teacher(generator, x)["logits"] for x in views)])
@@ -108,7 +113,12 @@ def check_kind(generator: TargetGenerator, outputs: Outputs, console: Console) -
 
 
 def compute_reference(generator: TargetGenerator) -> Outputs:
-    """Compute the outputs of the plain float32 teacher for both groups of views, as `check_stable` returns them."""
+    """Compute the outputs of the plain float32 teacher for both groups of views, as `check_stable` returns them.
+
+    Targets that were made elsewhere have none: the digest in the identity is that of all of them.
+    """
+    if generator.has_stored_targets:
+        return {}
     outputs, of_second = (_run_teacher(generator, views) for views in _render_groups(generator))
     return {name: np.concatenate([rows, of_second[name]]) for name, rows in outputs.items()}
 
@@ -164,6 +174,13 @@ def check_same_teacher(
         )
 
 
+def _read_stored_targets(generator: TargetGenerator) -> Outputs:
+    """Return targets that were made elsewhere, up to 65,536 rows of each split, before they become logits."""
+    network = generator.teacher.network
+    assert isinstance(network, StoredTargets)
+    return {"logits": np.concatenate([rows[:_MAX_STORED_ROWS].numpy() for rows in network.logits.values()])}
+
+
 def _render_groups(generator: TargetGenerator) -> tuple[torch.Tensor, torch.Tensor]:
     """Render the two groups of views, uint8 [n, C, S, S] each; of a single view twice the same one."""
     views = _render_views(generator, "train", 2 * _GROUP)
@@ -179,8 +196,8 @@ def _render_views(generator: TargetGenerator, split: str, count: int) -> torch.T
 
 
 def _run_teacher(generator: TargetGenerator, views: torch.Tensor) -> Outputs:
-    """Run the teacher as it is, in float32, and return the outputs before they become logits."""
-    inference = TeacherInference(generator.teacher, generator.taps)
+    """Run the teacher as it is, in float32, and return the outputs before they become logits of the data's classes."""
+    inference = TeacherInference(generator.teacher, generator.taps, maps_classes=False)
     with inference.open() as infer:
         logits, features = infer(views.to(inference.device))
         outputs = {"logits": logits, **{f"tap '{tap}'": x for tap, x in features.items()}}

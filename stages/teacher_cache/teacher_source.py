@@ -1,6 +1,7 @@
 """Loading the teacher: weights of a file, of a run or as published, or of a teacher that is trained first."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from softcache.pipeline.cache.identity import format_differences, make_identity
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, check_arch, is_external_arch
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
+from softcache.pipeline.models.class_map import MAP_ADVICE
 from softcache.pipeline.models.configurations import (
     DEFAULT,
     find_configuration,
@@ -23,7 +25,7 @@ from softcache.pipeline.models.configurations import (
     load_published_state,
 )
 from softcache.pipeline.models.custom_networks import is_live_arch
-from softcache.pipeline.models.prepared_model import PUBLISHED, PreparedModel
+from softcache.pipeline.models.prepared_model import PUBLISHED, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import find_weights_file, hash_weights, load_weights
 from softcache.stages.cli.configs import CacheConfig, CheckConfig, TeacherConfig
 from softcache.stages.cli.console import Console, format_duration
@@ -79,7 +81,8 @@ def load_teacher(
     arch, output, input_spec = config.teacher, config.output, None
     if path.is_dir() and (path / "result.json").is_file():
         run = read_run(path, config)
-        check_same_classes(path, run, transfer_set)
+        if not config.class_map:
+            check_same_classes(path, run, transfer_set)
         arch, output, input_spec = run.arch, output or run.output, _use_teacher_size(run.input_spec, config)
         note_different_split(path, config, console)
     if not arch:
@@ -95,9 +98,10 @@ def load_teacher(
             console.print(f"input of {arch}: {input_spec.describe()}, as published with it; --normalize changes it")
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
-    classes = len(transfer_set.classes) or _count_classes(state, path)
+    classes = 0 if config.class_map else len(transfer_set.classes)
+    classes = classes or _count_classes(state, path)
     network = build(arch, classes, input_spec.channels, input_spec.size, output)
-    if note := load_weights(network, state, str(path)):
+    if note := load_weights(network, state, str(path), MAP_ADVICE):
         console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
 
@@ -118,6 +122,8 @@ def prepare_live_teacher(
     """
     input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
     classes = len(transfer_set.classes)
+    if config.class_map:  # the number of its classes, for messages and where it returns several tensors
+        classes = _count_classes(network.state_dict(), config.teacher)
     copied = build(config.teacher, classes, input_spec.channels, input_spec.size, config.output, network)
     return PreparedModel(copied, input_spec)
 
@@ -195,13 +201,14 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
         command=format_command("check-cache", config, cache.folder, teacher=recorded),
     )
     input_spec = cache.input_spec
-    output = str(cache.manifest.identity["teacher"].get("output", ""))
-    network = build(recorded, cache.classes, input_spec.channels, input_spec.size, output)
+    known = cache.manifest.identity["teacher"]
     if weights == DEFAULT and has_published_weights(recorded):
         state = load_published_state(recorded, input_spec.channels, input_spec.size)
     else:
         states = read_checkpoint(find_weights_file(Path(weights)))
         _, state = choose_state_dict(states, config.weights_key, Path(weights))
+    classes = _count_classes(state, weights) if "class_map" in known else cache.classes
+    network = build(recorded, classes, input_spec.channels, input_spec.size, str(known.get("output", "")))
     load_weights(network, state, weights)
     digest, cache_digest = hash_weights(network), cache.manifest.identity["teacher"]["weights"]
     if digest != cache_digest:
@@ -212,9 +219,10 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     return PreparedModel(network, input_spec).eval()
 
 
-def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
-    """Count the classes of a teacher by the rows of its last matrix, where the images have no classes."""
-    matrices = [weight for weight in state.values() if weight.ndim == 2]
+def _count_classes(state: Mapping[str, torch.Tensor], path: Path | str) -> int:
+    """Count the classes of a teacher by the rows of its last matrix, or else of its last convolution of 1 x 1."""
+    weights = [weight for weight in state.values() if weight.ndim == 4 and weight.shape[2:] == (1, 1)]
+    matrices = [weight for weight in state.values() if weight.ndim == 2] or weights
     if not matrices:
         raise UsageError(f"neither the weights of {path} nor the images show how many classes there are")
     return int(matrices[-1].shape[0])
@@ -339,9 +347,10 @@ def _load_published(
         raise UsageError(
             f"the published weights of {arch} have no classifier: the command teacher trains one, with --init DEFAULT"
         )
-    if transfer_set.classes and len(transfer_set.classes) != classes:
+    if transfer_set.classes and len(transfer_set.classes) != classes and not config.class_map:
         raise UsageError(
-            f"the published weights of {arch} output {classes} classes, the data have {len(transfer_set.classes)}"
+            f"the published weights of {arch} output {classes} classes, the data have {len(transfer_set.classes)}:"
+            f" {MAP_ADVICE}"
         )
     if config.normalize:
         input_spec = replace(make_input_spec(config.normalize, transfer_set, views, arch), size=size)

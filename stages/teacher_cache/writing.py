@@ -16,7 +16,7 @@ from softcache.pipeline.cache.manifest import Manifest, ShardSpec
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.cache.writer import CacheWriter, clean_up
-from softcache.pipeline.models import find_head, get_head_arrays
+from softcache.pipeline.models import get_head_arrays
 from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.distributed import ranks
@@ -83,7 +83,7 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         _print_resumed_precision(prepared, console)
         ranks.broadcast_from_first(lambda: {"reference": reference})
         write_shards(writer, prepared, console)
-        head = find_head(generator.teacher.network, generator.classes)
+        head = generator.find_head()
         head_record = None
         if head is not None and not writer.previous:
             head_record = writer.add_head(*get_head_arrays(head, generator.classes))
@@ -96,15 +96,20 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
 
 
 def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console: Console) -> Outputs:
-    """Check the teacher on a few views, and for a new cache print how it fits the labels; return its outputs."""
+    """Check the teacher on a few views, and for a new cache print how it fits the labels.
+
+    Returns:
+        Its outputs for these views; nothing of targets that were made elsewhere, of which the identity has a digest.
+    """
     generator, config = prepared.generator, prepared.config
     outputs = check_stable(generator)
     if isinstance(writer.existing, NoCache):
         check_kind(generator, outputs, console)
         if assumes_normalize(config):
             print_normalize_comparison(generator.teacher, generator.transfer_set, generator.teacher_views, console)
-        print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
-    return outputs
+        if not generator.has_stored_targets:
+            print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
+    return {} if generator.has_stored_targets else outputs
 
 
 def write_share_of_rank(prepared: PreparedCache, console: Console) -> None:
