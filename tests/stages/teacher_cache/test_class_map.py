@@ -216,12 +216,10 @@ def test_a_name_is_matched(name: str, names: list[str], column: int) -> None:
 def test_names_of_imagenet_match_themselves_and_those_with_several_meanings_are_refused() -> None:
     names = list_published_classes("resnet18")
     assert match_names(names, names) == [[column] for column in range(1000)]
-    assert names[263:265] != names[474:475] == ["cardigan"]  # "Cardigan" is a dog
+    assert (names[264], names[474]) == ("Cardigan", "cardigan")  # a dog, and no dog
     with pytest.raises(UsageError, match="'crane' of the data matches several of the teacher's, 0 'crane, bird', 2"):
         match_names(["crane"], ["crane, bird", "cat", "crane, machine"])
-    with pytest.raises(
-        UsageError, match="1 of 2 classes of the data are none of the teacher's 2: 'catt' .did you mean"
-    ):
+    with pytest.raises(UsageError, match="1 of 2 classes of the data are none of the teacher's 2: 'catt'"):
         match_names(["catt", "dog"], ["cat", "dog"])
 
 
