@@ -13,8 +13,8 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import read_input_file
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, render
-from softcache.pipeline.models.archs.torchvision_models import list_published_classes
 from softcache.pipeline.models.class_map import ClassMap
+from softcache.pipeline.models.configurations import find_configuration
 from softcache.pipeline.models.custom_networks import is_live_arch
 from softcache.pipeline.models.file_network import StoredTargets, parse_file_teacher
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -281,10 +281,9 @@ def _find_teacher_names(config: CacheConfig, arch: str, outputs: int) -> list[st
     path = Path(config.weights)
     if config.weights and (path / "result.json").is_file():
         names = read_run(path, config).classes or []
-    elif arch.startswith("torchvision:"):
-        names = list_published_classes(arch.partition(":")[2])
     else:
-        names = []
+        configuration = find_configuration(arch)
+        names = list(configuration.class_names) if configuration else []
     return names if len(names) == outputs else []
 
 

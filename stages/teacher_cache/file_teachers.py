@@ -145,7 +145,10 @@ def _load_onnx_teacher(path: Path, config: CacheConfig, transfer_set: TransferSe
         text = f"--normalize {config.normalize} has" if transfer_set.channels == 1 else "the images have"
         raise UsageError(f"'{path}' takes {channels} channel, {text} {max(transfer_set.channels, spec.channels)}")
     repeats = channels // spec.channels
-    spec = InputSpec(channels, network.input.size or views.size, spec.mean * repeats, spec.std * repeats)
+    size = network.input.size or config.teacher_size or views.size
+    if config.teacher_size not in (0, size):
+        raise UsageError(f"--teacher-size {config.teacher_size}: '{path}' takes {size} pixels alone")
+    spec = InputSpec(channels, size, spec.mean * repeats, spec.std * repeats)
     if network.input.dtype == "uint8" and (set(spec.mean), set(spec.std)) != ({0.0}, {PIXEL_STD}):
         raise UsageError(f"'{path}' takes uint8 pixels, not normalised values: say --normalize pixels")
     network.find_logits(config.output, len(transfer_set.classes), spec.channels, spec.size)
@@ -161,9 +164,12 @@ def _check_stored_targets(config: CacheConfig, path: Path) -> None:
         )
     if config.draws > 1:
         raise UsageError(f"--draws {config.draws}: targets that were made elsewhere are of one view: --draws 1")
-    for option, value in (("--taps", config.taps), ("--output", config.output)):
+    size = str(config.teacher_size or "")
+    for option, value in (("--taps", config.taps), ("--output", config.output), ("--teacher-size", size)):
         if value:
-            raise UsageError(f"{option} {value}: targets that were made elsewhere have no layers: leave it out")
+            raise UsageError(
+                f"{option} {value}: targets that were made elsewhere are of no network that is run here: leave it out"
+            )
     check_logit_file(path)
 
 

@@ -80,14 +80,6 @@ def check_torchvision_model(name: str) -> None:
     )
 
 
-def list_published_classes(name: str) -> list[str]:
-    """List the names of the classes of a model's published weights, in the order of the logits; nothing is loaded."""
-    from torchvision import models
-
-    check_torchvision_model(name)
-    return list(models.get_model_weights(name).DEFAULT.meta["categories"])
-
-
 class PublishedWeights(NamedTuple):
     """Published weights, with the input they were trained with.
 

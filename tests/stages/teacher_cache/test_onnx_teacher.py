@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from softcache.base.progress import no_progress
 from softcache.data.views import render
@@ -23,43 +22,11 @@ from tests.helpers.commands import Stages
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import TensorProto  # noqa: E402
+
+from tests.helpers.onnx_models import WEIGHT, Shape, save_model  # noqa: E402
 
 COMMAND = ("teacher-cache", "--views", "none", "--draws", "1", "--codec", "float32", "--normalize", "none")
-WEIGHT: NDArray[np.float32] = np.random.default_rng(0).normal(size=(64, 10)).astype("f4")
-Shape = list[int | str]
-
-
-def save_model(
-    path: str,
-    shape: Shape | None = None,
-    dtype: int = TensorProto.FLOAT,
-    outputs: tuple[str, ...] = ("dense/BiasAdd:0",),
-    inputs: int = 1,
-    weight: NDArray[np.float32] = WEIGHT,
-) -> None:
-    """Save a model: the sum of the channels of 8 x 8 pixels, `/pool.1/Sum`, times a matrix, `dense/BiasAdd:0`."""
-    shape = ["N", 1, 8, 8] if shape is None else shape
-    channel_axis = 1 if len(shape) == 4 and shape[1] in (1, 3) else len(shape) - 1
-    nodes = [
-        helper.make_node("Cast", ["images"], ["cast"], to=TensorProto.FLOAT),
-        helper.make_node("Constant", [], ["axes"], value=numpy_helper.from_array(np.array([channel_axis]))),
-        helper.make_node("ReduceSum", ["cast", "axes"], ["/pool.1/Sum"], keepdims=0),
-        helper.make_node("Flatten", ["/pool.1/Sum"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weight"], ["dense/BiasAdd:0"]),
-        helper.make_node("Softmax", ["dense/BiasAdd:0"], ["softmax"]),
-        helper.make_node("ArgMax", ["softmax"], ["label"], axis=1, keepdims=0),
-    ]
-    names = ["images", "mask"][:inputs]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info(name, dtype, shape) for name in names],
-        [onnx.ValueInfoProto(name=name) for name in outputs],
-        [numpy_helper.from_array(weight, "weight")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    Path(path).write_bytes(model.SerializeToString())
 
 
 def read_logits(cache: str, split: str = "test", taps: tuple[str, ...] = ()) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -98,6 +65,20 @@ def test_a_network_that_was_exported_gives_the_logits_of_pytorch(stages: Stages,
         torch.testing.assert_close(read_logits("onnx", split)[1], read_logits("torch", split)[1], rtol=0, atol=1e-4)
     stages("check-cache", "onnx", "--deep", "--teacher", "onnx:t.onnx")
     stages("student", "--cache", "onnx", "--arch", "mlp:8", "--epochs", "1", "--out", "s")
+
+
+def test_a_model_of_any_size_gets_views_of_the_teacher_size(stages: Stages) -> None:
+    save_model("any.onnx", ["N", 1, "H", "W"])
+    save_model("fixed.onnx")
+    views = ("--views", "none:size=4", "--teacher-size", 8)
+    for name in ("any", "fixed"):
+        stages(*COMMAND, *views, "--teacher", f"onnx:{name}.onnx", "--out", name)
+    stages(*COMMAND, "--teacher", "onnx:any.onnx", "--out", "plain")
+    for name in ("any", "fixed"):
+        assert torch.equal(read_logits(name)[1], read_logits("plain")[1])
+        assert read_logits(name)[0].shape[-1] == 4
+    error = stages.fails(2, *COMMAND, "--teacher", "onnx:fixed.onnx", "--teacher-size", 16, "--out", "x")
+    assert "--teacher-size 16: 'fixed.onnx' takes 8 pixels alone" in error
 
 
 @pytest.mark.parametrize(
