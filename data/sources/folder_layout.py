@@ -68,7 +68,7 @@ def find_layout(root: Path, kind: str) -> Layout:
         if len(same) > 1:
             raise UsageError(
                 f"'{make_printable(root)}' has {len(same)} folders for the split {split}: {', '.join(same)}. Put them"
-                " together, or move one away"
+                " together, or move one away; --layout basic reads train, val and test alone"
             )
     if by_split and "train" not in by_split and table is None:
         held_out = by_split.get("test") or by_split["val"]
@@ -106,5 +106,5 @@ def _refuse_class_named_train(train: Path, others: list[str]) -> None:
         raise UsageError(
             f"'{make_printable(train)}' may be the training split or a class: beside it are folders of images"
             f" ({shorten_names(with_images)}). If all are classes, put them into a folder train/; if not, move the"
-            " others away"
+            " others away, or leave them out with --layout basic"
         )

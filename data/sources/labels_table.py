@@ -202,11 +202,11 @@ class _TableReader:
 
 
 # What a row may name an image by: its path, its path without the ending, its name, its name without the ending.
-_KEYS: tuple[Callable[[Path], str], ...] = (
-    lambda path: path.as_posix(),
-    lambda path: path.with_suffix("").as_posix(),
-    lambda path: path.name,
-    lambda path: path.stem,
+_KEYS: tuple[Callable[[str], str], ...] = (
+    lambda path: path,
+    lambda path: os.path.splitext(path)[0],
+    os.path.basename,
+    lambda path: os.path.splitext(os.path.basename(path))[0],
 )
 
 
@@ -219,7 +219,8 @@ class _ImageFinder:
     """
 
     def __init__(self, folder: Path, images: Sequence[Path]):
-        self._folder, self._images = folder, images
+        start = 0 if folder == Path() else len(os.path.join(folder, ""))
+        self._images, self._paths = images, [str(image)[start:] for image in images]  # paths relative to the folder
         self._real_folder = os.path.realpath(folder)
         self._is_inside: dict[str, bool] = {}  # of the folders of images
         self._indexes: list[dict[str, Path | None]] = []  # of _KEYS, each made when the ones before lack a name
@@ -246,8 +247,8 @@ class _ImageFinder:
         for k, key in enumerate(_KEYS):
             if k == len(self._indexes):
                 index: dict[str, Path | None] = {}
-                for image in self._images:
-                    value = key(image.relative_to(self._folder))
+                for image, path in zip(self._images, self._paths, strict=True):
+                    value = key(path)
                     index[value] = None if value in index else image
                 self._indexes.append(index)
             if name in self._indexes[k]:
@@ -255,10 +256,10 @@ class _ImageFinder:
         return None
 
     def _leads_out(self, image: Path) -> bool:
-        parent = str(image.parent)
+        parent = os.path.dirname(str(image))
         if parent not in self._is_inside:
             self._is_inside[parent] = self._contains(parent)
-        return not self._is_inside[parent] or (image.is_symlink() and not self._contains(str(image)))
+        return not self._is_inside[parent] or (os.path.islink(image) and not self._contains(str(image)))
 
     def _contains(self, path: str) -> bool:
         return os.path.commonpath([os.path.realpath(path), self._real_folder]) == self._real_folder
