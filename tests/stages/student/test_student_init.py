@@ -125,6 +125,7 @@ def test_several_students_start_from_their_own_published_weights(
     assert records[1]["fresh"] == "classifier.weight, classifier.bias"
 
 
+@pytest.mark.slow
 def test_several_students_of_one_model_start_from_the_same_weights(home: Path, stages: Stages) -> None:
     """Trained as one vectorised model, equal to each alone but for rounding."""
     torch.manual_seed(3)
@@ -138,6 +139,7 @@ def test_several_students_of_one_model_start_from_the_same_weights(home: Path, s
         torch.testing.assert_close(vectorised[name], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_student_of_a_chain_starts_from_the_weights(home: Path, stages: Stages) -> None:
     chain = ("born-again", "--cache", home / "c", "--epochs", 1, "--batch-size", 30, "--generations", 2)
     result = stages(*chain, "--arch", TIMM, "--init", home / "w.pt", "--out", "b")
