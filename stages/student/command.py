@@ -64,7 +64,7 @@ def _prepare(
     config, folder = open_run(config, explicit, f"{short_name(config.data)}-{config.arch.replace(':', '-')}")
     if "out" not in explicit:
         for unfinished in find_unfinished_runs(config, folder):
-            command = format_resume_command("student", unfinished, config.arch, config.loss)
+            command = format_resume_command("student", unfinished, config.arch, config.loss, config.data)
             console.print(f"'{unfinished}' was stopped; continue it with  {command}")
     setup = DistillationSetup.open(config)
     network = setup.build_student(config, setup.losses)

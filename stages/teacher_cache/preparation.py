@@ -12,7 +12,7 @@ from torch import nn
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
-from softcache.data.sources import format_placeholder, short_name
+from softcache.data.sources import DATASET, format_placeholder, get_source_name, short_name
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
@@ -253,5 +253,6 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     if Path(config.classes).is_file():
         settings["classes"] = Path(config.classes).name
     settings["weights"] = Path(config.weights).name
-    settings["data"] = format_placeholder(config.data.partition(":")[0])
+    name = DATASET if config.data == DATASET else get_source_name(config.data)
+    settings["data"] = DATASET if name == DATASET else format_placeholder(name)
     return settings
