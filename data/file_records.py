@@ -123,7 +123,19 @@ def open_regular_file(path: Path) -> Iterator[BinaryIO]:
 
 def get_stamp(file: BinaryIO) -> Stamp:
     """Return the stamp of an open file."""
-    status = os.fstat(file.fileno())
+    return _make_stamp(os.fstat(file.fileno()))
+
+
+def stat_file(path: str | Path) -> Stamp:
+    """Return the stamp of a file, or that of the file to which a link leads.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    return _make_stamp(os.stat(path))
+
+
+def _make_stamp(status: os.stat_result) -> Stamp:
     return status.st_ino & 0x7FFF_FFFF_FFFF_FFFF, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from softcache.base.errors import UnreadableImageError, UsageError
 from softcache.base.progress import Progress, no_progress
 
+from .content_index import ContentIndex, open_index
 from .dataset_items import Data
 from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
@@ -95,6 +96,8 @@ def load_transfer_set(
     classes: str | Sequence[str] = "",
     exif: str = "stored",
     unreadable: str | Sequence[str] = "error",
+    columns: str = "",
+    index: ContentIndex | None = None,
     progress: Progress = no_progress,
 ) -> TransferSet:
     """Load a data set and split it: validation rows are drawn from the training data, test rows are as published.
@@ -116,6 +119,8 @@ def load_transfer_set(
             data without a test split.
         classes, exif, unreadable: How a folder of images is read, see ReadingOptions. Of a dataset, `classes` are the
             names of the classes, see sources.dataset.load_dataset.
+        columns: Which columns of a table hold images and labels, see sources.table_columns.parse_columns.
+        index: Where it is recorded what the files hold; None for the folder in the user's cache folder.
         progress: Shows how many images of a folder or a dataset have been read.
 
     Raises:
@@ -127,7 +132,8 @@ def load_transfer_set(
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
     if not 0 <= test_fraction < 1:
         raise UsageError(f"--test-fraction {test_fraction:g} is outside 0 to 1")
-    options = ReadingOptions(root, classes, exif, unreadable)
+    index = open_index() if index is None else index
+    options = ReadingOptions(root, classes, exif, unreadable, columns=columns, index=index)
     source = load_source(data, options, progress)
     loaded, class_names = dict(source.splits), source.classes
     source_rows = {split: np.arange(len(part.labels)) for split, part in loaded.items()}
@@ -149,6 +155,8 @@ def load_transfer_set(
         cut["test_fraction"] = test_fraction
     if exif != "stored":
         cut["exif"] = exif
+    if columns:
+        cut["columns"] = columns
     if source.unreadable:
         cut["unreadable"] = list(source.unreadable)
     return TransferSet(
@@ -159,7 +167,7 @@ def load_transfer_set(
         splits=splits,
         cut=cut,
         left_out=source.left_out,
-        notes=source.notes,
+        notes=(*source.notes, *index.notes),
     )
 
 

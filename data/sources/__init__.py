@@ -19,8 +19,10 @@ from .dataset import load_dataset
 from .digits import load_digits
 from .folder import load_image_folder
 from .mnist import load_fashion_mnist, load_mnist
+from .parquet import load_parquet
 from .source_data import DEFAULT_READING, ReadingOptions, SourceData
 from .user_dataset import is_dataset_spec, make_user_dataset
+from .webdataset import load_webdataset
 
 
 class Source(NamedTuple):
@@ -44,6 +46,8 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(lambda _, options, __: load_cifar10(options.root)),
     "cifar100": Source(lambda _, options, __: load_cifar100(options.root)),
     "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable")),
+    "parquet": Source(load_parquet, "GLOB", ("classes", "exif", "unreadable", "columns")),
+    "webdataset": Source(load_webdataset, "GLOB", ("classes", "exif", "unreadable")),
 }
 
 DATASET = "dataset"  # the name of a user's own dataset, which has no row in SOURCES: their code makes it
@@ -141,7 +145,7 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
     data = make_named_dataset(data, options.root)
     name, argument = parse_data(data) if isinstance(data, str) else (DATASET, "")
     allowed = SOURCES[name].options if name in SOURCES else ("classes",)
-    for option in ("classes", "exif", "unreadable"):
+    for option in ("classes", "exif", "unreadable", "columns"):
         if option not in allowed and getattr(options, option) != getattr(DEFAULT_READING, option):
             takers = ", ".join(
                 format_placeholder(name) for name, source in SOURCES.items() if option in source.options
@@ -153,6 +157,13 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
 
 
 def short_name(data: str) -> str:
-    """Return a name for folders: `digits` for `digits`, and the last part of the path for `folder:PATH`."""
+    """Return a name for folders: `digits` for `digits`, and the last part of the path for `folder:PATH`.
+
+    Of a pattern it is the last part without wildcards, such as `beans` of `parquet:beans/train-*.parquet`.
+    """
     name, _, argument = data.partition(":")
-    return Path(argument).name or name if argument else name
+    parts = [Path(argument).name]
+    if name in ("parquet", "webdataset"):
+        plain = [part for part in Path(argument).parts if not set(part) & set("*?[]{}/")]
+        parts = ["", *(part.removesuffix(".parquet").removesuffix(".tar") for part in plain)]
+    return parts[-1] or name

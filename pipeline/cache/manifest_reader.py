@@ -141,6 +141,7 @@ _LONG_TAIL = {"imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_
 # Of a folder, where not at the default.
 _EXIF = {"exif": re.compile("transpose")}
 _UNREADABLE = {"unreadable": [_ANY]}
+_COLUMNS = {"columns": re.compile(r"[^\x00-\x1f]{1,1000}")}
 _TEST_FRACTION = {"test_fraction": float}
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
@@ -148,7 +149,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "name": re.compile("[a-z0-9-]{1,64}"),
         "classes": [str],
         "content": {str: str},
-        "cut": _list_alternatives(_CUT, _EXIF, _UNREADABLE, _TEST_FRACTION, _LONG_TAIL),
+        "cut": _list_alternatives(_CUT, _EXIF, _COLUMNS, _UNREADABLE, _TEST_FRACTION, _LONG_TAIL),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
     "teacher": _list_alternatives(_TEACHER, _OUTPUT, _OUTPUTS),

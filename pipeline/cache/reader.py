@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
 from softcache.base.progress import Progress
+from softcache.data.content_index import ContentIndex
 from softcache.data.dataset_items import Data
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import (
@@ -154,7 +155,9 @@ class CacheReader:
 
     # The transfer set
 
-    def load_transfer_set(self, data: Data, root: Path, progress: Progress) -> TransferSet:
+    def load_transfer_set(
+        self, data: Data, root: Path, progress: Progress, index: ContentIndex | None = None
+    ) -> TransferSet:
         """Load the data that the cache was made from, with the same training and validation rows.
 
         Args:
@@ -162,6 +165,7 @@ class CacheReader:
                 folder of images, or code of the user, is never taken from a manifest.
             root: Folder of the data sets that have a name.
             progress: Shows how far reading the images is.
+            index: Where it is recorded what the files hold; None for the folder in the user's cache folder.
 
         Raises:
             UsageError: The cache is of a folder of images or of a dataset, and `data` is empty; or a dataset raises an
@@ -191,6 +195,7 @@ class CacheReader:
             root,
             **self.cut,
             classes=classes,
+            index=index,
             progress=progress,
         )
         self.check_transfer_set(transfer_set)

@@ -54,6 +54,11 @@ CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded 
 SELECT = ("last", "accuracy", "f1_macro", "nll")
 PRECISIONS = ("float32", "bfloat16", "auto")
 NORMALIZE_HELP = "imagenet, data, none, or numbers for values of 0 to 1: mean=0.5,0.5,0.5,std=0.25,0.25,0.25."
+INDEX_HELP = (
+    "Folder that records what data files hold, so that unchanged ones are not read again; none: no records;"
+    " softcache in the user's cache folder when not given."
+)
+REHASH_HELP = "Read all data files again, whatever the index records, and record them anew."
 OUTPUTS = ("logits", "probabilities")
 
 
@@ -64,9 +69,12 @@ class DataOptions:
     heading: ClassVar[str] = "Data"
     data: str = option(
         "",
-        "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH; the cache's, or digits, when not given.",
+        "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, parquet:GLOB, webdataset:GLOB or"
+        " my_module:factory; the cache's, or digits, when not given.",
     )
     data_root: str = option("datasets", "Folder of the data sets that torchvision reads.")
+    index: str = option("", INDEX_HELP)
+    rehash: bool = option(False, REHASH_HELP)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class FolderOptions:
         "Images of a folder that cannot be decoded; skip leaves them out, and decodes every image once to find them.",
         choices=("error", "skip"),
     )
+    columns: str = option("", "Columns of parquet:GLOB, where they are not found: image=img,label=fine_label.")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
     """
     require_extra("export needs", "export", "onnx", "onnxscript", "onnxruntime")
     console, start = Console(config.json), time.monotonic()
-    overrides = {name: getattr(config, name) for name in explicit_options & {"data", "data_root", "cache"}}
+    overrides = {
+        name: getattr(config, name) for name in explicit_options & {"data", "data_root", "cache", "index", "rehash"}
+    }
     # On the CPU in float32, however the run was trained: the files are compared with that.
     exported = select_student(Path(name), device="cpu", precision="float32", **overrides)
     require_named_code(

@@ -119,7 +119,11 @@ def _open_transfer_set(
     if is_user_dataset(run.config.data) and not config.data:
         return "a report does not import code that a run names: name the data with --data"
     run_config = replace(
-        run.config, data=config.data or run.config.data, data_root=config.data_root or run.config.data_root
+        run.config,
+        data=config.data or run.config.data,
+        data_root=config.data_root or run.config.data_root,
+        index=config.index or run.config.index,
+        rehash=config.rehash,
     )
     key = (run_config.cache, run_config.data, run_config.data_root)
     if key not in transfer_sets:

@@ -24,7 +24,7 @@ from .named_code import require_named_code, require_named_data, require_named_lo
 
 PASSED_FILE = "passed.json"  # digests of what a caller in Python passed as objects
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
-IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
+IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every", "index", "rehash")
 # Options that may differ when a run is resumed, because they depend on the machine.
 RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data"}
 S = TypeVar("S", TeacherConfig, StudentConfig)

@@ -125,7 +125,7 @@ def _report(
     console.print(f"cost:  {format_cost(result['bill'])}")
     console.print(f"run:   {folder}")
     console.print(f"cache: {', '.join(config.cache)}: trains any number of other students, without the teacher")
-    common = {name: getattr(config, name) for name in ("cache", "data_root", "combine", "map", "missing")}
+    common = {name: getattr(config, name) for name in ("cache", "data_root", "index", "combine", "map", "missing")}
     next_config = StudentConfig(
         **common,
         data=config.data if has_argument(setup.cache.data) else "",

@@ -88,6 +88,10 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     )
     data = config.data if has_argument(get_source_name(config.data)) else ""
     student = StudentConfig(
-        data=data, data_root=config.data_root, cache=(config.out,), baseline=has_labels(manifest, "train")
+        data=data,
+        data_root=config.data_root,
+        index=config.index,
+        cache=(config.out,),
+        baseline=has_labels(manifest, "train"),
     )
     console.print(f"next:    {format_command('student', student)}")

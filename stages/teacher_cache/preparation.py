@@ -245,7 +245,7 @@ def _choose_precision_and_taps(
 
 def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     """Return the options that another machine can repeat: of a path, its last part."""
-    local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
+    local = ("data_root", "device", "workers", "json", "out", "draws", "taps", "index", "rehash")
     settings = {name: value for name, value in asdict(config).items() if name not in local}
     for name in _LATER_OPTIONS:
         if settings[name] == getattr(CacheConfig, name):
