@@ -46,6 +46,13 @@ class FileRecords:
         self._digests: NDArray[np.uint8] = digests.reshape(-1, 32)
         self._stamps: NDArray[np.int64] = np.array([record.stamp for record in records], np.int64).reshape(-1, 4)
 
+    @staticmethod
+    def of_arrays(digests: NDArray[np.uint8], stamps: NDArray[np.int64]) -> "FileRecords":
+        """Make records of digests, uint8 [N, 32], and stamps, int64 [N, 4]."""
+        records = FileRecords()
+        records._digests, records._stamps = digests, stamps
+        return records
+
     def replace(self, other: "FileRecords") -> None:
         """Take over the records of another object."""
         self._digests, self._stamps = other._digests, other._stamps

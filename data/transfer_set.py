@@ -13,6 +13,7 @@ from softcache.base.progress import Progress, no_progress
 
 from .content_index import ContentIndex, open_index
 from .dataset_items import Data
+from .file_digests import FileDigests
 from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
 from .sampling import draw_stratified
@@ -148,7 +149,7 @@ def load_transfer_set(
     if len(rows) < len(labels):
         loaded["train"], source_rows["train"] = loaded["train"].take(rows), source_rows["train"][rows]
 
-    splits = _hash_splits(loaded, source_rows, progress)
+    splits = _hash_splits(loaded, source_rows, index, progress)
     images = splits["train"].images
     cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size, **long_tail}
     if test_fraction:
@@ -172,20 +173,29 @@ def load_transfer_set(
 
 
 def _hash_splits(
-    loaded: dict[str, LabelledImages], source_rows: dict[str, NDArray[np.int64]], progress: Progress
+    loaded: dict[str, LabelledImages],
+    source_rows: dict[str, NDArray[np.int64]],
+    index: ContentIndex,
+    progress: Progress,
 ) -> dict[str, Split]:
     """Hash the content of each split, in the order in which they are reported."""
     splits: dict[str, Split] = {}
+    recorded: dict[Path, FileDigests] = {}  # by folder
     try:
         for split in ("train", "val", "test"):
             if split in loaded:
                 images, labels = loaded[split]
                 if isinstance(images, ImageFolder):
                     images = replace(images, split=split)
-                content = images.hash_content(labels, progress)
+                    digests = recorded.setdefault(images.root, FileDigests(images.root, index))
+                    content = images.hash_content(labels, progress, digests)
+                else:
+                    content = images.hash_content(labels, progress)
                 splits[split] = Split(images, labels, content, source_rows[split])
     except UnreadableImageError as error:
         raise find_all_unreadable((rows.images for rows in loaded.values()), error, progress) from None
+    for digests in recorded.values():
+        digests.save()
     return splits
 
 
