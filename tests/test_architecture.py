@@ -163,7 +163,8 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
         ("onnx", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
         ("onnxruntime", {"stages/export/onnx_model.py", "stages/export/quantize.py"}),
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it
-        ("pyarrow", {"data/sources/parquet.py"}),
+        ("pyarrow", {"data/sources/hub_dataset.py", "data/sources/parquet.py"}),
+        ("datasets", {"data/sources/hub_dataset.py"}),
         (
             "torchvision",
             {"data/sources/cifar.py", "data/sources/mnist.py", "pipeline/models/archs/torchvision_models.py"},

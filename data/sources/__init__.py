@@ -18,6 +18,7 @@ from .cifar import load_cifar10, load_cifar100
 from .dataset import load_dataset
 from .digits import load_digits
 from .folder import load_image_folder
+from .hub_dataset import load_hub_dataset
 from .mnist import load_fashion_mnist, load_mnist
 from .parquet import load_parquet
 from .source_data import DEFAULT_READING, ReadingOptions, SourceData
@@ -46,6 +47,7 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(lambda _, options, __: load_cifar10(options.root)),
     "cifar100": Source(lambda _, options, __: load_cifar100(options.root)),
     "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable")),
+    "hf": Source(load_hub_dataset, "NAME", ("classes", "exif", "unreadable", "columns")),
     "parquet": Source(load_parquet, "GLOB", ("classes", "exif", "unreadable", "columns")),
     "webdataset": Source(load_webdataset, "GLOB", ("classes", "exif", "unreadable")),
 }
@@ -162,7 +164,7 @@ def short_name(data: str) -> str:
     Of a pattern it is the last part without wildcards, such as `beans` of `parquet:beans/train-*.parquet`.
     """
     name, _, argument = data.partition(":")
-    parts = [Path(argument).name]
+    parts = [Path(argument.partition("@")[0].replace(":", "-") if name == "hf" else argument).name]
     if name in ("parquet", "webdataset"):
         plain = [part for part in Path(argument).parts if not set(part) & set("*?[]{}/")]
         parts = ["", *(part.removesuffix(".parquet").removesuffix(".tar") for part in plain)]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, UsageError, make_printable
 
 from .class_order import SORTED_ORDERS, order_classes
-from .data_files import FileRows
+from .file_rows import FileRows
 from .folder_listing import shorten_names
 from .source_data import ReadingOptions
 

@@ -1,6 +1,6 @@
 """Data files that hold many encoded images: which there are, which split each is of, and what their rows are.
 
-A reader of one format lists the rows of a file once (`FileRows`); what it listed is recorded in the index, see
+A reader of one format lists the rows of a file once, see file_rows.py; what it listed is recorded in the index, see
 content_index.py, until the file changes.
 """
 
@@ -8,8 +8,7 @@ import glob
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from softcache.base.files import refuse_special_file
 from softcache.data.content_index import ContentIndex, is_racy
 from softcache.data.file_records import stat_file
 
+from .file_rows import FileRows, RowReader
 from .folder_listing import shorten_names
 
 SPLIT_NAMES = {
@@ -33,36 +33,6 @@ _SPLIT_PATTERN = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF_NAME)})(?![a-z])")
 _MAX_FILES = 1_000_000  # that braces may stand for
 _REVISION = 1  # of the records: another one is not read
 MEGABYTE = 1 << 20
-
-
-@dataclass
-class FileRows:
-    """The rows of one data file, in their order.
-
-    Attributes:
-        offsets, sizes: int64 [n], where the encoded image of each row is.
-        digests: uint8 [n, 32], SHA-256 of its bytes.
-        labels: int64 [n], -1 where there is none: a number of a class, or an index into `label_texts`.
-        label_texts: The labels that are text, each once; empty where labels are numbers.
-        classes: The names of the classes that the file itself records; empty where it records none.
-        names: The name of each row, for messages; empty where rows have none.
-        in_copy: Whether the offsets are those of the copy beside the index, not of the file.
-        left_out: {what is left out: how often}.
-    """
-
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    digests: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    label_texts: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    in_copy: bool = False
-    left_out: dict[str, int] = field(default_factory=dict)
-
-
-# Reads a file, and yields how many bytes it has read from time to time; returns its rows.
-RowReader = Callable[[Path], Generator[int, None, FileRows]]
 
 
 def list_data_files(argument: str, endings: tuple[str, ...], kind: str) -> list[Path]:

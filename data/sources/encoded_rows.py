@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, UnreadableImageError, UsageError, make_printable
+from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress
 from softcache.data.content_index import ContentIndex
 from softcache.data.encoded_images import ByteFile, ByteFiles, EncodedImages
@@ -18,17 +18,15 @@ from softcache.data.unreadable import find_all_unreadable, find_unreadable_rows
 from .class_names import name_classes
 from .data_files import (
     MEGABYTE,
-    FileRows,
-    RowReader,
     describe_files,
     get_copy_path,
     group_by_split,
     list_data_files,
     list_rows,
 )
+from .file_rows import FileRows, RowReader
 from .source_data import LabelledImages, ReadingOptions, SourceData
 
-_MAX_LABEL = (1 << 20) - 1
 _MAX_SKIPPED = 10_000  # images that cannot be decoded: their names are kept in the identity of a cache
 _SHOWN = 5
 
@@ -50,49 +48,6 @@ class EncodedSource:
     settings: str = ""
 
 
-class LabelCollector:
-    """Collects labels, which are all numbers or all text."""
-
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-        self._texts: dict[str, int] = {}
-        self._kind: type | None = None
-
-    def add(self, label: object, place: str) -> None:
-        """Add the label of a row: an int, a text, or None where there is none.
-
-        Raises:
-            CacheError: It is of another type, or numbers and text are mixed.
-        """
-        if label is None or (type(label) is int and label < 0):
-            self._numbers.append(-1)
-            return
-        if type(label) not in (int, str):
-            raise CacheError(
-                f"{place} has the label {make_printable(repr(label), 60)}: a number or a text is expected"
-            )
-        if self._kind not in (None, type(label)):
-            raise CacheError(
-                f"{place} has the label {make_printable(repr(label), 60)}, and rows before it have labels of another"
-                " type: numbers or text are expected for all"
-            )
-        self._kind = type(label)
-        if isinstance(label, str):
-            self._numbers.append(self._texts.setdefault(label, len(self._texts)))
-        elif isinstance(label, int):
-            if label > _MAX_LABEL:
-                raise CacheError(f"{place} has the label {label}: the largest is {_MAX_LABEL}")
-            self._numbers.append(label)
-
-    def get_numbers(self) -> NDArray[np.int64]:
-        """Return the labels, int64 [n]: numbers of classes, or indices into `get_texts`; -1 where there is none."""
-        return np.array(self._numbers, np.int64)
-
-    def get_texts(self) -> tuple[str, ...]:
-        """Return the labels that are text, each once."""
-        return tuple(self._texts)
-
-
 def load_encoded_rows(argument: str, source: EncodedSource, options: ReadingOptions, progress: Progress) -> SourceData:
     """Load the images and labels of data files. Nothing is unpacked: images are read from the files when needed.
 
@@ -106,8 +61,15 @@ def load_encoded_rows(argument: str, source: EncodedSource, options: ReadingOpti
         UsageError: There is no such file, files name no splits that fit together, or neither do labels.
         CacheError: A file is damaged, or an image cannot be decoded.
     """
+    files = list_data_files(argument, source.endings, source.name)
+    return load_encoded_files(group_by_split(files, source.name), source, options, progress)
+
+
+def load_encoded_files(
+    splits: Mapping[str, Sequence[Path]], source: EncodedSource, options: ReadingOptions, progress: Progress
+) -> SourceData:
+    """Load the images and labels of {split: its data files}, see `load_encoded_rows`."""
     index = options.index
-    splits = group_by_split(list_data_files(argument, source.endings, source.name), source.name)
     paths = [path for paths_of_split in splits.values() for path in paths_of_split]
     rows = dict(zip(paths, _read_files(paths, source, index, progress), strict=True))
     for split, paths_of_split in splits.items():

@@ -10,11 +10,8 @@ import shutil
 from collections.abc import Generator
 from contextlib import closing
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import make_folder, open_input_file, publish, remove_stale_files
@@ -23,14 +20,14 @@ from softcache.base.packages import require_package
 from softcache.base.progress import Progress
 from softcache.data.content_index import ContentIndex
 
-from .data_files import FileRows, get_copy_path
-from .encoded_rows import EncodedSource, LabelCollector, load_encoded_rows
+from .data_files import get_copy_path
+from .encoded_rows import EncodedSource, load_encoded_rows
+from .file_rows import NO_IMAGE, FileRows, RowCollector
 from .source_data import ReadingOptions, SourceData
 from .table_columns import TableColumns, choose_columns, parse_columns, read_features
 
 _BATCH_ROWS = 64  # rows that are decoded at once
 _SPARE_BYTES = 256 << 20  # of the disk that a copy must leave free
-NO_IMAGE = "rows without an image"
 
 
 def load_parquet(argument: str, options: ReadingOptions, progress: Progress) -> SourceData:
@@ -174,47 +171,33 @@ def _list_rows(
     """
     import pyarrow as pa
 
-    offsets, sizes, digests = [], [], []
-    labels = LabelCollector()
-    left_out: dict[str, int] = {}
+    rows = RowCollector(place, columns.classes)
     is_struct = pa.types.is_struct(table.schema_arrow.field(columns.image).type)
     names = [f"{columns.image}.bytes" if is_struct else columns.image, *([columns.label] if columns.label else [])]
-    row = 0
+    images_read = 0
     with closing(target):
         for batch in table.iter_batches(_BATCH_ROWS, columns=names):
             images = batch.column(0)
             images = images.flatten()[0] if is_struct else images
-            values = batch.column(1).to_pylist() if columns.label else [None] * len(images)
+            labels = batch.column(1).to_pylist() if columns.label else [None] * len(images)
             read = 0
-            for image, label in zip(images, values, strict=True):
-                row += 1
-                buffer = image.as_buffer() if image.is_valid else None
-                if buffer is None or not len(buffer):
-                    left_out[NO_IMAGE] = left_out.get(NO_IMAGE, 0) + 1
+            for image, label in zip(images, labels, strict=True):
+                if not image.is_valid or not image.as_buffer().size:
+                    rows.leave_out(NO_IMAGE)
                     continue
-                value = memoryview(buffer)
+                value = memoryview(image.as_buffer())
                 if (offset := target.place(value)) is None:
                     return None
-                offsets.append(offset)
-                sizes.append(len(value))
-                digests.append(sha256(value).digest())
-                labels.add(label, f"{place}, row {row - 1}, column '{make_printable(columns.label)}',")
+                rows.add(offset, value, label)
                 read += len(value)
+                images_read += 1
             yield read
-    if not sizes and row:
+    if not images_read and table.metadata.num_rows:
         raise UsageError(
             f"{place}: the column '{make_printable(columns.image)}' has no bytes, at most paths of files elsewhere,"
             " which are not read: write the table with the images in it, or use --data folder:PATH"
         )
-    return FileRows(
-        offsets=np.array(offsets, np.int64),
-        sizes=np.array(sizes, np.int64),
-        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
-        labels=labels.get_numbers(),
-        label_texts=labels.get_texts(),
-        classes=columns.classes,
-        left_out=left_out,
-    )
+    return rows.finish()
 
 
 def _copy_rows(table: Any, columns: TableColumns, path: Path, index: ContentIndex) -> Generator[int, None, FileRows]:

@@ -7,18 +7,15 @@ import json
 import re
 import tarfile
 from collections.abc import Generator, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import open_input_file
 from softcache.base.progress import Progress
 
-from .data_files import FileRows
-from .encoded_rows import EncodedSource, LabelCollector, load_encoded_rows
+from .encoded_rows import EncodedSource, load_encoded_rows
+from .file_rows import FileRows, RowCollector
 from .source_data import ReadingOptions, SourceData
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
@@ -58,37 +55,19 @@ def load_webdataset(argument: str, options: ReadingOptions, progress: Progress) 
 
 def _read_shard(path: Path) -> Generator[int, None, FileRows]:
     """List the samples of a shard that have an image; see RowReader."""
-    places: list[tuple[int, int]] = []
-    digests, names = [], []
-    labels = LabelCollector()
-    left_out: dict[str, int] = {}
+    rows = RowCollector(f"'{make_printable(path, None)}'")
     with open_input_file(path) as file:
         _refuse_compressed(file, path)
-        for key, sample in _group_samples(_list_members(file, path, left_out)):
+        for key, sample in _group_samples(_list_members(file, path, rows)):
             image = _choose_image(sample, path, key)
-            unused = len(sample) - 1
             if image is None:
-                left_out[NO_IMAGE] = left_out.get(NO_IMAGE, 0) + 1
+                rows.leave_out(NO_IMAGE)
                 continue
-            content = _read_member(file, image)
-            digests.append(sha256(content).digest())
-            places.append((image.offset, image.size))
-            names.append(image.name)
             label, used = _read_label(file, sample, path)
-            labels.add(label, f"'{make_printable(path, None)}', sample '{make_printable(key)}'")
-            if unused - used > 0:
-                left_out[OTHER_FILES] = left_out.get(OTHER_FILES, 0) + unused - used
+            rows.add(image.offset, _read_member(file, image), label, image.name)
+            rows.leave_out(OTHER_FILES, len(sample) - 1 - used)
             yield image.size
-    table = np.array(places, np.int64).reshape(-1, 2)
-    return FileRows(
-        offsets=table[:, 0],
-        sizes=table[:, 1],
-        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
-        labels=labels.get_numbers(),
-        label_texts=labels.get_texts(),
-        names=tuple(names),
-        left_out=left_out,
-    )
+    return rows.finish()
 
 
 def _refuse_compressed(file: BinaryIO, path: Path) -> None:
@@ -102,7 +81,7 @@ def _refuse_compressed(file: BinaryIO, path: Path) -> None:
     file.seek(0)
 
 
-def _list_members(file: BinaryIO, path: Path, left_out: dict[str, int]) -> Iterator[_Member]:
+def _list_members(file: BinaryIO, path: Path, rows: RowCollector) -> Iterator[_Member]:
     """Yield the plain files of a tar file that have a key and an ending.
 
     Raises:
@@ -117,7 +96,7 @@ def _list_members(file: BinaryIO, path: Path, left_out: dict[str, int]) -> Itera
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
-                    left_out[SPECIAL] = left_out.get(SPECIAL, 0) + 1
+                    rows.leave_out(SPECIAL)
                     continue
                 if info.offset_data + info.size > file_bytes:
                     raise tarfile.ReadError("unexpected end of data")
@@ -126,7 +105,7 @@ def _list_members(file: BinaryIO, path: Path, left_out: dict[str, int]) -> Itera
                     if not (base.startswith("__") and base.endswith("__")):
                         yield _Member(info.name, match[1], match[2].lower(), info.offset_data, info.size)
                 else:
-                    left_out[OTHER_FILES] = left_out.get(OTHER_FILES, 0) + 1
+                    rows.leave_out(OTHER_FILES)
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise CacheError(f"'{make_printable(path, None)}' is no tar file, or is damaged: {error}") from None

@@ -84,6 +84,7 @@ DEFAULTS: dict[str, Defaults] = {
     "cifar10": Defaults(),
     "cifar100": Defaults(),
     "folder": _IMAGES,
+    "hf": _IMAGES,
     "parquet": _IMAGES,
     "webdataset": _IMAGES,
     DATASET: Defaults(learning_rate=0.02),  # with 0.1, small networks without batch norm end at chance

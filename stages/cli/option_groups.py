@@ -69,8 +69,8 @@ class DataOptions:
     heading: ClassVar[str] = "Data"
     data: str = option(
         "",
-        "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, parquet:GLOB, webdataset:GLOB or"
-        " my_module:factory; the cache's, or digits, when not given.",
+        "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, parquet:GLOB, webdataset:GLOB,"
+        " hf:NAME or my_module:factory; the cache's, or digits, when not given.",
     )
     data_root: str = option("datasets", "Folder of the data sets that torchvision reads.")
     index: str = option("", INDEX_HELP)
@@ -96,7 +96,9 @@ class FolderOptions:
         "Images of a folder that cannot be decoded; skip leaves them out, and decodes every image once to find them.",
         choices=("error", "skip"),
     )
-    columns: str = option("", "Columns of parquet:GLOB, where they are not found: image=img,label=fine_label.")
+    columns: str = option(
+        "", "Columns of parquet:GLOB and hf:NAME, where they are not found: image=img,label=fine_label."
+    )
 
 
 @dataclass(frozen=True)
