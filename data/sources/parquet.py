@@ -234,6 +234,8 @@ def _copy_rows(table: Any, columns: TableColumns, path: Path, index: ContentInde
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
+        if error.errno is None:  # of pyarrow: the file is damaged
+            raise
         index.refuse_folder(error)
         raise CacheError(
             f"{place} is compressed, and its images cannot be copied to '{make_printable(copy.parent)}'"

@@ -100,10 +100,8 @@ def _list_members(file: BinaryIO, path: Path, rows: RowCollector) -> Iterator[_M
                     continue
                 if info.offset_data + info.size > file_bytes:
                     raise tarfile.ReadError("unexpected end of data")
-                base = info.name.rpartition("/")[2]
                 if match := re.match(r"((?:.*/|)[^./]+)[.]([^/]*)$", info.name, re.DOTALL):
-                    if not (base.startswith("__") and base.endswith("__")):
-                        yield _Member(info.name, match[1], match[2].lower(), info.offset_data, info.size)
+                    yield _Member(info.name, match[1], match[2].lower(), info.offset_data, info.size)
                 else:
                     rows.leave_out(OTHER_FILES)
             end = tar.offset
