@@ -29,11 +29,11 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels o
 
 
 @contextmanager
-def open_image(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
+def open_image(path: Path | str, file: BinaryIO | None = None) -> Iterator[Image.Image]:
     """Open an image file of at most 8 bits a channel; its pixels are decoded when they are first used.
 
     Args:
-        path: The image, for messages; it is opened where there is no `file`.
+        path: The image, for messages; it is opened where there is no `file`. Text names what is no file.
         file: The open file.
 
     Raises:
@@ -41,7 +41,7 @@ def open_image(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image
             Errors of the decoder inside the `with` block are reported in the same way.
     """
     try:
-        with nullcontext(file) if file else open_regular_file(path) as opened, Image.open(opened) as image:
+        with nullcontext(file) if file else open_regular_file(Path(path)) as opened, Image.open(opened) as image:
             bits = count_bits(image)
             if bits > 8:  # Pillow would clip grey pixels at 255, and cut colours to 8 bits
                 reason = f"has more than 8 bits a channel ({bits} bits, mode {image.mode}): convert it to 8 bits first"

@@ -46,6 +46,13 @@ class FileRecords:
         self._digests: NDArray[np.uint8] = digests.reshape(-1, 32)
         self._stamps: NDArray[np.int64] = np.array([record.stamp for record in records], np.int64).reshape(-1, 4)
 
+    @staticmethod
+    def of_arrays(digests: NDArray[np.uint8], stamps: NDArray[np.int64]) -> "FileRecords":
+        """Make records of digests, uint8 [N, 32], and stamps, int64 [N, 4]."""
+        records = FileRecords()
+        records._digests, records._stamps = digests, stamps
+        return records
+
     def replace(self, other: "FileRecords") -> None:
         """Take over the records of another object."""
         self._digests, self._stamps = other._digests, other._stamps
@@ -123,7 +130,19 @@ def open_regular_file(path: Path) -> Iterator[BinaryIO]:
 
 def get_stamp(file: BinaryIO) -> Stamp:
     """Return the stamp of an open file."""
-    status = os.fstat(file.fileno())
+    return _make_stamp(os.fstat(file.fileno()))
+
+
+def stat_file(path: str | Path) -> Stamp:
+    """Return the stamp of a file, or that of the file to which a link leads.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    return _make_stamp(os.stat(path))
+
+
+def _make_stamp(status: os.stat_result) -> Stamp:
     return status.st_ino & 0x7FFF_FFFF_FFFF_FFFF, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

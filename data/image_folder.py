@@ -1,7 +1,6 @@
 """Images in files: decoded when they are needed, never all in memory."""
 
 import os
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,13 +11,11 @@ from PIL import Image
 
 from softcache.base.errors import CacheError
 from softcache.base.progress import Progress
-from softcache.base.threads import map_in_threads
 
 from .decoded_images import DecodedImages
 from .decoding import GREY_MODES, apply_orientation, open_image
-from .file_records import FileRecord, FileRecords, hash_file
-
-_HASHING_THREADS = 8
+from .file_digests import FileDigests
+from .file_records import FileRecords
 
 
 @dataclass(frozen=True)
@@ -54,23 +51,26 @@ class ImageFolder(DecodedImages):
         """Implement ImageSource.describe: the path of the file."""
         return str(self.root / self.names[i])
 
-    def hash_content(self, labels: NDArray[np.int64], progress: Progress) -> str:
+    def hash_content(self, labels: NDArray[np.int64], progress: Progress, recorded: FileDigests | None = None) -> str:
         """Return the SHA-256, in hexadecimal, of the name, label and bytes of every file, in the order of the images.
 
-        Each file is read once, eight at a time. From then on, every file that is decoded is compared with what was
-        read here.
+        Each file is read once, unless it is recorded and has not changed. From then on, every file that is decoded is
+        compared with what was read.
+
+        Args:
+            labels: int64 [N].
+            progress: Shows how many files are read.
+            recorded: The recorded digests of this folder's files; None where there are none.
 
         Raises:
             UnreadableImageError: A file cannot be read.
             CacheError: A file changes while it is read.
         """
-        digest, records = sha256(), []
-        with closing(map_in_threads(self._hash_file, self.names, _HASHING_THREADS)) as file_records:
-            shown = progress(file_records, len(self), "reading images")
-            for name, label, record in zip(self.names, labels, shown, strict=True):
-                digest.update(os.fsencode(name) + f"\0{label}\0".encode() + record.digest)
-                records.append(record)
-        self._records.replace(FileRecords(records))
+        digests, stamps = (recorded or FileDigests(self.root)).hash_files(self.names, progress)
+        digest, content = sha256(), digests.tobytes()
+        for i, (name, label) in enumerate(zip(self.names, labels.tolist(), strict=True)):
+            digest.update(os.fsencode(name) + f"\0{label}\0".encode() + content[32 * i : 32 * (i + 1)])
+        self._records.replace(FileRecords.of_arrays(digests, stamps))
         return digest.hexdigest()
 
     def decode(self, i: int) -> Image.Image:
@@ -83,6 +83,3 @@ class ImageFolder(DecodedImages):
                     " mode are all grey: convert it to grey, or all images to RGB"
                 )
             return (apply_orientation(image) if self.is_transposed else image).convert(self.mode)
-
-    def _hash_file(self, name: str) -> FileRecord:
-        return hash_file(self.root / name)

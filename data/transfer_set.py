@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from softcache.base.errors import UnreadableImageError, UsageError
 from softcache.base.progress import Progress, no_progress
 
+from .content_index import ContentIndex, open_index
 from .dataset_items import Data
+from .file_digests import FileDigests
 from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
 from .sampling import draw_stratified
@@ -99,6 +101,8 @@ def load_transfer_set(
     exif: str = "stored",
     unreadable: str | Sequence[str] = "error",
     layout: str = "any",
+    columns: str = "",
+    index: ContentIndex | None = None,
     progress: Progress = no_progress,
 ) -> TransferSet:
     """Load a data set and split it: validation rows are drawn from the training data, test rows are as published.
@@ -118,8 +122,10 @@ def load_transfer_set(
         head_size: Rows of the largest class with `imbalance`; 0 is as many as the data allow.
         test_fraction: Share of the training data that becomes the test split, drawn by class; 0 draws none. Only for
             data without a test split.
-        classes, exif, unreadable, layout: How a folder of images is read, see ReadingOptions. Of a dataset, `classes`
+        classes, exif, unreadable, layout: How files of images are read, see ReadingOptions. Of a dataset, `classes`
             are the names of the classes, see sources.dataset.load_dataset.
+        columns: Which columns of a table hold images and labels, see sources.table_columns.parse_columns.
+        index: Where it is recorded what the files hold; None for the folder in the user's cache folder.
         progress: Shows how many images of a folder or a dataset have been read.
 
     Raises:
@@ -131,7 +137,8 @@ def load_transfer_set(
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
     if not 0 <= test_fraction < 1:
         raise UsageError(f"--test-fraction {test_fraction:g} is outside 0 to 1")
-    options = ReadingOptions(root, classes, exif, unreadable, layout)
+    index = open_index() if index is None else index
+    options = ReadingOptions(root, classes, exif, unreadable, layout=layout, columns=columns, index=index)
     source = load_source(data, options, progress)
     loaded, class_names = dict(source.splits), source.classes
     source_rows = {split: np.arange(len(part.labels)) for split, part in loaded.items()}
@@ -146,13 +153,15 @@ def load_transfer_set(
     if len(rows) < len(labels):
         loaded["train"], source_rows["train"] = loaded["train"].take(rows), source_rows["train"][rows]
 
-    splits = _hash_splits(loaded, source_rows, progress)
+    splits = _hash_splits(loaded, source_rows, index, progress)
     images = splits["train"].images
     cut = {"val_fraction": val_fraction, "seed": seed, "train_size": train_size, **long_tail}
     if test_fraction:
         cut["test_fraction"] = test_fraction
     if exif != "stored":
         cut["exif"] = exif
+    if columns:
+        cut["columns"] = columns
     if source.unreadable:
         cut["unreadable"] = list(source.unreadable)
     if source.layout:
@@ -168,26 +177,35 @@ def load_transfer_set(
         splits=splits,
         cut=cut,
         left_out=source.left_out,
-        notes=notes,
+        notes=(*notes, *index.notes),
         source_sizes={split: len(part.labels) for split, part in source.splits.items()},
     )
 
 
 def _hash_splits(
-    loaded: dict[str, LabelledImages], source_rows: dict[str, NDArray[np.int64]], progress: Progress
+    loaded: dict[str, LabelledImages],
+    source_rows: dict[str, NDArray[np.int64]],
+    index: ContentIndex,
+    progress: Progress,
 ) -> dict[str, Split]:
     """Hash the content of each split, in the order in which they are reported."""
     splits: dict[str, Split] = {}
+    recorded: dict[Path, FileDigests] = {}  # by folder
     try:
         for split in ("train", "val", "test"):
             if split in loaded:
                 images, labels = loaded[split]
                 if isinstance(images, ImageFolder):
                     images = replace(images, split=split)
-                content = images.hash_content(labels, progress)
+                    digests = recorded.setdefault(images.root, FileDigests(images.root, index))
+                    content = images.hash_content(labels, progress, digests)
+                else:
+                    content = images.hash_content(labels, progress)
                 splits[split] = Split(images, labels, content, source_rows[split])
     except UnreadableImageError as error:
         raise find_all_unreadable((rows.images for rows in loaded.values()), error, progress) from None
+    for digests in recorded.values():
+        digests.save()
     return splits
 
 

@@ -9,6 +9,7 @@ from softcache.base.progress import Progress
 from softcache.base.threads import map_in_threads
 
 from .decoding import open_image
+from .encoded_images import EncodedImages
 from .image_folder import ImageFolder
 
 _THREADS = 8
@@ -29,6 +30,13 @@ def find_unreadable(paths: Iterable[Path], total: int, progress: Progress) -> di
             if error is not None:
                 unreadable[Path(str(error.path))] = error.reason
     return unreadable
+
+
+def find_unreadable_rows(images: EncodedImages, progress: Progress) -> dict[int, str]:
+    """Decode images inside of files, and return {row of `images`: what is wrong} of those that cannot be decoded."""
+    with closing(map_in_threads(images.find_error, range(len(images)), _THREADS)) as errors:
+        shown = progress(errors, len(images), "decoding images")
+        return {row: error.reason for row, error in enumerate(shown) if error is not None}
 
 
 def make_unreadable_error(unreadable: dict[Path, str], total: int, root: Path) -> CacheError:
@@ -59,7 +67,16 @@ def find_all_unreadable(splits: Iterable[object], error: UnreadableImageError, p
         error: Of the image that could not be decoded. It is returned where all can be decoded now.
         progress: Shows how many are decoded.
     """
-    folders = [images for images in splits if isinstance(images, ImageFolder)]
+    images_of_splits = list(splits)
+    encoded = [images for images in images_of_splits if isinstance(images, EncodedImages)]
+    if encoded:
+        found: dict[Path, str] = {}
+        for images in encoded:
+            rows = find_unreadable_rows(images, progress)
+            found |= {Path(images.describe(row)): reason for row, reason in rows.items()}
+        root = encoded[0].files.files[0].origin.parent
+        return make_unreadable_error(found, sum(map(len, encoded)), root) if found else error
+    folders = [images for images in images_of_splits if isinstance(images, ImageFolder)]
     total = sum(map(len, folders))
     unreadable = find_unreadable((images.root / name for images in folders for name in images.names), total, progress)
     return make_unreadable_error(unreadable, total, folders[0].root) if unreadable else error

@@ -38,6 +38,12 @@ def one_torch_thread_where_tests_are_short(request: pytest.FixtureRequest) -> No
         torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def index_in_a_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What data files hold is recorded in no folder of the user, also not by processes that a test starts."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and public weights beside the checkout; without it the test is skipped."""

@@ -165,8 +165,9 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
             "onnxruntime",
             {"stages/export/onnx_model.py", "stages/export/quantize.py", "pipeline/models/onnx_network.py"},
         ),
-        ("pyarrow", {"stages/teacher_cache/logit_files.py"}),
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it
+        ("pyarrow", {"data/sources/hub_dataset.py", "data/sources/parquet.py", "stages/teacher_cache/logit_files.py"}),
+        ("datasets", {"data/sources/hub_dataset.py"}),
         (
             "torchvision",
             {"data/sources/cifar.py", "data/sources/mnist.py", "pipeline/models/archs/torchvision_models.py"},

@@ -1,18 +1,20 @@
 """What every data source loads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from softcache.data.content_index import ContentIndex, open_index
 from softcache.data.dataset_images import DatasetImages
+from softcache.data.encoded_images import EncodedImages
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
 
-Images = ImageArrays | ImageFolder | DatasetImages
+Images = ImageArrays | ImageFolder | DatasetImages | EncodedImages
 
 
 class LabelledImages(NamedTuple):
@@ -58,13 +60,16 @@ class ReadingOptions:
     Attributes:
         root: Folder of the data sets that torchvision reads.
         classes: The order of the class folders: by their text (""), "natural", "number", or the path of a file with
-            one name a line. A sequence is the order of a cache: it is taken where it has the names of the folders.
+            one name a line, which also names labels that are numbers. A sequence is the order of a cache: it is taken
+            where it has the names of the folders.
         exif: "transpose" to turn images as their EXIF orientation says; "stored" for pixels as they are stored.
         unreadable: What to do with images that cannot be decoded: "error", or "skip" to leave them out. A sequence is
             the record of a cache: the paths that it left out.
         layout: How the splits and labels of a folder are found: "any" by all names of splits, with tables of labels,
             and with images beside the class folders as unlabelled rows; "basic" by the folders train, val and test and
             their class folders alone; "unlabelled" reads no labels.
+        columns: Which columns of a table hold images and labels, see table_columns.parse_columns; "" finds them.
+        index: Where it is recorded what the files hold, so that unchanged ones are not read again.
     """
 
     root: Path = Path("datasets")
@@ -72,6 +77,8 @@ class ReadingOptions:
     exif: str = "stored"
     unreadable: str | Sequence[str] = "error"
     layout: str = "any"
+    columns: str = ""
+    index: ContentIndex = field(default_factory=open_index)
 
 
 DEFAULT_READING = ReadingOptions()

@@ -145,6 +145,7 @@ _LONG_TAIL = {"imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_
 _EXIF = {"exif": re.compile("transpose")}
 _UNREADABLE = {"unreadable": [_ANY]}
 _LAYOUT = {"layout": re.compile("any|unlabelled")}
+_COLUMNS = {"columns": re.compile(r"[^\x00-\x1f]{1,1000}")}
 _TEST_FRACTION = {"test_fraction": float}
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
@@ -152,7 +153,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "name": re.compile("[a-z0-9-]{1,64}"),
         "classes": [str],
         "content": {str: str},
-        "cut": _list_alternatives(_CUT, _EXIF, _UNREADABLE, _LAYOUT, _TEST_FRACTION, _LONG_TAIL),
+        "cut": _list_alternatives(_CUT, _EXIF, _COLUMNS, _UNREADABLE, _LAYOUT, _TEST_FRACTION, _LONG_TAIL),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
     "teacher": _list_alternatives(_TEACHER, _INTERPOLATION, _OUTPUT, _OUTPUTS, _VIEW_SIZE, _CLASS_MAP),

@@ -20,9 +20,18 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
 from softcache.base.progress import Progress
+from softcache.data.content_index import ContentIndex
 from softcache.data.dataset_items import Data
 from softcache.data.long_tail import parse_imbalance
-from softcache.data.sources import DATASET, OPEN_FROM_PYTHON, SOURCES, format_placeholder, has_argument
+from softcache.data.sources import (
+    DATASET,
+    NAME_DATASET,
+    SOURCES,
+    format_placeholder,
+    has_argument,
+    is_user_dataset,
+    make_named_dataset,
+)
 from softcache.data.sources.dataset import find_class_names
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import ViewPolicy, read_views
@@ -146,30 +155,35 @@ class CacheReader:
 
     # The transfer set
 
-    def load_transfer_set(self, data: Data, root: Path, progress: Progress) -> TransferSet:
+    def load_transfer_set(
+        self, data: Data, root: Path, progress: Progress, index: ContentIndex | None = None
+    ) -> TransferSet:
         """Load the data that the cache was made from, with the same training and validation rows.
 
         Args:
             data: As in `--data`, or a dataset or one of each split; empty for the name in the manifest. The path of a
-                folder of images is never taken from a manifest.
+                folder of images, or code of the user, is never taken from a manifest.
             root: Folder of the data sets that have a name.
             progress: Shows how far reading the images is.
+            index: Where it is recorded what the files hold; None for the folder in the user's cache folder.
 
         Raises:
             UsageError: The cache is of a folder of images or of a dataset, and `data` is empty; or a dataset raises an
                 exception, or returns what is no image, see `load_transfer_set`.
             CacheError: These are other data than those of the cache.
         """
-        name = data.partition(":")[0] if isinstance(data, str) else DATASET
+        is_dataset = not isinstance(data, str) or is_user_dataset(data)
+        name = DATASET if is_dataset else str(data).partition(":")[0]
         if name and name != self.data:
             text = data if isinstance(data, str) else "a dataset of your own"
             raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {text}")
+        if self.data == DATASET and not is_dataset:
+            raise UsageError(f"the cache '{self.folder}' is of a dataset of your own: {NAME_DATASET}")
         if has_argument(self.data) and not name:
             raise UsageError(
                 f"the cache '{self.folder}' is of data of yours: name them with --data {format_placeholder(self.data)}"
             )
-        if self.data == DATASET and isinstance(data, str):
-            raise UsageError(f"the cache '{self.folder}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
+        data = make_named_dataset(data, root)
         classes, cut = self.manifest.identity["transfer_set"]["classes"], self.cut
         if isinstance(data, str):
             takes_classes = self.data in SOURCES and "classes" in SOURCES[self.data].options
@@ -183,6 +197,7 @@ class CacheReader:
             root,
             **cut,
             classes=classes,
+            index=index,
             progress=progress,
         )
         self.check_transfer_set(transfer_set)

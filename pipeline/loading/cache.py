@@ -14,6 +14,7 @@ from torch import nn
 from softcache.base.arguments import check_bool, check_integer, check_names, check_path, check_text
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
+from softcache.data.content_index import open_index
 from softcache.data.transfer_set import Labels, Split, TransferSet, count_classes
 from softcache.data.views import render
 from softcache.pipeline.batch import LinearHead, LossContext
@@ -67,6 +68,9 @@ class Cache:
         map: A map of the teacher's distribution that is fitted on "val", as in `--map`: "temperature", "vector",
             "matrix" or "prior"; "" for none.
         data_root: The folder of the data sets that have a name.
+        index: The folder that records what data files hold, so that unchanged ones are not read again; None for
+            `softcache` in the user's cache folder, "none" to record nothing.
+        rehash: Whether all data files are read again, whatever is recorded.
         progress: True to show a progress bar while images are read, or a function of (text, done, total).
 
     Attributes:
@@ -95,6 +99,8 @@ class Cache:
         combine: str = "",
         map: str = "",  # noqa: A002 (the name of the option)
         data_root: str | Path = "datasets",
+        index: str | Path | None = None,
+        rehash: bool = False,
         progress: bool | ProgressCallback = False,
     ):
         paths = [check_path("path", p) for p in (path if isinstance(path, list | tuple) else [path])]
@@ -107,7 +113,8 @@ class Cache:
             raise UsageError(f"combine='{combine}' is for several caches, and '{paths[0]}' is one")
         members = tuple(CacheReader(p) for p in paths)
         check_same_views(members)
-        transfer_set = members[0].load_transfer_set("" if data is None else data, root, show)
+        records = open_index("" if index is None else check_path("index", index), check_bool("rehash", rehash))
+        transfer_set = members[0].load_transfer_set("" if data is None else data, root, show, records)
         for member in members[1:]:
             member.check_transfer_set(transfer_set)
         for member in members:

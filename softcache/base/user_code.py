@@ -23,6 +23,7 @@ _CALLERS = (
     "softcache.pipeline.losses.custom",
     "softcache.pipeline.losses.custom_specs",
     "softcache.data.dataset_items",
+    "softcache.data.sources.user_dataset",
 )
 _LIBRARY_FOLDERS = ("site-packages", "dist-packages")
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,15 @@ from .user_code import describe_error
 def is_importable_name(module: str) -> bool:
     """Return whether the part before the colon can be a module's name."""
     return all(part.isidentifier() for part in module.split("."))
+
+
+def module_exists(module: str) -> bool:
+    """Return whether the package of a dotted name is found, here or installed. Nothing is imported."""
+    make_current_folder_importable()
+    try:
+        return find_spec(module.partition(".")[0]) is not None
+    except ValueError:  # of a module that is loaded without a file, such as __main__
+        return True
 
 
 def file_name_error(kind: str, spec: str) -> UsageError | None:

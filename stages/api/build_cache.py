@@ -10,6 +10,7 @@ from softcache.base.arguments import check_names, check_path
 from softcache.base.errors import UsageError
 from softcache.base.progress import ProgressCallback, no_progress, resolve_progress
 from softcache.base.user_modules import name_type
+from softcache.data.content_index import open_index
 from softcache.data.sources import DATASET
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.pipeline.cache.folder import MANIFEST_FILE
@@ -168,7 +169,10 @@ def _load_data(
     arguments = {name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)}
     if class_names:
         arguments["classes"] = tuple(check_names("class_names", class_names))
-    return load_transfer_set(data, Path(config.data_root), **arguments, progress=resolve_progress(progress))
+    index = open_index(config.index, config.rehash)
+    return load_transfer_set(
+        data, Path(config.data_root), **arguments, index=index, progress=resolve_progress(progress)
+    )
 
 
 def _join_taps(taps: Sequence[str]) -> str:

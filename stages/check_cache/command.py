@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.data.content_index import open_index
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import Findings, check_files, select_damage
 from softcache.pipeline.cache.writer import clean_up
@@ -42,7 +43,10 @@ def run(name: str, config: CheckConfig) -> None:
     cache = CacheReader(Path(name))
     transfer_set = None
     if config.deep or config.repair:
-        transfer_set = load_cache_data(cache, config.data, Path(config.data_root))
+        index = open_index(config.index, config.rehash)
+        transfer_set = load_cache_data(cache, config.data, Path(config.data_root), index)
+        for line in index.notes:
+            console.note(line)
     if config.repair and transfer_set is not None:
         repair(cache, select_damage(check_files(cache, None, progress)), transfer_set, config, console)
         clean_up(cache.folder)

@@ -15,11 +15,13 @@ from .option_groups import (
     CACHE_HELP,
     CUSTOM_ARCH_HELP,
     FILE_TEACHER_HELP,
+    INDEX_HELP,
     INIT_HELP,
     NORMALIZE_HELP,
     OUTPUT_HELP,
     OUTPUTS,
     PRECISIONS,
+    REHASH_HELP,
     VIEWS_HELP,
     WEIGHTS_KEY_HELP,
     CacheSourceOptions,
@@ -289,6 +291,8 @@ class ReportConfig(OutputOptions):
     out: str = option("", "Folder of report.html and report.md; a new one under runs/ when not given.")
     data: str = option("", "Where the runs' data are now, for the images: folder:PATH.")
     data_root: str = option("", "Folder of the data sets that torchvision reads, where not as the runs recorded.")
+    index: str = option("", INDEX_HELP)
+    rehash: bool = option(False, REHASH_HELP)
     show: int = option(12, "Images of each run on which teacher and student differ most.", least=0, most=200)
     png: bool = option(False, "Write each plot as a PNG beside the page as well.")
     latency: bool = option(True, "Measure here the time that each network takes for an image.", switch=True)

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from softcache.base.errors import make_printable
-from softcache.data.sources import DATASET, format_placeholder, has_argument
+from softcache.data.sources import DATASET, format_placeholder, has_argument, is_user_dataset
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import is_custom_arch, is_external_arch
 from softcache.pipeline.models.custom_networks import is_live_arch
@@ -79,7 +79,8 @@ def format_remake_command(cache: CacheReader, **changes: Any) -> str:
     defaults = {"out": find_free_name(str(cache.folder)), "weights": _locate_weights(config.weights, cache.folder)}
     if file_teacher := parse_file_teacher(config.teacher):
         defaults["teacher"] = f"{file_teacher[0]}:{_locate_weights(file_teacher[1], cache.folder)}"
-    if cache.data == DATASET or is_live_arch(cache.teacher):
+    is_unnamed = cache.data == DATASET and not is_user_dataset(changes.get("data", ""))
+    if is_unnamed or is_live_arch(cache.teacher):
         return _format_call(cache, defaults | changes)
     return format_command("teacher-cache", config, **defaults | changes)
 

@@ -44,6 +44,13 @@ class Defaults:
     val_fraction: float = 0.1
 
 
+_IMAGES = Defaults(  # a user's own images, of any size
+    views="resized-crop-flip",
+    teacher_views="resized-crop-flip",
+    teacher="torchvision:resnet50",
+    student="torchvision:mobilenet_v3_small",
+)
+
 # The reasons for these numbers: docs/guides/recipes.md, "The defaults for digits".
 DEFAULTS: dict[str, Defaults] = {
     "digits": Defaults(
@@ -76,12 +83,10 @@ DEFAULTS: dict[str, Defaults] = {
     "fashion-mnist": Defaults(teacher="resnet20", teacher_epochs=30, student="cnn", student_epochs=30),
     "cifar10": Defaults(),
     "cifar100": Defaults(),
-    "folder": Defaults(
-        views="resized-crop-flip",
-        teacher_views="resized-crop-flip",
-        teacher="torchvision:resnet50",
-        student="torchvision:mobilenet_v3_small",
-    ),
+    "folder": _IMAGES,
+    "hf": _IMAGES,
+    "parquet": _IMAGES,
+    "webdataset": _IMAGES,
     DATASET: Defaults(learning_rate=0.02),  # with 0.1, small networks without batch norm end at chance
 }
 

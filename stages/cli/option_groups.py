@@ -64,6 +64,11 @@ INIT_HELP = (
     "Weights that the training starts from: DEFAULT for those published with a torchvision:, timm: or hf: network, a"
     " file of them, or the folder of a run; the last layer is fresh where the classes differ."
 )
+INDEX_HELP = (
+    "Folder that records what data files hold, so that unchanged ones are not read again; none: no records;"
+    " softcache in the user's cache folder when not given."
+)
+REHASH_HELP = "Read all data files again, whatever the index records, and record them anew."
 OUTPUTS = ("logits", "probabilities")
 
 
@@ -74,9 +79,12 @@ class DataOptions:
     heading: ClassVar[str] = "Data"
     data: str = option(
         "",
-        "digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH; the cache's, or digits, when not given.",
+        "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, parquet:GLOB, webdataset:GLOB,"
+        " hf:NAME or my_module:factory; the cache's, or digits, when not given.",
     )
     data_root: str = option("datasets", "Folder of the data sets that torchvision reads.")
+    index: str = option("", INDEX_HELP)
+    rehash: bool = option(False, REHASH_HELP)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,9 @@ class FolderOptions:
         "How splits and labels of a folder are found. basic: folders train, val and test with class folders, all else"
         " is left out; unlabelled: no labels are read.",
         choices=("any", "basic", "unlabelled"),
+    )
+    columns: str = option(
+        "", "Columns of parquet:GLOB and hf:NAME, where they are not found: image=img,label=fine_label."
     )
 
 

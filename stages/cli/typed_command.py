@@ -51,7 +51,9 @@ def format_typed_command(out: str = "") -> str:
     return " ".join([program_name(), command, *(quote(make_printable(option, None)) for option in options)])
 
 
-def format_continue_command(command: str, out: str | Path, arch: str, losses: Sequence[str] = ()) -> str:
+def format_continue_command(
+    command: str, out: str | Path, arch: str, losses: Sequence[str] = (), data: str = ""
+) -> str:
     """Format the command that continues a stopped training.
 
     Args:
@@ -60,13 +62,16 @@ def format_continue_command(command: str, out: str | Path, arch: str, losses: Se
         out: the folder of the run.
         arch: its arch.
         losses: its losses, a text for each term.
+        data: its data.
     """
     if _TYPED.get()[:1] in ((), (command,)):
-        return format_resume_command(command, out, arch, losses)
+        return format_resume_command(command, out, arch, losses, data)
     return format_typed_command()
 
 
-def format_resume_command(command: str, out: str | Path, arch: str = "", losses: Sequence[str] = ()) -> str:
+def format_resume_command(
+    command: str, out: str | Path, arch: str = "", losses: Sequence[str] = (), data: str = ""
+) -> str:
     """Format `student --resume`, or `teacher --resume`.
 
     Args:
@@ -74,13 +79,17 @@ def format_resume_command(command: str, out: str | Path, arch: str = "", losses:
         out: the folder of the run.
         arch: its arch, which is named where it is code of the user.
         losses: its losses, a text for each term, all of which are named where one of them is code of the user.
+        data: its data, which are named where code of the user makes them.
     """
     options = ["--resume", "--out", str(out)]
-    if arch or losses:
+    if arch or losses or data:
         # Not at the top: these load PyTorch, which --help needs not.
+        from softcache.data.sources import is_user_dataset
         from softcache.pipeline.losses import is_custom_loss
         from softcache.pipeline.models import is_external_arch
 
+        if is_user_dataset(data):
+            options += ["--data", data]
         if is_external_arch(arch):
             options += ["--arch", arch]
         if any(map(is_custom_loss, losses)):

@@ -78,7 +78,11 @@ def _read_predictions(candidate: Candidate) -> Predictions | str:
         predictions = read_predictions(candidate)
     except UsageError as error:
         command = format_resume_command(
-            "student", candidate.folder, str(candidate.config["arch"]), candidate.config.get("loss", ())
+            "student",
+            candidate.folder,
+            str(candidate.config["arch"]),
+            candidate.config.get("loss", ()),
+            str(candidate.config.get("data", "")),
         )
         return f"{error}; a finished run of an older version writes it with  {command}"
     if not len(predictions.labels):

@@ -23,7 +23,7 @@ from softcache.stages.cli.configs import ExportConfig
 from softcache.stages.cli.console import Console, format_duration, progress_bar
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.extras import require_extra
-from softcache.stages.runs.named_code import require_named_code
+from softcache.stages.runs.named_code import require_named_code, require_named_data
 from softcache.stages.student.evaluate import check_same_teachers
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
@@ -65,7 +65,9 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
     """
     require_extra("export needs", "export", "onnx", "onnxscript", "onnxruntime")
     console, start = Console(config.json), time.monotonic()
-    overrides = {name: getattr(config, name) for name in explicit_options & {"data", "data_root", "cache"}}
+    overrides = {
+        name: getattr(config, name) for name in explicit_options & {"data", "data_root", "cache", "index", "rehash"}
+    }
     # On the CPU in float32, however the run was trained: the files are compared with that.
     exported = select_student(Path(name), device="cpu", precision="float32", **overrides)
     require_named_code(
@@ -74,6 +76,12 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
         owner=f"the run '{exported.config.out}'",
         option="--arch",
         command=format_command("export", config, name, arch=exported.config.arch),
+    )
+    require_named_data(
+        exported.config.data,
+        config.data,
+        owner=f"the run '{exported.config.out}'",
+        command=format_command("export", config, name, data=exported.config.data),
     )
     check_same_teachers(Path(exported.config.out), open_caches(exported.config.cache))
     setup = DistillationSetup.open(exported.config)

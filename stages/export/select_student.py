@@ -59,7 +59,7 @@ def select_student(folder: Path, **overrides: Any) -> ExportedRun:
     run_config = read_config(root, StudentConfig)
     result = root / "result.json"
     if not result.is_file():
-        command = format_resume_command("student", root, run_config.arch, run_config.loss)
+        command = format_resume_command("student", root, run_config.arch, run_config.loss, run_config.data)
         raise CacheError(f"'{root}' is not finished: continue it with  {command}")
     if run_config.seeds == 1:
         seed, reason = run_config.seed, "the only one"

@@ -12,6 +12,7 @@ from scipy.special import rel_entr, softmax
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
+from softcache.data.sources import is_user_dataset
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
@@ -115,8 +116,14 @@ def _open_transfer_set(
     run: LoadedRun, config: ReportConfig, transfer_sets: TransferSets
 ) -> tuple[TransferSet, ViewPolicy] | str:
     """Open a run's transfer set and the policy of its views, or return why they are not available."""
+    if is_user_dataset(run.config.data) and not config.data:
+        return "a report does not import code that a run names: name the data with --data"
     run_config = replace(
-        run.config, data=config.data or run.config.data, data_root=config.data_root or run.config.data_root
+        run.config,
+        data=config.data or run.config.data,
+        data_root=config.data_root or run.config.data_root,
+        index=config.index or run.config.index,
+        rehash=config.rehash,
     )
     key = (run_config.cache, run_config.data, run_config.data_root)
     if key not in transfer_sets:

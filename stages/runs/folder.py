@@ -20,11 +20,11 @@ from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.distributed.ranks import barrier, broadcast_from_first, is_first
 
 from .logits import TEACHER_LOGITS
-from .named_code import require_named_code, require_named_losses
+from .named_code import require_named_code, require_named_data, require_named_losses
 
 PASSED_FILE = "passed.json"  # digests of what a caller in Python passed as objects
 # Options that do not change what a run computes: where its folder is, what it prints, and extra files.
-IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every")
+IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every", "index", "rehash")
 # Options that may differ when a run is resumed, because they depend on the machine.
 RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data", "init"}
 S = TypeVar("S", TeacherConfig, StudentConfig)
@@ -180,7 +180,9 @@ def _resume_config(config: S, explicit_options: set[str]) -> S:
             f"'{folder}' was started with another {', '.join(different)}: leave out what is not to change"
         )
     owner, losses = f"the run '{folder}'", _read_losses(asdict(settings))
-    command = format_resume_command(_command_name(config), folder, settings.arch, losses)
+    command = format_resume_command(_command_name(config), folder, settings.arch, losses, settings.data)
+    explicit_data = config.data if "data" in explicit_options else ""
+    require_named_data(settings.data, explicit_data, owner=owner, command=command)
     explicit_arch = config.arch if "arch" in explicit_options else ""
     require_named_code(settings.arch, explicit_arch, owner=owner, option="--arch", command=command)
     require_named_losses(losses, is_explicit="loss" in explicit_options, owner=owner, command=command)
@@ -216,7 +218,8 @@ def _describe_existing_run(folder: Path, config: S) -> str:
         return f" and is no run of a {command}: choose another --out"
     differences = _list_differences(settings, config)
     description = f"other settings ({'; '.join(differences[:4])})" if differences else "the same settings"
-    resume = format_resume_command(command, folder, str(settings.get("arch", "")), _read_losses(settings))
+    arch, data = (str(settings.get(name, "")) for name in ("arch", "data"))
+    resume = format_resume_command(command, folder, arch, _read_losses(settings), data)
     return f", started with {description}: choose another --out, or continue it with  {resume}"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from softcache.base.errors import UsageError, make_printable
+from softcache.data.sources import is_user_dataset
 from softcache.pipeline.losses import is_custom_loss
 from softcache.pipeline.models import is_custom_arch, is_external_arch
 
@@ -31,6 +32,22 @@ def require_named_code(recorded: str, explicit: str, owner: str, option: str, co
             f"{owner} names a model on this machine, '{make_printable(recorded)}', and a file alone does not have it"
             f" opened: name it with  {command}"
         )
+
+
+def require_named_data(recorded: str, explicit: str, owner: str, command: str) -> None:
+    """Check that a command line names the code of a dataset that a file names, before that code is imported.
+
+    Args:
+        recorded: The data in the file, which may come from anyone.
+        explicit: The data on the command line, which replace those of the file; "" where there are none.
+        owner: Whose data they are, for the message, such as "the run 'runs/s'".
+        command: The command line with --data, to be copied.
+
+    Raises:
+        UsageError: The data are made by code of a user, and the command line names none.
+    """
+    if is_user_dataset(recorded) and not explicit:
+        raise _unnamed_error(recorded, owner, command)
 
 
 def require_named_losses(recorded: Sequence[str], is_explicit: bool, owner: str, command: str) -> None:

@@ -64,7 +64,7 @@ def _prepare(
     config, folder = open_run(config, explicit, f"{short_name(config.data)}-{config.arch.replace(':', '-')}")
     if "out" not in explicit:
         for unfinished in find_unfinished_runs(config, folder):
-            command = format_resume_command("student", unfinished, config.arch, config.loss)
+            command = format_resume_command("student", unfinished, config.arch, config.loss, config.data)
             console.print(f"'{unfinished}' was stopped; continue it with  {command}")
     setup = DistillationSetup.open(config)
     network = setup.build_student(config, setup.losses)
@@ -127,7 +127,7 @@ def _report(
     console.print(f"cost:  {format_cost(result['bill'])}")
     console.print(f"run:   {folder}")
     console.print(f"cache: {', '.join(config.cache)}: trains any number of other students, without the teacher")
-    common = {name: getattr(config, name) for name in ("cache", "data_root", "combine", "map", "missing")}
+    common = {name: getattr(config, name) for name in ("cache", "data_root", "index", "combine", "map", "missing")}
     next_config = StudentConfig(
         **common,
         data=config.data if has_argument(setup.cache.data) else "",

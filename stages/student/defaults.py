@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.sources import DATASET, OPEN_FROM_PYTHON, has_argument, parse_data, short_name
+from softcache.data.sources import DATASET, NAME_DATASET, has_argument, parse_data, short_name
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.defaults import DEFAULTS
@@ -40,8 +40,8 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
 
     Raises:
         CacheError: when a cache does not exist, with the command that makes it; when its data set is not known.
-        UsageError: when `data` is not known, the cache is of a dataset in Python, or an optional package that the
-            options need is not installed.
+        UsageError: when `data` is not known, or empty for a cache of a dataset of the user's own, or an optional
+            package that the options need is not installed.
     """
     check_installed(config)
     if config.data:
@@ -53,8 +53,8 @@ def fill_defaults(config: StudentConfig) -> StudentConfig:
             command = f"{program_name()} teacher-cache{data} --out {quote(folder)}"
             raise CacheError(f"there is no cache at '{folder}': make one with  {command}")
     cache = CacheReader(Path(folders[0]))
-    if cache.data == DATASET:
-        raise UsageError(f"the cache '{folders[0]}' is of a dataset of your own: {OPEN_FROM_PYTHON}")
+    if cache.data == DATASET and not config.data:
+        raise UsageError(f"the cache '{folders[0]}' is of a dataset of your own: {NAME_DATASET}")
     return fill_cache_defaults(replace(config, cache=folders), cache)
 
 

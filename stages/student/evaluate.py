@@ -15,7 +15,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
-from softcache.stages.runs.named_code import require_named_code
+from softcache.stages.runs.named_code import require_named_code, require_named_data
 
 from .setup import DistillationSetup
 from .student_input import use_recorded_input
@@ -43,6 +43,12 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
         command=format_command("evaluate", config, folder, arch=student_config.arch),
     )
     student_config = use_recorded_input(student_config, folder)
+    require_named_data(
+        student_config.data,
+        config.data,
+        owner=f"the run '{folder}'",
+        command=format_command("evaluate", config, folder, data=student_config.data),
+    )
     # The figures of a student do not depend on its losses: code of the user among them is not imported.
     student_config = replace(student_config, loss=remove_custom_losses(student_config.loss))
     check_same_teachers(folder, open_caches(student_config.cache))
@@ -84,7 +90,7 @@ def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSe
     path = folder / "student.pt"
     if not path.is_file():
         losses = read_config(Path(config.out), StudentConfig).loss
-        command = format_resume_command("student", config.out, config.arch, losses)
+        command = format_resume_command("student", config.out, config.arch, losses, config.data)
         raise CacheError(
             f"'{folder}' has no student.pt, because its training is not finished: continue with  {command}"
         )

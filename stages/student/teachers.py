@@ -9,6 +9,7 @@ import torch
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import publish_json
+from softcache.data.content_index import open_index
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import CacheReader
@@ -47,17 +48,19 @@ def load_shared_data(caches: tuple[CacheReader, ...], config: StudentConfig) -> 
 
     Args:
         caches: of the same rows and views.
-        config: `data` and `data_root`, where the images are on this machine. Files of a folder that are no rows are
-            counted in a line on standard error.
+        config: `data` and `data_root`, where the images are on this machine, `index` and `rehash`. Files of a folder
+            that are no rows are counted in a line on standard error.
 
     Raises:
         CacheError: when the images are not those of a cache.
     """
-    transfer_set = first_rank_first(lambda: load_cache_data(caches[0], config.data, Path(config.data_root)))
+    index = open_index(config.index, config.rehash)
+    transfer_set = first_rank_first(lambda: load_cache_data(caches[0], config.data, Path(config.data_root), index))
     for cache in caches[1:]:
         cache.check_transfer_set(transfer_set)
-    if transfer_set.left_out:
-        Console(config.json).note(transfer_set.left_out)
+    for line in (transfer_set.left_out, *index.notes):
+        if line:
+            Console(config.json).note(line)
     return transfer_set
 
 

@@ -91,6 +91,7 @@ def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
     cache_config = CacheConfig(
         data=config.data,
         data_root=config.data_root,
+        index=config.index,
         teacher=config.arch if is_external_arch(config.arch) else "",  # code of a run is used where it is named again
         weights=str(folder),
         out=find_free_name(default_out) if Path(default_out).exists() else "",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from softcache.base.errors import UnreadableImageError, UsageError
+from softcache.data.content_index import open_index
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.unreadable import find_all_unreadable
 from softcache.data.views import ViewPolicy, render
@@ -28,8 +29,8 @@ from softcache.stages.cli.console import Console, progress
 
 # Options that decide which rows of a data set are in which split: those of SplitOptions, and the seed.
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "seed", "train_size", "imbalance", "head_size")
-# Options that decide how a folder is read: those of FolderOptions.
-FOLDER_OPTIONS = ("classes", "exif", "unreadable", "layout")
+# Options that decide how files of images are read: those of FolderOptions.
+FOLDER_OPTIONS = ("classes", "exif", "unreadable", "layout", "columns")
 FOLDER_SIZE = 224  # pixels; size of the views of a folder whose images differ in size
 _SAMPLE_ROWS = 4096  # training rows whose mean and standard deviation are measured
 
@@ -42,7 +43,8 @@ def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
         CacheError: An image is damaged.
     """
     options = {name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)}
-    return load_transfer_set(config.data, Path(config.data_root), **options, progress=progress)
+    index = open_index(config.index, config.rehash)
+    return load_transfer_set(config.data, Path(config.data_root), **options, index=index, progress=progress)
 
 
 def print_notes(transfer_set: TransferSet, console: Console) -> None:

@@ -201,7 +201,9 @@ def _format_fields(
         "license": escape(manifest.settings.get("license") or "not stated: ask whoever gave it to you"),
         "path": make_printable(name, None),
         "name": shlex.quote(name if escape is str else make_printable(name, None)),
-        "where": f" --data {format_placeholder(data['name'])}" if has_argument(data["name"]) else "",
+        "where": f" --data {format_placeholder(data['name'])}"
+        if has_argument(data["name"]) and data["name"] != DATASET
+        else "",
     }
 
 

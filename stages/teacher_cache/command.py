@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from softcache.data.sources import has_argument
+from softcache.data.sources import get_source_name, has_argument
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import CacheConfig, StudentConfig
 from softcache.stages.cli.console import Console, format_duration
@@ -86,8 +86,12 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     console.print(
         f"codec:   {config.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
     )
-    data = config.data if has_argument(config.data.partition(":")[0]) else ""
+    data = config.data if has_argument(get_source_name(config.data)) else ""
     student = StudentConfig(
-        data=data, data_root=config.data_root, cache=(config.out,), baseline=has_labels(manifest, "train")
+        data=data,
+        data_root=config.data_root,
+        index=config.index,
+        cache=(config.out,),
+        baseline=has_labels(manifest, "train"),
     )
     console.print(f"next:    {format_command('student', student)}")

@@ -12,7 +12,7 @@ from torch import nn
 from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
-from softcache.data.sources import format_placeholder, short_name
+from softcache.data.sources import DATASET, format_placeholder, get_source_name, short_name
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
@@ -290,7 +290,7 @@ def _choose_precision_and_taps(
 
 def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     """Return the options that another machine can repeat: of a path, its last part."""
-    local = ("data_root", "device", "workers", "json", "out", "draws", "taps")
+    local = ("data_root", "device", "workers", "json", "out", "draws", "taps", "index", "rehash")
     settings = {name: value for name, value in asdict(config).items() if name not in local}
     for name in _LATER_OPTIONS:
         if settings[name] == getattr(CacheConfig, name):
@@ -302,5 +302,6 @@ def _select_portable_settings(config: CacheConfig) -> dict[str, Any]:
     settings["weights"] = Path(config.weights).name
     if file_teacher := parse_file_teacher(config.teacher):
         settings["teacher"] = f"{file_teacher[0]}:{Path(file_teacher[1]).name}"
-    settings["data"] = format_placeholder(config.data.partition(":")[0])
+    name = DATASET if config.data == DATASET else get_source_name(config.data)
+    settings["data"] = DATASET if name == DATASET else format_placeholder(name)
     return settings

@@ -269,6 +269,7 @@ def _make_teacher_config(config: CacheConfig) -> tuple[TeacherConfig, bool]:
         TeacherConfig(
             data=config.data,
             data_root=config.data_root,
+            index=config.index,
             arch=config.teacher,
             normalize=config.normalize or "data",
             output=config.output,

@@ -76,7 +76,7 @@ def train(run: TrainingRun, held_out: HeldOutSplit, console: Console) -> Finishe
     except KeyboardInterrupt:
         command = "teacher" if run.name == "teacher" else "student"
         losses = getattr(run.config, "loss", ())
-        continuation = format_continue_command(command, run.config.out, run.config.arch, losses)
+        continuation = format_continue_command(command, run.config.out, run.config.arch, losses, run.config.data)
         raise Interrupted(f"stopped; continue with  {continuation}") from None
     if isinstance(finished, TrainingStopped):
         raise finished

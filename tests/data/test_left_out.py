@@ -233,7 +233,7 @@ def test_an_order_that_does_not_fit_is_refused(
 @pytest.mark.parametrize("option", ["classes=natural", "exif=transpose", "unreadable=skip"])
 def test_options_of_folders_are_refused_with_other_data(option: str) -> None:
     name, value = option.split("=")
-    with pytest.raises(UsageError, match=f"--{name} is for --data folder:PATH, not for digits"):
+    with pytest.raises(UsageError, match=f"--{name} is for --data folder:PATH, .*not for digits"):
         load_transfer_set("digits", Path(), val_fraction=0.1, **{name: value})  # type: ignore[arg-type]
 
 
