@@ -12,6 +12,7 @@ from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.progress import Progress, no_progress
 from softcache.data.dataset_items import Data
 
+from .arrays import load_arrays
 from .cifar import load_cifar10, load_cifar100
 from .dataset import load_dataset
 from .digits import load_digits
@@ -41,6 +42,7 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(lambda _, options, __: load_cifar10(options.root)),
     "cifar100": Source(lambda _, options, __: load_cifar100(options.root)),
     "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable")),
+    "arrays": Source(load_arrays, "FILE.npz"),
 }
 
 DATASET = "dataset"  # the name of a user's own dataset, which has no row in SOURCES: it has no name to load it by
@@ -115,6 +117,12 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
 
 
 def short_name(data: str) -> str:
-    """Return a name for folders: `digits` for `digits`, and the last part of the path for `folder:PATH`."""
+    """Return a name for folders: `digits` for `digits`, and the last part of the path for `folder:PATH`.
+
+    A file of arrays gives its name without the ending.
+    """
     name, _, argument = data.partition(":")
-    return Path(argument).name or name if argument else name
+    path = Path(argument)
+    if path.suffix in (".npz", ".npy"):
+        return path.stem
+    return path.name or name if argument else name

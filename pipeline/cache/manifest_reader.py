@@ -133,6 +133,7 @@ _TEACHER = {
     "mean": [float],
     "std": [float],
 }
+_SHAPE = {"shape": [int]}  # of rows of numbers
 _OUTPUT = {"output": re.compile(r"[^\x00-\x1f]{1,200}")}
 _OUTPUTS = {"outputs": re.compile("probabilities")}
 _ANY = re.compile(r"[\s\S]{0,65536}")  # checked elsewhere, but not of any length
@@ -151,7 +152,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "cut": _list_alternatives(_CUT, _EXIF, _UNREADABLE, _TEST_FRACTION, _LONG_TAIL),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": _list_alternatives(_TEACHER, _OUTPUT, _OUTPUTS),
+    "teacher": _list_alternatives(_TEACHER, _SHAPE, _OUTPUT, _OUTPUTS),
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }

@@ -16,6 +16,7 @@ from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage
 from softcache.pipeline.loading.cache import Cache
+from softcache.pipeline.models.callable_networks import is_estimator
 from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.check_cache.repair import repair_files
@@ -33,7 +34,7 @@ Normalize = str | tuple[Sequence[float], Sequence[float]]
 
 def build_cache(
     path: str | Path,
-    teacher: nn.Module | str,
+    teacher: nn.Module | str | Any,
     data: Any,
     *,
     views: str = "",
@@ -60,6 +61,8 @@ def build_cache(
         path: The folder of the cache.
         teacher: A network: images float32 [B, C, H, W] -> logits [B, K]. A copy of it is run in eval mode. Or the name
             of an arch, with `weights`. Its identity is its class, its state dict, and what it outputs for a few views.
+            Or a fitted estimator of scikit-learn, whose predict_proba gets rows float32 [B, D]; or a function of a
+            batch of views, a NumPy array, that returns logits [B, K].
         data: As in `Cache`: a name, `folder:PATH`, or a map-style data set of (image, label) or of images, or a
             mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
             are made here. Without a "val", a tenth of the training images becomes the validation split
@@ -91,8 +94,12 @@ def build_cache(
         UsageError: An argument does not exist or does not fit the data or the teacher.
         KeyboardInterrupt: On Ctrl-C. What was finished is kept.
     """
-    if not isinstance(teacher, nn.Module | str):
-        raise UsageError(f"a teacher is a torch.nn.Module or the name of an arch, not {name_type(teacher)}")
+    is_teacher = isinstance(teacher, nn.Module | str) or is_estimator(teacher) or callable(teacher)
+    if isinstance(teacher, type) or not is_teacher:
+        raise UsageError(
+            "a teacher is a torch.nn.Module, the name of an arch, a function or an estimator with predict_proba, not"
+            f" {name_type(teacher)}"
+        )
     if weights and not isinstance(teacher, str):
         raise UsageError("weights are for the name of an arch: load them into the network that you pass as teacher")
     if isinstance(teacher, str) and not weights and not isinstance(data, str):
@@ -104,7 +111,7 @@ def build_cache(
         CacheConfig,
         options,
         data=data if isinstance(data, str) else DATASET,
-        teacher=name_live_arch(teacher) if isinstance(teacher, nn.Module) else teacher,
+        teacher=teacher if isinstance(teacher, str) else name_live_arch(teacher),
         weights=str(weights),
         views=views,
         draws=draws or None,
@@ -120,7 +127,7 @@ def build_cache(
     with library_call(progress):
         config = fill_defaults(config)
         transfer_set = _load_data(data, config, class_names, progress)
-        live = LiveObjects(teacher if isinstance(teacher, nn.Module) else None, transfer_set)
+        live = LiveObjects(None if isinstance(teacher, str) else teacher, transfer_set)
         console = Console.for_library()
         prepared = prepare_cache(config, console, live)
         if (Path(config.out) / MANIFEST_FILE).is_file():

@@ -82,6 +82,16 @@ DEFAULTS: dict[str, Defaults] = {
         teacher="torchvision:resnet50",
         student="torchvision:mobilenet_v3_small",
     ),
+    "arrays": Defaults(
+        views="none",
+        draws=1,
+        teacher="mlp:512,512",
+        teacher_views="none",
+        teacher_epochs=60,
+        teacher_learning_rate=0.05,
+        student="mlp:64",
+        learning_rate=0.05,
+    ),
     DATASET: Defaults(learning_rate=0.02),  # with 0.1, small networks without batch norm end at chance
 }
 

@@ -121,7 +121,7 @@ def build_for_cache(arch: str, cache: CacheReader, output: str = "", network: nn
         cache: the cache.
     """
     spec = replace(cache.input_spec, size=cache.views.size)
-    return build(arch, cache.classes, spec.channels, spec.size, output, network)
+    return build(arch, cache.classes, spec.channels, spec.size, output, network, shape=spec.shape)
 
 
 def check_student_layers(network: nn.Module, losses: Sequence[Loss]) -> None:

@@ -40,6 +40,7 @@ from .data import (
     fill_size,
     load_data,
     make_input_spec,
+    may_be_rows,
     name_all_unreadable,
     print_notes,
 )
@@ -146,7 +147,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         UsageError: The images have no labels, or an option does not fit the data.
         CacheError: Another process holds the folder, or a file is damaged.
     """
-    parse_normalize(config.normalize)
+    parse_normalize(config.normalize, may_be_rows(config.data))
     device = select_device(config.device)
     transfer_set = load_data(config)
     print_notes(transfer_set, console)
@@ -157,7 +158,14 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     with name_all_unreadable(transfer_set):
         input_spec = make_input_spec(config.normalize, transfer_set, views)
     torch.manual_seed(config.seed)
-    network = build(config.arch, len(transfer_set.classes), input_spec.channels, views.size, config.output)
+    network = build(
+        config.arch,
+        len(transfer_set.classes),
+        input_spec.channels,
+        views.size,
+        config.output,
+        shape=input_spec.shape,
+    )
     train_rows = transfer_set.splits["train"]
     stream = BatchStream(
         split=train_rows,
@@ -200,7 +208,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             config=config,
             device=device,
             folder=folder,
-            multiply_adds=count_multiply_adds(network, input_spec.channels, views.size),
+            multiply_adds=count_multiply_adds(network, input_spec.channels, views.size, input_spec.shape),
             interrupt_advice=advice,
             context=LossContext(counts=torch.from_numpy(counts)),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
+from softcache.base.errors import CacheError, CacheMismatchError, UsageError, unknown_name_error
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import format_placeholder, short_name
@@ -23,6 +23,7 @@ from softcache.pipeline.cache.manifest_reader import SETTINGS_SCHEMA
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
+from softcache.pipeline.models.callable_networks import CallableNetwork
 from softcache.pipeline.models.network_checks import check_teacher
 from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
@@ -36,9 +37,16 @@ from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.output_folder import check_output_folder
-from softcache.stages.teacher.data import FOLDER_OPTIONS, fill_size, load_data, name_all_unreadable, print_notes
+from softcache.stages.teacher.data import (
+    FOLDER_OPTIONS,
+    fill_size,
+    load_data,
+    may_be_rows,
+    name_all_unreadable,
+    print_notes,
+)
 
-from .inference import LOGITS
+from .inference import LOGITS, PROBABILITIES
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator
 from .teacher_source import check_teacher_source, load_teacher, prepare_live_teacher
@@ -70,11 +78,11 @@ class LiveObjects:
     """What a caller in Python passes instead of naming it.
 
     Attributes:
-        teacher: The network, of the arch `module(…)`; None where the options name it.
+        teacher: The network, function or estimator, of the arch `module(…)`; None where the options name it.
         transfer_set: The data; None where the options name them.
     """
 
-    teacher: nn.Module | None = None
+    teacher: Any = None
     transfer_set: TransferSet | None = None
 
 
@@ -99,7 +107,7 @@ def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOT
     if config.codec not in CODECS:
         raise unknown_name_error("codec", config.codec, CODECS)
     if config.normalize:
-        parse_normalize(config.normalize)
+        parse_normalize(config.normalize, may_be_rows(config.data))
     requested_taps = tuple(dict.fromkeys(normalize_tap(tap) for tap in config.taps.split(",") if tap))
     views = parse_views(config.views)
     _check_before_images(config, requested_taps, live)
@@ -116,7 +124,7 @@ def _prepare_plan(
     views: ViewPolicy,
     requested_taps: tuple[str, ...],
     console: Console,
-    network: nn.Module | None,
+    network: Any,
 ) -> PreparedCache:
     """Load the teacher, choose its precision, and work out identity and sizes of the cache."""
     if network is not None:
@@ -124,6 +132,8 @@ def _prepare_plan(
     else:
         teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_device(config.device)).eval()
+    if isinstance(teacher.network, CallableNetwork):
+        config = _set_callable_options(config, teacher.network, console)
     for note in check_teacher(teacher, arch, len(transfer_set.classes)):
         console.print(note)
 
@@ -153,6 +163,27 @@ def _prepare_plan(
     return PreparedCache(config, plan, generator, choice)
 
 
+def _set_callable_options(config: CacheConfig, network: CallableNetwork, console: Console) -> CacheConfig:
+    """Return the options for a teacher that is no network: an estimator outputs probabilities.
+
+    Raises:
+        UsageError: An option is for networks alone.
+    """
+    for option, is_set in (
+        (f"--precision {config.precision}", config.precision != "float32"),
+        ("--compile", config.compile),
+        (f"--taps {config.taps}", bool(config.taps)),
+        (f"--output {config.output}", bool(config.output)),
+        (f"--weights-key {config.weights_key}", bool(config.weights_key)),
+    ):
+        if is_set:
+            raise UsageError(f"{option} is for networks of PyTorch, and the teacher '{config.teacher}' is none")
+    if not network.is_estimator or config.outputs != LOGITS:
+        return config
+    console.print("the teacher's predict_proba outputs probabilities: their logarithms are stored as logits")
+    return replace(config, outputs=PROBABILITIES)
+
+
 def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveObjects) -> None:
     """Check, before an image is read or a teacher trained, what needs neither.
 
@@ -166,7 +197,7 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveO
     if not (Path(config.out) / MANIFEST_FILE).is_file():  # a complete cache may be on a read-only mount
         check_output_folder(Path(config.out))
     if live.teacher is not None:
-        layers = list_layers(live.teacher)
+        layers = list_layers(live.teacher) if isinstance(live.teacher, nn.Module) else []
     else:
         arch = check_teacher_source(config)
         layers = [] if is_custom_arch(arch) else list_arch_layers(arch)

@@ -16,6 +16,7 @@ from softcache.pipeline.cache.identity import format_differences, make_identity
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, check_arch, is_custom_arch
 from softcache.pipeline.models.archs.torchvision_models import load_published_weights
+from softcache.pipeline.models.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
 from softcache.pipeline.models.custom_networks import is_live_arch
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
@@ -50,6 +51,10 @@ def load_teacher(
         UsageError: There are no such weights, or they do not fit the arch, the data or another option.
         CacheError: A file is damaged, or a teacher with other options was trained before.
     """
+    if is_custom_arch(config.teacher) and config.weights in ("", "DEFAULT"):
+        teacher = _load_custom(config, transfer_set, views)
+        if teacher is not None:
+            return teacher, config.teacher
     if not config.weights:
         # One of several ranks trains it.
         folder = broadcast_from_first(lambda: _train_teacher(config, transfer_set, views, console))
@@ -74,32 +79,64 @@ def load_teacher(
         console.print(f"weights: {choice}")
     if input_spec is None:
         input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
+    if input_spec.shape != transfer_set.shape:
+        expected, shape = (f"rows {list(x)}" if x else "images" for x in (input_spec.shape, transfer_set.shape))
+        raise UsageError(f"the teacher takes {expected}, the data are {shape}")
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = len(transfer_set.classes) or _count_classes(state, path)
-    network = build(arch, classes, input_spec.channels, input_spec.size, output)
+    network = build(arch, classes, input_spec.channels, input_spec.size, output, shape=input_spec.shape)
     if note := load_weights(network, state, str(path)):
         console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
 
 
+def _load_custom(config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy) -> PreparedModel | None:
+    """Load a teacher of a user's own with what it has learned: an estimator, a function, or with DEFAULT a network.
+
+    Returns:
+        The teacher; None for a network without --weights, which is trained.
+    """
+    input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
+    classes = len(transfer_set.classes)
+    value = load_callable(config.teacher, classes, input_spec.input_shape)
+    if not isinstance(value, nn.Module):
+        return prepare_callable(value, config.teacher, transfer_set.classes, input_spec, bool(config.normalize))
+    if not config.weights:
+        return None
+    network = build(
+        config.teacher, classes, input_spec.channels, input_spec.size, config.output, shape=input_spec.shape
+    )
+    return PreparedModel(network, input_spec)
+
+
 def prepare_live_teacher(
-    network: nn.Module, config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy
+    network: Any, config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy
 ) -> PreparedModel:
-    """Prepare a copy of a network that a caller in Python passes as the teacher.
+    """Prepare what a caller in Python passes as the teacher: a copy of a network, a function or an estimator.
 
     Args:
-        network: images float32 [B, C, H, W] -> logits [B, K]; it is not changed.
+        network: images float32 [B, C, H, W] -> logits [B, K]; it is not changed. Or as of CallableNetwork.
         config: Its arch, normalisation and output.
         transfer_set: The data.
         views: The view policy, with a size.
 
     Raises:
-        UsageError: It is no network, or cannot be copied.
+        UsageError: It is none of these, or cannot be copied.
     """
     input_spec = make_input_spec(config.normalize or "data", transfer_set, views)
     classes = len(transfer_set.classes)
-    copied = build(config.teacher, classes, input_spec.channels, input_spec.size, config.output, network)
+    if not isinstance(network, nn.Module):
+        return prepare_callable(network, config.teacher, transfer_set.classes, input_spec, bool(config.normalize))
+    copied = build(
+        config.teacher,
+        classes,
+        input_spec.channels,
+        input_spec.size,
+        config.output,
+        network,
+        shape=input_spec.shape,
+    )
     return PreparedModel(copied, input_spec)
 
 
@@ -122,8 +159,8 @@ def check_teacher_source(config: CacheConfig) -> str:
         return teacher_config.arch
     path = Path(config.weights)
     if config.weights == "DEFAULT":
-        if not config.teacher.startswith("torchvision:"):
-            raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME")
+        if not (config.teacher.startswith("torchvision:") or is_custom_arch(config.teacher)):
+            raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME or my_package.module:factory")
     else:
         _check_weights_exist(path)
     arch = config.teacher
@@ -175,8 +212,14 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     )
     input_spec = cache.input_spec
     output = str(cache.manifest.identity["teacher"].get("output", ""))
-    network = build(recorded, cache.classes, input_spec.channels, input_spec.size, output)
-    if weights == "DEFAULT":
+    if is_custom_arch(recorded) and weights == "DEFAULT":
+        value = load_callable(recorded, cache.classes, input_spec.input_shape)
+        if not isinstance(value, nn.Module):
+            return _prepare_recorded_callable(value, cache)
+    network = build(recorded, cache.classes, input_spec.channels, input_spec.size, output, shape=input_spec.shape)
+    if weights == "DEFAULT" and is_custom_arch(recorded):
+        state = network.state_dict()
+    elif weights == "DEFAULT":
         state = load_published_weights(recorded.partition(":")[2])[0]
     else:
         states = read_checkpoint(find_weights_file(Path(weights)))
@@ -191,6 +234,20 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     return PreparedModel(network, input_spec).eval()
 
 
+def _prepare_recorded_callable(value: Any, cache: CacheReader) -> PreparedModel:
+    """Prepare the function or estimator of a cache, with the input that the digest in its manifest names.
+
+    Raises:
+        CacheError: The cache is of another kind of teacher.
+    """
+    names = tuple(cache.manifest.identity["transfer_set"]["classes"])
+    for is_normalized in (False, True):
+        teacher = prepare_callable(value, cache.teacher, names, cache.input_spec, is_normalized)
+        if hash_weights(teacher.network) == cache.manifest.identity["teacher"]["weights"]:
+            return teacher
+    raise CacheError(f"the cache '{cache.folder}' is of a network with weights: '{cache.teacher}' is a function now")
+
+
 def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
     """Count the classes of a teacher by the rows of its last matrix, where the images have no classes."""
     matrices = [weight for weight in state.values() if weight.ndim == 2]
@@ -201,7 +258,8 @@ def _count_classes(state: dict[str, torch.Tensor], path: Path) -> int:
 
 def assumes_normalize(config: CacheConfig) -> bool:
     """Whether the weights come from elsewhere, and the command does not say how their input is normalised."""
-    is_from_elsewhere = is_live_arch(config.teacher) or (bool(config.weights) and config.weights != "DEFAULT")
+    has_own_input = config.weights == "DEFAULT" and not is_custom_arch(config.teacher)
+    is_from_elsewhere = is_live_arch(config.teacher) or (bool(config.weights) and not has_own_input)
     return is_from_elsewhere and not config.normalize and not (Path(config.weights) / "result.json").is_file()
 
 

@@ -47,7 +47,7 @@ def images_of(split: Split) -> Pixels:
 
 
 def test_every_source_has_tests() -> None:
-    assert {"digits", "folder", *FOLDERS} == set(SOURCES)  # a folder: test_image_folder.py
+    assert {"digits", "folder", "arrays", *FOLDERS} == set(SOURCES)  # test_image_folder.py, test_arrays.py
 
 
 @dataclass
