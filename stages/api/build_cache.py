@@ -1,6 +1,7 @@
 """Stage one in one call: run a teacher once over a data set, and keep what it outputs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.check_cache.repair import repair_files
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.defaults import ROW_DEFAULTS
 from softcache.stages.teacher.data import FOLDER_OPTIONS, SPLIT_OPTIONS
 from softcache.stages.teacher_cache.preparation import LiveObjects, PreparedCache, fill_defaults, prepare_cache
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility
@@ -65,8 +67,8 @@ def build_cache(
             batch of views, a NumPy array, that returns logits [B, K].
         data: As in `Cache`: a name, `folder:PATH`, or a map-style data set of (image, label) or of images, or a
             mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
-            are made here. Without a "val", a tenth of the training images becomes the validation split
-            (`val_fraction=0.1`); without a "test" there is no test split.
+            are made here. Arrays or tensors of one axis, [D], are rows of numbers. Without a "val", a tenth of the
+            training images becomes the validation split (`val_fraction=0.1`); without a "test" there is no test split.
         views: The view policy, such as "crop-flip:pad=4"; "" for the default of the data. Teacher and students get the
             views at their size: that of the images, or "crop-flip:size=64".
         draws: Views of each training image; 0 for the default of the data.
@@ -127,6 +129,8 @@ def build_cache(
     with library_call(progress):
         config = fill_defaults(config)
         transfer_set = _load_data(data, config, class_names, progress)
+        if transfer_set.shape:
+            config = replace(config, views=views or ROW_DEFAULTS.views, draws=draws or ROW_DEFAULTS.draws)
         live = LiveObjects(None if isinstance(teacher, str) else teacher, transfer_set)
         console = Console.for_library()
         prepared = prepare_cache(config, console, live)

@@ -96,6 +96,9 @@ DEFAULTS: dict[str, Defaults] = {
 }
 
 
+ROW_DEFAULTS = DEFAULTS["arrays"]  # of rows of numbers, also of a dataset
+
+
 def find_defaults(data: str) -> Defaults:
     """Return the defaults for the data that `digits` or `folder:PATH` names, or for a dataset of a user's own.
 
