@@ -157,15 +157,19 @@ def call_factory(arch: str, factory: Any, classes: int, shape: tuple[int, ...]) 
 
 
 def _choose_arguments(arch: str, factory: Any, sizes: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Return the positional and the keyword arguments of a factory, by its signature."""
+    """Return the positional and the keyword arguments of a factory, by its signature.
+
+    One that takes any keyword gets the shape where it names it, and where the input is no square image.
+    """
+    any_keyword = {name: value for name, value in sizes.items() if name != "shape" or not sizes["size"]}
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # some built-in functions have no signature
-        return [], dict(sizes)
+        return [], any_keyword
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name: sizes[p.name] for p in parameters if p.name in sizes and p.kind in keyword}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        named = dict(sizes)
-    else:
-        named = {p.name: sizes[p.name] for p in parameters if p.name in sizes and p.kind is not p.POSITIONAL_ONLY}
+        named = any_keyword | named
     positional = []
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in sizes:
