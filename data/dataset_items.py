@@ -90,6 +90,45 @@ def read_item(dataset: MapDataset, row: int, split: str) -> tuple[Image.Image, i
     return _read_image(item[0], place), _read_label(item[1], place)
 
 
+def holds_rows(dataset: MapDataset, split: str) -> bool:
+    """Return whether the first item of a dataset is a row of numbers: an array or tensor with one axis.
+
+    Raises:
+        UsageError: The dataset raises an exception.
+    """
+    with user_code(f"{describe_row(split, 0)} cannot be read"):
+        item = dataset[0]
+    value = item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
+    return isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 1
+
+
+def read_row(dataset: MapDataset, row: int, split: str) -> tuple[NDArray[Any], int]:
+    """Read one row of a dataset of rows of numbers.
+
+    Args:
+        dataset: Its item is (numbers, label), or numbers alone: an array or tensor [D] of integers or floats. Labels
+            are as in `read_item`.
+        row, split: As in `read_item`.
+
+    Returns:
+        The numbers, [D] in their own dtype, and the label, -1 where it is unknown.
+
+    Raises:
+        UsageError: The dataset raises an exception, or the item has another form.
+    """
+    place = describe_row(split, row)
+    with user_code(f"{place} cannot be read"):
+        item = dataset[row]
+    value, label = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+    numbers: Any = value
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        numbers = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if not isinstance(numbers, np.ndarray) or numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
+        raise UsageError(f"{place} is {_describe(value)}: expected an array or tensor of numbers with one axis")
+    return numbers, _read_label(label, place)
+
+
 def describe_row(split: str, row: int) -> str:
     """Describe a row of a dataset for messages."""
     return f"{split} row {row} of the dataset"

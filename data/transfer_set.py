@@ -16,6 +16,7 @@ from .dataset_items import Data
 from .file_digests import FileDigests
 from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
+from .row_arrays import RowArrays
 from .sampling import draw_stratified
 from .sources import get_source_name, load_source
 from .sources.source_data import Images, LabelledImages, ReadingOptions
@@ -29,7 +30,7 @@ class Split:
     """The rows of one split.
 
     Attributes:
-        images: N images.
+        images: N images, or rows of numbers.
         labels: int64 [N], the class of each image, -1 where it is unknown.
         content: Digest of images and labels, in hexadecimal.
         source_rows: int64 [N], the row of each image in the data as they were loaded, before validation rows were cut
@@ -52,8 +53,8 @@ class TransferSet:
     Attributes:
         name: The name of its source, see data/sources; "dataset" for a dataset in memory of this process.
         classes: Names of the classes in the order of the labels; empty where no image has a label.
-        channels: 1 for grey images, 3 for RGB.
-        size: Side of the images in pixels; 0 where they differ.
+        channels: 1 for grey images, 3 for RGB; of rows of numbers, the length of their first axis.
+        size: Side of the images in pixels; 0 where they differ, and for rows of numbers.
         splits: "train", "val", and "test" where the data have one.
         cut: The arguments of `load_transfer_set` that decided which rows are in which split, and how a folder of
             images was read where that is not the default.
@@ -61,6 +62,7 @@ class TransferSet:
         notes: Lines about the data that a user should see before a teacher is trained or run on them.
         source_sizes: {split: rows} of the data as they were loaded, before rows were drawn or left out: a split that
             is missing here was drawn from "train". Empty where that is not known.
+        shape: Of a row of numbers; () for images.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TransferSet:
     left_out: str = ""
     notes: tuple[str, ...] = ()
     source_sizes: dict[str, int] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
 
     def identity(self) -> dict[str, object]:
         """Return what a cache must agree with: name, classes in order, content of each split, and the cut."""
@@ -179,6 +182,7 @@ def load_transfer_set(
         left_out=source.left_out,
         notes=(*notes, *index.notes),
         source_sizes={split: len(part.labels) for split, part in source.splits.items()},
+        shape=images.shape if isinstance(images, RowArrays) else (),
     )
 
 

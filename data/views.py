@@ -1,4 +1,4 @@
-"""Augmented views: the pixels for (index, draw), which are always the same.
+"""Augmented views: the pixels, or the numbers of a row, for (index, draw), which are always the same.
 
 A view is a pure function of (view policy, seed, index, draw). The teacher gets it in stage one, the student gets it
 again in stage two, and a checksum of it is stored in the cache. Every random number comes from `rng.bits`, so
@@ -21,18 +21,23 @@ from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 
 from .decoding import Box
+from .row_views import add_noise, mix_rows
 
 Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [B], one for each
 
 # What a random number decides: a part of its key, so that a new parameter never shifts the numbers of an old one.
 CROP_TOP, CROP_LEFT, FLIP, BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT, MIXUP_PARTNER, MIXUP_SHARE = range(9)
 ATTEMPT_AREA, ATTEMPT_RATIO, ATTEMPT_TOP, ATTEMPT_LEFT = range(9, 13)  # the first two followed by the attempt
+NOISE = 13  # followed by the number of four entries of a row
 
+_MAX_STD = 1e9  # of noise
 _BOX_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
 class ImageSource(Protocol):
     """N images as `render` reads them: in memory (ImageArrays), in files (ImageFolder), of a dataset (DatasetImages).
+
+    Rows of numbers (RowArrays) are read the same way; they have no size, and their views are float32 [B, *shape].
 
     In all methods, `index` is int64 [B] with values in [0, N), and `size`, `resize` and `interpolation` are those of
     ViewPolicy.
@@ -88,9 +93,11 @@ class ViewPolicy:
         crop: Whether a window of the image's size is cut out of the padded image (He et al. 2016, section 4.2).
         flip: Whether a view is mirrored left to right, with probability 1/2.
         resized_crop: Whether a random box is cut out and resized (Szegedy et al. 2015), of ratio 3/4 to 4/3.
+        noise: Whether normal noise is added to each number of a row; for rows of numbers alone.
         revision: How the boxes of resized crops are drawn: 2 as torchvision's RandomResizedCrop, 1 as in caches that
             were made before there was a revision, see `_draw_boxes_of_revision_1`.
         pad: Pixels of zero padding on each side before a crop.
+        std: Standard deviation of the noise, in the units of the data.
         min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
         mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
         size: Side of the view in pixels; 0 is the images' own size.
@@ -103,8 +110,10 @@ class ViewPolicy:
     crop: bool = False
     flip: bool = False
     resized_crop: bool = False
+    noise: bool = False
     revision: int = 1
     pad: int = 0
+    std: float = 0.0
     min_scale: float = 1.0
     mixup: float = 0.0
     size: int = 0
@@ -159,7 +168,9 @@ VIEW_POLICIES: dict[str, ViewPolicy] = {
     "crop": ViewPolicy("crop", crop=True, pad=4),
     "crop-flip": ViewPolicy("crop-flip", crop=True, flip=True, pad=4),
     "resized-crop-flip": ViewPolicy("resized-crop-flip", resized_crop=True, revision=2, flip=True, min_scale=0.08),
+    "noise": ViewPolicy("noise", noise=True, std=0.1),
 }
+ROW_POLICIES = ("none", "noise")  # for rows of numbers
 
 
 def _list_parameters(policy: ViewPolicy) -> list[str]:
@@ -168,7 +179,7 @@ def _list_parameters(policy: ViewPolicy) -> list[str]:
         return ["pad", *names]
     if policy.resized_crop:
         return ["min_scale", *names, "revision"]
-    return names
+    return ["std", *names] if policy.noise else names
 
 
 def parse_views(spec: str) -> ViewPolicy:
@@ -185,7 +196,9 @@ def parse_views(spec: str) -> ViewPolicy:
     values: dict[str, float] = {}
     for parameter, text in texts.items():
         value = parse_number(spec, "views", parameter, text)
-        low, high = {"min_scale": (0.001, 1.0), "revision": (1.0, 2.0)}.get(parameter, (0.0, 4096.0))
+        low, high = {"min_scale": (0.001, 1.0), "revision": (1.0, 2.0), "std": (0.0, _MAX_STD)}.get(
+            parameter, (0.0, 4096.0)
+        )
         if not low <= value <= high:
             raise UsageError(f"views '{spec}': {parameter}={text} is outside {low:g} to {high:g}")
         if parameter in ("pad", "size", "resize", "revision"):
@@ -194,6 +207,33 @@ def parse_views(spec: str) -> ViewPolicy:
             value = int(value)
         values[parameter] = value
     return replace(policy, **values)  # type: ignore[arg-type]
+
+
+def check_policy(policy: ViewPolicy, shape: tuple[int, ...]) -> None:
+    """Check that a view policy is one for the data.
+
+    Args:
+        policy: The policy.
+        shape: Of a row of numbers; () for images.
+
+    Raises:
+        UsageError: It crops rows of numbers, or adds noise to images.
+    """
+    if policy.noise and not shape:
+        raise UsageError(
+            f"views '{policy.name}' are for rows of numbers, the data are images: there are"
+            f" {', '.join(name for name in VIEW_POLICIES if name != policy.name)}"
+        )
+    if shape and policy.name not in ROW_POLICIES:
+        raise UsageError(
+            f"views '{policy.name}' are for images, the data are rows of numbers {list(shape)}: there are"
+            f" {', '.join(ROW_POLICIES)}, such as noise:std=0.1 or none:mixup=0.2"
+        )
+    if shape and (policy.size or policy.resize):
+        name, value = ("size", policy.size) if policy.size else ("resize", policy.resize)
+        raise UsageError(
+            f"views: {name}={value} is for images, the data are rows of numbers {list(shape)}: leave it out"
+        )
 
 
 def read_views(record: Mapping[str, Any]) -> ViewPolicy:
@@ -231,7 +271,7 @@ def render(images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np
         draw: Which of its views is rendered of each image: one draw for all, or int64 [B].
 
     Returns:
-        uint8 [B, C, size, size].
+        uint8 [B, C, size, size]; of rows of numbers, float32 [B, *shape].
 
     Raises:
         CacheError: An image file cannot be decoded.
@@ -239,7 +279,8 @@ def render(images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np
     views = _render_unmixed(images, policy, seed, index, draw)
     if policy.mixup > 0:
         partner, share = draw_mixup(policy, seed, index, draw, len(images))
-        views = _mix(views, _render_unmixed(images, policy, seed, partner, draw), share)
+        mix = _mix if views.dtype == torch.uint8 else mix_rows
+        views = mix(views, _render_unmixed(images, policy, seed, partner, draw), share)
     return views
 
 
@@ -296,6 +337,8 @@ def _render_unmixed(
         views = _random_crop(images, policy, seed, index, draw)
     else:
         views = images.load_plain(index, policy.size, policy.resize, policy.interpolation)
+    if policy.noise:
+        views = add_noise(views, policy.std, (seed, draw, NOISE), index)
     if policy.flip:
         pixels = views.numpy()  # changed in place: every branch above made a copy
         is_flipped = rng.integers((seed, draw, FLIP), index, 2) == 1

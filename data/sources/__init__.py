@@ -15,6 +15,7 @@ from softcache.base.progress import Progress, no_progress
 from softcache.base.user_modules import file_name_error, module_exists
 from softcache.data.dataset_items import Data
 
+from .arrays import load_arrays
 from .cifar import load_cifar10, load_cifar100
 from .dataset import load_dataset
 from .digits import load_digits
@@ -51,6 +52,7 @@ SOURCES: dict[str, Source] = {
     "hf": Source(load_hub_dataset, "NAME", ("classes", "exif", "unreadable", "columns")),
     "parquet": Source(load_parquet, "GLOB", ("classes", "exif", "unreadable", "columns")),
     "webdataset": Source(load_webdataset, "GLOB", ("classes", "exif", "unreadable")),
+    "arrays": Source(load_arrays, "FILE.npz"),
 }
 
 # The sources that are suggested for a file that is named without one.
@@ -184,11 +186,12 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
 def short_name(data: str) -> str:
     """Return a name for folders: `digits` for `digits`, and the last part of the path for `folder:PATH`.
 
-    Of a pattern it is the last part without wildcards, such as `beans` of `parquet:beans/train-*.parquet`.
+    Of a pattern it is the last part without wildcards, such as `beans` of `parquet:beans/train-*.parquet`; of a file
+    of arrays its name without the ending.
     """
     name, _, argument = data.partition(":")
     parts = [Path(argument.partition("@")[0].replace(":", "-") if name == "hf" else argument).name]
     if name in ("parquet", "webdataset"):
         plain = [part for part in Path(argument).parts if not set(part) & set("*?[]{}/")]
         parts = ["", *(part.removesuffix(".parquet").removesuffix(".tar") for part in plain)]
-    return parts[-1] or name
+    return parts[-1].removesuffix(".npz").removesuffix(".npy") or name

@@ -17,10 +17,13 @@ from softcache.data.dataset_items import (
     count_rows,
     describe_row,
     hash_image,
+    holds_rows,
     read_classes,
     read_item,
+    read_row,
 )
 from softcache.data.decoding import to_array
+from softcache.data.row_arrays import make_rows
 
 from .source_data import LabelledImages, SourceData
 
@@ -35,6 +38,8 @@ def load_dataset(
     data: MapDataset | Mapping[str, MapDataset], classes: Sequence[str] = (), progress: Progress = no_progress
 ) -> SourceData:
     """Read every row of a dataset once: its digest, its label, and its pixels where all fit in memory.
+
+    Where the first item is an array or tensor with one axis, all are rows of numbers, which are kept in memory.
 
     The pixels are kept where all images are squares of one size and take at most MAX_IN_MEMORY bytes.
 
@@ -53,6 +58,8 @@ def load_dataset(
     datasets = _list_splits(data)
     rows = {split: count_rows(dataset, split) for split, dataset in datasets.items()}
     names = _choose_class_names(data, classes)
+    if holds_rows(datasets["train"], "train"):
+        return _load_rows(datasets, rows, names, progress)
     for split, dataset in datasets.items():
         _check_repeatable(dataset, rows[split], split)
     images = _ImageCollector(sum(rows.values()))
@@ -73,6 +80,53 @@ def load_dataset(
                 DatasetImages(dataset, split, index, digests[split], mode, size), labels[split]
             )
     return SourceData(splits, names)
+
+
+def _load_rows(
+    datasets: dict[str, MapDataset], rows: dict[str, int], names: tuple[str, ...], progress: Progress
+) -> SourceData:
+    """Read all rows of numbers, of one length and dtype.
+
+    Raises:
+        UsageError: A row has another form or is another one when it is read again, or they do not fit in memory.
+    """
+    first, _ = read_row(datasets["train"], 0, "train")
+    if not first.size:
+        raise UsageError(f"{describe_row('train', 0)} is an array {[*first.shape]}: a row has 0 numbers")
+    if (total := sum(rows.values()) * first.nbytes) > MAX_IN_MEMORY:
+        raise UsageError(
+            f"the rows of the dataset take {total / 1e9:,.1f} GB, more than {MAX_IN_MEMORY / 1e9:,.1f} GB: save them"
+            " by numpy.save in a folder, and name it as data: 'arrays:FOLDER'"
+        )
+    values, labels = {}, {}
+    for split, dataset in datasets.items():
+        values[split] = np.empty((rows[split], *first.shape), first.dtype)
+        labels[split] = np.empty(rows[split], np.int64)
+        for row in progress(range(rows[split]), rows[split], "reading rows"):
+            numbers, labels[split][row] = read_row(dataset, row, split)
+            if (numbers.shape, numbers.dtype) != (first.shape, first.dtype):
+                raise UsageError(
+                    f"{describe_row(split, row)} is {numbers.dtype} {list(numbers.shape)}, and train row 0 is"
+                    f" {first.dtype} {list(first.shape)}: all rows have one length and dtype"
+                )
+            values[split][row] = numbers
+        count = min(rows[split], _REPEATED_ROWS)
+        for row in (np.arange(count) * rows[split] // count).tolist():
+            if not np.array_equal(read_row(dataset, row, split)[0], values[split][row], equal_nan=True):
+                raise UsageError(
+                    f"{describe_row(split, row)} has other numbers when it is read twice: give the dataset without"
+                    " random transforms. The views are made here, the same ones for the teacher and every student"
+                )
+        if labels[split].max() >= _MAX_CLASSES:
+            row = int(labels[split].argmax())
+            raise UsageError(
+                f"{describe_row(split, row)} has the label {labels[split][row]}: the largest is {_MAX_CLASSES - 1}"
+            )
+    names = _check_labels(labels, names)
+    return SourceData(
+        {split: LabelledImages(make_rows(x, f"the {split} dataset"), labels[split]) for split, x in values.items()},
+        names,
+    )
 
 
 def find_class_names(data: MapDataset | Mapping[str, MapDataset]) -> tuple[str, ...]:

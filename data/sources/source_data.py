@@ -13,15 +13,16 @@ from softcache.data.dataset_images import DatasetImages
 from softcache.data.encoded_images import EncodedImages
 from softcache.data.image_arrays import ImageArrays
 from softcache.data.image_folder import ImageFolder
+from softcache.data.row_arrays import RowArrays
 
-Images = ImageArrays | ImageFolder | DatasetImages | EncodedImages
+Images = ImageArrays | ImageFolder | DatasetImages | EncodedImages | RowArrays
 
 
 class LabelledImages(NamedTuple):
     """Images and their labels.
 
     Attributes:
-        images: N images, in memory, in files, or of a dataset.
+        images: N images, in memory, in files, or of a dataset; or N rows of numbers.
         labels: int64 [N], the class of each image, -1 where it is unknown.
     """
 

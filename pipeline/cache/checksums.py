@@ -12,7 +12,7 @@ _ONE, _X = 1 << 31, 1 << 30
 
 
 def compute_crc32(views: torch.Tensor) -> NDArray[np.uint32]:
-    """Compute the CRC-32 [B] of the bytes of uint8 views [B, C, H, W]."""
+    """Compute the CRC-32 [B] of the bytes of uint8 views [B, C, H, W], or of float32 ones [B, *shape]."""
     return np.array([zlib.crc32(view) for view in views.contiguous().numpy()], np.uint32)
 
 

@@ -134,6 +134,7 @@ _TEACHER = {
     "std": [float],
 }
 _INTERPOLATION = {"interpolation": re.compile("bicubic")}
+_SHAPE = {"shape": [int]}  # of rows of numbers
 _OUTPUT = {"output": re.compile(r"[^\x00-\x1f]{1,200}")}
 _OUTPUTS = {"outputs": re.compile("probabilities")}
 _VIEW_SIZE = {"view_size": int}  # of the teacher's views, where not those of its students
@@ -156,7 +157,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "cut": _list_alternatives(_CUT, _EXIF, _COLUMNS, _UNREADABLE, _LAYOUT, _TEST_FRACTION, _LONG_TAIL),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": _list_alternatives(_TEACHER, _INTERPOLATION, _OUTPUT, _OUTPUTS, _VIEW_SIZE, _CLASS_MAP),
+    "teacher": _list_alternatives(_TEACHER, _INTERPOLATION, _SHAPE, _OUTPUT, _OUTPUTS, _VIEW_SIZE, _CLASS_MAP),
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }

@@ -34,7 +34,7 @@ from softcache.data.sources import (
 )
 from softcache.data.sources.dataset import find_class_names
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.views import ViewPolicy, read_views
+from softcache.data.views import ViewPolicy, check_policy, read_views
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.models.prepared_model import InputSpec
 
@@ -110,14 +110,15 @@ class CacheReader:
         """
         identity = self.manifest.identity
         views, transfer_set, cut = identity["views"], identity["transfer_set"], identity["transfer_set"]["cut"]
+        is_rows = "shape" in identity["teacher"]
         for name, value, smallest, largest in (
             ("format", identity["format"], FORMAT, FORMAT),
             ("val_fraction", cut["val_fraction"], 0, 1),
             ("test_fraction", cut.get("test_fraction", 0.0), 0, 1),
             ("seed", views["seed"], 0, 2**31),
             ("cut.seed", cut["seed"], 0, 2**31),
-            ("size", views["size"], 1, MAX_VIEW_PIXELS),
-            ("resize", views["resize"], 0, MAX_VIEW_PIXELS),
+            ("size", views["size"], *((0, 0) if is_rows else (1, MAX_VIEW_PIXELS))),
+            ("resize", views["resize"], 0, 0 if is_rows else MAX_VIEW_PIXELS),
         ):
             if not smallest <= value <= largest:
                 raise ValueError(f"{name} {value} is not between {smallest} and {largest}")
@@ -133,6 +134,7 @@ class CacheReader:
             parse_imbalance(cut["imbalance"])
         self.teacher = str(identity["teacher"]["arch"])
         self.input_spec = InputSpec.from_json(identity["teacher"])
+        check_policy(self.views, self.input_spec.shape)
 
     def _prepare_reading(self) -> None:
         self._rows = RowReader(self.folder, self.manifest, self.seed, self.codec)

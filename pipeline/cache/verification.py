@@ -1,5 +1,6 @@
 """Verifying a cache: every byte of its shards, and that its views can still be rendered as the teacher saw them."""
 
+import math
 import os
 from contextlib import closing
 
@@ -167,7 +168,9 @@ def compare_views(
     """
     images, index = transfer_set.splits[split].images, cache.index_at(split, positions)
     policy = cache.views.of_split(split)
-    batch = max(1, _PIXEL_BYTES // (3 * max(cache.views.size, cache.views.resize) ** 2))
+    shape = cache.input_spec.shape
+    view_bytes = 4 * math.prod(shape) if shape else 3 * max(cache.views.size, cache.views.resize) ** 2
+    batch = max(1, _PIXEL_BYTES // view_bytes)
     for start in range(0, len(index), batch):
         part = index[start : start + batch]
         views = render(images, policy, cache.seed, part, draw)

@@ -144,10 +144,18 @@ def check_draws(draws: Any, draws_per_decode: Any, batch_size: int, cached_draws
     return number, at_once
 
 
-def check_views(views: Any, channels: int, size: int) -> None:
-    """Raise UsageError for what is no uint8 [n, channels, size, size], such as images that are normalised already."""
+def check_views(views: Any, channels: int, size: int, shape: tuple[int, ...] = ()) -> None:
+    """Raise UsageError for what is no uint8 [n, channels, size, size], such as images that are normalised already.
+
+    Of rows of numbers, views are float32 [n, *shape].
+    """
     if not isinstance(views, torch.Tensor):
         raise type_error("views", views, "a tensor")
+    if shape:
+        if views.dtype != torch.float32 or views.shape[1:] != shape:
+            kind = str(views.dtype).removeprefix("torch.")
+            raise UsageError(f"views are float32 [n, {str(list(shape))[1:]}, not {kind} {list(views.shape)}")
+        return
     if views.dtype != torch.uint8:
         kind = str(views.dtype).removeprefix("torch.")
         normalised = "these are images already normalised: " if views.is_floating_point() else ""

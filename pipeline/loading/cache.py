@@ -317,7 +317,7 @@ class Cache:
         Raises:
             UsageError: They are no views of this cache.
         """
-        check_views(views, self.transfer_set.channels, self.reader.views.size)
+        check_views(views, self.transfer_set.channels, self.reader.views.size, self.input_spec.shape)
         return self._preparation(views)
 
     def evaluate(

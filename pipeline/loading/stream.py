@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from softcache.data.row_arrays import RowArrays
 from softcache.data.transfer_set import Labels, Split
 from softcache.data.views import Draw, ViewPolicy, draw_mixup, render
 from softcache.pipeline.batch import Batch, BatchSource, Targets, TargetSource
@@ -191,8 +192,9 @@ class BatchStream:
 
     def _make_groups(self, start: int, stop: int) -> Iterator[BatchGroup]:
         """Divide the batches of the steps start to stop - 1 into windows, and these into groups of GROUP_BYTES."""
-        pixels = 3 * (self.views.size or 1) ** 2
-        group_size = max(1, GROUP_BYTES // (pixels * self.batch_size))  # in batches, as window_size
+        images = self.split.images
+        view_bytes = images.view_bytes if isinstance(images, RowArrays) else 3 * (self.views.size or 1) ** 2
+        group_size = max(1, GROUP_BYTES // (view_bytes * self.batch_size))  # in batches, as window_size
         for draws, batches in self.order.batches(start, stop):
             window_size = group_size
             if not self.order.fits_in_memory(draws):

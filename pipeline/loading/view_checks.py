@@ -43,7 +43,7 @@ class ViewChecks:
         """Compare views with their checksums, where that has not been done for all of them.
 
         Args:
-            views: uint8 [B, C, S, S], on any device.
+            views: uint8 [B, C, S, S] or float32 [B, *shape], on any device.
             index: int64 [B], the image of each.
             draw: One draw for all, or int64 [B].
             positions: int64 [B], the position of each in the row order of the caches, where that is known.
@@ -60,7 +60,7 @@ class ViewChecks:
         crcs: NDArray[np.uint32] | None = None
         for cache in self._caches:
             known, expected = self._read_checksums(cache, positions, draw, draws_at_once)
-            if known.all() and join_crc32(expected, views[0].numel()) == joined:
+            if known.all() and join_crc32(expected, views[0].numel() * views.element_size()) == joined:
                 continue
             crcs = compute_crc32(views) if crcs is None else crcs
             self._compare(cache, crcs, expected, known, index, draw)

@@ -10,6 +10,7 @@ over space of the last feature map: that of `last` where there is such a layer, 
 May import base, pipeline.batch and pipeline.taps. Begin with the table MODELS, below.
 """
 
+import math
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -70,7 +71,13 @@ LIBRARIES: dict[str, tuple[str, Callable[[str], None]]] = {
 
 
 def build(
-    arch: str, classes: int, channels: int, size: int, output: str = "", network: nn.Module | None = None
+    arch: str,
+    classes: int,
+    channels: int,
+    size: int,
+    output: str = "",
+    network: nn.Module | None = None,
+    shape: tuple[int, ...] = (),
 ) -> nn.Module:
     """Build the network that an arch names, with fresh weights.
 
@@ -82,22 +89,24 @@ def build(
         size: Of the input, in pixels.
         output: Key or index of the logits in what a network of a user's own returns (see outputs.py); "" to find them.
         network: Of the arch `module(…)`, the network that a caller in Python passed: a copy of it is returned.
+        shape: Of a row of numbers; () for images. The networks of images take rows [C, S, S]; mlp takes any.
 
     Returns:
-        A network: float32 [B, channels, size, size] -> logits [B, classes].
+        A network: float32 [B, channels, size, size], or [B, *shape], -> logits [B, classes].
 
     Raises:
         UsageError: There is no such arch, its argument does not fit, it cannot take such images, there is no memory
             for it, or a user's own code fails.
     """
+    shape = shape or (channels, size, size)
     try:
         if parts := parse_simkd_arch(arch):
-            return _build_simkd(*parts, classes, channels, size)
+            return _build_simkd(*parts, classes, shape)
         if not (is_custom_arch(arch) or is_live_arch(arch) or arch.startswith("hf:")):
             if output:
                 raise UsageError(f"--output {output} is for networks of your own, and '{arch}' returns one tensor")
-            return _build_known(arch, classes, channels, size)
-        network, selector = _build_external(arch, classes, channels, size, network)
+            return _build_known(arch, classes, shape)
+        network, selector = _build_external(arch, classes, shape, network)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or "CUDA" in str(error):
             raise
@@ -128,14 +137,21 @@ def is_external_arch(arch: str) -> bool:
     return is_custom_arch(arch) or arch.startswith("hf:")
 
 
-def _build_known(arch: str, classes: int, channels: int, size: int) -> nn.Module:
-    """Build a network of the table MODELS. Raises UsageError for another name."""
+def _build_known(arch: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
+    """Build a network of the table MODELS. Raises UsageError for another name, or for rows that it cannot take."""
     name, colon, argument = arch.partition(":")
     if name in MODELS:
         if colon and not argument and name != "mlp":
             known = LIBRARIES[name][0] if name in LIBRARIES else f"'{name}'"
             raise UsageError(f"arch '{arch}' has nothing after its colon: {known}")
-        return MODELS[name](argument, classes, channels, size)
+        if len(shape) == 3 and shape[1] == shape[2]:
+            return MODELS[name](argument, classes, shape[0], shape[1])
+        if name == "mlp":
+            return MODELS[name](argument, classes, math.prod(shape), 1)
+        raise UsageError(
+            f"arch '{arch}' takes images or rows [C, S, S], these rows have the shape {list(shape)}: take mlp:64, or a"
+            " network of your own, my_package.module:factory"
+        )
     if name in FILE_TEACHERS:
         raise UsageError(
             f"'{arch}' is a teacher alone, --teacher {name}:{FILE_TEACHERS[name]}: it has no weights to train"
@@ -186,22 +202,22 @@ def list_arch_layers(arch: str) -> list[str]:
 
 
 def _build_external(
-    arch: str, classes: int, channels: int, size: int, network: nn.Module | None = None
+    arch: str, classes: int, shape: tuple[int, ...], network: nn.Module | None = None
 ) -> tuple[nn.Module, LogitsSelector]:
     """Build a network of a user's own or of transformers; the selector of its logits is not registered yet."""
     if arch.startswith("hf:"):
-        selector, network = LogitsSelector(arch, classes), _build_known(arch, classes, channels, size)
+        selector, network = LogitsSelector(arch, classes), _build_known(arch, classes, shape)
         has_values = not any(p.is_meta for p in network.parameters())  # not where layers are listed alone
-        return make_ready(network, selector, channels, size) if has_values else network, selector
+        return make_ready(network, selector, shape) if has_values else network, selector
     if is_live_arch(arch):
         if network is None:
             raise UsageError(
                 f"the network '{arch}' was passed to softcache in Python, and can be built there alone: a command"
                 " takes the name of an arch, such as my_package.module:factory"
             )
-        return prepare_live_network(network, arch, classes, channels, size)
+        return prepare_live_network(network, arch, classes, shape)
     module, _, factory = arch.partition(":")
-    return build_custom(module, factory, classes, channels, size, _find_similar)
+    return build_custom(module, factory, classes, shape, _find_similar)
 
 
 def _find_similar(name: str) -> str:
@@ -209,20 +225,20 @@ def _find_similar(name: str) -> str:
     return next(iter(get_close_matches(name, MODELS, n=1)), "")
 
 
-def _build_simkd(arch: str, layer: str, width: int, classes: int, channels: int, size: int) -> nn.Module:
+def _build_simkd(arch: str, layer: str, width: int, classes: int, shape: tuple[int, ...]) -> nn.Module:
     """Build a SimKD student around the network that an arch names."""
     location = ""
     if is_external_arch(arch):  # what it returns is not read
-        backbone, selector = _build_external(arch, classes, channels, size)
+        backbone, selector = _build_external(arch, classes, shape)
         location = selector.location
     else:
-        backbone = _build_known(arch, classes, channels, size)
+        backbone = _build_known(arch, classes, shape)
     head = find_head(backbone, classes)
     names = [name for name, module in backbone.named_modules() if module is head and name]
     if not names:
         raise UsageError(f"arch '{arch}' has no last linear layer, which SimKD replaces by the teacher's")
     with user_code(f"the forward pass of arch '{arch}' failed", location):
-        return build_simkd(backbone, names[0], layer, width, classes, example=torch.zeros(1, channels, size, size))
+        return build_simkd(backbone, names[0], layer, width, classes, example=torch.zeros(1, *shape))
 
 
 def find_head(network: nn.Module, classes: int) -> nn.Linear | None:
@@ -236,8 +252,8 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def count_multiply_adds(network: nn.Module, channels: int, size: int) -> int:
-    """Multiply-adds of one image in eval mode, counted by PyTorch over matrix products and convolutions.
+def count_multiply_adds(network: nn.Module, channels: int, size: int, shape: tuple[int, ...] = ()) -> int:
+    """Multiply-adds of one image, or row of a shape, in eval mode, counted over matrix products and convolutions.
 
     A network that does not take a batch of one image is run on two, and half is counted.
     """
@@ -249,7 +265,7 @@ def count_multiply_adds(network: nn.Module, channels: int, size: int) -> int:
     for rows in (1, 2):
         try:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(torch.zeros(rows, channels, size, size, device=device))
+                network(torch.zeros(rows, *(shape or (channels, size, size)), device=device))
             break
         except Exception:  # whatever a user's own code raises
             if rows == 2:

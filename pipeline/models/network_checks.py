@@ -134,13 +134,10 @@ def _run(
 ) -> torch.Tensor:
     """Run a model on random views and return what its network returns; in training mode with gradients."""
     spec, device = model.input_spec, model.scale.device
-    shape = (rows, spec.channels, spec.size, spec.size)
-    views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    views = spec.make_views(rows).to(device)
     task = f"the forward pass of arch '{arch}' failed{' in training mode' if model.training else ''}"
     with (
-        user_code(
-            task, selector.location if selector else "", lambda error: describe_input(error, spec.channels, spec.size)
-        ),
+        user_code(task, selector.location if selector else "", lambda error: describe_input(error, spec.input_shape)),
         torch.set_grad_enabled(model.training),
         autocast(device, precision),
     ):

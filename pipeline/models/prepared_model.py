@@ -1,5 +1,6 @@
 """A network together with the preparation of its input, which is part of a cache's identity."""
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,18 +18,22 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BILINEAR, BICUBIC = "bilinear", "bicubic"  # interpolations
 PIXEL_STD = 1 / 255  # as standard deviation of values 0 … 1, with a mean of 0: the input is the pixel 0 … 255
 _MIN_STD, _MAX_NUMBER = 1e-6, 1e6
+_MIN_ROW_STD, _MAX_ROW_NUMBER = 1e-30, 1e30  # of rows of numbers, in their own units
+_MAX_ENTRIES = 1 << 24  # of a row
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How a uint8 view becomes the input of a network.
+    """How a view becomes the input of a network.
 
     Attributes:
-        channels: Channels of the input; a grey view is repeated for 3.
-        size: Side of the input in pixels; a view of another size is resized, with antialiasing.
-        mean: Mean of each channel, for values of 0 … 1.
-        std: Standard deviation of each channel, for values of 0 … 1.
+        channels: Channels of the input; a grey view is repeated for 3. Of rows of numbers, length of the first axis.
+        size: Side of the input in pixels; a view of another size is resized, with antialiasing. 0 for rows.
+        mean: Mean of each channel, for values of 0 … 1. Of rows: in their own units, of each entry of the first axis
+            or one for all.
+        std: Standard deviation, as the mean.
         interpolation: How a view is resized: "bilinear" or "bicubic".
+        shape: Of a row of numbers, whose views are float32 [B, *shape]; () for images.
     """
 
     channels: int
@@ -36,12 +41,28 @@ class InputSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = BILINEAR
+    shape: tuple[int, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of a row of the network's input."""
+        return self.shape or (self.channels, self.size, self.size)
+
+    def make_views(self, rows: int) -> torch.Tensor:
+        """Make random views, the same each time: uint8 [rows, C, S, S], or float32 [rows, *shape] near the mean."""
+        generator = torch.Generator().manual_seed(0)
+        if not self.shape:
+            return torch.randint(0, 256, (rows, *self.input_shape), dtype=torch.uint8, generator=generator)
+        mean, std = (torch.tensor(x).view(1, -1, *[1] * (len(self.shape) - 1)) for x in (self.mean, self.std))
+        return torch.randn(rows, *self.shape, generator=generator) * std + mean
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values; without `interpolation` where it is bilinear, as in the first caches."""
+        """The fields as plain JSON values; no shape of images, and no interpolation where it is bilinear."""
         record = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        if self.interpolation == BILINEAR:
+        if self.interpolation == BILINEAR:  # as in the first caches
             del record["interpolation"]
+        if not self.shape:
+            del record["shape"]
         return record
 
     def describe(self) -> str:
@@ -58,6 +79,8 @@ class InputSpec:
         """
         mean, std = tuple(map(float, record["mean"])), tuple(map(float, record["std"]))
         channels, size = int(record["channels"]), int(record["size"])
+        if "shape" in record:
+            return InputSpec._check_rows(channels, size, mean, std, tuple(map(int, record["shape"])))
         if not (1 <= channels <= 4 and 1 <= size <= 4096 and len(mean) == len(std) == channels):
             raise ValueError(
                 f"an input of {channels} channels, {size} pixels, {len(mean)} means and {len(std)} deviations"
@@ -69,17 +92,35 @@ class InputSpec:
             raise ValueError(f"an input of interpolation {make_printable(interpolation, 40)}")
         return InputSpec(channels, size, mean, std, interpolation)
 
+    @staticmethod
+    def _check_rows(
+        channels: int, size: int, mean: tuple[float, ...], std: tuple[float, ...], shape: tuple[int, ...]
+    ) -> "InputSpec":
+        """Make the input of rows of numbers. Raises ValueError for numbers out of range."""
+        if not 1 <= len(shape) <= 31 or min(shape) < 1 or math.prod(shape) > _MAX_ENTRIES:
+            raise ValueError(f"an input of the shape {list(shape)[:40]}")
+        if (channels, size) != (shape[0], 0) or len(mean) != len(std) or len(mean) not in (1, channels):
+            raise ValueError(
+                f"an input of the shape {list(shape)}, {channels} channels, {size} pixels, {len(mean)} means and"
+                f" {len(std)} deviations"
+            )
+        is_mean_valid = all(abs(m) <= _MAX_ROW_NUMBER for m in mean)
+        if not is_mean_valid or not all(_MIN_ROW_STD <= s <= _MAX_ROW_NUMBER for s in std):
+            raise ValueError(f"an input of mean {list(mean)[:40]} and standard deviation {list(std)[:40]}")
+        return InputSpec(channels, size, mean, std, shape=shape)
+
 
 NORMALIZATIONS = ("imagenet", "data", "none")  # the named choices of --normalize
 PUBLISHED = "model"  # one more: as published with the network
 
 
-def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def parse_normalize(text: str, may_be_rows: bool = False) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Parse --normalize.
 
     Args:
         text: A name of NORMALIZATIONS; "model"; `pixels` for values of 0 … 255; or `mean=0.5,0.4,0.4,std=0.25`, with
             one number or three for each, for values of 0 … 1.
+        may_be_rows: Whether the data may be rows of numbers, which have any number of entries, in any units.
 
     Returns:
         Mean and standard deviation, both of one number or of three; None for a name.
@@ -106,20 +147,24 @@ def parse_normalize(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | 
             ) from None
     mean, std = values
     channels = max(len(mean), len(std))
-    if not {len(mean), len(std)} <= {1, channels} or channels not in (1, 3):
+    if not {len(mean), len(std)} <= {1, channels} or not (may_be_rows or channels in (1, 3)):
         raise UsageError(
-            f"--normalize has {len(mean)} means and {len(std)} standard deviations: give one of each, or three"
+            f"--normalize has {len(mean)} means and {len(std)} standard deviations: give one of each, or"
+            f" {'as many as the rows have entries' if may_be_rows else 'three'}"
         )
     mean, std = (numbers * channels if len(numbers) < channels else numbers for numbers in (mean, std))
-    if not all(abs(number) <= _MAX_NUMBER for number in mean):
-        raise UsageError(f"--normalize: mean={','.join(map(str, mean))} is not finite and at most {_MAX_NUMBER:g}")
-    if not all(_MIN_STD <= number <= _MAX_NUMBER for number in std):
-        raise UsageError(f"--normalize: std={','.join(map(str, std))} is not between {_MIN_STD:g} and {_MAX_NUMBER:g}")
+    least, most = (_MIN_ROW_STD, _MAX_ROW_NUMBER) if may_be_rows else (_MIN_STD, _MAX_NUMBER)
+    if not all(abs(number) <= most for number in mean):
+        raise UsageError(f"--normalize: mean={','.join(map(str, mean))} is not finite and at most {most:g}")
+    if not all(least <= number <= most for number in std):
+        raise UsageError(f"--normalize: std={','.join(map(str, std))} is not between {least:g} and {most:g}")
     return mean, std
 
 
 class PreparedModel(nn.Module):
     """A network that takes views as they are stored: uint8 [B, C, S, S] -> logits float32 [B, K].
+
+    Views of rows of numbers are float32 [B, *shape].
 
     Args:
         network: The arch: float32 [B, channels, size, size] -> [B, K]. Its module paths are the names of taps.
@@ -130,6 +175,8 @@ class PreparedModel(nn.Module):
         class_map: How a teacher's logits become those of the classes of the data; None where they are these. It is no
             part of the forward pass, see `map_classes`.
         scale, shift: float32 [1, channels, 1, 1], buffers: input = shift + pixel * scale.
+        scale, shift: float32 [1, channels, 1, 1], buffers: input = shift + pixel * scale. Of rows of numbers float32
+            [1, channels or 1, 1, …]: input = (number + shift) * scale, which loses nothing where a mean is large.
     """
 
     def __init__(self, network: nn.Module, input_spec: InputSpec):
@@ -143,10 +190,10 @@ class PreparedModel(nn.Module):
         )
         self.scale: torch.Tensor
         self.shift: torch.Tensor
-        mean = torch.tensor(input_spec.mean).view(1, -1, 1, 1)
-        std = torch.tensor(input_spec.std).view(1, -1, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("shift", -mean / std, persistent=False)
+        axes = (1, -1, *[1] * (len(input_spec.input_shape) - 1))
+        mean, std = torch.tensor(input_spec.mean).view(axes), torch.tensor(input_spec.std).view(axes)
+        self.register_buffer("scale", 1 / std if input_spec.shape else 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean if input_spec.shape else -mean / std, persistent=False)
         self._by_channel = list(zip(self.shift.flatten().unbind(), self.scale.flatten().tolist(), strict=True))
         if self._is_channels_last:  # 1.2 to 3 times as fast on CPUs and GPUs with matrix units
             self.to(memory_format=torch.channels_last)
@@ -163,6 +210,9 @@ class PreparedModel(nn.Module):
     def prepare_input(self, views: torch.Tensor) -> torch.Tensor:
         """The network's input, float32 [B, channels, size, size], from views uint8 [B, C, S, S]."""
         x = views.to(torch.float32)
+        if self.input_spec.shape:
+            x = (x + self.shift) * self.scale
+            return x.contiguous(memory_format=torch.channels_last) if self._is_channels_last and x.ndim == 4 else x
         if self.input_spec.channels != x.shape[1]:
             x = x.expand(-1, self.input_spec.channels, -1, -1)
         if self.input_spec.size != x.shape[-1]:

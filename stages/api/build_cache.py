@@ -1,6 +1,7 @@
 """Stage one in one call: run a teacher once over a data set, and keep what it outputs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage
 from softcache.pipeline.loading.cache import Cache
+from softcache.pipeline.models.callable_networks import is_estimator
 from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.models.file_network import parse_file_teacher
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.check_cache.repair import repair_files
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console
+from softcache.stages.cli.defaults import ROW_DEFAULTS
 from softcache.stages.teacher.data import FOLDER_OPTIONS, SPLIT_OPTIONS
 from softcache.stages.teacher_cache.preparation import LiveObjects, PreparedCache, fill_defaults, prepare_cache
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility
@@ -35,7 +38,7 @@ Normalize = str | tuple[Sequence[float], Sequence[float]]
 
 def build_cache(
     path: str | Path,
-    teacher: nn.Module | str,
+    teacher: nn.Module | str | Any,
     data: Any,
     *,
     views: str = "",
@@ -62,10 +65,12 @@ def build_cache(
         path: The folder of the cache.
         teacher: A network: images float32 [B, C, H, W] -> logits [B, K]. A copy of it is run in eval mode. Or the name
             of an arch, with `weights`. Its identity is its class, its state dict, and what it outputs for a few views.
+            Or a fitted estimator of scikit-learn, whose predict_proba gets rows float32 [B, D]; or a function of a
+            batch of views, a NumPy array, that returns logits [B, K].
         data: As in `Cache`: a name, `folder:PATH`, or a map-style data set of (image, label) or of images, or a
             mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
-            are made here. Without a "val", a tenth of the training images becomes the validation split
-            (`val_fraction=0.1`); without a "test" there is no test split.
+            are made here. Arrays or tensors of one axis, [D], are rows of numbers. Without a "val", a tenth of the
+            training images becomes the validation split (`val_fraction=0.1`); without a "test" there is no test split.
         views: The view policy, such as "crop-flip:pad=4"; "" for the default of the data. Teacher and students get the
             views at their size: that of the images, or "crop-flip:size=64".
         draws: Views of each training image; 0 for the default of the data.
@@ -93,8 +98,12 @@ def build_cache(
         UsageError: An argument does not exist or does not fit the data or the teacher.
         KeyboardInterrupt: On Ctrl-C. What was finished is kept.
     """
-    if not isinstance(teacher, nn.Module | str):
-        raise UsageError(f"a teacher is a torch.nn.Module or the name of an arch, not {name_type(teacher)}")
+    is_teacher = isinstance(teacher, nn.Module | str) or is_estimator(teacher) or callable(teacher)
+    if isinstance(teacher, type) or not is_teacher:
+        raise UsageError(
+            "a teacher is a torch.nn.Module, the name of an arch, a function or an estimator with predict_proba, not"
+            f" {name_type(teacher)}"
+        )
     if weights and not isinstance(teacher, str):
         raise UsageError("weights are for the name of an arch: load them into the network that you pass as teacher")
     if isinstance(teacher, str) and not weights and not isinstance(data, str) and not parse_file_teacher(teacher):
@@ -106,7 +115,7 @@ def build_cache(
         CacheConfig,
         options,
         data=data if isinstance(data, str) else DATASET,
-        teacher=name_live_arch(teacher) if isinstance(teacher, nn.Module) else teacher,
+        teacher=teacher if isinstance(teacher, str) else name_live_arch(teacher),
         weights=str(weights),
         views=views,
         draws=draws or None,
@@ -122,7 +131,9 @@ def build_cache(
     with library_call(progress):
         config = fill_defaults(config)
         transfer_set = _load_data(data, config, class_names, progress)
-        live = LiveObjects(teacher if isinstance(teacher, nn.Module) else None, transfer_set)
+        if transfer_set.shape:
+            config = replace(config, views=views or ROW_DEFAULTS.views, draws=draws or ROW_DEFAULTS.draws)
+        live = LiveObjects(None if isinstance(teacher, str) else teacher, transfer_set)
         console = Console.for_library()
         prepared = prepare_cache(config, console, live)
         if (Path(config.out) / MANIFEST_FILE).is_file():

@@ -87,8 +87,21 @@ DEFAULTS: dict[str, Defaults] = {
     "hf": _IMAGES,
     "parquet": _IMAGES,
     "webdataset": _IMAGES,
+    "arrays": Defaults(
+        views="none",
+        draws=1,
+        teacher="mlp:512,512",
+        teacher_views="none",
+        teacher_epochs=60,
+        teacher_learning_rate=0.05,
+        student="mlp:64",
+        learning_rate=0.05,
+    ),
     DATASET: Defaults(learning_rate=0.02),  # with 0.1, small networks without batch norm end at chance
 }
+
+
+ROW_DEFAULTS = DEFAULTS["arrays"]  # of rows of numbers, also of a dataset
 
 
 def find_defaults(data: str) -> Defaults:

@@ -41,7 +41,7 @@ HEADINGS = (
 ARCH_HELP = (
     "Network: mlp:W,W  cnn  resnet8…110  resnet8x4  resnet32x4  wrn_16_1  wrn_16_2  wrn_40_1  wrn_40_2  vgg8  vgg13  "
     "mobilenet_v2  shufflenet_v1  shufflenet_v2  torchvision:NAME  timm:NAME  hf:NAME  "
-    "my_package.module:factory, called as factory(classes=…, channels=…, size=…)."
+    "my_package.module:factory, called as factory(classes=…, channels=…, size=…, shape=…)."
 )
 FILE_TEACHER_HELP = (
     "Or a file: onnx:FILE, run by ONNX Runtime; logits:FILE.npz or .parquet, targets that were made elsewhere."
@@ -51,7 +51,10 @@ WEIGHTS_KEY_HELP = (
     "Which weights of a file that holds several, such as model_ema; dots lead into nested ones: state_dict.ema."
 )
 OUTPUT_HELP = "Key or index of the logits in what a network of your own returns, where that is not clear: logits or 0."
-VIEWS_HELP = "Augmentation: none, crop, crop-flip or resized-crop-flip, with parameters: crop:pad=4,mixup=1."
+VIEWS_HELP = (
+    "Augmentation: none, crop, crop-flip or resized-crop-flip, with parameters: crop:pad=4,mixup=1; of rows of "
+    "numbers: none or noise:std=0.1, also with mixup=1."
+)
 COMBINE_HELP = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teacher, ca_mkd"
 CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded it; repeat for several."
 SELECT = ("last", "accuracy", "f1_macro", "nll")
@@ -79,8 +82,8 @@ class DataOptions:
     heading: ClassVar[str] = "Data"
     data: str = option(
         "",
-        "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, parquet:GLOB, webdataset:GLOB,"
-        " hf:NAME or my_module:factory; the cache's, or digits, when not given.",
+        "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH, arrays:FILE.npz (or a folder of .npy),"
+        " parquet:GLOB, webdataset:GLOB, hf:NAME or my_module:factory; the cache's, or digits, when not given.",
     )
     data_root: str = option("datasets", "Folder of the data sets that torchvision reads.")
     index: str = option("", INDEX_HELP)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from softcache import __version__
-from softcache.base.errors import make_printable
+from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import format_json, publish_together, remove_stale_files
 from softcache.base.lock import hold_lock
 from softcache.pipeline.losses.hard import Hard
@@ -83,7 +83,13 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
         owner=f"the run '{exported.config.out}'",
         command=format_command("export", config, name, data=exported.config.data),
     )
-    check_same_teachers(Path(exported.config.out), open_caches(exported.config.cache))
+    caches = open_caches(exported.config.cache)
+    check_same_teachers(Path(exported.config.out), caches)
+    if shape := caches[0].input_spec.shape:
+        raise UsageError(
+            f"export is for students of images, and '{exported.config.out}' is of rows of numbers {list(shape)}: its"
+            f" weights are the state dict in '{exported.seed_folder / 'student.pt'}'"
+        )
     setup = DistillationSetup.open(exported.config)
     console.print(f"exporting {make_printable(exported.config.arch)}, seed {exported.config.seed} ({exported.reason})")
     with hold_lock(exported.folder):

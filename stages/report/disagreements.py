@@ -66,6 +66,8 @@ def collect_disagreements(
     if isinstance(data, str):
         return data
     transfer_set, views = data
+    if transfer_set.shape:
+        return f"the data are rows of numbers {list(transfer_set.shape)}, which have no pictures"
     student, teacher = run.logits["student"][0][split], run.logits["teacher"][0][split]
     images = transfer_set.splits[split]
     if images.content != student.content:

@@ -10,6 +10,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError
 from softcache.pipeline.models import MODELS, build, count_parameters, is_external_arch
+from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.console import progress
 
 _ROUNDS, _IMAGES = 7, 10
@@ -25,16 +26,27 @@ class Network:
         classes: Number of logits.
         channels: Of the input.
         size: Height and width of the input in pixels.
+        shape: Of a row of numbers; () for images.
     """
 
     arch: str
     classes: int
     channels: int
     size: int
+    shape: tuple[int, ...] = ()
+
+    @staticmethod
+    def of_input(arch: str, classes: int, input_spec: InputSpec) -> "Network":
+        """Return an arch for the inputs of a preparation."""
+        return Network(arch, classes, input_spec.channels, input_spec.size, input_spec.shape)
 
     def make_image(self) -> torch.Tensor:
-        """Make a random input, float32 [1, channels, size, size]."""
-        return torch.rand(1, self.channels, self.size, self.size)
+        """Make a random input, float32 [1, channels, size, size] or [1, *shape]."""
+        return torch.rand(1, *(self.shape or (self.channels, self.size, self.size)))
+
+    def build(self) -> nn.Module:
+        """Build the network with fresh weights."""
+        return build(self.arch, self.classes, self.channels, self.size, shape=self.shape)
 
 
 def measure_latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, float]]:
@@ -68,14 +80,13 @@ def measure_latencies(networks: Sequence[Network]) -> dict[Network, tuple[int, f
 
 def _build(network: Network) -> nn.Module | None:
     """Build a network; None where its arch is unknown, too large, or cannot take its images."""
-    arch = network.arch
-    if arch.partition(":")[0] not in MODELS or is_external_arch(arch):
+    if network.arch.partition(":")[0] not in MODELS or is_external_arch(network.arch):
         return None
     try:
         with torch.device("meta"):
-            if count_parameters(build(arch, network.classes, network.channels, network.size)) > _MAX_PARAMETERS:
+            if count_parameters(network.build()) > _MAX_PARAMETERS:
                 return None
-        module = build(arch, network.classes, network.channels, network.size).eval()
+        module = network.build().eval()
         _time_images(module, network.make_image())  # a warm-up, which also shows that it takes such images
         return module
     except (UsageError, RuntimeError, ValueError):  # numbers from a damaged file

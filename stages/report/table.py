@@ -124,15 +124,13 @@ def list_networks(run: LoadedRun) -> dict[str, list[Network]]:
         for model in ("baseline", "student"):
             if record := run.result.get(model):
                 input_spec = InputSpec.from_json(record["preparation"])
-                networks[model] = [Network(record["arch"], K, input_spec.channels, input_spec.size)]
+                networks[model] = [Network.of_input(record["arch"], K, input_spec)]
     try:
         caches = [CacheReader(Path(path)) for path in run.config.cache]
     except CacheError:
         return networks
     if [cache.manifest.fingerprint for cache in caches] == run.fingerprints:
-        networks["teacher"] = [
-            Network(cache.teacher, cache.classes, cache.input_spec.channels, cache.input_spec.size) for cache in caches
-        ]
+        networks["teacher"] = [Network.of_input(cache.teacher, cache.classes, cache.input_spec) for cache in caches]
     return networks
 
 

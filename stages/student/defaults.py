@@ -8,7 +8,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.data.sources import DATASET, NAME_DATASET, has_argument, parse_data, short_name
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import StudentConfig
-from softcache.stages.cli.defaults import DEFAULTS
+from softcache.stages.cli.defaults import DEFAULTS, ROW_DEFAULTS
 from softcache.stages.cli.typed_command import program_name
 from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.folder import check_installed
@@ -72,7 +72,7 @@ def fill_cache_defaults(config: StudentConfig, cache: CacheReader) -> StudentCon
         raise CacheError(
             f"the cache '{cache.folder}' is of '{cache.data}', a data set that this version of softcache does not have"
         )
-    defaults = DEFAULTS[cache.data]
+    defaults = ROW_DEFAULTS if cache.input_spec.shape else DEFAULTS[cache.data]
     return replace(
         config,
         data=config.data or ("" if has_argument(cache.data) else cache.data),

@@ -48,9 +48,9 @@ def check_names(config: StudentConfig) -> None:
         parse_data(config.data)
     if config.arch:
         check_arch(config.arch)
-        check_normalize(config.normalize, config.arch)
+        check_normalize(config.normalize, config.arch, may_be_rows=True)
     elif config.normalize:
-        parse_normalize(config.normalize)
+        parse_normalize(config.normalize, may_be_rows=True)
     check_init(config.init, config.arch)
     if config.loss:
         parse_losses(config.loss)
@@ -103,7 +103,15 @@ def check_before_images(
         raise UsageError("--init does not go with 'simkd', whose student ends in the teacher's last layer")
     with torch.random.fork_rng(devices=()):
         arch = get_student_arch(config, losses, caches[0], taps)
-        network = build(arch, caches[0].classes, input_spec.channels, input_spec.size, config.output, network)
+        network = build(
+            arch,
+            caches[0].classes,
+            input_spec.channels,
+            input_spec.size,
+            config.output,
+            network,
+            shape=input_spec.shape,
+        )
     check_student_layers(network, losses)
     return losses, taps
 

@@ -96,7 +96,7 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     check_before_images(base_config, caches)
     input_spec = make_student_spec(base_config, caches[0])
     channels, size = input_spec.channels, input_spec.size
-    network = build(base_config.arch, caches[0].classes, channels, size, base_config.output)
+    network = build(base_config.arch, caches[0].classes, channels, size, base_config.output, shape=input_spec.shape)
     layers = config.layers
     if not layers and _list_methods_of_layers(config):
         layers = _list_cached_layers(network, caches[0], base_config)

@@ -225,7 +225,7 @@ def make_training_run(
         config=config,
         device=setup.device,
         folder=folder,
-        multiply_adds=count_multiply_adds(network, input_spec.channels, input_spec.size),
+        multiply_adds=count_multiply_adds(network, input_spec.channels, input_spec.size, input_spec.shape),
         context=setup.source.make_context(labels, setup.head),
     )
 

@@ -217,7 +217,7 @@ class DistillationSetup:
     def build_network(self, arch: str) -> nn.Module:
         """Build a network for these images and classes, with weights from the current random state."""
         spec = self.input_spec
-        return build(arch, self.cache.classes, spec.channels, spec.size, self.output, self.network)
+        return build(arch, self.cache.classes, spec.channels, spec.size, self.output, self.network, shape=spec.shape)
 
     def check_student(self, network: nn.Module, config: StudentConfig) -> list[str]:
         """Check, before anything is written, that a student can be trained: see `check_trainable`.

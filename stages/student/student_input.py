@@ -35,10 +35,12 @@ def make_student_spec(config: StudentConfig, cache: CacheReader, transfer_set: T
     """
     size, normalize = cache.views.size, choose_normalize(config)
     of_teacher = replace(cache.input_spec, size=size, interpolation=BILINEAR)
-    check_normalize(normalize, config.arch)
+    check_normalize(normalize, config.arch, may_be_rows=bool(of_teacher.shape))
     if normalize == PUBLISHED:
         return make_published_spec(config.arch, size)
     if not normalize or transfer_set is None:
+        if of_teacher.shape:
+            return of_teacher
         numbers = parse_normalize(normalize) if normalize else None
         channels = 3 if normalize == "imagenet" or (numbers and len(numbers[0]) == 3) else of_teacher.channels
         copies = channels // of_teacher.channels

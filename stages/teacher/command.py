@@ -40,6 +40,7 @@ from softcache.stages.training.validation import HeldOutSplit, check_select
 from .data import (
     FOLDER_OPTIONS,
     SPLIT_OPTIONS,
+    can_be_rows,
     check_normalize,
     fill_size,
     find_view_configuration,
@@ -134,7 +135,7 @@ def check_names(config: TeacherConfig) -> None:
     if config.imbalance:
         parse_imbalance(config.imbalance)
     check_arch(config.arch)
-    check_normalize(config.normalize, config.arch)
+    check_normalize(config.normalize, config.arch, can_be_rows(config.data))
     check_init(config.init, config.arch)
     select_device(config.device)
     check_output_folder(Path(config.out))
@@ -156,7 +157,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         UsageError: The images have no labels, or an option does not fit the data.
         CacheError: Another process holds the folder, or a file is damaged.
     """
-    check_normalize(config.normalize, config.arch)
+    check_normalize(config.normalize, config.arch, can_be_rows(config.data))
     device = select_device(config.device)
     transfer_set = load_data(config)
     print_notes(transfer_set, console)
@@ -177,7 +178,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         console.print(f"input of {config.arch}: {input_spec.describe()}, as published with it")
     torch.manual_seed(config.seed)
     classes = len(transfer_set.classes)
-    network = build(config.arch, classes, input_spec.channels, views.size, config.output)
+    network = build(config.arch, classes, input_spec.channels, views.size, config.output, shape=input_spec.shape)
     initial = None
     if config.init:
         initial = read_initial_weights(config.init, config.arch, input_spec.channels, views.size)
@@ -225,7 +226,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             config=config,
             device=device,
             folder=folder,
-            multiply_adds=count_multiply_adds(network, input_spec.channels, views.size),
+            multiply_adds=count_multiply_adds(network, input_spec.channels, views.size, input_spec.shape),
             interrupt_advice=advice,
             context=LossContext(counts=torch.from_numpy(counts)),
         )

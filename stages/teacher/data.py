@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from softcache.base.errors import UnreadableImageError, UsageError
 from softcache.data.content_index import open_index
+from softcache.data.sources import DATASET, get_source_name
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.unreadable import find_all_unreadable
-from softcache.data.views import ViewPolicy, render
+from softcache.data.views import ViewPolicy, check_policy, render
 from softcache.pipeline.models.configurations import (
     NetworkConfiguration,
     find_configuration,
@@ -33,6 +35,8 @@ SPLIT_OPTIONS = ("val_fraction", "test_fraction", "seed", "train_size", "imbalan
 FOLDER_OPTIONS = ("classes", "exif", "unreadable", "layout", "columns")
 FOLDER_SIZE = 224  # pixels; size of the views of a folder whose images differ in size
 _SAMPLE_ROWS = 4096  # training rows whose mean and standard deviation are measured
+_MAX_MEANS = 4096  # entries of the first axis of a row that have a mean each
+_ROW_SOURCES = ("arrays",)  # whose data may be rows of numbers
 
 
 def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
@@ -68,6 +72,11 @@ def name_all_unreadable(transfer_set: TransferSet) -> Iterator[None]:
         raise find_all_unreadable(splits, error, progress) from None
 
 
+def can_be_rows(data: str) -> bool:
+    """Return whether `--data` may name rows of numbers: arrays, or a dataset of a user's own."""
+    return get_source_name(data) in _ROW_SOURCES if data != DATASET else True
+
+
 def find_view_configuration(arch: str) -> NetworkConfiguration | None:
     """Find the configuration that decides the size of the views of a folder: of an arch `timm:` or `hf:`, else None.
 
@@ -82,12 +91,20 @@ def fill_size(
 ) -> ViewPolicy:
     """Fill in the size of the views: that of the images; where these differ, that of the teacher, or 224 pixels.
 
+    Rows of numbers have no size: 0.
+
     Args:
         views: The view policy; size 0 where the user named none.
         transfer_set: Its images.
         console: Prints a line where the images differ in size.
         configuration: What is published of the teacher, see `find_view_configuration`; None for 224 pixels.
+
+    Raises:
+        UsageError: The policy crops rows of numbers, or adds noise to images.
     """
+    check_policy(views, transfer_set.shape)
+    if transfer_set.shape:
+        return views
     if not views.size and not transfer_set.size and configuration is not None and not views.resize:
         size, resize = configuration.size, configuration.resize
         console.print(
@@ -102,17 +119,23 @@ def fill_size(
     return replace(views, size=views.size or transfer_set.size or FOLDER_SIZE)
 
 
-def check_normalize(normalize: str, arch: str) -> None:
+def check_normalize(normalize: str, arch: str, may_be_rows: bool = False) -> None:
     """Check --normalize before an image is read.
 
     Args:
         normalize: The option; "" where it is not given.
         arch: Of the network.
+        may_be_rows: Whether the data may be rows of numbers.
 
     Raises:
         UsageError: It is no normalisation, or "model" and nothing is published of this arch.
     """
-    if normalize and parse_normalize(normalize) is None and normalize == PUBLISHED and not has_published_weights(arch):
+    if (
+        normalize
+        and parse_normalize(normalize, may_be_rows) is None
+        and normalize == PUBLISHED
+        and not has_published_weights(arch)
+    ):
         raise UsageError(
             f"--normalize {PUBLISHED} is the input published with torchvision:, timm: and hf: networks, and the"
             f" network is '{arch}': give numbers, such as mean=0.5,0.5,0.5,std=0.25,0.25,0.25"
@@ -121,6 +144,9 @@ def check_normalize(normalize: str, arch: str) -> None:
 
 def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy, arch: str = "") -> InputSpec:
     """Make the input preparation of a network.
+
+    Of rows of numbers, the mean and standard deviation are those of each entry of the first axis, where there are at
+    most 4,096, else of all numbers; a standard deviation of 0 counts as 1.
 
     Args:
         normalize: "imagenet" for ImageNet's mean and standard deviation, of three channels; "data" for those of the
@@ -134,6 +160,8 @@ def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy
     Raises:
         UsageError: normalize is none of these, or nothing is published of the network.
     """
+    if transfer_set.shape:
+        return _make_row_spec(normalize, transfer_set, views)
     channels, size = transfer_set.channels, views.size
     if numbers := parse_normalize(normalize):
         channels = max(channels, len(numbers[0]))
@@ -146,12 +174,50 @@ def make_input_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy
         return InputSpec(3, size, IMAGENET_MEAN, IMAGENET_STD)
     if normalize == "none":
         return InputSpec(channels, size, (0.0,) * channels, (1.0,) * channels)
+    pixels = _render_sample(transfer_set, views).double() / 255
+    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    return InputSpec(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))
+
+
+def _make_row_spec(normalize: str, transfer_set: TransferSet, views: ViewPolicy) -> InputSpec:
+    """Make the input preparation of rows of numbers; see `make_input_spec`."""
+    shape, entries = transfer_set.shape, transfer_set.shape[0]
+    if numbers := parse_normalize(normalize, may_be_rows=True):
+        if len(numbers[0]) not in (1, entries):
+            raise UsageError(
+                f"--normalize has {len(numbers[0])} means, the rows have the shape {list(shape)}: give 1 or {entries}"
+            )
+        return InputSpec(entries, 0, *numbers, shape=shape)
+    if normalize == "imagenet":
+        raise UsageError(
+            f"--normalize imagenet is for images, the data are rows of numbers {list(shape)}: take data, none or"
+            " mean=…,std=…"
+        )
+    if normalize == "none":
+        return InputSpec(entries, 0, (0.0,), (1.0,), shape=shape)
+    values = _render_sample(transfer_set, views).double()
+    values = values.flatten(2) if values.ndim > 2 else values[..., None]  # [n, entries, numbers]
+    axes = (0, 2) if entries <= _MAX_MEANS else (0, 1, 2)
+    mean, std = (x.reshape(-1).tolist() for x in (values.mean(axes), values.std(axes, correction=0)))
+    means, deviations = tuple(map(_round_mean, mean)), tuple(map(_round_std, std))
+    return InputSpec(entries, 0, means, deviations, shape=shape)
+
+
+def _round_mean(mean: float) -> float:
+    return float(f"{mean:.7g}")
+
+
+def _round_std(std: float) -> float:
+    """Round a standard deviation; of an entry that is always the same it is 1."""
+    return float(f"{std:.7g}") if std > 1e-30 else 1.0
+
+
+def _render_sample(transfer_set: TransferSet, views: ViewPolicy) -> torch.Tensor:
+    """Render plain views of up to 4,096 training rows, at regular distances."""
     train = transfer_set.splits["train"]
     count = min(len(train), _SAMPLE_ROWS)
     sample = np.arange(count) * len(train) // count
-    pixels = render(train.images, views.without_augmentation(), 0, sample, 0).double() / 255
-    mean, std = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
-    return InputSpec(channels, size, tuple(round(m, 4) for m in mean), tuple(max(round(s, 4), 1e-4) for s in std))
+    return render(train.images, views.without_augmentation(), 0, sample, 0)
 
 
 def make_published_spec(arch: str, size: int) -> InputSpec:

@@ -15,6 +15,7 @@ from softcache.pipeline.cache.folder import README_FILE
 from softcache.pipeline.cache.manifest import Manifest
 
 _MAX_BYTES = 1 << 20  # of a README.md that is read
+_SHOWN_NUMBERS = 8  # of a mean or standard deviation
 _TEXT = """\
 # A cache of a teacher's outputs
 
@@ -181,9 +182,7 @@ def _format_fields(
         "weights": code(teacher["weights"]),
         "precision": escape(identity["precision"]),
         "faster": f", {manifest.arithmetic.describe()}" if manifest.arithmetic else "",
-        "input": f"{teacher['channels']} × {teacher['size']} × {teacher['size']},"
-        f" mean {_format_numbers(teacher['mean'])},"
-        f" standard deviation {_format_numbers(teacher['std'])} of values 0 … 1",
+        "input": _format_input(teacher),
         "data": escape(data["name"]),
         "rows": ", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items()),
         "classes": manifest.classes,
@@ -211,5 +210,14 @@ def _format_accuracy(accuracy: float | None) -> str:
     return "unknown" if accuracy is None else f"{accuracy:.4f}"
 
 
+def _format_input(teacher: dict[str, Any]) -> str:
+    """Describe the input of a teacher: its shape, and how it is normalised."""
+    numbers = f"mean {_format_numbers(teacher['mean'])}, standard deviation {_format_numbers(teacher['std'])}"
+    if "shape" in teacher:
+        return f"rows of {' × '.join(map(str, teacher['shape']))} numbers, {numbers}"
+    return f"{teacher['channels']} × {teacher['size']} × {teacher['size']}, {numbers} of values 0 … 1"
+
+
 def _format_numbers(values: Sequence[float]) -> str:
-    return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
+    shown = [f"{value:.4g}" for value in values[:_SHOWN_NUMBERS]]
+    return "[" + ", ".join([*shown, "…"] if len(values) > len(shown) else shown) + "]"

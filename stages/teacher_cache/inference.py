@@ -172,10 +172,7 @@ class TeacherInference:
         A network may take another path through its code when it is traced than with a batch. The views are noise:
         folding is affine, so where it is wrong, it is wrong for any input.
         """
-        channels, size = self.teacher.input_spec.channels, self.teacher.input_spec.size
-        generator = torch.Generator().manual_seed(0)
-        views = torch.randint(0, 256, (4, channels, size, size), dtype=torch.uint8, generator=generator)
-        views = views.to(self.device)
+        views = self.teacher.input_spec.make_views(4).to(self.device)
         cudnn = torch.backends.cudnn
         outputs = []
         for model in (self.teacher, self._model):

@@ -4,7 +4,7 @@ Nothing here ends a command: labels may be wrong, and a poor teacher may be mean
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,17 +142,18 @@ def print_normalize_comparison(
         console: Prints one line.
     """
     spec = teacher.input_spec
-    numbers = f"mean {', '.join(f'{m:g}' for m in spec.mean)}, std {', '.join(f'{s:g}' for s in spec.std)}"
+    numbers = f"mean {_list_numbers(spec.mean)}, std {_list_numbers(spec.std)}"
+    kind, others = ("rows", "none") if spec.shape else ("images", "imagenet, none,")
     line = (
-        f"--normalize not given: using the mean and standard deviation of these images ({numbers}). A teacher trained"
-        " elsewhere mostly needs its own: --normalize imagenet, none, or mean=…,std=…"
+        f"--normalize not given: using the mean and standard deviation of these {kind} ({numbers}). A teacher trained"
+        f" elsewhere mostly needs its own: --normalize {others} or mean=…,std=…"
     )
     train = transfer_set.splits["train"]
     is_correct = _measure_normalizations(teacher, transfer_set, views) if transfer_set.classes else {}
     if is_correct:
         n = len(is_correct["data"])
         accuracies = ", ".join(f"{name} {values.mean():.4f}" for name, values in is_correct.items())
-        line += f". Accuracy on {n} of the {len(train):,} training images: {accuracies}"
+        line += f". Accuracy on {n} of the {len(train):,} training {kind}: {accuracies}"
         best = max(is_correct, key=lambda name: float(is_correct[name].mean()))
         if _is_better(is_correct[best], is_correct["data"], _MIN_NORMALIZE_DEVIATIONS, gain=_MIN_NORMALIZE_GAIN):
             line += f". --normalize {best} fits this teacher better"
@@ -164,7 +165,8 @@ def _measure_normalizations(
 ) -> dict[str, NDArray[np.bool_]]:
     """Return {named normalisation: whether the teacher is right, [n]} for some labelled training images."""
     train, device = transfer_set.splits["train"], teacher.scale.device
-    specs = {name: make_input_spec(name, transfer_set, views) for name in NORMALIZATIONS if name != "data"}
+    names = [name for name in NORMALIZATIONS if name != "data" and not (transfer_set.shape and name == "imagenet")]
+    specs = {name: make_input_spec(name, transfer_set, views) for name in names}
     specs = {"data": teacher.input_spec, **specs}
     channels = teacher.input_spec.channels
     models = {
@@ -230,6 +232,10 @@ def _is_better(
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     difference = only_first - only_second
     return difference > deviations * np.sqrt(only_first + only_second) and difference >= gain * len(first)
+
+
+def _list_numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:8]) + (", …" if len(values) > 8 else "")
 
 
 def _list_names(names: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from softcache.base.errors import CacheError, CacheMismatchError, unknown_name_error
+from softcache.base.errors import CacheError, CacheMismatchError, UsageError, unknown_name_error
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import DATASET, format_placeholder, get_source_name, short_name
@@ -23,6 +23,7 @@ from softcache.pipeline.cache.manifest_reader import SETTINGS_SCHEMA
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
+from softcache.pipeline.models.callable_networks import CallableNetwork
 from softcache.pipeline.models.file_network import parse_file_teacher
 from softcache.pipeline.models.network_checks import check_teacher
 from softcache.pipeline.models.onnx_network import OnnxNetwork, parse_value_tap
@@ -40,6 +41,7 @@ from softcache.stages.runs.environment import select_device
 from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.teacher.data import (
     FOLDER_OPTIONS,
+    can_be_rows,
     fill_size,
     find_view_configuration,
     load_data,
@@ -49,7 +51,7 @@ from softcache.stages.teacher.data import (
 
 from .class_maps import check_class_map, make_class_map
 from .file_teachers import check_file_teacher, load_file_teacher, select_teacher_device
-from .inference import LOGITS
+from .inference import LOGITS, PROBABILITIES
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator, make_teacher_views
 from .teacher_source import check_teacher_source, load_teacher, prepare_live_teacher
@@ -89,11 +91,11 @@ class LiveObjects:
     """What a caller in Python passes instead of naming it.
 
     Attributes:
-        teacher: The network, of the arch `module(…)`; None where the options name it.
+        teacher: The network, function or estimator, of the arch `module(…)`; None where the options name it.
         transfer_set: The data; None where the options name them.
     """
 
-    teacher: nn.Module | None = None
+    teacher: Any = None
     transfer_set: TransferSet | None = None
 
 
@@ -118,12 +120,14 @@ def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOT
     if config.codec not in CODECS:
         raise unknown_name_error("codec", config.codec, CODECS)
     if config.normalize:
-        parse_normalize(config.normalize)
+        parse_normalize(config.normalize, can_be_rows(config.data))
     requested_taps = _list_taps(config)
     views = parse_views(config.views)
     arch = _check_before_images(config, requested_taps, live)
     transfer_set = live.transfer_set or ranks.first_rank_first(lambda: load_data(config))
     print_notes(transfer_set, console)
+    if transfer_set.shape and config.teacher_size:
+        raise UsageError(f"--teacher-size {config.teacher_size} is for images, the data are rows of numbers")
     views = fill_size(views, transfer_set, console, find_view_configuration(arch))
     with name_all_unreadable(transfer_set):
         return _prepare_plan(config, transfer_set, views, requested_taps, console, live.teacher)
@@ -135,7 +139,7 @@ def _prepare_plan(
     views: ViewPolicy,
     requested_taps: tuple[str, ...],
     console: Console,
-    network: nn.Module | None,
+    network: Any,
 ) -> PreparedCache:
     """Load the teacher, choose its precision, and work out identity and sizes of the cache."""
     if network is not None:
@@ -145,6 +149,8 @@ def _prepare_plan(
     else:
         teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_teacher_device(teacher, config.device)).eval()
+    if isinstance(teacher.network, CallableNetwork):
+        config = _set_callable_options(config, teacher.network, console)
     for note in check_teacher(teacher, arch, 0 if config.class_map else len(transfer_set.classes)):
         console.print(note)
     if config.class_map:
@@ -191,6 +197,27 @@ def _list_taps(config: CacheConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(normalize_tap, taps)))
 
 
+def _set_callable_options(config: CacheConfig, network: CallableNetwork, console: Console) -> CacheConfig:
+    """Return the options for a teacher that is no network: an estimator outputs probabilities.
+
+    Raises:
+        UsageError: An option is for networks alone.
+    """
+    for option, is_set in (
+        (f"--precision {config.precision}", config.precision != "float32"),
+        ("--compile", config.compile),
+        (f"--taps {config.taps}", bool(config.taps)),
+        (f"--output {config.output}", bool(config.output)),
+        (f"--weights-key {config.weights_key}", bool(config.weights_key)),
+    ):
+        if is_set:
+            raise UsageError(f"{option} is for networks of PyTorch, and the teacher '{config.teacher}' is none")
+    if not network.is_estimator or config.outputs != LOGITS:
+        return config
+    console.print("the teacher's predict_proba outputs probabilities: their logarithms are stored as logits")
+    return replace(config, outputs=PROBABILITIES)
+
+
 def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveObjects) -> str:
     """Check, before an image is read or a teacher trained, what needs neither; return the teacher's arch.
 
@@ -206,7 +233,7 @@ def _check_before_images(config: CacheConfig, taps: tuple[str, ...], live: LiveO
     arch = config.teacher
     check_class_map(config)
     if live.teacher is not None:
-        layers = list_layers(live.teacher)
+        layers = list_layers(live.teacher) if isinstance(live.teacher, nn.Module) else []
     elif parse_file_teacher(config.teacher):
         layers = check_file_teacher(config)
     else:

@@ -15,7 +15,8 @@ from softcache.data.views import ViewPolicy
 from softcache.pipeline.cache.existing import Complete, Unfinished, read_existing
 from softcache.pipeline.cache.identity import format_differences, make_identity
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.models import build, check_arch, is_external_arch
+from softcache.pipeline.models import build, check_arch, is_custom_arch, is_external_arch
+from softcache.pipeline.models.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
 from softcache.pipeline.models.class_map import MAP_ADVICE
 from softcache.pipeline.models.configurations import (
@@ -37,6 +38,7 @@ from softcache.stages.teacher.command import describe_accuracy, fill_defaults, t
 from softcache.stages.teacher.data import (
     FOLDER_OPTIONS,
     SPLIT_OPTIONS,
+    can_be_rows,
     check_normalize,
     make_input_spec,
     make_published_spec,
@@ -63,6 +65,10 @@ def load_teacher(
         UsageError: There are no such weights, or they do not fit the arch, the data or another option.
         CacheError: A file is damaged, or a teacher with other options was trained before.
     """
+    if is_custom_arch(config.teacher) and config.weights in ("", "DEFAULT"):
+        teacher = _load_custom(config, transfer_set, views)
+        if teacher is not None:
+            return teacher, config.teacher
     if not config.weights:
         if config.teacher_size:
             raise UsageError(
@@ -96,35 +102,67 @@ def load_teacher(
         input_spec = _use_teacher_size(make_input_spec(normalize, transfer_set, views, arch), config)
         if normalize == PUBLISHED:
             console.print(f"input of {arch}: {input_spec.describe()}, as published with it; --normalize changes it")
+    if input_spec.shape != transfer_set.shape:
+        expected, shape = (f"rows {list(x)}" if x else "images" for x in (input_spec.shape, transfer_set.shape))
+        raise UsageError(f"the teacher takes {expected}, the data are {shape}")
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
     classes = 0 if config.class_map else len(transfer_set.classes)
     classes = classes or _count_classes(state, path)
-    network = build(arch, classes, input_spec.channels, input_spec.size, output)
+    network = build(arch, classes, input_spec.channels, input_spec.size, output, shape=input_spec.shape)
     if note := load_weights(network, state, str(path), MAP_ADVICE):
         console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
 
 
+def _load_custom(config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy) -> PreparedModel | None:
+    """Load a teacher of a user's own with what it has learned: an estimator, a function, or with DEFAULT a network.
+
+    Returns:
+        The teacher; None for a network without --weights, which is trained.
+    """
+    input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
+    classes = len(transfer_set.classes)
+    value = load_callable(config.teacher, classes, input_spec.input_shape)
+    if not isinstance(value, nn.Module):
+        return prepare_callable(value, config.teacher, transfer_set.classes, input_spec, bool(config.normalize))
+    if not config.weights:
+        return None
+    network = build(
+        config.teacher, classes, input_spec.channels, input_spec.size, config.output, shape=input_spec.shape
+    )
+    return PreparedModel(network, input_spec)
+
+
 def prepare_live_teacher(
-    network: nn.Module, config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy
+    network: Any, config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy
 ) -> PreparedModel:
-    """Prepare a copy of a network that a caller in Python passes as the teacher.
+    """Prepare what a caller in Python passes as the teacher: a copy of a network, a function or an estimator.
 
     Args:
-        network: images float32 [B, C, H, W] -> logits [B, K]; it is not changed.
+        network: images float32 [B, C, H, W] -> logits [B, K]; it is not changed. Or as of CallableNetwork.
         config: Its arch, normalisation and output.
         transfer_set: The data.
         views: The view policy, with a size.
 
     Raises:
-        UsageError: It is no network, or cannot be copied.
+        UsageError: It is none of these, or cannot be copied.
     """
     input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
     classes = len(transfer_set.classes)
+    if not isinstance(network, nn.Module):
+        return prepare_callable(network, config.teacher, transfer_set.classes, input_spec, bool(config.normalize))
     if config.class_map:  # the number of its classes, for messages and where it returns several tensors
         classes = _count_classes(network.state_dict(), config.teacher)
-    copied = build(config.teacher, classes, input_spec.channels, input_spec.size, config.output, network)
+    copied = build(
+        config.teacher,
+        classes,
+        input_spec.channels,
+        input_spec.size,
+        config.output,
+        network,
+        shape=input_spec.shape,
+    )
     return PreparedModel(copied, input_spec)
 
 
@@ -144,12 +182,14 @@ def check_teacher_source(config: CacheConfig) -> str:
     if not config.weights:
         teacher_config, _ = _make_teacher_config(config)
         check_arch(teacher_config.arch)
-        check_normalize(config.normalize, teacher_config.arch)
+        check_normalize(config.normalize, teacher_config.arch, can_be_rows(config.data))
         return teacher_config.arch
     path = Path(config.weights)
     if config.weights == DEFAULT:
-        if not has_published_weights(config.teacher):
-            raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME, timm:NAME or hf:NAME")
+        if not (has_published_weights(config.teacher) or is_custom_arch(config.teacher)):
+            raise UsageError(
+                "--weights DEFAULT needs --teacher torchvision:NAME, timm:NAME, hf:NAME or my_package.module:factory"
+            )
     else:
         _check_weights_exist(path)
     arch = config.teacher
@@ -159,7 +199,7 @@ def check_teacher_source(config: CacheConfig) -> str:
         raise UsageError(f"--weights {path} does not record its arch: name it with --teacher")
     if arch == config.teacher or not is_external_arch(arch):  # what a folder names is not imported
         check_arch(arch)
-    check_normalize(config.normalize, arch)
+    check_normalize(config.normalize, arch, can_be_rows(config.data))
     return arch
 
 
@@ -202,13 +242,18 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     )
     input_spec = cache.input_spec
     known = cache.manifest.identity["teacher"]
-    if weights == DEFAULT and has_published_weights(recorded):
+    if weights == DEFAULT and is_custom_arch(recorded):
+        value = load_callable(recorded, cache.classes, input_spec.input_shape)
+        if not isinstance(value, nn.Module):
+            return _prepare_recorded_callable(value, cache)
+        state = _build_recorded(cache, cache.classes).state_dict()
+    elif weights == DEFAULT and has_published_weights(recorded):
         state = load_published_state(recorded, input_spec.channels, input_spec.size)
     else:
         states = read_checkpoint(find_weights_file(Path(weights)))
         _, state = choose_state_dict(states, config.weights_key, Path(weights))
     classes = _count_classes(state, weights) if "class_map" in known else cache.classes
-    network = build(recorded, classes, input_spec.channels, input_spec.size, str(known.get("output", "")))
+    network = _build_recorded(cache, classes)
     load_weights(network, state, weights)
     digest, cache_digest = hash_weights(network), cache.manifest.identity["teacher"]["weights"]
     if digest != cache_digest:
@@ -217,6 +262,26 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
             f" in the cache {cache_digest[:16]}…"
         )
     return PreparedModel(network, input_spec).eval()
+
+
+def _build_recorded(cache: CacheReader, classes: int) -> nn.Module:
+    """Build the network that a cache records, with fresh weights."""
+    spec, output = cache.input_spec, str(cache.manifest.identity["teacher"].get("output", ""))
+    return build(cache.teacher, classes, spec.channels, spec.size, output, shape=spec.shape)
+
+
+def _prepare_recorded_callable(value: Any, cache: CacheReader) -> PreparedModel:
+    """Prepare the function or estimator of a cache, with the input that the digest in its manifest names.
+
+    Raises:
+        CacheError: The cache is of another kind of teacher.
+    """
+    names = tuple(cache.manifest.identity["transfer_set"]["classes"])
+    for is_normalized in (False, True):
+        teacher = prepare_callable(value, cache.teacher, names, cache.input_spec, is_normalized)
+        if hash_weights(teacher.network) == cache.manifest.identity["teacher"]["weights"]:
+            return teacher
+    raise CacheError(f"the cache '{cache.folder}' is of a network with weights: '{cache.teacher}' is a function now")
 
 
 def _count_classes(state: Mapping[str, torch.Tensor], path: Path | str) -> int:
@@ -232,7 +297,8 @@ def assumes_normalize(config: CacheConfig) -> bool:
     """Whether the weights come from elsewhere, and neither the command nor the arch has how input is normalised."""
     if _has_own_input(config.teacher):
         return False
-    is_from_elsewhere = is_live_arch(config.teacher) or (bool(config.weights) and config.weights != DEFAULT)
+    has_own_input = config.weights == DEFAULT and not is_custom_arch(config.teacher)
+    is_from_elsewhere = is_live_arch(config.teacher) or (bool(config.weights) and not has_own_input)
     return is_from_elsewhere and not config.normalize and not (Path(config.weights) / "result.json").is_file()
 
 

@@ -17,6 +17,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.cache.writer import CacheWriter, clean_up
 from softcache.pipeline.models import get_head_arrays
+from softcache.pipeline.models.callable_networks import CallableNetwork
 from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.distributed import ranks
@@ -55,6 +56,8 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
     writer = CacheWriter.examine(out, prepared.plan)
     if writer.previous and writer.is_complete:  # needs no lock: the cache may be on a read-only mount
         clean_up(out)
+        if isinstance(generator.teacher.network, CallableNetwork):  # whose weights have no digest
+            check_reproducibility(CacheReader(out), generator).raise_if_different()
         return _report_nothing_missing(writer.previous, out, console)
     with name_all_unreadable(transfer_set):
         reference = to_record(_check_before_writing(writer, prepared, console))
@@ -105,7 +108,7 @@ def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console:
     outputs = check_stable(generator)
     if isinstance(writer.existing, NoCache):
         check_kind(generator, outputs, console)
-        if assumes_normalize(config):
+        if assumes_normalize(config) and not isinstance(generator.teacher.network, CallableNetwork):
             print_normalize_comparison(generator.teacher, generator.transfer_set, generator.teacher_views, console)
         if not generator.has_stored_targets:
             print_first_look(generator, sum(spec.rows for spec in writer.missing), console)

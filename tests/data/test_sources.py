@@ -47,7 +47,13 @@ def images_of(split: Split) -> Pixels:
 
 
 def test_every_source_has_tests() -> None:
-    in_other_files = {"folder", "parquet", "webdataset", "hf"}  # test_image_folder, test_data_files, test_hub_dataset
+    in_other_files = {
+        "folder",
+        "parquet",
+        "webdataset",
+        "hf",
+        "arrays",
+    }  # test_image_folder, test_data_files, test_hub_dataset
     assert {"digits", *in_other_files, *FOLDERS} == set(SOURCES)
 
 

@@ -100,7 +100,7 @@ def test_views_are_pinned_to_the_bit(spec: str, seed: int, index: int, draw: int
 
 
 def test_the_pins_cover_every_policy_and_a_view_that_is_flipped() -> None:
-    assert {spec.partition(":")[0] for spec, *_ in GOLDEN} == set(VIEW_POLICIES)
+    assert {spec.partition(":")[0] for spec, *_ in GOLDEN} == set(VIEW_POLICIES) - {"noise"}  # test_row_views.py
     flips = {int(rng.integers((seed, draw, FLIP), rows(i), 2)[0]) for s, seed, i, draw in GOLDEN if "flip" in s}
     assert flips == {0, 1}
 

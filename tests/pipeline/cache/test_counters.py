@@ -147,9 +147,9 @@ def test_training_a_student_builds_no_teacher_and_reads_no_weights_of_one(
     built: list[str] = []
     build = early_checks.build
 
-    def recording_build(arch: str, *arguments: Any) -> Any:
+    def recording_build(arch: str, *arguments: Any, **more: Any) -> Any:
         built.append(arch)
-        return build(arch, *arguments)
+        return build(arch, *arguments, **more)
 
     for module in (early_checks, teacher_source):
         monkeypatch.setattr(module, "build", recording_build)

@@ -41,7 +41,7 @@ def test_a_factory_is_called_with_the_arguments_that_it_takes(name: str) -> None
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("other_names", ("takes num_classes, in_chans", "factory(classes=…, channels=…, size=…)")),
+        ("other_names", ("takes num_classes, in_chans", "factory(classes=…, channels=…, size=…, shape=…)")),
         ("raises", ("the factory of arch", "RuntimeError: weights of the hub", FILE, "in raises")),
         ("exits", ("SystemExit: usage: train.py", FILE)),
         ("deep_error", ("RuntimeError: Trying to create tensor with negative dimension", FILE, "in deep_error")),

@@ -1,0 +1,323 @@
+"""A user's own arrays: numbers of any shape, or images, in a .npz file, a folder of .npy files, or one .npy file.
+
+x, y                                  and `split` (train, val, test), or cut by --val-fraction and --test-fraction
+x_train, y_train, x_val, …, x_test, …  each split by itself
+classes                               names of the classes, where y has numbers
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softcache.base.errors import UsageError, make_printable
+from softcache.base.progress import Progress, no_progress
+from softcache.data.image_arrays import ImageArrays
+from softcache.data.row_arrays import RowArrays, make_rows
+
+from .array_files import StoredArray, check_unpacked_size, open_arrays
+from .folder_listing import shorten_names
+from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    "test": "test",
+}
+_SPLIT_NUMBERS = ("train", "val", "test")  # 0, 1, 2
+_MAX_CLASSES, _MAX_ENTRIES = 1 << 20, 1 << 24
+_EXPECTED = "x and y, or x_train, y_train, x_test and y_test (and x_val, y_val)"
+Field = tuple[str, str]  # ("x", "train"); the split is "" for an array of all rows
+
+
+class _Labels(NamedTuple):
+    """The labels of one array.
+
+    Attributes:
+        name: Of the array.
+        values: int64 [N], -1 where unknown; or str [N], "" where unknown.
+    """
+
+    name: str
+    values: NDArray[Any]
+
+    @property
+    def is_text(self) -> bool:
+        return self.values.dtype.kind == "U"
+
+
+def load_arrays(path: str, options: ReadingOptions = DEFAULT_READING, progress: Progress = no_progress) -> SourceData:
+    """Load arrays. Those of .npy files stay in the files and are read row by row.
+
+    Args:
+        path: A .npz file; a folder of .npy files; or one .npy file, the rows `x` without labels.
+        options: Unused.
+        progress: Unused: values are read when they are hashed.
+
+    Returns:
+        Images where x is uint8 [N, S, S], [N, S, S, 1 or 3] or [N, 1 or 3, S, S]; else rows of numbers, in the order
+        of the array. Labels are -1 where y is negative, NaN or "", or where there is no y.
+
+    Raises:
+        UsageError: There is no such file, or the arrays do not fit together or have another form.
+        CacheError: A file is damaged.
+    """
+    root = Path(path)
+    arrays, other_files = open_arrays(root)
+    fields, unused = _match_names(arrays)
+    if not any(kind == "x" for kind, _ in fields):
+        raise UsageError(
+            f"'{make_printable(root, None)}' has no array x: it has {shorten_names(list(arrays)) or 'none'}; expected"
+            f" {_EXPECTED}"
+        )
+    _check_fields(fields)
+    check_unpacked_size(list(fields.values()))
+    notes: list[str] = []
+    inputs = {split: _read_input(array, notes) for (kind, split), array in fields.items() if kind == "x"}
+    _check_same_form(fields, inputs)
+    labels = {split: _read_labels(array) for (kind, split), array in fields.items() if kind == "y"}
+    classes, codes = _encode(labels, _read_classes(fields.get(("classes", ""))))
+    splits = {}
+    for split, images in inputs.items():
+        of_split = codes.get(split, np.full(len(images), -1, np.int64))
+        if len(of_split) != len(images):
+            raise UsageError(
+                f"'{fields['x', split].name}' has {len(images):,} rows, and '{fields['y', split].name}' has"
+                f" {len(of_split):,} labels: one for each row"
+            )
+        splits[split or "train"] = LabelledImages(images, of_split)
+    if ("split", "") in fields:
+        splits = _divide(splits["train"], fields["split", ""])
+    if unused or other_files:
+        names = shorten_names([*unused, *other_files])
+        count = len(unused) + len(other_files)
+        left_out = f"of '{make_printable(root)}', {count} array{'s are' if count > 1 else ' is'} left out: {names}"
+        return SourceData(splits, classes, left_out=left_out, notes=tuple(notes))
+    return SourceData(splits, classes, notes=tuple(notes))
+
+
+def _match_names(arrays: dict[str, StoredArray]) -> tuple[dict[Field, StoredArray], list[str]]:
+    """Return the arrays by what they are, whatever the case of their names, and the names of those that are unused."""
+    fields: dict[Field, StoredArray] = {}
+    unused = []
+    for name, array in arrays.items():
+        kind, _, split = name.lower().partition("_")
+        if not (kind in ("x", "y") and (not split or split in _SPLITS)) and name.lower() not in ("split", "classes"):
+            unused.append(name)
+            continue
+        field = (kind, _SPLITS.get(split, ""))
+        if field in fields:
+            raise UsageError(
+                f"the arrays '{fields[field].name}' and '{make_printable(name)}' are the same: leave out one"
+            )
+        fields[field] = array
+    return fields, unused
+
+
+def _check_fields(fields: dict[Field, StoredArray]) -> None:
+    """Check that it is clear which rows each split has."""
+    if ("x", "") in fields and ("x", "train") in fields:
+        raise UsageError("there are both 'x' and 'x_train': leave out one")
+    if not {("x", ""), ("x", "train")} & set(fields):
+        raise UsageError(f"there are no training rows: expected {_EXPECTED}")
+    held_out = [array.name for (kind, split), array in fields.items() if kind == "x" and split]
+    if ("split", "") in fields and held_out:
+        raise UsageError(f"there are both 'split' and '{held_out[0]}': leave out one")
+    for kind, split in fields:
+        if kind == "y" and ("x", split) not in fields:
+            name = fields[kind, split].name
+            raise UsageError(f"there is '{name}', but no rows for it: name them 'x{name[1:]}'")
+
+
+def _read_input(array: StoredArray, notes: list[str]) -> ImageArrays | RowArrays:
+    """Read or memory-map images or rows of numbers."""
+    name, dtype, shape = array.name, array.dtype, array.shape
+    if dtype.kind not in "biuf":
+        way_out = "convert text to numbers first, one for each category" if dtype.kind in "SU" else "convert it first"
+        raise UsageError(f"'{name}' is {dtype} {list(shape)}: expected integers or floats; {way_out}")
+    if not shape or not shape[0]:
+        raise UsageError(f"'{name}' has the shape {list(shape)}: it has no rows")
+    entries = int(np.prod(shape[1:], dtype=object))
+    if not 1 <= entries <= _MAX_ENTRIES:
+        raise UsageError(
+            f"'{name}' has the shape {list(shape)}: a row has {entries:,} numbers, not 1 to {_MAX_ENTRIES:,}"
+        )
+    layout = find_image_layout(dtype, shape)
+    values = array.open()
+    if layout:
+        pixels = torch.from_numpy(values)
+        if layout == "grey":
+            pixels = pixels[:, None]
+        elif layout == "last":
+            pixels = pixels.permute(0, 3, 1, 2).contiguous()
+        return ImageArrays(pixels)
+    if dtype == np.uint8 and len(shape) > 2:
+        notes.append(
+            f"'{name}' is uint8 {list(shape)}: no square images of 1 or 3 channels, so its rows are used as numbers"
+        )
+    if dtype.kind == "f" and dtype.itemsize > 4:
+        notes.append(f"'{name}' is {dtype}: its values are rounded to float32, for teacher and students alike")
+    return make_rows(values, name)
+
+
+def find_image_layout(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> str:
+    """Return "grey", "first" or "last", which axis has the channels of square uint8 images; "" for other arrays."""
+    if dtype != np.uint8:
+        return ""
+    if len(shape) == 3 and shape[1] == shape[2] > 1:
+        return "grey"
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[2] == shape[3]:
+        return "first"
+    return "last" if len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2] else ""
+
+
+def _check_same_form(fields: dict[Field, StoredArray], inputs: dict[str, ImageArrays | RowArrays]) -> None:
+    """Check that the rows of all splits have one shape."""
+    forms = {}
+    for split, images in inputs.items():
+        is_row = isinstance(images, RowArrays)
+        shape = images.shape if isinstance(images, RowArrays) else (images.channels, images.size, images.size)
+        forms[split] = ("rows of numbers" if is_row else "images", list(shape))
+    first = next(iter(forms))
+    for split, (kind, row_shape) in forms.items():
+        if (kind, row_shape) != forms[first]:
+            names = fields["x", first].name, fields["x", split].name
+            raise UsageError(
+                f"'{names[0]}' has {forms[first][0]} {forms[first][1]}, and '{names[1]}' has {kind} {row_shape}: all"
+                " splits have one form"
+            )
+
+
+def _read_labels(array: StoredArray) -> _Labels:
+    """Read labels as int64, -1 where unknown, or as text."""
+    name, values = array.name, array.read()
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        hint = f": save {name}.argmax(1), the number of the class of each row" if values.ndim == 2 else ""
+        raise UsageError(f"'{name}' has the shape {list(values.shape)}: expected one label for each row, [N]{hint}")
+    if values.dtype.kind in "SU":
+        return _Labels(name, np.char.strip(_to_text(values, name)))
+    if values.dtype.kind not in "biuf":
+        raise UsageError(f"'{name}' is {values.dtype}: expected the numbers or the names of the classes")
+    if values.dtype.kind == "f":
+        is_known = ~np.isnan(values)
+        whole = np.where(is_known, values, -1)
+        if (bad := np.flatnonzero(whole != np.rint(whole))).size or np.isinf(whole).any():
+            row = int(bad[0]) if bad.size else int(np.flatnonzero(np.isinf(whole))[0])
+            raise UsageError(
+                f"'{name}' has the value {values[row]:g} in row {row}: expected the number of a class, 0 to K - 1;"
+                " there is no regression"
+            )
+        values = whole
+    if (largest := values.max(initial=0)) >= _MAX_CLASSES:
+        raise UsageError(f"'{name}' has the label {largest:g}: the largest is {_MAX_CLASSES - 1:,}")
+    return _Labels(name, np.maximum(values.astype(np.int64), -1))
+
+
+def _to_text(values: NDArray[Any], name: str) -> NDArray[np.str_]:
+    if values.dtype.kind == "U":
+        return values
+    try:
+        return np.char.decode(values, "utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{name}' has text that is no UTF-8 ({make_printable(error)}): save it as str") from None
+
+
+def _read_classes(array: StoredArray | None) -> tuple[str, ...]:
+    """Read the names of the classes; none where there is no such array."""
+    if array is None:
+        return ()
+    values = array.read()
+    if values.ndim != 1 or values.dtype.kind not in "SU":
+        raise UsageError(
+            f"'classes' is {values.dtype} {list(values.shape)}: expected the names of the classes, str [K]"
+        )
+    names = tuple(_to_text(values, "classes").tolist())
+    _check_names(names, "classes")
+    if len(set(names)) < len(names):
+        repeated = next(name for number, name in enumerate(names) if name in names[:number])
+        raise UsageError(f"'classes' has the name {make_printable(repr(repeated))} more than once")
+    return names
+
+
+def _encode(
+    labels: dict[str, _Labels], classes: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, NDArray[np.int64]]]:
+    """Return the names of the classes, and the number of the class of each row, {split: int64 [N]}."""
+    if not labels:
+        return (), {}
+    if len({part.is_text for part in labels.values()}) > 1:
+        raise UsageError("some labels are text and others are numbers: " + ", ".join(p.name for p in labels.values()))
+    if all(part.is_text for part in labels.values()):
+        names = classes or tuple(np.unique(np.concatenate([part.values for part in labels.values()])).tolist())
+        names = names if classes else tuple(name for name in names if name)
+        _check_names(names, next(iter(labels.values())).name)
+        numbers = {name: number for number, name in enumerate(names)} | {"": -1}
+        if unknown := [(p.name, v) for p in labels.values() for v in np.unique(p.values).tolist() if v not in numbers]:
+            raise UsageError(f"'{unknown[0][0]}' has the label {unknown[0][1]!r}, which 'classes' does not have")
+        codes = {s: np.array([numbers[v] for v in p.values.tolist()], np.int64) for s, p in labels.items()}
+    else:
+        codes = {split: part.values for split, part in labels.items()}
+        names = _name_numbers(labels, classes)
+    largest = max(int(part.max(initial=-1)) for part in codes.values())
+    if largest < 0:
+        return (), codes
+    if len(names) < 2:
+        raise UsageError(f"all labels are of one class ({names[0]}): at least two are needed")
+    return names, codes
+
+
+def _name_numbers(labels: dict[str, _Labels], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of classes that are numbers: "0" to "K-1" where there are none."""
+    largest = max(labels.values(), key=lambda part: int(part.values.max(initial=-1)))
+    count = int(largest.values.max(initial=-1)) + 1
+    if classes and count > len(classes):
+        raise UsageError(f"'{largest.name}' has the label {count - 1}, but 'classes' has {len(classes)} names")
+    known = [part.values[part.values >= 0] for part in labels.values()]
+    smallest = min((int(part.min()) for part in known if part.size), default=0)
+    if not classes and smallest > 0:
+        raise UsageError(
+            f"the labels of '{largest.name}' are {smallest} to {count - 1}: they begin at 0; save"
+            f" {largest.name} - {smallest}, or labels as text"
+        )
+    return classes or tuple(map(str, range(count)))
+
+
+def _check_names(names: tuple[str, ...], owner: str) -> None:
+    for name in names:
+        if not (name and name.isprintable()):
+            raise UsageError(f"'{owner}' has the class name {name!a}, which is empty or cannot be printed: rename it")
+    if len(names) > _MAX_CLASSES:
+        raise UsageError(f"'{owner}' has {len(names):,} classes: up to {_MAX_CLASSES:,} are possible")
+
+
+def _divide(rows: LabelledImages, array: StoredArray) -> dict[str, LabelledImages]:
+    """Divide rows as `split` says."""
+    values = array.read()
+    if values.shape != (len(rows.labels),):
+        raise UsageError(
+            f"'split' has the shape {list(values.shape)}: expected one for each of {len(rows.labels):,} rows"
+        )
+    numbers: dict[Any, int]
+    if values.dtype.kind in "SU":
+        of_row = np.char.lower(np.char.strip(_to_text(values, "split")))
+        numbers = {text: _SPLIT_NUMBERS.index(split) for text, split in _SPLITS.items()}
+        kinds = np.unique(of_row).tolist()
+    elif values.dtype.kind in "iu":
+        of_row, kinds = values, np.unique(values).tolist()
+        numbers = {number: number for number in range(len(_SPLIT_NUMBERS))}
+    else:
+        raise UsageError(f"'split' is {values.dtype}: expected train, val or test; or 0, 1 or 2")
+    if unknown := [kind for kind in kinds if kind not in numbers]:
+        raise UsageError(f"'split' has {make_printable(repr(unknown[0]))}: expected train, val or test; or 0, 1 or 2")
+    divided = {}
+    for number, split in enumerate(_SPLIT_NUMBERS):
+        index = np.flatnonzero(np.isin(of_row, [kind for kind in kinds if numbers[kind] == number]))
+        if len(index):
+            divided[split] = rows.take(index)
+    if "train" not in divided:
+        raise UsageError("'split' has no row of train")
+    return divided
