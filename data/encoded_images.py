@@ -3,6 +3,7 @@
 import io
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -43,9 +44,9 @@ class _OpenFile:
         with open_input_file(path) as file:
             self.fd = os.dup(file.fileno())
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` is gone when Python ends
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)
 
 
 class ByteFiles:

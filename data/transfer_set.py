@@ -171,7 +171,7 @@ def load_transfer_set(
         cut["layout"] = source.layout
     notes = source.notes
     if isinstance(data, str) and class_names and "test" not in splits:
-        notes += ("there is no test split: --test-fraction 0.1 cuts one from the training images, by class",)
+        notes += ("there is no test split: --test-fraction 0.1 cuts one from the training data, by class",)
     return TransferSet(
         name=name,
         classes=class_names,

@@ -137,7 +137,8 @@ def make_named_dataset(data: Data, root: Path) -> Data:
     Raises:
         UsageError: As in `make_user_dataset`.
     """
-    if isinstance(data, str) and data and parse_data(data)[0] == DATASET:
+    if isinstance(data, str) and is_user_dataset(data):
+        parse_data(data)  # it may be a misspelt name
         return make_user_dataset(data, root)
     return data
 
