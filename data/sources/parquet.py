@@ -7,13 +7,14 @@ compressed they are not there in one piece: they are copied once, beside the ind
 import mmap
 import os
 import shutil
-from collections.abc import Generator
-from contextlib import closing
+import time
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.errors import CacheError, LockedError, UsageError, make_printable
 from softcache.base.files import make_folder, open_input_file, publish, remove_stale_files
 from softcache.base.lock import hold_lock
 from softcache.base.packages import require_package
@@ -27,6 +28,7 @@ from .source_data import ReadingOptions, SourceData
 from .table_columns import TableColumns, choose_columns, parse_columns, read_features
 
 _BATCH_ROWS = 64  # rows that are decoded at once
+_LOCK_SECONDS = 0.2  # between two looks at a lock
 _SPARE_BYTES = 256 << 20  # of the disk that a copy must leave free
 
 
@@ -200,6 +202,19 @@ def _list_rows(
     return rows.finish()
 
 
+@contextmanager
+def _wait_for_lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold a lock; where another process copies the same file, wait until it has done so."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold_lock(folder, name))
+                break
+            except LockedError:
+                time.sleep(_LOCK_SECONDS)
+        yield
+
+
 def _copy_rows(table: Any, columns: TableColumns, path: Path, index: ContentIndex) -> Generator[int, None, FileRows]:
     """Copy the encoded images of a file beside the index, and list its rows.
 
@@ -224,7 +239,7 @@ def _copy_rows(table: Any, columns: TableColumns, path: Path, index: ContentInde
                 f"{place} is compressed, and the copy of its images takes up to {needed / 1e9:.1f} GB beside the"
                 f" index: '{make_printable(copy.parent)}' has {free / 1e9:.1f} GB left. Name another with --index"
             )
-        with hold_lock(copy.parent, f".{copy.name}.lock"):
+        with _wait_for_lock(copy.parent, f".{copy.name}.lock"):
             remove_stale_files(copy.parent, (copy.name,))
             temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
             try:

@@ -19,7 +19,7 @@ from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble
 from softcache.pipeline.teachers.fit import fit_teachers
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console, progress_bar
-from softcache.stages.distributed.ranks import first_rank_first
+from softcache.stages.distributed.ranks import first_rank_first, is_first
 from softcache.stages.runs.data import load_cache_data
 from softcache.stages.runs.figures import Figures
 from softcache.stages.runs.folder import read_json
@@ -54,7 +54,7 @@ def load_shared_data(caches: tuple[CacheReader, ...], config: StudentConfig) -> 
     Raises:
         CacheError: when the images are not those of a cache.
     """
-    index = open_index(config.index, config.rehash)
+    index = open_index(config.index, config.rehash and is_first())
     transfer_set = first_rank_first(lambda: load_cache_data(caches[0], config.data, Path(config.data_root), index))
     for cache in caches[1:]:
         cache.check_transfer_set(transfer_set)

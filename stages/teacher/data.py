@@ -28,6 +28,7 @@ from softcache.pipeline.models.prepared_model import (
 )
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console, progress
+from softcache.stages.distributed.ranks import is_first
 
 # Options that decide which rows of a data set are in which split: those of SplitOptions, and the seed.
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "seed", "train_size", "imbalance", "head_size")
@@ -47,7 +48,7 @@ def load_data(config: TeacherConfig | CacheConfig) -> TransferSet:
         CacheError: An image is damaged.
     """
     options = {name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)}
-    index = open_index(config.index, config.rehash)
+    index = open_index(config.index, config.rehash and is_first())
     return load_transfer_set(config.data, Path(config.data_root), **options, index=index, progress=progress)
 
 

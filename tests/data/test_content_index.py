@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from softcache.data.content_index import ContentIndex, open_index
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from tests.helpers.commands import Stages
 from tests.helpers.data_files import make_splits, write_folder, write_parquet, write_shards
+from tests.helpers.paths import ROOT
 
 
 def list_notes(data: TransferSet) -> list[str]:
@@ -263,3 +266,17 @@ def test_the_commands_and_the_library_take_both(files: Files, stages: Stages, mo
         softcache.Cache("c", data=files.data, rehash="yes")  # type: ignore[arg-type]
     manifest = softcache.Cache("c", data=files.data).reader.manifest
     assert not {"index", "rehash"} & set(manifest.settings)
+
+
+def test_two_processes_that_copy_the_same_file_wait_for_each_other(files: Files, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    data = write_parquet(files.root / "files", make_splits())
+    script = (
+        "import sys; from pathlib import Path; from softcache.data.transfer_set import load_transfer_set as load;"
+        " from softcache.data.content_index import open_index;"
+        f" print(load({data!r}, Path(), val_fraction=0.2, index=open_index({str(files.index)!r})).identity())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=-1, text=True) for _ in "ab"]
+    first, second = (process.communicate(timeout=120)[0] for process in started)
+    assert first == second != ""

@@ -13,7 +13,7 @@ from PIL import Image
 import softcache
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.sources.data_files import expand_braces
-from softcache.data.transfer_set import TransferSet, load_transfer_set
+from softcache.data.transfer_set import TransferSet
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.commands import Stages
@@ -21,6 +21,7 @@ from tests.helpers.data_files import (
     CLASSES,
     Encoded,
     list_sample,
+    load,
     make_images,
     make_splits,
     write_folder,
@@ -30,10 +31,6 @@ from tests.helpers.data_files import (
 )
 
 FORMS = ("folder", "webdataset", "parquet", "stored parquet", "dictionary parquet")
-
-
-def load(data: Any, **options: Any) -> TransferSet:
-    return load_transfer_set(data, Path("unused"), **{"val_fraction": 0.2, **options})
 
 
 def write(form: str, root: Path, splits: dict[str, list[Encoded]]) -> str:

@@ -10,9 +10,8 @@ from PIL import Image
 
 from softcache.base.errors import UsageError
 from softcache.data.sources import short_name
-from softcache.data.transfer_set import TransferSet, load_transfer_set
 from tests.helpers.commands import Stages
-from tests.helpers.data_files import CLASSES, Encoded, make_splits, write_parquet, write_shards
+from tests.helpers.data_files import CLASSES, Encoded, load, make_splits, write_parquet, write_shards
 
 datasets = pytest.importorskip("datasets")
 
@@ -36,10 +35,6 @@ def make_dataset(images: list[Encoded], **columns: Any) -> Any:
     }
     features |= {name: feature for name, (_, feature) in columns.items()}
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-
-
-def load(data: str, **options: Any) -> TransferSet:
-    return load_transfer_set(data, Path("unused"), **{"val_fraction": 0.2, **options})
 
 
 @pytest.fixture

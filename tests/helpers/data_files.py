@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from softcache.data.transfer_set import TransferSet, load_transfer_set
+from tests.helpers.commands import Stages
+
 CLASSES = ("ant", "bee", "cow")
 
 
@@ -114,3 +117,15 @@ def make_hub_table(images: list[Encoded]) -> Any:
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     labels = pa.array([image.label for image in images], pa.int64())
     return pa.table({"image": pa.array(values, image_type), "label": labels})
+
+
+def load(data: Any, **options: Any) -> TransferSet:
+    """Load data with a fifth for validation."""
+    return load_transfer_set(data, Path("unused"), **{"val_fraction": 0.2, **options})
+
+
+def refuse(stages: Stages, code: int, data: str, message: str, *options: str) -> None:
+    """Train a teacher on data that must be refused with one line."""
+    error = stages.fails(code, "teacher", "--data", data, "--arch", "mlp:8", "--out", "run", *options)
+    assert message in error
+    assert len(error.splitlines()) == 1
