@@ -247,6 +247,23 @@ def _format_shape(shape: torch.Size) -> str:
     return "x".join(map(str, shape)) or "a single number"
 
 
+def count_outputs(state: Mapping[str, torch.Tensor], path: Path | str) -> int:
+    """Count the classes of a teacher by the rows of its last matrix, or else of its last convolution of 1 x 1.
+
+    Args:
+        state: Its state dict.
+        path: Where it comes from, for the message.
+
+    Raises:
+        UsageError: It has neither.
+    """
+    weights = [weight for weight in state.values() if weight.ndim == 4 and weight.shape[2:] == (1, 1)]
+    matrices = [weight for weight in state.values() if weight.ndim == 2] or weights
+    if not matrices:
+        raise UsageError(f"neither the weights of {path} nor the images show how many classes there are")
+    return int(matrices[-1].shape[0])
+
+
 def hash_weights(network: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of all weights, independent of how they were saved.
 

@@ -13,11 +13,11 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.copied_commands import read_cache_config
 
+from .cache_teacher import load_cache_teacher
 from .class_maps import restore_class_map
 from .file_teachers import is_file_arch, load_cached_file_teacher, select_teacher_device
 from .inference import LOGITS, restore_inference
 from .targets import TargetGenerator
-from .teacher_source import load_cache_teacher
 
 _ROWS, _MAX_SHARDS = 256, 16
 # {precision: share of a row's range}. float16 and sqrt8 cost 0.4 % at most, the rounding of another processor less;

@@ -395,7 +395,10 @@ def test_an_option_that_does_not_exist_is_refused(
         ({"path": None}, "path is None, not a path"),
         ({"draws": -1}, "draws=-1 is not between 1 and 100000"),
         ({"teacher": nn.Linear(1, 1)}, "the forward pass of arch .* failed"),
-        ({"teacher": lambda x: x}, "a teacher is a torch.nn.Module or the name of an arch, not a function"),
+        (
+            {"teacher": 3},
+            "a teacher is a torch.nn.Module, the name of an arch, a function or an estimator .*, not an int",
+        ),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(64, 4))}, "4 classes"),
     ],
 )
