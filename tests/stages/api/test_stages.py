@@ -397,7 +397,7 @@ def test_an_option_that_does_not_exist_is_refused(
         ({"teacher": nn.Linear(1, 1)}, "the forward pass of arch .* failed"),
         (
             {"teacher": 3},
-            "a teacher is a torch.nn.Module, the name of an arch, a function or an estimator .*, not an int",
+            "a teacher is a torch.nn.Module, the name of an arch, a function or an estimator .*, not a int",
         ),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(64, 4))}, "4 classes"),
     ],
