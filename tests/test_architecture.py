@@ -166,7 +166,10 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
             {"stages/export/onnx_model.py", "stages/export/quantize.py", "pipeline/models/onnx_network.py"},
         ),
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it
-        ("pyarrow", {"data/sources/hub_dataset.py", "data/sources/parquet.py", "stages/teacher_cache/logit_files.py"}),
+        (
+            "pyarrow",
+            {"data/sources/hub_dataset.py", "data/sources/parquet.py", "stages/teacher_cache/teachers/logit_files.py"},
+        ),
         ("datasets", {"data/sources/hub_dataset.py"}),
         (
             "torchvision",

@@ -13,12 +13,12 @@ from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import format_repair_command
 from softcache.stages.runs.data import load_cache_data
-from softcache.stages.teacher_cache.file_teachers import get_file
 from softcache.stages.teacher_cache.reproducibility import (
     ReproducibilityReport,
     check_reproducibility,
     make_target_generator,
 )
+from softcache.stages.teacher_cache.teachers.file_teachers import get_file
 
 from .repair import repair
 

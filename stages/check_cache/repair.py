@@ -18,9 +18,9 @@ from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
 from softcache.pipeline.models import get_head_arrays
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
-from softcache.stages.teacher_cache.file_teachers import get_file
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility, make_target_generator
 from softcache.stages.teacher_cache.targets import TargetGenerator
+from softcache.stages.teacher_cache.teachers.file_teachers import get_file
 
 _SAMPLED_SHARDS, _SAMPLED_ROWS = 16, 16  # whose views are rendered again before a repair
 

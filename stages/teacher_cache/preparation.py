@@ -48,13 +48,21 @@ from softcache.stages.teacher.data import (
     name_all_unreadable,
     print_notes,
 )
+from softcache.stages.teacher_cache.teachers.class_maps import check_class_map, make_class_map
+from softcache.stages.teacher_cache.teachers.file_teachers import (
+    check_file_teacher,
+    load_file_teacher,
+    select_teacher_device,
+)
+from softcache.stages.teacher_cache.teachers.teacher_source import (
+    check_teacher_source,
+    load_teacher,
+    prepare_live_teacher,
+)
 
-from .class_maps import check_class_map, make_class_map
-from .file_teachers import check_file_teacher, load_file_teacher, select_teacher_device
 from .inference import LOGITS, PROBABILITIES
 from .precision import ChosenPrecision, choose_precision, restore_precision, resume_precision
 from .targets import TargetGenerator, make_teacher_views
-from .teacher_source import check_teacher_source, load_teacher, prepare_live_teacher
 from .trials import TrialViews
 
 # Options that the first caches did not have: a manifest has them where they are not at their default.

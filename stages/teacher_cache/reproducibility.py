@@ -12,10 +12,14 @@ from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.copied_commands import read_cache_config
+from softcache.stages.teacher_cache.teachers.cache_teacher import load_cache_teacher
+from softcache.stages.teacher_cache.teachers.class_maps import restore_class_map
+from softcache.stages.teacher_cache.teachers.file_teachers import (
+    is_file_arch,
+    load_cached_file_teacher,
+    select_teacher_device,
+)
 
-from .cache_teacher import load_cache_teacher
-from .class_maps import restore_class_map
-from .file_teachers import is_file_arch, load_cached_file_teacher, select_teacher_device
 from .inference import LOGITS, restore_inference
 from .targets import TargetGenerator
 

@@ -23,6 +23,7 @@ from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.distributed import ranks
 from softcache.stages.runs.environment import library_versions
 from softcache.stages.teacher.data import name_all_unreadable
+from softcache.stages.teacher_cache.teachers.teacher_source import assumes_normalize
 
 from .cache_readme import write_readme
 from .label_checks import print_final_look, print_first_look, print_normalize_comparison
@@ -31,7 +32,6 @@ from .preparation import PreparedCache
 from .reproducibility import check_reproducibility
 from .targets import TargetGenerator
 from .teacher_checks import Outputs, check_kind, check_same_teacher, check_stable, compute_reference, to_record
-from .teacher_source import assumes_normalize
 from .trials import TrialViews
 
 _RESUME_ADVICE = (

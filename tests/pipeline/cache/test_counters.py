@@ -18,9 +18,9 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig, CheckConfig
-from softcache.stages.teacher_cache.cache_teacher import load_cache_teacher
 from softcache.stages.teacher_cache.inference import TeacherInference
 from softcache.stages.teacher_cache.targets import TargetGenerator
+from softcache.stages.teacher_cache.teachers.cache_teacher import load_cache_teacher
 from tests.helpers.commands import Stages
 
 _opened: list[str] | None = None

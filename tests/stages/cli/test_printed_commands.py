@@ -81,8 +81,8 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/teacher_cache/command.py:_print_report": ("cache_next",),
     "stages/teacher_cache/preparation.py:_format_unfinished_command": ("other_teacher_while_unfinished",),
     "stages/teacher_cache/preparation.py:suggest_other_command": ("other_teacher",),
-    "stages/teacher_cache/recorded_run.py:read_run": NAMED_CODE,
-    "stages/teacher_cache/cache_teacher.py:load_cache_teacher": "run by tests/stages/check_cache/test_repair.py",
+    "stages/teacher_cache/teachers/recorded_run.py:read_run": NAMED_CODE,
+    "stages/teacher_cache/teachers/cache_teacher.py:load_cache_teacher": "by tests/stages/check_cache/test_repair.py",
     "stages/teacher_cache/writing.py:write_cache": "two processes at once: the command that was typed",
     "stages/teacher_cache/writing.py:_write_share": ("stage_one_interrupted",),
     "stages/training/loop.py:train": (

@@ -16,7 +16,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.class_map import ClassMap
 from softcache.pipeline.models.configurations import find_configuration
-from softcache.stages.teacher_cache.class_maps import match_names
+from softcache.stages.teacher_cache.teachers.class_maps import match_names
 from tests.helpers.commands import Stages
 
 FOLDERS = {  # ten folders, and the columns of ImageNet that stand for each
