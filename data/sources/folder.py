@@ -65,12 +65,12 @@ def load_image_folder(
         }
     notes = [_describe_reading(layout, rows, classes), *check_rows(rows, classes)]
     if unreadable:
-        described = describe_unreadable(unreadable, root)
+        described = describe_unreadable({root / name: reason for name, reason in unreadable.items()}, root)
         notes.append(f"{len(unreadable):,} images cannot be used and are left out (--unreadable skip): {described}")
     if isinstance(options.classes, str) and not options.classes and (note := describe_number_order(classes)):
         notes.append(note)
 
-    names, labels = _sort_rows(root, rows, classes)
+    names, labels = _sort_rows(rows, classes)
     sample = [name for each in names.values() for name in each[:: max(1, len(each) // _SAMPLED_IMAGES)]]
     try:
         mode, size, turned = _detect_mode_and_size(root, sample)
@@ -90,7 +90,7 @@ def load_image_folder(
         )
         for split in rows
     }
-    skipped = tuple(sorted(path.relative_to(root).as_posix() for path in unreadable))
+    skipped = tuple(sorted(unreadable))
     is_basic = layout.has_basic_names and all(part.is_basic for part in rows.values())
     return SourceData(
         splits=splits,
@@ -104,33 +104,33 @@ def load_image_folder(
 
 def _find_skipped(
     root: Path, rows: dict[str, SplitRows], options: ReadingOptions, progress: Progress
-) -> dict[Path, str]:
+) -> dict[str, str]:
     """Find the images that are to be left out, with the reason of each."""
     if options.unreadable == "error":
         return {}
-    paths = [path for part in rows.values() for path in part.images]
+    names = [name for part in rows.values() for name in part.images]
     if not isinstance(options.unreadable, str):
         recorded = set(options.unreadable)
-        return {path: "" for path in paths if path.relative_to(root).as_posix() in recorded}
-    unreadable = find_unreadable(paths, len(paths), progress)
+        return {name: "" for name in names if name in recorded}
+    unreadable = find_unreadable((root / name for name in names), len(names), progress)
     if len(unreadable) > _MAX_SKIPPED:
         raise UsageError(
-            f"{len(unreadable):,} of {len(paths):,} images cannot be used, more than --unreadable skip leaves out"
+            f"{len(unreadable):,} of {len(names):,} images cannot be used, more than --unreadable skip leaves out"
             f" ({_MAX_SKIPPED:,}): {describe_unreadable(unreadable, root)}"
         )
-    return unreadable
+    return {path.relative_to(root).as_posix(): reason for path, reason in unreadable.items()}
 
 
 def _sort_rows(
-    root: Path, rows: dict[str, SplitRows], classes: tuple[str, ...]
+    rows: dict[str, SplitRows], classes: tuple[str, ...]
 ) -> tuple[dict[str, list[str]], dict[str, NDArray[np.int64]]]:
-    """Return the names of each split's images, relative to root, and their labels: class by class, unlabelled last."""
+    """Return the names of each split's images, and their labels: class by class, unlabelled last."""
     names, labels = {}, {}
     label_of_class = {name: label for label, name in enumerate(classes)} | {"": -1}
     for split, part in rows.items():
         unsorted = np.array([label_of_class[name] for name in part.labels], np.int64)
         order = np.argsort(np.where(unsorted < 0, len(classes), unsorted), kind="stable")
-        names[split] = [part.images[i].relative_to(root).as_posix() for i in order]
+        names[split] = [part.images[i] for i in order]
         labels[split] = unsorted[order]
     return names, labels
 

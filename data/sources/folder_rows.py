@@ -1,5 +1,6 @@
 """The rows of each split of a folder: its images, each with the name of its class or none."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class SplitRows:
 
     Attributes:
         folder: Where they are.
-        images: Their files.
+        images: Paths of their files relative to the whole folder, with slashes.
         labels: The name of the class of each, "" where it has none.
         classes: The names of the classes, also of those without an image, sorted by text.
         table: The table of labels from which they are, with its columns; empty where they are of class folders.
@@ -40,13 +41,13 @@ class SplitRows:
     """
 
     folder: Path
-    images: list[Path]
+    images: list[str]
     labels: list[str]
     classes: tuple[str, ...] = ()
     table: str = ""
     is_basic: bool = True
 
-    def select(self, is_kept: Mapping[Path, bool]) -> "SplitRows":
+    def select(self, is_kept: Mapping[str, bool]) -> "SplitRows":
         """Return the rows whose image is mapped to True, in the same order."""
         pairs = [pair for pair in zip(self.images, self.labels, strict=True) if is_kept[pair[0]]]
         return replace(self, images=[image for image, _ in pairs], labels=[label for _, label in pairs])
@@ -85,7 +86,7 @@ def list_rows(layout: Layout, left_out: LeftOut, progress: Progress) -> dict[str
             has_label = {image: label != "" for image, label in zip(rows.images, rows.labels, strict=True)}
             for image in rows.images:
                 if not has_label[image]:
-                    left_out.add(WITHOUT_LABEL, str(image))
+                    left_out.add(WITHOUT_LABEL, os.path.join(layout.root, image))
             splits[split] = rows.select(has_label)
     if "val" in splits and "test" not in splits:
         splits["test"] = splits.pop("val")
@@ -168,12 +169,12 @@ def _list_folder(split: str, folder: Path, kind: str, left_out: LeftOut, progres
     if table is not None:
         left_out.tables.add(str(table))
         images = list_images(folder, left_out)
-        labels = read_labels(table, images, progress)
+        labels = read_labels(table, images, left_out.root, progress)
         for image, row in labels.rows.items():
             if row.split not in ("", split):
                 raise UsageError(
-                    f"{make_printable(table)} puts {make_printable(image.name)} into the split {row.split}, and is in"
-                    f" the folder of {split}: a table of all splits belongs beside the folders"
+                    f"{make_printable(table)} puts {make_printable(os.path.basename(image))} into the split"
+                    f" {row.split}, and is in the folder of {split}: a table of all splits belongs beside the folders"
                 )
         names = [labels.rows[image].label if image in labels.rows else "" for image in images]
         return _make_table_rows(folder, images, names, table, labels)
@@ -181,8 +182,8 @@ def _list_folder(split: str, folder: Path, kind: str, left_out: LeftOut, progres
     if not class_folders:
         images = list_images(folder, left_out)
         return SplitRows(folder, images, [""] * len(images))
-    loose = list_loose_images(folder) if split == "train" and kind != BASIC else []
-    note_loose_files(folder, {*class_folders, *(path.name for path in loose)}, BESIDE_CLASSES, left_out)
+    loose = list_loose_images(folder, left_out.root) if split == "train" and kind != BASIC else []
+    note_loose_files(folder, {*class_folders, *map(os.path.basename, loose)}, BESIDE_CLASSES, left_out)
     images, labels_of_images = [], []
     for name in class_folders:
         of_class = list_images(folder / name, left_out)
@@ -202,15 +203,15 @@ def _list_by_table(layout: Layout, table: Path, left_out: LeftOut, progress: Pro
         if (second := find_table(folder)) is not None:
             raise UsageError(f"there are two tables of labels, {make_printable(table)} and {make_printable(second)}")
     images = list_images(layout.root, left_out)
-    labels = read_labels(table, images, progress)
+    labels = read_labels(table, images, layout.root, progress)
     split_of_folder = {path.name: split for split, path in layout.folders.items() if path != layout.root}
-    found: dict[str, tuple[list[Path], list[str]]] = {split: ([], []) for split in ("train", "test", "val")}
+    found: dict[str, tuple[list[str], list[str]]] = {split: ([], []) for split in ("train", "test", "val")}
     for image in images:
         row = labels.rows.get(image)
         split = row.split if row is not None else ""
-        split = split or split_of_folder.get(image.relative_to(layout.root).parts[0], "")
+        split = split or split_of_folder.get(image.partition("/")[0], "")
         if not split and layout.has_split_folders:
-            left_out.add(BESIDE_SPLITS, str(image))
+            left_out.add(BESIDE_SPLITS, os.path.join(layout.root, image))
             continue
         of_split = found[split or "train"]
         of_split[0].append(image)
@@ -224,8 +225,6 @@ def _list_by_table(layout: Layout, table: Path, left_out: LeftOut, progress: Pro
     }
 
 
-def _make_table_rows(
-    folder: Path, images: list[Path], names: list[str], table: Path, labels: LabelsTable
-) -> SplitRows:
+def _make_table_rows(folder: Path, images: list[str], names: list[str], table: Path, labels: LabelsTable) -> SplitRows:
     classes = tuple(sorted(set(names) - {""}))
     return SplitRows(folder, images, names, classes, f"{table.name} ({labels.columns})", is_basic=False)

@@ -40,20 +40,21 @@ class LabelsTable(NamedTuple):
     """A table of labels.
 
     Attributes:
-        rows: {image: its row}.
+        rows: {image: its row}, the images as they were passed.
         columns: Which columns are read, and which are not, for a line that is printed.
     """
 
-    rows: dict[Path, TableRow]
+    rows: dict[str, TableRow]
     columns: str
 
 
-def read_labels(table: Path, images: Sequence[Path], progress: Progress) -> LabelsTable:
+def read_labels(table: Path, images: Sequence[str], root: Path, progress: Progress) -> LabelsTable:
     """Read a table, row by row, and find the image of each row.
 
     Args:
         table: The file, in UTF-8. Its columns are named by its first row, or are file, label and split.
-        images: The images in its folder and below.
+        images: The images in its folder and below, relative to `root`.
+        root: The folder of the table, or one above it.
         progress: Shows how many rows are read.
 
     Raises:
@@ -61,8 +62,8 @@ def read_labels(table: Path, images: Sequence[Path], progress: Progress) -> Labe
             image or one that another row names, or a split that does not exist.
     """
     reader = _TableReader(table)
-    finder = _ImageFinder(table.parent, images)
-    rows: dict[Path, TableRow] = {}
+    finder = _ImageFinder(table.parent, images, root)
+    rows: dict[str, TableRow] = {}
     missing, ambiguous, repeated = _Names(), _Names(), _Names()
     for line, name, row in progress(reader.read_rows(), len(images), f"reading {table.name}"):
         try:
@@ -215,17 +216,19 @@ class _ImageFinder:
 
     Args:
         folder: To which the names are relative.
-        images: The images in it and below.
+        images: The images in it and below, relative to `root`.
+        root: The folder, or one above it.
     """
 
-    def __init__(self, folder: Path, images: Sequence[Path]):
-        start = 0 if folder == Path() else len(os.path.join(folder, ""))
-        self._images, self._paths = images, [str(image)[start:] for image in images]  # paths relative to the folder
+    def __init__(self, folder: Path, images: Sequence[str], root: Path):
+        start = 0 if folder == root else len(f"{folder.relative_to(root).as_posix()}/")
+        self._images, self._paths = images, [image[start:] for image in images]  # paths relative to the folder
+        self._root = root
         self._real_folder = os.path.realpath(folder)
         self._is_inside: dict[str, bool] = {}  # of the folders of images
-        self._indexes: list[dict[str, Path | None]] = []  # of _KEYS, each made when the ones before lack a name
+        self._indexes: list[dict[str, str | None]] = []  # of _KEYS, each made when the ones before lack a name
 
-    def find(self, text: str) -> Path | None:
+    def find(self, text: str) -> str | None:
         """Return the image of a name; None where there is none, or several.
 
         Raises:
@@ -242,11 +245,11 @@ class _ImageFinder:
         """Return whether several images have a name."""
         return self._find_index(_normalize(text)) is not None and self.find(text) is None
 
-    def _find_index(self, name: str) -> dict[str, Path | None] | None:
+    def _find_index(self, name: str) -> dict[str, str | None] | None:
         """Return the first index that has a name."""
         for k, key in enumerate(_KEYS):
             if k == len(self._indexes):
-                index: dict[str, Path | None] = {}
+                index: dict[str, str | None] = {}
                 for image, path in zip(self._images, self._paths, strict=True):
                     value = key(path)
                     index[value] = None if value in index else image
@@ -255,11 +258,12 @@ class _ImageFinder:
                 return self._indexes[k]
         return None
 
-    def _leads_out(self, image: Path) -> bool:
-        parent = os.path.dirname(str(image))
+    def _leads_out(self, image: str) -> bool:
+        path = os.path.join(self._root, image)
+        parent = os.path.dirname(path)
         if parent not in self._is_inside:
             self._is_inside[parent] = self._contains(parent)
-        return not self._is_inside[parent] or (os.path.islink(image) and not self._contains(str(image)))
+        return not self._is_inside[parent] or (os.path.islink(path) and not self._contains(path))
 
     def _contains(self, path: str) -> bool:
         return os.path.commonpath([os.path.realpath(path), self._real_folder]) == self._real_folder

@@ -8,7 +8,7 @@ that none can cross into another process.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,8 +218,9 @@ class Shard:
             os.close(self._fd)
             self._fd = -1
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` is gone when Python ends
+        if self._fd >= 0:
+            close(self._fd)
 
 
 def read_header(folder: Path, name: str) -> tuple[dict[str, str | int], Layout] | None:

@@ -121,16 +121,16 @@ def test_policies_of_other_data_are_refused(spec: str, shape: tuple[int, ...], w
 
 
 def test_rows_are_normalised_by_the_entries_of_their_first_axis_without_a_loss_where_a_mean_is_large() -> None:
-    spec = InputSpec(2, 0, (1e6, 0.5), (0.25, 4.0), (2, 3))
+    spec = InputSpec(2, 0, (1e6, 0.5), (0.25, 4.0), shape=(2, 3))
     views = torch.tensor([1e6, 0.5])[None, :, None] + torch.arange(6).reshape(1, 2, 3) / 4
     expected = torch.tensor([[[0, 1, 2], [3 / 16, 4 / 16, 5 / 16]]])
     assert torch.equal(PreparedModel(torch.nn.Identity(), spec).prepare_input(views), expected)
-    one = InputSpec(2, 0, (1.0,), (2.0,), (2, 3))
+    one = InputSpec(2, 0, (1.0,), (2.0,), shape=(2, 3))
     assert torch.equal(PreparedModel(torch.nn.Identity(), one).prepare_input(views), (views - 1) / 2)
 
 
 @pytest.mark.parametrize(
-    "spec", [InputSpec(2, 0, (1e9, 0.5), (1e-9, 4.0), (2, 3)), InputSpec(3, 8, (0.5,) * 3, (0.2,) * 3)]
+    "spec", [InputSpec(2, 0, (1e9, 0.5), (1e-9, 4.0), shape=(2, 3)), InputSpec(3, 8, (0.5,) * 3, (0.2,) * 3)]
 )
 def test_a_record_gives_the_preparation_back(spec: InputSpec) -> None:
     assert InputSpec.from_json(spec.to_json()) == spec
@@ -158,6 +158,6 @@ def test_a_record_gives_the_preparation_back(spec: InputSpec) -> None:
     ],
 )
 def test_a_record_that_cannot_be_is_refused(change: dict[str, object]) -> None:
-    record = InputSpec(2, 0, (1.0, 0.5), (1.0, 4.0), (2, 3)).to_json() | change
+    record = InputSpec(2, 0, (1.0, 0.5), (1.0, 4.0), shape=(2, 3)).to_json() | change
     with pytest.raises((ValueError, TypeError)):
         InputSpec.from_json(record)

@@ -132,7 +132,7 @@ def test_a_val_fraction_below_one_row_takes_one_row() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("mnst", "no data set 'mnst'. Did you mean 'mnist'? There are: cifar10, cifar100, digits"),
+        ("mnst", "no data set 'mnst'. Did you mean 'mnist'? There are: arrays:FILE.npz, cifar10, cifar100, digits"),
         ("cifar-10", "Did you mean 'cifar10'?"),
         ("folders:x", "no data set 'folders'. Did you mean 'folder"),
         ("", "no data set ''. There are: "),

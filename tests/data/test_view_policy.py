@@ -31,6 +31,7 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
         "resize": st.integers(0, 4096),
         "min_scale": st.floats(0.001, 1),
         "mixup": st.floats(0, 4096),
+        "std": st.floats(1e-6, 1000),
         "revision": st.just(2),
     }
     optional = {parameter: ranges[parameter] for parameter in VIEW_POLICIES[name].parameters()}
@@ -44,7 +45,7 @@ def test_parameters_of_a_policy_are_those_of_its_spec(data: st.DataObject) -> No
     [
         (
             "crop-flop",
-            "no view policy 'crop-flop'. Did you mean 'crop-flip'? There are: crop, crop-flip, none, resized",
+            "no view policy 'crop-flop'. Did you mean 'crop-flip'? There are: crop, crop-flip, noise, none, resized",
         ),
         ("", "no view policy ''. There are: crop"),
         (
