@@ -395,7 +395,11 @@ def test_an_option_that_does_not_exist_is_refused(
         ({"path": None}, "path is None, not a path"),
         ({"draws": -1}, "draws=-1 is not between 1 and 100000"),
         ({"teacher": nn.Linear(1, 1)}, "the forward pass of arch .* failed"),
-        ({"teacher": lambda x: x}, "a teacher is a torch.nn.Module or the name of an arch, not a function"),
+        ({"teacher": lambda x: x}, r"returned \[2, 1, 8, 8\] for 2 views, not \[2, 3\]"),
+        (
+            {"teacher": [nn.Linear(1, 1)]},
+            "a teacher is a torch.nn.Module, the name of an arch, a function or an .*, not a list",
+        ),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(64, 4))}, "4 classes"),
     ],
 )
