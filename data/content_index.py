@@ -108,7 +108,7 @@ class ContentIndex:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         text = f"what the data hold cannot be recorded in '{make_printable(self.folder)}' ({make_printable(reason)})"
         if self.is_required:
-            raise CacheError(f"--index: {text}") from None
+            raise CacheError(f"--index: {text}: name another folder, or --index none") from None
         self._note(f"{text}: the next command reads all of it again; --index FOLDER names another place")
 
     def _load_key(self) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import UnreadableImageError, UsageError
+from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
 
 from .content_index import ContentIndex, open_index
@@ -18,7 +18,7 @@ from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
 from .row_arrays import RowArrays
 from .sampling import draw_stratified
-from .sources import get_source_name, load_source
+from .sources import get_source_name, has_argument, load_source, short_name
 from .sources.source_data import Images, LabelledImages, ReadingOptions
 from .unreadable import find_all_unreadable
 
@@ -170,6 +170,8 @@ def load_transfer_set(
     if source.layout:
         cut["layout"] = source.layout
     notes = source.notes
+    if isinstance(data, str) and has_argument(name) and (test_fraction or name != "folder"):
+        notes += (_describe_splits(short_name(data), splits, class_names),)
     if isinstance(data, str) and class_names and "test" not in splits:
         notes += ("there is no test split: --test-fraction 0.1 cuts one from the training data, by class",)
     return TransferSet(
@@ -184,6 +186,17 @@ def load_transfer_set(
         source_sizes={split: len(part.labels) for split, part in source.splits.items()},
         shape=images.shape if isinstance(images, RowArrays) else (),
     )
+
+
+def _describe_splits(name: str, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
+    """Describe the splits that are used in one line: their rows, the classes, and rows without a label."""
+    parts = [", ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + " rows"]
+    if classes:
+        shown = ", ".join(make_printable(text, 40) for text in classes[:5]) + (", …" if len(classes) > 5 else "")
+        parts.append(f"{len(classes):,} classes ({shown})")
+    if unlabelled := sum(int((rows.labels < 0).sum()) for rows in splits.values()):
+        parts.append(f"{unlabelled:,} unlabelled")
+    return f"'{make_printable(name, 80)}': {'; '.join(parts)}"
 
 
 def _hash_splits(

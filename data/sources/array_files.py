@@ -203,4 +203,4 @@ def _name_damage(path: Path, name: str) -> Iterator[None]:
 
 def _refuse(path: Path, name: str, error: BaseException) -> NoReturn:
     array = f"the array '{make_printable(name)}' of " if name else ""
-    raise CacheError(f"{array}'{make_printable(path, None)}' cannot be read: {make_printable(error)}") from None
+    raise CacheError(f"{array}'{make_printable(path, None)}' is damaged or cut off: {make_printable(error)}") from None

@@ -58,7 +58,7 @@ def load_arrays(path: str, options: ReadingOptions = DEFAULT_READING, progress: 
 
     Returns:
         Images where x is uint8 [N, S, S], [N, S, S, 1 or 3] or [N, 1 or 3, S, S]; else rows of numbers, in the order
-        of the array. Labels are -1 where y is negative, NaN or "", or where there is no y.
+        of the array. Labels are -1 where y is -1, NaN or "", or where there is no y.
 
     Raises:
         UsageError: There is no such file, or the arrays do not fit together or have another form.
@@ -212,9 +212,14 @@ def _read_labels(array: StoredArray) -> _Labels:
                 " there is no regression"
             )
         values = whole
+    if (smallest := values.min(initial=0)) < -1:
+        row = int(np.argmin(values))
+        raise UsageError(
+            f"'{name}' has the label {smallest:g} in row {row}: expected a number from 0, or -1 where it is unknown"
+        )
     if (largest := values.max(initial=0)) >= _MAX_CLASSES:
         raise UsageError(f"'{name}' has the label {largest:g}: the largest is {_MAX_CLASSES - 1:,}")
-    return _Labels(name, np.maximum(values.astype(np.int64), -1))
+    return _Labels(name, values.astype(np.int64))
 
 
 def _to_text(values: NDArray[Any], name: str) -> NDArray[np.str_]:

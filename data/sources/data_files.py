@@ -55,7 +55,13 @@ def list_data_files(argument: str, endings: tuple[str, ...], kind: str) -> list[
     if Path(argument).is_dir():
         paths = sorted(path for path in Path(argument).rglob("*") if path.name.endswith(endings) and path.is_file())
         if not paths:
-            raise UsageError(f"there is no file *{' or *'.join(endings)} in the folder '{make_printable(argument)}'")
+            others = sorted(path.name for path in Path(argument).rglob("*") if path.is_file())
+            content = f": it has {shorten_names(others)}" if others else ", which is empty"
+            advice = "; unpack compressed shards with gunzip" if any(name.endswith(".gz") for name in others) else ""
+            expected = f"*{' or *'.join(endings)}"
+            raise UsageError(
+                f"there is no file {expected} in the folder '{make_printable(argument)}'{content}{advice}"
+            )
         return paths
     found: dict[Path, None] = {}
     for pattern in [argument] if Path(argument).exists() else expand_braces(argument):

@@ -1,5 +1,6 @@
 """The rows of one data file that holds many encoded images, and how a reader of a format collects them."""
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -108,18 +109,27 @@ class LabelCollector:
         self._kind: type | None = None
 
     def add(self, label: object, place: str) -> None:
-        """Add the label of a row: an int, a text, or None where there is none.
+        """Add the label of a row.
+
+        Args:
+            label: The number of a class, or its name. None, NaN and -1 stand for no label. A float counts as an int,
+                as tables write them in a column in which a number is missing.
+            place: The row, for messages.
 
         Raises:
-            CacheError: It is of another type, or numbers and text are mixed.
+            CacheError: It is of another type or no number of a class, or numbers and text are mixed.
         """
-        if label is None or (type(label) is int and label < 0):
+        if isinstance(label, float):
+            label = None if math.isnan(label) else int(label) if label.is_integer() else label
+        if label is None or label == -1:
             self._numbers.append(-1)
             return
         if type(label) not in (int, str):
             raise CacheError(
-                f"{place} has the label {make_printable(repr(label), 60)}: a number or a text is expected"
+                f"{place} has the label {make_printable(repr(label), 60)}: the number of a class or a text is expected"
             )
+        if isinstance(label, int) and label < 0:
+            raise CacheError(f"{place} has the label {label}: expected a number from 0, or -1 where it is unknown")
         if self._kind not in (None, type(label)):
             raise CacheError(
                 f"{place} has the label {make_printable(repr(label), 60)}, and rows before it have labels of another"

@@ -138,12 +138,17 @@ def check_rows(splits: dict[str, SplitRows], classes: tuple[str, ...]) -> list[s
     """Check that there are images of each class to train on.
 
     Returns:
-        A line for each held-out split that lacks some of the classes.
+        A line for each held-out split that lacks some of the classes, and for names that differ in case alone.
 
     Raises:
         UsageError: A split has no image, or the training split none of a class.
     """
     notes, looked_for = [], f"(looked for {' '.join(sorted(EXTENSIONS))})"
+    first_spelling: dict[str, str] = {}
+    for name in classes:
+        other = first_spelling.setdefault(name.casefold(), name)
+        if other != name:
+            notes.append(f"the classes {make_printable(other)} and {make_printable(name)} differ in case alone")
     for split, rows in splits.items():
         if not rows.images:
             raise UsageError(f"there is no image in '{make_printable(rows.folder)}' {looked_for}")

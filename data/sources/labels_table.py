@@ -165,9 +165,11 @@ class _TableReader:
         )
         if file < 0 and label < 0:
             if not 2 <= len(cells) <= 3:
+                if len(cells) == 1 and "\t" in cells[0]:
+                    raise CacheError(f"{path} is separated by tabs: call it labels.tsv")
+                columns = "one column" if len(cells) == 1 else f"{len(cells)} columns"
                 raise CacheError(
-                    f"{path} has {len(cells)} columns and no header: expected file,label or file,label,split in its"
-                    " first line"
+                    f"{path} has {columns} and no header: expected file,label or file,label,split in its first line"
                 )
             self._split = 2 if len(cells) == 3 else -1
             self.columns = f"no header: {'file, label, split' if len(cells) == 3 else 'file, label'}"

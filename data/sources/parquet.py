@@ -103,7 +103,8 @@ def _choose_columns(table: Any, place: str, option: str) -> TableColumns:
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             images.append(field.name)
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if is_text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
             labels.append(field.name)
     return choose_columns(place, images, labels, schema.names, read_features(schema.metadata), option)
 

@@ -177,7 +177,8 @@ def _read_label(file: BinaryIO, sample: list[_Member], path: Path) -> tuple[Any,
         text = _read_member(file, member).decode()
         if member.ending == "cls":
             text = text.strip()
-            return (int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text or None), 1
+            is_number = re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", text)
+            return (int(text.partition(".")[0]) if is_number else text or None), 1
         record = json.loads(text)
     except (ValueError, RecursionError):
         kind = "text" if member.ending == "cls" else "JSON"

@@ -178,7 +178,10 @@ class CacheReader:
         name = DATASET if is_dataset else str(data).partition(":")[0]
         if name and name != self.data:
             text = data if isinstance(data, str) else "a dataset of your own"
-            raise CacheError(f"the cache '{self.folder}' is of {self.data}, not of {text}")
+            raise CacheError(
+                f"the cache '{self.folder}' is of {self.data}, not of {text}: name its data with --data"
+                f" {format_placeholder(self.data)}, or make a cache of these"
+            )
         if self.data == DATASET and not is_dataset:
             raise UsageError(f"the cache '{self.folder}' is of a dataset of your own: {NAME_DATASET}")
         if has_argument(self.data) and not name:

@@ -41,7 +41,7 @@ from softcache.pipeline.models.archs.wide_resnet import WideResNet
 from softcache.pipeline.taps.hooks import list_layers
 
 from .custom_networks import build_custom, check_factory, is_live_arch, make_ready, prepare_live_network
-from .file_network import FILE_TEACHERS, parse_file_teacher
+from .file_network import FILE_TEACHERS, find_file_teacher, parse_file_teacher
 from .outputs import LogitsSelector
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].
@@ -156,6 +156,8 @@ def _build_known(arch: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         raise UsageError(
             f"'{arch}' is a teacher alone, --teacher {name}:{FILE_TEACHERS[name]}: it has no weights to train"
         )
+    if kind := find_file_teacher(arch):
+        raise UsageError(f"arch '{arch}' names a file: a teacher in it is --teacher {kind}:{arch}")
     if error := file_name_error("arch", arch):
         raise error
     our_names = [name for name in MODELS if name not in LIBRARIES]

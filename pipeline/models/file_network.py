@@ -27,6 +27,12 @@ def parse_file_teacher(arch: str) -> tuple[str, str] | None:
     return name, argument
 
 
+def find_file_teacher(path: str) -> str:
+    """Return the name in FILE_TEACHERS whose files have the ending of a path; "" where none has."""
+    ending = path.lower().rpartition(".")[2] if ":" not in path else ""
+    return {"onnx": "onnx", "npz": "logits", "parquet": "logits"}.get(ending, "")
+
+
 class FileNetwork(nn.Module):
     """A network without parameters, which its file defines.
 

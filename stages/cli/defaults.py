@@ -49,6 +49,7 @@ _IMAGES = Defaults(  # a user's own images, of any size
     teacher_views="resized-crop-flip",
     teacher="torchvision:resnet50",
     student="torchvision:mobilenet_v3_small",
+    learning_rate=0.02,  # with 0.1, small networks without batch norm diverge or end at chance
 )
 
 # The reasons for these numbers: docs/guides/recipes.md, "The defaults for digits".
@@ -97,7 +98,7 @@ DEFAULTS: dict[str, Defaults] = {
         student="mlp:64",
         learning_rate=0.05,
     ),
-    DATASET: Defaults(learning_rate=0.02),  # with 0.1, small networks without batch norm end at chance
+    DATASET: Defaults(learning_rate=0.02),  # as _IMAGES
 }
 
 

@@ -44,7 +44,7 @@ def test_floats_come_out_as_they_are_and_are_cut_into_splits(tmp_path: Path) -> 
         assert part.source_rows is not None
         np.testing.assert_array_equal(read(rows, split), X[part.source_rows])
         np.testing.assert_array_equal(part.labels, Y[part.source_rows])
-    assert rows.notes == ()
+    assert rows.notes == ("'table': train 19, val 5, test 6 rows; 3 classes (0, 1, 2)",)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", ">f4", "int32", "uint8", "bool"])
@@ -77,7 +77,7 @@ def test_other_bytes_are_rows_of_numbers(tmp_path: Path, shape: tuple[int, ...])
     rows = load(save(tmp_path, x=np.ones((N, *shape), np.uint8), y=Y), test_fraction=0.2)
     assert isinstance(rows.splits["train"].images, RowArrays)
     assert rows.shape == (shape or (1,))
-    assert len(rows.notes) == (len(shape) > 1)
+    assert len(rows.notes) == 1 + (len(shape) > 1)
 
 
 def test_a_folder_and_a_file_give_the_same_rows(tmp_path: Path) -> None:
@@ -186,6 +186,7 @@ WRONG: dict[str, tuple[Arrays, str]] = {
     "one-hot": ({"x": X, "y": np.eye(3)[Y]}, "save y.argmax(1)"),
     "regression": ({"x": X, "y": Y / 2}, "there is no regression"),
     "infinite-label": ({"x": X, "y": np.where(Y == 1, np.inf, Y)}, "'y' has the value inf in row 1"),
+    "negative-label": ({"x": X, "y": Y - 7}, "'y' has the label -7 in row"),
     "labels-from-1": ({"x": X, "y": Y + 1}, "they begin at 0; save y - 1"),
     "large-label": ({"x": X, "y": Y * 10**9}, "the largest is 1,048,575"),
     "one-class": ({"x": X, "y": Y * 0}, "all labels are of one class (0)"),

@@ -60,6 +60,15 @@ def test_splits_have_the_names_that_people_give_them(pets: Path, train: str, hel
     )
 
 
+def test_classes_that_differ_in_case_alone_are_named(tmp_path: Path, save_image: Callable[..., object]) -> None:
+    for name in ("Cat", "cat", "dog"):
+        for k in range(3):
+            save_image(tmp_path / f"pets/train/{name}/{k}.png", 8, 8, k)
+    loaded = load_transfer_set(f"folder:{tmp_path / 'pets'}", Path(), val_fraction=0.3, test_fraction=0.2)
+    assert "the classes Cat and cat differ in case alone" in loaded.notes
+    assert "'pets': train 5, val 2, test 2 rows; 3 classes (Cat, cat, dog)" in loaded.notes
+
+
 def test_val_and_test_are_both_taken_as_they_are(pets: Path) -> None:
     shutil.copytree(pets / "test", pets / "valid")
     transfer_set = load_folder(pets)

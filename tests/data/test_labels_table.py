@@ -175,7 +175,7 @@ def test_the_rows_are_counted_while_a_table_is_read(images: Path) -> None:
         ("file,label\n", "has no row"),
         ("file\n0.png\n", "has no column of labels (file): expected one of label,"),
         ("label,x\ncat,1\n", "has no column of files (label, x): expected one of file,"),
-        ("0.png\n1.png\n", "has 1 columns and no header: expected file,label or file,label,split"),
+        ("0.png\n1.png\n", "has one column and no header: expected file,label or file,label,split"),
         ("0.png,cat\n1.png\n", "line 2: 1 columns, the first row has 2"),
         ("0.png,cat\n9.png,dog\n10.png,dog\n", "names 2 files that are not beside it: 9.png, 10.png: put them there"),
         ("0.png,cat\n0,dog\n", "names 1 file more than once: 0: leave one row of each image"),

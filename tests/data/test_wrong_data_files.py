@@ -73,7 +73,7 @@ SHARDS: dict[str, tuple[int, Callable[[Path], None], str]] = {
     "label of a list": (
         1,
         write_samples(("a.jpg", IMAGE), ("a.json", b'{"label": [1]}')),
-        "has the label [1]: a number",
+        "has the label [1]: the number",
     ),
     "large label": (1, write_samples(("a.jpg", IMAGE), ("a.cls", b"9999999")), "the largest is 1048575"),
     "large file": (

@@ -88,6 +88,24 @@ TABLES: dict[str, tuple[int, Any, str, tuple[str, ...]]] = {
         "the data have one class, 'bee'",
         (),
     ),
+    "negative label": (
+        1,
+        make_table(image=contents, label=lambda images: [-5] * len(images)),
+        "row 0 has the label -5: expected a number from 0, or -1 where it is unknown",
+        (),
+    ),
+    "part of a class": (
+        1,
+        make_table(image=contents, label=lambda images: [image.label + 0.5 for image in images]),
+        "row 0 has the label 0.5: the number of a class or a text is expected",
+        (),
+    ),
+    "yes and no": (
+        1,
+        make_table(image=contents, label=lambda images: [image.label > 0 for image in images]),
+        "row 0 has the label False: the number of a class or a text is expected",
+        (),
+    ),
     "names of classes": (2, None, "the files record the classes, in the order of their labels", ("--classes", "f")),
 }
 
@@ -128,6 +146,18 @@ def test_plain_tables_with_text_labels_and_gaps_are_read(tmp_path: Path) -> None
     assert "3 rows without an image" in loaded.left_out
     assert sum(map(len, loaded.splits.values())) == 39
     assert sum(int((rows.labels < 0).sum()) for rows in loaded.splits.values()) == 3
+
+
+def test_numbers_that_a_missing_one_made_floats_are_labels(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    floats = make_table(
+        image=contents,
+        label=lambda images: [None if row == 2 else float(image.label) for row, image in enumerate(images)],
+    )
+    loaded = load(write_parquet(tmp_path / "p", make_splits(), make_table=floats, features=False))
+    assert loaded.classes == ("0", "1", "2")
+    assert sum(loaded.count_labelled().values()) == 39
+    assert loaded.notes[-1] == "'p': train 24, val 6, test 12 rows; 3 classes (0, 1, 2); 3 unlabelled"
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from softcache.base.errors import CacheError, UsageError
 from .network_configuration import NetworkConfiguration
 
 SMALL = 64  # px; for smaller images the first layers do not downsample
+SMALL_ADVICE = (  # the end of a message
+    f"for views under {SMALL} px a torchvision: network gets another first convolution; weights of the published one"
+    " need --teacher-size 224, or --views …:size=64"
+)
 _AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # models that have some
 
 

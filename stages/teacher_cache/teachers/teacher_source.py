@@ -10,6 +10,7 @@ from softcache.base.errors import UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.models import build, check_arch, is_custom_arch, is_external_arch
+from softcache.pipeline.models.archs.torchvision_models import SMALL, SMALL_ADVICE
 from softcache.pipeline.models.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
 from softcache.pipeline.models.class_map import MAP_ADVICE
@@ -99,7 +100,13 @@ def load_teacher(
     classes = 0 if config.class_map else len(transfer_set.classes)
     classes = classes or count_outputs(state, path)
     network = build(arch, classes, input_spec.channels, input_spec.size, output, shape=input_spec.shape)
-    if note := load_weights(network, state, str(path), MAP_ADVICE):
+    try:
+        note = load_weights(network, state, str(path), MAP_ADVICE)
+    except UsageError as error:
+        if not (arch.startswith("torchvision:") and input_spec.size < SMALL and "in the arch" in str(error)):
+            raise
+        raise UsageError(f"{error}: {SMALL_ADVICE}") from None
+    if note:
         console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
 

@@ -28,6 +28,7 @@ forks = processes.forks
     [
         ("teacher --data digit", "no data set 'digit'. Did you mean 'digits'?"),
         ("teacher --data folder", "--data folder:PATH"),
+        ("teacher-cache --teacher t.onnx", "arch 't.onnx' names a file: a teacher in it is --teacher onnx:t.onnx"),
         ("teacher --data digits:x", "'digits' has nothing after a colon"),
         ("teacher --arch resnet18", "no arch 'resnet18'. Did you mean 'torchvision:resnet18'?"),
         ("teacher --arch mlp:many", "expected widths"),
