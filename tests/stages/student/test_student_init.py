@@ -207,7 +207,7 @@ WRONG = [
     ("student", f"--arch {TIMM} --init two.pt", "save the one to start from in a file of its own"),
     ("student", f"--arch {TIMM} --init=", "--init is empty"),
     ("student", "--arch cnn --normalize model", "--normalize model is the input published with torchvision:"),
-    ("student", "--arch cnn --normalize own", "--normalize own: there are imagenet, data, none, model"),
+    ("student", "--arch cnn --normalize own", "--normalize own: there are imagenet, data, none, pixels, model"),
     ("student", "--arch cnn --normalize mean=1,2,std=1", "--normalize has 2 means and 1 standard deviations"),
     ("student", "--arch timm:nope_net", "no timm model 'nope_net'"),
     ("student", "--arch hf:nowhere", "no model 'nowhere'"),

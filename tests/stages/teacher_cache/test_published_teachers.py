@@ -147,7 +147,10 @@ WRONG = [
     ("--teacher timm:test_resnet --weights w.pt --output 0", "--output 0 is for networks of your own"),
     ("--teacher timm:test_resnet --weights w.pt --normalize modl", "--normalize modl: there are imagenet"),
     ("--teacher cnn --weights w.pt --normalize model", "--normalize model is the input published with torchvision:"),
-    ("--teacher cnn --weights DEFAULT", "needs --teacher torchvision:NAME, timm:NAME or hf:NAME"),
+    (
+        "--teacher cnn --weights DEFAULT",
+        "needs --teacher torchvision:NAME, timm:NAME, hf:NAME or my_package.module:factory",
+    ),
     ("--teacher timm:test_vit --weights w.pt --views none:size=20", "timm:test_vit cannot take images of"),
     ("--teacher hf:none --weights DEFAULT", "no model 'none': it is neither a folder with a config.json"),
     ("--teacher hf:empty --weights DEFAULT", "no model 'empty'"),
