@@ -14,7 +14,7 @@ from torch import nn
 
 from softcache.base.lock import hold_lock
 from softcache.base.progress import Progress
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.sources import SOURCES, Source
 from softcache.data.sources.source_data import LabelledImages, ReadingOptions, SourceData
 from softcache.data.transfer_set import TransferSet, load_transfer_set

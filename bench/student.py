@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.pipeline.batch import Batch
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.hard import Hard

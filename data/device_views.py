@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from softcache.base import rng
+from softcache.data.images.image_arrays import ImageArrays
 
-from .image_arrays import ImageArrays
 from .views import CROP_LEFT, CROP_TOP, FLIP, Draw, ImageSource, ViewPolicy, draw_mixup
 
 

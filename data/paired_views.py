@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from .decoded_images import DecodedImages
+from softcache.data.images.decoded_images import DecodedImages
+
 from .views import Draw, ImageSource, ViewPolicy, render
 
 _DECODED_AT_ONCE = 8  # images; of 12 megapixels each, they take 300 MB

@@ -10,17 +10,18 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
+from softcache.base.text import shorten_names
+from softcache.data.images.dataset_items import Data
+from softcache.data.images.image_folder import ImageFolder
+from softcache.data.images.row_arrays import RowArrays
+from softcache.data.images.unreadable import find_all_unreadable
 
 from .content_index import ContentIndex, open_index
-from .dataset_items import Data
 from .file_digests import FileDigests
-from .image_folder import ImageFolder
 from .long_tail import parse_imbalance, select_long_tail
-from .row_arrays import RowArrays
 from .sampling import draw_stratified
 from .sources import get_source_name, has_argument, load_source, short_name
 from .sources.source_data import Images, LabelledImages, ReadingOptions
-from .unreadable import find_all_unreadable
 
 Labels = NDArray[np.int64]
 
@@ -192,8 +193,7 @@ def _describe_splits(name: str, splits: dict[str, Split], classes: tuple[str, ..
     """Describe the splits that are used in one line: their rows, the classes, and rows without a label."""
     parts = [", ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + " rows"]
     if classes:
-        shown = ", ".join(make_printable(text, 40) for text in classes[:5]) + (", …" if len(classes) > 5 else "")
-        parts.append(f"{len(classes):,} classes ({shown})")
+        parts.append(f"{len(classes):,} classes ({shorten_names(classes)})")
     if unlabelled := sum(int((rows.labels < 0).sum()) for rows in splits.values()):
         parts.append(f"{unlabelled:,} unlabelled")
     return f"'{make_printable(name, 80)}': {'; '.join(parts)}"

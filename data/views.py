@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from softcache.base import rng
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
+from softcache.data.images.decoding import Box
 
-from .decoding import Box
 from .row_views import add_noise, mix_rows
 
 Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [B], one for each

@@ -168,9 +168,13 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it
         (
             "pyarrow",
-            {"data/sources/hub_dataset.py", "data/sources/parquet.py", "stages/teacher_cache/teachers/logit_files.py"},
+            {
+                "data/sources/files/hub_dataset.py",
+                "data/sources/files/parquet.py",
+                "stages/teacher_cache/teachers/logit_files.py",
+            },
         ),
-        ("datasets", {"data/sources/hub_dataset.py"}),
+        ("datasets", {"data/sources/files/hub_dataset.py"}),
         (
             "torchvision",
             {"data/sources/cifar.py", "data/sources/mnist.py", "pipeline/models/archs/torchvision_models.py"},

@@ -13,19 +13,19 @@ from typing import NamedTuple
 from softcache.base.errors import UsageError, make_printable, unknown_name_error
 from softcache.base.progress import Progress, no_progress
 from softcache.base.user_modules import file_name_error, module_exists
-from softcache.data.dataset_items import Data
+from softcache.data.images.dataset_items import Data
+from softcache.data.sources.files.hub_dataset import load_hub_dataset
+from softcache.data.sources.files.parquet import load_parquet
+from softcache.data.sources.files.webdataset import load_webdataset
+from softcache.data.sources.folders.folder import load_image_folder
 
 from .arrays import load_arrays
 from .cifar import load_cifar10, load_cifar100
 from .dataset import load_dataset
 from .digits import load_digits
-from .folder import load_image_folder
-from .hub_dataset import load_hub_dataset
 from .mnist import load_fashion_mnist, load_mnist
-from .parquet import load_parquet
 from .source_data import DEFAULT_READING, ReadingOptions, SourceData
 from .user_dataset import is_dataset_spec, make_user_dataset
-from .webdataset import load_webdataset
 
 
 class Source(NamedTuple):

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
-from softcache.data.image_arrays import ImageArrays
-from softcache.data.row_arrays import RowArrays, make_rows
+from softcache.base.text import shorten_names
+from softcache.data.images.image_arrays import ImageArrays
+from softcache.data.images.row_arrays import RowArrays, make_rows
 
 from .array_files import StoredArray, check_unpacked_size, open_arrays
-from .folder_listing import shorten_names
 from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 
 _SPLITS = {

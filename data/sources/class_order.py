@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-
-from .folder_listing import shorten_names
+from softcache.base.text import shorten_names
 
 SORTED_ORDERS = ("number", "natural")  # values of --classes that need no file
 _WHOLE_NUMBER = re.compile("[0-9]{1,18}")
@@ -51,7 +50,7 @@ def describe_number_order(names: tuple[str, ...]) -> str:
     if not all(_WHOLE_NUMBER.fullmatch(name) for name in names) or list(names) == sorted(names, key=int):
         return ""
     return (
-        f"the classes are in the order of their text ({shorten_names(list(names))}), not of their numbers:"
+        f"the classes are in the order of their text ({shorten_names(names)}), not of their numbers:"
         " --classes number changes it"
     )
 

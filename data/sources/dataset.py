@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
-from softcache.data.dataset_images import DatasetArrays, DatasetImages
-from softcache.data.dataset_items import (
+from softcache.data.images.dataset_images import DatasetArrays, DatasetImages
+from softcache.data.images.dataset_items import (
     MapDataset,
     count_rows,
     describe_row,
@@ -22,8 +22,8 @@ from softcache.data.dataset_items import (
     read_item,
     read_row,
 )
-from softcache.data.decoding import to_array
-from softcache.data.row_arrays import make_rows
+from softcache.data.images.decoding import to_array
+from softcache.data.images.row_arrays import make_rows
 
 from .source_data import LabelledImages, SourceData
 

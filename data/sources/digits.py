@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 
 from .source_data import LabelledImages, SourceData
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.data.content_index import ContentIndex, open_index
-from softcache.data.dataset_images import DatasetImages
-from softcache.data.encoded_images import EncodedImages
-from softcache.data.image_arrays import ImageArrays
-from softcache.data.image_folder import ImageFolder
-from softcache.data.row_arrays import RowArrays
+from softcache.data.images.dataset_images import DatasetImages
+from softcache.data.images.encoded_images import EncodedImages
+from softcache.data.images.image_arrays import ImageArrays
+from softcache.data.images.image_folder import ImageFolder
+from softcache.data.images.row_arrays import RowArrays
 
 Images = ImageArrays | ImageFolder | DatasetImages | EncodedImages | RowArrays
 

@@ -8,7 +8,7 @@ import torch
 
 from softcache.base.errors import CacheError
 from softcache.base.files import refuse_special_file, refuse_special_files
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 
 from .source_data import LabelledImages, SourceData
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from softcache.base.errors import UsageError
 from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import import_attribute, is_importable_name, keep_global_state, name_type
-from softcache.data.dataset_items import MapDataset
+from softcache.data.images.dataset_items import MapDataset
 
 
 def is_dataset_spec(data: str) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, CacheMismatchError, UsageError, make_printable
 from softcache.base.progress import Progress
 from softcache.data.content_index import ContentIndex
-from softcache.data.dataset_items import Data
+from softcache.data.images.dataset_items import Data
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import (
     DATASET,

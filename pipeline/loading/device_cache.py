@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.device_views import can_render_on_device, copy_to_device, render_on_device
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.views import Draw, ImageSource, ViewPolicy
 from softcache.pipeline.batch import Targets, TargetSource
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.data.row_arrays import RowArrays
+from softcache.data.images.row_arrays import RowArrays
 from softcache.data.transfer_set import Labels, Split
 from softcache.data.views import Draw, ViewPolicy, draw_mixup, render
 from softcache.pipeline.batch import Batch, BatchSource, Targets, TargetSource

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.views import Draw, ImageSource
 from softcache.pipeline.batch import TargetSource
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32

@@ -1,6 +1,10 @@
-"""Text from files that can come from anyone, made safe for Markdown and CSV; for a terminal see `make_printable`."""
+"""Text from files that can come from anyone: names in messages, and made safe for Markdown and CSV.
+
+For one text on a terminal see `make_printable`.
+"""
 
 import re
+from collections.abc import Sequence
 
 from .errors import make_printable
 
@@ -8,6 +12,15 @@ _MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]|#~$@"}  # markup, formulas, and names
 _MARKDOWN |= {"<": "&lt;", ">": "&gt;", "&": "&amp;"}  # HTML
 _LINK = re.compile(r"(?i)\b(https?|ftp|mailto|javascript|data|file|www)([:.])")  # becomes a link without any markup
 _FORMULA = re.compile(r"(^|[;\t])(\s*)([=+\-@＝＋－＠])")  # also behind a separator that a spreadsheet may take
+
+
+SHOWN_NAMES = 5  # that a message lists
+
+
+def shorten_names(names: Sequence[str]) -> str:
+    """Format the first five of some names from files, and an ellipsis where there are more."""
+    shown = ", ".join(make_printable(name, 120) for name in names[:SHOWN_NAMES])
+    return shown + (", …" if len(names) > SHOWN_NAMES else "")
 
 
 def escape_markdown(text: object, max_length: int | None = None) -> str:

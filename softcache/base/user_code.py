@@ -23,7 +23,7 @@ _CALLERS = (
     "softcache.pipeline.models.custom_networks",
     "softcache.pipeline.losses.custom",
     "softcache.pipeline.losses.custom_specs",
-    "softcache.data.dataset_items",
+    "softcache.data.images.dataset_items",
     "softcache.data.sources.user_dataset",
 )
 _LIBRARY_FOLDERS = ("site-packages", "dist-packages")

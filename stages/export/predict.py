@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.data.decoding import apply_orientation, center_crop, open_image
+from softcache.data.images.decoding import apply_orientation, center_crop, open_image
 from softcache.stages.cli.configs import PredictConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.extras import require_extra

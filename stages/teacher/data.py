@@ -10,9 +10,9 @@ import torch
 
 from softcache.base.errors import UnreadableImageError, UsageError
 from softcache.data.content_index import open_index
+from softcache.data.images.unreadable import find_all_unreadable
 from softcache.data.sources import DATASET, get_source_name
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.unreadable import find_all_unreadable
 from softcache.data.views import ViewPolicy, check_policy, render
 from softcache.pipeline.models.configurations import (
     NetworkConfiguration,

@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_arrays import ImageArrays
-from softcache.data.row_arrays import RowArrays
+from softcache.data.images.image_arrays import ImageArrays
+from softcache.data.images.row_arrays import RowArrays
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 
 N = 30

@@ -12,7 +12,7 @@ from PIL import Image
 
 import softcache
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.sources.data_files import expand_braces
+from softcache.data.sources.files.data_files import expand_braces
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import CacheReader

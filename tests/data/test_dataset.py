@@ -14,8 +14,8 @@ from torchvision import transforms
 from torchvision.datasets import VisionDataset
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.dataset_images import DatasetImages
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.dataset_images import DatasetImages
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.sources import dataset as dataset_source
 from softcache.data.sources import load_source
 from softcache.data.transfer_set import Split, TransferSet, load_transfer_set

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms import functional, v2
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 
 Pixels = NDArray[np.uint8]

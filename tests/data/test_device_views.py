@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from softcache.data.device_views import can_render_on_device, render_on_device
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import CacheReader

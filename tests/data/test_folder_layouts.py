@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softcache.data.image_folder import ImageFolder
+from softcache.data.images.image_folder import ImageFolder
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from tests.helpers.commands import Stages
 

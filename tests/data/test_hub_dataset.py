@@ -66,7 +66,7 @@ def test_a_data_set_in_the_cache_of_the_library_is_found_without_a_network(
     write_parquet(saved / "repository", make_splits())
     monkeypatch.chdir(saved)
     monkeypatch.setattr(
-        "softcache.data.sources.hub_dataset._SPEC",
+        "softcache.data.sources.files.hub_dataset._SPEC",
         __import__("re").compile(r"(?P<name>parquet)(?P<config>x)?(?P<revision>x)?"),
     )
     original = datasets.load_dataset
@@ -93,7 +93,7 @@ def test_images_that_are_paths_are_read_as_rows(saved: Path) -> None:
     rows = {"image": paths, "label": [image.label for image in make_splits()["train"]]}
     made = datasets.Dataset.from_dict(rows, features=features)
     made._data.table  # noqa: B018 (in memory: it has no files)
-    from softcache.data.sources import hub_dataset
+    from softcache.data.sources.files import hub_dataset
 
     splits = {"train": made}
     columns = {"train": hub_dataset._choose_columns(made, "made", "")}

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_arrays import ImageArrays
-from softcache.data.image_folder import ImageFolder
-from softcache.data.sources import folder
+from softcache.data.images.image_arrays import ImageArrays
+from softcache.data.images.image_folder import ImageFolder
+from softcache.data.sources.folders import folder
 from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
 from softcache.data.views import parse_views, render
 

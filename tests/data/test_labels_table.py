@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.image_folder import ImageFolder
-from softcache.data.sources import labels_table
+from softcache.data.images.image_folder import ImageFolder
+from softcache.data.sources.folders import labels_table
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from tests.helpers.commands import Stages
 

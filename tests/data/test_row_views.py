@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError
-from softcache.data.row_arrays import RowArrays, make_rows
+from softcache.data.images.row_arrays import RowArrays, make_rows
 from softcache.data.views import check_policy, draw_mixup, parse_views, read_views, render
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32
 from softcache.pipeline.loading.rendering import render_batches

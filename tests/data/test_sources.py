@@ -14,7 +14,7 @@ import torchvision
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.sources import SOURCES
 from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
 
 Pixels = NDArray[np.uint8]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.sources import folder
+from softcache.data.sources.folders import folder
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import parse_views, render
 from softcache.pipeline.models import build

@@ -18,8 +18,8 @@ from PIL import Image
 
 from softcache.base import rng
 from softcache.base.errors import CacheError
-from softcache.data.image_arrays import ImageArrays
-from softcache.data.image_folder import ImageFolder
+from softcache.data.images.image_arrays import ImageArrays
+from softcache.data.images.image_folder import ImageFolder
 from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.data.views import VIEW_POLICIES, draw_mixup, parse_views, render
 from softcache.pipeline.loading.rendering import render_batches

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softcache.data.decoding import Box
+from softcache.data.images.decoding import Box
 from softcache.data.views import Draw, parse_views, render
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from softcache.base.errors import CacheError
-from softcache.data.decoding import open_image
-from softcache.data.image_folder import ImageFolder
+from softcache.data.images.decoding import open_image
+from softcache.data.images.image_folder import ImageFolder
 from tests.helpers import processes
 from tests.helpers.processes import Forks, make_student_command
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.views import parse_views
 from softcache.pipeline.cache.identity import (

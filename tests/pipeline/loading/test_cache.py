@@ -9,7 +9,7 @@ import torch
 
 import softcache
 from softcache import Cache, CacheError, UsageError
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.transfer_set import load_transfer_set
 from tests.helpers.damage import flip_bit
 

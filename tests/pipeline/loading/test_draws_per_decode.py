@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import softcache.stages.training.loop as training
-from softcache.data.image_folder import ImageFolder
+from softcache.data.images.image_folder import ImageFolder
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import VIEW_POLICIES, parse_views, render
 from softcache.pipeline.batch import Batch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softcache.base.errors import CacheError
-from softcache.data.image_arrays import ImageArrays
+from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.transfer_set import Split, load_transfer_set
 from softcache.pipeline.cache.checksums import compute_crc32, compute_joined_crc32, join_crc32
 from softcache.pipeline.cache.reader import CacheReader

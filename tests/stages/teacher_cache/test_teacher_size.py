@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from softcache.data.image_arrays import ImageArrays
-from softcache.data.image_folder import ImageFolder
+from softcache.data.images.image_arrays import ImageArrays
+from softcache.data.images.image_folder import ImageFolder
 from softcache.data.paired_views import render_pairs
 from softcache.data.views import parse_views, render
 from softcache.pipeline.cache.reader import CacheReader

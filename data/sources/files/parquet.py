@@ -20,11 +20,11 @@ from softcache.base.lock import hold_lock
 from softcache.base.packages import require_package
 from softcache.base.progress import Progress
 from softcache.data.content_index import ContentIndex
+from softcache.data.sources.source_data import ReadingOptions, SourceData
 
 from .data_files import get_copy_path
 from .encoded_rows import EncodedSource, load_encoded_rows
 from .file_rows import NO_IMAGE, FileRows, RowCollector
-from .source_data import ReadingOptions, SourceData
 from .table_columns import TableColumns, choose_columns, parse_columns, read_features
 
 _BATCH_ROWS = 64  # rows that are decoded at once

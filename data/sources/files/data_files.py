@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import refuse_special_file
+from softcache.base.text import shorten_names
 from softcache.data.content_index import ContentIndex, is_racy
 from softcache.data.file_records import stat_file
 
 from .file_rows import FileRows, RowReader
-from .folder_listing import shorten_names
 
 SPLIT_NAMES = {
     "train": ("train", "training"),

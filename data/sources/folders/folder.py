@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
-from softcache.data.decoding import GREY_MODES, open_image
-from softcache.data.image_folder import ImageFolder
-from softcache.data.unreadable import describe_unreadable, find_unreadable, make_unreadable_error
+from softcache.base.text import shorten_names
+from softcache.data.images.decoding import GREY_MODES, open_image
+from softcache.data.images.image_folder import ImageFolder
+from softcache.data.images.unreadable import describe_unreadable, find_unreadable, make_unreadable_error
+from softcache.data.sources.class_order import describe_number_order
+from softcache.data.sources.source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 
-from .class_order import describe_number_order
 from .folder_layout import UNLABELLED, Layout, find_layout
-from .folder_listing import LeftOut, shorten_names
+from .folder_listing import LeftOut
 from .folder_rows import SplitRows, check_rows, find_classes, list_rows
-from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 
 _SAMPLED_IMAGES = 128  # of each split, at least, to detect mode and size
 _ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF tag, and its value for pixels that are stored as they are seen
@@ -143,7 +144,7 @@ def _describe_reading(layout: Layout, rows: dict[str, SplitRows], classes: tuple
         splits.append(f"{split}{folder} {len(part.images):,}")
     parts = [", ".join(splits) + " images"]
     if classes:
-        parts.append(f"{len(classes):,} classes ({shorten_names(list(classes))})")
+        parts.append(f"{len(classes):,} classes ({shorten_names(classes)})")
     if unlabelled := sum(part.count_unlabelled() for part in rows.values()):
         parts.append(f"{unlabelled:,} unlabelled")
     parts += [f"labels of {table}" for table in dict.fromkeys(part.table for part in rows.values()) if table]

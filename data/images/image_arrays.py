@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softcache.base.progress import Progress
+from softcache.data.views import pad_images
 
 from .decoding import Box, center_crop, resized_crop
-from .views import pad_images
 
 _MAX_PADDED_BYTES = 2 << 30  # a larger set is padded batch by batch, not once as a whole
 

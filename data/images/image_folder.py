@@ -11,11 +11,11 @@ from PIL import Image
 
 from softcache.base.errors import CacheError
 from softcache.base.progress import Progress
+from softcache.data.file_digests import FileDigests
+from softcache.data.file_records import FileRecords
 
 from .decoded_images import DecodedImages
 from .decoding import GREY_MODES, apply_orientation, open_image
-from .file_digests import FileDigests
-from .file_records import FileRecords
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.text import shorten_names
+from softcache.data.sources.class_order import SORTED_ORDERS, order_classes
+from softcache.data.sources.source_data import ReadingOptions
 
-from .class_order import SORTED_ORDERS, order_classes
 from .file_rows import FileRows
-from .folder_listing import shorten_names
-from .source_data import ReadingOptions
 
 
 class NamedLabels(NamedTuple):
@@ -81,15 +81,15 @@ def _name_numbers(splits: Mapping[str, Sequence[FileRows]], options: ReadingOpti
     if len(recorded) > 1:
         first, second, *_ = sorted(recorded)
         raise UsageError(
-            f"the files record other classes ({shorten_names(list(first))}) than others of them"
-            f" ({shorten_names(list(second))}): the label of a class must be the same number in every file"
+            f"the files record other classes ({shorten_names(first)}) than others of them"
+            f" ({shorten_names(second)}): the label of a class must be the same number in every file"
         )
     classes = _choose_names(next(iter(recorded), ()), options.classes) or tuple(map(str, range(largest + 1)))
     for split, values in labels.items():
         if int(values.max()) >= len(classes):
             raise UsageError(
                 f"a {split} row has the label {values.max()}, but there are {len(classes)} classes"
-                f" ({shorten_names(list(classes))}): labels are numbers from 0"
+                f" ({shorten_names(classes)}): labels are numbers from 0"
             )
     return NamedLabels(classes, labels)
 
@@ -101,7 +101,7 @@ def _choose_names(recorded: tuple[str, ...], option: str | Sequence[str]) -> tup
     if option and recorded:
         raise UsageError(
             f"--classes {option}: the files record the classes, in the order of their labels"
-            f" ({shorten_names(list(recorded))}): leave it out"
+            f" ({shorten_names(recorded)}): leave it out"
         )
     if option in SORTED_ORDERS:
         raise UsageError(f"--classes {option}: the labels are numbers, whose order is fixed; a file can name them")

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress
 from softcache.data.content_index import ContentIndex
-from softcache.data.encoded_images import ByteFile, ByteFiles, EncodedImages
-from softcache.data.image_sample import ImageSample, choose_sample, inspect_images
-from softcache.data.unreadable import find_all_unreadable, find_unreadable_rows
+from softcache.data.images.encoded_images import ByteFile, ByteFiles, EncodedImages
+from softcache.data.images.image_sample import ImageSample, choose_sample, inspect_images
+from softcache.data.images.unreadable import find_all_unreadable, find_unreadable_rows
+from softcache.data.sources.source_data import LabelledImages, ReadingOptions, SourceData
 
 from .class_names import name_classes
 from .data_files import (
@@ -25,7 +26,6 @@ from .data_files import (
     list_rows,
 )
 from .file_rows import FileRows, RowReader
-from .source_data import LabelledImages, ReadingOptions, SourceData
 
 _MAX_SKIPPED = 10_000  # images that cannot be decoded: their names are kept in the identity of a cache
 _SHOWN = 5

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from softcache.data.views import pad_images
+
 from .decoding import Box, center_crop, resized_crop
 from .image_arrays import stack_images
-from .views import pad_images
 
 
 class DecodedImages(ABC):

@@ -15,12 +15,12 @@ import numpy as np
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.packages import require_package
 from softcache.base.progress import Progress, no_progress
+from softcache.data.sources.dataset import load_dataset as load_map_style
+from softcache.data.sources.source_data import ReadingOptions, SourceData
 
 from .data_files import SPLIT_NAMES
-from .dataset import load_dataset as load_map_style
 from .encoded_rows import EncodedSource, load_encoded_files
 from .file_rows import NO_IMAGE, FileRows, RowCollector
-from .source_data import ReadingOptions, SourceData
 from .table_columns import TableColumns, choose_columns, parse_columns
 
 _SPEC = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:@]+))?(?:@(?P<revision>[\w./-]+))?")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.progress import Progress
+from softcache.base.text import shorten_names
+from softcache.data.sources.class_order import order_classes
 
-from .class_order import order_classes
 from .folder_layout import ANY, BASIC, UNLABELLED, Layout, find_table
 from .folder_listing import (
     BESIDE_CLASSES,
@@ -20,7 +21,6 @@ from .folder_listing import (
     list_images,
     list_loose_images,
     note_loose_files,
-    shorten_names,
 )
 from .labels_table import LabelsTable, read_labels
 

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO, NamedTuple
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import open_input_file
 from softcache.base.progress import Progress
+from softcache.data.sources.source_data import ReadingOptions, SourceData
 
 from .encoded_rows import EncodedSource, load_encoded_rows
 from .file_rows import FileRows, RowCollector
-from .source_data import ReadingOptions, SourceData
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm")
 _MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json file

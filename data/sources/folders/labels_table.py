@@ -12,9 +12,9 @@ from typing import NamedTuple, TextIO
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.base.progress import Progress
+from softcache.base.text import SHOWN_NAMES, shorten_names
 
 from .folder_layout import SPLIT_OF_NAME
-from .folder_listing import SHOWN_NAMES, shorten_names
 
 # Headers of the columns, in any case; where a table has several of one row, the first of these is read.
 FILE_COLUMNS = (

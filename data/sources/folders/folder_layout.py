@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from softcache.base.errors import UsageError, make_printable
+from softcache.base.text import shorten_names
 
-from .folder_listing import is_image_name, list_folders, shorten_names
+from .folder_listing import is_image_name, list_folders
 
 # Values of --layout, in that of the command line: see ReadingOptions.
 ANY, BASIC, UNLABELLED = "any", "basic", "unlabelled"

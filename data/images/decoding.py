@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from softcache.base.errors import UnreadableImageError
-
-from .file_records import open_regular_file
+from softcache.data.file_records import open_regular_file
 
 GREY_MODES = {"1", "L"}
 # Each with antialiasing. A view is bilinear; a published teacher may have been trained with another one.

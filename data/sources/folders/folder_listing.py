@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from softcache.base.errors import make_printable
+from softcache.base.text import shorten_names
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-SHOWN_NAMES = 5  # of files that a message lists
 # Written by photo software, archivers and desktops beside the user's own files.
 THUMBNAIL_FOLDERS = {"@eaDir", "#recycle", "__MACOSX", ".thumbnails"}
 _DESKTOP_FILES = {"thumbs.db", "desktop.ini"}  # no content of the user's, as hidden files that are no images
@@ -58,12 +58,6 @@ def _describe_reason(reason: str, names: list[str]) -> str:
         endings = sorted({os.path.splitext(name)[1].lower() or "no ending" for name in names})
         text += f" ({shorten_names(endings)})"
     return f"{text}: {shorten_names(names)}"
-
-
-def shorten_names(names: list[str]) -> str:
-    """Format the first five of some names from files, and an ellipsis where there are more."""
-    shown = ", ".join(make_printable(name, 120) for name in names[:SHOWN_NAMES])
-    return shown + (", …" if len(names) > SHOWN_NAMES else "")
 
 
 def list_folders(folder: Path) -> tuple[str, ...]:
