@@ -4,17 +4,20 @@ from importlib.util import find_spec
 
 from .errors import UsageError
 
+_NAMES = {"tensorboard": "TensorBoard"}  # proper names that differ from the module's
 
-def require_package(task: str, extra: str, package: str) -> None:
-    """Check that an optional package is installed.
+
+def require_extra(wanting: str, extra: str, *libraries: str) -> None:
+    """Check that the optional packages of a task are installed.
 
     Args:
-        task: What needs it, the beginning of the message, such as "--data parquet:a.parquet needs".
+        wanting: The beginning of the message, such as "export needs".
         extra: Name of the extra in pyproject.toml.
-        package: Name of the module.
+        libraries: Names of its modules.
 
     Raises:
-        UsageError: It is not installed; the message has the command that installs it.
+        UsageError: One is not installed; the message has the command that installs it.
     """
-    if find_spec(package) is None:
-        raise UsageError(f"{task} {package}, which is not installed: pip install -e '.[{extra}]'")
+    if missing := [_NAMES.get(name, name) for name in libraries if find_spec(name) is None]:
+        names = " and ".join(missing)
+        raise UsageError(f"{wanting} {names}, which is not installed: pip install -e '.[{extra}]'")

@@ -15,6 +15,7 @@ from softcache import __version__
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import format_json, publish_together, remove_stale_files
 from softcache.base.lock import hold_lock
+from softcache.base.packages import require_extra
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -22,7 +23,6 @@ from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import ExportConfig
 from softcache.stages.cli.console import Console, format_duration, progress_bar
 from softcache.stages.cli.copied_commands import format_command
-from softcache.stages.cli.extras import require_extra
 from softcache.stages.runs.named_code import require_named_code, require_named_data
 from softcache.stages.student.evaluate import check_same_teachers
 from softcache.stages.student.setup import DistillationSetup

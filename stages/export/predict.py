@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.packages import require_extra
 from softcache.data.images.decoding import apply_orientation, center_crop, open_image
 from softcache.stages.cli.configs import PredictConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.extras import require_extra
 
 from .metadata import ExportMetadata
 from .onnx_model import Images, OnnxStudent, open_onnx_student

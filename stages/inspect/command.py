@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import make_folder, publish_json, publish_text
+from softcache.base.packages import require_extra
 from softcache.base.text import escape_csv_cell
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
@@ -26,7 +27,6 @@ from softcache.pipeline.metrics.soft_targets import (
 )
 from softcache.stages.cli.configs import InspectConfig
 from softcache.stages.cli.console import Console, format_duration, progress, progress_bar
-from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.runs.environment import library_versions
 from softcache.stages.runs.output_folder import check_output_folder

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import make_folder, publish_text
+from softcache.base.packages import require_extra
 from softcache.data.sources import parse_data, short_name
 from softcache.pipeline.models import is_external_arch
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.console import Console, progress
 from softcache.stages.cli.copied_commands import format_command
-from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.runs.cost import format_cost
 from softcache.stages.runs.output_folder import check_output_folder

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import make_folder, publish_json, read_input_file, remove_stale_files
 from softcache.base.lock import LOCK, hold_lock
+from softcache.base.packages import require_extra
 from softcache.pipeline.cache.identity import find_differences
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
-from softcache.stages.cli.extras import require_extra
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.cli.options import check_value

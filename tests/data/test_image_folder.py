@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.data.images import image_sample
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.images.image_folder import ImageFolder
-from softcache.data.sources.folders import folder
 from softcache.data.transfer_set import Split, TransferSet, load_transfer_set
 from softcache.data.views import parse_views, render
 
@@ -416,7 +416,7 @@ def test_an_image_of_16_bits_is_refused_rather_than_clipped_to_white(pets: Path)
 def test_a_colour_image_among_grey_ones_is_refused_rather_than_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_SAMPLED_IMAGES", 1)  # the first image of each split
+    monkeypatch.setattr(image_sample, "_SAMPLED_IMAGES", 1)  # the first image of each split
     grey = Image.new("L", (8, 8), 7)
     for name in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "test/a/0", "test/b/0"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.sources.folders import folder
+from softcache.data.images import image_sample
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.views import parse_views, render
 from softcache.pipeline.models import build
@@ -106,7 +106,7 @@ def test_all_are_named_where_they_are_met_during_stage_one(
     stages: Stages, pets: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """The images that are looked at first are good."""
-    monkeypatch.setattr(folder, "_SAMPLED_IMAGES", 1)
+    monkeypatch.setattr(image_sample, "_SAMPLED_IMAGES", 1)
     for name in ("cat/5.png", "dog/6.png"):
         (pets / "train" / name).write_bytes((pets / "train" / name).read_bytes()[:-30])
     options = ("--data", f"folder:{pets}", "--views", "none", "--workers", workers)

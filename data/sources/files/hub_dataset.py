@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.base.packages import require_package
+from softcache.base.packages import require_extra
 from softcache.base.progress import Progress, no_progress
 from softcache.data.sources.dataset import load_dataset as load_map_style
 from softcache.data.sources.source_data import ReadingOptions, SourceData
@@ -40,7 +40,7 @@ def load_hub_dataset(argument: str, options: ReadingOptions, progress: Progress)
             do not fit.
         CacheError: A file is damaged, or an image cannot be decoded.
     """
-    require_package(f"--data hf:{argument} needs", "hf", "datasets")
+    require_extra(f"--data hf:{argument} needs", "hf", "datasets")
     parse_columns(options.columns)
     splits = _name_splits(_load(argument, progress is not no_progress), argument)
     place = f"'{make_printable(argument)}'"

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from softcache.base.errors import CacheError, LockedError, UsageError, make_printable
 from softcache.base.files import make_folder, open_input_file, publish, remove_stale_files
 from softcache.base.lock import hold_lock
-from softcache.base.packages import require_package
+from softcache.base.packages import require_extra
 from softcache.base.progress import Progress
 from softcache.data.content_index import ContentIndex
 from softcache.data.sources.source_data import ReadingOptions, SourceData
@@ -45,7 +45,7 @@ def load_parquet(argument: str, options: ReadingOptions, progress: Progress) -> 
         UsageError: pyarrow is not installed, there is no such file, it has no column of images, or labels do not fit.
         CacheError: A file is damaged, an image cannot be decoded, or there is no room for a copy.
     """
-    require_package(f"--data parquet:{argument} needs", "parquet", "pyarrow")
+    require_extra(f"--data parquet:{argument} needs", "parquet", "pyarrow")
     parse_columns(options.columns)
     copied: list[int] = []
     reader = partial(_read_file, option=options.columns, index=options.index, copied=copied)

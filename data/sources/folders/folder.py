@@ -6,7 +6,6 @@ PATH/…  with labels.csv or labels.tsv                                 labelled
 PATH/train/… or PATH/…  without class folders                         unlabelled: soft targets only
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
 from softcache.base.text import shorten_names
-from softcache.data.images.decoding import GREY_MODES, open_image
+from softcache.data.images.decoding import open_image
 from softcache.data.images.image_folder import ImageFolder
+from softcache.data.images.image_sample import choose_sample, inspect_images
 from softcache.data.images.unreadable import describe_unreadable, find_unreadable, make_unreadable_error
 from softcache.data.sources.class_order import describe_number_order
 from softcache.data.sources.source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
@@ -25,8 +25,6 @@ from .folder_layout import UNLABELLED, Layout, find_layout
 from .folder_listing import LeftOut
 from .folder_rows import SplitRows, check_rows, find_classes, list_rows
 
-_SAMPLED_IMAGES = 128  # of each split, at least, to detect mode and size
-_ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF tag, and its value for pixels that are stored as they are seen
 _MAX_SKIPPED = 10_000  # images that cannot be decoded: their names are kept in the identity of a cache
 
 
@@ -72,22 +70,24 @@ def load_image_folder(
         notes.append(note)
 
     names, labels = _sort_rows(rows, classes)
-    sample = [name for each in names.values() for name in each[:: max(1, len(each) // _SAMPLED_IMAGES)]]
     try:
-        mode, size, turned = _detect_mode_and_size(root, sample)
+        sample = inspect_images(
+            open_image(root / each[i]) for each in names.values() for i in choose_sample(len(each)).tolist()
+        )
     except UnreadableImageError as error:
         total = sum(map(len, names.values()))
         paths = (root / name for each in names.values() for name in each)
         found = find_unreadable(paths, total, progress) or {Path(str(error.path)): error.reason}
         raise make_unreadable_error(found, total, root) from None
-    if turned and options.exif == "stored":
+    if sample.turned and options.exif == "stored":
         notes.append(
-            f"{turned} of {len(sample)} images that were looked at have an EXIF orientation, and are used as their"
-            " pixels are stored: --exif transpose turns them as a viewer does"
+            f"{sample.turned} of {sample.images} images that were looked at have an EXIF orientation, and are used as"
+            " their pixels are stored: --exif transpose turns them as a viewer does"
         )
     splits = {
         split: LabelledImages(
-            ImageFolder(root, tuple(names[split]), mode, size, options.exif == "transpose"), labels[split]
+            ImageFolder(root, tuple(names[split]), sample.mode, sample.size, options.exif == "transpose"),
+            labels[split],
         )
         for split in rows
     }
@@ -149,22 +149,3 @@ def _describe_reading(layout: Layout, rows: dict[str, SplitRows], classes: tuple
         parts.append(f"{unlabelled:,} unlabelled")
     parts += [f"labels of {table}" for table in dict.fromkeys(part.table for part in rows.values()) if table]
     return f"folder '{make_printable(layout.root.resolve().name, 80)}': {'; '.join(parts)}"
-
-
-def _detect_mode_and_size(root: Path, names: Iterable[str]) -> tuple[str, int, int]:
-    """Look at some images.
-
-    Returns:
-        Mode "L" where every image is grey, else "RGB"; their common side where all are squares of it, else 0; and how
-        many have an EXIF orientation by which a viewer turns them.
-    """
-    modes, sizes, turned = set(), set(), 0
-    for name in names:
-        with open_image(root / name) as image:
-            modes.add(image.mode)
-            sizes.add(image.size)
-            if "exif" in image.info or image.format == "TIFF":  # of other images, PNG would be decoded to look for it
-                turned += image.getexif().get(_ORIENTATION, _UPRIGHT) not in (_UPRIGHT, 0)
-    width, height = next(iter(sizes))
-    size = width if len(sizes) == 1 and width == height else 0
-    return ("L" if modes <= GREY_MODES else "RGB"), size, turned

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.packages import require_extra
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.reader import CacheReader
@@ -14,7 +15,6 @@ from softcache.pipeline.models.prepared_model import PIXEL_STD, InputSpec, Prepa
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.stages.cli.configs import CacheConfig, CheckConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.extras import require_extra
 from softcache.stages.runs.environment import select_device
 from softcache.stages.teacher.data import make_input_spec
 

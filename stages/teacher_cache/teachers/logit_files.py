@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import open_input_file
+from softcache.base.packages import require_extra
 from softcache.base.progress import Progress, no_progress
-from softcache.stages.cli.extras import require_extra
 
 SPLITS = ("train", "val", "test")
 _NAMES, _SPLIT_NAMES = ("name", "names"), ("split", "splits")

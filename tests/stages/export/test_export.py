@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from softcache.base import packages
 from softcache.base.text import escape_markdown
 from softcache.data.sources import load_source
 from softcache.pipeline.cache.reader import CacheReader
@@ -31,7 +32,6 @@ from softcache.pipeline.metrics.classification import evaluate
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
-from softcache.stages.cli import extras
 from softcache.stages.export import quantize
 from softcache.stages.export.onnx_model import OnnxStudent, open_onnx_student
 from softcache.stages.export.predict import load_input
@@ -207,7 +207,7 @@ def test_another_cache_is_refused(run: Path, stages: Stages, cache: Path) -> Non
 def test_a_missing_library_is_reported_with_the_command_that_installs_it(
     missing: set[str], stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name in missing else object())
     error = stages.fails(2, "export", "nowhere")
     assert error == (
         f"Error: export needs {' and '.join(sorted(missing, reverse=True))}, which is not installed:"

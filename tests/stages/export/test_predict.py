@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from softcache.base import packages
 from softcache.data.sources import load_source
 from softcache.data.transfer_set import load_transfer_set
 from softcache.data.views import parse_views, render
@@ -22,7 +23,6 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
-from softcache.stages.cli import extras
 from softcache.stages.export import onnx_model
 from softcache.stages.export.metadata import ExportMetadata
 from softcache.stages.export.predict import load_input
@@ -145,7 +145,7 @@ def test_missing_and_unreadable_files_are_named(exported: Path, image: str, stag
 def test_a_missing_library_is_reported_with_the_command_that_installs_it(
     image: str, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "onnxruntime" else object())
     error = stages.fails(2, "predict", "m.onnx", image)
     assert error == "Error: predict needs onnxruntime, which is not installed: pip install -e '.[export]'"
 

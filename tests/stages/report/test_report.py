@@ -299,9 +299,9 @@ def test_logits_of_other_rows_are_refused(tiny: Path, stages: Stages) -> None:
 def test_a_missing_library_is_reported_with_the_command_that_installs_it(
     tiny: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    from softcache.stages.cli import extras
+    from softcache.base import packages
 
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else True)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == missing else True)
     error = stages.fails(2, "report", tiny)
     assert error == f"Error: report needs {missing}, which is not installed: pip install -e '.[report]'"
 
