@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import baselines, footprint, own_loop, read_speed, several_students, student, teacher, time_to_accuracy
+from . import (
+    baselines,
+    data_files,
+    footprint,
+    own_loop,
+    read_speed,
+    several_students,
+    student,
+    teacher,
+    time_to_accuracy,
+)
 from .measurement import BenchOptions, Measurement
 
 
@@ -114,6 +124,10 @@ ROWS: tuple[Row, ...] = (
              lambda options: time_to_accuracy.compare_on_cifar(options, students=5)),
     at_least("draws-of-a-decode", 1.15, "224 px JPEGs: hard targets, one view a decode / cached, 4 draws a decode",
              student.compare_draws_per_decode),
+    at_most("parquet-over-folder", 1.0, "epoch of mlp:64 over 10,000 JPEGs: in parquet files / in a folder",
+            lambda options: data_files.compare_with_folder(options, "parquet")),
+    at_most("tar-over-folder", 1.0, "the same, in tar shards",
+            lambda options: data_files.compare_with_folder(options, "webdataset")),
     at_least("stage-one-float32", 0.95, "images per second: stage one / bare inference",
              lambda options: teacher.compare_with_bare_inference(options, "float32")),
     at_least("stage-one-bfloat16", 0.95, "images per second: stage one / bare inference",
