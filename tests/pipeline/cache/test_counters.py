@@ -141,7 +141,7 @@ def test_training_a_student_builds_no_teacher_and_reads_no_weights_of_one(
     tiny: Path, tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from softcache.stages.student import early_checks
-    from softcache.stages.teacher_cache import teacher_source
+    from softcache.stages.teacher_cache.teachers import teacher_source
 
     shutil.copytree(tiny / "cache", tmp_path / "c")
     built: list[str] = []
