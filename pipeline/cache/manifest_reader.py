@@ -13,7 +13,7 @@ from typing import Any
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import read_regular_file
-from softcache.base.schema import validate
+from softcache.base.schema import OptionalKey, validate
 
 from .codecs import CODECS, TEMPERATURES
 from .folder import HEAD_FILE, IN_PROGRESS_FILE, MANIFEST_FILE, make_shard_path, parse_shard_path
@@ -79,8 +79,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
             raise CacheError(f"{path}: format {ascii(record['format'])[:40]}, this program reads {FORMAT}")
         digest = _check_seal(text, path)
         del record["sha256"]
-        optional = {"arithmetic": _PRECISION_SCHEMA} if "arithmetic" in record else {}
-        validate(record, {**_SCHEMA, **optional}, str(path))
+        validate(record, _SCHEMA, str(path))
         manifest = _build_manifest(record, digest)
         if record["fingerprint"] != manifest.fingerprint:
             raise CacheError(
@@ -117,14 +116,19 @@ def _check_seal(text: bytes, path: Path) -> str:
     return digest
 
 
-def _list_alternatives(required: dict[str, Any], *optional: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """List the schemas of a record in which some parts may be absent: one for each combination, the fullest first."""
-    schemas = [required]
-    for part in reversed(optional):
-        schemas = [schema | part for schema in schemas] + schemas
-    return tuple(schemas)
-
-
+_ANY = re.compile(r"[\s\S]{0,65536}")  # checked elsewhere, but not of any length
+# An option that is at its default is not recorded, so that caches of before there was that option keep their identity.
+_CUT = {
+    "val_fraction": float,
+    "seed": int,
+    "train_size": int,
+    OptionalKey("exif"): re.compile("transpose"),
+    OptionalKey("columns"): re.compile(r"[^\x00-\x1f]{1,1000}"),
+    OptionalKey("unreadable"): [_ANY],
+    OptionalKey("layout"): re.compile("any|unlabelled"),
+    OptionalKey("test_fraction"): float,
+}
+_LONG_TAIL = {"imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}
 _TEACHER = {
     "arch": str,
     "weights": re.compile("[0-9a-f]{64}"),
@@ -132,32 +136,23 @@ _TEACHER = {
     "size": int,
     "mean": [float],
     "std": [float],
+    OptionalKey("interpolation"): re.compile("bicubic"),
+    OptionalKey("shape"): [int],  # of rows of numbers
+    OptionalKey("output"): re.compile(r"[^\x00-\x1f]{1,200}"),
+    OptionalKey("outputs"): re.compile("probabilities"),
+    OptionalKey("view_size"): int,  # of the teacher's views, where not those of its students
+    OptionalKey("class_map"): [[int]],
 }
-_INTERPOLATION = {"interpolation": re.compile("bicubic")}
-_SHAPE = {"shape": [int]}  # of rows of numbers
-_OUTPUT = {"output": re.compile(r"[^\x00-\x1f]{1,200}")}
-_OUTPUTS = {"outputs": re.compile("probabilities")}
-_VIEW_SIZE = {"view_size": int}  # of the teacher's views, where not those of its students
-_CLASS_MAP = {"class_map": [[int]]}
-_ANY = re.compile(r"[\s\S]{0,65536}")  # checked elsewhere, but not of any length
-_CUT = {"val_fraction": float, "seed": int, "train_size": int}
-_LONG_TAIL = {"imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}
-# Of a folder, where not at the default.
-_EXIF = {"exif": re.compile("transpose")}
-_UNREADABLE = {"unreadable": [_ANY]}
-_LAYOUT = {"layout": re.compile("any|unlabelled")}
-_COLUMNS = {"columns": re.compile(r"[^\x00-\x1f]{1,1000}")}
-_TEST_FRACTION = {"test_fraction": float}
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
     "transfer_set": {
         "name": re.compile("[a-z0-9-]{1,64}"),
         "classes": [str],
         "content": {str: str},
-        "cut": _list_alternatives(_CUT, _EXIF, _COLUMNS, _UNREADABLE, _LAYOUT, _TEST_FRACTION, _LONG_TAIL),
+        "cut": (_CUT | _LONG_TAIL, _CUT),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
-    "teacher": _list_alternatives(_TEACHER, _INTERPOLATION, _SHAPE, _OUTPUT, _OUTPUTS, _VIEW_SIZE, _CLASS_MAP),
+    "teacher": _TEACHER,
     "codec": re.compile("|".join(CODECS)),
     "precision": re.compile("|".join(PRECISIONS)),
 }
@@ -192,6 +187,7 @@ _SCHEMA: dict[str, Any] = {
     "seconds": float,
     "settings": SETTINGS_SCHEMA,
     "versions": {str: str},
+    OptionalKey("arithmetic"): _PRECISION_SCHEMA,
 }
 
 

@@ -9,6 +9,10 @@ from .errors import CacheError
 _MAX_STRING_LENGTH, _MAX_ITEMS, _MAX_INT = 65_536, 1 << 20, 2**53
 
 
+class OptionalKey(str):
+    """A key of a schema that an object may lack."""
+
+
 def validate(value: Any, schema: Any, location: str) -> None:
     """Check that a JSON value has the types and keys of a schema.
 
@@ -21,7 +25,7 @@ def validate(value: Any, schema: Any, location: str) -> None:
         dict: any object;
         [schema]: a list of any length whose items match the schema;
         {str: schema}: an object with any keys whose values match the schema;
-        {"key": schema, …}: an object with exactly these keys;
+        {"key": schema, …}: an object with exactly these keys, of which those that are an OptionalKey may be absent;
         (schema, …): a value that matches one of these schemas.
 
     Args:
@@ -65,11 +69,13 @@ def _validate_object(value: Any, schema: dict[Any, Any], location: str) -> None:
             validate(key, str, f"{location}: a name")
             validate(item, schema[str], f"{location}.{key[:40]}")
         return
-    if differences := sorted(set(schema) ^ set(value)):
+    required = {key for key in schema if not isinstance(key, OptionalKey)}
+    if differences := sorted((required - set(value)) | (set(value) - set(schema))):
         key = differences[0]
         raise CacheError(f"{location}: {key[:80]!r} is {'missing' if key in schema else 'unknown'}")
     for key, inner in schema.items():
-        validate(value[key], inner, f"{location}.{key}")
+        if key in value:
+            validate(value[key], inner, f"{location}.{key}")
 
 
 def _validate_any(value: Any, schemas: tuple[Any, ...], location: str) -> None:
