@@ -1,6 +1,7 @@
 """`--data hf:NAME`: data sets that the `datasets` library has on this machine, or that save_to_disk wrote."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softcache.base.errors import UsageError
+from softcache.base.errors import CacheError, UsageError
 from softcache.data.sources import short_name
 from tests.helpers.commands import Stages
 from tests.helpers.data_files import CLASSES, Encoded, load, make_splits, write_parquet, write_shards
@@ -112,6 +113,20 @@ def test_images_that_are_paths_are_read_as_rows(saved: Path) -> None:
     assert (pixels[0] == pixels[1]).all()
     with pytest.raises(UsageError, match="--exif transpose: this data set has paths"):
         hub_dataset._load_rows(splits, columns, ReadingOptions(exif="transpose"), no_progress)
+
+
+def test_numbers_that_a_missing_one_made_floats_are_labels_and_other_floats_are_refused(saved: Path) -> None:
+    images = make_splits()["train"]
+    for name, missing, part in (("floats", math.nan, 0.0), ("parts", 0.5, 0.5)):
+        labels = [missing, *(image.label + part for image in images[1:])]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("float64")})
+        rows = {"image": [{"bytes": image.content, "path": None} for image in images], "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(saved / name)
+    loaded = load(f"hf:{saved}/floats", test_fraction=0.2)
+    assert loaded.classes == ("0", "1", "2")
+    assert sum(loaded.count_labelled().values()) == len(images) - 1
+    with pytest.raises(CacheError, match=r"row 0 has the label 0\.5: the number of a class or a text is expected"):
+        load(f"hf:{saved}/parts")
 
 
 def test_several_labels_are_named_and_one_is_chosen(saved: Path) -> None:

@@ -81,9 +81,10 @@ def load_encoded_files(
     copies = {path: get_copy_path(index, source.name, path) for path in paths if rows[path].in_copy}
     files = ByteFiles(tuple(ByteFile(copies.get(path, path), path) for path in paths))
     names = tuple(rows[path].names for path in paths)
+    numbers = {path: number for number, path in enumerate(paths)}
     parts = {}
     for split, paths_of_split in splits.items():
-        numbered = {paths.index(path): rows[path] for path in paths_of_split}
+        numbered = {numbers[path]: rows[path] for path in paths_of_split}
         parts[split] = _SplitRows(_join_rows(files, names, numbered), named.labels[split])
     notes, skipped = _leave_out_unreadable(parts, options, progress)
     sample = _detect_mode_and_size(parts, progress)

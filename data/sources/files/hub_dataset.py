@@ -23,6 +23,7 @@ from .encoded_rows import EncodedSource, load_encoded_files
 from .file_rows import NO_IMAGE, FileRows, RowCollector
 from .table_columns import TableColumns, choose_columns, parse_columns
 
+_TEXT_OR_BOOL = ("string", "large_string", "bool")  # labels that are true or false are refused by name, row by row
 _SPEC = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:@]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -141,7 +142,7 @@ def _choose_columns(dataset: Any, place: str, option: str) -> TableColumns:
         elif isinstance(feature, datasets.Value):
             if feature.dtype in ("binary", "large_binary"):
                 images.append(name)
-            elif feature.dtype in ("string", "large_string") or feature.dtype.startswith(("int", "uint")):
+            elif feature.dtype in _TEXT_OR_BOOL or feature.dtype.startswith(("int", "uint", "float")):
                 labels.append(name)
     return choose_columns(place, images, labels, list(dataset.features), features, option)
 
