@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from softcache.base.errors import CacheError, make_printable
 from softcache.data.views import pad_images
 
-from .decoding import Box, center_crop, resized_crop
+from .decoding import GREY_MODES, Box, apply_orientation, center_crop, resized_crop
 from .image_arrays import stack_images
 
 
@@ -36,6 +37,19 @@ class DecodedImages(ABC):
     @abstractmethod
     def decode(self, i: int) -> Image.Image:
         """Return image i in `mode`."""
+
+    def _convert(self, i: int, image: Image.Image, is_transposed: bool) -> Image.Image:
+        """Convert image i, which is open, to `mode`, turned as its EXIF orientation says where that is meant.
+
+        Raises:
+            CacheError: It is in colour, and the images are grey.
+        """
+        if self.mode == "L" and image.mode not in GREY_MODES:
+            raise CacheError(
+                f"the image {make_printable(self.describe(i), None)} is in colour ({image.mode}), but the images that"
+                " were sampled to detect the mode are all grey: convert it to grey, or all images to RGB"
+            )
+        return (apply_orientation(image) if is_transposed else image).convert(self.mode)
 
     @property
     def channels(self) -> int:

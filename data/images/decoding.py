@@ -17,13 +17,8 @@ from softcache.base.errors import UnreadableImageError
 from softcache.data.file_records import open_regular_file
 
 GREY_MODES = {"1", "L"}
-# Each with antialiasing. A view is bilinear; a published teacher may have been trained with another one.
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+# Both with antialiasing. A view is bilinear; a published teacher may have been trained with bicubic ones.
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the stored image
 
 

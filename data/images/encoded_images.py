@@ -20,7 +20,7 @@ from softcache.base.progress import Progress
 
 from .dataset_items import hash_rows
 from .decoded_images import DecodedImages
-from .decoding import GREY_MODES, apply_orientation, open_image
+from .decoding import open_image
 
 _MAX_OPEN_FILES = 128  # of one set of images in one process
 
@@ -166,10 +166,6 @@ class EncodedImages(DecodedImages):
         return None
 
     def decode(self, i: int) -> Image.Image:
+        """Implement DecodedImages.decode."""
         with self.open(i) as image:
-            if self.mode == "L" and image.mode not in GREY_MODES:
-                raise CacheError(
-                    f"the image {make_printable(self.describe(i), None)} is in colour ({image.mode}), but the images"
-                    " that were sampled to detect the mode are all grey: convert it to grey, or all images to RGB"
-                )
-            return (apply_orientation(image) if self.is_transposed else image).convert(self.mode)
+            return self._convert(i, image, self.is_transposed)

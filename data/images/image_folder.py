@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from softcache.base.errors import CacheError
 from softcache.base.progress import Progress
 from softcache.data.file_digests import FileDigests
 from softcache.data.file_records import FileRecords
 
 from .decoded_images import DecodedImages
-from .decoding import GREY_MODES, apply_orientation, open_image
+from .decoding import open_image
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,4 @@ class ImageFolder(DecodedImages):
         """Implement DecodedImages.decode."""
         path = self.root / self.names[i]
         with self._records.open(i, path, f"{self.split} row {i}".lstrip()) as file, open_image(path, file) as image:
-            if self.mode == "L" and image.mode not in GREY_MODES:
-                raise CacheError(
-                    f"the image {path} is in colour ({image.mode}), but the images that were sampled to detect the"
-                    " mode are all grey: convert it to grey, or all images to RGB"
-                )
-            return (apply_orientation(image) if self.is_transposed else image).convert(self.mode)
+            return self._convert(i, image, self.is_transposed)

@@ -29,6 +29,13 @@ class ImageSample(NamedTuple):
     turned: int
     images: int
 
+    def describe_turned(self) -> str:
+        """Describe, for the user, that some images would look otherwise in a viewer."""
+        return (
+            f"{self.turned} of {self.images} images that were looked at have an EXIF orientation, and are used as"
+            " their pixels are stored: --exif transpose turns them as a viewer does"
+        )
+
 
 def choose_sample(rows: int) -> NDArray[np.int64]:
     """Choose which of N images are looked at: all of up to 128, else at least so many at regular distances."""

@@ -12,6 +12,7 @@ from .decoding import open_image
 from .encoded_images import EncodedImages
 from .image_folder import ImageFolder
 
+MAX_SKIPPED = 10_000  # images that --unreadable skip leaves out: their names are kept in the identity of a cache
 _THREADS = 8
 _SHOWN = 5  # files that a message names
 

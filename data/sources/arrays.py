@@ -20,12 +20,9 @@ from softcache.data.images.row_arrays import RowArrays, make_rows
 
 from .array_files import StoredArray, check_unpacked_size, open_arrays
 from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
+from .split_names import SPLIT_NAMES, map_to_splits
 
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    "test": "test",
-}
+_SPLITS = map_to_splits(SPLIT_NAMES | {"test": ("test",)})
 _SPLIT_NUMBERS = ("train", "val", "test")  # 0, 1, 2
 _MAX_CLASSES, _MAX_ENTRIES = 1 << 20, 1 << 24
 _EXPECTED = "x and y, or x_train, y_train, x_test and y_test (and x_val, y_val)"

@@ -76,15 +76,37 @@ def _order_by_number(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(by_number[number] for number in sorted(by_number))
 
 
-def _read_order(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Read the names from a file, one a line; empty lines are passed over."""
+def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of classes. Raises UsageError for one that is empty or cannot be printed."""
+    for name in names:
+        if not (name and name.isprintable()):
+            raise UsageError(f"the class name {name!a} is empty or has a character that cannot be printed: rename it")
+    return tuple(names)
+
+
+def read_name_lines(path: Path, problem: str = "is no file") -> list[str]:
+    """Read the file of --classes: one name a line; empty lines are passed over.
+
+    Args:
+        path: The file.
+        problem: What is wrong with a path at which there is no file.
+
+    Raises:
+        UsageError: There is no such file.
+        CacheError: It cannot be read.
+    """
     if not path.is_file():
-        raise UsageError(f"--classes: '{make_printable(path)}' is no file, and neither natural nor number")
+        raise UsageError(f"--classes: '{make_printable(path)}' {problem}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise CacheError(f"--classes: '{make_printable(path)}' cannot be read: {make_printable(error)}") from None
-    order = [line for line in lines if line.strip()]
+    return [line for line in lines if line.strip()]
+
+
+def _read_order(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Read an order of the names from a file that has each of them."""
+    order = read_name_lines(path, "is no file, and neither natural nor number")
     for problem, wrong in (
         ("names twice", [name for name, count in Counter(order).items() if count > 1]),
         ("names classes that the images do not have", [name for name in order if name not in set(names)]),

@@ -25,6 +25,7 @@ from softcache.data.images.dataset_items import (
 from softcache.data.images.decoding import to_array
 from softcache.data.images.row_arrays import make_rows
 
+from .class_order import check_class_names
 from .source_data import LabelledImages, SourceData
 
 SPLITS = ("train", "val", "test")
@@ -143,7 +144,7 @@ def find_class_names(data: MapDataset | Mapping[str, MapDataset]) -> tuple[str, 
                 f"the {split} dataset has other classes ({_shorten(value)}) than the one of another split"
                 f" ({_shorten(names)}): the label of a class must be the same number in every split"
             )
-        names = names or _check_printable(value)
+        names = names or check_class_names(value)
     return names
 
 
@@ -181,7 +182,7 @@ def _choose_class_names(data: MapDataset | Mapping[str, MapDataset], classes: Se
     if len(set(classes)) < len(classes):
         repeated = next(name for number, name in enumerate(classes) if name in classes[:number])
         raise UsageError(f"classes has the name {make_printable(repr(repeated))} more than once: one for each class")
-    recorded, names = find_class_names(data), _check_printable(classes)
+    recorded, names = find_class_names(data), check_class_names(classes)
     if recorded and names and names != recorded:  # a cache is opened with the names of the dataset
         raise UsageError(
             f"classes ({_shorten(names)}) are not the dataset's own ({_shorten(recorded)}): leave out classes, or"
@@ -287,13 +288,6 @@ def _check_labels(labels: dict[str, NDArray[np.int64]], names: tuple[str, ...]) 
                 f" ({_shorten(names)})"
             )
     return names
-
-
-def _check_printable(names: Sequence[str]) -> tuple[str, ...]:
-    for name in names:
-        if not (name and name.isprintable()):
-            raise UsageError(f"the class name {name!a} is empty or has a character that cannot be printed: rename it")
-    return tuple(names)
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.data.content_index import ContentIndex, open_index
+from softcache.data.content_index import ContentIndex
 from softcache.data.images.dataset_images import DatasetImages
 from softcache.data.images.encoded_images import EncodedImages
 from softcache.data.images.image_arrays import ImageArrays
@@ -79,7 +79,7 @@ class ReadingOptions:
     unreadable: str | Sequence[str] = "error"
     layout: str = "any"
     columns: str = ""
-    index: ContentIndex = field(default_factory=open_index)
+    index: ContentIndex = field(default_factory=lambda: ContentIndex(None))
 
 
 DEFAULT_READING = ReadingOptions()

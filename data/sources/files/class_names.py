@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.errors import UsageError, make_printable
 from softcache.base.text import shorten_names
-from softcache.data.sources.class_order import SORTED_ORDERS, order_classes
+from softcache.data.sources.class_order import SORTED_ORDERS, check_class_names, order_classes, read_name_lines
 from softcache.data.sources.source_data import ReadingOptions
 
 from .file_rows import FileRows
@@ -46,9 +46,7 @@ def name_classes(splits: Mapping[str, Sequence[FileRows]], options: ReadingOptio
     named = _name_texts(splits, options) if has_texts else _name_numbers(splits, options)
     if len(named.classes) == 1:
         raise UsageError(f"the data have one class, '{make_printable(named.classes[0])}': at least two are needed")
-    for name in named.classes:
-        if not (name and name.isprintable()):
-            raise UsageError(f"the class name {name!a} is empty or has a character that cannot be printed: rename it")
+    check_class_names(named.classes)
     return named
 
 
@@ -109,14 +107,8 @@ def _choose_names(recorded: tuple[str, ...], option: str | Sequence[str]) -> tup
 
 
 def _read_names(path: Path) -> tuple[str, ...]:
-    """Read the names of the classes from a file, one a line in the order of the labels."""
-    if not path.is_file():
-        raise UsageError(f"--classes: '{make_printable(path)}' is no file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise CacheError(f"--classes: '{make_printable(path)}' cannot be read: {make_printable(error)}") from None
-    names = [line for line in lines if line.strip()]
+    """Read the names of the classes from a file, in the order of the labels."""
+    names = read_name_lines(path)
     if repeated := sorted({name for name in names if names.count(name) > 1}) if len(names) < 1 << 16 else []:
         raise UsageError(f"--classes: '{make_printable(path)}' names twice {len(repeated)}: {shorten_names(repeated)}")
     return tuple(names)

@@ -20,16 +20,12 @@ from softcache.base.files import refuse_special_file
 from softcache.base.text import shorten_names
 from softcache.data.content_index import ContentIndex, is_racy
 from softcache.data.file_records import stat_file
+from softcache.data.sources.split_names import SPLIT_NAMES, map_to_splits, order_splits
 
 from .file_rows import FileRows, RowReader
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_SPLIT_OF_NAME = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-_SPLIT_PATTERN = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF_NAME)})(?![a-z])")
+SPLIT_OF_NAME = map_to_splits(SPLIT_NAMES) | dict.fromkeys(("eval", "evaluation"), "test")
+_SPLIT_PATTERN = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF_NAME)})(?![a-z])")
 _MAX_FILES = 1_000_000  # that braces may stand for
 _REVISION = 1  # of the records: another one is not read
 MEGABYTE = 1 << 20
@@ -131,16 +127,14 @@ def group_by_split(paths: Sequence[Path], kind: str) -> dict[str, list[Path]]:
             f"--data {kind}: there is no file of training rows, only of {' and '.join(splits)}, such as"
             f" '{make_printable(next(iter(splits.values()))[0])}'"
         )
-    if "val" in splits and "test" not in splits:
-        splits["test"] = splits.pop("val")
-    return {split: splits[split] for split in SPLIT_NAMES if split in splits}
+    return order_splits(splits)
 
 
 def _find_split(path: Path) -> str:
     """Return the split that a word in a file's name names, else the name of its folder; empty where both name none."""
     if match := _SPLIT_PATTERN.search(path.name.partition(".")[0].lower()):
-        return _SPLIT_OF_NAME[match[1]]
-    return _SPLIT_OF_NAME.get(path.absolute().parent.name.lower(), "")
+        return SPLIT_OF_NAME[match[1]]
+    return SPLIT_OF_NAME.get(path.absolute().parent.name.lower(), "")
 
 
 def list_rows(

@@ -13,7 +13,7 @@ from softcache.base.progress import Progress
 from softcache.data.content_index import ContentIndex
 from softcache.data.images.encoded_images import ByteFile, ByteFiles, EncodedImages
 from softcache.data.images.image_sample import ImageSample, choose_sample, inspect_images
-from softcache.data.images.unreadable import find_all_unreadable, find_unreadable_rows
+from softcache.data.images.unreadable import MAX_SKIPPED, find_all_unreadable, find_unreadable_rows
 from softcache.data.sources.source_data import LabelledImages, ReadingOptions, SourceData
 
 from .class_names import name_classes
@@ -27,7 +27,6 @@ from .data_files import (
 )
 from .file_rows import FileRows, RowReader
 
-_MAX_SKIPPED = 10_000  # images that cannot be decoded: their names are kept in the identity of a cache
 _SHOWN = 5
 
 
@@ -89,10 +88,7 @@ def load_encoded_files(
     notes, skipped = _leave_out_unreadable(parts, options, progress)
     sample = _detect_mode_and_size(parts, progress)
     if sample.turned and options.exif == "stored":
-        notes.append(
-            f"{sample.turned} of {sample.images} images that were looked at have an EXIF orientation, and are used as"
-            " their pixels are stored: --exif transpose turns them as a viewer does"
-        )
+        notes.append(sample.describe_turned())
     is_transposed = options.exif == "transpose"
     images = {
         split: replace(part.images, mode=sample.mode, size=sample.size, is_transposed=is_transposed)
@@ -183,8 +179,8 @@ def _leave_out_unreadable(
         f"{make_printable(name, 120)} {reason}".rstrip() for name, reason in list(skipped.items())[:_SHOWN]
     )
     note = f"{len(skipped):,} images cannot be used and are left out (--unreadable skip): {shown}"
-    if len(skipped) > _MAX_SKIPPED:
-        raise UsageError(f"{note}: that is more than it leaves out ({_MAX_SKIPPED:,})")
+    if len(skipped) > MAX_SKIPPED:
+        raise UsageError(f"{note}: that is more than it leaves out ({MAX_SKIPPED:,})")
     return [note], tuple(sorted(skipped))
 
 

@@ -17,8 +17,9 @@ from softcache.base.packages import require_extra
 from softcache.base.progress import Progress, no_progress
 from softcache.data.sources.dataset import load_dataset as load_map_style
 from softcache.data.sources.source_data import ReadingOptions, SourceData
+from softcache.data.sources.split_names import order_splits
 
-from .data_files import SPLIT_NAMES
+from .data_files import SPLIT_OF_NAME
 from .encoded_rows import EncodedSource, load_encoded_files
 from .file_rows import NO_IMAGE, FileRows, RowCollector
 from .table_columns import TableColumns, choose_columns, parse_columns
@@ -110,7 +111,7 @@ def _name_splits(loaded: dict[str, Any], argument: str) -> dict[str, Any]:
     """
     splits: dict[str, Any] = {}
     for name, dataset in loaded.items():
-        split = next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), "")
+        split = SPLIT_OF_NAME.get(name.lower(), "")
         if split in splits:
             raise UsageError(f"hf:{make_printable(argument)} has two splits that are {split}: {', '.join(loaded)}")
         if split:
@@ -121,9 +122,7 @@ def _name_splits(loaded: dict[str, Any], argument: str) -> dict[str, Any]:
                 f"hf:{make_printable(argument)} has no split train: its splits are {make_printable(', '.join(loaded))}"
             )
         splits = {"train": next(iter(loaded.values()))}
-    if "val" in splits and "test" not in splits:
-        splits["test"] = splits.pop("val")
-    return {split: splits[split] for split in SPLIT_NAMES if split in splits}
+    return order_splits(splits)
 
 
 def _choose_columns(dataset: Any, place: str, option: str) -> TableColumns:

@@ -17,15 +17,18 @@ from softcache.base.text import shorten_names
 from softcache.data.images.decoding import open_image
 from softcache.data.images.image_folder import ImageFolder
 from softcache.data.images.image_sample import choose_sample, inspect_images
-from softcache.data.images.unreadable import describe_unreadable, find_unreadable, make_unreadable_error
+from softcache.data.images.unreadable import (
+    MAX_SKIPPED,
+    describe_unreadable,
+    find_unreadable,
+    make_unreadable_error,
+)
 from softcache.data.sources.class_order import describe_number_order
 from softcache.data.sources.source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 
 from .folder_layout import UNLABELLED, Layout, find_layout
 from .folder_listing import LeftOut
 from .folder_rows import SplitRows, check_rows, find_classes, list_rows
-
-_MAX_SKIPPED = 10_000  # images that cannot be decoded: their names are kept in the identity of a cache
 
 
 def load_image_folder(
@@ -80,10 +83,7 @@ def load_image_folder(
         found = find_unreadable(paths, total, progress) or {Path(str(error.path)): error.reason}
         raise make_unreadable_error(found, total, root) from None
     if sample.turned and options.exif == "stored":
-        notes.append(
-            f"{sample.turned} of {sample.images} images that were looked at have an EXIF orientation, and are used as"
-            " their pixels are stored: --exif transpose turns them as a viewer does"
-        )
+        notes.append(sample.describe_turned())
     splits = {
         split: LabelledImages(
             ImageFolder(root, tuple(names[split]), sample.mode, sample.size, options.exif == "transpose"),
@@ -114,10 +114,10 @@ def _find_skipped(
         recorded = set(options.unreadable)
         return {name: "" for name in names if name in recorded}
     unreadable = find_unreadable((root / name for name in names), len(names), progress)
-    if len(unreadable) > _MAX_SKIPPED:
+    if len(unreadable) > MAX_SKIPPED:
         raise UsageError(
             f"{len(unreadable):,} of {len(names):,} images cannot be used, more than --unreadable skip leaves out"
-            f" ({_MAX_SKIPPED:,}): {describe_unreadable(unreadable, root)}"
+            f" ({MAX_SKIPPED:,}): {describe_unreadable(unreadable, root)}"
         )
     return {path.relative_to(root).as_posix(): reason for path, reason in unreadable.items()}
 

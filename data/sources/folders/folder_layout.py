@@ -6,18 +6,13 @@ from typing import NamedTuple
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.text import shorten_names
+from softcache.data.sources.split_names import SPLIT_NAMES, map_to_splits
 
 from .folder_listing import is_image_name, list_folders
 
 # Values of --layout, in that of the command line: see ReadingOptions.
 ANY, BASIC, UNLABELLED = "any", "basic", "unlabelled"
-# The names of each split, in any case, in folders and in the column of a table of labels.
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "val": ("val", "valid", "validation", "dev"),
-}
-SPLIT_OF_NAME = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+SPLIT_OF_NAME = map_to_splits(SPLIT_NAMES)  # of folders, and in the column of a table of labels
 TABLE_NAMES = ("labels.csv", "labels.tsv")
 
 
