@@ -88,7 +88,8 @@ def build(
         channels: Of the input.
         size: Of the input, in pixels.
         output: Key or index of the logits in what a network of a user's own returns (see outputs.py); "" to find them.
-        network: Of the arch `module(…)`, the network that a caller in Python passed: a copy of it is returned.
+        network: A network of a user's own that is there already, of which a copy is returned: of the arch `module(…)`
+            the one that a caller in Python passed, else what the factory returned.
         shape: Of a row of numbers; () for images. The networks of images take rows [C, S, S]; mlp takes any.
 
     Returns:
@@ -211,13 +212,13 @@ def _build_external(
         selector, network = LogitsSelector(arch, classes), _build_known(arch, classes, shape)
         has_values = not any(p.is_meta for p in network.parameters())  # not where layers are listed alone
         return make_ready(network, selector, shape) if has_values else network, selector
-    if is_live_arch(arch):
-        if network is None:
-            raise UsageError(
-                f"the network '{arch}' was passed to softcache in Python, and can be built there alone: a command"
-                " takes the name of an arch, such as my_package.module:factory"
-            )
+    if network is not None:
         return prepare_live_network(network, arch, classes, shape)
+    if is_live_arch(arch):
+        raise UsageError(
+            f"the network '{arch}' was passed to softcache in Python, and can be built there alone: a command takes"
+            " the name of an arch, such as my_package.module:factory"
+        )
     module, _, factory = arch.partition(":")
     return build_custom(module, factory, classes, shape, _find_similar)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError, make_printable
 
+from .archs.torchvision_models import has_other_stem
 from .checkpoint_files import StateDict, choose_state_dict, read_checkpoint
 from .configurations import DEFAULT, has_published_weights, load_published_state
 from .custom_networks import is_live_arch
@@ -51,8 +52,7 @@ class InitialWeights:
         try:
             load_weights(network, state, f"--init {self.source}")
         except UsageError as error:
-            has_other_stem = self.arch.startswith("torchvision:") and "x3x3 in the arch" in str(error)
-            raise UsageError(f"{error}{_STEM_HINT if has_other_stem else ''}") from None
+            raise UsageError(f"{error}{_STEM_HINT if has_other_stem(self.arch, error) else ''}") from None
 
     def _find_fresh(self, network: nn.Module, classes: int) -> dict[str, str]:
         """Find the parameters of the last layer that do not come from the file: {name: its key in the file}."""

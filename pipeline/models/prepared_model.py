@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class InputSpec:
             return torch.randint(0, 256, (rows, *self.input_shape), dtype=torch.uint8, generator=generator)
         mean, std = (torch.tensor(x).view(1, -1, *[1] * (len(self.shape) - 1)) for x in (self.mean, self.std))
         return torch.randn(rows, *self.shape, generator=generator) * std + mean
+
+    def with_channels(self, channels: int) -> "InputSpec":
+        """Return the same for more channels, a multiple of these, which are repeated: grey images have one."""
+        copies = channels // self.channels
+        return replace(self, channels=channels, mean=self.mean * copies, std=self.std * copies)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values; no shape of images, and no interpolation where it is bilinear."""
@@ -112,6 +118,11 @@ class InputSpec:
 
 NORMALIZATIONS = ("imagenet", "data", "none")  # the named choices of --normalize
 PUBLISHED = "model"  # one more: as published with the network
+
+
+def format_normalize(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Format numbers as --normalize takes them, to the last bit; the inverse of parse_normalize."""
+    return f"mean={','.join(map(repr, mean))},std={','.join(map(repr, std))}"
 
 
 def parse_normalize(text: str, may_be_rows: bool = False) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 # A disk or a quota that is full, a limit on the size of a file, and a disk that fails.
@@ -136,6 +136,23 @@ def make_printable(text: object, max_length: int | None = 200) -> str:
         The text, with a question mark for every character that is not printable.
     """
     return "".join(c if c.isprintable() else "?" for c in str(text)[:max_length])
+
+
+def unknown_model_error(library: str, name: str, names: Sequence[str], listing: str) -> UsageError:
+    """Make the error for a model that a library does not have, with the most similar of its many names.
+
+    Args:
+        library: Such as "timm".
+        name: The unknown name; a tag after a dot is not compared.
+        names: All names.
+        listing: The call that lists them, for the message.
+    """
+    similar = get_close_matches(name.partition(".")[0], names, n=6, cutoff=0.5)
+    hint = f" Did you mean '{similar[0]}'?" if similar else ""
+    others = f" Others: {', '.join(similar[1:])}." if similar[1:] else ""
+    return UsageError(
+        f"no {library} model '{make_printable(name, 80)}'.{hint}{others} {listing} lists all {len(names)}"
+    )
 
 
 def unknown_name_error(kind: str, name: str, known: Iterable[str], owner: str = "") -> UsageError:

@@ -21,6 +21,7 @@ from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.models.callable_networks import is_estimator
 from softcache.pipeline.models.custom_networks import name_live_arch
 from softcache.pipeline.models.file_network import parse_file_teacher
+from softcache.pipeline.models.prepared_model import format_normalize
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.check_cache.repair import repair_files
 from softcache.stages.cli.configs import CacheConfig
@@ -205,4 +206,4 @@ def _format_normalize(normalize: Normalize | None, teacher: object) -> str:
         raise UsageError(
             f"normalize={normalize!r} is no name and no pair of lists of numbers, such as ((0.5,) * 3, (0.5,) * 3)"
         ) from None
-    return f"mean={','.join(map(repr, mean))},std={','.join(map(repr, std))}"
+    return format_normalize(mean, std)

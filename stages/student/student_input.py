@@ -7,7 +7,7 @@ from softcache.base.errors import CacheError
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.configurations import has_published_weights
-from softcache.pipeline.models.prepared_model import BILINEAR, PUBLISHED, InputSpec, parse_normalize
+from softcache.pipeline.models.prepared_model import BILINEAR, PUBLISHED, InputSpec, format_normalize, parse_normalize
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.runs.folder import read_json
 from softcache.stages.teacher.data import check_normalize, make_input_spec, make_published_spec
@@ -43,8 +43,7 @@ def make_student_spec(config: StudentConfig, cache: CacheReader, transfer_set: T
             return of_teacher
         numbers = parse_normalize(normalize) if normalize else None
         channels = 3 if normalize == "imagenet" or (numbers and len(numbers[0]) == 3) else of_teacher.channels
-        copies = channels // of_teacher.channels
-        return replace(of_teacher, channels=channels, mean=of_teacher.mean * copies, std=of_teacher.std * copies)
+        return of_teacher.with_channels(channels)
     return make_input_spec(normalize, transfer_set, cache.views, config.arch)
 
 
@@ -66,5 +65,5 @@ def use_recorded_input(config: StudentConfig, folder: Path) -> StudentConfig:
             spec = InputSpec.from_json(read_json(path)["student"]["preparation"])
         except (KeyError, TypeError, ValueError):
             raise CacheError(f"'{path}' does not have the input of the student") from None
-        normalize = f"mean={','.join(map(repr, spec.mean))},std={','.join(map(repr, spec.std))}"
+        normalize = format_normalize(spec.mean, spec.std)
     return replace(config, init="", normalize=normalize)

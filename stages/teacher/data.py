@@ -131,12 +131,9 @@ def check_normalize(normalize: str, arch: str, may_be_rows: bool = False) -> Non
     Raises:
         UsageError: It is no normalisation, or "model" and nothing is published of this arch.
     """
-    if (
-        normalize
-        and parse_normalize(normalize, may_be_rows) is None
-        and normalize == PUBLISHED
-        and not has_published_weights(arch)
-    ):
+    if normalize:
+        parse_normalize(normalize, may_be_rows)
+    if normalize == PUBLISHED and not has_published_weights(arch):
         raise UsageError(
             f"--normalize {PUBLISHED} is the input published with torchvision:, timm: and hf: networks, and the"
             f" network is '{arch}': give numbers, such as mean=0.5,0.5,0.5,std=0.25,0.25,0.25"

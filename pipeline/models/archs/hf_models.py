@@ -7,7 +7,6 @@ where it is used: that takes seconds.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import open_input_file
+from softcache.base.packages import require_extra
 
 from .network_configuration import NetworkConfiguration
 
@@ -201,8 +201,7 @@ def read_hf_config(name: str) -> dict[str, Any]:
         UsageError: There is no such model on this machine, or transformers is not installed.
         CacheError: The file is damaged.
     """
-    if find_spec("transformers") is None:
-        raise UsageError(f"arch hf:{name} needs transformers, which is not installed: pip install -e '.[hf]'")
+    require_extra(f"arch hf:{name} needs", "hf", "transformers")
     path = _find_file(name, "config.json")
     if path is None:
         shown = make_printable(name, 80)

@@ -25,9 +25,3 @@ class NetworkConfiguration:
     resize: int
     classes: int
     class_names: tuple[str, ...]
-
-    def describe(self) -> str:
-        """Describe the input in a few words, for a line that a command prints."""
-        mean, std = (",".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
-        numbers = f", mean={mean},std={std}" if self.mean else ""
-        return f"{self.size} px, {self.interpolation}, shorter side of images {self.resize} px{numbers}"

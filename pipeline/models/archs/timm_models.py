@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +17,8 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
-from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.base.errors import CacheError, UsageError, make_printable, unknown_model_error
+from softcache.base.packages import require_extra
 
 from .network_configuration import NetworkConfiguration
 
@@ -163,19 +163,12 @@ def is_timm_model(name: str) -> bool:
 
 def check_timm_model(name: str) -> None:
     """Raise UsageError, with the most similar names, where timm has no model of that name or no such tag of it."""
-    if find_spec("timm") is None:
-        raise UsageError(f"arch timm:{name} needs timm, which is not installed: pip install -e '.[timm]'")
+    require_extra(f"arch timm:{name} needs", "timm", "timm")
     import timm
 
     model, _, tag = name.partition(".")
     if not timm.is_model(model):
-        names = timm.list_models()
-        similar = get_close_matches(model, names, n=6, cutoff=0.5)
-        hint = f" Did you mean '{similar[0]}'?" if similar else ""
-        others = f" Others: {', '.join(similar[1:])}." if similar[1:] else ""
-        raise UsageError(
-            f"no timm model '{make_printable(name, 80)}'.{hint}{others} timm.list_models() lists all {len(names)}"
-        )
+        raise unknown_model_error("timm", name, timm.list_models(), "timm.list_models()")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
     if "." in name and tag not in tags:
         known_tags = f"it has {', '.join(tags)}" if tags else "it has none"

@@ -4,19 +4,18 @@ torchvision is imported where it is used: it loads PyTorch's compiler, and comma
 without it.
 """
 
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from softcache.base.errors import CacheError, UsageError
+from softcache.base.errors import CacheError, UsageError, unknown_model_error
 
 from .network_configuration import NetworkConfiguration
 
 SMALL = 64  # px; for smaller images the first layers do not downsample
 SMALL_ADVICE = (  # the end of a message
-    f"for views under {SMALL} px a torchvision: network gets another first convolution; weights of the published one"
+    f": for views under {SMALL} px a torchvision: network gets another first convolution; weights of the published one"
     " need --teacher-size 224, or --views …:size=64"
 )
 _AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # models that have some
@@ -73,15 +72,14 @@ def list_torchvision_models() -> list[str]:
 
 def check_torchvision_model(name: str) -> None:
     """Raise UsageError, with the most similar names, where torchvision has no classification model of that name."""
-    if is_torchvision_model(name):
-        return
     names = list_torchvision_models()
-    similar = get_close_matches(name, names, n=6, cutoff=0.5)
-    hint = f" Did you mean '{similar[0]}'?" if similar else ""
-    others = f" Others: {', '.join(similar[1:])}." if similar[1:] else ""
-    raise UsageError(
-        f"no torchvision model '{name}'.{hint}{others} torchvision.models.list_models() lists all {len(names)}"
-    )
+    if name not in names:
+        raise unknown_model_error("torchvision", name, names, "torchvision.models.list_models()")
+
+
+def has_other_stem(arch: str, error: UsageError) -> bool:
+    """Return whether weights do not fit because the arch has the first convolution for small images, see SMALL."""
+    return arch.startswith("torchvision:") and "x3x3 in the arch" in str(error)
 
 
 class PublishedWeights(NamedTuple):

@@ -9,7 +9,7 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, is_custom_arch
 from softcache.pipeline.models.callable_networks import load_callable, prepare_callable
-from softcache.pipeline.models.checkpoint_files import choose_state_dict, read_checkpoint
+from softcache.pipeline.models.checkpoint_files import StateDict, choose_state_dict, read_checkpoint
 from softcache.pipeline.models.configurations import (
     DEFAULT,
     has_published_weights,
@@ -57,15 +57,13 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
         value = load_callable(recorded, cache.classes, input_spec.input_shape)
         if not isinstance(value, nn.Module):
             return _prepare_recorded_callable(value, cache)
-        state = _build_recorded(cache, cache.classes).state_dict()
-    elif weights == DEFAULT and has_published_weights(recorded):
-        state = load_published_state(recorded, input_spec.channels, input_spec.size)
+        classes = count_outputs(value.state_dict(), weights) if "class_map" in known else cache.classes
+        network = _build_recorded(cache, classes, value)
     else:
-        states = read_checkpoint(find_weights_file(Path(weights)))
-        _, state = choose_state_dict(states, config.weights_key, Path(weights))
-    classes = count_outputs(state, weights) if "class_map" in known else cache.classes
-    network = _build_recorded(cache, classes)
-    load_weights(network, state, weights)
+        state = _read_state(cache, config)
+        classes = count_outputs(state, weights) if "class_map" in known else cache.classes
+        network = _build_recorded(cache, classes)
+        load_weights(network, state, weights)
     digest, cache_digest = hash_weights(network), cache.manifest.identity["teacher"]["weights"]
     if digest != cache_digest:
         raise CacheError(
@@ -75,10 +73,18 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     return PreparedModel(network, input_spec).eval()
 
 
-def _build_recorded(cache: CacheReader, classes: int) -> nn.Module:
-    """Build the network that a cache records, with fresh weights."""
+def _read_state(cache: CacheReader, config: CheckConfig) -> StateDict:
+    """Read the state dict that --weights names: published weights, or those of a file or run."""
+    if config.weights == DEFAULT and has_published_weights(cache.teacher):
+        return load_published_state(cache.teacher, cache.input_spec.channels, cache.input_spec.size)
+    path = Path(config.weights)
+    return choose_state_dict(read_checkpoint(find_weights_file(path)), config.weights_key, path)[1]
+
+
+def _build_recorded(cache: CacheReader, classes: int, network: nn.Module | None = None) -> nn.Module:
+    """Build the network that a cache records: with fresh weights, or a copy of what its factory returned."""
     spec, output = cache.input_spec, str(cache.manifest.identity["teacher"].get("output", ""))
-    return build(cache.teacher, classes, spec.channels, spec.size, output, shape=spec.shape)
+    return build(cache.teacher, classes, spec.channels, spec.size, output, network, shape=spec.shape)
 
 
 def _prepare_recorded_callable(value: Any, cache: CacheReader) -> PreparedModel:

@@ -1,5 +1,6 @@
 """Teachers that a file defines: a model in ONNX, or targets that were made elsewhere."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from softcache.data.views import ViewPolicy, parse_views
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models.file_network import FILE_TEACHERS, FileNetwork, parse_file_teacher
 from softcache.pipeline.models.onnx_network import OnnxNetwork, load_onnx_network
-from softcache.pipeline.models.prepared_model import PIXEL_STD, InputSpec, PreparedModel
+from softcache.pipeline.models.prepared_model import PIXEL_STD, PreparedModel
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.stages.cli.configs import CacheConfig, CheckConfig
 from softcache.stages.cli.console import Console, progress
@@ -144,11 +145,10 @@ def _load_onnx_teacher(path: Path, config: CacheConfig, transfer_set: TransferSe
     if channels < max(transfer_set.channels, spec.channels):
         text = f"--normalize {config.normalize} has" if transfer_set.channels == 1 else "the images have"
         raise UsageError(f"'{path}' takes {channels} channel, {text} {max(transfer_set.channels, spec.channels)}")
-    repeats = channels // spec.channels
     size = network.input.size or config.teacher_size or views.size
     if config.teacher_size not in (0, size):
         raise UsageError(f"--teacher-size {config.teacher_size}: '{path}' takes {size} pixels alone")
-    spec = InputSpec(channels, size, spec.mean * repeats, spec.std * repeats)
+    spec = replace(spec.with_channels(channels), size=size)
     if network.input.dtype == "uint8" and (set(spec.mean), set(spec.std)) != ({0.0}, {PIXEL_STD}):
         raise UsageError(f"'{path}' takes uint8 pixels, not normalised values: say --normalize pixels")
     network.find_logits(config.output, len(transfer_set.classes), spec.channels, spec.size)

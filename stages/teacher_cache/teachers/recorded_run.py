@@ -10,7 +10,7 @@ from softcache.base.schema import validate
 from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.models.class_map import MAP_ADVICE
-from softcache.pipeline.models.prepared_model import InputSpec
+from softcache.pipeline.models.prepared_model import InputSpec, format_normalize
 from softcache.pipeline.models.state_dicts import find_weights_file
 from softcache.stages.cli.configs import CacheConfig, TeacherConfig
 from softcache.stages.cli.console import Console
@@ -104,7 +104,7 @@ def check_same_classes(path: Path, run: RecordedRun, transfer_set: TransferSet) 
             f"the classes of the run '{path}' are in another order than those of the data: class {examples}{more}. Say"
             f" --classes {order}{names}, or --class-map names to have the teacher's put in theirs"
         )
-    spec = f"mean={','.join(map(str, run.input_spec.mean))},std={','.join(map(str, run.input_spec.std))}"
+    spec = format_normalize(run.input_spec.mean, run.input_spec.std)
     raise CacheError(
         f"the run '{path}' was trained on other classes than those of the data: class {examples}{more}. Where they"
         f" mean the same, name the weights alone: --weights {find_weights_file(path)}"

@@ -10,7 +10,7 @@ from softcache.base.errors import UsageError
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import ViewPolicy
 from softcache.pipeline.models import build, check_arch, is_custom_arch, is_external_arch
-from softcache.pipeline.models.archs.torchvision_models import SMALL, SMALL_ADVICE
+from softcache.pipeline.models.archs.torchvision_models import SMALL_ADVICE, has_other_stem
 from softcache.pipeline.models.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
 from softcache.pipeline.models.class_map import MAP_ADVICE
@@ -103,9 +103,7 @@ def load_teacher(
     try:
         note = load_weights(network, state, str(path), MAP_ADVICE)
     except UsageError as error:
-        if not (arch.startswith("torchvision:") and input_spec.size < SMALL and "in the arch" in str(error)):
-            raise
-        raise UsageError(f"{error}: {SMALL_ADVICE}") from None
+        raise UsageError(f"{error}{SMALL_ADVICE if has_other_stem(arch, error) else ''}") from None
     if note:
         console.print(f"weights: {note}")
     return PreparedModel(network, input_spec), arch
@@ -125,7 +123,13 @@ def _load_custom(config: CacheConfig, transfer_set: TransferSet, views: ViewPoli
     if not config.weights:
         return None
     network = build(
-        config.teacher, classes, input_spec.channels, input_spec.size, config.output, shape=input_spec.shape
+        config.teacher,
+        classes,
+        input_spec.channels,
+        input_spec.size,
+        config.output,
+        network=value,
+        shape=input_spec.shape,
     )
     return PreparedModel(network, input_spec)
 
@@ -245,9 +249,8 @@ def _load_published(
             f" {MAP_ADVICE}"
         )
     if config.normalize:
-        input_spec = replace(make_input_spec(config.normalize, transfer_set, views, arch), size=size)
-        copies = 3 // input_spec.channels
-        input_spec = replace(input_spec, channels=3, mean=input_spec.mean * copies, std=input_spec.std * copies)
+        input_spec = make_input_spec(config.normalize, transfer_set, views, arch).with_channels(3)
+        input_spec = replace(input_spec, size=size)
     else:
         input_spec = make_published_spec(arch, size)
     if not arch.startswith("torchvision:"):  # whose caches were made bilinear from the first version on

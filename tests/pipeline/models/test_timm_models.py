@@ -94,7 +94,7 @@ def test_a_model_that_cannot_take_such_images_is_refused(name: str, channels: in
 
 
 def test_without_timm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softcache.pipeline.models.archs.timm_models.find_spec", lambda name: None)
+    monkeypatch.setattr("softcache.base.packages.find_spec", lambda name: None)
     with pytest.raises(UsageError) as error:
         check_arch("timm:resnet18")
     assert "needs timm, which is not installed: pip install -e '.[timm]'" in get_one_line_message(error)

@@ -60,6 +60,8 @@ def make_function(shape, classes):
     return lambda x: x.reshape(len(x), -1)[:, :classes] + len(shape)
 
 def network(shape, classes):
+    with open("calls", "a") as file:
+        file.write("x")
     torch.manual_seed(0)
     return nn.Linear(shape[0], classes)
 
@@ -194,6 +196,19 @@ def test_a_network_of_a_factory_is_used_as_it_is_with_default_weights(table: Pat
     expected = network(rows.load_plain(np.arange(len(rows)), 0, 0)).detach().numpy()
     np.testing.assert_allclose(read_all(table / "cache", "train"), expected, atol=1e-6)
     assert not (table / "cache-teacher").exists()
+    assert (table / "calls").read_text() == "x"  # a factory may load gigabytes
+    stages(
+        "check-cache",
+        "cache",
+        "--data",
+        "arrays:table.npz",
+        "--deep",
+        "--teacher",
+        "teachers:network",
+        "--weights",
+        "DEFAULT",
+    )
+    assert (table / "calls").read_text() == "xx"
     stages(*cache_command("teachers:network", "--out", "trained"))
     assert (table / "trained-teacher" / "teacher.pt").is_file()
 
