@@ -130,7 +130,7 @@ def check_unpacked_size(arrays: list[StoredArray]) -> None:
 
 def _read_file_header(path: Path, name: str) -> StoredArray:
     with _name_damage(path, name), open_input_file(path) as file:
-        dtype, shape = _read_header(file, path, name)
+        dtype, shape = _check_header(file, path, name)
         available = os.fstat(file.fileno()).st_size - file.tell()
     array = StoredArray(name, dtype, shape, path)
     _check_size(array, available)
@@ -147,15 +147,19 @@ def _read_members(path: Path) -> Iterator[StoredArray]:
         for member in members:
             name = member.filename.removesuffix(_NPY)
             with _name_damage(path, name), archive.open(member) as file:
-                dtype, shape = _read_header(file, path, name)
+                dtype, shape = _check_header(file, path, name)
                 available = member.file_size - file.tell()
             array = StoredArray(name, dtype, shape, path, member.filename)
             _check_size(array, available)
             yield array
 
 
-def _read_header(file: IO[bytes], path: Path, name: str) -> tuple["np.dtype[Any]", tuple[int, ...]]:
-    """Read dtype and shape, and refuse those that are no plain numbers or text."""
+def read_header(file: IO[bytes]) -> tuple["np.dtype[Any]", tuple[int, ...]]:
+    """Read dtype and shape of an array in the .npy format; none of its values.
+
+    Raises:
+        ValueError: It has another format.
+    """
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -163,6 +167,12 @@ def _read_header(file: IO[bytes], path: Path, name: str) -> tuple["np.dtype[Any]
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     else:
         raise ValueError(f"version {version} of the .npy format, which is for arrays with named fields")
+    return dtype, shape
+
+
+def _check_header(file: IO[bytes], path: Path, name: str) -> tuple["np.dtype[Any]", tuple[int, ...]]:
+    """Read dtype and shape, and refuse those that are no plain numbers or text."""
+    dtype, shape = read_header(file)
     if dtype.hasobject:
         raise UsageError(
             f"the array '{make_printable(name)}' of '{make_printable(path, None)}' holds Python objects, which only"

@@ -21,6 +21,7 @@ from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import open_input_file
 from softcache.base.packages import require_extra
 from softcache.base.progress import Progress, no_progress
+from softcache.data.sources.array_files import read_header
 
 SPLITS = ("train", "val", "test")
 _NAMES, _SPLIT_NAMES = ("name", "names"), ("split", "splits")
@@ -127,6 +128,13 @@ def _read_npz(path: Path, progress: Progress) -> LogitFile:
         for name in splits:
             _require_logits(path, name, arrays[name].shape, arrays[name].dtype)
         return LogitFile(path, arrays, unread=unread)
+    return _make_file(path, arrays, names_key, split_key, unread)
+
+
+def _make_file(
+    path: Path, arrays: dict[str, NDArray[Any]], names_key: str, split_key: str, unread: tuple[str, ...]
+) -> LogitFile:
+    """Make the record of a file with one array or column of logits; a key is "" where there is no such column."""
     _require_logits(path, "logits", arrays["logits"].shape, arrays["logits"].dtype)
     return LogitFile(
         path,
@@ -145,9 +153,7 @@ def _read_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
     if info.file_size > _MAX_COMPRESSION * (info.compress_size + 1024):
         raise CacheError(f"'{path}': array '{name}' claims {info.file_size:,} bytes of {info.compress_size:,}")
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(member)
+        dtype, shape = read_header(member)
         if dtype.hasobject:
             raise CacheError(
                 f"'{path}': array '{name}' holds Python objects, which are not read: save numbers or text"
@@ -211,16 +217,7 @@ def _read_parquet(path: Path, progress: Progress) -> LogitFile:
     if len({part.shape[1] for part in parts["logits"]}) > 1:
         raise UsageError(f"'{path}': the lists in 'logits' have different lengths")
     arrays = {key: np.concatenate(values) for key, values in parts.items()}
-    _require_logits(path, "logits", arrays["logits"].shape, arrays["logits"].dtype)
-    return LogitFile(
-        path,
-        {},
-        arrays["logits"],
-        names=_to_texts(path, names_key, arrays[names_key]) if names_key else None,
-        index=_to_index(path, arrays["index"]) if "index" in arrays else None,
-        splits=_to_texts(path, split_key, arrays[split_key]) if split_key else None,
-        unread=tuple(name for name in columns if name not in keys),
-    )
+    return _make_file(path, arrays, names_key, split_key, tuple(name for name in columns if name not in keys))
 
 
 def _to_array(column: Any) -> NDArray[Any]:
