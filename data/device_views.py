@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from softcache.base import rng
 from softcache.data.images.image_arrays import ImageArrays
 
-from .views import CROP_LEFT, CROP_TOP, FLIP, Draw, ImageSource, ViewPolicy, draw_mixup
+from .view_policy import ViewPolicy
+from .views import CROP_LEFT, CROP_TOP, FLIP, Draw, ImageSource, draw_mixup
 
 
 def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

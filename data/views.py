@@ -7,21 +7,19 @@ neither batch size, order, workers nor processes can change a pixel.
 
 import decimal
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from softcache.base import rng
-from softcache.base.errors import UsageError, unknown_name_error
-from softcache.base.spec import check_parameters, parse_number, parse_spec
 from softcache.data.images.decoding import Box
 
 from .row_views import add_noise, mix_rows
+from .view_policy import ViewPolicy
 
 Draw = int | NDArray[np.int64]  # one draw for all images of a batch, or int64 [B], one for each
 
@@ -30,7 +28,6 @@ CROP_TOP, CROP_LEFT, FLIP, BOX_AREA, BOX_RATIO, BOX_TOP, BOX_LEFT, MIXUP_PARTNER
 ATTEMPT_AREA, ATTEMPT_RATIO, ATTEMPT_TOP, ATTEMPT_LEFT = range(9, 13)  # the first two followed by the attempt
 NOISE = 13  # followed by the number of four entries of a row
 
-_MAX_STD = 1e9  # of noise
 _BOX_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
@@ -82,175 +79,6 @@ class ImageSource(Protocol):
         Returns:
             uint8 [B, C, size, size].
         """
-
-
-@dataclass(frozen=True)
-class ViewPolicy:
-    """How a view is made from an image.
-
-    Attributes:
-        name: Its name in VIEW_POLICIES.
-        crop: Whether a window of the image's size is cut out of the padded image (He et al. 2016, section 4.2).
-        flip: Whether a view is mirrored left to right, with probability 1/2.
-        resized_crop: Whether a random box is cut out and resized (Szegedy et al. 2015), of ratio 3/4 to 4/3.
-        noise: Whether normal noise is added to each number of a row; for rows of numbers alone.
-        revision: How the boxes of resized crops are drawn: 2 as torchvision's RandomResizedCrop, 1 as in caches that
-            were made before there was a revision, see `_draw_boxes_of_revision_1`.
-        pad: Pixels of zero padding on each side before a crop.
-        std: Standard deviation of the noise, in the units of the data.
-        min_scale: Least share of the image's area in a resized crop, 0.001 to 1.
-        mixup: Alpha of the Beta distribution of the shares of two mixed images (Zhang et al. 2018); 0 mixes none.
-        size: Side of the view in pixels; 0 is the images' own size.
-        resize: Length in pixels to which the shorter side is scaled first; 0 is the images' own size.
-        scale: Of a policy made by `at_size`: pixels of the view for one pixel of padding.
-        interpolation: How an image is resized, a name of decoding.FILTERS: "bilinear" but for some teachers.
-    """
-
-    name: str
-    crop: bool = False
-    flip: bool = False
-    resized_crop: bool = False
-    noise: bool = False
-    revision: int = 1
-    pad: int = 0
-    std: float = 0.0
-    min_scale: float = 1.0
-    mixup: float = 0.0
-    size: int = 0
-    resize: int = 0
-    scale: int = 1
-    interpolation: str = "bilinear"
-
-    def parameters(self) -> dict[str, float]:
-        """Return the parameters that this policy has, with their values: part of a cache's identity.
-
-        Revision 1 is left out, as in the identities of the caches that were made with it.
-        """
-        values = {name: getattr(self, name) for name in _list_parameters(self)}
-        if self.revision == 1:
-            values.pop("revision", None)
-        return values
-
-    def without_augmentation(self) -> "ViewPolicy":
-        """Return the policy of held-out splits: views of the same size, nothing random."""
-        return replace(VIEW_POLICIES["none"], size=self.size, resize=self.resize, interpolation=self.interpolation)
-
-    def of_split(self, split: str) -> "ViewPolicy":
-        """Return the policy of a split: this one for "train", the one without augmentation for a held-out split."""
-        return self if split == "train" else self.without_augmentation()
-
-    def at_size(self, size: int, interpolation: str = "bilinear") -> "ViewPolicy":
-        """Return the policy of the same views at another resolution: the same parts of the images, cut out of them.
-
-        Args:
-            size: Side of the view in pixels.
-            interpolation: A name of decoding.FILTERS.
-
-        Raises:
-            UsageError: This policy pads images, and `size` is no multiple of its size: a border of whole pixels has
-                no equal at that size.
-        """
-        scale = 1
-        if self.crop and self.pad:
-            if size % self.size:
-                raise UsageError(
-                    f"views '{self.name}' shift by whole pixels of {self.size} px, and {size} is no multiple of it:"
-                    f" take a multiple, such as {self.size * max(1, round(size / self.size))}, or the views"
-                    " resized-crop-flip"
-                )
-            scale = size // self.size
-        resize = round(self.resize * size / self.size)
-        return replace(self, size=size, resize=resize, scale=scale, interpolation=interpolation)
-
-
-VIEW_POLICIES: dict[str, ViewPolicy] = {
-    "none": ViewPolicy("none"),
-    "crop": ViewPolicy("crop", crop=True, pad=4),
-    "crop-flip": ViewPolicy("crop-flip", crop=True, flip=True, pad=4),
-    "resized-crop-flip": ViewPolicy("resized-crop-flip", resized_crop=True, revision=2, flip=True, min_scale=0.08),
-    "noise": ViewPolicy("noise", noise=True, std=0.1),
-}
-ROW_POLICIES = ("none", "noise")  # for rows of numbers
-
-
-def _list_parameters(policy: ViewPolicy) -> list[str]:
-    names = ["mixup", "size", "resize"]
-    if policy.crop:
-        return ["pad", *names]
-    if policy.resized_crop:
-        return ["min_scale", *names, "revision"]
-    return ["std", *names] if policy.noise else names
-
-
-def parse_views(spec: str) -> ViewPolicy:
-    """Parse a view policy with its parameters, such as `crop-flip:pad=4,mixup=0.2`.
-
-    Raises:
-        UsageError: No policy has this name, the policy has no such parameter, or a value is out of its range.
-    """
-    name, texts = parse_spec(spec, "views")
-    if name not in VIEW_POLICIES:
-        raise unknown_name_error("view policy", name, VIEW_POLICIES)
-    policy = VIEW_POLICIES[name]
-    check_parameters(spec, "views", texts, _list_parameters(policy))
-    values: dict[str, float] = {}
-    for parameter, text in texts.items():
-        value = parse_number(spec, "views", parameter, text)
-        low, high = {"min_scale": (0.001, 1.0), "revision": (1.0, 2.0), "std": (0.0, _MAX_STD)}.get(
-            parameter, (0.0, 4096.0)
-        )
-        if not low <= value <= high:
-            raise UsageError(f"views '{spec}': {parameter}={text} is outside {low:g} to {high:g}")
-        if parameter in ("pad", "size", "resize", "revision"):
-            if value != int(value):
-                raise UsageError(f"views '{spec}': {parameter}={text} is not a whole number")
-            value = int(value)
-        values[parameter] = value
-    return replace(policy, **values)  # type: ignore[arg-type]
-
-
-def check_policy(policy: ViewPolicy, shape: tuple[int, ...]) -> None:
-    """Check that a view policy is one for the data.
-
-    Args:
-        policy: The policy.
-        shape: Of a row of numbers; () for images.
-
-    Raises:
-        UsageError: It crops rows of numbers, or adds noise to images.
-    """
-    if policy.noise and not shape:
-        raise UsageError(
-            f"views '{policy.name}' are for rows of numbers, the data are images: there are"
-            f" {', '.join(name for name in VIEW_POLICIES if name != policy.name)}"
-        )
-    if shape and policy.name not in ROW_POLICIES:
-        raise UsageError(
-            f"views '{policy.name}' are for images, the data are rows of numbers {list(shape)}: there are"
-            f" {', '.join(ROW_POLICIES)}, such as noise:std=0.1 or none:mixup=0.2"
-        )
-    if shape and (policy.size or policy.resize):
-        name, value = ("size", policy.size) if policy.size else ("resize", policy.resize)
-        raise UsageError(
-            f"views: {name}={value} is for images, the data are rows of numbers {list(shape)}: leave it out"
-        )
-
-
-def read_views(record: Mapping[str, Any]) -> ViewPolicy:
-    """Return the policy that the identity of a cache records.
-
-    Args:
-        record: Its "views": the policy's name, its parameters, and the seed of the views, not yet checked.
-
-    Raises:
-        KeyError: There is no name.
-        UsageError: As in `parse_views`.
-    """
-    policy = str(record["policy"])
-    parameters = {name: value for name, value in record.items() if name not in ("policy", "seed")}
-    if policy in VIEW_POLICIES and VIEW_POLICIES[policy].resized_crop:
-        parameters.setdefault("revision", 1)
-    return parse_views(f"{policy}:" + ",".join(f"{name}={value}" for name, value in parameters.items()))
 
 
 def render(images: ImageSource, policy: ViewPolicy, seed: int, index: NDArray[np.int64], draw: Draw) -> torch.Tensor:

@@ -34,7 +34,7 @@ from softcache.data.sources import (
 )
 from softcache.data.sources.dataset import find_class_names
 from softcache.data.transfer_set import TransferSet, load_transfer_set
-from softcache.data.views import ViewPolicy, check_policy, read_views
+from softcache.data.view_policy import ViewPolicy, check_policy, read_views
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.models.prepared_model import InputSpec
 

@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 
 from softcache.data.device_views import can_render_on_device, copy_to_device, render_on_device
 from softcache.data.images.image_arrays import ImageArrays
-from softcache.data.views import Draw, ImageSource, ViewPolicy
+from softcache.data.view_policy import ViewPolicy
+from softcache.data.views import Draw, ImageSource
 from softcache.pipeline.batch import Targets, TargetSource
 
 Rows = NDArray[np.int64]

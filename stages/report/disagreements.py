@@ -14,7 +14,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
 from softcache.data.sources import is_user_dataset
 from softcache.data.transfer_set import TransferSet
-from softcache.data.views import ViewPolicy
+from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.metrics.classification import log_softmax
 from softcache.stages.cli.configs import ReportConfig

@@ -13,7 +13,7 @@ from softcache.base.files import publish_json
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
 from softcache.data.transfer_set import count_classes
-from softcache.data.views import parse_views
+from softcache.data.view_policy import parse_views
 from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses.distillation_loss import DistillationLoss

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from softcache.base.errors import make_printable
 from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
 from softcache.data.transfer_set import TransferSet
-from softcache.data.views import ViewPolicy, render
+from softcache.data.view_policy import ViewPolicy
+from softcache.data.views import render
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.prepared_model import NORMALIZATIONS, PreparedModel

@@ -12,7 +12,7 @@ from torch import nn
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
 from softcache.data.transfer_set import TransferSet
-from softcache.data.views import ViewPolicy
+from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order

@@ -10,7 +10,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Split, TransferSet
-from softcache.data.views import ViewPolicy
+from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.models.precision import autocast

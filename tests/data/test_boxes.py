@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.stats import ks_2samp, kstest
 
 from softcache.base import rng
-from softcache.data.views import parse_views, render
+from softcache.data.view_policy import parse_views
+from softcache.data.views import render
 from softcache.pipeline.cache.reader import CacheReader
 from tests.helpers.boxes import BoxRecorder, draw_boxes
 from tests.helpers.commands import Stages

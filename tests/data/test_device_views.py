@@ -12,7 +12,8 @@ import torch
 
 from softcache.data.device_views import can_render_on_device, render_on_device
 from softcache.data.images.image_arrays import ImageArrays
-from softcache.data.views import parse_views, render
+from softcache.data.view_policy import parse_views
+from softcache.data.views import render
 from softcache.pipeline.cache import reader as cache_module
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.loading import device_cache
