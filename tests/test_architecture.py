@@ -160,10 +160,21 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
         ("torch.utils.tensorboard", {"stages/training/tensorboard.py"}),
         ("tensorboard", {"stages/training/tensorboard.py"}),
         ("safetensors", {"pipeline/models/checkpoint_files.py", "stages/runs/logits.py", "stages/export/formats.py"}),
-        ("onnx", {"stages/export/onnx_model.py", "stages/export/quantize.py", "pipeline/models/onnx_files.py"}),
+        (
+            "onnx",
+            {
+                "stages/export/onnx_model.py",
+                "stages/export/quantize.py",
+                "pipeline/models/other_frameworks/onnx_files.py",
+            },
+        ),
         (
             "onnxruntime",
-            {"stages/export/onnx_model.py", "stages/export/quantize.py", "pipeline/models/onnx_network.py"},
+            {
+                "stages/export/onnx_model.py",
+                "stages/export/quantize.py",
+                "pipeline/models/other_frameworks/onnx_network.py",
+            },
         ),
         ("onnxscript", {"stages/export/onnx_model.py"}),  # for its version alone: torch.onnx writes through it
         (

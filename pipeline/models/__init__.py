@@ -38,10 +38,14 @@ from softcache.pipeline.models.archs.torchvision_models import (
 )
 from softcache.pipeline.models.archs.vgg import VGG
 from softcache.pipeline.models.archs.wide_resnet import WideResNet
+from softcache.pipeline.models.other_frameworks.file_network import (
+    FILE_TEACHERS,
+    find_file_teacher,
+    parse_file_teacher,
+)
 from softcache.pipeline.taps.hooks import list_layers
 
 from .custom_networks import build_custom, check_factory, is_live_arch, make_ready, prepare_live_network
-from .file_network import FILE_TEACHERS, find_file_teacher, parse_file_teacher
 from .outputs import LogitsSelector
 
 # build(argument, classes, channels, size) -> a network: float32 [B, channels, size, size] -> logits [B, classes].

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.pipeline.models.other_frameworks.file_network import FileNetwork
 
 from .checkpoint_files import StateDict, choose_state_dict, is_averaged, read_checkpoint
-from .file_network import FileNetwork
 
 _OLD_NAMES = (  # (pattern, replacement): parameter names in older files of torchvision, and what they are today
     (r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),

@@ -19,7 +19,7 @@ from softcache.base.errors import UsageError, make_printable
 # The modules that import a user's code and call it.
 _CALLERS = (
     "softcache.base.user_modules",
-    "softcache.pipeline.models.callable_networks",
+    "softcache.pipeline.models.other_frameworks.callable_networks",
     "softcache.pipeline.models.custom_networks",
     "softcache.pipeline.losses.custom",
     "softcache.pipeline.losses.custom_specs",

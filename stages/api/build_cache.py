@@ -18,9 +18,9 @@ from softcache.pipeline.cache.folder import MANIFEST_FILE
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage
 from softcache.pipeline.loading.cache import Cache
-from softcache.pipeline.models.callable_networks import is_estimator
 from softcache.pipeline.models.custom_networks import name_live_arch
-from softcache.pipeline.models.file_network import parse_file_teacher
+from softcache.pipeline.models.other_frameworks.callable_networks import is_estimator
+from softcache.pipeline.models.other_frameworks.file_network import parse_file_teacher
 from softcache.pipeline.models.prepared_model import format_normalize
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.check_cache.repair import repair_files

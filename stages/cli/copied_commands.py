@@ -11,7 +11,7 @@ from softcache.data.sources import DATASET, format_placeholder, has_argument, is
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import is_custom_arch, is_external_arch
 from softcache.pipeline.models.custom_networks import is_live_arch
-from softcache.pipeline.models.file_network import parse_file_teacher
+from softcache.pipeline.models.other_frameworks.file_network import parse_file_teacher
 
 from .configs import CacheConfig, CheckConfig
 from .options import to_flag

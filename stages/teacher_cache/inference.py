@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError
 from softcache.pipeline.models.bn_folding import fold_batch_norm
-from softcache.pipeline.models.file_network import StoredTargets
+from softcache.pipeline.models.other_frameworks.file_network import StoredTargets
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.taps.hooks import capture_features

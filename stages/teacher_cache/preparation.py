@@ -23,10 +23,10 @@ from softcache.pipeline.cache.manifest_reader import SETTINGS_SCHEMA
 from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.writer import check_same_identity
 from softcache.pipeline.models import is_custom_arch, list_arch_layers
-from softcache.pipeline.models.callable_networks import CallableNetwork
-from softcache.pipeline.models.file_network import parse_file_teacher
 from softcache.pipeline.models.network_checks import check_teacher
-from softcache.pipeline.models.onnx_network import OnnxNetwork, parse_value_tap
+from softcache.pipeline.models.other_frameworks.callable_networks import CallableNetwork
+from softcache.pipeline.models.other_frameworks.file_network import parse_file_teacher
+from softcache.pipeline.models.other_frameworks.onnx_network import OnnxNetwork, parse_value_tap
 from softcache.pipeline.models.outputs import find_selector
 from softcache.pipeline.models.prepared_model import PreparedModel, parse_normalize
 from softcache.pipeline.models.state_dicts import hash_weights

@@ -20,7 +20,7 @@ from softcache.pipeline.cache.shards import Arrays
 from softcache.pipeline.loading.rendering import render_with_checksums
 from softcache.pipeline.models import find_head
 from softcache.pipeline.models.class_map import MAP_ADVICE
-from softcache.pipeline.models.file_network import StoredTargets
+from softcache.pipeline.models.other_frameworks.file_network import StoredTargets
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import CacheConfig
 

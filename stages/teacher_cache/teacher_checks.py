@@ -16,7 +16,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.schema import validate
 from softcache.data.views import render
 from softcache.pipeline.cache.rows import make_row_order
-from softcache.pipeline.models.file_network import StoredTargets
+from softcache.pipeline.models.other_frameworks.file_network import StoredTargets
 from softcache.stages.cli.console import Console
 
 from .inference import LOGITS, PROBABILITIES, TeacherInference

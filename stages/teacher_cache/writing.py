@@ -17,7 +17,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.cache.writer import CacheWriter, clean_up
 from softcache.pipeline.models import get_head_arrays
-from softcache.pipeline.models.callable_networks import CallableNetwork
+from softcache.pipeline.models.other_frameworks.callable_networks import CallableNetwork
 from softcache.stages.cli.console import Console, LongWorkNotice, progress_bar
 from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.distributed import ranks

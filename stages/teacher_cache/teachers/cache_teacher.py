@@ -8,7 +8,6 @@ from torch import nn
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, is_custom_arch
-from softcache.pipeline.models.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.checkpoint_files import StateDict, choose_state_dict, read_checkpoint
 from softcache.pipeline.models.configurations import (
     DEFAULT,
@@ -16,6 +15,7 @@ from softcache.pipeline.models.configurations import (
     load_published_state,
 )
 from softcache.pipeline.models.custom_networks import is_live_arch
+from softcache.pipeline.models.other_frameworks.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import count_outputs, find_weights_file, hash_weights, load_weights
 from softcache.stages.cli.configs import CheckConfig

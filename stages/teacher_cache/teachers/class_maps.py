@@ -17,7 +17,7 @@ from softcache.data.views import render
 from softcache.pipeline.models.class_map import ClassMap
 from softcache.pipeline.models.configurations import find_configuration
 from softcache.pipeline.models.custom_networks import is_live_arch
-from softcache.pipeline.models.file_network import StoredTargets, parse_file_teacher
+from softcache.pipeline.models.other_frameworks.file_network import StoredTargets, parse_file_teacher
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.configs import CacheConfig
 from softcache.stages.cli.console import Console

@@ -10,8 +10,8 @@ from softcache.base.packages import require_extra
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy, parse_views
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.models.file_network import FILE_TEACHERS, FileNetwork, parse_file_teacher
-from softcache.pipeline.models.onnx_network import OnnxNetwork, load_onnx_network
+from softcache.pipeline.models.other_frameworks.file_network import FILE_TEACHERS, FileNetwork, parse_file_teacher
+from softcache.pipeline.models.other_frameworks.onnx_network import OnnxNetwork, load_onnx_network
 from softcache.pipeline.models.prepared_model import PIXEL_STD, PreparedModel
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.stages.cli.configs import CacheConfig, CheckConfig

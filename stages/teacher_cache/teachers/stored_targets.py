@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
 from softcache.data.transfer_set import Split, TransferSet
-from softcache.pipeline.models.file_network import StoredTargets
+from softcache.pipeline.models.other_frameworks.file_network import StoredTargets
 
 from .logit_files import SPLITS, LogitFile, Logits, read_logit_file
 

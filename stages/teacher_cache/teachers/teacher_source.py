@@ -11,7 +11,6 @@ from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.models import build, check_arch, is_custom_arch, is_external_arch
 from softcache.pipeline.models.archs.torchvision_models import SMALL_ADVICE, has_other_stem
-from softcache.pipeline.models.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.checkpoint_files import choose_state_dict, describe_choice, read_checkpoint
 from softcache.pipeline.models.class_map import MAP_ADVICE
 from softcache.pipeline.models.configurations import (
@@ -21,6 +20,7 @@ from softcache.pipeline.models.configurations import (
     load_published_state,
 )
 from softcache.pipeline.models.custom_networks import is_live_arch
+from softcache.pipeline.models.other_frameworks.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.prepared_model import PUBLISHED, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import count_outputs, find_weights_file, load_weights
 from softcache.stages.cli.configs import CacheConfig

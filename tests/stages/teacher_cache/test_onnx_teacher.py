@@ -15,7 +15,7 @@ from softcache.base.progress import no_progress
 from softcache.data.views import render
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build
-from softcache.pipeline.models.onnx_network import load_onnx_network
+from softcache.pipeline.models.other_frameworks.onnx_network import load_onnx_network
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from tests.helpers.commands import Stages
 

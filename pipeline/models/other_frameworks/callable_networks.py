@@ -18,9 +18,8 @@ from torch import nn
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import import_attribute, keep_global_state, name_type
-
-from .custom_networks import call_factory
-from .prepared_model import InputSpec, PreparedModel
+from softcache.pipeline.models.custom_networks import call_factory
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 
 _FACTORY_ARGUMENTS = {"classes", "channels", "size", "shape"}
 
