@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softcache.base.errors import UnreadableImageError, UsageError, make_printable
+from softcache.base.errors import UnreadableImageError, UsageError, make_printable, unknown_name_error
 from softcache.base.progress import Progress, no_progress
 from softcache.base.text import shorten_names
 from softcache.data.images.dataset_items import Data
@@ -22,6 +22,17 @@ from .long_tail import parse_imbalance, select_long_tail
 from .sampling import draw_stratified
 from .sources import get_source_name, has_argument, load_source, short_name
 from .sources.source_data import Images, LabelledImages, ReadingOptions
+from .tasks import (
+    CLASSES,
+    EMBEDDING,
+    NUMBERS,
+    TASKS,
+    HardTargets,
+    find_form,
+    find_known,
+    find_strata,
+    require_classes,
+)
 
 Labels = NDArray[np.int64]
 
@@ -32,14 +43,15 @@ class Split:
 
     Attributes:
         images: N images, or rows of numbers.
-        labels: int64 [N], the class of each image, -1 where it is unknown.
+        labels: The hard targets of each image: int64 [N], the class, -1 where it is unknown; or those of another task,
+            see tasks.py.
         content: Digest of images and labels, in hexadecimal.
         source_rows: int64 [N], the row of each image in the data as they were loaded, before validation rows were cut
             off: where validation rows are drawn, those of "train" and "val" are rows of the same training data.
     """
 
     images: Images
-    labels: Labels
+    labels: HardTargets
     content: str
     source_rows: NDArray[np.int64] | None = None
 
@@ -53,7 +65,8 @@ class TransferSet:
 
     Attributes:
         name: The name of its source, see data/sources; "dataset" for a dataset in memory of this process.
-        classes: Names of the classes in the order of the labels; empty where no image has a label.
+        classes: Names of the classes in the order of the labels; empty where no image has a label. Of the task
+            "labels" those of the labels, and of "numbers" those of the numbers.
         channels: 1 for grey images, 3 for RGB; of rows of numbers, the length of their first axis.
         size: Side of the images in pixels; 0 where they differ, and for rows of numbers.
         splits: "train", "val", and "test" where the data have one.
@@ -64,6 +77,7 @@ class TransferSet:
         source_sizes: {split: rows} of the data as they were loaded, before rows were drawn or left out: a split that
             is missing here was drawn from "train". Empty where that is not known.
         shape: Of a row of numbers; () for images.
+        task: What the hard targets are, and what a teacher outputs, see tasks.py.
     """
 
     name: str
@@ -76,19 +90,21 @@ class TransferSet:
     notes: tuple[str, ...] = ()
     source_sizes: dict[str, int] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
+    task: str = CLASSES
 
     def identity(self) -> dict[str, object]:
-        """Return what a cache must agree with: name, classes in order, content of each split, and the cut."""
+        """Return what a cache must agree with: name, classes in order, content of each split, the cut, the task."""
         return {
             "name": self.name,
             "classes": list(self.classes),
             "content": {split: rows.content for split, rows in self.splits.items()},
             "cut": dict(self.cut),
+            **({} if self.task == CLASSES else {"task": self.task}),  # the first caches had no other task
         }
 
     def count_labelled(self) -> dict[str, int]:
         """Return {split: number of rows that have a label}."""
-        return {split: int((rows.labels >= 0).sum()) for split, rows in self.splits.items()}
+        return {split: int(find_known(rows.labels).sum()) for split, rows in self.splits.items()}
 
 
 def load_transfer_set(
@@ -106,6 +122,7 @@ def load_transfer_set(
     unreadable: str | Sequence[str] = "error",
     layout: str = "any",
     columns: str = "",
+    task: str = "",
     index: ContentIndex | None = None,
     progress: Progress = no_progress,
 ) -> TransferSet:
@@ -129,6 +146,7 @@ def load_transfer_set(
         classes, exif, unreadable, layout: How files of images are read, see ReadingOptions. Of a dataset, `classes`
             are the names of the classes, see sources.dataset.load_dataset.
         columns: Which columns of a table hold images and labels, see sources.table_columns.parse_columns.
+        task: What the hard targets are, a name of tasks.TASKS; "" for what the data have.
         index: Where it is recorded what the files hold; None for the folder in the user's cache folder.
         progress: Shows how many images of a folder or a dataset have been read.
 
@@ -141,8 +159,12 @@ def load_transfer_set(
         raise UsageError(f"--val-fraction {val_fraction:g} is outside 0 to 1")
     if not 0 <= test_fraction < 1:
         raise UsageError(f"--test-fraction {test_fraction:g} is outside 0 to 1")
+    if task and task not in TASKS:
+        raise unknown_name_error("task", task, TASKS)
     index = open_index() if index is None else index
-    options = ReadingOptions(root, classes, exif, unreadable, layout=layout, columns=columns, index=index)
+    # What an embedding is evaluated with is one class an image.
+    form = CLASSES if task == EMBEDDING else task
+    options = ReadingOptions(root, classes, exif, unreadable, layout=layout, columns=columns, task=form, index=index)
     source = load_source(data, options, progress)
     loaded, class_names = dict(source.splits), source.classes
     source_rows = {split: np.arange(len(part.labels)) for split, part in loaded.items()}
@@ -153,6 +175,9 @@ def load_transfer_set(
     if "val" not in loaded:
         _cut_split(loaded, source_rows, "val", val_fraction, key=(seed, 10))
     labels = loaded["train"].labels
+    task = EMBEDDING if task == EMBEDDING else find_form(labels)
+    if imbalance:
+        require_classes(task, f"--imbalance {imbalance}")
     rows, long_tail = _select_training_rows(labels, len(class_names), train_size, imbalance, head_size, seed)
     if len(rows) < len(labels):
         loaded["train"], source_rows["train"] = loaded["train"].take(rows), source_rows["train"][rows]
@@ -172,7 +197,7 @@ def load_transfer_set(
         cut["layout"] = source.layout
     notes = source.notes
     if isinstance(data, str) and has_argument(name) and (test_fraction or name != "folder"):
-        notes += (_describe_splits(short_name(data), splits, class_names),)
+        notes += (_describe_splits(short_name(data), splits, class_names, task),)
     if isinstance(data, str) and class_names and "test" not in splits:
         notes += ("there is no test split: --test-fraction 0.1 cuts one from the training data, by class",)
     return TransferSet(
@@ -186,15 +211,17 @@ def load_transfer_set(
         notes=(*notes, *index.notes),
         source_sizes={split: len(part.labels) for split, part in source.splits.items()},
         shape=images.shape if isinstance(images, RowArrays) else (),
+        task=task,
     )
 
 
-def _describe_splits(name: str, splits: dict[str, Split], classes: tuple[str, ...]) -> str:
+def _describe_splits(name: str, splits: dict[str, Split], classes: tuple[str, ...], task: str) -> str:
     """Describe the splits that are used in one line: their rows, the classes, and rows without a label."""
     parts = [", ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + " rows"]
     if classes:
-        parts.append(f"{len(classes):,} classes ({shorten_names(classes)})")
-    if unlabelled := sum(int((rows.labels < 0).sum()) for rows in splits.values()):
+        kind = "classes" if task == EMBEDDING else task
+        parts.append(f"{len(classes):,} {kind} ({shorten_names(classes)})")
+    if unlabelled := sum(int((~find_known(rows.labels)).sum()) for rows in splits.values()):
         parts.append(f"{unlabelled:,} unlabelled")
     return f"'{make_printable(name, 80)}': {'; '.join(parts)}"
 
@@ -245,14 +272,14 @@ def _cut_split(
     count = max(1, round(rows * fraction))
     if count >= rows:
         raise UsageError(f"--{split}-fraction {fraction:g} of {rows} training rows leaves none to train on")
-    drawn = draw_stratified(train.labels, count, key)
+    drawn = draw_stratified(find_strata(train.labels), count, key)
     rest = np.setdiff1d(np.arange(rows), drawn)
     loaded["train"], loaded[split] = train.take(rest), train.take(drawn)
     source_rows["train"], source_rows[split] = source_rows["train"][rest], source_rows["train"][drawn]
 
 
 def _select_training_rows(
-    labels: Labels, classes: int, train_size: int, imbalance: str, head_size: int, seed: int
+    labels: HardTargets, classes: int, train_size: int, imbalance: str, head_size: int, seed: int
 ) -> tuple[NDArray[np.int64], dict[str, Any]]:
     """Return the training rows to keep, in ascending order, and the entries of the cut for a long tail, if any."""
     if not 0 <= train_size <= len(labels):
@@ -265,10 +292,17 @@ def _select_training_rows(
     if head_size:
         raise UsageError(f"--head-size {head_size} is the largest class of a long tail: give --imbalance as well")
     if train_size:
-        return draw_stratified(labels, train_size, key=(seed, 11)), {}
+        return draw_stratified(find_strata(labels), train_size, key=(seed, 11)), {}
     return np.arange(len(labels)), {}
 
 
-def count_classes(labels: Labels, classes: int) -> NDArray[np.int64]:
-    """Return the number of rows of each class, int64 [classes]; rows without a label are not counted."""
+def count_classes(labels: HardTargets, classes: int) -> NDArray[np.int64]:
+    """Return the number of rows of each class or label, int64 [classes]; 0 for numbers, which have none.
+
+    Rows without a label are not counted.
+    """
+    if find_form(labels) == NUMBERS:
+        return np.zeros(classes, np.int64)
+    if labels.ndim == 2:
+        return np.asarray((labels == 1).sum(0), np.int64)
     return np.bincount(labels[labels >= 0], minlength=classes)

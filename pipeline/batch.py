@@ -57,7 +57,7 @@ class MemoryBank:
     Attributes:
         features: float16 [M, D], one tap of the teacher.
         index: int64 [M], the index of each row.
-        labels: int64 [M], -1 where hidden.
+        labels: The hard targets, as of Batch.
     """
 
     features: torch.Tensor
@@ -72,12 +72,23 @@ class LossContext:
     Attributes:
         head: The teacher's last linear layer, where it has one.
         bank: Returns the memory bank of a tap of the teacher; None without a cache.
-        counts: int64 [K], the number of training rows with a visible label of each class.
+        counts: int64 [K], the number of training rows with a visible label of each class; of several labels, of the
+            rows that have each.
+        known: int64 [K], of several labels: the number of training rows in which each is visible, 0 or 1.
+        mean, std: float32 [K], of each output: of numbers, of their visible hard targets in the training rows, or of
+            the teacher's numbers where there are none; of an embedding, of the teacher's outputs.
+        axes, axis_std: float32 [K, K], the principal axes of an embedding, its columns, and float32 [K], the standard
+            deviation along each, where the cache keeps them.
     """
 
     head: LinearHead | None = None
     bank: Callable[[str], MemoryBank] | None = None
     counts: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
+    axes: torch.Tensor | None = None
+    axis_std: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,12 @@ class Batch:
         index: int64 [B], the row of the split that each view shows.
         draw: Which view of it: one number, or int64 [B] where the batch has several draws.
         views: uint8 [B, C, S, S], the same pixels as the teacher's input.
-        labels: int64 [B], the hard targets, -1 where there is none.
-        logits: float32 [B, K] of the teacher; [B, M, K] where M teachers are not combined; NaN in rows that are
-            missing in the cache; None without targets.
+        labels: The hard targets: int64 [B], the class, -1 where there is none; of several labels int8 [B, K] of 0, 1,
+            and -1 where unknown; of numbers float32 [B, D], NaN where unknown.
+        logits: float32 [B, K] of the teacher, of other tasks its numbers or its embedding; [B, M, K] where M teachers
+            are not combined; NaN in rows that are missing in the cache; None without targets.
         features: {tap: [B, …]} of the teacher; float32 of the `taps` of `Cache.loader`.
-        partner: int64 [B], the hard targets of the images that are mixed in; None without mixup.
+        partner: The hard targets of the images that are mixed in; None without mixup.
         share: float32 [B] in 0 … 1, the share of the view's own image; None without mixup.
         row_weights: float32 [B], the weight of each row in a term; None for 1 each.
         source: What the batches of one loader have in common; None for a batch of another origin.

@@ -10,21 +10,27 @@ from softcache.pipeline.losses.classifier import SRRL, CatKD, SimKD
 from softcache.pipeline.losses.crd import CRD
 from softcache.pipeline.losses.custom import Custom
 from softcache.pipeline.losses.decoupled import DIST, DKD, NKD, MultiTemperature
+from softcache.pipeline.losses.embedding import Embed
 from softcache.pipeline.losses.hard import Hard, TfKD
 from softcache.pipeline.losses.hint import VID, ConcatHint, Hint
 from softcache.pipeline.losses.kd import CTKD, KD, WSLD, LogitMSE, Output
 from softcache.pipeline.losses.long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
+from softcache.pipeline.losses.regression import KDMSE, MSE
 from softcache.pipeline.losses.relational import CC, NST, PKT, RKD, Attention, Similarity
 from softcache.pipeline.losses.review_kd import ReviewKD
+from softcache.pipeline.losses.several_labels import BCE, KDSigmoid
 
 __all__ = [
+    "BCE",
     "CC",
     "CRD",
     "CTKD",
     "DIST",
     "DKD",
     "KD",
+    "KDMSE",
     "LOSSES",
+    "MSE",
     "NKD",
     "NST",
     "PKT",
@@ -39,8 +45,10 @@ __all__ = [
     "ConcatHint",
     "Custom",
     "DiVE",
+    "Embed",
     "Hard",
     "Hint",
+    "KDSigmoid",
     "LogitAdjusted",
     "LogitMSE",
     "Loss",

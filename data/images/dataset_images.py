@@ -9,6 +9,7 @@ from PIL import Image
 
 from softcache.base.errors import CacheError
 from softcache.base.progress import Progress
+from softcache.data.tasks import HardTargets
 
 from .dataset_items import MapDataset, describe_row, hash_image, hash_rows, read_item
 from .decoded_images import DecodedImages
@@ -48,7 +49,7 @@ class DatasetImages(DecodedImages):
         """Implement ImageSource.describe: the row of the dataset."""
         return describe_row(self.split, int(self.rows[i]))
 
-    def hash_content(self, labels: NDArray[np.int64], _progress: Progress) -> str:
+    def hash_content(self, labels: HardTargets, _progress: Progress) -> str:
         """Return the SHA-256 of the digests and labels, in hexadecimal; no image is read."""
         return hash_rows(self.digests, labels)
 
@@ -77,6 +78,6 @@ class DatasetArrays(ImageArrays):
         """Return the images at `index`, int64 [M], in that order."""
         return DatasetArrays(self.pixels[torch.from_numpy(index)], digests=self.digests[index])
 
-    def hash_content(self, labels: NDArray[np.int64], _progress: Progress) -> str:
+    def hash_content(self, labels: HardTargets, _progress: Progress) -> str:
         """Return the SHA-256 of the digests and labels, in hexadecimal."""
         return hash_rows(self.digests, labels)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.user_code import user_code
+from softcache.data.tasks import HardTargets, to_hashed_bytes
 
 from .decoding import GREY_MODES, count_bits
 
@@ -139,10 +140,10 @@ def hash_image(image: Image.Image) -> bytes:
     return sha256(f"{image.mode} {image.width} {image.height}\0".encode() + image.tobytes()).digest()
 
 
-def hash_rows(digests: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
+def hash_rows(digests: NDArray[np.uint8], labels: HardTargets) -> str:
     """Compute the SHA-256, in hexadecimal, of the digests of N images, uint8 [N, 32], and their labels, int64 [N]."""
     digest = sha256(digests.tobytes())
-    digest.update(labels.astype("<i8").tobytes())
+    digest.update(to_hashed_bytes(labels))
     return digest.hexdigest()
 
 

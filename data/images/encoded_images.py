@@ -17,6 +17,7 @@ from PIL import Image
 from softcache.base.errors import CacheError, UnreadableImageError, make_printable
 from softcache.base.files import open_input_file
 from softcache.base.progress import Progress
+from softcache.data.tasks import HardTargets
 
 from .dataset_items import hash_rows
 from .decoded_images import DecodedImages
@@ -135,7 +136,7 @@ class EncodedImages(DecodedImages):
         folder = self.files.common_folder
         return f"{os.path.relpath(origins[int(self.places[i, 0])].origin, folder)} row {int(self.rows[i])}"
 
-    def hash_content(self, labels: NDArray[np.int64], _progress: Progress) -> str:
+    def hash_content(self, labels: HardTargets, _progress: Progress) -> str:
         """Return the SHA-256 of the digests and labels, in hexadecimal; no image is read."""
         return hash_rows(self.digests, labels)
 

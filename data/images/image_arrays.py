@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softcache.base.progress import Progress
+from softcache.data.tasks import HardTargets, to_hashed_bytes
 from softcache.data.views import pad_images
 
 from .decoding import Box, center_crop, resized_crop
@@ -57,11 +58,11 @@ class ImageArrays:
         """Implement ImageSource.describe: images in memory have no name."""
         return ""
 
-    def hash_content(self, labels: NDArray[np.int64], progress: Progress) -> str:
+    def hash_content(self, labels: HardTargets, progress: Progress) -> str:
         """Return the SHA-256 of shape, pixels and labels, in hexadecimal; it is quick, so no progress is shown."""
         digest = sha256(repr(tuple(self.pixels.shape)).encode())
         digest.update(self.pixels.contiguous().numpy().data)
-        digest.update(labels.astype("<i8").tobytes())
+        digest.update(to_hashed_bytes(labels))
         return digest.hexdigest()
 
     def load_plain(

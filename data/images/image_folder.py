@@ -12,6 +12,7 @@ from PIL import Image
 from softcache.base.progress import Progress
 from softcache.data.file_digests import FileDigests
 from softcache.data.file_records import FileRecords
+from softcache.data.tasks import HardTargets
 
 from .decoded_images import DecodedImages
 from .decoding import open_image
@@ -50,7 +51,7 @@ class ImageFolder(DecodedImages):
         """Implement ImageSource.describe: the path of the file."""
         return str(self.root / self.names[i])
 
-    def hash_content(self, labels: NDArray[np.int64], progress: Progress, recorded: FileDigests | None = None) -> str:
+    def hash_content(self, labels: HardTargets, progress: Progress, recorded: FileDigests | None = None) -> str:
         """Return the SHA-256, in hexadecimal, of the name, label and bytes of every file, in the order of the images.
 
         Each file is read once, unless it is recorded and has not changed. From then on, every file that is decoded is

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import Progress
+from softcache.data.tasks import HardTargets, to_hashed_bytes
 
 from .decoding import Box
 
@@ -71,7 +72,7 @@ class RowArrays:
         """Implement ImageSource.describe: the row of the array."""
         return f"row {self.rows[i]} of '{self.name}'"
 
-    def hash_content(self, labels: NDArray[np.int64], progress: Progress) -> str:
+    def hash_content(self, labels: HardTargets, progress: Progress) -> str:
         """Return the SHA-256 of dtype, shape, values and labels, in hexadecimal, and check that each value is finite.
 
         The bytes are those of little-endian numbers, whatever the order in which they are stored.
@@ -93,7 +94,7 @@ class RowArrays:
                 wrong += int((~is_finite).sum())
         if wrong:
             self._refuse_values(wrong, first)
-        digest.update(labels.astype("<i8").tobytes())
+        digest.update(to_hashed_bytes(labels))
         return digest.hexdigest()
 
     def load_plain(

@@ -42,17 +42,19 @@ class Source(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+_OTHER_TASKS = ("labels", "numbers")  # besides classes, which every source has
+
 SOURCES: dict[str, Source] = {
     "digits": Source(lambda _, options, __: load_digits(options.root)),
     "mnist": Source(lambda _, options, __: load_mnist(options.root)),
     "fashion-mnist": Source(lambda _, options, __: load_fashion_mnist(options.root)),
     "cifar10": Source(lambda _, options, __: load_cifar10(options.root)),
     "cifar100": Source(lambda _, options, __: load_cifar100(options.root)),
-    "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable", "layout")),
+    "folder": Source(load_image_folder, "PATH", ("classes", "exif", "unreadable", "layout", "task")),
     "hf": Source(load_hub_dataset, "NAME", ("classes", "exif", "unreadable", "columns")),
     "parquet": Source(load_parquet, "GLOB", ("classes", "exif", "unreadable", "columns")),
     "webdataset": Source(load_webdataset, "GLOB", ("classes", "exif", "unreadable")),
-    "arrays": Source(load_arrays, "FILE.npz"),
+    "arrays": Source(load_arrays, "FILE.npz", ("task",)),
 }
 
 # The sources that are suggested for a file that is named without one.
@@ -172,7 +174,10 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
     """
     data = make_named_dataset(data, options.root)
     name, argument = parse_data(data) if isinstance(data, str) else (DATASET, "")
-    allowed = SOURCES[name].options if name in SOURCES else ("classes",)
+    allowed = SOURCES[name].options if name in SOURCES else ("classes", "task")
+    if options.task in _OTHER_TASKS and "task" not in allowed:
+        takers = ", ".join(format_placeholder(name) for name, source in SOURCES.items() if "task" in source.options)
+        raise UsageError(f"--task {options.task} is for --data {takers}, {DATASET_SPEC}: '{name}' has classes")
     for option in ("classes", "exif", "unreadable", "layout", "columns"):
         if option not in allowed and getattr(options, option) != getattr(DEFAULT_READING, option):
             takers = ", ".join(
@@ -180,7 +185,7 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
             )
             raise UsageError(f"--{option} is for --data {takers}, not for {'a dataset' if name == DATASET else name}")
     if not isinstance(data, str):
-        return load_dataset(data, options.classes or (), progress)
+        return load_dataset(data, options.classes or (), options.task, progress)
     return SOURCES[name].load(argument, options, progress)
 
 

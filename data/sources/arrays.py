@@ -2,15 +2,14 @@
 
 x, y                                  and `split` (train, val, test), or cut by --val-fraction and --test-fraction
 x_train, y_train, x_val, …, x_test, …  each split by itself
-classes                               names of the classes, where y has numbers
+classes                               names of the classes, where y has their numbers; of the columns of y
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
@@ -19,30 +18,16 @@ from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.images.row_arrays import RowArrays, make_rows
 
 from .array_files import StoredArray, check_unpacked_size, open_arrays
+from .array_labels import to_text
+from .array_targets import make_unknown, read_targets
 from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 from .split_names import SPLIT_NAMES, map_to_splits
 
 _SPLITS = map_to_splits(SPLIT_NAMES | {"test": ("test",)})
 _SPLIT_NUMBERS = ("train", "val", "test")  # 0, 1, 2
-_MAX_CLASSES, _MAX_ENTRIES = 1 << 20, 1 << 24
+_MAX_ENTRIES = 1 << 24
 _EXPECTED = "x and y, or x_train, y_train, x_test and y_test (and x_val, y_val)"
 Field = tuple[str, str]  # ("x", "train"); the split is "" for an array of all rows
-
-
-class _Labels(NamedTuple):
-    """The labels of one array.
-
-    Attributes:
-        name: Of the array.
-        values: int64 [N], -1 where unknown; or str [N], "" where unknown.
-    """
-
-    name: str
-    values: NDArray[Any]
-
-    @property
-    def is_text(self) -> bool:
-        return self.values.dtype.kind == "U"
 
 
 def load_arrays(path: str, options: ReadingOptions = DEFAULT_READING, progress: Progress = no_progress) -> SourceData:
@@ -50,12 +35,13 @@ def load_arrays(path: str, options: ReadingOptions = DEFAULT_READING, progress: 
 
     Args:
         path: A .npz file; a folder of .npy files; or one .npy file, the rows `x` without labels.
-        options: Unused.
+        options: The task; others are unused.
         progress: Unused: values are read when they are hashed.
 
     Returns:
         Images where x is uint8 [N, S, S], [N, S, S, 1 or 3] or [N, 1 or 3, S, S]; else rows of numbers, in the order
-        of the array. Labels are -1 where y is -1, NaN or "", or where there is no y.
+        of the array. Labels are -1 where y is -1, NaN or "", or where there is no y. For several labels or numbers
+        see array_targets.read_targets.
 
     Raises:
         UsageError: There is no such file, or the arrays do not fit together or have another form.
@@ -74,11 +60,11 @@ def load_arrays(path: str, options: ReadingOptions = DEFAULT_READING, progress: 
     notes: list[str] = []
     inputs = {split: _read_input(array, notes) for (kind, split), array in fields.items() if kind == "x"}
     _check_same_form(fields, inputs)
-    labels = {split: _read_labels(array) for (kind, split), array in fields.items() if kind == "y"}
-    classes, codes = _encode(labels, _read_classes(fields.get(("classes", ""))))
+    arrays_of_targets = {split: array for (kind, split), array in fields.items() if kind == "y"}
+    classes, targets = read_targets(arrays_of_targets, fields.get(("classes", "")), options.task)
     splits = {}
     for split, images in inputs.items():
-        of_split = codes.get(split, np.full(len(images), -1, np.int64))
+        of_split = targets.get(split, make_unknown(len(images), targets))
         if len(of_split) != len(images):
             raise UsageError(
                 f"'{fields['x', split].name}' has {len(images):,} rows, and '{fields['y', split].name}' has"
@@ -187,115 +173,6 @@ def _check_same_form(fields: dict[Field, StoredArray], inputs: dict[str, ImageAr
             )
 
 
-def _read_labels(array: StoredArray) -> _Labels:
-    """Read labels as int64, -1 where unknown, or as text."""
-    name, values = array.name, array.read()
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1:
-        hint = f": save {name}.argmax(1), the number of the class of each row" if values.ndim == 2 else ""
-        raise UsageError(f"'{name}' has the shape {list(values.shape)}: expected one label for each row, [N]{hint}")
-    if values.dtype.kind in "SU":
-        return _Labels(name, np.char.strip(_to_text(values, name)))
-    if values.dtype.kind not in "biuf":
-        raise UsageError(f"'{name}' is {values.dtype}: expected the numbers or the names of the classes")
-    if values.dtype.kind == "f":
-        is_known = ~np.isnan(values)
-        whole = np.where(is_known, values, -1)
-        if (bad := np.flatnonzero(whole != np.rint(whole))).size or np.isinf(whole).any():
-            row = int(bad[0]) if bad.size else int(np.flatnonzero(np.isinf(whole))[0])
-            raise UsageError(
-                f"'{name}' has the value {values[row]:g} in row {row}: expected the number of a class, 0 to K - 1;"
-                " there is no regression"
-            )
-        values = whole
-    if (smallest := values.min(initial=0)) < -1:
-        row = int(np.argmin(values))
-        raise UsageError(
-            f"'{name}' has the label {smallest:g} in row {row}: expected a number from 0, or -1 where it is unknown"
-        )
-    if (largest := values.max(initial=0)) >= _MAX_CLASSES:
-        raise UsageError(f"'{name}' has the label {largest:g}: the largest is {_MAX_CLASSES - 1:,}")
-    return _Labels(name, values.astype(np.int64))
-
-
-def _to_text(values: NDArray[Any], name: str) -> NDArray[np.str_]:
-    if values.dtype.kind == "U":
-        return values
-    try:
-        return np.char.decode(values, "utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"'{name}' has text that is no UTF-8 ({make_printable(error)}): save it as str") from None
-
-
-def _read_classes(array: StoredArray | None) -> tuple[str, ...]:
-    """Read the names of the classes; none where there is no such array."""
-    if array is None:
-        return ()
-    values = array.read()
-    if values.ndim != 1 or values.dtype.kind not in "SU":
-        raise UsageError(
-            f"'classes' is {values.dtype} {list(values.shape)}: expected the names of the classes, str [K]"
-        )
-    names = tuple(_to_text(values, "classes").tolist())
-    _check_names(names, "classes")
-    if len(set(names)) < len(names):
-        repeated = next(name for number, name in enumerate(names) if name in names[:number])
-        raise UsageError(f"'classes' has the name {make_printable(repr(repeated))} more than once")
-    return names
-
-
-def _encode(
-    labels: dict[str, _Labels], classes: tuple[str, ...]
-) -> tuple[tuple[str, ...], dict[str, NDArray[np.int64]]]:
-    """Return the names of the classes, and the number of the class of each row, {split: int64 [N]}."""
-    if not labels:
-        return (), {}
-    if len({part.is_text for part in labels.values()}) > 1:
-        raise UsageError("some labels are text and others are numbers: " + ", ".join(p.name for p in labels.values()))
-    if all(part.is_text for part in labels.values()):
-        names = classes or tuple(np.unique(np.concatenate([part.values for part in labels.values()])).tolist())
-        names = names if classes else tuple(name for name in names if name)
-        _check_names(names, next(iter(labels.values())).name)
-        numbers = {name: number for number, name in enumerate(names)} | {"": -1}
-        if unknown := [(p.name, v) for p in labels.values() for v in np.unique(p.values).tolist() if v not in numbers]:
-            raise UsageError(f"'{unknown[0][0]}' has the label {unknown[0][1]!r}, which 'classes' does not have")
-        codes = {s: np.array([numbers[v] for v in p.values.tolist()], np.int64) for s, p in labels.items()}
-    else:
-        codes = {split: part.values for split, part in labels.items()}
-        names = _name_numbers(labels, classes)
-    largest = max(int(part.max(initial=-1)) for part in codes.values())
-    if largest < 0:
-        return (), codes
-    if len(names) < 2:
-        raise UsageError(f"all labels are of one class ({names[0]}): at least two are needed")
-    return names, codes
-
-
-def _name_numbers(labels: dict[str, _Labels], classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of classes that are numbers: "0" to "K-1" where there are none."""
-    largest = max(labels.values(), key=lambda part: int(part.values.max(initial=-1)))
-    count = int(largest.values.max(initial=-1)) + 1
-    if classes and count > len(classes):
-        raise UsageError(f"'{largest.name}' has the label {count - 1}, but 'classes' has {len(classes)} names")
-    known = [part.values[part.values >= 0] for part in labels.values()]
-    smallest = min((int(part.min()) for part in known if part.size), default=0)
-    if not classes and smallest > 0:
-        raise UsageError(
-            f"the labels of '{largest.name}' are {smallest} to {count - 1}: they begin at 0; save"
-            f" {largest.name} - {smallest}, or labels as text"
-        )
-    return classes or tuple(map(str, range(count)))
-
-
-def _check_names(names: tuple[str, ...], owner: str) -> None:
-    for name in names:
-        if not (name and name.isprintable()):
-            raise UsageError(f"'{owner}' has the class name {name!a}, which is empty or cannot be printed: rename it")
-    if len(names) > _MAX_CLASSES:
-        raise UsageError(f"'{owner}' has {len(names):,} classes: up to {_MAX_CLASSES:,} are possible")
-
-
 def _divide(rows: LabelledImages, array: StoredArray) -> dict[str, LabelledImages]:
     """Divide rows as `split` says."""
     values = array.read()
@@ -305,7 +182,7 @@ def _divide(rows: LabelledImages, array: StoredArray) -> dict[str, LabelledImage
         )
     numbers: dict[Any, int]
     if values.dtype.kind in "SU":
-        of_row = np.char.lower(np.char.strip(_to_text(values, "split")))
+        of_row = np.char.lower(np.char.strip(to_text(values, "split")))
         numbers = {text: _SPLIT_NUMBERS.index(split) for text, split in _SPLITS.items()}
         kinds = np.unique(of_row).tolist()
     elif values.dtype.kind in "iu":

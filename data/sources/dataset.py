@@ -36,7 +36,10 @@ _MAP_STYLE = "a map-style dataset, with __len__ and __getitem__"
 
 
 def load_dataset(
-    data: MapDataset | Mapping[str, MapDataset], classes: Sequence[str] = (), progress: Progress = no_progress
+    data: MapDataset | Mapping[str, MapDataset],
+    classes: Sequence[str] = (),
+    task: str = "",
+    progress: Progress = no_progress,
 ) -> SourceData:
     """Read every row of a dataset once: its digest, its label, and its pixels where all fit in memory.
 
@@ -49,6 +52,7 @@ def load_dataset(
             For items see dataset_items.read_item.
         classes: Names of the classes, in the order of the labels; () for those of the dataset, its attribute
             `classes`, or "0" to "K-1" where it has none.
+        task: The form of the hard targets, see data/tasks.py; "" for that which the items have.
         progress: Shows how many rows of each split are read.
 
     Raises:

@@ -14,6 +14,7 @@ from softcache.data.images.encoded_images import EncodedImages
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.images.image_folder import ImageFolder
 from softcache.data.images.row_arrays import RowArrays
+from softcache.data.tasks import HardTargets
 
 Images = ImageArrays | ImageFolder | DatasetImages | EncodedImages | RowArrays
 
@@ -23,11 +24,12 @@ class LabelledImages(NamedTuple):
 
     Attributes:
         images: N images, in memory, in files, or of a dataset; or N rows of numbers.
-        labels: int64 [N], the class of each image, -1 where it is unknown.
+        labels: int64 [N], the class of each image, -1 where it is unknown; or the hard targets of another task, see
+            data/tasks.py.
     """
 
     images: Images
-    labels: NDArray[np.int64]
+    labels: HardTargets
 
     def take(self, index: NDArray[np.int64]) -> "LabelledImages":
         """Return the images and labels at `index`, int64 [M], in that order."""
@@ -70,6 +72,7 @@ class ReadingOptions:
             and with images beside the class folders as unlabelled rows; "basic" by the folders train, val and test and
             their class folders alone; "unlabelled" reads no labels.
         columns: Which columns of a table hold images and labels, see table_columns.parse_columns; "" finds them.
+        task: The form of the hard targets: "classes", "labels" or "numbers"; "" for that which the data have.
         index: Where it is recorded what the files hold, so that unchanged ones are not read again.
     """
 
@@ -79,6 +82,7 @@ class ReadingOptions:
     unreadable: str | Sequence[str] = "error"
     layout: str = "any"
     columns: str = ""
+    task: str = ""
     index: ContentIndex = field(default_factory=lambda: ContentIndex(None))
 
 

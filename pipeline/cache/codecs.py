@@ -1,7 +1,8 @@
-"""Codecs: how logits are stored as bytes, and what that costs in KL.
+"""Codecs: how logits are stored as bytes, and what that costs.
 
 Logits are stored, never probabilities: half-precision probabilities lose 0.28 nats at temperature 4 on 1,000 classes,
-half-precision logits 5e-7 (measured on real networks).
+half-precision logits 5e-7 (measured on real networks). Of other tasks than classes, the logits are a teacher's output
+as it is: an embedding, or numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, TASKS
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
@@ -26,21 +29,24 @@ class Codec:
         encode: Logits float32 [n, K] -> {name: [n, …]}.
         decode: The inverse: float32 [n, K], as near as the codec is.
         max_value: Largest absolute value of a logit that can be stored.
+        tasks: For which it is, see data/tasks.py.
     """
 
     datasets: Callable[[int], dict[str, tuple[tuple[int, ...], str]]]
     encode: Callable[[Floats], Arrays]
     decode: Callable[[Mapping[str, NDArray[np.generic]]], Floats]
     max_value: float
+    tasks: tuple[str, ...]
 
 
-def _make_float_codec(dtype: str, max_value: float) -> Codec:
+def _make_float_codec(dtype: str, max_value: float, tasks: tuple[str, ...]) -> Codec:
     """Make the codec that stores logits as they are, in a dtype."""
     return Codec(
         datasets=lambda K: {"logits": ((K,), dtype)},
         encode=lambda logits: {"logits": logits.astype(dtype)},
         decode=lambda stored: _to_float32(stored["logits"]),
         max_value=max_value,
+        tasks=tasks,
     )
 
 
@@ -78,29 +84,62 @@ def _decode_sqrt8(stored: Mapping[str, NDArray[np.generic]]) -> Floats:
     return np.asarray(scale[:, :1] - share * scale[:, 1:], np.float32)
 
 
+def _encode_int8(rows: Floats) -> Arrays:
+    """Divide each row by a scale of its own, so that its largest absolute value is 127."""
+    scale = (np.abs(rows).max(1, keepdims=True) / 127).astype(np.float16)
+    divisor = np.maximum(scale.astype(np.float32), np.float32(2**-24))  # the smallest float16 above 0
+    code = np.clip(np.rint(rows / divisor), -127, 127).astype(np.int8)
+    return {"logits": code, "logits_scale": divisor.astype(np.float16)}
+
+
+def _decode_int8(stored: Mapping[str, NDArray[np.generic]]) -> Floats:
+    return np.asarray(stored["logits"].astype(np.float32) * stored["logits_scale"].astype(np.float32), np.float32)
+
+
 CODECS: dict[str, Codec] = {
-    "float16": _make_float_codec("<f2", 65504.0),
-    "float32": _make_float_codec("<f4", float(np.finfo(np.float32).max)),
+    "float16": _make_float_codec("<f2", 65504.0, (CLASSES, LABELS, EMBEDDING)),
+    "float32": _make_float_codec("<f4", float(np.finfo(np.float32).max), TASKS),
     "sqrt8": Codec(
         datasets=lambda K: {"logits": ((K,), "|u1"), "logits_scale": ((2,), "<f2")},
         encode=_encode_sqrt8,
         decode=_decode_sqrt8,
         max_value=30000.0,
+        tasks=(CLASSES,),  # it keeps what a softmax sees
     ),
+    "int8": Codec(
+        datasets=lambda K: {"logits": ((K,), "|i1"), "logits_scale": ((1,), "<f2")},
+        encode=_encode_int8,
+        decode=_decode_int8,
+        max_value=65504.0,
+        tasks=(EMBEDDING,),  # it keeps directions
+    ),
+}
+# What is measured of a codec, as means over the rows.
+FIDELITY: dict[str, tuple[str, ...]] = {
+    CLASSES: ("flips", *(f"kl_{T:g}" for T in TEMPERATURES)),
+    LABELS: ("flips", "kl_1"),
+    NUMBERS: ("relative_error",),
+    EMBEDDING: ("cosine",),
 }
 
 
-def measure_fidelity(logits: Floats, decoded: Floats) -> dict[str, float]:
+def measure_fidelity(logits: Floats, decoded: Floats, task: str = CLASSES) -> dict[str, float]:
     """Measure what a codec costs on some rows.
 
     Args:
         logits: float32 [n, K], as the teacher outputs them.
         decoded: float32 [n, K], the same after encoding and decoding.
+        task: See data/tasks.py.
 
     Returns:
-        Sums over the rows: `rows`; `flips`, the changed top-1 classes; and for each temperature T of TEMPERATURES
-        `kl_T`, KL(softmax(logits / T) || softmax(decoded / T)) in nats.
+        Sums over the rows: `rows`, and those of FIDELITY. Of classes `flips`, the changed top-1 classes, and for each
+        temperature T of TEMPERATURES `kl_T`, KL(softmax(logits / T) || softmax(decoded / T)) in nats. Of labels
+        `flips`, the share of the labels whose logit changes its sign, and `kl_1`, the mean over the labels of the KL
+        of two sigmoids in nats. Of numbers `relative_error`, the largest one of the row, as a share of its value. Of
+        an embedding `cosine`, the cosine of both.
     """
+    if task != CLASSES:
+        return {"rows": len(logits), **_MEASURES[task](logits.astype(np.float64), decoded.astype(np.float64))}
     sums: dict[str, float] = {
         "rows": len(logits),
         "flips": int((logits.argmax(1) != decoded.argmax(1)).sum()),
@@ -109,6 +148,31 @@ def measure_fidelity(logits: Floats, decoded: Floats) -> dict[str, float]:
         p, q = _log_softmax(logits / T), _log_softmax(decoded / T)
         sums[f"kl_{T:g}"] = max(0.0, float((np.exp(p) * (p - q)).sum()))
     return sums
+
+
+def _measure_labels(logits: NDArray[np.float64], decoded: NDArray[np.float64]) -> dict[str, float]:
+    p = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+    # log sigmoid(z) = -log(1 + exp(-z)), and log(1 - sigmoid(z)) = -log(1 + exp(z))
+    kl = p * (np.logaddexp(0, -decoded) - np.logaddexp(0, -logits))
+    kl += (1 - p) * (np.logaddexp(0, decoded) - np.logaddexp(0, logits))
+    return {
+        "flips": float(((logits > 0) != (decoded > 0)).mean(1).sum()),
+        "kl_1": max(0.0, float(kl.mean(1).sum())),
+    }
+
+
+def _measure_numbers(numbers: NDArray[np.float64], decoded: NDArray[np.float64]) -> dict[str, float]:
+    error = np.abs(numbers - decoded) / np.maximum(np.abs(numbers), np.finfo(np.float32).tiny)
+    return {"relative_error": float(error.max(1).sum())}
+
+
+def _measure_embeddings(rows: NDArray[np.float64], decoded: NDArray[np.float64]) -> dict[str, float]:
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(decoded, axis=1)
+    cosine = (rows * decoded).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    return {"cosine": float(np.where(norms > 0, cosine, 1.0).sum())}
+
+
+_MEASURES = {LABELS: _measure_labels, NUMBERS: _measure_numbers, EMBEDDING: _measure_embeddings}
 
 
 def _log_softmax(z: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from softcache.base.files import publish_text
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, get_task
 
 from .codecs import CODECS
 from .folder import MANIFEST_FILE
@@ -23,7 +24,7 @@ from .identity import FORMAT, Identity, compute_fingerprint
 from .shards import Layout
 
 SPLITS = ("train", "val", "test")
-ROW_KEYS = {"index": ((), "<u4"), "label": ((), "<i4"), "view_crc32": ((), "<u4")}  # datasets of every shard
+ROW_KEYS = ("index", "label", "view_crc32")  # datasets of every shard
 MAX_DRAWS = 100_000
 MAX_SHARD_BYTES = 4 << 30  # bytes of a shard; at 12 GB/s its checksum takes a third of a second
 MAX_MANIFEST_BYTES = 16 << 20  # bytes of a manifest: some 40,000 shards; JSON takes up to 20 times as much memory
@@ -32,18 +33,22 @@ MAX_ROWS = 2**32 - 1  # index is uint32
 Datasets = dict[str, tuple[tuple[int, ...], str]]  # {name: (row shape, dtype)}
 
 
-def list_datasets(classes: int, codec: str, taps: dict[str, list[int]]) -> Datasets:
+def list_datasets(classes: int, codec: str, taps: dict[str, list[int]], task: str = CLASSES) -> Datasets:
     """List all datasets that a cache stores of a row: logits, features, and the keys of the row.
 
-    Features are float16, whatever the codec of the logits.
+    Features are float16, whatever the codec of the logits. The label is the number of a class, except for the tasks of
+    several labels and of numbers.
 
     Args:
-        classes: K.
+        classes: K, the width of the logits.
         codec: Name of the codec of the logits.
         taps: {tap: row shape}.
+        task: See data/tasks.py.
     """
     features = {f"features/{tap}": (tuple(shape), "<f2") for tap, shape in taps.items()}
-    return {**CODECS[codec].datasets(classes), **features, **ROW_KEYS}
+    labels: dict[str, tuple[tuple[int, ...], str]] = {LABELS: ((classes,), "|i1"), NUMBERS: ((classes,), "<f4")}
+    keys: Datasets = {"index": ((), "<u4"), "label": labels.get(task, ((), "<i4")), "view_crc32": ((), "<u4")}
+    return {**CODECS[codec].datasets(classes), **features, **keys}
 
 
 def count_row_bytes(datasets: Datasets) -> int:
@@ -90,7 +95,8 @@ class ShardRecord:
         bytes: Size of the file.
         checksum: xxh3-128 of the file.
         payload: xxh3-128 of the datasets alone, equal for equal rows.
-        correct: Rows whose label is the top-1 class of the logits; None where the shard holds no logits.
+        correct: Rows whose label is the top-1 class of the logits; None where the shard holds no logits, and where the
+            task is not "classes".
         datasets: Names of its datasets.
     """
 
@@ -105,16 +111,23 @@ class ShardRecord:
     correct: int | None
     datasets: list[str]
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether it holds logits, and not only features that were added later."""
+        return "logits" in self.datasets
+
 
 @dataclass(frozen=True)
 class HeadRecord:
     """The file of the teacher's last linear layer: logits = weight [K, D] @ pooled [D] + bias [K], float32.
 
+    Of an embedding it holds mean and standard deviation of each dimension, and perhaps its principal axes.
+
     Attributes:
         path: Path in the cache's folder.
         bytes: Size of the file.
         checksum: xxh3-128 of the file.
-        inputs: D.
+        inputs: D. Of an embedding the number of its principal axes: all, or 0.
     """
 
     path: str
@@ -169,9 +182,10 @@ class Manifest:
         splits: {split: rows}.
         taps: {tap: row shape}.
         shards: Every shard.
-        head: The teacher's last linear layer; None where it has none.
-        teacher: {split: {"accuracy": share of the labelled rows that the teacher classifies correctly, or None}}.
-        fidelity: What the codec cost, as means over the rows: KL in nats, share of changed top-1 classes.
+        head: The teacher's last linear layer; None where it has none. Of an embedding its statistics.
+        teacher: {split: {"accuracy": share of the labelled rows that the teacher classifies correctly, or None}}; of
+            other tasks than "classes" also "labelled", the rows with a hard target.
+        fidelity: What the codec cost, as means over the rows, see `codecs.measure_fidelity`.
         seconds: Time that running the teacher and writing took.
         settings: Settings of the command that started the cache, without those that concern its machine alone.
         versions: {library: version} of the program that started the cache.
@@ -201,6 +215,11 @@ class Manifest:
         return compute_fingerprint(self.identity)
 
     @property
+    def task(self) -> str:
+        """What the hard targets are, and what the logits are, see data/tasks.py."""
+        return get_task(self.identity)
+
+    @property
     def bytes(self) -> int:
         """Size of all shards on disk."""
         return sum(shard.bytes for shard in self.shards)
@@ -208,7 +227,7 @@ class Manifest:
     @cached_property
     def datasets(self) -> Datasets:
         """All datasets of a row."""
-        return list_datasets(self.classes, self.identity["codec"], self.taps)
+        return list_datasets(self.classes, self.identity["codec"], self.taps, self.task)
 
     def get_layout(self, record: ShardRecord) -> Layout:
         """Return {dataset: (shape, dtype)} that a shard must have."""
@@ -217,6 +236,10 @@ class Manifest:
     def get_head_layout(self) -> Layout:
         """Return {dataset: (shape, dtype)} that the file of the head must have."""
         inputs = self.head.inputs if self.head else 0
+        if self.task == EMBEDDING:
+            names = ("mean", "std", "axis_std") if inputs else ("mean", "std")
+            axes: Layout = {"axes": ((self.classes, inputs), "<f4")} if inputs else {}
+            return {**dict.fromkeys(names, ((self.classes,), "<f4")), **axes}
         return {"weight": ((self.classes, inputs), "<f4"), "bias": ((self.classes,), "<f4")}
 
     def iter_views(self) -> Iterable[tuple[str, int]]:

@@ -14,8 +14,9 @@ from typing import Any
 from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import read_regular_file
 from softcache.base.schema import OptionalKey, validate
+from softcache.data.tasks import CLASSES, EMBEDDING, TASKS
 
-from .codecs import CODECS, TEMPERATURES
+from .codecs import CODECS, FIDELITY
 from .folder import HEAD_FILE, IN_PROGRESS_FILE, MANIFEST_FILE, make_shard_path, parse_shard_path
 from .identity import FORMAT, PRECISIONS
 from .manifest import (
@@ -142,6 +143,8 @@ _TEACHER = {
     OptionalKey("outputs"): re.compile("probabilities"),
     OptionalKey("view_size"): int,  # of the teacher's views, where not those of its students
     OptionalKey("class_map"): [[int]],
+    OptionalKey("output_mean"): [float],  # of a network that predicts standardised numbers
+    OptionalKey("output_std"): [float],
 }
 IDENTITY_SCHEMA: dict[str, Any] = {
     "format": int,
@@ -150,6 +153,7 @@ IDENTITY_SCHEMA: dict[str, Any] = {
         "classes": [str],
         "content": {str: str},
         "cut": (_CUT | _LONG_TAIL, _CUT),
+        OptionalKey("task"): re.compile("|".join(TASKS)),
     },
     "views": {str: (float, re.compile("[a-z-]{1,64}"))},
     "teacher": _TEACHER,
@@ -182,8 +186,8 @@ _SCHEMA: dict[str, Any] = {
         }
     ],
     "head": (None, {"path": re.compile(re.escape(HEAD_FILE)), "bytes": int, "checksum": _HEX, "inputs": int}),
-    "teacher": {str: {"accuracy": (None, float)}},
-    "fidelity": dict.fromkeys(("rows", "flips", *(f"kl_{T:g}" for T in TEMPERATURES)), float),
+    "teacher": {str: {"accuracy": (None, float), OptionalKey("labelled"): int}},
+    "fidelity": tuple(dict.fromkeys(("rows", *names), float) for names in FIDELITY.values()),
     "seconds": float,
     "settings": SETTINGS_SCHEMA,
     "versions": {str: str},
@@ -218,6 +222,10 @@ def _check_bounds(path: Path, manifest: Manifest) -> None:
         raise CacheError(f"{path}: its splits are {ascii(list(manifest.splits))[:80]}, not train and val or test")
     if set(manifest.teacher) != set(manifest.splits):
         raise CacheError(f"{path}: the teacher's accuracy is given for other splits than those of the cache")
+    if set(manifest.fidelity) != {"rows", *FIDELITY[manifest.task]}:
+        raise CacheError(f"{path}: what its codec costs is not measured for the task {manifest.task}")
+    if manifest.task == EMBEDDING and (manifest.head is None or manifest.head.inputs not in (0, manifest.classes)):
+        raise CacheError(f"{path}: the mean and standard deviation of the embedding are missing")
     if manifest.head and manifest.head.inputs > 1 << 24:
         raise CacheError(f"{path}: head.inputs: {manifest.head.inputs} is more than {1 << 24}")
     if len({shard.path for shard in manifest.shards}) != len(manifest.shards):
@@ -232,8 +240,9 @@ def _check_shard(path: Path, manifest: Manifest, shard: ShardRecord) -> None:
     names = set(shard.datasets)
     if len(names) != len(shard.datasets) or not set(ROW_KEYS) < names or not names <= set(manifest.datasets):
         raise CacheError(f"{path}: {shard.path} cannot hold {ascii(shard.datasets)[:80]}")
-    if ("logits" in names) != (shard.correct is not None):
-        logits = "with" if "logits" in names else "without"
+    has_correct = shard.has_logits and manifest.task == CLASSES
+    if has_correct != (shard.correct is not None):
+        logits = "with" if shard.has_logits else "without"
         raise CacheError(f"{path}: {shard.path}: correct is {shard.correct} in a shard {logits} logits")
     needed = shard.rows * count_row_bytes({name: manifest.datasets[name] for name in names})
     if not needed <= shard.bytes <= MAX_SHARD_BYTES:

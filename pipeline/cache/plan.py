@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from softcache.data.tasks import get_task
+
 from .folder import make_shard_path
 from .identity import Identity
 from .manifest import (
@@ -54,7 +56,7 @@ class CachePlan:
         Args:
             present: Shards that are written already, or will be.
         """
-        datasets = list_datasets(self.classes, self.identity["codec"], self.taps)
+        datasets = list_datasets(self.classes, self.identity["codec"], self.taps, get_task(self.identity))
         parts: dict[tuple[str, int], list[set[str]]] = {}  # {(split, draw): the datasets of each part}
         for shard in present:
             if shard.start == 0:  # one shard of each part

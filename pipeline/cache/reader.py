@@ -33,6 +33,7 @@ from softcache.data.sources import (
     make_named_dataset,
 )
 from softcache.data.sources.dataset import find_class_names
+from softcache.data.tasks import EMBEDDING
 from softcache.data.transfer_set import TransferSet, load_transfer_set
 from softcache.data.view_policy import ViewPolicy, check_policy, read_views
 from softcache.pipeline.batch import LinearHead
@@ -66,7 +67,8 @@ class CacheReader:
         folder: The cache's folder.
         manifest: What the cache holds.
         unlisted_files: Shards of an addition that is not complete; they are not read.
-        classes: K.
+        classes: K, the width of the logits.
+        task: What the hard targets and the logits are, see data/tasks.py.
         codec: Of the logits.
         views: How training images became views.
         seed: Of the views and of the row order.
@@ -128,6 +130,9 @@ class CacheReader:
         self.seed = int(views["seed"])
         self.codec = CODECS[identity["codec"]]
         self.classes = self.manifest.classes
+        self.task = self.manifest.task
+        if self.task not in self.codec.tasks:
+            raise ValueError(f"codec {identity['codec']} of the task {self.task}")
         self.data = str(transfer_set["name"])
         self.cut: dict[str, Any] = dict(cut)
         if "imbalance" in cut:
@@ -201,6 +206,7 @@ class CacheReader:
             self.data if isinstance(data, str) and not data else data,
             root,
             **cut,
+            task=self.task,
             classes=classes,
             index=index,
             progress=progress,
@@ -219,7 +225,7 @@ class CacheReader:
         if cached != loaded:
             fields = format_differences(loaded, cached, ("in the data", "in the cache"))
             raise CacheMismatchError(f"the cache '{self.folder}' was made from other data:{fields}")
-        if transfer_set.classes and len(transfer_set.classes) != self.classes:
+        if transfer_set.classes and len(transfer_set.classes) != self.classes and self.task != EMBEDDING:
             raise CacheError(
                 f"the cache '{self.folder}' has {self.classes} classes, the data have {len(transfer_set.classes)}"
             )
@@ -326,20 +332,34 @@ class CacheReader:
         }
 
     def read_head(self) -> LinearHead | None:
-        """Read the teacher's last linear layer; None where it has none.
+        """Read the teacher's last linear layer; None where it has none, and for an embedding.
 
         Raises:
             CacheError: Its file is missing or damaged, or has values that are not finite.
         """
-        if not (head := self.manifest.head):
+        if self.manifest.head is None or self.task == EMBEDDING:
             return None
-        with closing(
-            Shard(self.folder, head.path, self.manifest.get_head_layout(), head.bytes, head.checksum)
-        ) as file:
-            weight, bias = (torch.from_numpy(file.read(name)) for name in ("weight", "bias"))
-        if not (weight.isfinite().all() and bias.isfinite().all()):
+        arrays = self.read_head_arrays()
+        return LinearHead(arrays["weight"], arrays["bias"])
+
+    def read_head_arrays(self) -> dict[str, torch.Tensor]:
+        """Read what the file of the head holds: the last linear layer, or the statistics of an embedding.
+
+        Returns:
+            `weight` float32 [K, D] and `bias` [K]; or `mean` and `std` float32 [D] of the training rows, and `axes`
+            [D, D] and `axis_std` [D] where principal axes are kept. Empty where there is no such file.
+
+        Raises:
+            CacheError: The file is missing or damaged, or has values that are not finite.
+        """
+        if not (head := self.manifest.head):
+            return {}
+        layout = self.manifest.get_head_layout()
+        with closing(Shard(self.folder, head.path, layout, head.bytes, head.checksum)) as file:
+            arrays = {name: torch.from_numpy(file.read(name)) for name in layout}
+        if not all(values.isfinite().all() for values in arrays.values()):
             raise CacheError(f"{self.folder / head.path}: the teacher's last layer is not finite")
-        return LinearHead(weight, bias)
+        return arrays
 
     # Rows by position
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from softcache.base import rng
 from softcache.base.errors import CacheError, make_printable
-from softcache.data.transfer_set import Labels
+from softcache.data.tasks import HardTargets, are_equal
 
 from .codecs import Codec
 from .manifest import ROW_KEYS, SPLITS, Manifest, ShardRecord, count_row_bytes
@@ -45,16 +45,17 @@ class RowReader:
         codec: Of the logits.
 
     Attributes:
-        labels: {split: int64 [N]} of the transfer set. Shards that are opened from then on must have these labels.
+        labels: {split: hard targets of N rows} of the transfer set. Shards that are opened from then on must have
+        these labels.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, seed: int, codec: Codec):
-        self.labels: dict[str, Labels] = {}
+        self.labels: dict[str, HardTargets] = {}
         self._folder, self._manifest, self._seed, self._codec = folder, manifest, seed, codec
         self._records: dict[tuple[str, int, str], list[ShardRecord]] = {}  # {(split, draw, dataset): in row order}
         for record in sorted(manifest.shards, key=lambda s: s.start):
             for name in record.datasets:
-                if name not in ROW_KEYS or record.correct is not None:  # the keys of a row are read beside its logits
+                if name not in ROW_KEYS or record.has_logits:  # the keys of a row are read beside its logits
                     self._records.setdefault((record.split, record.draw, name), []).append(record)
         self._orders: dict[str, NDArray[np.uint32]] = {}  # 4 bytes a row
         self._shards: dict[str, Shard] = {}  # {path: open shard}, in the order of opening
@@ -139,7 +140,7 @@ class RowReader:
         if not shard.is_verified:
             index = self.get_order(record.split)[record.start : record.start + record.rows].astype(np.int64)
             _check_rows(shard, record, self._manifest.fingerprint, index, self.labels.get(record.split))
-            if record.correct is not None:
+            if record.has_logits:
                 _check_logits(shard, record, self._codec, self._manifest.classes)
         return shard
 
@@ -164,7 +165,9 @@ def _find_runs(records: list[ShardRecord], positions: Positions) -> list[tuple[S
     return [(records[i], first - records[i].start, start, stop) for i, first, (start, stop) in runs]
 
 
-def _check_rows(shard: Shard, record: ShardRecord, fingerprint: str, index: Positions, labels: Labels | None) -> None:
+def _check_rows(
+    shard: Shard, record: ShardRecord, fingerprint: str, index: Positions, labels: HardTargets | None
+) -> None:
     """Check that a shard is of this place of this cache, and that its rows are of these images.
 
     Args:
@@ -172,7 +175,7 @@ def _check_rows(shard: Shard, record: ShardRecord, fingerprint: str, index: Posi
         record: Of the shard in the manifest.
         fingerprint: Of the cache.
         index: int64 [rows] of the images that the rows must be of.
-        labels: int64 [N] of the split's images; None where the data are not known.
+        labels: The hard targets of the split's N images; None where the data are not known.
     """
     expected = {"fingerprint": fingerprint, "split": record.split, "draw": record.draw, "start": record.start}
     for key, value in expected.items():
@@ -186,7 +189,7 @@ def _check_rows(shard: Shard, record: ShardRecord, fingerprint: str, index: Posi
         )
     if labels is None:
         return
-    wrong = np.flatnonzero(shard.read("label") != labels[index])
+    wrong = np.flatnonzero(~are_equal(shard.read("label"), labels[index]))
     if len(wrong):
         first = index[wrong[0]]
         raise CacheError(f"{shard.path}: {len(wrong)} labels are not those of the data, the first at index {first}")
@@ -197,6 +200,8 @@ def _check_logits(shard: Shard, record: ShardRecord, codec: Codec, classes: int)
     logits = codec.decode({name: shard.read(name) for name in codec.datasets(classes)})
     if not np.isfinite(logits).all():
         raise CacheError(f"{shard.path}: logits that are not finite")
+    if record.correct is None:  # of another task than classes
+        return
     correct = int((logits.argmax(1) == shard.read("label")).sum())
     if correct != record.correct:
         raise CacheError(

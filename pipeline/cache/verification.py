@@ -44,7 +44,7 @@ def check_files(cache: CacheReader, transfer_set: TransferSet | None, progress: 
             findings[record.path] = finding
     if cache.manifest.head:
         try:
-            cache.read_head()
+            cache.read_head_arrays()
             findings[HEAD_FILE] = GOOD
         except CacheError as error:
             findings[HEAD_FILE] = str(error)
@@ -61,7 +61,7 @@ def _check_shard(cache: CacheReader, record: ShardRecord, transfer_set: Transfer
     try:
         crcs = verify_shard(cache, record)
         # The views of features that were added later have been compared with those of the logits.
-        if transfer_set is not None and record.correct is not None:
+        if transfer_set is not None and record.has_logits:
             for start in range(0, record.rows, _VIEWS_AT_ONCE):
                 batch_crcs = crcs[start : start + _VIEWS_AT_ONCE]
                 positions = record.start + start + np.arange(len(batch_crcs))
@@ -86,7 +86,7 @@ def verify_shard(cache: CacheReader, record: ShardRecord) -> NDArray[np.generic]
         for name in record.datasets:
             if name.startswith("features/") and not np.isfinite(shard.read(name)).all():
                 raise CacheError(f"{shard.path}: {name} has values that are not finite")
-        if record.correct is None:
+        if not record.has_logits:
             _check_views_of_features(cache, shard, record)
         return shard.read("view_crc32")
 

@@ -24,8 +24,9 @@ from softcache.base.errors import CacheError, CacheMismatchError
 from softcache.base.files import make_folder, publish_json, sync
 from softcache.base.lock import LOCK, hold_lock
 from softcache.base.schema import validate
+from softcache.data.tasks import CLASSES, get_task
 
-from .codecs import TEMPERATURES
+from .codecs import CODECS, FIDELITY
 from .existing import (
     NOTES,
     Complete,
@@ -45,9 +46,11 @@ from .manifest import (
     ShardRecord,
     ShardSpec,
     count_row_bytes,
+    list_datasets,
     make_layout,
 )
 from .manifest_reader import IDENTITY_SCHEMA, SETTINGS_SCHEMA, read_manifest
+from .output_statistics import measure_outputs
 from .plan import CachePlan
 from .recovery import measure_extent, recover_specs
 from .shards import Arrays, Shard, ShardDigest, read_header, write_shard
@@ -213,8 +216,9 @@ class CacheWriter:
         Args:
             spec: Of the shard.
             arrays: {dataset: rows}.
-            measurements: `seconds`; where the shard holds logits, also `correct`, the rows whose label is the top-1
-                class, and the sums of `measure_fidelity`. The file stores them too: it may lose its manifest.
+            measurements: `seconds`; where the shard holds logits, also the sums of `measure_fidelity`, and of the task
+                "classes" `correct`, the rows whose label is the top-1 class. The file stores them too: it may lose its
+                manifest.
         """
         path = self.folder / spec.path
         if self.plan.precision_record:
@@ -256,10 +260,25 @@ class CacheWriter:
             weight: [K, D].
             bias: [K].
         """
-        arrays: Arrays = {"weight": weight.astype("<f4"), "bias": bias.astype("<f4")}
+        return self._write_head({"weight": weight.astype("<f4"), "bias": bias.astype("<f4")}, weight.shape[1])
+
+    def add_output_statistics(self, shards: Sequence[ShardRecord], with_axes: bool) -> HeadRecord:
+        """Measure an embedding in the shards of the cache, and publish its statistics.
+
+        Args:
+            shards: All shards of the cache.
+            with_axes: Whether principal axes are among them.
+        """
+        plan = self.plan
+        codec, task = plan.identity["codec"], get_task(plan.identity)
+        datasets = list_datasets(plan.classes, codec, plan.taps, task)
+        arrays = measure_outputs(self.folder, shards, datasets, CODECS[codec], with_axes)
+        return self._write_head(arrays, plan.classes if with_axes else 0)
+
+    def _write_head(self, arrays: Arrays, inputs: int) -> HeadRecord:
         attributes: dict[str, str | int] = {"fingerprint": compute_fingerprint(self.plan.identity)}
         digest = write_shard(self.folder / HEAD_FILE, arrays, attributes)
-        return HeadRecord(HEAD_FILE, digest.bytes, digest.checksum, weight.shape[1])
+        return HeadRecord(HEAD_FILE, digest.bytes, digest.checksum, inputs)
 
     def build_manifest(
         self, head: HeadRecord | None, labelled_rows: dict[str, int], versions: dict[str, str]
@@ -267,8 +286,8 @@ class CacheWriter:
         """Build the manifest of all that the cache now holds.
 
         Args:
-            head: The teacher's last linear layer, where it has one. A cache that grows keeps its own.
-            labelled_rows: {split: rows with a label}.
+            head: The teacher's last linear layer, or the statistics of its embedding, where there is one. A cache
+            that grows keeps its own. labelled_rows: {split: rows with a label}.
             versions: Of the libraries, for a new cache.
         """
         plan, previous = self.plan, self.previous
@@ -282,7 +301,7 @@ class CacheWriter:
             taps=plan.taps,
             shards=shards,
             head=previous.head if previous else head,
-            teacher=compute_label_accuracy(shards, plan.splits, plan.draws, labelled_rows),
+            teacher=compute_label_accuracy(shards, plan.splits, plan.draws, labelled_rows, get_task(plan.identity)),
             fidelity=self._compute_fidelity(),
             seconds=seconds + (previous.seconds if previous else 0.0),
             settings=previous.settings if previous else plan.settings,
@@ -292,7 +311,7 @@ class CacheWriter:
 
     def _compute_fidelity(self) -> dict[str, float]:
         """Compute means over all rows of the cache, those that were there before included."""
-        names = ["flips", *(f"kl_{T:g}" for T in TEMPERATURES)]
+        names = FIDELITY[get_task(self.plan.identity)]
         sums = [part for record in self.records if "rows" in (part := self.measurements[record.path])]
         if self.previous:
             means = self.previous.fidelity
@@ -319,9 +338,18 @@ def _without_notes(in_progress: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute_label_accuracy(
-    shards: Sequence[ShardRecord], splits: Iterable[str], draws: int, labelled_rows: dict[str, int]
+    shards: Sequence[ShardRecord],
+    splits: Iterable[str],
+    draws: int,
+    labelled_rows: dict[str, int],
+    task: str = CLASSES,
 ) -> dict[str, Any]:
-    """Compute {split: {"accuracy": share of the labelled rows whose label is the logits' top-1 class, or None}}."""
+    """Compute {split: {"accuracy": share of the labelled rows whose label is the logits' top-1 class, or None}}.
+
+    Of another task than "classes" there is no accuracy, and "labelled" is the number of rows with a hard target.
+    """
+    if task != CLASSES:
+        return {split: {"accuracy": None, "labelled": labelled_rows[split]} for split in splits}
     teacher: dict[str, Any] = {}
     for split in splits:
         correct = sum(shard.correct for shard in shards if shard.split == split and shard.correct is not None)

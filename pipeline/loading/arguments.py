@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from softcache.base.arguments import check_integer, check_text, type_error
 from softcache.base.errors import UsageError
 from softcache.data.sampling import SAMPLERS
-from softcache.data.transfer_set import Labels
+from softcache.data.tasks import CLASSES, LABELS, NUMBERS, HardTargets
 
 Rows = NDArray[np.int64]
 MAX_WORKERS = 256
@@ -73,19 +73,36 @@ def check_subset(split: str, subset: ArrayLike | None, rows: int) -> Rows:
     return index
 
 
-def check_labels(split: str, labels: ArrayLike | torch.Tensor, rows: int, classes: int) -> Labels:
-    """Return labels as int64 [rows], -1 where one is hidden.
+def check_labels(
+    split: str, labels: ArrayLike | torch.Tensor, rows: int, classes: int, task: str = CLASSES
+) -> HardTargets:
+    """Return labels as int64 [rows], -1 where one is hidden; or the hard targets of another task.
 
     Raises:
         UsageError: They are of another number or type, or one is no class.
     """
+    if task in (LABELS, NUMBERS):
+        return _check_outputs(split, labels, (rows, classes), task)
     values = _to_array("labels", labels, f"whole numbers [{rows}]")
     if values.shape != (rows,) or not np.issubdtype(values.dtype, np.integer):
         raise UsageError(f"labels of {split} are whole numbers [{rows}], not {values.dtype} {list(values.shape)}")
     if values.max() >= classes:
         raise UsageError(f"label {values.max()} is not below the {classes} classes of the cache")
-    hidden_as_minus_one: Labels = np.maximum(values, -1).astype(np.int64)
+    hidden_as_minus_one: NDArray[np.int64] = np.maximum(values, -1).astype(np.int64)
     return hidden_as_minus_one
+
+
+def _check_outputs(split: str, labels: ArrayLike | torch.Tensor, shape: tuple[int, int], task: str) -> HardTargets:
+    """Return several labels as int8, or numbers as float32; raise UsageError for those of another form."""
+    expected = "0, 1, and -1 where hidden" if task == LABELS else "numbers, NaN where hidden"
+    values = _to_array("labels", labels, f"{expected}, {list(shape)}")
+    if values.shape != shape:
+        raise UsageError(f"labels of {split} are {expected}, {list(shape)}, not {values.dtype} {list(values.shape)}")
+    if task == NUMBERS:
+        return values.astype(np.float32)
+    if not np.isin(values, (-1, 0, 1)).all():
+        raise UsageError(f"labels of {split} are {expected}: there is {values[~np.isin(values, (-1, 0, 1))][0]}")
+    return values.astype(np.int8)
 
 
 def check_draw(split: str, draw: Any, draws: int) -> int:

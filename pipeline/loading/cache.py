@@ -15,13 +15,14 @@ from softcache.base.arguments import check_bool, check_integer, check_names, che
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
 from softcache.data.content_index import open_index
-from softcache.data.transfer_set import Labels, Split, TransferSet, count_classes
+from softcache.data.tasks import EMBEDDING, HardTargets, require_classes
+from softcache.data.transfer_set import Split, TransferSet, count_classes
 from softcache.data.views import render
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
 from softcache.pipeline.losses.teacher_head import read_head
-from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.models.prepared_model import BILINEAR, InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, check_same_views
@@ -75,8 +76,9 @@ class Cache:
 
     Attributes:
         path: The folder of the first cache.
-        classes: Names of the classes, in the order of the logits.
-        num_classes: K.
+        task: What is predicted: "classes", "labels" (several of each image), "numbers" or "embedding".
+        classes: Names of the classes, labels or numbers, in the order of the logits.
+        num_classes: K, the width of the logits.
         taps: {name: shape of a row} of the features that are cached.
         draws: Number of views of each training image.
         splits: {"train", "val" and where there is one "test": number of rows}.
@@ -145,14 +147,16 @@ class Cache:
         self.teachers, self.transfer_set = teachers, transfer_set
         reader = teachers.members[0]
         self.path, self.fingerprint = reader.folder, reader.manifest.fingerprint
-        self.num_classes = reader.classes
-        self.classes: tuple[str, ...] = transfer_set.classes or tuple(map(str, range(reader.classes)))
+        self.num_classes, self.task = reader.classes, reader.task
+        names = () if self.task == EMBEDDING else transfer_set.classes
+        self.classes: tuple[str, ...] = names or tuple(map(str, range(reader.classes)))
         self._taps = {name: tuple(shape) for name, shape in reader.manifest.taps.items()}
         self.draws = min(member.manifest.draws for member in teachers.members)
         self._splits = {split: len(rows) for split, rows in transfer_set.splits.items()}
         self.teacher = " + ".join(member.teacher for member in teachers.members)
         # A student's input is the view itself: there is nothing to interpolate.
-        self.input_spec: InputSpec = replace(reader.input_spec, size=reader.views.size, interpolation=BILINEAR)
+        of_teacher = reader.input_spec.with_output()
+        self.input_spec: InputSpec = replace(of_teacher, size=reader.views.size, interpolation=BILINEAR)
         self._preparation = InputPreparation(self.input_spec)
 
     def __repr__(self) -> str:
@@ -208,7 +212,7 @@ class Cache:
             workers: Processes that decode and render, up to 256; 0 for a thread of this process.
             device: Where the batches are to be. Images and targets that fit on a GPU stay there.
             subset: int [n], the indices of the rows that are used, each once; or a mask bool [N]; None for all.
-            labels: int [N] by index, in place of the labels of the data; -1 hides one.
+            labels: In place of the labels of the data, by index: int [N], -1 hides one; or those of another task.
             draws: Use the first so many draws; 0 for all.
             draws_per_decode: k draws of each decoded image in one batch: k epochs are a pass with every row in k
                 draws. It divides draws and batch_size.
@@ -222,12 +226,17 @@ class Cache:
         """
         rows = self._get_split(split)
         positions = self._find_positions(split, check_subset(split, subset, len(rows)))
-        all_labels = rows.labels if labels is None else check_labels(split, labels, len(rows), self.num_classes)
+        if labels is None:
+            all_labels = rows.labels
+        else:
+            all_labels = check_labels(split, labels, len(rows), self._count_label_values(), self.task)
         is_train = split == "train"
         batch_size, seed = check_integer("batch_size", batch_size, least=1), check_integer("seed", seed, least=0)
         draws, cached_draws = (draws, self.draws) if is_train else (0, 1)
         draws, draws_per_decode = check_draws(draws, draws_per_decode, batch_size, cached_draws)
         check_sampler(sampler)
+        if sampler:
+            require_classes(self.task, f"sampler '{sampler}'")
         if is_train:
             positions = np.sort(positions)
         stream = BatchStream(
@@ -351,7 +360,7 @@ class Cache:
             teacher_logits = self.teachers.combine(teacher_logits)
         labels = self.transfer_set.splits[split].labels
         counts = count_classes(self.transfer_set.splits["train"].labels, self.num_classes)
-        return evaluate(logits, labels, teacher_logits=teacher_logits, counts=counts)
+        return evaluate_task(self.task, logits, labels, teacher_outputs=teacher_logits, counts=counts)
 
     def rows(self, split: str) -> torch.Tensor:
         """Return which row of the data each index is.
@@ -377,7 +386,7 @@ class Cache:
             split: "train", "val" or "test".
 
         Returns:
-            int64 [N], -1 where there is none; a copy.
+            int64 [N], -1 where there is none; or the hard targets of another task, see `Batch`. A copy.
 
         Raises:
             UsageError: There is no such split.
@@ -416,11 +425,15 @@ class Cache:
         """
         return self.teachers.map_head(read_head(self.reader, losses, self.teachers.missing))
 
-    def make_context(self, labels: Labels, head: LinearHead | None) -> LossContext:
+    def make_context(self, labels: HardTargets, head: LinearHead | None) -> LossContext:
         """Make what losses may use besides a batch; the commands call this. See `context.make_context`."""
         return make_context(self.teachers, self.num_classes, labels, head)
 
     # Arguments
+
+    def _count_label_values(self) -> int:
+        """K, the number of classes that a label may be, or of outputs that have hard targets."""
+        return len(self.transfer_set.classes) if self.task == EMBEDDING else self.num_classes
 
     def _read(
         self, split: str, index: ArrayLike, draw: int, sources: tuple[str, ...]
@@ -462,11 +475,11 @@ class LoaderSource:
 
     Attributes:
         cache: The cache.
-        labels: int64 [N] by index, -1 where hidden.
+        labels: The hard targets by index.
     """
 
     cache: Cache
-    labels: Labels
+    labels: HardTargets
 
     @property
     def fingerprint(self) -> str:

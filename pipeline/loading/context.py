@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from softcache.data.transfer_set import Labels, count_classes
+from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS, HardTargets, measure_targets
+from softcache.data.transfer_set import count_classes
 from softcache.pipeline.batch import LinearHead, LossContext, MemoryBank
 from softcache.pipeline.cache.manifest import count_row_bytes
 from softcache.pipeline.losses.teacher_head import find_available_positions
@@ -14,20 +15,53 @@ _BANK_BYTES = 1 << 30  # largest memory bank
 _BANK_CHUNK = 4096  # rows read at once for a memory bank
 
 
-def make_context(teachers: TeacherEnsemble, classes: int, labels: Labels, head: LinearHead | None) -> LossContext:
+def make_context(teachers: TeacherEnsemble, classes: int, labels: HardTargets, head: LinearHead | None) -> LossContext:
     """Make the context of losses.
 
     Args:
         teachers: The caches as one teacher.
         classes: K.
-        labels: int64 [N] of the training split by index, -1 where hidden.
+        labels: The hard targets of the training split by index.
         head: The teacher's last linear layer, for losses that need it.
     """
+    task = teachers.members[0].task
+    statistics: dict[str, torch.Tensor] = {}
+    if task == EMBEDDING:
+        statistics = teachers.members[0].read_head_arrays()
+        classes = int(labels.max(initial=-1)) + 1
+    elif task == NUMBERS:
+        statistics = dict(zip(("mean", "std"), measure_numbers(teachers, labels), strict=True))
+    elif task == LABELS:
+        statistics = {"known": torch.from_numpy((labels >= 0).sum(0))}
     counts = torch.from_numpy(count_classes(labels, classes))
-    return LossContext(head, lambda tap: _build_bank(teachers, tap, labels), counts)
+    return LossContext(head, lambda tap: _build_bank(teachers, tap, labels), counts, **statistics)
 
 
-def _build_bank(teachers: TeacherEnsemble, tap: str, labels: Labels) -> MemoryBank:
+def measure_numbers(teachers: TeacherEnsemble, labels: HardTargets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure mean and standard deviation of each number over the training rows.
+
+    Args:
+        teachers: The caches as one teacher.
+        labels: float32 [N, D], NaN where unknown or hidden.
+
+    Returns:
+        Two float32 [D]: of the known hard targets; of an output that has fewer than two, of the teacher's numbers in
+        the first draw. A standard deviation of 0 is 1.
+    """
+    values = labels.astype(np.float64)
+    unknown = (~np.isnan(values)).sum(0) < 2
+    if unknown.any():
+        positions = find_available_positions(teachers.members[0], teachers.missing)
+        outputs = teachers.read_targets("train", 0, positions)[0]
+        outputs = outputs if outputs.ndim == 2 else outputs.mean(1)
+        of_teacher = np.full(values.shape, np.nan)
+        of_teacher[: len(outputs)] = outputs.numpy()
+        values[:, unknown] = of_teacher[:, unknown]
+    mean, std = measure_targets(values)
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+
+
+def _build_bank(teachers: TeacherEnsemble, tap: str, labels: HardTargets) -> MemoryBank:
     """Read a tap of the first draw: every row, or as many as fit into 1 GiB (rows are stored shuffled)."""
     reader = teachers.members[0]
     source = find_source_tap(tap, reader.manifest.taps)

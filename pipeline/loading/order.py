@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from softcache.base import rng
 from softcache.data.sampling import SAMPLERS, resample_rows
-from softcache.data.transfer_set import Labels
+from softcache.data.tasks import HardTargets
 from softcache.pipeline.batch import TargetSource
 
 Rows = NDArray[np.int64]
@@ -30,7 +30,7 @@ class EpochOrder:
     Args:
         seed: Seed of the order; the views have their own.
         rows: int64 [N], the positions that are used, in any order.
-        labels: int64, the class of each index of the split. Only a sampler reads them.
+        labels: The hard targets of each index of the split. Only a sampler reads them: the class, int64.
         batch_size: Views per batch, a multiple of draws_per_decode.
         draws: Number of draws; 0 for a new draw in every epoch.
         draws_per_decode: k, the draws of each decoded image; it divides draws.
@@ -42,7 +42,7 @@ class EpochOrder:
 
     seed: int
     rows: Rows
-    labels: Labels
+    labels: HardTargets
     batch_size: int
     draws: int
     draws_per_decode: int

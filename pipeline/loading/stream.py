@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.images.row_arrays import RowArrays
-from softcache.data.transfer_set import Labels, Split
+from softcache.data.tasks import HardTargets
+from softcache.data.transfer_set import Split
 from softcache.data.view_policy import ViewPolicy
 from softcache.data.views import Draw, draw_mixup, render
 from softcache.pipeline.batch import Batch, BatchSource, Targets, TargetSource
@@ -47,7 +48,8 @@ class BatchStream:
         view_seed: Seed of the views.
         order_seed: Seed of the order of rows.
         batch_size: Views per batch, a multiple of draws_per_decode.
-        labels: int64 [N], the hard target of each index, -1 where it is hidden.
+        labels: The hard targets of each index, int64 [N], -1 where it is hidden; or those of another task, see
+            data/tasks.py.
         rows: int64 [n], the positions that are used, in any order.
         draws: Number of draws; 0 for a new draw in every epoch (without a cache).
         cache: Where targets come from. None: batches without targets, positions are indices.
@@ -72,7 +74,7 @@ class BatchStream:
     view_seed: int
     order_seed: int
     batch_size: int
-    labels: Labels
+    labels: HardTargets
     rows: Rows
     draws: int = 0
     cache: TargetSource | None = None

@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 from softcache.base.user_modules import file_name_error
+from softcache.data.tasks import CLASSES, LABELS, NUMBERS
 
 from .base import MAX_RAMP_EPOCHS, Loss, Ramp, check_parameter, to_float
 from .classifier import SRRL, CatKD, SimKD
@@ -24,19 +25,24 @@ from .crd import CRD
 from .custom import Custom, copy_for_training
 from .custom_specs import import_own_loss, is_own_loss, split_own_spec
 from .decoupled import DIST, DKD, NKD, MultiTemperature
+from .embedding import Embed
 from .hard import Hard, TfKD
 from .hint import VID, ConcatHint, Hint
 from .kd import CTKD, KD, WSLD, LogitMSE, Output
 from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
+from .regression import KDMSE, MSE
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
+from .several_labels import BCE, KDSigmoid
 
 __all__ = [
+    "HARD_LOSSES",
     "LOSSES",
     "Custom",
     "Loss",
     "ZeroLossError",
     "check_loss_trains",
+    "check_task",
     "copy_for_training",
     "format_loss",
     "is_custom_loss",
@@ -81,8 +87,15 @@ LOSSES: dict[str, Loss] = {
         SimKD(),
         CRD(),
         ReviewKD(),
+        BCE(),
+        KDSigmoid(),
+        MSE(),
+        KDMSE(),
+        Embed(),
     )
 }
+# The loss of hard targets alone, of each task that has one.
+HARD_LOSSES: dict[str, Loss] = {CLASSES: Hard(), LABELS: BCE(), NUMBERS: MSE()}
 
 
 def parse_losses(specs: Sequence[str]) -> tuple[Loss, ...]:
@@ -209,6 +222,25 @@ def _parse_number_or_ramp(spec: str, parameter: str, text: str) -> float | Ramp:
     if mark and not (epochs.isdecimal() and 0 < int(epochs) <= MAX_RAMP_EPOCHS):
         raise UsageError(f"loss '{spec}': {parameter}={text}: after @ comes the epoch in which {end} is reached")
     return Ramp(values[0], values[1], int(epochs or 0)) if arrow else values[0]
+
+
+def check_task(losses: Sequence[Loss], task: str) -> None:
+    """Check that losses are defined for a task.
+
+    Args:
+        losses: the terms.
+        task: see data/tasks.py.
+
+    Raises:
+        UsageError: one of them is not; the message names those that are.
+    """
+    for loss in losses:
+        is_own = not type(loss).__module__.startswith("softcache.")  # whose author knows what it is for
+        if task not in loss.tasks and not is_own:
+            names = ", ".join(name for name, other in LOSSES.items() if task in other.tasks)
+            raise UsageError(
+                f"loss '{loss.name}' is for {' and '.join(loss.tasks)}, and the task here is {task}: {names}"
+            )
 
 
 class ZeroLossError(UsageError):

@@ -10,6 +10,7 @@ from torch import nn
 
 from softcache.base.arguments import check_integer, type_error
 from softcache.base.errors import UsageError
+from softcache.data.tasks import CLASSES
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
@@ -172,6 +173,7 @@ class Loss(Protocol):
 
     Attributes:
         name: name of the loss in --loss.
+        tasks: for which it is defined, see data/tasks.py.
         weight: factor of the term in the sum of losses.
         needs_labels: whether it needs hard targets.
         needs_logits: whether it reads the teacher's logits.
@@ -183,6 +185,7 @@ class Loss(Protocol):
     """
 
     name: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]] = (CLASSES,)
     needs_labels: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = True
     needs_head: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from softcache.base.arguments import check_text
 from softcache.base.errors import UsageError
 from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import keep_global_state, name_type
+from softcache.data.tasks import TASKS
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 from softcache.pipeline.taps.statistics import parse_tap
 
@@ -52,6 +53,7 @@ class Custom(Loss):
     weight: float | Ramp = 1.0
     name: str = ""  # type: ignore[misc]
     create: Callable[[], LossFunction] | None = field(default=None, repr=False, compare=False)
+    tasks: ClassVar[tuple[str, ...]] = TASKS
     repeatable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

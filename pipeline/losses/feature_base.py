@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.base.errors import UsageError
+from softcache.data.tasks import TASKS
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.taps.statistics import normalize_tap, parse_tap
 
@@ -32,6 +33,7 @@ class FeatureLoss(Loss):
 
     teacher: str = ""
     student: str = ""
+    tasks: ClassVar[tuple[str, ...]] = TASKS
     statistic: ClassVar[str] = "map"
     statistic_only: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False

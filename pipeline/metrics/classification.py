@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from softcache.base.arguments import type_error
 from softcache.base.errors import UsageError
 from softcache.data.transfer_set import Labels
 
+from .arrays import Array, check_finite, to_numpy
+
 Floats = NDArray[np.float64]
-Array = NDArray[Any] | torch.Tensor
 ECE_BINS = 15
 _MAX_MATRIX_CLASSES = 100  # up to which a confusion matrix is part of a result: 10,000 numbers
 
@@ -50,9 +50,9 @@ def evaluate(
     Source:
         Guo et al. 2017, "On calibration of modern neural networks" (ece).
     """
-    z, y = _to_numpy("logits", logits), _to_numpy("labels", labels)
-    teacher = None if teacher_logits is None else _to_numpy("teacher_logits", teacher_logits)
-    rows_of_classes = None if counts is None else _to_numpy("counts", counts)
+    z, y = to_numpy("logits", logits), to_numpy("labels", labels)
+    teacher = None if teacher_logits is None else to_numpy("teacher_logits", teacher_logits)
+    rows_of_classes = None if counts is None else to_numpy("counts", counts)
     _check_arguments(z, y, teacher, rows_of_classes)
     is_labelled = y >= 0
     log_p = log_softmax(z)
@@ -65,20 +65,6 @@ def evaluate(
         result |= _compute_label_metrics(z[is_labelled], log_p[is_labelled], y[is_labelled])
         result |= _compute_recall_by_group(result["per_class"]["recall"], rows_of_classes)
     return result
-
-
-def _to_numpy(name: str, x: Any) -> NDArray[Any]:
-    """Return numbers as a NumPy array; bfloat16, which NumPy does not have, as float32."""
-    if isinstance(x, torch.Tensor):
-        x = x.detach().cpu()
-        return np.asarray(x.float() if x.dtype == torch.bfloat16 else x)
-    try:
-        array = np.asarray(x)
-    except (TypeError, ValueError, RuntimeError):
-        raise type_error(name, x, "an array or a tensor of numbers") from None
-    if array.dtype.kind not in "iuf":
-        raise type_error(name, x, "an array or a tensor of numbers")
-    return array
 
 
 def _check_arguments(
@@ -97,11 +83,8 @@ def _check_arguments(
     if counts is not None and (counts.shape != (K,) or counts.dtype.kind not in "iu"):
         raise UsageError(f"counts are {counts.dtype} {list(counts.shape)}: expected whole numbers [{K}]")
     for owner, values in (("student", logits), ("teacher", teacher)):
-        if values is not None and (rows := int((~np.isfinite(values)).any(1).sum())):
-            raise UsageError(
-                f"the {owner}'s logits are not finite in {rows} of {len(values)} rows (NaN or infinite): they have no"
-                " metrics"
-            )
+        if values is not None:
+            check_finite(owner, values)
 
 
 def summarize(logits: NDArray[np.floating], labels: Labels) -> dict[str, float]:

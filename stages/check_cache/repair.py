@@ -15,12 +15,12 @@ from softcache.pipeline.cache.plan import CachePlan
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import compare_views
 from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
-from softcache.pipeline.models import get_head_arrays
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility, make_target_generator
 from softcache.stages.teacher_cache.targets import TargetGenerator
 from softcache.stages.teacher_cache.teachers.file_teachers import get_file
+from softcache.stages.teacher_cache.writing import write_head
 
 _SAMPLED_SHARDS, _SAMPLED_ROWS = 16, 16  # whose views are rendered again before a repair
 
@@ -80,7 +80,7 @@ def _check_intact_shards(
     cache: CacheReader, bad: Collection[str], transfer_set: TransferSet, generator: TargetGenerator
 ) -> None:
     """Check that the views and the teacher's outputs of intact shards still come out as they are stored."""
-    intact = [record for record in cache.manifest.shards if record.path not in bad and record.correct is not None]
+    intact = [record for record in cache.manifest.shards if record.path not in bad and record.has_logits]
     for record in intact[:_SAMPLED_SHARDS]:
         last = record.start + record.rows - 1
         positions = np.unique(np.linspace(record.start, last, _SAMPLED_ROWS).astype(int))
@@ -110,7 +110,7 @@ def _repair_shard(
     new_record = writer.records[0]
     shards = tuple(new_record if shard.path == record.path else shard for shard in manifest.shards)
     labelled_rows = generator.transfer_set.count_labelled()
-    teacher = compute_label_accuracy(shards, manifest.splits, manifest.draws, labelled_rows)
+    teacher = compute_label_accuracy(shards, manifest.splits, manifest.draws, labelled_rows, manifest.task)
     manifest = replace(manifest, shards=shards, teacher=teacher)
     manifest.write(cache.folder)
     is_identical = new_record.payload == record.payload
@@ -121,11 +121,11 @@ def _repair_shard(
 
 def _repair_head(cache: CacheReader, manifest: Manifest, generator: TargetGenerator, console: Console) -> None:
     """Publish the teacher's last linear layer again, then the manifest with its new checksum."""
-    head = generator.find_head()
-    if head is None:
-        raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {generator.classes} outputs")
     writer = CacheWriter(cache.folder, _make_plan(manifest), [])
-    head_record = writer.add_head(*get_head_arrays(head, generator.classes))
+    axes = manifest.head is not None and manifest.head.inputs > 0
+    head_record = write_head(writer, generator, manifest.shards, axes)
+    if head_record is None:
+        raise CacheError(f"{HEAD_FILE}: this teacher has no last linear layer of {generator.classes} outputs")
     replace(manifest, head=head_record).write(cache.folder)
     console.print(f"{HEAD_FILE}: repaired")
 

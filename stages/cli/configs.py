@@ -106,7 +106,11 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
     taps: str = option(
         "", "Layers whose outputs are written, whole or a statistic of them: layer3,layer3:pool,layer2:attention."
     )
-    codec: str = option("float16", "How logits are stored: float16, float32 or sqrt8.")
+    codec: str = option(
+        "float16",
+        "How logits are stored: float16, float32 or sqrt8; an embedding also as int8, numbers always as float32.",
+    )
+    axes: bool = option(False, "Keep the principal axes of an embedding as well, for losses with standardize=axes.")
     batch_size: int = option(256, "Views in a batch of the teacher.", least=1)
     shard_rows: int = option(0, "Rows of a shard; 0: as many as make 128 MB, at most 65,536.", least=0)
     seed: int = option(0, "Seed of the views and of the split.", least=0, most=2**31)

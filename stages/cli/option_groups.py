@@ -57,7 +57,7 @@ VIEWS_HELP = (
 )
 COMBINE_HELP = "mean_logit, geometric, weighted:0.7,0.3, vote, learned, per_teacher, ca_mkd"
 CACHE_HELP = "Folder of the cache, where it is no longer where the run recorded it; repeat for several."
-SELECT = ("last", "accuracy", "f1_macro", "nll")
+SELECT = ("last", "accuracy", "f1_macro", "nll", "map", "rmse", "mae", "r2", "cosine")
 PRECISIONS = ("float32", "bfloat16", "auto")
 NORMALIZE_HELP = (
     "imagenet, data, none (0 to 1), pixels (0 to 255), model (as published with a torchvision:, timm: or hf: network),"
@@ -114,6 +114,12 @@ class FolderOptions:
         "How splits and labels of a folder are found. basic: folders train, val and test with class folders, all else"
         " is left out; unlabelled: no labels are read.",
         choices=("any", "basic", "unlabelled"),
+    )
+    task: str = option(
+        "",
+        "What is predicted: classes, one of each image; labels, several of each image; numbers; embedding, a teacher's"
+        " output without classes. As the data have it when not given.",
+        choices=("classes", "labels", "numbers", "embedding"),
     )
     columns: str = option(
         "", "Columns of parquet:GLOB and hf:NAME, where they are not found: image=img,label=fine_label."

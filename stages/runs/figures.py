@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
+
 TITLES = {
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
@@ -15,10 +17,39 @@ TITLES = {
     "agreement": "agreement",
     "kl_to_teacher": "KL to teacher",
     "recall_tail": "tail recall",
+    "map": "mAP",
+    "f1_micro": "micro F1",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "r2": "R²",
+    "spearman": "Spearman",
+    "rmse_to_teacher": "RMSE to teacher",
+    "r2_to_teacher": "R² to teacher",
+    "cosine": "cosine",
+    "knn": "kNN accuracy",
+    "probe": "probe accuracy",
+    "cka": "CKA",
+    "overlap": "overlap@10",
 }
 # The figures of a table: with labels, and what can be measured without them.
 LABELLED_COLUMNS: tuple[str, ...] = ("accuracy", "f1_macro", "agreement")
 UNLABELLED_COLUMNS: tuple[str, ...] = ("agreement", "kl_to_teacher")
+_COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of each task, with labels and without
+    CLASSES: (LABELLED_COLUMNS, UNLABELLED_COLUMNS),
+    LABELS: (("map", "f1_macro", "agreement"), UNLABELLED_COLUMNS),
+    NUMBERS: (("rmse", "mae", "r2", "r2_to_teacher"), ("rmse_to_teacher", "r2_to_teacher")),
+    EMBEDDING: (("knn", "probe", "cosine", "cka", "overlap"), ("cosine", "cka", "overlap")),
+}
+
+
+def get_task(result: Mapping[str, Any]) -> str:
+    """Return the task of a result.json, which names none where it is "classes"."""
+    return str(result.get("task", CLASSES))
+
+
+def list_columns(task: str, has_labels: bool) -> tuple[str, ...]:
+    """List the figures of a table of results."""
+    return _COLUMNS[task][0 if has_labels else 1]
 
 
 @dataclass(frozen=True)
@@ -38,8 +69,8 @@ class Figures:
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def has_labels(self) -> bool:
-        """Whether any row of the split had a label."""
-        return self.get("accuracy") is not None
+        """Whether any row of the split had a hard target."""
+        return bool(self.get("labelled")) or self.get("accuracy") is not None
 
     def format(self, name: str, absent: str = "-") -> str:
         """Format a figure with four digits; `absent` where there is none."""

@@ -11,7 +11,8 @@ from safetensors.numpy import save
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import publish_bytes
-from softcache.data.transfer_set import Labels, TransferSet
+from softcache.data.tasks import CLASSES, LABELS, NUMBERS, TASKS, HardTargets
+from softcache.data.transfer_set import TransferSet
 
 LOGITS, TEACHER_LOGITS = "logits.safetensors", "teacher-logits.safetensors"
 _FORMAT = "softcache logits 1"
@@ -23,15 +24,17 @@ class SplitLogits:
 
     Attributes:
         logits: float32 [N, K], in row order.
-        labels: int64 [N], in row order, -1 where there is none.
-        content: digest of the split's images and labels, equal for equal rows.
-        classes: names of the classes, in the order of the logits.
+        labels: int64 [N], in row order, -1 where there is none; or the hard targets of another task, see
+        data/tasks.py. content: digest of the split's images and labels, equal for equal rows.
+        classes: names of the classes, in the order of the logits; of an embedding, those of the labels.
+        task: what the hard targets and the logits are.
     """
 
     logits: NDArray[np.float32]
-    labels: Labels
+    labels: HardTargets
     content: str
     classes: tuple[str, ...]
+    task: str = CLASSES
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -54,6 +57,8 @@ def save_logits(path: Path, logits: dict[str, NDArray[np.float32]], transfer_set
         arrays[f"{split}.labels"] = transfer_set.splits[split].labels
     contents = {split: transfer_set.splits[split].content for split in logits}
     record = {"form": _FORMAT, "content": json.dumps(contents), "classes": json.dumps(transfer_set.classes)}
+    if transfer_set.task != CLASSES:
+        record["task"] = transfer_set.task
     publish_bytes(path, save(arrays, record))  # save_file makes a file that only its owner can read
 
 
@@ -79,26 +84,31 @@ def read_logits(path: Path) -> dict[str, SplitLogits]:
             record, names = file.metadata() or {}, set(file.keys())
             if record.get("form") != _FORMAT:
                 raise ValueError(f"it is no file of the format '{_FORMAT}'")
+            task = record.get("task", CLASSES)
+            if task not in TASKS:
+                raise ValueError("it has no task that is known")
             contents, classes = json.loads(record["content"]), tuple(map(str, json.loads(record["classes"])))
             if names != {f"{split}.{array}" for split in contents for array in ("logits", "labels")}:
                 raise ValueError(f"it has the arrays {sorted(names)[:4]}")
             splits = {
                 str(split): SplitLogits(
-                    file.get_tensor(f"{split}.logits"), file.get_tensor(f"{split}.labels"), str(content), classes
+                    file.get_tensor(f"{split}.logits"), file.get_tensor(f"{split}.labels"), str(content), classes, task
                 )
                 for split, content in contents.items()
             }
         for split_logits in splits.values():
-            _check_shapes(split_logits.logits, split_logits.labels)
+            _check_shapes(split_logits.logits, split_logits.labels, split_logits.task)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"'{path}' is damaged: {str(error)[:120]}") from None
     return splits
 
 
-def _check_shapes(logits: NDArray[np.float32], labels: Labels) -> None:
+def _check_shapes(logits: NDArray[np.float32], labels: HardTargets, task: str) -> None:
     """Raise ValueError for logits and labels whose dtypes, rows or classes do not fit together."""
     rows, K = logits.shape if logits.ndim == 2 else (-1, -1)
-    if logits.dtype != np.float32 or labels.dtype != np.int64 or labels.shape != (rows,) or K < 1:
+    shape, dtype = {LABELS: ((rows, K), np.int8), NUMBERS: ((rows, K), np.float32)}.get(task, ((rows,), np.int64))
+    if logits.dtype != np.float32 or labels.dtype != dtype or labels.shape != shape or K < 1:
         raise ValueError(f"logits {logits.dtype} {logits.shape}, labels {labels.dtype} {labels.shape}")
-    if rows and not -1 <= labels.min() <= labels.max() < K:
-        raise ValueError(f"labels {labels.min()} to {labels.max()} of {K} classes")
+    largest = {CLASSES: K - 1, LABELS: 1}.get(task)
+    if rows and largest is not None and not -1 <= labels.min() <= labels.max() <= largest:
+        raise ValueError(f"labels {labels.min()} to {labels.max()} of {K} {task}")

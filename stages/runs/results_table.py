@@ -4,7 +4,7 @@ from typing import Any
 
 from softcache.stages.cli.console import Console
 
-from .figures import LABELLED_COLUMNS, TITLES, UNLABELLED_COLUMNS, Figures, choose_split
+from .figures import TITLES, Figures, choose_split, get_task, list_columns
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
@@ -26,7 +26,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     }
     seeds_note = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
     width = max(len(name) for name in names.values())
-    columns = LABELLED_COLUMNS if teacher.has_labels() else UNLABELLED_COLUMNS
+    columns = list_columns(get_task(result), teacher.has_labels())
     if teacher.get("recall_tail") is not None:
         columns += ("recall_tail",)
     console.print()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.data.sources import has_argument, short_name
+from softcache.data.tasks import CLASSES, EMBEDDING, find_known
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command
@@ -113,12 +114,13 @@ def _report(
     print_table(result, console)
     if is_first():
         labels = setup.transfer_set.splits["train"].labels
-        labelled_rows = int((labels >= 0).sum()) if (labels < 0).any() else 0
+        is_known = find_known(labels)
+        labelled_rows = 0 if is_known.all() else int(is_known.sum())
         for line in explain_gain(result, folder, labelled_rows):
             console.print(line)
     student = Figures(result["student"][choose_split(result["student"])])
     share_right = student.get("accuracy" if student.has_labels() else "agreement")
-    if share_right is not None and share_right < 1.5 / setup.cache.classes:
+    if setup.cache.task == CLASSES and share_right is not None and share_right < 1.5 / setup.cache.classes:
         console.print(
             "The student is hardly better than chance: --clip-norm 1 or a lower --learning-rate often helps."
         )
@@ -132,6 +134,6 @@ def _report(
         **common,
         data=config.data if has_argument(setup.cache.data) else "",
         arch="cnn" if config.arch != "cnn" and setup.input_spec.size >= _SMALLEST_CNN_SIZE else "mlp:64",
-        baseline=has_labels(setup.cache.manifest, "train"),
+        baseline=has_labels(setup.cache.manifest, "train") and setup.cache.task != EMBEDDING,
     )
     console.print(f"next:  {format_command('student', next_config)}")

@@ -6,6 +6,7 @@ from shlex import quote
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.sources import DATASET, NAME_DATASET, has_argument, parse_data, short_name
+from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.defaults import DEFAULTS, ROW_DEFAULTS
@@ -14,6 +15,12 @@ from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.folder import check_installed
 
 _UNLABELLED_LOSSES = ("kd:temperature=4",)  # where the training images have no labels
+# Of other tasks than classes: with hard targets, and without.
+_TASK_LOSSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    LABELS: (("kd_sigmoid", "bce:weight=0.1"), ("kd_sigmoid",)),
+    NUMBERS: (("kd_mse", "mse:weight=0.1"), ("kd_mse",)),
+    EMBEDDING: (("embed",), ("embed",)),
+}
 
 
 def to_student_config(config: StudentConfig) -> StudentConfig:
@@ -78,9 +85,15 @@ def fill_cache_defaults(config: StudentConfig, cache: CacheReader) -> StudentCon
         data=config.data or ("" if has_argument(cache.data) else cache.data),
         draws=config.draws or cache.manifest.draws,
         arch=config.arch or defaults.student,
-        loss=config.loss or (defaults.losses if has_labels(cache.manifest, "train") else _UNLABELLED_LOSSES),
+        loss=config.loss or _choose_losses(cache, defaults.losses),
         epochs=config.epochs or defaults.student_epochs,
         batch_size=config.batch_size or defaults.batch_size,
         learning_rate=config.learning_rate or defaults.learning_rate,
         weight_decay=config.weight_decay if config.weight_decay >= 0 else defaults.weight_decay,
     )
+
+
+def _choose_losses(cache: CacheReader, of_data: tuple[str, ...]) -> tuple[str, ...]:
+    """Choose the losses of a student: those of the data set where it has one class an image, else of the task."""
+    with_labels, without = _TASK_LOSSES.get(cache.task, (of_data, _UNLABELLED_LOSSES))
+    return with_labels if has_labels(cache.manifest, "train") else without

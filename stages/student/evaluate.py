@@ -17,6 +17,7 @@ from softcache.stages.cli.typed_command import format_resume_command
 from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
 from softcache.stages.runs.named_code import require_named_code, require_named_data
 
+from .requirements import hide_labels
 from .setup import DistillationSetup
 from .student_input import use_recorded_input
 from .teachers import SHARDS_FILE, open_caches
@@ -56,7 +57,7 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
     metrics: dict[str, Any] = {}
     for seed in range(student_config.seed, student_config.seed + student_config.seeds):
         seed_folder = folder if student_config.seeds == 1 else folder / f"seed-{seed}"
-        metrics[str(seed)] = _evaluate_student(seed_folder, student_config, setup)
+        metrics[str(seed)] = _evaluate_student(seed_folder, replace(student_config, seed=seed), setup)
     if config.json:
         return console.print_json(json.dumps(metrics))
     for seed_name, splits in metrics.items():
@@ -96,5 +97,6 @@ def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSe
         )
     network = setup.build_student(config, setup.losses)
     load_weights(network, read_state_dict(path), str(path))
-    model = PreparedModel(network, setup.input_spec).to(setup.device)
+    labels = hide_labels(config, setup.transfer_set.splits["train"].labels)
+    model = PreparedModel(network, setup.scale_output(labels)).to(setup.device)
     return setup.compute_metrics(setup.compute_logits(model))

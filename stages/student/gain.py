@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from softcache.data.tasks import CLASSES
 from softcache.stages.compare.baseline import compare_with_baseline, format_gap
 from softcache.stages.compare.significance import SIGNIFICANT, format_accuracy_interval
-from softcache.stages.runs.figures import Figures, choose_split
+from softcache.stages.runs.figures import Figures, choose_split, get_task
 
 
 def explain_gain(result: dict[str, Any], folder: Path, labelled_rows: int = 0) -> list[str]:
@@ -25,7 +26,7 @@ def explain_gain(result: dict[str, Any], folder: Path, labelled_rows: int = 0) -
         CacheError: when a file of logits is damaged.
     """
     split = choose_split(result["student"])
-    if "baseline" not in result or not Figures(result["student"][split]).has_labels():
+    if get_task(result) != CLASSES or "baseline" not in result or not Figures(result["student"][split]).has_labels():
         return []
     record = compare_with_baseline(str(folder), result)
     gap = format_gap(result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])

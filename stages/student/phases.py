@@ -14,9 +14,9 @@ from torch import nn
 
 from softcache.base.errors import TrainingStopped, UsageError
 from softcache.base.files import remove_stale_files
-from softcache.data.transfer_set import Labels
+from softcache.data.tasks import HardTargets, are_equal
 from softcache.pipeline.loading.stream import BatchStream
-from softcache.pipeline.losses import Loss, copy_for_training
+from softcache.pipeline.losses import HARD_LOSSES, Custom, Loss, copy_for_training
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
@@ -143,8 +143,7 @@ def _group_by_arch(runs: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
 def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
     """Make the training of one phase: its losses, options and folder, and the weights that it starts from."""
     config, setup = student.config, student.setup
-    smoothing = next((loss.smoothing for loss in setup.losses if isinstance(loss, Hard)), 0.0)
-    hard: tuple[Loss, ...] = (Hard(smoothing=smoothing),)
+    hard = (_choose_hard_loss(setup),)
     losses = setup.losses if phase == first_phase(config) else hard
     network = setup.build_student(config, hard if phase == "baseline" else setup.losses)
     folder = student.folder if phase == "student" else student.folder / phase
@@ -161,6 +160,13 @@ def _make_phase(phase: str, student: StudentTraining) -> TrainingRun:
     return replace(run, after_epoch=student.after_epoch if phase == first_phase(student.config) else None)
 
 
+def _choose_hard_loss(setup: DistillationSetup) -> Loss:
+    """Return the loss of hard targets alone: as among the student's losses, with weight 1; else that of the task."""
+    default = HARD_LOSSES.get(setup.cache.task, Hard())
+    own = next((loss for loss in setup.losses if loss.name == default.name and not isinstance(loss, Custom)), default)
+    return replace(own, weight=1.0)  # type: ignore[type-var]
+
+
 def _compute_figures(run: TrainingRun, student: StudentTraining, finished: FinishedTraining) -> dict[str, Any]:
     """Return what is reported of a phase: the network, the time, and the figures on the held-out splits."""
     setup = student.setup
@@ -169,7 +175,7 @@ def _compute_figures(run: TrainingRun, student: StudentTraining, finished: Finis
         "arch": setup.student_arch(student.config, setup.losses if run.name != "baseline" else run.criterion.losses),
         **({"output": setup.output} if setup.output else {}),
         **({"init": setup.initial.to_json(run.model.network, setup.cache.classes)} if setup.initial else {}),
-        "preparation": setup.input_spec.to_json(),
+        "preparation": run.model.input_spec.to_json(),
         "parameters": count_parameters(run.model.network),
         "multiply_adds": run.multiply_adds,
         "seconds": finished.seconds,
@@ -193,7 +199,7 @@ def make_training_run(
     setup: DistillationSetup,
     network: nn.Module,
     losses: tuple[Loss, ...],
-    labels: Labels,
+    labels: HardTargets,
     folder: Path,
 ) -> TrainingRun:
     """Make one training of a student from its parts.
@@ -207,10 +213,10 @@ def make_training_run(
         setup: what it is trained from.
         network: the student, with its initial weights.
         losses: the terms of the loss.
-        labels: int64 [N] of the training split by index, -1 where hidden.
+        labels: the hard targets of the training split by index, unknown where hidden.
         folder: where weights and metrics are written.
     """
-    input_spec, losses = setup.input_spec, tuple(map(copy_for_training, losses))
+    input_spec, losses = setup.scale_output(labels), tuple(map(copy_for_training, losses))
     only_labelled = all(loss.needs_labels for loss in losses)
     read_targets = any(loss.needs_logits or loss.teacher_taps() for loss in losses)
     combine = setup.teachers.combine
@@ -253,7 +259,8 @@ def _share_stream(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
 
 def _have_same_batches(stream: BatchStream, other: BatchStream) -> bool:
     """Whether two streams of the same caches and images differ at most in which targets they read of a row."""
-    same_rows = np.array_equal(stream.labels, other.labels) and np.array_equal(stream.rows, other.rows)
+    same_labels = stream.labels.shape == other.labels.shape and bool(are_equal(stream.labels, other.labels).all())
+    same_rows = same_labels and np.array_equal(stream.rows, other.rows)
     # Arrays and caches are replaced by the same objects, because == of two arrays is an array.
     other_with_same_rows = replace(
         other,

@@ -8,9 +8,10 @@ import torch
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.sampling import draw_stratified
-from softcache.data.transfer_set import Labels, TransferSet, count_classes
+from softcache.data.tasks import CLASSES, EMBEDDING, HardTargets, find_known, find_strata, hide_rows, require_classes
+from softcache.data.transfer_set import TransferSet, count_classes
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.losses import Loss, check_loss_trains, parse_losses
+from softcache.pipeline.losses import Loss, check_loss_trains, check_task, parse_losses
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.hint import ConcatHint
 from softcache.pipeline.losses.long_tail import require_counts
@@ -35,13 +36,15 @@ def parse_student_losses(
         The terms of the loss, in the order of the options.
 
     Raises:
-        UsageError: for a loss that does not exist, or that this cache does not allow.
+        UsageError: for a loss or an option that does not exist, or that this cache does not allow.
     """
+    check_task_options(config, cache.task)
     cached = tuple(cache.manifest.taps)
     losses = tuple(
         loss.with_default_layers(cached) if isinstance(loss, ConcatHint) else loss
         for loss in (parse_losses(config.loss) if losses is None else losses)
     )
+    check_task(losses, cache.task)
     check_loss_trains(losses, cache.classes, config.epochs)
     if cache.views.mixup and (names := [loss.name for loss in losses if loss.needs_single_label]):
         raise UsageError(
@@ -50,6 +53,24 @@ def parse_student_losses(
     if cache.manifest.head is None and (names := [loss.name for loss in losses if loss.needs_head]):
         raise UsageError(f"loss '{names[0]}' needs the teacher's last linear layer, and this teacher has none")
     return losses
+
+
+def check_task_options(config: StudentConfig, task: str) -> None:
+    """Check that no option of a student is for another task than the one of its cache.
+
+    Raises:
+        UsageError: with the option to leave out.
+    """
+    options = ("sampler", "map", "combine", "missing") if task != CLASSES else ()
+    for name in options:
+        if value := getattr(config, name):
+            require_classes(task, f"{to_flag(name)} {value}")
+    if task == EMBEDDING:
+        for name in ("baseline", "labelled", "finetune_epochs"):
+            if getattr(config, name):
+                raise UsageError(
+                    f"{to_flag(name)} is for hard targets, and the task {EMBEDDING} has none: leave it out"
+                )
 
 
 def check_caches(config: StudentConfig, caches: Sequence[CacheReader], losses: tuple[Loss, ...]) -> tuple[str, ...]:
@@ -116,21 +137,22 @@ def _format_growth(config: StudentConfig, cache: CacheReader, **changes: Any) ->
     return format_remake_command(cache, out=str(cache.folder), data_root=config.data_root, **data, **changes)
 
 
-def hide_labels(config: StudentConfig, labels: Labels) -> Labels:
+def hide_labels(config: StudentConfig, labels: HardTargets) -> HardTargets:
     """Hide all labels but `config.labelled` of them, drawn by class.
 
     Args:
         config: `labelled`, 0 for all; `seed`, on which depends which rows keep their label, not how many of a class.
-        labels: int64 [N] of the training split by index.
+        labels: the hard targets of the training split by index.
 
     Returns:
-        int64 [N], -1 where hidden.
+        A copy in which those that are hidden are unknown.
     """
     if not config.labelled:
         return labels
-    labelled_rows = np.flatnonzero(labels >= 0)
-    labelled_rows = labelled_rows[draw_stratified(labels[labelled_rows], config.labelled, key=(config.seed, 50))]
-    return np.where(np.isin(np.arange(len(labels)), labelled_rows), labels, -1)
+    labelled_rows = np.flatnonzero(find_known(labels))
+    strata = find_strata(labels)[labelled_rows]
+    labelled_rows = labelled_rows[draw_stratified(strata, config.labelled, key=(config.seed, 50))]
+    return hide_rows(labels, ~np.isin(np.arange(len(labels)), labelled_rows))
 
 
 def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: TransferSet) -> None:
@@ -145,12 +167,14 @@ def check_labels(config: StudentConfig, losses: tuple[Loss, ...], transfer_set: 
         UsageError: with the option to leave out or to change.
     """
     labels, classes = transfer_set.splits["train"].labels, transfer_set.classes
-    labelled = int((labels >= 0).sum())
+    labelled = int(find_known(labels).sum())
     check_options(config, losses, lacks_labels=not labelled)
     if labelled < len(labels):
         _check_partly_labelled(config, len(labels) - labelled)
-    if config.labelled and not len(classes) <= config.labelled <= labelled:
-        raise UsageError(f"--labelled {config.labelled} is not between {len(classes)} classes and {labelled} rows")
+    least = len(classes) if transfer_set.task == CLASSES else 1
+    if config.labelled and not least <= config.labelled <= labelled:
+        what = f"{least} classes" if transfer_set.task == CLASSES else "1"
+        raise UsageError(f"--labelled {config.labelled} is not between {what} and {labelled} rows")
     for loss in losses:
         if loss.needs_counts:
             require_counts(loss, torch.from_numpy(count_classes(hide_labels(config, labels), len(classes))), classes)

@@ -11,16 +11,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
+from softcache.data.tasks import NUMBERS, HardTargets, find_known
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.cache import Cache
+from softcache.pipeline.loading.context import measure_numbers
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.teacher_head import read_head
-from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.configurations import DEFAULT
@@ -138,7 +140,15 @@ class DistillationSetup:
             taps=taps,
             device=device,
             held_out={
-                split: HeldOutSplit(rows, views, device, config, ViewChecks(teachers, split, rows.images))
+                split: HeldOutSplit(
+                    rows,
+                    views,
+                    device,
+                    config,
+                    ViewChecks(teachers, split, rows.images),
+                    source.task,
+                    teachers.as_single_teacher(member_logits[split]).numpy(),
+                )
                 for split, rows in source.transfer_set.splits.items()
                 if split in member_logits
             },
@@ -234,7 +244,7 @@ class DistillationSetup:
         """
         labels = requirements.hide_labels(config, self.transfer_set.splits["train"].labels)
         streams = [self.make_stream(config, labels, only_labelled=False, read_targets=False)]
-        if (labels < 0).any() and (
+        if not find_known(labels).all() and (
             config.baseline or config.finetune_epochs or any(x.needs_labels for x in self.losses)
         ):
             streams.append(self.make_stream(config, labels, only_labelled=True, read_targets=False))
@@ -260,6 +270,17 @@ class DistillationSetup:
             notes.append(self.initial.describe(network, self.cache.classes) + baseline)
         return notes
 
+    def scale_output(self, labels: HardTargets) -> InputSpec:
+        """Return the preparation of a student's input, and where it predicts numbers, of its output.
+
+        Args:
+            labels: the hard targets that the student sees, of the training split by index.
+        """
+        if self.cache.task != NUMBERS:
+            return self.input_spec
+        mean, std = measure_numbers(self.teachers, labels)
+        return self.input_spec.with_output(tuple(mean.tolist()), tuple(std.tolist()))
+
     def compute_logits(self, model: nn.Module) -> dict[str, NDArray[np.float32]]:
         """Compute a model's logits on each held-out split: {split: float32 [N, K]}."""
         return {split: held_out.logits(model) for split, held_out in self.held_out.items()}
@@ -271,8 +292,12 @@ class DistillationSetup:
             logits: {split: float32 [N, K]} of the student, see `compute_logits`.
         """
         return {
-            split: evaluate(
-                split_logits, self.held_out[split].labels, self.teacher_logits[split].numpy(), self.class_counts
+            split: evaluate_task(
+                self.cache.task,
+                split_logits,
+                self.held_out[split].labels,
+                self.teacher_logits[split].numpy(),
+                self.class_counts,
             )
             for split, split_logits in logits.items()
         }
@@ -296,24 +321,26 @@ class DistillationSetup:
 
     def _evaluate_teacher(self, arch: str, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
         figures = {
-            split: evaluate(z.numpy(), self.transfer_set.splits[split].labels, counts=self.class_counts)
+            split: evaluate_task(
+                self.cache.task, z.numpy(), self.transfer_set.splits[split].labels, counts=self.class_counts
+            )
             for split, z in logits.items()
         }
         return {"arch": arch, **figures}
 
     @cached_property
     def class_counts(self) -> Labels:
-        """int64 [K]: rows of each class in the training split, where they have labels."""
+        """int64 [K]: rows of each class or label in the training split, where they have labels."""
         return count_classes(self.transfer_set.splits["train"].labels, self.cache.classes)
 
     def make_stream(
-        self, config: StudentConfig, labels: Labels, only_labelled: bool, read_targets: bool
+        self, config: StudentConfig, labels: HardTargets, only_labelled: bool, read_targets: bool
     ) -> BatchStream:
         """Make the stream of training batches of one student.
 
         Args:
             config: the options of the student.
-            labels: int64 [N] of the training split by index, -1 where hidden.
+            labels: the hard targets of the training split by index.
             only_labelled: leave out the rows without a label.
             read_targets: read logits and features from the caches.
 
@@ -322,7 +349,7 @@ class DistillationSetup:
             UsageError: when a batch would have no image.
         """
         order = self.cache.row_order("train")
-        is_used = labels[order] >= 0 if only_labelled else np.ones(len(order), bool)
+        is_used = find_known(labels)[order] if only_labelled else np.ones(len(order), bool)
         if config.missing == "skip":
             is_used &= ~self.missing_rows
         if not is_used.any():

@@ -34,7 +34,7 @@ def make_student_spec(config: StudentConfig, cache: CacheReader, transfer_set: T
         UsageError: when `normalize` is no normalisation, or one that is not published with the arch.
     """
     size, normalize = cache.views.size, choose_normalize(config)
-    of_teacher = replace(cache.input_spec, size=size, interpolation=BILINEAR)
+    of_teacher = replace(cache.input_spec.with_output(), size=size, interpolation=BILINEAR)
     check_normalize(normalize, config.arch, may_be_rows=bool(of_teacher.shape))
     if normalize == PUBLISHED:
         return make_published_spec(config.arch, size)

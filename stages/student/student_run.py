@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.files import publish_json, remove_stale_files
+from softcache.data.tasks import CLASSES
 from softcache.pipeline.metrics.classification import mean_and_spread
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
@@ -139,6 +140,7 @@ def assemble_result(config: StudentConfig, setup: DistillationSetup, results: li
             "bytes": sum(m.bytes for m in manifests),
             "seconds": sum(m.seconds for m in manifests),
         },
+        **({} if setup.cache.task == CLASSES else {"task": setup.cache.task}),
         "teacher": setup.teacher_metrics,
         **members,
         **mean,

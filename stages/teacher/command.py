@@ -12,12 +12,14 @@ from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
+from softcache.data.tasks import EMBEDDING, NUMBERS, find_known, measure_targets, require_classes
 from softcache.data.transfer_set import count_classes
 from softcache.data.view_policy import parse_views
 from softcache.pipeline.batch import LossContext
 from softcache.pipeline.loading.stream import BatchStream
+from softcache.pipeline.losses import HARD_LOSSES
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
-from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_external_arch
 from softcache.pipeline.models.configurations import has_published_weights
 from softcache.pipeline.models.initial_weights import check_init, read_initial_weights
@@ -162,9 +164,15 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
     transfer_set = load_data(config)
     print_notes(transfer_set, console)
     train_rows = transfer_set.splits["train"]
-    labelled_rows = np.flatnonzero(train_rows.labels >= 0)
-    if len(transfer_set.classes) < 2 or not len(labelled_rows):
+    task, labelled_rows = transfer_set.task, np.flatnonzero(find_known(train_rows.labels))
+    if task == EMBEDDING:
+        raise UsageError(
+            f"a teacher of the task {EMBEDDING} is not trained here: name one that is, with --teacher and --weights"
+        )
+    if not transfer_set.classes or not len(labelled_rows):
         raise UsageError(f"a teacher needs labels: '{config.data}' has images without classes")
+    if config.sampler:
+        require_classes(task, f"--sampler {config.sampler}")
     if unlabelled := len(train_rows) - len(labelled_rows):
         console.print(
             f"the teacher is trained on the {len(labelled_rows):,} images with labels; the {unlabelled:,} without are"
@@ -209,17 +217,22 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         console.print(note)
     with start_run(config, folder), name_all_unreadable(transfer_set):
         record_initial_weights(initial, folder)
+        counts = count_classes(train_rows.labels, classes)
+        context = LossContext(counts=torch.from_numpy(counts))
+        if task == NUMBERS:
+            mean, std = (torch.from_numpy(x).float() for x in measure_targets(train_rows.labels))
+            context = replace(context, mean=mean, std=std)
+            input_spec = input_spec.with_output(tuple(mean.tolist()), tuple(std.tolist()))
         model = PreparedModel(network, input_spec).to(device)
         held_out = {
-            split: HeldOutSplit(transfer_set.splits[split], views, device, config)
+            split: HeldOutSplit(transfer_set.splits[split], views, device, config, task=task)
             for split in ("val", "test")
             if split in transfer_set.splits
         }
-        counts = count_classes(train_rows.labels, classes)
         run = TrainingRun(
             name="teacher",
             model=model,
-            criterion=DistillationLoss("hard"),
+            criterion=DistillationLoss(HARD_LOSSES[task]),
             stream=stream,
             epochs=config.epochs,
             steps=stream.steps_per_epoch,
@@ -228,10 +241,13 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             folder=folder,
             multiply_adds=count_multiply_adds(network, input_spec.channels, views.size, input_spec.shape),
             interrupt_advice=advice,
-            context=LossContext(counts=torch.from_numpy(counts)),
+            context=context,
         )
         finished = train(run, held_out["val"], console)
-        figures = {split: evaluate(rows.logits(model), rows.labels, counts=counts) for split, rows in held_out.items()}
+        figures = {
+            split: evaluate_task(task, rows.logits(model), rows.labels, counts=counts)
+            for split, rows in held_out.items()
+        }
         result = {
             "settings": asdict(config),
             "teacher": {

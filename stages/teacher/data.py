@@ -34,7 +34,7 @@ from softcache.stages.distributed.ranks import is_first
 # Options that decide which rows of a data set are in which split: those of SplitOptions, and the seed.
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "seed", "train_size", "imbalance", "head_size")
 # Options that decide how files of images are read: those of FolderOptions.
-FOLDER_OPTIONS = ("classes", "exif", "unreadable", "layout", "columns")
+FOLDER_OPTIONS = ("classes", "exif", "unreadable", "layout", "task", "columns")
 FOLDER_SIZE = 224  # pixels; size of the views of a folder whose images differ in size
 _SAMPLE_ROWS = 4096  # training rows whose mean and standard deviation are measured
 _MAX_MEANS = 4096  # entries of the first axis of a row that have a mean each

@@ -11,6 +11,7 @@ from softcache.base.errors import CacheError, make_printable
 from softcache.base.files import publish_text, read_regular_file
 from softcache.base.text import escape_markdown, format_code_span
 from softcache.data.sources import DATASET, format_placeholder, has_argument
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS
 from softcache.pipeline.cache.folder import README_FILE
 from softcache.pipeline.cache.manifest import Manifest
 
@@ -26,11 +27,11 @@ set, so that any number of students can be trained without the teacher. It holds
 |---|---|
 | teacher | {arch}, weights SHA-256 {weights}, in {precision}{faster} |
 | input | {input} |
-| data | {data}: {rows}; {classes} classes |
+| data | {data}: {rows}; {outputs} |
 | views | {views}; {draws} of each training image, one plain view of each held-out one |
-| teacher's accuracy | {accuracy} |
+| {measured} | {accuracy} |
 | contents | {contents} |
-| codec | {codec}: KL {kl} nats at temperature 4, {flips:.4%} of rows change their top-1 class |
+| codec | {codec}: {cost} |
 | size | {size:.1f} MB in {files} files |
 | fingerprint | {fingerprint} |
 | made with | {versions} |
@@ -174,6 +175,8 @@ def _format_fields(
     parameters = ", ".join(escape(f"{key} {value}") for key, value in views.items() if key != "policy")
     features = ", ".join(f"{code(tap)} {shape}" for tap, shape in manifest.taps.items())
     accuracies = {split: figures["accuracy"] for split, figures in manifest.teacher.items()}
+    is_classes = manifest.task == CLASSES
+    labelled = ", ".join(f"{split} {figures.get('labelled', 0):,}" for split, figures in manifest.teacher.items())
     return {
         "format": identity["format"],
         "and_features": " and some layers' features" if features else "",
@@ -186,13 +189,18 @@ def _format_fields(
         "data": escape(data["name"]),
         "rows": ", ".join(f"{split} {rows:,}" for split, rows in manifest.splits.items()),
         "classes": manifest.classes,
+        "outputs": f"{manifest.classes} {'dimensions' if manifest.task == EMBEDDING else manifest.task}",
         "views": f"{code(views['policy'])} ({parameters})",
         "draws": manifest.draws,
-        "accuracy": ", ".join(f"{split} {_format_accuracy(accuracy)}" for split, accuracy in accuracies.items()),
+        "measured": "teacher's accuracy" if is_classes else "rows with hard targets",
+        "accuracy": ", ".join(f"{split} {_format_accuracy(accuracy)}" for split, accuracy in accuracies.items())
+        if is_classes
+        else labelled,
         "contents": "logits" + (f"; features {features}" if features else ""),
         "codec": escape(identity["codec"]),
-        "kl": f"{fidelity['kl_4']:.1e}",
-        "flips": fidelity["flips"],
+        "cost": _format_cost(manifest),
+        "kl": f"{fidelity['kl_4']:.1e}" if is_classes else "",
+        "flips": fidelity.get("flips", 0.0),
         "size": manifest.bytes / 1e6,
         "files": len(manifest.shards),
         "fingerprint": code(manifest.fingerprint),
@@ -204,6 +212,26 @@ def _format_fields(
         if has_argument(data["name"]) and data["name"] != DATASET
         else "",
     }
+
+
+def _format_cost(manifest: Manifest) -> str:
+    if manifest.task != CLASSES:
+        return describe_fidelity(manifest)
+    fidelity = manifest.fidelity
+    return f"KL {fidelity['kl_4']:.1e} nats at temperature 4, {fidelity['flips']:.4%} of rows change their top-1 class"
+
+
+def describe_fidelity(manifest: Manifest) -> str:
+    """Describe in one line what the codec of a cache costs."""
+    fidelity = manifest.fidelity
+    if manifest.task == CLASSES:
+        kl = ", ".join(f"{fidelity[f'kl_{T}']:.1e} at T={T}" for T in (1, 2, 4, 8))
+        return f"KL {kl}; {fidelity['flips']:.4%} of rows change their first class"
+    if manifest.task == LABELS:
+        return f"KL {fidelity['kl_1']:.1e} of a label; {fidelity['flips']:.4%} of labels change their sign"
+    if manifest.task == EMBEDDING:
+        return f"1 - cosine {1 - fidelity['cosine']:.1e}"
+    return f"a share of {fidelity['relative_error']:.1e} of a number"
 
 
 def _format_accuracy(accuracy: float | None) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from softcache.data.sources import get_source_name, has_argument
+from softcache.data.tasks import CLASSES, EMBEDDING
 from softcache.pipeline.cache.manifest import Manifest
 from softcache.stages.cli.configs import CacheConfig, StudentConfig
 from softcache.stages.cli.console import Console, format_duration
@@ -20,6 +21,7 @@ from softcache.stages.distributed import ranks
 from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.figures import Figures
 
+from .cache_readme import describe_fidelity
 from .preparation import fill_defaults, prepare_cache, suggest_other_command
 from .writing import write_cache, write_share_of_rank
 
@@ -68,7 +70,6 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     }
     if config.json:
         return console.print_json(json.dumps(record))
-    kl = ", ".join(f"{manifest.fidelity[f'kl_{T}']:.1e} at T={T}" for T in (1, 2, 4, 8))
     accuracy = ", ".join(
         f"{split} {Figures(figures).format('accuracy')}"
         for split, figures in manifest.teacher.items()
@@ -82,16 +83,20 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
     size = f"{manifest.bytes / rows:.1f} bytes a view"
     console.print(f"wrote:   {rows:,} rows, {size}, in {format_duration(manifest.seconds)}{pace}")
     mixed = ", train on mixed views" if manifest.identity["views"]["mixup"] else ""
-    console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
-    console.print(
-        f"codec:   {config.codec} costs KL {kl}; {manifest.fidelity['flips']:.4%} of rows change their first class"
-    )
+    if manifest.task == CLASSES:
+        console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
+    else:
+        labelled = ", ".join(f"{split} {figures['labelled']:,}" for split, figures in manifest.teacher.items())
+        console.print(
+            f"teacher: {manifest.classes:,} outputs, task {manifest.task}; rows with hard targets: {labelled}"
+        )
+    console.print(f"codec:   {manifest.identity['codec']} costs {describe_fidelity(manifest)}")
     data = config.data if has_argument(get_source_name(config.data)) else ""
     student = StudentConfig(
         data=data,
         data_root=config.data_root,
         index=config.index,
         cache=(config.out,),
-        baseline=has_labels(manifest, "train"),
+        baseline=has_labels(manifest, "train") and manifest.task != EMBEDDING,
     )
     console.print(f"next:    {format_command('student', student)}")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import make_printable
 from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
+from softcache.data.tasks import CLASSES
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.data.views import render
@@ -150,7 +151,8 @@ def print_normalize_comparison(
         f" elsewhere mostly needs its own: --normalize {others} or mean=…,std=…"
     )
     train = transfer_set.splits["train"]
-    is_correct = _measure_normalizations(teacher, transfer_set, views) if transfer_set.classes else {}
+    has_classes = bool(transfer_set.classes) and transfer_set.task == CLASSES
+    is_correct = _measure_normalizations(teacher, transfer_set, views) if has_classes else {}
     if is_correct:
         n = len(is_correct["data"])
         accuracies = ", ".join(f"{name} {values.mean():.4f}" for name, values in is_correct.items())

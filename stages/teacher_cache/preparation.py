@@ -13,6 +13,7 @@ from softcache.base.errors import CacheError, CacheMismatchError, UsageError, un
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import DATASET, format_placeholder, get_source_name, short_name
+from softcache.data.tasks import EMBEDDING, NUMBERS, require_classes
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
@@ -74,6 +75,7 @@ _LATER_OPTIONS = (
     "outputs",
     "weights_key",
     "class_map",
+    "axes",
 )
 
 
@@ -136,6 +138,7 @@ def prepare_cache(config: CacheConfig, console: Console, live: LiveObjects = NOT
     print_notes(transfer_set, console)
     if transfer_set.shape and config.teacher_size:
         raise UsageError(f"--teacher-size {config.teacher_size} is for images, the data are rows of numbers")
+    config = check_task(config, transfer_set)
     views = fill_size(views, transfer_set, console, find_view_configuration(arch))
     with name_all_unreadable(transfer_set):
         return _prepare_plan(config, transfer_set, views, requested_taps, console, live.teacher)
@@ -158,8 +161,9 @@ def _prepare_plan(
         teacher, arch = load_teacher(config, transfer_set, views, console)
     teacher = teacher.to(select_teacher_device(teacher, config.device)).eval()
     if isinstance(teacher.network, CallableNetwork):
-        config = _set_callable_options(config, teacher.network, console)
-    for note in check_teacher(teacher, arch, 0 if config.class_map else len(transfer_set.classes)):
+        config = _set_callable_options(config, teacher.network, transfer_set.task, console)
+    has_free_width = config.class_map or transfer_set.task == EMBEDDING
+    for note in check_teacher(teacher, arch, 0 if has_free_width else len(transfer_set.classes)):
         console.print(note)
     if config.class_map:
         teacher.class_map = make_class_map(config, teacher, arch, transfer_set, views, console)
@@ -197,6 +201,31 @@ def _prepare_plan(
     return PreparedCache(config, plan, generator, choice)
 
 
+def check_task(config: CacheConfig, transfer_set: TransferSet) -> CacheConfig:
+    """Check the options of a cache against the task; return them with the codec of the task.
+
+    Raises:
+        UsageError: An option is for another task.
+    """
+    task = transfer_set.task
+    if task == NUMBERS and config.codec == CacheConfig.codec:
+        config = replace(config, codec="float32")
+    if task not in CODECS[config.codec].tasks:
+        names = ", ".join(name for name, codec in CODECS.items() if task in codec.tasks)
+        raise UsageError(f"--codec {config.codec} is not for the task {task}, which has {names}")
+    if config.axes and task != EMBEDDING:
+        raise UsageError(f"--axes is for the task {EMBEDDING}, and the task here is {task}: leave it out")
+    for option, is_set in (
+        (f"--class-map {config.class_map}", bool(config.class_map)),
+        (f"--outputs {config.outputs}", config.outputs != LOGITS),
+        (f"--precision {config.precision}", config.precision != "float32"),
+        ("--compile", config.compile),
+    ):
+        if is_set:
+            require_classes(task, option)
+    return config
+
+
 def _list_taps(config: CacheConfig) -> tuple[str, ...]:
     """List the unique names of the taps that the options name."""
     taps = [tap for tap in config.taps.split(",") if tap]
@@ -205,7 +234,7 @@ def _list_taps(config: CacheConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(normalize_tap, taps)))
 
 
-def _set_callable_options(config: CacheConfig, network: CallableNetwork, console: Console) -> CacheConfig:
+def _set_callable_options(config: CacheConfig, network: CallableNetwork, task: str, console: Console) -> CacheConfig:
     """Return the options for a teacher that is no network: an estimator outputs probabilities.
 
     Raises:
@@ -220,7 +249,7 @@ def _set_callable_options(config: CacheConfig, network: CallableNetwork, console
     ):
         if is_set:
             raise UsageError(f"{option} is for networks of PyTorch, and the teacher '{config.teacher}' is none")
-    if not network.is_estimator or config.outputs != LOGITS:
+    if not network.is_estimator or config.outputs != LOGITS or task == NUMBERS:
         return config
     console.print("the teacher's predict_proba outputs probabilities: their logarithms are stored as logits")
     return replace(config, outputs=PROBABILITIES)

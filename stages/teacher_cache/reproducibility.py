@@ -131,7 +131,7 @@ def check_reproducibility(
         bad: Paths of shards that are damaged. They are not read.
     """
     manifest = cache.manifest
-    records = [record for record in manifest.shards if record.correct is not None and record.path not in bad]
+    records = [record for record in manifest.shards if record.has_logits and record.path not in bad]
     damaged = {(r.split, r.draw, name) for r in manifest.shards if r.path in bad for name in r.datasets}
     if len(records) > _MAX_SHARDS:
         records = [records[i * len(records) // _MAX_SHARDS] for i in range(_MAX_SHARDS)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
@@ -65,11 +66,10 @@ class TargetGenerator:
         _, logits, features = take_first(self._infer_batches("train", 0, index))
         self.classes = logits.shape[1]
         self.shapes = {tap: list(x.shape[1:]) for tap, x in features.items()}
-        if self.transfer_set.classes and self.classes != len(self.transfer_set.classes):
-            raise UsageError(
-                f"the teacher outputs {self.classes} classes, the data have {len(self.transfer_set.classes)}:"
-                f" {MAP_ADVICE}"
-            )
+        task, names = self.transfer_set.task, self.transfer_set.classes
+        if task != EMBEDDING and names and self.classes != len(names):
+            advice = MAP_ADVICE if task == CLASSES else "one output for each, in their order"
+            raise UsageError(f"the teacher outputs {self.classes} {task}, the data have {len(names)}: {advice}")
 
     @property
     def has_stored_targets(self) -> bool:
@@ -78,7 +78,9 @@ class TargetGenerator:
 
     def find_head(self) -> nn.Linear | None:
         """Find the teacher's last linear layer, which computes the logits that are stored; None where none does."""
-        return None if self.teacher.class_map else find_head(self.teacher.network, self.classes)
+        if self.teacher.class_map or self.transfer_set.task not in (CLASSES, LABELS):
+            return None
+        return find_head(self.teacher.network, self.classes)
 
     def compute_shard(self, spec: ShardSpec, on_progress: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """Compute the rows of a shard.
@@ -88,8 +90,8 @@ class TargetGenerator:
             on_progress: Called with the number of rows of each batch.
 
         Returns:
-            {dataset: rows}, those of the spec; and, where it holds logits, `correct`, the rows whose label is the
-            top-1 class, with the sums of `measure_fidelity`.
+            {dataset: rows}, those of the spec; and, where it holds logits, the sums of `measure_fidelity`, of the task
+            "classes" with `correct`, the rows whose label is the top-1 class.
 
         Raises:
             CacheError: An image cannot be read, or an output is too large or not finite.
@@ -128,15 +130,16 @@ class TargetGenerator:
         arrays: Arrays = {
             **{f"features/{tap}": values for tap, values in features.items()},
             "index": index.astype("<u4"),
-            "label": labels.astype("<i4"),
+            "label": labels.astype("<i4" if labels.ndim == 1 else labels.dtype.newbyteorder("<")),
             "view_crc32": crcs.astype("<u4"),
         }
         if "logits" not in spec.datasets:
             return arrays, {}
         encoded = codec.encode(logits)
         decoded = codec.decode(encoded)
-        correct = int((decoded.argmax(1) == labels).sum())
-        return {**encoded, **arrays}, {"correct": correct, **measure_fidelity(logits, decoded)}
+        task = self.transfer_set.task
+        correct = {"correct": int((decoded.argmax(1) == labels).sum())} if task == CLASSES else {}
+        return {**encoded, **arrays}, {**correct, **measure_fidelity(logits, decoded, task)}
 
     def compute_rows(
         self, split: str, draw: int, index: NDArray[np.int64]

@@ -1,7 +1,7 @@
 """The shards of a cache, one after the other, and its manifest. A shard is written while the next one is computed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +11,9 @@ from softcache.base.errors import CacheError, Interrupted
 from softcache.base.files import make_folder
 from softcache.base.lock import hold_lock
 from softcache.base.threads import Future, ThreadPool
+from softcache.data.tasks import CLASSES, EMBEDDING
 from softcache.pipeline.cache.existing import NoCache
-from softcache.pipeline.cache.manifest import Manifest, ShardSpec
+from softcache.pipeline.cache.manifest import HeadRecord, Manifest, ShardRecord, ShardSpec
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.cache.writer import CacheWriter, clean_up
@@ -86,16 +87,35 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         _print_resumed_precision(prepared, console)
         ranks.broadcast_from_first(lambda: {"reference": reference})
         write_shards(writer, prepared, console)
-        head = generator.find_head()
         head_record = None
-        if head is not None and not writer.previous:
-            head_record = writer.add_head(*get_head_arrays(head, generator.classes))
+        if not writer.previous:
+            head_record = write_head(writer, generator, writer.records, prepared.config.axes)
         manifest = writer.build_manifest(head_record, transfer_set.count_labelled(), library_versions())
         write_readme(out, writer.previous, manifest)
         writer.publish_manifest(manifest)
-    if not writer.previous:
+    if not writer.previous and transfer_set.task == CLASSES:
         print_final_look(out, transfer_set, console)
     return manifest
+
+
+def write_head(
+    writer: CacheWriter, generator: TargetGenerator, shards: Sequence[ShardRecord], with_axes: bool
+) -> HeadRecord | None:
+    """Publish what losses may use besides a batch: the teacher's last linear layer, or an embedding's statistics.
+
+    Args:
+        writer: Of the cache.
+        generator: The teacher.
+        shards: All shards of the cache.
+        with_axes: Whether the principal axes of an embedding are among its statistics.
+
+    Returns:
+        The record of the file; None where there is nothing to publish.
+    """
+    if generator.transfer_set.task == EMBEDDING:
+        return writer.add_output_statistics(shards, with_axes)
+    head = generator.find_head()
+    return None if head is None else writer.add_head(*get_head_arrays(head, generator.classes))
 
 
 def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console: Console) -> Outputs:
@@ -107,10 +127,11 @@ def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console:
     generator, config = prepared.generator, prepared.config
     outputs = check_stable(generator)
     if isinstance(writer.existing, NoCache):
-        check_kind(generator, outputs, console)
+        if generator.transfer_set.task == CLASSES:
+            check_kind(generator, outputs, console)
         if assumes_normalize(config) and not isinstance(generator.teacher.network, CallableNetwork):
             print_normalize_comparison(generator.teacher, generator.transfer_set, generator.teacher_views, console)
-        if not generator.has_stored_targets:
+        if not generator.has_stored_targets and generator.transfer_set.task == CLASSES:
             print_first_look(generator, sum(spec.rows for spec in writer.missing), console)
     return {} if generator.has_stored_targets else outputs
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.base.errors import CacheError, find_disk_error, is_interrupt
 from softcache.base.files import publish, publish_text, read_input_file
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER
 from softcache.pipeline.models.checkpoint_files import verify_zip
 from softcache.stages.cli.option_groups import TrainingOptions
 from softcache.stages.distributed.ranks import is_first
@@ -218,7 +219,7 @@ def select_epoch(lines: list[dict[str, Any]], select: str) -> int:
     """
     if select == "last":
         return len(lines)
-    sign = -1 if select == "nll" else 1
+    sign = -1 if select in LOWER_IS_BETTER else 1
     return 1 + max(range(len(lines)), key=lambda i: (sign * lines[i][f"val_{select}"], -i))
 
 

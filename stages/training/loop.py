@@ -19,7 +19,6 @@ from torch import nn
 from softcache.base.errors import CacheError, DivergedError, Interrupted, TrainingStopped
 from softcache.base.files import make_folder, remove_stale_files
 from softcache.pipeline.batch import Batch
-from softcache.pipeline.metrics.classification import summarize
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.typed_command import format_continue_command
@@ -275,7 +274,7 @@ def _validate_epoch(
         raise divergence_error(run, f"its logits are no longer finite after epoch {epoch + 1}")
     if run.config.keep_every and (epoch + 1) % run.config.keep_every == 0:
         save_weights(run.epoch_weights_file(epoch), model)
-    line = make_epoch_line(run, epoch, means, norms, summarize(logits, held_out.labels))
+    line = make_epoch_line(run, epoch, means, norms, held_out.summarize(logits))
     return line | {"seconds": round(training.seconds + stream_seconds + time.perf_counter() - started, 4)}
 
 

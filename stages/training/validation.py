@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import UsageError
+from softcache.data.tasks import CLASSES, EMBEDDING, find_known
 from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.loading.view_checks import ViewChecks
+from softcache.pipeline.metrics.embeddings import cosines
+from softcache.pipeline.metrics.tasks import TASK_FIGURES
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
 
@@ -26,6 +29,8 @@ class HeldOutSplit:
         device: where models are.
         config: precision of the forward pass, and workers that render views.
         checks: compares the views with those that the teacher saw; None without a teacher.
+        task: what the hard targets are, see data/tasks.py.
+        teacher_outputs: float32 [N, K] of the teacher, by index; None without a teacher.
     """
 
     _MAX_CACHED_BYTES = 256 << 20
@@ -37,9 +42,11 @@ class HeldOutSplit:
         device: torch.device,
         config: TeacherConfig | StudentConfig,
         checks: ViewChecks | None = None,
+        task: str = CLASSES,
+        teacher_outputs: NDArray[np.float32] | None = None,
     ):
         self.split, self.views, self.device = split, views.without_augmentation(), device
-        self._checks = checks
+        self._checks, self._task, self._teacher_outputs = checks, task, teacher_outputs
         self.precision, self.workers = config.precision, config.workers
         self.labels, self.batch_size = split.labels, 512
         self._cached_batches: list[torch.Tensor] = []
@@ -53,6 +60,17 @@ class HeldOutSplit:
         model.train(was_training)
         logits: NDArray[np.float32] = torch.cat(outputs).numpy()
         return logits
+
+    def summarize(self, logits: NDArray[np.float32]) -> dict[str, float]:
+        """Compute the figures that are shown after an epoch from the logits of a model, float32 [N, K].
+
+        Those of TASK_FIGURES; of an embedding its cosine to the teacher's, where both have one width.
+        """
+        if self._task != EMBEDDING:
+            return TASK_FIGURES[self._task].summarize(logits, self.labels)
+        if self._teacher_outputs is None or self._teacher_outputs.shape != logits.shape:
+            return {}
+        return {"cosine": float(cosines(logits.astype(np.float64), self._teacher_outputs.astype(np.float64)).mean())}
 
     def batches(self) -> Generator[torch.Tensor, None, None]:
         """Yield the views, uint8 [B, C, S, S] with B up to batch_size, in row order of the split. The caller closes
@@ -76,8 +94,14 @@ class HeldOutSplit:
 
 
 def check_select(config: TeacherConfig | StudentConfig, transfer_set: TransferSet) -> None:
-    """Raise UsageError for --select with a metric where the validation split has no labels."""
-    if config.select != "last" and not (transfer_set.splits["val"].labels >= 0).any():
+    """Raise UsageError for --select with a metric of another task, or where the validation split has no labels."""
+    if config.select == "last":
+        return
+    figures = TASK_FIGURES[transfer_set.task].select
+    if config.select not in figures:
+        names = ", ".join(("last", *figures))
+        raise UsageError(f"--select {config.select} is no figure of the task {transfer_set.task}, which has {names}")
+    if transfer_set.task != EMBEDDING and not find_known(transfer_set.splits["val"].labels).any():
         raise select_error(config.select)
 
 

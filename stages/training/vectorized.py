@@ -25,7 +25,6 @@ from softcache.base.threads import take_first
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.multi_teacher import Term
-from softcache.pipeline.metrics.classification import summarize
 from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.stages.cli.console import Console
@@ -360,7 +359,7 @@ def _measure_epoch(
         if not finite[i]:
             lines.append(None)
             continue
-        validation = summarize(logits[:, i], held_out.labels)
+        validation = held_out.summarize(logits[:, i])
         lines.append(make_epoch_line(run, epoch, means[:, i].tolist(), norms[:, i].tolist(), validation))
     return {"epoch": epoch + 1, "students": lines}
 

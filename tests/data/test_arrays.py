@@ -184,7 +184,7 @@ WRONG: dict[str, tuple[Arrays, str]] = {
     "scalar": ({"x": np.float32(1)}, "it has no rows"),
     "lengths": ({"x": X, "y": Y[:-1]}, "'x' has 30 rows, and 'y' has 29 labels"),
     "one-hot": ({"x": X, "y": np.eye(3)[Y]}, "save y.argmax(1)"),
-    "regression": ({"x": X, "y": Y / 2}, "there is no regression"),
+    "text-and-columns": ({"x": X, "y": NAMES[np.stack([Y, Y], 1)]}, "expected one label for each row, [N]"),
     "infinite-label": ({"x": X, "y": np.where(Y == 1, np.inf, Y)}, "'y' has the value inf in row 1"),
     "negative-label": ({"x": X, "y": Y - 7}, "'y' has the label -7 in row"),
     "labels-from-1": ({"x": X, "y": Y + 1}, "they begin at 0; save y - 1"),

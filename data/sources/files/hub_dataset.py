@@ -258,5 +258,5 @@ def _load_rows(
     return load_map_style(
         {split: _Rows(dataset, columns[split]) for split, dataset in splits.items()},
         () if has_names else names,
-        progress,
+        progress=progress,
     )

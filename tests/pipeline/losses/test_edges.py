@@ -10,12 +10,13 @@ from torch import nn
 from softcache.base.errors import UsageError
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.losses import LOSSES
+from tests.helpers.class_losses import CLASS_LOSSES
 from tests.helpers.formulas import FORMULAS
 from tests.helpers.one_step import run_teacher, take_one_step
 from tests.helpers.tensors import PAIRS, Case, Shape, draw_labels, draw_normal, make_case
 
 CRD = "crd:negatives=12,width=4"
-SPECS = [CRD if name == "crd" else name for name in LOSSES]
+SPECS = [CRD if name == "crd" else name for name in CLASS_LOSSES]
 MORE = [*SPECS, "output:kind=soft_ce", "output:kind=mse", "kd:standardize=true", "dkd:standardize=true"]
 MORE += ["soft_f1:average=weighted", "soft_f1:average=micro"]
 BETWEEN_LAYERS = [s for s in SPECS if hasattr(LOSSES[s.partition(":")[0]], "teacher")]

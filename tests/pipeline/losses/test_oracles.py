@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import tests.helpers.formulas_of_layers as by_hand
-from softcache.pipeline.losses import LOSSES
 from softcache.pipeline.models import build, find_head
 from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import compute_statistic
+from tests.helpers.class_losses import CLASS_LOSSES
 from tests.helpers.tensors import PAIRS, Case, compute_features, draw_normal, make_case
 
 SAME = (((3, 4, 4), (3, 4, 4)), ((5, 2, 2), (5, 2, 2)))
@@ -276,7 +276,7 @@ def test_every_loss_without_a_trained_part_is_tested_or_reads_labels_alone() -> 
     here = {spec.partition(":")[0] for spec in (*DIVERGENCES, *DISTANCES, *LAYERS_AND_SIMKD)}
     modules = {"concat_hint", "vid", "srrl", "cat_kd", "crd", "review_kd"}
     with_labels = {"hard", "tf_kd", "nkd", "wsld", "logit_adjusted", "balanced_softmax", "soft_f1"}
-    assert here | modules | with_labels == set(LOSSES)
+    assert here | modules | with_labels == set(CLASS_LOSSES)
 
 
 # Real networks

@@ -1,0 +1,66 @@
+"""Mean, standard deviation and principal axes of an embedding, which losses standardise with."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codecs import Codec
+from .manifest import Datasets, ShardRecord, make_layout
+from .shards import Arrays, Shard
+
+MAX_AXES = 4096  # dimensions up to which principal axes are computed: 134 MB, some 20 s
+_LEAST_SPREAD = 1e-3  # of the standard deviations, as a share of the largest
+
+
+def measure_outputs(
+    folder: Path, shards: Sequence[ShardRecord], datasets: Datasets, codec: Codec, with_axes: bool
+) -> Arrays:
+    """Measure the logits of the training rows in the first draw, in float64.
+
+    Args:
+        folder: Of the cache.
+        shards: All of its shards.
+        datasets: {name: (row shape, dtype)} of the cache.
+        codec: Of the logits.
+        with_axes: Whether principal axes are computed.
+
+    Returns:
+        `mean` and `std` float32 [D], the standard deviation of all rows; a thousandth of the largest at least, so that
+        dimensions that hardly vary do not dominate what is divided by it. With axes also `axes`
+        float32 [D, D], orthonormal columns, the eigenvectors of the covariance, the largest variance first, the
+        largest entry of each positive; and `axis_std` float32 [D], the standard deviation along each.
+    """
+    records = [shard for shard in shards if shard.split == "train" and shard.draw == 0 and shard.has_logits]
+    rows = sum(record.rows for record in records)
+    total: NDArray[np.float64] = np.zeros(0)
+    for record in records:
+        values = _read(folder, record, datasets, codec)
+        total = values.sum(0) + (total if len(total) else 0)
+    mean = total / rows
+    products: NDArray[np.float64] = np.zeros((len(mean), len(mean)) if with_axes else len(mean))
+    for record in records:
+        centred = _read(folder, record, datasets, codec) - mean
+        products += centred.T @ centred if with_axes else np.square(centred).sum(0)
+    variance = (np.diagonal(products) if with_axes else products) / rows
+    spread = np.sqrt(variance)
+    std = np.maximum(spread, _LEAST_SPREAD * max(spread.max(), 1e-30))
+    arrays: Arrays = {"mean": mean.astype("<f4"), "std": std.astype("<f4")}
+    if with_axes:
+        variances, vectors = np.linalg.eigh(products / rows)
+        axes = vectors[:, ::-1]
+        spread = np.sqrt(np.maximum(variances[::-1], 0))
+        arrays["axis_std"] = np.maximum(spread, _LEAST_SPREAD * max(spread[0], 1e-30)).astype("<f4")
+        largest = axes[np.abs(axes).argmax(0), np.arange(len(mean))]
+        arrays["axes"] = np.ascontiguousarray(axes * np.sign(largest), "<f4")
+    return arrays
+
+
+def _read(folder: Path, record: ShardRecord, datasets: Datasets, codec: Codec) -> NDArray[np.float64]:
+    """Read the logits of a shard, float64 [rows, D]."""
+    layout = make_layout(record.rows, {name: datasets[name] for name in record.datasets})
+    names = [name for name in record.datasets if name.startswith("logits")]
+    with closing(Shard(folder, record.path, layout, record.bytes, record.checksum)) as shard:
+        return codec.decode({name: shard.read(name) for name in names}).astype(np.float64)
