@@ -135,8 +135,8 @@ def measure_fidelity(logits: Floats, decoded: Floats, task: str = CLASSES) -> di
         Sums over the rows: `rows`, and those of FIDELITY. Of classes `flips`, the changed top-1 classes, and for each
         temperature T of TEMPERATURES `kl_T`, KL(softmax(logits / T) || softmax(decoded / T)) in nats. Of labels
         `flips`, the share of the labels whose logit changes its sign, and `kl_1`, the mean over the labels of the KL
-        of two sigmoids in nats. Of numbers `relative_error`, the largest one of the row, as a share of its value. Of
-        an embedding `cosine`, the cosine of both.
+        of two sigmoids in nats. Of numbers `relative_error`, the largest one of the row, as a share of the standard
+        deviation of its output in these rows. Of an embedding `cosine`, the cosine of both.
     """
     if task != CLASSES:
         return {"rows": len(logits), **_MEASURES[task](logits.astype(np.float64), decoded.astype(np.float64))}
@@ -162,7 +162,8 @@ def _measure_labels(logits: NDArray[np.float64], decoded: NDArray[np.float64]) -
 
 
 def _measure_numbers(numbers: NDArray[np.float64], decoded: NDArray[np.float64]) -> dict[str, float]:
-    error = np.abs(numbers - decoded) / np.maximum(np.abs(numbers), np.finfo(np.float32).tiny)
+    scale = np.maximum(numbers.std(0), 1e-6 * np.abs(numbers).max(0))
+    error = np.abs(numbers - decoded) / np.maximum(scale, np.finfo(np.float32).tiny)
     return {"relative_error": float(error.max(1).sum())}
 
 

@@ -140,32 +140,60 @@ class HeadRecord:
 class PrecisionRecord:
     """A faster way in which the teacher was run, and how far its logits are from plain float32.
 
+    What is not measured for a task is None, see `codecs.measure_fidelity`.
+
     Attributes:
         folded: Whether batch norm was folded into the convolutions before it.
         compiled: Whether `torch.compile` compiled the teacher when the cache was started.
         rows: Training views that were run both ways.
         kl_1: Mean KL(plain float32 || this) of these views at temperature 1, in nats.
         kl_4: The same at temperature 4.
-        flips: Share of these views whose top-1 class changed.
+        flips: Share of these views whose top-1 class changed; of several labels, share of the labels.
+        cosine: Of embeddings, the mean cosine of both.
+        relative_error: Of numbers, the mean over the views of the largest difference, in standard deviations.
     """
 
     folded: bool
     compiled: bool
     rows: int
-    kl_1: float
-    kl_4: float
-    flips: float
+    kl_1: float | None = None
+    kl_4: float | None = None
+    flips: float | None = None
+    cosine: float | None = None
+    relative_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values."""
-        return asdict(self)
+        """Return the record as plain JSON values, without those that are not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def cost(self) -> float:
+        """What --tolerance limits: the largest KL, 1 - cosine, or the difference of numbers in standard deviations."""
+        lost = None if self.cosine is None else 1 - self.cosine
+        return max(value for value in (self.kl_1, self.kl_4, lost, self.relative_error) if value is not None)
+
+    def format_cost(self) -> str:
+        """Format the number that --tolerance limits, with what it is."""
+        kinds = (("KL", self.kl_1), ("1 - cosine", self.cosine), ("standard deviations", self.relative_error))
+        return f"{next(kind for kind, value in kinds if value is not None)} {self.cost:.1e}"
 
     def describe(self) -> str:
         """Describe in one line what was done and what it costs."""
         steps = [name for name, done in (("batch norm folded", self.folded), ("compiled", self.compiled)) if done]
+        return f"{', '.join(steps) or 'as the network is'}: {self.describe_cost()}"
+
+    def describe_cost(self) -> str:
+        """Describe how far the logits are from those of plain float32."""
+        views = f"of {self.rows} views"
+        if self.cosine is not None:
+            return f"1 - cosine {1 - self.cosine:.1e} to plain float32, mean {views}"
+        if self.relative_error is not None:
+            return f"{self.relative_error:.1e} standard deviations from plain float32, mean {views}"
+        if self.kl_4 is None:
+            return f"KL {self.kl_1:.1e} of a label to plain float32, {self.flips:.2%} of the labels {views} change"
         return (
-            f"{', '.join(steps) or 'as the network is'}: KL {self.kl_1:.1e} to plain float32 at T=1, {self.kl_4:.1e}"
-            f" at T=4, {self.flips:.2%} of {self.rows} views change their top-1 class"
+            f"KL {self.kl_1:.1e} to plain float32 at T=1, {self.kl_4:.1e} at T=4, {self.flips:.2%} {views} change"
+            " their top-1 class"
         )
 
 
@@ -254,8 +282,9 @@ class Manifest:
         """Publish the manifest in the cache's folder, sealed with its SHA-256."""
         record = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
         del record["digest"]
-        if self.arithmetic is None:  # programs that do not know the field can still read such a cache
-            del record["arithmetic"]
+        del record["arithmetic"]
+        if self.arithmetic is not None:  # programs that do not know the field can still read a cache without it
+            record["arithmetic"] = self.arithmetic.to_json()
         publish_text(folder / MANIFEST_FILE, seal(record))
 
 

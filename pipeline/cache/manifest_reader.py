@@ -161,7 +161,10 @@ IDENTITY_SCHEMA: dict[str, Any] = {
     "precision": re.compile("|".join(PRECISIONS)),
 }
 SETTINGS_SCHEMA = {str: (None, bool, float, str)}
-_PRECISION_SCHEMA = {"folded": bool, "compiled": bool, "rows": int, "kl_1": float, "kl_4": float, "flips": float}
+_COSTS = (("kl_1", "kl_4", "flips"), ("kl_1", "flips"), ("cosine",), ("relative_error",))  # of each task
+_PRECISION_SCHEMA = tuple(
+    {"folded": bool, "compiled": bool, "rows": int, **dict.fromkeys(names, float)} for names in _COSTS
+)
 _HEX = re.compile("[0-9a-f]{32}")
 _SCHEMA: dict[str, Any] = {
     "format": int,

@@ -67,7 +67,8 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
     # as coarse.
     tolerance: float = option(
         1e-3,
-        "Largest KL divergence, in nats, of --precision auto from the float32 teacher, at T=1 and at T=4.",
+        "Largest KL divergence, in nats, of --precision auto from the float32 teacher, at T=1 and at T=4; of an"
+        " embedding 1 - cosine, of numbers the difference in standard deviations.",
         least=0,
     )
     compile: bool = option(

@@ -231,7 +231,7 @@ def describe_fidelity(manifest: Manifest) -> str:
         return f"KL {fidelity['kl_1']:.1e} of a label; {fidelity['flips']:.4%} of labels change their sign"
     if manifest.task == EMBEDDING:
         return f"1 - cosine {1 - fidelity['cosine']:.1e}"
-    return f"a share of {fidelity['relative_error']:.1e} of a number"
+    return f"{fidelity['relative_error']:.1e} standard deviations of a number"
 
 
 def _format_accuracy(accuracy: float | None) -> str:

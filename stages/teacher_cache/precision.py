@@ -79,8 +79,9 @@ def choose_precision(
 
     `float32` is the teacher as it is, to the last bit, and needs no trial. `bfloat16` is run with batch norm folded.
     `auto` is the fastest of bfloat16 and float32, both with batch norm folded, and plain float32, among those whose KL
-    is within the tolerance at T = 1 and at T = 4. Both are needed: what a student learns from soft targets lies in the
-    classes below the first one, and only the higher temperature shows those.
+    is within the tolerance at T = 1 and at T = 4; of another task than classes, whose cost, see PrecisionRecord.
+    Both are needed: what a student learns from soft targets lies in the classes below the first one, and only the
+        higher temperature shows those.
 
     Args:
         config: Options of the command; precision, compile and tolerance are read.
@@ -92,10 +93,11 @@ def choose_precision(
     Raises:
         CacheError: The teacher fails in the precision that the command names, or its logits are not finite.
     """
-    plain = Trial(TeacherInference(teacher, taps, outputs=config.outputs))
+    task = trial_views.transfer_set.task
+    plain = Trial(TeacherInference(teacher, taps, outputs=config.outputs), task)
     if config.precision == "float32" and not config.compile:
         return ChosenPrecision(plain.inference)
-    candidates = [Trial(inference) for inference in _list_candidates(config, teacher, taps)]
+    candidates = [Trial(inference, task) for inference in _list_candidates(config, teacher, taps)]
     batches = trial_views.render()
     run_trials([plain, *candidates], batches)
     if config.precision == "auto":
@@ -172,17 +174,20 @@ def _try_compiled(
             inference.precision,
             fold=inference.is_folded,
             outputs=inference.outputs,
-        )
+        ),
+        trial_views.transfer_set.task,
     )
     if not compile_teacher(compiled.inference, trial_views, console):
         return best
-    uncompiled = Trial(inference)  # timed again, in turns with the other: the machine may have been less busy before
+    uncompiled = Trial(
+        inference, compiled.task
+    )  # timed again, in turns with the other: the machine may have been less busy before
     run_trials([compiled, uncompiled], batches)
     if compiled.problem:
         console.print(f"not compiled: {make_printable(compiled.problem)}")
         return best
     record = compiled.make_record(plain)
-    if config.precision == "auto" and max(record.kl_1, record.kl_4) > config.tolerance:
+    if config.precision == "auto" and record.cost > config.tolerance:
         console.print(f"not compiled: {record.describe()}, more than --tolerance {config.tolerance:g}")
         return best
     if compiled.seconds >= uncompiled.seconds:
@@ -205,8 +210,8 @@ def _print_choice(
         if trial.failure:
             rejected.append(f"{trial.inference.precision}: {make_printable(trial.failure)}")
         else:
-            kl = max(trial.measure_cost(plain)[:2])
-            rejected.append(f"{trial.inference.precision} {trial.rate:,.0f} a second, KL {kl:.1e}")
+            cost = trial.problem or trial.make_record(plain).format_cost()
+            rejected.append(f"{trial.inference.precision} {trial.rate:,.0f} a second, {cost}")
     console.print(
         f"precision: float32, the teacher as it is, {plain.rate:,.0f} images a second;"
         f" rejected: {'; '.join(rejected) or 'none'}"

@@ -218,8 +218,6 @@ def check_task(config: CacheConfig, transfer_set: TransferSet) -> CacheConfig:
     for option, is_set in (
         (f"--class-map {config.class_map}", bool(config.class_map)),
         (f"--outputs {config.outputs}", config.outputs != LOGITS),
-        (f"--precision {config.precision}", config.precision != "float32"),
-        ("--compile", config.compile),
     ):
         if is_set:
             require_classes(task, option)

@@ -58,12 +58,14 @@ class Trial:
 
     Attributes:
         inference: The teacher and the way in which it is run.
+        task: What the logits are, see data/tasks.py.
         logits: float32 [B, K] of each batch.
         seconds: Time of a view in the fastest batch; infinite before the first one.
         failure: First line of the error that running it raised; empty where there was none.
     """
 
     inference: TeacherInference
+    task: str
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     seconds: float = float("inf")
     failure: str = ""
@@ -103,33 +105,24 @@ class Trial:
         if store_logits:
             self.logits.append(logits)
 
-    def measure_cost(self, plain: "Trial") -> tuple[float, float, float]:
-        """Compare the logits with those of plain float32.
-
-        Returns:
-            Mean KL(plain || this) at temperatures 1 and 4, in nats, and the share of changed top-1 classes. Infinite,
-            infinite and 1 where this way cannot be used.
-        """
-        if self.problem:
-            return float("inf"), float("inf"), 1.0
-        sums = measure_fidelity(np.concatenate(plain.logits), np.concatenate(self.logits))
-        return sums["kl_1"] / sums["rows"], sums["kl_4"] / sums["rows"], sums["flips"] / sums["rows"]
-
     def make_record(self, plain: "Trial") -> PrecisionRecord:
-        """Make the record of this way, and of its cost, for the manifest."""
-        kl_1, kl_4, changed = self.measure_cost(plain)
+        """Make the record of this way, and of what it costs against plain float32, for the manifest.
+
+        It has been run without a problem.
+        """
+        sums = measure_fidelity(np.concatenate(plain.logits), np.concatenate(self.logits), self.task)
+        names = set(sums) & set(PrecisionRecord.__dataclass_fields__) - {"rows"}
         return PrecisionRecord(
             folded=self.inference.is_folded,
             compiled=self.inference.is_compiled,
             rows=sum(map(len, self.logits)),
-            kl_1=kl_1,
-            kl_4=kl_4,
-            flips=changed,
+            **{name: sums[name] / sums["rows"] for name in names},
         )
 
     def is_preferable(self, plain: "Trial", tolerance: float) -> bool:
-        """Whether this is clearly faster than plain float32, and its KL, in nats, within a tolerance."""
-        return self.seconds * _MIN_SPEEDUP < plain.seconds and max(self.measure_cost(plain)[:2]) <= tolerance
+        """Whether this is usable, clearly faster than plain float32, and what it costs within a tolerance."""
+        is_faster = self.seconds * _MIN_SPEEDUP < plain.seconds
+        return is_faster and not self.problem and self.make_record(plain).cost <= tolerance
 
 
 def run_trials(trials: list[Trial], batches: list[torch.Tensor]) -> None:
