@@ -25,6 +25,7 @@ from .sources.source_data import Images, LabelledImages, ReadingOptions
 from .tasks import (
     CLASSES,
     EMBEDDING,
+    LABELS,
     NUMBERS,
     TASKS,
     HardTargets,
@@ -219,7 +220,8 @@ def _describe_splits(name: str, splits: dict[str, Split], classes: tuple[str, ..
     """Describe the splits that are used in one line: their rows, the classes, and rows without a label."""
     parts = [", ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + " rows"]
     if classes:
-        kind = "classes" if task == EMBEDDING else task
+        kind = {NUMBERS: "numbers an image", LABELS: "labels, several an image"}.get(task, "classes")
+        kind = "number an image" if task == NUMBERS and len(classes) == 1 else kind
         parts.append(f"{len(classes):,} {kind} ({shorten_names(classes)})")
     if unlabelled := sum(int((~find_known(rows.labels)).sum()) for rows in splits.values()):
         parts.append(f"{unlabelled:,} unlabelled")
