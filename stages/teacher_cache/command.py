@@ -87,9 +87,8 @@ def _print_report(manifest: Manifest, config: CacheConfig, console: Console) -> 
         console.print(f"teacher: accuracy {accuracy or 'unknown, there are no labels'}{mixed}")
     else:
         labelled = ", ".join(f"{split} {figures['labelled']:,}" for split, figures in manifest.teacher.items())
-        console.print(
-            f"teacher: {manifest.classes:,} outputs, task {manifest.task}; rows with hard targets: {labelled}"
-        )
+        width = f"{manifest.classes:,} output{'s' if manifest.classes > 1 else ''}"
+        console.print(f"teacher: {width}, task {manifest.task}; rows with hard targets: {labelled}")
     console.print(f"codec:   {manifest.identity['codec']} costs {describe_fidelity(manifest)}")
     data = config.data if has_argument(get_source_name(config.data)) else ""
     student = StudentConfig(
