@@ -138,6 +138,12 @@ class StudentConfig(CacheSourceOptions, DataOptions, MachineOptions, PrecisionOp
         " for several; see `softcache losses`.",
         by_recipe=True,
     )
+    width: int = option(
+        0,
+        "Width of the student's embedding, for teachers of the task embedding; that of the teacher when not given.",
+        least=0,
+        most=1 << 16,
+    )
     finetune_epochs: int = option(0, "Epochs from hard targets alone, after distillation.", least=0)
     finetune_learning_rate: float = option(
         0.0, "Learning rate of fine-tuning; 0: a tenth of --learning-rate.", least=0

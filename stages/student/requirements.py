@@ -63,7 +63,7 @@ def check_task_options(config: StudentConfig, task: str) -> None:
     """
     options = ("sampler", "map", "combine", "missing") if task != CLASSES else ()
     for name in options:
-        if value := getattr(config, name):
+        if (value := getattr(config, name)) and (task, value) != (EMBEDDING, "per_teacher"):
             require_classes(task, f"{to_flag(name)} {value}")
     if task == EMBEDDING:
         for name in ("baseline", "labelled", "finetune_epochs"):
@@ -71,6 +71,10 @@ def check_task_options(config: StudentConfig, task: str) -> None:
                 raise UsageError(
                     f"{to_flag(name)} is for hard targets, and the task {EMBEDDING} has none: leave it out"
                 )
+    elif config.width:
+        raise UsageError(
+            f"--width {config.width} is for the task {EMBEDDING}, and the task here is {task}: leave it out"
+        )
 
 
 def check_caches(config: StudentConfig, caches: Sequence[CacheReader], losses: tuple[Loss, ...]) -> tuple[str, ...]:
