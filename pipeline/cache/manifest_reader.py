@@ -143,6 +143,7 @@ _TEACHER = {
     OptionalKey("outputs"): re.compile("probabilities"),
     OptionalKey("view_size"): int,  # of the teacher's views, where not those of its students
     OptionalKey("class_map"): [[int]],
+    OptionalKey("features"): re.compile(r"[^\x00-\x1f]{1,200}"),  # the layer whose input is the output
     OptionalKey("output_mean"): [float],  # of a network that predicts standardised numbers
     OptionalKey("output_std"): [float],
 }

@@ -181,6 +181,7 @@ def _format_fields(
         "format": identity["format"],
         "and_features": " and some layers' features" if features else "",
         "arch": code(teacher["arch"])
+        + (f", the input of its layer {code(teacher['features'])}" if "features" in teacher else "")
         + (", its classes mapped to those of the data" if "class_map" in teacher else ""),
         "weights": code(teacher["weights"]),
         "precision": escape(identity["precision"]),
