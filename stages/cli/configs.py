@@ -275,6 +275,21 @@ class CheckConfig(DataOptions, MachineOptions, OutputOptions):
 
 
 @dataclass(frozen=True)
+class HeadConfig(DataOptions, OutputOptions):
+    """`softcache head-cache CACHE`: make the cache of a classifier of a cache of embeddings."""
+
+    heading: ClassVar[str] = "Cache"
+    head: str = option(
+        "",
+        "probe: logistic regression; centroids: cosines to the means of the classes; FILE.npz: weight [K, D], and"
+        " where they differ bias [K], classes [K], scale and normalize.",
+    )
+    labelled: int = option(0, "Fit the head to this many training rows, drawn by class.", least=0)
+    seed: int = option(0, "Seed of the labelled rows, as of a student with --labelled.", least=0, most=2**31)
+    out: str = option("", "Folder of the cache; CACHE-probe, CACHE-centroids or CACHE-file when not given.")
+
+
+@dataclass(frozen=True)
 class InspectConfig(OutputOptions):
     """`softcache inspect CACHE`: measure what of the teacher matters."""
 
