@@ -29,7 +29,7 @@ def choose_width(config: StudentConfig, caches: Sequence[CacheReader]) -> int:
     if config.width:
         return config.width
     widths = [cache.classes for cache in caches]
-    if len(set(widths)) > 1:
+    if len(set(widths)) > 1 and not is_live_arch(config.arch):  # which is there already, of any width
         raise UsageError(
             f"the teachers' embeddings have {' and '.join(map(str, widths))} numbers: name the student's own width,"
             f" such as --width {min(widths)}"

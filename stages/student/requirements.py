@@ -96,9 +96,10 @@ def check_caches(config: StudentConfig, caches: Sequence[CacheReader], losses: t
     for cache in caches:
         if config.draws > cache.manifest.draws:
             command = _format_growth(config, cache, draws=config.draws)
+            first = "to the cache of embeddings, then " if "head" in cache.manifest.identity["teacher"] else ""
             raise CacheError(
                 f"--draws {config.draws}, but the cache '{cache.folder}' has {cache.manifest.draws}."
-                f" Add them with  {command}"
+                f" Add them {first}with  {command}"
             )
     _check_draws_per_decode(config)
     return taps
