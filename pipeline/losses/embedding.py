@@ -120,7 +120,12 @@ class Embed(Loss):
         return EmbeddingPart(shift, scale, axes, self._build_projection(own, width))
 
     def has_projection(self, own: int, width: int) -> bool:
-        """Return whether a student's embedding of width `own` is projected to that of a teacher's."""
+        """Return whether a student's embedding is projected.
+
+        Args:
+            own: Width of the student's embedding.
+            width: Width of the teacher's.
+        """
         return self.projection != "auto" or own != width
 
     def _build_projection(self, own: int, width: int) -> nn.Module | None:

@@ -68,7 +68,9 @@ def test_the_same_teacher_is_built_again_to_check_to_repair_and_to_grow(folder: 
     assert head.keys() == repaired.keys() == {"mean", "std", "axes", "axis_std"}
     assert all(torch.equal(head[name], repaired[name]) for name in head)
     assert stages(*DIGITS, *TEACHER, "--draws", 3, "--out", "a")["draws"] == 3
-    assert "the weights of 'b.pth' do not fit" in stages.fails(2, "check-cache", "a", "--deep", "--weights", "b.pth")
+    assert "the weights of b.pth do not fit the arch" in stages.fails(
+        2, "check-cache", "a", "--deep", "--weights", "b.pth"
+    )
     assert "holds another cache" in stages.fails(
         1, *DIGITS[:5], *DIGITS[7:], *TEACHER[:4], "--views", "crop:pad=1", "--draws", 2, "--out", "a"
     )
