@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from softcache.base import rng
 
+from .tasks import HardTargets, find_known, find_strata
+
 SAMPLERS = {"balanced": 0.0, "sqrt": 0.5}  # the `power` of resample_rows
 
 
@@ -28,6 +30,21 @@ def draw_stratified(labels: NDArray[np.int64], n: int, key: tuple[int, ...]) -> 
     order = rng.permutation(key, len(labels))
     rows_by_class = [order[class_of_row[order] == c][: quota[c]] for c in range(len(classes))]
     return np.sort(np.concatenate(rows_by_class))
+
+
+def draw_labelled_rows(labels: HardTargets, n: int, seed: int) -> NDArray[np.int64]:
+    """Draw the rows that keep their hard targets where only some do, by class.
+
+    Args:
+        labels: Hard targets of N rows, see tasks.py.
+        n: Number of rows to draw, up to those whose hard targets are known.
+        seed: On which depends which rows are drawn, not how many of a class.
+
+    Returns:
+        int64 [n], in ascending order.
+    """
+    known = np.flatnonzero(find_known(labels))
+    return known[draw_stratified(find_strata(labels)[known], n, key=(seed, 50))]
 
 
 def resample_rows(labels: NDArray[np.int64], power: float, key: tuple[int, ...]) -> NDArray[np.int64]:

@@ -79,6 +79,7 @@ class LossContext:
             the teacher's numbers where there are none; of an embedding, of the teacher's outputs.
         axes, axis_std: float32 [K, K], the principal axes of an embedding, its columns, and float32 [K], the standard
             deviation along each, where the cache keeps them.
+        members: Of several teachers of embeddings the statistics of each, with its width as that of `mean`.
     """
 
     head: LinearHead | None = None
@@ -89,6 +90,7 @@ class LossContext:
     std: torch.Tensor | None = None
     axes: torch.Tensor | None = None
     axis_std: torch.Tensor | None = None
+    members: tuple["LossContext", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,10 @@ class BatchSource(Protocol):
     """What the batches of one loader have in common."""
 
     @property
+    def task(self) -> str:
+        """What the hard targets and the teacher's outputs are, see data/tasks.py."""
+
+    @property
     def fingerprint(self) -> str:
         """What identifies the cache, or the caches."""
 
@@ -139,7 +145,8 @@ class Batch:
         labels: The hard targets: int64 [B], the class, -1 where there is none; of several labels int8 [B, K] of 0, 1,
             and -1 where unknown; of numbers float32 [B, D], NaN where unknown.
         logits: float32 [B, K] of the teacher, of other tasks its numbers or its embedding; [B, M, K] where M teachers
-            are not combined; NaN in rows that are missing in the cache; None without targets.
+            are not combined, embeddings of several widths with zeros behind the narrower ones; NaN in rows that
+            are missing in the cache; None without targets.
         features: {tap: [B, …]} of the teacher; float32 of the `taps` of `Cache.loader`.
         partner: The hard targets of the images that are mixed in; None without mixup.
         share: float32 [B] in 0 … 1, the share of the view's own image; None without mixup.

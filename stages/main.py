@@ -17,6 +17,7 @@ from softcache.stages.cli.configs import (
     CheckConfig,
     EvaluateConfig,
     ExportConfig,
+    HeadConfig,
     InspectConfig,
     ListConfig,
     MethodsConfig,
@@ -37,7 +38,7 @@ class Commands(SectionedGroup):
     """The commands, by what they are for."""
 
     sections: ClassVar[dict[str, tuple[str, ...]]] = {
-        "Make a cache": ("teacher", "teacher-cache", "check-cache", "cache-pack", "cache-unpack"),
+        "Make a cache": ("teacher", "teacher-cache", "head-cache", "check-cache", "cache-pack", "cache-unpack"),
         "Train students": ("student", "born-again", "tune", "methods"),
         "Choose what to train": ("losses", "recipes", "blend", "inspect"),
         "Measure and use students": ("evaluate", "compare", "report", "export", "predict"),
@@ -209,6 +210,17 @@ def check_cache(context: click.Context, /, cache: str, **_: Any) -> None:
     from .check_cache import command as stage
 
     stage.run(cache, read_options(context, CheckConfig)[0])
+
+
+@commands.command("head-cache")
+@click.argument("cache")
+@add_options(HeadConfig)
+@click.pass_context
+def head_cache(context: click.Context, /, cache: str, **_: Any) -> None:
+    """Make the cache of a classifier of a cache of embeddings. CACHE: its folder. The teacher does not run again."""
+    from .head_cache import command as stage
+
+    stage.run(cache, read_options(context, HeadConfig)[0])
 
 
 @commands.command("inspect")

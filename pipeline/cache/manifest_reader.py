@@ -130,6 +130,13 @@ _CUT = {
     OptionalKey("test_fraction"): float,
 }
 _LONG_TAIL = {"imbalance": re.compile("[0-9.]{1,16}:(exponential|step)"), "head_size": int}
+# Of the logits that a head computes from an embedding; `labelled` rows were drawn with `seed` to fit it.
+_HEAD = {
+    "kind": re.compile("probe|centroids|file"),
+    "weights": re.compile("[0-9a-f]{64}"),
+    OptionalKey("labelled"): int,
+    OptionalKey("seed"): int,
+}
 _TEACHER = {
     "arch": str,
     "weights": re.compile("[0-9a-f]{64}"),
@@ -143,6 +150,8 @@ _TEACHER = {
     OptionalKey("outputs"): re.compile("probabilities"),
     OptionalKey("view_size"): int,  # of the teacher's views, where not those of its students
     OptionalKey("class_map"): [[int]],
+    OptionalKey("features"): re.compile(r"[^\x00-\x1f]{1,200}"),  # the layer whose input is the output
+    OptionalKey("head"): _HEAD,
     OptionalKey("output_mean"): [float],  # of a network that predicts standardised numbers
     OptionalKey("output_std"): [float],
 }

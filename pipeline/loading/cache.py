@@ -25,6 +25,7 @@ from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.models.prepared_model import BILINEAR, InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
+from softcache.pipeline.teachers.combine import choose_combination
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, check_same_views
 from softcache.pipeline.teachers.fit import fit_teachers
 
@@ -123,7 +124,7 @@ class Cache:
             verify_views(member, transfer_set, member.manifest.draws)
         teachers = TeacherEnsemble(members)
         if len(members) > 1 or map:
-            how = (combine or "mean_probability") if len(members) > 1 else ""
+            how = choose_combination(combine, members[0].task) if len(members) > 1 else ""
             teachers = fit_teachers(members, transfer_set, teachers.read_held_out("val"), how, map, {})
         self._set_parts(teachers, transfer_set)
         self.data = data if isinstance(data, str) else transfer_set.name
@@ -356,8 +357,7 @@ class Cache:
         """
         loader = self.loader(split, batch_size, workers=workers, device=device)
         logits, teacher_logits = run_student(student, loader.stream)
-        if self.teachers.combine and self.teachers.combine.is_per_teacher:
-            teacher_logits = self.teachers.combine(teacher_logits)
+        teacher_logits = self.teachers.merge_members(teacher_logits)
         labels = self.transfer_set.splits[split].labels
         counts = count_classes(self.transfer_set.splits["train"].labels, self.num_classes)
         return evaluate_task(self.task, logits, labels, teacher_outputs=teacher_logits, counts=counts)
@@ -480,6 +480,11 @@ class LoaderSource:
 
     cache: Cache
     labels: HardTargets
+
+    @property
+    def task(self) -> str:
+        """What the hard targets and the teacher's outputs are, see data/tasks.py."""
+        return self.cache.task
 
     @property
     def fingerprint(self) -> str:

@@ -1,5 +1,7 @@
 """What losses may use besides the rows of a batch: the teacher's last layer, memory banks, counts of the classes."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -25,8 +27,12 @@ def make_context(teachers: TeacherEnsemble, classes: int, labels: HardTargets, h
         head: The teacher's last linear layer, for losses that need it.
     """
     task = teachers.members[0].task
-    statistics: dict[str, torch.Tensor] = {}
-    if task == EMBEDDING:
+    statistics: dict[str, Any] = {}
+    if task == EMBEDDING and len(teachers.members) > 1:
+        arrays: list[dict[str, Any]] = [member.read_head_arrays() for member in teachers.members]
+        statistics = {"members": tuple(LossContext(**of_member) for of_member in arrays)}
+        classes = int(labels.max(initial=-1)) + 1
+    elif task == EMBEDDING:
         statistics = teachers.members[0].read_head_arrays()
         classes = int(labels.max(initial=-1)) + 1
     elif task == NUMBERS:

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.base.spec import check_parameters, parse_number, parse_spec
 from softcache.base.user_modules import file_name_error
-from softcache.data.tasks import CLASSES, LABELS, NUMBERS
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
 
 from .base import MAX_RAMP_EPOCHS, Loss, Ramp, check_parameter, to_float
 from .classifier import SRRL, CatKD, SimKD
@@ -26,6 +26,7 @@ from .custom import Custom, copy_for_training
 from .custom_specs import import_own_loss, is_own_loss, split_own_spec
 from .decoupled import DIST, DKD, NKD, MultiTemperature
 from .embedding import Embed
+from .feature_base import RelationalLoss
 from .hard import Hard, TfKD
 from .hint import VID, ConcatHint, Hint
 from .kd import CTKD, KD, WSLD, LogitMSE, Output
@@ -232,7 +233,7 @@ def check_task(losses: Sequence[Loss], task: str) -> None:
         task: see data/tasks.py.
 
     Raises:
-        UsageError: one of them is not; the message names those that are.
+        UsageError: one of them is not, where the message names those that are; or it needs layers for this task.
     """
     for loss in losses:
         is_own = not type(loss).__module__.startswith("softcache.")  # whose author knows what it is for
@@ -241,6 +242,8 @@ def check_task(losses: Sequence[Loss], task: str) -> None:
             raise UsageError(
                 f"loss '{loss.name}' is for {' and '.join(loss.tasks)}, and the task here is {task}: {names}"
             )
+        if task != EMBEDDING and isinstance(loss, RelationalLoss) and loss.reads_outputs:
+            raise loss.layers_error()
 
 
 class ZeroLossError(UsageError):

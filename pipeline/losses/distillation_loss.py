@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
+from softcache.data.tasks import EMBEDDING
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
 from softcache.pipeline.models import find_head
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -29,6 +30,7 @@ from .base import (
 )
 from .classifier import SimKD
 from .custom import Custom, LossFunction
+from .feature_base import RelationalLoss
 from .multi_teacher import Term, wrap_loss
 
 LossLike = str | Loss | LossFunction
@@ -77,6 +79,8 @@ class DistillationLoss(nn.Module):
         self.parts = nn.ModuleDict()
         self._combination, self._missing_to_labels = combination, missing_to_labels
         self._needs_head = any(loss.needs_head for loss in self.losses)
+        self._of_outputs = [loss for loss in self.losses if isinstance(loss, RelationalLoss) and loss.reads_outputs]
+        self._is_of_embeddings = bool(self._of_outputs) or any(loss.tasks == (EMBEDDING,) for loss in self.losses)
         self._hooks: ExitStack | None = None
         self._features: Features = {}  # of the last forward pass
         self._passes: deque[tuple[torch.Tensor, Features]] = deque(maxlen=_MAX_PASSES)  # since the last loss
@@ -107,7 +111,8 @@ class DistillationLoss(nn.Module):
         layers then capture what the losses read, in each forward pass, until `detach`. Parts that exist are kept.
 
         Args:
-            student: The network that is trained: images float32 [B, C, H, W] -> logits [B, K]. Of one that is wrapped
+            student: The network that is trained: images float32 [B, C, H, W] -> logits [B, K], or an embedding of any
+                width where the cache is of embeddings. Of one that is wrapped
                 in DistributedDataParallel or compiled, layers have the names that they have inside.
             example: A batch of the loader that is used in training, on the student's device.
             context: The teacher's last layer, its memory bank and the class counts, for losses that need them; those
@@ -129,7 +134,7 @@ class DistillationLoss(nn.Module):
                 logits = select_logits(output)
         finally:
             student.train(was_training)
-        _check_classes(logits, batch)
+        self._check_outputs(logits, batch)
         if self._needs_head:
             self._head = _find_trained_head(network, logits.shape[-1])
         if context is None:
@@ -238,7 +243,7 @@ class DistillationLoss(nn.Module):
             UsageError: As `forward`.
         """
         outputs, batch = self.collect_outputs(student), self._with_teacher_taps(batch)
-        _check_classes(outputs.logits, batch)
+        self._check_outputs(outputs.logits, batch)
         has_several = batch.logits is not None and batch.logits.ndim == 3
         functions: list[Term] = self._functions_of_several if has_several else self.functions
         terms = []
@@ -264,6 +269,16 @@ class DistillationLoss(nn.Module):
         terms = self.weighted_terms(student, batch)
         self.terms = {name: term.detach() for name, term in zip(self.names, terms, strict=True)}
         return sum_terms(terms)
+
+    def _check_outputs(self, logits: torch.Tensor, batch: Batch) -> None:
+        """Check that a student has as many outputs as the teacher, where a batch has them; embeddings may differ."""
+        task = batch.source.task if batch.source is not None else None
+        if self._of_outputs and task not in (None, EMBEDDING):
+            raise self._of_outputs[0].layers_error()
+        if task == EMBEDDING or (task is None and self._is_of_embeddings):
+            return
+        if batch.logits is not None and batch.logits.shape[-1] != logits.shape[-1]:
+            raise UsageError(f"the student has {logits.shape[-1]} classes, the cache {batch.logits.shape[-1]}")
 
     def _with_teacher_taps(self, batch: Batch) -> Batch:
         """Return the batch with the teacher's features that the losses read, float32, derived from the cached ones."""
@@ -333,12 +348,6 @@ def _check_layers(network: nn.Module, losses: Sequence[Loss]) -> None:
                 "loss 'simkd' trains a projector as a part of the student: student = loss.extend(student, batch)"
             )
         raise unknown_name_error("layer", layer, layers, owner="the student")
-
-
-def _check_classes(logits: torch.Tensor, batch: Batch) -> None:
-    """Check that a student has as many classes as the teacher's logits, where a batch has them."""
-    if batch.logits is not None and batch.logits.shape[-1] != logits.shape[-1]:
-        raise UsageError(f"the student has {logits.shape[-1]} classes, the cache {batch.logits.shape[-1]}")
 
 
 def select_logits(output: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
 from .base import Loss, Ramp
 from .kd import teacher_logits, weighted_mean
+from .multi_teacher import TeacherParts
 
 _LEAST_NORM = 1e-6
 KINDS = ("cosine", "mse", "smooth_l1", "l2")
@@ -56,12 +57,13 @@ class Embed(Loss):
 
     loss = mean over the rows of d(p(z_s), f(z_t)), f the standardisation, p the projection. The kinds of d are
     cosine: 1 - cos(a, b); mse: mean over the dimensions of (a - b)²; smooth_l1: of the Huber loss with threshold 1;
-    l2:
-    |a - b|.
+    l2: the Euclidean norm of a - b.
 
     The student's outputs are standardised as the teacher's are, so that a student of the teacher's width learns the
     embedding itself. A projection is trained with the student and thrown away after the training: the student's
     embedding is what it outputs before it.
+
+    Of several teachers the loss is the mean over them, each with its own standardisation and projection.
 
     Args:
         weight: factor of the term in the sum of losses.
@@ -91,7 +93,15 @@ class Embed(Loss):
                 raise UsageError(f"loss 'embed': {parameter}={value}: there are {', '.join(names)}")
 
     def build_part(self, student: ModelOutputs, batch: Batch, context: LossContext) -> nn.Module | None:
-        own, width = student.logits.shape[1], teacher_logits(student, batch, self.name).shape[-1]
+        own, logits = student.logits.shape[1], teacher_logits(student, batch, self.name)
+        if logits.ndim == 2:
+            return self._build_teacher_part(own, logits.shape[1], context)
+        contexts = context.members or (context,) * logits.shape[1]
+        return TeacherParts(self._build_teacher_part(own, logits.shape[2], member) for member in contexts)
+
+    def _build_teacher_part(self, own: int, width: int, context: LossContext) -> "EmbeddingPart":
+        """Build the part for one teacher, of the width of its statistics, or where there are none of `width`."""
+        width = width if context.mean is None else len(context.mean)
         shift, scale, axes = torch.zeros(width), torch.ones(width), None
         if self.standardize != "none":
             if context.mean is None or context.std is None:
@@ -109,18 +119,27 @@ class Embed(Loss):
             axes, scale = context.axes, context.axis_std if context.axis_std is not None else scale
         return EmbeddingPart(shift, scale, axes, self._build_projection(own, width))
 
+    def has_projection(self, own: int, width: int) -> bool:
+        """Return whether a student's embedding is projected.
+
+        Args:
+            own: Width of the student's embedding.
+            width: Width of the teacher's.
+        """
+        return self.projection != "auto" or own != width
+
     def _build_projection(self, own: int, width: int) -> nn.Module | None:
+        if not self.has_projection(own, width):
+            return None
         if self.projection == "mlp":
             hidden = max(own, width)
             return nn.Sequential(nn.Linear(own, hidden), nn.GELU(), nn.Linear(hidden, width))
-        if self.projection == "linear" or own != width:
-            return nn.Linear(own, width)
-        return None
+        return nn.Linear(own, width)
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         a, b = student.logits, teacher_logits(student, batch, self.name)
         if isinstance(part, EmbeddingPart):
-            b = part.standardize(b)
+            b = part.standardize(b[:, : len(part.shift)])
             a = part.standardize(a) if part.projection is None else part.projection(a)
         return weighted_mean(self._measure(a, b), batch)
 

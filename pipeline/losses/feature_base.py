@@ -12,7 +12,7 @@ from softcache.data.tasks import TASKS
 from softcache.pipeline.batch import Batch, ModelOutputs
 from softcache.pipeline.taps.statistics import normalize_tap, parse_tap
 
-from .base import Loss
+from .base import Loss, require_logits
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -41,7 +41,7 @@ class FeatureLoss(Loss):
 
     def teacher_taps(self) -> tuple[str, ...]:
         if not self.teacher:
-            raise UsageError(f"loss '{self.name}' needs layers: --loss {self.name}:teacher=layer3,student=layer3")
+            raise self.layers_error()
         taps = tuple(self._resolve_tap(tap, self.statistic) for tap in self.teacher.split("+"))
         if self.single_layer and len(taps) > 1:
             raise UsageError(f"loss '{self.name}' takes one layer of the teacher, not {len(taps)}")
@@ -100,6 +100,10 @@ class FeatureLoss(Loss):
         if part is not None and part.training and len(x) == 1 and x[0, 0].numel() == 1:
             raise UsageError(f"loss '{self.name}' has batch norm: it needs a --batch-size of 2 or more")
 
+    def layers_error(self) -> UsageError:
+        """Return the error for a loss without layers."""
+        return UsageError(f"loss '{self.name}' needs layers: --loss {self.name}:teacher=layer3,student=layer3")
+
     def shape_error(self, student: torch.Tensor, teacher: torch.Tensor, why: str) -> UsageError:
         """Return the error for a pair of layers whose shapes do not fit; why: what to do about it."""
         s, t = ("x".join(map(str, x.shape[1:])) for x in (student, teacher))
@@ -108,6 +112,36 @@ class FeatureLoss(Loss):
     def head_error(self, why: str = "it has none", whose: str = "the cache") -> UsageError:
         """Return the error for a network, of `the cache` or `the student`, without a fitting last linear layer."""
         return UsageError(f"loss '{self.name}' needs the last linear layer of {whose}'s network: {why}")
+
+
+@dataclass(frozen=True)
+class RelationalLoss(FeatureLoss):
+    """A loss on relations between the rows of a batch: of layers, or of outputs that are embeddings.
+
+    Without layers it reads the student's outputs [B, D_s] and the teacher's embedding [B, D].
+    """
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether it reads embeddings, and no layers."""
+        return not (self.teacher or self.student)
+
+    @property
+    def needs_logits(self) -> bool:  # type: ignore[override]
+        """Whether it reads the teacher's outputs."""
+        return self.reads_outputs
+
+    def teacher_taps(self) -> tuple[str, ...]:
+        return () if self.reads_outputs else super().teacher_taps()
+
+    def student_taps(self) -> tuple[str, ...]:
+        return () if self.reads_outputs else super().student_taps()
+
+    def feature_pairs(self, student: ModelOutputs, batch: Batch) -> list[Pair]:
+        if not self.reads_outputs:
+            return super().feature_pairs(student, batch)
+        embedding = require_logits(batch, f"loss '{self.name}'")
+        return [(student.logits, embedding.to(student.logits.dtype))]
 
 
 def match_size(s: torch.Tensor, t: torch.Tensor) -> Pair:

@@ -15,6 +15,10 @@ from .hard import cross_entropy_rows, mean_cross_entropy
 Term = Callable[[ModelOutputs, Batch, nn.Module | None], torch.Tensor]
 
 
+class TeacherParts(nn.ModuleList):
+    """The trainable parts of a loss that has one for each of several teachers."""
+
+
 @dataclass(frozen=True)
 class PerTeacher:
     """The mean of a loss over the teachers.
@@ -28,7 +32,9 @@ class PerTeacher:
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
         """Return the mean of the terms, a scalar. batch.logits: [B, M, K] of M teachers."""
         assert batch.logits is not None
-        terms = [self.loss(student, replace(batch, logits=z), part) for z in batch.logits.unbind(1)]
+        logits = batch.logits.unbind(1)
+        parts = part if isinstance(part, TeacherParts) else (part,) * len(logits)
+        terms = [self.loss(student, replace(batch, logits=z), p) for z, p in zip(logits, parts, strict=True)]
         return torch.stack(terms).mean()
 
 

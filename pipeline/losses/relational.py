@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import Ramp, to_float
-from .feature_base import FeatureLoss
+from .feature_base import FeatureLoss, RelationalLoss
 
 # The least norm that a row is divided by. With it, a row of zeros (a dead layer) has a gradient of at most 1e6; with
 # the usual 1e-12 the gradient was 1e11, enough to make a training diverge.
@@ -74,7 +74,7 @@ class NST(FeatureLoss):
 
 
 @dataclass(frozen=True)
-class Similarity(FeatureLoss):
+class Similarity(RelationalLoss):
     """Similarity-preserving KD, Tung and Mori 2019 (arXiv 1907.09682, equation 4).
 
     loss = sum over the pairs of |N(A_s A_s') - N(A_t A_t')|² / B², A the flattened features [B, D], N divides every
@@ -82,7 +82,7 @@ class Similarity(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`; "" for the outputs of the task "embedding".
         student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation" (arXiv 1907.09682, equation 4).
@@ -97,7 +97,7 @@ class Similarity(FeatureLoss):
 
 
 @dataclass(frozen=True)
-class RKD(FeatureLoss):
+class RKD(RelationalLoss):
     """Relational KD, Park et al. 2019 (arXiv 1904.05068, equations 5 to 10).
 
     loss = distance l(d_s / m_s, d_t / m_t) + angle l(a_s, a_t), d the Euclidean distances of all pairs of rows, m
@@ -108,7 +108,7 @@ class RKD(FeatureLoss):
         weight: factor of the term in the sum of losses.
         distance: factor of the part of the distances.
         angle: factor of the part of the angles.
-        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`; "" for the outputs of the task "embedding".
         student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Park et al. 2019, "Relational Knowledge Distillation" (arXiv 1904.05068, equations 5 to 10).
@@ -147,7 +147,7 @@ def _angle_cosines(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PKT(FeatureLoss):
+class PKT(RelationalLoss):
     """Probabilistic knowledge transfer, Passalis and Tefas 2018 (arXiv 1803.10837, equations 3 to 6).
 
     loss = sum over the pairs of the mean over all B² entries of p_t log(p_t / p_s), p the rows of (1 + cosine) / 2
@@ -155,7 +155,7 @@ class PKT(FeatureLoss):
 
     Args:
         weight: factor of the term in the sum of losses.
-        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`; "" for the outputs of the task "embedding".
         student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Passalis and Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer" (arXiv
@@ -179,7 +179,7 @@ def _affinities(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class CC(FeatureLoss):
+class CC(RelationalLoss):
     """Correlation congruence, Peng et al. 2019 (arXiv 1904.01802, equations 6 and 9).
 
     loss = sum over the pairs of |K_s - K_t|² / B², K = exp(-2 g) sum over p = 0 … 2 of (2 g)^p / p! (f_i'f_j)^p, the
@@ -188,7 +188,7 @@ class CC(FeatureLoss):
     Args:
         weight: factor of the term in the sum of losses.
         gamma: g, from 0 on.
-        teacher: taps of the teacher joined by +, such as `layer1+layer2`.
+        teacher: taps of the teacher joined by +, such as `layer1+layer2`; "" for the outputs of the task "embedding".
         student: layers of the student joined by +, as many; "" where they have the same names.
 
     Source: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation" (arXiv 1904.01802, equations 6 and

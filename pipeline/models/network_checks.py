@@ -26,7 +26,7 @@ class TrainingCheck:
 
     Attributes:
         arch: The network's arch, for messages.
-        classes: K, the number of classes.
+        classes: K, the number of classes; 0 for any number of outputs.
         input_spec: How a view becomes the network's input.
         device: Where it is trained.
         precision: Numeric precision of the forward pass.
@@ -174,7 +174,9 @@ def _train(model: PreparedModel, check: TrainingCheck, rows: int, selector: Logi
 
 
 def _check_logits(arch: str, logits: torch.Tensor, rows: int, classes: int) -> None:
-    """Check that an output is floating-point [rows, classes]."""
+    """Check that an output is floating-point [rows, classes]; with 0 classes, of any width."""
+    if not classes and logits.ndim == 2:
+        classes = logits.shape[1]
     if list(logits.shape) != [rows, classes]:
         raise UsageError(
             f"arch '{arch}' outputs {list(logits.shape)} for {rows} images, not logits {[rows, classes]}:"

@@ -199,9 +199,10 @@ class PreparedModel(nn.Module):
     Args:
         network: The arch: float32 [B, channels, size, size] -> [B, K]. Its module paths are the names of taps.
         input_spec: How a view becomes its input.
+        features: Of a network whose classifier was taken away, the name of that layer, whose input is the output.
 
     Attributes:
-        network, input_spec: As given.
+        network, input_spec, features: As given.
         output_scale, output_shift: float32 [K], buffers: logits = shift + output * scale; None for outputs as they
             are.
         class_map: How a teacher's logits become those of the classes of the data; None where they are these. It is no
@@ -210,10 +211,11 @@ class PreparedModel(nn.Module):
             [1, channels or 1, 1, …]: input = (number + shift) * scale, which loses nothing where a mean is large.
     """
 
-    def __init__(self, network: nn.Module, input_spec: InputSpec):
+    def __init__(self, network: nn.Module, input_spec: InputSpec, features: str = ""):
         super().__init__()
         self.network = network
         self.input_spec = input_spec
+        self.features = features
         self.class_map: ClassMap | None = None
         # Only a network with convolutions is laid out channels-last; any other keeps its layout.
         self._is_channels_last = any(isinstance(m, nn.Conv2d) for m in network.modules()) and not any(

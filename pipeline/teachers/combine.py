@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from softcache.base.errors import UsageError, unknown_name_error
+from softcache.data.tasks import CLASSES, EMBEDDING
 
 from .distribution_map import Floats, OnStep, minimize
 
@@ -123,6 +124,25 @@ def parse_combination(spec: str, members: int) -> Combination:
             raise UsageError(f"--combine {spec}: {len(weights)} weights for {members} caches")
         _check_weights(f"--combine {spec}", weights)
     return Combination(name, weights, (1.0,) * members)
+
+
+def choose_combination(spec: str, task: str) -> str:
+    """Choose how several caches are combined.
+
+    Args:
+        spec: As of parse_combination; "" for the default of the task.
+        task: See data/tasks.py.
+
+    Raises:
+        UsageError: Teachers of the task are not combined in this way.
+    """
+    if task == CLASSES:
+        return spec or "mean_probability"
+    if task != EMBEDDING:
+        raise UsageError(f"several caches are for the tasks {CLASSES} and {EMBEDDING}, and the task here is {task}")
+    if spec not in ("", "per_teacher"):
+        raise UsageError(f"--combine {spec} is for one class an image, and several embeddings are never combined")
+    return "per_teacher"
 
 
 def _check_weights(what: str, weights: tuple[float, ...]) -> None:

@@ -6,10 +6,12 @@ from itertools import combinations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import Progress
+from softcache.data.tasks import EMBEDDING
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import CacheReader
@@ -78,7 +80,8 @@ class TeacherEnsemble:
             together: Number of draws that are read in turn.
 
         Returns:
-            Logits float32 [n, K], or [n, M, K] where members are not combined; features {tap: float16 [n, …]}.
+            Logits float32 [n, K], or [n, M, K] where members are not combined, K the largest of the widths of
+            embeddings, with zeros behind narrower ones; features {tap: float16 [n, …]}.
 
         Raises:
             CacheError: A shard is damaged.
@@ -108,7 +111,7 @@ class TeacherEnsemble:
         first, *others = self.members
         logits, features = read(first, taps)
         if others:
-            logits = torch.stack([logits, *(read(cache, ())[0] for cache in others)], 1)
+            logits = _stack_teachers([logits, *(read(cache, ())[0] for cache in others)])
         return self.combine_logits(logits), features
 
     def combine_logits(self, logits: torch.Tensor) -> torch.Tensor:
@@ -129,9 +132,25 @@ class TeacherEnsemble:
         return self.maps[0](combined) if self.maps else combined
 
     def as_single_teacher(self, logits: torch.Tensor) -> torch.Tensor:
-        """As combine_logits, but always [n, K], for metrics: with PER_TEACHER the mean probability of the members."""
-        combined = self.combine_logits(logits)
-        return self.combine(combined) if self.combine and self.combine.is_per_teacher else combined
+        """As combine_logits, but always [n, K], for metrics: see merge_members."""
+        return self.merge_members(self.combine_logits(logits))
+
+    def merge_members(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Make one output of those of members that are not combined, for metrics.
+
+        Args:
+            outputs: What `combine_logits` returns.
+
+        Returns:
+            [n, K]: with PER_TEACHER the mean probability of the members; of embeddings [n, sum of the widths], side
+            by side, each row of each member divided by its norm. Else the outputs as they are.
+        """
+        if self.combine is None or not self.combine.is_per_teacher:
+            return outputs
+        if self.members[0].task != EMBEDDING:
+            return self.combine(outputs)
+        parts = zip(self.members, outputs.unbind(1), strict=True)
+        return torch.cat([F.normalize(z[:, : cache.classes], dim=1) for cache, z in parts], 1)
 
     def map_head(self, head: LinearHead | None) -> LinearHead | None:
         """The teacher's last linear layer followed by the map of its distribution, where there are both."""
@@ -145,10 +164,16 @@ class TeacherEnsemble:
         """
         order = torch.from_numpy(self.row_order(split))
         outputs = [cache.read_targets(split, 0, np.arange(len(order)))[0] for cache in self.members]
-        logits = torch.stack(outputs, 1) if len(outputs) > 1 else outputs[0]
+        logits = _stack_teachers(outputs) if len(outputs) > 1 else outputs[0]
         by_index = torch.empty_like(logits)
         by_index[order] = logits
         return by_index
+
+
+def _stack_teachers(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """Stack outputs [n, K_m] of M teachers, [n, M, largest K_m], with zeros behind narrower ones."""
+    width = max(z.shape[1] for z in outputs)
+    return torch.stack([F.pad(z, (0, width - z.shape[1])) if z.shape[1] < width else z for z in outputs], 1)
 
 
 def _scatter_rows(rows: torch.Tensor, is_present: torch.Tensor, fill: float) -> torch.Tensor:
@@ -179,7 +204,7 @@ def check_same_views(caches: Sequence[CacheReader]) -> None:
                 f"{format_differences(expected, identity, names)}"
                 "\nMake the second with the --data, --views, --seed and cut of the first"
             )
-        if other.classes != first.classes:
+        if other.classes != first.classes and first.task != EMBEDDING:
             raise CacheError(
                 f"'{first.folder}' has {first.classes} classes, '{other.folder}' {other.classes}: combine teachers of"
                 " the same classes"

@@ -11,7 +11,7 @@ from softcache.pipeline.cache.verification import Findings, check_files, select_
 from softcache.pipeline.cache.writer import clean_up
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress
-from softcache.stages.cli.copied_commands import format_repair_command
+from softcache.stages.cli.copied_commands import format_head_command, format_repair_command
 from softcache.stages.runs.data import load_cache_data
 from softcache.stages.teacher_cache.reproducibility import (
     ReproducibilityReport,
@@ -41,6 +41,11 @@ def run(name: str, config: CheckConfig) -> None:
     if get_file(config) and not (config.deep or config.repair):
         raise UsageError(f"--{'weights' if config.weights else 'teacher'} is for --deep or --repair")
     cache = CacheReader(Path(name))
+    if get_file(config) and "head" in cache.manifest.identity["teacher"]:
+        raise UsageError(
+            f"--{'weights' if config.weights else 'teacher'} cannot be compared with '{name}', whose logits a head"
+            " computed from a cache of embeddings: check that one"
+        )
     transfer_set = None
     if config.deep or config.repair:
         index = open_index(config.index, config.rehash)
@@ -90,7 +95,9 @@ def _print_report(
             console.print(f"{make_printable(path)}: of an addition that is not finished: {advice}")
     if bad:
         advice = ""
-        if not config.repair:
+        if "head" in manifest.identity["teacher"]:
+            advice = f". Remove them and manifest.json, then  {format_head_command(cache, config.data)}"
+        elif not config.repair:
             command = format_repair_command(cache, config)
             advice = f". This computes the damaged ones again, and no others:  {command}"
         raise CacheError(

@@ -17,6 +17,7 @@ from softcache.pipeline.cache.verification import compare_views
 from softcache.pipeline.cache.writer import CacheWriter, compute_label_accuracy
 from softcache.stages.cli.configs import CheckConfig
 from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.cli.copied_commands import format_head_command
 from softcache.stages.teacher_cache.reproducibility import check_reproducibility, make_target_generator
 from softcache.stages.teacher_cache.targets import TargetGenerator
 from softcache.stages.teacher_cache.teachers.file_teachers import get_file
@@ -46,6 +47,11 @@ def repair(
     """
     if not bad:
         return
+    if "head" in cache.manifest.identity["teacher"]:
+        raise CacheError(
+            f"{len(bad)} files are bad, and what a head made is not repaired by its teacher: remove them and"
+            f" manifest.json, then  {format_head_command(cache, config.data)}"
+        )
     trained_teacher = Path(f"{cache.folder}-teacher")
     if not get_file(config) and (trained_teacher / "result.json").is_file():
         config = replace(config, weights=str(trained_teacher))

@@ -139,6 +139,12 @@ class StudentConfig(CacheSourceOptions, DataOptions, MachineOptions, PrecisionOp
         " for several; see `softcache losses`.",
         by_recipe=True,
     )
+    width: int = option(
+        0,
+        "Width of the student's embedding, for teachers of the task embedding; that of the teacher when not given.",
+        least=0,
+        most=1 << 16,
+    )
     finetune_epochs: int = option(0, "Epochs from hard targets alone, after distillation.", least=0)
     finetune_learning_rate: float = option(
         0.0, "Learning rate of fine-tuning; 0: a tenth of --learning-rate.", least=0
@@ -267,6 +273,21 @@ class CheckConfig(DataOptions, MachineOptions, OutputOptions):
     teacher: str = option(
         "", "The teacher's arch, where it is code of yours: my_package.module:factory; or its file: onnx:FILE."
     )
+
+
+@dataclass(frozen=True)
+class HeadConfig(DataOptions, OutputOptions):
+    """`softcache head-cache CACHE`: make the cache of a classifier of a cache of embeddings."""
+
+    heading: ClassVar[str] = "Cache"
+    head: str = option(
+        "",
+        "probe: logistic regression; centroids: cosines to the means of the classes; FILE.npz: weight [K, D], and"
+        " where they differ bias [K], classes [K], scale and normalize.",
+    )
+    labelled: int = option(0, "Fit the head to this many training rows, drawn by class.", least=0)
+    seed: int = option(0, "Seed of the labelled rows, as of a student with --labelled.", least=0, most=2**31)
+    out: str = option("", "Folder of the cache; CACHE-probe, CACHE-centroids or CACHE-file when not given.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from softcache.pipeline.models import is_custom_arch, is_external_arch
 from softcache.pipeline.models.custom_networks import is_live_arch
 from softcache.pipeline.models.other_frameworks.file_network import parse_file_teacher
 
-from .configs import CacheConfig, CheckConfig
+from .configs import CacheConfig, CheckConfig, HeadConfig
 from .options import to_flag
 from .typed_command import program_name
 
@@ -75,6 +75,8 @@ def format_remake_command(cache: CacheReader, **changes: Any) -> str:
         The command; the call of `softcache.build_cache` where the cache has a teacher or data that were passed in
         Python.
     """
+    if "head" in cache.manifest.identity["teacher"]:
+        return format_head_command(cache, data=changes.get("data", ""))
     config = read_cache_config(cache)
     defaults = {"out": find_free_name(str(cache.folder)), "weights": _locate_weights(config.weights, cache.folder)}
     if file_teacher := parse_file_teacher(config.teacher):
@@ -83,6 +85,25 @@ def format_remake_command(cache: CacheReader, **changes: Any) -> str:
     if is_unnamed or is_live_arch(cache.teacher):
         return _format_call(cache, defaults | changes)
     return format_command("teacher-cache", config, **defaults | changes)
+
+
+def format_head_command(cache: CacheReader, data: str = "") -> str:
+    """Format the command that made a cache of a cache of embeddings; it adds draws that these have meanwhile.
+
+    Args:
+        cache: What the command made.
+        data: The data, where the command has to name them; "" for a placeholder.
+    """
+    settings = {name: cache.manifest.settings.get(name) for name in ("embeddings", "head", "labelled", "seed")}
+    head = str(settings["head"] or "")
+    config = HeadConfig(
+        head=head if head in ("probe", "centroids") else _locate_weights(head, cache.folder),
+        labelled=int(settings["labelled"] or 0),
+        seed=int(settings["seed"] or 0),
+        data=data or (format_placeholder(cache.data) if has_argument(cache.data) else ""),
+        out=str(cache.folder),
+    )
+    return format_command("head-cache", config, _locate_weights(str(settings["embeddings"]), cache.folder))
 
 
 def _format_call(cache: CacheReader, changes: dict[str, Any]) -> str:

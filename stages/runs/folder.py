@@ -27,6 +27,8 @@ PASSED_FILE = "passed.json"  # digests of what a caller in Python passed as obje
 IGNORED_OPTIONS = ("out", "json", "resume", "tensorboard", "log_every", "index", "rehash")
 # Options that may differ when a run is resumed, because they depend on the machine.
 RESUME_OPTIONS = {*IGNORED_OPTIONS, "device", "data_root", "workers", "cache", "data", "init"}
+# Options that the first runs did not have: a run records them where they are not at their default.
+_LATER_OPTIONS = ("width",)
 S = TypeVar("S", TeacherConfig, StudentConfig)
 
 
@@ -140,7 +142,7 @@ def start_run(config: TeacherConfig | StudentConfig, folder: Path) -> Iterator[N
         if not config.resume:
             if (folder / "settings.json").exists():
                 raise UsageError(f"'{folder}' was started by another process just now: choose another --out")
-            publish_json(folder / "settings.json", asdict(config))
+            publish_json(folder / "settings.json", to_settings(config))
         barrier()
         yield
 
@@ -276,6 +278,15 @@ def add_new_options(settings: dict[str, Any], kind: type[Any]) -> dict[str, Any]
         if not f.metadata.get("by_recipe")
     }
     return {**defaults, **settings}
+
+
+def to_settings(config: TeacherConfig | StudentConfig) -> dict[str, Any]:
+    """Return {option: value} as it is recorded: options of _LATER_OPTIONS only where they are not at their default."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in _LATER_OPTIONS or getattr(config, f.name) != f.default
+    }
 
 
 def _is_valid_value(field: Field[Any], value: Any) -> bool:

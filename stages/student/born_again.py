@@ -6,7 +6,7 @@ teacher assistants: Mirzadeh et al. 2020 (arXiv 1902.03393).
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from softcache.stages.cli.copied_commands import format_command, read_cache_conf
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.runs.figures import Figures, choose_split
+from softcache.stages.runs.folder import to_settings
 from softcache.stages.teacher_cache import command as cache_stage
 
 from .command import print_notes
@@ -186,7 +187,7 @@ def _assemble_result(
         logits = np.log(np.maximum(mean, 1e-30)).astype(np.float32)
         ensemble[split] = evaluate(logits, held_out.labels, setup.teacher_logits[split].numpy(), setup.class_counts)
     return {
-        "settings": asdict(config),
+        "settings": to_settings(config),
         "teacher": results[0]["teacher"],
         "generations": [
             {"run": str(folder / f"generation-{g}"), "cache": result["cache_folder"], "student": result["student"]}

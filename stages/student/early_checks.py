@@ -29,6 +29,7 @@ from softcache.stages.runs.output_folder import check_output_folder
 from softcache.stages.teacher.data import check_normalize
 
 from . import requirements
+from .embedding_width import choose_width
 from .student_input import make_student_spec
 
 
@@ -105,7 +106,7 @@ def check_before_images(
         arch = get_student_arch(config, losses, caches[0], taps)
         network = build(
             arch,
-            caches[0].classes,
+            choose_width(config, caches),
             input_spec.channels,
             input_spec.size,
             config.output,

@@ -6,7 +6,7 @@ from typing import Any
 
 from softcache.pipeline.losses import LOSSES, Loss
 from softcache.pipeline.losses.base import Ramp
-from softcache.pipeline.losses.feature_base import FeatureLoss
+from softcache.pipeline.losses.feature_base import FeatureLoss, RelationalLoss
 from softcache.stages.cli.configs import ListConfig
 from softcache.stages.cli.console import Console
 
@@ -34,10 +34,11 @@ def describe_loss(loss: Loss) -> dict[str, Any]:
     reads = []
     if loss.needs_labels:
         reads.append("labels")
-    if loss.needs_logits:
+    if loss.needs_logits and not isinstance(loss, RelationalLoss):
         reads.append("logits")
     if isinstance(loss, FeatureLoss):
-        reads.append(f"taps ({loss.statistic})")
+        embedding = " or an embedding" if isinstance(loss, RelationalLoss) else ""
+        reads.append(f"taps ({loss.statistic}){embedding}")
     if loss.needs_head:
         reads.append("the teacher's last layer")
     if loss.needs_counts:

@@ -24,6 +24,7 @@ from softcache.stages.runs.figures import Figures, choose_split
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
 from .early_checks import check_before_images, check_layer_names, check_names
+from .embedding_width import choose_width
 from .method_costs import ROUNDS, MethodCost, StepProbe, measure_costs
 from .recipes import apply_recipe
 from .setup import DistillationSetup
@@ -96,7 +97,9 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     check_before_images(base_config, caches)
     input_spec = make_student_spec(base_config, caches[0])
     channels, size = input_spec.channels, input_spec.size
-    network = build(base_config.arch, caches[0].classes, channels, size, base_config.output, shape=input_spec.shape)
+    network = build(
+        base_config.arch, choose_width(base_config, caches), channels, size, base_config.output, shape=input_spec.shape
+    )
     layers = config.layers
     if not layers and _list_methods_of_layers(config):
         layers = _list_cached_layers(network, caches[0], base_config)

@@ -174,7 +174,7 @@ def _compute_figures(run: TrainingRun, student: StudentTraining, finished: Finis
     figures: dict[str, Any] = {
         "arch": setup.student_arch(student.config, setup.losses if run.name != "baseline" else run.criterion.losses),
         **({"output": setup.output} if setup.output else {}),
-        **({"init": setup.initial.to_json(run.model.network, setup.cache.classes)} if setup.initial else {}),
+        **({"init": setup.initial.to_json(run.model.network, setup.width)} if setup.initial else {}),
         "preparation": run.model.input_spec.to_json(),
         "parameters": count_parameters(run.model.network),
         "multiply_adds": run.multiply_adds,

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.sampling import draw_stratified
-from softcache.data.tasks import CLASSES, EMBEDDING, HardTargets, find_known, find_strata, hide_rows, require_classes
+from softcache.data.sampling import draw_labelled_rows
+from softcache.data.tasks import CLASSES, EMBEDDING, HardTargets, find_known, hide_rows, require_classes
 from softcache.data.transfer_set import TransferSet, count_classes
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import Loss, check_loss_trains, check_task, parse_losses
@@ -63,7 +63,7 @@ def check_task_options(config: StudentConfig, task: str) -> None:
     """
     options = ("sampler", "map", "combine", "missing") if task != CLASSES else ()
     for name in options:
-        if value := getattr(config, name):
+        if (value := getattr(config, name)) and (task, value) != (EMBEDDING, "per_teacher"):
             require_classes(task, f"{to_flag(name)} {value}")
     if task == EMBEDDING:
         for name in ("baseline", "labelled", "finetune_epochs"):
@@ -71,6 +71,10 @@ def check_task_options(config: StudentConfig, task: str) -> None:
                 raise UsageError(
                     f"{to_flag(name)} is for hard targets, and the task {EMBEDDING} has none: leave it out"
                 )
+    elif config.width:
+        raise UsageError(
+            f"--width {config.width} is for the task {EMBEDDING}, and the task here is {task}: leave it out"
+        )
 
 
 def check_caches(config: StudentConfig, caches: Sequence[CacheReader], losses: tuple[Loss, ...]) -> tuple[str, ...]:
@@ -92,9 +96,10 @@ def check_caches(config: StudentConfig, caches: Sequence[CacheReader], losses: t
     for cache in caches:
         if config.draws > cache.manifest.draws:
             command = _format_growth(config, cache, draws=config.draws)
+            first = "to the cache of embeddings, then " if "head" in cache.manifest.identity["teacher"] else ""
             raise CacheError(
                 f"--draws {config.draws}, but the cache '{cache.folder}' has {cache.manifest.draws}."
-                f" Add them with  {command}"
+                f" Add them {first}with  {command}"
             )
     _check_draws_per_decode(config)
     return taps
@@ -103,6 +108,11 @@ def check_caches(config: StudentConfig, caches: Sequence[CacheReader], losses: t
 def _find_cached_taps(config: StudentConfig, cache: CacheReader, losses: tuple[Loss, ...]) -> tuple[str, ...]:
     taps, cached = list_teacher_taps(losses), list(cache.manifest.taps)
     missing = [tap for tap in taps if find_source_tap(tap, cached) is None]
+    if missing and "head" in cache.manifest.identity["teacher"]:
+        raise CacheError(
+            f"the cache '{cache.folder}' does not contain {', '.join(missing)}: a cache that a head made of embeddings"
+            " has no layers; choose a loss that reads logits alone, such as kd"
+        )
     if missing:
         command = _format_growth(config, cache, taps=",".join([*cached, *missing]))
         raise CacheError(
@@ -149,9 +159,7 @@ def hide_labels(config: StudentConfig, labels: HardTargets) -> HardTargets:
     """
     if not config.labelled:
         return labels
-    labelled_rows = np.flatnonzero(find_known(labels))
-    strata = find_strata(labels)[labelled_rows]
-    labelled_rows = labelled_rows[draw_stratified(strata, config.labelled, key=(config.seed, 50))]
+    labelled_rows = draw_labelled_rows(labels, config.labelled, config.seed)
     return hide_rows(labels, ~np.isin(np.arange(len(labels)), labelled_rows))
 
 

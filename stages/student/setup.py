@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
-from softcache.data.tasks import NUMBERS, HardTargets, find_known
+from softcache.data.tasks import EMBEDDING, NUMBERS, HardTargets, find_known
 from softcache.data.transfer_set import Labels, TransferSet, count_classes
 from softcache.pipeline.batch import LinearHead
 from softcache.pipeline.cache.reader import CacheReader
@@ -39,6 +39,7 @@ from softcache.stages.training.validation import HeldOutSplit
 
 from . import requirements
 from .early_checks import check_before_images, get_student_arch
+from .embedding_width import check_select_width, choose_width, describe_projections, has_free_width, measure_width
 from .student_input import choose_normalize, make_student_spec
 from .teachers import load_shared_data, load_teachers, open_caches
 
@@ -60,6 +61,7 @@ class DistillationSetup:
         initial: the weights that every seed starts from; None for fresh ones.
         output: key or index of the logits in what a student of the user's own returns; "" to find them.
         network: the student where a caller in Python passes it; None where the options name its arch.
+        width: of the outputs of a student that is built: the number of classes, or of an embedding --width.
     """
 
     source: Cache
@@ -73,6 +75,7 @@ class DistillationSetup:
     initial: InitialWeights | None = None
     output: str = ""
     network: nn.Module | None = None
+    width: int = 0
 
     @staticmethod
     def open(config: StudentConfig) -> "DistillationSetup":
@@ -147,7 +150,7 @@ class DistillationSetup:
                     config,
                     ViewChecks(teachers, split, rows.images),
                     source.task,
-                    teachers.as_single_teacher(member_logits[split]).numpy(),
+                    _select_comparable(teachers, member_logits[split]),
                 )
                 for split, rows in source.transfer_set.splits.items()
                 if split in member_logits
@@ -158,6 +161,7 @@ class DistillationSetup:
             initial=_read_initial(config, input_spec),
             output=config.output,
             network=network,
+            width=choose_width(config, teachers.members),
         )
 
     def with_options(self, config: StudentConfig) -> "DistillationSetup":
@@ -188,6 +192,7 @@ class DistillationSetup:
             input_spec=input_spec,
             initial=_read_initial(config, input_spec, self.initial if input_spec == self.input_spec else None),
             output=config.output,
+            width=choose_width(config, caches),
         )
 
     @property
@@ -219,7 +224,7 @@ class DistillationSetup:
         torch.manual_seed(config.seed)
         network = self.build_network(self.student_arch(config, losses))
         if self.initial is not None:
-            self.initial.load_into(network, self.cache.classes)
+            self.initial.load_into(network, self.width)
         if isinstance(network, SimKDStudent) and self.head is not None:
             network.use_head(self.head)
         return network
@@ -227,7 +232,7 @@ class DistillationSetup:
     def build_network(self, arch: str) -> nn.Module:
         """Build a network for these images and classes, with weights from the current random state."""
         spec = self.input_spec
-        return build(arch, self.cache.classes, spec.channels, spec.size, self.output, self.network, shape=spec.shape)
+        return build(arch, self.width, spec.channels, spec.size, self.output, self.network, shape=spec.shape)
 
     def check_student(self, network: nn.Module, config: StudentConfig) -> list[str]:
         """Check, before anything is written, that a student can be trained: see `check_trainable`.
@@ -250,14 +255,15 @@ class DistillationSetup:
             streams.append(self.make_stream(config, labels, only_labelled=True, read_targets=False))
         check = TrainingCheck(
             arch=self.student_arch(config, self.losses),
-            classes=self.cache.classes,
+            classes=0 if has_free_width(config, self.cache.task) else self.width,
             input_spec=self.input_spec,
             device=self.device,
             precision=config.precision,
             least_rows=min(map(count_least_rows, streams)),
             batch_size=config.batch_size,
         )
-        return [*self._describe_start(network, config), *check_trainable(network, check)]
+        notes = check_trainable(network, check)
+        return [*self._describe_start(network, config), *notes]
 
     def _describe_start(self, network: nn.Module, config: StudentConfig) -> list[str]:
         """Describe the input and the initial weights of a student where they are not the default ones."""
@@ -267,7 +273,12 @@ class DistillationSetup:
             notes.append(f"input of {config.arch}: {self.input_spec.describe()}, {source}")
         if self.initial is not None:
             baseline = "; so does the baseline" if config.baseline else ""
-            notes.append(self.initial.describe(network, self.cache.classes) + baseline)
+            notes.append(self.initial.describe(network, self.width) + baseline)
+        if self.cache.task == EMBEDDING:
+            is_free = has_free_width(config, self.cache.task)
+            width = measure_width(network, self.input_spec) if is_free else self.width
+            check_select_width(config, width, self.teachers.members)
+            notes.extend(describe_projections(self.losses, width, self.teachers.members))
         return notes
 
     def scale_output(self, labels: HardTargets) -> InputSpec:
@@ -291,7 +302,7 @@ class DistillationSetup:
         Args:
             logits: {split: float32 [N, K]} of the student, see `compute_logits`.
         """
-        return {
+        figures = {
             split: evaluate_task(
                 self.cache.task,
                 split_logits,
@@ -301,6 +312,10 @@ class DistillationSetup:
             )
             for split, split_logits in logits.items()
         }
+        if self.cache.task == EMBEDDING and not self.teachers.is_single_cache:
+            for of_split in figures.values():
+                of_split["cosine"] = None  # side by side, several embeddings are none that a student learns
+        return figures
 
     @cached_property
     def teacher_metrics(self) -> dict[str, Any]:
@@ -314,7 +329,7 @@ class DistillationSetup:
         return [
             self._evaluate_teacher(
                 cache.teacher,
-                {split: z[:, k] if z.ndim == 3 else z for split, z in self.member_logits.items()},
+                {split: z[:, k, : cache.classes] if z.ndim == 3 else z for split, z in self.member_logits.items()},
             )
             for k, cache in enumerate(self.teachers.members)
         ]
@@ -382,6 +397,14 @@ class DistillationSetup:
         for missing_in_draw in self.teachers.missing.values():
             is_missing |= missing_in_draw
         return is_missing
+
+
+def _select_comparable(teachers: TeacherEnsemble, logits: torch.Tensor) -> NDArray[np.float32] | None:
+    """Return the outputs of the one teacher [N, K] that a student is compared with; None for several embeddings."""
+    if teachers.members[0].task == EMBEDDING and not teachers.is_single_cache:
+        return None
+    single: NDArray[np.float32] = teachers.as_single_teacher(logits).numpy()
+    return single
 
 
 def _read_initial(

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.distributed.ranks import broadcast_from_first, is_first
 from softcache.stages.runs.cost import compute_cost
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory
-from softcache.stages.runs.folder import check_same_config, start_run
+from softcache.stages.runs.folder import check_same_config, start_run, to_settings
 from softcache.stages.runs.initial import record_initial_weights
 from softcache.stages.runs.logits import TEACHER_LOGITS, save_logits
 
@@ -130,7 +130,7 @@ def assemble_result(config: StudentConfig, setup: DistillationSetup, results: li
     for name in mean:
         mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}
     return {
-        "settings": asdict(config),
+        "settings": to_settings(config),
         "cache": {
             "fingerprint": manifest.fingerprint,
             "manifest": manifest.digest,

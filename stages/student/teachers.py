@@ -10,10 +10,11 @@ import torch
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.files import publish_json
 from softcache.data.content_index import open_index
+from softcache.data.tasks import EMBEDDING
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.identity import format_differences
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.teachers.combine import Combination, parse_combination
+from softcache.pipeline.teachers.combine import Combination, choose_combination, parse_combination
 from softcache.pipeline.teachers.distribution_map import DistributionMap
 from softcache.pipeline.teachers.ensemble import MissingTargets, TeacherEnsemble, check_same_views, list_missing_runs
 from softcache.pipeline.teachers.fit import fit_teachers
@@ -92,7 +93,7 @@ def load_teachers(
     }
     if config.out and (Path(config.out) / TARGETS_FILE).is_file():
         return _read_targets_record(Path(config.out), members, config), logits
-    combine = _combination_spec(config) if len(caches) > 1 else ""
+    combine = choose_combination(config.combine, caches[0].task) if len(caches) > 1 else ""
     return fit_teachers(caches, transfer_set, logits["val"], combine, config.map, missing, show_fit), logits
 
 
@@ -103,10 +104,6 @@ def show_fit(title: str) -> Iterator[Callable[[], object]]:
         yield bar.update
 
 
-def _combination_spec(config: StudentConfig) -> str:
-    return config.combine or "mean_probability"
-
-
 def _read_targets_record(folder: Path, members: TeacherEnsemble, config: StudentConfig) -> TeacherEnsemble:
     """Read the combination and maps of a run. (A fit on another machine may differ in the last bit.)"""
     path = folder / TARGETS_FILE
@@ -114,7 +111,8 @@ def _read_targets_record(folder: Path, members: TeacherEnsemble, config: Student
     try:
         combination = Combination.from_json(record["combine"]) if record["combine"] is not None else None
         maps = tuple(DistributionMap.from_json(map_record) for map_record in record["maps"])
-        _check_combination(combination, _combination_spec(config), len(members.members))
+        spec = choose_combination(config.combine, members.members[0].task) if len(members.members) > 1 else ""
+        _check_combination(combination, spec, len(members.members))
         _check_maps(maps, config.map, combination, members)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, CacheError, UsageError) as error:
         raise CacheError(f"'{path}' is damaged: {make_printable(error, 80)}") from None
@@ -210,6 +208,9 @@ def describe_teachers(
     Returns:
         Lines to print.
     """
+    if teachers.members[0].task == EMBEDDING:
+        lines = [f"teacher {cache.teacher}: an embedding of {cache.classes} numbers" for cache in teachers.members]
+        return [*lines, "each loss is the mean over these teachers"]
     lines = [f"teacher {member['arch']} as cached: {_format_metrics(member)}" for member in member_metrics]
     changes = []
     if combination := teachers.combine:

@@ -181,6 +181,8 @@ def _format_fields(
         "format": identity["format"],
         "and_features": " and some layers' features" if features else "",
         "arch": code(teacher["arch"])
+        + (f", the input of its layer {code(teacher['features'])}" if "features" in teacher else "")
+        + (_describe_head(teacher["head"]) if "head" in teacher else "")
         + (", its classes mapped to those of the data" if "class_map" in teacher else ""),
         "weights": code(teacher["weights"]),
         "precision": escape(identity["precision"]),
@@ -212,6 +214,12 @@ def _format_fields(
         if has_argument(data["name"]) and data["name"] != DATASET
         else "",
     }
+
+
+def _describe_head(head: dict[str, Any]) -> str:
+    """Describe the head that computed the logits from an embedding."""
+    rows = f", fitted to {head['labelled']:,} labelled rows" if "labelled" in head else ""
+    return f", its embedding followed by a head ({head['kind']}{rows})"
 
 
 def _format_cost(manifest: Manifest) -> str:

@@ -173,6 +173,8 @@ def _prepare_plan(
         known_teacher["output"] = selector.key
     if isinstance(teacher.network, OnnxNetwork) and config.output:
         known_teacher["output"] = teacher.network.output
+    if teacher.features:
+        known_teacher["features"] = teacher.features
     if teacher.class_map:
         known_teacher["class_map"] = [list(columns) for columns in teacher.class_map.columns]
     if config.outputs != LOGITS:
@@ -188,6 +190,9 @@ def _prepare_plan(
     ranks.check_equal("identity of the cache", compute_fingerprint(identity))
 
     generator = TargetGenerator(transfer_set, views, choice.inference, config)
+    if transfer_set.task == EMBEDDING:
+        origin = f"the input of layer '{teacher.features}'" if teacher.features else "as the teacher outputs them"
+        console.print(f"embedding: {generator.classes:,} numbers, {origin}")
     plan = CachePlan(
         identity=identity,
         classes=generator.classes,

@@ -11,10 +11,10 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
-from softcache.data.tasks import CLASSES, EMBEDDING, LABELS
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, HardTargets
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy
-from softcache.pipeline.cache.codecs import CODECS, measure_fidelity
+from softcache.pipeline.cache.codecs import CODECS, Codec, measure_fidelity
 from softcache.pipeline.cache.manifest import ShardSpec
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.cache.shards import Arrays
@@ -135,11 +135,8 @@ class TargetGenerator:
         }
         if "logits" not in spec.datasets:
             return arrays, {}
-        encoded = codec.encode(logits)
-        decoded = codec.decode(encoded)
-        task = self.transfer_set.task
-        correct = {"correct": int((decoded.argmax(1) == labels).sum())} if task == CLASSES else {}
-        return {**encoded, **arrays}, {**correct, **measure_fidelity(logits, decoded, task)}
+        encoded, measurements = encode_targets(codec, logits, labels, self.transfer_set.task)
+        return {**encoded, **arrays}, measurements
 
     def compute_rows(
         self, split: str, draw: int, index: NDArray[np.int64]
@@ -186,6 +183,27 @@ class TargetGenerator:
                     shape = list(outputs[0].shape)
                     raise UsageError(f"the teacher outputs {shape} for {len(views)} views, not logits [B, K]")
                 yield crcs, *_copy_to_cpu(outputs)
+
+
+def encode_targets(
+    codec: Codec, logits: NDArray[np.float32], labels: HardTargets, task: str
+) -> tuple[Arrays, dict[str, float]]:
+    """Encode the logits of a shard, and measure what that costs.
+
+    Args:
+        codec: Of the cache.
+        logits: float32 [n, K].
+        labels: Hard targets of the rows.
+        task: See data/tasks.py.
+
+    Returns:
+        {dataset: rows}; and the sums of `measure_fidelity`, of the task "classes" with `correct`, the rows whose label
+        is the top-1 class.
+    """
+    encoded = codec.encode(logits)
+    decoded = codec.decode(encoded)
+    correct = {"correct": int((decoded.argmax(1) == labels).sum())} if task == CLASSES else {}
+    return encoded, {**correct, **measure_fidelity(logits, decoded, task)}
 
 
 def make_teacher_views(views: ViewPolicy, input_spec: InputSpec, teacher_size: int) -> ViewPolicy:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.data.tasks import EMBEDDING
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.models import build, is_custom_arch
 from softcache.pipeline.models.checkpoint_files import StateDict, choose_state_dict, read_checkpoint
@@ -15,6 +16,7 @@ from softcache.pipeline.models.configurations import (
     load_published_state,
 )
 from softcache.pipeline.models.custom_networks import is_live_arch
+from softcache.pipeline.models.feature_extraction import build_feature_extractor, has_removable_classifier
 from softcache.pipeline.models.other_frameworks.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.prepared_model import PreparedModel
 from softcache.pipeline.models.state_dicts import count_outputs, find_weights_file, hash_weights, load_weights
@@ -53,15 +55,21 @@ def load_cache_teacher(cache: CacheReader, config: CheckConfig) -> PreparedModel
     )
     input_spec = cache.input_spec
     known = cache.manifest.identity["teacher"]
+    is_embedding = cache.task == EMBEDDING
     if weights == DEFAULT and is_custom_arch(recorded):
-        value = load_callable(recorded, cache.classes, input_spec.input_shape)
+        # The factory was called with the number of classes of the data, where these have a name.
+        classes = len(cache.manifest.identity["transfer_set"]["classes"]) if is_embedding else cache.classes
+        value = load_callable(recorded, classes, input_spec.input_shape)
         if not isinstance(value, nn.Module):
             return _prepare_recorded_callable(value, cache)
-        classes = count_outputs(value.state_dict(), weights) if "class_map" in known else cache.classes
+        classes = count_outputs(value.state_dict(), weights) if "class_map" in known else classes
         network = _build_recorded(cache, classes, value)
+    elif "features" in known:
+        network = _build_features(cache, config)
     else:
         state = _read_state(cache, config)
-        classes = count_outputs(state, weights) if "class_map" in known else cache.classes
+        has_other_width = "class_map" in known or is_embedding
+        classes = count_outputs(state, weights) if has_other_width else cache.classes
         network = _build_recorded(cache, classes)
         load_weights(network, state, weights)
     digest, cache_digest = hash_weights(network), cache.manifest.identity["teacher"]["weights"]
@@ -79,6 +87,16 @@ def _read_state(cache: CacheReader, config: CheckConfig) -> StateDict:
         return load_published_state(cache.teacher, cache.input_spec.channels, cache.input_spec.size)
     path = Path(config.weights)
     return choose_state_dict(read_checkpoint(find_weights_file(path)), config.weights_key, path)[1]
+
+
+def _build_features(cache: CacheReader, config: CheckConfig) -> nn.Module:
+    """Build the network that a cache records without its classifier, with its weights."""
+    spec, state = cache.input_spec, _read_state(cache, config)
+    if not has_removable_classifier(cache.teacher):
+        raise CacheError(f"'{cache.folder}': the arch {make_printable(cache.teacher)} has no classifier to take away")
+    return build_feature_extractor(
+        cache.teacher, state, spec.channels, spec.size, str(config.weights), shape=spec.shape
+    )[0]
 
 
 def _build_recorded(cache: CacheReader, classes: int, network: nn.Module | None = None) -> nn.Module:

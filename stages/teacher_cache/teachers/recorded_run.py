@@ -8,6 +8,7 @@ from typing import Any
 from softcache.base.errors import CacheError, UsageError, make_printable
 from softcache.base.schema import validate
 from softcache.data.sources.class_order import SORTED_ORDERS, sort_classes
+from softcache.data.tasks import CLASSES
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.models.class_map import MAP_ADVICE
 from softcache.pipeline.models.prepared_model import InputSpec, format_normalize
@@ -29,12 +30,14 @@ class RecordedRun:
         output: Key or index of the logits in what it returns; "" where that is clear.
         input_spec: How its input is prepared.
         classes: Names of the classes it was trained on; None for a run of an earlier version.
+        task: What it outputs, see data/tasks.py.
     """
 
     arch: str
     output: str
     input_spec: InputSpec
     classes: list[str] | None
+    task: str = CLASSES
 
 
 def read_run(path: Path, config: CacheConfig) -> RecordedRun:
@@ -68,7 +71,7 @@ def read_run(path: Path, config: CacheConfig) -> RecordedRun:
     classes = result.get("classes") or None
     if classes is not None:
         validate(classes, [str], f"{path / 'result.json'}: classes")
-    return RecordedRun(arch, str(record.get("output", "")), input_spec, classes)
+    return RecordedRun(arch, str(record.get("output", "")), input_spec, classes, str(result.get("task", CLASSES)))
 
 
 def check_same_classes(path: Path, run: RecordedRun, transfer_set: TransferSet) -> None:

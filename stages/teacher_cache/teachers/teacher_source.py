@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from softcache.base.errors import UsageError
+from softcache.data.tasks import EMBEDDING
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.models import build, check_arch, is_custom_arch, is_external_arch
@@ -20,6 +21,7 @@ from softcache.pipeline.models.configurations import (
     load_published_state,
 )
 from softcache.pipeline.models.custom_networks import is_live_arch
+from softcache.pipeline.models.feature_extraction import build_feature_extractor, has_removable_classifier
 from softcache.pipeline.models.other_frameworks.callable_networks import load_callable, prepare_callable
 from softcache.pipeline.models.prepared_model import PUBLISHED, InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import count_outputs, find_weights_file, load_weights
@@ -75,9 +77,11 @@ def load_teacher(
     path = Path(config.weights)
     _check_weights_exist(path)
     arch, output, input_spec = config.teacher, config.output, None
+    is_embedding, gives_features = transfer_set.task == EMBEDDING, True
     if path.is_dir() and (path / "result.json").is_file():
         run = read_run(path, config)
-        if not config.class_map:
+        gives_features = run.task != EMBEDDING
+        if not (config.class_map or is_embedding):
             check_same_classes(path, run, transfer_set)
         arch, output, input_spec = run.arch, output or run.output, _use_teacher_size(run.input_spec, config)
         note_different_split(path, config, console)
@@ -97,16 +101,19 @@ def load_teacher(
         raise UsageError(f"the teacher takes {expected}, the data are {shape}")
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
-    classes = 0 if config.class_map else len(transfer_set.classes)
-    classes = classes or count_outputs(state, path)
-    network = build(arch, classes, input_spec.channels, input_spec.size, output, shape=input_spec.shape)
+    channels, size, row_shape, layer = input_spec.channels, input_spec.size, input_spec.shape, ""
     try:
-        note = load_weights(network, state, str(path), MAP_ADVICE)
+        if is_embedding and gives_features and has_removable_classifier(arch):
+            network, layer, note = build_feature_extractor(arch, state, channels, size, str(path), row_shape)
+        else:
+            classes = 0 if config.class_map or is_embedding else len(transfer_set.classes)
+            network = build(arch, classes or count_outputs(state, path), channels, size, output, shape=row_shape)
+            note = load_weights(network, state, str(path), "" if is_embedding else MAP_ADVICE)
     except UsageError as error:
         raise UsageError(f"{error}{SMALL_ADVICE if has_other_stem(arch, error) else ''}") from None
     if note:
         console.print(f"weights: {note}")
-    return PreparedModel(network, input_spec), arch
+    return PreparedModel(network, input_spec, features=layer), arch
 
 
 def _load_custom(config: CacheConfig, transfer_set: TransferSet, views: ViewPolicy) -> PreparedModel | None:
@@ -239,11 +246,13 @@ def _load_published(
     if configuration is None:
         raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME, timm:NAME or hf:NAME")
     classes, size = configuration.classes, config.teacher_size or configuration.size
-    if not classes:
+    gives_features = transfer_set.task == EMBEDDING and has_removable_classifier(arch)
+    if not (classes or gives_features):
         raise UsageError(
             f"the published weights of {arch} have no classifier: the command teacher trains one, with --init DEFAULT"
         )
-    if transfer_set.classes and len(transfer_set.classes) != classes and not config.class_map:
+    has_free_width = config.class_map or transfer_set.task == EMBEDDING
+    if transfer_set.classes and len(transfer_set.classes) != classes and not has_free_width:
         raise UsageError(
             f"the published weights of {arch} output {classes} classes, the data have {len(transfer_set.classes)}:"
             f" {MAP_ADVICE}"
@@ -257,9 +266,13 @@ def _load_published(
         input_spec = replace(input_spec, interpolation=configuration.interpolation)
     source = "by --normalize" if config.normalize else "as published with it"
     console.print(f"input of {arch}: {input_spec.describe()}, {source}")
-    network = build(arch, classes, 3, size)
-    load_weights(network, load_published_state(arch, 3, size), f"{arch} DEFAULT")
-    return PreparedModel(network, input_spec), arch
+    state, name, layer = load_published_state(arch, 3, size), f"{arch} DEFAULT", ""
+    if gives_features:
+        network, layer, _ = build_feature_extractor(arch, state, 3, size, name)
+    else:
+        network = build(arch, classes, 3, size)
+        load_weights(network, state, name)
+    return PreparedModel(network, input_spec, features=layer), arch
 
 
 def _use_teacher_size(input_spec: InputSpec, config: CacheConfig) -> InputSpec:

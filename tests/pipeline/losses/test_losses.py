@@ -14,7 +14,7 @@ from softcache.base.errors import UsageError
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 from softcache.pipeline.losses import LOSSES, Custom, Loss, parse_losses, resolve_ramps
 from softcache.pipeline.losses.base import Ramp
-from softcache.pipeline.losses.feature_base import FeatureLoss
+from softcache.pipeline.losses.feature_base import FeatureLoss, RelationalLoss
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.losses.hint import Hint, build_regressor
 from softcache.pipeline.losses.kd import KD, LogitMSE
@@ -438,7 +438,7 @@ def test_a_hint_needs_layers_and_the_students_default_to_the_teachers_names() ->
 
 
 def test_the_table_has_every_loss_under_its_name() -> None:
-    bases = (Loss, FeatureLoss, ClassCountLoss, NumberLoss)
+    bases = (Loss, FeatureLoss, RelationalLoss, ClassCountLoss, NumberLoss)
     kinds = {kind for base in bases for kind in base.__subclasses__()} - {*bases, Custom}
     assert {name: type(loss) for name, loss in LOSSES.items()} == {kind.name: kind for kind in kinds}
     assert all(loss.name == name for name, loss in LOSSES.items())
