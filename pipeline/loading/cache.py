@@ -21,7 +21,9 @@ from softcache.data.views import render
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
+from softcache.pipeline.losses.distillation_loss import select_logits
 from softcache.pipeline.losses.teacher_head import read_head
+from softcache.pipeline.metrics.embedding_bank import EmbeddingBank
 from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.models.prepared_model import BILINEAR, InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
@@ -43,6 +45,7 @@ from .context import make_context
 from .evaluation import run_student
 from .loader import CacheLoader
 from .stream import BatchStream
+from .training_embeddings import BATCH_SIZE, compute_training_outputs, make_bank, select_bank_positions
 from .view_checks import ViewChecks
 
 Rows = NDArray[np.int64]
@@ -340,6 +343,9 @@ class Cache:
     ) -> dict[str, Any]:
         """Compute every metric of a student on a split, in eval mode.
 
+        For the accuracies of an embedding the student is also run over labelled training rows, at most 50,000, and
+        over the validation split.
+
         Args:
             student: A network: images float32 [B, C, H, W] -> logits [B, K], on the device.
             split: "test" or "val".
@@ -348,7 +354,8 @@ class Cache:
             device: Where the student is.
 
         Returns:
-            {name: value}, as of `softcache.evaluate` with the teacher's logits.
+            {name: value}, as of `softcache.evaluate` with the teacher's logits; of another task than "classes" the
+            figures that `softcache evaluate` prints.
 
         Raises:
             CacheError: An image cannot be read, or is not the one that the teacher saw.
@@ -360,7 +367,31 @@ class Cache:
             teacher_logits = self.teachers.combine(teacher_logits)
         labels = self.transfer_set.splits[split].labels
         counts = count_classes(self.transfer_set.splits["train"].labels, self.num_classes)
-        return evaluate_task(self.task, logits, labels, teacher_outputs=teacher_logits, counts=counts)
+        bank = self._compute_bank(student, split, logits, workers, device) if self.task == EMBEDDING else None
+        return evaluate_task(self.task, logits, labels, teacher_outputs=teacher_logits, counts=counts, bank=bank)
+
+    def _compute_bank(
+        self, student: nn.Module, split: str, outputs: torch.Tensor, workers: int, device: str | torch.device
+    ) -> EmbeddingBank | None:
+        """Run a student over labelled training rows; None where there are none. `outputs` are those of the split."""
+        positions = select_bank_positions(self.reader, self.transfer_set)
+        if not len(positions):
+            return None
+        index = self.reader.index_at("train", positions)
+        stream = self.loader(
+            "train", BATCH_SIZE, subset=index, draws=1, workers=workers, device=device, targets=False
+        ).stream
+        if split != "val":
+            outputs, _ = run_student(student, self.loader("val", BATCH_SIZE, workers=workers, device=device).stream)
+        was_training = student.training
+        student.eval()
+        try:
+            training_outputs = compute_training_outputs(
+                lambda batch: select_logits(student(batch.images)), stream, index
+            )
+        finally:
+            student.train(was_training)
+        return make_bank(self.reader, self.transfer_set, positions, training_outputs, outputs.numpy())
 
     def rows(self, split: str) -> torch.Tensor:
         """Return which row of the data each index is.
