@@ -46,7 +46,11 @@ def select_bank_positions(reader: CacheReader, transfer_set: TransferSet) -> Row
 
 
 def make_bank(
-    reader: CacheReader, transfer_set: TransferSet, positions: Rows, outputs: Outputs, val_outputs: Outputs
+    reader: CacheReader,
+    transfer_set: TransferSet,
+    positions: Rows,
+    outputs: Outputs,
+    val_outputs: Outputs | None = None,
 ) -> EmbeddingBank:
     """Make the bank of a model from its outputs.
 
@@ -55,14 +59,14 @@ def make_bank(
         transfer_set: Its data.
         positions: int64 [M], see `select_bank_positions`.
         outputs: float32 [M, D] of the model for draw 0 of these rows.
-        val_outputs: float32 [V, D] of the model for all validation rows.
+        val_outputs: float32 [V, D] of the model for all validation rows; None where no probe is fitted.
     """
     labels = transfer_set.splits["train"].labels
     return EmbeddingBank(
         outputs,
         labels[reader.index_at("train", positions)],
         val_outputs,
-        transfer_set.splits["val"].labels,
+        None if val_outputs is None else transfer_set.splits["val"].labels,
         int((labels >= 0).sum()),
     )
 
