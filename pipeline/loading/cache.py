@@ -45,7 +45,7 @@ from .context import make_context
 from .evaluation import run_student
 from .loader import CacheLoader
 from .stream import BatchStream
-from .training_embeddings import BATCH_SIZE, compute_training_outputs, make_bank, select_bank_positions
+from .training_embeddings import compute_bank
 from .view_checks import ViewChecks
 
 Rows = NDArray[np.int64]
@@ -374,24 +374,16 @@ class Cache:
         self, student: nn.Module, split: str, outputs: torch.Tensor, workers: int, device: str | torch.device
     ) -> EmbeddingBank | None:
         """Run a student over labelled training rows; None where there are none. `outputs` are those of the split."""
-        positions = select_bank_positions(self.reader, self.transfer_set)
-        if not len(positions):
-            return None
-        index = self.reader.index_at("train", positions)
-        stream = self.loader(
-            "train", BATCH_SIZE, subset=index, draws=1, workers=workers, device=device, targets=False
-        ).stream
         if split != "val":
-            outputs, _ = run_student(student, self.loader("val", BATCH_SIZE, workers=workers, device=device).stream)
-        was_training = student.training
-        student.eval()
-        try:
-            training_outputs = compute_training_outputs(
-                lambda batch: select_logits(student(batch.images)), stream, index
-            )
-        finally:
-            student.train(was_training)
-        return make_bank(self.reader, self.transfer_set, positions, training_outputs, outputs.numpy())
+            outputs, _ = run_student(student, self.loader("val", 512, workers=workers, device=device).stream)
+        return compute_bank(
+            self,
+            student,
+            lambda batch: select_logits(student(batch.images)),
+            outputs.numpy(),
+            workers=workers,
+            device=device,
+        )
 
     def rows(self, split: str) -> torch.Tensor:
         """Return which row of the data each index is.

@@ -19,13 +19,7 @@ from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.loading.context import measure_numbers
 from softcache.pipeline.loading.stream import BatchStream
-from softcache.pipeline.loading.training_embeddings import (
-    BATCH_SIZE,
-    compute_training_outputs,
-    make_bank,
-    read_training_outputs,
-    select_bank_positions,
-)
+from softcache.pipeline.loading.training_embeddings import compute_bank, read_bank
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.teacher_head import read_head
@@ -310,29 +304,16 @@ class DistillationSetup:
         Raises:
             CacheError: when an image cannot be read, or is not the one that the teacher saw.
         """
-        positions = self._bank_positions
-        if not len(positions):
-            return None
-        index = self.cache.index_at("train", positions)
-        stream = self.source.loader(
-            "train",
-            BATCH_SIZE,
-            subset=index,
-            draws=1,
-            workers=config.workers,
-            device=self.device,
-            targets=False,
-        ).stream
-        was_training = model.training
-        model.eval()
         with autocast(self.device, config.precision):
-            training_outputs = compute_training_outputs(lambda batch: model(batch.views), stream, index, progress)
-        model.train(was_training)
-        return make_bank(self.cache, self.transfer_set, positions, training_outputs, outputs["val"])
-
-    @cached_property
-    def _bank_positions(self) -> NDArray[np.int64]:
-        return select_bank_positions(self.cache, self.transfer_set)
+            return compute_bank(
+                self.source,
+                model,
+                lambda batch: model(batch.views),
+                outputs["val"],
+                workers=config.workers,
+                device=self.device,
+                progress=progress,
+            )
 
     def compute_metrics(
         self, logits: dict[str, NDArray[np.float32]], bank: EmbeddingBank | None = None
@@ -377,12 +358,7 @@ class DistillationSetup:
     def _evaluate_teacher(
         self, arch: str, logits: dict[str, torch.Tensor], teachers: TeacherEnsemble
     ) -> dict[str, Any]:
-        positions, bank = self._bank_positions, None
-        if len(positions):
-            training_outputs = read_training_outputs(teachers, positions)
-            bank = make_bank(
-                self.cache, self.transfer_set, positions, training_outputs, np.asarray(logits["val"].numpy())
-            )
+        bank = read_bank(self.source, teachers, logits["val"].numpy())
         figures = {
             split: evaluate_task(
                 self.cache.task,

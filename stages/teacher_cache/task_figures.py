@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, HardTargets, find_known
 from softcache.data.transfer_set import TransferSet
 from softcache.pipeline.cache.reader import CacheReader
-from softcache.pipeline.loading.training_embeddings import make_bank, read_training_outputs, select_bank_positions
+from softcache.pipeline.loading.cache import Cache
+from softcache.pipeline.loading.training_embeddings import read_bank
 from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
 from softcache.stages.cli.console import Console, progress
@@ -32,31 +33,27 @@ def print_task_figures(folder: Path, transfer_set: TransferSet, console: Console
     """
     if transfer_set.task == CLASSES:
         return
-    cache = CacheReader(folder)
-    most = min(_MAX_ROWS, max(1, _MAX_BYTES // (4 * cache.classes)))
-    positions = np.arange(min(most, cache.manifest.splits["val"]))
-    labels = transfer_set.splits["val"].labels[cache.index_at("val", positions)]
+    reader = CacheReader(folder)
+    most = min(_MAX_ROWS, max(1, _MAX_BYTES // (4 * reader.classes)))
+    positions = np.arange(min(most, reader.manifest.splits["val"]))
+    labels = transfer_set.splits["val"].labels[reader.index_at("val", positions)]
     is_known = find_known(labels)
     if not is_known.any():
         return
-    outputs, labels = cache.read_stored("val", 0, positions[is_known])[0].numpy(), labels[is_known]
+    outputs, labels = reader.read_stored("val", 0, positions[is_known])[0].numpy(), labels[is_known]
     if transfer_set.task == EMBEDDING:
-        figures = _evaluate_embedding(cache, transfer_set, outputs, labels)
+        figures = _evaluate_embedding(Cache.from_parts(TeacherEnsemble((reader,)), transfer_set), outputs, labels)
     else:
         figures = evaluate_task(transfer_set.task, outputs, labels)
     if text := Figures(figures).describe(_PRINTED[transfer_set.task], absent=""):
         console.print(f"teacher on {len(labels):,} labelled rows of val: {text}")
 
 
-def _evaluate_embedding(
-    cache: CacheReader, transfer_set: TransferSet, outputs: NDArray[np.float32], labels: HardTargets
-) -> dict[str, Any]:
+def _evaluate_embedding(cache: Cache, outputs: NDArray[np.float32], labels: HardTargets) -> dict[str, Any]:
     """Compute kNN and centroid accuracies alone: the linear probe takes longer than many a cache."""
-    positions = select_bank_positions(cache, transfer_set)
-    if not len(positions):
+    bank = read_bank(cache, cache.teachers)
+    if bank is None:
         return {}
-    training_outputs = read_training_outputs(TeacherEnsemble((cache,)), positions)
-    bank = make_bank(cache, transfer_set, positions, training_outputs)
     z = outputs.astype(np.float64)
     return {
         "knn": float((bank.predict_by_neighbours(z, progress) == labels).mean()),
