@@ -115,4 +115,4 @@ def compute_cka(first: Floats, second: Floats) -> float | None:
         yy += y.T @ y
         yx += y.T @ x
     scale = float(np.linalg.norm(xx)) * float(np.linalg.norm(yy))
-    return float(np.linalg.norm(yx)) ** 2 / scale if scale > 0 else None
+    return min(float(np.linalg.norm(yx)) ** 2 / scale, 1.0) if scale > 0 else None

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from softcache.base.errors import UsageError
+from softcache.data.tasks import EMBEDDING
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.models import build, check_arch, is_custom_arch, is_external_arch
@@ -97,7 +98,8 @@ def load_teacher(
         raise UsageError(f"the teacher takes {expected}, the data are {shape}")
     if input_spec.channels < transfer_set.channels:
         raise UsageError(f"the teacher takes {input_spec.channels} channel, the images have {transfer_set.channels}")
-    classes = 0 if config.class_map else len(transfer_set.classes)
+    has_free_width = config.class_map or transfer_set.task == EMBEDDING
+    classes = 0 if has_free_width else len(transfer_set.classes)
     classes = classes or count_outputs(state, path)
     network = build(arch, classes, input_spec.channels, input_spec.size, output, shape=input_spec.shape)
     try:
@@ -239,11 +241,13 @@ def _load_published(
     if configuration is None:
         raise UsageError("--weights DEFAULT needs --teacher torchvision:NAME, timm:NAME or hf:NAME")
     classes, size = configuration.classes, config.teacher_size or configuration.size
-    if not classes:
+    is_embedder = transfer_set.task == EMBEDDING and arch.startswith("timm:")  # whose models take 0 classes
+    if not classes and not is_embedder:
         raise UsageError(
             f"the published weights of {arch} have no classifier: the command teacher trains one, with --init DEFAULT"
         )
-    if transfer_set.classes and len(transfer_set.classes) != classes and not config.class_map:
+    has_free_width = config.class_map or transfer_set.task == EMBEDDING
+    if transfer_set.classes and len(transfer_set.classes) != classes and not has_free_width:
         raise UsageError(
             f"the published weights of {arch} output {classes} classes, the data have {len(transfer_set.classes)}:"
             f" {MAP_ADVICE}"

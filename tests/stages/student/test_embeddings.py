@@ -20,6 +20,7 @@ from softcache.pipeline.loading import training_embeddings
 from softcache.pipeline.models import build
 from softcache.pipeline.models.prepared_model import PreparedModel
 from tests.helpers.commands import Stages
+from tests.helpers.hub import publish_timm_weights
 
 WIDTH = 24
 TEACHER = f"""\
@@ -130,6 +131,44 @@ def test_stage_one_prints_the_teachers_figures_of_the_result(here: Path, stages:
     assert code == 0, err
     line = f"kNN accuracy {teacher['knn']:.4f}, 5-shot accuracy {teacher['centroid_5']:.4f}"
     assert f"teacher on {teacher['rows']} labelled rows of val: {line}" in out
+
+
+def test_weights_from_a_file_may_have_another_width_than_the_data_have_classes(here: Path, stages: Stages) -> None:
+    torch.save(build("mlp:16", 5, 1, 8).state_dict(), "w.pt")
+    command = ("teacher-cache", "--task", "embedding", "--teacher", "mlp:16", "--weights", "w.pt", "--train-size", 100)
+    code, out, err = stages.call(*command, "--normalize", "none", "--out", "c")
+    assert code == 0, err
+    assert "teacher: 5 outputs, task embedding" in out
+
+
+@pytest.mark.slow
+def test_published_weights_without_a_classifier_are_a_teacher(
+    here: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_timm_weights("vit_small_patch16_224.dino", here / "hub", monkeypatch)
+    np.savez("few.npz", x=np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8), y=np.arange(12) % 2)
+    command = ("teacher-cache", "--data", "arrays:few.npz", "--teacher", "timm:vit_small_patch16_224.dino")
+    published = ("--weights", "DEFAULT", "--views", "none", "--draws", 1)
+    assert "have no classifier" in stages.fails(2, *command, *published, "--out", "refused")
+    code, out, err = stages.call(*command, *published, "--task", "embedding", "--out", "c")
+    assert code == 0, err
+    assert "teacher: 384 outputs, task embedding" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "most_bytes"), [("float16", 790), ("int8", 400)])
+def test_a_row_of_384_numbers_takes_few_bytes(codec: str, most_bytes: int, here: Path, stages: Stages) -> None:
+    """20,000 training rows; manifest, statistics and all other files of the folder are part of it."""
+    np.savez("rows.npz", x=np.random.default_rng(0).integers(0, 256, (22_000, 8, 8, 1), np.uint8))
+    Path("wide.py").write_text(TEACHER.replace(f"32, {WIDTH}", "32, 384"))
+    command = list(STAGE_ONE)
+    command[command.index("embedder:make")] = "wide:make"
+    data = ("--data", "arrays:rows.npz", "--val-fraction", 1 / 11)
+    code, _, err = stages.call("teacher-cache", *data, *command, "--draws", 1, "--codec", codec, "--out", "c")
+    assert code == 0, err
+    size = sum(path.stat().st_size for path in Path("c").rglob("*") if path.is_file())
+    print(f"{codec}: {size / 22_000:.1f} bytes a row")
+    assert size / 22_000 <= most_bytes
 
 
 def test_the_bank_has_no_more_rows_than_allowed(here: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
