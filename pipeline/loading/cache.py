@@ -21,7 +21,9 @@ from softcache.data.views import render
 from softcache.pipeline.batch import LinearHead, LossContext
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage, verify_views
+from softcache.pipeline.losses.distillation_loss import select_logits
 from softcache.pipeline.losses.teacher_head import read_head
+from softcache.pipeline.metrics.embedding_bank import EmbeddingBank
 from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.models.prepared_model import BILINEAR, InputPreparation, InputSpec
 from softcache.pipeline.taps.statistics import derive_features, find_source_tap
@@ -44,6 +46,7 @@ from .context import make_context
 from .evaluation import run_student
 from .loader import CacheLoader
 from .stream import BatchStream
+from .training_embeddings import compute_bank
 from .view_checks import ViewChecks
 
 Rows = NDArray[np.int64]
@@ -341,6 +344,9 @@ class Cache:
     ) -> dict[str, Any]:
         """Compute every metric of a student on a split, in eval mode.
 
+        For the accuracies of an embedding the student is also run over labelled training rows, at most 50,000, and
+        over the validation split.
+
         Args:
             student: A network: images float32 [B, C, H, W] -> logits [B, K], on the device.
             split: "test" or "val".
@@ -349,7 +355,8 @@ class Cache:
             device: Where the student is.
 
         Returns:
-            {name: value}, as of `softcache.evaluate` with the teacher's logits.
+            {name: value}, as of `softcache.evaluate` with the teacher's logits; of another task than "classes" the
+            figures that `softcache evaluate` prints.
 
         Raises:
             CacheError: An image cannot be read, or is not the one that the teacher saw.
@@ -360,7 +367,23 @@ class Cache:
         teacher_logits = self.teachers.merge_members(teacher_logits)
         labels = self.transfer_set.splits[split].labels
         counts = count_classes(self.transfer_set.splits["train"].labels, self.num_classes)
-        return evaluate_task(self.task, logits, labels, teacher_outputs=teacher_logits, counts=counts)
+        bank = self._compute_bank(student, split, logits, workers, device) if self.task == EMBEDDING else None
+        return evaluate_task(self.task, logits, labels, teacher_outputs=teacher_logits, counts=counts, bank=bank)
+
+    def _compute_bank(
+        self, student: nn.Module, split: str, outputs: torch.Tensor, workers: int, device: str | torch.device
+    ) -> EmbeddingBank | None:
+        """Run a student over labelled training rows; None where there are none. `outputs` are those of the split."""
+        if split != "val":
+            outputs, _ = run_student(student, self.loader("val", 512, workers=workers, device=device).stream)
+        return compute_bank(
+            self,
+            student,
+            lambda batch: select_logits(student(batch.images)),
+            outputs.numpy(),
+            workers=workers,
+            device=device,
+        )
 
     def rows(self, split: str) -> torch.Tensor:
         """Return which row of the data each index is.

@@ -222,7 +222,7 @@ def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
 
     Args:
         results: Nested dicts of the same keys, one of each seed. Of a list, each place is averaged; a place is None
-            where one of the results has None there. Text and None are taken from the first.
+            where one of the results has None there, and so is a number. Text is taken from the first.
 
     Returns:
         Two dicts of the same form: means, and standard deviations with n - 1 in the denominator, 0 for one result.
@@ -236,8 +236,10 @@ def mean_and_spread(results: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
         elif isinstance(first, list):
             places = np.array(values, float)
             mean[key], spread[key] = _to_list(places.mean(0)), _to_list(_standard_deviation(places))
-        elif first is None or isinstance(first, str):
+        elif isinstance(first, str):
             mean[key] = spread[key] = first
+        elif any(value is None for value in values):
+            mean[key] = spread[key] = None
         else:
             mean[key], spread[key] = float(np.mean(values)), float(_standard_deviation(np.array(values, float)))
     return mean, spread

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softcache.base.progress import Progress, no_progress
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, HardTargets
 
 from . import classification
 from .arrays import Array
+from .embedding_bank import EmbeddingBank
 from .embeddings import evaluate_embeddings
 from .labels import evaluate_labels, summarize_labels
 from .numbers import evaluate_numbers, summarize_numbers
@@ -48,7 +50,13 @@ LOWER_IS_BETTER = ("nll", "rmse", "mae", "brier", "ece", "kl_to_teacher", "rmse_
 
 
 def evaluate_task(
-    task: str, outputs: Array, labels: Array, teacher_outputs: Array | None = None, counts: Array | None = None
+    task: str,
+    outputs: Array,
+    labels: Array,
+    teacher_outputs: Array | None = None,
+    counts: Array | None = None,
+    bank: EmbeddingBank | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Compute every figure of a split for a task.
 
@@ -58,6 +66,8 @@ def evaluate_task(
         labels: Hard targets of the task, see data/tasks.py.
         teacher_outputs: float [N, K]; None where there is no teacher.
         counts: int [K], the training rows of each class; None where they are not known.
+        bank: The model's embeddings of labelled training rows, for an embedding; None without.
+        progress: Shows how far figures of an embedding are that take long.
 
     Returns:
         {name: value}, as of `classification.evaluate`, `labels.evaluate_labels`, `numbers.evaluate_numbers` or
@@ -68,5 +78,7 @@ def evaluate_task(
     """
     if task == CLASSES:
         return classification.evaluate(outputs, labels, teacher_outputs, counts)
-    evaluate = {LABELS: evaluate_labels, NUMBERS: evaluate_numbers, EMBEDDING: evaluate_embeddings}[task]
+    if task == EMBEDDING:
+        return evaluate_embeddings(outputs, labels, teacher_outputs, bank, progress)
+    evaluate = {LABELS: evaluate_labels, NUMBERS: evaluate_numbers}[task]
     return evaluate(outputs, labels, teacher_outputs)

@@ -28,6 +28,8 @@ TITLES = {
     "cosine": "cosine",
     "knn": "kNN accuracy",
     "probe": "probe accuracy",
+    "centroid_1": "1-shot accuracy",
+    "centroid_5": "5-shot accuracy",
     "cka": "CKA",
     "overlap": "overlap@10",
 }

@@ -98,6 +98,11 @@ def print_notes(config: StudentConfig, setup: DistillationSetup, console: Consol
         console.print(
             f"--missing {config.missing}: {missing:,} of {rows:,} rows have no targets in some draw: {treatment}"
         )
+    labels = setup.transfer_set.splits["train"].labels
+    if setup.cache.task == EMBEDDING and setup.cache.views.mixup and find_known(labels).any():
+        console.print(
+            "the cache's views are mixtures of two images, which have no one class: no kNN, probe or centroid accuracy"
+        )
     if config.epochs % config.draws_per_decode:
         console.print(
             f"--epochs {config.epochs} is not a multiple of --draws-per-decode {config.draws_per_decode}:"

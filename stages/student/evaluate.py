@@ -99,4 +99,5 @@ def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSe
     load_weights(network, read_state_dict(path), str(path))
     labels = hide_labels(config, setup.transfer_set.splits["train"].labels)
     model = PreparedModel(network, setup.scale_output(labels)).to(setup.device)
-    return setup.compute_metrics(setup.compute_logits(model))
+    logits = setup.compute_logits(model)
+    return setup.compute_metrics(logits, setup.compute_bank(model, logits, config))

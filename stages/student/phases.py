@@ -190,7 +190,8 @@ def _evaluate_and_save(run: TrainingRun, setup: DistillationSetup) -> dict[str, 
     logits = setup.compute_logits(run.model)
     remove_stale_files(run.folder, (LOGITS,))
     save_logits(run.folder / LOGITS, logits, setup.transfer_set)
-    return setup.compute_metrics(logits)
+    assert isinstance(run.config, StudentConfig)
+    return setup.compute_metrics(logits, setup.compute_bank(run.model, logits, run.config))
 
 
 def make_training_run(

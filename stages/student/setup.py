@@ -19,15 +19,18 @@ from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.loading.context import measure_numbers
 from softcache.pipeline.loading.stream import BatchStream
+from softcache.pipeline.loading.training_embeddings import compute_bank, read_bank
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.teacher_head import read_head
+from softcache.pipeline.metrics.embedding_bank import EmbeddingBank
 from softcache.pipeline.metrics.tasks import evaluate_task
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.configurations import DEFAULT
 from softcache.pipeline.models.initial_weights import InitialWeights, read_initial_weights
 from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
+from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PUBLISHED, InputSpec
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
 from softcache.stages.cli.configs import StudentConfig
@@ -296,11 +299,41 @@ class DistillationSetup:
         """Compute a model's logits on each held-out split: {split: float32 [N, K]}."""
         return {split: held_out.logits(model) for split, held_out in self.held_out.items()}
 
-    def compute_metrics(self, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
+    def compute_bank(
+        self, model: nn.Module, outputs: dict[str, NDArray[np.float32]], config: StudentConfig
+    ) -> EmbeddingBank | None:
+        """Run a student over labelled training rows, from which the classes of held-out rows are predicted.
+
+        Args:
+            model: views uint8 [B, C, S, S] -> embeddings [B, D], on the device.
+            outputs: {split: float32 [N, D]} of the student, see `compute_logits`.
+            config: precision of the forward pass, and workers that render views.
+
+        Returns:
+            The embeddings of at most 50,000 rows; None for another task, and where no row has one class.
+
+        Raises:
+            CacheError: when an image cannot be read, or is not the one that the teacher saw.
+        """
+        with autocast(self.device, config.precision):
+            return compute_bank(
+                self.source,
+                model,
+                lambda batch: model(batch.views),
+                outputs["val"],
+                workers=config.workers,
+                device=self.device,
+                progress=progress,
+            )
+
+    def compute_metrics(
+        self, logits: dict[str, NDArray[np.float32]], bank: EmbeddingBank | None = None
+    ) -> dict[str, Any]:
         """Compute every figure of a student on each held-out split.
 
         Args:
             logits: {split: float32 [N, K]} of the student, see `compute_logits`.
+            bank: the student's embeddings of training rows, see `compute_bank`; None without.
         """
         figures = {
             split: evaluate_task(
@@ -309,6 +342,8 @@ class DistillationSetup:
                 self.held_out[split].labels,
                 self.teacher_logits[split].numpy(),
                 self.class_counts,
+                bank=bank,
+                progress=progress,
             )
             for split, split_logits in logits.items()
         }
@@ -321,7 +356,7 @@ class DistillationSetup:
     def teacher_metrics(self) -> dict[str, Any]:
         """The archs of the teacher that the student learns from, and its figures on each held-out split."""
         archs = " + ".join(cache.teacher for cache in self.teachers.members)
-        return self._evaluate_teacher(archs, self.teacher_logits)
+        return self._evaluate_teacher(archs, self.teacher_logits, self.teachers)
 
     @cached_property
     def member_metrics(self) -> list[dict[str, Any]]:
@@ -330,14 +365,23 @@ class DistillationSetup:
             self._evaluate_teacher(
                 cache.teacher,
                 {split: z[:, k, : cache.classes] if z.ndim == 3 else z for split, z in self.member_logits.items()},
+                TeacherEnsemble((cache,)),
             )
             for k, cache in enumerate(self.teachers.members)
         ]
 
-    def _evaluate_teacher(self, arch: str, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _evaluate_teacher(
+        self, arch: str, logits: dict[str, torch.Tensor], teachers: TeacherEnsemble
+    ) -> dict[str, Any]:
+        bank = read_bank(self.source, teachers, logits["val"].numpy())
         figures = {
             split: evaluate_task(
-                self.cache.task, z.numpy(), self.transfer_set.splits[split].labels, counts=self.class_counts
+                self.cache.task,
+                z.numpy(),
+                self.transfer_set.splits[split].labels,
+                counts=self.class_counts,
+                bank=bank,
+                progress=progress,
             )
             for split, z in logits.items()
         }

@@ -32,6 +32,7 @@ from .precision import compile_teacher
 from .preparation import PreparedCache
 from .reproducibility import check_reproducibility
 from .targets import TargetGenerator
+from .task_figures import print_task_figures
 from .teacher_checks import Outputs, check_kind, check_same_teacher, check_stable, compute_reference, to_record
 from .trials import TrialViews
 
@@ -93,8 +94,10 @@ def write_cache(prepared: PreparedCache, console: Console) -> Manifest:
         manifest = writer.build_manifest(head_record, transfer_set.count_labelled(), library_versions())
         write_readme(out, writer.previous, manifest)
         writer.publish_manifest(manifest)
-    if not writer.previous and transfer_set.task == CLASSES:
-        print_final_look(out, transfer_set, console)
+    if not writer.previous:
+        if transfer_set.task == CLASSES:
+            print_final_look(out, transfer_set, console)
+        print_task_figures(out, transfer_set, console)
     return manifest
 
 
