@@ -23,6 +23,7 @@ from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.tasks import evaluate_task
+from softcache.pipeline.metrics.thresholds import add_thresholds
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.configurations import DEFAULT
@@ -290,17 +291,22 @@ class DistillationSetup:
 
         Args:
             logits: {split: float32 [N, K]} of the student, see `compute_logits`.
+
+        Returns:
+            {split: figures}; of several labels also `thresholds`, see `add_thresholds`.
         """
-        return {
+        labels = {split: self.held_out[split].labels for split in logits}
+        figures = {
             split: evaluate_task(
                 self.cache.task,
                 split_logits,
-                self.held_out[split].labels,
+                labels[split],
                 self.teacher_logits[split].numpy(),
                 self.class_counts,
             )
             for split, split_logits in logits.items()
         }
+        return add_thresholds(self.cache.task, figures, logits, labels)
 
     @cached_property
     def teacher_metrics(self) -> dict[str, Any]:
@@ -320,13 +326,13 @@ class DistillationSetup:
         ]
 
     def _evaluate_teacher(self, arch: str, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+        labels = {split: self.transfer_set.splits[split].labels for split in logits}
+        outputs = {split: z.numpy() for split, z in logits.items()}
         figures = {
-            split: evaluate_task(
-                self.cache.task, z.numpy(), self.transfer_set.splits[split].labels, counts=self.class_counts
-            )
-            for split, z in logits.items()
+            split: evaluate_task(self.cache.task, z, labels[split], counts=self.class_counts)
+            for split, z in outputs.items()
         }
-        return {"arch": arch, **figures}
+        return {"arch": arch, **add_thresholds(self.cache.task, figures, outputs, labels)}
 
     @cached_property
     def class_counts(self) -> Labels:
