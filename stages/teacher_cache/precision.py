@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from softcache.base.errors import CacheError, make_printable
+from softcache.data.tasks import CLASSES
 from softcache.pipeline.cache.existing import InferenceSettings
 from softcache.pipeline.cache.manifest import PrecisionRecord
 from softcache.pipeline.cache.manifest_reader import parse_precision_record
@@ -45,7 +46,11 @@ class ChosenPrecision:
 
 
 def resume_precision(
-    config: CacheConfig, previous: InferenceSettings | None, teacher: PreparedModel, taps: tuple[str, ...]
+    config: CacheConfig,
+    previous: InferenceSettings | None,
+    teacher: PreparedModel,
+    taps: tuple[str, ...],
+    task: str = CLASSES,
 ) -> ChosenPrecision | None:
     """Run the teacher as for the rows that a cache has already, so that a timing cannot change it half-way.
 
@@ -56,6 +61,7 @@ def resume_precision(
         previous: How the rows of the cache were computed; None where there are none.
         teacher: In eval mode, on its device.
         taps: Layers whose outputs are written.
+        task: What the teacher predicts, see data/tasks.py.
 
     Returns:
         The choice; None where there are no rows yet.
@@ -68,7 +74,7 @@ def resume_precision(
     precision = previous.precision if config.precision == "auto" else config.precision
     fold = previous.record is not None and previous.record.folded
     return ChosenPrecision(
-        restore_inference(teacher, taps, precision, fold, config.outputs), previous.record, is_resumed=True
+        restore_inference(teacher, taps, precision, fold, config.outputs, task), previous.record, is_resumed=True
     )
 
 
@@ -92,7 +98,8 @@ def choose_precision(
     Raises:
         CacheError: The teacher fails in the precision that the command names, or its logits are not finite.
     """
-    plain = Trial(TeacherInference(teacher, taps, outputs=config.outputs))
+    task = trial_views.transfer_set.task
+    plain = Trial(TeacherInference(teacher, taps, outputs=config.outputs, task=task))
     if config.precision == "float32" and not config.compile:
         return ChosenPrecision(plain.inference)
     candidates = [Trial(inference) for inference in _list_candidates(config, teacher, taps)]
@@ -127,8 +134,8 @@ def restore_precision(
         trial_views: Views to compile it with, where the first rank has compiled it.
         console: Prints that it is being compiled.
     """
-    outputs = trial_views.config.outputs
-    inference = restore_inference(teacher, taps, record["precision"], record["folded"], outputs)
+    outputs, task = trial_views.config.outputs, trial_views.transfer_set.task
+    inference = restore_inference(teacher, taps, record["precision"], record["folded"], outputs, task)
     if record["compiled"]:
         compile_teacher(inference, trial_views, console)
     return ChosenPrecision(inference, parse_precision_record(record["arithmetic"]), record["begun"])
