@@ -18,7 +18,7 @@ from softcache.pipeline.losses.long_tail import BalancedKD, BalancedSoftmax, DiV
 from softcache.pipeline.losses.regression import KDMSE, MSE
 from softcache.pipeline.losses.relational import CC, NST, PKT, RKD, Attention, Similarity
 from softcache.pipeline.losses.review_kd import ReviewKD
-from softcache.pipeline.losses.several_labels import BCE, KDSigmoid
+from softcache.pipeline.losses.several_labels import BCE, MLKD, Asymmetric, KDSigmoid
 
 __all__ = [
     "BCE",
@@ -30,6 +30,7 @@ __all__ = [
     "KD",
     "KDMSE",
     "LOSSES",
+    "MLKD",
     "MSE",
     "NKD",
     "NST",
@@ -38,6 +39,7 @@ __all__ = [
     "SRRL",
     "VID",
     "WSLD",
+    "Asymmetric",
     "Attention",
     "BalancedKD",
     "BalancedSoftmax",

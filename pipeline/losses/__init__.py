@@ -34,7 +34,7 @@ from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
 from .regression import KDMSE, MSE
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
-from .several_labels import BCE, KDSigmoid
+from .several_labels import BCE, MLKD, Asymmetric, KDSigmoid
 
 __all__ = [
     "HARD_LOSSES",
@@ -90,6 +90,8 @@ LOSSES: dict[str, Loss] = {
         ReviewKD(),
         BCE(),
         KDSigmoid(),
+        MLKD(),
+        Asymmetric(),
         MSE(),
         KDMSE(),
         Embed(),

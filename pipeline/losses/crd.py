@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from softcache.data.tasks import CLASSES, EMBEDDING
 from softcache.pipeline.batch import Batch, LossContext, MemoryBank, ModelOutputs
 
 from .base import Ramp, to_float
@@ -41,6 +42,7 @@ class CRD(FeatureLoss):
     negatives: int = 4096
     width: int = 128
     name: ClassVar[str] = "crd"
+    tasks: ClassVar[tuple[str, ...]] = (CLASSES, EMBEDDING)
     statistic: ClassVar[str] = "pool"
     single_layer: ClassVar[bool] = True
     needs_single_label: ClassVar[bool] = True

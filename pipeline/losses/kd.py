@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from softcache.base.errors import UsageError
+from softcache.data.tasks import CLASSES, LABELS
 from softcache.pipeline.batch import Batch, LossContext, ModelOutputs
 
 from .base import Loss, Ramp, require_logits, to_float
@@ -145,6 +146,7 @@ class LogitMSE(Loss):
 
     weight: float | Ramp = 1.0
     name: ClassVar[str] = "logit_mse"
+    tasks: ClassVar[tuple[str, ...]] = (CLASSES, LABELS)
     is_row_mean: ClassVar[bool] = True
 
     def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:

@@ -125,3 +125,78 @@ class KDSigmoid(Loss):
         T = to_float(self.temperature)
         rows = sigmoid_kl(student.logits, teacher_logits(student, batch, self.name), T).mean(1)
         return weighted_mean(rows, batch) * T**2
+
+
+@dataclass(frozen=True)
+class MLKD(Loss):
+    """Multi-label logit distillation, Yang et al. 2023 (arXiv 2308.06453, section 3.2).
+
+    loss = mean over the rows of the sum over the labels of KL(s(z_t) || s(z_s)), s the sigmoid: each label is a binary
+    problem of its own. It is `kd_sigmoid` at temperature 1, with the sum over the labels in the place of the mean, so
+    that its weight is K times as large.
+
+    The authors' program limits probabilities to 1e-8 and 1 - 1e-8, where its gradient is 0; here logarithms of the
+    sigmoid are exact, and no limit is needed. Its weight is 10, beside a cross entropy that is summed over rows and
+    labels. The other half of the paper, distillation of label-wise embeddings, needs networks with an embedding for
+    each label, and is not part of this loss.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+
+    Source: Yang et al. 2023, "Multi-Label Knowledge Distillation" (arXiv 2308.06453, section 3.2, MLD).
+    """
+
+    weight: float | Ramp = 1.0
+    name: ClassVar[str] = "mlkd"
+    tasks: ClassVar[tuple[str, ...]] = (LABELS,)
+    is_row_mean: ClassVar[bool] = True
+
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        z_t = teacher_logits(student, batch, self.name)
+        return weighted_mean(sigmoid_kl(student.logits, z_t, 1.0).sum(1), batch)
+
+
+@dataclass(frozen=True)
+class Asymmetric(Loss):
+    """Asymmetric loss with several labels, Ridnik et al. 2021 (arXiv 2009.14119, equations 4 to 7).
+
+    loss = mean over the known labels of -(y (1 - p)^gamma_pos log p + (1 - y) m^gamma_neg log(1 - m)), p = s(z),
+    s the sigmoid, m = max(p - clip, 0); 0 when none is known. Negative labels that are easy count little, and those
+    with p <= clip not at all. The labels of a mixup view are weighted by their shares. With gamma_neg, gamma_pos and
+    clip at 0 it is `bce`.
+
+    The factors (1 - p)^gamma_pos and m^gamma_neg have gradients, as in the paper's section 2.4 and in the authors'
+    program, where the option to switch them off does nothing in its plain form and is off in its optimised form. The
+    program sums over rows and labels where this is a mean, and limits the arguments of logarithms to 1e-8.
+
+    Args:
+        weight: factor of the term in the sum of losses.
+        gamma_neg: exponent of negative labels, from 0 on.
+        gamma_pos: exponent of positive labels, from 0 on.
+        clip: margin by which the probability of a negative label is lowered, 0 <= clip < 1.
+
+    Source: Ridnik et al. 2021, "Asymmetric Loss For Multi-Label Classification" (arXiv 2009.14119, equations 4 to 7);
+        the defaults are those of the authors' program.
+    """
+
+    weight: float | Ramp = 1.0
+    gamma_neg: float | Ramp = 4.0
+    gamma_pos: float | Ramp = 1.0
+    clip: float | Ramp = 0.05
+    name: ClassVar[str] = "asymmetric"
+    tasks: ClassVar[tuple[str, ...]] = (LABELS,)
+    needs_labels: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+
+    def __call__(self, student: ModelOutputs, batch: Batch, part: nn.Module | None) -> torch.Tensor:
+        z, clip = student.logits, to_float(self.clip)
+        targets, known = mix_labels(batch, z.dtype)
+        log_p, log_not_p = F.logsigmoid(z), F.logsigmoid(-z)
+        positive = -(to_float(self.gamma_pos) * log_not_p).exp() * log_p
+        negative = -(to_float(self.gamma_neg) * log_p).exp() * log_not_p
+        if clip:
+            is_above = log_p.exp() > clip  # below the logarithm of the margin would have no finite gradient
+            m = torch.where(is_above, log_p.exp() - clip, 0.5)
+            negative = torch.where(is_above, -(to_float(self.gamma_neg) * m.log()).exp() * torch.log1p(-m), 0.0)
+        terms = targets * positive + (1 - targets) * negative
+        return (terms * known).sum() / known.sum().clamp(min=1)

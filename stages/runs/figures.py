@@ -19,6 +19,7 @@ TITLES = {
     "recall_tail": "tail recall",
     "map": "mAP",
     "f1_micro": "micro F1",
+    "at_thresholds.f1_macro": "F1 tuned",
     "rmse": "RMSE",
     "mae": "MAE",
     "r2": "R²",
@@ -38,7 +39,7 @@ LABELLED_COLUMNS: tuple[str, ...] = ("accuracy", "f1_macro", "agreement")
 UNLABELLED_COLUMNS: tuple[str, ...] = ("agreement", "kl_to_teacher")
 _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of each task, with labels and without
     CLASSES: (LABELLED_COLUMNS, UNLABELLED_COLUMNS),
-    LABELS: (("map", "f1_macro", "agreement"), UNLABELLED_COLUMNS),
+    LABELS: (("map", "f1_macro", "at_thresholds.f1_macro", "agreement"), UNLABELLED_COLUMNS),
     NUMBERS: (("rmse", "mae", "r2", "r2_to_teacher"), ("rmse_to_teacher", "r2_to_teacher")),
     EMBEDDING: (("knn", "probe", "cosine", "cka", "overlap"), ("cosine", "cka", "overlap")),
 }
@@ -66,8 +67,10 @@ class Figures:
     values: Mapping[str, Any]
 
     def get(self, name: str) -> float | None:
-        """Return a figure, None where it is absent."""
-        value = self.values.get(name)
+        """Return a figure, None where it is absent; `at_thresholds.f1_macro` is the one within another."""
+        value: Any = self.values
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def has_labels(self) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.data.sources import has_argument, short_name
-from softcache.data.tasks import CLASSES, EMBEDDING, find_known
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, find_known
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command
@@ -33,6 +33,8 @@ _SINGLE_LOSS_ADVICE = {
     "balanced_kd": "balanced_kd alone does not use the labels: add hard",
     "dive": "dive alone does not use the labels: add balanced_softmax",
 }
+
+_LABELS_ADVICE = {"soft_f1": "soft_f1 alone gives no probabilities: add kd_sigmoid or bce"}  # with several labels
 
 _SMALLEST_CNN_SIZE = 4  # pixels
 
@@ -108,7 +110,8 @@ def print_notes(config: StudentConfig, setup: DistillationSetup, console: Consol
             f"--epochs {config.epochs} is not a multiple of --draws-per-decode {config.draws_per_decode}:"
             " some images are seen in fewer draws than others"
         )
-    if len(setup.losses) == 1 and (advice := _SINGLE_LOSS_ADVICE.get(setup.losses[0].name)):
+    single_loss_advice = _LABELS_ADVICE if setup.cache.task == LABELS else _SINGLE_LOSS_ADVICE
+    if len(setup.losses) == 1 and (advice := single_loss_advice.get(setup.losses[0].name)):
         console.print(advice)
 
 

@@ -61,9 +61,22 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
     if config.json:
         return console.print_json(json.dumps(metrics))
     for seed_name, splits in metrics.items():
+        thresholds = splits.pop("thresholds", None)
         for split, figures in splits.items():
-            numbers = ", ".join(f"{key} {value:.4f}" for key, value in figures.items() if isinstance(value, float))
-            console.print(f"seed {seed_name}, {split}: {numbers}")
+            console.print(f"seed {seed_name}, {split}: {_format_numbers(figures)}")
+            if "at_thresholds" in figures:
+                console.print(f"seed {seed_name}, {split}, at thresholds: {_format_numbers(figures['at_thresholds'])}")
+        if thresholds:
+            names = setup.transfer_set.classes
+            console.print(
+                f"seed {seed_name}, thresholds: {_format_numbers(dict(zip(names, thresholds, strict=True)))}"
+            )
+
+
+def _format_numbers(figures: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{make_printable(key)} {value:.4f}" for key, value in figures.items() if isinstance(value, float)
+    )
 
 
 def check_same_teachers(folder: Path, caches: tuple[CacheReader, ...]) -> None:

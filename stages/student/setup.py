@@ -25,6 +25,7 @@ from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.embedding_bank import EmbeddingBank
 from softcache.pipeline.metrics.tasks import evaluate_task
+from softcache.pipeline.metrics.thresholds import add_thresholds
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.configurations import DEFAULT
@@ -334,12 +335,16 @@ class DistillationSetup:
         Args:
             logits: {split: float32 [N, K]} of the student, see `compute_logits`.
             bank: the student's embeddings of training rows, see `compute_bank`; None without.
+
+        Returns:
+            {split: figures}; of several labels also `thresholds`, see `add_thresholds`.
         """
+        labels = {split: self.held_out[split].labels for split in logits}
         figures = {
             split: evaluate_task(
                 self.cache.task,
                 split_logits,
-                self.held_out[split].labels,
+                labels[split],
                 self.teacher_logits[split].numpy(),
                 self.class_counts,
                 bank=bank,
@@ -350,7 +355,7 @@ class DistillationSetup:
         if self.cache.task == EMBEDDING and not self.teachers.is_single_cache:
             for of_split in figures.values():
                 of_split["cosine"] = None  # side by side, several embeddings are none that a student learns
-        return figures
+        return add_thresholds(self.cache.task, figures, logits, labels)
 
     @cached_property
     def teacher_metrics(self) -> dict[str, Any]:
@@ -374,18 +379,15 @@ class DistillationSetup:
         self, arch: str, logits: dict[str, torch.Tensor], teachers: TeacherEnsemble
     ) -> dict[str, Any]:
         bank = read_bank(self.source, teachers, logits["val"].numpy())
+        labels = {split: self.transfer_set.splits[split].labels for split in logits}
+        outputs = {split: z.numpy() for split, z in logits.items()}
         figures = {
             split: evaluate_task(
-                self.cache.task,
-                z.numpy(),
-                self.transfer_set.splits[split].labels,
-                counts=self.class_counts,
-                bank=bank,
-                progress=progress,
+                self.cache.task, z, labels[split], counts=self.class_counts, bank=bank, progress=progress
             )
-            for split, z in logits.items()
+            for split, z in outputs.items()
         }
-        return {"arch": arch, **figures}
+        return {"arch": arch, **add_thresholds(self.cache.task, figures, outputs, labels)}
 
     @cached_property
     def class_counts(self) -> Labels:

@@ -126,7 +126,7 @@ def assemble_result(config: StudentConfig, setup: DistillationSetup, results: li
     manifests = [cache.manifest for cache in setup.teachers.members]
     manifest = manifests[0]
     members = {} if setup.teachers.is_single_cache else {"members": setup.member_metrics}
-    mean, spread = mean_and_spread(results)
+    mean, spread = mean_and_spread(results if len(results) == 1 else list(map(_remove_thresholds, results)))
     for name in mean:
         mean[name] |= {key: results[0][name][key] for key in ("arch", "preparation", "parameters", "multiply_adds")}
     return {
@@ -153,6 +153,14 @@ def assemble_result(config: StudentConfig, setup: DistillationSetup, results: li
         **_name_classes(setup),
         "versions": library_versions(),
         "machine": describe_machine(setup.device),
+    }
+
+
+def _remove_thresholds(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a seed without thresholds of labels: a mean of them would be those of no student."""
+    return {
+        model: {name: value for name, value in figures.items() if name != "thresholds"}
+        for model, figures in result.items()
     }
 
 

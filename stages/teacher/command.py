@@ -12,7 +12,7 @@ from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
-from softcache.data.tasks import EMBEDDING, NUMBERS, find_known, measure_targets, require_classes
+from softcache.data.tasks import CLASSES, EMBEDDING, NUMBERS, find_known, measure_targets, require_classes
 from softcache.data.transfer_set import count_classes
 from softcache.data.view_policy import parse_views
 from softcache.pipeline.batch import LossContext
@@ -20,6 +20,7 @@ from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses import HARD_LOSSES
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
 from softcache.pipeline.metrics.tasks import evaluate_task
+from softcache.pipeline.metrics.thresholds import add_thresholds
 from softcache.pipeline.models import build, check_arch, count_multiply_adds, count_parameters, is_external_arch
 from softcache.pipeline.models.configurations import has_published_weights
 from softcache.pipeline.models.initial_weights import check_init, read_initial_weights
@@ -30,7 +31,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
-from softcache.stages.runs.figures import Figures, choose_labelled_split
+from softcache.stages.runs.figures import Figures, choose_labelled_split, get_task, list_columns
 from softcache.stages.runs.folder import open_run, start_run
 from softcache.stages.runs.initial import record_initial_weights
 from softcache.stages.runs.output_folder import check_output_folder
@@ -77,9 +78,11 @@ def run(config: TeacherConfig, explicit_options: set[str]) -> None:
 
 
 def describe_accuracy(result: dict[str, Any]) -> str:
-    """Format the accuracy of a teacher on the test split, or on validation where test has no labels."""
-    figures = Figures(result["teacher"][choose_labelled_split(result["teacher"])])
-    return figures.describe(("accuracy",), "accuracy unknown")
+    """Format the accuracy of a teacher, or the figures of its task, on the test split, or on validation where test has
+    no labels."""
+    figures, task = Figures(result["teacher"][choose_labelled_split(result["teacher"])]), get_task(result)
+    names = ("accuracy",) if task == CLASSES else list_columns(task, has_labels=True)
+    return figures.describe(names, "accuracy unknown")
 
 
 def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
@@ -224,7 +227,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             context = replace(context, mean=mean, std=std)
             input_spec = input_spec.with_output(tuple(mean.tolist()), tuple(std.tolist()))
         model = PreparedModel(network, input_spec).to(device)
-        held_out = {
+        held_out: dict[str, HeldOutSplit] = {
             split: HeldOutSplit(transfer_set.splits[split], views, device, config, task=task)
             for split in ("val", "test")
             if split in transfer_set.splits
@@ -244,10 +247,10 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             context=context,
         )
         finished = train(run, held_out["val"], console)
-        figures = {
-            split: evaluate_task(task, rows.logits(model), rows.labels, counts=counts)
-            for split, rows in held_out.items()
-        }
+        logits = {split: rows.logits(model) for split, rows in held_out.items()}
+        labels = {split: rows.labels for split, rows in held_out.items()}
+        figures = {split: evaluate_task(task, z, labels[split], counts=counts) for split, z in logits.items()}
+        figures = add_thresholds(task, figures, logits, labels)
         result = {
             "settings": asdict(config),
             "teacher": {
@@ -260,7 +263,9 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
                 "epoch": finished.epoch,
                 "val": figures["val"],
                 "test": figures.get("test"),
+                **({"thresholds": figures["thresholds"]} if "thresholds" in figures else {}),
             },
+            **({} if task == CLASSES else {"task": task}),
             "classes": list(transfer_set.classes),
             "seconds": {"train": finished.seconds},
             "peak_memory": measure_peak_memory(device),

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError
+from softcache.data.tasks import CLASSES, LABELS
 from softcache.pipeline.models.bn_folding import fold_batch_norm
 from softcache.pipeline.models.other_frameworks.file_network import StoredTargets
 from softcache.pipeline.models.precision import autocast
@@ -41,9 +42,10 @@ class TeacherInference:
         outputs: "logits", or "probabilities" for a network that outputs these or their logarithms, which are turned
             into logarithms.
         maps_classes: Whether a class map of the teacher is applied to its logits.
+        task: What the teacher predicts, see data/tasks.py: of several labels, probabilities become log-odds.
 
     Attributes:
-        teacher, taps, precision, outputs: As given.
+        teacher, taps, precision, outputs, task: As given.
         differs_when_folded: Whether the teacher was not folded because its outputs would have changed.
     """
 
@@ -55,9 +57,10 @@ class TeacherInference:
         fold: bool = False,
         outputs: str = LOGITS,
         maps_classes: bool = True,
+        task: str = CLASSES,
     ):
         self.teacher, self.taps, self.precision, self.outputs = teacher, taps, precision, outputs
-        self._maps_classes = maps_classes
+        self._maps_classes, self.task = maps_classes, task
         self._model = fold_batch_norm(teacher, [parse_tap(tap)[0] for tap in taps]) if fold else teacher
         self._compiled: InferFunction | None = None
         self.differs_when_folded = self.is_folded and not self._matches_when_folded()
@@ -160,9 +163,14 @@ class TeacherInference:
         self._compiled, self._hooks = infer_padded, hooks  # the copy's hooks are needed as long as the compiled code
 
     def _to_logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the logits of outputs [B, K]: probabilities become logarithms, then the classes are mapped."""
+        """Return the logits of outputs [B, K]: probabilities become logarithms, then the classes are mapped.
+
+        Those of several labels become log-odds.
+        """
         if outputs.ndim != 2:
             return outputs
+        if self.task == LABELS:
+            return outputs if self.outputs == LOGITS else _to_log_odds(outputs)
         logits = outputs if self.outputs == LOGITS else _to_logarithms(outputs)
         return self.teacher.map_classes(logits) if self._maps_classes else logits
 
@@ -196,15 +204,27 @@ def _to_logarithms(outputs: torch.Tensor) -> torch.Tensor:
     return torch.where(is_probability, logarithms, outputs.clamp(min=math.log(MIN_PROBABILITY), max=0.0))
 
 
+def _to_log_odds(outputs: torch.Tensor) -> torch.Tensor:
+    """Return log(p / (1 - p)) of probabilities [B, K], -87.3 to 87.3; NaN outside 0 to 1."""
+    positive, negative = outputs.clamp(min=MIN_PROBABILITY).log(), (1 - outputs).clamp(min=MIN_PROBABILITY).log()
+    is_probability = (outputs >= 0) & (outputs <= 1)
+    return torch.where(is_probability, positive - negative, torch.nan)
+
+
 def restore_inference(
-    teacher: PreparedModel, taps: tuple[str, ...], precision: str, fold: bool, outputs: str = LOGITS
+    teacher: PreparedModel,
+    taps: tuple[str, ...],
+    precision: str,
+    fold: bool,
+    outputs: str = LOGITS,
+    task: str = CLASSES,
 ) -> TeacherInference:
     """Make the inference that an existing cache was written with.
 
     Raises:
         CacheError: Batch norm was folded then, and cannot be folded now without changing the outputs.
     """
-    inference = TeacherInference(teacher, taps, precision, fold, outputs)
+    inference = TeacherInference(teacher, taps, precision, fold, outputs, task=task)
     if inference.differs_when_folded:
         raise CacheError(
             "the cache was started with batch norm folded, and here that changes the teacher's outputs: continue with"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from softcache.base.errors import CacheError, make_printable
+from softcache.data.tasks import CLASSES
 from softcache.pipeline.cache.existing import InferenceSettings
 from softcache.pipeline.cache.manifest import PrecisionRecord
 from softcache.pipeline.cache.manifest_reader import parse_precision_record
@@ -45,7 +46,11 @@ class ChosenPrecision:
 
 
 def resume_precision(
-    config: CacheConfig, previous: InferenceSettings | None, teacher: PreparedModel, taps: tuple[str, ...]
+    config: CacheConfig,
+    previous: InferenceSettings | None,
+    teacher: PreparedModel,
+    taps: tuple[str, ...],
+    task: str = CLASSES,
 ) -> ChosenPrecision | None:
     """Run the teacher as for the rows that a cache has already, so that a timing cannot change it half-way.
 
@@ -56,6 +61,7 @@ def resume_precision(
         previous: How the rows of the cache were computed; None where there are none.
         teacher: In eval mode, on its device.
         taps: Layers whose outputs are written.
+        task: What the teacher predicts, see data/tasks.py.
 
     Returns:
         The choice; None where there are no rows yet.
@@ -68,7 +74,7 @@ def resume_precision(
     precision = previous.precision if config.precision == "auto" else config.precision
     fold = previous.record is not None and previous.record.folded
     return ChosenPrecision(
-        restore_inference(teacher, taps, precision, fold, config.outputs), previous.record, is_resumed=True
+        restore_inference(teacher, taps, precision, fold, config.outputs, task), previous.record, is_resumed=True
     )
 
 
@@ -94,10 +100,10 @@ def choose_precision(
         CacheError: The teacher fails in the precision that the command names, or its logits are not finite.
     """
     task = trial_views.transfer_set.task
-    plain = Trial(TeacherInference(teacher, taps, outputs=config.outputs), task)
+    plain = Trial(TeacherInference(teacher, taps, outputs=config.outputs, task=task))
     if config.precision == "float32" and not config.compile:
         return ChosenPrecision(plain.inference)
-    candidates = [Trial(inference, task) for inference in _list_candidates(config, teacher, taps)]
+    candidates = [Trial(inference) for inference in _list_candidates(config, teacher, taps, task)]
     batches = trial_views.render()
     run_trials([plain, *candidates], batches)
     if config.precision == "auto":
@@ -129,8 +135,8 @@ def restore_precision(
         trial_views: Views to compile it with, where the first rank has compiled it.
         console: Prints that it is being compiled.
     """
-    outputs = trial_views.config.outputs
-    inference = restore_inference(teacher, taps, record["precision"], record["folded"], outputs)
+    outputs, task = trial_views.config.outputs, trial_views.transfer_set.task
+    inference = restore_inference(teacher, taps, record["precision"], record["folded"], outputs, task)
     if record["compiled"]:
         compile_teacher(inference, trial_views, console)
     return ChosenPrecision(inference, parse_precision_record(record["arithmetic"]), record["begun"])
@@ -152,12 +158,14 @@ def compile_teacher(inference: TeacherInference, trial_views: TrialViews, consol
     return True
 
 
-def _list_candidates(config: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...]) -> Iterator[TeacherInference]:
+def _list_candidates(
+    config: CacheConfig, teacher: PreparedModel, taps: tuple[str, ...], task: str
+) -> Iterator[TeacherInference]:
     """Yield the ways to run the teacher that are compared with plain float32."""
     if config.precision != "float32":
-        yield TeacherInference(teacher, taps, "bfloat16", fold=True, outputs=config.outputs)
+        yield TeacherInference(teacher, taps, "bfloat16", fold=True, outputs=config.outputs, task=task)
     if config.precision == "auto":
-        folded = TeacherInference(teacher, taps, "float32", fold=True, outputs=config.outputs)
+        folded = TeacherInference(teacher, taps, "float32", fold=True, outputs=config.outputs, task=task)
         if folded.is_folded:
             yield folded
 
@@ -174,14 +182,12 @@ def _try_compiled(
             inference.precision,
             fold=inference.is_folded,
             outputs=inference.outputs,
-        ),
-        trial_views.transfer_set.task,
+            task=inference.task,
+        )
     )
     if not compile_teacher(compiled.inference, trial_views, console):
         return best
-    uncompiled = Trial(
-        inference, compiled.task
-    )  # timed again, in turns with the other: the machine may have been less busy before
+    uncompiled = Trial(inference)  # timed again, in turns with the other: the machine may have been less busy before
     run_trials([compiled, uncompiled], batches)
     if compiled.problem:
         console.print(f"not compiled: {make_printable(compiled.problem)}")

@@ -13,7 +13,7 @@ from softcache.base.errors import CacheError, CacheMismatchError, UsageError, un
 from softcache.base.schema import validate
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import DATASET, format_placeholder, get_source_name, short_name
-from softcache.data.tasks import EMBEDDING, NUMBERS, require_classes
+from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS, require_classes
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy, parse_views
 from softcache.pipeline.cache.codecs import CODECS
@@ -222,7 +222,7 @@ def check_task(config: CacheConfig, transfer_set: TransferSet) -> CacheConfig:
         raise UsageError(f"--axes is for the task {EMBEDDING}, and the task here is {task}: leave it out")
     for option, is_set in (
         (f"--class-map {config.class_map}", bool(config.class_map)),
-        (f"--outputs {config.outputs}", config.outputs != LOGITS),
+        (f"--outputs {config.outputs}", config.outputs != LOGITS and task != LABELS),
     ):
         if is_set:
             require_classes(task, option)
@@ -254,7 +254,8 @@ def _set_callable_options(config: CacheConfig, network: CallableNetwork, task: s
             raise UsageError(f"{option} is for networks of PyTorch, and the teacher '{config.teacher}' is none")
     if not network.is_estimator or config.outputs != LOGITS or task == NUMBERS:
         return config
-    console.print("the teacher's predict_proba outputs probabilities: their logarithms are stored as logits")
+    stored = "log-odds" if task == LABELS else "logarithms"
+    console.print(f"the teacher's predict_proba outputs probabilities: their {stored} are stored as logits")
     return replace(config, outputs=PROBABILITIES)
 
 
@@ -347,7 +348,7 @@ def _choose_precision_and_taps(
             precision = manifest.identity["precision"] if config.precision == "auto" else config.precision
             check_same_identity(out, {**identity, "precision": precision}, {}, manifest)
         taps = tuple(dict.fromkeys((*(previous.taps if previous else ()), *requested_taps)))
-        choice = resume_precision(config, previous, teacher, taps)
+        choice = resume_precision(config, previous, teacher, taps, trial_views.transfer_set.task)
         choice = choice or choose_precision(config, trial_views, teacher, taps, console)
         return {"taps": list(taps), **choice.to_json()}
 

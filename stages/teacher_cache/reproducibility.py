@@ -110,7 +110,8 @@ def make_target_generator(cache: CacheReader, transfer_set: TransferSet, config:
         teacher_size=identity["teacher"].get("view_size", 0),
     )
     fold = precision_record is not None and precision_record.folded
-    inference = restore_inference(teacher, tuple(cache.manifest.taps), identity["precision"], fold, outputs)
+    taps = tuple(cache.manifest.taps)
+    inference = restore_inference(teacher, taps, identity["precision"], fold, outputs, cache.task)
     generator = TargetGenerator(transfer_set, cache.views, inference, cache_config)
     if (generator.classes, generator.shapes) != (cache.classes, cache.manifest.taps):
         raise CacheError(

@@ -111,6 +111,9 @@ class TargetGenerator:
             for batch_crcs, batch_logits, batch_features in batches:
                 rows = slice(start, start + len(batch_crcs))
                 crcs[rows] = batch_crcs
+                has_probabilities = self.inference.outputs == PROBABILITIES
+                if has_probabilities and self.inference.task == LABELS:
+                    _check_log_odds(batch_logits, spec=spec, index=index[rows])
                 _store_batch(batch_logits, logits[rows], codec.max_value, spec=spec, index=index[rows], name="output")
                 for tap, values in features.items():
                     _store_batch(
@@ -121,7 +124,7 @@ class TargetGenerator:
                         index=index[rows],
                         name=f"tap '{tap}'",
                     )
-                if self.inference.outputs == PROBABILITIES:
+                if has_probabilities and self.inference.task == CLASSES:
                     is_part = self.teacher.class_map is not None
                     _check_probabilities(batch_logits, spec=spec, index=index[rows], is_part=is_part)
                 on_progress(len(batch_crcs))
@@ -265,6 +268,16 @@ def _store_batch(
         limit = f"it cannot be stored (largest {max_value:g})" if np.isfinite(value) else "it is not a finite number"
         raise CacheError(
             f"the teacher's {name} for {spec.split} index {index[row]}, draw {spec.draw} is {value}: {limit}"
+        )
+
+
+def _check_log_odds(log_odds: torch.Tensor, spec: ShardSpec, index: NDArray[np.int64]) -> None:
+    """Raise CacheError for log-odds [B, K] of a teacher's output that was not between 0 and 1: they are NaN."""
+    wrong = torch.nonzero(log_odds.isnan().any(1)).flatten().tolist()
+    if wrong:
+        raise CacheError(
+            f"the teacher's output for {spec.split} index {index[wrong[0]]}, draw {spec.draw} is not between 0 and 1,"
+            " and --outputs probabilities is given"
         )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.schema import validate
+from softcache.data.tasks import LABELS
 from softcache.data.views import render
 from softcache.pipeline.cache.rows import make_row_order
 from softcache.pipeline.models.other_frameworks.file_network import StoredTargets
@@ -29,6 +30,7 @@ _MIN_ROWS = 8  # rows that must all be probabilities before the teacher is refus
 _RANDOM_TOLERANCE, _BATCH_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.01, 0.1
 _SAME_TEACHER_TOLERANCE = 0.02  # between machines, or with TF32; the code of another teacher differs by far more
 _SUM_TOLERANCE, _LOG_SUM_TOLERANCE = 5e-3, 0.02  # of rows of probabilities that were rounded to bfloat16
+_LEAST_CERTAIN, _CERTAIN = 0.5, 0.9  # outputs of a sigmoid exceed the first; of a trained one also the second
 _MAX_STORED_ROWS = 65_536  # of each split, of targets that were made elsewhere, that are looked at
 _MAX_LOGITS, _MAX_FEATURES = 1024, 64  # values of a row that unfinished.json keeps
 
@@ -86,7 +88,11 @@ def check_kind(generator: TargetGenerator, outputs: Outputs, console: Console) -
         held_out = [split for split in generator.transfer_set.splits if split != "train"]
         views = [_render_views(generator, split, _GROUP) for split in held_out]
         rows = np.concatenate([rows, *(_run_teacher(generator, x)["logits"] for x in views)])
-    if len(rows) < _MIN_ROWS or rows.shape[1] < 2 or np.isnan(rows).any():
+    if len(rows) < _MIN_ROWS or np.isnan(rows).any():
+        return
+    if generator.transfer_set.task == LABELS:
+        return _check_kind_of_labels(rows, kind, console)
+    if rows.shape[1] < 2:
         return
     sums, log_sums = rows.sum(1, dtype=np.float64), np.logaddexp.reduce(rows.astype(np.float64), 1)
     is_probability = (rows >= 0).all(1) & (np.abs(sums - 1) <= _SUM_TOLERANCE)
@@ -110,6 +116,28 @@ def check_kind(generator: TargetGenerator, outputs: Outputs, console: Console) -
             "note: all outputs of the teacher are between 0 and 1 and do not sum to 1, as after a sigmoid. They are"
             " stored as logits: where a network ends in a sigmoid, let it end before that"
         )
+
+
+def _check_kind_of_labels(rows: NDArray[np.float32], kind: str, console: Console) -> None:
+    """Check that outputs [N, K] for several labels are logits, or probabilities of each label.
+
+    Raises:
+        UsageError: They are not.
+    """
+    low, high = float(rows.min()), float(rows.max())
+    is_between = low >= 0 and high <= 1
+    if kind == PROBABILITIES and not is_between:
+        raise UsageError(
+            f"--outputs {PROBABILITIES}, but the teacher's outputs are from {low:.4g} to {high:.4g}, and probabilities"
+            " of labels are between 0 and 1: leave --outputs out if they are logits"
+        )
+    if kind != LOGITS or not is_between or high <= _LEAST_CERTAIN:
+        return
+    text = f"all outputs of the teacher are between 0 and 1 ({low:.4g} to {high:.4g}), as after a sigmoid"
+    advice = f"--outputs {PROBABILITIES} stores their log-odds"
+    if low < 1 - _CERTAIN and high > _CERTAIN:
+        raise UsageError(f"{text}, and not logits: let its network end before the sigmoid, or {advice}")
+    console.print(f"note: {text}. They are stored as logits: where its network ends in a sigmoid, {advice}")
 
 
 def compute_reference(generator: TargetGenerator) -> Outputs:

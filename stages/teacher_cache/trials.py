@@ -58,14 +58,12 @@ class Trial:
 
     Attributes:
         inference: The teacher and the way in which it is run.
-        task: What the logits are, see data/tasks.py.
         logits: float32 [B, K] of each batch.
         seconds: Time of a view in the fastest batch; infinite before the first one.
         failure: First line of the error that running it raised; empty where there was none.
     """
 
     inference: TeacherInference
-    task: str
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     seconds: float = float("inf")
     failure: str = ""
@@ -110,7 +108,7 @@ class Trial:
 
         It has been run without a problem.
         """
-        sums = measure_fidelity(np.concatenate(plain.logits), np.concatenate(self.logits), self.task)
+        sums = measure_fidelity(np.concatenate(plain.logits), np.concatenate(self.logits), self.inference.task)
         names = set(sums) & set(PrecisionRecord.__dataclass_fields__) - {"rows"}
         return PrecisionRecord(
             folded=self.inference.is_folded,

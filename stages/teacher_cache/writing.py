@@ -11,7 +11,7 @@ from softcache.base.errors import CacheError, Interrupted
 from softcache.base.files import make_folder
 from softcache.base.lock import hold_lock
 from softcache.base.threads import Future, ThreadPool
-from softcache.data.tasks import CLASSES, EMBEDDING
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS
 from softcache.pipeline.cache.existing import NoCache
 from softcache.pipeline.cache.manifest import HeadRecord, Manifest, ShardRecord, ShardSpec
 from softcache.pipeline.cache.reader import CacheReader
@@ -130,7 +130,7 @@ def _check_before_writing(writer: CacheWriter, prepared: PreparedCache, console:
     generator, config = prepared.generator, prepared.config
     outputs = check_stable(generator)
     if isinstance(writer.existing, NoCache):
-        if generator.transfer_set.task == CLASSES:
+        if generator.transfer_set.task in (CLASSES, LABELS):
             check_kind(generator, outputs, console)
         if assumes_normalize(config) and not isinstance(generator.teacher.network, CallableNetwork):
             print_normalize_comparison(generator.teacher, generator.transfer_set, generator.teacher_views, console)

@@ -18,6 +18,7 @@ from torch import nn
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import import_attribute, keep_global_state, name_type
+from softcache.data.tasks import CLASSES, LABELS
 from softcache.pipeline.models.custom_networks import call_factory
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 
@@ -27,6 +28,9 @@ _FACTORY_ARGUMENTS = {"classes", "channels", "size", "shape"}
 class CallableNetwork(nn.Module):
     """A function or an estimator as a network without parameters: views [B, …] -> logits or probabilities [B, K].
 
+    An estimator of several labels returns the probability of each label [B, K], or as scikit-learn's forests a list of
+    K arrays [B, 2], of the absence and of the presence of a label.
+
     Its state dict is a digest of what it is called, not of what it computes: whoever uses it compares its outputs.
 
     Args:
@@ -34,6 +38,7 @@ class CallableNetwork(nn.Module):
         arch: Its name.
         classes: Names of the classes of the data, in the order of the labels; () where they have none.
         is_normalized: Whether it is run on normalised views.
+        task: What it predicts, see data/tasks.py.
 
     Attributes:
         is_estimator: Whether it has `predict_proba`, so that its outputs are probabilities.
@@ -42,7 +47,9 @@ class CallableNetwork(nn.Module):
         UsageError: It is neither, or the classes of the estimator are not those of the data.
     """
 
-    def __init__(self, teacher: Any, arch: str, classes: Sequence[str], is_normalized: bool = False):
+    def __init__(
+        self, teacher: Any, arch: str, classes: Sequence[str], is_normalized: bool = False, task: str = CLASSES
+    ):
         super().__init__()
         self.is_estimator = is_estimator(teacher)
         if not self.is_estimator and not callable(teacher):
@@ -51,7 +58,8 @@ class CallableNetwork(nn.Module):
                 " views, or an object with predict_proba"
             )
         self._arch, self._classes, self._location = arch, len(classes), locate_definition(teacher)
-        self._columns = _order_columns(teacher, arch, classes) if self.is_estimator else None
+        self._teacher = teacher if self.is_estimator and task == LABELS else None
+        self._columns = _order_columns(teacher, arch, classes) if self.is_estimator and task != LABELS else None
         self._function: Callable[[NDArray[Any]], Any] = teacher.predict_proba if self.is_estimator else teacher
         name = f"{arch}\0{'normalized' if is_normalized else 'raw'}"
         self.identity: torch.Tensor
@@ -67,6 +75,8 @@ class CallableNetwork(nn.Module):
         task = f"teacher '{self._arch}' failed on a batch of {batch.dtype} {list(batch.shape)}"
         with user_code(task, self._location), torch.no_grad():
             outputs = self._function(batch)
+            if self._teacher is not None:
+                outputs = _select_presence(self._teacher, self._arch, outputs, self._classes)
             if isinstance(outputs, torch.Tensor):
                 outputs = outputs.detach().float().cpu().numpy()
             outputs = np.asarray(outputs)
@@ -92,18 +102,23 @@ class RawModel(PreparedModel):
 
 
 def prepare_callable(
-    teacher: Any, arch: str, classes: Sequence[str], input_spec: InputSpec, is_normalized: bool
+    teacher: Any,
+    arch: str,
+    classes: Sequence[str],
+    input_spec: InputSpec,
+    is_normalized: bool,
+    task: str = CLASSES,
 ) -> PreparedModel:
     """Prepare a function or an estimator as a teacher.
 
     Args:
-        teacher, arch, classes, is_normalized: As of CallableNetwork.
+        teacher, arch, classes, is_normalized, task: As of CallableNetwork.
         input_spec: How a view becomes the input of a student; and of the teacher, where it is normalised.
 
     Raises:
         UsageError: As of CallableNetwork.
     """
-    network = CallableNetwork(teacher, arch, classes, is_normalized)
+    network = CallableNetwork(teacher, arch, classes, is_normalized, task)
     return (PreparedModel if is_normalized else RawModel)(network, input_spec).eval()
 
 
@@ -169,6 +184,38 @@ def _order_columns(teacher: Any, arch: str, classes: Sequence[str]) -> NDArray[n
             f" ({_shorten(expected)}): fit it to the labels of these data"
         )
     return np.array([found.index(label) for label in expected], np.int64)
+
+
+def _select_presence(teacher: Any, arch: str, outputs: Any, labels: int) -> Any:
+    """Return the probability of each label [B, K] from what predict_proba returned.
+
+    Args:
+        teacher: The estimator.
+        arch: Its name.
+        outputs: [B, K], or a list of K arrays [B, C] with the probabilities of the values in `classes_`.
+        labels: K; 0 where it is not known.
+
+    Raises:
+        UsageError: There are not K arrays, or one has other values than 0 and 1.
+    """
+    if not isinstance(outputs, list | tuple):
+        return outputs
+    if labels and len(outputs) != labels:
+        raise UsageError(f"teacher '{arch}' returned probabilities of {len(outputs)} labels, the data have {labels}")
+    values = getattr(teacher, "classes_", None)
+    if not isinstance(values, list | tuple) or len(values) != len(outputs):
+        values = [[0, 1]] * len(outputs)
+    columns = []
+    for k, (known, probabilities) in enumerate(zip(values, map(np.asarray, outputs), strict=True)):
+        numbers = np.asarray(known).tolist()
+        if not set(numbers) <= {0, 1} or probabilities.ndim != 2 or probabilities.shape[1] != len(numbers):
+            raise UsageError(
+                f"teacher '{arch}' returned {list(probabilities.shape)} for label {k}, with the values"
+                f" {_shorten(list(map(str, numbers)))}: expected two columns, of 0 and of 1"
+            )
+        # A label that is the same in all rows of its training has one column.
+        columns.append(probabilities[:, numbers.index(1)] if 1 in numbers else np.zeros(len(probabilities)))
+    return np.stack(columns, 1)
 
 
 def _shorten(names: Sequence[str]) -> str:
