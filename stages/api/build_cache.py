@@ -19,7 +19,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.models.custom_networks import name_live_arch
-from softcache.pipeline.models.other_frameworks.callable_networks import is_estimator
+from softcache.pipeline.models.other_frameworks.callable_networks import is_estimator, is_regressor
 from softcache.pipeline.models.other_frameworks.file_network import parse_file_teacher
 from softcache.pipeline.models.prepared_model import format_normalize
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
@@ -68,8 +68,8 @@ def build_cache(
         path: The folder of the cache.
         teacher: A network: images float32 [B, C, H, W] -> logits [B, K]. A copy of it is run in eval mode. Or the name
             of an arch, with `weights`. Its identity is its class, its state dict, and what it outputs for a few views.
-            Or a fitted estimator of scikit-learn, whose predict_proba gets rows float32 [B, D]; or a function of a
-            batch of views, a NumPy array, that returns logits [B, K].
+            Or a fitted estimator of scikit-learn, whose predict_proba gets rows float32 [B, D]; of the task "numbers"
+            a regressor, with predict; or a function of a batch of views, a NumPy array, that returns logits [B, K].
         data: As in `Cache`: a name, `folder:PATH`, or a map-style data set of (image, label) or of images, or a
             mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
             are made here. Arrays or tensors of one axis, [D], are rows of numbers. A label is an int, the number of a
@@ -106,7 +106,8 @@ def build_cache(
         UsageError: An argument does not exist or does not fit the data or the teacher.
         KeyboardInterrupt: On Ctrl-C. What was finished is kept.
     """
-    is_teacher = isinstance(teacher, nn.Module | str) or is_estimator(teacher) or callable(teacher)
+    is_teacher = isinstance(teacher, nn.Module | str) or is_estimator(teacher) or is_regressor(teacher)
+    is_teacher = is_teacher or callable(teacher)
     if isinstance(teacher, type) or not is_teacher:
         raise UsageError(
             "a teacher is a torch.nn.Module, the name of an arch, a function or an estimator with predict_proba, not"

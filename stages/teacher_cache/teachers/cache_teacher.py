@@ -95,7 +95,7 @@ def _prepare_recorded_callable(value: Any, cache: CacheReader) -> PreparedModel:
     """
     names = tuple(cache.manifest.identity["transfer_set"]["classes"])
     for is_normalized in (False, True):
-        teacher = prepare_callable(value, cache.teacher, names, cache.input_spec, is_normalized)
+        teacher = prepare_callable(value, cache.teacher, names, cache.input_spec, is_normalized, cache.task)
         if hash_weights(teacher.network) == cache.manifest.identity["teacher"]["weights"]:
             return teacher
     raise CacheError(f"the cache '{cache.folder}' is of a network with weights: '{cache.teacher}' is a function now")

@@ -119,7 +119,14 @@ def _load_custom(config: CacheConfig, transfer_set: TransferSet, views: ViewPoli
     classes = len(transfer_set.classes)
     value = load_callable(config.teacher, classes, input_spec.input_shape)
     if not isinstance(value, nn.Module):
-        return prepare_callable(value, config.teacher, transfer_set.classes, input_spec, bool(config.normalize))
+        return prepare_callable(
+            value,
+            config.teacher,
+            transfer_set.classes,
+            input_spec,
+            is_normalized=bool(config.normalize),
+            task=transfer_set.task,
+        )
     if not config.weights:
         return None
     network = build(
@@ -151,7 +158,14 @@ def prepare_live_teacher(
     input_spec = _use_teacher_size(make_input_spec(config.normalize or "data", transfer_set, views), config)
     classes = len(transfer_set.classes)
     if not isinstance(network, nn.Module):
-        return prepare_callable(network, config.teacher, transfer_set.classes, input_spec, bool(config.normalize))
+        return prepare_callable(
+            network,
+            config.teacher,
+            transfer_set.classes,
+            input_spec,
+            is_normalized=bool(config.normalize),
+            task=transfer_set.task,
+        )
     if config.class_map:  # the number of its classes, for messages and where it returns several tensors
         classes = count_outputs(network.state_dict(), config.teacher)
     copied = build(
