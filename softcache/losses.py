@@ -15,7 +15,7 @@ from softcache.pipeline.losses.hard import Hard, TfKD
 from softcache.pipeline.losses.hint import VID, ConcatHint, Hint
 from softcache.pipeline.losses.kd import CTKD, KD, WSLD, LogitMSE, Output
 from softcache.pipeline.losses.long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
-from softcache.pipeline.losses.regression import KDMSE, MSE
+from softcache.pipeline.losses.regression import KDMSE, MSE, Bounded, Huber
 from softcache.pipeline.losses.relational import CC, NST, PKT, RKD, Attention, Similarity
 from softcache.pipeline.losses.review_kd import ReviewKD
 from softcache.pipeline.losses.several_labels import BCE, MLKD, Asymmetric, KDSigmoid
@@ -43,6 +43,7 @@ __all__ = [
     "Attention",
     "BalancedKD",
     "BalancedSoftmax",
+    "Bounded",
     "CatKD",
     "ConcatHint",
     "Custom",
@@ -50,6 +51,7 @@ __all__ = [
     "Embed",
     "Hard",
     "Hint",
+    "Huber",
     "KDSigmoid",
     "LogitAdjusted",
     "LogitMSE",

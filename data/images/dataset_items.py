@@ -1,6 +1,6 @@
 """Items of a user's own dataset: one image and its label, in every form in which PyTorch datasets return them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NoReturn, Protocol
 
@@ -16,6 +16,7 @@ from softcache.data.tasks import HardTargets, to_hashed_bytes
 from .decoding import GREY_MODES, count_bits
 
 _TOLERANCE = 1e-3  # of a grey level: ToTensor divides by 255, ToDtype(scale=True) multiplies by 1 / 255
+_MAX_VALUES = 1 << 20  # of a label
 _TENSOR_TYPES = (torch.uint8, torch.float32, torch.float64)
 _IMAGE_FORMS = (
     "an image is a PIL image, a uint8 array [H, W], [H, W, 1] or [H, W, 3], or a uint8 tensor [H, W], [1, H, W] or"
@@ -35,6 +36,8 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+# Of an item: the number of a class, a number to predict, or several of them, [K]; None where it is unknown.
+Label = int | float | NDArray[Any] | torch.Tensor | Sequence[float] | None
 Data = str | MapDataset | Mapping[str, MapDataset]  # a spec such as `digits`, one dataset, or one of each split
 
 
@@ -63,19 +66,20 @@ def read_classes(dataset: MapDataset, split: str) -> tuple[str, ...]:
     return tuple(names) if names and is_list else ()
 
 
-def read_item(dataset: MapDataset, row: int, split: str) -> tuple[Image.Image, int]:
+def read_item(dataset: MapDataset, row: int, split: str) -> tuple[Image.Image, Label]:
     """Read one row of a dataset.
 
     Args:
         dataset: Its item is (image, label), or an image alone. An image is a PIL image of at most 8 bits a channel; a
             uint8 array [H, W], [H, W, 1] or [H, W, 3]; a uint8 tensor [H, W], [1, H, W] or [3, H, W]; or such a
             tensor in float32 or float64 whose values are all k / 255, as of torchvision's ToTensor. A label is an
-            int, or an array or tensor without dimensions; None or a negative number where it is unknown.
+            int, the number of a class; a float, a number to predict; an array, a tensor or a list of several labels or
+            numbers, [K]; or None where it is unknown. A negative int is an unknown class.
         row: Of the dataset, 0 to its length - 1.
         split: Name of the split of which it is the dataset, for messages.
 
     Returns:
-        The image, in mode L where it is grey and RGB otherwise, and its label, -1 where it is unknown.
+        The image, in mode L where it is grey and RGB otherwise, and its label, None where it is unknown.
 
     Raises:
         UsageError: The dataset raises an exception, or the item has another form.
@@ -85,9 +89,9 @@ def read_item(dataset: MapDataset, row: int, split: str) -> tuple[Image.Image, i
     with user_code(f"{place} cannot be read"):
         item = dataset[row]
     if not isinstance(item, (tuple, list)):
-        return _read_image(item, place), -1
+        return _read_image(item, place), None
     if len(item) != 2:
-        raise UsageError(f"{place} is {_describe(item)}: expected (image, label), or an image alone")
+        raise UsageError(f"{place} is {describe_value(item)}: expected (image, label), or an image alone")
     return _read_image(item[0], place), _read_label(item[1], place)
 
 
@@ -103,7 +107,7 @@ def holds_rows(dataset: MapDataset, split: str) -> bool:
     return isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 1
 
 
-def read_row(dataset: MapDataset, row: int, split: str) -> tuple[NDArray[Any], int]:
+def read_row(dataset: MapDataset, row: int, split: str) -> tuple[NDArray[Any], Label]:
     """Read one row of a dataset of rows of numbers.
 
     Args:
@@ -112,7 +116,7 @@ def read_row(dataset: MapDataset, row: int, split: str) -> tuple[NDArray[Any], i
         row, split: As in `read_item`.
 
     Returns:
-        The numbers, [D] in their own dtype, and the label, -1 where it is unknown.
+        The numbers, [D] in their own dtype, and the label, None where it is unknown.
 
     Raises:
         UsageError: The dataset raises an exception, or the item has another form.
@@ -126,7 +130,7 @@ def read_row(dataset: MapDataset, row: int, split: str) -> tuple[NDArray[Any], i
         value = value.detach().cpu()
         numbers = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if not isinstance(numbers, np.ndarray) or numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
-        raise UsageError(f"{place} is {_describe(value)}: expected an array or tensor of numbers with one axis")
+        raise UsageError(f"{place} is {describe_value(value)}: expected an array or tensor of numbers with one axis")
     return numbers, _read_label(label, place)
 
 
@@ -191,30 +195,49 @@ def _recover_levels(pixels: NDArray[np.floating], value: torch.Tensor, place: st
     if ((np.abs(levels - rounded) <= _TOLERANCE) & (rounded >= 0) & (rounded <= 255)).all():
         return rounded.astype(np.uint8)
     raise UsageError(
-        f"{place} is {_describe(value)} with values from {pixels.min():.4g} to {pixels.max():.4g}, not all of them"
-        " k / 255 for whole k from 0 to 255: the dataset normalises or augments its images. Give it without these"
+        f"{place} is {describe_value(value)} with values from {pixels.min():.4g} to {pixels.max():.4g}, not all of"
+        " them k / 255 for whole k from 0 to 255: the dataset normalises or augments its images. Give it without these"
         " transforms: the views are made and normalised here"
     )
 
 
 def _refuse_image(value: Any, place: str) -> NoReturn:
-    raise UsageError(f"{place} is {_describe(value)}: expected (image, label), or an image alone; {_IMAGE_FORMS}")
+    raise UsageError(f"{place} is {describe_value(value)}: expected (image, label), or an image alone; {_IMAGE_FORMS}")
 
 
-def _read_label(value: Any, place: str) -> int:
-    """Return a label as an int, -1 where it is unknown."""
-    if value is None:
-        return -1
+def _read_label(value: Any, place: str) -> Label:
+    """Check the form of a label: see `read_item`."""
     is_scalar = isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and not value.ndim
     label = value.item() if is_scalar else value
-    if type(label) is not int:
-        raise UsageError(
-            f"{place} has {_describe(value)} as its label: expected the number of a class, or None where it is unknown"
-        )
-    return max(label, -1)
+    if label is None or type(label) in (int, float):
+        return label  # type: ignore[no-any-return]
+    is_list = isinstance(value, list | tuple) and all(type(x) in (bool, int, float) for x in value)
+    if is_list or isinstance(value, torch.Tensor | np.ndarray):
+        array = label_to_array(value)
+        if array.ndim == 1 and 1 <= array.size <= _MAX_VALUES and array.dtype.kind in "biuf":
+            return value  # type: ignore[no-any-return]
+    raise UsageError(
+        f"{place} has {describe_value(value)} as its label: expected the number of a class, a number to predict, an"
+        " array or list [K] of several labels or numbers, or None where it is unknown"
+    )
 
 
-def _describe(value: Any) -> str:
+def label_to_array(label: Any) -> NDArray[Any]:
+    """Return a label as an array, [] or [K]."""
+    if isinstance(label, torch.Tensor):
+        label = label.detach().cpu()
+        return np.asarray((label.float() if label.dtype == torch.bfloat16 else label).numpy())
+    return np.asarray(label)
+
+
+def are_same_labels(first: Label, second: Label) -> bool:
+    """Return whether two labels of one row are equal; NaN equals NaN."""
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(label_to_array(first), label_to_array(second), equal_nan=True)
+
+
+def describe_value(value: Any) -> str:
     """Describe the type of a value, and its shape where it has one."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

@@ -14,6 +14,7 @@ from softcache.base.progress import Progress, no_progress
 from softcache.data.images.dataset_images import DatasetArrays, DatasetImages
 from softcache.data.images.dataset_items import (
     MapDataset,
+    are_same_labels,
     count_rows,
     describe_row,
     hash_image,
@@ -26,11 +27,11 @@ from softcache.data.images.decoding import to_array
 from softcache.data.images.row_arrays import make_rows
 
 from .class_order import check_class_names
+from .dataset_targets import TargetCollector
 from .source_data import LabelledImages, SourceData
 
 SPLITS = ("train", "val", "test")
 MAX_IN_MEMORY = 2 << 30  # bytes of pixels that are kept; larger sets are read from the dataset for each view
-_MAX_CLASSES = 1 << 20
 _REPEATED_ROWS = 16  # of each split, read twice: of flips with probability 1/2, 1 in 65,536 datasets passes
 _MAP_STYLE = "a map-style dataset, with __len__ and __getitem__"
 
@@ -64,15 +65,16 @@ def load_dataset(
     rows = {split: count_rows(dataset, split) for split, dataset in datasets.items()}
     names = _choose_class_names(data, classes)
     if holds_rows(datasets["train"], "train"):
-        return _load_rows(datasets, rows, names, progress)
+        return _load_rows(datasets, rows, names, task, progress)
     for split, dataset in datasets.items():
         _check_repeatable(dataset, rows[split], split)
     images = _ImageCollector(sum(rows.values()))
-    digests, labels = {}, {}
-    for split, dataset in datasets.items():
-        digests[split], labels[split] = _read_split(dataset, rows[split], split, images, progress)
-
-    names = _check_labels(labels, names)
+    targets = TargetCollector()
+    digests = {
+        split: _read_split(dataset, rows[split], split, images, targets, progress)
+        for split, dataset in datasets.items()
+    }
+    names, labels = targets.read_targets(names, task)
     mode, size = images.get_mode(), images.get_size()
     splits = {}
     for split, dataset in datasets.items():
@@ -88,7 +90,7 @@ def load_dataset(
 
 
 def _load_rows(
-    datasets: dict[str, MapDataset], rows: dict[str, int], names: tuple[str, ...], progress: Progress
+    datasets: dict[str, MapDataset], rows: dict[str, int], names: tuple[str, ...], task: str, progress: Progress
 ) -> SourceData:
     """Read all rows of numbers, of one length and dtype.
 
@@ -103,12 +105,12 @@ def _load_rows(
             f"the rows of the dataset take {total / 1e9:,.1f} GB, more than {MAX_IN_MEMORY / 1e9:,.1f} GB: save them"
             " by numpy.save in a folder, and name it as data: 'arrays:FOLDER'"
         )
-    values, labels = {}, {}
+    values, targets = {}, TargetCollector()
     for split, dataset in datasets.items():
         values[split] = np.empty((rows[split], *first.shape), first.dtype)
-        labels[split] = np.empty(rows[split], np.int64)
         for row in progress(range(rows[split]), rows[split], "reading rows"):
-            numbers, labels[split][row] = read_row(dataset, row, split)
+            numbers, label = read_row(dataset, row, split)
+            targets.add(split, row, label)
             if (numbers.shape, numbers.dtype) != (first.shape, first.dtype):
                 raise UsageError(
                     f"{describe_row(split, row)} is {numbers.dtype} {list(numbers.shape)}, and train row 0 is"
@@ -122,12 +124,7 @@ def _load_rows(
                     f"{describe_row(split, row)} has other numbers when it is read twice: give the dataset without"
                     " random transforms. The views are made here, the same ones for the teacher and every student"
                 )
-        if labels[split].max() >= _MAX_CLASSES:
-            row = int(labels[split].argmax())
-            raise UsageError(
-                f"{describe_row(split, row)} has the label {labels[split][row]}: the largest is {_MAX_CLASSES - 1}"
-            )
-    names = _check_labels(labels, names)
+    names, labels = targets.read_targets(names, task)
     return SourceData(
         {split: LabelledImages(make_rows(x, f"the {split} dataset"), labels[split]) for split, x in values.items()},
         names,
@@ -200,8 +197,9 @@ def _check_repeatable(dataset: MapDataset, rows: int, split: str) -> None:
     count = min(rows, _REPEATED_ROWS)
     for row in (np.arange(count) * rows // count).tolist():
         (image, label), (again, label_again) = (read_item(dataset, row, split) for _ in range(2))
-        if label != label_again or hash_image(image) != hash_image(again):
-            kind = "image" if label == label_again else "label"
+        has_same_label = are_same_labels(label, label_again)
+        if not has_same_label or hash_image(image) != hash_image(again):
+            kind = "image" if has_same_label else "label"
             raise UsageError(
                 f"{describe_row(split, row)} has another {kind} when it is read twice: give the dataset without random"
                 " transforms. The views are made here, the same ones for the teacher and every student"
@@ -209,17 +207,21 @@ def _check_repeatable(dataset: MapDataset, rows: int, split: str) -> None:
 
 
 def _read_split(
-    dataset: MapDataset, rows: int, split: str, images: "_ImageCollector", progress: Progress
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read all rows; return their digests, uint8 [N, 32], and labels, int64 [N]."""
-    digests, labels = np.empty((rows, 32), np.uint8), np.empty(rows, np.int64)
+    dataset: MapDataset,
+    rows: int,
+    split: str,
+    images: "_ImageCollector",
+    targets: TargetCollector,
+    progress: Progress,
+) -> NDArray[np.uint8]:
+    """Read all rows, and return their digests, uint8 [N, 32]; images and labels are added to the collectors."""
+    digests = np.empty((rows, 32), np.uint8)
     for row in progress(range(rows), rows, "reading images"):
         image, label = read_item(dataset, row, split)
-        if label >= _MAX_CLASSES:
-            raise UsageError(f"{describe_row(split, row)} has the label {label}: the largest is {_MAX_CLASSES - 1}")
-        digests[row], labels[row] = np.frombuffer(hash_image(image), np.uint8), label
+        targets.add(split, row, label)
+        digests[row] = np.frombuffer(hash_image(image), np.uint8)
         images.add(split, image)
-    return digests, labels
+    return digests
 
 
 class _ImageCollector:
@@ -265,33 +267,6 @@ class _ImageCollector:
         images, size = self._pixels.pop(split), self.get_size()
         shape = (1 if self.get_mode() == "L" else 3, size, size)
         return torch.from_numpy(np.stack([np.broadcast_to(pixels, shape) for pixels in images]))
-
-
-def _check_labels(labels: dict[str, NDArray[np.int64]], names: tuple[str, ...]) -> tuple[str, ...]:
-    """Check labels against the names of the classes, and return these: "0" to "K-1" where there are none.
-
-    K is the largest label of the training split + 1, or that of all splits where no training image has a label. There
-    are no names where no image has a label.
-    """
-    largest = int(labels["train"].max())
-    if largest < 0:
-        largest = max(int(part.max()) for part in labels.values())
-    if largest < 0:
-        return ()
-    names = names or tuple(str(label) for label in range(largest + 1))
-    if len(names) < 2:
-        raise UsageError(
-            "the dataset has one class: at least two are needed. Where labels are unknown, return the image alone, or"
-            " None as its label"
-        )
-    for split, part in labels.items():
-        if len(rows := np.flatnonzero(part >= len(names))):
-            row = int(rows[0])
-            raise UsageError(
-                f"{describe_row(split, row)} has the label {part[row]}, but there are {len(names)} classes"
-                f" ({_shorten(names)})"
-            )
-    return names
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ from .hard import Hard, TfKD
 from .hint import VID, ConcatHint, Hint
 from .kd import CTKD, KD, WSLD, LogitMSE, Output
 from .long_tail import BalancedKD, BalancedSoftmax, DiVE, LogitAdjusted, SoftF1
-from .regression import KDMSE, MSE
+from .regression import KDMSE, MSE, Bounded, Huber
 from .relational import CC, NST, PKT, RKD, Attention, Similarity
 from .review_kd import ReviewKD
 from .several_labels import BCE, MLKD, Asymmetric, KDSigmoid
@@ -93,7 +93,9 @@ LOSSES: dict[str, Loss] = {
         MLKD(),
         Asymmetric(),
         MSE(),
+        Huber(),
         KDMSE(),
+        Bounded(),
         Embed(),
     )
 }

@@ -16,7 +16,7 @@ from softcache.pipeline.taps.hooks import list_layers
 from softcache.pipeline.taps.statistics import parse_tap
 
 # The range of a parameter by its name, in texts and in objects. Any other number is from 0 on, without a highest one.
-_LOWEST = {"temperature": 1e-3, "power": 1e-3}
+_LOWEST = {"temperature": 1e-3, "power": 1e-3, "delta": 1e-3}
 _HIGHEST = {"smoothing": 1.0, "correct": 1.0, "reversal": 1.0}
 _BELOW = {"beta": 1.0, "clip": 1.0}
 _LARGEST_NUMBER = 1e30

@@ -2,7 +2,7 @@
 
 | output | logits |
 |---|---|
-| a tensor | it |
+| a tensor | it; where there is one number to predict also [B] |
 | a dict, a dataclass, a named tuple or another object | its `logits`; of a dict without one, its `out` |
 | a tuple or list | the one element of shape [B, K]; in training the first of several |
 | anything else | an error that lists the elements and names `--output` |
@@ -48,6 +48,8 @@ class LogitsSelector:
     def __call__(self, network: nn.Module, inputs: object, output: object) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
             output = select_logits(output, self.arch, self.classes, self.key, network.training)
+        if output.ndim == 1 and self.classes == 1:  # one number or label of each row
+            output = output[:, None]
         if output.ndim != 2:
             raise UsageError(f"arch '{self.arch}' outputs {list(output.shape)}, not logits [B, {self.classes}]")
         images = inputs[0] if isinstance(inputs, tuple) and inputs else None

@@ -19,7 +19,7 @@ from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.verification import check_files, select_damage
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.models.custom_networks import name_live_arch
-from softcache.pipeline.models.other_frameworks.callable_networks import is_estimator
+from softcache.pipeline.models.other_frameworks.callable_networks import is_estimator, is_regressor
 from softcache.pipeline.models.other_frameworks.file_network import parse_file_teacher
 from softcache.pipeline.models.prepared_model import format_normalize
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble
@@ -52,6 +52,8 @@ def build_cache(
     workers: int = 0,
     weights: str | Path = "",
     class_names: Sequence[str] = (),
+    task: str = "",
+    axes: bool = False,
     seed: int = 0,
     repair: bool = False,
     progress: bool | ProgressCallback = False,
@@ -66,11 +68,13 @@ def build_cache(
         path: The folder of the cache.
         teacher: A network: images float32 [B, C, H, W] -> logits [B, K]. A copy of it is run in eval mode. Or the name
             of an arch, with `weights`. Its identity is its class, its state dict, and what it outputs for a few views.
-            Or a fitted estimator of scikit-learn, whose predict_proba gets rows float32 [B, D]; or a function of a
-            batch of views, a NumPy array, that returns logits [B, K].
+            Or a fitted estimator of scikit-learn, whose predict_proba gets rows float32 [B, D]; of the task "numbers"
+            a regressor, with predict; or a function of a batch of views, a NumPy array, that returns logits [B, K].
         data: As in `Cache`: a name, `folder:PATH`, or a map-style data set of (image, label) or of images, or a
             mapping of such by split. Images are PIL images, uint8 arrays or tensors, without augmentation: the views
-            are made here. Arrays or tensors of one axis, [D], are rows of numbers. Without a "val", a tenth of the
+            are made here. Arrays or tensors of one axis, [D], are rows of numbers. A label is an int, the number of a
+            class; a float, or an array [D] of floats, numbers to predict; or an array [K] of 0, 1 and -1 (unknown),
+            several labels; None where nothing is known. Without a "val", a tenth of the
             training images becomes the validation split (`val_fraction=0.1`); without a "test" there is no test split.
         views: The view policy, such as "crop-flip:pad=4"; "" for the default of the data. Teacher and students get the
             views at their size: that of the images, or "crop-flip:size=64".
@@ -78,13 +82,16 @@ def build_cache(
         taps: Layers whose outputs are kept, whole or a statistic of them: "layer3", "layer3:pool".
         normalize: Mean and standard deviation of each channel, for values of 0 … 1; or "imagenet", "data" or "none".
             None for those of a timm model's `pretrained_cfg`, else "data".
-        codec: How logits are stored: float16, float32 or sqrt8.
+        codec: How logits are stored: float16, float32 or sqrt8; int8 for embeddings. Numbers are float32.
         batch_size: Views in a batch of the teacher.
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: Processes that decode and render; 0 for a thread of this process.
         weights: With the name of an arch, a file of weights, the folder of a run, or "DEFAULT".
         class_names: Names of the classes of a data set that has none, such as one of tensors; needed where the teacher
-            has more classes than the labels show.
+            has more classes than the labels show. Of several labels or numbers, the names of these.
+        task: What the teacher outputs: "classes", "labels" (several of each image), "numbers" or "embedding"; "" for
+            what the labels are.
+        axes: Keep the principal axes of an embedding as well, for losses with `standardize=axes`.
         seed: Of the views and of the split.
         repair: Read every byte of a complete cache, and compute the files again that are damaged. Files that are
             missing are computed again in any case.
@@ -99,7 +106,8 @@ def build_cache(
         UsageError: An argument does not exist or does not fit the data or the teacher.
         KeyboardInterrupt: On Ctrl-C. What was finished is kept.
     """
-    is_teacher = isinstance(teacher, nn.Module | str) or is_estimator(teacher) or callable(teacher)
+    is_teacher = isinstance(teacher, nn.Module | str) or is_estimator(teacher) or is_regressor(teacher)
+    is_teacher = is_teacher or callable(teacher)
     if isinstance(teacher, type) or not is_teacher:
         raise UsageError(
             "a teacher is a torch.nn.Module, the name of an arch, a function or an estimator with predict_proba, not"
@@ -127,6 +135,8 @@ def build_cache(
         device=device,
         workers=workers,
         seed=seed,
+        task=task,
+        axes=axes,
         out=str(check_path("path", path)),
     )
     with library_call(progress):
@@ -177,6 +187,8 @@ def _load_data(
     data: Any, config: CacheConfig, class_names: Sequence[str], progress: bool | ProgressCallback
 ) -> TransferSet:
     if isinstance(data, TransferSet):
+        if config.task not in ("", data.task):
+            raise UsageError(f"task='{config.task}', and the task of the transfer set is {data.task}: leave it out")
         return data
     arguments = {name: getattr(config, name) for name in (*SPLIT_OPTIONS, *FOLDER_OPTIONS)}
     if class_names:

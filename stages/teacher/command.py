@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.base.errors import UsageError
+from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import publish_json
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
@@ -174,6 +174,11 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         )
     if not transfer_set.classes or not len(labelled_rows):
         raise UsageError(f"a teacher needs labels: '{config.data}' has images without classes")
+    if task == NUMBERS and (lacks_numbers := np.isnan(train_rows.labels).all(0)).any():
+        name = make_printable(transfer_set.classes[int(lacks_numbers.argmax())])
+        raise UsageError(
+            f"a teacher needs numbers of each output, and no training row of '{config.data}' has '{name}'"
+        )
     if config.sampler:
         require_classes(task, f"--sampler {config.sampler}")
     if unlabelled := len(train_rows) - len(labelled_rows):

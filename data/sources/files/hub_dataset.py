@@ -18,6 +18,7 @@ from softcache.base.progress import Progress, no_progress
 from softcache.data.sources.dataset import load_dataset as load_map_style
 from softcache.data.sources.source_data import ReadingOptions, SourceData
 from softcache.data.sources.split_names import order_splits
+from softcache.data.tasks import CLASSES
 
 from .data_files import SPLIT_OF_NAME
 from .encoded_rows import EncodedSource, load_encoded_files
@@ -258,5 +259,6 @@ def _load_rows(
     return load_map_style(
         {split: _Rows(dataset, columns[split]) for split, dataset in splits.items()},
         () if has_names else names,
-        progress=progress,
+        CLASSES,
+        progress,
     )

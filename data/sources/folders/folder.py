@@ -9,7 +9,6 @@ PATH/train/… or PATH/…  without class folders                         unlabe
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from softcache.base.errors import UnreadableImageError, UsageError, make_printable
 from softcache.base.progress import Progress, no_progress
@@ -25,10 +24,13 @@ from softcache.data.images.unreadable import (
 )
 from softcache.data.sources.class_order import describe_number_order
 from softcache.data.sources.source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
+from softcache.data.tasks import CLASSES, HardTargets
 
 from .folder_layout import UNLABELLED, Layout, find_layout
 from .folder_listing import LeftOut
 from .folder_rows import SplitRows, check_rows, find_classes, list_rows
+from .folder_targets import check_are_classes, check_has_table, encode_targets, find_output_names
+from .labels_table import RowLabel
 
 
 def load_image_folder(
@@ -38,12 +40,14 @@ def load_image_folder(
 
     Args:
         path: A folder in one of the layouts that docs/guides/folders.md lists.
-        options: The layout, the order of the classes, the EXIF orientation, and images that cannot be decoded.
+        options: The layout, the order of the classes, the EXIF orientation, images that cannot be decoded, and the
+            task.
         progress: Shows how far a table of labels is read, and a search for images that cannot be decoded.
 
     Returns:
         The split train, and test and val where there are such images; with val alone, it is the split test. Images
-        are in the order of their labels, then of their names, unlabelled ones last; these have -1 as label.
+        are in the order of their labels, then of their names, unlabelled ones last; these have -1 as label. With
+        several labels or numbers, which are read from a table, images are in the order of their names.
 
     Raises:
         UsageError: The folder is missing or empty, or has no layout that is known: held-out images without training
@@ -57,22 +61,38 @@ def load_image_folder(
         raise UsageError(f"there is no folder '{make_printable(root)}'")
     left_out = LeftOut(root)
     layout = find_layout(root, options.layout)
-    rows = list_rows(layout, left_out, progress)
-    classes = find_classes(rows, options.classes)
+    is_classes = options.task in ("", CLASSES)
+    if not is_classes:
+        check_has_table(layout, options.task)
+    rows = list_rows(layout, left_out, progress, options.task)
+    if is_classes:
+        classes = find_classes(rows, options.classes)
+        if not options.task:
+            check_are_classes(classes, rows)
+    else:
+        classes = find_output_names(rows, options.classes, options.task)
     unreadable = _find_skipped(root, rows, options, progress)
     if unreadable:
         rows = {
             split: part.select({image: image not in unreadable for image in part.images})
             for split, part in rows.items()
         }
-    notes = [_describe_reading(layout, rows, classes), *check_rows(rows, classes)]
+    notes = [
+        _describe_reading(layout, rows, classes, options.task or CLASSES),
+        *check_rows(rows, classes if is_classes else ()),
+    ]
     if unreadable:
         described = describe_unreadable({root / name: reason for name, reason in unreadable.items()}, root)
         notes.append(f"{len(unreadable):,} images cannot be used and are left out (--unreadable skip): {described}")
-    if isinstance(options.classes, str) and not options.classes and (note := describe_number_order(classes)):
+    is_sorted = not any(part.has_values for part in rows.values())
+    if is_sorted and options.classes == "" and (note := describe_number_order(classes)):
         notes.append(note)
 
-    names, labels = _sort_rows(rows, classes)
+    if is_classes:
+        names, labels = _sort_rows(rows, classes)
+    else:
+        names = {split: part.images for split, part in rows.items()}
+        labels = {split: encode_targets(part, classes, options.task) for split, part in rows.items()}
     try:
         sample = inspect_images(
             open_image(root / each[i]) for each in names.values() for i in choose_sample(len(each)).tolist()
@@ -124,10 +144,11 @@ def _find_skipped(
 
 def _sort_rows(
     rows: dict[str, SplitRows], classes: tuple[str, ...]
-) -> tuple[dict[str, list[str]], dict[str, NDArray[np.int64]]]:
+) -> tuple[dict[str, list[str]], dict[str, HardTargets]]:
     """Return the names of each split's images, and their labels: class by class, unlabelled last."""
     names, labels = {}, {}
-    label_of_class = {name: label for label, name in enumerate(classes)} | {"": -1}
+    label_of_class: dict[RowLabel, int] = {"": -1}
+    label_of_class |= {name: label for label, name in enumerate(classes)}
     for split, part in rows.items():
         unsorted = np.array([label_of_class[name] for name in part.labels], np.int64)
         order = np.argsort(np.where(unsorted < 0, len(classes), unsorted), kind="stable")
@@ -136,7 +157,7 @@ def _sort_rows(
     return names, labels
 
 
-def _describe_reading(layout: Layout, rows: dict[str, SplitRows], classes: tuple[str, ...]) -> str:
+def _describe_reading(layout: Layout, rows: dict[str, SplitRows], classes: tuple[str, ...], task: str) -> str:
     """Describe in one line how a folder was read: its splits, classes, unlabelled images and table of labels."""
     splits = []
     for split, part in rows.items():
@@ -144,7 +165,7 @@ def _describe_reading(layout: Layout, rows: dict[str, SplitRows], classes: tuple
         splits.append(f"{split}{folder} {len(part.images):,}")
     parts = [", ".join(splits) + " images"]
     if classes:
-        parts.append(f"{len(classes):,} classes ({shorten_names(classes)})")
+        parts.append(f"{len(classes):,} {task} ({shorten_names(classes)})")
     if unlabelled := sum(part.count_unlabelled() for part in rows.values()):
         parts.append(f"{unlabelled:,} unlabelled")
     parts += [f"labels of {table}" for table in dict.fromkeys(part.table for part in rows.values()) if table]

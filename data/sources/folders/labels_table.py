@@ -1,20 +1,21 @@
 """Tables of labels: labels.csv or labels.tsv with a row for each image, its file, its label and perhaps its split.
 
-No path of a table is opened: each is looked up among the images that are in the folder of the table.
+In place of one label there may be the names of several, a column for each label with 0 and 1, or columns of numbers.
 """
 
 import csv
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.base.progress import Progress
 from softcache.base.text import SHOWN_NAMES, shorten_names
+from softcache.data.tasks import LABELS, NUMBERS
 
 from .folder_layout import SPLIT_OF_NAME
+from .table_cells import MAX_NAME, parse_names, parse_value
+from .table_images import ImageFinder
 
 # Headers of the columns, in any case; where a table has several of one row, the first of these is read.
 FILE_COLUMNS = (
@@ -26,13 +27,19 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 _MAX_BYTES = 1 << 30
 _MAX_LINE = 1 << 20  # characters
-_MAX_LABEL = 200  # characters
+RowLabel = str | tuple[str, ...] | tuple[float, ...]
 
 
 class TableRow(NamedTuple):
-    """What a table has of one image: its label, "" where it has none, and its split, "" where it names none."""
+    """What a table has of one image.
 
-    label: str
+    Attributes:
+        label: The name of its class; the names of its labels; or the value of each column of labels or numbers, NaN
+            where it is unknown. Empty where nothing is known.
+        split: Its split, "" where the table names none.
+    """
+
+    label: RowLabel
     split: str
 
 
@@ -42,13 +49,15 @@ class LabelsTable(NamedTuple):
     Attributes:
         rows: {image: its row}, the images as they were passed.
         columns: Which columns are read, and which are not, for a line that is printed.
+        names: The names of the columns of labels or numbers, where the rows have their values.
     """
 
     rows: dict[str, TableRow]
     columns: str
+    names: tuple[str, ...]
 
 
-def read_labels(table: Path, images: Sequence[str], root: Path, progress: Progress) -> LabelsTable:
+def read_labels(table: Path, images: Sequence[str], root: Path, progress: Progress, task: str = "") -> LabelsTable:
     """Read a table, row by row, and find the image of each row.
 
     Args:
@@ -56,13 +65,15 @@ def read_labels(table: Path, images: Sequence[str], root: Path, progress: Progre
         images: The images in its folder and below, relative to `root`.
         root: The folder of the table, or one above it.
         progress: Shows how many rows are read.
+        task: What the labels are, see data/tasks.py; "" for classes. Several rows of one image are merged where they
+            have names of several labels.
 
     Raises:
         CacheError: The table is too large or no table, a column is missing, a row names a path outside the folder, no
-            image or one that another row names, or a split that does not exist.
+            image or one that another row names, or a split that does not exist; or a cell is no label or number.
     """
-    reader = _TableReader(table)
-    finder = _ImageFinder(table.parent, images, root)
+    reader = _TableReader(table, task)
+    finder = ImageFinder(table.parent, images, root)
     rows: dict[str, TableRow] = {}
     missing, ambiguous, repeated = _Names(), _Names(), _Names()
     for line, name, row in progress(reader.read_rows(), len(images), f"reading {table.name}"):
@@ -72,6 +83,8 @@ def read_labels(table: Path, images: Sequence[str], root: Path, progress: Progre
             raise CacheError(f"{make_printable(table)}, line {line}: '{make_printable(name)}' {error}") from None
         if image is None:
             (ambiguous if finder.is_ambiguous(name) else missing).add(name)
+        elif image in rows and reader.has_names:
+            rows[image] = _merge(rows[image], row, f"{make_printable(table)}, line {line}: '{make_printable(name)}'")
         elif image in rows:
             repeated.add(name)
         else:
@@ -89,7 +102,16 @@ def read_labels(table: Path, images: Sequence[str], root: Path, progress: Progre
         raise CacheError(
             f"{make_printable(table)} has no row: expected file,label in its first line and a row an image"
         )
-    return LabelsTable(rows, reader.columns)
+    return LabelsTable(rows, reader.columns, reader.names)
+
+
+def _merge(first: TableRow, second: TableRow, place: str) -> TableRow:
+    """Merge two rows of one image, with the names of its labels."""
+    splits = sorted({first.split, second.split} - {""})
+    if len(splits) > 1:
+        raise CacheError(f"{place} is in the split {second.split}, and in {first.split} by another row: leave one")
+    names = {str(name) for row in (first, second) for name in row.label}
+    return TableRow(tuple(sorted(names)), splits[0] if splits else "")
 
 
 class _Names:
@@ -109,12 +131,21 @@ class _TableReader:
 
     Attributes:
         columns: Which columns are read, once the first row is.
+        names: The names of the columns with a value each, of several labels or numbers.
     """
 
-    def __init__(self, table: Path):
+    def __init__(self, table: Path, task: str):
         self.table, self.columns = table, ""
+        self.names: tuple[str, ...] = ()
+        self._task = task
         self._file, self._label, self._split = 0, 1, -1
+        self._values: list[int] = [1] if task == NUMBERS else []  # the columns with a value each
         self._width = 0
+
+    @property
+    def has_names(self) -> bool:
+        """Whether a cell has the names of several labels."""
+        return self._task == LABELS and not self._values
 
     def read_rows(self) -> Iterator[tuple[int, str, TableRow]]:
         """Yield line number, name of the image and row."""
@@ -173,28 +204,43 @@ class _TableReader:
                 )
             self._split = 2 if len(cells) == 3 else -1
             self.columns = f"no header: {'file, label, split' if len(cells) == 3 else 'file, label'}"
+            self.names = tuple(str(number) for number in range(len(self._values)))
             return False
         others = [column for column in range(len(cells)) if column not in (file, label, split)]
         if label < 0 and len(others) == 1:
             label = others.pop()
-        if file < 0 or label < 0:
+        if self._task in (LABELS, NUMBERS):
+            self._values = others if label < 0 else [label] if self._task == NUMBERS else []
+            self.names = tuple(cells[column] for column in self._values)
+            others = [column for column in others if column not in self._values]
+            self._check_column_names()
+        if file < 0 or (label < 0 and not self._values):
             kind, known = ("files", FILE_COLUMNS) if file < 0 else ("labels", LABEL_COLUMNS)
             raise CacheError(
                 f"{path} has no column of {kind} ({shorten_names(cells)}): expected one of {', '.join(known)}"
             )
         self._file, self._label, self._split = file, label, split
-        used = [cells[column] for column in (file, label, split) if column >= 0]
-        self.columns = f"columns {', '.join(make_printable(cell, 40) for cell in used)}"
+        used = [cells[column] for column in dict.fromkeys((file, label, *self._values, split)) if column >= 0]
+        shown = shorten_names(used) if len(self._values) > 1 else ", ".join(make_printable(cell, 40) for cell in used)
+        self.columns = f"columns {shown}"
         if others:
             self.columns += f"; not read: {shorten_names([cells[column] for column in others])}"
         return True
 
+    def _check_column_names(self) -> None:
+        path = make_printable(self.table)
+        for number, name in enumerate(self.names):
+            if not name:
+                raise CacheError(f"{path} has a column of {self._task} without a name in its first row: name it")
+            if name in self.names[:number]:
+                raise CacheError(f"{path} has two columns '{make_printable(name, 40)}': leave one, or rename it")
+
     def _make_row(self, line: int, cells: list[str]) -> TableRow:
-        path, label = make_printable(self.table), cells[self._label].strip()
-        if len(label) > _MAX_LABEL:
-            raise CacheError(
-                f"{path}, line {line}: a label of {len(label):,} characters, at most {_MAX_LABEL} are read"
-            )
+        path = make_printable(self.table)
+        try:
+            label = self._read_label(cells)
+        except ValueError as error:
+            raise CacheError(f"{path}, line {line}: {error}") from None
         name = cells[self._split].strip().lower() if self._split >= 0 else ""
         if name and name not in SPLIT_OF_NAME:
             raise CacheError(
@@ -203,84 +249,15 @@ class _TableReader:
             )
         return TableRow(label, SPLIT_OF_NAME[name] if name else "")
 
-
-# What a row may name an image by: its path, its path without the ending, its name, its name without the ending.
-_KEYS: tuple[Callable[[str], str], ...] = (
-    lambda path: path,
-    lambda path: os.path.splitext(path)[0],
-    os.path.basename,
-    lambda path: os.path.splitext(os.path.basename(path))[0],
-)
-
-
-class _ImageFinder:
-    """Finds the image that a row names: by its path, with or without its ending, or by its name where that is unique.
-
-    Args:
-        folder: To which the names are relative.
-        images: The images in it and below, relative to `root`.
-        root: The folder, or one above it.
-    """
-
-    def __init__(self, folder: Path, images: Sequence[str], root: Path):
-        start = 0 if folder == root else len(f"{folder.relative_to(root).as_posix()}/")
-        self._images, self._paths = images, [image[start:] for image in images]  # paths relative to the folder
-        self._root = root
-        self._real_folder = os.path.realpath(folder)
-        self._is_inside: dict[str, bool] = {}  # of the folders of images
-        self._indexes: list[dict[str, str | None]] = []  # of _KEYS, each made when the ones before lack a name
-
-    def find(self, text: str) -> str | None:
-        """Return the image of a name; None where there is none, or several.
-
-        Raises:
-            ValueError: The name leads out of the folder.
-        """
-        name = _normalize(text)
-        index = self._find_index(name)
-        image = index[name] if index is not None else None
-        if image is not None and self._leads_out(image):
-            raise ValueError("is a link that leads out of the folder: copy the file there")
-        return image
-
-    def is_ambiguous(self, text: str) -> bool:
-        """Return whether several images have a name."""
-        return self._find_index(_normalize(text)) is not None and self.find(text) is None
-
-    def _find_index(self, name: str) -> dict[str, str | None] | None:
-        """Return the first index that has a name."""
-        for k, key in enumerate(_KEYS):
-            if k == len(self._indexes):
-                index: dict[str, str | None] = {}
-                for image, path in zip(self._images, self._paths, strict=True):
-                    value = key(path)
-                    index[value] = None if value in index else image
-                self._indexes.append(index)
-            if name in self._indexes[k]:
-                return self._indexes[k]
-        return None
-
-    def _leads_out(self, image: str) -> bool:
-        path = os.path.join(self._root, image)
-        parent = os.path.dirname(path)
-        if parent not in self._is_inside:
-            self._is_inside[parent] = self._contains(parent)
-        return not self._is_inside[parent] or (os.path.islink(path) and not self._contains(path))
-
-    def _contains(self, path: str) -> bool:
-        return os.path.commonpath([os.path.realpath(path), self._real_folder]) == self._real_folder
-
-
-def _normalize(name: str) -> str:
-    """Write a name with slashes and without `./`.
-
-    Raises:
-        ValueError: It is absolute or has `..`.
-    """
-    path = name.replace("\\", "/")
-    if path.startswith("/") or re.match("[A-Za-z]:/", path):
-        raise ValueError("is an absolute path: write it relative to the table")
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise ValueError("leads out of the folder of the table by '..'")
-    return "/".join(parts)
+    def _read_label(self, cells: list[str]) -> RowLabel:
+        """Return the label of a row; raise ValueError where a cell is none."""
+        if self._values:
+            columns = zip(self._values, self.names, strict=True)
+            values = tuple(parse_value(cells[column].strip(), name, self._task) for column, name in columns)
+            return () if all(value != value for value in values) else values
+        label = cells[self._label].strip()
+        if self.has_names:
+            return parse_names(label)
+        if len(label) > MAX_NAME:
+            raise ValueError(f"a label of {len(label):,} characters, at most {MAX_NAME} are read")
+        return label

@@ -1,8 +1,9 @@
-"""Teachers that are no networks: an estimator with `predict_proba`, as of scikit-learn, or a function of a batch.
+"""Teachers that are no networks: an estimator, as of scikit-learn, or a function of a batch.
 
 They come from a user's own code, `my_package.module:factory`, or from a caller in Python. A function gets a batch of
 views as a NumPy array, uint8 [B, C, S, S] or float32 [B, *shape], and returns logits [B, K] as an array or a tensor.
-`predict_proba` gets the same numbers as float32 [B, D]. With a normalisation that is named, both get normalised views.
+`predict_proba` of a classifier, and `predict` of a regressor, which is for the task "numbers", get the same numbers as
+float32 [B, D]. With a normalisation that is named, all get normalised views.
 """
 
 import inspect
@@ -18,7 +19,7 @@ from torch import nn
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import import_attribute, keep_global_state, name_type
-from softcache.data.tasks import CLASSES, LABELS
+from softcache.data.tasks import CLASSES, LABELS, NUMBERS
 from softcache.pipeline.models.custom_networks import call_factory
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 
@@ -30,11 +31,12 @@ class CallableNetwork(nn.Module):
 
     An estimator of several labels returns the probability of each label [B, K], or as scikit-learn's forests a list of
     K arrays [B, 2], of the absence and of the presence of a label.
+    A regressor returns numbers [B, D], or [B] where there is one.
 
     Its state dict is a digest of what it is called, not of what it computes: whoever uses it compares its outputs.
 
     Args:
-        teacher: A function of a batch, or an object with `predict_proba`.
+        teacher: A function of a batch, or an object with `predict_proba`, or with `predict` alone: a regressor.
         arch: Its name.
         classes: Names of the classes of the data, in the order of the labels; () where they have none.
         is_normalized: Whether it is run on normalised views.
@@ -44,7 +46,7 @@ class CallableNetwork(nn.Module):
         is_estimator: Whether it has `predict_proba`, so that its outputs are probabilities.
 
     Raises:
-        UsageError: It is neither, or the classes of the estimator are not those of the data.
+        UsageError: It is neither, it is for another task, or the classes of the estimator are not those of the data.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class CallableNetwork(nn.Module):
     ):
         super().__init__()
         self.is_estimator = is_estimator(teacher)
-        if not self.is_estimator and not callable(teacher):
+        self._is_regressor = is_regressor(teacher)
+        _check_kind(teacher, arch, task)
+        if not self.is_estimator and not self._is_regressor and not callable(teacher):
             raise UsageError(
                 f"teacher '{arch}' is {name_type(teacher)}: expected a torch.nn.Module, a function of a batch of"
                 " views, or an object with predict_proba"
@@ -61,6 +65,9 @@ class CallableNetwork(nn.Module):
         self._teacher = teacher if self.is_estimator and task == LABELS else None
         self._columns = _order_columns(teacher, arch, classes) if self.is_estimator and task != LABELS else None
         self._function: Callable[[NDArray[Any]], Any] = teacher.predict_proba if self.is_estimator else teacher
+        if self._is_regressor:
+            self._function = teacher.predict
+        self._is_one_number = task == NUMBERS and len(classes) == 1
         name = f"{arch}\0{'normalized' if is_normalized else 'raw'}"
         self.identity: torch.Tensor
         self.register_buffer(
@@ -70,7 +77,7 @@ class CallableNetwork(nn.Module):
     def forward(self, views: torch.Tensor) -> torch.Tensor:
         """Run it on the CPU: views [B, …] -> float32 [B, K], on the device of the views."""
         batch: NDArray[Any] = views.detach().cpu().numpy()
-        if self.is_estimator:
+        if self.is_estimator or self._is_regressor:
             batch = batch.reshape(len(batch), -1).astype(np.float32)
         task = f"teacher '{self._arch}' failed on a batch of {batch.dtype} {list(batch.shape)}"
         with user_code(task, self._location), torch.no_grad():
@@ -80,6 +87,8 @@ class CallableNetwork(nn.Module):
             if isinstance(outputs, torch.Tensor):
                 outputs = outputs.detach().float().cpu().numpy()
             outputs = np.asarray(outputs)
+        if outputs.ndim == 1 and self._is_one_number:
+            outputs = outputs[:, None]
         if outputs.dtype.kind not in "biuf":
             raise UsageError(f"teacher '{self._arch}' returned {outputs.dtype}, not logits [B, K]")
         if outputs.ndim != 2 or len(outputs) != len(batch) or (self._classes and outputs.shape[1] != self._classes):
@@ -141,7 +150,7 @@ def load_callable(arch: str, classes: int, shape: tuple[int, ...]) -> Any:
     module, _, factory = arch.partition(":")
     with keep_global_state(), torch.random.fork_rng([]):
         _, maker = import_attribute("teacher", module, factory)
-        if isinstance(maker, nn.Module) or is_estimator(maker) or _takes_batch(maker):
+        if isinstance(maker, nn.Module) or is_estimator(maker) or is_regressor(maker) or _takes_batch(maker):
             return maker
         return call_factory(arch, maker, classes, shape)
 
@@ -149,6 +158,31 @@ def load_callable(arch: str, classes: int, shape: tuple[int, ...]) -> Any:
 def is_estimator(teacher: Any) -> bool:
     """Return whether an object, no class, has a method predict_proba."""
     return not isinstance(teacher, type | nn.Module) and callable(getattr(teacher, "predict_proba", None))
+
+
+def is_regressor(teacher: Any) -> bool:
+    """Return whether an object, no class and no function, has a method predict and no predict_proba."""
+    is_other = isinstance(teacher, type | nn.Module) or callable(teacher) or is_estimator(teacher)
+    return not is_other and callable(getattr(teacher, "predict", None))
+
+
+def _check_kind(teacher: Any, arch: str, task: str) -> None:
+    """Check that an estimator is of the kind that a task needs.
+
+    Raises:
+        UsageError: It is a classifier and the task is "numbers", or a regressor and the task is another one.
+    """
+    if task == NUMBERS and is_estimator(teacher):
+        raise UsageError(
+            f"teacher '{arch}' is a classifier, {name_type(teacher)} with predict_proba, and the task here is"
+            f" {NUMBERS}: fit a regressor"
+        )
+    if task != NUMBERS and is_regressor(teacher):
+        raise UsageError(
+            f"teacher '{arch}' is {name_type(teacher)}, with predict and without predict_proba, and the task here is"
+            f" {task}: a regressor is for --task {NUMBERS}; others are a torch.nn.Module, a function of a batch of"
+            " views, or an object with predict_proba"
+        )
 
 
 def _takes_batch(value: Any) -> bool:
