@@ -19,7 +19,7 @@ from torch import nn
 from softcache.base.errors import UsageError, make_printable
 from softcache.base.user_code import locate_definition, user_code
 from softcache.base.user_modules import import_attribute, keep_global_state, name_type
-from softcache.data.tasks import CLASSES, LABELS, NUMBERS
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
 from softcache.pipeline.models.custom_networks import call_factory
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 
@@ -127,7 +127,7 @@ def prepare_callable(
     Raises:
         UsageError: As of CallableNetwork.
     """
-    network = CallableNetwork(teacher, arch, classes, is_normalized, task)
+    network = CallableNetwork(teacher, arch, () if task == EMBEDDING else classes, is_normalized, task)
     return (PreparedModel if is_normalized else RawModel)(network, input_spec).eval()
 
 
@@ -170,8 +170,14 @@ def _check_kind(teacher: Any, arch: str, task: str) -> None:
     """Check that an estimator is of the kind that a task needs.
 
     Raises:
-        UsageError: It is a classifier and the task is "numbers", or a regressor and the task is another one.
+        UsageError: It is a classifier and the task is "numbers" or "embedding", or a regressor and the task is not
+            "numbers".
     """
+    if task == EMBEDDING and is_estimator(teacher):
+        raise UsageError(
+            f"teacher '{arch}' is a classifier, {name_type(teacher)} with predict_proba, and the task here is"
+            f" {EMBEDDING}: give a function of a batch that returns vectors [B, D]"
+        )
     if task == NUMBERS and is_estimator(teacher):
         raise UsageError(
             f"teacher '{arch}' is a classifier, {name_type(teacher)} with predict_proba, and the task here is"
