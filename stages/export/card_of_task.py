@@ -5,6 +5,7 @@ from typing import Any
 
 from softcache.base.text import escape_markdown
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
+from softcache.pipeline.metrics.tasks import TASK_FIGURES
 from softcache.stages.runs.figures import TITLES, get_task
 
 from .metadata import INPUT, ONNX
@@ -24,9 +25,9 @@ _CLASS_TITLES = {
 }
 _KINDS = {  # of images, of rows
     CLASSES: ("an image classifier", "a classifier of rows of numbers"),
-    LABELS: ("a network that predicts several labels of an image", "a network that predicts several labels of a row"),
-    NUMBERS: ("a network that predicts numbers of an image", "a network that predicts numbers of a row"),
-    EMBEDDING: ("a network that embeds images", "a network that embeds rows of numbers"),
+    LABELS: ("a multi-label image classifier", "a multi-label classifier of rows of numbers"),
+    NUMBERS: ("a regression network for images", "a regression network for rows of numbers"),
+    EMBEDDING: ("an image encoder", "an encoder of rows of numbers"),
 }
 _HEAD = """\
 import json, numpy as np, onnxruntime
@@ -109,7 +110,8 @@ def describe_input(preprocessing: dict[str, Any]) -> str:
 
 def get_metric_titles(record: dict[str, Any]) -> dict[str, str]:
     """Return {figure: title} of the figures of the card, in their order."""
-    return _CLASS_TITLES if get_task(record) == CLASSES else TITLES
+    main = TASK_FIGURES[get_task(record)].main
+    return _CLASS_TITLES if get_task(record) == CLASSES else {main: TITLES[main]} | TITLES
 
 
 def name_packages(record: dict[str, Any]) -> str:
@@ -167,7 +169,7 @@ def list_limits(record: dict[str, Any], data: str) -> Iterator[str]:
 
 
 def format_output_table(record: dict[str, Any]) -> Iterator[str]:
-    """Yield the table of the student's figures of each class, label or number: of many those that are lowest."""
+    """Yield the table of the student's figures of each class, label or number; of many classes the lowest."""
     task, split = get_task(record), record["check"]["split"]
     metrics = record["figures"]["student"][split]
     if task == CLASSES and "per_class" in metrics:
@@ -216,6 +218,6 @@ def _format_table(
     yield f"| {what} | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}"
     for k, name in enumerate(names[:_LISTED_NAMES]):
         row = [values[figure][k] for figure in figures]
-        texts = ["-" if value is None else f"{value:,}" if type(value) is int else f"{value:.4f}" for value in row]
+        texts = ["-" if value is None else f"{value:,}" if type(value) is int else f"{value:.4g}" for value in row]
         yield f"| {escape_markdown(name, NAME)} | {' | '.join(texts)} |"
     yield ""

@@ -117,7 +117,7 @@ class ExportMetadata:
                 " predicted where that is above its number in `thresholds`"
             ),
             NUMBERS: "in the order of `names`, in the units of the data",
-            EMBEDDING: "the embedding",
+            EMBEDDING: "the embedding of each input, as the student outputs it",
         }
         return f"{self.output_name}, float32 [B, {self.outputs}], {meanings[self.task]}"
 

@@ -207,7 +207,7 @@ def _file_rows(record: dict[str, Any]) -> Iterator[str]:
 def _check_paragraphs(record: dict[str, Any]) -> Iterator[str]:
     """Yield what was measured of the ONNX file and of the int8 file."""
     check, int8, versions = record["check"], record["int8"], record["versions"]
-    changes = describe_changes(record, check)
+    changes = describe_changes(record, check, has_total=False)
     yield (
         f"`{ONNX}` in ONNX Runtime {versions['onnxruntime']} against PyTorch {versions['torch']}"
         f" on {check['rows']:,} {name_row(record)}s of {check['split']}: {name_outputs(record)} differ by at most"

@@ -60,18 +60,17 @@ class OutputComparison:
             return int((outputs.argmax(1) != expected.argmax(1)).sum())
         return int(((outputs > 0) != (expected > 0)).sum()) if self.task == LABELS else None
 
-    def describe_changes(self, changes: int | None, rows: int, width: int, split: str = "") -> str:
+    def describe_changes(self, changes: int | None, total: int, split: str = "") -> str:
         """Describe the number of changes, as "2 of 360 top-1 predictions on test change"; "" of numbers.
 
         Args:
             changes: See `count_changes`.
-            rows: N.
-            width: K.
+            total: Of how many: the rows, or the rows times the labels.
             split: The split, if it is to be named.
         """
         if changes is None:
             return ""
-        total, what = (rows, "top-1 predictions") if self.task == CLASSES else (rows * width, "labels")
+        what = "top-1 predictions" if self.task == CLASSES else "labels"
         return f"{changes} of {total:,} {what}{split and ' on ' + split} change"
 
     def describe_unit(self) -> str:

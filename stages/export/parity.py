@@ -12,6 +12,7 @@ from torch import nn
 
 from softcache.base.errors import CacheError
 from softcache.base.threads import take_first
+from softcache.data.tasks import CLASSES
 from softcache.stages.cli.console import progress
 from softcache.stages.training.validation import HeldOutSplit
 
@@ -161,7 +162,12 @@ def check_parity(
     difference = float(np.max([comparison.measure(logits, expected), batch_difference]))  # NaN where one of them is
     changed_predictions = comparison.count_changes(logits, expected)
     if not difference <= tolerance:  # also true of NaN
-        noun, changes = comparison.noun, comparison.describe_changes(changed_predictions, *expected.shape)
+        noun, changes = (
+            comparison.noun,
+            comparison.describe_changes(
+                changed_predictions, len(expected) if comparison.task == CLASSES else expected.size
+            ),
+        )
         raise CacheError(
             f"a {noun} of {name} differs from PyTorch's by {difference:.2e}{comparison.describe_unit()}, more than"
             f" --tolerance {tolerance:g}{changes and f' ({changes})'}: nothing was written."

@@ -21,16 +21,18 @@ def name_outputs(record: dict[str, Any]) -> str:
     return _NOUNS.get(get_task(record), "logits")
 
 
-def describe_changes(record: dict[str, Any], counts: dict[str, Any], split: str = "") -> str:
+def describe_changes(record: dict[str, Any], counts: dict[str, Any], split: str = "", has_total: bool = True) -> str:
     """Describe how many predictions change, as "2 of 360 top-1 predictions change"; "" of numbers and embeddings.
 
     Args:
         record: export.json.
         counts: Its "check" or its "int8".
         split: The split, if it is to be named.
+        has_total: Whether the number of all predictions is stated.
     """
-    width = len(record.get("names", ()))
-    return OutputComparison(get_task(record)).describe_changes(counts.get("flips"), counts["rows"], width, split)
+    total = counts["rows"] * len(record.get("names", (None,)))
+    changes = OutputComparison(get_task(record)).describe_changes(counts.get("flips"), total, split)
+    return changes if has_total else changes.replace(f" of {total:,}", "")
 
 
 def describe_difference(record: dict[str, Any]) -> str:
