@@ -118,6 +118,10 @@ class BatchSource(Protocol):
     """What the batches of one loader have in common."""
 
     @property
+    def task(self) -> str:
+        """What the hard targets and the teacher's outputs are, see data/tasks.py."""
+
+    @property
     def fingerprint(self) -> str:
         """What identifies the cache, or the caches."""
 

@@ -162,8 +162,9 @@ class Cache:
     def __repr__(self) -> str:
         splits = ", ".join(f"{rows} {split}" for split, rows in self.splits.items())
         taps = f", taps {', '.join(self.taps)}" if self.taps else ""
+        outputs = "dimensions" if self.task == EMBEDDING else self.task
         return (
-            f"Cache('{self.path}': {self.teacher}, {self.num_classes} classes, {splits}, {self.draws} draws{taps},"
+            f"Cache('{self.path}': {self.teacher}, {self.num_classes} {outputs}, {splits}, {self.draws} draws{taps},"
             f" {self.fingerprint[:12]})"
         )
 
@@ -480,6 +481,11 @@ class LoaderSource:
 
     cache: Cache
     labels: HardTargets
+
+    @property
+    def task(self) -> str:
+        """What the hard targets and the teacher's outputs are, see data/tasks.py."""
+        return self.cache.task
 
     @property
     def fingerprint(self) -> str:

@@ -42,7 +42,7 @@ _ROWS_HEAD = """\
 import json, numpy as np, onnxruntime
 
 student, rows = onnxruntime.InferenceSession("{file}"), np.load("rows.npy")
-inputs = {{"rows": rows.astype(np.float32).reshape(-1, {shape})}}
+inputs = {{"rows": rows.astype(np.float32).reshape(-1, {shape})[:1]}}  # the first row
 """
 _METADATA = "metadata = {name: json.loads(student.get_modelmeta().custom_metadata_map[name]) for name in %s}\n"
 _TAILS = {
@@ -55,10 +55,6 @@ _TAILS = {
     + 'print(dict(zip(metadata["names"], student.run(None, inputs)[0][0].tolist())))\n',
     EMBEDDING: "print(student.run(None, inputs)[0][0])\n",
 }
-_ROW_TAIL_OF_CLASSES = (
-    'names = json.loads(student.get_modelmeta().custom_metadata_map["classes"])\n'
-    "print([names[c] for c in np.argmax(student.run(None, inputs)[0], 1)])\n"
-)
 
 
 def is_of_rows(record: dict[str, Any]) -> bool:
@@ -120,11 +116,10 @@ def name_packages(record: dict[str, Any]) -> str:
 
 
 def format_example(record: dict[str, Any]) -> str:
-    """Return Python code that prints what is predicted for an image, or for rows of a file."""
+    """Return Python code that prints what is predicted for an image, or for the first row of a file."""
     preprocessing, task = record["preprocessing"], get_task(record)
     if is_of_rows(record):
-        head = _ROWS_HEAD.format(file=ONNX, shape=", ".join(map(str, preprocessing["shape"])))
-        return head + (_ROW_TAIL_OF_CLASSES if task == CLASSES else _TAILS[task])
+        return _ROWS_HEAD.format(file=ONNX, shape=", ".join(map(str, preprocessing["shape"]))) + _TAILS[task]
     numbers = {name: preprocessing[name] for name in ("mode", "channels", "size", "resize")}
     return _HEAD.format(file=ONNX, input=INPUT, **numbers) + _TAILS[task]
 

@@ -117,11 +117,12 @@ def _make_files(
     load_weights(network, read_state_dict(weights), str(weights))
     labels = hide_labels(exported.config, setup.transfer_set.splits["train"].labels)
     input_spec = setup.scale_output(labels)
-    arch, metadata = setup.student_arch(exported.config, setup.losses), _make_metadata(exported, setup, input_spec)
     split = "test" if "test" in setup.held_out else "val"
     held_out = setup.held_out[split]
     logits = _compute_logits(network, input_spec, setup, "student")
     expected = logits[split]
+    arch = setup.student_arch(exported.config, setup.losses)
+    metadata = _make_metadata(exported, setup, input_spec, width=expected.shape[1])
     comparison = OutputComparison.of_task(metadata.task, expected, input_spec.output_std)
     figures = {
         "student": setup.compute_metrics(logits),
@@ -198,11 +199,14 @@ def _make_files(
     return record, files
 
 
-def _make_metadata(exported: ExportedRun, setup: DistillationSetup, input_spec: InputSpec) -> ExportMetadata:
-    views, transfer_set, K = setup.cache.views, setup.transfer_set, setup.cache.classes
+def _make_metadata(
+    exported: ExportedRun, setup: DistillationSetup, input_spec: InputSpec, width: int
+) -> ExportMetadata:
+    views, transfer_set = setup.cache.views, setup.transfer_set
     task, is_embedding = setup.cache.task, setup.cache.task == EMBEDDING
+    names = transfer_set.classes or tuple(map(str, range(width)))  # images without class folders have none
     return ExportMetadata(
-        classes=() if is_embedding else transfer_set.classes or tuple(map(str, range(K))),  # images without folders
+        classes=() if is_embedding else names,
         channels=input_spec.shape[0] if input_spec.shape else transfer_set.channels,
         size=views.size,
         resize=max(views.resize, views.size),
@@ -211,8 +215,8 @@ def _make_metadata(exported: ExportedRun, setup: DistillationSetup, input_spec: 
         versions={"softcache": __version__, "torch": torch.__version__},
         is_transposed=transfer_set.cut.get("exif") == "transpose",
         task=task,
-        thresholds=read_thresholds(exported.seed_folder, K) if task == LABELS else (),
-        width=K if is_embedding else 0,
+        thresholds=read_thresholds(exported.seed_folder, width) if task == LABELS else (),
+        width=width if is_embedding else 0,
         output_mean=input_spec.output_mean,
         output_std=input_spec.output_std,
         shape=input_spec.shape,

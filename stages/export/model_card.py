@@ -131,7 +131,7 @@ def _metrics_lines(record: dict[str, Any]) -> Iterator[str]:
     figures, int8 = record["figures"], record["int8"]
     student = figures["student"]
     titles = {"teacher": "teacher", "baseline": "same arch, hard targets only", "student": "student"}
-    for split in sorted(student):  # test first
+    for split in sorted(split for split in student if split in ("test", "val")):  # test first
         columns = {title: figures[model][split] for model, title in titles.items() if model in figures}
         if int8 and int8["split"] == split:
             columns["student, int8"] = int8["figures"]

@@ -81,7 +81,7 @@ def load_input(path: Path, metadata: ExportMetadata) -> Images:
 def _compute_rows(onnx_student: OnnxStudent, metadata: ExportMetadata, path: Path) -> Iterator[Outputs]:
     """Yield the outputs [K] of each row of a .npy file, an array [N, *shape] or one row [*shape]."""
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = np.load(path, mmap_mode="r")  # objects are refused by NumPy
     except (OSError, ValueError, EOFError):
         rows = None
     if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iufb":
