@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from softcache.pipeline.loading.cache import Cache as Cache
     from softcache.pipeline.loading.loader import CacheLoader as CacheLoader
     from softcache.pipeline.losses.distillation_loss import DistillationLoss as DistillationLoss
-    from softcache.pipeline.metrics.classification import evaluate as evaluate
+    from softcache.pipeline.metrics.tasks import evaluate as evaluate
     from softcache.stages.api.build_cache import build_cache as build_cache
     from softcache.stages.api.distill import distill as distill
     from softcache.stages.api.train_student import train_student as train_student
@@ -44,7 +44,7 @@ _MODULES = {
     "UsageError": "softcache.base.errors",
     "build_cache": "softcache.stages.api.build_cache",
     "distill": "softcache.stages.api.distill",
-    "evaluate": "softcache.pipeline.metrics.classification",
+    "evaluate": "softcache.pipeline.metrics.tasks",
     "train_student": "softcache.stages.api.train_student",
 }
 __all__ = [*sorted(_MODULES), "losses"]

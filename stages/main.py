@@ -173,10 +173,10 @@ def export(context: click.Context, /, run: str, **_: Any) -> None:
 @add_options(PredictConfig)
 @click.pass_context
 def predict(context: click.Context, /, model: str, images: tuple[str, ...], **_: Any) -> None:
-    """Classify IMAGES with an exported student, the file MODEL."""
+    """Run an exported student, the file MODEL, on IMAGES. One of rows of numbers takes .npy files."""
     from .export import predict as stage
 
-    stage.run(model, images, read_options(context, PredictConfig)[0])
+    stage.run(model, images, *read_options(context, PredictConfig))
 
 
 @commands.command("compare")

@@ -166,8 +166,9 @@ class Cache:
     def __repr__(self) -> str:
         splits = ", ".join(f"{rows} {split}" for split, rows in self.splits.items())
         taps = f", taps {', '.join(self.taps)}" if self.taps else ""
+        outputs = "dimensions" if self.task == EMBEDDING else self.task
         return (
-            f"Cache('{self.path}': {self.teacher}, {self.num_classes} classes, {splits}, {self.draws} draws{taps},"
+            f"Cache('{self.path}': {self.teacher}, {self.num_classes} {outputs}, {splits}, {self.draws} draws{taps},"
             f" {self.fingerprint[:12]})"
         )
 

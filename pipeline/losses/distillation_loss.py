@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
-from softcache.data.tasks import EMBEDDING
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
 from softcache.pipeline.batch import Batch, LinearHead, LossContext, ModelOutputs
 from softcache.pipeline.models import find_head
 from softcache.pipeline.models.prepared_model import PreparedModel
@@ -18,7 +18,7 @@ from softcache.pipeline.taps.hooks import capture_features
 from softcache.pipeline.taps.statistics import derive_features
 from softcache.pipeline.teachers.combine import PER_TEACHER
 
-from . import check_loss_trains, parse_losses, resolve_ramps
+from . import check_loss_trains, check_task, parse_losses, resolve_ramps
 from .base import (
     Loss,
     check_is_object,
@@ -30,8 +30,10 @@ from .base import (
 )
 from .classifier import SimKD
 from .custom import Custom, LossFunction
+from .embedding import Embed
 from .feature_base import RelationalLoss
 from .multi_teacher import Term, wrap_loss
+from .several_labels import BCE
 
 LossLike = str | Loss | LossFunction
 Features = dict[str, torch.Tensor]
@@ -123,6 +125,7 @@ class DistillationLoss(nn.Module):
                 number of classes, or nothing is learned from the losses.
         """
         self.detach()
+        _check_tasks(self.losses, example)
         network = _unwrap(student)
         _check_layers(network, self.losses)
         batch = example.slice(0, _EXAMPLE_ROWS)
@@ -264,8 +267,13 @@ class DistillationLoss(nn.Module):
             A scalar.
 
         Raises:
-            UsageError: The batch lacks what a loss reads, or the student is not attached.
+            UsageError: The batch lacks what a loss reads, a loss is for another task than that of the batch, or the
+                student is not attached.
         """
+        _check_tasks(self.losses, batch)
+        for name, loss in zip(self.names, self.losses, strict=True):
+            if name not in self.parts:
+                _check_needs_no_part(loss, student, batch)
         terms = self.weighted_terms(student, batch)
         self.terms = {name: term.detach() for name, term in zip(self.names, terms, strict=True)}
         return sum_terms(terms)
@@ -348,6 +356,39 @@ def _check_layers(network: nn.Module, losses: Sequence[Loss]) -> None:
                 "loss 'simkd' trains a projector as a part of the student: student = loss.extend(student, batch)"
             )
         raise unknown_name_error("layer", layer, layers, owner="the student")
+
+
+def _check_tasks(losses: Sequence[Loss], batch: Batch) -> None:
+    """Check that losses are for the task of a batch: that of its cache, else one that has the form of its labels."""
+    if batch.source is not None:
+        check_task(losses, batch.source.task)
+    elif batch.labels.ndim == 2:
+        check_task(losses, NUMBERS if batch.labels.is_floating_point() else LABELS)
+    elif not all(EMBEDDING in loss.tasks for loss in losses):
+        check_task(losses, CLASSES)
+
+
+def _check_needs_no_part(loss: Loss, student: Any, batch: Batch) -> None:
+    """Check that a loss which has no part is the one that its parameters describe.
+
+    Raises:
+        UsageError: It lacks statistics of the training rows, or a projection.
+    """
+    what = ""
+    if isinstance(loss, BCE) and loss.balance:
+        what = f"balance={loss.balance}"
+    elif isinstance(loss, Embed) and loss.standardize != "none":
+        what = f"standardize={loss.standardize}"
+    elif isinstance(loss, Embed) and (
+        loss.projection != "auto"
+        or (batch.logits is not None and batch.logits.shape[-1] != select_logits(student).shape[-1])
+    ):
+        what = "a projection"
+    if what:
+        raise UsageError(
+            f"loss '{loss.name}': {what} is made of a batch of the cache's loader: call"
+            " criterion.attach(student, example=batch) before the first step"
+        )
 
 
 def select_logits(output: Any) -> torch.Tensor:

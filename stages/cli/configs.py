@@ -247,16 +247,31 @@ class ExportConfig(DataOptions, OutputOptions):
     cache: tuple[str, ...] = option((), CACHE_HELP)
     arch: str = option("", CUSTOM_ARCH_HELP)
     int8: bool = option(False, "Write an int8 quantised file as well, calibrated on views of the cache.")
-    tolerance: float = option(1e-4, "Largest difference of a logit from PyTorch's.", least=0)
-    most_drop: float = option(0.01, "Largest loss of accuracy by --int8, as a share of the images.", least=0, most=1)
+    tolerance: float = option(
+        1e-4,
+        "Largest difference of a logit from PyTorch's; of numbers and embeddings in standard deviations.",
+        least=0,
+    )
+    most_drop: float = option(
+        0.01,
+        "Largest loss by --int8: of accuracy, as a share of the images; of mAP; of numbers the relative increase of"
+        " the RMSE; of embeddings 1 - the cosine.",
+        least=0,
+        most=1,
+    )
 
 
 @dataclass(frozen=True)
 class PredictConfig(OutputOptions):
-    """`softcache predict MODEL IMAGES`: classify images with an exported student."""
+    """`softcache predict MODEL IMAGES`: run an exported student on images."""
 
     heading: ClassVar[str] = "Output"
-    top: int = option(3, "Number of classes printed for each image, the most probable first.", least=1)
+    top: int = option(
+        3,
+        "Number of classes printed for each image, the most probable first; of several labels those above their"
+        " thresholds when not given.",
+        least=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -12,19 +11,22 @@ import torch
 from torch import nn
 
 from softcache import __version__
-from softcache.base.errors import UsageError, make_printable
+from softcache.base.errors import make_printable
 from softcache.base.files import format_json, publish_together, remove_stale_files
 from softcache.base.lock import hold_lock
 from softcache.base.packages import require_extra
+from softcache.data.tasks import EMBEDDING, LABELS
+from softcache.pipeline.losses import HARD_LOSSES
 from softcache.pipeline.losses.hard import Hard
 from softcache.pipeline.models import count_multiply_adds, count_parameters
-from softcache.pipeline.models.prepared_model import PreparedModel
+from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
 from softcache.stages.cli.configs import ExportConfig
 from softcache.stages.cli.console import Console, format_duration, progress_bar
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.runs.named_code import require_named_code, require_named_data
 from softcache.stages.student.evaluate import check_same_teachers
+from softcache.stages.student.requirements import hide_labels
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
 
@@ -32,9 +34,9 @@ from .formats import OPSET, ExportedModel, capture_program, load_pt2, make_onnx,
 from .metadata import INT8, ONNX, PT2, WEIGHTS, ExportMetadata
 from .model_card import format_model_card
 from .onnx_model import OnnxStudent, get_onnx_versions
+from .output_comparison import Logits, OutputComparison
 from .parity import (
     BATCH_SIZES,
-    Logits,
     check_parity,
     check_reloaded,
     measure_batch_difference,
@@ -43,7 +45,8 @@ from .parity import (
     run_in_batches,
     to_unit_range,
 )
-from .select_student import ExportedRun, select_student
+from .select_student import ExportedRun, read_thresholds, select_student
+from .summary import format_summary
 
 CARD_FILE, RECORD_FILE = "MODEL_CARD.md", "export.json"
 _FILES = (RECORD_FILE, CARD_FILE, INT8, ONNX, PT2, WEIGHTS)
@@ -83,13 +86,7 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
         owner=f"the run '{exported.config.out}'",
         command=format_command("export", config, name, data=exported.config.data),
     )
-    caches = open_caches(exported.config.cache)
-    check_same_teachers(Path(exported.config.out), caches)
-    if shape := caches[0].input_spec.shape:
-        raise UsageError(
-            f"export is for students of images, and '{exported.config.out}' is of rows of numbers {list(shape)}: its"
-            f" weights are the state dict in '{exported.seed_folder / 'student.pt'}'"
-        )
+    check_same_teachers(Path(exported.config.out), open_caches(exported.config.cache))
     setup = DistillationSetup.open(exported.config)
     console.print(f"exporting {make_printable(exported.config.arch)}, seed {exported.config.seed} ({exported.reason})")
     with hold_lock(exported.folder):
@@ -101,7 +98,7 @@ def run(name: str, config: ExportConfig, explicit_options: set[str]) -> None:
         publish_together(exported.folder, contents, obsolete=_FILES)
     if config.json:
         return console.print_json(json.dumps(record))
-    for line in _summary_lines(record):
+    for line in format_summary(record):
         console.print(line)
     names = ", ".join((*files, CARD_FILE, RECORD_FILE))
     console.print(f"files: {exported.folder}/{names} ({format_duration(record['seconds'])})")
@@ -118,22 +115,28 @@ def _make_files(
     network = setup.build_student(exported.config, setup.losses)
     weights = exported.seed_folder / "student.pt"
     load_weights(network, read_state_dict(weights), str(weights))
-    arch, metadata = setup.student_arch(exported.config, setup.losses), _make_metadata(exported, setup)
+    labels = hide_labels(exported.config, setup.transfer_set.splits["train"].labels)
+    input_spec = setup.scale_output(labels)
     split = "test" if "test" in setup.held_out else "val"
     held_out = setup.held_out[split]
-    logits = _compute_logits(network, setup, "student")
+    logits = _compute_logits(network, input_spec, setup, "student")
     expected = logits[split]
+    arch = setup.student_arch(exported.config, setup.losses)
+    metadata = _make_metadata(exported, setup, input_spec, width=expected.shape[1])
+    comparison = OutputComparison.of_task(metadata.task, expected, input_spec.output_std)
     figures = {
         "student": setup.compute_metrics(logits),
         "teacher": setup.teacher_metrics,
-        **_measure_baseline(exported, setup),
+        **_measure_baseline(exported, setup, input_spec),
     }
 
-    model = ExportedModel(network, setup.input_spec)
+    model = ExportedModel(network, input_spec)
+    names = metadata.input_name, metadata.output_name
+    rounding = partial(measure_rounding, model, held_out, comparison)
     with progress_bar(3, "writing graphs", "file") as bar:
-        program = capture_program(model, arch, metadata.channels, metadata.size)
+        program = capture_program(model, arch, metadata.channels, metadata.size, metadata.shape)
         bar.update()
-        files = {ONNX: make_onnx(program, arch, metadata.to_dict(), __version__)}
+        files = {ONNX: make_onnx(program, arch, metadata.to_dict(), __version__, names)}
         bar.update()
         files[PT2] = make_pt2(program, metadata.to_dict())
         bar.update()
@@ -144,9 +147,10 @@ def _make_files(
         ONNX,
         expected,
         run_in_batches(held_out, lambda views: onnx_student.compute_logits(to_unit_range(views)), f"checking {ONNX}"),
-        batch_difference=measure_batch_difference(onnx_student, held_out, expected),
-        noise=measure_float32_noise(model, held_out, expected),
-        measure_rounding=partial(measure_rounding, model, held_out),
+        comparison=comparison,
+        batch_difference=measure_batch_difference(onnx_student, held_out, expected, comparison),
+        noise=measure_float32_noise(model, held_out, expected, comparison),
+        measure_rounding=rounding,
         tolerance=config.tolerance,
     )
     pt2_difference = check_reloaded(
@@ -154,7 +158,8 @@ def _make_files(
         load_pt2(files[PT2]),
         model=model,
         held_out=held_out,
-        measure_rounding=partial(measure_rounding, model, held_out),
+        comparison=comparison,
+        measure_rounding=rounding,
         tolerance=config.tolerance,
     )
 
@@ -164,8 +169,8 @@ def _make_files(
         "chosen": exported.reason,
         "arch": arch,
         "parameters": count_parameters(network),
-        "multiply_adds": count_multiply_adds(network, setup.input_spec.channels, metadata.size),
-        "classes": list(metadata.classes),
+        "multiply_adds": count_multiply_adds(network, input_spec.channels, metadata.size, metadata.shape),
+        **metadata.describe_task(),
         "preprocessing": metadata.preprocessing,
         "outputs": metadata.describe_output(),
         "cache": list(metadata.fingerprints),
@@ -185,6 +190,7 @@ def _make_files(
             float32_student=onnx_student,
             split=split,
             expected=expected,
+            comparison=comparison,
             most_drop=config.most_drop,
         )
     record["files"] = {
@@ -193,23 +199,35 @@ def _make_files(
     return record, files
 
 
-def _make_metadata(exported: ExportedRun, setup: DistillationSetup) -> ExportMetadata:
+def _make_metadata(
+    exported: ExportedRun, setup: DistillationSetup, input_spec: InputSpec, width: int
+) -> ExportMetadata:
     views, transfer_set = setup.cache.views, setup.transfer_set
+    task, is_embedding = setup.cache.task, setup.cache.task == EMBEDDING
+    names = transfer_set.classes or tuple(map(str, range(width)))  # images without class folders have none
     return ExportMetadata(
-        classes=transfer_set.classes or tuple(map(str, range(setup.cache.classes))),  # images without class folders
-        channels=transfer_set.channels,
+        classes=() if is_embedding else names,
+        channels=input_spec.shape[0] if input_spec.shape else transfer_set.channels,
         size=views.size,
         resize=max(views.resize, views.size),
         arch=setup.student_arch(exported.config, setup.losses),
         fingerprints=tuple(cache.manifest.fingerprint for cache in setup.teachers.members),
         versions={"softcache": __version__, "torch": torch.__version__},
         is_transposed=transfer_set.cut.get("exif") == "transpose",
+        task=task,
+        thresholds=read_thresholds(exported.seed_folder, width) if task == LABELS else (),
+        width=width if is_embedding else 0,
+        output_mean=input_spec.output_mean,
+        output_std=input_spec.output_std,
+        shape=input_spec.shape,
     )
 
 
-def _compute_logits(network: nn.Module, setup: DistillationSetup, description: str) -> dict[str, Logits]:
+def _compute_logits(
+    network: nn.Module, input_spec: InputSpec, setup: DistillationSetup, description: str
+) -> dict[str, Logits]:
     """Compute {split: logits} with PyTorch, in float32 and eval mode, as the student was validated."""
-    model = PreparedModel(network, setup.input_spec).eval()
+    model = PreparedModel(network, input_spec).eval()
 
     def compute(views: torch.Tensor) -> Logits:
         with torch.inference_mode():
@@ -222,34 +240,11 @@ def _compute_logits(network: nn.Module, setup: DistillationSetup, description: s
     }
 
 
-def _measure_baseline(exported: ExportedRun, setup: DistillationSetup) -> dict[str, Any]:
+def _measure_baseline(exported: ExportedRun, setup: DistillationSetup, input_spec: InputSpec) -> dict[str, Any]:
     """Compute {"baseline": its metrics}; an empty dict where no baseline was trained."""
     path = exported.baseline
     if not exported.config.baseline or not path.is_file():
         return {}
-    network = setup.build_student(exported.config, (Hard(),))
+    network = setup.build_student(exported.config, (HARD_LOSSES.get(setup.cache.task, Hard()),))
     load_weights(network, read_state_dict(path), str(path))
-    return {"baseline": setup.compute_metrics(_compute_logits(network, setup, "baseline"))}
-
-
-def _summary_lines(record: dict[str, Any]) -> Iterator[str]:
-    """Yield what was measured, a line for each file."""
-    check, int8 = record["check"], record["int8"]
-    size = {name: f"{file['bytes']:,} bytes" for name, file in record["files"].items()}
-    yield (
-        f"{ONNX}: {size[ONNX]}, opset {record['opset']}; {check['flips']} of {check['rows']:,} top-1 predictions on"
-        f" {check['split']} change, logits differ from PyTorch's by {check['largest_difference']:.1e} at most"
-        f" (--tolerance {check['tolerance']:g})"
-    )
-    yield f"{PT2}: {size[PT2]}, logits of the reloaded file differ by {check['pt2_difference']:.1g}"
-    yield f"{WEIGHTS}: {size[WEIGHTS]}"
-    if int8:
-        before, after = int8["accuracy_before"], int8["accuracy_after"]
-        accuracy = f"accuracy {before:.4f} before, {after:.4f} after" if before is not None else "no labels"
-        yield (
-            f"{INT8}: {size[INT8]}, {int8['size_ratio']:.3f} of {ONNX}; {accuracy},"
-            f" {int8['flips']} of {int8['rows']:,} top-1 predictions change"
-        )
-        for batch, milliseconds in int8["milliseconds"].items():
-            latencies = f"{milliseconds[ONNX]:.3f} ms in float32, {milliseconds[INT8]:.3f} ms in int8"
-            yield f"batch size {batch}: {latencies} ({int8['threads']} threads)"
+    return {"baseline": setup.compute_metrics(_compute_logits(network, input_spec, setup, "baseline"))}

@@ -26,33 +26,46 @@ class ExportedModel(nn.Module):
     """A student with its input preparation inside: float32 images [B, C, S, S] of values 0 … 1 -> logits [B, K].
 
     Preparation is the normalisation, and the repetition of a grey channel for a network of three input channels.
+    Rows of numbers are float32 [B, *shape], in their own units. Numbers that are predicted are in those of the data.
 
     Args:
         network: Normalised images -> logits float32 [B, K].
-        input_spec: Channels, mean and standard deviation of the network's input.
+        input_spec: Channels, mean and standard deviation of the network's input, and the scale of its output.
     """
 
     def __init__(self, network: nn.Module, input_spec: InputSpec):
         super().__init__()
         self.network = network
-        self.channels = input_spec.channels
-        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (input_spec.mean, input_spec.std))
+        self.channels, self.shape = input_spec.channels, input_spec.shape
+        axes = (1, -1, *[1] * (len(input_spec.input_shape) - 1))
+        mean, std = (torch.tensor(x).view(axes) for x in (input_spec.mean, input_spec.std))
         self.scale: torch.Tensor
         self.shift: torch.Tensor
         self.register_buffer("scale", 1 / std)
-        self.register_buffer("shift", -mean / std)
+        self.register_buffer("shift", -mean if self.shape else -mean / std)
+        self.has_output_scale = bool(input_spec.output_std)
+        if self.has_output_scale:
+            self.output_scale: torch.Tensor
+            self.output_shift: torch.Tensor
+            self.register_buffer("output_scale", torch.tensor(input_spec.output_std))
+            self.register_buffer("output_shift", torch.tensor(input_spec.output_mean))
         self.to(memory_format=torch.contiguous_format)
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.network(self._prepare_input(images))
+        return outputs * self.output_scale + self.output_shift if self.has_output_scale else outputs
+
+    def _prepare_input(self, images: torch.Tensor) -> torch.Tensor:
+        if self.shape:
+            return (images + self.shift) * self.scale  # as PreparedModel: nothing is lost where a mean is large
         x = images
         if x.shape[1] != self.channels:
             x = x.expand(-1, self.channels, -1, -1)
-        logits: torch.Tensor = self.network(torch.addcmul(self.shift, x, self.scale))
-        return logits
+        return torch.addcmul(self.shift, x, self.scale)
 
 
-def capture_program(model: ExportedModel, arch: str, channels: int, size: int) -> Program:
+def capture_program(model: ExportedModel, arch: str, channels: int, size: int, shape: tuple[int, ...] = ()) -> Program:
     """Capture the network as a graph of any batch size.
 
     Args:
@@ -60,11 +73,12 @@ def capture_program(model: ExportedModel, arch: str, channels: int, size: int) -
         arch: Its arch, for the error.
         channels: Of the images.
         size: Height and width of the images in pixels.
+        shape: Of a row of numbers; () for images.
 
     Raises:
         CacheError: torch.export cannot capture the network, for example where its control flow depends on data.
     """
-    example = torch.zeros(2, channels, size, size)
+    example = torch.zeros(2, *(shape or (channels, size, size)))
     batch = torch.export.Dim("batch", min=1)
     with _without_warnings(), _one_line_error(arch):
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
@@ -73,7 +87,13 @@ def capture_program(model: ExportedModel, arch: str, channels: int, size: int) -
     return program
 
 
-def make_onnx(program: Program, arch: str, metadata: dict[str, str], version: str) -> bytes:
+def make_onnx(
+    program: Program,
+    arch: str,
+    metadata: dict[str, str],
+    version: str,
+    names: tuple[str, str] = (INPUT, OUTPUT),
+) -> bytes:
     """Convert a captured network to an ONNX file.
 
     Args:
@@ -81,6 +101,7 @@ def make_onnx(program: Program, arch: str, metadata: dict[str, str], version: st
         arch: Its arch, for the error.
         metadata: Key-value pairs for the file.
         version: Version of softcache, for the file.
+        names: Of the graph's input and output.
 
     Raises:
         CacheError: One of its operators has no counterpart in ONNX, or it is too large for one file.
@@ -90,8 +111,8 @@ def make_onnx(program: Program, arch: str, metadata: dict[str, str], version: st
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
+            input_names=[names[0]],
+            output_names=[names[1]],
             external_data=False,
             verbose=False,
         )

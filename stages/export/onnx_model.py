@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, UsageError, make_printable
 
-from .metadata import INPUT, OUTPUT, ExportMetadata
+from .metadata import ExportMetadata
 
 Images = NDArray[np.float32]
 MAX_BYTES = (2 << 30) - 1  # of a protobuf message, and so of an ONNX file without external data
@@ -48,8 +48,11 @@ class OnnxStudent:
         return OnnxStudent(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
 
     def compute_logits(self, images: Images) -> NDArray[np.float32]:
-        """Run the network: images float32 [B, C, S, S] of values 0 … 1 -> logits float32 [B, K]."""
-        logits: NDArray[np.float32] = self.session.run([OUTPUT], {INPUT: images})[0]
+        """Run the network: images float32 [B, C, S, S] of values 0 … 1 -> logits float32 [B, K].
+
+        Rows of numbers are float32 [B, *shape]. Outputs are those of the task: logits, numbers or an embedding.
+        """
+        logits: NDArray[np.float32] = self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
         return logits
 
 
@@ -146,8 +149,8 @@ def _check_interface(session: Any, metadata: ExportMetadata) -> None:
         for values in (session.get_inputs(), session.get_outputs())
     ]
     expected = [
-        [(INPUT, "tensor(float)", [metadata.channels, metadata.size, metadata.size])],
-        [(OUTPUT, "tensor(float)", [len(metadata.classes)])],
+        [(metadata.input_name, "tensor(float)", list(metadata.input_shape))],
+        [(metadata.output_name, "tensor(float)", [metadata.outputs])],
     ]
     if interface != expected:
         raise ValueError(f"its inputs and outputs are {interface}, by its metadata they are {expected}")

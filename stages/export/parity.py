@@ -1,4 +1,4 @@
-"""Parity check: an exported file computes PyTorch's logits, on a whole held-out split and in several batch sizes."""
+"""Parity check: an exported file computes PyTorch's outputs, on a whole held-out split and in several batch sizes."""
 
 import math
 from collections.abc import Callable
@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from softcache.base.errors import CacheError
 from softcache.base.threads import take_first
+from softcache.data.tasks import CLASSES
 from softcache.stages.cli.console import progress
 from softcache.stages.training.validation import HeldOutSplit
 
 from .onnx_model import Images, OnnxStudent
+from .output_comparison import Logits, OutputComparison
 
 BATCH_SIZES = (1, 7, 512)
 _SINGLE_IMAGES = 16  # that are computed one by one, to measure rounding
 _MOST_BY_ROUNDING = 10  # times the rounding within PyTorch that another runtime may differ from it
-Logits = NDArray[np.float32]
 
 
 def run_in_batches(
@@ -43,7 +43,10 @@ def run_in_batches(
 
 
 def to_unit_range(views: torch.Tensor) -> Images:
-    """Convert views uint8 [B, C, S, S] to the exported network's input, float32 of values 0 … 1."""
+    """Convert views uint8 [B, C, S, S] to the exported network's input, float32 of values 0 … 1; rows stay."""
+    if views.is_floating_point():
+        rows: Images = views.numpy()
+        return rows
     pixels: Images = views.numpy().astype(np.float32)
     return pixels / np.float32(255)
 
@@ -54,13 +57,16 @@ def take_first_images(held_out: HeldOutSplit, count: int) -> Images:
     return np.resize(images, (count, *images.shape[1:]))
 
 
-def measure_batch_difference(onnx_student: OnnxStudent, held_out: HeldOutSplit, expected: Logits) -> float:
+def measure_batch_difference(
+    onnx_student: OnnxStudent, held_out: HeldOutSplit, expected: Logits, comparison: OutputComparison
+) -> float:
     """Run the first images in batches of every size of BATCH_SIZES.
 
     Args:
         onnx_student: The exported network.
         held_out: The split.
         expected: float32 [N, K], PyTorch's logits of the split.
+        comparison: How they are compared.
 
     Returns:
         The largest difference of a logit from PyTorch's; NaN where a logit is NaN.
@@ -68,12 +74,14 @@ def measure_batch_difference(onnx_student: OnnxStudent, held_out: HeldOutSplit, 
     images = take_first_images(held_out, max(BATCH_SIZES))
     first_expected = np.resize(expected[: held_out.batch_size], (max(BATCH_SIZES), expected.shape[1]))
     differences = [
-        np.abs(onnx_student.compute_logits(images[:size]) - first_expected[:size]).max() for size in BATCH_SIZES
+        comparison.measure(onnx_student.compute_logits(images[:size]), first_expected[:size]) for size in BATCH_SIZES
     ]
     return float(np.max(differences))
 
 
-def measure_float32_noise(model: nn.Module, held_out: HeldOutSplit, expected: Logits) -> float:
+def measure_float32_noise(
+    model: nn.Module, held_out: HeldOutSplit, expected: Logits, comparison: OutputComparison
+) -> float:
     """Measure how far PyTorch's logits of the first batch depend on the memory layout of the network.
 
     This is the effect of float32 rounding, by which a difference from another runtime can be judged.
@@ -82,30 +90,32 @@ def measure_float32_noise(model: nn.Module, held_out: HeldOutSplit, expected: Lo
         model: The network in contiguous memory format, see `formats.ExportedModel`.
         held_out: The split.
         expected: float32 [N, K], PyTorch's logits of the split from the network as it was trained.
+        comparison: How they are compared.
     """
     images = torch.from_numpy(to_unit_range(take_first(held_out.batches())))
     with torch.inference_mode():
-        return float(np.abs(model(images).numpy() - expected[: len(images)]).max())
+        return comparison.measure(model(images).numpy(), expected[: len(images)])
 
 
-def measure_rounding(model: nn.Module, held_out: HeldOutSplit) -> float:
+def measure_rounding(model: nn.Module, held_out: HeldOutSplit, comparison: OutputComparison) -> float:
     """Measure how far PyTorch's own logits of the first batch depend on rounding: on the batch, and against float64.
 
     Args:
         model: The network in float32.
         held_out: The split.
+        comparison: How they are compared.
     """
     images = torch.from_numpy(to_unit_range(take_first(held_out.batches())))
     with torch.inference_mode():
-        logits = model(images)
+        logits = model(images).numpy()
         single = torch.cat([model(image[None]) for image in images[:_SINGLE_IMAGES]])
-        differences = [float((single - logits[:_SINGLE_IMAGES]).abs().max())]
+        differences = [comparison.measure(single.numpy(), logits[:_SINGLE_IMAGES])]
         with suppress(Exception):  # a user's network can make float32 tensors of its own, which do not go with float64
-            differences.append(float((deepcopy(model).double()(images.double()) - logits).abs().max()))
+            differences.append(comparison.measure(deepcopy(model).double()(images.double()).numpy(), logits))
     return max(differences)
 
 
-def _explain_difference(difference: float, rounding: float) -> str:
+def _explain_difference(difference: float, rounding: float, noun: str) -> str:
     """Explain a difference above the tolerance: by rounding, with the tolerance that accepts it, or not."""
     if not difference <= _MOST_BY_ROUNDING * rounding:  # also true of NaN
         return (
@@ -115,7 +125,7 @@ def _explain_difference(difference: float, rounding: float) -> str:
     exponent = math.floor(math.log10(2 * difference))
     suggested = math.ceil(2 * difference / 10**exponent) * 10**exponent
     return (
-        f"PyTorch's own float32 rounding changes a logit of this network by {rounding:.2e} (other memory layouts,"
+        f"PyTorch's own float32 rounding changes a {noun} of this network by {rounding:.2e} (other memory layouts,"
         f" other batches, float64): pass --tolerance {suggested:.0e}"
     )
 
@@ -125,6 +135,7 @@ def check_parity(
     expected: Logits,
     logits: Logits,
     *,
+    comparison: OutputComparison,
     batch_difference: float,
     noise: float,
     measure_rounding: Callable[[], float],
@@ -136,6 +147,7 @@ def check_parity(
         name: Of the file.
         expected: float32 [N, K], PyTorch's logits.
         logits: float32 [N, K], ONNX Runtime's logits.
+        comparison: How they are compared.
         batch_difference: See `measure_batch_difference`.
         noise: See `measure_float32_noise`.
         measure_rounding: Called where a logit differs by more than the tolerance, see `measure_rounding`.
@@ -147,19 +159,25 @@ def check_parity(
     Raises:
         CacheError: A logit differs by more than the tolerance, or is NaN.
     """
-    difference = float(np.max([np.abs(logits - expected).max(), batch_difference]))  # NaN where one of them is
-    changed_predictions = int((logits.argmax(1) != expected.argmax(1)).sum())
+    difference = float(np.max([comparison.measure(logits, expected), batch_difference]))  # NaN where one of them is
+    changed_predictions = comparison.count_changes(logits, expected)
     if not difference <= tolerance:  # also true of NaN
+        noun, changes = (
+            comparison.noun,
+            comparison.describe_changes(
+                changed_predictions, len(expected) if comparison.task == CLASSES else expected.size
+            ),
+        )
         raise CacheError(
-            f"a logit of {name} differs from PyTorch's by {difference:.2e}, more than --tolerance {tolerance:g}"
-            f" ({changed_predictions} of {len(expected):,} top-1 predictions change): nothing was written."
-            f" {_explain_difference(difference, max(noise, measure_rounding()))}"
+            f"a {noun} of {name} differs from PyTorch's by {difference:.2e}{comparison.describe_unit()}, more than"
+            f" --tolerance {tolerance:g}{changes and f' ({changes})'}: nothing was written."
+            f" {_explain_difference(difference, max(noise, measure_rounding()), noun)}"
         )
     return {
         "rows": len(expected),
         "tolerance": tolerance,
         "largest_difference": difference,
-        "flips": changed_predictions,
+        **comparison.to_json(changed_predictions),
         "own_difference": noise,
     }
 
@@ -170,6 +188,7 @@ def check_reloaded(
     *,
     model: nn.Module,
     held_out: HeldOutSplit,
+    comparison: OutputComparison,
     measure_rounding: Callable[[], float],
     tolerance: float,
 ) -> float:
@@ -180,6 +199,7 @@ def check_reloaded(
         reloaded: The network from the file.
         model: The original.
         held_out: The split whose first batch is used.
+        comparison: How they are compared.
         measure_rounding: Called where a logit differs by more than the tolerance, see `measure_rounding`.
         tolerance: Largest difference of a logit that is accepted.
 
@@ -191,11 +211,11 @@ def check_reloaded(
     """
     images = torch.from_numpy(to_unit_range(take_first(held_out.batches())))
     with torch.inference_mode():
-        difference = float((reloaded(images) - model(images)).abs().max())
+        difference = comparison.measure(reloaded(images).numpy(), model(images).numpy())
     if not difference <= tolerance:
         raise CacheError(
-            f"a logit of {name}, read back from the file, differs by {difference:.2e}, more than"
-            f" --tolerance {tolerance:g}: nothing was written."
-            f" {_explain_difference(difference, measure_rounding())}"
+            f"a {comparison.noun} of {name}, read back from the file, differs by {difference:.2e}"
+            f"{comparison.describe_unit()}, more than --tolerance {tolerance:g}: nothing was written."
+            f" {_explain_difference(difference, measure_rounding(), comparison.noun)}"
         )
     return difference

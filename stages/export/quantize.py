@@ -20,15 +20,17 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 
 from softcache import __version__
 from softcache.base.errors import CacheError
+from softcache.data.tasks import NUMBERS
 from softcache.data.views import render
 from softcache.pipeline.loading.view_checks import ViewChecks
-from softcache.pipeline.metrics.classification import evaluate
 from softcache.stages.cli.console import progress
 from softcache.stages.student.setup import DistillationSetup
 
+from .int8_loss import measure_int8_loss
 from .metadata import INT8, ONNX, ExportMetadata
 from .onnx_model import Images, OnnxStudent, serialize_onnx, strip_onnx
-from .parity import Logits, run_in_batches, take_first_images, to_unit_range
+from .output_comparison import Logits, OutputComparison
+from .parity import run_in_batches, take_first_images, to_unit_range
 
 _CALIBRATION_VIEWS, _CALIBRATION_BATCH = 512, 64
 _LATENCY_BATCH_SIZES = (1, 64)
@@ -43,25 +45,27 @@ def make_int8_file(
     float32_student: OnnxStudent,
     split: str,
     expected: Logits,
+    comparison: OutputComparison,
     most_drop: float,
 ) -> tuple[bytes, dict[str, Any]]:
-    """Quantise an ONNX file, and measure what this costs in accuracy and saves in size and time.
+    """Quantise an ONNX file, and measure what this costs, such as accuracy, and saves in size and time.
 
     Args:
         setup: The run's cache, transfer set and held-out splits.
         metadata: Of the student; written into the file.
         model: The float32 ONNX file.
         float32_student: The same file, loaded in ONNX Runtime.
-        split: The held-out split on which the accuracy is measured.
+        split: The held-out split on which the loss is measured.
         expected: float32 [N, K], PyTorch's logits of that split.
-        most_drop: Largest loss of accuracy that is accepted, as a share of the rows (0 … 1).
+        comparison: How outputs are compared.
+        most_drop: Largest loss that is accepted (0 … 1), see `int8_loss.Int8Loss.drop`: of accuracy as a share of the
+            rows.
 
     Returns:
         The int8 ONNX file, and the value of `int8` in export.json.
 
     Raises:
-        CacheError: The accuracy drops by more than `most_drop`. Without labels, the share of changed top-1
-            predictions counts in place of the drop: it is the most that the accuracy can have lost.
+        CacheError: The student loses more than `most_drop`.
     """
     held_out = setup.held_out[split]
     batches = progress(_calibration_batches(setup), -(-_CALIBRATION_VIEWS // _CALIBRATION_BATCH), "calibrating")
@@ -70,27 +74,27 @@ def make_int8_file(
     logits = run_in_batches(
         held_out, lambda views: int8_student.compute_logits(to_unit_range(views)), f"checking {INT8}"
     )
-    teacher = setup.teacher_logits[split].numpy()
-    before = evaluate(expected, held_out.labels, teacher, setup.class_counts)
-    after = evaluate(logits, held_out.labels, teacher, setup.class_counts)
-    changed_predictions = int((logits.argmax(1) != expected.argmax(1)).sum())
-    drop = changed_predictions / len(expected)
-    if "accuracy" in before:
-        drop = before["accuracy"] - after["accuracy"]
-    if not drop <= most_drop:
+    before, after = (setup.compute_metrics({split: z})[split] for z in (expected, logits))
+    loss = measure_int8_loss(
+        comparison,
+        outputs=logits,
+        expected=expected,
+        labels=held_out.labels,
+        teacher=setup.teacher_logits[split].numpy(),
+        before=before,
+        after=after,
+    )
+    if not loss.drop <= most_drop:
         raise CacheError(
-            f"{INT8} loses {100 * drop:.2f} points of accuracy on {split}, more than the"
-            f" {100 * most_drop:g} of --most-drop {most_drop:g}: nothing was written. Raise it, or"
-            " leave out --int8"
+            f"{INT8} {loss.text} on {split}, more than the {loss.describe_limit(most_drop)}: nothing was written."
+            " Raise it, or leave out --int8"
         )
     students = {ONNX: float32_student, INT8: int8_student}
     return content, {
         "split": split,
-        "accuracy_before": before.get("accuracy"),
-        "accuracy_after": after.get("accuracy"),
-        "drop": drop,
+        **loss.to_json(metadata.task),
         "most_drop": most_drop,
-        "flips": changed_predictions,
+        **({} if loss.changes is None else {"flips": loss.changes}),
         "rows": len(expected),
         "figures": after,
         "calibration_rows": _count_calibration_views(setup),
@@ -163,7 +167,10 @@ def quantize_onnx(model: bytes, calibration: Iterator[Images], metadata: dict[st
             reader,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED_OPERATORS,
-            nodes_to_exclude=_find_normalization_nodes(float32_model),
+            nodes_to_exclude=[
+                *_find_normalization_nodes(float32_model),
+                *_find_output_scale_nodes(float32_model, metadata.get("task", "")),
+            ],
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -185,6 +192,11 @@ def _find_normalization_nodes(model: Any) -> list[str]:
             break
         names.append(node.name)
     return names
+
+
+def _find_output_scale_nodes(model: Any, task: str) -> list[str]:
+    """Name the last two nodes of a network of numbers, which scale its output: 256 levels would be visible in it."""
+    return [node.name for node in model.graph.node[-2:]] if task == NUMBERS else []
 
 
 def _shorten_names(model: Any) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.pipeline.losses import remove_custom_losses
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER, TASK_FIGURES
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.typed_command import format_resume_command
+from softcache.stages.runs.figures import get_task, list_columns
 from softcache.stages.runs.folder import read_config, read_json
 from softcache.stages.student.student_input import use_recorded_input
 
@@ -80,8 +82,32 @@ def select_student(folder: Path, **overrides: Any) -> ExportedRun:
     return ExportedRun(folder=folder, seed_folder=seed_folder, config=config, run_config=run_config, reason=reason)
 
 
+def read_thresholds(seed_folder: Path, labels: int) -> tuple[float, ...]:
+    """Read the thresholds of a student of several labels; 0.5 each where its result.json has none.
+
+    Args:
+        seed_folder: The folder of student.pt and result.json.
+        labels: K.
+
+    Returns:
+        K probabilities.
+
+    Raises:
+        CacheError: They are not K numbers from 0 to 1.
+    """
+    path = seed_folder / "result.json"
+    student = read_json(path).get("student")
+    values = student.get("thresholds", [0.5] * labels) if isinstance(student, dict) else None
+    thresholds = tuple(values) if isinstance(values, list) else ()
+    if len(thresholds) != labels or not all(type(x) in (int, float) and 0 <= x <= 1 for x in thresholds):
+        raise CacheError(f"'{path}' is damaged: its thresholds are not {labels} numbers from 0 to 1")
+    return tuple(map(float, thresholds))
+
+
 def _select_best_seed(path: Path, run_config: StudentConfig) -> tuple[int, str]:
-    """Select the seed with the best validation accuracy, or agreement without labels; the first of equal ones.
+    """Select the seed with the best validation figure, the first of equal ones.
+
+    That is the main figure of the task, such as accuracy; without labels one that needs none, such as agreement.
 
     Args:
         path: Of the run's result.json.
@@ -93,14 +119,17 @@ def _select_best_seed(path: Path, run_config: StudentConfig) -> tuple[int, str]:
     result = read_json(path)
     try:
         validation = {int(record["seed"]): record["student"]["val"] for record in result["seeds"]}
-        metric = "accuracy" if all("accuracy" in metrics for metrics in validation.values()) else "agreement"
+        task = get_task(result)
+        candidates = (TASK_FIGURES[task].main, *list_columns(task, has_labels=False))
+        metric = next(x for x in candidates if all(metrics.get(x) is not None for metrics in validation.values()))
         values = {seed: float(metrics[metric]) for seed, metrics in validation.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         raise CacheError(f"'{path}' is damaged: it has no validation figures of each seed") from None
     if set(values) != set(range(run_config.seed, run_config.seed + run_config.seeds)):
         raise CacheError(
             f"'{path}' is damaged: it has seeds {sorted(values)[:4]}, and the run {run_config.seeds} seeds from"
             f" {run_config.seed} on"
         )
-    best = max(sorted(values), key=lambda seed: values[seed])
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    best = max(sorted(values), key=lambda seed: sign * values[seed])
     return best, f"the best of {len(values)} by {metric} on validation ({values[best]:.4f})"

@@ -9,6 +9,7 @@ from torch import nn
 
 import softcache
 from softcache.pipeline.cache.reader import CacheReader
+from softcache.stages.runs.logits import read_logits
 from tests.helpers.commands import Stages
 
 N = 72
@@ -47,8 +48,10 @@ def test_spectrograms_go_through_every_command(stages: Stages, tmp_path: Path) -
     code, _, error = stages.call("report", "run", "--data", data, "--no-latency", "--out", "report")
     assert code == 0, error
     assert "which have no pictures" in Path("report/report.html").read_text(encoding="utf-8")
-    error = stages.fails(2, "export", "run")
-    assert "export is for students of images, and 'run' is of rows of numbers [3, 10]" in error
+    assert stages("export", "run")["preprocessing"] == {"shape": [3, 10], "layout": "float32 [B, 3, 10]"}
+    predictions = stages("predict", "run/student.onnx", "data/x_test.npy")["rows"]
+    expected = read_logits(Path("run/logits.safetensors"))["test"].logits.argmax(1)
+    assert [p["top"][0]["class"] for p in predictions] == ["abc"[c] for c in expected]
 
 
 def test_float_images_train_networks_of_images(stages: Stages, tmp_path: Path) -> None:
