@@ -227,7 +227,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
             context = replace(context, mean=mean, std=std)
             input_spec = input_spec.with_output(tuple(mean.tolist()), tuple(std.tolist()))
         model = PreparedModel(network, input_spec).to(device)
-        held_out = {
+        held_out: dict[str, HeldOutSplit] = {
             split: HeldOutSplit(transfer_set.splits[split], views, device, config, task=task)
             for split in ("val", "test")
             if split in transfer_set.splits
