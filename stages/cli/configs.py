@@ -93,7 +93,8 @@ class CacheConfig(DataOptions, FolderOptions, SplitOptions, MachineOptions, Prec
     )
     outputs: str = option(
         "logits",
-        "What the teacher's network outputs; probabilities, after a softmax or log_softmax, are stored as logarithms.",
+        "What the teacher's network outputs; probabilities, after a softmax or log_softmax, are stored as logarithms;"
+        " of several labels, after a sigmoid, as log-odds.",
         choices=OUTPUTS,
     )
     views: str = option("", VIEWS_HELP, by_recipe=True)
