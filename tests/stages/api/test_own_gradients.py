@@ -1,4 +1,4 @@
-"""The gradients of a loss in a loop of a user's own, against those of the trainer, for every loss."""
+"""The gradients of a loss in a loop of a user's own, against those of the trainer, for every loss of classes."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import softcache
 from softcache import Cache, DistillationLoss, losses
 from softcache.pipeline.models import build
 from softcache.stages.training import loop
+from tests.helpers.class_losses import CLASS_LOSSES
 from tests.helpers.tensors import make_loss
 
 Gradients = dict[str, torch.Tensor]
@@ -68,7 +69,7 @@ def take_own_step(cache: Cache, loss: losses.Loss) -> tuple[float, Gradients]:
     return float(value.detach()), {name: p.grad for name, p in named if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", CLASS_LOSSES)
 def test_gradients_of_an_own_loop_are_those_of_the_trainer(
     cache: Cache, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

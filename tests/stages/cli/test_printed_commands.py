@@ -52,7 +52,7 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/export/command.py:run": NAMED_CODE,
     "stages/export/metadata.py:": "the name of a format",
     "stages/export/metadata.py:from_dict": "names the program that writes a file",
-    "stages/export/model_card.py:": ("exported",),
+    "stages/export/card_of_task.py:describe_command_line": ("exported",),
     "stages/export/model_card.py:_format_training_command": ("exported",),
     "stages/export/select_student.py:select_student": ("unfinished_run",),
     "stages/inspect/command.py:_inspect_taps": ("growth",),
