@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from softcache.base.errors import make_printable
 from softcache.stages.cli.console import format_duration
 from softcache.stages.compare.baseline import compare_with_baseline, format_gap
-from softcache.stages.compare.significance import format_accuracy_interval
+from softcache.stages.compare.significance import format_interval
 
 from .load import LoadedRun
 from .table import Group, Row
@@ -59,7 +59,7 @@ def _format_verdict(run: LoadedRun) -> str:
     record = compare_with_baseline(run.name, run.result or {})
     if record["verdict"] is None:
         return ""
-    interval, verdict = format_accuracy_interval(record)
+    interval, verdict = format_interval(record)
     return f" ({interval}: {verdict})"
 
 
