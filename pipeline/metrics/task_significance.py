@@ -103,13 +103,14 @@ def _compute_all(metrics: list[Metric], counts: Floats) -> dict[str, Floats]:
 def _draw_counts(N: int, resamples: int, rng: np.random.Generator) -> Floats:
     """Draw N of N rows with replacement in each resample. Returns how often each is drawn, float64 [N, R]."""
     rows = rng.integers(0, N, (N, resamples)) * resamples + np.arange(resamples)
-    counts = np.bincount(rows.ravel(), minlength=N * resamples)
-    return np.asarray(counts.reshape(N, resamples), np.float64)
+    counts: Floats = np.bincount(rows.ravel(), minlength=N * resamples).astype(np.float64)
+    return counts.reshape(N, resamples)
 
 
 def _divide(values: Floats, counts: Floats) -> Floats:
     """Divide; NaN where the count is 0."""
-    return np.divide(values, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    shares: Floats = np.divide(values, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    return shares
 
 
 def _mean_of_defined(values: Floats) -> Floats:

@@ -12,7 +12,7 @@ from softcache.base.errors import UsageError
 from softcache.base.files import publish_json
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
-from softcache.data.tasks import EMBEDDING, NUMBERS, find_known, measure_targets, require_classes
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, find_known, measure_targets, require_classes
 from softcache.data.transfer_set import count_classes
 from softcache.data.view_policy import parse_views
 from softcache.pipeline.batch import LossContext
@@ -30,7 +30,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
-from softcache.stages.runs.figures import Figures, choose_labelled_split
+from softcache.stages.runs.figures import TITLES, Figures, choose_labelled_split, get_task
 from softcache.stages.runs.folder import open_run, start_run
 from softcache.stages.runs.initial import record_initial_weights
 from softcache.stages.runs.output_folder import check_output_folder
@@ -77,9 +77,13 @@ def run(config: TeacherConfig, explicit_options: set[str]) -> None:
 
 
 def describe_accuracy(result: dict[str, Any]) -> str:
-    """Format the accuracy of a teacher on the test split, or on validation where test has no labels."""
+    """Format the main figures of a teacher on the test split, or on validation where test has no labels.
+
+    Those are the accuracy of classes, mAP and macro F1 of labels, RMSE and R² of numbers.
+    """
     figures = Figures(result["teacher"][choose_labelled_split(result["teacher"])])
-    return figures.describe(("accuracy",), "accuracy unknown")
+    names = {LABELS: ("map", "f1_macro"), NUMBERS: ("rmse", "r2")}.get(get_task(result), ("accuracy",))
+    return figures.describe(names, f"{TITLES[names[0]]} unknown")
 
 
 def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
@@ -250,6 +254,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         }
         result = {
             "settings": asdict(config),
+            **({} if task == CLASSES else {"task": task}),
             "teacher": {
                 "arch": config.arch,
                 **({"output": config.output} if config.output else {}),
