@@ -26,6 +26,7 @@ from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.early_checks import check_before_images, check_names
 from softcache.stages.student.own_losses import check_own_losses
 from softcache.stages.student.recipes import apply_recipe
+from softcache.stages.student.requirements import check_task_options
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
 
@@ -69,6 +70,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
     space = parse_space(config.search, base_config, explicit)
     grid = _list_grid(space) if config.grid else []
     caches = open_caches(base_config.cache)
+    check_task_options(replace(base_config, recipe=config.recipe), caches[0].task)
     figure = validation_figure(base_config, caches[0].task)
     _check_before_images(space, base_config, caches)
     settings = _describe_search(config, base_config, caches)
