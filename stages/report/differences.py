@@ -19,7 +19,7 @@ _MOST_BARS = 6  # of labels and numbers
 DIFFER_BY = {
     LABELS: "probabilities in %; Jensen–Shannon divergence in bits, mean over the labels",
     NUMBERS: "numbers, from the least to the largest of the split; difference in standard deviations of the teacher",
-    EMBEDDING: "whose embeddings are compared by 1 - cosine",
+    EMBEDDING: "1 minus the cosine of the two embeddings",
 }
 DIFFER_BY_OF_CLASSES = "probabilities in %; Jensen–Shannon divergence in bits"
 

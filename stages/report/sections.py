@@ -52,7 +52,7 @@ def make_cost_plot(task: str, rows: Sequence[Row]) -> PageImage | None:
     ]
     if not any(point.parameters for point in points):
         return None
-    title = TITLES[main][0].upper() + TITLES[main][1:] if task == CLASSES else TITLES[main]
+    title = {"accuracy": "Accuracy", "cosine": "Cosine"}.get(main, TITLES[main])
     values = "; ".join(
         f"{point.name} {100 * point.value:.2f} %" if main in IN_PERCENT else f"{point.name} {point.value:.4g}"
         for point in points
