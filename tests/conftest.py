@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import task_runs
 from tests.helpers.commands import Stages, tiny_cache_command
 from tests.helpers.paths import ROOT
 
@@ -92,6 +93,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     main(["teacher", "--train-size", "300", "--arch", "cnn", "--epochs", "12", "--out", f"{folder}/runs/teacher"])
     main(tiny_cache_command(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, caches and runs of labels, numbers and an embedding, see tests/helpers/task_runs.py."""
+    folder = tmp_path_factory.mktemp("tasks")
+    task_runs.make_caches(folder)
+    for task in task_runs.TASKS:
+        task_runs.make_runs(folder, task)
     return folder
 
 

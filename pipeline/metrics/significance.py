@@ -18,7 +18,7 @@ class Difference:
     """The second classifier's metric minus the first's.
 
     Attributes:
-        value: As measured, in -1 … 1.
+        value: As measured, in -1 … 1 for shares.
         low, high: Its confidence interval.
     """
 
@@ -101,12 +101,12 @@ def paired_bootstrap(
     measured = {name: values[0] for name, values in _compute_metrics(groups, counts[None].astype(float)).items()}
     resampled: dict[str, list[Floats]] = {name: [] for name in measured}
     for rows in _resample_rows(counts, resamples, rng):
-        weights = np.hstack([-_resample_seeds(n, len(rows), rng), _resample_seeds(len(second), len(rows), rng)])
+        weights = np.hstack([-resample_seeds(n, len(rows), rng), resample_seeds(len(second), len(rows), rng)])
         for name, values in _compute_metrics(groups, rows).items():
             resampled[name].append((weights * values).sum(1))
         on_progress(len(rows))
     return {
-        name: _compute_interval(values[:n], values[n:], np.concatenate(resampled[name]), level)
+        name: compute_interval(values[:n], values[n:], np.concatenate(resampled[name]), level)
         for name, values in measured.items()
     }
 
@@ -135,7 +135,7 @@ def _resample_rows(counts: Ints, resamples: int, rng: np.random.Generator) -> It
         yield rng.multinomial(counts.sum(), counts / counts.sum(), size).astype(np.float64)
 
 
-def _resample_seeds(n: int, resamples: int, rng: np.random.Generator) -> Floats:
+def resample_seeds(n: int, resamples: int, rng: np.random.Generator) -> Floats:
     """Return the weight of each seed in each resample, [R, n]; a single seed has weight 1."""
     return rng.multinomial(n - 1, [1 / n] * n, resamples) / (n - 1) if n > 1 else np.ones((resamples, 1))
 
@@ -175,13 +175,14 @@ def _count_classes(columns: Floats, classes: Ints, K: int) -> Floats:
     return in_classes.T
 
 
-def _compute_interval(first: Floats, second: Floats, resampled: Floats, level: float) -> Difference:
+def compute_interval(first: Floats, second: Floats, resampled: Floats, level: float, bound: float = 1.0) -> Difference:
     """Compute a difference and its interval.
 
     Args:
         first, second: [n] and [m], a metric of each seed on all rows.
         resampled: [R], the difference in each resample.
         level: Confidence level.
+        bound: Largest possible difference, where the interval ends.
     """
     value = float(second.mean() - first.mean())
     tail = (1 - level) / 2
@@ -190,7 +191,9 @@ def _compute_interval(first: Floats, second: Floats, resampled: Floats, level: f
         float(np.quantile(resampled, 1 - tail, method="higher")),
     )
     stretch = _compute_stretch((first, second), float(resampled.var()), tail)
-    return Difference(value, max(-1.0, value - stretch * (value - low)), min(1.0, value + stretch * (high - value)))
+    return Difference(
+        value, max(-bound, value - stretch * (value - low)), min(bound, value + stretch * (high - value))
+    )
 
 
 def _compute_stretch(seeds: Sequence[Floats], variance: float, tail: float) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 from softcache.base.errors import CacheError
 from softcache.pipeline.metrics.significance import RESAMPLES
 from softcache.stages.cli.console import progress_bar
+from softcache.stages.runs.figures import IN_PERCENT
 
 from .candidates import read_candidate
 from .significance import Record, compare_pairs
@@ -32,9 +33,18 @@ def compare_with_baseline(name: str, result: dict[str, Any]) -> Record:
     return record
 
 
-def format_gap(difference: float) -> str:
-    """Format a difference of accuracies (-1 … 1), to be followed by what it is a difference from."""
-    points = 100 * difference
-    if abs(points) < 0.005:
+def format_gap(difference: float, name: str = "accuracy") -> str:
+    """Format a difference of a figure, to be followed by what it is a difference from.
+
+    Args:
+        difference: Of accuracies -1 … 1, of other figures in their units.
+        name: Of the figure.
+
+    Returns:
+        Such as "1.20 points above", "0.0312 below" or "equal to".
+    """
+    is_share = name in IN_PERCENT
+    if difference == 0 or (is_share and abs(100 * difference) < 0.005):
         return "equal to"
-    return f"{abs(points):.2f} points {'above' if points > 0 else 'below'}"
+    size = f"{abs(100 * difference):.2f} points" if is_share else f"{abs(difference):.4g}"
+    return f"{size} {'above' if difference > 0 else 'below'}"

@@ -10,12 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, make_printable
-from softcache.data.transfer_set import Labels
+from softcache.data.tasks import CLASSES, EMBEDDING, HardTargets, are_equal, find_known
 from softcache.pipeline.cache.identity import find_differences
+from softcache.pipeline.metrics.embeddings import cosines
+from softcache.pipeline.metrics.task_significance import measure_main
+from softcache.pipeline.metrics.tasks import TASK_FIGURES
 from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.runs.figures import get_task
 from softcache.stages.runs.folder import IGNORED_OPTIONS, read_fingerprints, read_json
-from softcache.stages.runs.logits import LOGITS, read_logits
+from softcache.stages.runs.logits import LOGITS, TEACHER_LOGITS, SplitLogits, read_logits
 
+_SAME_COSINE = 0.99  # mean over the rows: a codec changes an embedding less
 _SEED_OPTIONS = ("seed", "seeds", "order_seed")
 # Options that say on which machine a run was trained; data, whose content is part of the cache; and recipe, which only
 # sets other options.
@@ -40,7 +45,8 @@ class Candidate:
         split: On which it was measured: test, or val where the run has no test split.
         config: Its options by name.
         seeds: That were trained.
-        accuracies: Of each seed on the split, by its result.json; None without labels.
+        task: What was learned.
+        main_figures: The task's main figure of each seed on the split, by its result.json; None without hard targets.
         logits_files: Of each seed.
     """
 
@@ -49,7 +55,8 @@ class Candidate:
     split: str
     config: dict[str, Any]
     seeds: tuple[int, ...]
-    accuracies: tuple[float | None, ...]
+    task: str
+    main_figures: tuple[float | None, ...]
     logits_files: tuple[Path, ...]
 
 
@@ -60,19 +67,31 @@ class Predictions:
     Attributes:
         content: Digest of the split's images and labels.
         classes: Names, in the order of the class numbers.
-        labels: [N].
-        predictions: Predicted classes [seeds, N].
+        labels: [N], or the hard targets of another task; of an embedding of all rows.
+        predictions: Predicted classes [seeds, N]; of labels and numbers the outputs [seeds, N, K]; of an embedding the
+            cosine of each row to the teacher's [seeds, N].
+        teacher: Of an embedding the teacher's, float32 [N, D]; of other tasks None.
     """
 
     content: str
     classes: tuple[str, ...]
-    labels: Labels
-    predictions: NDArray[np.int64]
+    labels: HardTargets
+    predictions: NDArray[Any]
+    teacher: NDArray[np.float32] | None = None
 
     def has_same_rows(self, other: "Predictions") -> bool:
         """Whether the images, labels and classes are the same."""
         same_content = self.content == other.content and self.classes == other.classes
-        return same_content and np.array_equal(self.labels, other.labels)
+        same_shape = self.labels.shape == other.labels.shape and self.labels.dtype == other.labels.dtype
+        return same_content and same_shape and bool(are_equal(self.labels, other.labels).all())
+
+    def has_same_teacher(self, other: "Predictions") -> bool:
+        """Whether the embeddings of both teachers are the same, apart from the rounding of a codec."""
+        if self.teacher is None or other.teacher is None:
+            return True
+        if self.teacher.shape != other.teacher.shape:
+            return False
+        return bool(cosines(self.teacher.astype(np.float64), other.teacher.astype(np.float64)).mean() > _SAME_COSINE)
 
 
 def read_candidate(name: str, title: str, result: dict[str, Any], model: str) -> Candidate:
@@ -88,7 +107,7 @@ def read_candidate(name: str, title: str, result: dict[str, Any], model: str) ->
         KeyError, TypeError, ValueError, OverflowError, AttributeError: `result` is not that of a student's run.
         CacheError: The run's cache.json is damaged.
     """
-    folder, split = Path(name), "test" if "test" in result[model] else "val"
+    folder, split, task = Path(name), "test" if "test" in result[model] else "val", get_task(result)
     seeds = tuple(int(record["seed"]) for record in result["seeds"])
     seed_folders = [folder] if len(seeds) == 1 else [folder / f"seed-{seed}" for seed in seeds]
     config = {field.name: field.default for field in fields(StudentConfig)} | result["settings"]
@@ -103,7 +122,8 @@ def read_candidate(name: str, title: str, result: dict[str, Any], model: str) ->
         split=split,
         config=config,
         seeds=seeds,
-        accuracies=tuple(record[model][split].get("accuracy") for record in result["seeds"]),
+        task=task,
+        main_figures=tuple(record[model][split].get(TASK_FIGURES[task].main) for record in result["seeds"]),
         logits_files=tuple((path if model == "student" else path / model) / LOGITS for path in seed_folders),
     )
 
@@ -143,38 +163,76 @@ def read_predictions(candidate: Candidate) -> Predictions:
 
     Raises:
         UsageError: A file of logits does not exist.
-        CacheError: One is damaged, or its accuracy is not that of the run's result.json.
+        CacheError: One is damaged, or its main figure is not that of the run's result.json.
     """
+    teacher = None
+    if candidate.task == EMBEDDING:
+        teacher = _read_split(candidate, candidate.folder / TEACHER_LOGITS).logits
     seeds = [
-        _read_seed(path, candidate.split, accuracy)
-        for path, accuracy in zip(candidate.logits_files, candidate.accuracies, strict=True)
+        _read_seed(candidate, path, main_figure, teacher)
+        for path, main_figure in zip(candidate.logits_files, candidate.main_figures, strict=True)
     ]
     for path, seed in zip(candidate.logits_files, seeds, strict=True):
-        if not seed.has_same_rows(seeds[0]):
+        if not seed.has_same_rows(seeds[0]) or seed.predictions.shape != seeds[0].predictions.shape:
             raise CacheError(f"'{path}' and '{candidate.logits_files[0]}' are not of the same rows")
     return replace(seeds[0], predictions=np.concatenate([seed.predictions for seed in seeds]))
 
 
-def _read_seed(path: Path, split: str, recorded_accuracy: Any) -> Predictions:
-    """Read the predictions of one seed. recorded_accuracy: by result.json, not yet checked."""
+def _read_split(candidate: Candidate, path: Path) -> SplitLogits:
+    """Read the logits of the split on which a candidate was measured."""
     splits = read_logits(path)
-    if split not in splits:
-        raise CacheError(f"'{path}' is damaged: it has no {split} split")
-    split_logits = splits[split]
-    has_label = split_logits.labels >= 0
-    labels, predictions = split_logits.labels[has_label], split_logits.logits.argmax(1)[has_label]
-    accuracy = float((predictions == labels).mean()) if has_label.any() else None
-    if not _is_same_accuracy(accuracy, recorded_accuracy):
+    if candidate.split not in splits:
+        raise CacheError(f"'{path}' is damaged: it has no {candidate.split} split")
+    split_logits = splits[candidate.split]
+    if split_logits.task != candidate.task:
+        raise CacheError(f"'{path}' is of the task {split_logits.task}, its result.json of {candidate.task}")
+    return split_logits
+
+
+def _read_seed(
+    candidate: Candidate, path: Path, recorded_figure: Any, teacher: NDArray[np.float32] | None
+) -> Predictions:
+    """Read the predictions of one seed.
+
+    Args:
+        candidate: Whose seed it is.
+        path: Of its logits.
+        recorded_figure: The task's main figure by result.json, not yet checked.
+        teacher: Of an embedding the teacher's [N, D].
+    """
+    split_logits = _read_split(candidate, path)
+    labels, outputs = split_logits.labels, split_logits.logits
+    values: NDArray[Any]
+    if teacher is not None:
+        if outputs.shape != teacher.shape:
+            raise CacheError(f"'{path}' has embeddings {list(outputs.shape)}, its teacher {list(teacher.shape)}")
+        values = cosines(outputs.astype(np.float64), teacher.astype(np.float64))
+    else:
+        is_known = find_known(labels)
+        labels, outputs = labels[is_known], outputs[is_known]
+        values = outputs.argmax(1) if candidate.task == CLASSES else outputs
+    main = _measure_main(candidate.task, labels, values)
+    if not _is_same_figure(main, recorded_figure):
+        figure = TASK_FIGURES[candidate.task].main
         raise CacheError(
-            f"'{path}' has an accuracy of {accuracy}, its result.json one of {make_printable(recorded_accuracy)}"
+            f"'{path}' has {'an accuracy' if candidate.task == CLASSES else f'a figure {figure}'} of {main}, its"
+            f" result.json one of {make_printable(recorded_figure)}"
         )
-    return Predictions(split_logits.content, split_logits.classes, labels, predictions[None])
+    return Predictions(split_logits.content, split_logits.classes, labels, values[None], teacher)
 
 
-def _is_same_accuracy(accuracy: float | None, recorded_accuracy: Any) -> bool:
-    if accuracy is None:
-        return recorded_accuracy is None
-    return isinstance(recorded_accuracy, int | float) and isclose(accuracy, recorded_accuracy, abs_tol=1e-9)
+def _measure_main(task: str, labels: HardTargets, values: NDArray[Any]) -> float | None:
+    """Compute the main figure of a task from the values of `Predictions.predictions` for one seed."""
+    if not len(labels):
+        return None
+    return float((values == labels).mean()) if task == CLASSES else measure_main(task, labels, values)
+
+
+def _is_same_figure(figure: float | None, recorded_figure: Any) -> bool:
+    if figure is None:
+        return recorded_figure is None
+    is_number = isinstance(recorded_figure, int | float)
+    return is_number and isclose(figure, recorded_figure, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def pair_candidates(runs: Sequence[dict[str, Candidate]]) -> list[tuple[Candidate, Candidate]]:

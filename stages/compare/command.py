@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.base.errors import CacheError, make_printable
+from softcache.base.errors import CacheError, UsageError, make_printable
+from softcache.data.tasks import CLASSES
 from softcache.pipeline.metrics.significance import RESAMPLES
 from softcache.stages.cli.configs import ListConfig
 from softcache.stages.cli.console import Console, progress_bar
+from softcache.stages.runs.figures import TITLES, Figures, choose_split, get_task, list_columns
 from softcache.stages.runs.folder import read_json
 from softcache.stages.runs.results_table import format_cell
 
@@ -16,7 +18,7 @@ from .candidates import Candidate, find_differing_options, pair_candidates, read
 from .significance import compare_pairs
 from .summary import print_pair, print_pairs
 
-_COLUMNS = {"accuracy": "accuracy", "f1_macro": "macro F1", "recall_tail": "tail recall", "agreement": "agreement"}
+_CLASS_COLUMNS = ("accuracy", "f1_macro", "recall_tail", "agreement")
 Row = dict[str, Any]
 
 
@@ -31,12 +33,13 @@ def run(names: tuple[str, ...], config: ListConfig) -> None:
         config: Options of the command.
 
     Raises:
-        UsageError: A folder is not a run.
+        UsageError: A folder is not a run, or the runs are of several tasks.
         CacheError: A run is damaged, or is not a student's.
     """
     console = Console(config.json)
     runs = [_read_run(name) for name in dict.fromkeys(str(Path(name)) for name in names)]
     rows: list[Row] = []
+    _check_same_task([candidates["student"] for _, candidates in runs])
     for run_rows, _ in runs:
         rows += [row for row in run_rows if row not in rows]  # several students can have the same teacher
     pairs = pair_candidates([candidates for _, candidates in runs])
@@ -61,12 +64,22 @@ def run(names: tuple[str, ...], config: ListConfig) -> None:
         print_pairs(pairs, comparisons, console)
 
 
+def _check_same_task(students: Sequence[Candidate]) -> None:
+    for student in students:
+        if student.task != students[0].task:
+            raise UsageError(
+                f"'{students[0].name}' is of the task {students[0].task}, '{student.name}' of {student.task}, and they"
+                " have no figure in common: compare runs of one task"
+            )
+
+
 def _print_table(rows: Sequence[Row], console: Console) -> None:
     title = " and ".join(sorted({row["split"] for row in rows})) + " split"
     width = max(len(title), *(len(row["name"]) for row in rows))
-    console.print(f"{title:{width}}" + "".join(f"{column:>17}" for column in _COLUMNS.values()) + f"{'seeds':>7}")
+    columns = list(rows[0]["mean"])
+    console.print(f"{title:{width}}" + "".join(f"{TITLES[column]:>17}" for column in columns) + f"{'seeds':>7}")
     for row in rows:
-        cells = [format_cell(row["mean"][key], row["spread"].get(key), row["seeds"], "n/a") for key in _COLUMNS]
+        cells = [format_cell(row["mean"][key], row["spread"].get(key), row["seeds"], "n/a") for key in columns]
         console.print(f"{row['name']:<{width}}{''.join(f'{cell:>17}' for cell in cells)}{row['seeds'] or '':>7}")
 
 
@@ -77,28 +90,40 @@ def _read_run(name: str) -> tuple[list[Row], dict[str, Candidate]]:
     """
     result = read_json(Path(name) / "result.json")
     try:
+        columns = _list_columns(result)
         split, seeds = "test" if "test" in result["student"] else "val", len(result["seeds"])
         options = "".join(
             f", {value}" for value in (result["settings"]["combine"], result["settings"]["map"]) if value
         )
         teacher = make_printable(f"teacher {result['teacher']['arch']}{options}")
-        rows = [_make_row(teacher, split, seeds=0, mean=result["teacher"][split], spread={})]
+        rows = [_make_row(teacher, split, columns, seeds=0, mean=result["teacher"][split], spread={})]
         candidates: dict[str, Candidate] = {}
         for model in ("baseline", "student"):
             if model in result:
                 title = f"{name}, hard targets only" if model == "baseline" else name
                 spread = result["spread"][model][split]
-                rows.append(_make_row(title, split, seeds=seeds, mean=result[model][split], spread=spread))
+                rows.append(_make_row(title, split, columns, seeds=seeds, mean=result[model][split], spread=spread))
                 candidates[model] = read_candidate(name, title, result, model)
         return rows, candidates
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise CacheError(f"'{name}/result.json' is not of a student's run") from None
 
 
-def _make_row(name: str, split: str, *, seeds: int, mean: dict[str, Any], spread: dict[str, Any]) -> Row:
+def _list_columns(result: dict[str, Any]) -> tuple[str, ...]:
+    """List the figures of the table. Raises KeyError for a task that does not exist."""
+    task = get_task(result)
+    if task == CLASSES:
+        return _CLASS_COLUMNS
+    split = choose_split(result["teacher"])
+    return list_columns(task, Figures(result["teacher"][split]).has_labels())
+
+
+def _make_row(
+    name: str, split: str, columns: Sequence[str], *, seeds: int, mean: dict[str, Any], spread: dict[str, Any]
+) -> Row:
     """Make a row of the table. Raises TypeError for metrics that are not numbers."""
-    means = {key: mean.get(key) for key in _COLUMNS}
-    spreads = {key: spread.get(key) for key in _COLUMNS} if spread else {}
+    means = {key: mean.get(key) for key in columns}
+    spreads = {key: spread.get(key) for key in columns} if spread else {}
     if not all(value is None or isinstance(value, int | float) for value in (*means.values(), *spreads.values())):
         raise TypeError("the metrics are not numbers")
     return {"name": name, "split": split, "seeds": seeds, "mean": means, "spread": spreads}

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER, TASK_FIGURES
 from softcache.stages.cli.console import Console
+from softcache.stages.runs.figures import IN_PERCENT, TITLES
 
 from .candidates import Candidate, OptionDifference, find_differing_options, format_value, only_seeds_differ
-from .significance import ALPHA, SIGNIFICANT, VERDICT_TEXT, Record
-
-_METRICS = {"accuracy": "accuracy", "f1_macro": "macro F1"}
+from .significance import ALPHA, SIGNIFICANT, VERDICT_TEXT, Record, format_difference, get_figures
 
 
 def print_pair(first: Candidate, second: Candidate, record: Record, console: Console) -> None:
@@ -26,14 +26,17 @@ def print_pair(first: Candidate, second: Candidate, record: Record, console: Con
         return console.print(f"no verdict: {record['words']}")
     title = f"difference: {second.name} minus {first.name}, {record['split']} split"
     console.print(f"{title}, {record['rows']:,} rows, {_format_seeds(*record['seeds'])}:")
-    for key, name in _METRICS.items():
-        value, low, high = _format_points(record[key])
-        console.print(f"  {name:<9} {value} points, {100 * record['level']:.4g} % interval {low} to {high}")
-    tests = record["mcnemar"]
+    for key in get_figures(record):
+        value, low, high = _format_interval(key, record[key])
+        unit = " points" if key in IN_PERCENT else ""
+        direction = "; lower is better" if key in LOWER_IS_BETTER else ""
+        interval = f"{100 * record['level']:.4g} % interval {low} to {high}{direction}"
+        console.print(f"  {TITLES[key]:<9} {value}{unit}, {interval}")
+    tests = record.get("mcnemar", [])
     if len(tests) == 1:
         counts = f"right in only one of the two: {tests[0]['first_alone']:,} and {tests[0]['second_alone']:,} rows"
         console.print(f"  McNemar   {counts}, p = {tests[0]['p']:.2g}")
-    else:
+    elif tests:
         p_values = ", ".join(f"{test['p']:.2g} (seeds {test['seeds'][0]}, {test['seeds'][1]})" for test in tests)
         note = ": each of two single students, not part of the verdict" if record["about"] == "settings" else ""
         console.print(f"  McNemar   p = {p_values}{note}")
@@ -71,7 +74,9 @@ def print_pairs(pairs: Sequence[tuple[Candidate, Candidate]], records: Sequence[
     console.print()
     n, width = len(pairs), max(len(second.name) for _, second in pairs)
     level = f"{100 * (1 - ALPHA / n):.4g} % intervals: {100 * (1 - ALPHA):g} % for all {n} together (Bonferroni)"
-    console.print(f"Each minus {pairs[0][0].name}, in points; {level}")
+    main = TASK_FIGURES[pairs[0][0].task].main
+    unit = ", in points" if main in IN_PERCENT else ", where lower is better" if main in LOWER_IS_BETTER else ""
+    console.print(f"Each minus {pairs[0][0].name}{unit}; {level}")
     for (first, second), record in zip(pairs, records, strict=True):
         console.print(f"  {second.name:{width}}  {_format_comparison(record)}")
         console.print(f"  {'':{width}}    {_format_differences(find_differing_options(first, second))}")
@@ -90,8 +95,11 @@ def print_pairs(pairs: Sequence[tuple[Candidate, Candidate]], records: Sequence[
 def _format_comparison(record: Record) -> str:
     if record["verdict"] is None:
         return f"no verdict: {record['words']}"
-    metrics = ["{} {} ({} to {})".format(name, *_format_points(record[key])) for key, name in _METRICS.items()]
-    p = f", McNemar's p {record['mcnemar'][0]['p']:.2g}" if len(record["mcnemar"]) == 1 else ""
+    metrics = [
+        "{} {} ({} to {})".format(TITLES[key], *_format_interval(key, record[key])) for key in get_figures(record)
+    ]
+    tests = record.get("mcnemar", [])
+    p = f", McNemar's p {tests[0]['p']:.2g}" if len(tests) == 1 else ""
     return f"{', '.join(metrics)}{p}: {VERDICT_TEXT[record['verdict']]}"
 
 
@@ -102,7 +110,7 @@ def _format_differences(differences: Sequence[OptionDifference]) -> str:
     return f"differs only in {changes}" if only_seeds_differ(differences) else f"differs in {changes}"
 
 
-def _format_points(difference: dict[str, Any]) -> tuple[str, str, str]:
-    """Format value, low and high as percentage points with a sign."""
-    value, low, high = (f"{round(100 * difference[key], 2) + 0.0:+.2f}" for key in ("value", "low", "high"))
+def _format_interval(name: str, difference: dict[str, Any]) -> tuple[str, str, str]:
+    """Format value, low and high of a figure with their signs."""
+    value, low, high = (format_difference(name, difference[key]) for key in ("value", "low", "high"))
     return value, low, high

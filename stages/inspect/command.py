@@ -16,6 +16,7 @@ from softcache.base.errors import CacheError, UsageError
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.base.packages import require_extra
 from softcache.base.text import escape_csv_cell
+from softcache.data.tasks import CLASSES
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.cache.rows import Positions
 from softcache.pipeline.metrics.soft_targets import (
@@ -57,6 +58,11 @@ def run(name: str, config: InspectConfig) -> None:
     console, start = Console(config.json), time.monotonic()
     require_extra("inspect draws with", "report", "matplotlib")
     cache = CacheReader(Path(name))
+    if cache.task != CLASSES:
+        raise UsageError(
+            f"inspect is for one class an image, and the task of '{name}' is {cache.task}: its students are described"
+            " by report"
+        )
     folder = _choose_folder(config, cache)
     train, held_out = _read_samples(cache, config.rows)
     findings = _inspect_teacher(cache, train, held_out, config) | _inspect_taps(cache, train, held_out, config)

@@ -21,7 +21,7 @@ from .disagreements import TransferSets
 from .latency import measure_latencies
 from .load import LoadedRun, read_runs
 from .summary import format_summary
-from .table import Group, list_networks, make_table_rows
+from .table import Group, list_networks, list_report_columns, make_table_rows
 
 if TYPE_CHECKING:
     from softcache.stages.cli.plot_style import Plot
@@ -78,7 +78,14 @@ def run(names: tuple[str, ...], config: ReportConfig) -> None:
             for loaded in progress(group.runs, len(group.runs), "report")
         ]
         sections.append(
-            GroupSection(group=group, summary=summary, table=table, costs=make_cost_plot(table), runs=run_sections)
+            GroupSection(
+                group=group,
+                summary=summary,
+                table=table,
+                columns=list_report_columns(group),
+                costs=make_cost_plot(group.task, table),
+                runs=run_sections,
+            )
         )
 
     title = f"Students of {', '.join(dict.fromkeys(section.group.title for section in sections))}"
@@ -122,16 +129,16 @@ def _is_report_file(path: Path) -> bool:
 
 
 def _group_runs(runs: Sequence[LoadedRun]) -> list[Group]:
-    """Group the runs by the rows on which they were measured."""
-    members: dict[tuple[str, str], list[LoadedRun]] = {}
+    """Group the runs by their task and the rows on which they were measured."""
+    members: dict[tuple[str, str, str], list[LoadedRun]] = {}
     for loaded in runs:
         teacher = loaded.logits["teacher"][0] if loaded.logits["teacher"] else {}
         has_test = "test" in teacher or (loaded.result is not None and "test" in loaded.result["teacher"])
         split = "test" if has_test else "val"
         content = teacher[split].content if split in teacher else "".join(loaded.fingerprints[:1])
-        members.setdefault((split, content), []).append(loaded)
+        members.setdefault((split, content, loaded.task), []).append(loaded)
     groups = []
-    for (split, _), group_runs in members.items():
+    for (split, _, task), group_runs in members.items():
         first = group_runs[0]
         teacher = first.logits["teacher"][0] if first.logits["teacher"] else {}
         if split in teacher:
@@ -140,7 +147,7 @@ def _group_runs(runs: Sequence[LoadedRun]) -> list[Group]:
             rows = int((first.get_metrics("teacher", split) or {}).get("rows", 0))
         data = short_name(first.config.data) if first.config.data else "".join(first.config.cache[:1])
         data = Path(data).name or "data"
-        groups.append(Group(make_printable(data), split, rows, group_runs))
+        groups.append(Group(make_printable(data), split, rows, group_runs, task))
     return groups
 
 

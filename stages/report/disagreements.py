@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from scipy.special import rel_entr, softmax
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.threads import take_first
@@ -16,14 +14,13 @@ from softcache.data.sources import is_user_dataset
 from softcache.data.transfer_set import TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
-from softcache.pipeline.metrics.classification import log_softmax
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.student.teachers import load_shared_data, open_caches
 
+from .differences import Bar, describe_label, format_distance, make_bars, rank_rows
 from .load import LoadedRun
 
 _SIDE = 96  # pixels to which larger images are reduced
-_BARS, _MIN_PROBABILITY = 3, 0.005  # classes of each distribution that get a bar, and the least that one needs
 TransferSets = dict[tuple[object, ...], tuple[TransferSet, ViewPolicy] | str]
 
 
@@ -34,16 +31,18 @@ class Disagreement:
     Attributes:
         url: The image as a data URL.
         row: Its row in the split.
-        label: Name of its true class; None where it has no label.
-        divergence: Jensen-Shannon divergence of the two distributions in bits (0 … 1).
-        bars: (class name, teacher's probability, student's probability) of the most probable classes.
+        label_kind: What its hard target is called: "true class".
+        label: Its hard target, such as the name of its true class; None where it has none.
+        distance: How far teacher and student differ, with its unit.
+        bars: The outputs of both for the most probable classes, or the labels or numbers that differ most.
     """
 
     url: str
     row: int
+    label_kind: str
     label: str | None
-    divergence: float
-    bars: list[tuple[str, float, float]]
+    distance: str
+    bars: list[Bar]
 
 
 def collect_disagreements(
@@ -69,49 +68,28 @@ def collect_disagreements(
     if transfer_set.shape:
         return f"the data are rows of numbers {list(transfer_set.shape)}, which have no pictures"
     student, teacher = run.logits["student"][0][split], run.logits["teacher"][0][split]
+    if student.logits.shape != teacher.logits.shape:
+        return "the outputs of student and teacher differ in width"
     images = transfer_set.splits[split]
     if images.content != student.content:
         return f"the images of the {split} split have changed since the run was measured on them"
-    ranked = rank_disagreements(student.logits, teacher.logits, config.show)
+    ranked = rank_rows(run.task, student, teacher, config.show)
     batch = np.array([row for row, _ in ranked])
     rendered = take_first(render_batches(images.images, views.without_augmentation(), 0, [batch], 0, 0))
     disagreements = []
-    for view, (row, divergence) in zip(rendered, ranked, strict=True):
-        p, q = softmax(teacher.logits[row]), softmax(student.logits[row])
-        top_classes = dict.fromkeys([*np.argsort(-p)[:_BARS].tolist(), *np.argsort(-q)[:_BARS].tolist()])
-        bars = [
-            (student.class_names[c], float(p[c]), float(q[c]))
-            for c in top_classes
-            if max(p[c], q[c]) >= _MIN_PROBABILITY
-        ]
-        label = student.class_names[student.labels[row]] if student.labels[row] >= 0 else None
+    for view, (row, difference) in zip(rendered, ranked, strict=True):
+        label_kind, label = describe_label(run.task, student, row)
         disagreements.append(
-            Disagreement(url=_encode_image(view), row=row, label=label, divergence=divergence, bars=bars)
+            Disagreement(
+                url=_encode_image(view),
+                row=row,
+                label_kind=label_kind,
+                label=label,
+                distance=format_distance(run.task, difference),
+                bars=make_bars(run.task, student, teacher, row),
+            )
         )
     return disagreements
-
-
-def rank_disagreements(
-    student: NDArray[np.floating], teacher: NDArray[np.floating], count: int
-) -> list[tuple[int, float]]:
-    """Find the rows whose two distributions differ most, by their Jensen-Shannon divergence.
-
-    Args:
-        student: Logits [N, K].
-        teacher: Logits [N, K].
-        count: Of rows to return, at most.
-
-    Returns:
-        (row, divergence in bits), the largest divergence first.
-
-    Source:
-        Lin 1991, Divergence measures based on the Shannon entropy.
-    """
-    p, q = np.exp(log_softmax(student)), np.exp(log_softmax(teacher))
-    mean = (p + q) / 2
-    divergence = (rel_entr(p, mean).sum(1) + rel_entr(q, mean).sum(1)) / 2 / np.log(2)
-    order = np.argsort(-divergence, kind="stable")[:count]
-    return [(int(row), float(divergence[row])) for row in order]
 
 
 def _open_transfer_set(

@@ -7,18 +7,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.pipeline.metrics.classification import evaluate
+from softcache.data.tasks import CLASSES, LABELS, NUMBERS, TASKS, are_equal
+from softcache.pipeline.metrics.tasks import TASK_FIGURES, evaluate_task
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import StudentConfig
+from softcache.stages.runs.figures import TITLES, get_task
 from softcache.stages.runs.folder import read_config, read_fingerprints, read_json
 from softcache.stages.runs.logits import LOGITS, TEACHER_LOGITS, SplitLogits, read_logits
 from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
 MODELS = ("teacher", "baseline", "student")
 TRAININGS = ("distilled", "student", "baseline")
+# Figures of a split that are numbers or absent, of all tasks.
 _METRICS = (
     "accuracy",
     "nll",
@@ -33,7 +34,14 @@ _METRICS = (
     "agreement",
     "kl_to_teacher",
     "recall_tail",
+    *(name for name in TITLES if name not in ("accuracy", "nll", "f1_macro", "agreement", "kl_to_teacher")),
+    "f1_samples",
+    "centroid_1",
+    "centroid_5",
 )
+AT_THRESHOLDS = "at_thresholds.f1_macro"  # of labels: macro F1 at the thresholds that were chosen on validation
+# The lists of figures of each task: of the classes, labels or outputs.
+LISTS = {CLASSES: "per_class", LABELS: "per_label", NUMBERS: "per_output"}
 _MAX_DEPTH = 3  # of folders with runs: runs/METHODS/RUN, runs/SEVERAL/ARCH/SEED
 _CLASS_METRICS = {"precision", "recall", "f1", "support"}
 _COSTS = {"stage_one", "epoch", "teacher_epoch", "live_epoch", "saved", "paid_after_epochs", "paid_after_students"}
@@ -62,6 +70,18 @@ class LoadedRun:
     fingerprints: list[str]
     epoch_metrics: dict[str, list[list[EpochMetrics]]]
     logits: dict[str, list[dict[str, SplitLogits]]]
+
+    @cached_property
+    def task(self) -> str:
+        """What was learned, by result.json or the files of logits; of a run that has neither, by its metrics."""
+        if self.result:
+            return get_task(self.result)
+        stored = [split for model in MODELS for splits in self.logits[model] for split in splits.values()]
+        if stored:
+            return stored[0].task
+        lines = [line for seeds in self.epoch_metrics.values() for lines in seeds for line in lines]
+        mains = {f"val_{figures.main}": task for task, figures in TASK_FIGURES.items()}
+        return next((mains[name] for line in lines for name in line if name in mains), CLASSES)
 
     @property
     def epochs(self) -> int:
@@ -100,7 +120,7 @@ class LoadedRun:
         """{split: metrics} of the teacher, computed from its logits: for a run without a result."""
         splits = self.logits["teacher"][0] if self.logits["teacher"] else {}
         return {
-            split: {"rows": len(stored.labels)} | evaluate(stored.logits, stored.labels)
+            split: {"rows": len(stored.labels)} | evaluate_task(stored.task, stored.logits, stored.labels)
             for split, stored in splits.items()
         }
 
@@ -243,7 +263,8 @@ def _check_same_rows(logits: dict[str, list[dict[str, SplitLogits]]], folder: Pa
 
 def _has_same_rows(a: SplitLogits, b: SplitLogits) -> bool:
     same_content = a.content == b.content and a.classes == b.classes and a.logits.shape == b.logits.shape
-    return same_content and np.array_equal(a.labels, b.labels)
+    same_labels = a.labels.shape == b.labels.shape and a.labels.dtype == b.labels.dtype
+    return same_content and same_labels and bool(are_equal(a.labels, b.labels).all())
 
 
 # The files can come from anyone: all values that a report uses are checked here.
@@ -252,6 +273,8 @@ def _has_same_rows(a: SplitLogits, b: SplitLogits) -> bool:
 def _check_result(result: dict[str, Any], name: str) -> None:
     """Raise CacheError for what is not a result.json of a student."""
     try:
+        if (task := get_task(result)) not in TASKS:
+            raise TypeError(f"there is no task {task}")
         for model in MODELS:
             if model == "baseline" and model not in result:
                 continue
@@ -306,6 +329,11 @@ def _check_metrics(metrics: dict[str, Any]) -> int | None:
     if not all(_is_number(metrics.get(name)) for name in (*_METRICS, "rows")):
         raise TypeError("a metric is not a number")
     confusion, per_class = metrics.get("confusion") or [], metrics.get("per_class") or {}
+    if not _is_number((metrics.get("at_thresholds") or {}).get("f1_macro")):
+        raise TypeError("a metric at thresholds is not a number")
+    for name, needed in (("per_label", _CLASS_METRICS), ("per_output", {"rmse", "mae", "r2", "spearman"})):
+        if lists := metrics.get(name):
+            _check_lists(lists, needed, name)
     if per_class and not set(per_class) >= _CLASS_METRICS:
         raise KeyError("per_class")
     lists = [*per_class.values(), *confusion]
@@ -317,6 +345,16 @@ def _check_metrics(metrics: dict[str, Any]) -> int | None:
     if any(None in values for values in (*confusion, per_class.get("support", []))):
         raise TypeError("a number of rows is not known")
     return next(iter(sizes), None)
+
+
+def _check_lists(lists: dict[str, Any], needed: set[str], name: str) -> None:
+    """Check the figures of each label or output. Raises KeyError or TypeError for what are not equally long lists."""
+    if not set(lists) >= needed:
+        raise KeyError(name)
+    if not all(isinstance(lists[key], list) and all(map(_is_number, lists[key])) for key in needed):
+        raise TypeError(f"{name} has no lists of numbers")
+    if len({len(lists[key]) for key in needed}) > 1 or None in lists.get("support", []):
+        raise TypeError(f"{name} is not of the same labels or outputs")
 
 
 def _check_inspection(record: dict[str, Any], name: str) -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from softcache.base.text import escape_markdown, format_code_span
+from softcache.data.tasks import CLASSES, LABELS
 
-from .load import LoadedRun
+from .load import AT_THRESHOLDS, LoadedRun
 from .page import GroupSection
 from .table import format_column_title
 
-_COLUMNS = ("accuracy", "f1_macro", "auroc_macro", "nll", "agreement")  # of the page's columns, to fit in width
+# Of the page's columns of classes and labels, to fit in width.
+_COLUMNS = ("accuracy", "map", "f1_macro", AT_THRESHOLDS, "auroc_macro", "nll", "agreement")
 
 
 def format_markdown(sections: Sequence[GroupSection], costs: dict[str, str], command: str) -> str:
@@ -40,11 +42,12 @@ def format_markdown(sections: Sequence[GroupSection], costs: dict[str, str], com
 
 
 def _table_lines(section: GroupSection) -> list[str]:
+    columns = [name for name in section.columns if section.group.task not in (CLASSES, LABELS) or name in _COLUMNS]
     titles = [
         "",
         "network",
         *(["differs in"] if section.has_options else []),
-        *map(format_column_title, _COLUMNS),
+        *map(format_column_title, columns),
         "parameters",
         "ms per image",
     ]
@@ -55,7 +58,7 @@ def _table_lines(section: GroupSection) -> list[str]:
         note = f" ({row.note})" if row.note else ""
         parameters = f"{row.parameters:,}" if row.parameters else "–"
         milliseconds = f"{row.milliseconds:.2f}" if row.milliseconds else "–"
-        metrics = [row.metrics[column].text for column in _COLUMNS]
+        metrics = [row.metrics[column].text for column in columns]
         options = [row.options or "–"] if section.has_options else []
         lines.append(_table_line([name + note, row.arch, *options, *metrics, parameters, milliseconds]))
     return lines

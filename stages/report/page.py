@@ -20,12 +20,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from softcache import __version__
 from softcache.base.errors import make_printable
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
 from softcache.stages.cli.plot_style import Plot, render_svg
 
 from .disagreements import Disagreement
-from .table import COLUMNS, Cell, Group, Row, describe_direction, format_column_title
+from .table import Cell, Group, Row, describe_direction, format_column_title
 
 CLASS_TITLES = ("rows", "precision", "recall", "F1", "F1 of the teacher", "difference")
+OUTPUT_TITLES = ("RMSE", "MAE", "R²", "Spearman", "RMSE of the teacher", "difference")
+_TABLES = {  # heading, kind of a row, and caption of the table of a run
+    CLASSES: ("Classes", "class", "Metrics of each class in %, the lowest F1 first."),
+    LABELS: ("Labels", "label", "Metrics of each label in %, the lowest F1 first."),
+    NUMBERS: ("Outputs", "output", "Metrics of each output in the units of the data, the largest RMSE first."),
+    EMBEDDING: ("", "", ""),
+}
 _TEMPLATE_FOLDER = Path(__file__).parent
 
 
@@ -50,11 +58,11 @@ class PageImage:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A row of the table of classes.
+    """A row of the table of classes, labels or outputs.
 
     Attributes:
         name: Of the class.
-        cells: In the order of CLASS_TITLES.
+        cells: In the order of CLASS_TITLES, of numbers of OUTPUT_TITLES.
     """
 
     name: str
@@ -72,8 +80,10 @@ class RunSection:
         split: On which the run was measured.
         images: The plots.
         notes: Why some plots are missing.
-        classes: The table of classes.
+        classes: The table of classes, labels or outputs.
+        task: What was learned.
         disagreements: Images on which teacher and student differ most.
+        differ_by: What the bars and the number of each of these images are.
         no_disagreements: Why there are none; else empty.
         cost: Of the run; empty where it is not finished.
         provenance: (name, value) of data, cache, versions and machine.
@@ -87,11 +97,23 @@ class RunSection:
     images: list[PageImage]
     notes: list[str]
     classes: list[ClassRow]
+    task: str
     disagreements: list[Disagreement]
+    differ_by: str
     no_disagreements: str
     cost: str
     provenance: list[tuple[str, str]]
     command: str
+
+    @property
+    def table_text(self) -> tuple[str, str, str]:
+        """The heading of the table of classes, the kind of its rows, and its caption."""
+        return _TABLES[self.task]
+
+    @property
+    def class_titles(self) -> tuple[str, ...]:
+        """The titles of the columns of the table of classes."""
+        return OUTPUT_TITLES if self.task == NUMBERS else CLASS_TITLES
 
 
 @dataclass(frozen=True)
@@ -101,16 +123,26 @@ class GroupSection:
     Attributes:
         group: The runs.
         summary: Sentences, see `summary.format_summary`.
+        columns: The figures of the table, in order.
         table: See `table.make_table_rows`.
-        costs: Accuracy over size and latency; None where no size is known.
+        costs: The main figure over size and latency; None where no size is known.
         runs: The sections of the runs.
     """
 
     group: Group
     summary: list[str]
+    columns: list[str]
     table: list[Row]
     costs: PageImage | None
     runs: list[RunSection]
+
+    @property
+    def column_titles(self) -> list[dict[str, str]]:
+        """The name, title and direction of each column."""
+        return [
+            {"name": name, "title": format_column_title(name), "direction": describe_direction(name)}
+            for name in self.columns
+        ]
 
     @property
     def has_options(self) -> bool:
@@ -141,15 +173,10 @@ def render_page(title: str, sections: list[GroupSection], command: str) -> str:
         loader=FileSystemLoader(_TEMPLATE_FOLDER), autoescape=True, undefined=StrictUndefined, finalize=_make_printable
     )
     script = (_TEMPLATE_FOLDER / "page.js").read_text(encoding="utf-8")
-    columns: list[dict[str, Any]] = [
-        {"name": name, "title": format_column_title(name), "direction": describe_direction(name)} for name in COLUMNS
-    ]
     return environment.get_template("page.html").render(
         title=title,
         sections=sections,
         command=command,
-        columns=columns,
-        class_titles=CLASS_TITLES,
         version=__version__,
         date=date.today().isoformat(),
         script=script,

@@ -1,7 +1,7 @@
 """The plots of a report."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,10 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox, BboxBase
 from numpy.typing import NDArray
 
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER
 from softcache.stages.cli.plot_style import BLUE, GREEN, GREY, MARKERS, ORANGE, SERIES, Plot, label_classes, plot_text
+from softcache.stages.runs.figures import IN_PERCENT, TITLES
 
 from .agreement import Agreement
 from .load import EpochMetrics
@@ -31,6 +34,12 @@ _LABEL_PLACES = [
     )
 ]
 _FEW_ROWS = 10  # a bin with fewer is hollow: its accuracy is uncertain
+_CURVES = {  # the validation figures of the curves
+    CLASSES: ("accuracy", "f1_macro"),
+    LABELS: ("map", "f1_macro"),
+    NUMBERS: ("rmse", "mae"),
+    EMBEDDING: ("cosine",),
+}
 _KINDS = {"student": (BLUE, "o"), "baseline": (ORANGE, "s"), "teacher": (GREEN, "^")}
 
 
@@ -41,22 +50,36 @@ class Point:
     Attributes:
         name: Its label.
         kind: "teacher", "baseline" or "student".
-        accuracy: 0 … 1.
-        sd: Standard deviation of the accuracy over seeds.
+        value: Its main figure; an accuracy is 0 … 1.
+        sd: Standard deviation of the figure over seeds.
         parameters: Number of parameters; None where unknown.
         milliseconds: Latency of one image; None where unknown.
     """
 
     name: str
     kind: str
-    accuracy: float
+    value: float
     sd: float
     parameters: int | None
     milliseconds: float | None
 
 
-def plot_costs(points: Sequence[Point]) -> Plot:
-    """Plot accuracy over size and over latency, with the Pareto front as a line."""
+def plot_costs(points: Sequence[Point], figure_name: str = "accuracy") -> Plot:
+    """Plot the main figure over size and over latency, with the Pareto front as a line.
+
+    Args:
+        points: The networks.
+        figure_name: Name of the figure.
+    """
+    scale = 100 if figure_name in IN_PERCENT else 1
+    scaled = [replace(point, value=scale * point.value, sd=scale * point.sd) for point in points]
+    return _plot_scaled_costs(scaled, figure_name)
+
+
+def _plot_scaled_costs(points: Sequence[Point], figure_name: str) -> Plot:
+    """Plot values in the unit of the axis."""
+
+    sign = -1 if figure_name in LOWER_IS_BETTER else 1
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2, sharey=True)
@@ -64,14 +87,15 @@ def plot_costs(points: Sequence[Point]) -> Plot:
         shown: dict[Axes, list[tuple[float, Point]]] = {}
         for axes, (attribute, label) in zip(panels, costs.items(), strict=True):
             known = [point for point in points if getattr(point, attribute)]
-            _plot_points(axes, known, [getattr(point, attribute) for point in known])
+            _plot_points(axes, known, [getattr(point, attribute) for point in known], sign)
             for point in points:
                 if point.kind == "teacher" and point not in known:
-                    axes.axhline(100 * point.accuracy, color=GREEN, linestyle=":", label="teacher")
+                    axes.axhline(point.value, color=GREEN, linestyle=":", label="teacher")
             axes.set_xlabel(label)
             axes.grid(alpha=0.6)
             shown[axes] = [(getattr(point, attribute), point) for point in known]
-        panels[0].set_ylabel("accuracy, %")
+        unit = ", %" if figure_name in IN_PERCENT else ""
+        panels[0].set_ylabel(f"{TITLES[figure_name]}{unit}")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         _label_points(figure, shown)
@@ -79,17 +103,17 @@ def plot_costs(points: Sequence[Point]) -> Plot:
     return Plot((9, 4.4), draw)
 
 
-def _plot_points(axes: Axes, points: Sequence[Point], costs: Sequence[float]) -> None:
-    """Plot accuracy over cost on a logarithmic axis. costs: of the points."""
-    front = find_pareto(costs, [point.accuracy for point in points])
+def _plot_points(axes: Axes, points: Sequence[Point], costs: Sequence[float], sign: int) -> None:
+    """Plot a figure over cost on a logarithmic axis. costs: of the points; sign: -1 where lower is better."""
+    front = find_pareto(costs, [sign * point.value for point in points])
     if len(front) > 1:
-        x, y = [costs[i] for i in front], [100 * points[i].accuracy for i in front]
+        x, y = [costs[i] for i in front], [points[i].value for i in front]
         axes.plot(x, y, color=GREY, linewidth=1, zorder=1, label="Pareto front")
     for kind, (colour, marker) in _KINDS.items():
         of_kind = [(cost, point) for cost, point in zip(costs, points, strict=True) if point.kind == kind]
         if of_kind:
-            x, y = [cost for cost, _ in of_kind], [100 * point.accuracy for _, point in of_kind]
-            sd = [100 * point.sd for _, point in of_kind]
+            x, y = [cost for cost, _ in of_kind], [point.value for _, point in of_kind]
+            sd = [point.sd for _, point in of_kind]
             axes.errorbar(x, y, sd if any(sd) else None, fmt=marker, color=colour, capsize=3, label=kind)
     if points:
         axes.set_xscale("log")
@@ -111,14 +135,14 @@ def _label_points(figure: Figure, panels: dict[Axes, list[tuple[float, Point]]])
     """
     figure.draw_without_rendering()  # the places of the axes are final after this
     for axes, points in panels.items():
-        places = axes.transData.transform([(cost, 100 * point.accuracy) for cost, point in points])
+        places = axes.transData.transform([(cost, point.value) for cost, point in points])
         taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in places]
         labelled = [(cost, point) for cost, point in points if point.kind != "baseline"]
         for cost, point in labelled if len(labelled) <= _MAX_LABELS else ():
             for dx, dy, ha, va in _LABEL_PLACES:
                 label = axes.annotate(
                     plot_text(point.name, 20),
-                    (cost, 100 * point.accuracy),
+                    (cost, point.value),
                     (dx, dy),
                     ha=ha,
                     va=va,
@@ -154,14 +178,16 @@ def find_pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
     return front
 
 
-def plot_curves(trainings: dict[str, list[list[EpochMetrics]]], finetuned_from: int) -> Plot:
-    """Plot the terms of the student's loss, their gradients, and validation accuracy and macro F1 by epoch.
+def plot_curves(trainings: dict[str, list[list[EpochMetrics]]], finetuned_from: int, task: str = CLASSES) -> Plot:
+    """Plot the terms of the student's loss, their gradients, and the task's validation figures by epoch.
 
     A line is the mean over seeds, the shade around it spans all seeds.
 
     Args:
         trainings: {"student" or "baseline": of each seed the metrics of each epoch}.
         finetuned_from: The epoch after which fine-tuning from hard targets alone begins; 0 without it.
+        task: Of the runs: accuracy and macro F1 of classes, mAP and macro F1 of labels, RMSE and MAE of numbers, the
+            cosine of embeddings.
     """
     student = trainings["student"]
     panels = [
@@ -184,7 +210,7 @@ def plot_curves(trainings: dict[str, list[list[EpochMetrics]]], finetuned_from: 
                 )
             axes.set_yscale("log" if _are_positive(student, keys) else "linear")
             axes.set_title(title)
-        _plot_validation(all_axes[-1], trainings)
+        _plot_validation(all_axes[-1], trainings, task)
         for axes in all_axes:
             if finetuned_from:
                 axes.axvline(finetuned_from + 0.5, color=GREY, linestyle="--", label="fine-tuning")
@@ -196,21 +222,23 @@ def plot_curves(trainings: dict[str, list[list[EpochMetrics]]], finetuned_from: 
     return Plot((4.2 * (len(panels) + 1), 3.4), draw)
 
 
-def _plot_validation(axes: Axes, trainings: dict[str, list[list[EpochMetrics]]]) -> None:
+def _plot_validation(axes: Axes, trainings: dict[str, list[list[EpochMetrics]]], task: str) -> None:
+    names = _CURVES[task]
+    is_share = names[0] in IN_PERCENT
     for model in ("student", "baseline"):
         colour, marker = _KINDS[model]
-        for key, name, style in (("val_accuracy", "accuracy", "-"), ("val_f1_macro", "macro F1", ":")):
+        for name, style in zip(names, ("-", ":"), strict=False):
             _plot_curve(
                 axes,
                 trainings.get(model, []),
-                key,
-                scale=100,
+                f"val_{name}",
+                scale=100 if is_share else 1,
                 colour=colour,
                 marker=marker,
-                label=f"{model}, {name}",
+                label=f"{model}, {TITLES[name]}",
                 style=style,
             )
-    axes.set_title("validation, %")
+    axes.set_title("validation, %" if is_share else "validation")
 
 
 def _plot_curve(

@@ -6,50 +6,62 @@ from typing import Any
 import numpy as np
 
 from softcache.base.errors import make_printable
+from softcache.data.tasks import CLASSES, NUMBERS
 from softcache.pipeline.metrics.soft_targets import calibration
+from softcache.pipeline.metrics.tasks import TASK_FIGURES
 from softcache.stages.cli.configs import ReportConfig
 from softcache.stages.cli.copied_commands import format_command
 from softcache.stages.inspect.plots import plot_channels, plot_taps
 from softcache.stages.runs.cost import format_cost
+from softcache.stages.runs.figures import IN_PERCENT, TITLES
 
 from .agreement import measure_agreement
+from .differences import DIFFER_BY, DIFFER_BY_OF_CLASSES
 from .disagreements import TransferSets, collect_disagreements
-from .load import EpochMetrics, LoadedRun
+from .load import LISTS, EpochMetrics, LoadedRun
 from .page import ClassRow, PageImage, RunSection, make_page_image
 from .plots import Point, plot_agreement, plot_confusion, plot_costs, plot_curves, plot_reliability
 from .table import Cell, Row
+from .task_sections import list_class_names, make_output_rows, plot_task
 
 _CHANNELS = 15  # of a tap, in its panel
 
 
-def make_cost_plot(rows: Sequence[Row]) -> PageImage | None:
-    """Plot accuracy over size and latency.
+def make_cost_plot(task: str, rows: Sequence[Row]) -> PageImage | None:
+    """Plot the main figure over size and latency.
 
     Args:
+        task: Of the group.
         rows: The table of a group.
 
     Returns:
         The plot; None where the size of no finished network is known.
     """
+    main = TASK_FIGURES[task].main
     points = [
         Point(
             name=row.name if row.kind == "teacher" else row.name.rpartition("/")[2],
             kind=row.kind,
-            accuracy=row.metrics["accuracy"].value,
-            sd=row.metrics["accuracy"].sd or 0.0,
+            value=value,
+            sd=row.metrics[main].sd or 0.0,
             parameters=row.parameters,
             milliseconds=row.milliseconds,
         )
         for row in rows
-        if row.metrics["accuracy"].value is not None and not row.note
+        if (value := row.metrics[main].value) is not None and not row.note
     ]
     if not any(point.parameters for point in points):
         return None
+    title = {"accuracy": "Accuracy", "cosine": "Cosine"}.get(main, TITLES[main])
+    values = "; ".join(
+        f"{point.name} {100 * point.value:.2f} %" if main in IN_PERCENT else f"{point.name} {point.value:.4g}"
+        for point in points
+    )
     return make_page_image(
         "costs",
-        plot_costs(points),
-        alt="Accuracy of " + "; ".join(f"{point.name} {100 * point.accuracy:.2f} %" for point in points),
-        caption="Accuracy over size and over the latency of one image on this machine.",
+        plot_costs(points, main),
+        alt=f"{title} of {values}",
+        caption=f"{title} over size and over the latency of one image on this machine.",
     )
 
 
@@ -75,8 +87,8 @@ def make_run_section(
     notes: list[str] = []
     images = [
         *_plot_training(run, notes),
-        *_plot_confusions(run, split, notes),
-        *_plot_logits(run, split, notes),
+        *(_plot_confusions(run, split, notes) if run.task == CLASSES else ()),
+        *(_plot_logits(run, split, notes) if run.task == CLASSES else plot_task(run, split, notes)),
     ]
     for fingerprint in run.fingerprints:
         if fingerprint in inspections:
@@ -89,7 +101,9 @@ def make_run_section(
         split=split,
         images=images,
         notes=notes,
-        classes=_make_class_rows(run, split),
+        classes=make_output_rows(run, split) if run.task == NUMBERS else _make_class_rows(run, split),
+        task=run.task,
+        differ_by=DIFFER_BY.get(run.task, DIFFER_BY_OF_CLASSES),
         disagreements=[] if isinstance(disagreements, str) else disagreements,
         no_disagreements=make_printable(disagreements, None) if isinstance(disagreements, str) else "",
         cost=format_cost(run.result["bill"]) if run.result else "",
@@ -117,6 +131,7 @@ def _plot_training(run: LoadedRun, notes: list[str]) -> list[PageImage]:
     plot = plot_curves(
         {"student": student, "baseline": run.epoch_metrics["baseline"]},
         finetuned_from=run.config.epochs if run.config.finetune_epochs else 0,
+        task=run.task,
     )
     epochs, loss = max(map(len, student)), student[-1][-1].get("loss", 0)
     return [
@@ -138,7 +153,7 @@ def _plot_confusions(run: LoadedRun, split: str, notes: list[str]) -> list[PageI
     if not student or not teacher:
         notes.append("No confusion matrix: there are no labels, or more than 100 classes.")
         return []
-    names, K = _list_class_names(run, len(student)), len(student)
+    names, K = list_class_names(run, len(student)), len(student)
     errors = [(student[i][j], i, j) for i in range(K) for j in range(K) if i != j]
     count, i, j = max(errors) if errors else (0, 0, 0)
     return [
@@ -218,25 +233,17 @@ def _plot_inspection(record: dict[str, Any]) -> list[PageImage]:
 # Table of classes, and provenance
 
 
-def _list_class_names(run: LoadedRun, classes: int) -> list[str]:
-    """List the names of the classes as stored with the teacher's logits; else their numbers."""
-    stored = [split_logits for splits in run.logits["teacher"] for split_logits in splits.values()]
-    names = stored[0].class_names if stored else ()
-    if len(names) != classes:
-        return [str(c) for c in range(classes)]
-    return [make_printable(name, 60) for name in names]
-
-
 def _make_class_rows(run: LoadedRun, split: str) -> list[ClassRow]:
     """Make the table of classes, the lowest F1 first and classes without F1 last."""
     student_metrics, teacher_metrics = run.get_metrics("student", split), run.get_metrics("teacher", split)
     if not student_metrics or not teacher_metrics:
         return []
-    student, teacher = student_metrics.get("per_class"), teacher_metrics.get("per_class")
+    name = LISTS.get(run.task, "per_class")
+    student, teacher = student_metrics.get(name), teacher_metrics.get(name)
     if not student or not teacher:
         return []
     rows: list[tuple[tuple[bool, float], ClassRow]] = []
-    for c, name in enumerate(_list_class_names(run, len(student["f1"]))):
+    for c, name in enumerate(list_class_names(run, len(student["f1"]))):
         f1, teacher_f1, support = student["f1"][c], teacher["f1"][c], student["support"][c]
         cells = [
             Cell(f"{support:,.0f}", support),

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 
 from softcache.base.errors import make_printable
+from softcache.data.tasks import CLASSES
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER, TASK_FIGURES
 from softcache.stages.cli.console import format_duration
 from softcache.stages.compare.baseline import compare_with_baseline, format_gap
-from softcache.stages.compare.significance import format_accuracy_interval
+from softcache.stages.compare.significance import format_interval
+from softcache.stages.runs.figures import IN_PERCENT, TITLES
 
 from .load import LoadedRun
 from .table import Group, Row
@@ -20,14 +23,17 @@ def format_summary(group: Group, rows: Sequence[Row]) -> list[str]:
     """
     count = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
     lines = [f"{count} on {group.title}, measured on the {group.rows:,} {group.split} images."]
-    students = [row for row in rows if row.kind == "student" and row.metrics["accuracy"].value is not None]
+    main = TASK_FIGURES[group.task].main
+    students = [row for row in rows if row.kind == "student" and row.metrics[main].value is not None]
     finished = [row for row in students if not row.note]
     if finished:
-        best = max(finished, key=lambda row: row.metrics["accuracy"].value or 0)
-        lines.append(f"The best student is {best.name} ({best.arch}): {best.metrics['accuracy'].text} % accuracy.")
+        sign = -1 if main in LOWER_IS_BETTER else 1
+        best = max(finished, key=lambda row: sign * (row.metrics[main].value or 0))
+        lines.append(f"The best student is {best.name} ({best.arch}): {_format_main(main, best.metrics[main].text)}.")
         best_run = next(run for run in group.runs if make_printable(run.name) == best.name)
         lines += _compare_best(best_run, group.split)
-    lines += _describe_smallest(finished, rows)
+    if group.task == CLASSES:
+        lines += _describe_smallest(finished, rows)
     saved = sum(run.result["bill"]["saved"] or 0 for run in group.runs if run.result)
     if saved:
         lines.append(
@@ -37,18 +43,27 @@ def format_summary(group: Group, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _format_main(main: str, text: str) -> str:
+    """Format a main figure: "97.50 % accuracy", "RMSE 12.3 (lower is better)"."""
+    if main in IN_PERCENT:
+        return f"{text} % {TITLES[main]}"
+    return f"{TITLES[main]} {text}" + (" (lower is better)" if main in LOWER_IS_BETTER else "")
+
+
 def _compare_best(run: LoadedRun, split: str) -> list[str]:
     """Compare the best student with its teacher and its baseline."""
+    main = TASK_FIGURES[run.task].main
     student, teacher = run.get_metrics("student", split), run.get_metrics("teacher", split)
-    if not student or not teacher or student.get("accuracy") is None or teacher.get("accuracy") is None:
+    if not student or not teacher or student.get(main) is None or teacher.get(main) is None:
         return []
     lines = []
     if run.result:
-        gap = format_gap(student["accuracy"] - teacher["accuracy"])
-        lines.append(f"Its accuracy is {gap} that of its teacher {make_printable(run.result['teacher']['arch'])}.")
+        gap = format_gap(student[main] - teacher[main], main)
+        arch = make_printable(run.result["teacher"]["arch"])
+        lines.append(f"Its {TITLES[main]} is {gap} that of its teacher {arch}.")
     baseline = run.get_metrics("baseline", split)
-    if baseline and baseline.get("accuracy") is not None:
-        gap = format_gap(student["accuracy"] - baseline["accuracy"])
+    if baseline and baseline.get(main) is not None:
+        gap = format_gap(student[main] - baseline[main], main)
         verdict = _format_verdict(run)
         lines.append(f"It is {gap} that of the same network trained from hard targets alone{verdict}.")
     return lines
@@ -59,7 +74,7 @@ def _format_verdict(run: LoadedRun) -> str:
     record = compare_with_baseline(run.name, run.result or {})
     if record["verdict"] is None:
         return ""
-    interval, verdict = format_accuracy_interval(record)
+    interval, verdict = format_interval(record)
     return f" ({interval}: {verdict})"
 
 

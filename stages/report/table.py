@@ -3,27 +3,62 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from softcache.base.errors import CacheError, make_printable
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
 from softcache.pipeline.cache.reader import CacheReader
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.compare.candidates import UNCOMPARED_OPTIONS, format_value
+from softcache.stages.runs.figures import IN_PERCENT, TITLES, Figures
 
 from .latency import Network
-from .load import LoadedRun
+from .load import AT_THRESHOLDS, MODELS, LoadedRun
 
-COLUMNS = {
+# The figures of the table of each task.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    CLASSES: (
+        "accuracy",
+        "f1_macro",
+        "precision_macro",
+        "recall_macro",
+        "auroc_macro",
+        "nll",
+        "ece",
+        "agreement",
+    ),
+    LABELS: (
+        "map",
+        "f1_macro",
+        AT_THRESHOLDS,
+        "f1_micro",
+        "precision_macro",
+        "recall_macro",
+        "auroc_macro",
+        "nll",
+        "agreement",
+    ),
+    NUMBERS: ("rmse", "mae", "r2", "spearman", "rmse_to_teacher", "r2_to_teacher"),
+    EMBEDDING: ("cosine", "cka", "overlap", "knn", "probe", "centroid_1", "centroid_5"),
+}
+_OPTIONAL = {AT_THRESHOLDS, "cka", "overlap", "knn", "probe", "centroid_1", "centroid_5"}  # absent from many runs
+_TITLES = {
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
+    AT_THRESHOLDS: "macro F1 at thresholds",
     "precision_macro": "precision",
     "recall_macro": "recall",
     "auroc_macro": "AUROC",
     "nll": "NLL",
     "ece": "ECE",
     "agreement": "agreement",
+    "knn": "kNN",
+    "probe": "probe",
+    "centroid_1": "1-shot",
+    "centroid_5": "5-shot",
 }
-_IN_PERCENT = {"accuracy", "f1_macro", "precision_macro", "recall_macro", "auroc_macro", "ece", "agreement"}
-_LOWER_IS_BETTER = {"nll", "ece"}
+_IN_UNITS = {"rmse", "mae", "rmse_to_teacher"}  # in the units of the data
 Latencies = Mapping[Network, tuple[int, float]]
 
 
@@ -78,12 +113,14 @@ class Group:
         split: On which they were measured.
         rows: Number of rows of the split.
         runs: The runs.
+        task: Of all runs.
     """
 
     title: str
     split: str
     rows: int
     runs: list[LoadedRun]
+    task: str = CLASSES
 
 
 def make_cell(name: str, value: float | None, sd: float | None = None) -> Cell:
@@ -96,19 +133,50 @@ def make_cell(name: str, value: float | None, sd: float | None = None) -> Cell:
     """
     if value is None:
         return Cell("–", None)
-    scale, digits = (100, 2) if name in _IN_PERCENT else (1, 4)
+    if name in _IN_UNITS:
+        spread = f" ± {sd:.2g}" if sd is not None else ""
+        return Cell(f"{value:.5g}{spread}", value, sd)
+    scale, digits = (100, 2) if is_in_percent(name) else (1, 4)
     spread = f" ± {scale * sd:.{digits}f}" if sd is not None else ""
     return Cell(f"{scale * value:.{digits}f}{spread}", value, sd)
 
 
+def is_in_percent(name: str) -> bool:
+    """Whether a figure is a share, which is shown in percent."""
+    return name in IN_PERCENT or name == AT_THRESHOLDS
+
+
+def get_figure(metrics: Mapping[str, Any], name: str) -> float | None:
+    """Return a figure of the table from the figures of a split; None where it is absent."""
+    if name != AT_THRESHOLDS:
+        return Figures(metrics).get(name)
+    at_thresholds = metrics.get("at_thresholds")
+    return Figures(at_thresholds).get("f1_macro") if isinstance(at_thresholds, dict) else None
+
+
+def list_report_columns(group: "Group") -> list[str]:
+    """List the figures of a group's table: those of its task, without optional ones that no network has."""
+    splits = [run.get_metrics(model, group.split) or {} for run in group.runs for model in MODELS]
+    return [
+        name
+        for name in COLUMNS[group.task]
+        if name not in _OPTIONAL or any(get_figure(metrics, name) is not None for metrics in splits)
+    ]
+
+
+def _make_cells(task: str, metrics: Mapping[str, Any], spread: Mapping[str, Any]) -> dict[str, Cell]:
+    """Make a cell of each figure of a task, also of those that are absent."""
+    return {name: make_cell(name, get_figure(metrics, name), get_figure(spread, name)) for name in COLUMNS[task]}
+
+
 def format_column_title(name: str) -> str:
     """Return the title of a column with its unit."""
-    return COLUMNS[name] + (", %" if name in _IN_PERCENT else "")
+    return _TITLES.get(name, TITLES.get(name, name)) + (", %" if is_in_percent(name) else "")
 
 
 def describe_direction(name: str) -> str:
     """Say whether lower or higher values of a metric are better."""
-    return "lower is better" if name in _LOWER_IS_BETTER else "higher is better"
+    return "lower is better" if name in LOWER_IS_BETTER else "higher is better"
 
 
 def list_networks(run: LoadedRun) -> dict[str, list[Network]]:
@@ -215,7 +283,7 @@ def _make_model_row(
         arch=make_printable(record["arch"]),
         note="",
         options="",
-        metrics={name: make_cell(name, metrics.get(name), spread.get(name)) for name in COLUMNS},
+        metrics=_make_cells(run.task, metrics, spread),
         parameters=int(record["parameters"]),
         milliseconds=milliseconds,
         seconds=record["seconds"],
@@ -232,7 +300,7 @@ def _make_unfinished_row(run: LoadedRun) -> Row:
         arch=make_printable(run.config.arch),
         note=f"{run.state}; validation metrics" if metrics else run.state,
         options="",
-        metrics={name: make_cell(name, metrics.get(f"val_{name}")) for name in COLUMNS},
+        metrics=_make_cells(run.task, {name[4:]: metrics[name] for name in metrics if name.startswith("val_")}, {}),
         parameters=None,
         milliseconds=None,
         seconds=None,
@@ -252,7 +320,7 @@ def _make_teacher_row(run: LoadedRun, split: str, networks: Sequence[Network], l
         arch=arch,
         note="",
         options="",
-        metrics={name: make_cell(name, metrics.get(name)) for name in COLUMNS},
+        metrics=_make_cells(run.task, metrics, {}),
         parameters=parameters,
         milliseconds=milliseconds,
         seconds=run.result["cache"]["seconds"] if run.result else None,
@@ -273,7 +341,7 @@ def _make_member_rows(run: LoadedRun, split: str, networks: Sequence[Network], l
                 arch=arch,
                 note="",
                 options="",
-                metrics={name: make_cell(name, metrics.get(name)) for name in COLUMNS},
+                metrics=_make_cells(run.task, metrics, {}),
                 parameters=parameters,
                 milliseconds=milliseconds,
                 seconds=None,

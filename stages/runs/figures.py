@@ -34,6 +34,27 @@ TITLES = {
     "cka": "CKA",
     "overlap": "overlap@10",
 }
+# Shares, which are shown in percent, and whose differences are in points.
+IN_PERCENT = frozenset(
+    (
+        "accuracy",
+        "agreement",
+        "auroc_macro",
+        "centroid_1",
+        "centroid_5",
+        "ece",
+        "f1_macro",
+        "f1_micro",
+        "f1_samples",
+        "f1_weighted",
+        "knn",
+        "map",
+        "overlap",
+        "precision_macro",
+        "probe",
+        "recall_macro",
+    )
+)
 # The figures of a table: with labels, and what can be measured without them.
 LABELLED_COLUMNS: tuple[str, ...] = ("accuracy", "f1_macro", "agreement")
 UNLABELLED_COLUMNS: tuple[str, ...] = ("agreement", "kl_to_teacher")

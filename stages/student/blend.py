@@ -8,6 +8,7 @@ import torch
 
 from softcache.base.errors import CacheError, UsageError
 from softcache.data.sources import format_placeholder, has_argument
+from softcache.data.tasks import CLASSES
 from softcache.data.transfer_set import Labels
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.metrics.classification import evaluate
@@ -39,6 +40,11 @@ def run(config: BlendConfig) -> None:
     if config.combine:
         parse_combination(config.combine, len(config.cache))
     caches = open_caches(config.cache)
+    if caches[0].task != CLASSES:
+        raise UsageError(
+            f"blend combines teachers of one class an image, and the task of '{caches[0].folder}' is"
+            f" {caches[0].task}: train a student from each cache, and compare them"
+        )
     ensemble = TeacherEnsemble(caches)
     held_out: list[str] = [split for split in ("val", "test") if split in caches[0].manifest.splits]
     labels = {split: _read_labels(caches[0], split) for split in held_out}

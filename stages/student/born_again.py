@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder, publish_json
+from softcache.data.tasks import CLASSES, EMBEDDING, NUMBERS
 from softcache.pipeline.losses.base import list_teacher_taps
 from softcache.pipeline.losses.classifier import SimKD
-from softcache.pipeline.metrics.classification import evaluate
+from softcache.pipeline.metrics.tasks import TASK_FIGURES, evaluate_task
 from softcache.pipeline.models import is_external_arch
 from softcache.pipeline.models.prepared_model import InputSpec, PreparedModel
 from softcache.pipeline.models.state_dicts import load_weights, read_state_dict
@@ -29,7 +30,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import format_command, read_cache_config
 from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.typed_command import format_typed_command
-from softcache.stages.runs.figures import Figures, choose_split
+from softcache.stages.runs.figures import Figures, choose_split, get_task
 from softcache.stages.runs.folder import to_settings
 from softcache.stages.teacher_cache import command as cache_stage
 
@@ -41,6 +42,8 @@ from .recipes import apply_recipe
 from .setup import DistillationSetup
 from .student_run import train_or_resume
 from .teachers import open_caches
+
+_AGREEMENT = {"agreement": "agreement with", "r2_to_teacher": "R² to"}
 
 
 def run(config: BornAgainConfig, explicit: set[str]) -> None:
@@ -60,6 +63,11 @@ def run(config: BornAgainConfig, explicit: set[str]) -> None:
     base_config = apply_recipe(to_student_config(config), explicit)
     check_names(base_config)
     base_config = fill_defaults(base_config)
+    if (task := open_caches(base_config.cache)[0].task) == EMBEDDING:
+        raise UsageError(
+            f"born-again makes teachers of its students, and the task {task} has no hard targets for them: train a"
+            " student of it instead"
+        )
     for arch in dict.fromkeys(archs):
         check_before_images(replace(base_config, arch=arch or base_config.arch), open_caches(base_config.cache))
     _check_folder(folder)
@@ -179,15 +187,21 @@ def _make_cache(student_config: StudentConfig, setup: DistillationSetup, folder:
 def _assemble_result(
     config: BornAgainConfig, setup: DistillationSetup, folder: Path, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Assemble result.json: the figures of each student and of their ensemble, the mean of their probabilities."""
-    probabilities = list(_compute_probabilities(setup, folder, results))
+    """Assemble result.json: the figures of each student and of their ensemble.
+
+    The ensemble is the mean of their probabilities, or of their numbers.
+    """
+    task = setup.cache.task
+    predictions = list(_compute_predictions(setup, folder, results))
     ensemble = {}
     for split, held_out in setup.held_out.items():
-        mean = np.mean([of_student[split] for of_student in probabilities], axis=0)
-        logits = np.log(np.maximum(mean, 1e-30)).astype(np.float32)
-        ensemble[split] = evaluate(logits, held_out.labels, setup.teacher_logits[split].numpy(), setup.class_counts)
+        mean = np.mean([of_student[split] for of_student in predictions], axis=0)
+        outputs = _to_outputs(mean, task).astype(np.float32)
+        teacher_outputs = setup.teacher_logits[split].numpy()
+        ensemble[split] = evaluate_task(task, outputs, held_out.labels, teacher_outputs, setup.class_counts)
     return {
         "settings": to_settings(config),
+        **({} if task == CLASSES else {"task": task}),
         "teacher": results[0]["teacher"],
         "generations": [
             {"run": str(folder / f"generation-{g}"), "cache": result["cache_folder"], "student": result["student"]}
@@ -198,10 +212,28 @@ def _assemble_result(
     }
 
 
-def _compute_probabilities(
+def _to_outputs(mean: NDArray[np.float64], task: str) -> NDArray[np.float64]:
+    """Turn mean probabilities or numbers [N, K] into outputs of the task."""
+    if task == NUMBERS:
+        return mean
+    log_mean = np.log(np.maximum(mean, 1e-30))
+    return log_mean if task == CLASSES else log_mean - np.log(np.maximum(1 - mean, 1e-30))
+
+
+def _to_predictions(outputs: torch.Tensor, task: str) -> torch.Tensor:
+    """Turn outputs [N, K] of a student into the probabilities of classes or labels, or into numbers."""
+    if task == NUMBERS:
+        return outputs
+    return outputs.softmax(1) if task == CLASSES else outputs.sigmoid()
+
+
+def _compute_predictions(
     setup: DistillationSetup, folder: Path, results: list[dict[str, Any]]
 ) -> Iterator[dict[str, NDArray[np.float64]]]:
-    """Yield {split: softmax [N, K]} of each student. Probabilities are averaged, as logits have no common scale."""
+    """Yield {split: predictions [N, K]} of each student: the softmax of classes, the sigmoids of labels, numbers.
+
+    Probabilities are averaged, as logits have no common scale.
+    """
     for generation, result in enumerate(results, 1):
         path = folder / f"generation-{generation}" / "student.pt"
         student_setup = replace(setup, input_spec=InputSpec.from_json(result["student"]["preparation"]))
@@ -209,7 +241,7 @@ def _compute_probabilities(
         load_weights(network, read_state_dict(path), str(path))
         model = PreparedModel(network, student_setup.input_spec).to(setup.device)
         yield {
-            split: torch.from_numpy(logits).double().softmax(1).numpy()
+            split: _to_predictions(torch.from_numpy(logits).double(), setup.cache.task).numpy()
             for split, logits in setup.compute_logits(model).items()
         }
 
@@ -218,16 +250,20 @@ def _report(result: dict[str, Any], folder: Path, console: Console) -> None:
     """Print a line for the first teacher, each student and the ensemble, and a command to run next."""
     split = choose_split(result["ensemble"])
     teacher, ensemble = Figures(result["teacher"][split]), Figures(result["ensemble"][split])
-    console.print(f"teacher: {split} {teacher.describe(('accuracy', 'nll'))}")
+    task = get_task(result)
+    main, agreement = TASK_FIGURES[task].main, "r2_to_teacher" if task == NUMBERS else "agreement"
+    figures = (main, "mae") if task == NUMBERS else (main, "nll")
+    console.print(f"teacher: {split} {teacher.describe(figures)}")
     for number, generation in enumerate(result["generations"], 1):
         student = Figures(generation["student"][split])
         console.print(
             f"generation {number} ({generation['student']['arch']}): {split}"
-            f" {_format_label_figures(student, ('accuracy',))}agreement with its teacher {student.format('agreement')}"
+            f" {_format_label_figures(student, (main,))}{_AGREEMENT[agreement]} its teacher"
+            f" {student.format(agreement)}"
         )
     console.print(
-        f"ensemble of all {len(result['generations'])}: {split} {_format_label_figures(ensemble, ('accuracy', 'nll'))}"
-        f"agreement with the first teacher {ensemble.format('agreement')}"
+        f"ensemble of all {len(result['generations'])}: {split} {_format_label_figures(ensemble, figures)}"
+        f"{_AGREEMENT[agreement]} the first teacher {ensemble.format(agreement)}"
     )
     console.print(f"run:   {folder}")
     arch = str(result["generations"][0]["student"]["arch"])

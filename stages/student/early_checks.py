@@ -8,6 +8,7 @@ from torch import nn
 
 from softcache.base.errors import UsageError, unknown_name_error
 from softcache.data.sources import DATASET, parse_data
+from softcache.data.tasks import EMBEDDING
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import Loss, parse_losses
 from softcache.pipeline.losses.base import find_missing_layer
@@ -98,7 +99,7 @@ def check_before_images(
         parse_combination(config.combine, len(caches))
     if config.map:
         check_map(config.map)
-    if not has_labels(caches[0].manifest, "val"):
+    if caches[0].task != EMBEDDING and not has_labels(caches[0].manifest, "val"):
         requirements.check_without_validation_labels(config)
     if config.init and any(isinstance(loss, SimKD) for loss in losses):
         raise UsageError("--init does not go with 'simkd', whose student ends in the teacher's last layer")

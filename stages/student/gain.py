@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from softcache.data.tasks import CLASSES
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER, TASK_FIGURES
 from softcache.stages.compare.baseline import compare_with_baseline, format_gap
-from softcache.stages.compare.significance import SIGNIFICANT, format_accuracy_interval
-from softcache.stages.runs.figures import Figures, choose_split, get_task
+from softcache.stages.compare.significance import SIGNIFICANT, format_interval
+from softcache.stages.runs.figures import TITLES, Figures, choose_split, get_task
 
 
 def explain_gain(result: dict[str, Any], folder: Path, labelled_rows: int = 0) -> list[str]:
-    """Explain how far the student is from the baseline in accuracy, whether that is significant, and why.
+    """Explain how far the student is from the baseline in the task's main figure, whether significantly, and why.
 
     The paired interval is over the rows of the split; with several seeds also over the seeds.
 
@@ -25,23 +26,33 @@ def explain_gain(result: dict[str, Any], folder: Path, labelled_rows: int = 0) -
     Raises:
         CacheError: when a file of logits is damaged.
     """
-    split = choose_split(result["student"])
-    if get_task(result) != CLASSES or "baseline" not in result or not Figures(result["student"][split]).has_labels():
+    split, task = choose_split(result["student"]), get_task(result)
+    main = TASK_FIGURES[task].main
+    if "baseline" not in result or not Figures(result["student"][split]).has_labels():
+        return []
+    figures = [Figures(result[model][split]).get(main) for model in ("student", "baseline")]
+    if figures[0] is None or figures[1] is None:
         return []
     record = compare_with_baseline(str(folder), result)
-    gap = format_gap(result["student"][split]["accuracy"] - result["baseline"][split]["accuracy"])
+    gap = format_gap(figures[0] - figures[1], main)
+    subject = "The student from the cache is"
+    if task != CLASSES:  # "RMSE (lower is better) of the student from the cache is 0.21 below the baseline (…)"
+        direction = " (lower is better)" if main in LOWER_IS_BETTER else ""
+        subject = f"{TITLES[main]}{direction} of the student from the cache is"
     if record["verdict"] is None:
-        return [f"The student from the cache is {gap} the baseline; no interval: {record['words']}."]
-    interval, verdict = format_accuracy_interval(record)
-    lines = [f"The student from the cache is {gap} the baseline ({interval}): {verdict}."]
+        return [f"{subject} {gap} the baseline; no interval: {record['words']}."]
+    interval, verdict = format_interval(record)
+    lines = [f"{subject} {gap} the baseline ({interval}): {verdict}."]
     labelled, rows = result["settings"]["labelled"], result["cache"]["rows"]
     if not labelled and not labelled_rows:
         return [*lines, f"Both saw the same {rows:,} images, in the same order, for the same number of steps."]
+    labels, logits = ("labels", "logits") if task == CLASSES else ("images with hard targets", "outputs")
     lines.append(
-        f"The baseline learned from {labelled or labelled_rows} labels; the student from the teacher's logits on all"
-        f" {rows:,} images."
+        f"The baseline learned from {labelled or labelled_rows} {labels}; the student from the teacher's {logits} on"
+        f" all {rows:,} images."
     )
-    if labelled and record["verdict"] == SIGNIFICANT and record["accuracy"]["value"] > 0:
+    # What follows was measured for classes.
+    if task == CLASSES and labelled and record["verdict"] == SIGNIFICANT and record["accuracy"]["value"] > 0:
         lines.append(
             f"The gain comes from the other {rows - labelled:,} images, whose labels the teacher was trained on: on"
             f" the same {labelled} rows alone distillation gains next to nothing."

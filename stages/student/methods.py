@@ -1,6 +1,7 @@
 """`softcache methods`: train one arch with every loss on one cache, and compare what each gains and costs."""
 
 import json
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,10 @@ from torch import nn
 from softcache.base.errors import DivergedError, Interrupted, UsageError, unknown_name_error
 from softcache.base.files import make_folder, publish_json, publish_text
 from softcache.base.text import escape_markdown
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS
 from softcache.pipeline.cache.reader import CacheReader
+from softcache.pipeline.losses import HARD_LOSSES, LOSSES
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER
 from softcache.pipeline.models import build
 from softcache.stages.cli.configs import MethodsConfig, StudentConfig
 from softcache.stages.cli.console import Console
@@ -19,7 +23,7 @@ from softcache.stages.cli.new_folders import make_new_folder
 from softcache.stages.cli.typed_command import format_typed_command
 from softcache.stages.runs.data import has_labels
 from softcache.stages.runs.environment import describe_machine, library_versions
-from softcache.stages.runs.figures import Figures, choose_split
+from softcache.stages.runs.figures import TITLES, Figures, choose_split, get_task
 
 from .command import print_notes
 from .defaults import fill_defaults, to_student_config
@@ -27,6 +31,7 @@ from .early_checks import check_before_images, check_layer_names, check_names
 from .embedding_width import choose_width
 from .method_costs import ROUNDS, MethodCost, StepProbe, measure_costs
 from .recipes import apply_recipe
+from .requirements import check_task_options
 from .setup import DistillationSetup
 from .student_input import make_student_spec
 from .student_run import train_or_resume
@@ -69,6 +74,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "crd": ("hard", "crd:teacher={last},student={s_last}"),
     "review_kd": ("hard", "review_kd:teacher={all},student={s_all}"),
 }
+# The figures of the table: the main one of each task, and how near the student is to its teacher.
+_FIGURES = {CLASSES: ("accuracy", "agreement"), LABELS: ("map", "agreement"), NUMBERS: ("rmse", "r2_to_teacher")}
 
 
 def run(config: MethodsConfig, explicit: set[str]) -> None:
@@ -84,11 +91,20 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     if config.resume or config.seeds > 1 or config.baseline or config.loss:
         raise UsageError("methods takes no --resume (run it again with the same --out), --seeds, --baseline or --loss")
     folder = Path(config.out) if config.out else make_new_folder("methods")
-    _check_method_names(config)
+    _check_method_names(config, [*METHODS, *LOSSES])
     base_config = replace(apply_recipe(to_student_config(config), explicit), loss=("hard",))
     check_names(base_config)
     base_config = fill_defaults(base_config)
     caches = open_caches(base_config.cache)
+    task = caches[0].task
+    check_task_options(base_config, task)
+    if task == EMBEDDING:
+        raise UsageError(
+            f"methods compares each loss with hard targets, and the task {EMBEDDING} has none: train students with"
+            " several --losses"
+        )
+    table = list_methods(task)
+    base_config = replace(base_config, loss=table["hard"])
     if not has_labels(caches[0].manifest, "train"):
         raise UsageError(
             "methods compares each loss with hard targets, which are labels, and these images have none: train"
@@ -101,11 +117,11 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
         base_config.arch, choose_width(base_config, caches), channels, size, base_config.output, shape=input_spec.shape
     )
     layers = config.layers
-    if not layers and _list_methods_of_layers(config):
+    if not layers and _list_methods_of_layers(config, table):
         layers = _list_cached_layers(network, caches[0], base_config)
     if config.student_layers:
         check_layer_names(network, config.student_layers, "--student-layers")
-    methods = _select_methods(config, layers, console)
+    methods = _select_methods(config, table, layers, console)
     for losses in methods.values():
         with suppress(UsageError):  # a method that does not fit this pair is a row of the table
             check_before_images(replace(base_config, loss=losses), caches)
@@ -128,11 +144,11 @@ def run(config: MethodsConfig, explicit: set[str]) -> None:
     rows += [{"method": name, "losses": list(configs[name].loss), "failed": why} for name, why in reasons.items()]
     record = _assemble_record(base_config, base_setup, rows, config.time_steps)
     publish_json(folder / "methods.json", record)
-    table = _format_table(record)
-    publish_text(folder / "methods.md", table)
+    text = _format_table(record)
+    publish_text(folder / "methods.md", text)
     if config.json:
         return console.print_json(json.dumps(record))
-    for line in table.splitlines():
+    for line in text.splitlines():
         console.print(line)
     console.print(f"run:   {folder}/methods.json, methods.md")
 
@@ -174,29 +190,51 @@ def _list_cached_layers(network: nn.Module, cache: CacheReader, config: StudentC
     return "+".join(names)
 
 
-def _check_method_names(config: MethodsConfig) -> list[str]:
-    """Return the methods that --only names. Raises UsageError for one that does not exist."""
+def list_methods(task: str) -> dict[str, tuple[str, ...]]:
+    """List the methods of a task, {name: losses}, with `hard` first.
+
+    Those of labels and numbers are the losses of the task that read no layer, and the methods of METHODS that read
+    layers, with the task's loss of hard targets in place of `hard`.
+    """
+    if task == CLASSES:
+        return METHODS
+    hard = HARD_LOSSES[task].name
+    methods: dict[str, tuple[str, ...]] = {"hard": (hard,)}
+    for name, loss in LOSSES.items():
+        if task in loss.tasks and name != hard and not hasattr(loss, "teacher"):  # which names a layer
+            methods[name] = (hard, name) if loss.needs_logits else (name,)
+    for name, specs in METHODS.items():
+        others = [LOSSES[spec.partition(":")[0]] for spec in specs if spec != "hard"]
+        if others and name not in methods and all(task in loss.tasks for loss in others):
+            methods[name] = tuple(hard if spec == "hard" else spec for spec in specs)
+    return methods
+
+
+def _check_method_names(config: MethodsConfig, methods: Collection[str]) -> list[str]:
+    """Return the methods that --only names. Raises UsageError for one that is none of `methods`."""
     only = [name.strip() for name in config.only.split(",") if name.strip()]
     for name in only:
-        if name not in METHODS:
-            raise unknown_name_error("method", name, METHODS)
+        if name not in methods:
+            raise unknown_name_error("method", name, methods)
     return only
 
 
-def _list_methods_of_layers(config: MethodsConfig) -> list[str]:
-    """Return the methods to compare that read layers."""
-    names = _check_method_names(config) or METHODS
-    return [name for name in names if any("{" in spec for spec in METHODS[name])]
+def _list_methods_of_layers(config: MethodsConfig, methods: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return the methods to compare that read layers. methods: those of the task."""
+    names = _check_method_names(config, methods) or methods
+    return [name for name in names if any("{" in spec for spec in methods[name])]
 
 
-def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dict[str, tuple[str, ...]]:
+def _select_methods(
+    config: MethodsConfig, methods: Mapping[str, tuple[str, ...]], layers: str, console: Console
+) -> dict[str, tuple[str, ...]]:
     """Return {method: losses} of the methods to compare, `hard` first, with the names of layers filled in."""
-    only, need_layers = _check_method_names(config), _list_methods_of_layers(config)
+    only, need_layers = _check_method_names(config, methods), _list_methods_of_layers(config, methods)
     if need_layers and not layers:
         if only:
             raise UsageError(f"'{need_layers[0]}' reads layers, and the cache has no taps: name them with --layers")
         console.print(f"the cache has no taps: left out are {', '.join(need_layers)} (--layers names layers)")
-    names = [name for name in only or METHODS if layers or name not in need_layers]
+    names = [name for name in only or methods if layers or name not in need_layers]
     student_layers = config.student_layers or layers
     placeholders = {
         "all": layers,
@@ -204,7 +242,7 @@ def _select_methods(config: MethodsConfig, layers: str, console: Console) -> dic
         "s_all": student_layers,
         "s_last": student_layers.split("+")[-1],
     }
-    return {name: tuple(spec.format(**placeholders) for spec in METHODS[name]) for name in ["hard", *names]}
+    return {name: tuple(spec.format(**placeholders) for spec in methods[name]) for name in ["hard", *names]}
 
 
 def _train_method(
@@ -213,13 +251,13 @@ def _train_method(
     """Train a student with one method and return its row; a training that diverges is a row with the reason."""
     console.print(f"{name}: {' '.join(config.loss)}")
     row: dict[str, Any] = {"method": name, "losses": list(config.loss), **asdict(cost)}
+    task = setup.cache.task
     try:
         student = train_or_resume(config, setup, console)["student"]
     except DivergedError as error:
         return row | {"failed": str(error)}
     return row | {
-        "accuracy": {split: Figures(student[split]).get("accuracy") for split in setup.held_out},
-        "agreement": {split: Figures(student[split]).get("agreement") for split in setup.held_out},
+        **{name: {split: Figures(student[split]).get(name) for split in setup.held_out} for name in _FIGURES[task]},
         "seconds_an_epoch": student["seconds"] / (config.epochs + config.finetune_epochs),
         "parameters": student["parameters"],
     }
@@ -230,6 +268,7 @@ def _assemble_record(
 ) -> dict[str, Any]:
     """Assemble methods.json from the options of all students, what they are trained from, and the row of each."""
     return {
+        **({} if setup.cache.task == CLASSES else {"task": setup.cache.task}),
         "arch": config.arch,
         "epochs": config.epochs,
         "cache": list(config.cache),
@@ -248,12 +287,15 @@ def _format_table(record: dict[str, Any]) -> str:
     hard = record["methods"][0]
     split = choose_split(record["teacher"])
     teacher = Figures(record["teacher"][split])
+    names = _FIGURES[get_task(record)]
+    direction = " (lower is better)" if names[0] in LOWER_IS_BETTER else ""
     lines = [
         f"{escape_markdown(record['arch'])}, {record['epochs']} epochs, from the cache of"
         f" {escape_markdown(record['teacher']['arch'])}"
-        f" ({split} {teacher.describe(('accuracy',))})",
+        f" ({split} {teacher.describe(names[:1])})",
         "",
-        f"| method | {split} accuracy | agreement | s/epoch | step time / hard (range of {record['rounds']} rounds)"
+        f"| method | {split} {TITLES[names[0]]}{direction} | {TITLES[names[1]]} | s/epoch"
+        f" | step time / hard (range of {record['rounds']} rounds)"
         " | / kd | saved for the backward pass, MB over hard | own parts, MB | bytes/view |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -263,8 +305,8 @@ def _format_table(record: dict[str, Any]) -> str:
             continue
         gain = "diverged | | "
         if "failed" not in row:
-            accuracy, agreement = (Figures(row[name]).format(split) for name in ("accuracy", "agreement"))
-            gain = f"{accuracy} | {agreement} | {row['seconds_an_epoch']:.1f}"
+            main, agreement = (Figures(row[name]).format(split) for name in names)
+            gain = f"{main} | {agreement} | {row['seconds_an_epoch']:.1f}"
         to_kd = f"{row['to_kd']:.2f}" if row["to_kd"] else ""
         time = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) | {to_kd}"
         memory = f"{(row['saved_bytes'] - hard['saved_bytes']) / 1e6:.1f} | {row['own_bytes'] / 1e6:.1f}"

@@ -61,7 +61,7 @@ def check_task_options(config: StudentConfig, task: str) -> None:
     Raises:
         UsageError: with the option to leave out.
     """
-    options = ("sampler", "map", "combine", "missing") if task != CLASSES else ()
+    options = ("recipe", "sampler", "map", "combine", "missing") if task != CLASSES else ()
     for name in options:
         if (value := getattr(config, name)) and (task, value) != (EMBEDDING, "per_teacher"):
             require_classes(task, f"{to_flag(name)} {value}")

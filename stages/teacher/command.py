@@ -12,7 +12,7 @@ from softcache.base.errors import UsageError, make_printable
 from softcache.base.files import publish_json
 from softcache.data.long_tail import parse_imbalance
 from softcache.data.sources import short_name
-from softcache.data.tasks import CLASSES, EMBEDDING, NUMBERS, find_known, measure_targets, require_classes
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, find_known, measure_targets, require_classes
 from softcache.data.transfer_set import count_classes
 from softcache.data.view_policy import parse_views
 from softcache.pipeline.batch import LossContext
@@ -31,7 +31,7 @@ from softcache.stages.cli.console import Console
 from softcache.stages.cli.copied_commands import find_free_name, format_command
 from softcache.stages.cli.defaults import find_defaults
 from softcache.stages.runs.environment import describe_machine, library_versions, measure_peak_memory, select_device
-from softcache.stages.runs.figures import Figures, choose_labelled_split, get_task, list_columns
+from softcache.stages.runs.figures import TITLES, Figures, choose_labelled_split, get_task
 from softcache.stages.runs.folder import open_run, start_run
 from softcache.stages.runs.initial import record_initial_weights
 from softcache.stages.runs.output_folder import check_output_folder
@@ -78,11 +78,13 @@ def run(config: TeacherConfig, explicit_options: set[str]) -> None:
 
 
 def describe_accuracy(result: dict[str, Any]) -> str:
-    """Format the accuracy of a teacher, or the figures of its task, on the test split, or on validation where test has
-    no labels."""
-    figures, task = Figures(result["teacher"][choose_labelled_split(result["teacher"])]), get_task(result)
-    names = ("accuracy",) if task == CLASSES else list_columns(task, has_labels=True)
-    return figures.describe(names, "accuracy unknown")
+    """Format the main figures of a teacher on the test split, or on validation where test has no labels.
+
+    Those are the accuracy of classes, mAP and macro F1 of labels, RMSE and R² of numbers.
+    """
+    figures = Figures(result["teacher"][choose_labelled_split(result["teacher"])])
+    names = {LABELS: ("map", "f1_macro"), NUMBERS: ("rmse", "r2")}.get(get_task(result), ("accuracy",))
+    return figures.describe(names, f"{TITLES[names[0]]} unknown")
 
 
 def _format_cache_command(config: TeacherConfig, folder: Path) -> str:
@@ -258,6 +260,7 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
         figures = add_thresholds(task, figures, logits, labels)
         result = {
             "settings": asdict(config),
+            **({} if task == CLASSES else {"task": task}),
             "teacher": {
                 "arch": config.arch,
                 **({"output": config.output} if config.output else {}),
@@ -270,7 +273,6 @@ def train_teacher(config: TeacherConfig, folder: Path, console: Console, advice:
                 "test": figures.get("test"),
                 **({"thresholds": figures["thresholds"]} if "thresholds" in figures else {}),
             },
-            **({} if task == CLASSES else {"task": task}),
             "classes": list(transfer_set.classes),
             "seconds": {"train": finished.seconds},
             "peak_memory": measure_peak_memory(device),

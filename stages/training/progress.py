@@ -1,5 +1,6 @@
 """The progress of a training: one line that is redrawn on a terminal, lines for some of the epochs elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER, TASK_FIGURES
 from softcache.stages.cli.console import (
     CallbackBar,
     Console,
@@ -18,6 +20,7 @@ from softcache.stages.cli.console import (
     is_shown,
 )
 from softcache.stages.distributed.ranks import is_first
+from softcache.stages.runs.figures import TITLES
 
 from .run import TrainingRun
 
@@ -25,6 +28,7 @@ from .run import TrainingRun
 _DELAY, _INTERVAL = 1.0, 0.2
 # Where standard error is no terminal: most lines of a training without --log-every, and seconds between two of them.
 _MAX_LINES, _LINE_INTERVAL = 40, 10.0
+_MAIN_FIGURES = [figures.main for figures in TASK_FIGURES.values()]
 Line = dict[str, Any]
 
 
@@ -53,8 +57,8 @@ def show_progress(
 class TrainingProgress:
     """The progress of one training, or of several from one stream.
 
-    Of several trainings the line has the metrics of the one with the best validation accuracy in the last epoch; in
-    the first epoch, those of the first training. Only rank 0 prints.
+    Of several trainings the line has the metrics of the one with the best validation accuracy, or main figure of
+    another task, in the last epoch; in the first epoch, those of the first training. Only rank 0 prints.
 
     Args:
         runs: the trainings.
@@ -111,7 +115,7 @@ class TrainingProgress:
         current = {i: line for i, line in enumerate(lines) if line is not None}
         if not current:
             return
-        self.best = max(current, key=lambda i: (current[i].get("val_accuracy", -1.0), -i))
+        self.best = max(current, key=lambda i: (_rate(current[i]), -i))
         self.line = current[self.best]
         if not self.is_terminal and self.console.epoch_lines and self._is_line_due(self.line["epoch"]):
             self.console.note(self._format_epoch())
@@ -144,7 +148,7 @@ class TrainingProgress:
             columns: width of the terminal in characters.
         """
         sums, (pace, left) = self.sums(self.best), self._pace()
-        epochs, accuracy = f"{self.epochs_done}/{self.epochs}", self.line.get("val_accuracy")
+        epochs = f"{self.epochs_done}/{self.epochs}"
         # A training that resumes at a later epoch than the others has no sums yet.
         has_sums = len(sums) and self.steps_of_epoch
         loss = _format_part("loss {:.3g}", float(sums.sum()) / self.steps_of_epoch if has_sums else None)
@@ -153,13 +157,20 @@ class TrainingProgress:
         long = [
             f"{epochs} epochs",
             loss,
-            _format_part("val accuracy {:.3f}", accuracy),
+            _format_main(self.line, "val {name} {value:.3f}", "val {name} {value:.4g}"),
             f1,
             _format_part("{:,.0f} images/s", pace),
             time_left,
         ]
         short_pace = f"{pace / 1000:.0f}k/s" if pace and pace >= 10_000 else _format_part("{:.0f}/s", pace)
-        short = [epochs, loss, _format_part("acc {:.3f}", accuracy), f1, short_pace, time_left]
+        short = [
+            epochs,
+            loss,
+            _format_main(self.line, "{short} {value:.3f}", "{short} {value:.3g}"),
+            f1,
+            short_pace,
+            time_left,
+        ]
         head = f"{self._name()}: {100 * self.steps_done // (self.epochs * self.steps)} % "
         variants = (long, short, [*short[:4], time_left], [*short[:3], time_left])
         texts = [head + ", ".join(filter(None, parts)) for parts in variants]
@@ -176,7 +187,7 @@ class TrainingProgress:
         term_texts = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         parts = [
             f"loss {line['loss']:.4g}" + (f" ({term_texts})" if len(terms) > 1 else ""),
-            _format_part("val accuracy {:.4f}", line.get("val_accuracy")),
+            _format_main(line, "val {name} {value:.4f}", "val {name} {value:.4g}"),
             _format_part("F1 {:.4f}", line.get("val_f1_macro")),
             _format_part("{:,.0f} images/s", pace),
             f"{format_duration(left)} left" if left else "",
@@ -190,7 +201,7 @@ class TrainingProgress:
             return f"{run.name}, seed {run.config.seed}"
         plural = run.name if run.name == "distilled" else f"{run.name}s"
         folder = run.folder if run.name == "student" else run.folder.parent
-        return f"{len(self.runs)} {plural}, {'best' if 'val_accuracy' in self.line else 'first'} {folder.name}"
+        return f"{len(self.runs)} {plural}, {'best' if _find_main(self.line) else 'first'} {folder.name}"
 
     def _pace(self) -> tuple[float | None, float | None]:
         """Return images per second and the remaining seconds; None before the second step."""
@@ -202,3 +213,27 @@ class TrainingProgress:
 
 def _format_part(template: str, value: float | None) -> str:
     return "" if value is None else template.format(value)
+
+
+def _find_main(line: Line) -> str:
+    """Return the main figure that the record of an epoch has of its task; "" where there is none."""
+    return next((name for name in _MAIN_FIGURES if f"val_{name}" in line), "")
+
+
+def _rate(line: Line) -> float:
+    """Return a number by which the records of several trainings are compared, larger for better ones."""
+    main = _find_main(line)
+    if not main:
+        return -math.inf
+    value: float = line[f"val_{main}"]
+    return -value if main in LOWER_IS_BETTER else value
+
+
+def _format_main(line: Line, share: str, number: str) -> str:
+    """Format the main figure of an epoch. share, number: templates for shares and for figures in units of the data."""
+    main = _find_main(line)
+    if not main:
+        return ""
+    template = number if main in LOWER_IS_BETTER else share
+    short = "acc" if main == "accuracy" else TITLES[main]
+    return template.format(name=TITLES[main], short=short, value=line[f"val_{main}"])

@@ -101,8 +101,18 @@ def check_select(config: TeacherConfig | StudentConfig, transfer_set: TransferSe
     if config.select not in figures:
         names = ", ".join(("last", *figures))
         raise UsageError(f"--select {config.select} is no figure of the task {transfer_set.task}, which has {names}")
-    if transfer_set.task != EMBEDDING and not find_known(transfer_set.splits["val"].labels).any():
+    if transfer_set.task == EMBEDDING:
+        return
+    labels = transfer_set.splits["val"].labels
+    if not find_known(labels).any():
         raise select_error(config.select)
+    if labels.ndim == 1:
+        return
+    if config.select not in TASK_FIGURES[transfer_set.task].summarize(np.zeros(labels.shape), labels):
+        raise UsageError(
+            f"--select {config.select} is not defined on these {len(labels):,} validation rows, in which no label is"
+            " positive or no number varies: leave it out, and the weights of the last epoch are kept"
+        )
 
 
 def select_error(figure: str) -> UsageError:

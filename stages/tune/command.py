@@ -11,8 +11,10 @@ from typing import Any
 from softcache.base.errors import Interrupted, UsageError
 from softcache.base.files import make_folder
 from softcache.data.sources import short_name
+from softcache.data.tasks import EMBEDDING
 from softcache.pipeline.cache.reader import CacheReader
 from softcache.pipeline.losses import ZeroLossError
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER
 from softcache.stages.cli.configs import StudentConfig, TuneConfig
 from softcache.stages.cli.console import Console
 from softcache.stages.cli.new_folders import make_new_folder
@@ -24,6 +26,7 @@ from softcache.stages.student.defaults import fill_defaults, to_student_config
 from softcache.stages.student.early_checks import check_before_images, check_names
 from softcache.stages.student.own_losses import check_own_losses
 from softcache.stages.student.recipes import apply_recipe
+from softcache.stages.student.requirements import check_task_options
 from softcache.stages.student.setup import DistillationSetup
 from softcache.stages.student.teachers import open_caches
 
@@ -67,6 +70,8 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
     space = parse_space(config.search, base_config, explicit)
     grid = _list_grid(space) if config.grid else []
     caches = open_caches(base_config.cache)
+    check_task_options(replace(base_config, recipe=config.recipe), caches[0].task)
+    figure = validation_figure(base_config, caches[0].task)
     _check_before_images(space, base_config, caches)
     settings = _describe_search(config, base_config, caches)
     default_name = f"{short_name(base_config.data)}-{base_config.arch.replace(':', '-')}"
@@ -85,7 +90,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
     with open_study(
         config.storage or f"sqlite:///{folder.resolve()}/{DATABASE}",
         config.study or default_name,
-        maximize=validation_figure(base_config) != "nll",
+        maximize=figure not in LOWER_IS_BETTER,
         settings=shared_settings,
         warmup_epochs=_find_fewest_epochs(base_config, space) // 4,
     ) as (study, storage):
@@ -106,6 +111,7 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
             setup=setup,
             prune=config.prune,
             trials_at_once=config.together,
+            figure=figure,
             console=console,
         )
         try:
@@ -116,10 +122,10 @@ def run(config: TuneConfig, explicit: set[str]) -> None:
 
     with lock_search(folder):
         clean_up(folder)
-        record = write_report(folder, rows, base_config, space, settings)
+        record = write_report(folder, rows, base_config, space=space, settings=settings, figure=figure)
     if config.json:
         return console.print_json(json.dumps(record))
-    print_rows(record, validation_figure(base_config), space, folder, console)
+    print_rows(record, figure, space, folder, console)
 
 
 def _describe_search(config: TuneConfig, base_config: StudentConfig, caches: Sequence[CacheReader]) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def _check_before_images(
         UsageError: when one cannot, or the validation split has no labels.
         CacheError: when a cache lacks what a loss reads.
     """
-    if not has_labels(caches[0].manifest, "val"):
+    if caches[0].task != EMBEDDING and not has_labels(caches[0].manifest, "val"):
         raise UsageError(
             "tune compares students on the labels of the validation split, and these images have none: train them with"
             " student --losses, and compare their agreement with the teacher"

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER
 from softcache.stages.cli.plot_style import BLUE, GREY, ORANGE, PURPLE, Plot
 
 from .space import SearchedOption
@@ -61,7 +62,7 @@ def _find_limits(rows: Sequence[Row], figure: str) -> tuple[float, float]:
         return 0.0, 1.0
     first_quartile, third_quartile = np.percentile(values, [25, 75])
     low, high = min(values), max(values)
-    if figure == "nll":
+    if figure in LOWER_IS_BETTER:
         return low, min(high, float(third_quartile + 3 * (third_quartile - first_quartile)))
     return max(low, float(first_quartile - 3 * (third_quartile - first_quartile))), high
 
@@ -87,7 +88,7 @@ def _draw_points(panel: Axes, rows: Sequence[Row], xs: Sequence[float], low: flo
 
 def _draw_progress(panel: Axes, rows: Sequence[Row], figure: str) -> None:
     """Draw the best figure up to each trial, and a cross for each failed one."""
-    better = min if figure == "nll" else max
+    better = min if figure in LOWER_IS_BETTER else max
     complete = [row for row in rows if row["state"] == "complete"]
     if complete:
         best = [better(row["value"] for row in complete[: i + 1]) for i in range(len(complete))]

@@ -316,7 +316,7 @@ def report_epochs(trial: Trial, lines: Sequence[dict[str, Any]], figure: str, ep
     known = trial.storage.get_trial(trial._trial_id).intermediate_values
     # Begins with the last known epoch: a process killed after the report had not yet decided whether to prune.
     for line in lines[max(len(known) - 1, 0) :]:
-        if line["epoch"] not in known:
+        if line["epoch"] not in known and f"val_{figure}" in line:
             trial.report(line[f"val_{figure}"], line["epoch"])
         if prune and line["epoch"] < epochs and trial.should_prune():
             raise optuna.TrialPruned

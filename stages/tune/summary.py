@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.files import publish_json
+from softcache.pipeline.metrics.tasks import LOWER_IS_BETTER, TASK_FIGURES
 from softcache.stages.cli.configs import StudentConfig
 from softcache.stages.cli.console import Console, format_duration
 from softcache.stages.cli.copied_commands import format_command
@@ -17,9 +18,9 @@ _ROWS_SHOWN = 10
 Row = dict[str, Any]
 
 
-def validation_figure(config: StudentConfig) -> str:
-    """Return the figure of the validation split by which trials are compared."""
-    return "accuracy" if config.select == "last" else config.select
+def validation_figure(config: StudentConfig, task: str) -> str:
+    """Return the figure of the validation split by which trials are compared: --select, or the task's main one."""
+    return TASK_FIGURES[task].main if config.select == "last" else config.select
 
 
 def make_rows(trials: dict[int, FrozenTrial], space: Sequence[SearchedOption]) -> list[Row]:
@@ -56,7 +57,7 @@ def _make_row(slot: int, trial: FrozenTrial, space: Sequence[SearchedOption]) ->
 
 def rank_rows(rows: Sequence[Row], figure: str) -> list[Row]:
     """Return the complete trials, the best first; of equal ones the earlier comes first."""
-    sign = 1 if figure == "nll" else -1
+    sign = 1 if figure in LOWER_IS_BETTER else -1
     return sorted((row for row in rows if row["state"] == "complete"), key=lambda r: (sign * r["value"], r["trial"]))
 
 
@@ -96,6 +97,7 @@ def write_report(
     base_config: StudentConfig,
     space: Sequence[SearchedOption],
     settings: dict[str, Any],
+    figure: str,
 ) -> dict[str, Any]:
     """Write tune.json, and tune.png where matplotlib is installed.
 
@@ -105,11 +107,11 @@ def write_report(
         base_config: the options of a student, except for those that were searched.
         space: what was searched.
         settings: those of the search. The URL of the storage is not among them: it may hold a password.
+        figure: by which trials are compared.
 
     Returns:
         The content of tune.json.
     """
-    figure = validation_figure(base_config)
     best = find_best(rows, figure)
     record: dict[str, Any] = {
         "settings": settings,

@@ -19,7 +19,7 @@ from softcache.stages.training.checkpoint import METRICS_FILE, read_epoch_lines
 
 from .space import apply_values
 from .study import SharedStudy, Trial, TrialState, UpdateFinishedTrialError, optuna, report_epochs
-from .summary import format_row, make_rows, validation_figure
+from .summary import format_row, make_rows
 
 # Trials that agree in these options see the same batches.
 _STREAM_OPTIONS = ("epochs", "finetune_epochs", "batch_size", "sampler", "draws", "labelled")
@@ -35,6 +35,7 @@ class Search:
         setup: what a student with these options is trained from.
         prune: stop trials that are below the median of the others.
         trials_at_once: how many trials are trained on one stream of batches.
+        figure: the figure of the validation split by which trials are compared.
         console: for progress.
     """
 
@@ -43,12 +44,8 @@ class Search:
     setup: DistillationSetup
     prune: bool
     trials_at_once: int
+    figure: str
     console: Console
-
-    @property
-    def figure(self) -> str:
-        """The figure of the validation split by which trials are compared."""
-        return validation_figure(self.base_config)
 
     def run(self) -> None:
         """Train trials until all are finished, those of other processes included.
@@ -206,7 +203,10 @@ class TrialRun:
         seconds = {"seconds": sum(line["seconds"] for line in self.read_epochs())}
         if self.result is not None and self.stop_reason is None:
             student = self.result["student"]
-            return TrialState.COMPLETE, float(student["val"][self.figure]), {"seconds": student["seconds"]}
+            value, seconds = student["val"].get(self.figure), {"seconds": student["seconds"]}
+            if value is not None:
+                return TrialState.COMPLETE, float(value), seconds
+            return TrialState.PRUNED, None, seconds | {"failed": f"the validation split has no {self.figure}"}
         if isinstance(self.stop_reason, optuna.TrialPruned):
             return TrialState.PRUNED, None, seconds
         return TrialState.PRUNED, None, seconds | {"failed": str(self.stop_reason).splitlines()[0][:500]}

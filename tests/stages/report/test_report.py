@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from softcache.pipeline.metrics.classification import log_softmax
 from softcache.stages.compare.significance import VERDICT_TEXT
 from softcache.stages.report.agreement import measure_agreement
-from softcache.stages.report.disagreements import rank_disagreements
+from softcache.stages.report.differences import rank_disagreements
 from softcache.stages.report.plots import Point, find_pareto, plot_costs, plot_reliability
 from softcache.stages.runs.logits import read_logits
 from tests.helpers.commands import Stages
