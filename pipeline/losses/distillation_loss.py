@@ -286,7 +286,9 @@ class DistillationLoss(nn.Module):
         if task == EMBEDDING or (task is None and self._is_of_embeddings):
             return
         if batch.logits is not None and batch.logits.shape[-1] != logits.shape[-1]:
-            raise UsageError(f"the student has {logits.shape[-1]} classes, the cache {batch.logits.shape[-1]}")
+            raise UsageError(
+                f"the student has {logits.shape[-1]} {task or CLASSES}, the cache {batch.logits.shape[-1]}"
+            )
 
     def _with_teacher_taps(self, batch: Batch) -> Batch:
         """Return the batch with the teacher's features that the losses read, float32, derived from the cached ones."""
