@@ -154,6 +154,7 @@ def test_every_package_says_what_lives_there_and_where_to_begin() -> None:
                 "stages/tune/plots.py",
                 "stages/cli/plot_style.py",
                 "stages/report/plots.py",
+                "stages/report/task_plots.py",
             },
         ),
         ("jinja2", {"stages/report/page.py"}),
