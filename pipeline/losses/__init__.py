@@ -99,6 +99,8 @@ LOSSES: dict[str, Loss] = {
         Embed(),
     )
 }
+# The loss of the teacher's outputs alone, of each task.
+_SOFT_LOSSES = {CLASSES: "kd", LABELS: "kd_sigmoid", NUMBERS: "kd_mse", EMBEDDING: "embed"}
 # The loss of hard targets alone, of each task that has one.
 HARD_LOSSES: dict[str, Loss] = {CLASSES: Hard(), LABELS: BCE(), NUMBERS: MSE()}
 
@@ -162,13 +164,18 @@ def is_custom_loss(spec: str) -> bool:
     return spec.startswith(_LIVE) or (spec.partition(":")[0] not in LOSSES and is_own_loss(spec))
 
 
-def remove_custom_losses(specs: Sequence[str]) -> tuple[str, ...]:
+def remove_custom_losses(specs: Sequence[str], task: str) -> tuple[str, ...]:
     """Remove the losses that name code of a user's own, for a use of a student in which no loss is computed.
 
+    Args:
+        specs: the losses.
+        task: of the student, see data/tasks.py.
+
     Returns:
-        The others; `("kd",)` where there are no others, as a student has at least one loss.
+        The others; where there are no others, the first loss of the task that reads the teacher's outputs alone, as a
+        student has at least one loss.
     """
-    return tuple(spec for spec in specs if not is_custom_loss(spec)) or ("kd",)
+    return tuple(spec for spec in specs if not is_custom_loss(spec)) or (_SOFT_LOSSES[task],)
 
 
 def split_loss_spec(spec: str) -> tuple[str, dict[str, str]]:

@@ -76,7 +76,7 @@ def select_student(folder: Path, **overrides: Any) -> ExportedRun:
     if not (seed_folder / "student.pt").is_file():
         raise CacheError(f"'{seed_folder}' has no student.pt, though its run is finished: restore it from a copy")
     # Code of the user among the losses is not imported: a student is exported without them.
-    losses = remove_custom_losses(run_config.loss)
+    losses = remove_custom_losses(run_config.loss, get_task(read_json(result)))
     config = replace(run_config, out=str(root), seed=seed, seeds=1, loss=losses, **overrides)
     config = use_recorded_input(config, seed_folder)
     return ExportedRun(folder=folder, seed_folder=seed_folder, config=config, run_config=run_config, reason=reason)

@@ -51,8 +51,9 @@ def run(name: str, config: EvaluateConfig, explicit: set[str]) -> None:
         command=format_command("evaluate", config, folder, data=student_config.data),
     )
     # The figures of a student do not depend on its losses: code of the user among them is not imported.
-    student_config = replace(student_config, loss=remove_custom_losses(student_config.loss))
-    check_same_teachers(folder, open_caches(student_config.cache))
+    caches = open_caches(student_config.cache)
+    student_config = replace(student_config, loss=remove_custom_losses(student_config.loss, caches[0].task))
+    check_same_teachers(folder, caches)
     setup = DistillationSetup.open(student_config)
     metrics: dict[str, Any] = {}
     for seed in range(student_config.seed, student_config.seed + student_config.seeds):
