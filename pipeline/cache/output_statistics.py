@@ -12,7 +12,7 @@ from .manifest import Datasets, ShardRecord, make_layout
 from .shards import Arrays, Shard
 
 MAX_AXES = 4096  # dimensions up to which principal axes are computed: 134 MB, some 20 s
-_LEAST_SPREAD = 1e-3  # of the standard deviations, as a share of the largest
+_LEAST_SPREAD = 0.02  # as a share of the largest standard deviation
 
 
 def measure_outputs(
@@ -28,8 +28,8 @@ def measure_outputs(
         with_axes: Whether principal axes are computed.
 
     Returns:
-        `mean` and `std` float32 [D], the standard deviation of all rows; a thousandth of the largest at least, so that
-        dimensions that hardly vary do not dominate what is divided by it. With axes also `axes`
+        `mean` and `std` float32 [D], the standard deviation of all rows; the largest one where it is below a fiftieth
+        of that, so that dimensions that hardly vary do not dominate what is divided by it. With axes also `axes`
         float32 [D, D], orthonormal columns, the eigenvectors of the covariance, the largest variance first, the
         largest entry of each positive; and `axis_std` float32 [D], the standard deviation along each.
     """
@@ -46,16 +46,22 @@ def measure_outputs(
         products += centred.T @ centred if with_axes else np.square(centred).sum(0)
     variance = (np.diagonal(products) if with_axes else products) / rows
     spread = np.sqrt(variance)
-    std = np.maximum(spread, _LEAST_SPREAD * max(spread.max(), 1e-30))
+    std = _limit_spread(spread)
     arrays: Arrays = {"mean": mean.astype("<f4"), "std": std.astype("<f4")}
     if with_axes:
         variances, vectors = np.linalg.eigh(products / rows)
         axes = vectors[:, ::-1]
         spread = np.sqrt(np.maximum(variances[::-1], 0))
-        arrays["axis_std"] = np.maximum(spread, _LEAST_SPREAD * max(spread[0], 1e-30)).astype("<f4")
+        arrays["axis_std"] = _limit_spread(spread).astype("<f4")
         largest = axes[np.abs(axes).argmax(0), np.arange(len(mean))]
         arrays["axes"] = np.ascontiguousarray(axes * np.sign(largest), "<f4")
     return arrays
+
+
+def _limit_spread(spread: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return standard deviations in which those of dimensions that hardly vary are the largest one, and 1 for none."""
+    largest = float(spread.max()) or 1.0
+    return np.where(spread < _LEAST_SPREAD * largest, largest, spread)
 
 
 def _read(folder: Path, record: ShardRecord, datasets: Datasets, codec: Codec) -> NDArray[np.float64]:

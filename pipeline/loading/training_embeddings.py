@@ -64,8 +64,7 @@ def read_bank(cache: "Cache", teachers: TeacherEnsemble, val_outputs: Outputs | 
         return None
     parts = np.array_split(positions, -(-len(positions) // _CHUNK_ROWS))
     outputs = torch.cat([teachers.read_targets("train", 0, part)[0] for part in parts])
-    if teachers.combine and teachers.combine.is_per_teacher:
-        outputs = teachers.combine(outputs)
+    outputs = teachers.merge_members(outputs)
     return _make_bank(cache, positions, np.asarray(outputs.numpy(), np.float32), val_outputs)
 
 

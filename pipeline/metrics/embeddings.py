@@ -70,7 +70,7 @@ def evaluate_embeddings(
 
 def _compare_with_teacher(z: Floats, teacher: Floats, progress: Progress) -> dict[str, Any]:
     """Compute cosine, cka and overlap, see `evaluate_embeddings`."""
-    figures: dict[str, Any] = {"cosine": float(cosines(z, teacher).mean()) if z.shape == teacher.shape else None}
+    figures: dict[str, Any] = {"cosine": mean_cosine(z, teacher)}
     is_sampled = len(z) > _SAMPLE_ROWS
     if is_sampled:
         rows = np.sort(rng.permutation((0, _SAMPLE_KEY), len(z))[:_SAMPLE_ROWS])
@@ -85,6 +85,22 @@ def _compare_with_teacher(z: Floats, teacher: Floats, progress: Progress) -> dic
 def cosines(first: Floats, second: Floats) -> Floats:
     """Compute the cosine of each pair of rows [N, D]; 0 where a row is 0."""
     return np.asarray((normalize_rows(first) * normalize_rows(second)).sum(1))
+
+
+def mean_cosine(outputs: Floats, teacher: Floats) -> float | None:
+    """Compute the mean cosine to the teacher's embedding, of the rows in which that is not 0.
+
+    Args:
+        outputs: float64 [N, D].
+        teacher: float64 [N, D of the teacher].
+
+    Returns:
+        The mean; None where the widths differ, or the teacher's embedding is 0 in all rows.
+    """
+    if outputs.shape != teacher.shape:
+        return None
+    has_direction = teacher.any(1)
+    return float(cosines(outputs, teacher)[has_direction].mean()) if has_direction.any() else None
 
 
 def compute_cka(first: Floats, second: Floats) -> float | None:

@@ -205,7 +205,13 @@ def _read_seed(
     values: NDArray[Any]
     if teacher is not None:
         if outputs.shape != teacher.shape:
-            raise CacheError(f"'{path}' has embeddings {list(outputs.shape)}, its teacher {list(teacher.shape)}")
+            raise CacheError(
+                f"'{path}' has embeddings of {outputs.shape[1]} numbers, its teacher of {teacher.shape[1]}: they have"
+                " no cosine, by which embeddings are compared; compare students of the teacher's width, or look at"
+                " kNN and CKA of one run at a time"
+            )
+        has_direction = teacher.any(1)  # an embedding of zeros has no cosine
+        labels, outputs, teacher = labels[has_direction], outputs[has_direction], teacher[has_direction]
         values = cosines(outputs.astype(np.float64), teacher.astype(np.float64))
     else:
         is_known = find_known(labels)

@@ -118,12 +118,20 @@ def _list_columns(result: dict[str, Any]) -> tuple[str, ...]:
     return list_columns(task, Figures(result["teacher"][split]).has_labels())
 
 
+def _find_figure(figures: dict[str, Any], name: str) -> Any:
+    """Return a figure, not checked; `at_thresholds.f1_macro` is the one within another."""
+    value: Any = figures
+    for key in name.split("."):
+        value = value.get(key) if value is not None else None
+    return value
+
+
 def _make_row(
     name: str, split: str, columns: Sequence[str], *, seeds: int, mean: dict[str, Any], spread: dict[str, Any]
 ) -> Row:
     """Make a row of the table. Raises TypeError for metrics that are not numbers."""
-    means = {key: mean.get(key) for key in columns}
-    spreads = {key: spread.get(key) for key in columns} if spread else {}
+    means = {key: _find_figure(mean, key) for key in columns}
+    spreads = {key: _find_figure(spread, key) for key in columns} if spread else {}
     if not all(value is None or isinstance(value, int | float) for value in (*means.values(), *spreads.values())):
         raise TypeError("the metrics are not numbers")
     return {"name": name, "split": split, "seeds": seeds, "mean": means, "spread": spreads}

@@ -19,6 +19,7 @@ from softcache.stages.runs.named_code import require_named_code, require_named_d
 
 from .requirements import hide_labels
 from .setup import DistillationSetup
+from .split_figures import compute_student_bank
 from .student_input import use_recorded_input
 from .teachers import SHARDS_FILE, open_caches
 
@@ -114,4 +115,4 @@ def _evaluate_student(folder: Path, config: StudentConfig, setup: DistillationSe
     labels = hide_labels(config, setup.transfer_set.splits["train"].labels)
     model = PreparedModel(network, setup.scale_output(labels)).to(setup.device)
     logits = setup.compute_logits(model)
-    return setup.compute_metrics(logits, setup.compute_bank(model, logits, config))
+    return setup.compute_metrics(logits, compute_student_bank(setup, model, logits, config))

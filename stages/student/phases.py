@@ -34,6 +34,7 @@ from softcache.stages.training.vectorized import check_vectorizable, train_vecto
 
 from .requirements import hide_labels
 from .setup import DistillationSetup
+from .split_figures import compute_student_bank
 
 
 @dataclass
@@ -191,7 +192,7 @@ def _evaluate_and_save(run: TrainingRun, setup: DistillationSetup) -> dict[str, 
     remove_stale_files(run.folder, (LOGITS,))
     save_logits(run.folder / LOGITS, logits, setup.transfer_set)
     assert isinstance(run.config, StudentConfig)
-    return setup.compute_metrics(logits, setup.compute_bank(run.model, logits, run.config))
+    return setup.compute_metrics(logits, compute_student_bank(setup, run.model, logits, run.config))
 
 
 def make_training_run(

@@ -19,19 +19,16 @@ from softcache.pipeline.cache.verification import verify_views
 from softcache.pipeline.loading.cache import Cache
 from softcache.pipeline.loading.context import measure_numbers
 from softcache.pipeline.loading.stream import BatchStream
-from softcache.pipeline.loading.training_embeddings import compute_bank, read_bank
+from softcache.pipeline.loading.training_embeddings import read_bank
 from softcache.pipeline.loading.view_checks import ViewChecks
 from softcache.pipeline.losses import Loss
 from softcache.pipeline.losses.teacher_head import read_head
 from softcache.pipeline.metrics.embedding_bank import EmbeddingBank
-from softcache.pipeline.metrics.tasks import evaluate_task
-from softcache.pipeline.metrics.thresholds import add_thresholds
 from softcache.pipeline.models import build
 from softcache.pipeline.models.archs.simkd import SimKDStudent
 from softcache.pipeline.models.configurations import DEFAULT
 from softcache.pipeline.models.initial_weights import InitialWeights, read_initial_weights
 from softcache.pipeline.models.network_checks import TrainingCheck, check_trainable
-from softcache.pipeline.models.precision import autocast
 from softcache.pipeline.models.prepared_model import PUBLISHED, InputSpec
 from softcache.pipeline.teachers.ensemble import TeacherEnsemble, find_missing_targets
 from softcache.stages.cli.configs import StudentConfig
@@ -44,6 +41,7 @@ from softcache.stages.training.validation import HeldOutSplit
 from . import requirements
 from .early_checks import check_before_images, get_student_arch
 from .embedding_width import check_select_width, choose_width, describe_projections, has_free_width, measure_width
+from .split_figures import evaluate_splits
 from .student_input import choose_normalize, make_student_spec
 from .teachers import load_shared_data, load_teachers, open_caches
 
@@ -300,33 +298,6 @@ class DistillationSetup:
         """Compute a model's logits on each held-out split: {split: float32 [N, K]}."""
         return {split: held_out.logits(model) for split, held_out in self.held_out.items()}
 
-    def compute_bank(
-        self, model: nn.Module, outputs: dict[str, NDArray[np.float32]], config: StudentConfig
-    ) -> EmbeddingBank | None:
-        """Run a student over labelled training rows, from which the classes of held-out rows are predicted.
-
-        Args:
-            model: views uint8 [B, C, S, S] -> embeddings [B, D], on the device.
-            outputs: {split: float32 [N, D]} of the student, see `compute_logits`.
-            config: precision of the forward pass, and workers that render views.
-
-        Returns:
-            The embeddings of at most 50,000 rows; None for another task, and where no row has one class.
-
-        Raises:
-            CacheError: when an image cannot be read, or is not the one that the teacher saw.
-        """
-        with autocast(self.device, config.precision):
-            return compute_bank(
-                self.source,
-                model,
-                lambda batch: model(batch.views),
-                outputs["val"],
-                workers=config.workers,
-                device=self.device,
-                progress=progress,
-            )
-
     def compute_metrics(
         self, logits: dict[str, NDArray[np.float32]], bank: EmbeddingBank | None = None
     ) -> dict[str, Any]:
@@ -334,28 +305,17 @@ class DistillationSetup:
 
         Args:
             logits: {split: float32 [N, K]} of the student, see `compute_logits`.
-            bank: the student's embeddings of training rows, see `compute_bank`; None without.
+            bank: the student's embeddings of training rows, see `compute_student_bank`; None without.
 
         Returns:
             {split: figures}; of several labels also `thresholds`, see `add_thresholds`.
         """
-        labels = {split: self.held_out[split].labels for split in logits}
-        figures = {
-            split: evaluate_task(
-                self.cache.task,
-                split_logits,
-                labels[split],
-                self.teacher_logits[split].numpy(),
-                self.class_counts,
-                bank=bank,
-                progress=progress,
-            )
-            for split, split_logits in logits.items()
-        }
+        teacher = {split: self.teacher_logits[split].numpy() for split in logits}
+        figures = evaluate_splits(self.transfer_set, logits, self.class_counts, bank, teacher)
         if self.cache.task == EMBEDDING and not self.teachers.is_single_cache:
-            for of_split in figures.values():
-                of_split["cosine"] = None  # side by side, several embeddings are none that a student learns
-        return add_thresholds(self.cache.task, figures, logits, labels)
+            for split in logits:
+                figures[split]["cosine"] = None  # side by side, several embeddings are none that a student learns
+        return figures
 
     @cached_property
     def teacher_metrics(self) -> dict[str, Any]:
@@ -379,15 +339,8 @@ class DistillationSetup:
         self, arch: str, logits: dict[str, torch.Tensor], teachers: TeacherEnsemble
     ) -> dict[str, Any]:
         bank = read_bank(self.source, teachers, logits["val"].numpy())
-        labels = {split: self.transfer_set.splits[split].labels for split in logits}
         outputs = {split: z.numpy() for split, z in logits.items()}
-        figures = {
-            split: evaluate_task(
-                self.cache.task, z, labels[split], counts=self.class_counts, bank=bank, progress=progress
-            )
-            for split, z in outputs.items()
-        }
-        return {"arch": arch, **add_thresholds(self.cache.task, figures, outputs, labels)}
+        return {"arch": arch, **evaluate_splits(self.transfer_set, outputs, self.class_counts, bank)}
 
     @cached_property
     def class_counts(self) -> Labels:

@@ -14,7 +14,7 @@ from softcache.data.transfer_set import Split, TransferSet
 from softcache.data.view_policy import ViewPolicy
 from softcache.pipeline.loading.rendering import render_batches
 from softcache.pipeline.loading.view_checks import ViewChecks
-from softcache.pipeline.metrics.embeddings import cosines
+from softcache.pipeline.metrics.embeddings import mean_cosine
 from softcache.pipeline.metrics.tasks import TASK_FIGURES
 from softcache.pipeline.models.precision import autocast
 from softcache.stages.cli.configs import StudentConfig, TeacherConfig
@@ -68,9 +68,10 @@ class HeldOutSplit:
         """
         if self._task != EMBEDDING:
             return TASK_FIGURES[self._task].summarize(logits, self.labels)
-        if self._teacher_outputs is None or self._teacher_outputs.shape != logits.shape:
+        if self._teacher_outputs is None:
             return {}
-        return {"cosine": float(cosines(logits.astype(np.float64), self._teacher_outputs.astype(np.float64)).mean())}
+        cosine = mean_cosine(logits.astype(np.float64), self._teacher_outputs.astype(np.float64))
+        return {} if cosine is None else {"cosine": cosine}
 
     def batches(self) -> Generator[torch.Tensor, None, None]:
         """Yield the views, uint8 [B, C, S, S] with B up to batch_size, in row order of the split. The caller closes

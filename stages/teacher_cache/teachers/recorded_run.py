@@ -85,14 +85,20 @@ def check_same_classes(path: Path, run: RecordedRun, transfer_set: TransferSet) 
     Raises:
         CacheError: The names differ or are in another order.
     """
+    if run.task != transfer_set.task:
+        raise CacheError(
+            f"the run '{path}' is of the task {run.task}, the data are of the task {transfer_set.task}: name a teacher"
+            " that was trained on these data"
+        )
     if run.classes is None or not transfer_set.classes:
         return
     trained, classes = tuple(run.classes), transfer_set.classes
     if trained == classes:
         return
     if len(trained) != len(classes):
+        advice = MAP_ADVICE if run.task == CLASSES else "one output for each, in their order"
         raise CacheError(
-            f"the run '{path}' was trained on {len(trained)} classes, the data have {len(classes)}: {MAP_ADVICE}"
+            f"the run '{path}' was trained on {len(trained)} {run.task}, the data have {len(classes)}: {advice}"
         )
     pairs = [(i, a, b) for i, (a, b) in enumerate(zip(trained, classes, strict=True)) if a != b]
     examples = ", ".join(
@@ -100,6 +106,11 @@ def check_same_classes(path: Path, run: RecordedRun, transfer_set: TransferSet) 
         for i, a, b in pairs[:3]
     )
     more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    if run.task != CLASSES:
+        raise CacheError(
+            f"the {run.task} of the run '{path}' are not those of the data, or in another order: {examples}{more}."
+            " Save the data with the names and the order of the run"
+        )
     if set(trained) == set(classes):
         order = next((order for order in SORTED_ORDERS if sort_classes(classes, order) == trained), "FILE")
         names = " with the run's order, one name a line" if order == "FILE" else ""

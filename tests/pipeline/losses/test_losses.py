@@ -469,7 +469,10 @@ def test_losses_keep_the_order_of_the_command_line() -> None:
     ("specs", "message"),
     [
         ((), "no loss: name at least one, such as --loss kd:temperature=4"),
-        (("kdd",), "no loss 'kdd'. Did you mean 'kd'? There are: attention, balanced_kd, balanced_softmax, bce,"),
+        (
+            ("kdd",),
+            "no loss 'kdd'. Did you mean 'kd'? There are: asymmetric, attention, balanced_kd, balanced_softmax,",
+        ),
         (("kd:temprature=4",), "no parameter 'temprature' of loss 'kd'. Did you mean 'temperature'?"),
         (("hard:temperature=4",), "no parameter 'temperature' of loss 'hard'"),
         (("kd:name=x",), "no parameter 'name' of loss 'kd'"),

@@ -55,6 +55,7 @@ PLACES: dict[str, tuple[str, ...] | str] = {
     "stages/export/card_of_task.py:describe_command_line": ("exported",),
     "stages/export/model_card.py:_format_training_command": ("exported",),
     "stages/export/select_student.py:select_student": ("unfinished_run",),
+    "stages/head_cache/command.py:_print_report": "run by tests/stages/head_cache/test_head_cache.py",
     "stages/inspect/command.py:_inspect_taps": ("growth",),
     "stages/inspect/suggestion.py:suggest_student": ("inspected",),
     "stages/cli/run_command.py:_format_disk_error": "typed again by tests/robustness/test_full_disk_of_commands.py",

@@ -138,7 +138,8 @@ def test_weights_from_a_file_may_have_another_width_than_the_data_have_classes(h
     command = ("teacher-cache", "--task", "embedding", "--teacher", "mlp:16", "--weights", "w.pt", "--train-size", 100)
     code, out, err = stages.call(*command, "--normalize", "none", "--out", "c")
     assert code == 0, err
-    assert "teacher: 5 outputs, task embedding" in out
+    assert "embedding: 16 numbers, the input of layer" in out
+    assert "teacher: 16 outputs, task embedding" in out
 
 
 @pytest.mark.slow
@@ -267,8 +268,10 @@ def train_by_hand(batches: list[softcache.Batch], loss: str, is_live: bool) -> l
         if is_live:
             with torch.no_grad():
                 batch = replace(batch, logits=teacher(source.prepare_input(batch.views)))
+        if optimizer is None:
+            criterion.attach(student, example=batch)  # builds the projection, which is a parameter of the criterion
         value = criterion(student(batch.images), batch)
-        if optimizer is None:  # the first call builds the projection
+        if optimizer is None:
             parameters = [*student.parameters(), *criterion.parameters()]
             optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
         optimizer.zero_grad()
