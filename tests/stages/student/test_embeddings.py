@@ -33,7 +33,16 @@ def predict(classes, channels, size, shape):
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes))
 """
-STAGE_ONE = ("--task", "embedding", "--teacher", "embedder:make", "--weights", "DEFAULT", "--normalize", "none")
+STAGE_ONE = (
+    "--task",
+    "embedding",
+    "--teacher",
+    "embedder_of_figures:make",
+    "--weights",
+    "DEFAULT",
+    "--normalize",
+    "none",
+)
 DIGITS = ("teacher-cache", "--train-size", 400, *STAGE_ONE, "--views", "crop:pad=1", "--draws", 2)
 STUDENT = ("student", "--arch", "mlp:32", "--batch-size", 50)
 LABELLED = {"knn", "probe", "centroid_1", "centroid_5"}
@@ -53,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from softcache.stages.main import main
 
     folder = tmp_path_factory.mktemp("embeddings")
-    (folder / "embedder.py").write_text(TEACHER)
+    (folder / "embedder_of_figures.py").write_text(TEACHER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
@@ -163,7 +172,7 @@ def test_a_row_of_384_numbers_takes_few_bytes(codec: str, most_bytes: int, here:
     np.savez("rows.npz", x=np.random.default_rng(0).integers(0, 256, (22_000, 8, 8, 1), np.uint8))
     Path("wide.py").write_text(TEACHER.replace(f"32, {WIDTH}", "32, 384"))
     command = list(STAGE_ONE)
-    command[command.index("embedder:make")] = "wide:make"
+    command[command.index("embedder_of_figures:make")] = "wide:make"
     data = ("--data", "arrays:rows.npz", "--val-fraction", 1 / 11)
     code, _, err = stages.call("teacher-cache", *data, *command, "--draws", 1, "--codec", codec, "--out", "c")
     assert code == 0, err
@@ -198,7 +207,7 @@ def test_stage_one_prints_the_figures_of_other_tasks(task: str, here: Path, stag
     np.savez("data.npz", x=np.random.default_rng(0).integers(0, 256, (80, 8, 8, 1), np.uint8), y=y)
     data = ("--data", "arrays:data.npz", "--task", task, "--normalize", "none")
     code, out, err = stages.call(
-        "teacher-cache", *data, "--teacher", "embedder:predict", "--weights", "DEFAULT", "--out", "c"
+        "teacher-cache", *data, "--teacher", "embedder_of_figures:predict", "--weights", "DEFAULT", "--out", "c"
     )
     assert code == 0, err
     (line,) = [text for text in out.splitlines() if text.startswith("teacher on ")]
