@@ -163,9 +163,7 @@ def load_transfer_set(
     if task and task not in TASKS:
         raise unknown_name_error("task", task, TASKS)
     index = open_index() if index is None else index
-    # What an embedding is evaluated with is one class an image.
-    form = CLASSES if task == EMBEDDING else task
-    options = ReadingOptions(root, classes, exif, unreadable, layout=layout, columns=columns, task=form, index=index)
+    options = ReadingOptions(root, classes, exif, unreadable, layout=layout, columns=columns, task=task, index=index)
     source = load_source(data, options, progress)
     loaded, class_names = dict(source.splits), source.classes
     source_rows = {split: np.arange(len(part.labels)) for split, part in loaded.items()}

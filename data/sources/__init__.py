@@ -6,6 +6,7 @@ loaded here. Begin with `digits.py`; a new source is one function in a module an
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from softcache.data.sources.files.hub_dataset import load_hub_dataset
 from softcache.data.sources.files.parquet import load_parquet
 from softcache.data.sources.files.webdataset import load_webdataset
 from softcache.data.sources.folders.folder import load_image_folder
+from softcache.data.tasks import CLASSES, EMBEDDING
 
 from .arrays import load_arrays
 from .cifar import load_cifar10, load_cifar100
@@ -174,6 +176,8 @@ def load_source(data: Data, options: ReadingOptions = DEFAULT_READING, progress:
     """
     data = make_named_dataset(data, options.root)
     name, argument = parse_data(data) if isinstance(data, str) else (DATASET, "")
+    if options.task == EMBEDDING and name != "arrays":  # what an embedding is evaluated with is one class an image
+        options = replace(options, task=CLASSES)
     allowed = SOURCES[name].options if name in SOURCES else ("classes", "task")
     if options.task in _OTHER_TASKS and "task" not in allowed:
         takers = ", ".join(format_placeholder(name) for name, source in SOURCES.items() if "task" in source.options)

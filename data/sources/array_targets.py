@@ -3,11 +3,11 @@
 import numpy as np
 
 from softcache.base.errors import UsageError
-from softcache.data.tasks import CLASSES, LABELS, HardTargets
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, HardTargets
 
 from .array_files import StoredArray
 from .array_labels import check_names, encode_labels, read_class_names, to_labels
-from .target_values import TargetValues, convert_targets, find_task
+from .target_values import TargetValues, are_whole, convert_targets, find_task
 
 
 def read_targets(
@@ -33,7 +33,7 @@ def read_targets(
         for split, array in arrays.items()
     }
     task = task or find_task(values.values())
-    if task == CLASSES:
+    if task in (CLASSES, EMBEDDING):
         labels = {split: to_labels(arrays[split].name, part.values) for split, part in values.items()}
         return encode_labels(labels, read_class_names(names))
     if not values:
@@ -43,6 +43,13 @@ def read_targets(
         )
     targets = convert_targets(values, task)
     return _name_outputs(names, next(iter(targets.values())).shape[1], task), targets
+
+
+def hold_classes(arrays: dict[str, StoredArray]) -> bool:
+    """Return whether arrays y have the form of classes: one name or whole number for each row."""
+    values = [array.read() for array in arrays.values()]
+    has_columns = any(y.ndim > 1 and y.shape[1] > 1 for y in values)
+    return not has_columns and all(y.dtype.kind in "SU" or are_whole(y) for y in values)
 
 
 def make_unknown(rows: int, targets: dict[str, HardTargets]) -> HardTargets:

@@ -16,10 +16,11 @@ from softcache.base.progress import Progress, no_progress
 from softcache.base.text import shorten_names
 from softcache.data.images.image_arrays import ImageArrays
 from softcache.data.images.row_arrays import RowArrays, make_rows
+from softcache.data.tasks import EMBEDDING
 
 from .array_files import StoredArray, check_unpacked_size, open_arrays
 from .array_labels import to_text
-from .array_targets import make_unknown, read_targets
+from .array_targets import hold_classes, make_unknown, read_targets
 from .source_data import DEFAULT_READING, LabelledImages, ReadingOptions, SourceData
 from .split_names import SPLIT_NAMES, map_to_splits
 
@@ -61,6 +62,9 @@ def load_arrays(path: str, options: ReadingOptions = DEFAULT_READING, progress: 
     inputs = {split: _read_input(array, notes) for (kind, split), array in fields.items() if kind == "x"}
     _check_same_form(fields, inputs)
     arrays_of_targets = {split: array for (kind, split), array in fields.items() if kind == "y"}
+    if options.task == EMBEDDING and not hold_classes(arrays_of_targets):
+        notes.append("y has no class of each row, and is left out: an embedding is evaluated by classes")
+        arrays_of_targets = {}
     classes, targets = read_targets(arrays_of_targets, fields.get(("classes", "")), options.task)
     splits = {}
     for split, images in inputs.items():

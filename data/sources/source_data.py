@@ -72,7 +72,8 @@ class ReadingOptions:
             and with images beside the class folders as unlabelled rows; "basic" by the folders train, val and test and
             their class folders alone; "unlabelled" reads no labels.
         columns: Which columns of a table hold images and labels, see table_columns.parse_columns; "" finds them.
-        task: The form of the hard targets: "classes", "labels" or "numbers"; "" for that which the data have.
+        task: The form of the hard targets: "classes", "labels" or "numbers"; "" for that which the data have. Of
+            "embedding" it is "classes", and hard targets of another form may be left out.
         index: Where it is recorded what the files hold, so that unchanged ones are not read again.
     """
 

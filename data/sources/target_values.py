@@ -42,7 +42,7 @@ def find_task(targets: Iterable[TargetValues]) -> str:
     arrays = [part for part in targets if part.values.dtype.kind in "biuf"]
     wide = [part for part in arrays if part.values.ndim == 2 and part.values.shape[1] > 1]
     if not wide:
-        return NUMBERS if any(not _are_whole(part.values) for part in arrays) else CLASSES
+        return NUMBERS if any(not are_whole(part.values) for part in arrays) else CLASSES
     name, advice, values = wide[0]
     if not all(_are_labels(part.values) for part in wide):
         if all(part.values.dtype.kind == "f" for part in wide):
@@ -85,11 +85,12 @@ def convert_targets(targets: Mapping[str, TargetValues], task: str) -> dict[str,
     return {split: convert(names[split], values) for split, values in columns.items()}
 
 
-def _are_whole(values: NDArray[Any]) -> bool:
+def are_whole(values: NDArray[Any]) -> bool:
+    """Return whether all known values are whole numbers; infinite ones count as such, and are refused elsewhere."""
     if values.dtype.kind != "f":
         return True
     known = values[~np.isnan(values)]
-    return bool(np.isinf(known).any() or (known == np.rint(known)).all())  # infinite values are refused as labels
+    return bool(np.isinf(known).any() or (known == np.rint(known)).all())
 
 
 def _are_labels(values: NDArray[Any]) -> bool:

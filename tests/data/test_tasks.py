@@ -143,3 +143,13 @@ def test_hidden_rows_are_unknown_and_form_a_group_of_their_own(labels: HardTarge
     assert np.array_equal(find_known(hidden), ~is_hidden)
     assert np.array_equal(find_strata(hidden) == -1, is_hidden)
     assert find_known(labels).all()
+
+
+@pytest.mark.parametrize("y", [SEVERAL, ONE_HOT, NUMBERS, NUMBERS[:, 0]])
+def test_hard_targets_that_are_no_classes_are_left_out_of_embeddings_with_a_note(
+    tmp_path: Path, y: NDArray[Any]
+) -> None:
+    transfer_set = load(tmp_path, y, "embedding")
+    assert (transfer_set.task, transfer_set.classes) == ("embedding", ())
+    assert (all_labels(transfer_set) == -1).all()
+    assert any("y has no class of each row, and is left out" in note for note in transfer_set.notes)
