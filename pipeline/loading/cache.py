@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from softcache.base.arguments import check_bool, check_integer, check_names, check_path, check_text
+from softcache.base.arguments import check_bool, check_integer, check_names, check_path, check_text, type_error
 from softcache.base.errors import CacheError, UsageError
 from softcache.base.progress import ProgressCallback, resolve_progress
 from softcache.data.content_index import open_index
@@ -363,6 +363,8 @@ class Cache:
             CacheError: An image cannot be read, or is not the one that the teacher saw.
             UsageError: There is no such split, or the student returns no logits.
         """
+        if not isinstance(student, nn.Module):
+            raise type_error("student", student, "a torch.nn.Module")
         loader = self.loader(split, batch_size, workers=workers, device=device)
         logits, teacher_logits = run_student(student, loader.stream)
         teacher_logits = self.teachers.merge_members(teacher_logits)

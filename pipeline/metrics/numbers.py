@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
+from softcache.base.errors import UsageError
 from softcache.data.tasks import find_known
 
 from .arrays import Array, check_outputs, to_numpy
@@ -42,6 +43,8 @@ def evaluate_numbers(outputs: Array, labels: Array, teacher_outputs: Array | Non
     z, y = to_numpy("outputs", outputs).astype(np.float64), to_numpy("labels", labels).astype(np.float64)
     teacher = None if teacher_outputs is None else to_numpy("teacher_outputs", teacher_outputs).astype(np.float64)
     check_outputs(z, y, teacher)
+    if infinite := int(np.isinf(y).any(1).sum()):
+        raise UsageError(f"labels are infinite in {infinite} of {len(y)} rows: expected numbers, NaN where unknown")
     result: dict[str, Any] = {"rows": len(y), "labelled": int(find_known(y).sum())}
     if teacher is not None:
         of_teacher = [_compute_metrics(z[:, d], teacher[:, d]) for d in range(z.shape[1])]

@@ -114,3 +114,8 @@ def test_an_argument_of_another_type_is_named_in_one_line(opened: Cache, call: C
 def test_what_is_no_view_of_the_cache_is_not_prepared(opened: Cache, views: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         opened.prepare_input(views)
+
+
+def test_a_student_that_is_evaluated_is_a_module(opened: Cache) -> None:
+    with pytest.raises(UsageError, match=r"a torch\.nn\.Module"):
+        opened.evaluate(lambda images: images)  # type: ignore[arg-type]

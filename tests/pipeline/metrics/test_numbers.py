@@ -100,6 +100,7 @@ def test_an_output_that_is_always_the_same_has_no_rank_correlation() -> None:
 
 
 WRONG: dict[str, tuple[Any, Any, Any]] = {
+    "infinite-labels": (np.zeros((3, 2)), np.full((3, 2), np.inf), None),
     "one axis": (np.zeros(4), np.zeros(4), None),
     "another width": (np.zeros((4, 2)), np.zeros((4, 3)), None),
     "other rows": (np.zeros((4, 2)), np.zeros((5, 2)), None),
