@@ -168,5 +168,6 @@ def test_which_texts_name_code() -> None:
     own = ["a:b", "a.b:c.d", "a:b:weight=1", "simkd2:x:y=1"]
     assert [spec for spec in own if not is_custom_loss(spec)] == []
     assert split_loss_spec("a.b:c:weight=1,x=2") == ("a.b:c", {"weight": "1", "x": "2"})
-    assert remove_custom_losses(["kd", *own, "hard"]) == ("kd", "hard")
-    assert remove_custom_losses(own) == ("kd",)
+    assert remove_custom_losses(["kd", *own, "hard"], "classes") == ("kd", "hard")
+    assert remove_custom_losses(own, "classes") == ("kd",)
+    assert remove_custom_losses(own, "numbers") == ("kd_mse",)
