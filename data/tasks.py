@@ -70,6 +70,12 @@ def are_equal(first: HardTargets, second: HardTargets) -> NDArray[np.bool_]:
     return equal if equal.ndim == 1 else np.asarray(equal.all(1))
 
 
+def have_same_values(first: HardTargets, second: HardTargets) -> bool:
+    """Return whether two arrays of hard targets are of one form and equal in all rows."""
+    is_same_form = first.shape == second.shape and first.dtype == second.dtype
+    return is_same_form and bool(are_equal(first, second).all())
+
+
 def to_hashed_bytes(labels: HardTargets) -> bytes:
     """Return the bytes of hard targets that are part of a content digest: little-endian, with one form of NaN."""
     if labels.ndim == 1:

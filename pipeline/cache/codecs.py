@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, TASKS
+from softcache.pipeline.metrics.distances import binary_kl, cosines
 
 Floats = NDArray[np.float32]
 Arrays = dict[str, NDArray[np.generic]]
@@ -151,13 +152,9 @@ def measure_fidelity(logits: Floats, decoded: Floats, task: str = CLASSES) -> di
 
 
 def _measure_labels(logits: NDArray[np.float64], decoded: NDArray[np.float64]) -> dict[str, float]:
-    p = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
-    # log sigmoid(z) = -log(1 + exp(-z)), and log(1 - sigmoid(z)) = -log(1 + exp(z))
-    kl = p * (np.logaddexp(0, -decoded) - np.logaddexp(0, -logits))
-    kl += (1 - p) * (np.logaddexp(0, decoded) - np.logaddexp(0, logits))
     return {
         "flips": float(((logits > 0) != (decoded > 0)).mean(1).sum()),
-        "kl_1": max(0.0, float(kl.mean(1).sum())),
+        "kl_1": float(binary_kl(logits, decoded).mean(1).sum()),
     }
 
 
@@ -168,9 +165,8 @@ def _measure_numbers(numbers: NDArray[np.float64], decoded: NDArray[np.float64])
 
 
 def _measure_embeddings(rows: NDArray[np.float64], decoded: NDArray[np.float64]) -> dict[str, float]:
-    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(decoded, axis=1)
-    cosine = (rows * decoded).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
-    return {"cosine": float(np.where(norms > 0, cosine, 1.0).sum())}
+    is_zero = ~rows.any(1) | ~decoded.any(1)  # which has no direction to lose
+    return {"cosine": float(np.where(is_zero, 1.0, cosines(rows, decoded)).sum())}
 
 
 _MEASURES = {LABELS: _measure_labels, NUMBERS: _measure_numbers, EMBEDDING: _measure_embeddings}

@@ -1,5 +1,6 @@
-"""Arguments of metrics: arrays or tensors of numbers, of fitting shapes, without values that are not finite."""
+"""Arguments of metrics, arrays or tensors of numbers that are checked; and means of figures that may be unknown."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,3 +49,9 @@ def check_outputs(outputs: NDArray[Any], labels: NDArray[Any], teacher: NDArray[
     check_finite("student", outputs, "outputs")
     if teacher is not None:
         check_finite("teacher", teacher, "outputs")
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """Compute the mean of the figures that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

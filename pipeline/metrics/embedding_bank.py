@@ -12,7 +12,8 @@ from softcache.base.errors import UsageError
 from softcache.base.progress import Progress, no_progress
 
 from .arrays import check_finite
-from .neighbours import find_nearest, iterate_cosines, normalize_rows
+from .distances import normalize_rows
+from .neighbours import find_nearest, iterate_cosines
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]

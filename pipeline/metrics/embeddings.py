@@ -10,8 +10,9 @@ from softcache.base.errors import UsageError
 from softcache.base.progress import Progress, no_progress
 
 from .arrays import Array, check_finite, to_numpy
+from .distances import cosines
 from .embedding_bank import EmbeddingBank
-from .neighbours import compute_overlap, normalize_rows
+from .neighbours import compute_overlap
 
 Floats = NDArray[np.float64]
 _SAMPLE_ROWS = 10_000  # of a split, of which CKA and overlap are computed: 10 s at 1,280 numbers on two cores
@@ -80,11 +81,6 @@ def _compare_with_teacher(z: Floats, teacher: Floats, progress: Progress) -> dic
     if is_sampled:
         figures |= {"cka_rows": len(z), "overlap_rows": len(z)}
     return figures
-
-
-def cosines(first: Floats, second: Floats) -> Floats:
-    """Compute the cosine of each pair of rows [N, D]; 0 where a row is 0."""
-    return np.asarray((normalize_rows(first) * normalize_rows(second)).sum(1))
 
 
 def mean_cosine(outputs: Floats, teacher: Floats) -> float | None:

@@ -9,7 +9,8 @@ from sklearn import metrics as sk
 from softcache.base.errors import UsageError
 from softcache.data.tasks import find_known
 
-from .arrays import Array, check_outputs, to_numpy
+from .arrays import Array, check_outputs, mean_of_known, to_numpy
+from .distances import binary_kl
 
 Floats = NDArray[np.float64]
 
@@ -55,14 +56,6 @@ def evaluate_labels(outputs: Array, labels: Array, teacher_outputs: Array | None
     return result
 
 
-def binary_kl(logits: Floats, others: Floats) -> Floats:
-    """Compute KL(sigmoid(logits) || sigmoid(others)) of each number, in nats."""
-    p = np.exp(-np.logaddexp(0, -logits))
-    positive = np.logaddexp(0, -others) - np.logaddexp(0, -logits)
-    negative = np.logaddexp(0, others) - np.logaddexp(0, logits)
-    return np.asarray(np.maximum(p * positive + (1 - p) * negative, 0.0))
-
-
 def summarize_labels(outputs: NDArray[np.floating], labels: NDArray[Any]) -> dict[str, float]:
     """Compute the metrics that are shown during training: map, f1_macro and nll; none without labels.
 
@@ -72,8 +65,13 @@ def summarize_labels(outputs: NDArray[np.floating], labels: NDArray[Any]) -> dic
     """
     if not find_known(labels).any():
         return {}
-    figures = _compute_label_metrics(outputs.astype(np.float64), labels)
-    return {name: figures[name] for name in ("map", "f1_macro", "nll") if figures[name] is not None}
+    z = outputs.astype(np.float64)
+    figures = {
+        "map": mean_of_known(_average_precisions(z, labels)),
+        "f1_macro": count_f1(labels, z > 0)["f1_macro"],
+        "nll": _mean_nll(z, labels),
+    }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def count_f1(y: NDArray[Any], predicted: NDArray[np.bool_]) -> dict[str, Any]:
@@ -122,23 +120,30 @@ def _compute_label_metrics(z: Floats, y: NDArray[Any]) -> dict[str, Any]:
     is_known = y >= 0
     counts = count_f1(y, z > 0)
     lists = {name: counts.pop(name) for name in ("precision", "recall", "f1", "support")}
-    precisions: list[float | None] = []
+    precisions = _average_precisions(z, y)
     areas: list[float | None] = []
     for k in range(y.shape[1]):
         labels, scores = y[is_known[:, k], k], z[is_known[:, k], k]
-        has_positive, has_negative = (labels == 1).any(), (labels == 0).any()
-        precisions.append(float(sk.average_precision_score(labels, scores)) if has_positive else None)
-        areas.append(float(sk.roc_auc_score(labels, scores)) if has_positive and has_negative else None)
-    losses = np.logaddexp(0, np.where(y == 1, -z, z))
+        areas.append(float(sk.roc_auc_score(labels, scores)) if (labels == 1).any() and (labels == 0).any() else None)
     return {
-        "map": _mean_of_known(precisions),
-        "nll": float(losses[is_known].mean()),
+        "map": mean_of_known(precisions),
+        "nll": _mean_nll(z, y),
         **counts,
-        "auroc_macro": _mean_of_known(areas),
+        "auroc_macro": mean_of_known(areas),
         "per_label": {**lists, "average_precision": precisions, "auroc": areas},
     }
 
 
-def _mean_of_known(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def _average_precisions(z: Floats, y: NDArray[Any]) -> list[float | None]:
+    """Compute the average precision of each label [K]; None of one without a positive row."""
+    is_known = y >= 0
+    columns = [(y[is_known[:, k], k], z[is_known[:, k], k]) for k in range(y.shape[1])]
+    return [
+        float(sk.average_precision_score(labels, scores)) if (labels == 1).any() else None
+        for labels, scores in columns
+    ]
+
+
+def _mean_nll(z: Floats, y: NDArray[Any]) -> float:
+    """Compute the mean binary cross entropy of the known labels, in nats."""
+    return float(np.logaddexp(0, np.where(y == 1, -z, z))[y >= 0].mean())

@@ -8,18 +8,14 @@ from numpy.typing import NDArray
 
 from softcache.base.progress import Progress, no_progress
 
+from .distances import normalize_rows
+
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 OVERLAP_NEIGHBOURS = 10
 _CHUNK_ENTRIES = 1 << 23  # of the matrix of cosines that is computed at once: 64 MiB in float64
 _DIGITS = 12  # to which cosines are compared: the last bits of equal rows differ with their place in a matrix product
 _SPARE = 16  # candidates beyond the k nearest, among which rows at the same distance are put in order
-
-
-def normalize_rows(rows: Floats) -> Floats:
-    """Divide each row [N, D] by its Euclidean norm; rows of zeros stay."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.where(norms > 0, norms, 1.0))
 
 
 def iterate_cosines(

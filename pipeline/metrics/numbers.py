@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 from softcache.base.errors import UsageError
 from softcache.data.tasks import find_known
 
-from .arrays import Array, check_outputs, to_numpy
+from .arrays import Array, check_outputs, mean_of_known, to_numpy
 
 Floats = NDArray[np.float64]
 _NAMES = ("mae", "rmse", "r2", "spearman")
@@ -48,13 +48,13 @@ def evaluate_numbers(outputs: Array, labels: Array, teacher_outputs: Array | Non
     result: dict[str, Any] = {"rows": len(y), "labelled": int(find_known(y).sum())}
     if teacher is not None:
         of_teacher = [_compute_metrics(z[:, d], teacher[:, d]) for d in range(z.shape[1])]
-        result["rmse_to_teacher"] = _mean_of_known([figures["rmse"] for figures in of_teacher])
-        result["r2_to_teacher"] = _mean_of_known([figures["r2"] for figures in of_teacher])
+        result["rmse_to_teacher"] = mean_of_known([figures["rmse"] for figures in of_teacher])
+        result["r2_to_teacher"] = mean_of_known([figures["r2"] for figures in of_teacher])
     if result["labelled"]:
         known = ~np.isnan(y)
         figures = [_compute_metrics(z[known[:, d], d], y[known[:, d], d]) for d in range(z.shape[1])]
         per_output = {name: [each[name] for each in figures] for name in _NAMES}
-        result |= {name: _mean_of_known(per_output[name]) for name in _NAMES}
+        result |= {name: mean_of_known(per_output[name]) for name in _NAMES}
         result["per_output"] = per_output
     return result
 
@@ -82,8 +82,3 @@ def _compute_metrics(outputs: Floats, numbers: Floats) -> dict[str, float | None
         "r2": float(sk.r2_score(numbers, outputs)) if varies else None,
         "spearman": float(spearmanr(outputs, numbers).statistic) if ranks_vary else None,
     }
-
-
-def _mean_of_known(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

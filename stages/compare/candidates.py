@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, make_printable
-from softcache.data.tasks import CLASSES, EMBEDDING, HardTargets, are_equal, find_known
+from softcache.data.tasks import CLASSES, EMBEDDING, HardTargets, find_known, have_same_values
 from softcache.pipeline.cache.identity import find_differences
-from softcache.pipeline.metrics.embeddings import cosines
+from softcache.pipeline.metrics.distances import cosines
 from softcache.pipeline.metrics.task_significance import measure_main
 from softcache.pipeline.metrics.tasks import TASK_FIGURES
 from softcache.stages.cli.configs import StudentConfig
@@ -82,8 +82,7 @@ class Predictions:
     def has_same_rows(self, other: "Predictions") -> bool:
         """Whether the images, labels and classes are the same."""
         same_content = self.content == other.content and self.classes == other.classes
-        same_shape = self.labels.shape == other.labels.shape and self.labels.dtype == other.labels.dtype
-        return same_content and same_shape and bool(are_equal(self.labels, other.labels).all())
+        return same_content and have_same_values(self.labels, other.labels)
 
     def has_same_teacher(self, other: "Predictions") -> bool:
         """Whether the embeddings of both teachers are the same, apart from the rounding of a codec."""

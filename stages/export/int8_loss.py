@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, HardTargets, find_known
-from softcache.pipeline.metrics.embeddings import cosines
+from softcache.pipeline.metrics.distances import cosines
 from softcache.pipeline.metrics.numbers import evaluate_numbers
 from softcache.stages.runs.figures import TITLES
 

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import CacheError, make_printable
 from softcache.data.sources.array_files import StoredArray, check_unpacked_size, open_arrays
+from softcache.pipeline.metrics.distances import normalize_rows
 
-from .heads import FILE, Head, normalize_rows
+from .heads import FILE, Head
 
 NAMES = ("weight", "bias", "classes", "scale", "normalize")
 COSINE_SCALE = 100.0  # of CLIP

@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from softcache.base.errors import UsageError
+from softcache.pipeline.metrics.distances import normalize_rows
 
 PROBE, CENTROIDS, FILE = "probe", "centroids", "file"
 STRENGTHS = tuple(10.0**k for k in range(-5, 3))  # C of the logistic regression
@@ -53,12 +54,6 @@ class Head:
         return sha256(
             text.encode() + self.weight.astype("<f8").tobytes() + self.bias.astype("<f8").tobytes()
         ).hexdigest()
-
-
-def normalize_rows(rows: Floats) -> Floats:
-    """Divide each row [n, D] by its Euclidean norm; rows of zeros stay."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.where(norms > 0, norms, 1.0))
 
 
 def fit_probe(rows: Floats, labels: Rows, classes: int, seed: int) -> tuple[Head, str]:

@@ -8,7 +8,7 @@ from scipy.special import expit, rel_entr, softmax
 
 from softcache.data.tasks import EMBEDDING, LABELS, NUMBERS
 from softcache.pipeline.metrics.classification import log_softmax
-from softcache.pipeline.metrics.embeddings import cosines
+from softcache.pipeline.metrics.distances import cosines
 from softcache.stages.runs.logits import SplitLogits
 
 Floats = NDArray[np.float64]

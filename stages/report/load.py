@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.base.errors import CacheError, UsageError, make_printable
-from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, TASKS, are_equal
+from softcache.data.tasks import CLASSES, EMBEDDING, LABELS, NUMBERS, TASKS, have_same_values
 from softcache.pipeline.metrics.tasks import TASK_FIGURES, evaluate_task
 from softcache.pipeline.models.prepared_model import InputSpec
 from softcache.stages.cli.configs import StudentConfig
@@ -265,8 +265,7 @@ def _has_same_rows(a: SplitLogits, b: SplitLogits) -> bool:
     has_any_width = a.task == EMBEDDING  # a student may have another one than its teacher
     same_shape = a.logits.shape == b.logits.shape or (has_any_width and len(a.logits) == len(b.logits))
     same_content = a.content == b.content and a.classes == b.classes and same_shape
-    same_labels = a.labels.shape == b.labels.shape and a.labels.dtype == b.labels.dtype
-    return same_content and same_labels and bool(are_equal(a.labels, b.labels).all())
+    return same_content and have_same_values(a.labels, b.labels)
 
 
 # The files can come from anyone: all values that a report uses are checked here.

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from softcache.base.errors import make_printable
 from softcache.data.tasks import EMBEDDING, LABELS, find_known
-from softcache.pipeline.metrics.embeddings import cosines
+from softcache.pipeline.metrics.distances import cosines
 
 from .load import LoadedRun
 from .page import ClassRow, PageImage, make_page_image

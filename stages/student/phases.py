@@ -14,7 +14,7 @@ from torch import nn
 
 from softcache.base.errors import TrainingStopped, UsageError
 from softcache.base.files import remove_stale_files
-from softcache.data.tasks import HardTargets, are_equal
+from softcache.data.tasks import HardTargets, have_same_values
 from softcache.pipeline.loading.stream import BatchStream
 from softcache.pipeline.losses import HARD_LOSSES, Custom, Loss, copy_for_training
 from softcache.pipeline.losses.distillation_loss import DistillationLoss
@@ -261,8 +261,7 @@ def _share_stream(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
 
 def _have_same_batches(stream: BatchStream, other: BatchStream) -> bool:
     """Whether two streams of the same caches and images differ at most in which targets they read of a row."""
-    same_labels = stream.labels.shape == other.labels.shape and bool(are_equal(stream.labels, other.labels).all())
-    same_rows = same_labels and np.array_equal(stream.rows, other.rows)
+    same_rows = have_same_values(stream.labels, other.labels) and np.array_equal(stream.rows, other.rows)
     # Arrays and caches are replaced by the same objects, because == of two arrays is an array.
     other_with_same_rows = replace(
         other,
